@@ -1,0 +1,45 @@
+# Python 3.10 or newer; only `make env` uses it, everything else runs in .venv.
+PYTHON ?= python3
+
+# `make env CPU=1` takes the CPU build of torch, gigabytes smaller, from the index that Binder uses.
+CPU ?=
+
+BIN := .venv/bin
+ENV := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check lab clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(ENV)  ## Create .venv and install nbdist and all it needs, in the tested versions
+
+$(ENV): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "Creating .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
+ifneq ($(CPU),)
+	@echo "Installing the CPU build of torch (a minute or two)"
+	@grep -E '^(--extra-index-url|torch==)' binder/requirements.txt > .venv/torch-cpu.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .venv/torch-cpu.txt
+endif
+	@echo "Installing nbdist and what it needs into .venv (torch is large: several minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]' -c constraints.txt
+	@touch $@
+
+demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print what came out
+	@$(BIN)/python -m nbdist demo
+
+test: env  ## Run the tests
+	$(BIN)/python -m pytest -q
+
+check: env  ## Lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lab: env  ## Open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks/
+
+clean:  ## Remove caches and build output; .venv stays
+	rm -rf .mypy_cache .pytest_cache .ruff_cache build dist shots
+	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +

@@ -1,0 +1,55 @@
+"""nbdist: train one PyTorch model on several processes, without leaving the notebook."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nbdist.cluster import Cluster, Run, current_cluster, last_run
+    from nbdist.core import Result, train
+    from nbdist.plan import Mesh, Plan
+
+__all__ = ["Cluster", "Mesh", "Plan", "Result", "Run", "current_cluster", "last_run", "train"]
+
+# Looked up on first use: `%load_ext nbdist` must not import torch, nor a script under torchrun IPython.
+_HOMES = {
+    "Cluster": "nbdist.cluster",
+    "Mesh": "nbdist.plan",
+    "Plan": "nbdist.plan",
+    "Result": "nbdist.core",
+    "Run": "nbdist.cluster",
+    "current_cluster": "nbdist.cluster",
+    "last_run": "nbdist.cluster",
+    "train": "nbdist.core",
+}
+
+try:
+    __version__ = version("nbdist")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'nbdist' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Register the magics: ``%load_ext nbdist``."""
+    from nbdist.notebook import load
+
+    load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """Stop the engines, if any."""
+    from nbdist.notebook import unload
+
+    unload(shell)

@@ -1,0 +1,95 @@
+"""A cell of code running on engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ipyparallel.error
+
+from nbdist.cluster.remote_errors import ranks_text
+from nbdist.errors import EngineError
+
+__all__ = ["CellRun"]
+
+_POLL_S = 0.05
+_INTERRUPTED_AFTER_S = 5.0
+
+
+class CellRun:
+    """The same cell on several ranks.
+
+    Args:
+        calls: ipyparallel's result of each rank.
+        interrupt: Interrupts the given ranks.
+    """
+
+    def __init__(self, calls: dict[int, Any], interrupt: Callable[[list[int]], None]) -> None:
+        self._calls = calls
+        self._interrupt = interrupt
+
+    @property
+    def ranks(self) -> list[int]:
+        """Where the cell runs."""
+        return list(self._calls)
+
+    def done(self) -> bool:
+        """Whether every rank has answered."""
+        return all(call.ready() for call in self._calls.values())
+
+    def text(self, stream: str) -> dict[int, str]:
+        """What each rank has written so far to "stdout" or "stderr"."""
+        return {rank: getattr(call, stream) or "" for rank, call in self._calls.items()}
+
+    def displays(self) -> dict[int, list[dict[str, Any]]]:
+        """Rich outputs of each rank so far, as message contents with ``data`` and ``metadata``."""
+        return {rank: list(call.outputs or []) for rank, call in self._calls.items()}
+
+    def results(self) -> dict[int, Any]:
+        """The data of each rank's last expression, by MIME type, once done."""
+        replies = {rank: call.get() for rank, call in self._calls.items()}
+        return {rank: r.execute_result["data"] for rank, r in replies.items() if r is not None and r.execute_result}
+
+    def wait(self, while_waiting: Callable[[], None] = lambda: None) -> None:
+        """Wait until every rank is done.
+
+        Args:
+            while_waiting: Called again and again meanwhile.
+
+        Raises:
+            EngineError: The cell failed on some rank.
+            KeyboardInterrupt: It was interrupted; the ranks have been interrupted too.
+        """
+        try:
+            while not self.done():
+                while_waiting()
+                next(call for call in self._calls.values() if not call.ready()).wait(_POLL_S)
+        except KeyboardInterrupt:
+            self._interrupt([rank for rank, call in self._calls.items() if not call.ready()])
+            deadline = time.monotonic() + _INTERRUPTED_AFTER_S
+            while not self.done() and time.monotonic() < deadline:
+                while_waiting()
+                time.sleep(_POLL_S)
+            raise
+        self._raise_first()
+
+    def _raise_first(self) -> None:
+        failed: dict[int, Any] = {}
+        for rank, call in self._calls.items():
+            try:
+                call.get()
+            except ipyparallel.error.RemoteError as error:
+                failed[rank] = error
+        if not failed:
+            return
+        first = next(iter(failed))
+        cause = failed[first]
+        same = [rank for rank, error in failed.items() if (error.ename, error.evalue) == (cause.ename, cause.evalue)]
+        if cause.ename == "EngineError":
+            raise EngineError(f"{ranks_text(same)}: the engine's process ended. %dist_start replaces it.", rank=first)
+        others = [rank for rank in failed if rank not in same]
+        also = f" ({ranks_text(others)} failed too: {failed[others[0]].ename})" if others else ""
+        raise EngineError(
+            f"{ranks_text(same)}: {cause.ename}: {cause.evalue}{also}", str(cause.traceback), rank=first
+        )

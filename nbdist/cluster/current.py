@@ -1,0 +1,49 @@
+"""What is current in this process: the running cluster and the newest run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nbdist.errors import ClusterError
+
+if TYPE_CHECKING:
+    from nbdist.cluster.engines import Cluster
+    from nbdist.cluster.run import Run
+
+__all__ = ["current_cluster", "last_run", "note_run", "running_cluster", "set_cluster"]
+
+_cluster: Cluster | None = None
+_run: Run | None = None
+
+
+def running_cluster() -> Cluster | None:
+    """The running cluster, or None."""
+    return _cluster
+
+
+def current_cluster() -> Cluster:
+    """The running cluster of this kernel.
+
+    Raises:
+        ClusterError: None is running.
+    """
+    if _cluster is None:
+        raise ClusterError("no engines are running: start them with %dist_start, or nbdist.Cluster(engines=2).start().")
+    return _cluster
+
+
+def set_cluster(cluster: Cluster | None) -> None:
+    """Called by a cluster when it has started or stopped."""
+    global _cluster
+    _cluster = cluster
+
+
+def last_run() -> Run | None:
+    """The newest run of this kernel, or None."""
+    return _run
+
+
+def note_run(run: Run) -> None:
+    """Called by a cluster when a run begins."""
+    global _run
+    _run = run

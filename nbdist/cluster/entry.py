@@ -1,0 +1,160 @@
+"""What runs on an engine: the functions that the cluster calls there, by reference."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from nbdist.cluster.definitions import install_sources, tie_classes
+from nbdist.cluster.remote_errors import Failure
+
+__all__ = ["hello", "join", "pull", "push", "tie", "train"]
+
+_STOP_POLL_S = 0.05
+
+
+class _Engine:
+    """What this process remembers between calls."""
+
+    def __init__(self) -> None:
+        self.world: Any = None
+        self.outgoing: Any = None  # the segment of the last parcel sent from here
+
+
+_engine = _Engine()
+
+
+def _namespace() -> dict[str, Any]:
+    """The namespace in which cells run."""
+    from IPython import get_ipython
+
+    return get_ipython().user_ns
+
+
+def hello() -> dict[str, Any]:
+    """Load torch, before anything can interrupt its import, and say where this engine lives."""
+    import torch
+
+    from nbdist.core import handover, train  # noqa: F401 - loaded while nobody waits
+    from nbdist.plan import available_cores
+
+    return {
+        "host": socket.gethostname(),
+        "host_id": handover.host_id(),
+        "pid": os.getpid(),
+        "cores": available_cores(),
+        "torch": torch.__version__,
+    }
+
+
+def join(
+    address: str, port: int, generation: int, rank: int, size: int, local_rank: int, local_size: int, device: str, threads: int
+) -> str:
+    """Take `rank` in a new world of `size` ranks. **Collective**: every engine, at once. Returns the device."""
+    import torch
+    import torch.distributed as dist
+
+    from nbdist.core.world import World
+
+    if _engine.world is not None:
+        _engine.world.leave()
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_size)
+    )
+    torch.set_num_threads(threads)
+    _engine.world = World.form(
+        store=dist.TCPStore(address, port, is_master=False), rank=rank, size=size, local_rank=local_rank,
+        local_size=local_size, device=device, generation=generation,
+    )  # fmt: skip
+    _namespace().update(rank=rank, world_size=size, device=_engine.world.device)
+    return str(_engine.world.device)
+
+
+def leave() -> None:
+    """Leave the world, which releases peers that still wait for this rank in it."""
+    if _engine.world is not None:
+        _engine.world.leave()
+
+
+def push(parcel: Any, sources: dict[str, tuple[str, str]]) -> None:
+    """Put the values of a packed dict into the namespace of this engine's cells."""
+    from nbdist.core.handover import unpack
+
+    install_sources(sources)
+    _namespace().update(unpack(parcel))
+
+
+def pull(name: str, inline: bool) -> Any:
+    """Pack the value of a name of this engine's cells."""
+    from nbdist.core.handover import pack
+
+    namespace = _namespace()
+    if name not in namespace:
+        raise NameError(name)
+    parcel, _engine.outgoing = pack(namespace[name], inline=inline)
+    return parcel
+
+
+def tie(marks: dict[str, str]) -> None:
+    """Let classes defined here and in the notebook by the same cell be one."""
+    tie_classes(marks, _namespace())
+
+
+def train(
+    parcel: Any, run_id: str, sources: dict[str, tuple[str, str]], inline: bool
+) -> tuple[str, Any]:
+    """Run one rank of a training.
+
+    Returns:
+        ``("ok", (result, parcel))`` with the trained tensors from rank 0 and None from the others, or ``("failed",
+        Failure)``.
+    """
+    from ipyparallel.datapub import publish_data
+
+    from nbdist.core import fit
+    from nbdist.core.handover import pack, unpack
+    from nbdist.core.params import ParamTable
+    from nbdist.telemetry import JsonlSink, SnapshotSink
+    from nbdist.telemetry.record import record_path
+
+    world = _engine.world
+    install_sources(sources)
+    record = None
+    try:
+        task, plan = unpack(parcel)
+        record = JsonlSink(record_path(run_id, world.rank))
+        snapshots = SnapshotSink(world.rank, lambda state: publish_data({"nbdist": state}))
+        result = fit(
+            task, plan, world, run_id=run_id, sinks=[record, snapshots],
+            stop_requested=_stop_request(world, run_id) if world.rank == 0 else lambda: False,
+        )  # fmt: skip
+        if world.rank:
+            return "ok", (result, None)
+        optimizer_state = task.optimizer.state_dict() if task.own_optimizer else None
+        trained = (ParamTable.of(task.model).tensors, optimizer_state)
+        home, _engine.outgoing = pack(trained, inline=inline)
+        return "ok", (result, home)
+    except BaseException as error:  # noqa: BLE001 - everything travels home, an interrupt too
+        failure = Failure.of(world.rank, error)
+        world.leave()  # at once: it releases the peers that wait for this rank
+        return "failed", failure
+    finally:
+        if record is not None:
+            record.close()
+
+
+def _stop_request(world: Any, run_id: str) -> Callable[[], bool]:
+    """Ask the store, a few times a second, whether the notebook wants this run to stop."""
+    next_s = 0.0
+
+    def asked() -> bool:
+        nonlocal next_s
+        if time.monotonic() < next_s:
+            return False
+        next_s = time.monotonic() + _STOP_POLL_S
+        return bool(world.store.check([f"stop/{run_id}"]))
+
+    return asked

@@ -1,0 +1,118 @@
+"""Starting and ending the processes: ipyparallel's launchers and their settings."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ipyparallel
+import psutil
+from traitlets.config import Config
+
+from nbdist.cluster.owner_guard import FOLDER_VARIABLE, OWNER_VARIABLE, owner_mark
+from nbdist.errors import ClusterError
+
+__all__ = ["Launch"]
+
+_PING_MS = 200  # a registration completes at the next heartbeat, so the default of 3 s would be waited for
+_MISSED_BEATS = 50  # with short beats, a swapped-out engine must not be given up after the default of 10
+_POLL_S = 0.02
+
+
+class Launch:
+    """A controller and its engines as processes, with a client connected to them.
+
+    Args:
+        engines: How many engines to start; see `wait_for`.
+    """
+
+    def __init__(self, engines: int) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
+        self._cluster = ipyparallel.Cluster(
+            n=engines,
+            delay=0,
+            log_level=40,
+            cluster_id="",
+            profile_dir=str(self.folder / "profile"),
+            config=self._settings(),
+            load_profile=False,
+            shutdown_atexit=False,  # `Cluster` in engines.py does it, in the right order
+            send_engines_connection_env=True,
+            controller_args=[
+                f"--ping={_PING_MS}", "--usethreads", f"--HeartMonitor.max_heartmonitor_misses={_MISSED_BEATS}",
+            ],
+        )  # fmt: skip
+        self.client: Any = None
+        try:
+            self._cluster.start_cluster_sync(engines)
+            self.client = self._cluster.connect_client_sync()
+        except BaseException:
+            self.end()
+            raise
+
+    def _settings(self) -> Config:
+        guard = [sys.executable, "-m", "nbdist.cluster.owner_guard"]
+        environment = {OWNER_VARIABLE: owner_mark(os.getpid()), FOLDER_VARIABLE: str(self.folder)}
+        config = Config()
+        config.BaseLauncher.output_limit = 0  # or a stop prints a hundred lines of log for each engine
+        config.BaseLauncher.environment = environment
+        config.LocalEngineSetLauncher.delay = 0
+        config.LocalProcessLauncher.stop_seconds_until_kill = 1
+        config.ControllerLauncher.controller_cmd = [*guard, "controller"]
+        config.EngineLauncher.engine_cmd = [*guard, "engine"]
+        return config
+
+    def wait_for(self, engines: int, timeout_s: float) -> None:
+        """Wait until `engines` are registered.
+
+        Raises:
+            ClusterError: An engine that was just started has ended, or the time is over.
+        """
+        deadline = time.monotonic() + timeout_s
+        while len(self.client.ids) < engines:
+            if not self._processes_alive():
+                raise ClusterError(f"an engine ended while it started:\n{self._log_tail()}")
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"only {len(self.client.ids)} of {engines} engines were ready after {timeout_s:g} s: "
+                    f"raise --timeout, or start fewer."
+                )
+            time.sleep(_POLL_S)
+
+    def add(self, engine_id: int) -> None:
+        """Start one more engine that registers as `engine_id`."""
+        self._cluster.start_engines_sync(1, engine_args=[f"--IPEngine.id={engine_id}"])
+
+    def end(self, pids: list[int] | None = None) -> None:
+        """End every process. Twice is fine.
+
+        Args:
+            pids: Engine processes of this host, ended at once: whatever they do, nobody waits for them any more.
+        """
+        for pid in pids or []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.client is not None:
+            self.client.close()
+            self.client = None
+        if self.folder.exists():
+            self._cluster.stop_cluster_sync()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _processes_alive(self) -> bool:
+        """Whether the engines started last still run; only local launchers can tell."""
+        newest = list(self._cluster.engines.values())[-1:]
+        launchers = [launcher for engine_set in newest for launcher in getattr(engine_set, "launchers", {}).values()]
+        processes = [process for launcher in launchers if (process := getattr(launcher, "process", None))]
+        return all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+    def _log_tail(self) -> str:
+        logs = sorted((self.folder / "profile" / "log").glob("ipengine*"))
+        return "\n".join(log.read_text(errors="replace")[-800:] for log in logs)

@@ -1,0 +1,70 @@
+"""Run a controller or an engine that ends when its owner does, however the owner ended.
+
+Started as ``python -m nbdist.cluster.owner_guard controller|engine ARGS...`` by the local launcher. The owner is a
+process of this host, named by `OWNER_VARIABLE`. (The kernel's own parent-death signal is tied to the thread that
+forked, so it would fire when a notebook's worker thread ends.)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+
+import psutil
+
+__all__ = ["FOLDER_VARIABLE", "OWNER_VARIABLE", "main", "owner_mark"]
+
+OWNER_VARIABLE = "NBDIST_OWNER"
+FOLDER_VARIABLE = "NBDIST_FOLDER"
+_POLL_S = 0.5
+_GRACE_S = 2.0
+
+
+def owner_mark(pid: int) -> str:
+    """Names a process beyond reuse of its number: ``pid:created``."""
+    return f"{pid}:{psutil.Process(pid).create_time():.2f}"
+
+
+def _alive(mark: str) -> bool:
+    try:
+        process = psutil.Process(int(mark.partition(":")[0]))
+        return owner_mark(process.pid) == mark and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _watch(mark: str, folder: str | None) -> None:
+    while _alive(mark):
+        time.sleep(_POLL_S)
+    if folder:  # the controller tidies up what the owner no longer can
+        shutil.rmtree(folder, ignore_errors=True)
+    for child in psutil.Process().children(recursive=True):
+        try:
+            child.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_S)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    """Start the guard's thread, then become ipyparallel's controller or engine."""
+    kind = sys.argv.pop(1)
+    mark = os.environ.get(OWNER_VARIABLE)
+    if mark:
+        folder = os.environ.get(FOLDER_VARIABLE) if kind == "controller" else None
+        threading.Thread(target=_watch, args=(mark, folder), daemon=True, name="nbdist-owner-guard").start()
+    if kind == "engine":
+        from ipyparallel.engine.app import main as run
+    else:
+        from ipyparallel.controller.app import main as run
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What went wrong on the engines: many failures, one cause."""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbdist
+from nbdist.cluster.definitions import label_of
+from nbdist.errors import EngineError, PeerLostError
+
+__all__ = ["Failure", "as_error", "ranks_text"]
+
+_OWN_FOLDER = str(Path(nbdist.__file__).parent)
+_CONTEXT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """One rank's failure, as it travels home.
+
+    Args:
+        rank: Where.
+        time_s: When, in seconds since 1970, for order of arrival is not cause.
+        kind: The exception's class.
+        message: Its text.
+        place: The innermost line of the user's code, such as ``Cell In[5], line 3``; empty if unknown.
+        traceback: With source lines, ours left out.
+        echo: Whether it only says that another rank was gone.
+    """
+
+    rank: int
+    time_s: float
+    kind: str
+    message: str
+    place: str
+    traceback: str
+    echo: bool
+
+    @classmethod
+    def of(cls, rank: int, error: BaseException) -> Failure:
+        """Describe an exception just caught. Runs on the engine, where the source lines are."""
+        frames = traceback.extract_tb(error.__traceback__)
+        users = [frame for frame in frames if not frame.filename.startswith(_OWN_FOLDER)]
+        shown = users or list(frames)
+        cells = [frame for frame in shown if label_of(frame.filename)]
+        innermost = (cells or shown)[-1] if shown else None
+        text = [_frame_text(frame) for frame in shown]
+        text.append("".join(traceback.format_exception_only(type(error), error)).rstrip())
+        return cls(
+            rank=rank,
+            time_s=time.time(),
+            kind=type(error).__name__,
+            message=str(error),
+            place=_place(innermost) if innermost else "",
+            traceback="\n".join(text),
+            echo=isinstance(error, PeerLostError),
+        )
+
+
+def as_error(failures: Iterable[Failure]) -> EngineError:
+    """The one error that a person gets for the failures of several ranks.
+
+    The earliest real failure is the cause; ranks that failed in the same way are named with it, echoes are left out.
+    """
+    ordered = sorted(failures, key=lambda failure: (failure.echo, failure.time_s))
+    cause = ordered[0]
+    same = [f for f in ordered if (f.kind, f.message, f.place) == (cause.kind, cause.message, cause.place)]
+    where = f" ({cause.place})" if cause.place else ""
+    message = f"{ranks_text(f.rank for f in same)}: {cause.kind}: {cause.message}{where}"
+    return EngineError(message, cause.traceback, rank=cause.rank)
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Ranks for people: "rank 3", "ranks 0-2,5"."""
+    ordered = sorted(set(ranks))
+    groups = []
+    for _, run in itertools.groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0]):
+        members = [rank for _, rank in run]
+        groups.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
+    return f"rank{'s' if len(ordered) > 1 else ''} {','.join(groups)}"
+
+
+def _place(frame: traceback.FrameSummary) -> str:
+    return f"{label_of(frame.filename) or frame.filename}, line {frame.lineno}"
+
+
+def _frame_text(frame: traceback.FrameSummary) -> str:
+    header = f"{_place(frame)}, in {frame.name}"
+    number = frame.lineno or 0
+    around = _CONTEXT if label_of(frame.filename) else 0
+    lines = []
+    for i in range(max(1, number - around), number + around + 1):
+        line = linecache.getline(frame.filename, i)
+        if line:
+            lines.append(f"{'---->' if i == number else '     '} {i:>3} {line.rstrip()}")
+    return "\n".join([header, *lines])

@@ -1,0 +1,88 @@
+"""The Run: the handle that a person holds on one training."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from nbdist.errors import NbdistError
+from nbdist.plan import Plan
+from nbdist.telemetry import RunState, run_html, run_text
+
+__all__ = ["Run"]
+
+
+class Run:
+    """One training, from start to end.
+
+    Args:
+        run_id: Its name in the record.
+        plan: What is run.
+        progress: What is known of it; kept up to date by the relay.
+        request_stop: Asks the ranks to stop after the step they are in.
+    """
+
+    def __init__(self, run_id: str, plan: Plan, progress: RunState, request_stop: Callable[[], None]) -> None:
+        self.run_id = run_id
+        self.plan = plan
+        self.progress = progress
+        self.error: BaseException | None = None
+        self._request_stop = request_stop
+        self._ended = threading.Event()
+
+    @property
+    def state(self) -> str:
+        """One of "running", "finished", "stopped", "failed"."""
+        return "running" if self.progress.running else self.progress.state
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One dict an epoch, or one for the whole run under `steps`: `epoch`, `steps`, `samples`, `loss`, `seconds`.
+
+        All but `epoch` are counted over that epoch's training; `val_loss` and `val_<metric>` follow where asked.
+        """
+        return [dict(row) for row in self.progress.history]
+
+    def stop(self) -> None:
+        """Ask all ranks to stop after the same step; their weights come home. Returns at once; see `wait`."""
+        if self.progress.running:
+            self.progress.state = "stopping"
+            self._request_stop()
+
+    def wait(self, timeout_s: float | None = None) -> Run:
+        """Wait until the run has ended and the weights are home.
+
+        Args:
+            timeout_s: How long to wait in seconds; for ever by default.
+
+        Returns:
+            The run itself, which may still be running if the time was over.
+
+        Raises:
+            EngineError: The run failed.
+        """
+        self._ended.wait(timeout_s)
+        if self.error is not None:
+            raise self.error
+        return self
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has ended and all about its end is done: weights home, panel drawn."""
+        return self._ended.is_set()
+
+    def _end(self, state: str, error: NbdistError | None = None) -> None:
+        """Called by the relay, once, after the weights are home."""
+        self.error = error
+        self.progress.end(state, "" if error is None else str(error).partition("\n")[0])
+
+    def _release(self) -> None:
+        """Called by the relay when everything about the end is done and drawn."""
+        self._ended.set()
+
+    def __repr__(self) -> str:
+        return run_text(self.progress)
+
+    def _repr_html_(self) -> str:
+        return run_html(self.progress)

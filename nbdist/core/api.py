@@ -1,0 +1,119 @@
+"""`nbdist.train`: the way in from a script, alone or under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from typing import Any
+
+from nbdist.core.task import Step, Task
+from nbdist.core.train import Result, fit
+from nbdist.core.world import World
+from nbdist.errors import PlanError
+from nbdist.plan import Plan, available_cores
+from nbdist.telemetry import JsonlSink, Sink, TextSink
+from nbdist.telemetry.record import new_run_id, record_path
+
+__all__ = ["train"]
+
+
+def train(
+    model: Any,
+    data: Any,
+    *,
+    loss: Any = None,
+    step: Step | None = None,
+    optimizer: Any = "adamw",
+    lr: float | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    accumulate: int | None = None,
+    clip_norm: float | None = None,
+    val: Any = None,
+    metric: Any = None,
+    shuffle: bool | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    strategy: str | None = None,
+    bucket_mib: float | None = None,
+    device: str = "auto",
+    record: bool = True,
+    verbose: bool = True,
+) -> Result:
+    """Train `model` on every rank this process belongs to.
+
+    **Collective** under torchrun: every rank calls it with the same arguments. Started with plain ``python`` the one
+    process is the only rank. Before the first step, rank 0's weights and buffers go to all ranks; when it returns,
+    every rank's `model` holds the trained ones.
+
+    Args:
+        model: An ``nn.Module``.
+        data: A Dataset, a DataLoader (its batch size is the global one), or a tuple of tensors or NumPy arrays.
+        loss: A name such as "cross_entropy", or ``loss(output, target)``: a mean, or ``(mean, weight)``.
+        step: In place of `loss`: ``step(model, batch)``, a mean loss, or ``(mean, weight)``.
+        optimizer: A name such as "adamw", a callable that takes the parameters, or an optimizer of `model`.
+        lr: Learning rate; by default the optimizer's own.
+        epochs: Passes over the data; 1 unless `steps`.
+        steps: Optimizer steps in place of epochs, wrapping round the data.
+        batch_size: Global: samples in one optimizer step, over all ranks. 32 by default.
+        accumulate: Microbatches each rank runs in one step.
+        clip_norm: Largest global L2 norm of the gradient.
+        val: Validation data.
+        metric: A name such as "accuracy", or ``metric(output, target)``, measured on `val`.
+        shuffle: Whether to read in a new order each epoch; yes by default.
+        seed: Decides the order of samples and the random numbers.
+        threads: CPU threads of each rank; cores / ranks by default.
+        strategy: "data", or a mesh such as "dp=2".
+        bucket_mib: Gradient bucket in MiB, where the sync overlaps with backward.
+        device: "auto", "cpu" or "cuda".
+        record: Whether to keep a record of the run, one JSON line an event and a file a rank.
+        verbose: Whether rank 0 prints progress to standard error.
+
+    Returns:
+        The state, the history (one dict an epoch) and the plan.
+
+    Raises:
+        PlanError: An option cannot be run.
+        TaskError: Something supplied cannot be used.
+    """
+    task = Task.create(
+        model, data, loss=loss, step=step, optimizer=optimizer, lr=lr, val=val, metric=metric, batch_size=batch_size,
+        shuffle=shuffle,
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "epochs": epochs, "steps": steps, "accumulate": accumulate, "clip_norm": clip_norm, "seed": seed,
+        "threads": threads, "strategy": strategy, "bucket_mib": bucket_mib,
+    }  # fmt: skip
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = Plan.create(ranks=size, cores=_cores(size), **options, **task.options)
+    with World.from_environment(device) as world, contextlib.ExitStack() as cleanup:
+        run_id = _agree(plan, world)
+        sinks: list[Sink] = []
+        if record:
+            sinks.append(JsonlSink(record_path(run_id, world.rank)))
+        if verbose and world.rank == 0:
+            sinks.append(TextSink())
+        for sink in sinks:
+            cleanup.callback(sink.close)
+        return fit(task, plan, world, run_id=run_id, sinks=sinks)
+
+
+def _cores(size: int) -> int:
+    """Cores of all hosts, taken to be alike."""
+    return available_cores() * size // int(os.environ.get("LOCAL_WORLD_SIZE", size))
+
+
+def _agree(plan: Plan, world: World) -> str:
+    """Check that all ranks have rank 0's plan, and return its run id. **Collective**."""
+    told = world.channel().broadcast_bytes(json.dumps([new_run_id(), plan.to_dict()]).encode())
+    run_id, plan_of_zero = json.loads(told)
+    mine = json.loads(json.dumps(plan.to_dict()))
+    differing = [name for name in mine if mine[name] != plan_of_zero[name]]
+    if differing:
+        name = differing[0]
+        raise PlanError(
+            f"rank {world.rank} was given {name}={mine[name]}, rank 0 {plan_of_zero[name]}: all ranks need the same."
+        )
+    return str(run_id)

@@ -1,0 +1,6 @@
+"""Channels: collectives along one mesh axis, always polled, so always interruptible."""
+
+from nbdist.core.channels.base import Channel, Pending, SoloChannel
+from nbdist.core.channels.process_group import ProcessGroupChannel
+
+__all__ = ["Channel", "Pending", "ProcessGroupChannel", "SoloChannel"]

@@ -1,0 +1,86 @@
+"""What every channel can do, and the channel of a rank that is alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+__all__ = ["Channel", "Pending", "SoloChannel"]
+
+
+class Pending(ABC):
+    """A collective under way."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Return when the result is in place; an interrupt lands at once.
+
+        Raises:
+            PeerLostError: Another rank is gone.
+        """
+
+
+class Channel(ABC):
+    """Collectives along one mesh axis. **Collective**: every rank of the axis makes the same calls in the same order.
+
+    Args:
+        rank: This rank's coordinate on the axis.
+        size: The degree of the axis.
+        device: Where tensors must lie.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+
+    @abstractmethod
+    def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
+        """Begin to replace `tensor`, contiguous and of the same shape everywhere, by its sum over the axis.
+
+        The sum has the same bits on every rank, and on CPU it is taken in rank order: ((t0 + t1) + t2) + ...
+        """
+
+    @abstractmethod
+    def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
+        """Begin to replace `tensor`, contiguous, by the one of rank `source`."""
+
+    def all_reduce_(self, tensor: torch.Tensor) -> None:
+        """`start_all_reduce_` and wait for it."""
+        self.start_all_reduce_(tensor).wait()
+
+    def broadcast_(self, tensor: torch.Tensor, source: int = 0) -> None:
+        """`start_broadcast_` and wait for it."""
+        self.start_broadcast_(tensor, source).wait()
+
+    def broadcast_bytes(self, data: bytes, source: int = 0) -> bytes:
+        """Return the bytes of rank `source`, whatever the others gave."""
+        device = self.device
+        length = torch.tensor([len(data)], device=device)
+        self.broadcast_(length, source)
+        buffer = torch.zeros(int(length.item()), dtype=torch.uint8, device=device)
+        if self.rank == source and data:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        self.broadcast_(buffer, source)
+        return buffer.cpu().numpy().tobytes()
+
+
+class _Done(Pending):
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+class SoloChannel(Channel):
+    """The channel of a rank that is alone on its axis: every collective is the identity."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(rank=0, size=1, device=device)
+
+    def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
+        """The sum over one rank."""
+        return _Done()
+
+    def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
+        """The tensor is already here."""
+        return _Done()

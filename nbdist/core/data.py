@@ -1,0 +1,212 @@
+"""Which samples this rank reads, and when."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import data as torch_data
+
+from nbdist.core import seeds
+from nbdist.core.channels import Channel
+from nbdist.core.source import Source, map_tensors
+from nbdist.plan import slice_bounds
+
+__all__ = ["Reader", "Slice", "to_device"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """A fixed part of a global batch, one forward and backward.
+
+    Args:
+        index: Which of the batch's slices, 0 ... ranks x microbatches - 1, counted over all ranks.
+        samples: Samples in it.
+        batch: What the step sees as `batch`, on the CPU.
+    """
+
+    index: int
+    samples: int
+    batch: Any
+
+
+class Reader:
+    """Deals a source out to the ranks of one channel.
+
+    The order of samples is a function of (seed, epoch). Each global batch is cut into contiguous slices, and rank r
+    reads slices ``r * per_rank ... (r + 1) * per_rank - 1``, so the ranks of a mesh read just what one process with
+    as many microbatches would. Of a stream, rank r reads elements r modulo ranks.
+
+    Args:
+        source: The data, the same on every rank.
+        channel: The axis that shares the data.
+        batch_size: Global batch size.
+        per_rank: Slices (microbatches) a rank runs in one step.
+        seed: Decides the order and what data sets draw at random.
+        shuffle: Whether to read in a new order each epoch.
+        pin: Whether to put what is read in page-locked memory, for a GPU.
+    """
+
+    def __init__(
+        self, source: Source, channel: Channel, *, batch_size: int, per_rank: int = 1, seed: int = 0,
+        shuffle: bool = False, pin: bool = False,
+    ) -> None:  # fmt: skip
+        self._source = source
+        self._channel = channel
+        self._batch_size = batch_size
+        self._per_rank = per_rank
+        self._seed = seed
+        self._shuffle = shuffle
+        self._pin = pin
+        self._requests: list[list[int]] = []
+        self._loader: Any = None
+
+    @property
+    def steps(self) -> int | None:
+        """Batches in one pass; None where the data has no length."""
+        samples = self._source.samples
+        if samples is None:
+            return None
+        return samples // self._batch_size if self._source.drop_last else -(-samples // self._batch_size)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the end of a pass is only known when it comes: an exhausted rank then reads None, again and again."""
+        return self._source.stream is not None
+
+    def epoch(self, epoch: int) -> Iterator[list[Slice] | None]:
+        """This rank's slices of each batch, in order; empty where a short batch leaves nothing for it.
+
+        **Collective** where the source has a sampler of its own: rank 0 runs it and the others are told.
+        """
+        if self.streams:
+            return self._stream(epoch)
+        batches = self._deal(self._order(epoch))
+        return self._index(batches) if self._source.tensors is not None else self._load(batches, epoch)
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        source, samples = self._source, self._source.samples
+        assert samples is not None
+        if source.sampler is not None:
+            order = torch.empty(0, dtype=torch.long)
+            if self._channel.rank == 0:
+                seeds.seed_all(seeds.derive(self._seed, "sampler", epoch))
+                order = torch.tensor(list(itertools.islice(source.sampler, samples)), dtype=torch.long)
+            told = self._channel.broadcast_bytes(order.numpy().tobytes())
+            return torch.frombuffer(bytearray(told), dtype=torch.long) if told else order
+        if not self._shuffle:
+            return torch.arange(samples)
+        return torch.randperm(samples, generator=torch.Generator().manual_seed(seeds.derive(self._seed, "order", epoch)))
+
+    def _deal(self, order: torch.Tensor) -> Iterator[list[tuple[int, torch.Tensor]]]:
+        """For each batch, the slices of this rank: index and positions in the source."""
+        first = self._channel.rank * self._per_rank
+        for batch in order.split(self._batch_size):
+            if self._source.drop_last and len(batch) < self._batch_size:
+                return
+            bounds = slice_bounds(len(batch), self._channel.size * self._per_rank)
+            mine = enumerate(bounds[first : first + self._per_rank], start=first)
+            yield [(index, batch[start:stop]) for index, (start, stop) in mine if stop > start]
+
+    def _index(self, batches: Iterator[list[tuple[int, torch.Tensor]]]) -> Iterator[list[Slice]]:
+        tensors, rows = self._source.tensors, self._source.indices
+        for batch in batches:
+            slices = []
+            for index, positions in batch:
+                chosen = positions if rows is None else rows[positions]
+                taken = map_tensors(tensors, lambda tensor: tensor[chosen])  # noqa: B023 - used at once
+                if self._pin:
+                    taken = map_tensors(taken, torch.Tensor.pin_memory)
+                slices.append(Slice(index=index, samples=len(positions), batch=taken))
+            yield slices
+
+    def _load(self, batches: Iterator[list[tuple[int, torch.Tensor]]], epoch: int) -> Iterator[list[Slice]]:
+        dealt = list(batches)
+        self._requests[:] = [
+            [seeds.derive(self._seed, "data", epoch, step, index), *positions.tolist()]
+            for step, batch in enumerate(dealt)
+            for index, positions in batch
+        ]
+        if self._loader is None:
+            self._loader = torch_data.DataLoader(
+                _Seeded(self._source.dataset), batch_sampler=_Requests(self._requests), collate_fn=self._source.collate,
+                pin_memory=self._pin, persistent_workers=bool(self._source.loading.get("num_workers")),
+                **self._source.loading,
+            )  # fmt: skip
+        loaded = iter(self._loader)
+        for batch in dealt:
+            yield [Slice(index=index, samples=len(positions), batch=next(loaded)) for index, positions in batch]
+
+    def _stream(self, epoch: int) -> Iterator[list[Slice] | None]:
+        channel, first = self._channel, self._channel.rank * self._per_rank
+        seeds.seed_all(seeds.derive(self._seed, "stream", epoch))
+        loader = torch_data.DataLoader(
+            self._source.stream, batch_size=None, collate_fn=_as_it_is, **self._source.loading
+        )
+        elements = iter(loader)
+        for step in itertools.count():
+            seeds.seed_all(seeds.derive(self._seed, "data", epoch, step))
+            batch = list(itertools.islice(elements, self._batch_size))
+            if not batch or (self._source.drop_last and len(batch) < self._batch_size):
+                break
+            offset = step * self._batch_size
+            mine = batch[(channel.rank - offset) % channel.size :: channel.size]
+            yield [
+                Slice(index=first + i, samples=stop - start, batch=self._source.collate(mine[start:stop]))
+                for i, (start, stop) in enumerate(slice_bounds(len(mine), self._per_rank))
+                if stop > start
+            ]
+        yield from itertools.repeat(None)
+
+    def close(self) -> None:
+        """End the loader's worker processes."""
+        self._loader = None
+
+
+def _as_it_is(element: Any) -> Any:
+    return element
+
+
+class _Requests:
+    """A batch sampler over a list that is filled anew each epoch, so that the loader and its workers live on."""
+
+    def __init__(self, requests: list[list[int]]) -> None:
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(list(self._requests))
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+
+class _Seeded(torch_data.Dataset[Any]):
+    """A map-style data set asked for whole slices, each with the seed it is to be read under."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, request: list[int]) -> list[Any]:
+        seed, *positions = request
+        seeds.seed_all(seed)
+        if callable(getattr(self._dataset, "__getitems__", None)):
+            return list(self._dataset.__getitems__(positions))
+        return [self._dataset[position] for position in positions]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor of a batch; objects with a ``to`` of their own (token batches, graphs) move themselves."""
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, dict) and type(batch) is dict:
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if type(batch) in (tuple, list):
+        return type(batch)(to_device(value, device) for value in batch)
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    return batch.to(device) if callable(getattr(batch, "to", None)) else batch

@@ -1,0 +1,90 @@
+"""Evaluation: the validation data dealt out to all ranks, every sample counted exactly once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbdist.core import seeds
+from nbdist.core.data import Reader, to_device
+from nbdist.core.strategies import Strategy
+from nbdist.core.task import Task, first_dimension
+from nbdist.errors import TaskError
+
+__all__ = ["evaluate", "evaluation_mode"]
+
+
+def evaluate(task: Task, strategy: Strategy, reader: Reader, *, seed: int, metric: str = "") -> dict[str, float]:
+    """Measure the model on the validation data. **Collective** over the strategy's data axis.
+
+    The metric sees what the last call of the model returned, and the last element of the batch.
+
+    Args:
+        task: The task; its model is put in evaluation mode and back.
+        strategy: Where the model lies.
+        reader: Over the validation data.
+        seed: For models that draw random numbers even here.
+        metric: Name of the metric in the result, or empty for the loss alone.
+
+    Returns:
+        ``val_loss``, and ``val_<metric>``: weighted means over all samples.
+    """
+    device = strategy.data_axis.device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    outputs: list[Any] = []
+    hook = task.model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        with evaluation_mode(task.model), torch.no_grad():
+            for step, slices in enumerate(reader.epoch(1)):
+                if slices is None:
+                    break
+                for part in slices:
+                    seeds.seed_torch(seeds.derive(seed, "val", step, part.index), device)
+                    batch = to_device(part.batch, device)
+                    outputs.clear()
+                    loss, weight = task.loss_and_weight(batch, part.samples)
+                    sums[:2] += _weighted(loss, weight, device)
+                    if task.metric is not None:
+                        sums[2:] += _measure(task, outputs, batch, part.samples, metric)
+    finally:
+        hook.remove()
+    strategy.data_axis.all_reduce_(sums)
+    loss_sum, loss_weight, metric_sum, metric_weight = sums.tolist()
+    result = {"val_loss": loss_sum / loss_weight if loss_weight else float("nan")}
+    if task.metric is not None:
+        result[f"val_{metric}"] = metric_sum / metric_weight if metric_weight else float("nan")
+    return result
+
+
+def _measure(task: Task, outputs: list[Any], batch: Any, samples: int, metric: str) -> torch.Tensor:
+    assert task.metric is not None
+    if not outputs:
+        raise TaskError(f"metric {metric} needs the model's output, but the step never called model(...).")
+    if not isinstance(batch, (tuple, list)):
+        raise TaskError(f"metric {metric} takes the last element of a batch as target, but a batch is a {type(batch)}.")
+    given = task.metric(outputs[-1], batch[-1])
+    value, weight = given if isinstance(given, tuple) else (given, first_dimension(batch, samples))
+    return _weighted(value, weight, batch[-1].device)
+
+
+def _weighted(value: Any, weight: Any, device: torch.device) -> torch.Tensor:
+    """``(value * weight, weight)`` in float64; a mean over nothing counts nothing, even where it is not a number."""
+    pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device).reshape(()) for x in (value, weight)])
+    total = pair[1]
+    return torch.stack([torch.where(total == 0, 0.0, pair[0] * total), total])
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and each one back into the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,180 @@
+"""Gradient synchronisation: flat, weighted, and overlapping with backward where that pays."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbdist.core.channels import Channel, Pending
+
+__all__ = ["GradientSync", "Totals"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What one step adds up to over all ranks.
+
+    Args:
+        weight: Sum of the slices' weights, in units of a full slice; zero where no rank had data.
+        stop: How many ranks ask to stop.
+        exhausted: How many ranks have no data left.
+    """
+
+    weight: float
+    stop: float
+    exhausted: float
+
+
+@dataclass
+class _Bucket:
+    """A contiguous range of a flat buffer, reduced as one; `missing` gradients are still to come in this step."""
+
+    flat: torch.Tensor
+    size: int
+    missing: int = 0
+    pending: Pending | None = None
+
+
+class GradientSync:
+    """Holds all gradients in flat buffers and sums them over a channel once a step.
+
+    Each parameter's ``.grad`` is a view into a flat buffer, one a dtype, so backward accumulates in place and the
+    sync is a few large collectives. Behind the gradients of the last buffer ride the step's totals and which
+    parameters were used: stopping together and leaving unused parameters alone cost no collective of their own.
+
+    Gradients are sums of ``weight * d loss`` over the slices, divided in the end by the sum of the weights over all
+    ranks: exact for uneven slices, and for means over tokens.
+
+    Args:
+        parameters: Trainable parameters, on the channel's device.
+        channel: The axis to sum over.
+        bucket_mib: Largest bucket in MiB where the sync overlaps with backward.
+        overlap: Whether buckets start while backward still runs. It pays where the collective runs beside the
+            computation, as with NCCL; None decides by the device.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], channel: Channel, *, bucket_mib: float = 25.0, overlap: bool | None = None
+    ) -> None:
+        self._parameters = parameters
+        self._channel = channel
+        self._overlap = channel.device.type == "cuda" if overlap is None else overlap
+        self._used: list[Any] = [None] * len(parameters)
+        self._armed = False
+        self._buckets: list[_Bucket] = []
+        self._views: list[torch.Tensor] = [torch.empty(0)] * len(parameters)
+        self._bucket_of: list[int] = [0] * len(parameters)
+        self._flats: list[torch.Tensor] = []
+        self._tail = self._lay_out(bucket_mib * 2**20 if self._overlap else float("inf"))
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._hook(i)) for i, parameter in enumerate(parameters)
+        ]
+
+    def _lay_out(self, bucket_bytes: float) -> torch.Tensor:
+        """Fill flat buffers with the parameters in reverse, the order backward meets them, and return the tail."""
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for i in reversed(range(len(self._parameters))):
+            by_dtype.setdefault(self._parameters[i].dtype, []).append(i)
+        # The totals need a dtype that can count; the buffer that carries them comes last.
+        carrier = next((d for d in (torch.float64, torch.float32) if d in by_dtype), torch.float32)
+        by_dtype[carrier] = by_dtype.pop(carrier, [])
+        tail = 3 + len(self._parameters)
+        for dtype, members in by_dtype.items():
+            length = sum(self._parameters[i].numel() for i in members)
+            extra = tail if dtype is carrier else 0
+            flat = torch.zeros(length + extra, dtype=dtype, device=self._channel.device)
+            self._flats.append(flat)
+            start = offset = 0
+            size = 0
+            for i in members:
+                parameter = self._parameters[i]
+                if size and (offset + parameter.numel() - start) * flat.itemsize > bucket_bytes:
+                    self._buckets.append(_Bucket(flat[start:offset], size))
+                    start, size = offset, 0
+                self._views[i] = flat[offset : offset + parameter.numel()].view_as(parameter)
+                self._bucket_of[i] = len(self._buckets)
+                offset, size = offset + parameter.numel(), size + 1
+            self._buckets.append(_Bucket(flat[start:], size))
+        return self._flats[-1][-tail:]
+
+    def _hook(self, i: int) -> Any:
+        if not self._overlap:
+            return functools.partial(self._used.__setitem__, i)  # no Python frame on the way of backward
+
+        def hook(parameter: nn.Parameter) -> None:
+            self._used[i] = parameter
+            if self._armed:
+                self._buckets[self._bucket_of[i]].missing -= 1
+                self._start_ready()
+
+        return hook
+
+    def zero_(self) -> None:
+        """Begin a step: no gradients. Local."""
+        for flat in self._flats:
+            flat.zero_()
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view
+        self._used[:] = [None] * len(self._used)
+        self._armed = False
+
+    def arm(self) -> None:
+        """The next backward is the step's last on this rank: buckets may start as they fill up. Local."""
+        for bucket in self._buckets:
+            bucket.missing, bucket.pending = bucket.size, None
+        self._armed = self._overlap
+
+    def _start_ready(self, everything: bool = False) -> None:
+        """Start full buckets, always in the same order, for all ranks must agree on it; the last one ends the step."""
+        for bucket in self._buckets if everything else self._buckets[:-1]:
+            if bucket.pending is None:
+                if bucket.missing and not everything:
+                    return
+                bucket.pending = self._channel.start_all_reduce_(bucket.flat)
+
+    def finish(self, weight: Any, *, stop: bool = False, exhausted: bool = False) -> Totals:
+        """End a step: sum over the ranks and divide by the total weight. **Collective**.
+
+        Args:
+            weight: Sum of this rank's slice weights, a number or a scalar tensor.
+            stop: Whether this rank asks to stop.
+            exhausted: Whether this rank has no data left.
+        """
+        if not self._armed:
+            self.arm()
+        self._armed = False
+        used = [0.0 if hit is None else 1.0 for hit in self._used]
+        self._tail.copy_(torch.tensor([0.0, float(stop), float(exhausted), *used], dtype=self._tail.dtype))
+        self._tail[0] = weight
+        self._start_ready(everything=True)
+        for bucket in self._buckets:
+            assert bucket.pending is not None
+            bucket.pending.wait()
+        totals = Totals(**dict(zip(("weight", "stop", "exhausted"), self._tail[:3].tolist(), strict=True)))
+        if totals.weight not in (0.0, 1.0):
+            for flat in self._flats:
+                flat.div_(totals.weight)
+        if not all(used):
+            self._drop_unused()
+        return totals
+
+    def _drop_unused(self) -> None:
+        """Parameters that no rank used have no gradient, as in one process, so no decay or momentum moves them.
+
+        A rank that used every parameter itself knows without looking that all were used.
+        """
+        counts = self._tail[3:].tolist()
+        for parameter, count in zip(self._parameters, counts, strict=True):
+            if count == 0:
+                parameter.grad = None
+
+    def close(self) -> None:
+        """Let go of the parameters: no hooks and no gradients remain. Local."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._parameters:
+            parameter.grad = None

@@ -1,0 +1,194 @@
+"""Handing objects over to other processes, their tensors through one shared-memory copy.
+
+A *parcel* is a pickled object whose tensors and arrays lie beside the pickle in one *segment*. On one host the segment
+is anonymous shared memory that every process maps privately: nobody copies, a write stays with the writer, and the
+memory is free when the last one lets go, however it died. To another host the segment travels as bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import pickle
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+
+from nbdist.errors import TaskError
+
+__all__ = ["Parcel", "Segment", "host_id", "pack", "unpack"]
+
+_ALIGNMENT = 64
+_THREADED_COPY_BYTES = 1 << 20
+
+
+def host_id() -> str:
+    """Names the running system: processes with the same one can map each other's segments."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # a container has process numbers of its own
+    except OSError:
+        return f"{uuid.getnode():x}"
+
+
+class Segment:
+    """Shared memory that the creating process holds open; others map it by `path`.
+
+    Args:
+        size: Bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        if hasattr(os, "memfd_create"):
+            self._file = os.memfd_create("nbdist", os.MFD_CLOEXEC)
+            self.path = f"/proc/{os.getpid()}/fd/{self._file}"
+            self._name = None
+        else:
+            self._file, self._name = tempfile.mkstemp(prefix="nbdist-")
+            self.path = self._name
+        os.ftruncate(self._file, max(size, 1))
+        self.buffer = mmap.mmap(self._file, max(size, 1))
+
+    def close(self) -> None:
+        """Let go of the segment; processes that have mapped it keep it. Twice is fine."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            if self._name:
+                os.unlink(self._name)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """Where a packed object lies. Small and picklable; valid while the packer keeps the segment.
+
+    The segment holds the pickle, then each tensor storage and array, then the table of their places.
+
+    Args:
+        path: The segment, for processes on the packer's host.
+        inline: The segment's bytes, for others; None where a path is enough.
+        code_bytes: Length of the pickle.
+        table_start: Where the table begins.
+        nbytes: Size of the segment.
+    """
+
+    path: str
+    inline: bytes | None
+    code_bytes: int
+    table_start: int
+    nbytes: int
+
+
+def pack(value: Any, *, inline: bool = False) -> tuple[Parcel, Segment]:
+    """Pack `value` by value: classes and functions of a notebook travel with it, tensors and arrays beside it.
+
+    Tensors that share memory share it still on the other side, so tied weights stay tied. They arrive on the CPU.
+
+    Args:
+        value: Anything that can be pickled.
+        inline: Whether some receiver is on another host.
+
+    Returns:
+        The parcel, and the segment to keep until every receiver has unpacked.
+
+    Raises:
+        TaskError: Something in `value` cannot be pickled.
+    """
+    stream = io.BytesIO()
+    pickler = _Pickler(stream)
+    try:
+        pickler.dump(value)
+    except Exception as error:  # whatever a __reduce__ of the user's raises
+        raise TaskError(f"it cannot be sent to another process: {error}.") from error
+    code = stream.getbuffer()
+    end, places = len(code), []
+    for view in pickler.views:
+        end += -end % _ALIGNMENT
+        places.append((end, len(view)))
+        end += len(view)
+    table = pickle.dumps(places)
+    segment = Segment(end + len(table))
+    segment.buffer[: len(code)] = code
+    for (start, _), view in zip(places, pickler.views, strict=True):
+        _copy(segment.buffer, start, view)
+    segment.buffer[end : end + len(table)] = table
+    parcel = Parcel(
+        path=segment.path, inline=segment.buffer[:] if inline else None, code_bytes=len(code), table_start=end,
+        nbytes=end + len(table),
+    )  # fmt: skip
+    return parcel, segment
+
+
+def unpack(parcel: Parcel) -> Any:
+    """Unpack a parcel. Tensors and arrays lie in a private mapping of the segment: writing is safe, and not seen."""
+    buffer: Any
+    if parcel.inline is not None:
+        buffer = bytearray(parcel.inline)
+    else:
+        with open(parcel.path, "rb") as file:
+            buffer = mmap.mmap(file.fileno(), parcel.nbytes, access=mmap.ACCESS_COPY)
+    memory = memoryview(buffer)
+    places = pickle.loads(memory[parcel.table_start : parcel.nbytes])
+    return pickle.loads(
+        memory[: parcel.code_bytes], buffers=[memory[start : start + length] for start, length in places]
+    )
+
+
+def _copy(target: mmap.mmap, start: int, view: memoryview) -> None:
+    if view.readonly or len(view) < _THREADED_COPY_BYTES:
+        target[start : start + len(view)] = view
+    else:  # torch copies with all its threads
+        source = torch.frombuffer(view, dtype=torch.uint8)
+        torch.frombuffer(target, dtype=torch.uint8, count=len(view), offset=start).copy_(source)
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Pickles by value and keeps storages and arrays aside, as `views`."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5, buffer_callback=lambda buffer: self.views.append(buffer.raw()))
+        self.views: list[memoryview] = []
+        self._storages: dict[tuple[str, int], _Storage] = {}
+
+    def reducer_override(self, value: Any) -> Any:
+        """Take plain tensors apart; everything else is cloudpickle's."""
+        if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_quantized:
+            return super().reducer_override(value)
+        plain = value.detach().resolve_conj().resolve_neg()
+        storage = plain.untyped_storage()
+        key = (str(plain.device), storage.data_ptr())
+        if key not in self._storages:
+            self._storages[key] = _Storage(storage)
+        place = (plain.storage_offset(), tuple(plain.shape), plain.stride())
+        return _as_tensor, (self._storages[key], plain.dtype, *place, value.requires_grad), value.__dict__ or None
+
+
+class _Storage:
+    """A tensor storage on its way; pickled once, however many tensors view it."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._original = storage  # keeps the address, by which the pickler knows it, taken
+        self._bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _as_storage, (pickle.PickleBuffer(self._bytes.numpy()),)
+
+
+def _as_storage(view: memoryview) -> torch.UntypedStorage:
+    return torch.frombuffer(view, dtype=torch.uint8).untyped_storage() if len(view) else torch.UntypedStorage(0)
+
+
+def _as_tensor(
+    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
+    requires_grad: bool,
+) -> torch.Tensor:  # fmt: skip
+    return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride).requires_grad_(requires_grad)

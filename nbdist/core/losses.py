@@ -1,0 +1,89 @@
+"""Well-known losses, and what the mean of a loss is over."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nbdist.errors import TaskError, suggest
+
+__all__ = ["LOSSES", "Loss", "find_loss", "loss_name"]
+
+Loss = Callable[[Any, Any], Any]
+"""``loss(output, target)``: a mean, or ``(mean, weight)`` with the number (or sum of weights) that it is over."""
+
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "bce": F.binary_cross_entropy_with_logits,
+    "cross_entropy": F.cross_entropy,
+    "huber": F.huber_loss,
+    "kl_div": functools.partial(F.kl_div, reduction="batchmean"),
+    "l1": F.l1_loss,
+    "mae": F.l1_loss,
+    "mse": F.mse_loss,
+    "nll": F.nll_loss,
+    "smooth_l1": F.smooth_l1_loss,
+}
+"""Losses by the names that ``--loss`` takes; "bce" takes logits."""
+
+
+def find_loss(loss: Any) -> Loss:
+    """Turn a name or a callable into a loss whose weights average exactly over ranks and microbatches.
+
+    Raises:
+        TaskError: The name is unknown, the value is not callable, or the loss is a sum.
+    """
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise TaskError(
+                f"unknown loss {loss!r}: use {', '.join(LOSSES)}, or a callable.{suggest(loss, LOSSES)}"
+            )
+        loss = LOSSES[loss]
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        raise TaskError(f"loss {loss.__name__} is a class, not a loss: write {loss.__name__}().")
+    if not callable(loss):
+        raise TaskError(f"loss must be a name or a callable, not {loss!r}.")
+    if getattr(loss, "reduction", "mean") not in ("mean", "batchmean"):
+        raise TaskError(f"loss {loss_name(loss)} has reduction={loss.reduction!r}: use reduction='mean'.")
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        return _ClassLoss(loss, loss.ignore_index, loss.weight)
+    if loss in (F.cross_entropy, F.nll_loss):
+        return _ClassLoss(loss, inspect.signature(loss).parameters["ignore_index"].default, None)
+    return loss
+
+
+def loss_name(loss: Any) -> str:
+    """What to call a loss in the plan and the panel."""
+    if isinstance(loss, str):
+        return loss
+    return getattr(loss, "__name__", None) or type(loss).__name__
+
+
+class _ClassLoss:
+    """A loss over classes whose mean leaves ignored targets out and weighs the others by their class.
+
+    The weight it returns with the mean is the divisor of that mean, so ignored targets and class weights average
+    exactly over slices of any size.
+    """
+
+    def __init__(self, loss: Callable[..., torch.Tensor], ignore_index: int, class_weight: torch.Tensor | None) -> None:
+        self._loss = loss
+        self._ignore_index = ignore_index
+        self._class_weight = class_weight
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | int]:
+        if isinstance(self._loss, nn.Module):
+            self._loss.to(output.device)
+        value = self._loss(output, target)
+        if target.is_floating_point():  # probabilities of classes: the mean is over samples
+            return value, target.numel() // max(1, target.shape[1] if target.ndim > 1 else target.shape[0])
+        counted = target != self._ignore_index
+        if self._class_weight is None:
+            return value, counted.sum()
+        weights = self._class_weight.to(output.device)
+        return value, (weights[target.where(counted, 0)] * counted).sum()

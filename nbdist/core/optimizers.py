@@ -1,0 +1,82 @@
+"""Well-known optimizers by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbdist.errors import TaskError, suggest
+
+__all__ = ["OPTIMIZERS", "make_optimizer", "optimizer_name"]
+
+_UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    name.lower(): cls
+    for name, cls in vars(torch.optim).items()
+    if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and name not in _UNFIT
+}
+"""The classes of ``torch.optim`` by the names that ``--optimizer`` takes."""
+
+
+def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:
+    """Build the optimizer of `model`.
+
+    Args:
+        optimizer: A name, a callable that takes the parameters (and `lr`, where it has such an argument), or a ready
+            optimizer over parameters of `model`.
+        model: The module.
+        lr: Learning rate; None for the optimizer's own.
+
+    Raises:
+        TaskError: The name is unknown, or the value is not, or does not make, an optimizer of this model.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    settings = {} if lr is None else {"lr": lr}
+    if isinstance(optimizer, torch.optim.Optimizer):
+        if settings:
+            raise TaskError(f"lr={lr} is given, but the optimizer is ready-made: set the rate in it.")
+        return _checked(optimizer, model, optimizer)
+    if isinstance(optimizer, str):
+        if optimizer.lower() not in OPTIMIZERS:
+            known = ", ".join(sorted(OPTIMIZERS))
+            raise TaskError(
+                f"unknown optimizer {optimizer!r}: use {known}, or a callable.{suggest(optimizer.lower(), OPTIMIZERS)}"
+            )
+        return OPTIMIZERS[optimizer.lower()](trainable, **settings)
+    if not callable(optimizer):
+        raise TaskError(f"optimizer must be a name, a callable or an optimizer, not {optimizer!r}.")
+    if settings and not _takes_lr(optimizer):
+        raise TaskError(f"lr={lr} is given, but {optimizer_name(optimizer)} takes no lr: set the rate in it.")
+    return _checked(optimizer(trainable, **settings), model, optimizer)
+
+
+def optimizer_name(optimizer: Any) -> str:
+    """What to call an optimizer in the plan and the panel."""
+    if isinstance(optimizer, str):
+        return optimizer.lower()
+    return getattr(optimizer, "__name__", None) or type(optimizer).__name__
+
+
+def _takes_lr(optimizer: Any) -> bool:
+    try:
+        parameters = inspect.signature(optimizer).parameters.values()
+    except ValueError:  # a builtin without a signature
+        return True
+    return any(p.name == "lr" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _checked(made: Any, model: nn.Module, given: Any) -> torch.optim.Optimizer:
+    name = optimizer_name(given)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TaskError(f"optimizer {name} returned {type(made).__name__}, not a torch optimizer.")
+    own = {id(p) for p in model.parameters()}
+    foreign = sum(id(p) not in own for group in made.param_groups for p in group["params"])
+    if foreign:
+        raise TaskError(
+            f"optimizer {name} holds {foreign} parameters that are not the model's: build it from model.parameters()."
+        )
+    return made

@@ -1,0 +1,70 @@
+"""The table of a model's parameters and buffers: what is synchronised, optimized and brought home."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nbdist.core.channels import Channel
+
+__all__ = ["ParamTable"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamTable:
+    """Parameters and buffers by name; a tied one stands once, under its first name.
+
+    Args:
+        parameters: Every parameter, frozen ones included.
+        buffers: Every buffer, those left out of ``state_dict`` included.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    buffers: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ParamTable:
+        """Read the table off a module."""
+        return cls(parameters=dict(model.named_parameters()), buffers=dict(model.named_buffers()))
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that take a gradient."""
+        return {name: p for name, p in self.parameters.items() if p.requires_grad}
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers together, detached but not copied."""
+        return {name: t.detach() for name, t in {**self.parameters, **self.buffers}.items()}
+
+    def broadcast_(self, channel: Channel) -> None:
+        """Give every rank the weights and buffers of rank 0. **Collective** over `channel`."""
+        for tensor in self.tensors.values():
+            contiguous = tensor.contiguous()
+            channel.broadcast_(contiguous)
+            if contiguous is not tensor:
+                tensor.copy_(contiguous)
+
+    def average_buffers_(self, channel: Channel) -> None:
+        """Give every rank the mean of the floating-point buffers, and rank 0's other ones. **Collective**.
+
+        Running statistics (BatchNorm) see only the local part of the data; their mean over the replicas is what the
+        trained model holds.
+        """
+        for buffer in self.buffers.values():
+            contiguous = buffer.contiguous()
+            if buffer.is_floating_point():
+                channel.all_reduce_(contiguous)
+                contiguous /= channel.size
+            else:
+                channel.broadcast_(contiguous)
+            if contiguous is not buffer:
+                buffer.copy_(contiguous)
+
+    @torch.no_grad()
+    def load_(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy `tensors` (those of another table of the same model) into this one's, in place. Local."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])

@@ -1,0 +1,60 @@
+"""Data parallelism: every rank holds the whole model and reads its part of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbdist.core.channels import Channel
+from nbdist.core.gradient_sync import GradientSync, Totals
+from nbdist.core.params import ParamTable
+from nbdist.core.strategies.base import Strategy
+
+__all__ = ["Replicate"]
+
+
+class Replicate(Strategy):
+    """Replicas along one channel, kept equal by summing gradients. The module is not wrapped.
+
+    **Collective**: the constructor gives every rank the weights and buffers of rank 0.
+
+    Args:
+        model: The module, on the channel's device.
+        channel: The ``dp`` axis.
+        bucket_mib: See `GradientSync`.
+        overlap: See `GradientSync`.
+    """
+
+    def __init__(
+        self, model: nn.Module, channel: Channel, *, bucket_mib: float = 25.0, overlap: bool | None = None
+    ) -> None:
+        super().__init__(ParamTable.of(model), channel)
+        with torch.no_grad():
+            self.table.broadcast_(channel)
+        trainable = list(self.table.trainable.values())
+        self._gradients = GradientSync(trainable, channel, bucket_mib=bucket_mib, overlap=overlap)
+
+    def begin_step(self) -> None:
+        """See `Strategy`."""
+        self._gradients.zero_()
+
+    def backward(self, loss: torch.Tensor, weight: Any, *, last: bool) -> None:
+        """See `Strategy`."""
+        if last:
+            self._gradients.arm()
+        (loss if isinstance(weight, float) and weight == 1.0 else loss * weight).backward()
+
+    def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
+        """See `Strategy`."""
+        return self._gradients.finish(weight, stop=stop, exhausted=exhausted)
+
+    def share_buffers(self) -> None:
+        """See `Strategy`: the mean over the replicas."""
+        with torch.no_grad():
+            self.table.average_buffers_(self.data_axis)
+
+    def close(self) -> None:
+        """See `Strategy`."""
+        self._gradients.close()

@@ -1,0 +1,185 @@
+"""The task: what the user supplies, checked before anything else is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbdist.core.losses import Loss, find_loss, loss_name
+from nbdist.core.metrics import Metric, find_metric
+from nbdist.core.optimizers import make_optimizer, optimizer_name
+from nbdist.core.source import Source, tensors_in
+from nbdist.errors import PlanError, TaskError
+
+__all__ = ["Step", "SupervisedStep", "Task", "first_dimension"]
+
+Step = Callable[[nn.Module, Any], Any]
+"""``step(model, batch)``: one training step's loss, a mean, or ``(loss, weight)`` with what that mean is over."""
+
+NO_LOSS = "no loss: give loss=... (a name such as 'cross_entropy', or a callable) or step=..."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Model, data, step, optimizer, and what is measured. It travels to the engines as one value.
+
+    Args:
+        model: The module as the user made it.
+        data: Training data.
+        step: The training step.
+        optimizer: Over parameters of `model`.
+        val: Validation data, or None.
+        metric: Measured on `val` beside the loss, or None.
+        own_optimizer: Whether the user made the optimizer, and so gets its state back.
+        options: The Plan options that follow from what was supplied: names, batch size, shuffle.
+    """
+
+    model: nn.Module
+    data: Source
+    step: Step
+    optimizer: torch.optim.Optimizer
+    val: Source | None
+    metric: Metric | None
+    own_optimizer: bool
+    options: dict[str, Any]
+
+    @classmethod
+    def create(
+        cls, model: Any, data: Any, *, loss: Any = None, step: Step | None = None, optimizer: Any = "adamw",
+        lr: float | None = None, val: Any = None, metric: Any = None, batch_size: int | None = None,
+        shuffle: bool | None = None, names: tuple[str, str] = ("model", "data"),
+    ) -> Task:  # fmt: skip
+        """Check what a person supplied and bring it to one form. Local; nothing is changed.
+
+        Args:
+            model: An ``nn.Module`` with something to train.
+            data: See `Source`.
+            loss: A name, or a callable ``loss(output, target)``; the step is then ``loss(model(x), y)``.
+            step: A callable ``step(model, batch)`` in place of `loss`.
+            optimizer: See `make_optimizer`.
+            lr: Learning rate.
+            val: Validation data, in the same forms as `data`.
+            metric: A name, or a callable ``metric(output, target)``.
+            batch_size: Global batch size, if the person gave one.
+            shuffle: Whether to shuffle, if the person said so.
+            names: What the person calls `model` and `data`.
+
+        Raises:
+            TaskError: Something cannot be used.
+            PlanError: An option contradicts what the data brings with it.
+        """
+        _check_model(model, names[0])
+        source = Source.of(data, names[1])
+        if (loss is None) == (step is None):
+            raise TaskError(NO_LOSS if loss is None else "give loss=... or step=..., not both.")
+        if step is not None and not callable(step):
+            raise TaskError(f"step must be a callable step(model, batch), not {step!r}.")
+        if metric is not None and val is None:
+            raise TaskError(f"metric {_name(metric)} has nothing to be measured on: give val=... too.")
+        val_source = None if val is None else Source.of(val, "val")
+        supervised = [("loss", source)] if step is None else []
+        for what, needs_target in [*supervised, *([("metric", val_source)] if metric is not None else [])]:
+            _check_pairs(needs_target, what)
+        _check_agree("batch_size", batch_size, source.batch_size, names[1])
+        _check_agree("shuffle", shuffle, source.shuffle, names[1])
+        return cls(
+            model=model,
+            data=source,
+            step=step or SupervisedStep(find_loss(loss)),
+            optimizer=make_optimizer(optimizer, model, lr),
+            val=val_source,
+            metric=None if metric is None else find_metric(metric),
+            own_optimizer=isinstance(optimizer, torch.optim.Optimizer),
+            options={
+                "loss": loss_name(loss) if step is None else "step",
+                "optimizer": optimizer_name(optimizer),
+                "lr": lr,
+                "metric": "" if metric is None else _name(metric),
+                "batch_size": source.batch_size if batch_size is None else batch_size,
+                "shuffle": source.shuffle if shuffle is None else shuffle,
+            },
+        )
+
+    @property
+    def title(self) -> str:
+        """The model's class and number of parameters, for people."""
+        count = sum(p.numel() for p in self.model.parameters())
+        scale = next((i for i in (1_000_000, 1_000) if count >= i), 1)
+        return f"{type(self.model).__name__} ({count / scale:.3g}{ {1: '', 1_000: ' k', 1_000_000: ' M'}[scale] })"
+
+    def loss_and_weight(self, batch: Any, samples: int) -> tuple[torch.Tensor, Any]:
+        """Run the step on one slice.
+
+        Returns:
+            The loss, a scalar mean, and its weight: a number or a scalar tensor.
+
+        Raises:
+            TaskError: The step gave something else.
+        """
+        given = self.step(self.model, batch)
+        loss, weight = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(type(loss))
+            raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {what}.")
+        return loss.reshape(()), first_dimension(batch, samples) if weight is None else weight
+
+
+class SupervisedStep:
+    """The step of supervised training: the last element of a batch is the target, the others go to the model."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        """Return ``loss(model(*inputs), target)``."""
+        *inputs, target = batch
+        return self.loss(model(*inputs), target)
+
+
+def first_dimension(batch: Any, otherwise: int) -> int:
+    """Length of the first dimension of the first tensor in a batch."""
+    first = next(tensors_in(batch), None)
+    return otherwise if first is None or first.ndim == 0 else len(first)
+
+
+def _name(thing: Any) -> str:
+    return thing if isinstance(thing, str) else getattr(thing, "__name__", None) or type(thing).__name__
+
+
+def _check_model(model: Any, name: str) -> None:
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TaskError(f"{name} is a class, not a model: write {model.__name__}().")
+    if not isinstance(model, nn.Module):
+        raise TaskError(f"{name} is a value of type {type(model).__name__}, not a torch.nn.Module.")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TaskError(f"{name} is wrapped in {type(model).__name__}: pass the module inside, {name}.module.")
+    parameters = list(model.named_parameters())
+    lazy = [n for n, p in parameters if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise TaskError(f"parameter {lazy[0]} of {name} has no shape yet: run one batch through {name} first.")
+    if not any(p.requires_grad for _, p in parameters):
+        raise TaskError(f"{name} has no parameters to train" + (": all are frozen." if parameters else "."))
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise TaskError(f"{path or name} makes sparse gradients, which cannot be summed flat: use sparse=False.")
+
+
+def _check_pairs(source: Source | None, what: str) -> None:
+    first = None if source is None else source.first()
+    if first is not None and not (isinstance(first, (tuple, list)) and len(first) >= 2):
+        shape = "a dict" if isinstance(first, dict) else "a single value"
+        raise TaskError(
+            f"{what} compares the model's output with the last element of a batch (x, y), but a batch here is {shape}: "
+            "give (x, y) data, or write the step yourself."
+        )
+
+
+def _check_agree(option: str, given: Any, brought: Any, name: str) -> None:
+    if given is not None and brought is not None and given != brought:
+        raise PlanError(
+            f"{option}={given} contradicts the DataLoader {name}, which says {brought}: leave one of them away."
+        )

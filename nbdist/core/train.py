@@ -1,0 +1,255 @@
+"""The training loop, written once, straight down the page."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from nbdist.core import seeds, strategies
+from nbdist.core.data import Reader, to_device
+from nbdist.core.evaluate import evaluate
+from nbdist.core.source import Source
+from nbdist.core.task import Task
+from nbdist.core.world import World
+from nbdist.errors import PlanError
+from nbdist.plan import Plan
+from nbdist.telemetry import EpochFinished, Evaluating, Event, Meter, Progress, RunFailed, RunFinished, RunStarted, Sink
+
+__all__ = ["Result", "fit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a training returns.
+
+    Args:
+        state: "finished" or "stopped".
+        history: One dict an epoch (one for the whole run where steps are counted): `epoch`, `steps`, `samples`,
+            `loss` (its weighted mean), `seconds`; then `val_loss` and `val_<metric>` where asked.
+        plan: What was run.
+    """
+
+    state: str
+    history: list[dict[str, Any]]
+    plan: Plan
+
+
+def fit(
+    task: Task,
+    plan: Plan,
+    world: World,
+    *,
+    run_id: str = "",
+    sinks: Sequence[Sink] = (),
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Train. **Collective**: all ranks of `world`, with equal plans and data.
+
+    Args:
+        task: What to train; its model ends as an ordinary module with the trained weights, on the device it came on.
+        plan: How.
+        world: Where.
+        run_id: Name of the run in the record.
+        sinks: Who receives this rank's events.
+        stop_requested: Asked before each step; where any rank answers yes, all stop after the same step.
+    """
+    model, device = task.model, world.device
+
+    def tell(event: Event) -> None:
+        for sink in sinks:
+            sink.emit(event)
+
+    with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(seeds.kept(device))
+        cleanup.enter_context(_threads(plan.threads))
+        cleanup.enter_context(_on_device(model, device))
+        cleanup.enter_context(_reporting_failure(tell, world.rank))
+
+        if not model.training:  # modules that the user froze in evaluation mode inside a training model stay so
+            cleanup.callback(model.eval)
+            model.train()
+
+        strategy = strategies.apply(model, plan, world)
+        cleanup.callback(strategy.close)
+        optimizer = task.optimizer
+        trained = list(strategy.table.trainable.values())
+
+        def reader_of(source: Source, per_rank: int, shuffle: bool) -> Reader:
+            reader = Reader(
+                source, strategy.data_axis, batch_size=plan.batch_size, per_rank=per_rank, seed=plan.seed,
+                shuffle=shuffle, pin=device.type == "cuda",
+            )  # fmt: skip
+            cleanup.callback(reader.close)
+            return reader
+
+        reader = reader_of(task.data, plan.accumulate, plan.shuffle)
+        val_reader = reader_of(task.val, 1, False) if task.val is not None else None
+        steps_total = _steps_total(plan, reader)
+        # Weights are counted in units of a full slice, so a full batch scales nothing.
+        full_slice = plan.batch_size / plan.slices
+
+        tell(
+            RunStarted(
+                rank=world.rank, run_id=run_id, title=task.title, plan=plan.to_dict(), steps_total=steps_total,
+                host=socket.gethostname(), pid=os.getpid(), device=str(device),
+            )  # fmt: skip
+        )
+        meter = Meter()
+        history: list[dict[str, Any]] = []
+        step = samples = 0
+        stopped = False
+        # Under `steps`, the whole run is one row, however often it wraps round the data.
+        row = _Row(device)
+
+        for epoch in itertools.count(1):
+            first_step = step
+            for slices in reader.epoch(epoch):
+                strategy.begin_step()
+                step_weight: Any = 0.0
+                step_sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+                for position, part in enumerate(slices or ()):
+                    seeds.seed_torch(seeds.derive(plan.seed, "slice", step, part.index), device)
+                    loss, weight = task.loss_and_weight(to_device(part.batch, device), part.samples)
+                    # A mean over nothing (all targets ignored) is not a number: it has no gradient to give.
+                    if weight != 0:
+                        share = weight / full_slice
+                        strategy.backward(loss, share, last=position == len(slices or ()) - 1)
+                        step_weight = step_weight + share
+                        step_sums += torch.stack([loss.detach().double() * share, torch.as_tensor(share).double()])
+                    row.samples += part.samples
+                    samples += part.samples
+
+                totals = strategy.sync(step_weight, stop=stop_requested(), exhausted=slices is None)
+                if totals.exhausted == strategy.data_axis.size:
+                    break
+                if totals.weight:
+                    if plan.clip_norm is not None:
+                        nn.utils.clip_grad_norm_(trained, plan.clip_norm)
+                    optimizer.step()
+                step += 1
+                row.steps += 1
+                row.sums += step_sums
+
+                if meter.due():
+                    tell(_progress(world, step, epoch, samples, step_sums, meter))
+                stopped = totals.stop > 0
+                if stopped or step == plan.steps:
+                    break
+
+            ended = stopped or step == plan.steps or epoch == plan.epochs
+            if step == first_step:
+                raise PlanError(f"the data gave no batch in epoch {epoch}: can it be read only once?")
+            if not (ended or plan.epochs is not None):
+                continue  # `steps` wraps round the data
+
+            seconds = row.seconds  # before evaluation: a row counts training only
+            strategy.share_buffers()
+            tell(_progress(world, step, epoch, samples, row.sums, meter))
+            measured: dict[str, float] = {}
+            if val_reader is not None and not stopped:
+                tell(Evaluating(rank=world.rank))
+                measured = evaluate(task, strategy, val_reader, seed=plan.seed, metric=plan.metric)
+            history.append(row.close(strategy, len(history) + 1, seconds) | measured)
+            tell(EpochFinished(rank=world.rank, row=history[-1]))
+            if ended:
+                break
+            row = _Row(device)
+
+        state = "stopped" if stopped and not _complete(plan, step, steps_total) else "finished"
+        tell(RunFinished(rank=world.rank, state=state))
+        return Result(state=state, history=history, plan=plan)
+
+
+class _Row:
+    """Counts of one history row on this rank."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.steps = 0
+        self.samples = 0
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._started_s = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the row began."""
+        return time.perf_counter() - self._started_s
+
+    def close(self, strategy: strategies.Strategy, epoch: int, seconds: float) -> dict[str, Any]:
+        """The row over all ranks, the same on each; `seconds` are rank 0's. **Collective**."""
+        axis = strategy.data_axis
+        rank_zeros = seconds if axis.rank == 0 else 0.0
+        counted = torch.tensor([self.samples, rank_zeros], dtype=torch.float64, device=axis.device)
+        sums = torch.cat([self.sums, counted])
+        axis.all_reduce_(sums)
+        loss_sum, weight, samples, seconds = sums.tolist()
+        return {
+            "epoch": epoch,
+            "steps": self.steps,
+            "samples": round(samples),
+            "loss": loss_sum / weight if weight else float("nan"),
+            "seconds": seconds,
+        }
+
+
+def _steps_total(plan: Plan, reader: Reader) -> int | None:
+    if reader.steps == 0:
+        raise PlanError(f"drop_last leaves no batch of {plan.batch_size}: use a smaller batch size.")
+    if plan.steps is not None:
+        return plan.steps
+    return None if reader.steps is None or plan.epochs is None else plan.epochs * reader.steps
+
+
+def _complete(plan: Plan, step: int, steps_total: int | None) -> bool:
+    return steps_total is not None and step >= steps_total
+
+
+def _progress(world: World, step: int, epoch: int, samples: int, sums: torch.Tensor, meter: Meter) -> Progress:
+    loss_sum, weight = sums.tolist()
+    if world.device.type == "cuda":
+        memory = torch.cuda.memory_allocated(world.device)
+    else:
+        memory = psutil.Process().memory_info().rss
+    return Progress(
+        rank=world.rank, step=step, epoch=epoch, samples=samples, loss=loss_sum / weight if weight else None,
+        samples_per_s=meter.rate(samples), memory_mib=memory / 2**20,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    before = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
+
+
+@contextlib.contextmanager
+def _reporting_failure(tell: Callable[[Event], None], rank: int) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        tell(RunFailed(rank=rank, error=f"{type(error).__name__}: {error}"))
+        raise

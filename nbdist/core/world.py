@@ -1,0 +1,158 @@
+"""The world: which ranks there are, what they run on, how they meet."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nbdist.core.channels import Channel, ProcessGroupChannel, SoloChannel
+from nbdist.errors import PlanError
+
+__all__ = ["World", "host_store", "pick_device"]
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The ranks of one generation.
+
+    Args:
+        generation: Number of this world in the life of its processes; a world that failed is never used again.
+        rank: This process's position, 0 ... size - 1.
+        size: How many ranks there are.
+        local_rank: Position among the ranks on this host.
+        local_size: Ranks on this host.
+        device: What this rank computes on.
+        store: The key-value store all ranks share, hosted outside of them; None where nobody outside takes part.
+    """
+
+    generation: int = 0
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = torch.device("cpu")
+    store: Any = None
+
+    @classmethod
+    def form(
+        cls, *, store: Any, rank: int, size: int, local_rank: int, local_size: int, device: str = "auto", generation: int = 0
+    ) -> World:
+        """Meet the other ranks. **Collective**: all ranks, with the same `store`, `size` and `generation`.
+
+        Returns after a first all-reduce over everyone, so a world that was formed works.
+        """
+        if local_size == size:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
+        chosen = pick_device(device, local_rank)
+        names = dist.PrefixStore(f"nbdist/{generation}", store)
+        backend = _backend(names, rank, size, chosen)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        dist.init_process_group(backend, store=names, rank=rank, world_size=size, timeout=_TIMEOUT)
+        world = cls(
+            generation=generation, rank=rank, size=size, local_rank=local_rank, local_size=local_size,
+            device=chosen, store=names,
+        )  # fmt: skip
+        world.channel().all_reduce_(torch.ones(1, device=chosen))
+        return world
+
+    @classmethod
+    @contextlib.contextmanager
+    def from_environment(cls, device: str = "auto") -> Iterator[World]:
+        """The world this process was started in: torchrun's, a group that is already initialised, or one rank alone.
+
+        **Collective** under torchrun. A group that was formed here is left again at the end.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if dist.is_initialized():
+            yield cls._adopt(device)
+            return
+        if size == 1:
+            yield cls(device=pick_device(device, 0))
+            return
+        rank = int(os.environ["RANK"])
+        store, _, _ = next(dist.rendezvous("env://", rank, size))
+        world = cls.form(
+            store=store, rank=rank, size=size, device=device,
+            local_rank=int(os.environ.get("LOCAL_RANK", rank)),
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        )  # fmt: skip
+        try:
+            yield world
+        finally:
+            world.leave()
+
+    @classmethod
+    def _adopt(cls, device: str) -> World:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        chosen = pick_device(device, local_rank)
+        return cls(
+            rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=chosen,
+        )  # fmt: skip
+
+    def channel(self) -> Channel:
+        """The channel over all ranks."""
+        return SoloChannel(self.device) if self.size == 1 else ProcessGroupChannel(self.device)
+
+    def leave(self) -> None:
+        """Leave this world; peers that wait for this rank are released with an error. Local, twice is fine."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(device: str, local_rank: int) -> torch.device:
+    """The device of a rank: with "auto" its GPU where there are GPUs, else the CPU.
+
+    Raises:
+        PlanError: The word is unknown, or there is no GPU.
+    """
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if device == "cpu" or (device == "auto" and not gpus):
+        return torch.device("cpu")
+    if device not in ("auto", "cuda"):
+        raise PlanError(f"unknown device {device!r}: use auto, cpu or cuda.")
+    if not gpus:
+        raise PlanError("device 'cuda' was asked for, but torch sees no GPU here: use cpu or auto.")
+    return torch.device("cuda", local_rank % gpus)
+
+
+def _backend(store: Any, rank: int, size: int, device: torch.device) -> str:
+    """Choose gloo or nccl; nccl refuses two ranks on one GPU, so those fall back to gloo. **Collective**."""
+    if device.type == "cpu":
+        return "gloo"
+    store.set(f"gpu/{rank}", str(torch.cuda.get_device_properties(device).uuid))
+    gpus = [store.get(f"gpu/{other}") for other in range(size)]
+    if len(set(gpus)) == size:
+        return "cpu:gloo,cuda:nccl"
+    if rank == 0:
+        warnings.warn(f"{size} ranks share {len(set(gpus))} GPUs: using gloo, which is slower than nccl.", stacklevel=3)
+    return "cpu:gloo,cuda:gloo"
+
+
+def host_store(address: str = "127.0.0.1") -> Any:
+    """Host a store for ranks to meet in, listening on `address` only. Local: called outside the ranks.
+
+    torch's own listener takes every interface, unauthenticated; so the socket is bound here and handed over.
+    """
+    with socket.socket() as listener:
+        listener.bind((address, 0))
+        listener.listen(128)
+        port = listener.getsockname()[1]
+        return dist.TCPStore(
+            address, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
+        )

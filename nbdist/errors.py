@@ -1,0 +1,69 @@
+"""Every error nbdist raises on purpose.
+
+```
+NbdistError                      shown in a notebook as one sentence, without a traceback through our internals
+├── PlanError    (ValueError)    an option, or a combination of options, that cannot be run
+├── TaskError    (TypeError, ValueError)  a model, data, loss, step, optimizer or metric that cannot be used
+├── ClusterError (RuntimeError)  engines that are missing, busy, dead or cannot be started
+│   └── EngineError              something failed on an engine; carries the engine's own traceback
+└── PeerLostError (RuntimeError) a collective ended because another rank is gone: an echo, never the cause
+```
+
+Messages carry the value that is wrong and, in the second half, the cure.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["ClusterError", "EngineError", "NbdistError", "PeerLostError", "PlanError", "TaskError", "suggest"]
+
+
+class NbdistError(Exception):
+    """The root of the tree above."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython prints instead of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class PlanError(NbdistError, ValueError):
+    """An option, or a combination of options, that cannot be run."""
+
+
+class TaskError(NbdistError, TypeError, ValueError):
+    """A model, data, loss, step, optimizer or metric that cannot be used."""
+
+
+class ClusterError(NbdistError, RuntimeError):
+    """Engines that are missing, busy, dead or cannot be started."""
+
+
+class EngineError(ClusterError):
+    """Something failed on an engine.
+
+    Args:
+        message: One line: the ranks, the error and the line of the user's code where it happened.
+        remote_traceback: The engine's own traceback, with its source lines.
+        rank: The first rank that failed.
+    """
+
+    def __init__(self, message: str, remote_traceback: str = "", rank: int | None = None) -> None:
+        super().__init__(message)
+        self.remote_traceback = remote_traceback
+        self.rank = rank
+
+    def _render_traceback_(self) -> list[str]:
+        lines = self.remote_traceback.rstrip("\n").splitlines()
+        return [*lines, "", *super()._render_traceback_()] if lines else super()._render_traceback_()
+
+
+class PeerLostError(NbdistError, RuntimeError):
+    """A collective ended because another rank is gone: an echo, never the cause."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""

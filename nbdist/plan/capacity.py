@@ -1,0 +1,50 @@
+"""What this machine can carry: its cores, and how many engines make sense."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nbdist.errors import PlanError
+
+__all__ = ["available_cores", "check_engines", "default_engines"]
+
+_DEFAULT_AT_MOST = 4
+_ENGINES_A_CORE = 4
+_ENGINES_A_GPU = 8
+_LIMIT_VARIABLE = "NBDIST_MAX_ENGINES"
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use: affinity and the container's quota often allow fewer than the host has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
+def default_engines(cores: int, gpus: int) -> int:
+    """One engine a GPU, else one a core up to four; never more than ``$NBDIST_MAX_ENGINES``."""
+    return min(gpus or min(cores, _DEFAULT_AT_MOST), _limit(cores, gpus))
+
+
+def check_engines(engines: int, cores: int, gpus: int) -> None:
+    """Refuse a number of engines that cannot be meant.
+
+    Raises:
+        PlanError: It is below one, or above what `cores` and `gpus` can carry.
+    """
+    if engines < 1:
+        raise PlanError(f"{engines} engines is too few: use 1 or more.")
+    limit = _limit(cores, gpus)
+    if engines > limit:
+        raise PlanError(
+            f"{engines} engines are more than this machine can carry ({cores} cores, {gpus} GPUs): use {limit} or fewer."
+        )
+
+
+def _limit(cores: int, gpus: int) -> int:
+    given = os.environ.get(_LIMIT_VARIABLE, "")
+    return int(given) if given.isdigit() and int(given) else max(cores * _ENGINES_A_CORE, gpus * _ENGINES_A_GPU)

@@ -1,0 +1,96 @@
+"""Plan fields as command-line options: one table for the magics and the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from nbdist.errors import PlanError, suggest
+from nbdist.plan.plan import OPTIONS, Option
+
+__all__ = ["OptionParser", "add_plan_options", "plan_options", "split_line"]
+
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are `PlanError`s, for magics and the command line alike."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog, description=description, add_help=False, allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
+        )  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `PlanError` in place of ending the process."""
+        raise PlanError(f"{self.prog}: {message}.")
+
+    def parse(self, words: list[str]) -> argparse.Namespace:
+        """Parse `words`; an unknown option is answered with the nearest known one."""
+        namespace, unknown = self.parse_known_args(words)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            raise PlanError(f"{self.prog}: unknown argument {unknown[0]!r}.{suggest(unknown[0], known)}")
+        return namespace
+
+
+def _yes_or_no(word: str) -> bool:
+    if word.lower() in ("yes", "true", "1"):
+        return True
+    if word.lower() in ("no", "false", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{word!r} is neither yes nor no")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _help(option: Option) -> str:
+    text = f"{option.help} Default: {option.default}." if option.default else option.help
+    return text.replace("%", "%%")
+
+
+def add_plan_options(parser: argparse.ArgumentParser, names: Iterable[str] = tuple(OPTIONS)) -> None:
+    """Add the Plan options `names` to `parser`, each with its sentence, unit and default."""
+    for name in names:
+        option = OPTIONS[name]
+        parse: Any = _yes_or_no if option.parse is bool else option.parse
+        parser.add_argument(_flag(name), type=parse, metavar=option.metavar, help=_help(option))
+
+
+def plan_options(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The Plan options that were given in a parsed `namespace`."""
+    return {name: value for name, value in vars(namespace).items() if name in OPTIONS and value is not None}
+
+
+def split_line(line: str) -> list[str]:
+    """Split a magic's line into words, keeping bracketed expressions and quoted strings whole.
+
+    ``model (X, y) --loss mse`` gives ``["model", "(X, y)", "--loss", "mse"]``. Quotes stay, as in Python source.
+
+    Raises:
+        PlanError: A bracket or a quote is not closed.
+    """
+    words: list[str] = []
+    word, closing, quote = "", [], ""
+    for character in line:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in _CLOSING:
+            closing.append(_CLOSING[character])
+        elif closing and character == closing[-1]:
+            closing.pop()
+        elif character.isspace() and not closing:
+            if word:
+                words.append(word)
+            word = ""
+            continue
+        word += character
+    if quote or closing:
+        raise PlanError(f"{(quote or closing[-1])!r} is missing in: {line.strip()}")
+    return [*words, word] if word else words

@@ -1,0 +1,25 @@
+"""How a global batch is cut into slices."""
+
+from __future__ import annotations
+
+__all__ = ["slice_bounds"]
+
+
+def slice_bounds(samples: int, slices: int) -> list[tuple[int, int]]:
+    """Cut `samples` positions into contiguous, balanced slices.
+
+    A full batch always fills every slice. A short last batch fills fewer slices where they would otherwise hold a
+    single sample, because layers such as BatchNorm cannot train on one: what one process can train on, every number
+    of ranks can.
+
+    Args:
+        samples: Samples in this global batch.
+        slices: Slices of a full batch: ranks on the data axes x microbatches.
+
+    Returns:
+        One ``(start, stop)`` a slice, `slices` in all, sizes differing by at most one among the filled ones; the
+        last ones may be empty.
+    """
+    filled = slices if samples >= 2 * slices else max(1, min(slices, samples // 2))
+    bounds = [(i * samples // filled, (i + 1) * samples // filled) for i in range(filled)]
+    return bounds + [(samples, samples)] * (slices - filled)

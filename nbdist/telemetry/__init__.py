@@ -1,0 +1,36 @@
+"""WHAT happened: events, the fold of events into state, and sinks. Standard library only."""
+
+from nbdist.telemetry.events import (
+    Evaluating,
+    EpochFinished,
+    Event,
+    Progress,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+)
+from nbdist.telemetry.meter import Meter
+from nbdist.telemetry.sinks import JsonlSink, ListSink, Sink, SnapshotSink, TextSink
+from nbdist.telemetry.state import RankState, RunState, fold
+from nbdist.telemetry.view import run_html, run_text
+
+__all__ = [
+    "EpochFinished",
+    "Evaluating",
+    "Event",
+    "JsonlSink",
+    "ListSink",
+    "Meter",
+    "Progress",
+    "RankState",
+    "RunFailed",
+    "RunFinished",
+    "RunStarted",
+    "RunState",
+    "Sink",
+    "SnapshotSink",
+    "TextSink",
+    "fold",
+    "run_html",
+    "run_text",
+]

@@ -1,0 +1,86 @@
+"""Events: frozen facts about one rank of one run. They know nothing of who draws or stores them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["EpochFinished", "Evaluating", "Event", "Progress", "RunFailed", "RunFinished", "RunStarted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What all events share.
+
+    Args:
+        rank: The rank that it happened on.
+        time_s: When, in seconds since 1970 (UTC).
+    """
+
+    rank: int
+    time_s: float = field(default_factory=time.time)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The event as JSON-able data, its kind under ``event``."""
+        return {"event": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted(Event):
+    """The rank is ready for its first step. `steps_total` is None where the data has no length."""
+
+    run_id: str
+    title: str
+    plan: dict[str, Any]
+    steps_total: int | None
+    host: str
+    pid: int
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(Event):
+    """Where the rank stands, a few times a second; counts are since the start of the run.
+
+    Args:
+        step: Optimizer steps done.
+        epoch: The epoch being read, from 1.
+        samples: Samples this rank has trained on.
+        loss: Mean loss of this rank's part of the latest step, None where it had no part.
+        samples_per_s: This rank's speed since the event before.
+        memory_mib: Memory of the device in use by this rank: allocated on a GPU, resident on a CPU.
+    """
+
+    step: int
+    epoch: int
+    samples: int
+    loss: float | None
+    samples_per_s: float
+    memory_mib: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluating(Event):
+    """The rank begins an evaluation on the validation data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochFinished(Event):
+    """An epoch is over; `row` is what `Run.history` holds, the same on every rank."""
+
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFinished(Event):
+    """The run ended well. `state` is "finished" or "stopped"."""
+
+    state: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFailed(Event):
+    """The rank left the run with an error."""
+
+    error: str

@@ -1,0 +1,35 @@
+"""The record of past runs: one folder a run, one JSON-lines file a rank."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+__all__ = ["KEPT_RUNS", "new_run_id", "record_path", "records"]
+
+KEPT_RUNS = 100
+"""Older records are removed when a new run begins."""
+
+
+def records() -> Path:
+    """The folder of all records: ``$NBDIST_HOME/runs``, by default below the user's state folder."""
+    home = os.environ.get("NBDIST_HOME")
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return (Path(home) if home else Path(state) / "nbdist") / "runs"
+
+
+def new_run_id() -> str:
+    """A name for a run that sorts by time, such as "20261124-093015-4f2a"."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def record_path(run_id: str, rank: int) -> Path:
+    """Where the record of one rank of a run lies; on rank 0, the oldest records beyond `KEPT_RUNS` are removed."""
+    folder = records()
+    if rank == 0 and folder.is_dir():  # one rank tidies up for all
+        for old in sorted(path for path in folder.iterdir() if path.is_dir())[: -KEPT_RUNS or None]:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder / run_id / f"rank{rank}.jsonl"

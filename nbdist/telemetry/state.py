@@ -1,0 +1,149 @@
+"""State: events folded, first into one rank's state, then over all ranks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from nbdist.telemetry.events import EpochFinished, Evaluating, Event, Progress, RunFailed, RunFinished, RunStarted
+
+__all__ = ["RankState", "RunState", "fold"]
+
+ENDED = ("finished", "stopped", "failed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankState:
+    """The latest that is known of one rank: a snapshot, small enough to publish several times a second.
+
+    Fields are those of the events they come from. `state` is one of "starting", "running", "evaluating", "finished",
+    "stopped", "failed", "lost".
+    """
+
+    rank: int
+    state: str = "starting"
+    host: str = ""
+    pid: int = 0
+    device: str = ""
+    step: int = 0
+    steps_total: int | None = None
+    epoch: int = 0
+    samples: int = 0
+    loss: float | None = None
+    samples_per_s: float = 0.0
+    memory_mib: float = 0.0
+    history: tuple[dict[str, Any], ...] = ()
+    error: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as JSON-able data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RankState:
+        """The inverse of `to_dict`."""
+        return cls(**{**data, "history": tuple(data["history"])})
+
+
+def fold(state: RankState, event: Event) -> RankState:
+    """Return `state` after `event`."""
+    match event:
+        case RunStarted():
+            return replace(
+                state, state="running", host=event.host, pid=event.pid, device=event.device,
+                steps_total=event.steps_total,
+            )  # fmt: skip
+        case Progress():
+            return replace(
+                state, state="running", step=event.step, epoch=event.epoch, samples=event.samples,
+                loss=state.loss if event.loss is None else event.loss,
+                samples_per_s=event.samples_per_s, memory_mib=event.memory_mib,
+            )  # fmt: skip
+        case Evaluating():
+            return replace(state, state="evaluating")
+        case EpochFinished():
+            return replace(state, state="running", history=(*state.history, event.row))
+        case RunFinished():
+            return replace(state, state=event.state)
+        case RunFailed():
+            return replace(state, state="failed", error=event.error)
+        case _:
+            return state
+
+
+@dataclass
+class RunState:
+    """The whole run as the notebook sees it.
+
+    Args:
+        title: What is trained: the model's class and size.
+        plan: The plan as JSON-able data.
+        ranks: The latest state of every rank.
+        state: "starting", "running", "stopping", "finished", "stopped" or "failed".
+        error: One line about what went wrong, if anything did.
+    """
+
+    title: str
+    plan: dict[str, Any]
+    ranks: dict[int, RankState]
+    state: str = "starting"
+    error: str = ""
+    started_s: float = field(default_factory=time.time)
+    ended_s: float | None = None
+
+    def merge(self, rank: RankState) -> None:
+        """Take in the newest snapshot of one rank."""
+        self.ranks[rank.rank] = rank
+        if self.state == "starting" and rank.state != "starting":
+            self.state = "running"
+
+    def end(self, state: str, error: str = "") -> None:
+        """The run is over."""
+        self.state, self.error, self.ended_s = state, error, time.time()
+
+    @property
+    def running(self) -> bool:
+        """Whether the run has not ended yet."""
+        return self.state not in ENDED
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start, up to now or to the end."""
+        return (self.ended_s or time.time()) - self.started_s
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that every rank has done."""
+        return min(rank.step for rank in self.ranks.values())
+
+    @property
+    def steps_total(self) -> int | None:
+        """Optimizer steps planned; None where the data has no length."""
+        return self.ranks[0].steps_total
+
+    @property
+    def samples(self) -> int:
+        """Samples trained on, over all ranks."""
+        return sum(rank.samples for rank in self.ranks.values())
+
+    @property
+    def samples_per_s(self) -> float:
+        """Speed over all ranks: at the moment while running, of the whole training afterwards."""
+        if self.running:
+            return sum(rank.samples_per_s for rank in self.ranks.values())
+        seconds = sum(row["seconds"] for row in self.history)
+        return sum(row["samples"] for row in self.history) / seconds if seconds else 0.0
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of the ranks' latest losses while running; the last epoch's exact mean afterwards."""
+        if not self.running and self.history:
+            return float(self.history[-1]["loss"])
+        losses = [rank.loss for rank in self.ranks.values() if rank.loss is not None]
+        return sum(losses) / len(losses) if losses else None
+
+    @property
+    def history(self) -> tuple[dict[str, Any], ...]:
+        """One row an epoch; every rank holds the same."""
+        return self.ranks[0].history

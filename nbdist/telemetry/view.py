@@ -1,0 +1,93 @@
+"""A run as static HTML and as plain text: what remains in a saved notebook, and what a terminal shows."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from nbdist.telemetry.state import RankState, RunState
+
+__all__ = ["duration", "epoch_text", "number", "run_html", "run_text"]
+
+_RANK_COLUMNS = ("rank", "device", "state", "step", "loss", "samples/s", "memory")
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for people: ``1234.5`` as "1,234", small ones with `digits` significant digits, None as a dash."""
+    if value is None:
+        return "–"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "0.8 s", "12.3 s", "3 min 05 s", "2 h 07 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def epoch_text(row: dict[str, Any]) -> str:
+    """One row of the history as a line."""
+    rest = "".join(f"  {key} {number(value)}" for key, value in row.items() if key.startswith("val_"))
+    speed = row["samples"] / row["seconds"] if row["seconds"] else 0.0
+    return f"epoch {row['epoch']}  loss {number(row['loss'])}{rest}  {number(speed)} samples/s  {duration(row['seconds'])}"
+
+
+def _summary(run: RunState) -> str:
+    total = "" if run.steps_total is None else f"/{run.steps_total}"
+    mesh = ", ".join(f"{axis}={degree}" for axis, degree in run.plan["mesh"].items())
+    parts = [f"{run.title} on {mesh}", run.state, f"step {run.step}{total}", f"loss {number(run.loss)}"]
+    return " · ".join([*parts, f"{number(run.samples_per_s)} samples/s", duration(run.elapsed_s)])
+
+
+def _rank_cells(rank: RankState) -> tuple[str, ...]:
+    return (
+        str(rank.rank), rank.device, rank.state, str(rank.step), number(rank.loss),
+        number(rank.samples_per_s), f"{number(rank.memory_mib)} MiB",
+    )  # fmt: skip
+
+
+def _history_cells(run: RunState) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    columns = tuple(run.history[0]) if run.history else ()
+    rows = [tuple(number(row[column]) for column in columns) for row in run.history]
+    return columns, rows
+
+
+def _text_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(cells[i]) for cells in [columns, *rows]) for i in range(len(columns))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) for cells in [columns, *rows]]
+
+
+def run_text(run: RunState) -> str:
+    """The run as plain text: a summary line, the history and the ranks; every line begins with "nbdist"."""
+    lines = [_summary(run)]
+    if run.error:
+        lines.append(run.error)
+    columns, rows = _history_cells(run)
+    if rows:
+        lines += _text_table(columns, rows)
+    lines += _text_table(_RANK_COLUMNS, [_rank_cells(rank) for _, rank in sorted(run.ranks.items())])
+    return "\n".join(f"nbdist: {line}" for line in lines)
+
+
+def _html_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def run_html(run: RunState) -> str:
+    """The run as static HTML without scripts or styles, in one ``<div class="nbdist">`` on a single line."""
+    columns, rows = _history_cells(run)
+    parts = [f"<p><b>{escape(_summary(run))}</b></p>"]
+    if run.error:
+        parts.append(f"<p>{escape(run.error)}</p>")
+    if rows:
+        parts.append(_html_table(columns, rows))
+    parts.append(_html_table(_RANK_COLUMNS, [_rank_cells(rank) for _, rank in sorted(run.ranks.items())]))
+    return f'<div class="nbdist">{"".join(parts)}</div>'
