@@ -11,10 +11,15 @@ import ipyparallel.error
 from nbdist.cluster.remote_errors import ranks_text
 from nbdist.errors import EngineError
 
-__all__ = ["CellRun"]
+__all__ = ["CellRun", "printed"]
 
 _POLL_S = 0.05
 _INTERRUPTED_AFTER_S = 5.0
+
+
+def printed(calls: dict[int, Any], stream: str) -> dict[int, str]:
+    """What each rank's call has written so far to "stdout" or "stderr"."""
+    return {rank: getattr(call, stream) or "" for rank, call in calls.items()}
 
 
 class CellRun:
@@ -38,9 +43,9 @@ class CellRun:
         """Whether every rank has answered."""
         return all(call.ready() for call in self._calls.values())
 
-    def text(self, stream: str) -> dict[int, str]:
+    def printed(self, stream: str = "stdout") -> dict[int, str]:
         """What each rank has written so far to "stdout" or "stderr"."""
-        return {rank: getattr(call, stream) or "" for rank, call in self._calls.items()}
+        return printed(self._calls, stream)
 
     def displays(self) -> dict[int, list[dict[str, Any]]]:
         """Rich outputs of each rank so far, as message contents with ``data`` and ``metadata``."""
@@ -90,6 +95,4 @@ class CellRun:
             raise EngineError(f"{ranks_text(same)}: the engine's process ended. %dist_start replaces it.", rank=first)
         others = [rank for rank in failed if rank not in same]
         also = f" ({ranks_text(others)} failed too: {failed[others[0]].ename})" if others else ""
-        raise EngineError(
-            f"{ranks_text(same)}: {cause.ename}: {cause.evalue}{also}", str(cause.traceback), rank=first
-        )
+        raise EngineError(f"{ranks_text(same)}: {cause.ename}: {cause.evalue}{also}", str(cause.traceback), rank=first)

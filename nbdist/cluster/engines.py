@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import signal
 import time
 import weakref
@@ -14,7 +15,7 @@ from typing import Any
 import ipyparallel.error
 
 from nbdist.cluster import current, entry
-from nbdist.cluster.cells import CellRun
+from nbdist.cluster.cells import CellRun, printed
 from nbdist.cluster.definitions import CellSources, class_marks
 from nbdist.cluster.launch import Launch
 from nbdist.cluster.relay import Relay
@@ -68,7 +69,9 @@ class Cluster:
 
     def __init__(self, engines: int | None = None, *, device: str = "auto", timeout_s: float = 60.0) -> None:
         if device not in ("auto", "cpu", "cuda"):
-            raise PlanError(f"unknown device {device!r}: use auto, cpu or cuda.{suggest(device, ('auto', 'cpu', 'cuda'))}")
+            raise PlanError(
+                f"unknown device {device!r}: use auto, cpu or cuda.{suggest(device, ('auto', 'cpu', 'cuda'))}"
+            )
         if timeout_s <= 0:
             raise PlanError(f"timeout {timeout_s:g} s is too short: use a positive number.")
         gpus = 0 if device == "cpu" else _gpus()
@@ -154,13 +157,17 @@ class Cluster:
         states = ["lost" if e.rank not in alive else "busy" if busy else "idle" for e in self._engines]
         return [replace(engine, state=state) for engine, state in zip(self._engines, states, strict=True)]
 
+    @property
+    def threads(self) -> int:
+        """CPU threads of a rank by default: its host's cores over the ranks there."""
+        hosts = [engine.host_id for engine in self._engines]
+        return min(max(1, engine.cores // hosts.count(engine.host_id)) for engine in self._engines)
+
     def _introduce(self, ranks: Iterable[int]) -> list[Engine]:
         """Let engines load torch and say where they live. Ranks are engine ids."""
         facts = self._call(ranks, entry.hello, timeout_s=self.timeout_s)
         fields = ("pid", "host", "host_id", "cores")
-        return [
-            Engine(rank=rank, device="", **{key: fact[key] for key in fields}) for rank, fact in facts.items()
-        ]
+        return [Engine(rank=rank, device="", **{key: fact[key] for key in fields}) for rank, fact in facts.items()]
 
     def _form(self, timeout_s: float) -> None:
         """Let all engines meet in a world of a new generation."""
@@ -170,7 +177,7 @@ class Cluster:
             engine.rank: (
                 self._store.host, self._store.port, self._generation, engine.rank, self.size,
                 hosts[: engine.rank].count(engine.host_id), hosts.count(engine.host_id), self.device,
-                max(1, engine.cores // hosts.count(engine.host_id)),
+                self.threads,
             )
             for engine in self._engines
         }  # fmt: skip
@@ -231,11 +238,18 @@ class Cluster:
         if self._run is not None and self._run.progress.running:
             raise ClusterError(f"run {self._run.run_id} is going on: wait for it (run.wait()) or stop it (run.stop()).")
 
-    def _check_ready(self) -> None:
+    def check_ready(self) -> None:
+        """Refuse to begin anything while the engines are busy or lost; form a new world if the last one broke.
+
+        Raises:
+            ClusterError: They are, or the cluster does not run.
+        """
         self._check_idle()
         lost = [engine.rank for engine in self.engines if engine.state == "lost"]
         if lost:
-            raise ClusterError(f"the engine of {ranks_text(lost)} is lost: %dist_start (or cluster.start()) replaces it.")
+            raise ClusterError(
+                f"the engine of {ranks_text(lost)} is lost: %dist_start (or cluster.start()) replaces it."
+            )
         if self._broken:
             self._form(self.timeout_s)
 
@@ -246,26 +260,28 @@ class Cluster:
 
     # ----------------------------------------------------------------- work
 
-    def execute(self, source: str, ranks: Iterable[int] | None = None) -> CellRun:
-        """Begin to run a cell's source on ranks, all by default.
+    def execute(self, source: str, ranks: Iterable[int] | None = None, *, number: int | None = None) -> CellRun:
+        """Begin to run a cell's source on ranks, all by default; `number` is its In[...] in tracebacks.
 
         Raises:
             ClusterError: The engines are busy or lost.
             PlanError: A rank does not exist.
         """
-        self._check_ready()
+        self.check_ready()
         assert self._launch is not None
         chosen = list(range(self.size)) if ranks is None else list(ranks)
         for rank in chosen:
             self._check_rank(rank)
-        calls = {
-            rank: self._launch.client[rank].execute(source, silent=False, block=False) for rank in chosen
-        }
+        calls = {}
+        for rank in chosen:
+            if number is not None:
+                self._launch.client[rank].apply_async(entry.number_cell, number)
+            calls[rank] = self._launch.client[rank].execute(source, silent=False, block=False)
         return CellRun(calls, self.interrupt)
 
     def push(self, **values: Any) -> None:
         """Put values into the namespace of every engine's cells; tensors travel through one shared copy."""
-        self._check_ready()
+        self.check_ready()
         parcel, segment = self._pack(values, "value")
         with contextlib.closing(segment):
             self._call(range(self.size), entry.push, (parcel, self._sources.new()))
@@ -276,7 +292,7 @@ class Cluster:
         Raises:
             ClusterError: The name is not defined there, or cannot be sent.
         """
-        self._check_ready()
+        self.check_ready()
         self._check_rank(rank)
         from nbdist.core.handover import unpack
 
@@ -323,14 +339,13 @@ class Cluster:
         for name in options:
             if name not in OPTIONS and name not in _TASK_OPTIONS:
                 raise PlanError(f"unknown option {name!r}.{suggest(name, [*OPTIONS, *_TASK_OPTIONS])}")
-        self._check_ready()
+        self.check_ready()
         from nbdist.core.params import ParamTable
         from nbdist.core.task import Task
 
         given = {name: options.pop(name) for name in _TASK_OPTIONS if name in options}
         task = Task.create(model, data, names=names, **given)
-        hosts = {engine.host_id: engine.cores for engine in self._engines}
-        plan = Plan.create(ranks=self.size, cores=sum(hosts.values()), **{**options, **task.options})
+        plan = Plan.create(ranks=self.size, cores=self.threads * self.size, **{**options, **task.options})
         parcel, segment = self._pack((task, plan), f"{names[0]} or {names[1]}")
 
         run_id = new_run_id()
@@ -358,6 +373,7 @@ class Cluster:
         assert self._launch is not None
         arguments = (parcel, run_id, self._sources.new(), self._remote)
         calls = [self._launch.client[rank].apply_async(entry.train, *arguments) for rank in range(self.size)]
+        run._printed = functools.partial(printed, dict(enumerate(calls)))
         Relay(run, calls, bring_home=bring_home, interrupt=self.interrupt, after=after, watch=watch).start()
         return run if background else self.attend(run)
 

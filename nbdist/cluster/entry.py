@@ -11,7 +11,7 @@ from typing import Any
 from nbdist.cluster.definitions import install_sources, tie_classes
 from nbdist.cluster.remote_errors import Failure
 
-__all__ = ["hello", "join", "pull", "push", "tie", "train"]
+__all__ = ["hello", "join", "leave", "number_cell", "pull", "push", "tie", "train"]
 
 _STOP_POLL_S = 0.05
 
@@ -51,7 +51,15 @@ def hello() -> dict[str, Any]:
 
 
 def join(
-    address: str, port: int, generation: int, rank: int, size: int, local_rank: int, local_size: int, device: str, threads: int
+    address: str,
+    port: int,
+    generation: int,
+    rank: int,
+    size: int,
+    local_rank: int,
+    local_size: int,
+    device: str,
+    threads: int,
 ) -> str:
     """Take `rank` in a new world of `size` ranks. **Collective**: every engine, at once. Returns the device."""
     import torch
@@ -98,14 +106,19 @@ def pull(name: str, inline: bool) -> Any:
     return parcel
 
 
+def number_cell(number: int) -> None:
+    """Let the next cell here be known by its number in the notebook."""
+    from IPython import get_ipython
+
+    get_ipython().execution_count = number
+
+
 def tie(marks: dict[str, str]) -> None:
     """Let classes defined here and in the notebook by the same cell be one."""
     tie_classes(marks, _namespace())
 
 
-def train(
-    parcel: Any, run_id: str, sources: dict[str, tuple[str, str]], inline: bool
-) -> tuple[str, Any]:
+def train(parcel: Any, run_id: str, sources: dict[str, tuple[str, str]], inline: bool) -> tuple[str, Any]:
     """Run one rank of a training.
 
     Returns:
@@ -137,7 +150,7 @@ def train(
         trained = (ParamTable.of(task.model).tensors, optimizer_state)
         home, _engine.outgoing = pack(trained, inline=inline)
         return "ok", (result, home)
-    except BaseException as error:  # noqa: BLE001 - everything travels home, an interrupt too
+    except BaseException as error:
         failure = Failure.of(world.rank, error)
         world.leave()  # at once: it releases the peers that wait for this rank
         return "failed", failure

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -97,8 +96,11 @@ class Launch:
             pids: Engine processes of this host, ended at once: whatever they do, nobody waits for them any more.
         """
         for pid in pids or []:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                engine = psutil.Process(pid)
+                for process in [engine, *engine.children(recursive=True)]:  # its nanny and its data workers too
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
         if self.client is not None:
             self.client.close()
             self.client = None

@@ -7,6 +7,7 @@ forked, so it would fire when a notebook's worker thread ends.)
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -40,15 +41,14 @@ def _alive(mark: str) -> bool:
 def _watch(mark: str, folder: str | None) -> None:
     while _alive(mark):
         time.sleep(_POLL_S)
-    if folder:  # the controller tidies up what the owner no longer can
-        shutil.rmtree(folder, ignore_errors=True)
-    for child in psutil.Process().children(recursive=True):
-        try:
-            child.terminate()
-        except psutil.NoSuchProcess:
-            continue
-    os.kill(os.getpid(), signal.SIGTERM)
+    if folder is None:  # an engine: whatever it is doing, it has a moment to leave in good order
+        os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_S)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    if folder:  # the controller tidies up what the owner no longer can, after the engines have gone
+        shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

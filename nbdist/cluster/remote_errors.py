@@ -87,7 +87,8 @@ def ranks_text(ranks: Iterable[int]) -> str:
 
 
 def _place(frame: traceback.FrameSummary) -> str:
-    return f"{label_of(frame.filename) or frame.filename}, line {frame.lineno}"
+    file = label_of(frame.filename) or frame.filename.rpartition("/site-packages/")[2]
+    return f"{file}, line {frame.lineno}"
 
 
 def _frame_text(frame: traceback.FrameSummary) -> str:

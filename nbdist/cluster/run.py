@@ -29,6 +29,7 @@ class Run:
         self.progress = progress
         self.error: BaseException | None = None
         self._request_stop = request_stop
+        self._printed: Callable[[str], dict[int, str]] = lambda stream: {}
         self._ended = threading.Event()
 
     @property
@@ -43,6 +44,10 @@ class Run:
         All but `epoch` are counted over that epoch's training; `val_loss` and `val_<metric>` follow where asked.
         """
         return [dict(row) for row in self.progress.history]
+
+    def printed(self, stream: str = "stdout") -> dict[int, str]:
+        """What the user's code has printed so far to "stdout" or "stderr", by rank."""
+        return self._printed(stream)
 
     def stop(self) -> None:
         """Ask all ranks to stop after the same step; their weights come home. Returns at once; see `wait`."""

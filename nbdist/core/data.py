@@ -99,7 +99,9 @@ class Reader:
             return torch.frombuffer(bytearray(told), dtype=torch.long) if told else order
         if not self._shuffle:
             return torch.arange(samples)
-        return torch.randperm(samples, generator=torch.Generator().manual_seed(seeds.derive(self._seed, "order", epoch)))
+        return torch.randperm(
+            samples, generator=torch.Generator().manual_seed(seeds.derive(self._seed, "order", epoch))
+        )
 
     def _deal(self, order: torch.Tensor) -> Iterator[list[tuple[int, torch.Tensor]]]:
         """For each batch, the slices of this rank: index and positions in the source."""

@@ -40,9 +40,7 @@ def find_loss(loss: Any) -> Loss:
     """
     if isinstance(loss, str):
         if loss not in LOSSES:
-            raise TaskError(
-                f"unknown loss {loss!r}: use {', '.join(LOSSES)}, or a callable.{suggest(loss, LOSSES)}"
-            )
+            raise TaskError(f"unknown loss {loss!r}: use {', '.join(LOSSES)}, or a callable.{suggest(loss, LOSSES)}")
         loss = LOSSES[loss]
     if isinstance(loss, type) and issubclass(loss, nn.Module):
         raise TaskError(f"loss {loss.__name__} is a class, not a loss: write {loss.__name__}().")

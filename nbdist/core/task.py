@@ -108,8 +108,8 @@ class Task:
     def title(self) -> str:
         """The model's class and number of parameters, for people."""
         count = sum(p.numel() for p in self.model.parameters())
-        scale = next((i for i in (1_000_000, 1_000) if count >= i), 1)
-        return f"{type(self.model).__name__} ({count / scale:.3g}{ {1: '', 1_000: ' k', 1_000_000: ' M'}[scale] })"
+        scale, unit = next((s, u) for s, u in ((1_000_000, " M"), (1_000, " k"), (1, "")) if count >= s)
+        return f"{type(self.model).__name__} ({count / scale:.3g}{unit} parameters)"
 
     def loss_and_weight(self, batch: Any, samples: int) -> tuple[torch.Tensor, Any]:
         """Run the step on one slice.

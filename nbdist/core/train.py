@@ -100,8 +100,14 @@ def fit(
 
         tell(
             RunStarted(
-                rank=world.rank, run_id=run_id, title=task.title, plan=plan.to_dict(), steps_total=steps_total,
-                host=socket.gethostname(), pid=os.getpid(), device=str(device),
+                rank=world.rank,
+                run_id=run_id,
+                title=task.title,
+                plan=plan.to_dict(),
+                steps_total=steps_total,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                device=str(device),
             )  # fmt: skip
         )
         meter = Meter()

@@ -48,7 +48,15 @@ class World:
 
     @classmethod
     def form(
-        cls, *, store: Any, rank: int, size: int, local_rank: int, local_size: int, device: str = "auto", generation: int = 0
+        cls,
+        *,
+        store: Any,
+        rank: int,
+        size: int,
+        local_rank: int,
+        local_size: int,
+        device: str = "auto",
+        generation: int = 0,
     ) -> World:
         """Meet the other ranks. **Collective**: all ranks, with the same `store`, `size` and `generation`.
 

@@ -64,15 +64,27 @@ class Plan:
     )
     accumulate: int = _option(1, "Microbatches each rank runs in one step.", parse=int, metavar="K")
     clip_norm: float | None = _option(
-        None, "Largest global L2 norm of the gradient; larger ones are scaled down.", parse=float, metavar="X", default=""
+        None,
+        "Largest global L2 norm of the gradient; larger ones are scaled down.",
+        parse=float,
+        metavar="X",
+        default="",
     )
     metric: str = _option(
         "", "Measured on the --val data: accuracy, mae, ... or a callable of the notebook.", default=""
     )
-    shuffle: bool = _option(True, "Read the training data in a new order each epoch (yes or no).", parse=bool, metavar="yes|no")
-    seed: int = _option(0, "Decides the order of samples and the random numbers of every slice.", parse=int, metavar="N")
+    shuffle: bool = _option(
+        True, "Read the training data in a new order each epoch (yes or no).", parse=bool, metavar="yes|no"
+    )
+    seed: int = _option(
+        0, "Decides the order of samples and the random numbers of every slice.", parse=int, metavar="N"
+    )
     threads: int = _option(
-        1, "CPU threads of each rank; the bits of a result depend on it.", parse=int, metavar="N", default="cores / ranks"
+        1,
+        "CPU threads of each rank; the bits of a result depend on it.",
+        parse=int,
+        metavar="N",
+        default="cores / ranks",
     )
     bucket_mib: float = _option(
         25.0, "Gradient bucket in MiB, where the sync overlaps with backward (NCCL).", parse=float, metavar="MIB"

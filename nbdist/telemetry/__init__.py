@@ -1,8 +1,8 @@
 """WHAT happened: events, the fold of events into state, and sinks. Standard library only."""
 
 from nbdist.telemetry.events import (
-    Evaluating,
     EpochFinished,
+    Evaluating,
     Event,
     Progress,
     RunFailed,

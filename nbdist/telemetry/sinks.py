@@ -91,7 +91,9 @@ class TextSink(Sink):
                 self._next_s = time.monotonic() + self._interval_s
                 loss = "" if event.loss is None else f"  loss {event.loss:.4g}"
                 total = "" if self._total is None else f"/{self._total}"
-                self._print(f"step {event.step}{total}{loss}  {event.samples_per_s:,.0f} samples/s on rank {event.rank}")
+                self._print(
+                    f"step {event.step}{total}{loss}  {event.samples_per_s:,.0f} samples/s on rank {event.rank}"
+                )
             case EpochFinished():
                 self._print(epoch_text(event.row))
             case RunFinished():

@@ -35,7 +35,9 @@ def epoch_text(row: dict[str, Any]) -> str:
     """One row of the history as a line."""
     rest = "".join(f"  {key} {number(value)}" for key, value in row.items() if key.startswith("val_"))
     speed = row["samples"] / row["seconds"] if row["seconds"] else 0.0
-    return f"epoch {row['epoch']}  loss {number(row['loss'])}{rest}  {number(speed)} samples/s  {duration(row['seconds'])}"
+    return (
+        f"epoch {row['epoch']}  loss {number(row['loss'])}{rest}  {number(speed)} samples/s  {duration(row['seconds'])}"
+    )
 
 
 def _summary(run: RunState) -> str:
@@ -60,7 +62,9 @@ def _history_cells(run: RunState) -> tuple[tuple[str, ...], list[tuple[str, ...]
 
 def _text_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(cells[i]) for cells in [columns, *rows]) for i in range(len(columns))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) for cells in [columns, *rows]]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) for cells in [columns, *rows]
+    ]
 
 
 def run_text(run: RunState) -> str:

@@ -1,0 +1,26 @@
+"""WHO asks and who looks: magics and the dashboard. IPython and anywidget; never torch at import."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["load", "unload"]
+
+
+def load(shell: Any) -> None:
+    """Register the magics and how a Run is shown."""
+    from nbdist.cluster import Run
+    from nbdist.notebook.magics import DistMagics
+
+    magics = DistMagics(shell)
+    shell.register_magics(magics)
+    shell.display_formatter.ipython_display_formatter.for_type(Run, magics.show_run)
+
+
+def unload(shell: Any) -> None:
+    """Stop the engines, if any are running."""
+    from nbdist.cluster import running_cluster
+
+    cluster = running_cluster()
+    if cluster is not None:
+        cluster.stop()

@@ -1,0 +1,122 @@
+"""The dashboard: a run drawn live, in a notebook as a panel, elsewhere as lines; at the end what remains of it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from IPython.display import display
+
+from nbdist.cluster import Run
+from nbdist.telemetry import run_html, run_text
+from nbdist.telemetry.view import duration, epoch_text, number
+
+__all__ = ["LineDashboard", "PanelDashboard", "make_dashboard"]
+
+_HERE = Path(__file__).parent
+
+
+def make_dashboard(shell: Any) -> LineDashboard | PanelDashboard:
+    """A panel where the shell has a notebook in front of it, else lines."""
+    return PanelDashboard() if getattr(shell, "kernel", None) is not None else LineDashboard()
+
+
+class LineDashboard:
+    """Prints a line for each epoch, and a summary at the end."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+
+    def update(self, run: Run) -> None:
+        """Called by the relay, from its thread."""
+        for row in run.history[self._rows :]:
+            print(f"nbdist: {epoch_text(row)}", flush=True)
+            self._rows += 1
+        if not run.progress.running:
+            print(run_text(run.progress).splitlines()[0], flush=True)
+
+
+class PanelDashboard:
+    """One widget for one run, replaced at its end by static HTML and text that a saved notebook keeps."""
+
+    def __init__(self) -> None:
+        self._widget: Any = None
+        self._handle: Any = None
+        self._lock = threading.Lock()  # the relay's thread and, at first, the cell's
+
+    def update(self, run: Run) -> None:
+        """Called by the relay, from its thread."""
+        with self._lock:
+            if self._handle is None:
+                self._show(run)
+            elif run.progress.running:
+                self._widget.view = panel_view(run)
+            else:
+                self._widget.view = panel_view(run)
+                display(_remains(run), raw=True, display_id=self._handle.display_id, update=True)
+
+    def _show(self, run: Run) -> None:
+        self._widget = _make_widget(run)
+        bundle = {**self._widget._repr_mimebundle_()[0], **_remains(run)} if run.progress.running else _remains(run)
+        self._handle = display(bundle, raw=True, display_id=True)
+
+
+def panel_view(run: Run) -> dict[str, Any]:
+    """What the panel draws, as JSON-able data: texts are made here, so that the front end only places them."""
+    progress = run.progress
+    total = progress.steps_total
+    mesh = ", ".join(f"{axis}={degree}" for axis, degree in progress.plan["mesh"].items())
+    return {
+        "title": f"{progress.title} on {mesh}",
+        "state": progress.state,
+        "error": progress.error,
+        "step": f"step {progress.step:,}" + ("" if total is None else f" of {total:,}"),
+        "share": None if not total else progress.step / total,
+        "facts": f"loss {number(progress.loss)} · {number(progress.samples_per_s)} samples/s · "
+        f"{duration(progress.elapsed_s)}",
+        "epoch": epoch_text(progress.history[-1]) if progress.history else "",
+        "ranks": [
+            {
+                "rank": rank.rank,
+                "state": rank.state,
+                "device": f"{rank.device} on {rank.host}",
+                "step": f"{rank.step:,}",
+                "share": None if not total else rank.step / total,
+                "loss": number(rank.loss),
+                "speed": f"{number(rank.samples_per_s)} samples/s",
+                "memory": f"{number(rank.memory_mib)} MiB",
+            }
+            for _, rank in sorted(progress.ranks.items())
+        ],
+    }
+
+
+def _remains(run: Run) -> dict[str, str]:
+    return {"text/html": run_html(run.progress), "text/plain": run_text(run.progress)}
+
+
+def _make_widget(run: Run) -> Any:
+    import anywidget
+    import traitlets
+
+    class Panel(anywidget.AnyWidget):
+        _esm = _HERE / "dashboard.js"
+        _css = _HERE / "dashboard.css"
+        view = traitlets.Dict().tag(sync=True)
+
+    panel = Panel(view=panel_view(run))
+    panel.on_msg(lambda _widget, content, _buffers: run.stop() if content.get("command") == "stop" else None)
+    _answer_while_busy(panel)
+    return panel
+
+
+def _answer_while_busy(widget: Any) -> None:
+    """Let clicks arrive while a cell is running.
+
+    ipykernel 7.4 answers on the shell that published last, which is busy with the very cell; the front end's own
+    choice of a free subshell must win. Private, so only where it exists; elsewhere the interrupt button stops a run.
+    """
+    comm = getattr(widget, "comm", None)
+    if hasattr(comm, "_reply_subshell_for"):
+        comm._reply_subshell_for = lambda data, default: default

@@ -1,0 +1,292 @@
+"""The magics: parse, call, return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
+from IPython.display import display
+
+from nbdist.cluster import Cluster, Run, current_cluster, last_run, running_cluster
+from nbdist.cluster.remote_errors import ranks_text
+from nbdist.errors import ClusterError, PlanError, TaskError, suggest
+from nbdist.notebook.dashboard import make_dashboard
+from nbdist.notebook.output import RankPrinter, show_rich
+from nbdist.notebook.step_cell import compile_step
+from nbdist.plan.options import OptionParser, add_plan_options, plan_options, split_line
+from nbdist.telemetry import run_html, run_text
+from nbdist.telemetry.view import duration, number
+
+__all__ = ["DistMagics"]
+
+
+def _start_parser() -> OptionParser:
+    parser = OptionParser("%dist_start", "Start engines, one rank each; says what it started. Twice is fine.")
+    parser.add_argument("-n", type=int, metavar="N", help="Engines. Default: one a GPU, else one a core up to 4.")
+    parser.add_argument(
+        "--device", default="auto", metavar="auto|cpu|cuda", help="What ranks compute on. Default: auto."
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="Seconds the start may take. Default: 60."
+    )
+    return parser
+
+
+def _stop_parser() -> OptionParser:
+    parser = OptionParser("%dist_stop", "End the engines. Twice is fine.")
+    parser.add_argument(
+        "--all", action="store_true", help="Also what was kept for a quicker next start (nothing is now)."
+    )
+    return parser
+
+
+def _dist_parser() -> OptionParser:
+    parser = OptionParser("%%dist", "Run the cell on engines, which have `rank`, `world_size` and `device`.")
+    parser.add_argument("--ranks", metavar="0,2-3", help="Where to run. Default: all ranks.")
+    parser.add_argument("--local", action="store_true", help="Run it in the notebook too, first.")
+    return parser
+
+
+def _push_parser() -> OptionParser:
+    parser = OptionParser("%dist_push", "Send values of the notebook to every engine, under the same names.")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="Names in the notebook.")
+    return parser
+
+
+def _pull_parser() -> OptionParser:
+    parser = OptionParser("%dist_pull", "Return the value of a name on one engine.")
+    parser.add_argument("name", metavar="NAME", help="A name on the engine.")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="Which engine. Default: 0.")
+    return parser
+
+
+def _train_parser() -> OptionParser:
+    parser = OptionParser(
+        "%dist_train",
+        "Train MODEL on DATA on all engines; the notebook's own MODEL then holds the trained weights. Returns a Run. "
+        "As a cell magic the body is one training step: it sees `model` and `batch` and assigns `loss`, a mean "
+        "(and `weight`, what that mean is over, if that is not the first dimension of the batch).",
+    )
+    parser.add_argument("model", metavar="MODEL", help="A name or expression: a torch.nn.Module.")
+    parser.add_argument("data", metavar="DATA", help="A name or expression: a Dataset, a DataLoader, (X, y).")
+    parser.add_argument("--val", metavar="DATA", help="Validation data, in the same forms.")
+    add_plan_options(parser)
+    parser.add_argument("--background", action="store_true", help="Return at once; the run goes on.")
+    parser.add_argument("-o", dest="output", metavar="NAME", help="Store the Run under this name too.")
+    return parser
+
+
+def _documented(parser: OptionParser) -> Any:
+    """Give a magic the help of its parser, which ``%magic?`` shows."""
+
+    def decorate(function: Any) -> Any:
+        function.__doc__ = parser.format_help()
+        return function
+
+    return decorate
+
+
+_START, _STOP, _DIST, _PUSH, _PULL, _TRAIN = (
+    make() for make in (_start_parser, _stop_parser, _dist_parser, _push_parser, _pull_parser, _train_parser)
+)
+
+
+@magics_class
+class DistMagics(Magics):
+    """``%dist_start``, ``%dist_status``, ``%dist_stop``, ``%%dist``, ``%dist_push``, ``%dist_pull``, ``%dist_train``."""
+
+    _drawn_in_cell: tuple[Run, int] | None = None
+
+    def show_run(self, run: Run) -> None:
+        """Display a Run, unless its panel stands in this very cell: as the cell's value it would come twice."""
+        if self._drawn_in_cell != (run, self.shell.execution_count):
+            display({"text/html": run_html(run.progress), "text/plain": run_text(run.progress)}, raw=True)
+
+    @no_var_expand
+    @line_magic
+    @_documented(_START)
+    def dist_start(self, line: str) -> None:
+        arguments = _START.parse(split_line(line))
+        cluster = running_cluster()
+        wanted = Cluster(arguments.n, device=arguments.device, timeout_s=arguments.timeout)
+        if (
+            cluster is not None
+            and (arguments.n in (None, cluster.size))
+            and arguments.device in ("auto", cluster.device)
+        ):
+            cluster.timeout_s = arguments.timeout
+            cluster.start()  # replaces engines that were lost
+            print(f"already running: {_described(cluster)}")
+            return
+        if cluster is not None:
+            _refuse_while_running(cluster)
+            cluster.stop()
+        wanted.start()
+        print(f"started {_described(wanted)}, in {duration(wanted.start_seconds)}")
+
+    @no_var_expand
+    @line_magic
+    def dist_status(self, line: str) -> None:
+        """Show the engines: rank, process, host, device, state and memory."""
+        cluster = running_cluster()
+        if cluster is None:
+            print("no engines are running: %dist_start starts them")
+            return
+        rows = [("rank", "pid", "host", "device", "state", "memory")]
+        rows += [
+            (str(e.rank), str(e.pid), e.host, e.device, e.state, _memory(e.pid) if e.state != "lost" else "–")
+            for e in cluster.engines
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+        run = last_run()
+        if run is not None:
+            print(f"newest run {run.run_id}: {run.state}")
+
+    @no_var_expand
+    @line_magic
+    @_documented(_STOP)
+    def dist_stop(self, line: str) -> None:
+        _STOP.parse(split_line(line))
+        cluster = running_cluster()
+        if cluster is None:
+            print("no engines are running")
+            return
+        cluster.stop()
+        print(f"stopped {_engines(cluster.size)}")
+
+    @no_var_expand
+    @cell_magic
+    @_documented(_DIST)
+    def dist(self, line: str, cell: str) -> None:
+        arguments = _DIST.parse(split_line(line))
+        cluster = current_cluster()
+        ranks = None if arguments.ranks is None else _parse_ranks(arguments.ranks, cluster.size)
+        if arguments.local:
+            cluster.check_ready()
+            result = self.shell.run_cell(cell, store_history=False)
+            if not result.success:
+                raise ClusterError("the cell failed in the notebook, so it was not sent to the engines.")
+        cell_run = cluster.execute(cell, ranks, number=self.shell.execution_count)
+        printer = RankPrinter(cell_run.printed)
+        try:
+            cell_run.wait(printer.poll)
+        finally:
+            printer.flush()
+            for position in range(max((len(shown) for shown in cell_run.displays().values()), default=0)):
+                bundles = {r: s[position]["data"] for r, s in cell_run.displays().items() if len(s) > position}
+                show_rich(bundles, "display")
+        show_rich(cell_run.results(), "Out")
+        if arguments.local:
+            cluster.tie_classes(self.shell.user_ns, ranks)
+
+    @no_var_expand
+    @line_magic
+    @_documented(_PUSH)
+    def dist_push(self, line: str) -> None:
+        arguments = _PUSH.parse(split_line(line))
+        cluster = current_cluster()
+        cluster.push(**{name: self._evaluate(name) for name in arguments.names})
+        print(f"sent {', '.join(arguments.names)} to {_engines(cluster.size)}")
+
+    @no_var_expand
+    @line_magic
+    @_documented(_PULL)
+    def dist_pull(self, line: str) -> Any:
+        arguments = _PULL.parse(split_line(line))
+        return current_cluster().pull(arguments.name, arguments.rank)
+
+    @no_var_expand
+    @line_cell_magic
+    @_documented(_TRAIN)
+    def dist_train(self, line: str, cell: str | None = None) -> Run:
+        arguments = _TRAIN.parse(split_line(line))
+        cluster = current_cluster()
+        if cell is not None and arguments.loss is not None:
+            raise PlanError("--loss and a cell body are two ways to say the same: leave one of them away.")
+        options = plan_options(arguments) | {
+            "loss": self._callable(arguments.loss),
+            "optimizer": self._callable(arguments.optimizer) or "adamw",
+            "metric": self._callable(arguments.metric),
+            "val": None if arguments.val is None else self._evaluate(arguments.val),
+            "step": None if cell is None else compile_step(self.shell, line, cell),
+        }
+        model, data = self._evaluate(arguments.model), self._evaluate(arguments.data)
+        dashboard = make_dashboard(self.shell)
+        run = cluster.train(
+            model, data, names=(arguments.model, arguments.data), background=True, watch=dashboard.update, **options
+        )
+        self._drawn_in_cell = (run, self.shell.execution_count)
+        if arguments.output:
+            self.shell.user_ns[arguments.output] = run
+        if arguments.background:
+            return run
+        printer = RankPrinter(run.printed)
+        try:
+            return cluster.attend(run, printer.poll)
+        finally:
+            printer.flush()
+
+    def _evaluate(self, expression: str) -> Any:
+        """The value of a name or expression in the notebook."""
+        namespace = self.shell.user_ns
+        try:
+            return eval(expression, namespace)
+        except NameError as error:
+            name = getattr(error, "name", None) or expression
+            raise TaskError(f"{name!r} is not defined in the notebook.{suggest(name, namespace)}") from None
+        except SyntaxError:
+            raise PlanError(f"{expression!r} is not a Python expression.") from None
+        except Exception as error:
+            raise TaskError(f"{expression} cannot be evaluated: {type(error).__name__}: {error}") from error
+
+    def _callable(self, text: str | None) -> Any:
+        """What a --loss, --optimizer or --metric says: the notebook's value, else a well-known name."""
+        if text is None:
+            return None
+        if text.isidentifier():
+            value = self.shell.user_ns.get(text)
+            return value if callable(value) or hasattr(value, "param_groups") else text
+        return self._evaluate(text)
+
+
+def _refuse_while_running(cluster: Cluster) -> None:
+    run = last_run()
+    if run is not None and run.progress.running:
+        raise ClusterError(f"run {run.run_id} is going on: stop it (run.stop()) before the engines change.")
+
+
+def _described(cluster: Cluster) -> str:
+    engines = cluster.engines
+    devices = ", ".join(sorted({engine.device for engine in engines}))
+    hosts = ", ".join(sorted({engine.host for engine in engines}))
+    threads = cluster.threads
+    each = f"{threads} thread{'s' if threads > 1 else ''} each"
+    return f"{_engines(cluster.size)} ({ranks_text(range(cluster.size))}) on {hosts}: {devices}, {each}"
+
+
+def _engines(count: int) -> str:
+    return f"{count} engine{'s' if count != 1 else ''}"
+
+
+def _memory(pid: int) -> str:
+    try:
+        return f"{number(psutil.Process(pid).memory_info().rss / 2**20)} MiB"
+    except psutil.NoSuchProcess:
+        return "–"
+
+
+def _parse_ranks(text: str, size: int) -> list[int]:
+    """Read "0,2-3"."""
+    ranks: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise PlanError(f"--ranks {text!r} is not a list of ranks: write it like 0,2-3.")
+        ranks += range(int(first), int(last or first) + 1)
+    wrong = [rank for rank in ranks if rank >= size]
+    if wrong:
+        raise PlanError(f"rank {wrong[0]} does not exist: use 0 to {size - 1}.")
+    return sorted(set(ranks))

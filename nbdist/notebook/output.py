@@ -1,0 +1,116 @@
+"""What ranks print, labelled by rank, with identical lines of several ranks said once."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from typing import IO, Any
+
+from IPython.display import display
+
+from nbdist.cluster.remote_errors import ranks_text
+
+__all__ = ["RankPrinter", "label", "merge", "show_rich"]
+
+Printed = Callable[[str], dict[int, str]]
+
+
+def label(ranks: list[int]) -> str:
+    """The label of output of `ranks`: "[0]", "[0-2,5]"."""
+    return f"[{ranks_text(ranks).partition(' ')[2]}]"
+
+
+def merge(texts: dict[int, str]) -> list[str]:
+    """Label the lines of every rank; where all ranks say the same, say it once.
+
+    Args:
+        texts: Complete lines by rank.
+
+    Returns:
+        Labelled lines: runs of lines on which all agree, and in between each group of ranks in turn.
+    """
+    lines = {rank: [_visible(line) for line in text.splitlines()] for rank, text in texts.items()}
+    columns = list(itertools.zip_longest(*lines.values()))
+    merged: list[str] = []
+    for same, run in itertools.groupby(range(len(columns)), key=lambda i: len(set(columns[i])) == 1):
+        rows = list(run)
+        blocks: dict[tuple[str, ...], list[int]] = {}
+        for position, rank in enumerate(lines):
+            block = tuple(columns[i][position] for i in rows if columns[i][position] is not None)
+            blocks.setdefault(block, []).append(rank)
+        for block, ranks in blocks.items():
+            merged += [f"{label(ranks)} {line}" for line in block]
+        assert not same or len(blocks) == 1
+    return merged
+
+
+def _visible(line: str) -> str:
+    """What a terminal shows of a line that was overwritten by carriage returns, as progress bars do."""
+    return line.rstrip("\r").rpartition("\r")[2]
+
+
+class RankPrinter:
+    """Prints what ranks print: at once when they are done, in between every `interval_s` seconds.
+
+    Args:
+        printed: Gives the text of a stream so far, by rank.
+        interval_s: How long lines are collected in the hope that other ranks say the same.
+    """
+
+    def __init__(self, printed: Printed, interval_s: float = 1.0) -> None:
+        self._printed = printed
+        self._interval_s = interval_s
+        self._next_s = time.monotonic() + interval_s
+        self._shown: dict[tuple[str, int], int] = {}
+
+    def poll(self) -> None:
+        """Print new complete lines, if it is time."""
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + self._interval_s
+            self.flush(complete=False)
+
+    def flush(self, complete: bool = True) -> None:
+        """Print what is new.
+
+        Args:
+            complete: Whether a last line without its end counts too.
+        """
+        self._flush("stdout", sys.stdout, complete)
+        self._flush("stderr", sys.stderr, complete)
+
+    def _flush(self, stream: str, to: IO[str], complete: bool) -> None:
+        new = {}
+        for rank, text in self._printed(stream).items():
+            start = self._shown.get((stream, rank), 0)
+            end = len(text) if complete else text.rfind("\n") + 1
+            if end > start:
+                new[rank] = text[start:end]
+                self._shown[stream, rank] = end
+        for line in merge(new):
+            print(line, file=to)
+
+
+def show_rich(results: dict[int, Any], what: str) -> None:
+    """Show MIME bundles of ranks; equal ones once.
+
+    Args:
+        results: A bundle by rank.
+        what: A word behind the label, such as "Out".
+    """
+    groups: list[tuple[Any, list[int]]] = []
+    for rank, bundle in results.items():
+        for known, ranks in groups:
+            if known == bundle:
+                ranks.append(rank)
+                break
+        else:
+            groups.append((bundle, [rank]))
+    for bundle, ranks in groups:
+        if set(bundle) == {"text/plain"}:
+            text = bundle["text/plain"]
+            print(f"{label(ranks)} {what}:{chr(10) if chr(10) in text else ' '}{text}")
+        else:
+            print(f"{label(ranks)} {what}:")
+            display(bundle, raw=True)
