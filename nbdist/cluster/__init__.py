@@ -1,8 +1,9 @@
 """WHERE the ranks live: ipyparallel engines, launchers, definitions, relay, remote errors."""
 
 from nbdist.cluster.cells import CellRun
+from nbdist.cluster.cluster import Cluster
 from nbdist.cluster.current import current_cluster, last_run, running_cluster
-from nbdist.cluster.engines import Cluster, Engine
+from nbdist.cluster.engines import Engine
 from nbdist.cluster.run import Run
 
 __all__ = ["CellRun", "Cluster", "Engine", "Run", "current_cluster", "last_run", "running_cluster"]

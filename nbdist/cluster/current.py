@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nbdist.errors import ClusterError
 
 if TYPE_CHECKING:
-    from nbdist.cluster.engines import Cluster
+    from nbdist.cluster.cluster import Cluster
     from nbdist.cluster.run import Run
 
 __all__ = ["current_cluster", "last_run", "note_run", "running_cluster", "set_cluster"]

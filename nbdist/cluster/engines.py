@@ -1,35 +1,21 @@
-"""The cluster: engines with ranks, ready to work together."""
+"""The engines: processes with ranks, that have met in a world."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import functools
 import signal
+import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ipyparallel.error
 
-from nbdist.cluster import current, entry
-from nbdist.cluster.cells import CellRun, printed
-from nbdist.cluster.definitions import CellSources, class_marks
+from nbdist.cluster import entry
 from nbdist.cluster.launch import Launch
-from nbdist.cluster.relay import Relay
-from nbdist.cluster.remote_errors import ranks_text
-from nbdist.cluster.run import Run
-from nbdist.errors import ClusterError, EngineError, PlanError, TaskError, suggest
-from nbdist.plan import Plan, available_cores, check_engines, default_engines
-from nbdist.plan.plan import OPTIONS
-from nbdist.telemetry import RankState, RunState
-from nbdist.telemetry.record import new_run_id
+from nbdist.errors import ClusterError, EngineError
 
-__all__ = ["Cluster", "Engine"]
-
-_TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "val", "metric", "batch_size", "shuffle")
+__all__ = ["Engine", "Engines"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,162 +41,127 @@ class Engine:
     state: str = "idle"
 
 
-class Cluster:
-    """Engines of this kernel. A context manager: ``with nbdist.Cluster(engines=2) as cluster: ...``
+class Engines:
+    """Engine processes with ranks 0 ... size - 1. They are ready when all of them have met in a collective.
 
     Args:
-        engines: How many; by default one a GPU, else one a core up to four.
-        device: "auto" (GPUs where there are some), "cpu" or "cuda".
-        timeout_s: How long the start may take, in seconds.
+        size: How many.
+        device: "auto", "cpu" or "cuda".
+        timeout_s: How long the start, and later a replacement, may take, in seconds.
 
     Raises:
-        PlanError: The number or the device cannot be meant. Nothing is started.
+        ClusterError: They were not ready in time. Nothing is left running then.
     """
 
-    def __init__(self, engines: int | None = None, *, device: str = "auto", timeout_s: float = 60.0) -> None:
-        if device not in ("auto", "cpu", "cuda"):
-            raise PlanError(
-                f"unknown device {device!r}: use auto, cpu or cuda.{suggest(device, ('auto', 'cpu', 'cuda'))}"
-            )
-        if timeout_s <= 0:
-            raise PlanError(f"timeout {timeout_s:g} s is too short: use a positive number.")
-        gpus = 0 if device == "cpu" else _gpus()
-        if device == "cuda" and not gpus:
-            raise PlanError("device 'cuda' was asked for, but torch sees no GPU here: use cpu or auto.")
-        cores = available_cores()
-        self.size = default_engines(cores, gpus) if engines is None else engines
-        check_engines(self.size, cores, gpus)
-        self.device = device
-        self.timeout_s = timeout_s
-        self.start_seconds = 0.0
-        self._launch: Launch | None = None
-        self._store: Any = None
-        self._generation = 0
-        self._engines: list[Engine] = []
-        self._sources = CellSources()
-        self._run: Run | None = None
-        self._broken = False
-        self._segments: list[Any] = []
-
-    # ------------------------------------------------------------------ life
-
-    def start(self) -> Cluster:
-        """Start the engines; ready only after all of them have met in a collective.
-
-        On a running cluster, engines that were lost are replaced; otherwise nothing happens.
-
-        Raises:
-            ClusterError: Another cluster runs in this kernel, or an engine did not become ready in time.
-        """
-        if self._launch is not None:
-            self._repair()
-            return self
-        if current.running_cluster() is not None:
-            raise ClusterError("a cluster is running in this kernel already: stop it first.")
+    def __init__(self, size: int, device: str, timeout_s: float) -> None:
         started_s = time.monotonic()
-        launch = Launch(self.size)
+        self.size = size
+        self.timeout_s = timeout_s
+        self._device = device
+        self._generation = 0
+        self._records: list[Engine] = []
+        self._launch = Launch(size)
         try:
-            from nbdist.core.world import host_store
+            from nbdist.core import handover, world
 
-            self._store = host_store()  # imports torch here while the engines start
-            launch.wait_for(self.size, self.timeout_s)
-            self._launch = launch
-            self._engines = self._introduce(range(self.size))
-            self._form(self.timeout_s)
+            self._host_id = handover.host_id()
+            self._store = world.host_store()  # all this imports torch here while the engines start
+            self._launch.wait_for(size, timeout_s)
+            self._records = self._introduce(range(size))
+            self.form()
         except BaseException:
-            self._launch = None
-            launch.end()
+            self.end()
             raise
+        self._warm(range(size))
         self.start_seconds = time.monotonic() - started_s
-        current.set_cluster(self)
-        atexit.register(_stop_reference, weakref.ref(self))
-        return self
 
-    def stop(self) -> None:
-        """End the engines and everything about them. Twice is fine."""
-        if self._launch is None:
-            return
-        launch, self._launch = self._launch, None
-        if current.running_cluster() is self:
-            current.set_cluster(None)
-        launch.end([engine.pid for engine in self._engines if engine.host_id == _own_host_id()])
-        self._engines, self._store, self._segments = [], None, []
-
-    def __enter__(self) -> Cluster:
-        return self.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    def __repr__(self) -> str:
-        if self._launch is None:
-            return f"Cluster(engines={self.size}), not running"
-        return f"Cluster(engines={self.size}), running on {', '.join(e.device for e in self._engines)}"
+    def records(self, busy: bool = False) -> list[Engine]:
+        """One record an engine, in rank order; `busy` is the state of those that live."""
+        alive = set(self._launch.client.ids)
+        states = [("busy" if busy else "idle") if record.rank in alive else "lost" for record in self._records]
+        return [replace(record, state=state) for record, state in zip(self._records, states, strict=True)]
 
     @property
-    def engines(self) -> list[Engine]:
-        """One record an engine, in rank order; empty when the cluster does not run."""
-        if self._launch is None:
-            return []
-        alive = set(self._launch.client.ids)
-        busy = self._run is not None and self._run.progress.running
-        states = ["lost" if e.rank not in alive else "busy" if busy else "idle" for e in self._engines]
-        return [replace(engine, state=state) for engine, state in zip(self._engines, states, strict=True)]
+    def lost(self) -> list[int]:
+        """Ranks whose process has ended."""
+        return [record.rank for record in self.records() if record.state == "lost"]
 
     @property
     def threads(self) -> int:
         """CPU threads of a rank by default: its host's cores over the ranks there."""
-        hosts = [engine.host_id for engine in self._engines]
-        return min(max(1, engine.cores // hosts.count(engine.host_id)) for engine in self._engines)
+        hosts = [record.host_id for record in self._records]
+        return min(max(1, record.cores // hosts.count(record.host_id)) for record in self._records)
 
-    def _introduce(self, ranks: Iterable[int]) -> list[Engine]:
-        """Let engines load torch and say where they live. Ranks are engine ids."""
-        facts = self._call(ranks, entry.hello, timeout_s=self.timeout_s)
-        fields = ("pid", "host", "host_id", "cores")
-        return [Engine(rank=rank, device="", **{key: fact[key] for key in fields}) for rank, fact in facts.items()]
+    @property
+    def remote(self) -> bool:
+        """Whether some engine lives on another host, where our shared memory does not reach."""
+        return any(record.host_id != self._host_id for record in self._records)
 
-    def _form(self, timeout_s: float) -> None:
+    @property
+    def store(self) -> Any:
+        """The key-value store that the ranks of the present world share with us."""
+        import torch.distributed as dist
+
+        return dist.PrefixStore(f"nbdist/{self._generation}", self._store)
+
+    def form(self) -> None:
         """Let all engines meet in a world of a new generation."""
         self._generation += 1
-        hosts = [engine.host_id for engine in self._engines]
+        hosts = [record.host_id for record in self._records]
         arguments = {
-            engine.rank: (
-                self._store.host, self._store.port, self._generation, engine.rank, self.size,
-                hosts[: engine.rank].count(engine.host_id), hosts.count(engine.host_id), self.device,
+            record.rank: (
+                self._store.host,
+                self._store.port,
+                self._generation,
+                record.rank,
+                self.size,
+                hosts[: record.rank].count(record.host_id),
+                hosts.count(record.host_id),
+                self._device,
                 self.threads,
             )
-            for engine in self._engines
-        }  # fmt: skip
-        devices = self._call(arguments, entry.join, arguments, timeout_s=timeout_s)
-        self._engines = [replace(engine, device=devices[engine.rank]) for engine in self._engines]
-        self._broken = False
+            for record in self._records
+        }
+        devices = self.call(arguments, entry.join, arguments, timeout_s=self.timeout_s)
+        self._records = [replace(record, device=devices[record.rank]) for record in self._records]
 
-    def _repair(self) -> None:
-        """Replace lost engines, and form a new world if the last one broke."""
-        self._check_idle()
-        lost = [engine.rank for engine in self.engines if engine.state == "lost"]
-        assert self._launch is not None
+    def replace_lost(self) -> list[int]:
+        """Start new engines for ranks that were lost, and let all meet again. Returns those ranks."""
+        lost = self.lost
         for rank in lost:
             self._launch.add(rank)
         if lost:
             self._launch.wait_for(self.size, self.timeout_s)
-            fresh = {engine.rank: engine for engine in self._introduce(lost)}
-            self._engines = [fresh.get(engine.rank, engine) for engine in self._engines]
-            self._sources = CellSources()  # the new ones know no cell yet
-        if lost or self._broken:
-            self._form(self.timeout_s)
+            fresh = {record.rank: record for record in self._introduce(lost)}
+            self._records = [fresh.get(record.rank, record) for record in self._records]
+            self.form()
+            self._warm(lost)
+        return lost
 
-    # ---------------------------------------------------------------- calls
+    def start_call(self, rank: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Begin to call a function on one engine; returns ipyparallel's result."""
+        return self._launch.client[rank].apply_async(function, *arguments)
 
-    def _call(
-        self, ranks: Iterable[int], function: Callable[..., Any], arguments: Any = (), *, timeout_s: float | None = None
+    def start_cell(self, rank: int, source: str) -> Any:
+        """Begin to run a cell on one engine; returns ipyparallel's result."""
+        return self._launch.client[rank].execute(source, silent=False, block=False)
+
+    def call(
+        self,
+        ranks: Iterable[int],
+        function: Callable[..., Any],
+        arguments: Any = (),
+        *,
+        timeout_s: float | None = None,
     ) -> dict[int, Any]:
-        """Call a function on engines at once and wait; `arguments` are a tuple for all, or one a rank."""
-        assert self._launch is not None
+        """Call a function on engines at once and wait; `arguments` are a tuple for all, or one a rank.
+
+        Raises:
+            ClusterError: An engine did not answer in time.
+            EngineError: The function failed on one.
+        """
         calls = {
-            rank: self._launch.client[rank].apply_async(
-                function, *(arguments[rank] if isinstance(arguments, dict) else arguments)
-            )
+            rank: self.start_call(rank, function, *(arguments[rank] if isinstance(arguments, dict) else arguments))
             for rank in ranks
         }
         results = {}
@@ -224,213 +175,24 @@ class Cluster:
                 raise EngineError(f"rank {rank}: {error.ename}: {error.evalue}", str(error.traceback), rank) from None
         return results
 
-    def interrupt(self, ranks: Iterable[int] | None = None) -> None:
-        """Interrupt what ranks are doing, as Ctrl-C would; all by default."""
-        assert self._launch is not None
+    def interrupt(self, ranks: Iterable[int]) -> None:
+        """Interrupt what ranks are doing, as Ctrl-C would."""
         alive = set(self._launch.client.ids)
-        targets = [rank for rank in (range(self.size) if ranks is None else ranks) if rank in alive]
+        targets = [rank for rank in ranks if rank in alive]
         if targets:
             self._launch.client.send_signal(signal.SIGINT, targets=targets, block=False)
 
-    def _check_idle(self) -> None:
-        if self._launch is None:
-            raise ClusterError("the cluster is not running: start it first.")
-        if self._run is not None and self._run.progress.running:
-            raise ClusterError(f"run {self._run.run_id} is going on: wait for it (run.wait()) or stop it (run.stop()).")
+    def end(self) -> None:
+        """End the processes, whatever they are doing. Twice is fine."""
+        self._launch.end([record.pid for record in self._records if record.host_id == self._host_id])
 
-    def check_ready(self) -> None:
-        """Refuse to begin anything while the engines are busy or lost; form a new world if the last one broke.
+    def _introduce(self, ranks: Iterable[int]) -> list[Engine]:
+        """Let engines load torch and say where they live. Ranks are engine ids."""
+        facts = self.call(ranks, entry.hello, timeout_s=self.timeout_s)
+        return [Engine(rank=rank, device="", **fact) for rank, fact in facts.items()]
 
-        Raises:
-            ClusterError: They are, or the cluster does not run.
-        """
-        self._check_idle()
-        lost = [engine.rank for engine in self.engines if engine.state == "lost"]
-        if lost:
-            raise ClusterError(
-                f"the engine of {ranks_text(lost)} is lost: %dist_start (or cluster.start()) replaces it."
-            )
-        if self._broken:
-            self._form(self.timeout_s)
-
-    @property
-    def _remote(self) -> bool:
-        """Whether some engine lives on another host, where our shared memory does not reach."""
-        return any(engine.host_id != _own_host_id() for engine in self._engines)
-
-    # ----------------------------------------------------------------- work
-
-    def execute(self, source: str, ranks: Iterable[int] | None = None, *, number: int | None = None) -> CellRun:
-        """Begin to run a cell's source on ranks, all by default; `number` is its In[...] in tracebacks.
-
-        Raises:
-            ClusterError: The engines are busy or lost.
-            PlanError: A rank does not exist.
-        """
-        self.check_ready()
-        assert self._launch is not None
-        chosen = list(range(self.size)) if ranks is None else list(ranks)
-        for rank in chosen:
-            self._check_rank(rank)
-        calls = {}
-        for rank in chosen:
-            if number is not None:
-                self._launch.client[rank].apply_async(entry.number_cell, number)
-            calls[rank] = self._launch.client[rank].execute(source, silent=False, block=False)
-        return CellRun(calls, self.interrupt)
-
-    def push(self, **values: Any) -> None:
-        """Put values into the namespace of every engine's cells; tensors travel through one shared copy."""
-        self.check_ready()
-        parcel, segment = self._pack(values, "value")
-        with contextlib.closing(segment):
-            self._call(range(self.size), entry.push, (parcel, self._sources.new()))
-
-    def pull(self, name: str, rank: int = 0) -> Any:
-        """The value of a name in the namespace of one engine's cells.
-
-        Raises:
-            ClusterError: The name is not defined there, or cannot be sent.
-        """
-        self.check_ready()
-        self._check_rank(rank)
-        from nbdist.core.handover import unpack
-
-        try:
-            return unpack(self._call([rank], entry.pull, (name, self._remote))[rank])
-        except EngineError as error:
-            if "NameError" in str(error):
-                raise ClusterError(f"{name!r} is not defined on rank {rank}.") from None
-            raise
-
-    def tie_classes(self, namespace: dict[str, Any], ranks: Iterable[int] | None = None) -> None:
-        """Let classes that the same cell defined here and on ranks be one, whichever way an instance travels."""
-        self._call(range(self.size) if ranks is None else ranks, entry.tie, (class_marks(namespace),))
-
-    def train(
-        self,
-        model: Any,
-        data: Any,
-        *,
-        background: bool = False,
-        watch: Callable[[Run], None] | None = None,
-        names: tuple[str, str] = ("model", "data"),
-        **options: Any,
-    ) -> Run:
-        """Train `model` on all engines; see `nbdist.train` for the options.
-
-        Afterwards `model` itself holds the trained weights and buffers; until then it is untouched. Whatever is wrong
-        with the options is said before an engine is touched.
-
-        Args:
-            model: An ``nn.Module``.
-            data: A Dataset, a DataLoader, or a tuple of tensors or NumPy arrays.
-            background: Whether to return at once instead of waiting for the end.
-            watch: Called with the run several times a second, and once after its end.
-            names: What the person calls `model` and `data`, for errors.
-            **options: `loss` or `step`, `optimizer`, `val`, `metric` and every option of a Plan.
-
-        Raises:
-            PlanError: An option cannot be run.
-            TaskError: Something supplied cannot be used.
-            ClusterError: The engines are busy or lost.
-            EngineError: The run failed.
-        """
-        for name in options:
-            if name not in OPTIONS and name not in _TASK_OPTIONS:
-                raise PlanError(f"unknown option {name!r}.{suggest(name, [*OPTIONS, *_TASK_OPTIONS])}")
-        self.check_ready()
-        from nbdist.core.params import ParamTable
-        from nbdist.core.task import Task
-
-        given = {name: options.pop(name) for name in _TASK_OPTIONS if name in options}
-        task = Task.create(model, data, names=names, **given)
-        plan = Plan.create(ranks=self.size, cores=self.threads * self.size, **{**options, **task.options})
-        parcel, segment = self._pack((task, plan), f"{names[0]} or {names[1]}")
-
-        run_id = new_run_id()
-        ranks = {e.rank: RankState(rank=e.rank, host=e.host, pid=e.pid, device=e.device) for e in self._engines}
-        progress = RunState(title=task.title, plan=plan.to_dict(), ranks=ranks)
-        store = self._store_of_generation()
-        run = Run(run_id, plan, progress, lambda: store.set(f"stop/{run_id}", "1"))
-        self._run = run
-        current.note_run(run)
-
-        def bring_home(home: Any) -> None:
-            from nbdist.core.handover import unpack
-
-            tensors, optimizer_state = unpack(home)
-            ParamTable.of(model).load_(tensors)
-            if optimizer_state is not None:
-                task.optimizer.load_state_dict(optimizer_state)
-
-        def after(failed: bool) -> None:
-            segment.close()
-            self._broken = failed
-            if failed and not any(engine.state == "lost" for engine in self.engines):
-                self._form(self.timeout_s)
-
-        assert self._launch is not None
-        arguments = (parcel, run_id, self._sources.new(), self._remote)
-        calls = [self._launch.client[rank].apply_async(entry.train, *arguments) for rank in range(self.size)]
-        run._printed = functools.partial(printed, dict(enumerate(calls)))
-        Relay(run, calls, bring_home=bring_home, interrupt=self.interrupt, after=after, watch=watch).start()
-        return run if background else self.attend(run)
-
-    def attend(self, run: Run, while_waiting: Callable[[], None] = lambda: None) -> Run:
-        """Wait for a run in the foreground; the first interrupt stops it after its step, a second one at once.
-
-        Raises:
-            KeyboardInterrupt: It was interrupted, and has ended now.
-            EngineError: The run failed.
-        """
-        interrupted = False
-        while run.progress.running or not run.ended:
-            try:
-                run.wait(0.1)
-                while_waiting()
-            except KeyboardInterrupt:
-                if interrupted:
-                    self.interrupt()
-                interrupted = True
-                run.stop()
-            except EngineError:
-                break
-        if interrupted:
-            raise KeyboardInterrupt
-        return run.wait()
-
-    def _store_of_generation(self) -> Any:
-        import torch.distributed as dist
-
-        return dist.PrefixStore(f"nbdist/{self._generation}", self._store)
-
-    def _pack(self, value: Any, name: str) -> tuple[Any, Any]:
-        from nbdist.core.handover import pack
-
-        try:
-            return pack(value, inline=self._remote)
-        except TaskError as error:
-            raise TaskError(f"{name}: {error}") from error.__cause__
-
-    def _check_rank(self, rank: int) -> None:
-        if not 0 <= rank < self.size:
-            raise PlanError(f"rank {rank} does not exist: use 0 to {self.size - 1}.")
-
-
-def _own_host_id() -> str:
-    from nbdist.core.handover import host_id
-
-    return host_id()
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _stop_reference(reference: weakref.ref[Cluster]) -> None:
-    cluster = reference()
-    if cluster is not None:
-        cluster.stop()
+    def _warm(self, ranks: Iterable[int]) -> None:
+        """Load what the first training will need, here and on the engines, while the person writes it."""
+        for rank in ranks:
+            self.start_call(rank, entry.warm)
+        threading.Thread(target=entry.load_compiler, daemon=True, name="nbdist-warm").start()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -36,8 +38,6 @@ def _namespace() -> dict[str, Any]:
 
 def hello() -> dict[str, Any]:
     """Load torch, before anything can interrupt its import, and say where this engine lives."""
-    import torch
-
     from nbdist.core import handover, train  # noqa: F401 - loaded while nobody waits
     from nbdist.plan import available_cores
 
@@ -46,8 +46,21 @@ def hello() -> dict[str, Any]:
         "host_id": handover.host_id(),
         "pid": os.getpid(),
         "cores": available_cores(),
-        "torch": torch.__version__,
     }
+
+
+def warm() -> None:
+    """Load, before the first training, what its first step would otherwise wait for."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted import of torch's would stay half done
+    try:
+        load_compiler()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def load_compiler() -> None:
+    """Load torch's compiler front end, which every optimizer asks for at its first use: a second or two."""
+    importlib.import_module("torch._dynamo")
 
 
 def join(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import torch
 
 from nbdist.errors import TaskError
@@ -136,7 +137,7 @@ def unpack(parcel: Parcel) -> Any:
     else:
         with open(parcel.path, "rb") as file:
             buffer = mmap.mmap(file.fileno(), parcel.nbytes, access=mmap.ACCESS_COPY)
-    memory = memoryview(buffer)
+    memory = np.frombuffer(buffer, dtype=np.uint8)  # its slices are buffers, and keep the mapping alive
     places = pickle.loads(memory[parcel.table_start : parcel.nbytes])
     return pickle.loads(
         memory[: parcel.code_bytes], buffers=[memory[start : start + length] for start, length in places]
@@ -151,7 +152,7 @@ def _copy(target: mmap.mmap, start: int, view: memoryview) -> None:
         torch.frombuffer(target, dtype=torch.uint8, count=len(view), offset=start).copy_(source)
 
 
-class _Pickler(cloudpickle.Pickler):
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no types
     """Pickles by value and keeps storages and arrays aside, as `views`."""
 
     def __init__(self, file: io.BytesIO) -> None:
@@ -180,7 +181,7 @@ class _Storage:
         self._bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _as_storage, (pickle.PickleBuffer(self._bytes.numpy()),)
+        return _as_storage, (pickle.PickleBuffer(self._bytes.numpy().data),)
 
 
 def _as_storage(view: memoryview) -> torch.UntypedStorage:

@@ -52,7 +52,8 @@ def find_loss(loss: Any) -> Loss:
         return _ClassLoss(loss, loss.ignore_index, loss.weight)
     if loss in (F.cross_entropy, F.nll_loss):
         return _ClassLoss(loss, inspect.signature(loss).parameters["ignore_index"].default, None)
-    return loss
+    made: Loss = loss
+    return made
 
 
 def loss_name(loss: Any) -> str:

@@ -58,4 +58,5 @@ def find_metric(metric: Any) -> Metric:
         return METRICS[metric]
     if not callable(metric):
         raise TaskError(f"metric must be a name or a callable, not {metric!r}.")
-    return metric
+    made: Metric = metric
+    return made

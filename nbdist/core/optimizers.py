@@ -35,7 +35,7 @@ def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.
         TaskError: The name is unknown, or the value is not, or does not make, an optimizer of this model.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    settings = {} if lr is None else {"lr": lr}
+    settings: dict[str, Any] = {} if lr is None else {"lr": lr}
     if isinstance(optimizer, torch.optim.Optimizer):
         if settings:
             raise TaskError(f"lr={lr} is given, but the optimizer is ready-made: set the rate in it.")

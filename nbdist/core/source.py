@@ -166,9 +166,9 @@ def _order(sampler: Any, name: str) -> tuple[bool | None, Any]:
     """Whether the loader shuffles, or the sampler that decides in the plan's place."""
     if type(sampler) is torch_data.SequentialSampler:
         return False, None
-    if type(sampler) is torch_data.RandomSampler and not sampler.replacement:
-        if sampler.num_samples == len(sampler.data_source):
-            return True, None
+    if type(sampler) is torch_data.RandomSampler:
+        whole = not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+        return (True, None) if whole else (None, sampler)
     if isinstance(sampler, torch_data.DistributedSampler):
         raise TaskError(f"{name} uses a DistributedSampler, but nbdist deals the samples out itself: leave it away.")
     if not isinstance(sampler, Sized):

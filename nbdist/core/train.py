@@ -98,18 +98,17 @@ def fit(
         # Weights are counted in units of a full slice, so a full batch scales nothing.
         full_slice = plan.batch_size / plan.slices
 
-        tell(
-            RunStarted(
-                rank=world.rank,
-                run_id=run_id,
-                title=task.title,
-                plan=plan.to_dict(),
-                steps_total=steps_total,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                device=str(device),
-            )  # fmt: skip
+        started = RunStarted(
+            rank=world.rank,
+            run_id=run_id,
+            title=task.title,
+            plan=plan.to_dict(),
+            steps_total=steps_total,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=str(device),
         )
+        tell(started)
         meter = Meter()
         history: list[dict[str, Any]] = []
         step = samples = 0
@@ -148,7 +147,7 @@ def fit(
                 row.sums += step_sums
 
                 if meter.due():
-                    tell(_progress(world, step, epoch, samples, step_sums, meter))
+                    tell(_progress(world, step, epoch, samples, step_sums, meter.rate(samples)))
                 stopped = totals.stop > 0
                 if stopped or step == plan.steps:
                     break
@@ -161,7 +160,7 @@ def fit(
 
             seconds = row.seconds  # before evaluation: a row counts training only
             strategy.share_buffers()
-            tell(_progress(world, step, epoch, samples, row.sums, meter))
+            tell(_progress(world, step, epoch, samples, row.sums, row.samples / seconds))
             measured: dict[str, float] = {}
             if val_reader is not None and not stopped:
                 tell(Evaluating(rank=world.rank))
@@ -220,7 +219,7 @@ def _complete(plan: Plan, step: int, steps_total: int | None) -> bool:
     return steps_total is not None and step >= steps_total
 
 
-def _progress(world: World, step: int, epoch: int, samples: int, sums: torch.Tensor, meter: Meter) -> Progress:
+def _progress(world: World, step: int, epoch: int, samples: int, sums: torch.Tensor, speed: float) -> Progress:
     loss_sum, weight = sums.tolist()
     if world.device.type == "cuda":
         memory = torch.cuda.memory_allocated(world.device)
@@ -228,7 +227,7 @@ def _progress(world: World, step: int, epoch: int, samples: int, sums: torch.Ten
         memory = psutil.Process().memory_info().rss
     return Progress(
         rank=world.rank, step=step, epoch=epoch, samples=samples, loss=loss_sum / weight if weight else None,
-        samples_per_s=meter.rate(samples), memory_mib=memory / 2**20,
+        samples_per_s=speed, memory_mib=memory / 2**20,
     )  # fmt: skip
 
 

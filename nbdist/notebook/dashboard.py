@@ -118,5 +118,5 @@ def _answer_while_busy(widget: Any) -> None:
     choice of a free subshell must win. Private, so only where it exists; elsewhere the interrupt button stops a run.
     """
     comm = getattr(widget, "comm", None)
-    if hasattr(comm, "_reply_subshell_for"):
+    if comm is not None and hasattr(comm, "_reply_subshell_for"):
         comm._reply_subshell_for = lambda data, default: default

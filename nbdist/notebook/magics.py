@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import psutil
+from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.display import display
 
@@ -94,8 +95,9 @@ _START, _STOP, _DIST, _PUSH, _PULL, _TRAIN = (
 
 @magics_class
 class DistMagics(Magics):
-    """``%dist_start``, ``%dist_status``, ``%dist_stop``, ``%%dist``, ``%dist_push``, ``%dist_pull``, ``%dist_train``."""
+    """Everything that begins with ``%dist``."""
 
+    shell: InteractiveShell
     _drawn_in_cell: tuple[Run, int] | None = None
 
     def show_run(self, run: Run) -> None:

@@ -1,0 +1,312 @@
+"""The cluster: what a person does with the engines."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from nbdist.cluster import current, entry
+from nbdist.cluster.cells import CellRun, printed
+from nbdist.cluster.definitions import CellSources, class_marks
+from nbdist.cluster.engines import Engine, Engines
+from nbdist.cluster.relay import Relay
+from nbdist.cluster.remote_errors import ranks_text
+from nbdist.cluster.run import Run
+from nbdist.errors import ClusterError, EngineError, PlanError, TaskError, suggest
+from nbdist.plan import Plan, available_cores, check_engines, default_engines
+from nbdist.plan.plan import OPTIONS
+from nbdist.telemetry import RankState, RunState
+from nbdist.telemetry.record import new_run_id
+
+__all__ = ["Cluster"]
+
+_DEVICES = ("auto", "cpu", "cuda")
+_TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "val", "metric", "batch_size", "shuffle")
+
+
+class Cluster:
+    """Engines of this kernel.
+
+    A context manager: ``with nbdist.Cluster(engines=2) as cluster: ...``
+
+    Args:
+        engines: How many; by default one a GPU, else one a core up to four.
+        device: "auto" (GPUs where there are some), "cpu" or "cuda".
+        timeout_s: How long the start may take, in seconds.
+
+    Raises:
+        PlanError: The number or the device cannot be meant. Nothing is started.
+    """
+
+    def __init__(self, engines: int | None = None, *, device: str = "auto", timeout_s: float = 60.0) -> None:
+        if device not in _DEVICES:
+            raise PlanError(f"unknown device {device!r}: use auto, cpu or cuda.{suggest(device, _DEVICES)}")
+        if timeout_s <= 0:
+            raise PlanError(f"timeout {timeout_s:g} s is too short: use a positive number.")
+        gpus = 0 if device == "cpu" else _gpus()
+        if device == "cuda" and not gpus:
+            raise PlanError("device 'cuda' was asked for, but torch sees no GPU here: use cpu or auto.")
+        cores = available_cores()
+        self.size = default_engines(cores, gpus) if engines is None else engines
+        check_engines(self.size, cores, gpus)
+        self.device = device
+        self.timeout_s = timeout_s
+        self._up: Engines | None = None
+        self._sources = CellSources()
+        self._run: Run | None = None
+        self._broken = False
+
+    def start(self) -> Cluster:
+        """Start the engines; ready only after all of them have met in a collective.
+
+        On a running cluster, engines that were lost are replaced; otherwise nothing happens.
+
+        Raises:
+            ClusterError: Another cluster runs in this kernel, or an engine did not become ready in time.
+        """
+        if self._up is not None:
+            self._refuse_while_running()
+            if self._up.replace_lost():
+                self._sources = CellSources()  # the new ones know no cell yet
+                self._broken = False
+            self.check_ready()
+            return self
+        if current.running_cluster() is not None:
+            raise ClusterError("a cluster is running in this kernel already: stop it first.")
+        self._up = Engines(self.size, self.device, self.timeout_s)
+        current.set_cluster(self)
+        atexit.register(_stop_reference, weakref.ref(self))
+        return self
+
+    def stop(self) -> None:
+        """End the engines and everything about them. Twice is fine."""
+        if self._up is None:
+            return
+        engines, self._up = self._up, None
+        if current.running_cluster() is self:
+            current.set_cluster(None)
+        engines.end()
+
+    def __enter__(self) -> Cluster:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        if self._up is None:
+            return f"Cluster(engines={self.size}), not running"
+        return f"Cluster(engines={self.size}), running on {', '.join(engine.device for engine in self.engines)}"
+
+    @property
+    def engines(self) -> list[Engine]:
+        """One record an engine, in rank order; empty when the cluster does not run."""
+        busy = self._run is not None and self._run.progress.running
+        return [] if self._up is None else self._up.records(busy)
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a rank by default: its host's cores over the ranks there."""
+        return self._running().threads
+
+    @property
+    def start_seconds(self) -> float:
+        """How long the start took."""
+        return self._running().start_seconds
+
+    def interrupt(self, ranks: Iterable[int] | None = None) -> None:
+        """Interrupt what ranks are doing, as Ctrl-C would; all by default."""
+        self._running().interrupt(range(self.size) if ranks is None else ranks)
+
+    def check_ready(self) -> None:
+        """Refuse to begin anything while the engines are busy or lost; form a new world if the last one broke.
+
+        Raises:
+            ClusterError: They are, or the cluster does not run.
+        """
+        engines = self._running()
+        self._refuse_while_running()
+        if engines.lost:
+            raise ClusterError(
+                f"the engine of {ranks_text(engines.lost)} is lost: %dist_start (or cluster.start()) replaces it."
+            )
+        if self._broken:
+            engines.form()
+            self._broken = False
+
+    def _running(self) -> Engines:
+        if self._up is None:
+            raise ClusterError("the cluster is not running: start it first.")
+        return self._up
+
+    def _refuse_while_running(self) -> None:
+        if self._run is not None and self._run.progress.running:
+            raise ClusterError(f"run {self._run.run_id} is going on: wait for it (run.wait()) or stop it (run.stop()).")
+
+    def execute(self, source: str, ranks: Iterable[int] | None = None, *, number: int | None = None) -> CellRun:
+        """Begin to run a cell's source on ranks, all by default; `number` is its In[...] in tracebacks.
+
+        Raises:
+            ClusterError: The engines are busy or lost.
+            PlanError: A rank does not exist.
+        """
+        self.check_ready()
+        engines = self._running()
+        chosen = list(range(self.size)) if ranks is None else list(ranks)
+        for rank in chosen:
+            self._check_rank(rank)
+        calls = {}
+        for rank in chosen:
+            if number is not None:
+                engines.start_call(rank, entry.number_cell, number)
+            calls[rank] = engines.start_cell(rank, source)
+        return CellRun(calls, self.interrupt)
+
+    def push(self, **values: Any) -> None:
+        """Put values into the namespace of every engine's cells; tensors travel through one shared copy."""
+        self.check_ready()
+        parcel, segment = self._pack(values, "value")
+        with contextlib.closing(segment):
+            self._running().call(range(self.size), entry.push, (parcel, self._sources.new()))
+
+    def pull(self, name: str, rank: int = 0) -> Any:
+        """The value of a name in the namespace of one engine's cells.
+
+        Raises:
+            ClusterError: The name is not defined there, or cannot be sent.
+        """
+        self.check_ready()
+        self._check_rank(rank)
+        from nbdist.core.handover import unpack
+
+        try:
+            return unpack(self._running().call([rank], entry.pull, (name, self._running().remote))[rank])
+        except EngineError as error:
+            if "NameError" in str(error):
+                raise ClusterError(f"{name!r} is not defined on rank {rank}.") from None
+            raise
+
+    def tie_classes(self, namespace: dict[str, Any], ranks: Iterable[int] | None = None) -> None:
+        """Let classes that the same cell defined here and on ranks be one, whichever way an instance travels."""
+        self._running().call(range(self.size) if ranks is None else ranks, entry.tie, (class_marks(namespace),))
+
+    def train(
+        self,
+        model: Any,
+        data: Any,
+        *,
+        background: bool = False,
+        watch: Callable[[Run], None] | None = None,
+        names: tuple[str, str] = ("model", "data"),
+        **options: Any,
+    ) -> Run:
+        """Train `model` on all engines; see `nbdist.train` for the options.
+
+        Afterwards `model` itself holds the trained weights and buffers; until then it is untouched. Whatever is wrong
+        with the options is said before an engine is touched.
+
+        Args:
+            model: An ``nn.Module``.
+            data: A Dataset, a DataLoader, or a tuple of tensors or NumPy arrays.
+            background: Whether to return at once instead of waiting for the end.
+            watch: Called with the run several times a second, and once after its end.
+            names: What the person calls `model` and `data`, for errors.
+            **options: `loss` or `step`, `optimizer`, `val`, `metric` and every option of a Plan.
+
+        Raises:
+            PlanError: An option cannot be run.
+            TaskError: Something supplied cannot be used.
+            ClusterError: The engines are busy or lost.
+            EngineError: The run failed.
+        """
+        for name in options:
+            if name not in OPTIONS and name not in _TASK_OPTIONS:
+                raise PlanError(f"unknown option {name!r}.{suggest(name, [*OPTIONS, *_TASK_OPTIONS])}")
+        self.check_ready()
+        engines = self._running()
+        from nbdist.core.params import ParamTable
+        from nbdist.core.task import Task
+
+        given = {name: options.pop(name) for name in _TASK_OPTIONS if name in options}
+        task = Task.create(model, data, names=names, **given)
+        plan = Plan.create(ranks=self.size, cores=engines.threads * self.size, **{**options, **task.options})
+        parcel, segment = self._pack((task, plan), f"{names[0]} or {names[1]}")
+
+        run_id = new_run_id()
+        ranks = {e.rank: RankState(rank=e.rank, host=e.host, pid=e.pid, device=e.device) for e in self.engines}
+        progress = RunState(title=task.title, plan=plan.to_dict(), ranks=ranks)
+        store = engines.store
+        run = Run(run_id, plan, progress, lambda: store.set(f"stop/{run_id}", "1"))
+        self._run = run
+        current.note_run(run)
+
+        def bring_home(home: Any) -> None:
+            from nbdist.core.handover import unpack
+
+            tensors, optimizer_state = unpack(home)
+            ParamTable.of(model).load_(tensors)
+            if optimizer_state is not None:
+                task.optimizer.load_state_dict(optimizer_state)
+
+        def after(failed: bool) -> None:
+            segment.close()
+            self._broken = failed
+            if failed and not engines.lost:
+                self.check_ready()
+
+        arguments = (parcel, run_id, self._sources.new(), self._running().remote)
+        calls = [engines.start_call(rank, entry.train, *arguments) for rank in range(self.size)]
+        run._printed = functools.partial(printed, dict(enumerate(calls)))
+        Relay(run, calls, bring_home=bring_home, interrupt=self.interrupt, after=after, watch=watch).start()
+        return run if background else self.attend(run)
+
+    def attend(self, run: Run, while_waiting: Callable[[], None] = lambda: None) -> Run:
+        """Wait for a run in the foreground; the first interrupt stops it after its step, a second one at once.
+
+        Raises:
+            KeyboardInterrupt: It was interrupted, and has ended now.
+            EngineError: The run failed.
+        """
+        interrupted = False
+        while run.progress.running or not run.ended:
+            try:
+                run.wait(0.1)
+                while_waiting()
+            except KeyboardInterrupt:
+                if interrupted:
+                    self.interrupt()
+                interrupted = True
+                run.stop()
+            except EngineError:
+                break
+        if interrupted:
+            raise KeyboardInterrupt
+        return run.wait()
+
+    def _pack(self, value: Any, name: str) -> tuple[Any, Any]:
+        from nbdist.core.handover import pack
+
+        try:
+            return pack(value, inline=self._running().remote)
+        except TaskError as error:
+            raise TaskError(f"{name}: {error}") from error.__cause__
+
+    def _check_rank(self, rank: int) -> None:
+        if not 0 <= rank < self.size:
+            raise PlanError(f"rank {rank} does not exist: use 0 to {self.size - 1}.")
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _stop_reference(reference: weakref.ref[Cluster]) -> None:
+    cluster = reference()
+    if cluster is not None:
+        cluster.stop()
