@@ -110,18 +110,22 @@ def pack(value: Any, *, inline: bool = False) -> tuple[Parcel, Segment]:
         pickler.dump(value)
     except Exception as error:  # whatever a __reduce__ of the user's raises
         raise TaskError(f"it cannot be sent to another process: {error}.") from error
-    code = stream.getbuffer()
+    code = stream.getvalue()
+    views = [buffer.raw() for buffer in pickler.buffers]
     end, places = len(code), []
-    for view in pickler.views:
+    for view in views:
         end += -end % _ALIGNMENT
         places.append((end, len(view)))
         end += len(view)
     table = pickle.dumps(places)
     segment = Segment(end + len(table))
     segment.buffer[: len(code)] = code
-    for (start, _), view in zip(places, pickler.views, strict=True):
+    for (start, _), view in zip(places, views, strict=True):
         _copy(segment.buffer, start, view)
+        view.release()  # before the garbage collector meets them in the pickler's cycles
     segment.buffer[end : end + len(table)] = table
+    for buffer in pickler.buffers:
+        buffer.release()
     parcel = Parcel(
         path=segment.path, inline=segment.buffer[:] if inline else None, code_bytes=len(code), table_start=end,
         nbytes=end + len(table),
@@ -137,7 +141,7 @@ def unpack(parcel: Parcel) -> Any:
     else:
         with open(parcel.path, "rb") as file:
             buffer = mmap.mmap(file.fileno(), parcel.nbytes, access=mmap.ACCESS_COPY)
-    memory = np.frombuffer(buffer, dtype=np.uint8)  # its slices are buffers, and keep the mapping alive
+    memory: Any = np.frombuffer(buffer, dtype=np.uint8)  # its slices are buffers, and keep the mapping alive
     places = pickle.loads(memory[parcel.table_start : parcel.nbytes])
     return pickle.loads(
         memory[: parcel.code_bytes], buffers=[memory[start : start + length] for start, length in places]
@@ -153,11 +157,11 @@ def _copy(target: mmap.mmap, start: int, view: memoryview) -> None:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no types
-    """Pickles by value and keeps storages and arrays aside, as `views`."""
+    """Pickles by value and keeps storages and arrays aside, as `buffers`."""
 
     def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=5, buffer_callback=lambda buffer: self.views.append(buffer.raw()))
-        self.views: list[memoryview] = []
+        self.buffers: list[pickle.PickleBuffer] = []
+        super().__init__(file, protocol=5, buffer_callback=self.buffers.append)
         self._storages: dict[tuple[str, int], _Storage] = {}
 
     def reducer_override(self, value: Any) -> Any:
@@ -181,7 +185,8 @@ class _Storage:
         self._bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _as_storage, (pickle.PickleBuffer(self._bytes.numpy().data),)
+        content: Any = self._bytes.numpy()
+        return _as_storage, (pickle.PickleBuffer(content),)
 
 
 def _as_storage(view: memoryview) -> torch.UntypedStorage:
