@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from nbdist.cluster.definitions import install_sources, tie_classes
 from nbdist.cluster.remote_errors import Failure
+from nbdist.telemetry import RankState
 
-__all__ = ["hello", "join", "leave", "number_cell", "pull", "push", "tie", "train"]
+__all__ = ["Outcome", "hello", "join", "leave", "number_cell", "pull", "push", "tie", "train"]
 
 _STOP_POLL_S = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one rank of a training brings home.
+
+    Args:
+        rank: Which.
+        state: "finished", "stopped" or "failed".
+        snapshot: The rank's last state; published ones may arrive late.
+        home: The parcel of trained tensors, from rank 0.
+        failure: What went wrong.
+    """
+
+    rank: int
+    state: str
+    snapshot: RankState | None = None
+    home: Any = None
+    failure: Failure | None = None
 
 
 class _Engine:
@@ -131,13 +153,8 @@ def tie(marks: dict[str, str]) -> None:
     tie_classes(marks, _namespace())
 
 
-def train(parcel: Any, run_id: str, sources: dict[str, tuple[str, str]], inline: bool) -> tuple[str, Any]:
-    """Run one rank of a training.
-
-    Returns:
-        ``("ok", (result, parcel))`` with the trained tensors from rank 0 and None from the others, or ``("failed",
-        Failure)``.
-    """
+def train(parcel: Any, run_id: str, sources: dict[str, tuple[str, str]], inline: bool) -> Outcome:
+    """Run one rank of a training."""
     from ipyparallel.datapub import publish_data
 
     from nbdist.core import fit
@@ -148,28 +165,30 @@ def train(parcel: Any, run_id: str, sources: dict[str, tuple[str, str]], inline:
 
     world = _engine.world
     install_sources(sources)
-    record = None
-    try:
-        task, plan = unpack(parcel)
-        record = JsonlSink(record_path(run_id, world.rank))
-        snapshots = SnapshotSink(world.rank, lambda state: publish_data({"nbdist": state}))
-        result = fit(
-            task, plan, world, run_id=run_id, sinks=[record, snapshots],
-            stop_requested=_stop_request(world, run_id) if world.rank == 0 else lambda: False,
-        )  # fmt: skip
-        if world.rank:
-            return "ok", (result, None)
-        optimizer_state = task.optimizer.state_dict() if task.own_optimizer else None
-        trained = (ParamTable.of(task.model).tensors, optimizer_state)
-        home, _engine.outgoing = pack(trained, inline=inline)
-        return "ok", (result, home)
-    except BaseException as error:
-        failure = Failure.of(world.rank, error)
-        world.leave()  # at once: it releases the peers that wait for this rank
-        return "failed", failure
-    finally:
-        if record is not None:
-            record.close()
+    snapshots = SnapshotSink(world.rank, lambda state: publish_data({"nbdist": state}))
+    with contextlib.ExitStack() as cleanup:
+        try:
+            task, plan = unpack(parcel)
+            record = JsonlSink(record_path(run_id, world.rank))
+            cleanup.callback(record.close)
+            result = fit(
+                task,
+                plan,
+                world,
+                run_id=run_id,
+                sinks=[record, snapshots],
+                stop_requested=_stop_request(world, run_id) if world.rank == 0 else lambda: False,
+            )
+            home = None
+            if world.rank == 0:
+                optimizer_state = task.optimizer.state_dict() if task.own_optimizer else None
+                trained = (ParamTable.of(task.model).tensors, optimizer_state)
+                home, _engine.outgoing = pack(trained, inline=inline)
+            return Outcome(rank=world.rank, state=result.state, snapshot=snapshots.state, home=home)
+        except BaseException as error:
+            failure = Failure.of(world.rank, error)
+            world.leave()  # at once: it releases the peers that wait for this rank
+            return Outcome(rank=world.rank, state="failed", snapshot=snapshots.state, failure=failure)
 
 
 def _stop_request(world: Any, run_id: str) -> Callable[[], bool]:

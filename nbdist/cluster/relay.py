@@ -12,6 +12,7 @@ from typing import Any
 
 import ipyparallel.error
 
+from nbdist.cluster.entry import Outcome
 from nbdist.cluster.remote_errors import Failure, as_error
 from nbdist.cluster.run import Run
 from nbdist.errors import ClusterError, NbdistError
@@ -20,6 +21,7 @@ from nbdist.telemetry import RankState
 __all__ = ["Relay"]
 
 _INTERVAL_S = 0.1
+_LOST = "its process ended; %dist_start replaces it"
 _RELEASE_AFTER_S = 2.0
 """How long ranks may take to notice that a peer failed, before they are interrupted."""
 
@@ -64,13 +66,12 @@ class Relay:
         run = self._run
         try:
             outcomes = self._collect()
-            failures = [value for kind, value in outcomes if kind == "failed"]
+            failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
             if failures:
                 run._end("failed", as_error(failures))
             else:
-                result, parcel = outcomes[0][1]
-                self._bring_home(parcel)
-                run._end(result.state)
+                self._bring_home(outcomes[0].home)
+                run._end(outcomes[0].state)
         except NbdistError as error:
             run._end("failed", error)
         except Exception as error:  # a defect of ours must not leave a person waiting for ever
@@ -82,49 +83,49 @@ class Relay:
             self._draw()
             run._release()
 
-    def _collect(self) -> list[tuple[str, Any]]:
+    def _collect(self) -> list[Outcome]:
         """Merge snapshots until every rank has answered; free the others when one has failed."""
-        outcomes: dict[int, tuple[str, Any]] = {}
+        outcomes: dict[int, Outcome] = {}
         deadline = None
         while len(outcomes) < len(self._calls):
-            for rank, call in enumerate(self._calls):
-                if rank not in outcomes and call.ready():
-                    outcomes[rank] = self._outcome(rank, call)
-            if deadline is None and any(kind == "failed" for kind, _ in outcomes.values()):
+            waiting = [rank for rank in range(len(self._calls)) if rank not in outcomes]
+            self._calls[waiting[0]].wait(_INTERVAL_S)
+            for rank in waiting:
+                if self._calls[rank].ready():
+                    outcomes[rank] = self._outcome(rank)
+            if deadline is None and any(outcome.failure for outcome in outcomes.values()):
                 deadline = time.monotonic() + _RELEASE_AFTER_S
             if deadline is not None and time.monotonic() > deadline:
                 deadline = float("inf")
-                self._interrupt([rank for rank in range(len(self._calls)) if rank not in outcomes])
-            self._merge()
+                self._interrupt([rank for rank in waiting if rank not in outcomes])
+            self._merge(outcomes)
             self._draw()
-            self._calls[next((r for r in range(len(self._calls)) if r not in outcomes), 0)].wait(_INTERVAL_S)
-        self._merge()
         return [outcomes[rank] for rank in range(len(self._calls))]
 
-    def _outcome(self, rank: int, call: Any) -> tuple[str, Any]:
+    def _outcome(self, rank: int) -> Outcome:
         try:
-            return call.get()
+            outcome: Outcome = self._calls[rank].get()
+            return outcome
         except ipyparallel.error.RemoteError as error:
-            if error.ename == "EngineError":  # ipyparallel's word for an engine that died
-                self._change(rank, state="lost")
-                return "failed", _failure(rank, "EngineLost", "its process ended; %dist_start replaces it")
-            return "failed", _failure(rank, error.ename, error.evalue)
+            lost = error.ename == "EngineError"  # ipyparallel's word for an engine that died
+            kind, message = ("EngineLost", _LOST) if lost else (error.ename, error.evalue)
+            failure = Failure(
+                rank=rank, time_s=time.time(), kind=kind, message=message, place="", traceback="", echo=False
+            )
+            snapshot = dataclasses.replace(self._run.progress.ranks[rank], state="lost" if lost else "failed")
+            return Outcome(rank=rank, state="failed", snapshot=snapshot, failure=failure)
 
-    def _merge(self) -> None:
-        progress = self._run.progress
-        for call in self._calls:
-            snapshot = (call.data or {}).get("nbdist") if isinstance(call.data, dict) else None
-            if snapshot is not None and progress.ranks[snapshot["rank"]].state != "lost":
-                progress.merge(RankState.from_dict(snapshot))
-
-    def _change(self, rank: int, **changes: Any) -> None:
-        ranks = self._run.progress.ranks
-        ranks[rank] = dataclasses.replace(ranks[rank], **changes)
+    def _merge(self, outcomes: dict[int, Outcome]) -> None:
+        """Take in the newest snapshot of each rank: the last one from its outcome, for published ones may be late."""
+        for rank, call in enumerate(self._calls):
+            if rank in outcomes:
+                newest = outcomes[rank].snapshot
+            else:
+                published = call.data.get("nbdist") if isinstance(call.data, dict) else None
+                newest = RankState.from_dict(published) if published else None
+            if newest is not None:
+                self._run.progress.merge(newest)
 
     def _draw(self) -> None:
         if self._watch is not None:
             self._watch(self._run)
-
-
-def _failure(rank: int, kind: str, message: str) -> Failure:
-    return Failure(rank=rank, time_s=time.time(), kind=kind, message=message, place="", traceback="", echo=False)

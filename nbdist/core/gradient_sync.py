@@ -154,6 +154,7 @@ class GradientSync:
         for bucket in self._buckets:
             assert bucket.pending is not None
             bucket.pending.wait()
+            bucket.pending = None  # a finished collective would still hold its process group, and the group its peers
         totals = Totals(**dict(zip(("weight", "stop", "exhausted"), self._tail[:3].tolist(), strict=True)))
         if totals.weight not in (0.0, 1.0):
             for flat in self._flats:

@@ -166,6 +166,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
 
     def reducer_override(self, value: Any) -> Any:
         """Take plain tensors apart; everything else is cloudpickle's."""
+        if isinstance(value, io.IOBase) and not isinstance(value, (io.BytesIO, io.StringIO)):
+            # cloudpickle would put a copy of its content in its place, unasked
+            raise pickle.PicklingError(f"it holds an open file ({getattr(value, 'name', value)!r})")
         if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_quantized:
             return super().reducer_override(value)
         plain = value.detach().resolve_conj().resolve_neg()

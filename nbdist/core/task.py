@@ -20,7 +20,7 @@ __all__ = ["Step", "SupervisedStep", "Task", "first_dimension"]
 Step = Callable[[nn.Module, Any], Any]
 """``step(model, batch)``: one training step's loss, a mean, or ``(loss, weight)`` with what that mean is over."""
 
-NO_LOSS = "no loss: give loss=... (a name such as 'cross_entropy', or a callable) or step=..."
+NO_LOSS = "no loss: name one (--loss mse, or loss='mse'), or write the step (a %%dist_train cell's body, or step=...)."
 
 
 @dataclass(frozen=True, kw_only=True)

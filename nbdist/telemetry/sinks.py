@@ -61,13 +61,13 @@ class SnapshotSink(Sink):
     """The picture: folds events into a `RankState` and hands it to `publish`."""
 
     def __init__(self, rank: int, publish: Callable[[dict[str, Any]], None]) -> None:
-        self._state = RankState(rank=rank)
+        self.state = RankState(rank=rank)
         self._publish = publish
 
     def emit(self, event: Event) -> None:
         """Fold and publish. Events are few: progress is metered where it arises."""
-        self._state = fold(self._state, event)
-        self._publish(self._state.to_dict())
+        self.state = fold(self.state, event)
+        self._publish(self.state.to_dict())
 
 
 class TextSink(Sink):
