@@ -2,8 +2,8 @@
 
 from nbdist.cluster.cells import CellRun
 from nbdist.cluster.cluster import Cluster
-from nbdist.cluster.current import current_cluster, last_run, running_cluster
+from nbdist.cluster.current import current_cluster, last_run, require_cluster
 from nbdist.cluster.engines import Engine
 from nbdist.cluster.run import Run
 
-__all__ = ["CellRun", "Cluster", "Engine", "Run", "current_cluster", "last_run", "running_cluster"]
+__all__ = ["CellRun", "Cluster", "Engine", "Run", "current_cluster", "last_run", "require_cluster"]

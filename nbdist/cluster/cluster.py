@@ -24,6 +24,7 @@ from nbdist.telemetry.record import new_run_id
 
 __all__ = ["Cluster"]
 
+_POLL_S = 0.1
 _DEVICES = ("auto", "cpu", "cuda")
 _TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "val", "metric", "batch_size", "shuffle")
 
@@ -75,7 +76,7 @@ class Cluster:
                 self._broken = False
             self.check_ready()
             return self
-        if current.running_cluster() is not None:
+        if current.current_cluster() is not None:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
         self._up = Engines(self.size, self.device, self.timeout_s)
         current.set_cluster(self)
@@ -87,7 +88,7 @@ class Cluster:
         if self._up is None:
             return
         engines, self._up = self._up, None
-        if current.running_cluster() is self:
+        if current.current_cluster() is self:
             current.set_cluster(None)
         engines.end()
 
@@ -112,6 +113,11 @@ class Cluster:
     def threads(self) -> int:
         """CPU threads of a rank by default: its host's cores over the ranks there."""
         return self._running().threads
+
+    @property
+    def backend(self) -> str:
+        """What the ranks talk over: "gloo" or "nccl"."""
+        return self._running().backend
 
     @property
     def start_seconds(self) -> float:
@@ -271,19 +277,19 @@ class Cluster:
             KeyboardInterrupt: It was interrupted, and has ended now.
             EngineError: The run failed.
         """
-        interrupted = False
-        while run.progress.running or not run.ended:
+        interrupts = 0
+        while not run.ended:
             try:
-                run.wait(0.1)
+                with contextlib.suppress(EngineError):  # raised below, once all is done
+                    run.wait(_POLL_S)
                 while_waiting()
             except KeyboardInterrupt:
-                if interrupted:
+                interrupts += 1
+                if interrupts == 1:
+                    run.stop()
+                else:
                     self.interrupt()
-                interrupted = True
-                run.stop()
-            except EngineError:
-                break
-        if interrupted:
+        if interrupts:
             raise KeyboardInterrupt
         return run.wait()
 

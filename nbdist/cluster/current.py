@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from nbdist.cluster.cluster import Cluster
     from nbdist.cluster.run import Run
 
-__all__ = ["current_cluster", "last_run", "note_run", "running_cluster", "set_cluster"]
+__all__ = ["current_cluster", "last_run", "note_run", "require_cluster", "set_cluster"]
 
 _cluster: Cluster | None = None
 _run: Run | None = None
 
 
-def running_cluster() -> Cluster | None:
-    """The running cluster, or None."""
+def current_cluster() -> Cluster | None:
+    """The running cluster of this kernel, or None."""
     return _cluster
 
 
-def current_cluster() -> Cluster:
+def require_cluster() -> Cluster:
     """The running cluster of this kernel.
 
     Raises:

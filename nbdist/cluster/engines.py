@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,6 +59,7 @@ class Engines:
         self.size = size
         self.timeout_s = timeout_s
         self._device = device
+        self.backend = ""
         self._generation = 0
         self._records: list[Engine] = []
         self._launch = Launch(size)
@@ -122,8 +124,13 @@ class Engines:
             )
             for record in self._records
         }
-        devices = self.call(arguments, entry.join, arguments, timeout_s=self.timeout_s)
-        self._records = [replace(record, device=devices[record.rank]) for record in self._records]
+        formed = self.call(arguments, entry.join, arguments, timeout_s=self.timeout_s)
+        self._records = [replace(record, device=formed[record.rank]["device"]) for record in self._records]
+        self.backend = formed[0]["backend"]
+        if formed[0]["shares_gpu"]:
+            from nbdist.core.world import SHARED_GPU
+
+            warnings.warn(SHARED_GPU, stacklevel=2)
 
     def replace_lost(self) -> list[int]:
         """Start new engines for ranks that were lost, and let all meet again. Returns those ranks."""

@@ -95,8 +95,8 @@ def join(
     local_size: int,
     device: str,
     threads: int,
-) -> str:
-    """Take `rank` in a new world of `size` ranks. **Collective**: every engine, at once. Returns the device."""
+) -> dict[str, Any]:
+    """Take `rank` in a new world of `size` ranks. **Collective**: every engine, at once. Returns what came out."""
     import torch
     import torch.distributed as dist
 
@@ -113,7 +113,8 @@ def join(
         local_size=local_size, device=device, generation=generation,
     )  # fmt: skip
     _namespace().update(rank=rank, world_size=size, device=_engine.world.device)
-    return str(_engine.world.device)
+    world = _engine.world
+    return {"device": str(world.device), "backend": world.backend, "shares_gpu": world.shares_gpu}
 
 
 def leave() -> None:

@@ -67,8 +67,7 @@ class Run:
         Raises:
             EngineError: The run failed.
         """
-        self._ended.wait(timeout_s)
-        if self.error is not None:
+        if self._ended.wait(timeout_s) and self.error is not None:
             raise self.error
         return self
 

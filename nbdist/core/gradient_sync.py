@@ -19,7 +19,7 @@ class Totals:
     """What one step adds up to over all ranks.
 
     Args:
-        weight: Sum of the slices' weights, in units of a full slice; zero where no rank had data.
+        weight: Sum of the slices' weights; zero where no rank had data.
         stop: How many ranks ask to stop.
         exhausted: How many ranks have no data left.
     """
@@ -46,22 +46,26 @@ class GradientSync:
     sync is a few large collectives. Behind the gradients of the last buffer ride the step's totals and which
     parameters were used: stopping together and leaving unused parameters alone cost no collective of their own.
 
-    Gradients are sums of ``weight * d loss`` over the slices, divided in the end by the sum of the weights over all
-    ranks: exact for uneven slices, and for means over tokens.
+    Gradients are sums of ``weight / full_slice * d loss`` over the slices, divided in the end by the sum of those
+    factors over all ranks: exact for uneven slices, and for means over tokens. What is summed over ranks are the
+    weights themselves: most are counts, whose sum has the same bits in any order.
 
     Args:
         parameters: Trainable parameters, on the channel's device.
         channel: The axis to sum over.
+        full_slice: The usual weight of a slice, so that usual slices are not scaled at all.
         bucket_mib: Largest bucket in MiB where the sync overlaps with backward.
         overlap: Whether buckets start while backward still runs. It pays where the collective runs beside the
             computation, as with NCCL; None decides by the device.
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], channel: Channel, *, bucket_mib: float = 25.0, overlap: bool | None = None
-    ) -> None:
+        self, parameters: list[nn.Parameter], channel: Channel, *, full_slice: float = 1.0, bucket_mib: float = 25.0,
+        overlap: bool | None = None,
+    ) -> None:  # fmt: skip
         self._parameters = parameters
         self._channel = channel
+        self._full_slice = full_slice
         self._overlap = channel.device.type == "cuda" if overlap is None else overlap
         self._used: list[Any] = [None] * len(parameters)
         self._armed = False
@@ -156,9 +160,10 @@ class GradientSync:
             bucket.pending.wait()
             bucket.pending = None  # a finished collective would still hold its process group, and the group its peers
         totals = Totals(**dict(zip(("weight", "stop", "exhausted"), self._tail[:3].tolist(), strict=True)))
-        if totals.weight not in (0.0, 1.0):
+        factor = totals.weight / self._full_slice
+        if factor not in (0.0, 1.0):
             for flat in self._flats:
-                flat.div_(totals.weight)
+                flat.div_(factor)
         if not all(used):
             self._drop_unused()
         return totals

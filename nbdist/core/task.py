@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,7 +80,8 @@ class Task:
             raise TaskError(f"step must be a callable step(model, batch), not {step!r}.")
         if metric is not None and val is None:
             raise TaskError(f"metric {_name(metric)} has nothing to be measured on: give val=... too.")
-        val_source = None if val is None else Source.of(val, "val")
+        # every validation sample counts, whatever the loader would drop
+        val_source = None if val is None else replace(Source.of(val, "val"), drop_last=False)
         supervised = [("loss", source)] if step is None else []
         for what, needs_target in [*supervised, *([("metric", val_source)] if metric is not None else [])]:
             _check_pairs(needs_target, what)

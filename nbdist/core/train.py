@@ -72,7 +72,7 @@ def fit(
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(seeds.kept(device))
         cleanup.enter_context(_threads(plan.threads))
-        cleanup.enter_context(_on_device(model, device))
+        cleanup.enter_context(_on_device(task, device))
         cleanup.enter_context(_reporting_failure(tell, world.rank))
 
         if not model.training:  # modules that the user froze in evaluation mode inside a training model stay so
@@ -95,8 +95,6 @@ def fit(
         reader = reader_of(task.data, plan.accumulate, plan.shuffle)
         val_reader = reader_of(task.val, 1, False) if task.val is not None else None
         steps_total = _steps_total(plan, reader)
-        # Weights are counted in units of a full slice, so a full batch scales nothing.
-        full_slice = plan.batch_size / plan.slices
 
         started = RunStarted(
             rank=world.rank,
@@ -120,7 +118,7 @@ def fit(
             first_step = step
             for slices in reader.epoch(epoch):
                 strategy.begin_step()
-                step_weight: Any = 0.0
+                step_weight: Any = 0
                 step_sums = torch.zeros(2, dtype=torch.float64, device=device)
 
                 for position, part in enumerate(slices or ()):
@@ -128,10 +126,10 @@ def fit(
                     loss, weight = task.loss_and_weight(to_device(part.batch, device), part.samples)
                     # A mean over nothing (all targets ignored) is not a number: it has no gradient to give.
                     if weight != 0:
-                        share = weight / full_slice
-                        strategy.backward(loss, share, last=position == len(slices or ()) - 1)
-                        step_weight = step_weight + share
-                        step_sums += torch.stack([loss.detach().double() * share, torch.as_tensor(share).double()])
+                        strategy.backward(loss, weight, last=position == len(slices or ()) - 1)
+                        step_weight = step_weight + weight
+                        exact = torch.as_tensor(weight, dtype=torch.float64, device=device)
+                        step_sums += torch.stack([loss.detach() * exact, exact])
                     row.samples += part.samples
                     samples += part.samples
 
@@ -242,13 +240,21 @@ def _threads(threads: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    before = next(model.parameters()).device
-    model.to(device)
+def _on_device(task: Task, device: torch.device) -> Iterator[None]:
+    before = next(task.model.parameters()).device
+    _move(task, before, device)
     try:
         yield
     finally:
-        model.to(before)
+        _move(task, device, before)
+
+
+def _move(task: Task, source: torch.device, target: torch.device) -> None:
+    if source == target:
+        return
+    task.model.to(target)
+    if task.optimizer.state:
+        task.optimizer.load_state_dict(task.optimizer.state_dict())  # puts each state where its parameter is
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
+import itertools
 import os
 import socket
 import sys
@@ -18,9 +20,11 @@ import torch.distributed as dist
 from nbdist.core.channels import Channel, ProcessGroupChannel, SoloChannel
 from nbdist.errors import PlanError
 
-__all__ = ["World", "host_store", "pick_device"]
+__all__ = ["SHARED_GPU", "World", "host_store", "pick_device"]
 
 _TIMEOUT = datetime.timedelta(minutes=30)
+SHARED_GPU = "several ranks share a GPU: they meet over gloo, which is slower than nccl with one rank a GPU."
+_generations = itertools.count(1)
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
@@ -35,6 +39,7 @@ class World:
         local_rank: Position among the ranks on this host.
         local_size: Ranks on this host.
         device: What this rank computes on.
+        backend: "gloo" or "nccl", or empty for a world of one.
         store: The key-value store all ranks share, hosted outside of them; None where nobody outside takes part.
     """
 
@@ -44,6 +49,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    backend: str = ""
     store: Any = None
 
     @classmethod
@@ -69,11 +75,18 @@ class World:
         backend = _backend(names, rank, size, chosen)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        dist.init_process_group(backend, store=names, rank=rank, world_size=size, timeout=_TIMEOUT)
+        by_device = "gloo" if chosen.type == "cpu" else f"cpu:gloo,cuda:{backend}"
+        dist.init_process_group(by_device, store=names, rank=rank, world_size=size, timeout=_TIMEOUT)
         world = cls(
-            generation=generation, rank=rank, size=size, local_rank=local_rank, local_size=local_size,
-            device=chosen, store=names,
-        )  # fmt: skip
+            generation=generation,
+            rank=rank,
+            size=size,
+            local_rank=local_rank,
+            local_size=local_size,
+            device=chosen,
+            backend=backend,
+            store=names,
+        )
         world.channel().all_reduce_(torch.ones(1, device=chosen))
         return world
 
@@ -92,12 +105,17 @@ class World:
             yield cls(device=pick_device(device, 0))
             return
         rank = int(os.environ["RANK"])
-        store, _, _ = next(dist.rendezvous("env://", rank, size))
         world = cls.form(
-            store=store, rank=rank, size=size, device=device,
+            store=_environment_store(),
+            rank=rank,
+            size=size,
             local_rank=int(os.environ.get("LOCAL_RANK", rank)),
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
-        )  # fmt: skip
+            device=device,
+            generation=next(_generations),  # a script may train more than once
+        )
+        if world.shares_gpu and rank == 0:
+            warnings.warn(SHARED_GPU, stacklevel=3)
         try:
             yield world
         finally:
@@ -111,7 +129,13 @@ class World:
         chosen = pick_device(device, local_rank)
         return cls(
             rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=chosen,
+            backend=dist.get_backend(),
         )  # fmt: skip
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether several ranks compute on one GPU, so that nccl could not be used."""
+        return self.device.type == "cuda" and self.backend == "gloo"
 
     def channel(self) -> Channel:
         """The channel over all ranks."""
@@ -144,12 +168,15 @@ def _backend(store: Any, rank: int, size: int, device: torch.device) -> str:
     if device.type == "cpu":
         return "gloo"
     store.set(f"gpu/{rank}", str(torch.cuda.get_device_properties(device).uuid))
-    gpus = [store.get(f"gpu/{other}") for other in range(size)]
-    if len(set(gpus)) == size:
-        return "cpu:gloo,cuda:nccl"
-    if rank == 0:
-        warnings.warn(f"{size} ranks share {len(set(gpus))} GPUs: using gloo, which is slower than nccl.", stacklevel=3)
-    return "cpu:gloo,cuda:gloo"
+    gpus = {store.get(f"gpu/{other}") for other in range(size)}
+    return "nccl" if len(gpus) == size else "gloo"
+
+
+@functools.cache
+def _environment_store() -> Any:
+    """The store that torchrun's variables name; kept, for it can be reached only once where rank 0 hosts it."""
+    store, _, _ = next(dist.rendezvous("env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])))
+    return store
 
 
 def host_store(address: str = "127.0.0.1") -> Any:

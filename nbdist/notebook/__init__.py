@@ -19,8 +19,8 @@ def load(shell: Any) -> None:
 
 def unload(shell: Any) -> None:
     """Stop the engines, if any are running."""
-    from nbdist.cluster import running_cluster
+    from nbdist.cluster import current_cluster
 
-    cluster = running_cluster()
+    cluster = current_cluster()
     if cluster is not None:
         cluster.stop()

@@ -9,7 +9,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.display import display
 
-from nbdist.cluster import Cluster, Run, current_cluster, last_run, running_cluster
+from nbdist.cluster import Cluster, Run, current_cluster, last_run, require_cluster
 from nbdist.cluster.remote_errors import ranks_text
 from nbdist.errors import ClusterError, PlanError, TaskError, suggest
 from nbdist.notebook.dashboard import make_dashboard
@@ -110,7 +110,7 @@ class DistMagics(Magics):
     @_documented(_START)
     def dist_start(self, line: str) -> None:
         arguments = _START.parse(split_line(line))
-        cluster = running_cluster()
+        cluster = current_cluster()
         wanted = Cluster(arguments.n, device=arguments.device, timeout_s=arguments.timeout)
         if (
             cluster is not None
@@ -131,7 +131,7 @@ class DistMagics(Magics):
     @line_magic
     def dist_status(self, line: str) -> None:
         """Show the engines: rank, process, host, device, state and memory."""
-        cluster = running_cluster()
+        cluster = current_cluster()
         if cluster is None:
             print("no engines are running: %dist_start starts them")
             return
@@ -152,7 +152,7 @@ class DistMagics(Magics):
     @_documented(_STOP)
     def dist_stop(self, line: str) -> None:
         _STOP.parse(split_line(line))
-        cluster = running_cluster()
+        cluster = current_cluster()
         if cluster is None:
             print("no engines are running")
             return
@@ -164,7 +164,7 @@ class DistMagics(Magics):
     @_documented(_DIST)
     def dist(self, line: str, cell: str) -> None:
         arguments = _DIST.parse(split_line(line))
-        cluster = current_cluster()
+        cluster = require_cluster()
         ranks = None if arguments.ranks is None else _parse_ranks(arguments.ranks, cluster.size)
         if arguments.local:
             cluster.check_ready()
@@ -189,7 +189,10 @@ class DistMagics(Magics):
     @_documented(_PUSH)
     def dist_push(self, line: str) -> None:
         arguments = _PUSH.parse(split_line(line))
-        cluster = current_cluster()
+        cluster = require_cluster()
+        odd = [name for name in arguments.names if not name.isidentifier()]
+        if odd:
+            raise PlanError(f"{odd[0]!r} is not a name: assign it to one first.")
         cluster.push(**{name: self._evaluate(name) for name in arguments.names})
         print(f"sent {', '.join(arguments.names)} to {_engines(cluster.size)}")
 
@@ -198,14 +201,14 @@ class DistMagics(Magics):
     @_documented(_PULL)
     def dist_pull(self, line: str) -> Any:
         arguments = _PULL.parse(split_line(line))
-        return current_cluster().pull(arguments.name, arguments.rank)
+        return require_cluster().pull(arguments.name, arguments.rank)
 
     @no_var_expand
     @line_cell_magic
     @_documented(_TRAIN)
     def dist_train(self, line: str, cell: str | None = None) -> Run:
         arguments = _TRAIN.parse(split_line(line))
-        cluster = current_cluster()
+        cluster = require_cluster()
         if cell is not None and arguments.loss is not None:
             raise PlanError("--loss and a cell body are two ways to say the same: leave one of them away.")
         options = plan_options(arguments) | {
@@ -266,7 +269,8 @@ def _described(cluster: Cluster) -> str:
     hosts = ", ".join(sorted({engine.host for engine in engines}))
     threads = cluster.threads
     each = f"{threads} thread{'s' if threads > 1 else ''} each"
-    return f"{_engines(cluster.size)} ({ranks_text(range(cluster.size))}) on {hosts}: {devices}, {each}"
+    who = f"{_engines(cluster.size)} ({ranks_text(range(cluster.size))})"
+    return f"{who} on {hosts}: {devices} over {cluster.backend}, {each}"
 
 
 def _engines(count: int) -> str:

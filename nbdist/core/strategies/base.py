@@ -32,7 +32,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, weight: Any, *, last: bool) -> None:
-        """Add the gradients of ``weight * loss``. Local; `last` says that no other slice follows in this step."""
+        """Add a slice's gradients, times its weight. Local; `last` says that no other slice follows in this step."""
 
     @abstractmethod
     def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:

@@ -23,18 +23,23 @@ class Replicate(Strategy):
     Args:
         model: The module, on the channel's device.
         channel: The ``dp`` axis.
+        full_slice: See `GradientSync`.
         bucket_mib: See `GradientSync`.
         overlap: See `GradientSync`.
     """
 
     def __init__(
-        self, model: nn.Module, channel: Channel, *, bucket_mib: float = 25.0, overlap: bool | None = None
-    ) -> None:
+        self, model: nn.Module, channel: Channel, *, full_slice: float = 1.0, bucket_mib: float = 25.0,
+        overlap: bool | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(ParamTable.of(model), channel)
         with torch.no_grad():
             self.table.broadcast_(channel)
         trainable = list(self.table.trainable.values())
-        self._gradients = GradientSync(trainable, channel, bucket_mib=bucket_mib, overlap=overlap)
+        self._full_slice = full_slice
+        self._gradients = GradientSync(
+            trainable, channel, full_slice=full_slice, bucket_mib=bucket_mib, overlap=overlap
+        )
 
     def begin_step(self) -> None:
         """See `Strategy`."""
@@ -44,7 +49,9 @@ class Replicate(Strategy):
         """See `Strategy`."""
         if last:
             self._gradients.arm()
-        (loss if isinstance(weight, float) and weight == 1.0 else loss * weight).backward()
+        # In float64, for a count divided by a number would be rounded to float32.
+        share = (weight.double() if isinstance(weight, torch.Tensor) else weight) / self._full_slice
+        (loss if isinstance(share, float) and share == 1.0 else loss * share).backward()
 
     def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
         """See `Strategy`."""
