@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbdist
 from nbdist.cluster.definitions import label_of
 from nbdist.errors import EngineError, PeerLostError
 
 __all__ = ["Failure", "as_error", "ranks_text"]
 
-_OWN_FOLDER = str(Path(nbdist.__file__).parent)
+_OWN_FOLDER = str(Path(__file__).parents[1])
 _CONTEXT = 2
 
 

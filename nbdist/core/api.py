@@ -7,6 +7,8 @@ import json
 import os
 from typing import Any
 
+import torch.distributed as dist
+
 from nbdist.core.task import Step, Task
 from nbdist.core.train import Result, fit
 from nbdist.core.world import World
@@ -86,7 +88,7 @@ def train(
         "epochs": epochs, "steps": steps, "accumulate": accumulate, "clip_norm": clip_norm, "seed": seed,
         "threads": threads, "strategy": strategy, "bucket_mib": bucket_mib,
     }  # fmt: skip
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     plan = Plan.create(ranks=size, cores=_cores(size), **options, **task.options)
     with World.from_environment(device) as world, contextlib.ExitStack() as cleanup:
         run_id = _agree(plan, world)

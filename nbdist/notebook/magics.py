@@ -68,6 +68,7 @@ def _train_parser() -> OptionParser:
         "Train MODEL on DATA on all engines; the notebook's own MODEL then holds the trained weights. Returns a Run. "
         "As a cell magic the body is one training step: it sees `model` and `batch` and assigns `loss`, a mean "
         "(and `weight`, what that mean is over, if that is not the first dimension of the batch).",
+        usage="%%dist_train MODEL DATA [OPTIONS]\n       %%%%dist_train MODEL DATA [OPTIONS]   (the cell is one step)",
     )
     parser.add_argument("model", metavar="MODEL", help="A name or expression: a torch.nn.Module.")
     parser.add_argument("data", metavar="DATA", help="A name or expression: a Dataset, a DataLoader, (X, y).")

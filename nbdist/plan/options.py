@@ -17,9 +17,9 @@ _CLOSING = {"(": ")", "[": "]", "{": "}"}
 class OptionParser(argparse.ArgumentParser):
     """An argument parser whose mistakes are `PlanError`s, for magics and the command line alike."""
 
-    def __init__(self, prog: str, description: str) -> None:
+    def __init__(self, prog: str, description: str, usage: str | None = None) -> None:
         super().__init__(
-            prog=prog, description=description, add_help=False, allow_abbrev=False,
+            prog=prog, usage=usage, description=description, add_help=False, allow_abbrev=False,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
         )  # fmt: skip
 

@@ -48,8 +48,15 @@ class Plan:
     strategy: str = _option(
         "data", "How the ranks share the work: data (alias ddp), or a mesh such as dp=2.", metavar="WORD|MESH"
     )
-    loss: str = _option("", "A well-known loss (cross_entropy, mse, ...) or a callable of the notebook.", default="")
-    optimizer: str = _option("adamw", "A well-known optimizer (sgd, adamw, ...) or a callable of the notebook.")
+    loss: str = _option(
+        "",
+        "A callable of the notebook, or one of bce, cross_entropy, huber, kl_div, l1, mae, mse, nll, smooth_l1.",
+        default="",
+    )
+    optimizer: str = _option(
+        "adamw",
+        "A callable or an optimizer of the notebook, or a class of torch.optim in small letters (sgd, adamw, ...).",
+    )
     lr: float | None = _option(
         None, "Learning rate.", parse=float, metavar="RATE", default="the optimizer's own default"
     )
@@ -71,10 +78,10 @@ class Plan:
         default="",
     )
     metric: str = _option(
-        "", "Measured on the --val data: accuracy, mae, ... or a callable of the notebook.", default=""
+        "", "Measured on the --val data: a callable of the notebook, or one of accuracy, mae, mse.", default=""
     )
     shuffle: bool = _option(
-        True, "Read the training data in a new order each epoch (yes or no).", parse=bool, metavar="yes|no"
+        True, "Read the training data in a new order each epoch.", parse=bool, metavar="yes|no", default="yes"
     )
     seed: int = _option(
         0, "Decides the order of samples and the random numbers of every slice.", parse=int, metavar="N"
