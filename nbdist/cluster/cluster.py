@@ -150,7 +150,7 @@ class Cluster:
         return self._up
 
     def _refuse_while_running(self) -> None:
-        if self._run is not None and self._run.progress.running:
+        if self._run is not None and not self._run.ended:
             raise ClusterError(f"run {self._run.run_id} is going on: wait for it (run.wait()) or stop it (run.stop()).")
 
     def execute(self, source: str, ranks: Iterable[int] | None = None, *, number: int | None = None) -> CellRun:
@@ -261,13 +261,23 @@ class Cluster:
         def after(failed: bool) -> None:
             segment.close()
             self._broken = failed
-            if failed and not engines.lost:
-                self.check_ready()
+            if failed and self._up is engines and not engines.lost:
+                engines.form()
+                self._broken = False
 
         arguments = (parcel, run_id, self._sources.new(), self._running().remote)
         calls = [engines.start_call(rank, entry.train, *arguments) for rank in range(self.size)]
         run._printed = functools.partial(printed, dict(enumerate(calls)))
-        Relay(run, calls, bring_home=bring_home, interrupt=self.interrupt, after=after, watch=watch).start()
+        relay = Relay(
+            run,
+            calls,
+            alive=lambda: self._up is engines,
+            bring_home=bring_home,
+            interrupt=self.interrupt,
+            after=after,
+            watch=watch,
+        )
+        relay.start()
         return run if background else self.attend(run)
 
     def attend(self, run: Run, while_waiting: Callable[[], None] = lambda: None) -> Run:

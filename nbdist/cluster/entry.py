@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nbdist.cluster.definitions import install_sources, tie_classes
@@ -189,7 +189,8 @@ def train(parcel: Any, run_id: str, sources: dict[str, tuple[str, str]], inline:
         except BaseException as error:
             failure = Failure.of(world.rank, error)
             world.leave()  # at once: it releases the peers that wait for this rank
-            return Outcome(rank=world.rank, state="failed", snapshot=snapshots.state, failure=failure)
+            snapshot = replace(snapshots.state, state="failed")
+            return Outcome(rank=world.rank, state="failed", snapshot=snapshot, failure=failure)
 
 
 def _stop_request(world: Any, run_id: str) -> Callable[[], bool]:

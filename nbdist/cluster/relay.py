@@ -32,6 +32,7 @@ class Relay:
     Args:
         run: Kept up to date, and ended.
         calls: One ipyparallel result a rank, of `entry.train`.
+        alive: Whether the engines are still ours; once they are stopped, no rank answers any more.
         bring_home: Takes the parcel of trained tensors.
         interrupt: Interrupts the given ranks.
         after: Called at the very end with whether the run failed.
@@ -43,6 +44,7 @@ class Relay:
         run: Run,
         calls: Sequence[Any],
         *,
+        alive: Callable[[], bool],
         bring_home: Callable[[Any], None],
         interrupt: Callable[[list[int]], None],
         after: Callable[[bool], None],
@@ -50,6 +52,7 @@ class Relay:
     ) -> None:
         self._run = run
         self._calls = calls
+        self._alive = alive
         self._bring_home = bring_home
         self._interrupt = interrupt
         self._after = after
@@ -90,6 +93,8 @@ class Relay:
         while len(outcomes) < len(self._calls):
             waiting = [rank for rank in range(len(self._calls)) if rank not in outcomes]
             self._calls[waiting[0]].wait(_INTERVAL_S)
+            if not self._alive():
+                raise ClusterError("the engines were stopped while the run was going on.")
             for rank in waiting:
                 if self._calls[rank].ready():
                     outcomes[rank] = self._outcome(rank)

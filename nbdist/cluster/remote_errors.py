@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbdist.cluster.definitions import label_of
-from nbdist.errors import EngineError, PeerLostError
+from nbdist.errors import EngineError, NbdistError, PeerLostError
 
 __all__ = ["Failure", "as_error", "ranks_text"]
 
@@ -46,11 +46,13 @@ class Failure:
         """Describe an exception just caught. Runs on the engine, where the source lines are."""
         frames = traceback.extract_tb(error.__traceback__)
         users = [frame for frame in frames if not frame.filename.startswith(_OWN_FOLDER)]
-        shown = users or list(frames)
+        ours = isinstance(error, NbdistError)  # a sentence for the user: where we raised it is of no interest
+        shown = users if users or ours else list(frames)
         cells = [frame for frame in shown if label_of(frame.filename)]
         innermost = (cells or shown)[-1] if shown else None
         text = [_frame_text(frame) for frame in shown]
-        text.append("".join(traceback.format_exception_only(type(error), error)).rstrip())
+        if shown:
+            text.append("".join(traceback.format_exception_only(type(error), error)).rstrip())
         return cls(
             rank=rank,
             time_s=time.time(),

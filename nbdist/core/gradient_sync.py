@@ -99,7 +99,9 @@ class GradientSync:
                 if size and (offset + parameter.numel() - start) * flat.itemsize > bucket_bytes:
                     self._buckets.append(_Bucket(flat[start:offset], size))
                     start, size = offset, 0
-                self._views[i] = flat[offset : offset + parameter.numel()].view_as(parameter)
+                # Laid out as the parameter itself (channels last, say), or autograd and optimizer go slower ways.
+                strides = torch.empty_like(parameter, device="meta").stride()
+                self._views[i] = flat[offset : offset + parameter.numel()].as_strided(parameter.shape, strides)
                 self._bucket_of[i] = len(self._buckets)
                 offset, size = offset + parameter.numel(), size + 1
             self._buckets.append(_Bucket(flat[start:], size))

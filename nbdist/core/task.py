@@ -116,7 +116,7 @@ class Task:
         """Run the step on one slice.
 
         Returns:
-            The loss, a scalar mean, and its weight: a number or a scalar tensor.
+            The loss, a scalar mean, and its weight: a number, or on a GPU a scalar tensor in float64.
 
         Raises:
             TaskError: The step gave something else.
@@ -126,7 +126,11 @@ class Task:
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(type(loss))
             raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {what}.")
-        return loss.reshape(()), first_dimension(batch, samples) if weight is None else weight
+        if weight is None:
+            weight = first_dimension(batch, samples)
+        elif isinstance(weight, torch.Tensor):  # read it where that costs nothing, else do not wait for it
+            weight = weight.item() if weight.device.type == "cpu" else weight.double()
+        return loss.reshape(()), weight
 
 
 class SupervisedStep:
