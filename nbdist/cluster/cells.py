@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -28,11 +29,15 @@ class CellRun:
     Args:
         calls: ipyparallel's result of each rank.
         interrupt: Interrupts the given ranks.
+        failed: Called if the cell fails or is interrupted.
     """
 
-    def __init__(self, calls: dict[int, Any], interrupt: Callable[[list[int]], None]) -> None:
+    def __init__(
+        self, calls: dict[int, Any], interrupt: Callable[[list[int]], None], failed: Callable[[], None]
+    ) -> None:
         self._calls = calls
         self._interrupt = interrupt
+        self._failed = failed
 
     @property
     def ranks(self) -> list[int]:
@@ -67,6 +72,14 @@ class CellRun:
             KeyboardInterrupt: It was interrupted; the ranks have been interrupted too.
         """
         try:
+            self._wait(while_waiting)
+            self._raise_first()
+        except BaseException:
+            self._failed()
+            raise
+
+    def _wait(self, while_waiting: Callable[[], None]) -> None:
+        try:
             while not self.done():
                 while_waiting()
                 next(call for call in self._calls.values() if not call.ready()).wait(_POLL_S)
@@ -76,8 +89,13 @@ class CellRun:
             while not self.done() and time.monotonic() < deadline:
                 while_waiting()
                 time.sleep(_POLL_S)
+            stuck = [rank for rank, call in self._calls.items() if not call.ready()]
+            if stuck:
+                warnings.warn(
+                    f"{ranks_text(stuck)} could not be interrupted, perhaps inside a collective: %dist_stop ends it.",
+                    stacklevel=4,
+                )
             raise
-        self._raise_first()
 
     def _raise_first(self) -> None:
         failed: dict[int, Any] = {}

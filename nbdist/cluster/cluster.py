@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from nbdist.cluster import current, entry
-from nbdist.cluster.cells import CellRun, printed
+from nbdist.cluster.cells import CellRun
 from nbdist.cluster.definitions import CellSources, class_marks
 from nbdist.cluster.engines import Engine, Engines
-from nbdist.cluster.relay import Relay
 from nbdist.cluster.remote_errors import ranks_text
 from nbdist.cluster.run import Run
+from nbdist.cluster.training import attend, start_training
 from nbdist.errors import ClusterError, EngineError, PlanError, TaskError, suggest
 from nbdist.plan import Plan, available_cores, check_engines, default_engines
 from nbdist.plan.plan import OPTIONS
-from nbdist.telemetry import RankState, RunState
-from nbdist.telemetry.record import new_run_id
 
 __all__ = ["Cluster"]
 
-_POLL_S = 0.1
 _DEVICES = ("auto", "cpu", "cuda")
 _TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "val", "metric", "batch_size", "shuffle")
 
@@ -59,7 +55,6 @@ class Cluster:
         self._up: Engines | None = None
         self._sources = CellSources()
         self._run: Run | None = None
-        self._broken = False
 
     def start(self) -> Cluster:
         """Start the engines; ready only after all of them have met in a collective.
@@ -73,7 +68,6 @@ class Cluster:
             self._refuse_while_running()
             if self._up.replace_lost():
                 self._sources = CellSources()  # the new ones know no cell yet
-                self._broken = False
             self.check_ready()
             return self
         if current.current_cluster() is not None:
@@ -140,9 +134,8 @@ class Cluster:
             raise ClusterError(
                 f"the engine of {ranks_text(engines.lost)} is lost: %dist_start (or cluster.start()) replaces it."
             )
-        if self._broken:
+        if not engines.formed:
             engines.form()
-            self._broken = False
 
     def _running(self) -> Engines:
         if self._up is None:
@@ -170,12 +163,12 @@ class Cluster:
             if number is not None:
                 engines.start_call(rank, entry.number_cell, number)
             calls[rank] = engines.start_cell(rank, source)
-        return CellRun(calls, self.interrupt)
+        return CellRun(calls, self.interrupt, engines.suspect)
 
     def push(self, **values: Any) -> None:
         """Put values into the namespace of every engine's cells; tensors travel through one shared copy."""
         self.check_ready()
-        parcel, segment = self._pack(values, "value")
+        parcel, segment = _pack(values, "value", inline=self._running().remote)
         with contextlib.closing(segment):
             self._running().call(range(self.size), entry.push, (parcel, self._sources.new()))
 
@@ -234,86 +227,32 @@ class Cluster:
                 raise PlanError(f"unknown option {name!r}.{suggest(name, [*OPTIONS, *_TASK_OPTIONS])}")
         self.check_ready()
         engines = self._running()
-        from nbdist.core.params import ParamTable
         from nbdist.core.task import Task
 
         given = {name: options.pop(name) for name in _TASK_OPTIONS if name in options}
         task = Task.create(model, data, names=names, **given)
         plan = Plan.create(ranks=self.size, cores=engines.threads * self.size, **{**options, **task.options})
-        parcel, segment = self._pack((task, plan), f"{names[0]} or {names[1]}")
-
-        run_id = new_run_id()
-        ranks = {e.rank: RankState(rank=e.rank, host=e.host, pid=e.pid, device=e.device) for e in self.engines}
-        progress = RunState(title=task.title, plan=plan.to_dict(), ranks=ranks)
-        store = engines.store
-        run = Run(run_id, plan, progress, lambda: store.set(f"stop/{run_id}", "1"))
-        self._run = run
-        current.note_run(run)
-
-        def bring_home(home: Any) -> None:
-            from nbdist.core.handover import unpack
-
-            tensors, optimizer_state = unpack(home)
-            ParamTable.of(model).load_(tensors)
-            if optimizer_state is not None:
-                task.optimizer.load_state_dict(optimizer_state)
-
-        def after(failed: bool) -> None:
-            segment.close()
-            self._broken = failed
-            if failed and self._up is engines and not engines.lost:
-                engines.form()
-                self._broken = False
-
-        arguments = (parcel, run_id, self._sources.new(), self._running().remote)
-        calls = [engines.start_call(rank, entry.train, *arguments) for rank in range(self.size)]
-        run._printed = functools.partial(printed, dict(enumerate(calls)))
-        relay = Relay(
-            run,
-            calls,
-            alive=lambda: self._up is engines,
-            bring_home=bring_home,
-            interrupt=self.interrupt,
-            after=after,
-            watch=watch,
-        )
-        relay.start()
-        return run if background else self.attend(run)
+        parcel = _pack((task, plan), f"{names[0]} or {names[1]}", inline=engines.remote)
+        self._run = start_training(engines, task, plan, parcel, self._sources.new(), watch)
+        current.note_run(self._run)
+        return self._run if background else attend(self._run, engines)
 
     def attend(self, run: Run, while_waiting: Callable[[], None] = lambda: None) -> Run:
-        """Wait for a run in the foreground; the first interrupt stops it after its step, a second one at once.
-
-        Raises:
-            KeyboardInterrupt: It was interrupted, and has ended now.
-            EngineError: The run failed.
-        """
-        interrupts = 0
-        while not run.ended:
-            try:
-                with contextlib.suppress(EngineError):  # raised below, once all is done
-                    run.wait(_POLL_S)
-                while_waiting()
-            except KeyboardInterrupt:
-                interrupts += 1
-                if interrupts == 1:
-                    run.stop()
-                else:
-                    self.interrupt()
-        if interrupts:
-            raise KeyboardInterrupt
-        return run.wait()
-
-    def _pack(self, value: Any, name: str) -> tuple[Any, Any]:
-        from nbdist.core.handover import pack
-
-        try:
-            return pack(value, inline=self._running().remote)
-        except TaskError as error:
-            raise TaskError(f"{name}: {error}") from error.__cause__
+        """Wait for a run in the foreground: the first interrupt stops it after its step, a second one at once."""
+        return attend(run, self._running(), while_waiting)
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.size:
             raise PlanError(f"rank {rank} does not exist: use 0 to {self.size - 1}.")
+
+
+def _pack(value: Any, name: str, *, inline: bool) -> tuple[Any, Any]:
+    from nbdist.core.handover import pack
+
+    try:
+        return pack(value, inline=inline)
+    except TaskError as error:
+        raise TaskError(f"{name}: {error}") from error.__cause__
 
 
 def _gpus() -> int:

@@ -60,6 +60,9 @@ class Engines:
         self.timeout_s = timeout_s
         self._device = device
         self.backend = ""
+        self.formed = False
+        self.suspected = False
+        self.ended = False
         self._generation = 0
         self._records: list[Engine] = []
         self._launch = Launch(size)
@@ -127,6 +130,7 @@ class Engines:
         formed = self.call(arguments, entry.join, arguments, timeout_s=self.timeout_s)
         self._records = [replace(record, device=formed[record.rank]["device"]) for record in self._records]
         self.backend = formed[0]["backend"]
+        self.formed, self.suspected = True, False
         if formed[0]["shares_gpu"]:
             from nbdist.core.world import SHARED_GPU
 
@@ -189,9 +193,17 @@ class Engines:
         if targets:
             self._launch.client.send_signal(signal.SIGINT, targets=targets, block=False)
 
+    def suspect(self) -> None:
+        """A cell failed, so its collectives may be half done: the next training forms a new world.
+
+        Other cells go on in the present one, in which the user may have groups and wrapped models.
+        """
+        self.suspected = True
+
     def end(self) -> None:
         """End the processes, whatever they are doing. Twice is fine."""
-        self._launch.end([record.pid for record in self._records if record.host_id == self._host_id])
+        self.ended = True
+        self._launch.end()
 
     def _introduce(self, ranks: Iterable[int]) -> list[Engine]:
         """Let engines load torch and say where they live. Ranks are engine ids."""

@@ -89,16 +89,15 @@ class Launch:
         """Start one more engine that registers as `engine_id`."""
         self._cluster.start_engines_sync(1, engine_args=[f"--IPEngine.id={engine_id}"])
 
-    def end(self, pids: list[int] | None = None) -> None:
+    def end(self) -> None:
         """End every process. Twice is fine.
 
-        Args:
-            pids: Engine processes of this host, ended at once: whatever they do, nobody waits for them any more.
+        Engines of this host at once: whatever they do, nobody waits for them any more.
         """
-        for pid in pids or []:
+        for engine in [engine for engine_set in self._cluster.engines.values() for engine in _processes(engine_set)]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                engine = psutil.Process(pid)
-                for process in [engine, *engine.children(recursive=True)]:  # its nanny and its data workers too
+                # Its nanny and its data workers too: they would notice, but not at once.
+                for process in [engine, *engine.children(recursive=True)]:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
         if self.client is not None:
@@ -111,10 +110,15 @@ class Launch:
     def _processes_alive(self) -> bool:
         """Whether the engines started last still run; only local launchers can tell."""
         newest = list(self._cluster.engines.values())[-1:]
-        launchers = [launcher for engine_set in newest for launcher in getattr(engine_set, "launchers", {}).values()]
-        processes = [process for launcher in launchers if (process := getattr(launcher, "process", None))]
+        processes = [process for engine_set in newest for process in _processes(engine_set)]
         return all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
     def _log_tail(self) -> str:
         logs = sorted((self.folder / "profile" / "log").glob("ipengine*"))
         return "\n".join(log.read_text(errors="replace")[-800:] for log in logs)
+
+
+def _processes(engine_set: Any) -> list[psutil.Process]:
+    """The engine processes that a launcher started on this host; none where it is not a local one."""
+    launchers = getattr(engine_set, "launchers", {}).values()
+    return [process for launcher in launchers if (process := getattr(launcher, "process", None))]

@@ -12,6 +12,7 @@ from typing import Any
 
 import ipyparallel.error
 
+from nbdist.cluster.engines import Engines
 from nbdist.cluster.entry import Outcome
 from nbdist.cluster.remote_errors import Failure, as_error
 from nbdist.cluster.run import Run
@@ -32,9 +33,8 @@ class Relay:
     Args:
         run: Kept up to date, and ended.
         calls: One ipyparallel result a rank, of `entry.train`.
-        alive: Whether the engines are still ours; once they are stopped, no rank answers any more.
+        engines: Where it runs.
         bring_home: Takes the parcel of trained tensors.
-        interrupt: Interrupts the given ranks.
         after: Called at the very end with whether the run failed.
         watch: Called with the run after each update; the last time after its end.
     """
@@ -43,18 +43,16 @@ class Relay:
         self,
         run: Run,
         calls: Sequence[Any],
+        engines: Engines,
         *,
-        alive: Callable[[], bool],
         bring_home: Callable[[Any], None],
-        interrupt: Callable[[list[int]], None],
         after: Callable[[bool], None],
         watch: Callable[[Run], None] | None = None,
     ) -> None:
         self._run = run
         self._calls = calls
-        self._alive = alive
+        self._engines = engines
         self._bring_home = bring_home
-        self._interrupt = interrupt
         self._after = after
         self._watch = watch
         # The context carries which cell output belongs to: some ipykernels fail in a thread without it.
@@ -93,7 +91,7 @@ class Relay:
         while len(outcomes) < len(self._calls):
             waiting = [rank for rank in range(len(self._calls)) if rank not in outcomes]
             self._calls[waiting[0]].wait(_INTERVAL_S)
-            if not self._alive():
+            if self._engines.ended:
                 raise ClusterError("the engines were stopped while the run was going on.")
             for rank in waiting:
                 if self._calls[rank].ready():
@@ -102,7 +100,7 @@ class Relay:
                 deadline = time.monotonic() + _RELEASE_AFTER_S
             if deadline is not None and time.monotonic() > deadline:
                 deadline = float("inf")
-                self._interrupt([rank for rank in waiting if rank not in outcomes])
+                self._engines.interrupt([rank for rank in waiting if rank not in outcomes])
             self._merge(outcomes)
             self._draw()
         return [outcomes[rank] for rank in range(len(self._calls))]

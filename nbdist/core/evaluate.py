@@ -15,7 +15,7 @@ from nbdist.core.strategies import Strategy
 from nbdist.core.task import Task, first_dimension
 from nbdist.errors import TaskError
 
-__all__ = ["evaluate", "evaluation_mode"]
+__all__ = ["evaluate", "switched"]
 
 
 def evaluate(task: Task, strategy: Strategy, reader: Reader, *, seed: int, metric: str = "") -> dict[str, float]:
@@ -38,7 +38,7 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, seed: int, metri
     outputs: list[Any] = []
     hook = task.model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
-        with evaluation_mode(task.model), torch.no_grad():
+        with switched(task.model, training=False), torch.no_grad():
             for step, slices in enumerate(reader.epoch(1)):
                 if slices is None:
                     break
@@ -79,10 +79,10 @@ def _weighted(value: Any, weight: Any, device: torch.device) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and each one back into the mode it had."""
+def switched(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put every module in training or evaluation mode, and each one back into the mode it had."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:

@@ -51,17 +51,17 @@ class ParamTable:
         """Give every rank the mean of the floating-point buffers, and rank 0's other ones. **Collective**.
 
         Running statistics (BatchNorm) see only the local part of the data; their mean over the replicas is what the
-        trained model holds.
+        trained model holds. It is rank 0's value and the mean of the differences from it, so that constants, masks
+        of infinities among them, stay what they are to the bit.
         """
         for buffer in self.buffers.values():
-            contiguous = buffer.contiguous()
+            shared = buffer.clone(memory_format=torch.contiguous_format)
+            channel.broadcast_(shared)
             if buffer.is_floating_point():
-                channel.all_reduce_(contiguous)
-                contiguous /= channel.size
-            else:
-                channel.broadcast_(contiguous)
-            if contiguous is not buffer:
-                buffer.copy_(contiguous)
+                differences = torch.where(buffer == shared, 0.0, buffer - shared).contiguous()
+                channel.all_reduce_(differences)
+                shared += differences / channel.size
+            buffer.copy_(shared)
 
     @torch.no_grad()
     def load_(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from nbdist.core import seeds, strategies
 from nbdist.core.data import Reader, to_device
-from nbdist.core.evaluate import evaluate
+from nbdist.core.evaluate import evaluate, switched
 from nbdist.core.source import Source
 from nbdist.core.task import Task
 from nbdist.core.world import World
@@ -76,8 +76,7 @@ def fit(
         cleanup.enter_context(_reporting_failure(tell, world.rank))
 
         if not model.training:  # modules that the user froze in evaluation mode inside a training model stay so
-            cleanup.callback(model.eval)
-            model.train()
+            cleanup.enter_context(switched(model, training=True))
 
         strategy = strategies.apply(model, plan, world)
         cleanup.callback(strategy.close)

@@ -34,8 +34,10 @@ def check_engines(engines: int, cores: int, gpus: int) -> None:
     """Refuse a number of engines that cannot be meant.
 
     Raises:
-        PlanError: It is below one, or above what `cores` and `gpus` can carry.
+        PlanError: It is no whole number, below one, or above what `cores` and `gpus` can carry.
     """
+    if isinstance(engines, bool) or not isinstance(engines, int):
+        raise PlanError(f"engines must be a whole number, not {engines!r}.")
     if engines < 1:
         raise PlanError(f"{engines} engines is too few: use 1 or more.")
     limit = _limit(cores, gpus)

@@ -1,0 +1,100 @@
+"""A training on the engines: sent out, followed, brought home."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from nbdist.cluster import entry
+from nbdist.cluster.cells import printed
+from nbdist.cluster.engines import Engines
+from nbdist.cluster.relay import Relay
+from nbdist.cluster.run import Run
+from nbdist.errors import NbdistError
+from nbdist.plan import Plan
+from nbdist.telemetry import RankState, RunState
+from nbdist.telemetry.record import new_run_id
+
+__all__ = ["attend", "start_training"]
+
+_POLL_S = 0.1
+
+
+def start_training(
+    engines: Engines,
+    task: Any,
+    plan: Plan,
+    packed: tuple[Any, Any],
+    sources: dict[str, tuple[str, str]],
+    watch: Callable[[Run], None] | None,
+) -> Run:
+    """Send a task to every engine and follow it to its end, in a thread.
+
+    Args:
+        engines: Idle engines with a world.
+        task: What is trained; its model receives the weights in place, and the user's own optimizer its state.
+        plan: How.
+        packed: The parcel of both, and its segment.
+        sources: Cells that the engines do not know yet.
+        watch: See `Relay`.
+    """
+    from nbdist.core.handover import unpack
+    from nbdist.core.params import ParamTable
+
+    if engines.suspected:
+        engines.form()
+    parcel, segment = packed
+    run_id = new_run_id()
+    ranks = {e.rank: RankState(rank=e.rank, host=e.host, pid=e.pid, device=e.device) for e in engines.records()}
+    store = engines.store
+    run = Run(
+        run_id,
+        plan,
+        RunState(title=task.title, plan=plan.to_dict(), ranks=ranks),
+        request_stop=lambda: store.set(f"stop/{run_id}", "1"),
+    )
+
+    def bring_home(home: Any) -> None:
+        tensors, optimizer_state = unpack(home)
+        ParamTable.of(task.model).load_(tensors)
+        if optimizer_state is not None:
+            task.optimizer.load_state_dict(optimizer_state)
+
+    def after(failed: bool) -> None:
+        segment.close()
+        engines.formed = not failed  # ranks leave a world that failed
+        if failed and not engines.ended and not engines.lost:
+            engines.form()
+
+    calls = [
+        engines.start_call(rank, entry.train, parcel, run_id, sources, engines.remote) for rank in range(engines.size)
+    ]
+    run._printed = functools.partial(printed, dict(enumerate(calls)))
+    Relay(run, calls, engines, bring_home=bring_home, after=after, watch=watch).start()
+    return run
+
+
+def attend(run: Run, engines: Engines, while_waiting: Callable[[], None] = lambda: None) -> Run:
+    """Wait for a run in the foreground; the first interrupt stops it after its step, a second one at once.
+
+    Raises:
+        KeyboardInterrupt: It was interrupted, and has ended now.
+        EngineError: The run failed.
+    """
+    interrupts = 0
+    while not run.ended:
+        try:
+            with contextlib.suppress(NbdistError):  # raised below, once all is done
+                run.wait(_POLL_S)
+            while_waiting()
+        except KeyboardInterrupt:
+            interrupts += 1
+            if interrupts == 1:
+                run.stop()
+            else:
+                engines.interrupt(range(engines.size))
+    if interrupts:
+        raise KeyboardInterrupt
+    return run.wait()
