@@ -17,7 +17,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ClusterError", "EngineError", "NbdistError", "PeerLostError", "PlanError", "TaskError", "suggest"]
+__all__ = [
+    "ClusterError",
+    "EngineError",
+    "NbdistError",
+    "PeerLostError",
+    "PlanError",
+    "TaskError",
+    "interrupted",
+    "suggest",
+]
 
 
 class NbdistError(Exception):
@@ -61,6 +70,13 @@ class EngineError(ClusterError):
 
 class PeerLostError(NbdistError, RuntimeError):
     """A collective ended because another rank is gone: an echo, never the cause."""
+
+
+def interrupted(message: str) -> KeyboardInterrupt:
+    """A KeyboardInterrupt that IPython shows as one sentence, without a traceback through our internals."""
+    error = KeyboardInterrupt(message)
+    error._render_traceback_ = lambda: [f"KeyboardInterrupt: {message}"]  # type: ignore[attr-defined]
+    return error
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import ipyparallel.error
 
 from nbdist.cluster.remote_errors import ranks_text
-from nbdist.errors import EngineError
+from nbdist.errors import EngineError, interrupted
 
-__all__ = ["CellRun", "printed"]
+__all__ = ["CellRun", "printed", "settle"]
 
 _POLL_S = 0.05
 _INTERRUPTED_AFTER_S = 5.0
+_LATE_OUTPUT_S = 2.0
+
+
+def settle(call: Any) -> None:
+    """Wait for the output of a call that is done: it travels beside the result, and may come later."""
+    lost = getattr(call.exception(), "ename", "") == "EngineError"  # has said its last word
+    if not lost:
+        call.wait_for_output(_LATE_OUTPUT_S)
 
 
 def printed(calls: dict[int, Any], stream: str) -> dict[int, str]:
@@ -90,12 +97,15 @@ class CellRun:
                 while_waiting()
                 time.sleep(_POLL_S)
             stuck = [rank for rank, call in self._calls.items() if not call.ready()]
-            if stuck:
-                warnings.warn(
-                    f"{ranks_text(stuck)} could not be interrupted, perhaps inside a collective: %dist_stop ends it.",
-                    stacklevel=4,
-                )
-            raise
+            if not stuck:
+                raise interrupted("the ranks were interrupted; they keep their state.") from None
+            raise interrupted(
+                f"{ranks_text(stuck)} did not react, perhaps inside a collective: %dist_stop ends it."
+            ) from None
+        finally:
+            for call in self._calls.values():
+                if call.ready():
+                    settle(call)
 
     def _raise_first(self) -> None:
         failed: dict[int, Any] = {}

@@ -7,11 +7,13 @@ import contextvars
 import dataclasses
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ipyparallel.error
 
+from nbdist.cluster.cells import settle
 from nbdist.cluster.engines import Engines
 from nbdist.cluster.entry import Outcome
 from nbdist.cluster.remote_errors import Failure, as_error
@@ -79,10 +81,12 @@ class Relay:
             run._end("failed", ClusterError(f"the run could not be followed to its end: {error!r}"))
             raise
         finally:
-            with contextlib.suppress(ClusterError):
-                self._after(run.state == "failed")
-            self._draw()
-            run._release()
+            try:
+                with contextlib.suppress(ClusterError):
+                    self._after(run.state == "failed")
+                self._draw()
+            finally:
+                run._release()  # whatever else goes wrong, nobody waits for ever
 
     def _collect(self) -> list[Outcome]:
         """Merge snapshots until every rank has answered; free the others when one has failed."""
@@ -108,6 +112,7 @@ class Relay:
     def _outcome(self, rank: int) -> Outcome:
         try:
             outcome: Outcome = self._calls[rank].get()
+            settle(self._calls[rank])
             return outcome
         except ipyparallel.error.RemoteError as error:
             lost = error.ename == "EngineError"  # ipyparallel's word for an engine that died
@@ -130,5 +135,9 @@ class Relay:
                 self._run.progress.merge(newest)
 
     def _draw(self) -> None:
-        if self._watch is not None:
-            self._watch(self._run)
+        try:
+            if self._watch is not None:
+                self._watch(self._run)
+        except Exception as error:  # a picture that cannot be drawn must not end a training
+            self._watch = None
+            warnings.warn(f"the run goes on unseen, it cannot be drawn: {error!r}", stacklevel=2)

@@ -45,7 +45,7 @@ class Failure:
     def of(cls, rank: int, error: BaseException) -> Failure:
         """Describe an exception just caught. Runs on the engine, where the source lines are."""
         frames = traceback.extract_tb(error.__traceback__)
-        users = [frame for frame in frames if not frame.filename.startswith(_OWN_FOLDER)]
+        users = [frame for frame in frames if not frame.filename.startswith(_OWN_FOLDER) and not _is_plumbing(frame)]
         ours = isinstance(error, NbdistError)  # a sentence for the user: where we raised it is of no interest
         shown = users if users or ours else list(frames)
         cells = [frame for frame in shown if label_of(frame.filename)]
@@ -85,6 +85,11 @@ def ranks_text(ranks: Iterable[int]) -> str:
         members = [rank for _, rank in run]
         groups.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
     return f"rank{'s' if len(ordered) > 1 else ''} {','.join(groups)}"
+
+
+def _is_plumbing(frame: traceback.FrameSummary) -> bool:
+    """Whether a frame is the call machinery of ``nn.Module``, which says nothing and stands everywhere."""
+    return frame.filename.endswith("torch/nn/modules/module.py") and frame.name.endswith("call_impl")
 
 
 def _place(frame: traceback.FrameSummary) -> str:

@@ -12,7 +12,7 @@ from nbdist.cluster.cells import printed
 from nbdist.cluster.engines import Engines
 from nbdist.cluster.relay import Relay
 from nbdist.cluster.run import Run
-from nbdist.errors import NbdistError
+from nbdist.errors import NbdistError, interrupted
 from nbdist.plan import Plan
 from nbdist.telemetry import RankState, RunState
 from nbdist.telemetry.record import new_run_id
@@ -96,5 +96,6 @@ def attend(run: Run, engines: Engines, while_waiting: Callable[[], None] = lambd
             else:
                 engines.interrupt(range(engines.size))
     if interrupts:
-        raise KeyboardInterrupt
+        kept = f"after step {run.progress.step}, its weights are home" if run.state != "failed" else "at once"
+        raise interrupted(f"run {run.run_id} {run.state} {kept}.")
     return run.wait()

@@ -77,6 +77,7 @@ function render({ model, el }) {
     for (const rank of view.ranks) {
       const { line, cells, share } = row(rank.rank);
       line.dataset.state = rank.state;
+      line.title = `rank ${rank.rank} on ${rank.host}`;
       for (const name of COLUMNS) if (name !== "progress") cells[name].textContent = rank[name];
       share.set(rank.share);
     }

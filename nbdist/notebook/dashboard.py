@@ -80,12 +80,13 @@ def panel_view(run: Run) -> dict[str, Any]:
             {
                 "rank": rank.rank,
                 "state": rank.state,
-                "device": f"{rank.device} on {rank.host}",
+                "device": rank.device,
+                "host": rank.host,
                 "step": f"{rank.step:,}",
                 "share": None if not total else rank.step / total,
                 "loss": number(rank.loss),
                 "speed": f"{number(rank.samples_per_s)} samples/s",
-                "memory": f"{number(rank.memory_mib)} MiB",
+                "memory": f"{rank.memory_mib:,.0f} MiB",
             }
             for _, rank in sorted(progress.ranks.items())
         ],

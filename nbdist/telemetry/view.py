@@ -50,13 +50,13 @@ def _summary(run: RunState) -> str:
 def _rank_cells(rank: RankState) -> tuple[str, ...]:
     return (
         str(rank.rank), rank.device, rank.state, str(rank.step), number(rank.loss),
-        number(rank.samples_per_s), f"{number(rank.memory_mib)} MiB",
+        number(rank.samples_per_s), f"{rank.memory_mib:,.0f} MiB",
     )  # fmt: skip
 
 
 def _history_cells(run: RunState) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    columns = tuple(run.history[0]) if run.history else ()
-    rows = [tuple(number(row[column]) for column in columns) for row in run.history]
+    columns = tuple(dict.fromkeys(column for row in run.history for column in row))  # a stopped row has no val_loss
+    rows = [tuple(number(row.get(column)) for column in columns) for row in run.history]
     return columns, rows
 
 
