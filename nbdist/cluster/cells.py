@@ -87,9 +87,9 @@ class CellRun:
 
     def _wait(self, while_waiting: Callable[[], None]) -> None:
         try:
-            while not self.done():
+            while waiting := [call for call in self._calls.values() if not call.ready()]:
                 while_waiting()
-                next(call for call in self._calls.values() if not call.ready()).wait(_POLL_S)
+                waiting[0].wait(_POLL_S)
         except KeyboardInterrupt:
             self._interrupt([rank for rank, call in self._calls.items() if not call.ready()])
             deadline = time.monotonic() + _INTERRUPTED_AFTER_S
