@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils import data as torch_data
 
+from nbdist.core import seeds
 from nbdist.errors import TaskError
 
 __all__ = ["Source", "map_tensors", "tensors_in"]
@@ -99,7 +100,10 @@ class Source:
         if self.tensors is not None:
             row = slice(0, 1) if self.indices is None else self.indices[:1]
             return map_tensors(self.tensors, lambda tensor: tensor[row])
-        return None if self.dataset is None else self.collate([self.dataset[0]])
+        if self.dataset is None:
+            return None
+        with seeds.kept(torch.device("cpu")):  # a data set may draw random numbers
+            return self.collate([self.dataset[0]])
 
 
 def tensors_in(batch: Any) -> Iterator[torch.Tensor]:

@@ -14,6 +14,7 @@ from nbdist.telemetry.view import duration, epoch_text, number
 
 __all__ = ["LineDashboard", "PanelDashboard", "make_dashboard"]
 
+_WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _HERE = Path(__file__).parent
 
 
@@ -58,7 +59,7 @@ class PanelDashboard:
 
     def _show(self, run: Run) -> None:
         self._widget = _make_widget(run)
-        bundle = {**self._widget._repr_mimebundle_()[0], **_remains(run)} if run.progress.running else _remains(run)
+        bundle = {**_live(self._widget), **_remains(run)} if run.progress.running else _remains(run)
         self._handle = display(bundle, raw=True, display_id=True)
 
 
@@ -95,6 +96,11 @@ def panel_view(run: Run) -> dict[str, Any]:
 
 def _remains(run: Run) -> dict[str, str]:
     return {"text/html": run_html(run.progress), "text/plain": run_text(run.progress)}
+
+
+def _live(widget: Any) -> dict[str, Any]:
+    # written out, for widgets of ipywidgets 7 cannot say it themselves
+    return {_WIDGET_VIEW: {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}}
 
 
 def _make_widget(run: Run) -> Any:
