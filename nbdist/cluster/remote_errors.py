@@ -48,8 +48,8 @@ class Failure:
         users = [frame for frame in frames if not frame.filename.startswith(_OWN_FOLDER) and not _is_plumbing(frame)]
         ours = isinstance(error, NbdistError)  # a sentence for the user: where we raised it is of no interest
         shown = users if users or ours else list(frames)
-        cells = [frame for frame in shown if label_of(frame.filename)]
-        innermost = (cells or shown)[-1] if shown else None
+        places = [frame for frame in users if label_of(frame.filename)] or users
+        innermost = places[-1] if places else None
         text = [_frame_text(frame) for frame in shown]
         if shown:
             text.append("".join(traceback.format_exception_only(type(error), error)).rstrip())

@@ -19,17 +19,18 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, 
     """Share of targets that the output hits.
 
     Args:
-        output: Scores ``(batch, classes, ...)`` or ``(batch, ..., classes)``; or one logit a target.
+        output: Scores ``(batch, classes, ...)`` or ``(batch, ..., classes)``; or one logit a target, ``(batch, ..., 1)``
+            included.
         target: Class numbers ``(batch, ...)``, -100 where not counted; or 0 and 1 for logits.
     """
-    if output.ndim == target.ndim + 1:
+    if output.ndim == target.ndim + 1 and output.shape != (*target.shape, 1):
         classes_last = output.shape[:-1] == target.shape
         hits = output.argmax(-1 if classes_last else 1) == target
     else:
         hits = (output > 0).reshape(target.shape) == (target > 0.5)
     counted = target != -100
     total = counted.sum()
-    return (hits & counted).sum() / total.clamp(min=1), total
+    return (hits & counted).sum().double() / total.clamp(min=1), total
 
 
 def _mae(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

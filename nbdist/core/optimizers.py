@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from nbdist.errors import TaskError, suggest
+from nbdist.errors import PlanError, TaskError, suggest
 
 __all__ = ["OPTIMIZERS", "make_optimizer", "optimizer_name"]
 
@@ -33,7 +34,10 @@ def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.
 
     Raises:
         TaskError: The name is unknown, or the value is not, or does not make, an optimizer of this model.
+        PlanError: The learning rate is no rate.
     """
+    if lr is not None and not (isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0):
+        raise PlanError(f"lr {lr} must be a positive number.")
     trainable = [p for p in model.parameters() if p.requires_grad]
     settings: dict[str, Any] = {} if lr is None else {"lr": lr}
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -46,7 +50,10 @@ def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.
             raise TaskError(
                 f"unknown optimizer {optimizer!r}: use {known}, or a callable.{suggest(optimizer.lower(), OPTIMIZERS)}"
             )
-        return OPTIMIZERS[optimizer.lower()](trainable, **settings)
+        try:
+            return OPTIMIZERS[optimizer.lower()](trainable, **settings)
+        except ValueError as error:  # muon, which wants matrices only
+            raise TaskError(f"optimizer {optimizer} cannot train this model: {error}.") from None
     if not callable(optimizer):
         raise TaskError(f"optimizer must be a name, a callable or an optimizer, not {optimizer!r}.")
     if settings and not _takes_lr(optimizer):

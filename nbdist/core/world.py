@@ -17,6 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Its functions have the default group of the moment of import among their defaults. Imported later (by an optimizer's
+# first step), it would hold that group's sockets open, and with them every peer that waits, after the group is gone.
+import torch.distributed.nn.functional
+
 from nbdist.core.channels import Channel, ProcessGroupChannel, SoloChannel
 from nbdist.errors import PlanError
 

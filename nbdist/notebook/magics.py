@@ -34,6 +34,10 @@ def _start_parser() -> OptionParser:
     return parser
 
 
+def _status_parser() -> OptionParser:
+    return OptionParser("%dist_status", "Show the engines: rank, process, host, device, state and memory.")
+
+
 def _stop_parser() -> OptionParser:
     parser = OptionParser("%dist_stop", "End the engines. Twice is fine.")
     parser.add_argument(
@@ -89,9 +93,8 @@ def _documented(parser: OptionParser) -> Any:
     return decorate
 
 
-_START, _STOP, _DIST, _PUSH, _PULL, _TRAIN = (
-    make() for make in (_start_parser, _stop_parser, _dist_parser, _push_parser, _pull_parser, _train_parser)
-)
+_START, _STATUS, _STOP = _start_parser(), _status_parser(), _stop_parser()
+_DIST, _PUSH, _PULL, _TRAIN = _dist_parser(), _push_parser(), _pull_parser(), _train_parser()
 
 
 @magics_class
@@ -101,9 +104,14 @@ class DistMagics(Magics):
     shell: InteractiveShell
     _drawn_in_cell: tuple[Run, int] | None = None
 
+    @property
+    def _cell_number(self) -> int:
+        """The ``In[...]`` of the running cell; new IPythons have counted on by now, so their own count is no help."""
+        return self.shell.displayhook.prompt_count
+
     def show_run(self, run: Run) -> None:
         """Display a Run, unless its panel stands in this very cell: as the cell's value it would come twice."""
-        if self._drawn_in_cell != (run, self.shell.execution_count):
+        if self._drawn_in_cell != (run, self._cell_number):
             display({"text/html": run_html(run.progress), "text/plain": run_text(run.progress)}, raw=True)
 
     @no_var_expand
@@ -130,8 +138,9 @@ class DistMagics(Magics):
 
     @no_var_expand
     @line_magic
+    @_documented(_STATUS)
     def dist_status(self, line: str) -> None:
-        """Show the engines: rank, process, host, device, state and memory."""
+        _STATUS.parse(split_line(line))
         cluster = current_cluster()
         if cluster is None:
             print("no engines are running: %dist_start starts them")
@@ -172,7 +181,7 @@ class DistMagics(Magics):
             result = self.shell.run_cell(cell, store_history=False)
             if not result.success:
                 raise ClusterError("the cell failed in the notebook, so it was not sent to the engines.")
-        cell_run = cluster.execute(cell, ranks, number=self.shell.execution_count)
+        cell_run = cluster.execute(cell, ranks, number=self._cell_number)
         printer = RankPrinter(cell_run.printed)
         try:
             cell_run.wait(printer.poll)
@@ -217,14 +226,14 @@ class DistMagics(Magics):
             "optimizer": self._callable(arguments.optimizer) or "adamw",
             "metric": self._callable(arguments.metric),
             "val": None if arguments.val is None else self._evaluate(arguments.val),
-            "step": None if cell is None else compile_step(self.shell, line, cell),
+            "step": None if cell is None else compile_step(self.shell, line, cell, self._cell_number),
         }
         model, data = self._evaluate(arguments.model), self._evaluate(arguments.data)
         dashboard = make_dashboard(self.shell)
         run = cluster.train(
             model, data, names=(arguments.model, arguments.data), background=True, watch=dashboard.update, **options
         )
-        self._drawn_in_cell = (run, self.shell.execution_count)
+        self._drawn_in_cell = (run, self._cell_number)
         if arguments.output:
             self.shell.user_ns[arguments.output] = run
         if arguments.background:
@@ -290,7 +299,7 @@ def _parse_ranks(text: str, size: int) -> list[int]:
     ranks: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdigit() or (dash and (not last.isdigit() or int(last) < int(first))):
             raise PlanError(f"--ranks {text!r} is not a list of ranks: write it like 0,2-3.")
         ranks += range(int(first), int(last or first) + 1)
     wrong = [rank for rank in ranks if rank >= size]

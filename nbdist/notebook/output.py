@@ -31,7 +31,7 @@ def merge(texts: dict[int, str]) -> list[str]:
     Returns:
         Labelled lines: runs of lines on which all agree, and in between each group of ranks in turn.
     """
-    lines = {rank: [_visible(line) for line in text.splitlines()] for rank, text in texts.items()}
+    lines = {rank: [_visible(line) for line in _lines(text)] for rank, text in texts.items()}
     columns = list(itertools.zip_longest(*lines.values()))
     merged: list[str] = []
     for same, run in itertools.groupby(range(len(columns)), key=lambda i: len(set(columns[i])) == 1):
@@ -44,6 +44,11 @@ def merge(texts: dict[int, str]) -> list[str]:
             merged += [f"{label(ranks)} {line}" for line in block]
         assert not same or len(blocks) == 1
     return merged
+
+
+def _lines(text: str) -> list[str]:
+    """Lines as a terminal knows them: ``str.splitlines`` would end one at each carriage return as well."""
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _visible(line: str) -> str:

@@ -14,7 +14,7 @@ __all__ = ["compile_step"]
 _HOW = "the cell body is one training step: it sees `model` and `batch`, and assigns `loss`"
 
 
-def compile_step(shell: Any, line: str, cell: str) -> Callable[[Any, Any], Any]:
+def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any, Any], Any]:
     """Compile a cell body into ``step(model, batch)``, which returns ``(loss, weight)``.
 
     It is an ordinary function over the notebook's namespace: names that the body assigns are its own, names that it
@@ -24,6 +24,7 @@ def compile_step(shell: Any, line: str, cell: str) -> Callable[[Any, Any], Any]:
         shell: The IPython shell.
         line: What follows the magic on its line.
         cell: The body.
+        number: The cell's ``In[...]``.
 
     Raises:
         PlanError: The body is empty, is not Python, or does not assign `loss`.
@@ -34,8 +35,7 @@ def compile_step(shell: Any, line: str, cell: str) -> Callable[[Any, Any], Any]:
         compile(tree, "cell", "exec")  # refuses `return` and the like outside of a function
         names = symtable.symtable(source, "cell", "exec")
     except SyntaxError as error:
-        place = f"line {(error.lineno or 0) + 1} of the cell"
-        raise PlanError(f"{error.msg} ({place}): {_HOW}.") from None
+        raise _refusal(error, (error.lineno or 0) + 1) from None
     if not tree.body:
         raise PlanError(f"the cell is empty: {_HOW}.")
     if "loss" not in names.get_identifiers() or not names.lookup("loss").is_assigned():
@@ -45,8 +45,15 @@ def compile_step(shell: Any, line: str, cell: str) -> Callable[[Any, Any], Any]:
     assert isinstance(function, ast.FunctionDef)
     ast.increment_lineno(tree, 1)  # the magic's own line comes first
     function.body[1:1] = tree.body
-    name = shell.compile.cache(f"%%dist_train {line}\n{cell}", shell.execution_count)
-    code = compile(frame, name, "exec")
+    name = shell.compile.cache(f"%%dist_train {line}\n{cell}", number)
+    try:
+        code = compile(frame, name, "exec")
+    except SyntaxError as error:  # what only a module may do, such as a star import
+        raise _refusal(error, error.lineno or 0) from None
     built: dict[str, Any] = {}
     exec(code, shell.user_ns, built)
     return built["step"]
+
+
+def _refusal(error: SyntaxError, line: int) -> PlanError:
+    return PlanError(f"{error.msg} (line {line} of the cell): {_HOW}.")

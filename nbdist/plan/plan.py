@@ -106,6 +106,8 @@ class Plan:
         for name in ("batch_size", "accumulate", "threads"):
             self._at_least(name, 1)
         self._integer("seed")
+        if self.shuffle not in (True, False):
+            raise PlanError(f"shuffle must be True or False, not {self.shuffle!r}.")
         for name in ("lr", "clip_norm", "bucket_mib"):
             if getattr(self, name) is not None:
                 self._positive(name)

@@ -70,8 +70,7 @@ def _text_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[s
 def run_text(run: RunState) -> str:
     """The run as plain text: a summary line, the history and the ranks; every line begins with "nbdist"."""
     lines = [_summary(run)]
-    if run.error:
-        lines.append(run.error)
+    lines += run.error.splitlines()
     columns, rows = _history_cells(run)
     if rows:
         lines += _text_table(columns, rows)
@@ -90,7 +89,7 @@ def run_html(run: RunState) -> str:
     columns, rows = _history_cells(run)
     parts = [f"<p><b>{escape(_summary(run))}</b></p>"]
     if run.error:
-        parts.append(f"<p>{escape(run.error)}</p>")
+        parts.append(f"<p>{'<br>'.join(map(escape, run.error.splitlines()))}</p>")
     if rows:
         parts.append(_html_table(columns, rows))
     parts.append(_html_table(_RANK_COLUMNS, [_rank_cells(rank) for _, rank in sorted(run.ranks.items())]))

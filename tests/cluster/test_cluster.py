@@ -1,0 +1,210 @@
+"""The life of a cluster, what is known of its engines, and what travels to them and back."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import socket
+import threading
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from shared_cluster import ENGINES, folder_of, marked
+from tasks import classes, net, process_of_each_rank
+
+import nbdist
+from nbdist.core.handover import pack
+from nbdist.errors import ClusterError, PlanError, TaskError
+
+MIB = 2**20
+
+
+def out(cluster, source, **options):
+    cell = cluster.execute(source, **options)
+    cell.wait()
+    return cell.printed()
+
+
+def controllers(cluster):
+    folder = folder_of(psutil.Process(cluster.engines[0].pid))
+    return [p for p in marked() if folder_of(p) == folder and "controller" in p.cmdline()]
+
+
+def test_engines_have_met_when_the_start_returns(cluster):
+    """Every rank is in one world with all the others, and knows it under its own names."""
+    source = "import torch.distributed as d; print(rank == d.get_rank(), world_size == d.get_world_size(), device)"
+    assert out(cluster, source) == dict.fromkeys(range(ENGINES), "True True cpu\n")
+
+
+def test_start_of_a_running_cluster_does_nothing(cluster):
+    """The same processes are there afterwards."""
+    before = cluster.engines
+    assert cluster.start() is cluster
+    assert cluster.engines == before
+
+
+def test_records_tell_where_each_rank_trains(cluster):
+    """Ranks, host, device and state are true, and each pid is that of the process in which the loss is computed."""
+    run = cluster.train(net(), classes(), loss=process_of_each_rank())
+    for rank, engine in enumerate(cluster.engines):
+        assert (engine.rank, engine.host, engine.device, engine.state) == (rank, socket.gethostname(), "cpu", "idle")
+        assert set(run.printed()[rank].split()) == {str(engine.pid)}
+
+
+def test_a_stopped_cluster_leaves_nothing_and_starts_again(cluster):
+    """Stop (twice), a start that is too slow, a context manager, and a new start: no process or folder survives."""
+    mine = [p for p in marked() if folder_of(p)]
+    folder = folder_of(psutil.Process(cluster.engines[0].pid))
+    assert folder.is_dir()
+    cluster.stop()
+    cluster.stop()
+    assert not psutil.wait_procs(mine, timeout=5)[1]
+    assert not folder.exists()
+    assert cluster.engines == []
+    assert repr(cluster) == "Cluster(engines=2), not running"
+    assert nbdist.current_cluster() is None
+    with pytest.raises(ClusterError, match=r"not running: start it"):
+        cluster.train(net(), classes(), loss="cross_entropy")
+
+    with pytest.raises(ClusterError, match=r"after 0.01 s: raise --timeout"):
+        nbdist.Cluster(2, device="cpu", timeout_s=0.01).start()
+    assert not [p for p in marked() if folder_of(p)]
+
+    with nbdist.Cluster(engines=1, device="cpu") as one:
+        assert nbdist.current_cluster() is one
+        assert one.train(net(), classes(), loss="cross_entropy").state == "finished"
+    assert not [p for p in marked() if folder_of(p)]
+
+    cluster.start()
+    assert nbdist.current_cluster() is cluster
+    assert cluster.train(net(), classes(), loss="cross_entropy").state == "finished"
+
+
+def test_an_engine_that_cannot_load_torch_ends_the_start_with_its_reason(shared_cluster, tmp_path, monkeypatch):
+    """The error holds what the engine said, and nothing is left running."""
+    shared_cluster.stop()
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch is torn')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ClusterError, match="rank 0: ImportError: libtorch is torn"):
+        nbdist.Cluster(2, device="cpu").start()
+    assert not [p for p in marked() if folder_of(p)]
+
+
+def test_one_cluster_a_kernel(cluster, untouched):
+    """A second one is refused, with the cure, and the first goes on."""
+    second = nbdist.Cluster(1, device="cpu")
+    with pytest.raises(ClusterError, match=r"running in this kernel already: stop it first"):
+        second.start()
+    assert second.engines == []
+    second.stop()
+    assert nbdist.current_cluster() is cluster
+
+
+def test_default_size_is_that_of_the_machine_within_the_given_limit(monkeypatch):
+    """One engine a core up to four (there are no GPUs with device cpu), or fewer where a limit says so."""
+    monkeypatch.delenv("NBDIST_MAX_ENGINES", raising=False)
+    assert nbdist.Cluster(device="cpu").size == min(nbdist.plan.available_cores(), 4)
+    monkeypatch.setenv("NBDIST_MAX_ENGINES", "1")
+    assert nbdist.Cluster(device="cpu").size == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"engines": 0}, "0 engines is too few: use 1 or more"),
+        ({"engines": 3}, r"3 engines are more than .*: use 2 or fewer"),
+        ({"engines": "two"}, "engines must be a whole number, not 'two'"),
+        ({"engines": 1.5}, "engines must be a whole number, not 1.5"),
+        ({"device": "gpu"}, "unknown device 'gpu': use auto, cpu or cuda"),
+        ({"timeout_s": 0}, "timeout 0 s is too short"),
+        pytest.param(
+            {"device": "cuda"}, "sees no GPU here: use cpu or auto",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_cluster_that_cannot_be_meant_is_refused(monkeypatch, given, message):
+    """Before anything is started; the error names the value and the cure."""
+    monkeypatch.setenv("NBDIST_MAX_ENGINES", "2")
+    with pytest.raises(PlanError, match=message):
+        nbdist.Cluster(**given)
+
+
+def test_values_travel_to_all_engines_and_back(cluster):
+    """Tensors (shared memory stays shared), arrays, plain values and instances arrive as they were."""
+    base = torch.arange(6.0)
+    cluster.push(both=(base, base[2:]), array=np.eye(2), plain={"a": [1, None]})
+    assert out(cluster, "both[0][2] = 50; print(both[1][0].item(), array.sum(), plain)") == dict.fromkeys(
+        range(ENGINES), "50.0 2.0 {'a': [1, None]}\n"
+    )
+    assert base[2] == 2.0, "what an engine writes stays there"
+    out(cluster, "import torch; mine = torch.full((2,), rank + .5)")
+    assert [cluster.pull("mine", rank).tolist() for rank in range(ENGINES)] == [[0.5, 0.5], [1.5, 1.5]]
+    assert torch.equal(cluster.pull("both")[0], torch.tensor([0, 1, 50.0, 3, 4, 5]))
+
+
+def test_a_pulled_object_is_of_the_notebooks_own_class(cluster):
+    """The class travelled there by value, and is the same object when it comes back."""
+
+    class Point:
+        def __init__(self, x):
+            super().__init__()
+            self.x = x
+
+        def moved(self):
+            return type(self)(self.x + 1)
+
+    cluster.push(point=Point(1))
+    out(cluster, "further = point.moved()")
+    further = cluster.pull("further", 1)
+    assert type(further) is Point
+    assert further.x == 2
+
+
+def test_a_class_made_on_an_engine_is_one_class_for_all_pulls(cluster):
+    """Two instances pulled one after the other are of the same class here."""
+    out(cluster, "class There:\n    pass\none, other = There(), There()")
+    assert type(cluster.pull("one")) is type(cluster.pull("other"))
+
+
+def test_what_cannot_travel_is_said_by_name(cluster):
+    """On the way there, on the way back, and where a name or rank does not exist."""
+    with pytest.raises(TaskError, match=r"value: it cannot be sent to another process: .*lock"):
+        cluster.push(lock=threading.Lock())
+    out(cluster, "import threading; lock = threading.Lock()")
+    with pytest.raises(ClusterError, match=r"rank 1: TaskError: it cannot be sent to another process: .*lock"):
+        cluster.pull("lock", 1)
+    with pytest.raises(ClusterError, match="'nowhere' is not defined on rank 1"):
+        cluster.pull("nowhere", 1)
+    with pytest.raises(PlanError, match="rank 2 does not exist: use 0 to 1"):
+        cluster.pull("lock", 2)
+
+
+def test_large_values_do_not_pass_through_the_controller(cluster):
+    """50 MB to and from each engine leave its processes as small as they were: only addresses pass there."""
+    before = sum(p.memory_info().rss for p in controllers(cluster))
+    big = torch.arange(50 * MIB // 8, dtype=torch.float64)
+    cluster.push(big=big)
+    assert torch.equal(cluster.pull("big", 1), big)
+    cluster.train(net(), (torch.randn(50 * MIB // 24, 6), torch.zeros(50 * MIB // 24, dtype=torch.long)),
+                  loss="cross_entropy", steps=2)  # fmt: skip
+    assert sum(p.memory_info().rss for p in controllers(cluster)) - before < 20 * MIB
+
+    parcel, segment = pack(big)
+    with contextlib.closing(segment):
+        assert len(pickle.dumps(parcel)) < 1000
+
+
+def test_all_listeners_are_on_loopback(cluster):
+    """Of every process of the cluster, in a world that has trained, and of the store that this process hosts."""
+    cluster.train(net(), classes(), loss="cross_entropy")
+    folder = folder_of(psutil.Process(cluster.engines[0].pid))
+    listening = {
+        process: [c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
+        for process in [psutil.Process(), *(p for p in marked() if folder_of(p) == folder)]
+    }
+    assert len(listening) >= 1 + 2 * ENGINES
+    assert all(listening[psutil.Process(engine.pid)] for engine in cluster.engines)
+    assert {ip for ips in listening.values() for ip in ips} == {"127.0.0.1"}

@@ -1,0 +1,73 @@
+"""Nothing outlives the process that started a cluster, however that process ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+from shared_cluster import folder_of, marked, until
+
+from nbdist.cluster.owner_guard import owner_mark
+
+OWNER = """
+import json, os, sys, tempfile
+import nbdist, psutil, torch
+from torch import nn
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self): return 64
+    def __getitem__(self, index): return torch.ones(4), 0
+
+cluster = nbdist.Cluster(2, device="cpu").start()
+if sys.argv[1] == "training":
+    loader = torch.utils.data.DataLoader(Rows(), num_workers=1, batch_size=16)
+    run = cluster.train(nn.Linear(4, 3), loader, loss="cross_entropy", steps=10**9, background=True)
+    while run.progress.step < 3: run.wait(0.05)
+print(json.dumps([process.pid for process in psutil.Process().children(recursive=True)]), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def owners(tmp_path):
+    """Processes that have a cluster each, one idle and one in the middle of a training with data workers."""
+    (tmp_path / "owner.py").write_text(OWNER)
+    started = {
+        state: subprocess.Popen([sys.executable, tmp_path / "owner.py", state], stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, text=True)
+        for state in ("idle", "training")
+    }  # fmt: skip
+    yield started
+    for owner in started.values():
+        owner.kill()
+        owner.wait()
+        owner.stdin.close()
+        owner.stdout.close()
+
+
+def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(shared_cluster, owners):
+    """Controller, engines, nannies, data workers and the folder are gone ten seconds after kill -9."""
+    pids = {state: json.loads(owner.stdout.readline()) for state, owner in owners.items()}
+    processes = [psutil.Process(pid) for of_one in pids.values() for pid in of_one]
+    assert len(pids["idle"]) >= 5
+    assert len(pids["training"]) >= 7, "two engines have a data worker each"
+    folders = {folder_of(process) for process in processes}
+    assert len(folders) == 2
+    assert all(folder.is_dir() for folder in folders)
+    for owner in owners.values():
+        owner.kill()
+    left = psutil.wait_procs(processes, timeout=10)[1]
+    assert not left
+    until(lambda: not any(folder.exists() for folder in folders), 1)
+    assert not [process for process in marked() if folder_of(process) in folders]
+
+
+def test_a_process_is_named_beyond_the_reuse_of_its_number():
+    """The mark holds the time of birth too, and is the same whenever it is taken."""
+    pid, _, born = owner_mark(os.getpid()).partition(":")
+    assert int(pid) == os.getpid()
+    assert float(born) == pytest.approx(psutil.Process().create_time(), abs=0.01)

@@ -1,0 +1,125 @@
+"""Fixtures for all tests: ranks as real processes, a home of its own for every test, and guards against leaks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import psutil
+import pytest
+
+_GONE_WITHIN_S = 5.0
+_SHARED_MEMORY = Path("/dev/shm")
+# Set by pytest for each test, by torch at its first optimizer, and by scikit-learn at import.
+_OTHERS_VARIABLES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """``run_ranks(size, function, *args)``: what ``function(world, *args)`` returns on each of `size` real ranks.
+
+    `function` is a module-level function of the test. An error on a rank is raised here, its traceback as the cause.
+    """
+    from ranks import RankPool
+
+    return RankPool()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_home(tmp_path_factory):
+    """Records of processes that outlive one test go to a folder of the session."""
+    resource_tracker.ensure_running()  # a process of Python's own, which must not look like a leak of some test
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NBDIST_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory):
+    """``$NBDIST_HOME`` of this test, an empty folder; and the guard that the test leaves nothing behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("NBDIST_HOME", str(folder))
+        before = _Surroundings()
+        yield folder
+        before.check()
+
+
+class _Surroundings:
+    """What a test must leave as it was. Fixtures of a wider scope are set up before the first look."""
+
+    def __init__(self) -> None:
+        self.processes = set(psutil.Process().children(recursive=True))
+        self.threads = set(threading.enumerate())
+        self.shared_memory = _files()
+        self.environment = _environment()
+        self.torch_threads = _torch_threads()
+
+    def check(self) -> None:
+        new = {p for p in set(psutil.Process().children(recursive=True)) - self.processes if not _of_shared_cluster(p)}
+        _, left = psutil.wait_procs(new, timeout=_GONE_WITHIN_S)
+        assert not left, f"left running: {left}"
+        threads = [t for t in threading.enumerate() if t not in self.threads and not t.daemon]
+        for thread in threads:
+            thread.join(_GONE_WITHIN_S)
+        assert not [t for t in threads if t.is_alive()], f"left running: {threads}"
+        assert _files() <= self.shared_memory, f"left in {_SHARED_MEMORY}: {_files() - self.shared_memory}"
+        assert _environment() == self.environment
+        if self.torch_threads is not None:
+            assert _torch_threads() == self.torch_threads
+        distributed = sys.modules.get("torch.distributed")
+        assert distributed is None or not distributed.is_initialized(), "a process group is left"
+
+
+def _files() -> set[str]:
+    return set(os.listdir(_SHARED_MEMORY)) if _SHARED_MEMORY.is_dir() else set()
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in _OTHERS_VARIABLES}
+
+
+def _torch_threads() -> int | None:
+    torch = sys.modules.get("torch")
+    return None if torch is None else torch.get_num_threads()
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory):
+    """The one cluster of this process, see `cluster`; and the guard that no cluster of any test leaves a trace."""
+    import tempfile
+
+    from shared_cluster import MARK, SharedCluster, marked
+
+    temporary = tmp_path_factory.mktemp("temporary")
+    before = _files()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MARK, str(os.getpid()))
+        patch.setenv("TMPDIR", str(temporary))
+        patch.setattr(tempfile, "tempdir", str(temporary))
+        shared = SharedCluster()
+        shared.ready()  # here, so that the engines keep their records in the session's home
+        yield shared
+        shared.stop()
+        lines = {p: " ".join(p.cmdline()) for p in marked()}
+        left = [p for p, line in lines.items() if "nbdist.cluster" in line or "ipyparallel" in line]
+        assert not left, f"left running: {left}"
+    assert not list(temporary.glob("nbdist-*"))
+    assert _files() <= before
+
+
+@pytest.fixture
+def cluster(shared_cluster):
+    """A running cluster of two CPU engines, the same for all tests; a test may stop it or kill an engine."""
+    cluster = shared_cluster.ready()
+    yield cluster
+    assert not shared_cluster.extra_processes(), "engines have left processes running"
+
+
+def _of_shared_cluster(process: psutil.Process) -> bool:
+    """Whether a process is an engine that a test let the shared cluster start anew, or belongs to one."""
+    module = sys.modules.get("shared_cluster")
+    return module is not None and module.SharedCluster().owns(process)

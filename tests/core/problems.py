@@ -1,0 +1,73 @@
+"""Small problems to train on, and one way to train them on any number of ranks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbdist.core import Result, fit
+from nbdist.core.task import Task
+from nbdist.core.world import World
+from nbdist.plan import Plan
+
+FEATURES, CLASSES = 6, 3
+
+SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01)
+ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+OPTIMIZERS = {"sgd": SGD, "adamw": ADAMW}
+
+
+def classes(samples: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random samples and random class numbers, always the same ones."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(samples, FEATURES, generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.randint(CLASSES, (samples,), generator=generator)
+
+
+def seeded(make: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """A module whose weights are always the same ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().to(dtype)
+
+
+def mlp(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> nn.Module:
+    """Two layers, with dropout in between where asked."""
+    return seeded(
+        lambda: nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, CLASSES)), dtype
+    )
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, copied."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def train(world: World, model: nn.Module, data: Any, **options: Any) -> tuple[Result, dict[str, torch.Tensor]]:
+    """Train as `nbdist.train` would, on one thread, and return the result and the weights."""
+    supplied = {"loss", "step", "optimizer", "lr", "val", "metric", "batch_size", "shuffle"}
+    if "step" not in options:
+        options.setdefault("loss", "cross_entropy")
+    task = Task.create(model, data, **{k: v for k, v in options.items() if k in supplied})
+    rest = {k: v for k, v in options.items() if k not in supplied and k not in ("sinks", "stop_requested")}
+    plan = Plan.create(ranks=world.size, cores=1, threads=1, **rest, **task.options)
+    also = {k: v for k, v in options.items() if k in ("sinks", "stop_requested")}
+    return fit(task, plan, world, **also), weights(model)
+
+
+def alone(model: nn.Module, data: Any, **options: Any) -> tuple[Result, dict[str, torch.Tensor]]:
+    """`train` in this process, on one rank."""
+    return train(World(), model, data, **options)
+
+
+def losses(result: Result) -> list[float]:
+    """The training loss of each epoch."""
+    return [row["loss"] for row in result.history]
+
+
+def assert_same_bits(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> None:
+    """Compare two dicts of tensors bit for bit."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)

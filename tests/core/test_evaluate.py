@@ -1,0 +1,179 @@
+"""Validation: sharded over the ranks, every sample counted exactly once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from problems import FEATURES, SGD, alone, classes, mlp, train
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import data as torch_data
+
+from nbdist.core.metrics import METRICS, find_metric
+from nbdist.errors import TaskError
+
+TRAIN = classes(12)
+IGNORED = -100
+
+
+class Validation(torch_data.Dataset):
+    def __init__(self, samples):
+        self.x, self.y = classes(samples)
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return self.x[i], self.y[i]
+
+
+class ValidationStream(torch_data.IterableDataset):
+    def __init__(self, samples):
+        self.samples = list(zip(*classes(samples), strict=True))
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+def partly_ignored(samples):
+    x, y = classes(samples)
+    y[::3] = IGNORED
+    return x, y
+
+
+FORMS = {
+    "tensors": classes,
+    "a data set": Validation,
+    "a loader that would drop the last": lambda n: torch_data.DataLoader(Validation(n), batch_size=4, drop_last=True),
+    "a stream": lambda n: torch_data.DataLoader(ValidationStream(n), batch_size=5),
+    "partly ignored": partly_ignored,
+}
+
+
+def validate(world, form, samples):
+    model = mlp(dropout=0.5)
+    options = {"loss": "cross_entropy", "metric": "accuracy", "optimizer": SGD, "batch_size": 8}
+    result, _ = train(world, model, TRAIN, val=FORMS[form](samples), **options)
+    return result.history[-1], model.state_dict()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_sample_counts_once(run_ranks, ranks, form):
+    """Loss and accuracy are those of the whole set at once, though neither batch nor ranks divide it."""
+    for samples in (1, 13, 29):
+        x, y = (partly_ignored if form == "partly ignored" else classes)(samples)
+        for row, weights in run_ranks(ranks, validate, form, samples):
+            model = mlp().eval()
+            model.load_state_dict(weights)
+            with torch.no_grad():
+                output = model(x)
+            assert math.isclose(F.cross_entropy(output, y), row["val_loss"], rel_tol=1e-12) or not (y >= 0).any()
+            counted = y != IGNORED
+            hits = (output.argmax(1) == y)[counted].sum().item()
+            if counted.any():
+                assert hits / counted.sum().item() == pytest.approx(row["val_accuracy"], rel=1e-12)
+            else:
+                assert math.isnan(row["val_accuracy"])
+
+
+def half_right(output, target):
+    """A metric of the user's, with the number it is over."""
+    return (output.argmax(1) == target).double().mean(), len(target)
+
+
+def largest(output, target):
+    return output.max() * 0 + 3
+
+
+class Constant:
+    def __call__(self, output, target):
+        return 2.0
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [("accuracy", "val_accuracy"), (half_right, "val_half_right"), (largest, "val_largest"),
+     (Constant(), "val_Constant")],
+)  # fmt: skip
+def test_a_metric_goes_by_its_name(metric, name):
+    """The history holds the loss and the metric under ``val_``."""
+    row = alone(mlp(), TRAIN, val=classes(7), metric=metric, optimizer=SGD)[0].history[0]
+    assert [name, "val_loss"] == sorted(key for key in row if key.startswith("val_"))
+    assert {"val_largest": 3.0, "val_Constant": 2.0}.get(name, row[name]) == row[name]
+
+
+def test_without_a_metric_the_loss_is_measured():
+    """``val`` alone gives ``val_loss``."""
+    row = alone(mlp(), TRAIN, val=classes(7), optimizer=SGD)[0].history[0]
+    assert {"val_loss"} == {key for key in row if key.startswith("val_")}
+
+
+class Modes(nn.Module):
+    """Remembers how it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = nn.Dropout(0.5), nn.Linear(FEATURES, 3, dtype=torch.float64)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append((self.training, self.inner.training, torch.is_grad_enabled()))
+        return self.last(self.inner(x))
+
+
+def test_modes_are_those_of_evaluation_and_come_back():
+    """Validation runs in evaluation mode without gradients; afterwards each module has the mode it had."""
+    model = Modes()
+    model.inner.eval()
+    alone(model, TRAIN, val=classes(3), optimizer=SGD, batch_size=12, epochs=2)
+    training, validation = (True, False, True), (False, False, False)
+    assert [training, validation] * 2 == model.seen
+    assert (True, False) == (model.training, model.inner.training)
+
+
+def step_without_model(model, batch):
+    return model.last(batch[0]).square().mean()
+
+
+def test_a_metric_needs_what_the_model_returned():
+    """A step that never calls the model has no output to measure."""
+    with pytest.raises(TaskError, match=r"metric accuracy needs the model's output, but the step never called model"):
+        alone(Modes(), TRAIN, step=step_without_model, val=classes(3), metric="accuracy", optimizer=SGD)
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "expected"),
+    [
+        (torch.eye(3), torch.tensor([0, 1, 1]), 2 / 3),
+        (torch.eye(3), torch.tensor([0, IGNORED, 1]), 1 / 2),
+        (torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]]), torch.tensor([[0, 1]]), 1.0),  # (batch, classes, length)
+        (torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]), torch.tensor([[0, 2]]), 1 / 2),  # classes last
+        (torch.tensor([-1.0, 2.0]), torch.tensor([0.0, 0.0]), 1 / 2),  # one logit a target
+        (torch.tensor([[-1.0], [2.0]]), torch.tensor([0, 1]), 1.0),
+    ],
+)
+def test_accuracy(output, target, expected):
+    """The share of counted targets that the output hits, in each layout of the classes."""
+    value, weight = find_metric("accuracy")(output, target)
+    assert expected == pytest.approx(value.item())
+    assert (target != IGNORED).sum() == weight
+
+
+def test_errors_by_name():
+    """Mean absolute and mean squared error."""
+    output, target = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])
+    assert (1.5, 2.5) == (METRICS["mae"](output, target), METRICS["mse"](output, target))
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [("acuracy", r"unknown metric 'acuracy': use accuracy, mae, mse, or a callable\. Did you mean 'accuracy'\?"),
+     (3, "metric must be a name or a callable, not 3")],
+)  # fmt: skip
+def test_what_is_no_metric_is_refused(metric, message):
+    """The error names the value and the cure."""
+    with pytest.raises(TaskError, match=message):
+        find_metric(metric)

@@ -1,0 +1,121 @@
+"""Collectives over gloo: the bits of a sum, broadcasts, and what happens when a rank goes away."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from nbdist.core.channels import SoloChannel
+from nbdist.errors import PeerLostError
+
+KIB = 1024 // 4  # float32 elements
+LENGTHS = {
+    "one": 1,
+    "tiny": 1000,
+    "at the limit": 256 * KIB,
+    "above it": 256 * KIB + 12,
+    "above it, divisible by no size": 256 * KIB + 1,
+}
+
+
+def mixed(rank, length, dtype=torch.float32):
+    """Numbers of very different size, so that every other order of summing shows in the bits."""
+    generator = torch.Generator().manual_seed(rank)
+    exponents = torch.randint(-12, 12, (length,), generator=generator)
+    return (torch.randn(length, generator=generator) * 2.0**exponents).to(dtype)
+
+
+def sums(world):
+    results = {}
+    for name, length in LENGTHS.items():
+        results[name] = mixed(world.rank, length)
+        world.channel().all_reduce_(results[name])
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_sum_is_taken_in_rank_order(run_ranks, size):
+    """Every rank gets ((t0 + t1) + t2) + t3 bit for bit, on each of the three ways a sum can take."""
+    ranks = run_ranks(size, sums)
+    for name, length in LENGTHS.items():
+        parts = [mixed(rank, length) for rank in range(size)]
+        expected = parts[0].clone()
+        for part in parts[1:]:
+            expected += part
+        for results in ranks:
+            assert torch.equal(expected, results[name]), name
+    if size > 2:  # otherwise the numbers could not tell one order from another
+        backwards = sum(reversed(parts[:-1]), start=parts[-1])
+        assert not torch.equal(expected, backwards)
+
+
+DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
+
+
+def broadcasts(world):
+    channel = world.channel()
+    tensors = [torch.full((3,), world.rank).to(dtype) for dtype in DTYPES]
+    for tensor in tensors:
+        channel.broadcast_(tensor, source=1)
+    words = channel.broadcast_bytes(f"rank {world.rank}".encode()), channel.broadcast_bytes(b"", source=1)
+    return tensors, words
+
+
+def test_a_broadcast_gives_everyone_the_source(run_ranks):
+    """Tensors of any dtype, and bytes, empty ones too, come from the source rank."""
+    for tensors, words in run_ranks(3, broadcasts):
+        assert [torch.ones(3).to(dtype).tolist() for dtype in DTYPES] == [t.tolist() for t in tensors]
+        assert (b"rank 0", b"") == words
+
+
+def several_at_once(world):
+    channel = world.channel()
+    tensors = [torch.full((4,), float(world.rank + i)) for i in range(5)]
+    pending = [channel.start_all_reduce_(tensor) for tensor in tensors]
+    for one in pending:
+        one.wait()
+    return [tensor[0].item() for tensor in tensors]
+
+
+def test_collectives_may_be_under_way_together(run_ranks):
+    """Sums that were started in one order are all right when they have been waited for."""
+    assert [[3.0 + 3 * i for i in range(5)]] * 3 == run_ranks(3, several_at_once)
+
+
+def lose_rank_one(world, length):
+    if world.rank == 1:
+        os._exit(7)  # as a kill would
+    try:
+        world.channel().all_reduce_(torch.ones(length))
+    except PeerLostError:
+        return "released"
+
+
+@pytest.mark.parametrize("length", [1, 300 * KIB])
+def test_a_lost_rank_releases_the_others(run_ranks, length):
+    """A rank that dies ends the others' collective with an error instead of leaving them to wait."""
+    with pytest.raises(RuntimeError, match="rank 1 died without a word"):
+        run_ranks(3, lose_rank_one, length)
+
+
+def fail_on_rank_one(world):
+    if world.rank == 1:
+        raise ZeroDivisionError("the cause")
+    world.channel().all_reduce_(torch.ones(1))
+
+
+def test_an_error_on_a_rank_is_the_one_that_is_seen(run_ranks):
+    """A rank that leaves with an error releases its peers; their `PeerLostError` is an echo and hides nothing."""
+    with pytest.raises(ZeroDivisionError, match="the cause"):
+        run_ranks(2, fail_on_rank_one)
+
+
+def test_a_rank_alone_sums_and_broadcasts_to_itself():
+    """On one rank every collective is the identity."""
+    channel, tensor = SoloChannel(torch.device("cpu")), torch.arange(3.0)
+    channel.all_reduce_(tensor)
+    channel.broadcast_(tensor)
+    assert [0.0, 1.0, 2.0] == tensor.tolist()
+    assert b"word" == channel.broadcast_bytes(b"word")

@@ -1,0 +1,171 @@
+"""The loop: rows, events, stopping, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import SGD, alone, assert_same_bits, classes, mlp, train, weights
+
+from nbdist.core import fit
+from nbdist.core.task import Task
+from nbdist.core.world import World
+from nbdist.plan import Plan
+from nbdist.telemetry import (
+    EpochFinished,
+    Evaluating,
+    ListSink,
+    Progress,
+    RankState,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    fold,
+)
+
+DATA = classes(20)
+
+
+class StopAt:
+    """Asks to stop when it has been asked `times` times."""
+
+    def __init__(self, times):
+        self.times = times
+
+    def __call__(self):
+        self.times -= 1
+        return self.times <= 0
+
+
+def stop_on_one_rank(world, stopping, step):
+    stop = StopAt(step if world.rank == stopping else 100)
+    sink = ListSink()
+    result, trained = train(
+        world, mlp(), DATA, optimizer=SGD, batch_size=4, epochs=3, val=DATA, shuffle=False, stop_requested=stop,
+        sinks=[sink],
+    )  # fmt: skip
+    return result, trained, sink.events
+
+
+@pytest.mark.parametrize("stopping", [0, 2])
+@pytest.mark.parametrize("step", [3, 5, 7])
+def test_a_stop_on_one_rank_stops_all_after_the_same_step(run_ranks, stopping, step):
+    """Whoever asks, all ranks end after that step, with its weights, a row for the part done and no validation."""
+    steps = dict.fromkeys(("epoch", "steps", "samples"), 0)
+    expected = alone(mlp(), DATA, optimizer=SGD, batch_size=4, steps=step, shuffle=False, accumulate=3)[1]
+    for result, trained, events in run_ranks(3, stop_on_one_rank, stopping, step):
+        assert "stopped" == result.state
+        torch.testing.assert_close(trained, expected, rtol=1e-12, atol=1e-12)
+        assert [{**steps, "epoch": e, "steps": s, "samples": 4 * s} for e, s in {3: [(1, 3)], 5: [(1, 5)],
+                7: [(1, 5), (2, 2)]}[step]] == [{key: row[key] for key in steps} for row in result.history]  # fmt: skip
+        assert "val_loss" not in result.history[-1]
+        assert RunFinished(rank=events[-1].rank, state="stopped", time_s=events[-1].time_s) == events[-1]
+
+
+def test_a_stop_after_the_last_step_is_a_finish():
+    """Nothing was left to do: the run is finished."""
+    result, _ = alone(mlp(), DATA, optimizer=SGD, batch_size=10, stop_requested=StopAt(2))
+    assert ("finished", 2) == (result.state, result.history[0]["steps"])
+
+
+def rows_and_events(world):
+    sink = ListSink()
+    result, _ = train(
+        world, mlp(), DATA, optimizer=SGD, batch_size=6, epochs=2, val=classes(7), metric="accuracy", sinks=[sink]
+    )
+    return result, sink.events
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_history_is_the_same_on_every_rank(run_ranks, ranks):
+    """One row an epoch with these columns in this order, counted over all ranks."""
+    results = [result for result, _ in run_ranks(ranks, rows_and_events)]
+    assert ["epoch", "steps", "samples", "loss", "seconds", "val_loss", "val_accuracy"] == list(results[0].history[0])
+    assert [(1, 4, 20), (2, 4, 20)] == [(row["epoch"], row["steps"], row["samples"]) for row in results[0].history]
+    assert all(row["seconds"] > 0 for row in results[0].history)
+    assert [results[0].history] * ranks == [result.history for result in results]
+
+
+def test_events_tell_the_run(run_ranks):
+    """Each rank says that it began, got on, evaluated and finished; folded they give its last state."""
+    for rank, (result, events) in enumerate(run_ranks(2, rows_and_events)):
+        kinds = [type(event) for event in events]
+        assert [RunStarted, RunFinished] == [kinds[0], kinds[-1]]
+        epochs = [kind for kind in kinds if kind in (Evaluating, EpochFinished)]
+        assert [Evaluating, EpochFinished] * 2 == epochs
+        assert {rank} == {event.rank for event in events}
+        assert 8 == events[0].steps_total
+        state = RankState(rank=rank)
+        for event in events:
+            state = fold(state, event)
+        samples = (22, 18)[rank]  # each epoch's last batch, of two, is one slice, which is rank 0's
+        assert ("finished", 8, 2, samples) == (state.state, state.step, state.epoch, state.samples)
+        assert tuple(result.history) == state.history
+        last = [event for event in events if isinstance(event, Progress)][-1]
+        assert last.memory_mib > 1
+        assert last.samples_per_s > 0
+
+
+def test_the_seed_decides_everything():
+    """The same seed gives the same bits whatever was drawn before, another one others."""
+    options = {"optimizer": SGD, "batch_size": 6}
+    first = alone(mlp(dropout=0.5), DATA, **options, seed=1)[1]
+    torch.rand(3)
+    assert_same_bits(first, alone(mlp(dropout=0.5), DATA, **options, seed=1)[1])
+    other = alone(mlp(dropout=0.5), DATA, **options, seed=2)[1]
+    assert not torch.equal(first["0.weight"], other["0.weight"])
+
+
+def test_a_trained_model_is_an_ordinary_one():
+    """No hooks, no gradients, the same parameters as objects, and a second run goes on from the first."""
+    model = mlp()
+    parameters = list(model.parameters())
+    alone(model, DATA, optimizer=SGD, steps=1, batch_size=6)
+    assert all(mine is now for mine, now in zip(parameters, model.parameters(), strict=True))
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in parameters)
+    once = weights(model)
+    assert not torch.equal(once["0.weight"], alone(model, DATA, optimizer=SGD, steps=1, batch_size=6)[1]["0.weight"])
+
+
+def test_an_optimizer_of_the_users_keeps_its_state():
+    """A ready-made optimizer goes on where it was: two runs of one epoch are one run of two."""
+    model, other = mlp(), mlp()
+    optimizer = SGD(model.parameters())
+    for _ in range(2):
+        alone(model, DATA, optimizer=optimizer, batch_size=5, shuffle=False)
+    assert_same_bits(weights(model), alone(other, DATA, optimizer=SGD, batch_size=5, epochs=2, shuffle=False)[1])
+
+
+def fail_in_the_third_slice(model, batch):
+    fail_in_the_third_slice.calls += 1
+    if fail_in_the_third_slice.calls == 3:
+        raise ZeroDivisionError("in the step")
+    return model(batch[0]).square().mean()
+
+
+def test_a_failing_step_is_told_and_leaves_nothing():
+    """The error comes out as it is, the record has it, and model and threads are as they were."""
+    model, sink, threads = mlp(), ListSink(), torch.get_num_threads()
+    model.eval()
+    fail_in_the_third_slice.calls = 0
+    task = Task.create(model, DATA, step=fail_in_the_third_slice, optimizer=SGD, batch_size=4)
+    plan = Plan.create(ranks=1, cores=1, threads=threads + 1, **task.options)
+    with pytest.raises(ZeroDivisionError, match="in the step"):
+        fit(task, plan, World(), sinks=[sink])
+    assert isinstance(sink.events[-1], RunFailed)
+    assert "ZeroDivisionError: in the step" == sink.events[-1].error
+    assert threads == torch.get_num_threads()
+    assert not model.training
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def threads_in_step(model, batch):
+    threads_in_step.seen.add(torch.get_num_threads())
+    return model(batch[0]).square().mean()
+
+
+def test_the_plan_decides_the_threads():
+    """The step runs on as many threads as the plan says, whatever the process had."""
+    threads_in_step.seen = set()
+    task = Task.create(mlp(), DATA, step=threads_in_step, optimizer=SGD)
+    fit(task, Plan.create(ranks=1, cores=7, **task.options), World())
+    assert {7} == threads_in_step.seen

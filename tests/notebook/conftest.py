@@ -1,0 +1,90 @@
+"""A notebook without a front end: a real IPython shell in this process, and a real kernel in another one."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
+
+NET = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.body(x)
+
+torch.manual_seed(0)
+model = Net()
+X, y = torch.randn(64, 6), torch.randint(3, (64,))
+train_set = torch.utils.data.TensorDataset(X, y)
+test_set = torch.utils.data.TensorDataset(X[:10], y[:10])
+"""
+
+
+class Notebook:
+    """Runs cells in order, as a person does."""
+
+    def __init__(self, shell: InteractiveShell, capsys: pytest.CaptureFixture[str]) -> None:
+        self.shell = shell
+        self.names = shell.user_ns
+        self._capsys = capsys
+
+    def __call__(self, *cells):
+        """Run cells that must not fail; return the value of the last one."""
+        for cell in cells:
+            result = self.shell.run_cell(cell, store_history=True)
+            result.raise_error()
+        return result.result
+
+    def fails(self, cell):
+        """Run a cell that must fail; return the error and all that was shown."""
+        self.printed()
+        result = self.shell.run_cell(cell, store_history=True)
+        assert not result.success
+        return result.error_in_exec or result.error_before_exec, self.printed()
+
+    def printed(self):
+        """What was printed since the last time."""
+        captured = self._capsys.readouterr()
+        return captured.out + captured.err
+
+
+@pytest.fixture
+def notebook(cluster, capsys, tmp_path):
+    """A fresh notebook with nbdist loaded, a model `model` and data `train_set`, `test_set`; the cluster runs."""
+    main = sys.modules["__main__"]
+    config = Config()
+    config.HistoryManager.enabled = False
+    config.InteractiveShell.colors = "nocolor"
+    shell = InteractiveShell.instance(config=config, ipython_dir=str(tmp_path))
+    notebook = Notebook(shell, capsys)
+    notebook("%load_ext nbdist", NET)
+    yield notebook
+    InteractiveShell.clear_instance()
+    sys.modules["__main__"] = main
+
+
+@pytest.fixture(scope="module")
+def kernel(shared_cluster, tmp_path_factory):
+    """A real kernel with nbdist loaded, two engines of its own, and `model`, `train_set`, `test_set`.
+
+    It stands in a folder in which a module lies beside the notebook.
+    """
+    from kernels import Kernel
+
+    folder = tmp_path_factory.mktemp("notebook")
+    (folder / "beside.py").write_text("from torch import nn\n\nclass Beside(nn.Linear):\n    pass\n")
+    kernel = Kernel(folder)
+    kernel("%load_ext nbdist")
+    kernel("%dist_start -n 2 --device cpu")
+    kernel(NET)
+    yield kernel
+    kernel.kill()

@@ -1,0 +1,293 @@
+"""``%dist_train`` and ``%%dist_train`` through a real shell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shared_cluster import until
+
+import nbdist
+from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, TaskError
+from nbdist.plan.plan import OPTIONS
+
+
+def weights(notebook, name="model"):
+    return {key: tensor.clone() for key, tensor in notebook.names[name].state_dict().items()}
+
+
+def test_one_line_trains_the_notebooks_own_model(notebook):
+    """It returns the Run, prints a line an epoch and a summary, and the same object holds the trained weights."""
+    model, before = notebook.names["model"], weights(notebook)
+    notebook.printed()
+    run = notebook(
+        "%dist_train model train_set --loss cross_entropy --optimizer adamw --lr 1e-2 --epochs 2 --batch-size 16 "
+        "--val test_set --metric accuracy"
+    )
+    shown = notebook.printed().splitlines()
+    assert isinstance(run, nbdist.Run)
+    assert notebook.names["model"] is model
+    assert not torch.equal(before["body.weight"], model.body.weight)
+    assert [line.split()[:3] for line in shown[:2]] == [["nbdist:", "epoch", "1"], ["nbdist:", "epoch", "2"]]
+    assert "val_loss" in shown[0]
+    assert "val_accuracy" in shown[0]
+    assert shown[2].startswith("nbdist: Net (21 parameters) on dp=2 · finished · step 8/8 · loss ")
+    assert run.history[-1]["val_loss"] > 0
+    with torch.no_grad():
+        hits = (model(notebook.names["X"][:10]).argmax(1) == notebook.names["y"][:10]).double().mean().item()
+    assert run.history[-1]["val_accuracy"] == pytest.approx(hits)
+
+
+def test_every_option_reaches_the_plan(notebook):
+    """As a person writes it, by its own name."""
+    run = notebook(
+        "%dist_train model train_set --loss cross_entropy --optimizer sgd --lr 0.1 --steps 3 --batch-size 16 "
+        "--accumulate 2 --clip-norm 0.5 --seed 7 --threads 1 --strategy dp=2 --shuffle no --bucket-mib 8 "
+        "--val test_set --metric accuracy"
+    )
+    plan = {name: value for name, value in run.plan.to_dict().items() if name != "mesh"}
+    assert plan == {
+        "loss": "cross_entropy", "optimizer": "sgd", "lr": 0.1, "steps": 3, "epochs": None, "batch_size": 16,
+        "accumulate": 2, "clip_norm": 0.5, "seed": 7, "threads": 1, "strategy": "dp=2", "shuffle": False,
+        "bucket_mib": 8.0, "metric": "accuracy",
+    }  # fmt: skip
+    assert set(plan) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("word", ["data", "ddp", "dp=2"])
+def test_a_strategy_has_its_words(notebook, word):
+    """All three mean the same mesh here."""
+    run = notebook(f"%dist_train model train_set --loss cross_entropy --steps 1 --strategy {word}")
+    assert str(run.plan.mesh) == "dp=2"
+
+
+def test_the_run_can_be_kept_in_three_ways(notebook):
+    """As the value of the line, under the name behind -o, and as the newest run."""
+    notebook("run = %dist_train model train_set --loss cross_entropy --steps 1 -o kept")
+    assert notebook.names["run"] is notebook.names["kept"] is nbdist.last_run()
+
+
+def test_expressions_may_hold_spaces_in_brackets(notebook):
+    """For the model, the data, the validation data, the loss and the optimizer."""
+    run = notebook(
+        "%dist_train [model, None][0] (X, y) --loss (lambda out, target: F.cross_entropy(out, target)) --steps 2 "
+        "--optimizer (lambda parameters: torch.optim.SGD(parameters, lr=0.1)) --val (X[:8], y[:8])"
+    )
+    assert run.history[0]["steps"] == 2
+    assert "val_loss" in run.history[0]
+    run = notebook("%dist_train model train_set --loss nn.CrossEntropyLoss(label_smoothing=0.1) --steps 1")
+    assert run.plan.loss == "CrossEntropyLoss"
+
+
+def test_names_are_callables_of_the_notebook(notebook):
+    """Loss, optimizer and metric; a callable of the notebook goes before a well-known name, another value does not."""
+    notebook(
+        "def mse(output, target):\n    return F.cross_entropy(output, target) * 0 + 0.25 + 0 * output.sum()",
+        "def slow(parameters, lr):\n    return torch.optim.SGD(parameters, lr=lr)",
+        "def always(output, target):\n    return torch.tensor(0.75), len(target)",
+        "accuracy = 0.5",
+        "run = %dist_train model train_set --loss mse --optimizer slow --lr 0.1 --steps 1 --val test_set --metric always",
+        "other = %dist_train model train_set --loss cross_entropy --steps 1 --val test_set --metric accuracy",
+    )
+    run = notebook.names["run"]
+    assert run.history[0]["loss"] == pytest.approx(0.25)
+    assert run.history[0]["val_always"] == pytest.approx(0.75)
+    assert (run.plan.loss, run.plan.optimizer, run.plan.metric) == ("mse", "slow", "always")
+    assert "val_accuracy" in notebook.names["other"].history[0]
+
+
+def test_a_ready_optimizer_gets_its_state_back(notebook):
+    """By its name in the notebook."""
+    notebook(
+        "mine = torch.optim.AdamW(model.parameters(), lr=0.01)",
+        "%dist_train model train_set --loss cross_entropy --optimizer mine --steps 3",
+    )
+    assert [state["step"].item() for state in notebook.names["mine"].state.values()] == [3.0, 3.0]
+
+
+def test_a_background_run_returns_at_once_and_stops_when_asked(notebook):
+    """The magic hands out the running Run; weights come home with the stop."""
+    before = weights(notebook)
+    run = notebook("run = %dist_train model train_set --loss cross_entropy --steps 1000000000 --background", "run")
+    assert run.state == "running"
+    until(lambda: run.progress.step > 3)
+    error, _ = notebook.fails("%dist_train model train_set --loss cross_entropy")
+    assert isinstance(error, ClusterError)
+    assert f"run {run.run_id} is going on" in str(error)
+    error, _ = notebook.fails("%dist_start -n 1")
+    assert "stop it (run.stop()) before the engines change" in str(error)
+    notebook("run.stop()", "run.wait()")
+    assert run.state == "stopped"
+    assert not torch.equal(before["body.weight"], notebook.names["model"].body.weight)
+
+
+def test_what_the_users_code_prints_is_shown_by_rank(notebook):
+    """Said once where all ranks agree."""
+    notebook("def loud(output, target):\n    print('in the loss')\n    return F.cross_entropy(output, target)")
+    notebook.printed()
+    notebook("%dist_train model train_set --loss loud --steps 2")
+    assert notebook.printed().count("[0-1] in the loss\n") == 2
+
+
+def test_the_cell_form_is_one_training_step(notebook):
+    """It sees the model, the batch and the notebook, and equals the line form of the same loss, bit for bit."""
+    notebook(
+        "import copy\nm2, scale = copy.deepcopy(model), 1.0",
+        "%dist_train model train_set --loss cross_entropy --epochs 2 --batch-size 16",
+        "%%dist_train m2 train_set --epochs 2 --batch-size 16\nx, target = batch\n"
+        "loss = F.cross_entropy(model(x), target) * scale",
+    )
+    assert all(torch.equal(tensor, weights(notebook, "m2")[name]) for name, tensor in weights(notebook).items())
+    assert "loss" not in notebook.names
+    assert "target" not in notebook.names
+
+
+def test_the_notebooks_own_name_of_the_model_is_the_same_object(notebook):
+    """`m2` and `model` are one inside the step, and it is `m2` here that is trained."""
+    notebook("m2 = Net()", "was = model")
+    before = weights(notebook, "m2")
+    notebook("%%dist_train m2 train_set --steps 2\nx, t = batch\nassert m2 is model\nloss = F.cross_entropy(m2(x), t)")
+    assert not torch.equal(before["body.weight"], notebook.names["m2"].body.weight)
+    assert notebook.names["model"] is notebook.names["was"]
+
+
+def test_a_weight_says_what_the_mean_is_over(notebook):
+    """Ignored targets average exactly: the losses of both ways to say it are equal, and differ from the plain mean."""
+    notebook(
+        "t = torch.randint(3, (64,)); t[::3] = -100; t[:16] = -100",
+        "a = %dist_train model (X, t) --loss cross_entropy --lr 1e-9 --epochs 1 --batch-size 32",
+        "%%dist_train model (X, t) --lr 1e-9 --epochs 1 --batch-size 32 -o b\n"
+        "x, target = batch\nloss = F.cross_entropy(model(x), target).nan_to_num()\nweight = (target != -100).sum()",
+        "%%dist_train model (X, t) --lr 1e-9 --epochs 1 --batch-size 32 -o c\n"
+        "x, target = batch\nloss = F.cross_entropy(model(x), target).nan_to_num()",
+        "exact = F.cross_entropy(model(X), t).item()",
+    )
+    names = notebook.names
+    losses = [names[name].history[0]["loss"] for name in "abc"]
+    assert losses[:2] == pytest.approx([names["exact"]] * 2, rel=1e-5)
+    assert losses[2] != pytest.approx(names["exact"], rel=1e-4)
+
+
+def test_an_error_in_the_step_is_shown_with_its_cell_and_line(notebook):
+    """The rank, the line of the cell as the person sees it, and its source; the model is as it was."""
+    before = weights(notebook)
+    number = notebook.shell.execution_count
+    error, shown = notebook.fails(
+        "%%dist_train model train_set --steps 3\nx, target = batch\n\nloss = F.cross_entropy(modle(x), target)"
+    )
+    assert type(error) is EngineError
+    assert str(error) == f"ranks 0-1: NameError: name 'modle' is not defined (Cell In[{number}], line 4)"
+    assert "---->   4 loss = F.cross_entropy(modle(x), target)" in shown
+    assert "nbdist/" not in shown
+    assert shown.count("NameError") == 2, "once in the engine's traceback, once in the sentence"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(notebook).items())
+    assert notebook("%dist_train model train_set --loss cross_entropy --steps 1").state == "finished"
+
+
+def test_an_error_in_a_function_of_another_cell_names_that_cell(notebook):
+    """Functions keep their place, whoever calls them."""
+    number = notebook.shell.execution_count
+    notebook("def torn(output, target):\n    raise ValueError('torn')")
+    error, shown = notebook.fails("%dist_train model train_set --loss torn --steps 1")
+    assert str(error) == f"ranks 0-1: ValueError: torn (Cell In[{number}], line 2)"
+    assert "---->   2     raise ValueError('torn')" in shown
+
+
+CELL = "the cell body is one training step: it sees `model` and `batch`, and assigns `loss`."
+MISTAKES = [
+    ("%dist_train modle train_set --loss mse", TaskError,
+     "'modle' is not defined in the notebook. Did you mean 'model'?"),
+    ("%dist_train model tain_set --loss mse", TaskError,
+     "'tain_set' is not defined in the notebook. Did you mean 'train_set'?"),
+    ("%dist_train model train_set --loss mse --val tst", TaskError, "'tst' is not defined in the notebook."),
+    ("%dist_train model train_set", TaskError, "no loss: name one (--loss mse, or loss='mse')"),
+    ("%dist_train model", PlanError, "%dist_train: the following arguments are required: DATA."),
+    ("%dist_train", PlanError, "%dist_train: the following arguments are required: MODEL, DATA."),
+    ("%dist_train model train_set test_set --loss mse", PlanError, "%dist_train: unknown argument 'test_set'."),
+    ("%dist_train model train_set --los mse", PlanError,
+     "%dist_train: unknown argument '--los'. Did you mean '--loss'?"),
+    ("%dist_train model train_set --loss croos_entropy", TaskError, "unknown loss 'croos_entropy': use "),
+    ("%dist_train model train_set --loss 3", TaskError, "loss must be a name or a callable, not 3."),
+    ("%dist_train model train_set --loss nn.MSELoss", TaskError, "loss MSELoss is a class, not a loss: write MSELoss()"),
+    ("%dist_train model train_set --loss mse --optimizer adamm", TaskError, "unknown optimizer 'adamm': use "),
+    ("%dist_train model train_set --loss mse --val test_set --metric acuracy", TaskError, "unknown metric 'acuracy'"),
+    ("%dist_train model train_set --loss mse --metric accuracy", TaskError,
+     "metric accuracy has nothing to be measured on: give val"),
+    ("%dist_train model train_set --loss mse --strategy fsdpp", PlanError, "unknown strategy 'fsdpp': use data"),
+    ("%dist_train model train_set --loss mse --strategy dp=4", PlanError, "strategy 'dp=4' needs 4 ranks"),
+    ("%dist_train model train_set --loss mse --batch-size 1", PlanError, "batch_size 1 is smaller than its 2 slices"),
+    ("%dist_train model train_set --loss mse --batch-size big", PlanError,
+     "%dist_train: argument --batch-size: invalid int value: 'big'."),
+    ("%dist_train model train_set --loss mse --lr 0", PlanError, "lr 0.0 must be a positive number."),
+    ("%dist_train model train_set --loss mse --epochs 1 --steps 1", PlanError, "epochs=1 and steps=1: give one of"),
+    ("%dist_train model train_set --loss mse --shuffle maybe", PlanError,
+     "%dist_train: argument --shuffle: 'maybe' is neither yes nor no."),
+    ("%dist_train model (X, y --loss mse", PlanError, "')' is missing in: model (X, y --loss mse"),
+    ("%dist_train model X+ --loss mse", PlanError, "'X+' is not a Python expression."),
+    ("%dist_train model X[9,9,9] --loss mse", TaskError, "X[9,9,9] cannot be evaluated: IndexError: "),
+    ("%dist_train Net train_set --loss mse", TaskError, "Net is a class, not a model: write Net()."),
+    ("%dist_train nn.ReLU() train_set --loss mse", TaskError, "nn.ReLU() has no parameters to train."),
+    ("%dist_train model 5 --loss mse", TaskError, "5 is a value of type int, not data: give a Dataset"),
+    ("%dist_train model X --loss mse", TaskError, "loss compares the model's output with the last element of a batch"),
+    ("%dist_train model (X,y[:3]) --loss mse", TaskError,
+     "the tensors of (X,y[:3]) differ in their number of samples, [64, 3]: make them equal."),
+    ("%%dist_train model train_set --loss mse\nloss = 1", PlanError, "--loss and a cell body are two ways to say the"),
+    ("%%dist_train model train_set\nx = 1", PlanError, f"the cell does not assign `loss`: {CELL}"),
+    ("%%dist_train model train_set\n# nothing", PlanError, f"the cell is empty: {CELL}"),
+    ("%%dist_train model train_set\nx = 1\nloss = (", PlanError, f"'(' was never closed (line 3 of the cell): {CELL}"),
+    ("%%dist_train model train_set\nloss = 1\nreturn loss", PlanError,
+     f"'return' outside function (line 3 of the cell): {CELL}"),
+    ("%%dist_train model train_set\nloss = 1\nfrom math import *", PlanError,
+     f"import * only allowed at module level (line 3 of the cell): {CELL}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "kind", "message"), MISTAKES, ids=[case[0][12:60] for case in MISTAKES])
+def test_mistakes_are_said_in_one_sentence(notebook, line, kind, message):
+    """One error that names the value and the cure, shown without a traceback, and no run begins."""
+    before = nbdist.last_run()
+    error, shown = notebook.fails(line)
+    assert isinstance(error, NbdistError)
+    assert isinstance(error, kind)
+    assert str(error).startswith(message)
+    assert shown.strip() == f"{type(error).__name__}: {error}"
+    assert nbdist.last_run() is before
+
+
+def test_the_help_explains_every_option_once(notebook):
+    """With its placeholder, its sentence and its default."""
+    help_text = notebook.shell.find_line_magic("dist_train").__doc__
+    assert notebook.shell.find_cell_magic("dist_train").__doc__ == help_text
+    flat = " ".join(help_text.split())
+    for name, option in OPTIONS.items():
+        flag = f"--{name.replace('_', '-')} {option.metavar}"
+        assert flat.count(f"{flag} {' '.join(option.help.split())}") == 1, name
+        assert not option.default or f"Default: {option.default}." in flat
+    for part in ("usage: %dist_train", "MODEL", "DATA", "--val DATA", "--background", "-o NAME"):
+        assert part in flat
+    assert max(map(len, help_text.splitlines())) <= 100
+
+
+def test_a_redefined_class_is_the_one_that_trains(notebook):
+    """After an edit, instances of the new class run the new code on the engines."""
+    edited = "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    edited += "        self.body = nn.Linear(6, 3)\n\n    def forward(self, x):\n        print('version {}')\n"
+    edited += "        return self.body(x)\n\nmodel = Net()"
+    for version in (1, 2):
+        notebook(edited.replace("{}", str(version)))
+        run = notebook("%dist_train model train_set --loss cross_entropy --steps 1")
+        assert set("".join(run.printed().values()).splitlines()) == {f"version {version}"}
+
+
+def test_closures_and_notebook_globals_travel(notebook):
+    """A loss that a function made, over a value of the notebook as it is at the call."""
+    notebook(
+        "factor = 2.0",
+        "def scaled(by):\n    def loss(output, target):\n"
+        "        return F.cross_entropy(output, target) * by * factor\n    return loss",
+        "plain = %dist_train model train_set --loss cross_entropy --lr 1e-9 --steps 1",
+        "six = %dist_train model train_set --loss scaled(3) --lr 1e-9 --steps 1",
+        "factor = 1.0",
+        "three = %dist_train model train_set --loss scaled(3) --lr 1e-9 --steps 1",
+    )
+    losses = [notebook.names[name].history[0]["loss"] for name in ("plain", "six", "three")]
+    assert losses == pytest.approx([losses[0], losses[0] * 6, losses[0] * 3])

@@ -1,0 +1,96 @@
+"""The Plan: frozen, JSON-able, checked on creation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from nbdist.errors import PlanError
+from nbdist.plan import Mesh, Plan
+from nbdist.plan.plan import OPTIONS
+
+
+def create(ranks=2, cores=8, **options):
+    return Plan.create(ranks=ranks, cores=cores, **options)
+
+
+def test_defaults_depend_on_ranks_and_cores():
+    """One epoch, all ranks on the data axis, the cores shared out."""
+    plan = create()
+    assert (Mesh(dp=2), 1, None, 32, 4) == (plan.mesh, plan.epochs, plan.steps, plan.batch_size, plan.threads)
+    assert 1 == create(ranks=4, cores=2).threads
+    assert (None, 5) == (create(steps=5).epochs, create(steps=5).steps)
+
+
+def test_none_means_not_given():
+    """Options that a person left away keep their default."""
+    assert create() == create(**dict.fromkeys(OPTIONS))
+
+
+def test_a_plan_is_pure_data():
+    """It cannot be changed, and goes through JSON as it is."""
+    plan = create(lr=0.1, clip_norm=1, seed=3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.lr = 1.0
+    data = json.loads(json.dumps(plan.to_dict()))
+    assert plan == Plan(**{**data, "mesh": Mesh(**data["mesh"])})
+
+
+def test_slices_are_ranks_times_microbatches():
+    """Each slice is one forward and backward."""
+    assert 6 == create(accumulate=3).slices
+
+
+def test_every_option_has_a_sentence():
+    """Each field but the mesh is an option, with a help that ends in a full stop and a placeholder."""
+    assert {field.name for field in dataclasses.fields(Plan)} - {"mesh"} == set(OPTIONS)
+    for name, option in OPTIONS.items():
+        assert option.help.endswith("."), name
+        assert option.metavar, name
+
+
+class Index:
+    """Counts as a whole number, as NumPy's integers do."""
+
+    def __index__(self):
+        return 7
+
+
+def test_numbers_of_other_libraries_become_pythons():
+    """So that the plan stays JSON-able."""
+    plan = create(batch_size=Index(), seed=Index(), lr="0.5")
+    assert (int, int, float) == (type(plan.batch_size), type(plan.seed), type(plan.lr))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, r"epochs 0 is too small: use 1 or more\."),
+        ({"steps": -3}, "steps -3 is too small: use 1 or more"),
+        ({"epochs": 2, "steps": 3}, "epochs=2 and steps=3: give one of the two"),
+        ({"epochs": 1.5}, r"epochs must be a whole number, not 1\.5"),
+        ({"batch_size": True}, "batch_size must be a whole number, not True"),
+        (
+            {"batch_size": 1},
+            r"batch_size 1 is smaller than its 2 slices \(2 ranks x 1 micro.*: use 2 or more, or fewer",
+        ),
+        ({"batch_size": 5, "accumulate": 3}, r"batch_size 5 is smaller than its 6 slices \(2 ranks x 3 microbatches\)"),
+        ({"accumulate": 0}, "accumulate 0 is too small"),
+        ({"threads": 0}, "threads 0 is too small"),
+        ({"seed": "one"}, "seed must be a whole number, not 'one'"),
+        ({"lr": 0}, "lr 0 must be a positive number"),
+        ({"lr": float("nan")}, "lr nan must be a positive number"),
+        ({"clip_norm": -1.0}, r"clip_norm -1\.0 must be a positive number"),
+        ({"bucket_mib": float("inf")}, "bucket_mib inf must be a positive number"),
+        ({"lr": "fast"}, "lr must be a number, not 'fast'"),
+        ({"shuffle": "no"}, "shuffle must be True or False, not 'no'"),
+        ({"batchsize": 3}, r"unknown option 'batchsize'\. Did you mean 'batch_size'\?"),
+        ({"strategy": "pipelin"}, r"unknown strategy 'pipelin': use data, ddp or dp=2\."),
+    ],
+)
+def test_what_cannot_be_run_is_refused(options, message):
+    """The error names the value and the cure."""
+    with pytest.raises(PlanError, match=message):
+        create(**options)

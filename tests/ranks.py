@@ -1,0 +1,102 @@
+"""Ranks as real processes: what the `run_ranks` fixture runs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nbdist.core.world import World, host_store
+from nbdist.errors import PeerLostError
+
+_JOIN_S = 10.0
+
+
+class RemoteTraceback(Exception):
+    """Carries the text of a rank's traceback, as the cause of the error that is raised again here."""
+
+    def __str__(self) -> str:
+        return "\n" + self.args[0]
+
+
+class RankPool:
+    """Starts ranks from one fork server that has torch loaded, so that a world costs a fraction of a second."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["pytest", "nbdist.core", "torch._dynamo"])
+        self(1, _nothing)  # the fork server starts here, once and for all
+
+    def __call__(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call ``function(world, *args)`` on `size` ranks that share a gloo world, and return what each one returned.
+
+        Raises:
+            Exception: What a rank raised: the first one that is no echo of another's loss.
+        """
+        store = host_store()
+        job = pickle.dumps((function, args))  # plain pickle: torch's own would go through /dev/shm
+        readers, processes = [], []
+        try:
+            for rank in range(size):
+                reader, writer = self._context.Pipe(duplex=False)
+                process = self._context.Process(target=_rank_main, args=(rank, size, store.port, writer, job))
+                process.start()
+                writer.close()
+                readers.append(reader)
+                processes.append(process)
+            return _collect(readers)
+        except BaseException:
+            for process in processes:
+                process.kill()
+            raise
+        finally:
+            for process in processes:
+                process.join(_JOIN_S)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+                process.close()
+            for reader in readers:
+                reader.close()
+
+
+def _nothing(world: World) -> None:
+    pass
+
+
+def _collect(readers: list[Connection]) -> list[Any]:
+    outcomes: dict[Connection, tuple[Any, BaseException | None, str]] = {}
+    while len(outcomes) < len(readers):
+        for reader in wait([r for r in readers if r not in outcomes]):
+            try:
+                outcomes[reader] = pickle.loads(reader.recv_bytes())
+            except EOFError:
+                outcomes[reader] = None, RuntimeError(f"rank {readers.index(reader)} died without a word"), ""
+    failures = [(error, text) for _, error, text in map(outcomes.get, readers) if error is not None]
+    for error, text in sorted(failures, key=lambda failure: isinstance(failure[0], PeerLostError)):
+        raise error from RemoteTraceback(text)
+    return [outcomes[reader][0] for reader in readers]
+
+
+def _rank_main(rank: int, size: int, port: int, writer: Connection, job: bytes) -> None:
+    multiprocessing.set_start_method(None, force=True)  # for what a rank starts itself: as in any other process
+    torch.set_num_threads(1)
+    outcome: tuple[Any, BaseException | None, str]
+    world = None
+    try:
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        world = World.form(store=store, rank=rank, size=size, local_rank=rank, local_size=size, device="cpu")
+        function, args = pickle.loads(job)
+        outcome = function(world, *args), None, ""
+    except BaseException as error:
+        outcome = None, error, traceback.format_exc()
+    finally:
+        if world is not None:
+            world.leave()
+    writer.send_bytes(pickle.dumps(outcome))

@@ -1,0 +1,38 @@
+"""Where records lie, and that they do not pile up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nbdist.telemetry.record import KEPT_RUNS, new_run_id, record_path, records
+
+
+def test_records_lie_in_a_home_that_can_be_set(monkeypatch, home, tmp_path):
+    """``$NBDIST_HOME``, else the user's state folder."""
+    assert home / "runs" == records()
+    monkeypatch.delenv("NBDIST_HOME")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert tmp_path / "nbdist" / "runs" == records()
+    monkeypatch.delenv("XDG_STATE_HOME")
+    assert Path.home() / ".local" / "state" / "nbdist" / "runs" == records()
+
+
+def test_old_records_go_when_a_run_begins(home):
+    """Rank 0 keeps the newest ones, by name; other ranks and files beside them are left alone."""
+    names = [f"2026{i:04d}-000000-abcd" for i in range(KEPT_RUNS + 5)]
+    for name in names:
+        (home / "runs" / name).mkdir(parents=True)
+        (home / "runs" / name / "rank0.jsonl").write_text("{}")
+    note = home / "runs" / "0000-note.txt"
+    note.write_text("mine")
+    assert home / "runs" / "new" / "rank1.jsonl" == record_path("new", 1)
+    assert len(list((home / "runs").iterdir())) == KEPT_RUNS + 6
+    assert home / "runs" / "new" / "rank0.jsonl" == record_path("new", 0)
+    assert sorted([*names[5:], note.name]) == sorted(path.name for path in (home / "runs").iterdir())
+
+
+def test_names_of_runs_differ():
+    """Two runs of the same second have two names, which sort by time and fit into a path."""
+    names = {new_run_id() for _ in range(20)}
+    assert len(names) > 15
+    assert all(name.replace("-", "").isalnum() for name in names)

@@ -1,0 +1,96 @@
+"""Sinks: the record, the picture, the text; and the meter that says when it is time."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+
+import pytest
+from told import PROGRESS, ROW, STARTED
+
+from nbdist.telemetry import (
+    EpochFinished,
+    JsonlSink,
+    ListSink,
+    Meter,
+    RunFinished,
+    SnapshotSink,
+    TextSink,
+)
+
+EVENTS = [STARTED, PROGRESS, EpochFinished(rank=1, row=ROW), RunFinished(rank=1, state="finished")]
+
+
+def emit(sink):
+    for event in EVENTS:
+        sink.emit(event)
+    return sink
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o000])
+def test_a_record_is_for_its_owner(tmp_path, umask):
+    """Folder and file are closed to others under any umask; each event is one line, there as soon as it is told."""
+    path = tmp_path / "new" / "run" / "rank1.jsonl"
+    before = os.umask(umask)
+    try:
+        sink = emit(JsonlSink(path))
+    finally:
+        os.umask(before)
+    assert [event.to_dict() for event in EVENTS] == [json.loads(line) for line in path.read_text().splitlines()]
+    assert (0o600, 0o700) == (stat.S_IMODE(path.stat().st_mode), stat.S_IMODE(path.parent.stat().st_mode))
+    sink.close()
+
+
+def test_a_record_is_added_to(tmp_path):
+    """A second sink on the same file writes behind the first."""
+    for _ in range(2):
+        emit(JsonlSink(tmp_path / "r.jsonl")).close()
+    assert 2 * len(EVENTS) == len((tmp_path / "r.jsonl").read_text().splitlines())
+
+
+def test_a_snapshot_is_published_at_each_event():
+    """What is published is the state so far, as plain data."""
+    published = []
+    sink = emit(SnapshotSink(1, published.append))
+    assert ["running", "running", "running", "finished"] == [state["state"] for state in published]
+    assert sink.state.to_dict() == published[-1]
+    assert json.loads(json.dumps(published[-1]))["step"] == PROGRESS.step
+
+
+def test_a_list_keeps_events():
+    """In order."""
+    assert emit(ListSink()).events == EVENTS
+
+
+def test_text_tells_what_a_person_wants_to_know():
+    """What is trained and where, progress not too often, each epoch, and the end."""
+    often, seldom = (io.StringIO() for _ in range(2))
+    emit(TextSink(often, interval_s=0.0))
+    emit(TextSink(seldom, interval_s=1e6))
+    lines = often.getvalue().splitlines()
+    assert [
+        "nbdist: Net on dp=2 (cpu, 3 threads a rank)",
+        "nbdist: step 10/20  loss 0.4  80 samples/s on rank 1",
+        "nbdist: epoch 1  loss 0.5  val_loss 0.6  160 samples/s  2.0 s",
+        "nbdist: finished",
+    ] == lines
+    assert [lines[0], *lines[2:]] == seldom.getvalue().splitlines()
+
+
+def test_text_goes_to_standard_error(capsys):
+    """So that what a script prints stays what it prints."""
+    TextSink().emit(RunFinished(rank=0, state="stopped"))
+    assert ("", "nbdist: stopped\n") == capsys.readouterr()
+
+
+def test_a_meter_says_when_and_how_fast():
+    """It is due at first, then when the interval has passed; speed counts from the report before."""
+    seldom, always = Meter(interval_s=1e6), Meter(interval_s=0.0)
+    assert seldom.due()
+    assert seldom.rate(100) > 0
+    assert not seldom.due()
+    assert 0 == seldom.rate(100)
+    always.rate(5)
+    assert always.due()

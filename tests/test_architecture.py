@@ -1,0 +1,142 @@
+"""The layers: every arrow points down, as read from the imports and as seen in clean processes."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import nbdist
+
+ROOT = Path(nbdist.__file__).parent
+EVERYWHERE = {"nbdist.errors"}
+NOTEBOOK_WORLD = {"IPython", "ipyparallel", "ipykernel", "anywidget", "ipywidgets", "traitlets"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """One import statement: what it names, where, and whether it runs when the module is imported."""
+
+    name: str
+    at: str
+    inside_function: bool
+
+    def __str__(self) -> str:
+        return f"{self.at} imports {self.name}"
+
+
+def imports(layer):
+    """Every import of the layer `layer`, a folder or a file of nbdist; those for type checkers only are left out."""
+    place = ROOT / layer
+    for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+        yield from _imports(ast.parse(path.read_text()), str(path.relative_to(ROOT.parent)), False)
+
+
+def _imports(node, path, inside):
+    for child in ast.iter_child_nodes(node):
+        at = f"{path}:{getattr(child, 'lineno', 0)}"
+        if isinstance(child, ast.Import):
+            yield from (Import(name=alias.name, at=at, inside_function=inside) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{at} is a relative import: write it out"
+            yield from (_from(child.module, alias.name, at, inside) for alias in child.names)
+        elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        else:
+            function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from _imports(child, path, inside or function)
+
+
+def _from(module, name, at, inside):
+    """``from nbdist import errors`` imports a module, ``from nbdist.errors import suggest`` a name in one."""
+    below = ROOT.parent.joinpath(*module.split("."), name)
+    submodule = module.split(".")[0] == "nbdist" and (below.is_dir() or below.with_suffix(".py").is_file())
+    return Import(name=f"{module}.{name}" if submodule else module, at=at, inside_function=inside)
+
+
+def within(name, modules):
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def standard(name):
+    return name.split(".")[0] in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("layer", ["plan", "telemetry"])
+def test_the_lowest_layers_stand_on_the_standard_library(layer):
+    """plan and telemetry know neither each other nor torch."""
+    allowed = EVERYWHERE | {f"nbdist.{layer}"}
+    assert [] == [str(i) for i in imports(layer) if not standard(i.name) and not within(i.name, allowed)]
+
+
+def test_errors_import_nothing():
+    """They are below everything."""
+    assert [] == [str(i) for i in imports("errors.py") if not standard(i.name)]
+
+
+def test_core_knows_no_notebook():
+    """core runs under torchrun: of nbdist it imports plan and telemetry, and nothing of the notebook's world."""
+    allowed = EVERYWHERE | {"nbdist.core", "nbdist.plan", "nbdist.telemetry"}
+    for i in imports("core"):
+        assert not within(i.name, NOTEBOOK_WORLD), i
+        assert not within(i.name, {"nbdist"}) or within(i.name, allowed), i
+
+
+def test_cluster_reaches_core_only_where_it_runs():
+    """cluster imports torch and core inside functions, and never looks up to the notebook layer."""
+    for i in imports("cluster"):
+        assert not within(i.name, {"nbdist.notebook", "nbdist.cli"}), i
+        assert i.inside_function or not within(i.name, {"nbdist.core", "torch"}), i
+
+
+def test_notebook_speaks_to_the_cluster_only():
+    """notebook imports neither torch nor core, nowhere."""
+    for i in imports("notebook"):
+        assert not within(i.name, {"torch", "nbdist.core", "nbdist.cli"}), i
+
+
+def test_the_command_line_is_a_way_in_of_its_own():
+    """cli stands on core, plan and telemetry; what needs IPython is imported where it is used."""
+    allowed = EVERYWHERE | {"nbdist.core", "nbdist.plan", "nbdist.telemetry", "nbdist.__version__"}
+    for i in [*imports("cli.py"), *imports("__main__.py")]:
+        if within(i.name, {"nbdist.cluster", "nbdist.notebook"} | NOTEBOOK_WORLD):
+            assert i.inside_function, i
+        else:
+            known = within(i.name, allowed | {"nbdist.cli"}) or i.name == "nbdist"
+            assert known or not within(i.name, {"nbdist"}), i
+
+
+def test_the_rules_see_what_they_forbid(tmp_path, monkeypatch):
+    """An arrow that runs the wrong way is found in each form that an import can take."""
+    (tmp_path / "nbdist" / "plan").mkdir(parents=True)
+    (tmp_path / "nbdist" / "core.py").touch()
+    (tmp_path / "nbdist" / "plan" / "wrong.py").write_text(
+        "import torch.nn as nn\nfrom nbdist import core\nif True:\n    from IPython.display import HTML\n"
+        "def f():\n    import nbdist.core\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path / "nbdist")
+    found = [(i.name, i.inside_function) for i in imports("plan")]
+    assert [("torch.nn", False), ("nbdist.core", False), ("IPython.display", False), ("nbdist.core", True)] == found
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import nbdist", {"torch", "numpy", *NOTEBOOK_WORLD}),
+        ("import nbdist.plan, nbdist.telemetry", {"torch", "numpy", *NOTEBOOK_WORLD}),
+        ("import nbdist.core", NOTEBOOK_WORLD),
+        ("from nbdist import train", NOTEBOOK_WORLD),
+        ("import nbdist.cli", {"torch", *NOTEBOOK_WORLD}),
+        ("import nbdist.cluster", {"torch"}),
+        ("import nbdist.notebook.magics", {"torch"}),
+    ],
+)
+def test_what_a_clean_process_loads(statement, absent):
+    """Neither torch for ``%load_ext nbdist`` nor IPython for a script: each is seconds, and may not be installed."""
+    code = f"import sys\n{statement}\nprint(*sorted({absent!r} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert [] == loaded

@@ -1,0 +1,183 @@
+"""The tutorials: committed executed and tidy, and they run."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import nbformat
+import psutil
+import pytest
+from nbclient import NotebookClient
+
+HERE = Path(__file__).parent
+NOTEBOOKS = sorted((HERE.parent / "notebooks").glob("*.ipynb"))
+_MOST_SECONDS = 60
+_MOST_BYTES = 200_000
+_GONE_WITHIN_S = 10
+_EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+_OUR_PATHS = re.compile(r"/(home|Users|root|work|tmp|usr|opt|mnt)/\w")
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def tags(cell: nbformat.NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+# --------------------------------------------------------------------------------------------- as they are committed
+
+
+def test_there_are_three():
+    """The order of their names is the order to read them in."""
+    assert [path.stem for path in NOTEBOOKS] == ["00_quickstart", "01_engines_and_ranks", "02_data_parallel"]
+
+
+def test_small():
+    """All of them together are a quick download."""
+    assert sum(path.stat().st_size for path in NOTEBOOKS) < _MOST_BYTES
+
+
+@_EACH
+def test_committed_in_order_executed(path):
+    """Every code cell was run, once, from top to bottom."""
+    cells = code_cells(path)
+    assert list(range(1, len(cells) + 1)) == [cell.execution_count for cell in cells]
+
+
+@_EACH
+def test_only_announced_errors(path):
+    """A cell shows an error exactly if it is tagged so, and then with its source line."""
+    for cell in code_cells(path):
+        errors = [output for output in cell.outputs if output.output_type == "error"]
+        assert bool(errors) == ("raises-exception" in tags(cell))
+        for error in errors:
+            text = _COLOUR.sub("", "\n".join(error.traceback))
+            assert re.search(r"^-+> *\d+ ", text, re.MULTILINE)
+            assert re.search(r"^EngineError: rank \d+: ", text, re.MULTILINE)
+
+
+@_EACH
+def test_readable_without_a_kernel(path):
+    """Outputs are text and static HTML: no widgets, no warnings, and no tags that GitHub takes away."""
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            assert output.get("name") != "stderr", output
+            data = output.get("data", {})
+            assert set(data) <= {"text/plain", "text/html"}
+            assert not data or "text/plain" in data
+            assert not re.search(r"<(script|style|progress|iframe)", data.get("text/html", ""))
+
+
+@_EACH
+def test_nothing_of_the_machine_that_ran_it(path):
+    """No widget state, no timestamps, no paths, and the kernel that everybody has."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        assert set(cell.metadata) <= {"tags"}
+    assert not _OUR_PATHS.search(path.read_text())
+
+
+@_EACH
+def test_frame(path):
+    """Each says first what one learns, and stops its engines."""
+    notebook = nbformat.read(path, as_version=4)
+    first = notebook.cells[0].source
+    assert first.startswith("# ")
+    assert "**You will learn**" in first
+    sources = [cell.source for cell in code_cells(path)]
+    last = next(line for source in reversed(sources) for line in reversed(source.splitlines()) if "%dist_" in line)
+    assert last == "%dist_stop"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=[path.stem for path in NOTEBOOKS[1:]])
+def test_exercise(path):
+    """Those that explain end with something to do, and its solution."""
+    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+    assert "## Exercise" in text
+    assert "<details><summary>Solution</summary>" in text
+
+
+def test_quickstart_ends_with_its_summary():
+    """The last code cell is tagged, leaves its numbers in `summary` and prints a table of them."""
+    last = code_cells(NOTEBOOKS[0])[-1]
+    assert tags(last) == ["summary"]
+    assert last.source.startswith("summary = {")
+    (output,) = last.outputs
+    assert last_row(output.text)["engines"] >= 2
+    assert last_row(output.text)["accuracy"] > 0.95
+
+
+def last_row(table: str) -> dict[str, float]:
+    """What the quickstart's table says of the engines."""
+    engines, word, threads, seconds, accuracy, speed_up = table.splitlines()[-1].split()
+    assert word == "engines"
+    return {
+        "engines": int(engines),
+        "threads": int(threads),
+        "seconds": float(seconds),
+        "accuracy": float(accuracy),
+        "speed_up": float(speed_up),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- as they run
+
+
+def cluster_processes(home: Path) -> list[psutil.Process]:
+    """Processes of a cluster that this test started, directly or not: they inherit its home."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if "nbdist.cluster" in " ".join(process.cmdline()) and process.environ().get("NBDIST_HOME") == str(home):
+                found.append(process)
+    return found
+
+
+def assert_nothing_runs(home: Path) -> None:
+    _, left = psutil.wait_procs(cluster_processes(home), timeout=_GONE_WITHIN_S)
+    assert not left
+
+
+@pytest.mark.notebooks
+@pytest.mark.timeout(300)
+@_EACH
+def test_runs(path, home, tmp_path):
+    """Under nbval every cell runs and the checked outputs come out again, within a minute, and no process stays."""
+    report = tmp_path / "report.xml"
+    options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=120"]
+    options += [f"--nbval-sanitize-with={HERE / 'nbval_sanitize.cfg'}", f"--junit-xml={report}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *options, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = ElementTree.parse(report).findall(".//testcase")
+    assert len(code_cells(path)) == len(cells)
+    assert sum(float(cell.attrib["time"]) for cell in cells) < _MOST_SECONDS
+    assert_nothing_runs(home)
+
+
+@pytest.mark.notebooks
+@pytest.mark.timeout(300)
+def test_quickstart_with_four_engines(home, tmp_path, monkeypatch):
+    """$NBDIST_DEMO_ENGINES chooses how many, and four train as well as two."""
+    monkeypatch.setenv("NBDIST_DEMO_ENGINES", "4")
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
+    *_, last = (cell for cell in notebook.cells if cell.cell_type == "code")
+    assert last_row(last.outputs[0].text)["engines"] == 4
+    assert last_row(last.outputs[0].text)["accuracy"] > 0.95
+    assert_nothing_runs(home)
