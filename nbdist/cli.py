@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nbdist
 from nbdist.errors import NbdistError, PlanError, suggest
@@ -88,63 +84,6 @@ def _demo(words: list[str]) -> int:
     parser.add_argument("notebook", nargs="?", type=Path, default=_DEMO)
     parser.add_argument("-n", type=int, metavar="N", help="Engines.")
     arguments = parser.parse(words)
-    if not arguments.notebook.is_file():
-        raise PlanError(f"there is no {arguments.notebook} here: run it in a checkout, or name a notebook.")
-    try:
-        import nbclient
-        import nbformat
-    except ImportError as error:
-        raise PlanError(f"the demo needs {error.name}: pip install 'nbdist[test]'.") from None
-    notebook: Any = nbformat.read(arguments.notebook, as_version=4)  # type: ignore[no-untyped-call]
-    if arguments.n is not None:
-        os.environ["NBDIST_DEMO_ENGINES"] = str(arguments.n)
-    started_s = time.monotonic()
-    progress = _Progress(notebook)
-    client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(arguments.notebook.parent)}},
-        on_cell_start=progress.start, on_cell_executed=progress.end,
-    )  # fmt: skip
-    failed: BaseException | None = None
-    try:
-        client.execute()
-    except nbclient.exceptions.CellExecutionError as error:
-        failed = error
-    folder = Path(tempfile.mkdtemp(prefix="nbdist-demo-"))
-    executed = folder / arguments.notebook.name
-    nbformat.write(notebook, executed)  # type: ignore[no-untyped-call]
-    if failed is not None:
-        print(f"nbdist: the notebook failed; it stands in {executed}\n{failed}", file=sys.stderr)
-        return 1
-    print(f"\n{_summary(notebook)}\n\n{time.monotonic() - started_s:.0f} s in all; the executed notebook: {executed}")
-    return 0
+    from nbdist.demo import run_demo
 
-
-class _Progress:
-    """Says which cell runs, and shows what a training printed."""
-
-    def __init__(self, notebook: Any) -> None:
-        self._code = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
-        self._started_s = 0.0
-
-    def start(self, cell: Any, cell_index: int, **_: Any) -> None:
-        if cell_index not in self._code:
-            return
-        self._started_s = time.monotonic()
-        lines = [line for line in cell.source.splitlines() if line.strip()]
-        magic = next((line for line in lines if line.lstrip().startswith("%")), lines[0] if lines else "")
-        number = f"{self._code.index(cell_index) + 1}/{len(self._code)}"
-        print(f"[{number}] {magic[:90]}", flush=True)
-
-    def end(self, cell: Any, cell_index: int, execute_reply: Any, **_: Any) -> None:
-        if cell_index not in self._code:
-            return
-        for output in cell.outputs:
-            text = output.get("text") or output.get("data", {}).get("text/plain", "")
-            for line in str(text).splitlines():
-                print(f"      {line}", flush=True)
-
-
-def _summary(notebook: Any) -> str:
-    """The output of the cell tagged "summary"."""
-    tagged = [cell for cell in notebook.cells if "summary" in cell.metadata.get("tags", [])]
-    return "".join(output.get("text", "") for cell in tagged for output in cell.outputs).rstrip()
+    return run_demo(arguments.notebook, arguments.n)

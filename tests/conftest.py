@@ -54,6 +54,7 @@ class _Surroundings:
     def __init__(self) -> None:
         self.processes = set(psutil.Process().children(recursive=True))
         self.threads = set(threading.enumerate())
+        self.listening = _listening()
         self.shared_memory = _files()
         self.environment = _environment()
         self.torch_threads = _torch_threads()
@@ -66,12 +67,18 @@ class _Surroundings:
         for thread in threads:
             thread.join(_GONE_WITHIN_S)
         assert not [t for t in threads if t.is_alive()], f"left running: {threads}"
+        assert _listening() <= self.listening | _store_of_shared_cluster()
         assert _files() <= self.shared_memory, f"left in {_SHARED_MEMORY}: {_files() - self.shared_memory}"
         assert _environment() == self.environment
         if self.torch_threads is not None:
             assert _torch_threads() == self.torch_threads
         distributed = sys.modules.get("torch.distributed")
         assert distributed is None or not distributed.is_initialized(), "a process group is left"
+
+
+def _listening() -> set[tuple[str, int]]:
+    connections = psutil.Process().net_connections("inet")
+    return {tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN}
 
 
 def _files() -> set[str]:
@@ -123,3 +130,9 @@ def _of_shared_cluster(process: psutil.Process) -> bool:
     """Whether a process is an engine that a test let the shared cluster start anew, or belongs to one."""
     module = sys.modules.get("shared_cluster")
     return module is not None and module.SharedCluster().owns(process)
+
+
+def _store_of_shared_cluster() -> set[tuple[str, int]]:
+    """Where this process listens for the engines that a test let the shared cluster start anew."""
+    module = sys.modules.get("shared_cluster")
+    return set() if module is None else module.SharedCluster().listening()

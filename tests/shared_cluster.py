@@ -51,6 +51,11 @@ class SharedCluster:
         engines = _engines()
         return bool(engines) and folder_of(process) == folder_of(engines[0])
 
+    def listening(self) -> set[tuple[str, int]]:
+        """Where this process listens for the engines: the store that they meet at."""
+        cluster = current_cluster()
+        return set() if cluster is None else {("127.0.0.1", cluster._up.store.port)}
+
     def extra_processes(self) -> list[psutil.Process]:
         """Processes that the engines have started beside the nanny that each one has."""
         children = [child for engine in _engines() for child in engine.children(recursive=True)]

@@ -19,8 +19,8 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, 
     """Share of targets that the output hits.
 
     Args:
-        output: Scores ``(batch, classes, ...)`` or ``(batch, ..., classes)``; or one logit a target, ``(batch, ..., 1)``
-            included.
+        output: Scores ``(batch, classes, ...)`` or ``(batch, ..., classes)``; or one logit a target, ``(batch, ...)``
+            or ``(batch, ..., 1)``.
         target: Class numbers ``(batch, ...)``, -100 where not counted; or 0 and 1 for logits.
     """
     if output.ndim == target.ndim + 1 and output.shape != (*target.shape, 1):

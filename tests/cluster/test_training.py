@@ -123,6 +123,66 @@ def test_an_interrupt_in_the_foreground_stops_the_run_in_good_order(cluster):
     assert not same(model, before)
 
 
+def test_a_second_interrupt_ends_a_step_that_hangs(cluster):
+    """The first one waits for the step; after the second the engines are free, the model untouched."""
+
+    def endless(output, target):
+        while True:
+            pass
+
+    model = net()
+    before = copied(model)
+    started = cluster.train(model, classes(), loss=endless, background=True)
+    until(lambda: started.progress.state == "running")
+    presses = iter([True, True])
+
+    def press():
+        if next(presses, False):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        cluster.attend(started, press)
+    assert (started.state, started.ended) == ("failed", True)
+    assert same(model, before)
+    assert cluster.train(model, classes(), loss="cross_entropy").state == "finished"
+
+
+def test_a_rank_that_does_not_notice_a_failure_is_interrupted(cluster):
+    """One rank fails while the other is in an endless loop of the user's: the run ends, with the cause."""
+
+    def one_fails(output, target):
+        while os.environ["RANK"] == "0":
+            pass
+        raise ValueError("torn")
+
+    with pytest.raises(EngineError, match=r"^rank 1: ValueError: torn \(.*test_training.py, line \d+\)"):
+        cluster.train(net(), classes(), loss=one_fails)
+    assert cluster.train(net(), classes(), loss="cross_entropy").state == "finished"
+
+
+def test_what_watches_a_run_cannot_break_it(cluster):
+    """A picture that cannot be drawn is no reason to lose a training."""
+
+    def broken(run):
+        raise RuntimeError("no canvas")
+
+    with pytest.warns(UserWarning, match="no canvas"):
+        run = cluster.train(net(), classes(), loss="cross_entropy", watch=broken)
+    assert run.state == "finished"
+
+
+def test_stopping_the_engines_ends_a_run(cluster):
+    """Nobody waits for ever for ranks that are gone."""
+    model = net()
+    before = copied(model)
+    run = begin(cluster, model)
+    cluster.stop()
+    with pytest.raises(ClusterError, match="the engines were stopped while the run was going on"):
+        run.wait(10)
+    assert run.state == "failed"
+    assert same(model, before)
+
+
 BAD = [
     ({"strategy": "dataa"}, PlanError, "unknown strategy 'dataa': use data, ddp or dp=2.*Did you mean 'data'"),
     ({"strategy": "dp=3"}, PlanError, "'dp=3' needs 3 ranks, but there are 2: use dp=2, or start 3 engines"),

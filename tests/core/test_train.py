@@ -115,6 +115,24 @@ def test_the_seed_decides_everything():
     assert not torch.equal(first["0.weight"], other["0.weight"])
 
 
+def drawing(model, batch):
+    drawing.drawn.append(torch.rand(()).item())
+    return model(batch[0]).square().mean()
+
+
+def draw(world, accumulate):
+    drawing.drawn = []
+    train(world, mlp(), DATA, step=drawing, optimizer=SGD, batch_size=8, accumulate=accumulate)
+    return drawing.drawn
+
+
+def test_every_slice_has_random_numbers_of_its_own(run_ranks):
+    """No two slices share a dropout mask, and who runs a slice does not matter."""
+    expected = draw(World(), 2)
+    assert 6 == len(set(expected))
+    assert [expected[0::2], expected[1::2]] == run_ranks(2, draw, 1)
+
+
 def test_a_trained_model_is_an_ordinary_one():
     """No hooks, no gradients, the same parameters as objects, and a second run goes on from the first."""
     model = mlp()
