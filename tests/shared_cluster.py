@@ -54,7 +54,7 @@ class SharedCluster:
     def listening(self) -> set[tuple[str, int]]:
         """Where this process listens for the engines: the store that they meet at."""
         cluster = current_cluster()
-        return set() if cluster is None else {("127.0.0.1", cluster._up.store.port)}
+        return set() if cluster is None else {("127.0.0.1", cluster._up._store.port)}
 
     def extra_processes(self) -> list[psutil.Process]:
         """Processes that the engines have started beside the nanny that each one has."""

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from IPython.core.interactiveshell import InteractiveShell
-from traitlets.config import Config
+from shells import running_shell
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -49,18 +48,11 @@ def test_links_lead_somewhere(document):
 
 def test_the_notebook_runs(cluster, tmp_path):
     """Its cells in order, in one shell, end as the text says."""
-    main = sys.modules["__main__"]
-    config = Config()
-    config.HistoryManager.enabled = False
-    shell = InteractiveShell.instance(config=config, ipython_dir=str(tmp_path))
-    try:
+    with running_shell(tmp_path) as shell:
         for cell in CELLS:
             # In a notebook a block without a cell magic is one cell as it stands; a cell magic stands at its top.
             for part in re.split(r"\n(?=%%)", cell):
                 shell.run_cell(part, store_history=True).raise_error()
-    finally:
-        InteractiveShell.clear_instance()
-        sys.modules["__main__"] = main
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=[f"script{i}" for i in range(len(SCRIPTS))])

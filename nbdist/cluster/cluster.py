@@ -66,6 +66,7 @@ class Cluster:
         """
         if self._up is not None:
             self._refuse_while_running()
+            self._up.timeout_s = self.timeout_s
             if self._up.replace_lost():
                 self._sources = CellSources()  # the new ones know no cell yet
             self.check_ready()

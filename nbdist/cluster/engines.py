@@ -65,6 +65,7 @@ class Engines:
         self.ended = False
         self._generation = 0
         self._records: list[Engine] = []
+        self._store: Any = None
         self._launch = Launch(size)
         try:
             from nbdist.core import handover, world
@@ -102,12 +103,13 @@ class Engines:
         """Whether some engine lives on another host, where our shared memory does not reach."""
         return any(record.host_id != self._host_id for record in self._records)
 
-    @property
-    def store(self) -> Any:
-        """The key-value store that the ranks of the present world share with us."""
+    def request_stop(self, run_id: str) -> None:
+        """Tell the ranks of the present world that a run is to stop: rank 0 asks their store for it."""
         import torch.distributed as dist
 
-        return dist.PrefixStore(f"nbdist/{self._generation}", self._store)
+        store = self._store
+        if store is not None:
+            dist.PrefixStore(f"nbdist/{self._generation}", store).set(f"stop/{run_id}", "1")
 
     def form(self) -> None:
         """Let all engines meet in a world of a new generation."""
@@ -203,6 +205,7 @@ class Engines:
     def end(self) -> None:
         """End the processes, whatever they are doing. Twice is fine."""
         self.ended = True
+        self._store = None  # an old Run may keep us, but must not keep a socket open
         self._launch.end()
 
     def _introduce(self, ranks: Iterable[int]) -> list[Engine]:

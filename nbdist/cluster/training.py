@@ -48,12 +48,11 @@ def start_training(
     parcel, segment = packed
     run_id = new_run_id()
     ranks = {e.rank: RankState(rank=e.rank, host=e.host, pid=e.pid, device=e.device) for e in engines.records()}
-    store = engines.store
     run = Run(
         run_id,
         plan,
         RunState(title=task.title, plan=plan.to_dict(), ranks=ranks),
-        request_stop=lambda: store.set(f"stop/{run_id}", "1"),
+        request_stop=lambda: engines.request_stop(run_id),
     )
 
     def bring_home(home: Any) -> None:

@@ -13,7 +13,7 @@ from nbdist.core import seeds
 from nbdist.core.data import Reader, to_device
 from nbdist.core.strategies import Strategy
 from nbdist.core.task import Task, first_dimension
-from nbdist.errors import TaskError
+from nbdist.errors import PlanError, TaskError
 
 __all__ = ["evaluate", "switched"]
 
@@ -32,9 +32,13 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, seed: int, metri
 
     Returns:
         ``val_loss``, and ``val_<metric>``: weighted means over all samples.
+
+    Raises:
+        PlanError: The data gave nothing.
+        TaskError: The metric cannot be measured on what the model or the data gave.
     """
     device = strategy.data_axis.device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     outputs: list[Any] = []
     hook = task.model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
@@ -48,12 +52,15 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, seed: int, metri
                     outputs.clear()
                     loss, weight = task.loss_and_weight(batch, part.samples)
                     sums[:2] += _weighted(loss, weight, device)
+                    sums[4] += part.samples
                     if task.metric is not None:
-                        sums[2:] += _measure(task, outputs, batch, part.samples, metric)
+                        sums[2:4] += _measure(task, outputs, batch, part.samples, metric)
     finally:
         hook.remove()
     strategy.data_axis.all_reduce_(sums)
-    loss_sum, loss_weight, metric_sum, metric_weight = sums.tolist()
+    loss_sum, loss_weight, metric_sum, metric_weight, samples = sums.tolist()
+    if not samples:
+        raise PlanError("the validation data gave no batch: can it be read only once?")
     result = {"val_loss": loss_sum / loss_weight if loss_weight else float("nan")}
     if task.metric is not None:
         result[f"val_{metric}"] = metric_sum / metric_weight if metric_weight else float("nan")

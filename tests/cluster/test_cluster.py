@@ -53,15 +53,19 @@ def test_records_tell_where_each_rank_trains(cluster):
         assert set(run.printed()[rank].split()) == {str(engine.pid)}
 
 
-def test_a_stopped_cluster_leaves_nothing_and_starts_again(cluster):
-    """Stop (twice), a start that is too slow, a context manager, and a new start: no process or folder survives."""
-    mine = [p for p in marked() if folder_of(p)]
+def test_a_stopped_cluster_leaves_nothing_and_starts_again(cluster, shared_cluster):
+    """Stop (twice), a start that is too slow, a context manager, a new start: no process, folder or socket survives."""
+    mine, ports = [p for p in marked() if folder_of(p)], shared_cluster.listening()
+    run = cluster.train(net(), classes(), loss="cross_entropy")
     folder = folder_of(psutil.Process(cluster.engines[0].pid))
     assert folder.is_dir()
     cluster.stop()
     cluster.stop()
     assert not psutil.wait_procs(mine, timeout=5)[1]
     assert not folder.exists()
+    assert run.state == "finished"
+    assert ports
+    assert ports.isdisjoint(tuple(c.laddr) for c in psutil.Process().net_connections("inet"))
     assert cluster.engines == []
     assert repr(cluster) == "Cluster(engines=2), not running"
     assert nbdist.current_cluster() is None

@@ -32,7 +32,7 @@ def failure(rank, time_s, message="torn", *, echo=False, place="Cell In[3], line
         ([failure(0, 1.0, "gone", echo=True), failure(1, 2.0)], 1, "rank 1: ValueError: torn (Cell In[3], line 2)"),
         ([failure(0, 2.0, "later"), failure(2, 1.0)], 2, "rank 2: ValueError: torn (Cell In[3], line 2)"),
         ([failure(r, r) for r in (0, 1, 3)], 0, "ranks 0-1,3: ValueError: torn (Cell In[3], line 2)"),
-        ([failure(0, 1), failure(1, 2, place="Cell In[3], line 9")], 0, "rank 0: ValueError: torn (Cell In[3], line 2)"),
+        ([failure(0, 1), failure(1, 2, place="line 9")], 0, "rank 0: ValueError: torn (Cell In[3], line 2)"),
         ([failure(0, 2.0, "gone", echo=True), failure(1, 1.0, "gone", echo=True)], 1,
          "ranks 0-1: ValueError: gone (Cell In[3], line 2)"),
         ([failure(1, 1.0, place="")], 1, "rank 1: ValueError: torn"),

@@ -42,7 +42,7 @@ model = torch.nn.Sequential(torch.nn.Linear(20_000, 4), torch.nn.Linear(4, 20_00
 for _ in range(2):  # a script may train more than once
     result = nbdist.train(
         model, (x, x), loss="mse", optimizer="sgd", lr=0.1, epochs=2, batch_size=16, threads=1,
-        accumulate=int(sys.argv[1]), verbose=False,
+        accumulate=int(sys.argv[1]), device="cpu", verbose=False,
     )
 if os.environ.get("RANK", "0") == "0":
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
@@ -78,7 +78,7 @@ def test_torchrun_and_python_give_the_same_bits(tmp_path, home):
 def test_a_run_leaves_a_record(home, capsys):
     """One line of JSON an event, for the owner's eyes; and lines of text on standard error."""
     result = nbdist.train(
-        mlp(), classes(12), loss="cross_entropy", optimizer=SGD, epochs=2, batch_size=4, val=classes(5)
+        mlp(), classes(12), loss="cross_entropy", optimizer=SGD, epochs=2, batch_size=4, val=classes(5), device="cpu"
     )
     (path,) = (home / "runs").glob("*/rank0.jsonl")
     events = [json.loads(line) for line in path.read_text().splitlines()]
@@ -94,13 +94,13 @@ def test_a_run_leaves_a_record(home, capsys):
 
 def test_a_quiet_run_without_a_record(home, capsys):
     """``verbose=False`` prints nothing, ``record=False`` writes nothing."""
-    nbdist.train(mlp(), classes(12), loss="cross_entropy", optimizer=SGD, verbose=False, record=False)
+    nbdist.train(mlp(), classes(12), loss="cross_entropy", optimizer=SGD, device="cpu", verbose=False, record=False)
     assert ("", "") == capsys.readouterr()
     assert [] == list(home.iterdir())
 
 
 def disagree(world):
-    nbdist.train(mlp(), classes(12), loss="cross_entropy", seed=world.rank, verbose=False)
+    nbdist.train(mlp(), classes(12), loss="cross_entropy", seed=world.rank, device="cpu", verbose=False)
 
 
 def test_ranks_with_different_plans_are_told(run_ranks):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils import data as torch_data
 
 from nbdist.core.metrics import METRICS, find_metric
-from nbdist.errors import TaskError
+from nbdist.errors import PlanError, TaskError
 
 TRAIN = classes(12)
 IGNORED = -100
@@ -77,6 +77,14 @@ def test_every_sample_counts_once(run_ranks, ranks, form):
                 assert hits / counted.sum().item() == pytest.approx(row["val_accuracy"], rel=1e-12)
             else:
                 assert math.isnan(row["val_accuracy"])
+
+
+def test_validation_data_that_can_be_read_only_once_is_named():
+    """A second epoch that finds nothing to validate on is an error and not a loss of nan."""
+    data = ValidationStream(5)
+    data.samples = iter(data.samples)
+    with pytest.raises(PlanError, match=r"the validation data gave no batch: can it be read only once\?"):
+        alone(mlp(), TRAIN, val=data, optimizer=SGD, epochs=2)
 
 
 def half_right(output, target):

@@ -102,7 +102,7 @@ def train_through_the_front_door(world):
         next(model.parameters()).add_(world.rank)  # rank 0's weights are the ones that count
     result = nbdist.train(
         model, classes(SAMPLES, torch.float32), loss="cross_entropy", optimizer=SGD, batch_size=BATCH, threads=1,
-        verbose=False,
+        device="cpu", verbose=False,
     )  # fmt: skip
     return result, weights(model)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
-from traitlets.config import Config
+from shells import running_shell
 
 NET = """
 import torch
@@ -60,16 +58,10 @@ class Notebook:
 @pytest.fixture
 def notebook(cluster, capsys, tmp_path):
     """A fresh notebook with nbdist loaded, a model `model` and data `train_set`, `test_set`; the cluster runs."""
-    main = sys.modules["__main__"]
-    config = Config()
-    config.HistoryManager.enabled = False
-    config.InteractiveShell.colors = "nocolor"
-    shell = InteractiveShell.instance(config=config, ipython_dir=str(tmp_path))
-    notebook = Notebook(shell, capsys)
-    notebook("%load_ext nbdist", NET)
-    yield notebook
-    InteractiveShell.clear_instance()
-    sys.modules["__main__"] = main
+    with running_shell(tmp_path) as shell:
+        notebook = Notebook(shell, capsys)
+        notebook("%load_ext nbdist", NET)
+        yield notebook
 
 
 @pytest.fixture(scope="module")

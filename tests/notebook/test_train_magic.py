@@ -85,7 +85,7 @@ def test_names_are_callables_of_the_notebook(notebook):
         "def slow(parameters, lr):\n    return torch.optim.SGD(parameters, lr=lr)",
         "def always(output, target):\n    return torch.tensor(0.75), len(target)",
         "accuracy = 0.5",
-        "run = %dist_train model train_set --loss mse --optimizer slow --lr 0.1 --steps 1 --val test_set --metric always",
+        "run = %dist_train model train_set --loss mse --optimizer slow --lr 1 --steps 1 --val test_set --metric always",
         "other = %dist_train model train_set --loss cross_entropy --steps 1 --val test_set --metric accuracy",
     )
     run = notebook.names["run"]
@@ -207,7 +207,7 @@ MISTAKES = [
      "%dist_train: unknown argument '--los'. Did you mean '--loss'?"),
     ("%dist_train model train_set --loss croos_entropy", TaskError, "unknown loss 'croos_entropy': use "),
     ("%dist_train model train_set --loss 3", TaskError, "loss must be a name or a callable, not 3."),
-    ("%dist_train model train_set --loss nn.MSELoss", TaskError, "loss MSELoss is a class, not a loss: write MSELoss()"),
+    ("%dist_train model train_set --loss nn.MSELoss", TaskError, "loss MSELoss is a class, not a loss: write MSE"),
     ("%dist_train model train_set --loss mse --optimizer adamm", TaskError, "unknown optimizer 'adamm': use "),
     ("%dist_train model train_set --loss mse --val test_set --metric acuracy", TaskError, "unknown metric 'acuracy'"),
     ("%dist_train model train_set --loss mse --metric accuracy", TaskError,
