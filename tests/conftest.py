@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from multiprocessing import resource_tracker
@@ -31,6 +32,7 @@ def run_ranks():
 @pytest.fixture(scope="session", autouse=True)
 def _session_home(tmp_path_factory):
     """Records of processes that outlive one test go to a folder of the session."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell would ignore interrupts
     resource_tracker.ensure_running()  # a process of Python's own, which must not look like a leak of some test
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NBDIST_HOME", str(tmp_path_factory.mktemp("home")))

@@ -64,6 +64,7 @@ class RankPool:
                 process.close()
             for reader in readers:
                 reader.close()
+            del store  # the traceback of an error would keep it, and its port, alive
 
 
 def _nothing(world: World) -> None:

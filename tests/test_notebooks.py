@@ -149,8 +149,15 @@ def assert_nothing_runs(home: Path) -> None:
     assert not left
 
 
+@pytest.fixture
+def patient_threads(monkeypatch):
+    """Threads of the kernel sleep while they wait: on a busy machine, spinning ones make it many times slower."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+
+
 @pytest.mark.notebooks
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("patient_threads")
 @_EACH
 def test_runs(path, home, tmp_path):
     """Under nbval every cell runs and the checked outputs come out again, within a minute, and no process stays."""
@@ -172,6 +179,7 @@ def test_runs(path, home, tmp_path):
 
 @pytest.mark.notebooks
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("patient_threads")
 def test_quickstart_with_four_engines(home, tmp_path, monkeypatch):
     """$NBDIST_DEMO_ENGINES chooses how many, and four train as well as two."""
     monkeypatch.setenv("NBDIST_DEMO_ENGINES", "4")

@@ -59,6 +59,8 @@ def main() -> None:
     if mark:
         folder = os.environ.get(FOLDER_VARIABLE) if kind == "controller" else None
         threading.Thread(target=_watch, args=(mark, folder), daemon=True, name="nbdist-owner-guard").start()
+    # A shell's background job ignores interrupts, and its children inherit that; an engine must not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if kind == "engine":
         from ipyparallel.engine.app import main as run
     else:

@@ -22,7 +22,7 @@ class Rows(torch.utils.data.Dataset):
     def __len__(self): return 64
     def __getitem__(self, index): return torch.ones(4), 0
 
-cluster = nbdist.Cluster(2, device="cpu").start()
+cluster = nbdist.Cluster(1 if sys.argv[1] == "idle" else 2, device="cpu").start()
 if sys.argv[1] == "training":
     loader = torch.utils.data.DataLoader(Rows(), num_workers=1, batch_size=16)
     run = cluster.train(nn.Linear(4, 3), loader, loss="cross_entropy", steps=10**9, background=True)
@@ -53,7 +53,7 @@ def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(shared_cluster, own
     """Controller, engines, nannies, data workers and the folder are gone ten seconds after kill -9."""
     pids = {state: json.loads(owner.stdout.readline()) for state, owner in owners.items()}
     processes = [psutil.Process(pid) for of_one in pids.values() for pid in of_one]
-    assert len(pids["idle"]) >= 5
+    assert len(pids["idle"]) >= 4
     assert len(pids["training"]) >= 7, "two engines have a data worker each"
     folders = {folder_of(process) for process in processes}
     assert len(folders) == 2

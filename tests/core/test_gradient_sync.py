@@ -17,15 +17,17 @@ TINY_MIB = 2**-16  # 16 bytes: nearly every parameter has a bucket to itself
 
 
 class Branches(nn.Module):
-    """Two ways through, in two dtypes, and one that nobody takes."""
+    """Two ways through, in two dtypes, and one that nobody takes; one parameter is too large for a single message."""
 
     def __init__(self):
         super().__init__()
         self.left, self.right, self.idle = (nn.Linear(FEATURES, 2) for _ in range(3))
         self.last = nn.Linear(2, 2, dtype=torch.float64)
+        self.wide = nn.Linear(2, 40_000, bias=False)
 
     def forward(self, x, rank):
-        return self.last((self.left if rank == 0 else self.right)(x).double())
+        hidden = (self.left if rank == 0 else self.right)(x)
+        return self.last(hidden.double()) + self.wide(hidden).mean()
 
 
 def gradients(world, overlap, bucket_mib, accumulate):
@@ -46,7 +48,7 @@ def gradients(world, overlap, bucket_mib, accumulate):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_overlapping_with_backward_changes_no_bit(run_ranks, size, accumulate):
     """Many buckets that start while backward runs give what one flat sum at its end gives, in every dtype."""
     expected = run_ranks(size, gradients, False, 25.0, accumulate)

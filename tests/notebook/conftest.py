@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from shells import running_shell
@@ -78,5 +79,7 @@ def kernel(shared_cluster, tmp_path_factory):
     kernel("%load_ext nbdist")
     kernel("%dist_start -n 2 --device cpu")
     kernel(NET)
+    processes, _ = kernel.cluster()
     yield kernel
     kernel.kill()
+    psutil.wait_procs(processes, timeout=10)

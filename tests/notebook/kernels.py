@@ -7,9 +7,12 @@ import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import psutil
 from jupyter_client.manager import KernelManager
+from shared_cluster import folder_of, marked
 
 _WITHIN_S = 60.0
 
@@ -44,10 +47,13 @@ class Kernel:
         self._client = self._manager.client()
         self._client.start_channels()
         self._client.wait_for_ready(timeout=_WITHIN_S)
+        self.panels: list[str] = []
 
-    @property
-    def pid(self) -> int:
-        return self._manager.provisioner.pid
+    def cluster(self) -> tuple[list[psutil.Process], Path]:
+        """The processes of the cluster that the kernel has started, and their folder."""
+        children = psutil.Process(self._manager.provisioner.pid).children(recursive=True)
+        (folder,) = {folder for process in children if (folder := folder_of(process))}
+        return [process for process in marked() if folder_of(process) == folder], folder
 
     def __call__(self, source: str) -> Cell:
         """Run a cell that must not fail."""
@@ -55,20 +61,28 @@ class Kernel:
         assert cell.status == "ok", cell.reply
         return cell
 
-    def run(self, source: str, *, interrupt_after: Callable[[Cell], bool] = lambda cell: False) -> Cell:
-        """Run a cell, and press ■ once what it has shown so far says that it is time."""
+    def run(
+        self,
+        source: str,
+        *,
+        when: Callable[[Cell], Any] = lambda cell: False,
+        then: Callable[[Cell], None] | None = None,
+    ) -> Cell:
+        """Run a cell; once what it has shown so far says that it is time, do something, or else press ■."""
         sent = self._client.execute(source, stop_on_error=False)
-        cell, shown, interrupted = Cell(), {}, False
+        cell, shown, pending = Cell(), {}, True
         deadline = time.monotonic() + _WITHIN_S
         while True:
             assert time.monotonic() < deadline, f"the cell has not ended: {cell}"
             with contextlib.suppress(queue.Empty):
                 message = self._client.get_iopub_msg(timeout=0.1)
+                if message["msg_type"] == "comm_open" and "_anywidget_id" in message["content"]["data"]["state"]:
+                    self.panels.append(message["content"]["comm_id"])  # in the background it may come after the cell
                 if message["parent_header"].get("msg_id") == sent and self._take(message, cell, shown):
                     break
-            if not interrupted and interrupt_after(cell):
-                interrupted = True
-                self._manager.interrupt_kernel()
+            if pending and when(cell):
+                pending = False
+                then(cell) if then else self._manager.interrupt_kernel()
         while True:
             message = self._client.get_shell_msg(timeout=_WITHIN_S)
             if message["parent_header"].get("msg_id") == sent:
@@ -88,6 +102,20 @@ class Kernel:
         elif kind == "update_display_data":
             shown[content["transient"]["display_id"]]["data"] = content["data"]
         return kind == "status" and content["execution_state"] == "idle"
+
+    def subshell(self) -> str | None:
+        """A shell that answers while a cell is running, as JupyterLab asks for one; None where there is none."""
+        message = self._client.session.msg("create_subshell_request")
+        self._client.control_channel.send(message)
+        return self._client.get_control_msg(timeout=_WITHIN_S)["content"].get("subshell_id")
+
+    def press_stop(self, subshell: str | None = None) -> None:
+        """Press the Stop button of the newest panel."""
+        data = {"method": "custom", "content": {"command": "stop"}}
+        message = self._client.session.msg("comm_msg", {"comm_id": self.panels[-1], "data": data})
+        if subshell is not None:
+            message["header"]["subshell_id"] = subshell
+        self._client.shell_channel.send(message)
 
     def kill(self) -> None:
         """kill -9."""

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import psutil
+import pytest
 from kernels import Kernel
-from shared_cluster import folder_of, marked, until
+from shared_cluster import until
 
 from nbdist.plan.plan import OPTIONS
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ENDLESS = "--steps 1000000000"
-
-
-def of_kernel(pid):
-    """The processes of the cluster that a kernel started, and their folder."""
-    children = psutil.Process(pid).children(recursive=True)
-    (folder,) = {folder for process in children if (folder := folder_of(process))}
-    return [process for process in marked() if folder_of(process) == folder], folder
 
 
 def test_a_training_leaves_a_static_picture(kernel):
@@ -45,7 +39,7 @@ def test_a_training_is_a_live_panel_while_it_runs(kernel):
         live.extend(set(data) for data in cell.rich if WIDGET in data)
         return bool(live)
 
-    cell = kernel.run(f"%dist_train model train_set --loss cross_entropy {ENDLESS}", interrupt_after=look)
+    cell = kernel.run(f"%dist_train model train_set --loss cross_entropy {ENDLESS}", when=look)
     assert live[0] == {WIDGET, "text/html", "text/plain"}
     (picture,) = cell.rich
     assert set(picture) == {"text/html", "text/plain"}
@@ -59,9 +53,7 @@ def test_the_button_stops_all_ranks_after_the_same_step(kernel):
         "def loud(output, target):\n    print('going')\n    return F.cross_entropy(output, target)\n"
         "import nbdist, torch"
     )
-    cell = kernel.run(
-        f"%dist_train model train_set --loss loud {ENDLESS}", interrupt_after=lambda cell: "going" in cell.printed
-    )
+    cell = kernel.run(f"%dist_train model train_set --loss loud {ENDLESS}", when=lambda cell: "going" in cell.printed)
     assert (cell.status, cell.reply["ename"]) == ("error", "KeyboardInterrupt")
     told = kernel(
         "run = nbdist.last_run()\n"
@@ -72,11 +64,33 @@ def test_the_button_stops_all_ranks_after_the_same_step(kernel):
     assert "finished" in kernel("%dist_train model train_set --loss cross_entropy --steps 1").rich[0]["text/plain"]
 
 
+@pytest.mark.parametrize("cell_is_busy", [True, False], ids=["in a running cell", "in the background"])
+def test_the_stop_of_the_panel_ends_the_run_in_good_order(kernel, cell_is_busy):
+    """Weights come home and nothing fails, while the cell still runs as well as after it has ended."""
+    kernel("before = model.body.weight.detach().clone()")
+    train = f"run = %dist_train model train_set --loss cross_entropy {ENDLESS}"
+    if cell_is_busy:
+        subshell = kernel.subshell()
+        if subshell is None:
+            pytest.skip("this ipykernel has no subshells: only ■ stops a running cell")
+        panels = len(kernel.panels)
+        cell = kernel.run(
+            train, when=lambda cell: kernel.panels[panels:], then=lambda cell: kernel.press_stop(subshell)
+        )
+        assert cell.status == "ok"
+    else:
+        kernel(f"{train} --background")
+        kernel("while run.progress.step < 3: run.wait(0.05)")
+        kernel.press_stop()
+    told = kernel("print(run.wait().state, torch.equal(before, model.body.weight))")
+    assert told.printed == "stopped False\n"
+
+
 def test_the_button_frees_a_cell_on_the_engines(kernel):
     """Their names are still there afterwards, and the next cell works."""
     cell = kernel.run(
         "%%dist\nkept = rank\nprint('going', flush=True)\nwhile True: pass",
-        interrupt_after=lambda cell: "going" in cell.printed,
+        when=lambda cell: "going" in cell.printed,
     )
     assert (cell.status, cell.reply["ename"]) == ("error", "KeyboardInterrupt")
     assert kernel("%%dist\nkept").printed == "[0] Out: 0\n[1] Out: 1\n"
@@ -143,7 +157,7 @@ def test_nothing_is_left_of_a_kernel_that_was_shut_down(shared_cluster, tmp_path
         "run = %dist_train torch.nn.Linear(6,1) (torch.ones(9,6),torch.ones(9,1)) --loss mse --background " + ENDLESS
     )
     kernel("while run.progress.step < 3: run.wait(0.05)")
-    processes, folder = of_kernel(kernel.pid)
+    processes, folder = kernel.cluster()
     assert len(processes) >= 5
     kernel.shut_down()
     assert not psutil.wait_procs(processes, timeout=10)[1]
@@ -154,7 +168,7 @@ def test_nothing_is_left_of_a_kernel_that_was_killed(kernel):
     """kill -9 in the middle of a training: ten seconds later all is gone. The last test of this kernel."""
     kernel(f"run = %dist_train model train_set --loss cross_entropy --background {ENDLESS}")
     kernel("while run.progress.step < 3: run.wait(0.05)")
-    processes, folder = of_kernel(kernel.pid)
+    processes, folder = kernel.cluster()
     assert len(processes) >= 5
     kernel.kill()
     assert not psutil.wait_procs(processes, timeout=10)[1]
