@@ -44,6 +44,8 @@ def run_demo(path: Path, engines: int | None = None) -> int:
     notebook: Any = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     folder = Path(tempfile.mkdtemp(prefix="nbdist-demo-"))
     os.environ["NBDIST_HOME"] = str(folder)
+    # Threads that spin while they wait make a comparison on a busy machine meaningless.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if engines is not None:
         os.environ["NBDIST_DEMO_ENGINES"] = str(engines)
     epochs = _Epochs()

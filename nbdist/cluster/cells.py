@@ -36,11 +36,11 @@ class CellRun:
     Args:
         calls: ipyparallel's result of each rank.
         interrupt: Interrupts the given ranks.
-        failed: Called if the cell fails or is interrupted.
+        failed: Called if the cell fails or is interrupted, with the calls that are still unanswered.
     """
 
     def __init__(
-        self, calls: dict[int, Any], interrupt: Callable[[list[int]], None], failed: Callable[[], None]
+        self, calls: dict[int, Any], interrupt: Callable[[list[int]], None], failed: Callable[[dict[int, Any]], None]
     ) -> None:
         self._calls = calls
         self._interrupt = interrupt
@@ -82,7 +82,7 @@ class CellRun:
             self._wait(while_waiting)
             self._raise_first()
         except BaseException:
-            self._failed()
+            self._failed({rank: call for rank, call in self._calls.items() if not call.ready()})
             raise
 
     def _wait(self, while_waiting: Callable[[], None]) -> None:

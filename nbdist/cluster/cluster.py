@@ -135,6 +135,11 @@ class Cluster:
             raise ClusterError(
                 f"the engine of {ranks_text(engines.lost)} is lost: %dist_start (or cluster.start()) replaces it."
             )
+        if engines.stuck:
+            raise ClusterError(
+                f"{ranks_text(engines.stuck)} did not react to an interrupt and still runs its cell, perhaps inside a "
+                "collective: %dist_stop ends it."
+            )
         if not engines.formed:
             engines.form()
 

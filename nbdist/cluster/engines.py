@@ -63,6 +63,7 @@ class Engines:
         self.formed = False
         self.suspected = False
         self.ended = False
+        self._unanswered: dict[int, Any] = {}
         self._generation = 0
         self._records: list[Engine] = []
         self._store: Any = None
@@ -195,12 +196,21 @@ class Engines:
         if targets:
             self._launch.client.send_signal(signal.SIGINT, targets=targets, block=False)
 
-    def suspect(self) -> None:
+    def suspect(self, unanswered: dict[int, Any]) -> None:
         """A cell failed, so its collectives may be half done: the next training forms a new world.
 
         Other cells go on in the present one, in which the user may have groups and wrapped models.
+
+        Args:
+            unanswered: Calls by rank that an interrupt did not end.
         """
         self.suspected = True
+        self._unanswered = unanswered
+
+    @property
+    def stuck(self) -> list[int]:
+        """Ranks that still run a cell which was interrupted long ago."""
+        return [rank for rank, call in self._unanswered.items() if not call.ready()]
 
     def end(self) -> None:
         """End the processes, whatever they are doing. Twice is fine."""

@@ -181,7 +181,9 @@ class DistMagics(Magics):
             result = self.shell.run_cell(cell, store_history=False)
             if not result.success:
                 raise ClusterError("the cell failed in the notebook, so it was not sent to the engines.")
-        cell_run = cluster.execute(cell, ranks, number=self._cell_number)
+        # the magic's own line comes first in the notebook, and so in tracebacks; another cell magic has to be first
+        source = cell if cell.startswith("%%") else f"# %%dist {line}\n{cell}"
+        cell_run = cluster.execute(source, ranks, number=self._cell_number)
         printer = RankPrinter(cell_run.printed)
         try:
             cell_run.wait(printer.poll)

@@ -67,13 +67,17 @@ class RankPrinter:
     def __init__(self, printed: Printed, interval_s: float = 1.0) -> None:
         self._printed = printed
         self._interval_s = interval_s
-        self._next_s = time.monotonic() + interval_s
+        self._since_s: float | None = None  # when the oldest line that is not yet printed was seen
         self._shown: dict[tuple[str, int], int] = {}
 
     def poll(self) -> None:
-        """Print new complete lines, if it is time."""
-        if time.monotonic() >= self._next_s:
-            self._next_s = time.monotonic() + self._interval_s
+        """Print new complete lines, once the others have had their time to say the same."""
+        if not any(self._new(stream, complete=False) for stream in ("stdout", "stderr")):
+            return
+        if self._since_s is None:
+            self._since_s = time.monotonic()
+        elif time.monotonic() - self._since_s >= self._interval_s:
+            self._since_s = None
             self.flush(complete=False)
 
     def flush(self, complete: bool = True) -> None:
@@ -86,15 +90,21 @@ class RankPrinter:
         self._flush("stderr", sys.stderr, complete)
 
     def _flush(self, stream: str, to: IO[str], complete: bool) -> None:
+        new = self._new(stream, complete)
+        for rank, text in new.items():
+            self._shown[stream, rank] = self._shown.get((stream, rank), 0) + len(text)
+        for line in merge(new):
+            print(line, file=to)
+
+    def _new(self, stream: str, complete: bool) -> dict[int, str]:
+        """What each rank has said that was not printed; nothing for ranks that said nothing."""
         new = {}
         for rank, text in self._printed(stream).items():
             start = self._shown.get((stream, rank), 0)
             end = len(text) if complete else text.rfind("\n") + 1
             if end > start:
                 new[rank] = text[start:end]
-                self._shown[stream, rank] = end
-        for line in merge(new):
-            print(line, file=to)
+        return new
 
 
 def show_rich(results: dict[int, Any], what: str) -> None:
