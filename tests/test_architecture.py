@@ -101,7 +101,7 @@ def test_notebook_speaks_to_the_cluster_only():
 
 def test_the_command_line_is_a_way_in_of_its_own():
     """cli stands on core, plan and telemetry; what needs IPython is imported where it is used."""
-    allowed = EVERYWHERE | {"nbdist.core", "nbdist.plan", "nbdist.telemetry", "nbdist.__version__"}
+    allowed = EVERYWHERE | {"nbdist.core", "nbdist.plan", "nbdist.telemetry", "nbdist.demo", "nbdist.__version__"}
     for i in [*imports("cli.py"), *imports("__main__.py")]:
         if within(i.name, {"nbdist.cluster", "nbdist.notebook"} | NOTEBOOK_WORLD):
             assert i.inside_function, i

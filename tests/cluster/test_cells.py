@@ -95,3 +95,18 @@ def test_a_killed_engine_ends_the_cell_and_is_replaced(cluster):
     assert cluster.engines[0].pid == before[0]
     assert cluster.engines[1].pid not in before
     assert run(cluster, "print(rank, world_size, globals().get('kept'))").printed() == {0: "0 2 0\n", 1: "1 2 None\n"}
+
+
+def test_a_rank_that_cannot_be_interrupted_is_named(cluster):
+    """It waits in a collective that the other one never enters: ■ ends the cell, and the next is refused, not hung."""
+    source = "import torch, torch.distributed\nprint('in', flush=True)\n"
+    cell = cluster.execute(f"{source}if rank == 0: torch.distributed.all_reduce(torch.ones(1))")
+    until(lambda: all(cell.printed().values()))
+    pending = iter([True])
+    with pytest.raises(
+        KeyboardInterrupt, match="rank 0 did not react, perhaps inside a collective: %dist_stop ends it"
+    ):
+        cell.wait(lambda: os.kill(os.getpid(), signal.SIGINT) if next(pending, False) else None)
+    with pytest.raises(ClusterError, match=r"rank 0 did not react to an interrupt .*: %dist_stop ends it"):
+        cluster.execute("pass")
+    cluster.stop()

@@ -72,6 +72,8 @@ def test_a_cell_runs_on_all_engines_and_is_labelled(notebook):
     assert notebook.printed() == "[0-1] hello\n[0] I am 0\n[1] I am 1\n[0-1] Out: 20\n"
     notebook("%%dist --ranks 1\ndisplay({'text/plain': 'shown'}, raw=True)\nrank")
     assert notebook.printed() == "[1] display: shown\n[1] Out: 1\n"
+    notebook("%%dist --ranks 0\n%%capture taken\nprint('quiet')")
+    assert notebook.printed() == ""
 
 
 @pytest.mark.parametrize(
@@ -103,15 +105,15 @@ def test_ranks_that_do_not_exist_are_refused(notebook, ranks, message):
 
 
 def test_a_cell_that_fails_shows_the_engines_lines_and_fails(notebook):
-    """The traceback is the engine's, with the cell's number and source; none of ours."""
+    """The traceback is the engine's, with the cell's number and the line as the person counts it; none of ours."""
     number = notebook.shell.execution_count
     error, shown = notebook.fails("%%dist\nprint('before')\nz = 1\nz / (rank - 1)")
     assert isinstance(error, EngineError)
     assert str(error) == "rank 1: ZeroDivisionError: division by zero"
     assert shown.startswith("[0-1] before\n")
     plain = re.sub(r"\x1b\[[\d;]*m", "", shown)
-    assert f"Cell In[{number}], line 3" in plain
-    assert "----> 3 z / (rank - 1)" in plain
+    assert f"Cell In[{number}], line 4" in plain
+    assert "----> 4 z / (rank - 1)" in plain
     assert "nbdist/" not in shown
     assert shown.rstrip().endswith("EngineError: rank 1: ZeroDivisionError: division by zero")
 

@@ -48,7 +48,8 @@ def test_the_printer_prints_complete_lines_as_they_come_and_the_rest_at_the_end(
     for out, err in (("a\nb", ""), ("a\nbc\nd", "w\n"), ("a\nbc\nd", "w\n"), ("a\nbc\ndone", "w\n")):
         texts["stdout"] = {0: out, 1: out}
         texts["stderr"] = {0: err, 1: ""}
-        printer.poll()
+        printer.poll()  # sees what is new
+        printer.poll()  # prints it: the others have had their time to say the same
         seen.append(tuple(capsys.readouterr()))
     assert seen == [("[0-1] a\n", ""), ("[0-1] bc\n", "[0] w\n"), ("", ""), ("", "")]
     printer.flush()
