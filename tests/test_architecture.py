@@ -100,14 +100,20 @@ def test_notebook_speaks_to_the_cluster_only():
 
 
 def test_the_command_line_is_a_way_in_of_its_own():
-    """cli stands on core, plan and telemetry; what needs IPython is imported where it is used."""
-    allowed = EVERYWHERE | {"nbdist.core", "nbdist.plan", "nbdist.telemetry", "nbdist.demo", "nbdist.__version__"}
-    for i in [*imports("cli.py"), *imports("__main__.py")]:
+    """cli and the demo stand on core, plan and telemetry; what needs IPython is imported where it is used."""
+    allowed = EVERYWHERE | {"nbdist.core", "nbdist.plan", "nbdist.telemetry", "nbdist.cli", "nbdist.demo"}
+    for i in (i for file in ("cli.py", "demo.py", "__main__.py") for i in imports(file)):
         if within(i.name, {"nbdist.cluster", "nbdist.notebook"} | NOTEBOOK_WORLD):
             assert i.inside_function, i
         else:
-            known = within(i.name, allowed | {"nbdist.cli"}) or i.name == "nbdist"
-            assert known or not within(i.name, {"nbdist"}), i
+            assert within(i.name, allowed) or i.name == "nbdist" or not within(i.name, {"nbdist"}), i
+
+
+def test_every_module_has_a_layer():
+    """What stands at the top of the package is a layer, a way in, or the errors."""
+    layers, ways_in = {"plan", "telemetry", "core", "cluster", "notebook"}, {"__init__", "__main__", "cli", "demo"}
+    found = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert layers | ways_in | {"errors"} == found
 
 
 def test_the_rules_see_what_they_forbid(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.
         TaskError: The name is unknown, or the value is not, or does not make, an optimizer of this model.
         PlanError: The learning rate is no rate.
     """
-    if lr is not None and not (isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0):
+    if lr is not None and not (isinstance(lr, numbers.Real) and math.isfinite(lr) and lr > 0):
         raise PlanError(f"lr {lr} must be a positive number.")
     trainable = [p for p in model.parameters() if p.requires_grad]
     settings: dict[str, Any] = {} if lr is None else {"lr": lr}
