@@ -110,9 +110,9 @@ class Cluster:
         return self._running().threads
 
     @property
-    def backend(self) -> str:
-        """What the ranks talk over: "gloo" or "nccl"."""
-        return self._running().backend
+    def transport(self) -> str:
+        """What the gradients travel over: "shared memory", "gloo" or "nccl"."""
+        return self._running().transport
 
     @property
     def start_seconds(self) -> float:

@@ -59,7 +59,7 @@ class Engines:
         self.size = size
         self.timeout_s = timeout_s
         self._device = device
-        self.backend = ""
+        self.transport = ""
         self.formed = False
         self.suspected = False
         self.ended = False
@@ -132,7 +132,7 @@ class Engines:
         }
         formed = self.call(arguments, entry.join, arguments, timeout_s=self.timeout_s)
         self._records = [replace(record, device=formed[record.rank]["device"]) for record in self._records]
-        self.backend = formed[0]["backend"]
+        self.transport = formed[0]["transport"]
         self.formed, self.suspected = True, False
         if formed[0]["shares_gpu"]:
             from nbdist.core.world import SHARED_GPU

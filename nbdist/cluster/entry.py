@@ -114,7 +114,7 @@ def join(
     )  # fmt: skip
     _namespace().update(rank=rank, world_size=size, device=_engine.world.device)
     world = _engine.world
-    return {"device": str(world.device), "backend": world.backend, "shares_gpu": world.shares_gpu}
+    return {"device": str(world.device), "transport": world.transport, "shares_gpu": world.shares_gpu}
 
 
 def leave() -> None:

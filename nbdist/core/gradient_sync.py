@@ -90,7 +90,7 @@ class GradientSync:
         for dtype, members in by_dtype.items():
             length = sum(self._parameters[i].numel() for i in members)
             extra = tail if dtype is carrier else 0
-            flat = torch.zeros(length + extra, dtype=dtype, device=self._channel.device)
+            flat = self._channel.zeros(length + extra, dtype)
             self._flats.append(flat)
             start = offset = 0
             size = 0
@@ -186,3 +186,5 @@ class GradientSync:
             hook.remove()
         for parameter in self._parameters:
             parameter.grad = None
+        for flat in self._flats:
+            self._channel.free(flat)

@@ -21,13 +21,14 @@ import torch.distributed as dist
 # first step), it would hold that group's sockets open, and with them every peer that waits, after the group is gone.
 import torch.distributed.nn.functional
 
-from nbdist.core.channels import Channel, ProcessGroupChannel, SoloChannel
+from nbdist.core.channels import Channel, ProcessGroupChannel, SharedMemoryChannel, SoloChannel
 from nbdist.errors import PlanError
 
 __all__ = ["SHARED_GPU", "World", "host_store", "pick_device"]
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 SHARED_GPU = "several ranks share a GPU: they meet over gloo, which is slower than nccl with one rank a GPU."
+_CHANNEL_VARIABLE = "NBDIST_CHANNEL"
 _generations = itertools.count(1)
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
@@ -45,6 +46,7 @@ class World:
         device: What this rank computes on.
         backend: "gloo" or "nccl", or empty for a world of one.
         store: The key-value store all ranks share, hosted outside of them; None where nobody outside takes part.
+        shared: The channel through shared memory, where all ranks compute on the CPUs of one host.
     """
 
     generation: int = 0
@@ -55,6 +57,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str = ""
     store: Any = None
+    shared: SharedMemoryChannel | None = None
 
     @classmethod
     def form(
@@ -70,7 +73,8 @@ class World:
     ) -> World:
         """Meet the other ranks. **Collective**: all ranks, with the same `store`, `size` and `generation`.
 
-        Returns after a first all-reduce over everyone, so a world that was formed works.
+        Returns after a first all-reduce over everyone, so a world that was formed works. ``$NBDIST_CHANNEL`` set to
+        "process_group" keeps shared memory out.
         """
         if local_size == size:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
@@ -90,6 +94,7 @@ class World:
             device=chosen,
             backend=backend,
             store=names,
+            shared=_share_memory(names, rank, size, chosen),
         )
         world.channel().all_reduce_(torch.ones(1, device=chosen))
         return world
@@ -143,10 +148,19 @@ class World:
 
     def channel(self) -> Channel:
         """The channel over all ranks."""
-        return SoloChannel(self.device) if self.size == 1 else ProcessGroupChannel(self.device)
+        if self.size == 1:
+            return SoloChannel(self.device)
+        return self.shared or ProcessGroupChannel(self.device)
+
+    @property
+    def transport(self) -> str:
+        """What the ranks' gradients travel over, for people."""
+        return "shared memory" if self.shared else self.backend
 
     def leave(self) -> None:
         """Leave this world; peers that wait for this rank are released with an error. Local, twice is fine."""
+        if self.shared:
+            self.shared.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -174,6 +188,15 @@ def _backend(store: Any, rank: int, size: int, device: torch.device) -> str:
     store.set(f"gpu/{rank}", str(torch.cuda.get_device_properties(device).uuid))
     gpus = {store.get(f"gpu/{other}") for other in range(size)}
     return "nccl" if len(gpus) == size else "gloo"
+
+
+def _share_memory(store: Any, rank: int, size: int, device: torch.device) -> SharedMemoryChannel | None:
+    """A channel through shared memory, or None where it cannot be. **Collective**."""
+    if size == 1 or device.type != "cpu" or os.environ.get(_CHANNEL_VARIABLE) == "process_group":
+        return None
+    if not SharedMemoryChannel.reaches(rank, size, store, "memory"):
+        return None
+    return SharedMemoryChannel(rank, size, store, "memory")
 
 
 @functools.cache

@@ -282,7 +282,7 @@ def _described(cluster: Cluster) -> str:
     threads = cluster.threads
     each = f"{threads} thread{'s' if threads > 1 else ''} each"
     who = f"{_engines(cluster.size)} ({ranks_text(range(cluster.size))})"
-    return f"{who} on {hosts}: {devices} over {cluster.backend}, {each}"
+    return f"{who} on {hosts}: {devices} over {cluster.transport}, {each}"
 
 
 def _engines(count: int) -> str:

@@ -2,5 +2,6 @@
 
 from nbdist.core.channels.base import Channel, Pending, SoloChannel
 from nbdist.core.channels.process_group import ProcessGroupChannel
+from nbdist.core.channels.shared_memory import SharedMemoryChannel
 
-__all__ = ["Channel", "Pending", "ProcessGroupChannel", "SoloChannel"]
+__all__ = ["Channel", "Pending", "ProcessGroupChannel", "SharedMemoryChannel", "SoloChannel"]

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-__all__ = ["Channel", "Pending", "SoloChannel"]
+__all__ = ["Channel", "Done", "Pending", "SoloChannel"]
 
 
 class Pending(ABC):
@@ -46,6 +46,16 @@ class Channel(ABC):
     def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
         """Begin to replace `tensor`, contiguous, by the one of rank `source`."""
 
+    def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A flat tensor that this channel sums best; give it back with `free`. **Collective**."""
+        return torch.zeros(numel, dtype=dtype, device=self.device)
+
+    def free(self, tensor: torch.Tensor) -> None:  # noqa: B027 - most channels keep nothing
+        """Give back what `zeros` made. Local."""
+
+    def close(self) -> None:  # noqa: B027
+        """Hang up: peers that wait for this rank get an error. Local, twice is fine."""
+
     def all_reduce_(self, tensor: torch.Tensor) -> None:
         """`start_all_reduce_` and wait for it."""
         self.start_all_reduce_(tensor).wait()
@@ -66,7 +76,9 @@ class Channel(ABC):
         return buffer.cpu().numpy().tobytes()
 
 
-class _Done(Pending):
+class Done(Pending):
+    """A collective that was over when it was started."""
+
     def wait(self) -> None:
         """Nothing to wait for."""
 
@@ -79,8 +91,8 @@ class SoloChannel(Channel):
 
     def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
         """The sum over one rank."""
-        return _Done()
+        return Done()
 
     def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
         """The tensor is already here."""
-        return _Done()
+        return Done()

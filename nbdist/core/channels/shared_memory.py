@@ -1,0 +1,205 @@
+"""A channel through shared memory, for ranks on one host and tensors on the CPU.
+
+Every rank has a slab of each arena, which all ranks map. To sum, each rank adds up its own part of all slabs, in rank
+order, and writes the sum back into them. Bytes over Unix sockets, one between each two ranks, say that everybody has
+arrived: waiting costs no processor time, is interrupted at once, and ends when a peer does, for then its socket closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nbdist.core.channels.base import Channel, Done, Pending
+from nbdist.core.handover import Segment, host_id
+from nbdist.errors import PeerLostError
+
+__all__ = ["SharedMemoryChannel"]
+
+_PAGE = 4096
+_STAGING_BYTES = 1 << 20
+"""Tensors that do not lie in an arena pass through one of this size, piece by piece."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arena:
+    """One slab a rank, as bytes.
+
+    Args:
+        slabs: ``(bytes,)`` of uint8 each, in rank order; `start` is the address of this rank's own.
+    """
+
+    slabs: list[torch.Tensor]
+    start: int
+    nbytes: int
+
+    def views(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """For a tensor in this rank's slab, the same place in every slab, flat."""
+        offset = tensor.data_ptr() - self.start
+        return [slab[offset : offset + tensor.nbytes].view(tensor.dtype) for slab in self.slabs]
+
+
+class SharedMemoryChannel(Channel):
+    """Ranks of one host. **Collective**: all of them construct it.
+
+    Args:
+        rank: This rank.
+        size: How many.
+        store: Where they find each other.
+        name: Unique to this channel among the users of `store`.
+    """
+
+    def __init__(self, rank: int, size: int, store: Any, name: str) -> None:
+        super().__init__(rank, size, torch.device("cpu"))
+        self._peers = _connect(rank, size, store, name)
+        self._arenas: list[_Arena] = []
+        self._staging = self._make_arena(_STAGING_BYTES)
+
+    @staticmethod
+    def reaches(rank: int, size: int, store: Any, name: str) -> bool:
+        """Whether all ranks share memory: they run on one system, and it is Linux. **Collective**."""
+        usable = hasattr(socket, "SO_PEERCRED")
+        store.set(f"{name}/host/{rank}", f"{usable} {host_id()}")
+        hosts = {store.get(f"{name}/host/{other}") for other in range(size)}
+        return usable and len(hosts) == 1
+
+    def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in shared memory, which is summed where it lies. **Collective**; see `Channel.zeros`."""
+        nbytes = numel * torch.empty(0, dtype=dtype).itemsize
+        arena = self._make_arena(nbytes)
+        self._arenas.append(arena)
+        return arena.slabs[self.rank][:nbytes].view(dtype)
+
+    def free(self, tensor: torch.Tensor) -> None:
+        """See `Channel.free`."""
+        self._arenas = [arena for arena in self._arenas if arena.start != tensor.data_ptr()]
+
+    def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
+        """See `Channel`; done on return."""
+        arena = self._arena_of(tensor)
+        if arena is not None:
+            self._sum_(arena.views(tensor))
+            return Done()
+        for piece, staged in self._pieces(tensor):
+            staged[self.rank].copy_(piece)
+            self._sum_(staged)
+            piece.copy_(staged[self.rank])
+        return Done()
+
+    def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
+        """See `Channel`; done on return."""
+        for piece, staged in self._pieces(tensor):
+            if self.rank == source:
+                staged[source].copy_(piece)
+            self._meet()
+            if self.rank != source:
+                piece.copy_(staged[source])
+            self._meet()
+        return Done()
+
+    def close(self) -> None:
+        """Hang up, which releases peers that wait for this rank. Twice is fine."""
+        for peer in self._peers:
+            peer.close()
+        self._arenas = []
+
+    def _sum_(self, slabs: list[torch.Tensor]) -> None:
+        self._meet()
+        length = slabs[0].numel()
+        part = slice(self.rank * length // self.size, (self.rank + 1) * length // self.size)
+        if part.start < part.stop:
+            total = slabs[0][part]
+            for slab in slabs[1:]:
+                total.add_(slab[part])
+            for slab in slabs[1:]:
+                slab[part].copy_(total)
+        self._meet()
+
+    def _meet(self) -> None:
+        """Wait until every rank is here."""
+        try:
+            for peer in self._peers:
+                peer.sendall(b"\0")
+            for peer in self._peers:
+                if not peer.recv(1):
+                    raise PeerLostError("a collective ended early, another rank is gone (its socket closed).")
+        except OSError as error:
+            raise PeerLostError(f"a collective ended early, another rank is gone ({error}).") from error
+
+    def _arena_of(self, tensor: torch.Tensor) -> _Arena | None:
+        address = tensor.data_ptr()
+        return next((arena for arena in self._arenas if 0 <= address - arena.start < arena.nbytes), None)
+
+    def _pieces(self, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+        """Cut a tensor into pieces that fit into the staging arena, each with the slabs' views for it."""
+        flat = tensor.view(-1)
+        for piece in flat.split(_STAGING_BYTES // flat.itemsize):
+            yield piece, [slab[: piece.nbytes].view(piece.dtype) for slab in self._staging.slabs]
+
+    def _make_arena(self, nbytes: int) -> _Arena:
+        """Map one new segment on all ranks; it has no name and is gone with the last of them. **Collective**."""
+        pitch = -(-max(nbytes, 1) // _PAGE) * _PAGE
+        with contextlib.ExitStack() as cleanup:
+            if self.rank == 0:
+                segment = cleanup.enter_context(contextlib.closing(Segment(pitch * self.size)))
+                memory = segment.buffer
+                told = segment.path.encode()
+                for peer in self._peers:
+                    peer.sendall(struct.pack("!I", len(told)) + told)
+            else:
+                (length,) = struct.unpack("!I", _receive(self._peers[0], 4))
+                with open(_receive(self._peers[0], length).decode(), "r+b") as file:
+                    memory = mmap.mmap(file.fileno(), pitch * self.size)
+            self._meet()  # all have mapped it
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        slabs = list(whole.split(pitch))
+        return _Arena(slabs=slabs, start=slabs[self.rank].data_ptr(), nbytes=pitch)
+
+
+def _connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:
+    """One socket to every other rank, in rank order. The listeners have no name in the file system."""
+    listener = socket.socket(socket.AF_UNIX)
+    address = f"\0nbdist-{secrets.token_hex(16)}"
+    listener.bind(address)
+    listener.listen(size)
+    store.set(f"{name}/address/{rank}", address)
+    peers: dict[int, socket.socket] = {}
+    with listener:
+        for other in range(rank):
+            peer = socket.socket(socket.AF_UNIX)
+            peer.connect(store.get(f"{name}/address/{other}").decode())
+            peer.sendall(struct.pack("!I", rank))
+            peers[other] = peer
+        while len(peers) < size - 1:
+            peer, _ = listener.accept()
+            if _user_of(peer) != os.getuid():  # whoever else can see the address
+                peer.close()
+                continue
+            (other,) = struct.unpack("!I", _receive(peer, 4))
+            peers[other] = peer
+    return [peers[other] for other in sorted(peers)]
+
+
+def _user_of(peer: socket.socket) -> int:
+    """The user that runs the process at the other end."""
+    _, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(user)
+
+
+def _receive(peer: socket.socket, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        part = peer.recv(length - len(data))
+        if not part:
+            raise PeerLostError("another rank is gone while the ranks meet.")
+        data += part
+    return data
