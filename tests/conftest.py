@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -29,6 +30,12 @@ def run_ranks():
     from ranks import RankPool
 
     return RankPool()
+
+
+@pytest.fixture(params=["shared memory", "process group"])
+def run_on_each_channel(request, run_ranks):
+    """`run_ranks`, once through each kind of channel."""
+    return functools.partial(run_ranks, channel=request.param)
 
 
 @pytest.fixture(scope="session", autouse=True)

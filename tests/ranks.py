@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import traceback
 from collections.abc import Callable
@@ -33,8 +34,12 @@ class RankPool:
         self._context.set_forkserver_preload(["pytest", "nbdist.core", "torch._dynamo"])
         self(1, _nothing)  # the fork server starts here, once and for all
 
-    def __call__(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call ``function(world, *args)`` on `size` ranks that share a gloo world, and return what each one returned.
+    def __call__(
+        self, size: int, function: Callable[..., Any], *args: Any, channel: str = "shared memory"
+    ) -> list[Any]:
+        """Call ``function(world, *args)`` on `size` ranks that share a world, and return what each one returned.
+
+        They talk through `channel`, "shared memory" or "process group".
 
         Raises:
             Exception: What a rank raised: the first one that is no echo of another's loss.
@@ -45,7 +50,7 @@ class RankPool:
         try:
             for rank in range(size):
                 reader, writer = self._context.Pipe(duplex=False)
-                process = self._context.Process(target=_rank_main, args=(rank, size, store.port, writer, job))
+                process = self._context.Process(target=_rank_main, args=(rank, size, store.port, writer, job, channel))
                 process.start()
                 writer.close()
                 readers.append(reader)
@@ -85,9 +90,10 @@ def _collect(readers: list[Connection]) -> list[Any]:
     return [outcomes[reader][0] for reader in readers]
 
 
-def _rank_main(rank: int, size: int, port: int, writer: Connection, job: bytes) -> None:
+def _rank_main(rank: int, size: int, port: int, writer: Connection, job: bytes, channel: str) -> None:
     multiprocessing.set_start_method(None, force=True)  # for what a rank starts itself: as in any other process
     torch.set_num_threads(1)
+    os.environ["NBDIST_CHANNEL"] = channel.replace(" ", "_")
     outcome: tuple[Any, BaseException | None, str]
     world = None
     try:

@@ -39,10 +39,10 @@ def assert_close(expected, actual, tolerance):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_ranks_equal_one_process_that_runs_the_same_slices(run_ranks, size, accumulate):
+def test_ranks_equal_one_process_that_runs_the_same_slices(run_on_each_channel, size, accumulate):
     """Losses and weights agree to rounding, dropout included; replicas and repetitions agree bit for bit."""
     expected = run(World(), CASES, accumulate=size * accumulate)
-    ranks = run_ranks(size, run_twice, CASES, accumulate)
+    ranks = run_on_each_channel(size, run_twice, CASES, accumulate)
     for i, (dtype, _) in enumerate(CASES):
         result, trained = ranks[0][0][i]
         assert_close(losses(expected[i][0]), losses(result), TOLERANCE[dtype])
@@ -58,10 +58,10 @@ def run_once_a_rank(world, samples):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("samples", [2 * BATCH, SAMPLES])
-def test_one_slice_a_rank_gives_the_bits_of_one_process(run_ranks, size, samples):
+def test_one_slice_a_rank_gives_the_bits_of_one_process(run_on_each_channel, size, samples):
     """N ranks add N gradients in the order in which one process accumulates them: the weights are identical."""
     expected = run(World(), CASES, accumulate=size, samples=samples)
-    for (_, weights_alone), (_, trained) in zip(expected, run_ranks(size, run_once_a_rank, samples)[0], strict=True):
+    for (_, weights_alone), (_, trained) in zip(expected, run_on_each_channel(size, run_once_a_rank, samples)[0], strict=True):
         assert_same_bits(weights_alone, trained)
 
 
@@ -75,12 +75,12 @@ def run_in_order(world, loss):
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-def test_ranks_equal_a_loop_written_by_hand(run_ranks, loss):
+def test_ranks_equal_a_loop_written_by_hand(run_on_each_channel, loss):
     """Three ranks train as ordinary PyTorch does on the whole batch."""
     x, y = classes(SAMPLES)
     function = F.cross_entropy if loss == "cross_entropy" else F.mse_loss
     y = y if loss == "cross_entropy" else F.one_hot(y, 3).double()
-    for make, (result, trained) in zip(OPTIMIZERS.values(), run_ranks(3, run_in_order, loss)[0], strict=True):
+    for make, (result, trained) in zip(OPTIMIZERS.values(), run_on_each_channel(3, run_in_order, loss)[0], strict=True):
         model, history = mlp(), []
         optimizer = make(model.parameters())
         for _ in range(EPOCHS):

@@ -1,4 +1,4 @@
-"""Collectives over gloo: the bits of a sum, broadcasts, and what happens when a rank goes away."""
+"""Collectives on each kind of channel: the bits of a sum, broadcasts, and what happens when a rank goes away."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def sums(world):
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_a_sum_is_taken_in_rank_order(run_ranks, size):
+def test_a_sum_is_taken_in_rank_order(run_on_each_channel, size):
     """Every rank gets ((t0 + t1) + t2) + t3 bit for bit, on each of the three ways a sum can take."""
-    ranks = run_ranks(size, sums)
+    ranks = run_on_each_channel(size, sums)
     for name, length in LENGTHS.items():
         parts = [mixed(rank, length) for rank in range(size)]
         expected = parts[0].clone()
@@ -63,9 +63,9 @@ def broadcasts(world):
     return tensors, words
 
 
-def test_a_broadcast_gives_everyone_the_source(run_ranks):
+def test_a_broadcast_gives_everyone_the_source(run_on_each_channel):
     """Tensors of any dtype, and bytes, empty ones too, come from the source rank."""
-    for tensors, words in run_ranks(3, broadcasts):
+    for tensors, words in run_on_each_channel(3, broadcasts):
         assert [torch.ones(3).to(dtype).tolist() for dtype in DTYPES] == [t.tolist() for t in tensors]
         assert (b"rank 0", b"") == words
 
@@ -79,9 +79,9 @@ def several_at_once(world):
     return [tensor[0].item() for tensor in tensors]
 
 
-def test_collectives_may_be_under_way_together(run_ranks):
+def test_collectives_may_be_under_way_together(run_on_each_channel):
     """Sums that were started in one order are all right when they have been waited for."""
-    assert [[3.0 + 3 * i for i in range(5)]] * 3 == run_ranks(3, several_at_once)
+    assert [[3.0 + 3 * i for i in range(5)]] * 3 == run_on_each_channel(3, several_at_once)
 
 
 def lose_rank_one(world, length):
@@ -94,10 +94,10 @@ def lose_rank_one(world, length):
 
 
 @pytest.mark.parametrize("length", [1, 300 * KIB])
-def test_a_lost_rank_releases_the_others(run_ranks, length):
+def test_a_lost_rank_releases_the_others(run_on_each_channel, length):
     """A rank that dies ends the others' collective with an error instead of leaving them to wait."""
     with pytest.raises(RuntimeError, match="rank 1 died without a word"):
-        run_ranks(3, lose_rank_one, length)
+        run_on_each_channel(3, lose_rank_one, length)
 
 
 def fail_on_rank_one(world):
@@ -106,10 +106,10 @@ def fail_on_rank_one(world):
     world.channel().all_reduce_(torch.ones(1))
 
 
-def test_an_error_on_a_rank_is_the_one_that_is_seen(run_ranks):
+def test_an_error_on_a_rank_is_the_one_that_is_seen(run_on_each_channel):
     """A rank that leaves with an error releases its peers; their `PeerLostError` is an echo and hides nothing."""
     with pytest.raises(ZeroDivisionError, match="the cause"):
-        run_ranks(2, fail_on_rank_one)
+        run_on_each_channel(2, fail_on_rank_one)
 
 
 def test_a_rank_alone_sums_and_broadcasts_to_itself():
