@@ -42,7 +42,7 @@ def test_start_tells_what_it_started_and_stop_ends_it(notebook):
 
     notebook("%dist_start -n 2 --device cpu --timeout 90")
     threads = max(1, nbdist.plan.available_cores() // 2)
-    what = rf"2 engines \(ranks 0-1\) on \S+: cpu over gloo, {threads} threads? each"
+    what = rf"2 engines \(ranks 0-1\) on \S+: cpu over shared memory, {threads} threads? each"
     assert re.fullmatch(rf"started {what}, in [\d.]+ s\n", notebook.printed())
     before = nbdist.current_cluster()
     for again in ("%dist_start", "%dist_start -n 2", "%dist_start --device cpu"):
