@@ -103,9 +103,7 @@ def test_a_rank_that_cannot_be_interrupted_is_named(cluster):
     cell = cluster.execute(f"{source}if rank == 0: torch.distributed.all_reduce(torch.ones(1))")
     until(lambda: all(cell.printed().values()))
     pending = iter([True])
-    with pytest.raises(
-        KeyboardInterrupt, match="rank 0 did not react, perhaps inside a collective: %dist_stop ends it"
-    ):
+    with pytest.raises(KeyboardInterrupt, match="rank 0 did not react, perhaps inside a collective"):
         cell.wait(lambda: os.kill(os.getpid(), signal.SIGINT) if next(pending, False) else None)
     with pytest.raises(ClusterError, match=r"rank 0 did not react to an interrupt .*: %dist_stop ends it"):
         cluster.execute("pass")

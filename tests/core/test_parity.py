@@ -61,7 +61,9 @@ def run_once_a_rank(world, samples):
 def test_one_slice_a_rank_gives_the_bits_of_one_process(run_on_each_channel, size, samples):
     """N ranks add N gradients in the order in which one process accumulates them: the weights are identical."""
     expected = run(World(), CASES, accumulate=size, samples=samples)
-    for (_, weights_alone), (_, trained) in zip(expected, run_on_each_channel(size, run_once_a_rank, samples)[0], strict=True):
+    for (_, weights_alone), (_, trained) in zip(
+        expected, run_on_each_channel(size, run_once_a_rank, samples)[0], strict=True
+    ):
         assert_same_bits(weights_alone, trained)
 
 
