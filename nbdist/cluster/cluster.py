@@ -10,7 +10,7 @@ from typing import Any
 
 from nbdist.cluster import current, entry
 from nbdist.cluster.cells import CellRun
-from nbdist.cluster.definitions import CellSources, class_marks
+from nbdist.cluster.definitions import CellSources, News, class_marks, search_path
 from nbdist.cluster.engines import Engine, Engines
 from nbdist.cluster.remote_errors import ranks_text
 from nbdist.cluster.run import Run
@@ -164,10 +164,10 @@ class Cluster:
         chosen = list(range(self.size)) if ranks is None else list(ranks)
         for rank in chosen:
             self._check_rank(rank)
+        news = News(sources={}, path=search_path())
         calls = {}
         for rank in chosen:
-            if number is not None:
-                engines.start_call(rank, entry.number_cell, number)
+            engines.start_call(rank, entry.expect_cell, news, number)
             calls[rank] = engines.start_cell(rank, source)
         return CellRun(calls, self.interrupt, engines.suspect)
 

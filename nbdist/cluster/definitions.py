@@ -1,17 +1,31 @@
-"""Definitions of the notebook on the engines: source lines for tracebacks, and one identity for one class."""
+"""Definitions of the notebook on the engines: source lines, where modules are found, one identity for one class."""
 
 from __future__ import annotations
 
 import linecache
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import cloudpickle.cloudpickle as cloudpickle_internals
 
-__all__ = ["CellSources", "class_marks", "install_sources", "label_of", "tie_classes"]
+__all__ = ["CellSources", "News", "class_marks", "install", "label_of", "search_path", "tie_classes"]
 
 _labels: dict[str, str] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """What engines need to know of the notebook before they run something of it.
+
+    Args:
+        sources: File name -> (label for people, source) of cells.
+        path: Where the notebook finds modules.
+    """
+
+    sources: dict[str, tuple[str, str]]
+    path: list[str]
 
 
 @dataclass
@@ -20,8 +34,8 @@ class CellSources:
 
     sent: set[str] = field(default_factory=set)
 
-    def new(self) -> dict[str, tuple[str, str]]:
-        """File name -> (label for people, source) of cells that were not returned before."""
+    def new(self) -> News:
+        """The cells that were not returned before, and where modules are found now."""
         fresh = {
             name: (_cell_label(name), "".join(entry[2]))
             for name, entry in list(linecache.cache.items())
@@ -29,7 +43,7 @@ class CellSources:
             if len(entry) == 4 and entry[1] is None and name not in self.sent
         }
         self.sent.update(fresh)
-        return fresh
+        return News(sources=fresh, path=search_path())
 
 
 def _cell_label(name: str) -> str:
@@ -39,11 +53,18 @@ def _cell_label(name: str) -> str:
     return f"Cell In[{numbers[name]}]" if name in numbers else name
 
 
-def install_sources(sources: dict[str, tuple[str, str]]) -> None:
-    """Make the cells known to this process's tracebacks. Runs on an engine."""
-    for name, (label, source) in sources.items():
+def install(news: News) -> None:
+    """Make cells known to this process's tracebacks, and find modules where the notebook does. Runs on an engine."""
+    for name, (label, source) in news.sources.items():
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
         _labels[name] = label
+    known = set(search_path())
+    sys.path += [entry for entry in news.path if entry not in known]
+
+
+def search_path() -> list[str]:
+    """Where this process finds modules; a cell may have added to it since the engines started."""
+    return [str(Path(entry or ".").resolve()) for entry in sys.path]
 
 
 def label_of(file_name: str) -> str | None:

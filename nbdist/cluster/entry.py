@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nbdist.cluster.definitions import install_sources, tie_classes
+from nbdist.cluster.definitions import News, install, tie_classes
 from nbdist.cluster.remote_errors import Failure
 from nbdist.telemetry import RankState
 
-__all__ = ["Outcome", "hello", "join", "leave", "number_cell", "pull", "push", "tie", "train"]
+__all__ = ["Outcome", "expect_cell", "hello", "join", "leave", "pull", "push", "tie", "train"]
 
 _STOP_POLL_S = 0.05
 
@@ -123,11 +123,11 @@ def leave() -> None:
         _engine.world.leave()
 
 
-def push(parcel: Any, sources: dict[str, tuple[str, str]]) -> None:
+def push(parcel: Any, news: News) -> None:
     """Put the values of a packed dict into the namespace of this engine's cells."""
     from nbdist.core.handover import unpack
 
-    install_sources(sources)
+    install(news)
     _namespace().update(unpack(parcel))
 
 
@@ -142,11 +142,13 @@ def pull(name: str, inline: bool) -> Any:
     return parcel
 
 
-def number_cell(number: int) -> None:
-    """Let the next cell here be known by its number in the notebook."""
+def expect_cell(news: News, number: int | None) -> None:
+    """A cell follows; let it be known by its number in the notebook, if it has one."""
     from IPython import get_ipython
 
-    get_ipython().execution_count = number
+    install(news)
+    if number is not None:
+        get_ipython().execution_count = number
 
 
 def tie(marks: dict[str, str]) -> None:
@@ -154,7 +156,7 @@ def tie(marks: dict[str, str]) -> None:
     tie_classes(marks, _namespace())
 
 
-def train(parcel: Any, run_id: str, sources: dict[str, tuple[str, str]], inline: bool) -> Outcome:
+def train(parcel: Any, run_id: str, news: News, inline: bool) -> Outcome:
     """Run one rank of a training."""
     from ipyparallel.datapub import publish_data
 
@@ -165,7 +167,7 @@ def train(parcel: Any, run_id: str, sources: dict[str, tuple[str, str]], inline:
     from nbdist.telemetry.record import record_path
 
     world = _engine.world
-    install_sources(sources)
+    install(news)
     snapshots = SnapshotSink(world.rank, lambda state: publish_data({"nbdist": state}))
     with contextlib.ExitStack() as cleanup:
         try:

@@ -9,6 +9,7 @@ from typing import Any
 
 from nbdist.cluster import entry
 from nbdist.cluster.cells import printed
+from nbdist.cluster.definitions import News
 from nbdist.cluster.engines import Engines
 from nbdist.cluster.relay import Relay
 from nbdist.cluster.run import Run
@@ -27,7 +28,7 @@ def start_training(
     task: Any,
     plan: Plan,
     packed: tuple[Any, Any],
-    sources: dict[str, tuple[str, str]],
+    news: News,
     watch: Callable[[Run], None] | None,
 ) -> Run:
     """Send a task to every engine and follow it to its end, in a thread.
@@ -37,7 +38,7 @@ def start_training(
         task: What is trained; its model receives the weights in place, and the user's own optimizer its state.
         plan: How.
         packed: The parcel of both, and its segment.
-        sources: Cells that the engines do not know yet.
+        news: What the engines do not know yet of the notebook.
         watch: See `Relay`.
     """
     from nbdist.core.handover import unpack
@@ -68,7 +69,7 @@ def start_training(
             engines.form()
 
     calls = [
-        engines.start_call(rank, entry.train, parcel, run_id, sources, engines.remote) for rank in range(engines.size)
+        engines.start_call(rank, entry.train, parcel, run_id, news, engines.remote) for rank in range(engines.size)
     ]
     run._printed = functools.partial(printed, dict(enumerate(calls)))
     Relay(run, calls, engines, bring_home=bring_home, after=after, watch=watch).start()

@@ -87,7 +87,7 @@ def panel_view(run: Run) -> dict[str, Any]:
                 "share": None if not total else rank.step / total,
                 "loss": number(rank.loss),
                 "speed": f"{number(rank.samples_per_s)} samples/s",
-                "memory": f"{rank.memory_mib:,.0f} MiB",
+                "memory": f"{rank.memory_mib:,.0f} MiB" if rank.memory_mib else "–",
             }
             for _, rank in sorted(progress.ranks.items())
         ],

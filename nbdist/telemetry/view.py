@@ -50,7 +50,7 @@ def _summary(run: RunState) -> str:
 def _rank_cells(rank: RankState) -> tuple[str, ...]:
     return (
         str(rank.rank), rank.device, rank.state, str(rank.step), number(rank.loss),
-        number(rank.samples_per_s), f"{rank.memory_mib:,.0f} MiB",
+        number(rank.samples_per_s), f"{rank.memory_mib:,.0f} MiB" if rank.memory_mib else "–",
     )  # fmt: skip
 
 

@@ -212,3 +212,10 @@ def test_all_listeners_are_on_loopback(cluster):
     assert len(listening) >= 1 + 2 * ENGINES
     assert all(listening[psutil.Process(engine.pid)] for engine in cluster.engines)
     assert {ip for ips in listening.values() for ip in ips} == {"127.0.0.1"}
+
+
+def test_a_module_found_later_is_found_on_engines(cluster, tmp_path, monkeypatch):
+    """A cell may extend the notebook's path after the engines have started."""
+    (tmp_path / "found_later.py").write_text("ANSWER = 42\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert {0: "42\n", 1: "42\n"} == out(cluster, "import found_later; print(found_later.ANSWER)")

@@ -7,7 +7,7 @@ import linecache
 import cloudpickle
 import pytest
 
-from nbdist.cluster.definitions import CellSources, class_marks, install_sources, label_of, tie_classes
+from nbdist.cluster.definitions import CellSources, News, class_marks, install, label_of, search_path, tie_classes
 
 
 @pytest.fixture
@@ -24,19 +24,27 @@ def test_each_cell_is_sent_once(cell):
     name, source = cell
     linecache.getline(__file__, 1)
     sources = CellSources()
-    fresh = sources.new()
+    fresh = sources.new().sources
     assert fresh[name] == (name, source)
     assert __file__ not in fresh
-    assert sources.new() == {}
+    assert sources.new().sources == {}
 
 
 def test_an_installed_cell_has_lines_and_a_label():
     """Tracebacks of that process can then show it; other files have no label."""
-    install_sources({"<far>": ("Cell In[9]", "a = 1\nb = 2\n")})
+    install(News(sources={"<far>": ("Cell In[9]", "a = 1\nb = 2\n")}, path=[]))
     assert linecache.getline("<far>", 2) == "b = 2\n"
     assert label_of("<far>") == "Cell In[9]"
     assert label_of(__file__) is None
     linecache.cache.pop("<far>")
+
+
+def test_modules_are_found_where_the_notebook_finds_them(monkeypatch):
+    """What the notebook has added to its path is added here, behind what is found already, and once."""
+    monkeypatch.setattr("sys.path", ["", "/own"])
+    for _ in range(2):
+        install(News(sources={}, path=["/own", "/added"]))
+    assert [*search_path()[:2], "/added"] == search_path()
 
 
 def define():

@@ -6,7 +6,7 @@ import linecache
 
 import pytest
 
-from nbdist.cluster.definitions import install_sources
+from nbdist.cluster.definitions import News, install
 from nbdist.cluster.remote_errors import Failure, as_error, ranks_text
 from nbdist.errors import PeerLostError, PlanError
 
@@ -56,7 +56,7 @@ def raised(source, file_name="<cell>"):
 def test_a_failure_names_the_cell_and_shows_its_lines():
     """The innermost line of a cell is the place, though the error was raised deeper, in a library."""
     source = "import json\ndef read(text):\n    return json.loads(text)\n\nread('torn')\n"
-    install_sources({"<cell>": ("Cell In[4]", source)})
+    install(News(sources={"<cell>": ("Cell In[4]", source)}, path=[]))
     failed = raised(source)
     linecache.cache.pop("<cell>")
     assert (failed.rank, failed.kind, failed.place, failed.echo) == (1, "JSONDecodeError", "Cell In[4], line 3", False)
