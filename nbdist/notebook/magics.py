@@ -127,8 +127,9 @@ class DistMagics(Magics):
             and arguments.device in ("auto", cluster.device)
         ):
             cluster.timeout_s = arguments.timeout
-            cluster.start()  # replaces engines that were lost
-            print(f"already running: {_described(cluster)}")
+            lost = [engine.rank for engine in cluster.engines if engine.state == "lost"]
+            cluster.start()  # replaces them
+            print(f"replaced {ranks_text(lost)}" if lost else "already running", _described(cluster), sep=": ")
             return
         if cluster is not None:
             _refuse_while_running(cluster)

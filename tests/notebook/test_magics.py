@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+import psutil
 import pytest
 import torch
+from shared_cluster import until
 
 import nbdist
 from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, TaskError
@@ -49,6 +51,16 @@ def test_start_tells_what_it_started_and_stop_ends_it(notebook):
         notebook(again)
         assert re.fullmatch(rf"already running: {what}\n", notebook.printed())
     assert nbdist.current_cluster() is before
+
+
+def test_start_replaces_a_lost_engine_and_says_so(notebook, cluster):
+    """The others keep their process."""
+    stays, lost = cluster.engines
+    psutil.Process(lost.pid).kill()
+    until(lambda: cluster.engines[1].state == "lost")
+    notebook("%dist_start")
+    assert notebook.printed().startswith("replaced rank 1: 2 engines (ranks 0-1)")
+    assert [stays.pid, "idle", "idle"] == [cluster.engines[0].pid, *(engine.state for engine in cluster.engines)]
 
 
 def test_status_shows_each_engine_and_the_newest_run(notebook, cluster):
