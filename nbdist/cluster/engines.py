@@ -18,6 +18,8 @@ from nbdist.errors import ClusterError, EngineError
 
 __all__ = ["Engine", "Engines"]
 
+_ASK_AGAIN_S = 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
@@ -220,8 +222,26 @@ class Engines:
 
     def _introduce(self, ranks: Iterable[int]) -> list[Engine]:
         """Let engines load torch and say where they live. Ranks are engine ids."""
+        self._greet(ranks)
         facts = self.call(ranks, entry.hello, timeout_s=self.timeout_s)
         return [Engine(rank=rank, device="", **fact) for rank, fact in facts.items()]
+
+    def _greet(self, ranks: Iterable[int]) -> None:
+        """Have a word from each engine, asking again where none comes.
+
+        An engine counts as registered from its first heartbeat; a message that reaches the controller before the
+        engine's own connection does is dropped without a word.
+
+        Raises:
+            ClusterError: An engine does not answer at all.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        for rank in ranks:
+            call = self.start_call(rank, entry.hear)
+            while not call.wait(_ASK_AGAIN_S):
+                if time.monotonic() > deadline:
+                    raise ClusterError(f"rank {rank} did not answer within {self.timeout_s:g} s of its start.")
+                call = self.start_call(rank, entry.hear)
 
     def _warm(self, ranks: Iterable[int]) -> None:
         """Load what the first training will need, here and on the engines, while the person writes it."""

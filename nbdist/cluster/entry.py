@@ -16,7 +16,7 @@ from nbdist.cluster.definitions import News, install, tie_classes
 from nbdist.cluster.remote_errors import Failure
 from nbdist.telemetry import RankState
 
-__all__ = ["Outcome", "expect_cell", "hello", "join", "leave", "pull", "push", "tie", "train"]
+__all__ = ["Outcome", "expect_cell", "hear", "hello", "join", "leave", "pull", "push", "tie", "train"]
 
 _STOP_POLL_S = 0.05
 
@@ -56,6 +56,10 @@ def _namespace() -> dict[str, Any]:
     from IPython import get_ipython
 
     return get_ipython().user_ns
+
+
+def hear() -> None:
+    """Answer, and do nothing else."""
 
 
 def hello() -> dict[str, Any]:
