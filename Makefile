@@ -8,7 +8,7 @@ BIN := .venv/bin
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lab clean
+.PHONY: help env demo test bench check lab clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print wh
 
 test: env  ## Run the tests
 	$(BIN)/python -m pytest -q
+
+bench: env  ## Measure, side by side with what others would write by hand
+	@$(BIN)/python benchmarks/step_time.py
 
 check: env  ## Lint, formatting, types
 	$(BIN)/ruff check .
