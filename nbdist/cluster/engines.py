@@ -229,8 +229,8 @@ class Engines:
     def _greet(self, ranks: Iterable[int]) -> None:
         """Have a word from each engine, asking again where none comes.
 
-        An engine counts as registered from its first heartbeat; a message that reaches the controller before the
-        engine's own connection does is dropped without a word.
+        Once in several hundred starts an engine never answered its first call. It counts as registered from its first
+        heartbeat, so probably that call reached the controller before the engine's own connection did and was dropped.
 
         Raises:
             ClusterError: An engine does not answer at all.
