@@ -16,7 +16,7 @@ from nbdist.cluster.definitions import News, install, tie_classes
 from nbdist.cluster.remote_errors import Failure
 from nbdist.telemetry import RankState
 
-__all__ = ["Outcome", "expect_cell", "hear", "hello", "join", "leave", "pull", "push", "tie", "train"]
+__all__ = ["Outcome", "expect_cell", "hear", "hello", "join", "pull", "push", "tie", "train"]
 
 _STOP_POLL_S = 0.05
 
@@ -119,12 +119,6 @@ def join(
     _namespace().update(rank=rank, world_size=size, device=_engine.world.device)
     world = _engine.world
     return {"device": str(world.device), "transport": world.transport, "shares_gpu": world.shares_gpu}
-
-
-def leave() -> None:
-    """Leave the world, which releases peers that still wait for this rank in it."""
-    if _engine.world is not None:
-        _engine.world.leave()
 
 
 def push(parcel: Any, news: News) -> None:

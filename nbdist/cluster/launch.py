@@ -42,7 +42,7 @@ class Launch:
             profile_dir=str(self.folder / "profile"),
             config=self._settings(),
             load_profile=False,
-            shutdown_atexit=False,  # `Cluster` in engines.py does it, in the right order
+            shutdown_atexit=False,  # `Cluster` in cluster.py does it, in the right order
             send_engines_connection_env=True,
             controller_args=[
                 f"--ping={_PING_MS}", "--usethreads", f"--HeartMonitor.max_heartmonitor_misses={_MISSED_BEATS}",

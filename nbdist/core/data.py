@@ -203,7 +203,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor of a batch; objects with a ``to`` of their own (token batches, graphs) move themselves."""
     if device.type == "cpu":
         return batch
-    if isinstance(batch, dict) and type(batch) is dict:
+    if type(batch) is dict:
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))

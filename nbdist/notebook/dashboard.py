@@ -10,9 +10,9 @@ from IPython.display import display
 
 from nbdist.cluster import Run
 from nbdist.telemetry import run_html, run_text
-from nbdist.telemetry.view import duration, epoch_text, number
+from nbdist.telemetry.view import duration, epoch_text, memory_text, mesh_text, number
 
-__all__ = ["LineDashboard", "PanelDashboard", "make_dashboard"]
+__all__ = ["LineDashboard", "PanelDashboard", "make_dashboard", "remains"]
 
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _HERE = Path(__file__).parent
@@ -51,15 +51,14 @@ class PanelDashboard:
         with self._lock:
             if self._handle is None:
                 self._show(run)
-            elif run.progress.running:
-                self._widget.view = panel_view(run)
-            else:
-                self._widget.view = panel_view(run)
-                display(_remains(run), raw=True, display_id=self._handle.display_id, update=True)
+                return
+            self._widget.view = panel_view(run)
+            if not run.progress.running:
+                display(remains(run), raw=True, display_id=self._handle.display_id, update=True)
 
     def _show(self, run: Run) -> None:
         self._widget = _make_widget(run)
-        bundle = {**_live(self._widget), **_remains(run)} if run.progress.running else _remains(run)
+        bundle = {**_live(self._widget), **remains(run)} if run.progress.running else remains(run)
         self._handle = display(bundle, raw=True, display_id=True)
 
 
@@ -67,9 +66,8 @@ def panel_view(run: Run) -> dict[str, Any]:
     """What the panel draws, as JSON-able data: texts are made here, so that the front end only places them."""
     progress = run.progress
     total = progress.steps_total
-    mesh = ", ".join(f"{axis}={degree}" for axis, degree in progress.plan["mesh"].items())
     return {
-        "title": f"{progress.title} on {mesh}",
+        "title": f"{progress.title} on {mesh_text(progress.plan)}",
         "state": progress.state,
         "error": progress.error,
         "step": f"step {progress.step:,}" + ("" if total is None else f" of {total:,}"),
@@ -87,14 +85,15 @@ def panel_view(run: Run) -> dict[str, Any]:
                 "share": None if not total else rank.step / total,
                 "loss": number(rank.loss),
                 "speed": f"{number(rank.samples_per_s)} samples/s",
-                "memory": f"{rank.memory_mib:,.0f} MiB" if rank.memory_mib else "–",
+                "memory": memory_text(rank),
             }
             for _, rank in sorted(progress.ranks.items())
         ],
     }
 
 
-def _remains(run: Run) -> dict[str, str]:
+def remains(run: Run) -> dict[str, str]:
+    """What needs no kernel: the run as static HTML and as text, by MIME type."""
     return {"text/html": run_html(run.progress), "text/plain": run_text(run.progress)}
 
 

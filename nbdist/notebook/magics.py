@@ -12,12 +12,11 @@ from IPython.display import display
 from nbdist.cluster import Cluster, Run, current_cluster, last_run, require_cluster
 from nbdist.cluster.remote_errors import ranks_text
 from nbdist.errors import ClusterError, PlanError, TaskError, suggest
-from nbdist.notebook.dashboard import make_dashboard
+from nbdist.notebook.dashboard import make_dashboard, remains
 from nbdist.notebook.output import RankPrinter, show_rich
 from nbdist.notebook.step_cell import compile_step
 from nbdist.plan.options import OptionParser, add_plan_options, plan_options, split_line
-from nbdist.telemetry import run_html, run_text
-from nbdist.telemetry.view import duration, number
+from nbdist.telemetry.view import duration, number, text_table
 
 __all__ = ["DistMagics"]
 
@@ -112,7 +111,7 @@ class DistMagics(Magics):
     def show_run(self, run: Run) -> None:
         """Display a Run, unless its panel stands in this very cell: as the cell's value it would come twice."""
         if self._drawn_in_cell != (run, self._cell_number):
-            display({"text/html": run_html(run.progress), "text/plain": run_text(run.progress)}, raw=True)
+            display(remains(run), raw=True)
 
     @no_var_expand
     @line_magic
@@ -146,14 +145,11 @@ class DistMagics(Magics):
         if cluster is None:
             print("no engines are running: %dist_start starts them")
             return
-        rows = [("rank", "pid", "host", "device", "state", "memory")]
-        rows += [
+        rows: list[tuple[str, ...]] = [
             (str(e.rank), str(e.pid), e.host, e.device, e.state, _memory(e.pid) if e.state != "lost" else "–")
             for e in cluster.engines
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+        print("\n".join(text_table(("rank", "pid", "host", "device", "state", "memory"), rows)))
         run = last_run()
         if run is not None:
             print(f"newest run {run.run_id}: {run.state}")

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from nbdist.telemetry.events import EpochFinished, Event, Progress, RunFinished, RunStarted
 from nbdist.telemetry.state import RankState, fold
-from nbdist.telemetry.view import epoch_text
+from nbdist.telemetry.view import epoch_text, mesh_text
 
 __all__ = ["JsonlSink", "ListSink", "Sink", "SnapshotSink", "TextSink"]
 
@@ -85,8 +85,9 @@ class TextSink(Sink):
             case RunStarted():
                 self._total = event.steps_total
                 self._next_s = time.monotonic() + self._interval_s
-                mesh = ", ".join(f"{axis}={degree}" for axis, degree in event.plan["mesh"].items())
-                self._print(f"{event.title} on {mesh} ({event.device}, {event.plan['threads']} threads a rank)")
+                self._print(
+                    f"{event.title} on {mesh_text(event.plan)} ({event.device}, {event.plan['threads']} threads a rank)"
+                )
             case Progress() if time.monotonic() >= self._next_s:
                 self._next_s = time.monotonic() + self._interval_s
                 loss = "" if event.loss is None else f"  loss {event.loss:.4g}"

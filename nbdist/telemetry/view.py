@@ -7,7 +7,7 @@ from typing import Any
 
 from nbdist.telemetry.state import RankState, RunState
 
-__all__ = ["duration", "epoch_text", "number", "run_html", "run_text"]
+__all__ = ["duration", "epoch_text", "memory_text", "mesh_text", "number", "run_html", "run_text", "text_table"]
 
 _RANK_COLUMNS = ("rank", "device", "state", "step", "loss", "samples/s", "memory")
 
@@ -40,17 +40,26 @@ def epoch_text(row: dict[str, Any]) -> str:
     )
 
 
+def mesh_text(plan: dict[str, Any]) -> str:
+    """The mesh of a plan that has become data: "dp=2"."""
+    return ", ".join(f"{axis}={degree}" for axis, degree in plan["mesh"].items())
+
+
+def memory_text(rank: RankState) -> str:
+    """The memory of a rank, a dash where it has not said."""
+    return f"{rank.memory_mib:,.0f} MiB" if rank.memory_mib else "–"
+
+
 def _summary(run: RunState) -> str:
     total = "" if run.steps_total is None else f"/{run.steps_total}"
-    mesh = ", ".join(f"{axis}={degree}" for axis, degree in run.plan["mesh"].items())
-    parts = [f"{run.title} on {mesh}", run.state, f"step {run.step}{total}", f"loss {number(run.loss)}"]
+    parts = [f"{run.title} on {mesh_text(run.plan)}", run.state, f"step {run.step}{total}", f"loss {number(run.loss)}"]
     return " · ".join([*parts, f"{number(run.samples_per_s)} samples/s", duration(run.elapsed_s)])
 
 
 def _rank_cells(rank: RankState) -> tuple[str, ...]:
     return (
         str(rank.rank), rank.device, rank.state, str(rank.step), number(rank.loss),
-        number(rank.samples_per_s), f"{rank.memory_mib:,.0f} MiB" if rank.memory_mib else "–",
+        number(rank.samples_per_s), memory_text(rank),
     )  # fmt: skip
 
 
@@ -60,7 +69,8 @@ def _history_cells(run: RunState) -> tuple[tuple[str, ...], list[tuple[str, ...]
     return columns, rows
 
 
-def _text_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def text_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a table, its columns aligned to the right."""
     widths = [max(len(cells[i]) for cells in [columns, *rows]) for i in range(len(columns))]
     return [
         "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) for cells in [columns, *rows]
@@ -73,8 +83,8 @@ def run_text(run: RunState) -> str:
     lines += run.error.splitlines()
     columns, rows = _history_cells(run)
     if rows:
-        lines += _text_table(columns, rows)
-    lines += _text_table(_RANK_COLUMNS, [_rank_cells(rank) for _, rank in sorted(run.ranks.items())])
+        lines += text_table(columns, rows)
+    lines += text_table(_RANK_COLUMNS, [_rank_cells(rank) for _, rank in sorted(run.ranks.items())])
     return "\n".join(f"nbdist: {line}" for line in lines)
 
 
