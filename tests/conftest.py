@@ -130,7 +130,7 @@ def shared_cluster(tmp_path_factory):
         shared = SharedCluster()
         shared.ready()  # here, so that the engines keep their records in the session's home
         yield shared
-        shared.stop()
+        shared.end()
         lines = {p: " ".join(p.cmdline()) for p in marked()}
         left = [p for p, line in lines.items() if "nbdist.cluster" in line or "ipyparallel" in line]
         assert not left, f"left running: {left}"

@@ -12,8 +12,7 @@ from typing import Any
 
 import psutil
 
-from nbdist.cluster import Cluster, current_cluster, last_run
-from nbdist.cluster.owner_guard import FOLDER_VARIABLE
+from nbdist.cluster import Cluster, current_cluster, current_server, end_server, last_run
 from nbdist.errors import NbdistError
 
 ENGINES = 2
@@ -46,9 +45,16 @@ class SharedCluster:
         if cluster is not None:
             cluster.stop()
 
+    def end(self) -> None:
+        """End it, and the fork server too."""
+        self.stop()
+        end_server()
+
     def owns(self, process: psutil.Process) -> bool:
-        """Whether a process belongs to the running cluster."""
-        engines = _engines()
+        """Whether a process belongs to the running cluster, or is the fork server that is kept for the next one."""
+        engines, server = _engines(), current_server()
+        if server is not None and process.pid == server.pid:
+            return True
         return bool(engines) and folder_of(process) == folder_of(engines[0])
 
     def listening(self) -> set[tuple[str, int]]:
@@ -59,7 +65,7 @@ class SharedCluster:
     def extra_processes(self) -> list[psutil.Process]:
         """Processes that the engines have started beside the nanny that each one has."""
         children = [child for engine in _engines() for child in engine.children(recursive=True)]
-        return [process for process in children if "nanny" not in " ".join(process.cmdline())]
+        return [process for process in children if "nanny" not in " ".join([process.name(), *process.cmdline()])]
 
 
 def _engines() -> list[psutil.Process]:
@@ -68,12 +74,13 @@ def _engines() -> list[psutil.Process]:
 
 
 def folder_of(process: psutil.Process) -> Path | None:
-    """The temporary folder of the cluster that a process belongs to, if it does."""
-    try:
-        folder = process.environ().get(FOLDER_VARIABLE)
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return None
-    return Path(folder) if folder else None
+    """The temporary folder of the cluster that a process belongs to, if it does: it holds the log of one of its kin."""
+    for kin in [process, *process.parents()] if process.is_running() else []:
+        with contextlib.suppress(OSError):
+            log = Path(f"/proc/{kin.pid}/fd/1").readlink()
+            if log.parts[-3:-1] == ("profile", "log"):
+                return log.parents[2]
+    return None
 
 
 def marked() -> list[psutil.Process]:

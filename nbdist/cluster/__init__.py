@@ -4,6 +4,17 @@ from nbdist.cluster.cells import CellRun
 from nbdist.cluster.cluster import Cluster
 from nbdist.cluster.current import current_cluster, last_run, require_cluster
 from nbdist.cluster.engines import Engine
+from nbdist.cluster.fork_server import current_server, end_server
 from nbdist.cluster.run import Run
 
-__all__ = ["CellRun", "Cluster", "Engine", "Run", "current_cluster", "last_run", "require_cluster"]
+__all__ = [
+    "CellRun",
+    "Cluster",
+    "Engine",
+    "Run",
+    "current_cluster",
+    "current_server",
+    "end_server",
+    "last_run",
+    "require_cluster",
+]

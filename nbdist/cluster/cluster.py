@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from nbdist.cluster import current, entry
+from nbdist.cluster import current, entry, fork_server
 from nbdist.cluster.cells import CellRun
 from nbdist.cluster.definitions import CellSources, News, class_marks, search_path
 from nbdist.cluster.engines import Engine, Engines
@@ -16,7 +17,7 @@ from nbdist.cluster.remote_errors import ranks_text
 from nbdist.cluster.run import Run
 from nbdist.cluster.training import attend, start_training
 from nbdist.errors import ClusterError, EngineError, PlanError, TaskError, suggest
-from nbdist.plan import Plan, available_cores, check_engines, default_engines
+from nbdist.plan import Plan, available_cores, check_engines, default_engines, may_have_gpus
 from nbdist.plan.plan import OPTIONS
 
 __all__ = ["Cluster"]
@@ -56,10 +57,13 @@ class Cluster:
         self._sources = CellSources()
         self._run: Run | None = None
 
-    def start(self) -> Cluster:
+    def start(self, tell: Callable[[str], None] = lambda words: None) -> Cluster:
         """Start the engines; ready only after all of them have met in a collective.
 
         On a running cluster, engines that were lost are replaced; otherwise nothing happens.
+
+        Args:
+            tell: Called with what is being done, a few words, several times a second.
 
         Raises:
             ClusterError: Another cluster runs in this kernel, or an engine did not become ready in time.
@@ -67,13 +71,13 @@ class Cluster:
         if self._up is not None:
             self._refuse_while_running()
             self._up.timeout_s = self.timeout_s
-            if self._up.replace_lost():
+            if self._up.replace_lost(tell):
                 self._sources = CellSources()  # the new ones know no cell yet
             self.check_ready()
             return self
         if current.current_cluster() is not None:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
-        self._up = Engines(self.size, self.device, self.timeout_s)
+        self._up = Engines(self.size, self.device, self.timeout_s, tell)
         current.set_cluster(self)
         atexit.register(_stop_reference, weakref.ref(self))
         return self
@@ -262,6 +266,10 @@ def _pack(value: Any, name: str, *, inline: bool) -> tuple[Any, Any]:
 
 
 def _gpus() -> int:
+    if "torch" not in sys.modules and not may_have_gpus():
+        return 0
+    if fork_server.can_fork():
+        fork_server.require_server()  # it loads torch while we do
     import torch
 
     return torch.cuda.device_count()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import signal
 import threading
 import time
@@ -12,7 +14,7 @@ from typing import Any
 
 import ipyparallel.error
 
-from nbdist.cluster import entry
+from nbdist.cluster import entry, fork_server
 from nbdist.cluster.launch import Launch
 from nbdist.errors import ClusterError, EngineError
 
@@ -51,12 +53,13 @@ class Engines:
         size: How many.
         device: "auto", "cpu" or "cuda".
         timeout_s: How long the start, and later a replacement, may take, in seconds.
+        tell: Called with what is being done, a few words, while the start goes on.
 
     Raises:
         ClusterError: They were not ready in time. Nothing is left running then.
     """
 
-    def __init__(self, size: int, device: str, timeout_s: float) -> None:
+    def __init__(self, size: int, device: str, timeout_s: float, tell: Callable[[str], None]) -> None:
         started_s = time.monotonic()
         self.size = size
         self.timeout_s = timeout_s
@@ -69,19 +72,23 @@ class Engines:
         self._generation = 0
         self._records: list[Engine] = []
         self._store: Any = None
+        tell("loading torch" if fork_server.current_server() is None else "starting engines")
+        loading = threading.Thread(target=_load_torch, daemon=True)
+        loading.start()  # here too, while the engines start
         self._launch = Launch(size)
         try:
+            self._launch.wait_for(size, timeout_s, tell)
+            loading.join()
             from nbdist.core import handover, world
 
             self._host_id = handover.host_id()
-            self._store = world.host_store()  # all this imports torch here while the engines start
-            self._launch.wait_for(size, timeout_s)
+            self._store = world.host_store()
             self._records = self._introduce(range(size))
+            tell("forming the world")
             self.form()
         except BaseException:
             self.end()
             raise
-        self._warm(range(size))
         self.start_seconds = time.monotonic() - started_s
 
     def records(self, busy: bool = False) -> list[Engine]:
@@ -141,17 +148,16 @@ class Engines:
 
             warnings.warn(SHARED_GPU, stacklevel=2)
 
-    def replace_lost(self) -> list[int]:
+    def replace_lost(self, tell: Callable[[str], None]) -> list[int]:
         """Start new engines for ranks that were lost, and let all meet again. Returns those ranks."""
         lost = self.lost
         for rank in lost:
             self._launch.add(rank)
         if lost:
-            self._launch.wait_for(self.size, self.timeout_s)
+            self._launch.wait_for(self.size, self.timeout_s, tell)
             fresh = {record.rank: record for record in self._introduce(lost)}
             self._records = [fresh.get(record.rank, record) for record in self._records]
             self.form()
-            self._warm(lost)
         return lost
 
     def start_call(self, rank: int, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -243,8 +249,7 @@ class Engines:
                     raise ClusterError(f"rank {rank} did not answer within {self.timeout_s:g} s of its start.")
                 call = self.start_call(rank, entry.hear)
 
-    def _warm(self, ranks: Iterable[int]) -> None:
-        """Load what the first training will need, here and on the engines, while the person writes it."""
-        for rank in ranks:
-            self.start_call(rank, entry.warm)
-        threading.Thread(target=entry.load_compiler, daemon=True, name="nbdist-warm").start()
+
+def _load_torch() -> None:
+    with contextlib.suppress(Exception):  # who needs it next will meet the error again, and can be told
+        importlib.import_module("nbdist.core.world")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable
@@ -73,20 +71,6 @@ def hello() -> dict[str, Any]:
         "pid": os.getpid(),
         "cores": available_cores(),
     }
-
-
-def warm() -> None:
-    """Load, before the first training, what its first step would otherwise wait for."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted import of torch's would stay half done
-    try:
-        load_compiler()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def load_compiler() -> None:
-    """Load torch's compiler front end, which every optimizer asks for at its first use: a second or two."""
-    importlib.import_module("torch._dynamo")
 
 
 def join(
@@ -159,6 +143,7 @@ def train(parcel: Any, run_id: str, news: News, inline: bool) -> Outcome:
     from ipyparallel.datapub import publish_data
 
     from nbdist.core import fit
+    from nbdist.core.eager import eager
     from nbdist.core.handover import pack, unpack
     from nbdist.core.params import ParamTable
     from nbdist.telemetry import JsonlSink, SnapshotSink
@@ -182,7 +167,8 @@ def train(parcel: Any, run_id: str, news: News, inline: bool) -> Outcome:
             )
             home = None
             if world.rank == 0:
-                optimizer_state = task.optimizer.state_dict() if task.own_optimizer else None
+                with eager():
+                    optimizer_state = task.optimizer.state_dict() if task.own_optimizer else None
                 trained = (ParamTable.of(task.model).tensors, optimizer_state)
                 home, _engine.outgoing = pack(trained, inline=inline)
             return Outcome(rank=world.rank, state=result.state, snapshot=snapshots.state, home=home)

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ipyparallel
 import psutil
+from ipyparallel.cluster import launcher
 from traitlets.config import Config
 
+from nbdist.cluster import fork_server
 from nbdist.cluster.owner_guard import FOLDER_VARIABLE, OWNER_VARIABLE, owner_mark
 from nbdist.errors import ClusterError
 
 __all__ = ["Launch"]
 
-_PING_MS = 200  # a registration completes at the next heartbeat, so the default of 3 s would be waited for
-_MISSED_BEATS = 50  # with short beats, a swapped-out engine must not be given up after the default of 10
-_POLL_S = 0.02
+_GUARD = [sys.executable, "-m", "nbdist.cluster.owner_guard"]
+_PING_MS = 50  # a registration completes at the next heartbeat, so the default of 3 s would be waited for
+_MISSED_BEATS = 200  # with short beats, a swapped-out engine must not be given up after the default of 10
+_POLL_S = 0.01
 
 
 class Launch:
@@ -36,6 +42,7 @@ class Launch:
         self.folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
         self._cluster = ipyparallel.Cluster(
             n=engines,
+            **({"controller": _ForkedController, "engines": _ForkedEngines} if fork_server.can_fork() else {}),
             delay=0,
             log_level=40,
             cluster_id="",
@@ -57,30 +64,30 @@ class Launch:
             raise
 
     def _settings(self) -> Config:
-        guard = [sys.executable, "-m", "nbdist.cluster.owner_guard"]
         environment = {OWNER_VARIABLE: owner_mark(os.getpid()), FOLDER_VARIABLE: str(self.folder)}
         config = Config()
         config.BaseLauncher.output_limit = 0  # or a stop prints a hundred lines of log for each engine
         config.BaseLauncher.environment = environment
         config.LocalEngineSetLauncher.delay = 0
         config.LocalProcessLauncher.stop_seconds_until_kill = 1
-        config.ControllerLauncher.controller_cmd = [*guard, "controller"]
-        config.EngineLauncher.engine_cmd = [*guard, "engine"]
+        config.ControllerLauncher.controller_cmd = [*_GUARD, "controller"]
+        config.EngineLauncher.engine_cmd = [*_GUARD, "engine"]
         return config
 
-    def wait_for(self, engines: int, timeout_s: float) -> None:
-        """Wait until `engines` are registered.
+    def wait_for(self, engines: int, timeout_s: float, tell: Callable[[str], None]) -> None:
+        """Wait until `engines` are registered, telling how many are.
 
         Raises:
             ClusterError: An engine that was just started has ended, or the time is over.
         """
         deadline = time.monotonic() + timeout_s
-        while len(self.client.ids) < engines:
+        while (ready := len(self.client.ids)) < engines:
+            tell(f"{ready} of {engines} engines are ready")
             if not self._processes_alive():
                 raise ClusterError(f"an engine ended while it started:\n{self._log_tail()}")
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"only {len(self.client.ids)} of {engines} engines were ready after {timeout_s:g} s: "
+                    f"only {ready} of {engines} engines were ready after {timeout_s:g} s: "
                     f"raise --timeout, or start fewer."
                 )
             time.sleep(_POLL_S)
@@ -122,3 +129,37 @@ def _processes(engine_set: Any) -> list[psutil.Process]:
     """The engine processes that a launcher started on this host; none where it is not a local one."""
     launchers = getattr(engine_set, "launchers", {}).values()
     return [process for launcher in launchers if (process := getattr(launcher, "process", None))]
+
+
+class _Forked(launcher.LocalProcessLauncher):
+    """Starts a process as a fork of the fork server, and else is ipyparallel's own local launcher."""
+
+    def start(self) -> None:
+        order = fork_server.Order(
+            arguments=self.args[len(_GUARD) :], environment={**os.environ, **self.get_env()},
+            folder=os.path.abspath(self.work_dir), log=self.output_file,
+        )  # fmt: skip
+        try:
+            self.pid = fork_server.require_server().fork(order)
+        except ClusterError as error:
+            warnings.warn(f"{error} Each process starts on its own instead, which takes longer.", stacklevel=2)
+            super().start()
+            return
+        self.process = psutil.Process(self.pid)
+        self.notify_start(self.pid)
+        self._start_waiting()
+
+
+class _ForkedController(_Forked, launcher.LocalControllerLauncher):
+    async def get_connection_info(self, timeout: float | None = None) -> Any:
+        while self.process.is_running() and not all(os.path.exists(file) for file in self.connection_files.values()):
+            await asyncio.sleep(_POLL_S)  # ipyparallel looks ten times a second
+        return await super().get_connection_info(timeout)
+
+
+class _ForkedEngine(_Forked, launcher.LocalEngineLauncher):
+    pass
+
+
+class _ForkedEngines(launcher.LocalEngineSetLauncher):
+    launcher_class = _ForkedEngine

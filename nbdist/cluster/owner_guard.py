@@ -17,7 +17,7 @@ import time
 
 import psutil
 
-__all__ = ["FOLDER_VARIABLE", "OWNER_VARIABLE", "main", "owner_mark"]
+__all__ = ["FOLDER_VARIABLE", "OWNER_VARIABLE", "alive", "main", "owner_mark"]
 
 OWNER_VARIABLE = "NBDIST_OWNER"
 FOLDER_VARIABLE = "NBDIST_FOLDER"
@@ -30,7 +30,8 @@ def owner_mark(pid: int) -> str:
     return f"{pid}:{psutil.Process(pid).create_time():.2f}"
 
 
-def _alive(mark: str) -> bool:
+def alive(mark: str) -> bool:
+    """Whether the process that `mark` names still runs."""
     try:
         process = psutil.Process(int(mark.partition(":")[0]))
         return owner_mark(process.pid) == mark and process.status() != psutil.STATUS_ZOMBIE
@@ -39,7 +40,7 @@ def _alive(mark: str) -> bool:
 
 
 def _watch(mark: str, folder: str | None) -> None:
-    while _alive(mark):
+    while alive(mark):
         time.sleep(_POLL_S)
     if folder is None:  # an engine: whatever it is doing, it has a moment to leave in good order
         os.kill(os.getpid(), signal.SIGTERM)

@@ -41,6 +41,7 @@ def start_training(
         news: What the engines do not know yet of the notebook.
         watch: See `Relay`.
     """
+    from nbdist.core.eager import eager
     from nbdist.core.handover import unpack
     from nbdist.core.params import ParamTable
 
@@ -60,7 +61,8 @@ def start_training(
         tensors, optimizer_state = unpack(home)
         ParamTable.of(task.model).load_(tensors)
         if optimizer_state is not None:
-            task.optimizer.load_state_dict(optimizer_state)
+            with eager():
+                task.optimizer.load_state_dict(optimizer_state)
 
     def after(failed: bool) -> None:
         segment.close()

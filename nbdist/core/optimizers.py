@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbdist.core.eager import eager
 from nbdist.errors import PlanError, TaskError, suggest
 
 __all__ = ["OPTIMIZERS", "make_optimizer", "optimizer_name"]
@@ -52,14 +53,17 @@ def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.
                 f"unknown optimizer {optimizer!r}: use {known}, or a callable.{suggest(optimizer.lower(), OPTIMIZERS)}"
             )
         try:
-            return OPTIMIZERS[optimizer.lower()](trainable, **settings)
+            with eager():
+                return OPTIMIZERS[optimizer.lower()](trainable, **settings)
         except ValueError as error:  # muon, which wants matrices only
             raise TaskError(f"optimizer {optimizer} cannot train this model: {error}.") from None
     if not callable(optimizer):
         raise TaskError(f"optimizer must be a name, a callable or an optimizer, not {optimizer!r}.")
     if settings and not _takes_lr(optimizer):
         raise TaskError(f"lr={lr} is given, but {optimizer_name(optimizer)} takes no lr: set the rate in it.")
-    return _checked(optimizer(trainable, **settings), model, optimizer)
+    with eager():
+        made = optimizer(trainable, **settings)
+    return _checked(made, model, optimizer)
 
 
 def optimizer_name(optimizer: Any) -> str:

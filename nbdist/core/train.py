@@ -17,6 +17,7 @@ from torch import nn
 
 from nbdist.core import seeds, strategies
 from nbdist.core.data import Reader, to_device
+from nbdist.core.eager import eager
 from nbdist.core.evaluate import evaluate, switched
 from nbdist.core.source import Source
 from nbdist.core.task import Task
@@ -138,7 +139,8 @@ def fit(
                 if totals.weight:
                     if plan.clip_norm is not None:
                         nn.utils.clip_grad_norm_(trained, plan.clip_norm)
-                    optimizer.step()
+                    with eager():
+                        optimizer.step()
                 step += 1
                 row.steps += 1
                 row.sums += step_sums
@@ -253,7 +255,8 @@ def _move(task: Task, source: torch.device, target: torch.device) -> None:
         return
     task.model.to(target)
     if task.optimizer.state:
-        task.optimizer.load_state_dict(task.optimizer.state_dict())  # puts each state where its parameter is
+        with eager():
+            task.optimizer.load_state_dict(task.optimizer.state_dict())  # puts each state where its parameter is
 
 
 @contextlib.contextmanager

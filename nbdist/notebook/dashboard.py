@@ -18,9 +18,14 @@ _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _HERE = Path(__file__).parent
 
 
+def has_front_end(shell: Any) -> bool:
+    """Whether `shell` runs in a kernel, so that what it displays can change later."""
+    return getattr(shell, "kernel", None) is not None
+
+
 def make_dashboard(shell: Any) -> LineDashboard | PanelDashboard:
     """A panel where the shell has a notebook in front of it, else lines."""
-    return PanelDashboard() if getattr(shell, "kernel", None) is not None else LineDashboard()
+    return PanelDashboard() if has_front_end(shell) else LineDashboard()
 
 
 class LineDashboard:

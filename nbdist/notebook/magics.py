@@ -9,11 +9,11 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.display import display
 
-from nbdist.cluster import Cluster, Run, current_cluster, last_run, require_cluster
+from nbdist.cluster import Cluster, Run, current_cluster, current_server, end_server, last_run, require_cluster
 from nbdist.cluster.remote_errors import ranks_text
 from nbdist.errors import ClusterError, PlanError, TaskError, suggest
-from nbdist.notebook.dashboard import make_dashboard, remains
-from nbdist.notebook.output import RankPrinter, show_rich
+from nbdist.notebook.dashboard import has_front_end, make_dashboard, remains
+from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.step_cell import compile_step
 from nbdist.plan.options import OptionParser, add_plan_options, plan_options, split_line
 from nbdist.telemetry.view import duration, number, text_table
@@ -34,13 +34,16 @@ def _start_parser() -> OptionParser:
 
 
 def _status_parser() -> OptionParser:
-    return OptionParser("%dist_status", "Show the engines: rank, process, host, device, state and memory.")
+    return OptionParser(
+        "%dist_status",
+        "Show the engines (rank, process, host, device, state, memory), the newest run, and what is kept warm.",
+    )
 
 
 def _stop_parser() -> OptionParser:
     parser = OptionParser("%dist_stop", "End the engines. Twice is fine.")
     parser.add_argument(
-        "--all", action="store_true", help="Also what was kept for a quicker next start (nothing is now)."
+        "--all", action="store_true", help="Also the fork server, which is kept for a quicker next start."
     )
     return parser
 
@@ -120,6 +123,7 @@ class DistMagics(Magics):
         arguments = _START.parse(split_line(line))
         cluster = current_cluster()
         wanted = Cluster(arguments.n, device=arguments.device, timeout_s=arguments.timeout)
+        status = StatusLine(live=has_front_end(self.shell))
         if (
             cluster is not None
             and (arguments.n in (None, cluster.size))
@@ -127,14 +131,14 @@ class DistMagics(Magics):
         ):
             cluster.timeout_s = arguments.timeout
             lost = [engine.rank for engine in cluster.engines if engine.state == "lost"]
-            cluster.start()  # replaces them
-            print(f"replaced {ranks_text(lost)}" if lost else "already running", _described(cluster), sep=": ")
+            cluster.start(status.tell)  # replaces them
+            status.end(f"{f'replaced {ranks_text(lost)}' if lost else 'already running'}: {_described(cluster)}")
             return
         if cluster is not None:
             _refuse_while_running(cluster)
             cluster.stop()
-        wanted.start()
-        print(f"started {_described(wanted)}, in {duration(wanted.start_seconds)}")
+        wanted.start(status.tell)
+        status.end(f"started {_described(wanted)}, in {duration(wanted.start_seconds)}")
 
     @no_var_expand
     @line_magic
@@ -144,27 +148,33 @@ class DistMagics(Magics):
         cluster = current_cluster()
         if cluster is None:
             print("no engines are running: %dist_start starts them")
-            return
-        rows: list[tuple[str, ...]] = [
-            (str(e.rank), str(e.pid), e.host, e.device, e.state, _memory(e.pid) if e.state != "lost" else "–")
-            for e in cluster.engines
-        ]
-        print("\n".join(text_table(("rank", "pid", "host", "device", "state", "memory"), rows)))
+        else:
+            rows: list[tuple[str, ...]] = [
+                (str(e.rank), str(e.pid), e.host, e.device, e.state, _memory(e.pid) if e.state != "lost" else "–")
+                for e in cluster.engines
+            ]
+            print("\n".join(text_table(("rank", "pid", "host", "device", "state", "memory"), rows)))
         run = last_run()
         if run is not None:
             print(f"newest run {run.run_id}: {run.state}")
+        server = current_server()
+        if server is not None:
+            print(f"fork server for a quick start: pid {server.pid}, {_memory(server.pid)} (%dist_stop --all ends it)")
 
     @no_var_expand
     @line_magic
     @_documented(_STOP)
     def dist_stop(self, line: str) -> None:
-        _STOP.parse(split_line(line))
+        arguments = _STOP.parse(split_line(line))
         cluster = current_cluster()
-        if cluster is None:
-            print("no engines are running")
-            return
-        cluster.stop()
-        print(f"stopped {_engines(cluster.size)}")
+        stopped = []
+        if cluster is not None:
+            cluster.stop()
+            stopped.append(_engines(cluster.size))
+        if arguments.all and current_server() is not None:
+            end_server()
+            stopped.append("the fork server")
+        print(f"stopped {' and '.join(stopped)}" if stopped else "no engines are running")
 
     @no_var_expand
     @cell_magic

@@ -12,7 +12,7 @@ from IPython.display import display
 
 from nbdist.cluster.remote_errors import ranks_text
 
-__all__ = ["RankPrinter", "label", "merge", "show_rich"]
+__all__ = ["RankPrinter", "StatusLine", "label", "merge", "show_rich"]
 
 Printed = Callable[[str], dict[int, str]]
 
@@ -129,3 +129,35 @@ def show_rich(results: dict[int, Any], what: str) -> None:
         else:
             print(f"{label(ranks)} {what}:")
             display(bundle, raw=True)
+
+
+class StatusLine:
+    """One line that says what is being done, and in the end what was done.
+
+    Args:
+        live: Whether a front end shows it and can change it; a terminal gets the end only.
+    """
+
+    def __init__(self, live: bool) -> None:
+        self._live = live
+        self._shown = ""
+        self._display: Any = None
+
+    def tell(self, words: str) -> None:
+        """Something is being done."""
+        if self._live and words != self._shown:
+            self._show(f"{words} ...")
+            self._shown = words
+
+    def end(self, words: str) -> None:
+        """It is done."""
+        if self._live:
+            self._show(words)
+        else:
+            print(words)
+
+    def _show(self, words: str) -> None:
+        if self._display is None:
+            self._display = display({"text/plain": words}, raw=True, display_id=True)
+        else:
+            self._display.update({"text/plain": words}, raw=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from nbdist.errors import PlanError
 
-__all__ = ["available_cores", "check_engines", "default_engines"]
+__all__ = ["available_cores", "check_engines", "default_engines", "may_have_gpus"]
 
 _DEFAULT_AT_MOST = 4
 _ENGINES_A_CORE = 4
 _ENGINES_A_GPU = 8
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/dxg", "/dev/kfd")  # NVIDIA, Tegra, under Windows; AMD
 _LIMIT_VARIABLE = "NBDIST_MAX_ENGINES"
 
 
@@ -23,6 +25,11 @@ def available_cores() -> int:
         return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):
         return cores
+
+
+def may_have_gpus() -> bool:
+    """Whether a driver for GPUs is loaded; only torch can count them, and takes long to load for a count of none."""
+    return sys.platform == "win32" or any(Path(device).exists() for device in _GPU_DEVICES)
 
 
 def default_engines(cores: int, gpus: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
 import pytest
 
 from nbdist import last_run
@@ -13,7 +12,9 @@ from nbdist import last_run
 @pytest.fixture
 def records(cluster):
     """The folder in which the engines keep their records."""
-    return Path(psutil.Process(cluster.engines[0].pid).environ()["NBDIST_HOME"]) / "runs"
+    cell = cluster.execute("import os; print(os.environ['NBDIST_HOME'])", [0])
+    cell.wait()
+    return Path(cell.printed()[0].strip()) / "runs"
 
 
 @pytest.fixture

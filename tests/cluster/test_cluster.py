@@ -29,7 +29,7 @@ def out(cluster, source, **options):
 
 def controllers(cluster):
     folder = folder_of(psutil.Process(cluster.engines[0].pid))
-    return [p for p in marked() if folder_of(p) == folder and "controller" in p.cmdline()]
+    return [p for p in marked() if folder_of(p) == folder and "controll" in " ".join([p.name(), *p.cmdline()])]
 
 
 def test_engines_have_met_when_the_start_returns(cluster):
