@@ -13,6 +13,7 @@ from nbdist.core import seeds
 from nbdist.core.data import Reader, to_device
 from nbdist.core.strategies import Strategy
 from nbdist.core.task import Task, first_dimension
+from nbdist.core.weighted_mean import WeightedMean
 from nbdist.errors import PlanError, TaskError
 
 __all__ = ["evaluate", "switched"]
@@ -38,7 +39,7 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, seed: int, metri
         TaskError: The metric cannot be measured on what the model or the data gave.
     """
     device = strategy.data_axis.device
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    loss_mean, metric_mean, samples = WeightedMean(device), WeightedMean(device), 0
     outputs: list[Any] = []
     hook = task.model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
@@ -51,12 +52,14 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, seed: int, metri
                     batch = to_device(part.batch, device)
                     outputs.clear()
                     loss, weight = task.loss_and_weight(batch, part.samples)
-                    sums[:2] += _weighted(loss, weight, device)
-                    sums[4] += part.samples
+                    loss_mean.add(loss, weight)
+                    samples += part.samples
                     if task.metric is not None:
-                        sums[2:4] += _measure(task, outputs, batch, part.samples, metric)
+                        metric_mean.add(*_measure(task, outputs, batch, part.samples, metric))
     finally:
         hook.remove()
+    counted = torch.tensor([samples], dtype=torch.float64, device=device)
+    sums = torch.cat([loss_mean.sums, metric_mean.sums, counted])
     strategy.data_axis.all_reduce_(sums)
     loss_sum, loss_weight, metric_sum, metric_weight, samples = sums.tolist()
     if not samples:
@@ -67,22 +70,14 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, seed: int, metri
     return result
 
 
-def _measure(task: Task, outputs: list[Any], batch: Any, samples: int, metric: str) -> torch.Tensor:
+def _measure(task: Task, outputs: list[Any], batch: Any, samples: int, metric: str) -> tuple[Any, Any]:
     assert task.metric is not None
     if not outputs:
         raise TaskError(f"metric {metric} needs the model's output, but the step never called model(...).")
     if not isinstance(batch, (tuple, list)):
         raise TaskError(f"metric {metric} takes the last element of a batch as target, but a batch is a {type(batch)}.")
     given = task.metric(outputs[-1], batch[-1])
-    value, weight = given if isinstance(given, tuple) else (given, first_dimension(batch, samples))
-    return _weighted(value, weight, batch[-1].device)
-
-
-def _weighted(value: Any, weight: Any, device: torch.device) -> torch.Tensor:
-    """``(value * weight, weight)`` in float64; a mean over nothing counts nothing, even where it is not a number."""
-    pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device).reshape(()) for x in (value, weight)])
-    total = pair[1]
-    return torch.stack([torch.where(total == 0, 0.0, pair[0] * total), total])
+    return given if isinstance(given, tuple) else (given, first_dimension(batch, samples))
 
 
 @contextlib.contextmanager

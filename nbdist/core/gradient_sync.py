@@ -14,19 +14,43 @@ from nbdist.core.channels import Channel, Pending
 __all__ = ["GradientSync", "Totals"]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Totals:
-    """What one step adds up to over all ranks.
+    """What one step adds up to over all ranks. On a GPU it is on its way until one of its numbers is asked for.
 
     Args:
-        weight: Sum of the slices' weights; zero where no rank had data.
-        stop: How many ranks ask to stop.
-        exhausted: How many ranks have no data left.
+        sums: Weight, stop and exhausted, on the channel's device.
     """
 
-    weight: float
-    stop: float
-    exhausted: float
+    def __init__(self, sums: torch.Tensor) -> None:
+        self._arrived: Any = None
+        if sums.device.type == "cuda":
+            self._sums = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            self._sums.copy_(sums, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._sums = sums.clone()
+
+    @functools.cached_property
+    def _numbers(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._sums.tolist()
+
+    @property
+    def weight(self) -> float:
+        """Sum of the slices' weights; zero where no rank had data."""
+        return self._numbers[0]
+
+    @property
+    def stop(self) -> float:
+        """How many ranks ask to stop."""
+        return self._numbers[1]
+
+    @property
+    def exhausted(self) -> float:
+        """How many ranks have no data left."""
+        return self._numbers[2]
 
 
 @dataclass
@@ -46,26 +70,26 @@ class GradientSync:
     sync is a few large collectives. Behind the gradients of the last buffer ride the step's totals and which
     parameters were used: stopping together and leaving unused parameters alone cost no collective of their own.
 
-    Gradients are sums of ``weight / full_slice * d loss`` over the slices, divided in the end by the sum of those
-    factors over all ranks: exact for uneven slices, and for means over tokens. What is summed over ranks are the
-    weights themselves: most are counts, whose sum has the same bits in any order.
+    Gradients are sums of ``weight / full_batch * d loss`` over the slices, divided in the end by the sum of those
+    factors over all ranks unless that is one: exact for uneven slices, and for means over tokens. What is summed over
+    ranks are the weights themselves: most are counts, whose sum has the same bits in any order.
 
     Args:
         parameters: Trainable parameters, on the channel's device.
         channel: The axis to sum over.
-        full_slice: The usual weight of a slice, so that usual slices are not scaled at all.
+        full_batch: The usual weight of a global batch, after which nothing is left to divide.
         bucket_mib: Largest bucket in MiB where the sync overlaps with backward.
         overlap: Whether buckets start while backward still runs. It pays where the collective runs beside the
             computation, as with NCCL; None decides by the device.
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], channel: Channel, *, full_slice: float = 1.0, bucket_mib: float = 25.0,
+        self, parameters: list[nn.Parameter], channel: Channel, *, full_batch: float = 1.0, bucket_mib: float = 25.0,
         overlap: bool | None = None,
     ) -> None:  # fmt: skip
         self._parameters = parameters
         self._channel = channel
-        self._full_slice = full_slice
+        self._full_batch = full_batch
         self._overlap = channel.device.type == "cuda" if overlap is None else overlap
         self._used: list[Any] = [None] * len(parameters)
         self._armed = False
@@ -73,6 +97,8 @@ class GradientSync:
         self._views: list[torch.Tensor] = [torch.empty(0)] * len(parameters)
         self._bucket_of: list[int] = [0] * len(parameters)
         self._flats: list[torch.Tensor] = []
+        self._told: list[Any] = []
+        self._said = torch.empty(0)
         self._tail = self._lay_out(bucket_mib * 2**20 if self._overlap else float("inf"))
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(i)) for i, parameter in enumerate(parameters)
@@ -153,22 +179,35 @@ class GradientSync:
         if not self._armed:
             self.arm()
         self._armed = False
-        used = [0.0 if hit is None else 1.0 for hit in self._used]
-        self._tail.copy_(torch.tensor([0.0, float(stop), float(exhausted), *used], dtype=self._tail.dtype))
-        self._tail[0] = weight
+        used = [hit is not None for hit in self._used]
+        self._tell([weight, stop, exhausted, *used])
         self._start_ready(everything=True)
         for bucket in self._buckets:
             assert bucket.pending is not None
             bucket.pending.wait()
             bucket.pending = None  # a finished collective would still hold its process group, and the group its peers
-        totals = Totals(**dict(zip(("weight", "stop", "exhausted"), self._tail[:3].tolist(), strict=True)))
-        factor = totals.weight / self._full_slice
-        if factor not in (0.0, 1.0):
+        totals = Totals(self._tail[:3])
+        if self._tail.device.type == "cpu":
+            factor: Any = totals.weight / self._full_batch
+        else:  # not waited for
+            factor = torch.where(self._tail[0] == 0, 1.0, self._tail[0] / self._full_batch)
+        if isinstance(factor, torch.Tensor) or factor not in (0.0, 1.0):
             for flat in self._flats:
                 flat.div_(factor)
         if not all(used):
             self._drop_unused()
         return totals
+
+    def _tell(self, values: list[Any]) -> None:
+        """Write the tail. Mostly it says what it said in the step before, and then nothing is sent to a GPU."""
+        weight = values[0]
+        if isinstance(weight, torch.Tensor):
+            values[0] = 0.0
+        if values != self._told:
+            self._told, self._said = values, torch.tensor(values, dtype=self._tail.dtype, device=self._tail.device)
+        self._tail.copy_(self._said)
+        if isinstance(weight, torch.Tensor):
+            self._tail[0] = weight
 
     def _drop_unused(self) -> None:
         """Parameters that no rank used have no gradient, as in one process, so no decay or momentum moves them.

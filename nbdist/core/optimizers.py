@@ -17,6 +17,8 @@ __all__ = ["OPTIMIZERS", "make_optimizer", "optimizer_name"]
 
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
 
+_FUSED = {"adam", "adamw", "sgd"}  # one kernel for the whole update, on CPU and GPU alike
+
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     name.lower(): cls
     for name, cls in vars(torch.optim).items()
@@ -53,6 +55,8 @@ def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.
                 f"unknown optimizer {optimizer!r}: use {known}, or a callable.{suggest(optimizer.lower(), OPTIMIZERS)}"
             )
         try:
+            if optimizer.lower() in _FUSED and all(p.is_floating_point() for p in trainable):
+                settings["fused"] = True
             with eager():
                 return OPTIMIZERS[optimizer.lower()](trainable, **settings)
         except ValueError as error:  # muon, which wants matrices only

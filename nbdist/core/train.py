@@ -19,8 +19,10 @@ from nbdist.core import seeds, strategies
 from nbdist.core.data import Reader, to_device
 from nbdist.core.eager import eager
 from nbdist.core.evaluate import evaluate, switched
+from nbdist.core.gradient_sync import Totals
 from nbdist.core.source import Source
 from nbdist.core.task import Task
+from nbdist.core.weighted_mean import WeightedMean
 from nbdist.core.world import World
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
@@ -111,6 +113,7 @@ def fit(
         history: list[dict[str, Any]] = []
         step = samples = 0
         stopped = False
+        latest: Totals | None = None
         # Under `steps`, the whole run is one row, however often it wraps round the data.
         row = _Row(device)
 
@@ -119,7 +122,7 @@ def fit(
             for slices in reader.epoch(epoch):
                 strategy.begin_step()
                 step_weight: Any = 0
-                step_sums = torch.zeros(2, dtype=torch.float64, device=device)
+                losses: list[tuple[torch.Tensor, Any]] = []
 
                 for position, part in enumerate(slices or ()):
                     seeds.seed_torch(seeds.derive(plan.seed, "slice", step, part.index), device)
@@ -128,26 +131,29 @@ def fit(
                     if weight != 0:
                         strategy.backward(loss, weight, last=position == len(slices or ()) - 1)
                         step_weight = step_weight + weight
-                        exact = torch.as_tensor(weight, dtype=torch.float64, device=device)
-                        step_sums += torch.stack([loss.detach() * exact, exact])
+                        losses.append((loss.detach(), weight))
                     row.samples += part.samples
                     samples += part.samples
 
                 totals = strategy.sync(step_weight, stop=stop_requested(), exhausted=slices is None)
-                if totals.exhausted == strategy.data_axis.size:
+                if slices is None and totals.exhausted == strategy.data_axis.size:
                     break
-                if totals.weight:
+                # A rank that had data knows that there was some, without waiting for its GPU.
+                if (not isinstance(step_weight, torch.Tensor) and step_weight > 0) or totals.weight:
                     if plan.clip_norm is not None:
                         nn.utils.clip_grad_norm_(trained, plan.clip_norm)
                     with eager():
                         optimizer.step()
                 step += 1
                 row.steps += 1
-                row.sums += step_sums
+                for loss, weight in losses:
+                    row.loss.add(loss, weight)
 
                 if meter.due():
-                    tell(_progress(world, step, epoch, samples, step_sums, meter.rate(samples)))
-                stopped = totals.stop > 0
+                    tell(_progress(world, step, epoch, samples, _mean(losses, device), meter.rate(samples)))
+                # A GPU is not waited for: there, ranks stop one step after the one in which they agreed to.
+                heard, latest = totals if device.type == "cpu" else latest, totals
+                stopped = heard is not None and heard.stop > 0
                 if stopped or step == plan.steps:
                     break
 
@@ -159,7 +165,7 @@ def fit(
 
             seconds = row.seconds  # before evaluation: a row counts training only
             strategy.share_buffers()
-            tell(_progress(world, step, epoch, samples, row.sums, row.samples / seconds))
+            tell(_progress(world, step, epoch, samples, row.loss, row.samples / seconds))
             measured: dict[str, float] = {}
             if val_reader is not None and not stopped:
                 tell(Evaluating(rank=world.rank))
@@ -181,7 +187,7 @@ class _Row:
     def __init__(self, device: torch.device) -> None:
         self.steps = 0
         self.samples = 0
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.loss = WeightedMean(device)
         self._started_s = time.perf_counter()
 
     @property
@@ -194,7 +200,7 @@ class _Row:
         axis = strategy.data_axis
         rank_zeros = seconds if axis.rank == 0 else 0.0
         counted = torch.tensor([self.samples, rank_zeros], dtype=torch.float64, device=axis.device)
-        sums = torch.cat([self.sums, counted])
+        sums = torch.cat([self.loss.sums, counted])
         axis.all_reduce_(sums)
         loss_sum, weight, samples, seconds = sums.tolist()
         return {
@@ -218,14 +224,20 @@ def _complete(plan: Plan, step: int, steps_total: int | None) -> bool:
     return steps_total is not None and step >= steps_total
 
 
-def _progress(world: World, step: int, epoch: int, samples: int, sums: torch.Tensor, speed: float) -> Progress:
-    loss_sum, weight = sums.tolist()
+def _mean(losses: list[tuple[torch.Tensor, Any]], device: torch.device) -> WeightedMean:
+    mean = WeightedMean(device)
+    for loss, weight in losses:
+        mean.add(loss, weight)
+    return mean
+
+
+def _progress(world: World, step: int, epoch: int, samples: int, loss: WeightedMean, speed: float) -> Progress:
     if world.device.type == "cuda":
         memory = torch.cuda.memory_allocated(world.device)
     else:
         memory = psutil.Process().memory_info().rss
     return Progress(
-        rank=world.rank, step=step, epoch=epoch, samples=samples, loss=loss_sum / weight if weight else None,
+        rank=world.rank, step=step, epoch=epoch, samples=samples, loss=loss.value,
         samples_per_s=speed, memory_mib=memory / 2**20,
     )  # fmt: skip
 

@@ -14,4 +14,4 @@ __all__ = ["Replicate", "Strategy", "apply"]
 
 def apply(model: nn.Module, plan: Plan, world: World) -> Strategy:
     """Make the strategy for `plan.mesh`. **Collective** over the world."""
-    return Replicate(model, world.channel(), full_slice=plan.batch_size / plan.slices, bucket_mib=plan.bucket_mib)
+    return Replicate(model, world.channel(), full_batch=plan.batch_size, bucket_mib=plan.bucket_mib)

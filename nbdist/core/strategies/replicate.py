@@ -23,22 +23,22 @@ class Replicate(Strategy):
     Args:
         model: The module, on the channel's device.
         channel: The ``dp`` axis.
-        full_slice: See `GradientSync`.
+        full_batch: See `GradientSync`.
         bucket_mib: See `GradientSync`.
         overlap: See `GradientSync`.
     """
 
     def __init__(
-        self, model: nn.Module, channel: Channel, *, full_slice: float = 1.0, bucket_mib: float = 25.0,
+        self, model: nn.Module, channel: Channel, *, full_batch: float = 1.0, bucket_mib: float = 25.0,
         overlap: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__(ParamTable.of(model), channel)
         with torch.no_grad():
             self.table.broadcast_(channel)
         trainable = list(self.table.trainable.values())
-        self._full_slice = full_slice
+        self._full_batch = full_batch
         self._gradients = GradientSync(
-            trainable, channel, full_slice=full_slice, bucket_mib=bucket_mib, overlap=overlap
+            trainable, channel, full_batch=full_batch, bucket_mib=bucket_mib, overlap=overlap
         )
 
     def begin_step(self) -> None:
@@ -50,8 +50,9 @@ class Replicate(Strategy):
         if last:
             self._gradients.arm()
         # In float64, for a count divided by a number would be rounded to float32.
-        share = (weight.double() if isinstance(weight, torch.Tensor) else weight) / self._full_slice
-        (loss if isinstance(share, float) and share == 1.0 else loss * share).backward()
+        share = (weight.double() if isinstance(weight, torch.Tensor) else weight) / self._full_batch
+        # What `(loss * share).backward()` starts with, without the multiplication.
+        loss.backward(torch.as_tensor(share, dtype=loss.dtype, device=loss.device))
 
     def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
         """See `Strategy`."""

@@ -1,0 +1,51 @@
+"""A running weighted mean, kept where its values are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["WeightedMean"]
+
+
+class WeightedMean:
+    """Adds up ``value * weight`` and ``weight`` in float64. On a GPU nothing waits for a value until `sums` are read.
+
+    Args:
+        device: Where the values are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Numbers on the CPU, where reading a value costs less than an operation on it.
+        self._sum: Any = 0.0 if device.type == "cpu" else torch.zeros((), dtype=torch.float64, device=device)
+        self._weight: Any = 0.0
+
+    def add(self, value: Any, weight: Any) -> None:
+        """Add a mean over `weight` of something; a mean over nothing counts nothing, even where it is not a number.
+
+        Args:
+            value: A scalar tensor or a number.
+            weight: A number or a scalar tensor.
+        """
+        if self._device.type == "cpu":
+            value, weight = float(value), float(weight)
+            self._sum += value * weight if weight else 0.0
+        elif isinstance(weight, torch.Tensor):
+            self._sum = self._sum + torch.where(weight == 0, 0.0, value * weight.double())
+        elif weight:
+            self._sum = self._sum + torch.as_tensor(value, device=self._device).double() * weight
+        self._weight = self._weight + weight
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """``(2,)`` in float64 on the device: the weighted sum and the weight. Sums of several ranks may be added."""
+        pair = [torch.as_tensor(x, dtype=torch.float64, device=self._device) for x in (self._sum, self._weight)]
+        return torch.stack(pair)
+
+    @property
+    def value(self) -> float | None:
+        """The mean; None over nothing. Waits for the device."""
+        total, weight = self.sums.tolist()
+        return total / weight if weight else None
