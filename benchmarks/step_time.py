@@ -1,19 +1,17 @@
-"""How long is a step? Data parallelism on two ranks, beside the same loop written by hand with DDP over gloo.
+"""How long is a step of data parallelism on two ranks? Beside two peers.
 
-    python benchmarks/step_time.py [--pairs 5] [--json] [CASE ...]
+    python benchmarks/step_time.py [--peer ddp|one] [--pairs 5] [--json] [CASE ...]
 
-Both sides run under torchrun with one thread a rank, on the same model, data and batches, in turn: ours, theirs, ours,
-theirs. The first 20 steps are not counted. The ratio is taken pair by pair, so a machine whose speed drifts does not
-decide it.
+`ddp` is the same loop written by hand with torchrun, DistributedDataParallel and gloo; both sides have one thread a
+rank. `one` is the plain loop in one process that has all cores. Both sides have the same model, data, batches and fused
+AdamW. The first 20 steps are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pairs import arguments, compare, report
 from torch import nn
 from torch.nn import functional as F
 
@@ -62,19 +61,28 @@ def cnn() -> nn.Sequential:
     )  # fmt: skip
 
 
-# name: (model, shape of a sample, classes, samples, global batch size, steps)
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int, int, int]] = {
-    "MLP 6 k": (lambda: mlp(64, 64, 20), (64,), 20, 4096, 128, 400),
-    "MLP 0.67 M": (lambda: mlp(256, 512, 768, 200), (256,), 200, 4096, 256, 150),
-    "CNN 25 k": (cnn, (3, 32, 32), 10, 2048, 64, 100),
-    "char-GPT 0.82 M": (CharGPT, (64,), 96, 1024, 32, 40),
-    "MLP 50 M": (lambda: mlp(2048, 8192, 4000, 100), (2048,), 100, 512, 64, 8),
+# name: (model, shape of a sample, classes, samples, global batch size, steps, wanted)
+Case = tuple[Callable[[], nn.Module], tuple[int, ...], int, int, int, int, float]
+BESIDE_DDP: dict[str, Case] = {
+    "MLP 6 k": (lambda: mlp(64, 64, 20), (64,), 20, 4096, 128, 600, 2.5),
+    "MLP 0.67 M": (lambda: mlp(256, 512, 768, 200), (256,), 200, 4096, 256, 200, 1.8),
+    "CNN 25 k": (cnn, (3, 32, 32), 10, 2048, 64, 150, 1.2),
+    "char-GPT 0.82 M": (CharGPT, (64,), 96, 1024, 32, 40, 1.0),
+    "MLP 50 M": (lambda: mlp(2048, 8192, 4000, 100), (2048,), 100, 512, 64, 8, 1.0),
 }
+BESIDE_ONE: dict[str, Case] = {
+    "MLP 0.67 M, batch 128": (lambda: mlp(256, 512, 768, 200), (256,), 200, 4096, 128, 250, 1.0),
+    "MLP 0.67 M, batch 256": (lambda: mlp(256, 512, 768, 200), (256,), 200, 4096, 256, 200, 1.0),
+    "MLP 2 M, batch 256": (lambda: mlp(256, 1024, 1500, 200), (256,), 200, 4096, 256, 100, 1.0),
+    "MLP 5 M, batch 128": (lambda: mlp(512, 1536, 2400, 200), (512,), 200, 2048, 128, 60, 1.0),
+    "MLP 5 M, batch 512": (lambda: mlp(512, 1536, 2400, 200), (512,), 200, 2048, 512, 30, 1.0),
+}
+CASES = BESIDE_DDP | BESIDE_ONE
 
 
 def work(case: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor, int, int]:
     """Model, inputs, targets, batch size and steps of a case; the same numbers on every rank and side."""
-    make, shape, classes, samples, batch_size, steps = CASES[case]
+    make, shape, classes, samples, batch_size, steps, _ = CASES[case]
     torch.manual_seed(0)
     if make is CharGPT:
         x = torch.randint(0, classes, (samples, *shape))
@@ -95,23 +103,27 @@ def run_ours(case: str) -> float:
 
 
 def run_peer(case: str) -> float:
-    """Milliseconds a step with a loop as a good engineer writes it: DDP, gloo on loopback, vectorised batches."""
+    """Milliseconds a step with a loop as a good engineer writes it; under torchrun with DDP, gloo on loopback."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
     model, x, y, batch_size, steps = work(case)
-    replica = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(replica.parameters(), lr=1e-3)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    replica: nn.Module = model
+    if ranks > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        dist.init_process_group("gloo")
+        torch.set_num_threads(1)
+        replica = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(replica.parameters(), lr=1e-3, fused=True)
     order = torch.Generator().manual_seed(0)
 
     def train(steps: int) -> None:
         done = 0
         while done < steps:
             for batch in torch.randperm(len(x), generator=order).split(batch_size):
-                rows = batch.tensor_split(RANKS)[dist.get_rank()]
+                rows = batch.tensor_split(ranks)[rank]
                 optimizer.zero_grad(set_to_none=True)
                 F.cross_entropy(replica(x[rows]), y[rows]).backward()
                 optimizer.step()
@@ -125,40 +137,38 @@ def run_peer(case: str) -> float:
     return 1000 * (time.perf_counter() - started_s) / steps
 
 
-def measure(side: str, case: str) -> float:
+def measure(side: str, case: str, ranks: int) -> float:
     """Run one side of a case in fresh processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    done = subprocess.run(
-        [*command, "--side", side, case], capture_output=True, text=True, check=True, env=environment
-    )  # fmt: skip
+    environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    command = [sys.executable]
+    if ranks > 1:
+        environment["OMP_NUM_THREADS"] = "1"
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [__file__, "--side", side, case]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(next(line for line in done.stdout.splitlines() if line.startswith("ms ")).split()[1])
 
 
 def main() -> None:
     """Measure the cases and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"Of {', '.join(CASES)}. Default: all.")
-    parser.add_argument("--pairs", type=int, default=5, metavar="N", help="Pairs of runs a case. Default: 5.")
-    parser.add_argument("--json", action="store_true", help="Print JSON in place of the table.")
+    parser = arguments(__doc__, pairs=5)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"Of {', '.join(CASES)}. Default: the peer's.")
+    parser.add_argument("--peer", choices=("ddp", "one"), default="ddp", help="Default: ddp.")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.side:
-        milliseconds = (run_ours if arguments.side == "ours" else run_peer)(arguments.cases[0])
-        if os.environ["RANK"] == "0":
+    options = parser.parse_args()
+    if options.side:
+        milliseconds = (run_ours if options.side == "ours" else run_peer)(options.cases[0])
+        if os.environ.get("RANK", "0") == "0":
             print("ms", milliseconds, flush=True)
         os._exit(0)  # DDP's own end over gloo aborts now and then, when all has been measured
-    rows = []
-    for case in arguments.cases or CASES:
-        pairs = [(measure("ours", case), measure("peer", case)) for _ in range(arguments.pairs)]
-        ratios = sorted(peer / ours for ours, peer in pairs)
-        ours, peer = (statistics.median(side) for side in zip(*pairs, strict=True))
-        rows.append({"case": case, "ours_ms": ours, "peer_ms": peer, "ratios": ratios})
-        if not arguments.json:
-            spread = f"{statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            print(f"{case:<16}  ours {ours:8.2f} ms   DDP {peer:8.2f} ms   times as fast: {spread}", flush=True)
-    if arguments.json:
-        print(json.dumps(rows, indent=1))
+    comparisons = [
+        compare(
+            case, "ms", f"at least {CASES[case][-1]:g}", lambda case=case: measure("ours", case, RANKS),
+            lambda case=case: measure("peer", case, RANKS if options.peer == "ddp" else 1), options.pairs,
+        )
+        for case in options.cases or (BESIDE_DDP if options.peer == "ddp" else BESIDE_ONE)
+    ]  # fmt: skip
+    report(comparisons, as_json=options.json, faster=True, peer="DDP" if options.peer == "ddp" else "one")
 
 
 if __name__ == "__main__":

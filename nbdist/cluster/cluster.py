@@ -56,6 +56,7 @@ class Cluster:
         self._up: Engines | None = None
         self._sources = CellSources()
         self._run: Run | None = None
+        self._outbox: Any = None
 
     def start(self, tell: Callable[[str], None] = lambda words: None) -> Cluster:
         """Start the engines; ready only after all of them have met in a collective.
@@ -86,7 +87,7 @@ class Cluster:
         """End the engines and everything about them. Twice is fine."""
         if self._up is None:
             return
-        engines, self._up = self._up, None
+        engines, self._up, self._outbox = self._up, None, None
         if current.current_cluster() is self:
             current.set_cluster(None)
         engines.end()
@@ -237,13 +238,15 @@ class Cluster:
                 raise PlanError(f"unknown option {name!r}.{suggest(name, [*OPTIONS, *_TASK_OPTIONS])}")
         self.check_ready()
         engines = self._running()
+        from nbdist.core.handover import Outbox
         from nbdist.core.task import Task
 
         given = {name: options.pop(name) for name in _TASK_OPTIONS if name in options}
         task = Task.create(model, data, names=names, **given)
         plan = Plan.create(ranks=self.size, cores=engines.threads * self.size, **{**options, **task.options})
-        parcel = _pack((task, plan), f"{names[0]} or {names[1]}", inline=engines.remote)
-        self._run = start_training(engines, task, plan, parcel, self._sources.new(), watch)
+        self._outbox = self._outbox or Outbox()
+        packed = _pack((task, plan), f"{names[0]} or {names[1]}", inline=engines.remote, outbox=self._outbox)
+        self._run = start_training(engines, task, plan, packed, self._outbox, self._sources.new(), watch)
         current.note_run(self._run)
         return self._run if background else attend(self._run, engines)
 
@@ -256,11 +259,11 @@ class Cluster:
             raise PlanError(f"rank {rank} does not exist: use 0 to {self.size - 1}.")
 
 
-def _pack(value: Any, name: str, *, inline: bool) -> tuple[Any, Any]:
+def _pack(value: Any, name: str, **options: Any) -> tuple[Any, Any]:
     from nbdist.core.handover import pack
 
     try:
-        return pack(value, inline=inline)
+        return pack(value, **options)
     except TaskError as error:
         raise TaskError(f"{name}: {error}") from error.__cause__
 

@@ -65,6 +65,7 @@ class Engines:
         self.timeout_s = timeout_s
         self._device = device
         self.transport = ""
+        self.home = ""  # where the last weights came home from
         self.formed = False
         self.suspected = False
         self.ended = False

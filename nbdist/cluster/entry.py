@@ -14,7 +14,7 @@ from nbdist.cluster.definitions import News, install, tie_classes
 from nbdist.cluster.remote_errors import Failure
 from nbdist.telemetry import RankState
 
-__all__ = ["Outcome", "expect_cell", "hear", "hello", "join", "pull", "push", "tie", "train"]
+__all__ = ["Outcome", "expect_cell", "has_let_go", "hear", "hello", "join", "pull", "push", "tie", "train"]
 
 _STOP_POLL_S = 0.05
 
@@ -43,7 +43,8 @@ class _Engine:
 
     def __init__(self) -> None:
         self.world: Any = None
-        self.outgoing: Any = None  # the segment of the last parcel sent from here
+        self.outgoing: Any = None  # the segment of the last value that was pulled from here
+        self.home: Any = None  # the segment of the last trained weights, on rank 0
 
 
 _engine = _Engine()
@@ -138,13 +139,20 @@ def tie(marks: dict[str, str]) -> None:
     tie_classes(marks, _namespace())
 
 
-def train(parcel: Any, run_id: str, news: News, inline: bool) -> Outcome:
-    """Run one rank of a training."""
+def has_let_go(path: str) -> bool:
+    """Whether nothing here lies in the segment of the last parcel from `path` any more."""
+    from nbdist.core.handover import let_go
+
+    return let_go(path)
+
+
+def train(parcel: Any, run_id: str, news: News, inline: bool, home_free: bool) -> Outcome:
+    """Run one rank of a training; `home_free` says that the notebook has let go of the last weights from here."""
     from ipyparallel.datapub import publish_data
 
     from nbdist.core import fit
     from nbdist.core.eager import eager
-    from nbdist.core.handover import pack, unpack
+    from nbdist.core.handover import Outbox, pack, unpack
     from nbdist.core.params import ParamTable
     from nbdist.telemetry import JsonlSink, SnapshotSink
     from nbdist.telemetry.record import record_path
@@ -170,7 +178,10 @@ def train(parcel: Any, run_id: str, news: News, inline: bool) -> Outcome:
                 with eager():
                     optimizer_state = task.optimizer.state_dict() if task.own_optimizer else None
                 trained = (ParamTable.of(task.model).tensors, optimizer_state)
-                home, _engine.outgoing = pack(trained, inline=inline)
+                outbox = Outbox()
+                if _engine.home is not None and home_free:
+                    outbox.give_back(_engine.home, lambda: True)
+                home, _engine.home = pack(trained, inline=inline, outbox=outbox)
             return Outcome(rank=world.rank, state=result.state, snapshot=snapshots.state, home=home)
         except BaseException as error:
             failure = Failure.of(world.rank, error)

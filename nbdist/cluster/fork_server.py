@@ -35,7 +35,8 @@ _POLL_S = 0.5
 _CONTROL_PLANE = ["ipyparallel.controller.app", "ipyparallel.engine.app", "ipyparallel.engine.nanny"]
 _ENGINE = [
     "torch.distributed", "numpy.random", "nbdist.cluster.entry", "nbdist.core.train", "nbdist.core.handover",
-    "ipykernel.debugger", "tornado.platform.asyncio", "tornado.locks", "IPython.extensions.storemagic",
+    "ipyparallel.datapub", "ipykernel.debugger", "tornado.platform.asyncio", "tornado.locks",
+    "IPython.extensions.storemagic",
 ]  # fmt: skip
 _READ_WHEN_LOADED = ("ATEN_", "GOMP_", "LD_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "PYTORCH_", "TORCH_")
 """Variables that Python and torch read once, when they are loaded."""

@@ -28,6 +28,7 @@ def start_training(
     task: Any,
     plan: Plan,
     packed: tuple[Any, Any],
+    outbox: Any,
     news: News,
     watch: Callable[[Run], None] | None,
 ) -> Run:
@@ -38,11 +39,12 @@ def start_training(
         task: What is trained; its model receives the weights in place, and the user's own optimizer its state.
         plan: How.
         packed: The parcel of both, and its segment.
+        outbox: Where the segment goes back to.
         news: What the engines do not know yet of the notebook.
         watch: See `Relay`.
     """
     from nbdist.core.eager import eager
-    from nbdist.core.handover import unpack
+    from nbdist.core.handover import let_go, unpack
     from nbdist.core.params import ParamTable
 
     if engines.suspected:
@@ -58,6 +60,7 @@ def start_training(
     )
 
     def bring_home(home: Any) -> None:
+        engines.home = home.path
         tensors, optimizer_state = unpack(home)
         ParamTable.of(task.model).load_(tensors)
         if optimizer_state is not None:
@@ -65,14 +68,17 @@ def start_training(
                 task.optimizer.load_state_dict(optimizer_state)
 
     def after(failed: bool) -> None:
-        segment.close()
+        if failed:
+            segment.close()
+        else:
+            answers = [engines.start_call(rank, entry.has_let_go, parcel.path) for rank in range(engines.size)]
+            outbox.give_back(segment, lambda: all(a.ready() and a.successful() and a.get() for a in answers))
         engines.formed = not failed  # ranks leave a world that failed
         if failed and not engines.ended and not engines.lost:
             engines.form()
 
-    calls = [
-        engines.start_call(rank, entry.train, parcel, run_id, news, engines.remote) for rank in range(engines.size)
-    ]
+    arguments = (parcel, run_id, news, engines.remote, let_go(engines.home))
+    calls = [engines.start_call(rank, entry.train, *arguments) for rank in range(engines.size)]
     run._printed = functools.partial(printed, dict(enumerate(calls)))
     Relay(run, calls, engines, bring_home=bring_home, after=after, watch=watch).start()
     return run

@@ -7,12 +7,16 @@ memory is free when the last one lets go, however it died. To another host the s
 
 from __future__ import annotations
 
+import functools
+import gc
 import io
 import mmap
 import os
 import pickle
 import tempfile
 import uuid
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +27,24 @@ import torch
 
 from nbdist.errors import TaskError
 
-__all__ = ["Parcel", "Segment", "host_id", "pack", "unpack"]
+__all__ = ["Outbox", "Parcel", "Segment", "host_id", "let_go", "pack", "unpack"]
 
+_HOST_VARIABLE = "NBDIST_HOST"
 _ALIGNMENT = 64
 _THREADED_COPY_BYTES = 1 << 20
+_KEPT_BYTES = 1 << 28  # a larger segment is not kept: its memory is worth more than the time to make it anew
+
+_mapped: weakref.WeakValueDictionary[str, mmap.mmap] = weakref.WeakValueDictionary()
+"""The segments that something in this process still lies in, by path."""
 
 
 def host_id() -> str:
-    """Names the running system: processes with the same one can map each other's segments."""
+    """Names the running system: processes with the same one can map each other's segments.
+
+    ``$NBDIST_HOST`` names it where that cannot be seen from inside, as in containers that share a kernel but no files.
+    """
+    if os.environ.get(_HOST_VARIABLE):
+        return os.environ[_HOST_VARIABLE]
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # a container has process numbers of its own
@@ -46,6 +60,7 @@ class Segment:
     """
 
     def __init__(self, size: int) -> None:
+        self.size = max(size, 1)
         if hasattr(os, "memfd_create"):
             self._file = os.memfd_create("nbdist", os.MFD_CLOEXEC)
             self.path = f"/proc/{os.getpid()}/fd/{self._file}"
@@ -53,8 +68,25 @@ class Segment:
         else:
             self._file, self._name = tempfile.mkstemp(prefix="nbdist-")
             self.path = self._name
-        os.ftruncate(self._file, max(size, 1))
-        self.buffer = mmap.mmap(self._file, max(size, 1))
+        os.ftruncate(self._file, self.size)
+        self._filled = False
+
+    @functools.cached_property
+    def buffer(self) -> mmap.mmap:
+        """The segment as memory."""
+        return mmap.mmap(self._file, self.size)
+
+    def fill(self, pieces: list[tuple[int, memoryview]]) -> None:
+        """Write bytes at their places: into new pages as a file, which saves a fault a page, and later as memory."""
+        for start, piece in pieces:
+            if self._filled and len(piece) >= _THREADED_COPY_BYTES and not piece.readonly:
+                source = torch.frombuffer(piece, dtype=torch.uint8)  # torch copies with all its threads
+                torch.frombuffer(self.buffer, dtype=torch.uint8, count=len(piece), offset=start).copy_(source)
+                continue
+            done = 0
+            while done < len(piece):
+                done += os.pwrite(self._file, piece[done:], start + done)
+        self._filled = True
 
     def close(self) -> None:
         """Let go of the segment; processes that have mapped it keep it. Twice is fine."""
@@ -66,6 +98,36 @@ class Segment:
 
     def __del__(self) -> None:
         self.close()
+
+
+class Outbox:
+    """Makes segments, and makes one again of a segment that came back: its pages are there already.
+
+    Only when nobody maps it any more may a segment be written anew, for a private mapping shows what is written until
+    its owner writes there itself.
+    """
+
+    def __init__(self) -> None:
+        self._back: Segment | None = None
+        self._free: Callable[[], bool] = lambda: False
+
+    def segment(self, size: int) -> Segment:
+        """A segment of at least `size` bytes."""
+        back, self._back = self._back, None
+        if back is not None and size <= back.size and self._free():
+            return back
+        if back is not None:
+            back.close()
+        return Segment(size)
+
+    def give_back(self, segment: Segment, free: Callable[[], bool]) -> None:
+        """Keep a segment for the next time; `free` tells then whether all others have let go of it."""
+        if self._back is not None:
+            self._back.close()
+        if segment.size <= _KEPT_BYTES:
+            self._back, self._free = segment, free
+        else:
+            segment.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +151,7 @@ class Parcel:
     nbytes: int
 
 
-def pack(value: Any, *, inline: bool = False) -> tuple[Parcel, Segment]:
+def pack(value: Any, *, inline: bool = False, outbox: Outbox | None = None) -> tuple[Parcel, Segment]:
     """Pack `value` by value: classes and functions of a notebook travel with it, tensors and arrays beside it.
 
     Tensors that share memory share it still on the other side, so tied weights stay tied. They arrive on the CPU.
@@ -100,6 +162,11 @@ def pack(value: Any, *, inline: bool = False) -> tuple[Parcel, Segment]:
 
     Returns:
         The parcel, and the segment to keep until every receiver has unpacked.
+
+    Args:
+        value: The object.
+        inline: Whether the parcel holds the bytes too, for receivers on other hosts.
+        outbox: Where the segment comes from; by default it is new.
 
     Raises:
         TaskError: Something in `value` cannot be pickled.
@@ -118,12 +185,11 @@ def pack(value: Any, *, inline: bool = False) -> tuple[Parcel, Segment]:
         places.append((end, len(view)))
         end += len(view)
     table = pickle.dumps(places)
-    segment = Segment(end + len(table))
-    segment.buffer[: len(code)] = code
-    for (start, _), view in zip(places, views, strict=True):
-        _copy(segment.buffer, start, view)
+    segment = (outbox or Outbox()).segment(end + len(table))
+    starts = [start for start, _ in places]
+    segment.fill([(0, memoryview(code)), *zip(starts, views, strict=True), (end, memoryview(table))])
+    for view in views:
         view.release()  # before the garbage collector meets them in the pickler's cycles
-    segment.buffer[end : end + len(table)] = table
     for buffer in pickler.buffers:
         buffer.release()
     parcel = Parcel(
@@ -141,6 +207,7 @@ def unpack(parcel: Parcel) -> Any:
     else:
         with open(parcel.path, "rb") as file:
             buffer = mmap.mmap(file.fileno(), parcel.nbytes, access=mmap.ACCESS_COPY)
+        _mapped[parcel.path] = buffer
     memory: Any = np.frombuffer(buffer, dtype=np.uint8)  # its slices are buffers, and keep the mapping alive
     places = pickle.loads(memory[parcel.table_start : parcel.nbytes])
     return pickle.loads(
@@ -148,12 +215,11 @@ def unpack(parcel: Parcel) -> Any:
     )
 
 
-def _copy(target: mmap.mmap, start: int, view: memoryview) -> None:
-    if view.readonly or len(view) < _THREADED_COPY_BYTES:
-        target[start : start + len(view)] = view
-    else:  # torch copies with all its threads
-        source = torch.frombuffer(view, dtype=torch.uint8)
-        torch.frombuffer(target, dtype=torch.uint8, count=len(view), offset=start).copy_(source)
+def let_go(path: str) -> bool:
+    """Whether nothing in this process lies any more in the segment that was last unpacked from `path`."""
+    if path in _mapped:
+        gc.collect()
+    return path not in _mapped
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no types

@@ -21,7 +21,8 @@ import torch.distributed as dist
 # first step), it would hold that group's sockets open, and with them every peer that waits, after the group is gone.
 import torch.distributed.nn.functional
 
-from nbdist.core.channels import Channel, ProcessGroupChannel, SharedMemoryChannel, SoloChannel
+from nbdist.core import handover
+from nbdist.core.channels import Channel, HostsChannel, ProcessGroupChannel, SharedMemoryChannel, SoloChannel
 from nbdist.errors import PlanError
 
 __all__ = ["SHARED_GPU", "World", "host_store", "pick_device"]
@@ -46,7 +47,7 @@ class World:
         device: What this rank computes on.
         backend: "gloo" or "nccl", or empty for a world of one.
         store: The key-value store all ranks share, hosted outside of them; None where nobody outside takes part.
-        shared: The channel through shared memory, where all ranks compute on the CPUs of one host.
+        shared: The channel that goes through shared memory, where ranks that compute on CPUs share a host.
     """
 
     generation: int = 0
@@ -57,7 +58,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str = ""
     store: Any = None
-    shared: SharedMemoryChannel | None = None
+    shared: Channel | None = None
 
     @classmethod
     def form(
@@ -155,7 +156,8 @@ class World:
     @property
     def transport(self) -> str:
         """What the ranks' gradients travel over, for people."""
-        return "shared memory" if self.shared else self.backend
+        between = [self.backend] if self.shared is None or isinstance(self.shared, HostsChannel) else []
+        return " and ".join([*(["shared memory"] if self.shared else []), *between])
 
     def leave(self) -> None:
         """Leave this world; peers that wait for this rank are released with an error. Local, twice is fine."""
@@ -190,13 +192,17 @@ def _backend(store: Any, rank: int, size: int, device: torch.device) -> str:
     return "nccl" if len(gpus) == size else "gloo"
 
 
-def _share_memory(store: Any, rank: int, size: int, device: torch.device) -> SharedMemoryChannel | None:
-    """A channel through shared memory, or None where it cannot be. **Collective**."""
+def _share_memory(store: Any, rank: int, size: int, device: torch.device) -> Channel | None:
+    """A channel that goes through shared memory as far as it reaches, or None where it cannot be. **Collective**."""
     if size == 1 or device.type != "cpu" or os.environ.get(_CHANNEL_VARIABLE) == "process_group":
         return None
-    if not SharedMemoryChannel.reaches(rank, size, store, "memory"):
-        return None
-    return SharedMemoryChannel(rank, size, store, "memory")
+    # Linux alone has sockets without a name in the file system; elsewhere every rank is a host of its own.
+    store.set(f"host/{rank}", handover.host_id() if sys.platform == "linux" else f"rank {rank}")
+    hosts = [store.get(f"host/{other}").decode() for other in range(size)]
+    groups = HostsChannel.groups(hosts)
+    if len(groups) == 1:
+        return SharedMemoryChannel(rank, size, store, "memory")
+    return HostsChannel(hosts, rank, store, "memory") if len(groups) < size else None
 
 
 @functools.cache

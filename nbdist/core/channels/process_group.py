@@ -12,7 +12,7 @@ import torch.distributed as dist
 from nbdist.core.channels.base import Channel, Pending
 from nbdist.errors import PeerLostError
 
-__all__ = ["ProcessGroupChannel"]
+__all__ = ["ProcessGroupChannel", "Work"]
 
 _GATHER_BELOW_BYTES = 256 * 1024
 """Below this, gathering every rank's tensor and adding locally is one message round instead of two (measured on
@@ -27,14 +27,27 @@ def _all_gather(output: torch.Tensor, tensor: torch.Tensor) -> Any:
     return gather(output, tensor, async_op=True)
 
 
-class _Work(Pending):
+class Work(Pending):
     """Polls torch's own work handles: waiting inside them would hold an interrupt back until their timeout."""
 
     def __init__(self, work: Any, then: Callable[[], Pending | None] | None = None) -> None:
         self._work = work
         self._then = then
 
+    @classmethod
+    def launch(cls, start: Callable[[], Any], then: Callable[[], Pending | None] | None = None) -> Work:
+        """Start a collective of torch's; `then` follows it.
+
+        Raises:
+            PeerLostError: Another rank is gone.
+        """
+        try:
+            return cls(start(), then)
+        except RuntimeError as error:
+            raise PeerLostError(f"a collective could not start, another rank is gone ({error}).") from error
+
     def wait(self) -> None:
+        """See `Pending`."""
         try:
             spins = 0
             while not self._work.is_completed():
@@ -61,22 +74,16 @@ class ProcessGroupChannel(Channel):
     def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
         """See `Channel`. On CPU the order of the sum is ours; on a GPU it is the backend's, fixed for one topology."""
         if tensor.device.type != "cpu":
-            return self._launch(lambda: dist.all_reduce(tensor, async_op=True))
+            return Work.launch(lambda: dist.all_reduce(tensor, async_op=True))
         if tensor.nbytes <= _GATHER_BELOW_BYTES:
             return self._gather_and_add_(tensor)
         if self.size == 2:  # a + b == b + a: any order is rank order
-            return self._launch(lambda: dist.all_reduce(tensor, async_op=True))
+            return Work.launch(lambda: dist.all_reduce(tensor, async_op=True))
         return self._scatter_add_gather_(tensor)
 
     def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
         """See `Channel`."""
-        return self._launch(lambda: dist.broadcast(tensor, src=source, async_op=True))
-
-    def _launch(self, start: Callable[[], Any], then: Callable[[], Pending | None] | None = None) -> Pending:
-        try:
-            return _Work(start(), then)
-        except RuntimeError as error:
-            raise PeerLostError(f"a collective could not start, another rank is gone ({error}).") from error
+        return Work.launch(lambda: dist.broadcast(tensor, src=source, async_op=True))
 
     def _gather_and_add_(self, tensor: torch.Tensor) -> Pending:
         gathered = torch.empty((self.size, *tensor.shape), dtype=tensor.dtype)
@@ -86,7 +93,7 @@ class ProcessGroupChannel(Channel):
             for other in gathered[2:]:
                 tensor.add_(other)
 
-        return self._launch(lambda: _all_gather(gathered.view(-1), tensor.view(-1)), add)
+        return Work.launch(lambda: _all_gather(gathered.view(-1), tensor.view(-1)), add)
 
     def _scatter_add_gather_(self, tensor: torch.Tensor) -> Pending:
         flat = tensor.view(-1)
@@ -103,10 +110,10 @@ class ProcessGroupChannel(Channel):
             mine = rows[0]
             for row in rows[1:]:
                 mine.add_(row)
-            return self._launch(lambda: _all_gather(padded, mine), finish)
+            return Work.launch(lambda: _all_gather(padded, mine), finish)
 
         def finish() -> None:
             if padded is not flat:
                 flat.copy_(padded[: flat.numel()])
 
-        return self._launch(lambda: dist.all_to_all_single(parts, padded, async_op=True), add_and_gather)
+        return Work.launch(lambda: dist.all_to_all_single(parts, padded, async_op=True), add_and_gather)

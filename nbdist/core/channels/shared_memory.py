@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from nbdist.core.channels.base import Channel, Done, Pending
-from nbdist.core.handover import Segment, host_id
+from nbdist.core.handover import Segment
 from nbdist.errors import PeerLostError
 
 __all__ = ["SharedMemoryChannel"]
@@ -63,14 +63,6 @@ class SharedMemoryChannel(Channel):
         self._peers = _connect(rank, size, store, name)
         self._arenas: list[_Arena] = []
         self._staging = self._make_arena(_STAGING_BYTES)
-
-    @staticmethod
-    def reaches(rank: int, size: int, store: Any, name: str) -> bool:
-        """Whether all ranks share memory: they run on one system, and it is Linux. **Collective**."""
-        usable = hasattr(socket, "SO_PEERCRED")
-        store.set(f"{name}/host/{rank}", f"{usable} {host_id()}")
-        hosts = {store.get(f"{name}/host/{other}") for other in range(size)}
-        return usable and len(hosts) == 1
 
     def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A tensor in shared memory, which is summed where it lies. **Collective**; see `Channel.zeros`."""

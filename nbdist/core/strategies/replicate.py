@@ -51,8 +51,8 @@ class Replicate(Strategy):
             self._gradients.arm()
         # In float64, for a count divided by a number would be rounded to float32.
         share = (weight.double() if isinstance(weight, torch.Tensor) else weight) / self._full_batch
-        # What `(loss * share).backward()` starts with, without the multiplication.
-        loss.backward(torch.as_tensor(share, dtype=loss.dtype, device=loss.device))
+        # Not `backward(share)`: given a gradient, torch loads its symbolic shapes, and sympy with them.
+        (loss if isinstance(share, float) and share == 1.0 else loss * share).backward()
 
     def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
         """See `Strategy`."""
