@@ -37,7 +37,7 @@ class Cluster:
         timeout_s: How long the start may take, in seconds.
 
     Raises:
-        PlanError: The number or the device cannot be meant. Nothing is started.
+        PlanError: The number or the device cannot be meant. No engine is started.
     """
 
     def __init__(self, engines: int | None = None, *, device: str = "auto", timeout_s: float = 60.0) -> None:
@@ -271,7 +271,7 @@ def _pack(value: Any, name: str, **options: Any) -> tuple[Any, Any]:
 def _gpus() -> int:
     if "torch" not in sys.modules and not may_have_gpus():
         return 0
-    if fork_server.can_fork():
+    if fork_server.can_fork() and current.current_cluster() is None:
         fork_server.require_server()  # it loads torch while we do
     import torch
 

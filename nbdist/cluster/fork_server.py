@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
@@ -38,7 +39,9 @@ _ENGINE = [
     "ipyparallel.datapub", "ipykernel.debugger", "tornado.platform.asyncio", "tornado.locks",
     "IPython.extensions.storemagic",
 ]  # fmt: skip
-_READ_WHEN_LOADED = ("ATEN_", "GOMP_", "LD_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "PYTORCH_", "TORCH_")
+_READ_WHEN_LOADED = (
+    "ATEN_", "GOMP_", "LD_", "MALLOC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "PYTORCH_", "TORCH_",
+)  # fmt: skip
 """Variables that Python and torch read once, when they are loaded."""
 
 
@@ -51,12 +54,14 @@ class Order:
         environment: All its variables.
         folder: Where it runs.
         log: The file for what it prints.
+        cores: Numbers of the CPU cores it may use.
     """
 
     arguments: Sequence[str]
     environment: dict[str, str]
     folder: str
     log: str
+    cores: set[int]
 
 
 class ForkServer:
@@ -104,6 +109,7 @@ class ForkServer:
             self.end()
             raise ClusterError("the fork server has ended.") from ended
         if error:
+            self.end()
             raise ClusterError(f"the fork server cannot fork: {error}.")
         return int(pid)
 
@@ -172,7 +178,10 @@ def serve(pipe: Connection, owner: str) -> None:
             if pid == 0:
                 pipe.close()
                 _become(order)
-        pipe.send((number, pid, error))
+        try:
+            pipe.send((number, pid, error))
+        except OSError:  # the owner has gone meanwhile
+            return
         _load(_ENGINE)  # while the controller of a first start gets ready
 
 
@@ -202,13 +211,16 @@ def _become(order: Order) -> NoReturn:
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         os.environ.clear()
         os.environ.update(order.environment)
+        time.tzset()
         os.chdir(order.folder)
+        os.sched_setaffinity(0, order.cores)
         kind = order.arguments[0]
         Path("/proc/self/comm").write_text(f"nbdist-{kind}")
         if kind == "engine":
             sys.modules["numpy"].random.seed()  # or all engines would draw the same numbers, as they draw their state
             _prepare_nanny()
-        sys.argv = ["nbdist", *order.arguments]
+        # ipyparallel took the server's folder for the default when it was loaded.
+        sys.argv = ["nbdist", *order.arguments, f"--work-dir={order.folder}"]
         owner_guard.main()
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1

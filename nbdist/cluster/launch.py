@@ -26,8 +26,8 @@ from nbdist.errors import ClusterError
 __all__ = ["Launch"]
 
 _GUARD = [sys.executable, "-m", "nbdist.cluster.owner_guard"]
-_PING_MS = 50  # a registration completes at the next heartbeat, so the default of 3 s would be waited for
-_MISSED_BEATS = 200  # with short beats, a swapped-out engine must not be given up after the default of 10
+_PING_MS = 100  # a registration completes at the next heartbeat, so the default of 3 s would be waited for
+_MISSED_BEATS = 100  # with short beats, a swapped-out engine must not be given up after the default of 10
 _POLL_S = 0.01
 
 
@@ -40,9 +40,10 @@ class Launch:
 
     def __init__(self, engines: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
+        self._server = fork_server.require_server() if fork_server.can_fork() else None
         self._cluster = ipyparallel.Cluster(
             n=engines,
-            **({"controller": _ForkedController, "engines": _ForkedEngines} if fork_server.can_fork() else {}),
+            **({} if self._server is None else _launchers(self._server)),
             delay=0,
             log_level=40,
             cluster_id="",
@@ -101,17 +102,21 @@ class Launch:
 
         Engines of this host at once: whatever they do, nobody waits for them any more.
         """
-        for engine in [engine for engine_set in self._cluster.engines.values() for engine in _processes(engine_set)]:
+        controller = getattr(self._cluster.controller, "process", None)
+        engines = [engine for engine_set in self._cluster.engines.values() for engine in _processes(engine_set)]
+        for parent in [*engines, *([controller] if controller else [])]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 # Its nanny and its data workers too: they would notice, but not at once.
-                for process in [engine, *engine.children(recursive=True)]:
+                for process in [parent, *parent.children(recursive=True)]:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
         if self.client is not None:
             self.client.close()
             self.client = None
         if self.folder.exists():
-            self._cluster.stop_cluster_sync()
+            # Orphans of a server that was killed may stay zombies, for whose end ipyparallel would wait a minute.
+            if self._server is None or self._server.alive:
+                self._cluster.stop_cluster_sync()
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _processes_alive(self) -> bool:
@@ -132,17 +137,22 @@ def _processes(engine_set: Any) -> list[psutil.Process]:
 
 
 class _Forked(launcher.LocalProcessLauncher):
-    """Starts a process as a fork of the fork server, and else is ipyparallel's own local launcher."""
+    """Starts a process as a fork of `server` while that can fork, and else is ipyparallel's own local launcher."""
+
+    server: fork_server.ForkServer
 
     def start(self) -> None:
+        if not self.server.alive:
+            super().start()
+            return
         order = fork_server.Order(
             arguments=self.args[len(_GUARD) :], environment={**os.environ, **self.get_env()},
-            folder=os.path.abspath(self.work_dir), log=self.output_file,
+            folder=os.path.abspath(self.work_dir), log=self.output_file, cores=os.sched_getaffinity(0),
         )  # fmt: skip
         try:
-            self.pid = fork_server.require_server().fork(order)
+            self.pid = self.server.fork(order)
         except ClusterError as error:
-            warnings.warn(f"{error} Each process starts on its own instead, which takes longer.", stacklevel=2)
+            warnings.warn(f"{error} Processes start one by one instead, which takes longer.", stacklevel=1)
             super().start()
             return
         self.process = psutil.Process(self.pid)
@@ -161,5 +171,9 @@ class _ForkedEngine(_Forked, launcher.LocalEngineLauncher):
     pass
 
 
-class _ForkedEngines(launcher.LocalEngineSetLauncher):
-    launcher_class = _ForkedEngine
+def _launchers(server: fork_server.ForkServer) -> dict[str, type]:
+    """The launchers of a cluster that `server` forks."""
+    bound = {"server": server}
+    engine = type("ForkedEngine", (_ForkedEngine,), bound)
+    engines = type("ForkedEngines", (launcher.LocalEngineSetLauncher,), {"launcher_class": engine})
+    return {"controller": type("ForkedController", (_ForkedController,), bound), "engines": engines}

@@ -29,16 +29,21 @@ class _Placeholder(types.ModuleType):
     def graph_break(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is being traced."""
 
-    def disable(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Nothing is being compiled. torch remembers the result in an attribute of `function`."""
+    def disable(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Nothing of torch's own is being compiled; it remembers the result in an attribute of `function`."""
+        if not (getattr(function, "__module__", None) or "").startswith("torch.optim"):
+            return self._real().disable(function, *args, **kwargs)
         self.marked.append(function)
         return function
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__path__":
             raise AttributeError(name)
+        return getattr(self._real(), name)
+
+    def _real(self) -> types.ModuleType:
         self.remove()
-        return getattr(importlib.import_module(_NAME), name)
+        return importlib.import_module(_NAME)
 
     def remove(self) -> None:
         """Let the next import find the compiler, and let torch mark anew for it."""

@@ -123,22 +123,22 @@ class DistMagics(Magics):
         arguments = _START.parse(split_line(line))
         cluster = current_cluster()
         wanted = Cluster(arguments.n, device=arguments.device, timeout_s=arguments.timeout)
-        status = StatusLine(live=has_front_end(self.shell))
-        if (
-            cluster is not None
-            and (arguments.n in (None, cluster.size))
-            and arguments.device in ("auto", cluster.device)
-        ):
-            cluster.timeout_s = arguments.timeout
-            lost = [engine.rank for engine in cluster.engines if engine.state == "lost"]
-            cluster.start(status.tell)  # replaces them
-            status.end(f"{f'replaced {ranks_text(lost)}' if lost else 'already running'}: {_described(cluster)}")
-            return
-        if cluster is not None:
-            _refuse_while_running(cluster)
-            cluster.stop()
-        wanted.start(status.tell)
-        status.end(f"started {_described(wanted)}, in {duration(wanted.start_seconds)}")
+        with StatusLine(live=has_front_end(self.shell)) as status:
+            if (
+                cluster is not None
+                and arguments.n in (None, cluster.size)
+                and arguments.device in ("auto", cluster.device)
+            ):
+                cluster.timeout_s = arguments.timeout
+                lost = [engine.rank for engine in cluster.engines if engine.state == "lost"]
+                cluster.start(status.tell)  # replaces them
+                status.end(f"{f'replaced {ranks_text(lost)}' if lost else 'already running'}: {_described(cluster)}")
+                return
+            if cluster is not None:
+                _refuse_while_running(cluster)
+                cluster.stop()
+            wanted.start(status.tell)
+            status.end(f"started {_described(wanted)}, in {duration(wanted.start_seconds)}")
 
     @no_var_expand
     @line_magic

@@ -143,6 +143,13 @@ class StatusLine:
         self._shown = ""
         self._display: Any = None
 
+    def __enter__(self) -> StatusLine:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None and self._shown:
+            self.end("not started")
+
     def tell(self, words: str) -> None:
         """Something is being done."""
         if self._live and words != self._shown:

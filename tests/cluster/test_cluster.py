@@ -91,7 +91,8 @@ def test_an_engine_that_cannot_load_torch_ends_the_start_with_its_reason(shared_
     shared_cluster.stop()
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch is torn')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(ClusterError, match="rank 0: ImportError: libtorch is torn"):
+    torn = "ImportError: libtorch is torn"
+    with pytest.raises(ClusterError, match=f"rank 0: {torn}"), pytest.warns(UserWarning, match=f"fork: {torn}"):
         nbdist.Cluster(2, device="cpu").start()
     assert not [p for p in marked() if folder_of(p)]
 

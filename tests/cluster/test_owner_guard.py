@@ -34,12 +34,15 @@ sys.stdin.read()
 
 @pytest.fixture
 def owners(tmp_path):
-    """Processes that have a cluster each, one idle and one in the middle of a training with data workers."""
+    """Processes that have a cluster each, one idle and one in the middle of a training with data workers.
+
+    The idle engines were started by ipyparallel's own launchers, the others by the fork server.
+    """
     (tmp_path / "owner.py").write_text(OWNER)
     started = {
         state: subprocess.Popen([sys.executable, tmp_path / "owner.py", state], stdin=subprocess.PIPE,
-                                stdout=subprocess.PIPE, text=True)
-        for state in ("idle", "training")
+                                stdout=subprocess.PIPE, text=True, env={**os.environ, "NBDIST_FORK": fork})
+        for state, fork in (("idle", "off"), ("training", "on"))
     }  # fmt: skip
     yield started
     for owner in started.values():
@@ -50,9 +53,12 @@ def owners(tmp_path):
 
 
 def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(shared_cluster, owners):
-    """Controller, engines, nannies, data workers and the folder are gone ten seconds after kill -9."""
+    """Controller, engines, nannies, data workers, folder and fork server are gone ten seconds after kill -9."""
     pids = {state: json.loads(owner.stdout.readline()) for state, owner in owners.items()}
     processes = [psutil.Process(pid) for of_one in pids.values() for pid in of_one]
+    names = {state: [psutil.Process(pid).name() for pid in of_one] for state, of_one in pids.items()}
+    assert not [name for name in names["idle"] if name.startswith("nbdist-")]
+    assert {"nbdist-controll", "nbdist-engine", "nbdist-nanny"} < set(names["training"])
     assert len(pids["idle"]) >= 4
     assert len(pids["training"]) >= 7, "two engines have a data worker each"
     folders = {folder for process in processes if (folder := folder_of(process))}

@@ -69,7 +69,7 @@ def notebook(cluster, capsys, tmp_path):
 def kernel(shared_cluster, tmp_path_factory):
     """A real kernel with nbdist loaded, two engines of its own, and `model`, `train_set`, `test_set`.
 
-    It stands in a folder in which a module lies beside the notebook.
+    It stands in a folder in which a module lies beside the notebook. `started` is the cell that started the engines.
     """
     from kernels import Kernel
 
@@ -77,7 +77,7 @@ def kernel(shared_cluster, tmp_path_factory):
     (folder / "beside.py").write_text("from torch import nn\n\nclass Beside(nn.Linear):\n    pass\n")
     kernel = Kernel(folder)
     kernel("%load_ext nbdist")
-    kernel("%dist_start -n 2 --device cpu")
+    kernel.started = kernel("%dist_start -n 2 --device cpu")
     kernel(NET)
     processes, _ = kernel.cluster()
     yield kernel

@@ -19,7 +19,10 @@ _WITHIN_S = 60.0
 
 @dataclass
 class Cell:
-    """What a cell left behind: its reply, and its outputs as a saved notebook would hold them."""
+    """What a cell left behind: its reply, and its outputs as a saved notebook would hold them.
+
+    An output that was updated also knows what it showed "before".
+    """
 
     reply: dict[str, Any] = field(default_factory=dict)
     outputs: list[dict[str, Any]] = field(default_factory=list)
@@ -96,11 +99,13 @@ class Kernel:
         if kind == "stream":
             cell.outputs.append({"type": "stream", "text": content["text"]})
         elif kind in ("display_data", "execute_result"):
-            cell.outputs.append({"type": kind, "data": content["data"]})
+            cell.outputs.append({"type": kind, "data": content["data"], "before": []})
             if display_id := content.get("transient", {}).get("display_id"):
                 shown[display_id] = cell.outputs[-1]
         elif kind == "update_display_data":
-            shown[content["transient"]["display_id"]]["data"] = content["data"]
+            output = shown[content["transient"]["display_id"]]
+            output["before"].append(output["data"])
+            output["data"] = content["data"]
         return kind == "status" and content["execution_state"] == "idle"
 
     def subshell(self) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import psutil
 import pytest
 from kernels import Kernel
@@ -11,6 +13,19 @@ from nbdist.plan.plan import OPTIONS
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ENDLESS = "--steps 1000000000"
+
+
+def test_a_start_says_what_is_being_done_in_one_line(kernel):
+    """It changes while the engines start, and a saved notebook keeps what was started."""
+    (line,) = kernel.started.outputs
+    *before, last = (shown["text/plain"] for shown in [*line["before"], line["data"]])
+    assert ["loading torch ...", "forming the world ..."] == [before[0], before[-1]]
+    assert set(before[1:-1]) <= {f"{ready} of 2 engines are ready ..." for ready in range(2)}
+    assert len(set(before)) == len(before)
+    assert re.fullmatch(r"started 2 engines \(ranks 0-1\) on \S+: cpu over shared memory, .* each, in [\d.]+ s", last)
+    (line,) = kernel("%dist_start").outputs
+    assert line["data"]["text/plain"].startswith("already running: 2 engines (ranks 0-1)")
+    assert line["before"] == []
 
 
 def test_a_training_leaves_a_static_picture(kernel):

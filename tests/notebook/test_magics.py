@@ -10,6 +10,7 @@ import torch
 from shared_cluster import until
 
 import nbdist
+from nbdist.cluster import current_server
 from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, TaskError
 
 
@@ -35,8 +36,8 @@ def test_start_tells_what_it_started_and_stop_ends_it(notebook):
     """Engines, ranks, host, devices and threads at the start; twice is fine for both, and both say so."""
     notebook("%dist_stop")
     assert notebook.printed() == "stopped 2 engines\n"
-    notebook("%dist_stop", "%dist_stop --all", "%dist_status")
-    assert notebook.printed() == "no engines are running\n" * 2 + "no engines are running: %dist_start starts them\n"
+    notebook("%dist_stop")
+    assert notebook.printed() == "no engines are running\n"
     for line in ("%dist_train model train_set --loss mse", "%dist_push X", "%dist_pull X", "%%dist\n1"):
         error, _ = notebook.fails(line)
         assert isinstance(error, ClusterError)
@@ -53,6 +54,32 @@ def test_start_tells_what_it_started_and_stop_ends_it(notebook):
     assert nbdist.current_cluster() is before
 
 
+def test_the_fork_server_stays_until_it_is_stopped_too(notebook):
+    """The status says so, with and without engines, and what it costs; ``--all`` ends both, or what there is."""
+    server = psutil.Process(current_server().pid)
+    line = rf"fork server for a quick start: pid {server.pid}, [\d,.]+ MiB \(%dist_stop --all ends it\)"
+    notebook("%dist_status", "%dist_stop")
+    *_, last, stopped = notebook.printed().splitlines()
+    assert re.fullmatch(line, last)
+    assert stopped == "stopped 2 engines"
+    notebook("%dist_status")
+    first, *_, last = notebook.printed().splitlines()
+    assert first == "no engines are running: %dist_start starts them"
+    assert re.fullmatch(line, last)
+    notebook("%dist_stop --all", "%dist_stop --all", "%dist_status")
+    stopped, again, first, *rest = notebook.printed().splitlines()
+    assert (stopped, again) == ("stopped the fork server", "no engines are running")
+    assert first == "no engines are running: %dist_start starts them"
+    assert "fork server" not in "".join(rest)
+    assert not psutil.pid_exists(server.pid)
+    notebook("%dist_start -n 2 --device cpu")
+    server = current_server()
+    notebook.printed()
+    notebook("%dist_stop --all")
+    assert notebook.printed() == "stopped 2 engines and the fork server\n"
+    assert not psutil.pid_exists(server.pid)
+
+
 def test_start_replaces_a_lost_engine_and_says_so(notebook, cluster):
     """The others keep their process."""
     stays, lost = cluster.engines
@@ -64,17 +91,18 @@ def test_start_replaces_a_lost_engine_and_says_so(notebook, cluster):
 
 
 def test_status_shows_each_engine_and_the_newest_run(notebook, cluster):
-    """One row an engine: rank, process, host, device, state, memory."""
+    """One row an engine: rank, process, host, device, state, memory. The fork server has the last line."""
     notebook("%dist_train model train_set --loss cross_entropy --steps 1")
     notebook.printed()
     notebook("%dist_status")
-    header, *rows, newest = [line.split() for line in notebook.printed().splitlines()]
+    header, *rows, newest, server = [line.split() for line in notebook.printed().splitlines()]
     assert header == ["rank", "pid", "host", "device", "state", "memory"]
     for row, engine in zip(rows, cluster.engines, strict=True):
         assert row[:5] == [str(engine.rank), str(engine.pid), engine.host, "cpu", "idle"]
         assert 50 < float(row[5].replace(",", "")) < 5000
         assert row[6] == "MiB"
     assert newest == ["newest", "run", f"{nbdist.last_run().run_id}:", "finished"]
+    assert server[:2] == ["fork", "server"]
 
 
 def test_a_cell_runs_on_all_engines_and_is_labelled(notebook):

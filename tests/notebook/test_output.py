@@ -1,10 +1,10 @@
-"""What ranks print, labelled and merged."""
+"""What ranks print, labelled and merged; and the line that says what is being done."""
 
 from __future__ import annotations
 
 import pytest
 
-from nbdist.notebook.output import RankPrinter, label, merge, show_rich
+from nbdist.notebook.output import RankPrinter, StatusLine, label, merge, show_rich
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,12 @@ def test_equal_results_are_shown_once(capsys):
     assert capsys.readouterr().out == "[0,2] Out: 1\n[1] Out: 2\n"
     show_rich({0: {"text/plain": "a\nb"}}, "Out")
     assert capsys.readouterr().out == "[0] Out:\na\nb\n"
+
+
+def test_a_terminal_is_told_the_end_only(capsys):
+    """What cannot be changed later is not said."""
+    line = StatusLine(live=False)
+    line.tell("starting")
+    assert capsys.readouterr().out == ""
+    line.end("started")
+    assert capsys.readouterr().out == "started\n"

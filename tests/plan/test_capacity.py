@@ -1,13 +1,15 @@
-"""How many engines make sense."""
+"""How many engines make sense, and whether it is worth while to count GPUs."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
+import torch
 
 from nbdist.errors import PlanError
-from nbdist.plan import available_cores, check_engines, default_engines
+from nbdist.plan import available_cores, capacity, check_engines, default_engines, may_have_gpus
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +53,20 @@ def test_the_limit_can_be_set(monkeypatch):
 def test_cores_are_those_this_process_may_use():
     """At least one, and no more than the host has."""
     assert 1 <= available_cores() <= os.cpu_count()
+
+
+def test_gpus_that_torch_can_use_are_not_overlooked():
+    """Where no driver is seen, torch counts none."""
+    assert may_have_gpus() or not torch.cuda.device_count()
+
+
+def test_a_driver_is_seen_by_its_device(tmp_path, monkeypatch):
+    """One of several is enough; under Windows, which shows none, there may always be GPUs."""
+    device = tmp_path / "driver"
+    monkeypatch.setattr(capacity, "_GPU_DEVICES", (str(tmp_path / "another"), str(device)))
+    assert not may_have_gpus()
+    device.touch()
+    assert may_have_gpus()
+    device.unlink()
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert may_have_gpus()
