@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,13 @@ import torch
 from nbdist.core.channels.base import Channel, Done, Pending
 from nbdist.core.handover import Segment
 from nbdist.errors import PeerLostError
+from nbdist.plan import available_cores
 
 __all__ = ["SharedMemoryChannel"]
 
 _PAGE = 4096
+_SPIN_S = 1e-4
+"""How long to look for a peer before sleeping, where each rank has a core: to be woken takes 20 to 50 us more."""
 _STAGING_BYTES = 1 << 20
 """Tensors that do not lie in an arena pass through one of this size, piece by piece."""
 
@@ -61,6 +65,7 @@ class SharedMemoryChannel(Channel):
     def __init__(self, rank: int, size: int, store: Any, name: str) -> None:
         super().__init__(rank, size, torch.device("cpu"))
         self._peers = _connect(rank, size, store, name)
+        self._spin_s = _SPIN_S if size <= available_cores() else 0.0
         self._arenas: list[_Arena] = []
         self._staging = self._make_arena(_STAGING_BYTES)
 
@@ -122,10 +127,18 @@ class SharedMemoryChannel(Channel):
             for peer in self._peers:
                 peer.sendall(b"\0")
             for peer in self._peers:
-                if not peer.recv(1):
+                if not self._hear(peer):
                     raise PeerLostError("a collective ended early, another rank is gone (its socket closed).")
         except OSError as error:
             raise PeerLostError(f"a collective ended early, another rank is gone ({error}).") from error
+
+    def _hear(self, peer: socket.socket) -> bytes:
+        """Receive a byte, or nothing where the peer has gone."""
+        until_s = time.perf_counter() + self._spin_s
+        while time.perf_counter() < until_s:
+            with contextlib.suppress(BlockingIOError):
+                return peer.recv(1, socket.MSG_DONTWAIT)
+        return peer.recv(1)
 
     def _arena_of(self, tensor: torch.Tensor) -> _Arena | None:
         address = tensor.data_ptr()

@@ -1,0 +1,163 @@
+"""What the fork server runs, and what its forks become: controller, engines and their nannies.
+
+The server starts no thread and touches no GPU, for neither survives a fork. It ends when its owner does, or closes the
+pipe.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import types
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nbdist.cluster import owner_guard
+from nbdist.cluster.fork_server import Order
+
+__all__ = ["main", "serve"]
+
+_POLL_S = 0.5
+_CONTROL_PLANE = ["ipyparallel.controller.app", "ipyparallel.engine.app", "ipyparallel.engine.nanny"]
+_ENGINE = [
+    "torch.distributed", "numpy.random", "nbdist.cluster.entry", "nbdist.core.train", "nbdist.core.handover",
+    "ipyparallel.datapub", "ipykernel.debugger", "tornado.platform.asyncio", "tornado.locks",
+    "IPython.extensions.storemagic",
+]  # fmt: skip
+
+
+def serve(pipe: Connection, owner: str) -> None:
+    """The server's loop: fork what is ordered, until the pipe closes or the owner is gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _load(_CONTROL_PLANE)
+    while True:
+        try:
+            while not pipe.poll(_POLL_S):
+                if not owner_guard.alive(owner):
+                    return
+            number, order = pipe.recv()
+        except (EOFError, OSError):
+            return
+        pid, error = 0, _load(_ENGINE) if order.arguments[0] == "engine" else ""
+        if not error and threading.active_count() > 1:
+            error = "a library has started threads while it was loaded"
+        if not error:
+            pid = os.fork()
+            if pid == 0:
+                pipe.close()
+                _become(order)
+        try:
+            pipe.send((number, pid, error))
+        except OSError:  # the owner has gone meanwhile
+            return
+        _load(_ENGINE)  # while the controller of a first start gets ready
+
+
+def _load(modules: list[str]) -> str:
+    """Import modules; returns what went wrong."""
+    if all(module in sys.modules for module in modules):
+        return ""
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    gc.collect()
+    gc.freeze()  # a collection in a child would else write to, and so copy, all pages
+    return ""
+
+
+def _become(order: Order) -> NoReturn:
+    """Turn this fork into what was ordered; never returns."""
+    code = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        with open(order.log, "ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        os.environ.clear()
+        os.environ.update(order.environment)
+        time.tzset()
+        os.chdir(order.folder)
+        os.sched_setaffinity(0, order.cores)
+        kind = order.arguments[0]
+        Path("/proc/self/comm").write_text(f"nbdist-{kind}")
+        if kind == "controller":
+            _hurry_controller()
+        if kind == "engine":
+            sys.modules["numpy"].random.seed()  # or all engines would draw the same numbers, as they draw their state
+            _prepare_nanny()
+        # ipyparallel took the server's folder for the default when it was loaded.
+        sys.argv = ["nbdist", *order.arguments, f"--work-dir={order.folder}"]
+        owner_guard.main()
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        os._exit(code)  # nothing of the server's is to be tidied up here
+
+
+def _hurry_controller() -> None:
+    """Leave out a nap of 250 ms that ipyparallel's controller takes before it says where it listens.
+
+    Its sockets are bound by then, or queue. It is the only nap in that module; without it there, nothing changes.
+    """
+    from ipyparallel.controller import app
+
+    app.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+
+
+def _prepare_nanny() -> None:
+    """Fork the engine's nanny now, while there is no thread, and let ipyparallel find it when it wants to start one.
+
+    ipyparallel's own way is a new Python, which takes longer to start than the engine. Without `start_nanny` in
+    ipyparallel's module, that way stays.
+    """
+    from ipyparallel.engine import app, nanny
+
+    if not hasattr(app, "start_nanny"):
+        return
+    wants, asked = os.pipe()
+    answered, answers = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        os.dup2(wants, 0)
+        os.dup2(answers, 1)
+        os.closerange(3, max(wants, asked, answered, answers) + 1)
+        Path("/proc/self/comm").write_text("nbdist-nanny")
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the server's own was at its end
+        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+        try:
+            nanny.main()
+        finally:
+            os._exit(0)
+    os.close(wants)
+    os.close(answers)
+
+    def start_nanny(**arguments: Any) -> tuple[str, Any]:
+        with open(asked, "wb") as request:
+            pickle.dump({**arguments, "pid": os.getpid()}, request)
+        answer = open(answered)  # noqa: SIM115 - the nanny ends when it closes
+        url = answer.readline().strip()
+        if not url:
+            raise RuntimeError("the nanny has ended")
+        return url, answer
+
+    app.start_nanny = start_nanny
+
+
+def main() -> None:
+    """Serve, as the process that `ForkServer` starts."""
+    serve(Connection(int(sys.argv[1])), sys.argv[2])
