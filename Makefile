@@ -5,6 +5,7 @@ PYTHON ?= python3
 CPU ?=
 
 BIN := .venv/bin
+BENCHMARKS := start_up memory first_step hand_over free_notebook step_time
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help
@@ -32,8 +33,10 @@ demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print wh
 test: env  ## Run the tests
 	$(BIN)/python -m pytest -q
 
-bench: env  ## Measure, side by side with what others would write by hand
-	@$(BIN)/python benchmarks/step_time.py
+bench: env  ## Measure, side by side with what others would write by hand: under 15 minutes
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt
+	@for script in $(BENCHMARKS); do echo; $(BIN)/python benchmarks/$$script.py || exit 1; done
+	@echo; $(BIN)/python benchmarks/step_time.py --peer one
 
 check: env  ## Lint, formatting, types
 	$(BIN)/ruff check .

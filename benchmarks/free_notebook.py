@@ -22,7 +22,7 @@ import psutil
 from kernel import Kernel
 from pairs import Comparison, arguments, report
 
-STEPS = 800
+STEPS = 1500
 POLL_S = 0.02
 TASK = """
 import torch

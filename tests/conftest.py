@@ -21,6 +21,13 @@ _SHARED_MEMORY = Path("/dev/shm")
 _OTHERS_VARIABLES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
 
 
+def pytest_collection_modifyitems(items):
+    """Tests with the shared cluster need engines, whatever else they use."""
+    for item in items:
+        if "shared_cluster" in item.fixturenames:
+            item.add_marker("engines")
+
+
 @pytest.fixture(scope="session")
 def run_ranks():
     """``run_ranks(size, function, *args)``: what ``function(world, *args)`` returns on each of `size` real ranks.

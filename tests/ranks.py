@@ -17,6 +17,7 @@ from nbdist.core.world import World, host_store
 from nbdist.errors import PeerLostError
 
 _JOIN_S = 10.0
+HOSTS = {"two hosts": 2, "three hosts": 3}
 
 
 class RemoteTraceback(Exception):
@@ -39,7 +40,7 @@ class RankPool:
     ) -> list[Any]:
         """Call ``function(world, *args)`` on `size` ranks that share a world, and return what each one returned.
 
-        They talk through `channel`: "shared memory", "process group", or "two hosts", that is both.
+        They talk through `channel`: "shared memory", "process group", or "two hosts" or "three hosts", that is both.
 
         Raises:
             Exception: What a rank raised: the first one that is no echo of another's loss.
@@ -94,8 +95,8 @@ def _rank_main(rank: int, size: int, port: int, writer: Connection, job: bytes, 
     multiprocessing.set_start_method(None, force=True)  # for what a rank starts itself: as in any other process
     torch.set_num_threads(1)
     os.environ["NBDIST_CHANNEL"] = channel.replace(" ", "_")
-    if channel == "two hosts":
-        os.environ["NBDIST_HOST"] = f"host {rank * 2 // size}"
+    if channel in HOSTS:
+        os.environ["NBDIST_HOST"] = f"host {rank * HOSTS[channel] // size}"
     outcome: tuple[Any, BaseException | None, str]
     world = None
     try:

@@ -54,10 +54,10 @@ def test_there_is_a_version():
 
 def test_the_options_of_dist_train():
     """Names of magic options are written down in notebooks: they do not change by accident."""
-    from nbdist.notebook.magics import _TRAIN
+    from nbdist.notebook.parsers import TRAIN
 
     assert TRAIN_OPTIONS == [
-        action.option_strings[-1] if action.option_strings else action.metavar for action in _TRAIN._actions
+        action.option_strings[-1] if action.option_strings else action.metavar for action in TRAIN._actions
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 from nbdist.core.channels import Channel, Pending
 
 __all__ = ["GradientSync", "Totals"]
+
+_NAP_S = 5e-5
 
 
 class Totals:
@@ -33,8 +36,8 @@ class Totals:
 
     @functools.cached_property
     def _numbers(self) -> list[float]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        while self._arrived is not None and not self._arrived.query():
+            time.sleep(_NAP_S)  # polled, for a peer may be gone and this never come
         return self._sums.tolist()
 
     @property
@@ -184,7 +187,7 @@ class GradientSync:
         self._start_ready(everything=True)
         for bucket in self._buckets:
             assert bucket.pending is not None
-            bucket.pending.wait()
+            bucket.pending.wait_on_device()
             bucket.pending = None  # a finished collective would still hold its process group, and the group its peers
         totals = Totals(self._tail[:3])
         if self._tail.device.type == "cpu":

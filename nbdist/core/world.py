@@ -151,7 +151,7 @@ class World:
         """The channel over all ranks."""
         if self.size == 1:
             return SoloChannel(self.device)
-        return self.shared or ProcessGroupChannel(self.device)
+        return self.shared or ProcessGroupChannel(self.device, streamed=self.backend == "nccl")
 
     @property
     def transport(self) -> str:

@@ -12,77 +12,14 @@ from IPython.display import display
 from nbdist.cluster import Cluster, Run, current_cluster, current_server, end_server, last_run, require_cluster
 from nbdist.cluster.remote_errors import ranks_text
 from nbdist.errors import ClusterError, PlanError, TaskError, suggest
+from nbdist.notebook import parsers
 from nbdist.notebook.dashboard import has_front_end, make_dashboard, remains
 from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.step_cell import compile_step
-from nbdist.plan.options import OptionParser, add_plan_options, plan_options, split_line
+from nbdist.plan.options import OptionParser, plan_options, split_line
 from nbdist.telemetry.view import duration, number, text_table
 
 __all__ = ["DistMagics"]
-
-
-def _start_parser() -> OptionParser:
-    parser = OptionParser("%dist_start", "Start engines, one rank each; says what it started. Twice is fine.")
-    parser.add_argument("-n", type=int, metavar="N", help="Engines. Default: one a GPU, else one a core up to 4.")
-    parser.add_argument(
-        "--device", default="auto", metavar="auto|cpu|cuda", help="What ranks compute on. Default: auto."
-    )
-    parser.add_argument(
-        "--timeout", type=float, default=60.0, metavar="S", help="Seconds the start may take. Default: 60."
-    )
-    return parser
-
-
-def _status_parser() -> OptionParser:
-    return OptionParser(
-        "%dist_status",
-        "Show the engines (rank, process, host, device, state, memory), the newest run, and what is kept warm.",
-    )
-
-
-def _stop_parser() -> OptionParser:
-    parser = OptionParser("%dist_stop", "End the engines. Twice is fine.")
-    parser.add_argument(
-        "--all", action="store_true", help="Also the fork server, which is kept for a quicker next start."
-    )
-    return parser
-
-
-def _dist_parser() -> OptionParser:
-    parser = OptionParser("%%dist", "Run the cell on engines, which have `rank`, `world_size` and `device`.")
-    parser.add_argument("--ranks", metavar="0,2-3", help="Where to run. Default: all ranks.")
-    parser.add_argument("--local", action="store_true", help="Run it in the notebook too, first.")
-    return parser
-
-
-def _push_parser() -> OptionParser:
-    parser = OptionParser("%dist_push", "Send values of the notebook to every engine, under the same names.")
-    parser.add_argument("names", nargs="+", metavar="NAME", help="Names in the notebook.")
-    return parser
-
-
-def _pull_parser() -> OptionParser:
-    parser = OptionParser("%dist_pull", "Return the value of a name on one engine.")
-    parser.add_argument("name", metavar="NAME", help="A name on the engine.")
-    parser.add_argument("--rank", type=int, default=0, metavar="R", help="Which engine. Default: 0.")
-    return parser
-
-
-def _train_parser() -> OptionParser:
-    parser = OptionParser(
-        "%dist_train",
-        "Train MODEL on DATA on all engines; the notebook's own MODEL then holds the trained weights. Returns a Run. "
-        "As a cell magic the body is one training step: it sees `model` and `batch` and assigns `loss`, a mean "
-        "(and `weight`, what that mean is over, if that is not the first dimension of the batch).",
-        usage="%%dist_train MODEL DATA [OPTIONS]\n       %%%%dist_train MODEL DATA [OPTIONS]   (the cell is one step)",
-    )
-    parser.add_argument("model", metavar="MODEL", help="A name or expression: a torch.nn.Module.")
-    parser.add_argument("data", metavar="DATA", help="A name or expression: a Dataset, a DataLoader, (X, y).")
-    parser.add_argument("--val", metavar="DATA", help="Validation data, in the same forms.")
-    add_plan_options(parser)
-    parser.add_argument("--background", action="store_true", help="Return at once; the run goes on.")
-    parser.add_argument("-o", dest="output", metavar="NAME", help="Store the Run under this name too.")
-    return parser
 
 
 def _documented(parser: OptionParser) -> Any:
@@ -93,10 +30,6 @@ def _documented(parser: OptionParser) -> Any:
         return function
 
     return decorate
-
-
-_START, _STATUS, _STOP = _start_parser(), _status_parser(), _stop_parser()
-_DIST, _PUSH, _PULL, _TRAIN = _dist_parser(), _push_parser(), _pull_parser(), _train_parser()
 
 
 @magics_class
@@ -118,9 +51,9 @@ class DistMagics(Magics):
 
     @no_var_expand
     @line_magic
-    @_documented(_START)
+    @_documented(parsers.START)
     def dist_start(self, line: str) -> None:
-        arguments = _START.parse(split_line(line))
+        arguments = parsers.START.parse(split_line(line))
         cluster = current_cluster()
         wanted = Cluster(arguments.n, device=arguments.device, timeout_s=arguments.timeout)
         with StatusLine(live=has_front_end(self.shell)) as status:
@@ -142,9 +75,9 @@ class DistMagics(Magics):
 
     @no_var_expand
     @line_magic
-    @_documented(_STATUS)
+    @_documented(parsers.STATUS)
     def dist_status(self, line: str) -> None:
-        _STATUS.parse(split_line(line))
+        parsers.STATUS.parse(split_line(line))
         cluster = current_cluster()
         if cluster is None:
             print("no engines are running: %dist_start starts them")
@@ -163,9 +96,9 @@ class DistMagics(Magics):
 
     @no_var_expand
     @line_magic
-    @_documented(_STOP)
+    @_documented(parsers.STOP)
     def dist_stop(self, line: str) -> None:
-        arguments = _STOP.parse(split_line(line))
+        arguments = parsers.STOP.parse(split_line(line))
         cluster = current_cluster()
         stopped = []
         if cluster is not None:
@@ -178,9 +111,9 @@ class DistMagics(Magics):
 
     @no_var_expand
     @cell_magic
-    @_documented(_DIST)
+    @_documented(parsers.DIST)
     def dist(self, line: str, cell: str) -> None:
-        arguments = _DIST.parse(split_line(line))
+        arguments = parsers.DIST.parse(split_line(line))
         cluster = require_cluster()
         ranks = None if arguments.ranks is None else _parse_ranks(arguments.ranks, cluster.size)
         if arguments.local:
@@ -205,9 +138,9 @@ class DistMagics(Magics):
 
     @no_var_expand
     @line_magic
-    @_documented(_PUSH)
+    @_documented(parsers.PUSH)
     def dist_push(self, line: str) -> None:
-        arguments = _PUSH.parse(split_line(line))
+        arguments = parsers.PUSH.parse(split_line(line))
         cluster = require_cluster()
         odd = [name for name in arguments.names if not name.isidentifier()]
         if odd:
@@ -217,16 +150,16 @@ class DistMagics(Magics):
 
     @no_var_expand
     @line_magic
-    @_documented(_PULL)
+    @_documented(parsers.PULL)
     def dist_pull(self, line: str) -> Any:
-        arguments = _PULL.parse(split_line(line))
+        arguments = parsers.PULL.parse(split_line(line))
         return require_cluster().pull(arguments.name, arguments.rank)
 
     @no_var_expand
     @line_cell_magic
-    @_documented(_TRAIN)
+    @_documented(parsers.TRAIN)
     def dist_train(self, line: str, cell: str | None = None) -> Run:
-        arguments = _TRAIN.parse(split_line(line))
+        arguments = parsers.TRAIN.parse(split_line(line))
         cluster = require_cluster()
         if cell is not None and arguments.loss is not None:
             raise PlanError("--loss and a cell body are two ways to say the same: leave one of them away.")

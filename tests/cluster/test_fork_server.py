@@ -21,7 +21,7 @@ import nbdist
 from nbdist.cluster.fork_server import ForkServer, Order, current_server, end_server, require_server
 from nbdist.errors import ClusterError
 
-COMPILER = "import sys; print('torch._dynamo' in sys.modules)"
+COMPILER = "import sys; print(bool({'torch._dynamo', 'sympy'} & set(sys.modules)))"
 FACTS = "import os, time; print(os.environ.get('NBDIST_TEST'), os.getcwd(), time.localtime().tm_zone, sep='\\n')"
 OWNER = """
 import os, sys

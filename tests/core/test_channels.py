@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -110,6 +114,48 @@ def test_an_error_on_a_rank_is_the_one_that_is_seen(run_on_each_channel):
     """A rank that leaves with an error releases its peers; their `PeerLostError` is an echo and hides nothing."""
     with pytest.raises(ZeroDivisionError, match="the cause"):
         run_on_each_channel(2, fail_on_rank_one)
+
+
+def test_three_hosts_sum_in_rank_order(run_ranks):
+    """A host between two others passes the sum on; hosts of one rank and of two give the bits of ranks on one host."""
+    expected = run_ranks(4, sums, channel="shared memory")[0]
+    for results in run_ranks(4, sums, channel="three hosts"):
+        assert all(torch.equal(expected[name], results[name]) for name in LENGTHS)
+
+
+def broadcast_from_the_last(world):
+    number = torch.tensor([world.rank])
+    world.channel().broadcast_(number, source=world.size - 1)
+    return number.item(), world.transport
+
+
+def test_a_broadcast_may_come_from_any_host(run_ranks):
+    """From a rank that leads no host too; and what the ranks talk over has a name."""
+    assert run_ranks(4, broadcast_from_the_last, channel="two hosts") == [(3, "shared memory and gloo")] * 4
+    assert run_ranks(4, broadcast_from_the_last, channel="shared memory") == [(3, "shared memory")] * 4
+
+
+def lose_rank_one_but_not_its_child(world):
+    if world.rank == 1:
+        child = multiprocessing.get_context("fork").Process(target=threading.Event().wait, args=(20,), daemon=True)
+        child.start()
+        world.store.set("child", str(child.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    began_s = time.monotonic()
+    try:
+        world.channel().all_reduce_(torch.ones(1))
+    except PeerLostError:
+        child = int(world.store.get("child"))
+        lives = os.path.exists(f"/proc/{child}")
+        if world.rank == 0:
+            os.kill(child, signal.SIGKILL)
+        raise ZeroDivisionError(lives, time.monotonic() - began_s < 10) from None
+
+
+def test_a_child_of_a_killed_rank_does_not_hold_the_others(run_ranks):
+    """A data-loading process has the sockets of its rank, but closes them: the peers are free while it still lives."""
+    with pytest.raises(ZeroDivisionError, match=r"\(True, True\)"):
+        run_ranks(2, lose_rank_one_but_not_its_child)
 
 
 def test_a_rank_alone_sums_and_broadcasts_to_itself():

@@ -13,7 +13,7 @@ from problems import SGD, classes, mlp, weights
 from torch import nn
 from torch.nn import functional as F
 
-from nbdist.core.handover import Segment, host_id, pack, unpack
+from nbdist.core.handover import Outbox, Segment, host_id, let_go, pack, unpack
 from nbdist.errors import TaskError
 
 
@@ -206,3 +206,53 @@ def test_a_host_has_one_name(run_ranks):
 
 def name_host(_world):
     return host_id()
+
+
+def send(outbox, value, free=lambda: True):
+    """Pack, unpack and give the segment back; returns its path and what arrived."""
+    parcel, segment = pack(value, outbox=outbox)
+    arrived = unpack(parcel)
+    outbox.give_back(segment, free)
+    return parcel.path, arrived
+
+
+@pytest.mark.parametrize("numbers", [10, 2**19])
+def test_a_segment_that_came_back_is_used_again(numbers):
+    """For what fits into it, whole or in part; the second content arrives, not the first."""
+    outbox = Outbox()
+    first, arrived = send(outbox, torch.zeros(numbers))
+    del arrived
+    again, arrived = send(outbox, torch.ones(numbers))
+    assert first == again
+    assert torch.equal(torch.ones(numbers), arrived)
+    smaller, arrived = send(outbox, torch.full((3,), 2.0))
+    assert first == smaller
+    assert [2.0] * 3 == arrived.tolist()
+    _, arrived = send(outbox, torch.arange(2 * numbers))
+    assert torch.equal(torch.arange(2 * numbers), arrived)
+    outbox.give_back(Segment(1), lambda: True)
+
+
+def test_a_segment_in_which_something_lies_is_not_written_again():
+    """What arrived first stays as it is, and the process that holds it says so until it lets go."""
+    outbox = Outbox()
+    path, arrived = send(outbox, torch.zeros(1000), free=lambda: let_go(path))
+    assert not let_go(path)
+    _, second = send(outbox, torch.ones(1000))
+    assert not arrived.any()
+    assert second.all()
+    outbox.give_back(Segment(1), lambda: True)
+
+
+def test_who_holds_a_part_has_not_let_go():
+    """A view of one tensor is enough; a cycle that only the garbage collector finds is not."""
+    parcel, segment = pack([torch.zeros(10), torch.ones(10)])
+    arrived = unpack(parcel)
+    row = arrived[1][2:4]
+    del arrived
+    assert not let_go(parcel.path)
+    knot = [row]
+    knot.append(knot)
+    del row, knot
+    assert let_go(parcel.path)
+    segment.close()

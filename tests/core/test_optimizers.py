@@ -67,3 +67,13 @@ def test_a_ready_optimizer_stays_itself():
     model = mlp()
     optimizer = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.5}], lr=0.1)
     assert optimizer is make_optimizer(optimizer, model, None)
+
+
+def test_named_optimizers_are_fused_where_torch_can():
+    """One kernel for the whole update; what the user made stays as it was made, and so does what cannot be fused."""
+    for name in ("adam", "adamw", "sgd"):
+        assert make_optimizer(name, mlp(), None).defaults["fused"]
+        assert not make_optimizer(OPTIMIZERS[name], mlp(), None).defaults["fused"]
+    whole = torch.nn.Module()
+    whole.weight = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    assert not make_optimizer("adam", whole, None).defaults["fused"]

@@ -20,6 +20,10 @@ class Pending(ABC):
             PeerLostError: Another rank is gone.
         """
 
+    def wait_on_device(self) -> None:
+        """Let what follows on the device come after it; return at once where the device itself makes the result."""
+        self.wait()
+
 
 class Channel(ABC):
     """Collectives along one mesh axis. **Collective**: every rank of the axis makes the same calls in the same order.

@@ -30,19 +30,22 @@ def _all_gather(output: torch.Tensor, tensor: torch.Tensor) -> Any:
 class Work(Pending):
     """Polls torch's own work handles: waiting inside them would hold an interrupt back until their timeout."""
 
-    def __init__(self, work: Any, then: Callable[[], Pending | None] | None = None) -> None:
+    def __init__(self, work: Any, then: Callable[[], Pending | None] | None, streamed: bool) -> None:
         self._work = work
         self._then = then
+        self._streamed = streamed
 
     @classmethod
-    def launch(cls, start: Callable[[], Any], then: Callable[[], Pending | None] | None = None) -> Work:
-        """Start a collective of torch's; `then` follows it.
+    def launch(
+        cls, start: Callable[[], Any], then: Callable[[], Pending | None] | None = None, *, streamed: bool = False
+    ) -> Work:
+        """Start a collective of torch's; `then` follows it. One of nccl's is `streamed`: the device orders it.
 
         Raises:
             PeerLostError: Another rank is gone.
         """
         try:
-            return cls(start(), then)
+            return cls(start(), then, streamed)
         except RuntimeError as error:
             raise PeerLostError(f"a collective could not start, another rank is gone ({error}).") from error
 
@@ -60,21 +63,33 @@ class Work(Pending):
         if following:
             following.wait()
 
+    def wait_on_device(self) -> None:
+        """See `Pending`."""
+        if self._streamed:
+            self._work.wait()  # nccl's own: the current stream waits, this thread does not
+        else:
+            self.wait()
+
 
 class ProcessGroupChannel(Channel):
     """The default process group as a channel.
 
     It keeps no reference to the group itself: a live reference would hold the sockets open, and with them every peer
     that waits, after the group has been destroyed.
+
+    Args:
+        device: Where tensors must lie.
+        streamed: Whether the backend is nccl.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, streamed: bool = False) -> None:
         super().__init__(dist.get_rank(), dist.get_world_size(), device)
+        self._streamed = streamed
 
     def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
         """See `Channel`. On CPU the order of the sum is ours; on a GPU it is the backend's, fixed for one topology."""
         if tensor.device.type != "cpu":
-            return Work.launch(lambda: dist.all_reduce(tensor, async_op=True))
+            return Work.launch(lambda: dist.all_reduce(tensor, async_op=True), streamed=self._streamed)
         if tensor.nbytes <= _GATHER_BELOW_BYTES:
             return self._gather_and_add_(tensor)
         if self.size == 2:  # a + b == b + a: any order is rank order

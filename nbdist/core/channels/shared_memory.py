@@ -14,6 +14,7 @@ import secrets
 import socket
 import struct
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,19 @@ _SPIN_S = 1e-4
 """How long to look for a peer before sleeping, where each rank has a core: to be woken takes 20 to 50 us more."""
 _STAGING_BYTES = 1 << 20
 """Tensors that do not lie in an arena pass through one of this size, piece by piece."""
+
+
+_open_channels: weakref.WeakSet[SharedMemoryChannel] = weakref.WeakSet()
+
+
+def _close_in_fork() -> None:
+    """A data-loading process that outlives its killed rank would hold the sockets open, and the peers would wait."""
+    for channel in list(_open_channels):
+        channel.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_fork)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +79,7 @@ class SharedMemoryChannel(Channel):
     def __init__(self, rank: int, size: int, store: Any, name: str) -> None:
         super().__init__(rank, size, torch.device("cpu"))
         self._peers = _connect(rank, size, store, name)
+        _open_channels.add(self)
         self._spin_s = _SPIN_S if size <= available_cores() else 0.0
         self._arenas: list[_Arena] = []
         self._staging = self._make_arena(_STAGING_BYTES)

@@ -1,0 +1,75 @@
+"""The arguments of each magic."""
+
+from __future__ import annotations
+
+from nbdist.plan.options import OptionParser, add_plan_options
+
+__all__ = ["DIST", "PULL", "PUSH", "START", "STATUS", "STOP", "TRAIN"]
+
+
+def _start_parser() -> OptionParser:
+    parser = OptionParser("%dist_start", "Start engines, one rank each; says what it started. Twice is fine.")
+    parser.add_argument("-n", type=int, metavar="N", help="Engines. Default: one a GPU, else one a core up to 4.")
+    parser.add_argument(
+        "--device", default="auto", metavar="auto|cpu|cuda", help="What ranks compute on. Default: auto."
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="Seconds the start may take. Default: 60."
+    )
+    return parser
+
+
+def _status_parser() -> OptionParser:
+    return OptionParser(
+        "%dist_status",
+        "Show the engines (rank, process, host, device, state, memory), the newest run, and what is kept warm.",
+    )
+
+
+def _stop_parser() -> OptionParser:
+    parser = OptionParser("%dist_stop", "End the engines. Twice is fine.")
+    parser.add_argument(
+        "--all", action="store_true", help="Also the fork server, which is kept for a quicker next start."
+    )
+    return parser
+
+
+def _dist_parser() -> OptionParser:
+    parser = OptionParser("%%dist", "Run the cell on engines, which have `rank`, `world_size` and `device`.")
+    parser.add_argument("--ranks", metavar="0,2-3", help="Where to run. Default: all ranks.")
+    parser.add_argument("--local", action="store_true", help="Run it in the notebook too, first.")
+    return parser
+
+
+def _push_parser() -> OptionParser:
+    parser = OptionParser("%dist_push", "Send values of the notebook to every engine, under the same names.")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="Names in the notebook.")
+    return parser
+
+
+def _pull_parser() -> OptionParser:
+    parser = OptionParser("%dist_pull", "Return the value of a name on one engine.")
+    parser.add_argument("name", metavar="NAME", help="A name on the engine.")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="Which engine. Default: 0.")
+    return parser
+
+
+def _train_parser() -> OptionParser:
+    parser = OptionParser(
+        "%dist_train",
+        "Train MODEL on DATA on all engines; the notebook's own MODEL then holds the trained weights. Returns a Run. "
+        "As a cell magic the body is one training step: it sees `model` and `batch` and assigns `loss`, a mean "
+        "(and `weight`, what that mean is over, if that is not the first dimension of the batch).",
+        usage="%%dist_train MODEL DATA [OPTIONS]\n       %%%%dist_train MODEL DATA [OPTIONS]   (the cell is one step)",
+    )
+    parser.add_argument("model", metavar="MODEL", help="A name or expression: a torch.nn.Module.")
+    parser.add_argument("data", metavar="DATA", help="A name or expression: a Dataset, a DataLoader, (X, y).")
+    parser.add_argument("--val", metavar="DATA", help="Validation data, in the same forms.")
+    add_plan_options(parser)
+    parser.add_argument("--background", action="store_true", help="Return at once; the run goes on.")
+    parser.add_argument("-o", dest="output", metavar="NAME", help="Store the Run under this name too.")
+    return parser
+
+
+START, STATUS, STOP = _start_parser(), _status_parser(), _stop_parser()
+DIST, PUSH, PULL, TRAIN = _dist_parser(), _push_parser(), _pull_parser(), _train_parser()
