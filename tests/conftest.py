@@ -39,7 +39,7 @@ def run_ranks():
     return RankPool()
 
 
-@pytest.fixture(params=["shared memory", "process group", "two hosts"])
+@pytest.fixture(params=["shared memory", "shared weights", "process group", "two hosts"])
 def run_on_each_channel(request, run_ranks):
     """`run_ranks`, once through each kind of channel."""
     return functools.partial(run_ranks, channel=request.param)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nbdist.core import strategies
 from nbdist.core.world import World, host_store
 from nbdist.errors import PeerLostError
 
@@ -41,6 +42,7 @@ class RankPool:
         """Call ``function(world, *args)`` on `size` ranks that share a world, and return what each one returned.
 
         They talk through `channel`: "shared memory", "process group", or "two hosts" or "three hosts", that is both.
+        With "shared weights" it is shared memory, and the ranks share the weights however few they are.
 
         Raises:
             Exception: What a rank raised: the first one that is no echo of another's loss.
@@ -95,6 +97,8 @@ def _rank_main(rank: int, size: int, port: int, writer: Connection, job: bytes, 
     multiprocessing.set_start_method(None, force=True)  # for what a rank starts itself: as in any other process
     torch.set_num_threads(1)
     os.environ["NBDIST_CHANNEL"] = channel.replace(" ", "_")
+    if channel == "shared weights":
+        strategies.SHARED_ABOVE = 0
     if channel in HOSTS:
         os.environ["NBDIST_HOST"] = f"host {rank * HOSTS[channel] // size}"
     outcome: tuple[Any, BaseException | None, str]

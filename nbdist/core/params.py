@@ -42,10 +42,7 @@ class ParamTable:
     def broadcast_(self, channel: Channel) -> None:
         """Give every rank the weights and buffers of rank 0. **Collective** over `channel`."""
         for tensor in self.tensors.values():
-            contiguous = tensor.contiguous()
-            channel.broadcast_(contiguous)
-            if contiguous is not tensor:
-                tensor.copy_(contiguous)
+            channel.broadcast_any_(tensor)
 
     def average_buffers_(self, channel: Channel) -> None:
         """Give every rank the mean of the floating-point buffers, and rank 0's other ones. **Collective**.

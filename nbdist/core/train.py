@@ -83,7 +83,7 @@ def fit(
         if not model.training:  # modules that the user froze in evaluation mode inside a training model stay so
             cleanup.enter_context(switched(model, training=True))
 
-        strategy = strategies.apply(model, plan, world)
+        strategy = strategies.apply(task, plan, world)
         cleanup.callback(strategy.close)
         optimizer = task.optimizer
         trained = list(strategy.table.trainable.values())
@@ -144,8 +144,7 @@ def fit(
                 if (not isinstance(step_weight, torch.Tensor) and step_weight > 0) or totals.weight:
                     if plan.clip_norm is not None:
                         nn.utils.clip_grad_norm_(trained, plan.clip_norm)
-                    with eager():
-                        optimizer.step()
+                    strategy.step(optimizer)
                 step += 1
                 row.steps += 1
                 for loss, weight in losses:

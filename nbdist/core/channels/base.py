@@ -68,6 +68,13 @@ class Channel(ABC):
         """`start_broadcast_` and wait for it."""
         self.start_broadcast_(tensor, source).wait()
 
+    def broadcast_any_(self, tensor: torch.Tensor, source: int = 0) -> None:
+        """`broadcast_` of a tensor in any memory layout."""
+        contiguous = tensor.contiguous()
+        self.broadcast_(contiguous, source)
+        if contiguous is not tensor:
+            tensor.copy_(contiguous)
+
     def broadcast_bytes(self, data: bytes, source: int = 0) -> bytes:
         """Return the bytes of rank `source`, whatever the others gave."""
         device = self.device

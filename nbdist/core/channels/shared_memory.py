@@ -91,6 +91,17 @@ class SharedMemoryChannel(Channel):
         self._arenas.append(arena)
         return arena.slabs[self.rank][:nbytes].view(dtype)
 
+    def common(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A flat tensor that is the same memory on every rank; `meet` between writing and reading. **Collective**."""
+        nbytes = numel * torch.empty(0, dtype=dtype).itemsize
+        return self._map(max(nbytes, 1))[:nbytes].view(dtype)
+
+    def slabs(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """What each rank has at the place of `tensor`, which `zeros` made here, in rank order. Local."""
+        arena = self._arena_of(tensor)
+        assert arena is not None
+        return arena.views(tensor)
+
     def free(self, tensor: torch.Tensor) -> None:
         """See `Channel.free`."""
         self._arenas = [arena for arena in self._arenas if arena.start != tensor.data_ptr()]
@@ -112,10 +123,10 @@ class SharedMemoryChannel(Channel):
         for piece, staged in self._pieces(tensor):
             if self.rank == source:
                 staged[source].copy_(piece)
-            self._meet()
+            self.meet()
             if self.rank != source:
                 piece.copy_(staged[source])
-            self._meet()
+            self.meet()
         return Done()
 
     def close(self) -> None:
@@ -125,7 +136,7 @@ class SharedMemoryChannel(Channel):
         self._arenas = []
 
     def _sum_(self, slabs: list[torch.Tensor]) -> None:
-        self._meet()
+        self.meet()
         length = slabs[0].numel()
         part = slice(self.rank * length // self.size, (self.rank + 1) * length // self.size)
         if part.start < part.stop:
@@ -134,10 +145,10 @@ class SharedMemoryChannel(Channel):
                 total.add_(slab[part])
             for slab in slabs[1:]:
                 slab[part].copy_(total)
-        self._meet()
+        self.meet()
 
-    def _meet(self) -> None:
-        """Wait until every rank is here."""
+    def meet(self) -> None:
+        """Wait until every rank is here. **Collective**."""
         try:
             for peer in self._peers:
                 peer.sendall(b"\0")
@@ -166,11 +177,16 @@ class SharedMemoryChannel(Channel):
             yield piece, [slab[: piece.nbytes].view(piece.dtype) for slab in self._staging.slabs]
 
     def _make_arena(self, nbytes: int) -> _Arena:
-        """Map one new segment on all ranks; it has no name and is gone with the last of them. **Collective**."""
+        """A slab for each rank. **Collective**."""
         pitch = -(-max(nbytes, 1) // _PAGE) * _PAGE
+        slabs = list(self._map(pitch * self.size).split(pitch))
+        return _Arena(slabs=slabs, start=slabs[self.rank].data_ptr(), nbytes=pitch)
+
+    def _map(self, nbytes: int) -> torch.Tensor:
+        """Map one new segment on all ranks; it has no name and is gone with the last of them. **Collective**."""
         with contextlib.ExitStack() as cleanup:
             if self.rank == 0:
-                segment = cleanup.enter_context(contextlib.closing(Segment(pitch * self.size)))
+                segment = cleanup.enter_context(contextlib.closing(Segment(nbytes)))
                 memory = segment.buffer
                 told = segment.path.encode()
                 for peer in self._peers:
@@ -178,11 +194,9 @@ class SharedMemoryChannel(Channel):
             else:
                 (length,) = struct.unpack("!I", _receive(self._peers[0], 4))
                 with open(_receive(self._peers[0], length).decode(), "r+b") as file:
-                    memory = mmap.mmap(file.fileno(), pitch * self.size)
-            self._meet()  # all have mapped it
-        whole = torch.frombuffer(memory, dtype=torch.uint8)
-        slabs = list(whole.split(pitch))
-        return _Arena(slabs=slabs, start=slabs[self.rank].data_ptr(), nbytes=pitch)
+                    memory = mmap.mmap(file.fileno(), nbytes)
+            self.meet()  # all have mapped it
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:

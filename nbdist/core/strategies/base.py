@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from nbdist.core.channels import Channel
+from nbdist.core.eager import eager
 from nbdist.core.gradient_sync import Totals
 from nbdist.core.params import ParamTable
 
-__all__ = ["Strategy"]
+__all__ = ["Strategy", "weighted_backward"]
 
 
 class Strategy(ABC):
@@ -38,6 +39,11 @@ class Strategy(ABC):
     def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
         """Make every gradient the weighted mean over all ranks. **Collective**; see `GradientSync.finish`."""
 
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Update the parameters from their gradients. Local."""
+        with eager():
+            optimizer.step()
+
     @abstractmethod
     def share_buffers(self) -> None:
         """Make buffers such as running statistics the same on every rank. **Collective**."""
@@ -45,3 +51,11 @@ class Strategy(ABC):
     @abstractmethod
     def close(self) -> None:
         """Leave the module as an ordinary one. Local."""
+
+
+def weighted_backward(loss: torch.Tensor, weight: Any, full_batch: float) -> None:
+    """Add the gradient of ``weight / full_batch * loss``."""
+    # In float64, for a count divided by a number would be rounded to float32.
+    share = (weight.double() if isinstance(weight, torch.Tensor) else weight) / full_batch
+    # Not `backward(share)`: given a gradient, torch loads its symbolic shapes, and sympy with them.
+    (loss if isinstance(share, float) and share == 1.0 else loss * share).backward()

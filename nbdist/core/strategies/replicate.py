@@ -10,7 +10,7 @@ from torch import nn
 from nbdist.core.channels import Channel
 from nbdist.core.gradient_sync import GradientSync, Totals
 from nbdist.core.params import ParamTable
-from nbdist.core.strategies.base import Strategy
+from nbdist.core.strategies.base import Strategy, weighted_backward
 
 __all__ = ["Replicate"]
 
@@ -49,10 +49,7 @@ class Replicate(Strategy):
         """See `Strategy`."""
         if last:
             self._gradients.arm()
-        # In float64, for a count divided by a number would be rounded to float32.
-        share = (weight.double() if isinstance(weight, torch.Tensor) else weight) / self._full_batch
-        # Not `backward(share)`: given a gradient, torch loads its symbolic shapes, and sympy with them.
-        (loss if isinstance(share, float) and share == 1.0 else loss * share).backward()
+        weighted_backward(loss, weight, self._full_batch)
 
     def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
         """See `Strategy`."""

@@ -1,0 +1,163 @@
+"""Data parallelism on one host: replicas that share one copy of the weights, and each rank updates its part of it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbdist.core.channels import SharedMemoryChannel
+from nbdist.core.gradient_sync import Totals
+from nbdist.core.params import ParamTable
+from nbdist.core.strategies.base import Strategy, weighted_backward
+
+__all__ = ["SharedWeights"]
+
+_ALIGNMENT = 16  # elements: each parameter begins a cache line, as one of its own would
+
+
+class SharedWeights(Strategy):
+    """What `Replicate` does, to the same bits, where all ranks map the same memory.
+
+    The trainable parameters lie in memory that all ranks read. Every parameter has an owner: the rank that sums its
+    gradient, keeps its optimizer state and writes it. The others put their gradient of it into their slab, where the
+    owner reads it. So the sum and the optimizer's work are split over the ranks, nobody copies weights, and N ranks
+    need the memory of one copy.
+
+    It takes an optimizer that treats each parameter by itself, as those of torch.optim do, and gradients that nobody
+    needs as a whole, as clipping would.
+
+    **Collective**: the constructor gives every rank the weights and buffers of rank 0.
+
+    Args:
+        model: The module, on the CPU.
+        channel: The ``dp`` axis.
+        full_batch: See `GradientSync`.
+    """
+
+    def __init__(self, model: nn.Module, channel: SharedMemoryChannel, *, full_batch: float = 1.0) -> None:
+        super().__init__(ParamTable.of(model), channel)
+        self._channel = channel
+        self._full_batch = full_batch
+        self._parameters = list(self.table.trainable.values())
+        owners = _owners([parameter.numel() for parameter in self._parameters], channel.size)
+        self._owned = [i for i, owner in enumerate(owners) if owner == channel.rank]
+        self._foreign = [i for i, owner in enumerate(owners) if owner != channel.rank]
+        self._arenas: list[torch.Tensor] = []
+        # The place of each parameter's gradient in the slab of each rank.
+        self._slabs: list[dict[int, torch.Tensor]] = [{} for _ in range(channel.size)]
+        with torch.no_grad():
+            for name, tensor in self.table.tensors.items():
+                if name not in self.table.trainable:
+                    channel.broadcast_any_(tensor)
+            dtypes = list(dict.fromkeys(parameter.dtype for parameter in self._parameters))
+            for dtype in dtypes:
+                self._lay_out(dtype)
+        carrier = next((d for d in (torch.float64, torch.float32) if d in dtypes), torch.float32)
+        self._tail = channel.zeros(3 + len(self._parameters), carrier)
+        self._arenas.append(self._tail)
+        channel.meet()  # rank 0's weights are in place
+
+    def _lay_out(self, dtype: torch.dtype) -> None:
+        """Move the parameters of a dtype into shared memory, and give their gradients places in the slabs."""
+        members = [i for i, parameter in enumerate(self._parameters) if parameter.dtype is dtype]
+        starts = list(itertools.accumulate((_aligned(self._parameters[i].numel()) for i in members), initial=0))
+        weights, gradients = self._channel.common(starts[-1], dtype), self._channel.zeros(starts[-1], dtype)
+        self._arenas.append(gradients)
+        for i, start in zip(members, starts, strict=False):
+            parameter = self._parameters[i]
+            home = _view(weights, start, parameter)
+            if self._channel.rank == 0:
+                home.copy_(parameter)
+            for views, slab in zip(self._slabs, self._channel.slabs(gradients), strict=True):
+                views[i] = _view(slab, start, parameter)
+            parameter.data = home
+
+    def begin_step(self) -> None:
+        """See `Strategy`."""
+        self._channel.meet()  # all have read my slab, and written the weights they own
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def backward(self, loss: torch.Tensor, weight: Any, *, last: bool) -> None:
+        """See `Strategy`."""
+        weighted_backward(loss, weight, self._full_batch)
+
+    @torch.no_grad()
+    def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
+        """See `Strategy`. A rank then has gradients of what it owns only; an optimizer leaves alone what has none."""
+        parameters, channel = self._parameters, self._channel
+        mine = self._slabs[channel.rank]
+        used = [parameter.grad is not None for parameter in parameters]
+        self._tail.copy_(torch.tensor([float(weight), stop, exhausted, *used], dtype=self._tail.dtype))
+        sent = {i: gradient for i in self._foreign if (gradient := parameters[i].grad) is not None}
+        if sent:
+            torch._foreach_copy_([mine[i] for i in sent], list(sent.values()))
+        for i in self._foreign:
+            if i not in sent:
+                mine[i].zero_()
+            parameters[i].grad = None
+        channel.meet()  # everybody's gradients are in place
+
+        first, *others = channel.slabs(self._tail)
+        tail = functools.reduce(torch.add, others, first)
+        totals = Totals(tail[:3])
+        counts = tail[3:].tolist() if not all(used) else [1.0] * len(used)
+        owned = [i for i in self._owned if counts[i]]
+        if owned:
+            factor = totals.weight / self._full_batch
+            for i, gradient in zip(owned, self._sums(owned, factor), strict=True):
+                parameters[i].grad = gradient
+        return totals
+
+    def _sums(self, owned: list[int], factor: float) -> list[torch.Tensor]:
+        """The gradients of owned parameters, summed over the ranks in their order and divided."""
+        rank = self._channel.rank
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in (self._parameters[i] for i in owned)]
+        terms = [own if other == rank else [views[i] for i in owned] for other, views in enumerate(self._slabs)]
+        if rank < 2:  # a + b == b + a, so it may be made in place
+            sums = own
+            torch._foreach_add_(sums, terms[1 - rank])
+        else:
+            sums = list(torch._foreach_add(terms[0], terms[1]))
+        for term in terms[2:]:
+            torch._foreach_add_(sums, term)
+        if factor not in (0.0, 1.0):
+            torch._foreach_div_(sums, factor)
+        return sums
+
+    def share_buffers(self) -> None:
+        """See `Strategy`: the mean over the replicas."""
+        self._channel.meet()  # all have written the weights they own
+        with torch.no_grad():
+            self.table.average_buffers_(self._channel)
+
+    def close(self) -> None:
+        """See `Strategy`."""
+        for parameter in self._parameters:
+            parameter.grad = None
+            parameter.data = parameter.data.clone()
+        for arena in self._arenas:
+            self._channel.free(arena)
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // _ALIGNMENT) * _ALIGNMENT
+
+
+def _view(flat: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """A part of `flat` laid out as `like` is (channels last, say), or autograd and optimizer go slower ways."""
+    strides = torch.empty_like(like, device="meta").stride()
+    return flat[start : start + like.numel()].as_strided(like.shape, strides)
+
+
+def _owners(sizes: list[int], ranks: int) -> list[int]:
+    """An owner for each size, so that ranks own about the same: the largest first, to whom owns least."""
+    owners, loads = [0] * len(sizes), [0] * ranks
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += sizes[i]
+    return owners
