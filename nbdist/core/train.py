@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nbdist.core import seeds, strategies
-from nbdist.core.allocator import pages_kept
+from nbdist.core.allocator import objects_set_aside, pages_kept
 from nbdist.core.data import Reader, to_device
 from nbdist.core.eager import eager
 from nbdist.core.evaluate import evaluate, switched
@@ -77,6 +77,7 @@ def fit(
         cleanup.enter_context(seeds.kept(device))
         cleanup.enter_context(_threads(plan.threads))
         cleanup.enter_context(pages_kept())
+        cleanup.enter_context(objects_set_aside())
         cleanup.enter_context(_on_device(task, device))
         cleanup.enter_context(_reporting_failure(tell, world.rank))
 

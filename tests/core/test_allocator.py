@@ -45,3 +45,20 @@ def test_freed_memory_stays_for_the_next_step_and_goes_in_the_end():
     assert int(grown) > 50 * mib, "64 MiB that were freed are kept inside"
     assert int(given_back) > 50 * mib
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def test_objects_that_stay_are_not_looked_at_meanwhile():
+    """They are set aside and come back; in an engine, where they were set aside before, nothing changes."""
+    code = """
+import gc
+from nbdist.core.allocator import objects_set_aside
+with objects_set_aside():
+    inside = gc.get_freeze_count()
+print(inside > 10_000, gc.get_freeze_count())
+gc.freeze()
+with objects_set_aside():
+    pass
+print(gc.get_freeze_count() > 10_000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ["True", "0", "True"] == done.stdout.split()
