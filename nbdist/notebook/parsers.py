@@ -71,5 +71,10 @@ def _train_parser() -> OptionParser:
     return parser
 
 
-START, STATUS, STOP = _start_parser(), _status_parser(), _stop_parser()
-DIST, PUSH, PULL, TRAIN = _dist_parser(), _push_parser(), _pull_parser(), _train_parser()
+START = _start_parser()
+STATUS = _status_parser()
+STOP = _stop_parser()
+DIST = _dist_parser()
+PUSH = _push_parser()
+PULL = _pull_parser()
+TRAIN = _train_parser()

@@ -35,5 +35,6 @@ def _divisible(task: Task, plan: Plan) -> bool:
         and not task.own_optimizer
         and type(task.optimizer) in OPTIMIZERS.values()
         and all(type(parameter.data) is torch.Tensor for parameter in trainable)
+        and not any(getattr(module, "max_norm", None) for module in task.model.modules())  # it writes in its forward
         and sum(parameter.numel() for parameter in trainable) >= SHARED_ABOVE
     )

@@ -1,0 +1,134 @@
+"""One copy of the weights for all ranks of a host. That the bits are right, the parity tests show on this kind too."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+import torch
+from problems import ADAMW, assert_same_bits, classes, mlp, train, weights
+from torch import nn
+from torch.nn import functional as F
+
+from nbdist.core import strategies
+from nbdist.core.strategies import SharedWeights
+from nbdist.core.task import Task
+from nbdist.errors import PeerLostError
+from nbdist.plan import Plan
+
+
+class Mine(torch.optim.SGD):
+    """An optimizer of the user's own, which might look at all parameters at once."""
+
+
+class Normed(nn.Module):
+    """An embedding that writes its weights in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Embedding(4, 2, max_norm=1.0)
+        self.out = nn.Linear(6, 3)
+
+
+CASES = {
+    "a named optimizer": (mlp, {"optimizer": "adamw"}, {}, "SharedWeights"),
+    "a factory of torch's": (mlp, {"optimizer": ADAMW}, {}, "SharedWeights"),
+    "a ready optimizer": (mlp, {"optimizer": None}, {}, "Replicate"),
+    "an optimizer of their own": (mlp, {"optimizer": functools.partial(Mine, lr=0.1)}, {}, "Replicate"),
+    "clipping": (mlp, {"optimizer": "adamw"}, {"clip_norm": 1.0}, "Replicate"),
+    "an embedding that writes": (Normed, {"optimizer": "adamw"}, {}, "Replicate"),
+}
+
+
+def choose(world, above):
+    strategies.SHARED_ABOVE = above
+    chosen = {}
+    for name, (make, options, more, _) in CASES.items():
+        model = make()
+        if options["optimizer"] is None:
+            options = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+        task = Task.create(model, classes(8), loss="cross_entropy", **options)
+        strategy = strategies.apply(task, Plan.create(ranks=world.size, cores=1, **more, **task.options), world)
+        chosen[name] = type(strategy).__name__
+        strategy.close()
+    return chosen
+
+
+def test_weights_are_shared_where_the_update_can_be_split(run_ranks):
+    """By parameters: not where somebody needs all gradients, or the optimizer's whole state; nor where it is small."""
+    assert run_ranks(2, choose, 0) == [{name: expected for name, (*_, expected) in CASES.items()}] * 2
+    assert run_ranks(2, choose, strategies.SHARED_ABOVE) == [dict.fromkeys(CASES, "Replicate")] * 2
+    assert run_ranks(2, choose, 0, channel="process group") == [dict.fromkeys(CASES, "Replicate")] * 2
+
+
+def one_copy(world):
+    model = mlp()
+    if world.rank:
+        nn.init.zeros_(model[0].weight)  # what rank 0 has is what counts
+    strategy = SharedWeights(model, world.channel())
+    began = weights(model)
+    world.channel().meet()
+    if world.rank == 1:
+        with torch.no_grad():
+            model[0].weight.fill_(7.0)
+    world.channel().meet()
+    during = model[0].weight.detach().clone()
+    world.channel().meet()
+    strategy.close()
+    with torch.no_grad():
+        model[0].weight.fill_(float(world.rank))
+    world.channel().meet()
+    return began, during, model[0].weight.detach().clone()
+
+
+def test_what_one_rank_writes_all_ranks_read_until_the_end(run_ranks):
+    """It is the same memory, with rank 0's weights at first; afterwards each rank has weights of its own again."""
+    expected = mlp()
+    for rank, (began, during, after) in enumerate(run_ranks(3, one_copy)):
+        assert_same_bits(weights(expected), began)
+        assert torch.equal(torch.full_like(during, 7.0), during)
+        assert torch.equal(torch.full_like(after, float(rank)), after)
+
+
+def states(world):
+    strategies.SHARED_ABOVE = 0
+    model, made = mlp(), []
+
+    def optimizer(parameters):
+        made.append(torch.optim.AdamW(parameters, lr=0.01))
+        return made[0]
+
+    train(world, model, classes(24), optimizer=optimizer, steps=2, batch_size=8)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return sorted(names[id(parameter)] for parameter in made[0].state)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_parameter_has_one_owner(run_ranks, size):
+    """Which alone keeps its optimizer state."""
+    owned = run_ranks(size, states)
+    assert sorted(name for names in owned for name in names) == sorted(dict(mlp().named_parameters()))
+    assert all(owned)
+
+
+def lose_rank_one(world):
+    strategies.SHARED_ABOVE = 0
+
+    def step(model, batch):
+        x, y = batch
+        loss = F.cross_entropy(model(x), y)
+        if world.rank == 1:
+            os._exit(7)  # as a kill would
+        return loss
+
+    try:
+        train(world, mlp(), classes(24), step=step, optimizer="sgd", steps=2, batch_size=8)
+    except PeerLostError:
+        raise ZeroDivisionError("released") from None
+
+
+def test_a_lost_rank_releases_the_others(run_ranks):
+    """In the middle of a step, with an error."""
+    with pytest.raises(ZeroDivisionError, match="released"):
+        run_ranks(3, lose_rank_one)
