@@ -1,6 +1,6 @@
 """How long is a step of data parallelism on two ranks? Beside two peers.
 
-    python benchmarks/step_time.py [--peer ddp|one] [--pairs 5] [--json] [CASE ...]
+    python benchmarks/step_time.py [--peer ddp|one] [--pairs 4] [--json] [CASE ...]
 
 `ddp` is the same loop written by hand with torchrun, DistributedDataParallel and gloo; both sides have one thread a
 rank. `one` is the plain loop in one process that has all cores. Both sides have the same model, data, batches and fused
@@ -151,7 +151,7 @@ def measure(side: str, case: str, ranks: int) -> float:
 
 def main() -> None:
     """Measure the cases and print a table."""
-    parser = arguments(__doc__, pairs=5)
+    parser = arguments(__doc__, pairs=4)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"Of {', '.join(CASES)}. Default: the peer's.")
     parser.add_argument("--peer", choices=("ddp", "one"), default="ddp", help="Default: ddp.")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)

@@ -23,7 +23,7 @@ from nbdist.telemetry import RankState
 
 __all__ = ["Relay"]
 
-_INTERVAL_S = 0.1
+_INTERVAL_S = 0.2  # as often as snapshots come
 _LOST = "its process ended; %dist_start replaces it"
 _RELEASE_AFTER_S = 2.0
 """How long ranks may take to notice that a peer failed, before they are interrupted."""
