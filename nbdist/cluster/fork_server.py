@@ -62,6 +62,7 @@ class ForkServer:
             )  # fmt: skip
         self._pipe = ours
         self._orders = 0
+        self._broken = False
         self._read = _read_when_loaded()
         self.pid = self._process.pid
 
@@ -72,8 +73,13 @@ class ForkServer:
 
     @property
     def fits(self) -> bool:
-        """Whether it runs, and what was read from the environment when it loaded torch still holds."""
-        return self.alive and self._read == _read_when_loaded()
+        """Whether it can fork, and what was read from the environment when it loaded torch still holds."""
+        return self.forks and self._read == _read_when_loaded()
+
+    @property
+    def forks(self) -> bool:
+        """Whether it runs and has not failed to fork."""
+        return self.alive and not self._broken
 
     def fork(self, order: Order) -> int:
         """Let it fork a process; returns the number of that process. The first engine waits for torch.
@@ -94,7 +100,7 @@ class ForkServer:
             self.end()
             raise ClusterError("the fork server has ended.") from ended
         if error:
-            self.end()
+            self._broken = True  # it lives on, for what it has forked: nobody else would reap that
             raise ClusterError(f"the fork server cannot fork: {error}.")
         return int(pid)
 

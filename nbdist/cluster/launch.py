@@ -142,7 +142,7 @@ class _Forked(launcher.LocalProcessLauncher):
     server: fork_server.ForkServer
 
     def start(self) -> None:
-        if not self.server.alive:
+        if not self.server.forks:
             super().start()
             return
         order = fork_server.Order(
