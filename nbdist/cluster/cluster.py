@@ -116,7 +116,7 @@ class Cluster:
 
     @property
     def transport(self) -> str:
-        """What the gradients travel over: "shared memory", "gloo" or "nccl"."""
+        """What the gradients travel over: "shared memory", "gloo", "nccl", or "shared memory and gloo"."""
         return self._running().transport
 
     @property

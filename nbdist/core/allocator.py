@@ -21,7 +21,7 @@ def pages_kept() -> Iterator[None]:
     """Let the C library keep what is freed meanwhile, and give it back to the system in the end. Local.
 
     Every step frees its activations and gradients. By default glibc hands larger ones back at once, and the next step
-    pays a page fault for each of their pages: a third of the time of a small convolutional network. Without glibc
+    pays a page fault for each of their pages: a fifth of the time of a small convolutional network. Without glibc
     nothing changes.
     """
     library = ctypes.CDLL(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from nbdist.core.channels import Channel, Pending
+from nbdist.core.params import laid_out_like
 
-__all__ = ["GradientSync", "Totals"]
+__all__ = ["GradientSync", "Totals", "tail_dtype"]
 
 _NAP_S = 5e-5
 
@@ -54,6 +56,11 @@ class Totals:
     def exhausted(self) -> float:
         """How many ranks have no data left."""
         return self._numbers[2]
+
+
+def tail_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """What a step's totals are counted in, among gradients of `dtypes`: one that can count."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 @dataclass
@@ -112,8 +119,7 @@ class GradientSync:
         by_dtype: dict[torch.dtype, list[int]] = {}
         for i in reversed(range(len(self._parameters))):
             by_dtype.setdefault(self._parameters[i].dtype, []).append(i)
-        # The totals need a dtype that can count; the buffer that carries them comes last.
-        carrier = next((d for d in (torch.float64, torch.float32) if d in by_dtype), torch.float32)
+        carrier = tail_dtype(by_dtype)  # its buffer comes last
         by_dtype[carrier] = by_dtype.pop(carrier, [])
         tail = 3 + len(self._parameters)
         for dtype, members in by_dtype.items():
@@ -128,9 +134,7 @@ class GradientSync:
                 if size and (offset + parameter.numel() - start) * flat.itemsize > bucket_bytes:
                     self._buckets.append(_Bucket(flat[start:offset], size))
                     start, size = offset, 0
-                # Laid out as the parameter itself (channels last, say), or autograd and optimizer go slower ways.
-                strides = torch.empty_like(parameter, device="meta").stride()
-                self._views[i] = flat[offset : offset + parameter.numel()].as_strided(parameter.shape, strides)
+                self._views[i] = laid_out_like(parameter, flat, offset)
                 self._bucket_of[i] = len(self._buckets)
                 offset, size = offset + parameter.numel(), size + 1
             self._buckets.append(_Bucket(flat[start:], size))

@@ -9,7 +9,7 @@ from torch import nn
 
 from nbdist.core.channels import Channel
 
-__all__ = ["ParamTable"]
+__all__ = ["ParamTable", "laid_out_like"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,3 +65,12 @@ class ParamTable:
         """Copy `tensors` (those of another table of the same model) into this one's, in place. Local."""
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
+
+
+def laid_out_like(parameter: torch.Tensor, flat: torch.Tensor, start: int) -> torch.Tensor:
+    """The part of `flat` from `start` on, laid out as `parameter` is (channels last, say).
+
+    In another layout autograd and optimizers go slower ways.
+    """
+    strides = torch.empty_like(parameter, device="meta").stride()
+    return flat[start : start + parameter.numel()].as_strided(parameter.shape, strides)

@@ -12,7 +12,7 @@ from nbdist.core.eager import eager
 from nbdist.core.gradient_sync import Totals
 from nbdist.core.params import ParamTable
 
-__all__ = ["Strategy", "weighted_backward"]
+__all__ = ["Strategy"]
 
 
 class Strategy(ABC):
@@ -21,19 +21,24 @@ class Strategy(ABC):
     Args:
         table: The model's parameters and buffers.
         data_axis: The channel over the ranks that share the data.
+        full_batch: The usual weight of a global batch, in units of which slices are weighed.
     """
 
-    def __init__(self, table: ParamTable, data_axis: Channel) -> None:
+    def __init__(self, table: ParamTable, data_axis: Channel, full_batch: float) -> None:
         self.table = table
         self.data_axis = data_axis
+        self._full_batch = full_batch
 
     @abstractmethod
     def begin_step(self) -> None:
-        """Forget the gradients of the step before. Local."""
+        """Forget the gradients of the step before. **Collective**."""
 
-    @abstractmethod
     def backward(self, loss: torch.Tensor, weight: Any, *, last: bool) -> None:
         """Add a slice's gradients, times its weight. Local; `last` says that no other slice follows in this step."""
+        # In float64, for a count divided by a number would be rounded to float32.
+        share = (weight.double() if isinstance(weight, torch.Tensor) else weight) / self._full_batch
+        # Not `backward(share)`: given a gradient, torch loads its symbolic shapes, and sympy with them.
+        (loss if isinstance(share, float) and share == 1.0 else loss * share).backward()
 
     @abstractmethod
     def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
@@ -44,18 +49,11 @@ class Strategy(ABC):
         with eager():
             optimizer.step()
 
-    @abstractmethod
+    @torch.no_grad()
     def share_buffers(self) -> None:
-        """Make buffers such as running statistics the same on every rank. **Collective**."""
+        """Make buffers such as running statistics the same on every rank: their mean. **Collective**."""
+        self.table.average_buffers_(self.data_axis)
 
     @abstractmethod
     def close(self) -> None:
         """Leave the module as an ordinary one. Local."""
-
-
-def weighted_backward(loss: torch.Tensor, weight: Any, full_batch: float) -> None:
-    """Add the gradient of ``weight / full_batch * loss``."""
-    # In float64, for a count divided by a number would be rounded to float32.
-    share = (weight.double() if isinstance(weight, torch.Tensor) else weight) / full_batch
-    # Not `backward(share)`: given a gradient, torch loads its symbolic shapes, and sympy with them.
-    (loss if isinstance(share, float) and share == 1.0 else loss * share).backward()

@@ -10,7 +10,7 @@ from torch import nn
 from nbdist.core.channels import Channel
 from nbdist.core.gradient_sync import GradientSync, Totals
 from nbdist.core.params import ParamTable
-from nbdist.core.strategies.base import Strategy, weighted_backward
+from nbdist.core.strategies.base import Strategy
 
 __all__ = ["Replicate"]
 
@@ -32,11 +32,10 @@ class Replicate(Strategy):
         self, model: nn.Module, channel: Channel, *, full_batch: float = 1.0, bucket_mib: float = 25.0,
         overlap: bool | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(ParamTable.of(model), channel)
+        super().__init__(ParamTable.of(model), channel, full_batch)
         with torch.no_grad():
             self.table.broadcast_(channel)
         trainable = list(self.table.trainable.values())
-        self._full_batch = full_batch
         self._gradients = GradientSync(
             trainable, channel, full_batch=full_batch, bucket_mib=bucket_mib, overlap=overlap
         )
@@ -49,16 +48,11 @@ class Replicate(Strategy):
         """See `Strategy`."""
         if last:
             self._gradients.arm()
-        weighted_backward(loss, weight, self._full_batch)
+        super().backward(loss, weight, last=last)
 
     def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
         """See `Strategy`."""
         return self._gradients.finish(weight, stop=stop, exhausted=exhausted)
-
-    def share_buffers(self) -> None:
-        """See `Strategy`: the mean over the replicas."""
-        with torch.no_grad():
-            self.table.average_buffers_(self.data_axis)
 
     def close(self) -> None:
         """See `Strategy`."""

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from nbdist.core.channels import SharedMemoryChannel
-from nbdist.core.gradient_sync import Totals
-from nbdist.core.params import ParamTable
-from nbdist.core.strategies.base import Strategy, weighted_backward
+from nbdist.core.gradient_sync import Totals, tail_dtype
+from nbdist.core.params import ParamTable, laid_out_like
+from nbdist.core.strategies.base import Strategy
 
 __all__ = ["SharedWeights"]
 
@@ -39,9 +39,8 @@ class SharedWeights(Strategy):
     """
 
     def __init__(self, model: nn.Module, channel: SharedMemoryChannel, *, full_batch: float = 1.0) -> None:
-        super().__init__(ParamTable.of(model), channel)
+        super().__init__(ParamTable.of(model), channel, full_batch)
         self._channel = channel
-        self._full_batch = full_batch
         self._parameters = list(self.table.trainable.values())
         owners = _owners([parameter.numel() for parameter in self._parameters], channel.size)
         self._owned = [i for i, owner in enumerate(owners) if owner == channel.rank]
@@ -56,8 +55,7 @@ class SharedWeights(Strategy):
             dtypes = list(dict.fromkeys(parameter.dtype for parameter in self._parameters))
             for dtype in dtypes:
                 self._lay_out(dtype)
-        carrier = next((d for d in (torch.float64, torch.float32) if d in dtypes), torch.float32)
-        self._tail = channel.zeros(3 + len(self._parameters), carrier)
+        self._tail = channel.zeros(3 + len(self._parameters), tail_dtype(dtypes))
         self._arenas.append(self._tail)
         channel.meet()  # rank 0's weights are in place
 
@@ -69,11 +67,11 @@ class SharedWeights(Strategy):
         self._arenas.append(gradients)
         for i, start in zip(members, starts, strict=False):
             parameter = self._parameters[i]
-            home = _view(weights, start, parameter)
+            home = laid_out_like(parameter, weights, start)
             if self._channel.rank == 0:
                 home.copy_(parameter)
             for views, slab in zip(self._slabs, self._channel.slabs(gradients), strict=True):
-                views[i] = _view(slab, start, parameter)
+                views[i] = laid_out_like(parameter, slab, start)
             parameter.data = home
 
     def begin_step(self) -> None:
@@ -81,10 +79,6 @@ class SharedWeights(Strategy):
         self._channel.meet()  # all have read my slab, and written the weights they own
         for parameter in self._parameters:
             parameter.grad = None
-
-    def backward(self, loss: torch.Tensor, weight: Any, *, last: bool) -> None:
-        """See `Strategy`."""
-        weighted_backward(loss, weight, self._full_batch)
 
     @torch.no_grad()
     def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
@@ -130,10 +124,9 @@ class SharedWeights(Strategy):
         return sums
 
     def share_buffers(self) -> None:
-        """See `Strategy`: the mean over the replicas."""
+        """See `Strategy`."""
         self._channel.meet()  # all have written the weights they own
-        with torch.no_grad():
-            self.table.average_buffers_(self._channel)
+        super().share_buffers()
 
     def close(self) -> None:
         """See `Strategy`."""
@@ -146,12 +139,6 @@ class SharedWeights(Strategy):
 
 def _aligned(numel: int) -> int:
     return -(-numel // _ALIGNMENT) * _ALIGNMENT
-
-
-def _view(flat: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
-    """A part of `flat` laid out as `like` is (channels last, say), or autograd and optimizer go slower ways."""
-    strides = torch.empty_like(like, device="meta").stride()
-    return flat[start : start + like.numel()].as_strided(like.shape, strides)
 
 
 def _owners(sizes: list[int], ranks: int) -> list[int]:
