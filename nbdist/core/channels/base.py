@@ -68,6 +68,19 @@ class Channel(ABC):
         """`start_broadcast_` and wait for it."""
         self.start_broadcast_(tensor, source).wait()
 
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """What each rank gave, in rank order. `tensor` is contiguous and of the same shape everywhere."""
+        gathered = [tensor if rank == self.rank else torch.empty_like(tensor) for rank in range(self.size)]
+        for rank, part in enumerate(gathered):
+            self.broadcast_(part, rank)
+        return gathered
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the sum over the axis; `tensor` is flat, and its length a multiple of the degree."""
+        total = tensor.clone()
+        self.all_reduce_(total)
+        return total.view(self.size, -1)[self.rank]
+
     def broadcast_any_(self, tensor: torch.Tensor, source: int = 0) -> None:
         """`broadcast_` of a tensor in any memory layout."""
         contiguous = tensor.contiguous()
