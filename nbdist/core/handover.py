@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import io
+import itertools
 import mmap
 import os
 import pickle
@@ -34,6 +35,7 @@ _ALIGNMENT = 64
 _THREADED_COPY_BYTES = 1 << 20
 _KEPT_BYTES = 1 << 28  # a larger segment is not kept: its memory is worth more than the time to make it anew
 
+_numbers = itertools.count()
 _mapped: weakref.WeakValueDictionary[str, mmap.mmap] = weakref.WeakValueDictionary()
 """The segments that something in this process still lies in, by path."""
 
@@ -61,6 +63,7 @@ class Segment:
 
     def __init__(self, size: int) -> None:
         self.size = max(size, 1)
+        self.number = next(_numbers)  # unlike a path, never another segment's
         if hasattr(os, "memfd_create"):
             self._file = os.memfd_create("nbdist", os.MFD_CLOEXEC)
             self.path = f"/proc/{os.getpid()}/fd/{self._file}"

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,16 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from nbdist.core import handover
-from nbdist.core.channels import Channel, HostsChannel, ProcessGroupChannel, SharedMemoryChannel, SoloChannel
+from nbdist.core.channels import (
+    Channel,
+    HostsChannel,
+    Link,
+    ProcessGroupChannel,
+    ProcessGroupLink,
+    SharedMemoryChannel,
+    SharedMemoryLink,
+    SoloChannel,
+)
 from nbdist.errors import PlanError
 
 __all__ = ["SHARED_GPU", "World", "host_store", "pick_device"]
@@ -48,6 +57,7 @@ class World:
         backend: "gloo" or "nccl", or empty for a world of one.
         store: The key-value store all ranks share, hosted outside of them; None where nobody outside takes part.
         shared: The channel that goes through shared memory, where ranks that compute on CPUs share a host.
+        hosts: The host of each rank, where ranks of one host may share memory; else empty.
     """
 
     generation: int = 0
@@ -59,6 +69,9 @@ class World:
     backend: str = ""
     store: Any = None
     shared: Channel | None = None
+    hosts: tuple[str, ...] = ()
+    _made: list[Any] = field(default_factory=list, repr=False)
+    _numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     @classmethod
     def form(
@@ -86,6 +99,7 @@ class World:
             torch.cuda.set_device(chosen)
         by_device = "gloo" if chosen.type == "cpu" else f"cpu:gloo,cuda:{backend}"
         dist.init_process_group(by_device, store=names, rank=rank, world_size=size, timeout=_TIMEOUT)
+        hosts = _hosts(names, rank, size, chosen)
         world = cls(
             generation=generation,
             rank=rank,
@@ -95,7 +109,8 @@ class World:
             device=chosen,
             backend=backend,
             store=names,
-            shared=_share_memory(names, rank, size, chosen),
+            shared=_share_memory(hosts, rank, names),
+            hosts=hosts,
         )
         world.channel().all_reduce_(torch.ones(1, device=chosen))
         return world
@@ -153,6 +168,53 @@ class World:
             return SoloChannel(self.device)
         return self.shared or ProcessGroupChannel(self.device, streamed=self.backend == "nccl")
 
+    def channel_within(self, groups: list[list[int]]) -> Channel:
+        """The channel over this rank's group of a partition of all ranks. **Collective** over the world.
+
+        It is closed with the world, if not before.
+        """
+        mine = next(group for group in groups if self.rank in group)
+        number = next(self._numbers)
+        if len(groups) == 1:
+            return self.channel()
+        made: Channel = SoloChannel(self.device)
+        for group in groups:
+            if len(group) == 1:
+                continue
+            if self._share_host(group):
+                if group is mine:
+                    made = SharedMemoryChannel(mine.index(self.rank), len(mine), self.store, f"{number}/{mine[0]}")
+                continue
+            torchs = dist.new_group(group)  # by all ranks, members or not
+            if group is mine:
+                made = ProcessGroupChannel(self.device, streamed=self.backend == "nccl", group=torchs, ranks=mine)
+        self._made.append(made)
+        return made
+
+    def links(self, pairs: list[tuple[int, int]]) -> dict[int, Link]:
+        """Links to the peers that this rank has in `pairs`, by rank. **Collective** over the world.
+
+        They are closed with the world, if not before.
+        """
+        number = next(self._numbers)
+        made: dict[int, Link] = {}
+        for pair in pairs:
+            mine = self.rank in pair
+            peer = pair[0] if self.rank == pair[1] else pair[1]
+            if self._share_host(pair):
+                if mine:
+                    name = f"{number}/{min(pair)}-{max(pair)}"
+                    made[peer] = SharedMemoryLink(self.rank, peer, self.store, name, self.local_size)
+                continue
+            groups = dist.new_group(sorted(pair)), dist.new_group(sorted(pair))
+            if mine:
+                made[peer] = ProcessGroupLink(self.rank, peer, groups, self.device)
+        self._made.extend(made.values())
+        return made
+
+    def _share_host(self, ranks: Iterable[int]) -> bool:
+        return bool(self.hosts) and len({self.hosts[rank] for rank in ranks}) == 1
+
     @property
     def transport(self) -> str:
         """What the ranks' gradients travel over, for people."""
@@ -161,6 +223,9 @@ class World:
 
     def leave(self) -> None:
         """Leave this world; peers that wait for this rank are released with an error. Local, twice is fine."""
+        for made in self._made:
+            made.close()
+        self._made.clear()
         if self.shared:
             self.shared.close()
         if dist.is_initialized():
@@ -192,17 +257,21 @@ def _backend(store: Any, rank: int, size: int, device: torch.device) -> str:
     return "nccl" if len(gpus) == size else "gloo"
 
 
-def _share_memory(store: Any, rank: int, size: int, device: torch.device) -> Channel | None:
-    """A channel that goes through shared memory as far as it reaches, or None where it cannot be. **Collective**."""
+def _hosts(store: Any, rank: int, size: int, device: torch.device) -> tuple[str, ...]:
+    """The host of each rank, or nothing where memory cannot be shared. **Collective**."""
     if size == 1 or device.type != "cpu" or os.environ.get(_CHANNEL_VARIABLE) == "process_group":
-        return None
+        return ()
     # Linux alone has sockets without a name in the file system; elsewhere every rank is a host of its own.
     store.set(f"host/{rank}", handover.host_id() if sys.platform == "linux" else f"rank {rank}")
-    hosts = [store.get(f"host/{other}").decode() for other in range(size)]
-    groups = HostsChannel.groups(hosts)
+    return tuple(store.get(f"host/{other}").decode() for other in range(size))
+
+
+def _share_memory(hosts: tuple[str, ...], rank: int, store: Any) -> Channel | None:
+    """A channel that goes through shared memory as far as it reaches, or None where it cannot be. **Collective**."""
+    groups = HostsChannel.groups(list(hosts))
     if len(groups) == 1:
-        return SharedMemoryChannel(rank, size, store, "memory")
-    return HostsChannel(hosts, rank, store, "memory") if len(groups) < size else None
+        return SharedMemoryChannel(rank, len(hosts), store, "memory")
+    return HostsChannel(list(hosts), rank, store, "memory") if len(groups) < len(hosts) else None
 
 
 @functools.cache

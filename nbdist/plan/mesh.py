@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nbdist.errors import PlanError, suggest
 
-__all__ = ["STRATEGY_WORDS", "Mesh"]
+__all__ = ["AXES", "STRATEGY_WORDS", "Mesh"]
 
-STRATEGY_WORDS = {"data": "dp", "ddp": "dp"}
+AXES = ("pp", "dp", "shard", "tp")
+"""The axes, the slowest first: neighbours on ``tp``, which talk most, are neighbouring ranks."""
+
+STRATEGY_WORDS = {
+    "data": "dp", "ddp": "dp", "shard": "shard", "fsdp": "shard", "pipeline": "pp", "pp": "pp", "tensor": "tp",
+    "tp": "tp",
+}  # fmt: skip
 """Strategy words, each a shorthand for a mesh with all ranks on one axis."""
 
 
@@ -18,31 +27,69 @@ class Mesh:
     """Degrees of the mesh axes; their product is the number of ranks.
 
     Args:
-        dp: Degree of data parallelism: how many replicas of the model train side by side.
+        pp: Pipeline: into how many ranks' stages the model is cut.
+        dp: Data: how many replicas of the model train side by side.
+        shard: Data too, but the ranks of a replica share its parameters out among them.
+        tp: Tensor: over how many ranks each large layer is split.
     """
 
+    pp: int = 1
     dp: int = 1
+    shard: int = 1
+    tp: int = 1
 
     def __post_init__(self) -> None:
-        if self.dp < 1:
-            raise PlanError(f"mesh axis dp={self.dp} must be at least 1.")
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                raise PlanError(f"mesh axis {axis}={getattr(self, axis)} must be at least 1.")
 
     def __str__(self) -> str:
-        return f"dp={self.dp}"
+        return ",".join(f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1) or "dp=1"
 
     @property
     def size(self) -> int:
         """Number of ranks on the whole mesh."""
-        return self.dp
+        return math.prod(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The degrees in the order of `AXES`."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def data(self) -> int:
+        """Over how many ranks a global batch is dealt out."""
+        return self.dp * self.shard
+
+    def coordinate(self, rank: int, axis: str) -> int:
+        """Where a rank stands on an axis."""
+        return self._coordinates(rank)[AXES.index(axis)]
+
+    def groups(self, *axes: str) -> list[list[int]]:
+        """The ranks that differ only on `axes`: a partition of all ranks, each group in the order of `AXES`."""
+        fixed = [axis not in axes for axis in AXES]
+
+        def key(rank: int) -> tuple[int, ...]:
+            return tuple(c for c, keep in zip(self._coordinates(rank), fixed, strict=True) if keep)
+
+        ranks = sorted(range(self.size), key=lambda rank: (key(rank), rank))
+        return [list(group) for _, group in itertools.groupby(ranks, key)]
+
+    def _coordinates(self, rank: int) -> tuple[int, ...]:
+        coordinates = []
+        for degree in reversed(self.shape):
+            rank, coordinate = divmod(rank, degree)
+            coordinates.append(coordinate)
+        return tuple(reversed(coordinates))
 
     @classmethod
     def parse(cls, strategy: str, ranks: int) -> Mesh:
-        """Read a strategy: a word (``data``, alias ``ddp``) or a mesh written out (``dp=4``).
+        """Read a strategy: a word such as ``data`` or ``pipeline``, or a mesh written out (``dp=2,pp=2``).
 
         Raises:
             PlanError: The word or axis is unknown, or the degrees do not multiply to `ranks`.
         """
-        known = f"use {', '.join(STRATEGY_WORDS)} or dp={ranks}."
+        known = f"use {', '.join(STRATEGY_WORDS)} or a mesh such as {_example(ranks)}."
         word = str(strategy).strip().lower()
         if word in STRATEGY_WORDS:
             return cls(**{STRATEGY_WORDS[word]: ranks})
@@ -52,8 +99,8 @@ class Mesh:
             if match is None:
                 raise PlanError(f"unknown strategy {strategy!r}: {known}{suggest(word, STRATEGY_WORDS)}")
             axis, degree = match.groups()
-            if axis not in cls.__dataclass_fields__:
-                raise PlanError(f"unknown mesh axis {axis!r} in strategy {strategy!r}: {known}")
+            if axis not in AXES:
+                raise PlanError(f"unknown mesh axis {axis!r} in strategy {strategy!r}: {known}{suggest(axis, AXES)}")
             if axis in degrees:
                 raise PlanError(f"mesh axis {axis!r} stands twice in strategy {strategy!r}.")
             degrees[axis] = int(degree)
@@ -61,6 +108,14 @@ class Mesh:
         if mesh.size != ranks:
             raise PlanError(
                 f"strategy {strategy!r} needs {mesh.size} ranks, but there are {ranks}: "
-                f"use dp={ranks}, or start {mesh.size} engines."
+                f"use {_example(ranks, degrees)}, or start {mesh.size} engines."
             )
         return mesh
+
+
+def _example(ranks: int, axes: Iterable[str] = ("dp",)) -> str:
+    """A mesh of so many ranks, over `axes` where their number allows it."""
+    first, *others = axes
+    if others and ranks % 2 == 0 and ranks > 2:
+        return f"{first}={ranks // 2},{others[0]}=2"
+    return f"{first}={ranks}"

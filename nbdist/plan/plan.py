@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nbdist.errors import PlanError, suggest
 from nbdist.plan.mesh import Mesh
 
-__all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "Option", "Plan"]
+__all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "SCHEDULES", "Option", "Plan"]
 
 DEFAULT_BATCH_SIZE = 32
+PRECISIONS = ("full", "bf16", "fp16")
+SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero-bubble": 2}
+"""Orders of work in a pipeline, and how many stages each gives a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +28,22 @@ class Option:
         parse: Turns the word on a command line into a value.
         metavar: The placeholder shown in help.
         default: The default as a person reads it; the value itself is the Plan field's.
+        many: Whether it takes several words.
     """
 
     help: str
     parse: type = str
     metavar: str = "NAME"
     default: str | None = None
+    many: bool = False
 
 
-def _option(value: Any, help: str, *, parse: type = str, metavar: str = "NAME", default: str | None = None) -> Any:
+def _option(
+    value: Any, help: str, *, parse: type = str, metavar: str = "NAME", default: str | None = None, many: bool = False
+) -> Any:
     shown = str(value) if default is None and value is not None else default
-    return field(default=value, metadata={"option": Option(help=help, parse=parse, metavar=metavar, default=shown)})
+    option = Option(help=help, parse=parse, metavar=metavar, default=shown, many=many)
+    return field(default=value, metadata={"option": option})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +55,10 @@ class Plan:
 
     mesh: Mesh
     strategy: str = _option(
-        "data", "How the ranks share the work: data (alias ddp), or a mesh such as dp=2.", metavar="WORD|MESH"
+        "data",
+        "How the ranks share the work: data, shard, pipeline, tensor (aliases ddp, fsdp, pp, tp), or a mesh such as "
+        "dp=2,pp=2 whose degrees multiply to the number of ranks.",
+        metavar="WORD|MESH",
     )
     loss: str = _option(
         "",
@@ -59,6 +71,12 @@ class Plan:
     )
     lr: float | None = _option(
         None, "Learning rate.", parse=float, metavar="RATE", default="the optimizer's own default"
+    )
+    lr_scheduler: str = _option(
+        "",
+        "A callable of the notebook that makes a torch scheduler from an optimizer; it steps with the optimizer "
+        "(ReduceLROnPlateau: after each epoch).",
+        default="",
     )
     epochs: int | None = _option(
         None, "Passes over the training data.", parse=int, metavar="N", default="1, unless --steps"
@@ -75,6 +93,33 @@ class Plan:
         "Largest global L2 norm of the gradient; larger ones are scaled down.",
         parse=float,
         metavar="X",
+        default="",
+    )
+    precision: str = _option(
+        "full", "Forward and loss under autocast to bf16 or fp16; weights stay as they are.", metavar="full|bf16|fp16"
+    )
+    sync_batchnorm: bool = _option(
+        False, "BatchNorm over the whole microbatch of all replicas.", parse=bool, metavar="yes|no", default="no"
+    )
+    microbatches: int | None = _option(
+        None,
+        "Microbatches in flight through a pipeline, for each one of --accumulate.",
+        parse=int,
+        metavar="M",
+        default="twice the ranks of the pipeline",
+    )
+    schedule: str = _option(
+        "1f1b",
+        "Order of work in a pipeline: gpipe, 1f1b, interleaved or zero-bubble (the last two: two stages a rank).",
+        metavar="WORD",
+    )
+    split_at: tuple[str, ...] = _option(
+        (), "Where a pipeline is cut: modules that begin a stage. Default: balanced by measured time.", many=True,
+        default="",
+    )  # fmt: skip
+    tensor_plan: Mapping[str, str] | None = _option(
+        None,
+        "A dict of the notebook: how tensor parallelism splits layers, by names or patterns. Default: found out.",
         default="",
     )
     metric: str = _option(
@@ -97,6 +142,20 @@ class Plan:
         25.0, "Gradient bucket in MiB, where the sync overlaps with backward (NCCL).", parse=float, metavar="MIB"
     )
 
+    gather: bool = _option(
+        True,
+        "Bring the whole model home; no for one too large, which --save then keeps.",
+        parse=bool,
+        metavar="yes|no",
+        default="yes",
+    )
+    save: str = _option(
+        "", "Folder for a checkpoint at the end: weights and optimizer, in shards.", metavar="DIR", default=""
+    )
+    resume: str = _option(
+        "", "Folder of a checkpoint to begin from, made on any mesh: weights and optimizer.", metavar="DIR", default=""
+    )
+
     def __post_init__(self) -> None:
         for name in ("epochs", "steps"):
             if getattr(self, name) is not None:
@@ -106,16 +165,45 @@ class Plan:
         for name in ("batch_size", "accumulate", "threads"):
             self._at_least(name, 1)
         self._integer("seed")
-        if self.shuffle not in (True, False):
-            raise PlanError(f"shuffle must be True or False, not {self.shuffle!r}.")
+        for name in ("shuffle", "sync_batchnorm", "gather"):
+            if getattr(self, name) not in (True, False):
+                raise PlanError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        for name, words in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in words:
+                raise PlanError(
+                    f"unknown {name} {getattr(self, name)!r}: use {', '.join(words)}."
+                    f"{suggest(str(getattr(self, name)), words)}"
+                )
+        self._check_axes()
         for name in ("lr", "clip_norm", "bucket_mib"):
             if getattr(self, name) is not None:
                 self._positive(name)
         if self.batch_size < self.slices:
             raise PlanError(
                 f"batch_size {self.batch_size} is smaller than its {self.slices} slices "
-                f"({self.mesh.dp} ranks x {self.accumulate} microbatches): use {self.slices} or more, or fewer ranks."
+                f"({self.mesh.data} ranks x {self.slices_per_rank} microbatches): "
+                f"use {self.slices} or more, or fewer ranks."
             )
+
+    def _check_axes(self) -> None:
+        """Refuse options of an axis that the mesh does not have."""
+        if self.microbatches is not None:
+            self._at_least("microbatches", 1)
+        if isinstance(self.split_at, str):
+            object.__setattr__(self, "split_at", tuple(self.split_at.replace(",", " ").split()))
+        object.__setattr__(self, "split_at", tuple(self.split_at))
+        for name, axis, word in (("microbatches", "pp", "pipeline"), ("split_at", "pp", "pipeline"),
+                                 ("tensor_plan", "tp", "tensor")):  # fmt: skip
+            if getattr(self, name) and getattr(self.mesh, axis) == 1:
+                cure = " (accumulate cuts a batch on any mesh)" if name == "microbatches" else ""
+                raise PlanError(f"{name} is given, but mesh {self.mesh} has no {axis}: use --strategy {word}{cure}.")
+        if self.split_at and len(self.split_at) != self.stages - 1:
+            raise PlanError(
+                f"split_at names {len(self.split_at)} modules, but {self.stages} stages have {self.stages - 1} "
+                f"cuts between them: give {self.stages - 1} names."
+            )
+        if self.tensor_plan is not None and not isinstance(self.tensor_plan, dict):
+            raise PlanError(f"tensor_plan must be a dict of layer names and kinds, not {self.tensor_plan!r}.")
 
     @classmethod
     def create(cls, *, ranks: int, cores: int, **options: Any) -> Plan:
@@ -140,9 +228,26 @@ class Plan:
         return cls(mesh=mesh, **given)
 
     @property
+    def stages(self) -> int:
+        """Stages of the pipeline over all its ranks; 1 without one."""
+        return self.mesh.pp * SCHEDULES[self.schedule] if self.mesh.pp > 1 else 1
+
+    @property
+    def slices_per_rank(self) -> int:
+        """Microbatches that a rank runs in a full step."""
+        if self.mesh.pp == 1:
+            return self.accumulate
+        if self.microbatches is not None:
+            return self.accumulate * self.microbatches
+        # Two samples at least in each, as layers such as BatchNorm need them.
+        return self.accumulate * max(
+            1, min(2 * self.mesh.pp, self.batch_size // (2 * self.mesh.data * self.accumulate))
+        )
+
+    @property
     def slices(self) -> int:
         """Parts a full global batch is cut into: each is one forward and backward with its own random numbers."""
-        return self.mesh.dp * self.accumulate
+        return self.mesh.data * self.slices_per_rank
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able data."""

@@ -1,8 +1,21 @@
-"""Channels: collectives along one mesh axis, always polled, so always interruptible."""
+"""Channels: collectives along one mesh axis; links: messages between two ranks. Always polled, so interruptible."""
 
 from nbdist.core.channels.base import Channel, Pending, SoloChannel
 from nbdist.core.channels.hosts import HostsChannel
+from nbdist.core.channels.link import Link, Message, ProcessGroupLink
+from nbdist.core.channels.memory_link import SharedMemoryLink
 from nbdist.core.channels.process_group import ProcessGroupChannel
 from nbdist.core.channels.shared_memory import SharedMemoryChannel
 
-__all__ = ["Channel", "HostsChannel", "Pending", "ProcessGroupChannel", "SharedMemoryChannel", "SoloChannel"]
+__all__ = [
+    "Channel",
+    "HostsChannel",
+    "Link",
+    "Message",
+    "Pending",
+    "ProcessGroupChannel",
+    "ProcessGroupLink",
+    "SharedMemoryChannel",
+    "SharedMemoryLink",
+    "SoloChannel",
+]

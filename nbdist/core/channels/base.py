@@ -69,8 +69,8 @@ class Channel(ABC):
         self.start_broadcast_(tensor, source).wait()
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """What each rank gave, in rank order. `tensor` is contiguous and of the same shape everywhere."""
-        gathered = [tensor if rank == self.rank else torch.empty_like(tensor) for rank in range(self.size)]
+        """Copies of what each rank gave, in rank order. `tensor` is contiguous and of the same shape everywhere."""
+        gathered = [tensor.clone() if rank == self.rank else torch.empty_like(tensor) for rank in range(self.size)]
         for rank, part in enumerate(gathered):
             self.broadcast_(part, rank)
         return gathered

@@ -21,10 +21,10 @@ _SPINS = 50
 _NAP_S = 5e-5
 
 
-def _all_gather(output: torch.Tensor, tensor: torch.Tensor) -> Any:
+def _all_gather(output: torch.Tensor, tensor: torch.Tensor, group: Any) -> Any:
     # torch 2.13 renamed the collective and deprecated the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(output, tensor, async_op=True)
+    return gather(output, tensor, group=group, async_op=True)
 
 
 class Work(Pending):
@@ -49,6 +49,11 @@ class Work(Pending):
         except RuntimeError as error:
             raise PeerLostError(f"a collective could not start, another rank is gone ({error}).") from error
 
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return bool(self._work.is_completed())
+
     def wait(self) -> None:
         """See `Pending`."""
         try:
@@ -72,35 +77,48 @@ class Work(Pending):
 
 
 class ProcessGroupChannel(Channel):
-    """The default process group as a channel.
+    """A process group as a channel.
 
-    It keeps no reference to the group itself: a live reference would hold the sockets open, and with them every peer
-    that waits, after the group has been destroyed.
+    It keeps no reference to the default group, and lets go of another one when it is closed: a live reference holds
+    the sockets open, and with them every peer that waits, after the group has been destroyed.
 
     Args:
         device: Where tensors must lie.
         streamed: Whether the backend is nccl.
+        group: torch's group; None is the default one, of all ranks.
+        ranks: The ranks of `group`, in order.
     """
 
-    def __init__(self, device: torch.device, *, streamed: bool = False) -> None:
-        super().__init__(dist.get_rank(), dist.get_world_size(), device)
+    def __init__(
+        self, device: torch.device, *, streamed: bool = False, group: Any = None, ranks: list[int] | None = None
+    ) -> None:
+        self._ranks = list(range(dist.get_world_size())) if ranks is None else ranks
+        super().__init__(self._ranks.index(dist.get_rank()), len(self._ranks), device)
         self._streamed = streamed
+        self._group = group
+
+    def close(self) -> None:
+        """See `Channel.close`; of the default group the world takes leave."""
+        self._group = None
 
     def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
         """See `Channel`. On CPU the order of the sum is ours; on a GPU it is the backend's, fixed for one topology."""
+        group = self._group
         if tensor.device.type != "cpu":
-            return Work.launch(lambda: dist.all_reduce(tensor, async_op=True), streamed=self._streamed)
+            return Work.launch(lambda: dist.all_reduce(tensor, group=group, async_op=True), streamed=self._streamed)
         if tensor.nbytes <= _GATHER_BELOW_BYTES:
             return self._gather_and_add_(tensor)
         if self.size == 2:  # a + b == b + a: any order is rank order
-            return Work.launch(lambda: dist.all_reduce(tensor, async_op=True))
+            return Work.launch(lambda: dist.all_reduce(tensor, group=group, async_op=True))
         return self._scatter_add_gather_(tensor)
 
     def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
         """See `Channel`."""
-        return Work.launch(lambda: dist.broadcast(tensor, src=source, async_op=True))
+        ranks, group = self._ranks, self._group
+        return Work.launch(lambda: dist.broadcast(tensor, src=ranks[source], group=group, async_op=True))
 
     def _gather_and_add_(self, tensor: torch.Tensor) -> Pending:
+        group = self._group
         gathered = torch.empty((self.size, *tensor.shape), dtype=tensor.dtype)
 
         def add() -> None:
@@ -108,9 +126,10 @@ class ProcessGroupChannel(Channel):
             for other in gathered[2:]:
                 tensor.add_(other)
 
-        return Work.launch(lambda: _all_gather(gathered.view(-1), tensor.view(-1)), add)
+        return Work.launch(lambda: _all_gather(gathered.view(-1), tensor.view(-1), group), add)
 
     def _scatter_add_gather_(self, tensor: torch.Tensor) -> Pending:
+        group = self._group
         flat = tensor.view(-1)
         length = -(-flat.numel() // self.size)
         if flat.numel() == length * self.size:
@@ -125,10 +144,10 @@ class ProcessGroupChannel(Channel):
             mine = rows[0]
             for row in rows[1:]:
                 mine.add_(row)
-            return Work.launch(lambda: _all_gather(padded, mine), finish)
+            return Work.launch(lambda: _all_gather(padded, mine, group), finish)
 
         def finish() -> None:
             if padded is not flat:
                 flat.copy_(padded[: flat.numel()])
 
-        return Work.launch(lambda: dist.all_to_all_single(parts, padded, async_op=True), add_and_gather)
+        return Work.launch(lambda: dist.all_to_all_single(parts, padded, group=group, async_op=True), add_and_gather)

@@ -26,22 +26,23 @@ from nbdist.core.handover import Segment
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
 
-__all__ = ["SharedMemoryChannel"]
+__all__ = ["SPIN_S", "SharedMemoryChannel", "connect", "open_sockets", "receive_exactly"]
 
 _PAGE = 4096
-_SPIN_S = 1e-4
+SPIN_S = 1e-4
 """How long to look for a peer before sleeping, where each rank has a core: to be woken takes 20 to 50 us more."""
 _STAGING_BYTES = 1 << 20
 """Tensors that do not lie in an arena pass through one of this size, piece by piece."""
 
 
-_open_channels: weakref.WeakSet[SharedMemoryChannel] = weakref.WeakSet()
+open_sockets: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Everything with a `close` that holds sockets to other ranks."""
 
 
 def _close_in_fork() -> None:
     """A data-loading process that outlives its killed rank would hold the sockets open, and the peers would wait."""
-    for channel in list(_open_channels):
-        channel.close()
+    for holder in list(open_sockets):
+        holder.close()
 
 
 if hasattr(os, "register_at_fork"):
@@ -78,9 +79,9 @@ class SharedMemoryChannel(Channel):
 
     def __init__(self, rank: int, size: int, store: Any, name: str) -> None:
         super().__init__(rank, size, torch.device("cpu"))
-        self._peers = _connect(rank, size, store, name)
-        _open_channels.add(self)
-        self._spin_s = _SPIN_S if size <= available_cores() else 0.0
+        self._peers = connect(rank, size, store, name)
+        open_sockets.add(self)
+        self._spin_s = SPIN_S if size <= available_cores() else 0.0
         self._arenas: list[_Arena] = []
         self._staging = self._make_arena(_STAGING_BYTES)
 
@@ -128,6 +129,38 @@ class SharedMemoryChannel(Channel):
                 piece.copy_(staged[source])
             self.meet()
         return Done()
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """See `Channel`."""
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        flats = [other.view(-1) for other in gathered]
+        start = 0
+        for piece, staged in self._pieces(tensor):
+            staged[self.rank].copy_(piece)
+            self.meet()
+            for flat, slab in zip(flats, staged, strict=True):
+                flat[start : start + len(piece)].copy_(slab)
+            self.meet()
+            start += len(piece)
+        return gathered
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Channel`."""
+        rows = tensor.view(self.size, -1)
+        total = torch.empty_like(rows[0])
+        width = _STAGING_BYTES // tensor.itemsize // self.size
+        for start in range(0, len(total), width):
+            piece = rows[:, start : start + width]
+            nbytes = piece.numel() * tensor.itemsize
+            slabs = [slab[:nbytes].view(tensor.dtype).view(self.size, -1) for slab in self._staging.slabs]
+            slabs[self.rank].copy_(piece)
+            self.meet()
+            part = total[start : start + width]
+            torch.add(slabs[0][self.rank], slabs[1][self.rank], out=part)
+            for slab in slabs[2:]:
+                part.add_(slab[self.rank])
+            self.meet()
+        return total
 
     def close(self) -> None:
         """Hang up, which releases peers that wait for this rank. Twice is fine."""
@@ -192,14 +225,14 @@ class SharedMemoryChannel(Channel):
                 for peer in self._peers:
                     peer.sendall(struct.pack("!I", len(told)) + told)
             else:
-                (length,) = struct.unpack("!I", _receive(self._peers[0], 4))
-                with open(_receive(self._peers[0], length).decode(), "r+b") as file:
+                (length,) = struct.unpack("!I", receive_exactly(self._peers[0], 4))
+                with open(receive_exactly(self._peers[0], length).decode(), "r+b") as file:
                     memory = mmap.mmap(file.fileno(), nbytes)
             self.meet()  # all have mapped it
         return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def _connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:
+def connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:
     """One socket to every other rank, in rank order. The listeners have no name in the file system."""
     listener = socket.socket(socket.AF_UNIX)
     address = f"\0nbdist-{secrets.token_hex(16)}"
@@ -218,7 +251,7 @@ def _connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]
             if _user_of(peer) != os.getuid():  # whoever else can see the address
                 peer.close()
                 continue
-            (other,) = struct.unpack("!I", _receive(peer, 4))
+            (other,) = struct.unpack("!I", receive_exactly(peer, 4))
             peers[other] = peer
     return [peers[other] for other in sorted(peers)]
 
@@ -229,7 +262,8 @@ def _user_of(peer: socket.socket) -> int:
     return int(user)
 
 
-def _receive(peer: socket.socket, length: int) -> bytes:
+def receive_exactly(peer: socket.socket, length: int) -> bytes:
+    """Receive so many bytes. Raises `PeerLostError` where the peer hangs up before."""
     data = b""
     while len(data) < length:
         part = peer.recv(length - len(data))
