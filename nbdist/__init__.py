@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nbdist.cluster import Cluster, Run, current_cluster, last_run
-    from nbdist.core import Result, train
+    from nbdist.core import Result, gather, load_checkpoint, train
     from nbdist.plan import Mesh, Plan
 
-__all__ = ["Cluster", "Mesh", "Plan", "Result", "Run", "current_cluster", "last_run", "train"]
+__all__ = [
+    "Cluster",
+    "Mesh",
+    "Plan",
+    "Result",
+    "Run",
+    "current_cluster",
+    "gather",
+    "last_run",
+    "load_checkpoint",
+    "train",
+]
 
 # Looked up on first use: `%load_ext nbdist` must not import torch, nor a script under torchrun IPython.
 _HOMES = {
@@ -21,7 +32,9 @@ _HOMES = {
     "Result": "nbdist.core",
     "Run": "nbdist.cluster",
     "current_cluster": "nbdist.cluster",
+    "gather": "nbdist.core",
     "last_run": "nbdist.cluster",
+    "load_checkpoint": "nbdist.core",
     "train": "nbdist.core",
 }
 

@@ -16,11 +16,15 @@ from nbdist.plan.plan import OPTIONS, Plan
 ROOT = Path(nbdist.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
-PUBLIC = ["Cluster", "Mesh", "Plan", "Result", "Run", "current_cluster", "last_run", "train"]
+PUBLIC = [
+    "Cluster", "Mesh", "Plan", "Result", "Run", "current_cluster", "gather", "last_run", "load_checkpoint", "train",
+]  # fmt: skip
 
 TRAIN_OPTIONS = [
-    "MODEL", "DATA", "--val", "--strategy", "--loss", "--optimizer", "--lr", "--epochs", "--steps", "--batch-size",
-    "--accumulate", "--clip-norm", "--metric", "--shuffle", "--seed", "--threads", "--bucket-mib", "--background", "-o",
+    "MODEL", "DATA", "--val", "--strategy", "--loss", "--optimizer", "--lr", "--lr-scheduler", "--epochs", "--steps",
+    "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
+    "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--threads", "--bucket-mib", "--gather", "--save",
+    "--resume", "--background", "-o",
 ]  # fmt: skip
 
 MAGICS = ["dist", "dist_pull", "dist_push", "dist_start", "dist_status", "dist_stop", "dist_train"]

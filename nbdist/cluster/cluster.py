@@ -23,7 +23,7 @@ from nbdist.plan.plan import OPTIONS
 __all__ = ["Cluster"]
 
 _DEVICES = ("auto", "cpu", "cuda")
-_TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "val", "metric", "batch_size", "shuffle")
+_TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "lr_scheduler", "val", "metric", "batch_size", "shuffle")
 
 
 class Cluster:

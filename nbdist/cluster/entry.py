@@ -172,9 +172,10 @@ def train(parcel: Any, run_id: str, news: News, inline: bool, home_free: bool) -
                 run_id=run_id,
                 sinks=[record, snapshots],
                 stop_requested=_stop_request(world, run_id) if world.rank == 0 else lambda: False,
+                home=False,
             )
             home = None
-            if world.rank == 0:
+            if world.rank == 0 and plan.gather:
                 with eager():
                     optimizer_state = task.optimizer.state_dict() if task.own_optimizer else None
                 trained = (ParamTable.of(task.model).tensors, optimizer_state)

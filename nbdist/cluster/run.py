@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
-from nbdist.errors import NbdistError
+from nbdist.errors import ClusterError, NbdistError, PlanError
 from nbdist.plan import Plan
-from nbdist.telemetry import RunState, run_html, run_text
+from nbdist.telemetry import RunState, Timeline, run_html, run_text
 
 __all__ = ["Run"]
+
+_POLL_S = 0.02
+_SAME_STEP_S = 2.0  # for the last rank to tell of a step after the first has
 
 
 class Run:
@@ -70,6 +74,26 @@ class Run:
         if self._ended.wait(timeout_s) and self.error is not None:
             raise self.error
         return self
+
+    def timeline(self) -> Timeline:
+        """What each rank of the pipeline did in the newest step that all have told of; one is told every few seconds.
+
+        Raises:
+            PlanError: The run has no pipeline.
+            ClusterError: There is no such step yet, or a rank ended before it told.
+        """
+        if self.plan.mesh.pp == 1:
+            raise PlanError(f"a run on {self.plan.mesh} has no pipeline to draw: train with --strategy pipeline.")
+        deadline = time.monotonic() + _SAME_STEP_S
+        while True:
+            last = not self.progress.running or time.monotonic() > deadline
+            told = {rank: state.work for rank, state in self.progress.ranks.items() if state.work is not None}
+            steps = {work.step for work in told.values()}
+            if len(told) == len(self.progress.ranks) and len(steps) == 1:
+                return Timeline(steps.pop(), {rank: work.work for rank, work in told.items()})
+            if last:
+                raise ClusterError("the ranks have told of no step in common: ask again a few seconds into a run.")
+            self._ended.wait(_POLL_S)
 
     @property
     def ended(self) -> bool:

@@ -60,6 +60,8 @@ def start_training(
     )
 
     def bring_home(home: Any) -> None:
+        if home is None:
+            return  # gather=False: the notebook's model stays as it was
         engines.home = home.path
         tensors, optimizer_state = unpack(home)
         ParamTable.of(task.model).load_(tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -28,6 +29,7 @@ def train(
     step: Step | None = None,
     optimizer: Any = "adamw",
     lr: float | None = None,
+    lr_scheduler: Any = None,
     epochs: int | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
@@ -39,6 +41,15 @@ def train(
     seed: int | None = None,
     threads: int | None = None,
     strategy: str | None = None,
+    precision: str | None = None,
+    sync_batchnorm: bool | None = None,
+    microbatches: int | None = None,
+    schedule: str | None = None,
+    split_at: Sequence[str] | None = None,
+    tensor_plan: Mapping[str, str] | None = None,
+    gather: bool | None = None,
+    save: str | None = None,
+    resume: str | None = None,
     bucket_mib: float | None = None,
     device: str = "auto",
     record: bool = True,
@@ -48,7 +59,7 @@ def train(
 
     **Collective** under torchrun: every rank calls it with the same arguments. Started with plain ``python`` the one
     process is the only rank. Before the first step, rank 0's weights and buffers go to all ranks; when it returns,
-    every rank's `model` holds the trained ones.
+    every rank's `model` holds the trained ones, whatever the mesh.
 
     Args:
         model: An ``nn.Module``.
@@ -57,6 +68,8 @@ def train(
         step: In place of `loss`: ``step(model, batch)``, a mean loss, or ``(mean, weight)``.
         optimizer: A name such as "adamw", a callable that takes the parameters, or an optimizer of `model`.
         lr: Learning rate; by default the optimizer's own.
+        lr_scheduler: A callable that makes a torch scheduler from an optimizer; it steps with the optimizer, or, for
+            ReduceLROnPlateau, after each epoch.
         epochs: Passes over the data; 1 unless `steps`.
         steps: Optimizer steps in place of epochs, wrapping round the data.
         batch_size: Global: samples in one optimizer step, over all ranks. 32 by default.
@@ -67,7 +80,16 @@ def train(
         shuffle: Whether to read in a new order each epoch; yes by default.
         seed: Decides the order of samples and the random numbers.
         threads: CPU threads of each rank; cores / ranks by default.
-        strategy: "data", or a mesh such as "dp=2".
+        strategy: "data", "shard", "pipeline", "tensor", or a mesh such as "dp=2,pp=2".
+        precision: "full", "bf16" or "fp16": what forward and loss compute in.
+        sync_batchnorm: Whether BatchNorm sees the whole microbatch of all replicas.
+        microbatches: Microbatches in flight through a pipeline, for each one of `accumulate`.
+        schedule: Order of work in a pipeline: "1f1b" by default, "gpipe", "interleaved" or "zero-bubble".
+        split_at: Names of the modules that begin a stage of a pipeline; by default it is cut by measured time.
+        tensor_plan: How tensor parallelism splits layers: names or patterns to "column", "row", ...; else found out.
+        gather: Whether the model ends whole, on every rank; without it see `nbdist.gather`, or `save`.
+        save: Folder for a checkpoint at the end.
+        resume: Folder of a checkpoint to begin from, made on any mesh.
         bucket_mib: Gradient bucket in MiB, where the sync overlaps with backward.
         device: "auto", "cpu" or "cuda".
         record: Whether to keep a record of the run, one JSON line an event and a file a rank.
@@ -81,12 +103,14 @@ def train(
         TaskError: Something supplied cannot be used.
     """
     task = Task.create(
-        model, data, loss=loss, step=step, optimizer=optimizer, lr=lr, val=val, metric=metric, batch_size=batch_size,
-        shuffle=shuffle,
+        model, data, loss=loss, step=step, optimizer=optimizer, lr=lr, lr_scheduler=lr_scheduler, val=val,
+        metric=metric, batch_size=batch_size, shuffle=shuffle,
     )  # fmt: skip
     options: dict[str, Any] = {
         "epochs": epochs, "steps": steps, "accumulate": accumulate, "clip_norm": clip_norm, "seed": seed,
-        "threads": threads, "strategy": strategy, "bucket_mib": bucket_mib,
+        "threads": threads, "strategy": strategy, "precision": precision, "sync_batchnorm": sync_batchnorm,
+        "microbatches": microbatches, "schedule": schedule, "split_at": split_at, "tensor_plan": tensor_plan,
+        "gather": gather, "save": save, "resume": resume, "bucket_mib": bucket_mib,
     }  # fmt: skip
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     plan = Plan.create(ranks=size, cores=_cores(size), **options, **task.options)

@@ -17,6 +17,8 @@ from nbdist.plan import slice_bounds
 
 __all__ = ["Reader", "Slice", "to_device"]
 
+_Dealt = tuple[int, torch.Tensor, int]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
@@ -24,7 +26,7 @@ class Slice:
 
     Args:
         index: Which of the batch's slices, 0 ... ranks x microbatches - 1, counted over all ranks.
-        samples: Samples in it.
+        samples: Samples in it; 0 where the batch left none for it and others wait for this rank to compute as they do.
         batch: What the step sees as `batch`, on the CPU.
     """
 
@@ -48,14 +50,18 @@ class Reader:
         seed: Decides the order and what data sets draw at random.
         shuffle: Whether to read in a new order each epoch.
         pin: Whether to put what is read in page-locked memory, for a GPU.
+        told_by: Over all ranks that read with the same settings; by default those of `channel`.
+        even: Whether every rank gets as many slices as any other: without samples, and the data of another one.
     """
 
     def __init__(
         self, source: Source, channel: Channel, *, batch_size: int, per_rank: int = 1, seed: int = 0,
-        shuffle: bool = False, pin: bool = False,
+        shuffle: bool = False, pin: bool = False, told_by: Channel | None = None, even: bool = False,
     ) -> None:  # fmt: skip
         self._source = source
         self._channel = channel
+        self._told_by = told_by or channel
+        self._even = even
         self._batch_size = batch_size
         self._per_rank = per_rank
         self._seed = seed
@@ -92,10 +98,10 @@ class Reader:
         assert samples is not None
         if source.sampler is not None:
             order = torch.empty(0, dtype=torch.long)
-            if self._channel.rank == 0:
+            if self._told_by.rank == 0:
                 seeds.seed_all(seeds.derive(self._seed, "sampler", epoch))
                 order = torch.tensor(list(itertools.islice(source.sampler, samples)), dtype=torch.long)
-            told = self._channel.broadcast_bytes(order.numpy().tobytes())
+            told = self._told_by.broadcast_bytes(order.numpy().tobytes())
             return torch.frombuffer(bytearray(told), dtype=torch.long) if told else order
         if not self._shuffle:
             return torch.arange(samples)
@@ -103,34 +109,38 @@ class Reader:
             samples, generator=torch.Generator().manual_seed(seeds.derive(self._seed, "order", epoch))
         )
 
-    def _deal(self, order: torch.Tensor) -> Iterator[list[tuple[int, torch.Tensor]]]:
-        """For each batch, the slices of this rank: index and positions in the source."""
+    def _deal(self, order: torch.Tensor) -> Iterator[list[_Dealt]]:
+        """For each batch, the slices of this rank: index, positions in the source, and samples that count."""
         first = self._channel.rank * self._per_rank
         for batch in order.split(self._batch_size):
             if self._source.drop_last and len(batch) < self._batch_size:
                 return
             bounds = slice_bounds(len(batch), self._channel.size * self._per_rank)
             mine = enumerate(bounds[first : first + self._per_rank], start=first)
-            yield [(index, batch[start:stop]) for index, (start, stop) in mine if stop > start]
+            dealt = [(index, batch[start:stop], stop - start) for index, (start, stop) in mine if stop > start]
+            if self._even:
+                most = sum(stop > start for start, stop in bounds[: self._per_rank])  # what the first rank has
+                dealt += [(first + i, batch[slice(*bounds[0])], 0) for i in range(len(dealt), most)]
+            yield dealt
 
-    def _index(self, batches: Iterator[list[tuple[int, torch.Tensor]]]) -> Iterator[list[Slice]]:
+    def _index(self, batches: Iterator[list[_Dealt]]) -> Iterator[list[Slice]]:
         tensors, rows = self._source.tensors, self._source.indices
         for batch in batches:
             slices = []
-            for index, positions in batch:
+            for index, positions, samples in batch:
                 chosen = positions if rows is None else rows[positions]
                 taken = map_tensors(tensors, lambda tensor: tensor[chosen])  # noqa: B023 - used at once
                 if self._pin:
                     taken = map_tensors(taken, torch.Tensor.pin_memory)
-                slices.append(Slice(index=index, samples=len(positions), batch=taken))
+                slices.append(Slice(index=index, samples=samples, batch=taken))
             yield slices
 
-    def _load(self, batches: Iterator[list[tuple[int, torch.Tensor]]], epoch: int) -> Iterator[list[Slice]]:
+    def _load(self, batches: Iterator[list[_Dealt]], epoch: int) -> Iterator[list[Slice]]:
         dealt = list(batches)
         self._requests[:] = [
             [seeds.derive(self._seed, "data", epoch, step, index), *positions.tolist()]
             for step, batch in enumerate(dealt)
-            for index, positions in batch
+            for index, positions, _ in batch
         ]
         if self._loader is None:
             self._loader = torch_data.DataLoader(
@@ -140,7 +150,7 @@ class Reader:
             )  # fmt: skip
         loaded = iter(self._loader)
         for batch in dealt:
-            yield [Slice(index=index, samples=len(positions), batch=next(loaded)) for index, positions in batch]
+            yield [Slice(index=index, samples=samples, batch=next(loaded)) for index, _, samples in batch]
 
     def _stream(self, epoch: int) -> Iterator[list[Slice] | None]:
         channel, first = self._channel, self._channel.rank * self._per_rank
@@ -156,11 +166,17 @@ class Reader:
                 break
             offset = step * self._batch_size
             mine = batch[(channel.rank - offset) % channel.size :: channel.size]
-            yield [
+            slices = [
                 Slice(index=first + i, samples=stop - start, batch=self._source.collate(mine[start:stop]))
                 for i, (start, stop) in enumerate(slice_bounds(len(mine), self._per_rank))
                 if stop > start
             ]
+            if self._even:
+                most = slice_bounds(-(-len(batch) // channel.size), self._per_rank)  # what some rank has
+                spare = self._source.collate((mine or batch)[:2])
+                filled = sum(stop > start for start, stop in most)
+                slices += [Slice(index=first + i, samples=0, batch=spare) for i in range(len(slices), filled)]
+            yield slices
         yield from itertools.repeat(None)
 
     def close(self) -> None:

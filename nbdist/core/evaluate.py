@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core import seeds
-from nbdist.core.data import Reader, to_device
+from nbdist.core.data import Reader
 from nbdist.core.strategies import Strategy
 from nbdist.core.task import Task, first_dimension
 from nbdist.core.weighted_mean import WeightedMean
@@ -19,8 +18,8 @@ from nbdist.errors import PlanError, TaskError
 __all__ = ["evaluate", "switched"]
 
 
-def evaluate(task: Task, strategy: Strategy, reader: Reader, *, seed: int, metric: str = "") -> dict[str, float]:
-    """Measure the model on the validation data. **Collective** over the strategy's data axis.
+def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = "") -> dict[str, float]:
+    """Measure the model on the validation data. **Collective**.
 
     The metric sees what the last call of the model returned, and the last element of the batch.
 
@@ -28,7 +27,6 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, seed: int, metri
         task: The task; its model is put in evaluation mode and back.
         strategy: Where the model lies.
         reader: Over the validation data.
-        seed: For models that draw random numbers even here.
         metric: Name of the metric in the result, or empty for the loss alone.
 
     Returns:
@@ -38,9 +36,14 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, seed: int, metri
         PlanError: The data gave nothing.
         TaskError: The metric cannot be measured on what the model or the data gave.
     """
-    device = strategy.data_axis.device
+    device = strategy.device
     loss_mean, metric_mean, samples = WeightedMean(device), WeightedMean(device), 0
     outputs: list[Any] = []
+
+    def measure(batch: Any, samples: int) -> tuple[tuple[torch.Tensor, Any], tuple[Any, Any]]:
+        loss = task.loss_and_weight(batch, samples)
+        return loss, (0, 0) if task.metric is None else _measure(task, outputs, batch, samples, metric)
+
     hook = task.model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
         with switched(task.model, training=False), torch.no_grad():
@@ -48,19 +51,18 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, seed: int, metri
                 if slices is None:
                     break
                 for part in slices:
-                    seeds.seed_torch(seeds.derive(seed, "val", step, part.index), device)
-                    batch = to_device(part.batch, device)
                     outputs.clear()
-                    loss, weight = task.loss_and_weight(batch, part.samples)
-                    loss_mean.add(loss, weight)
-                    samples += part.samples
-                    if task.metric is not None:
-                        metric_mean.add(*_measure(task, outputs, batch, part.samples, metric))
+                    measured = strategy.forward(part, ("val", step), measure)
+                    if measured is not None and part.samples and strategy.axes.speaks:
+                        loss_mean.add(*measured[0])
+                        samples += part.samples
+                        if task.metric is not None:
+                            metric_mean.add(*measured[1])
     finally:
         hook.remove()
     counted = torch.tensor([samples], dtype=torch.float64, device=device)
     sums = torch.cat([loss_mean.sums, metric_mean.sums, counted])
-    strategy.data_axis.all_reduce_(sums)
+    strategy.axes.world.all_reduce_(sums)
     loss_sum, loss_weight, metric_sum, metric_weight, samples = sums.tolist()
     if not samples:
         raise PlanError("the validation data gave no batch: can it be read only once?")

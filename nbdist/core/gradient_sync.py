@@ -175,18 +175,26 @@ class GradientSync:
                     return
                 bucket.pending = self._channel.start_all_reduce_(bucket.flat)
 
-    def finish(self, weight: Any, *, stop: bool = False, exhausted: bool = False) -> Totals:
+    @property
+    def used(self) -> list[bool]:
+        """Which parameters have got a gradient in this step, on this rank. Local."""
+        return [hit is not None for hit in self._used]
+
+    def finish(
+        self, weight: Any, *, stop: float = False, exhausted: float = False, used: list[bool] | None = None
+    ) -> Totals:
         """End a step: sum over the ranks and divide by the total weight. **Collective**.
 
         Args:
             weight: Sum of this rank's slice weights, a number or a scalar tensor.
-            stop: Whether this rank asks to stop.
-            exhausted: Whether this rank has no data left.
+            stop: Whether this rank asks to stop, or how many ranks that it speaks for.
+            exhausted: Whether this rank has no data left, or how many that it speaks for.
+            used: Which parameters were used, where this rank was told; by default it has seen it itself.
         """
         if not self._armed:
             self.arm()
         self._armed = False
-        used = [hit is not None for hit in self._used]
+        used = self.used if used is None else used
         self._tell([weight, stop, exhausted, *used])
         self._start_ready(everything=True)
         for bucket in self._buckets:

@@ -1,15 +1,17 @@
-"""The table of a model's parameters and buffers: what is synchronised, optimized and brought home."""
+"""The table of a model's parameters and buffers: what is synchronised, optimized, gathered and brought home."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from nbdist.core.axes import Axes
 from nbdist.core.channels import Channel
+from nbdist.core.placement import Placement
 
-__all__ = ["ParamTable", "laid_out_like"]
+__all__ = ["ParamTable", "laid_out_like", "replace_data", "stand_in"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +19,17 @@ class ParamTable:
     """Parameters and buffers by name; a tied one stands once, under its first name.
 
     Args:
-        parameters: Every parameter, frozen ones included.
+        parameters: Every parameter, frozen ones included. They are the model's own objects all the time; what changes
+            is their data: this rank's part, or a stand-in where it holds none.
         buffers: Every buffer, those left out of ``state_dict`` included.
+        placements: Which part of each tensor lies where; those that are not named lie whole on every rank.
+        owners: The rank on ``dp`` that alone updates a parameter, where ranks share the weights.
     """
 
     parameters: dict[str, nn.Parameter]
     buffers: dict[str, torch.Tensor]
+    placements: dict[str, Placement] = field(default_factory=dict)
+    owners: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> ParamTable:
@@ -31,7 +38,7 @@ class ParamTable:
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that take a gradient."""
+        """The parameters that take a gradient, on any rank."""
         return {name: p for name, p in self.parameters.items() if p.requires_grad}
 
     @property
@@ -39,19 +46,63 @@ class ParamTable:
         """Parameters and buffers together, detached but not copied."""
         return {name: t.detach() for name, t in {**self.parameters, **self.buffers}.items()}
 
-    def broadcast_(self, channel: Channel) -> None:
-        """Give every rank the weights and buffers of rank 0. **Collective** over `channel`."""
-        for tensor in self.tensors.values():
-            channel.broadcast_any_(tensor)
+    def placement(self, name: str) -> Placement:
+        """Where the parts of a tensor lie."""
+        if name in self.placements:
+            return self.placements[name]
+        tensor = self.parameters[name] if name in self.parameters else self.buffers[name]
+        return Placement(layout=torch.empty_like(tensor, device="meta"))
 
-    def average_buffers_(self, channel: Channel) -> None:
+    def is_updated(self, name: str, axes: Axes) -> bool:
+        """Whether this rank's optimizer updates a parameter, of which it holds a part."""
+        return self.owners.get(name, axes.dp.rank) == axes.dp.rank
+
+    def held(self, axes: Axes) -> dict[str, nn.Parameter]:
+        """The trainable parameters of which this rank holds a part."""
+        return {name: p for name, p in self.trainable.items() if self.placement(name).held(axes)}
+
+    @torch.no_grad()
+    def broadcast_(self, channel: Channel) -> None:
+        """Give every rank the weights and buffers of rank 0. **Collective** over `channel`.
+
+        What is there already is left alone: pages that processes share stay shared.
+        """
+        for tensor in self.tensors.values():
+            told = tensor.clone(memory_format=torch.contiguous_format)
+            channel.broadcast_(told)
+            if not torch.equal(told, tensor):
+                tensor.copy_(told)
+
+    @torch.no_grad()
+    def gather_(self, axes: Axes, *, keep: bool = True) -> None:
+        """Make every tensor whole again, one by one, where `keep` says so. **Collective** over the replica."""
+        for name, placement in self.placements.items():
+            held = placement.held(axes)
+            if name in self.buffers:
+                whole = placement.gather(self.buffers[name] if held else None, axes)
+                self.buffers[name].copy_(whole)
+                continue
+            parameter = self.parameters[name]
+            whole = placement.gather(parameter.data if held else None, axes)
+            if keep:
+                home = torch.empty_strided(
+                    placement.layout.shape, placement.layout.stride(), dtype=whole.dtype, device=whole.device
+                )
+                replace_data(parameter, home.copy_(whole))
+        if keep:
+            self.placements.clear()
+
+    @torch.no_grad()
+    def average_buffers_(self, channel: Channel, axes: Axes | None = None) -> None:
         """Give every rank the mean of the floating-point buffers, and rank 0's other ones. **Collective**.
 
         Running statistics (BatchNorm) see only the local part of the data; their mean over the replicas is what the
         trained model holds. It is rank 0's value and the mean of the differences from it, so that constants, masks
         of infinities among them, stay what they are to the bit.
         """
-        for buffer in self.buffers.values():
+        for name, buffer in self.buffers.items():
+            if axes is not None and not self.placement(name).held(axes):
+                continue
             shared = buffer.clone(memory_format=torch.contiguous_format)
             channel.broadcast_(shared)
             if buffer.is_floating_point():
@@ -74,3 +125,21 @@ def laid_out_like(parameter: torch.Tensor, flat: torch.Tensor, start: int) -> to
     """
     strides = torch.empty_like(parameter, device="meta").stride()
     return flat[start : start + parameter.numel()].as_strided(parameter.shape, strides)
+
+
+def stand_in(layout: torch.Tensor) -> torch.Tensor:
+    """What a parameter holds where its values are not: its shape without memory. Read by mistake, it shows as NaN."""
+    fill = float("nan") if layout.is_floating_point() or layout.is_complex() else 0
+    return torch.full((), fill, dtype=layout.dtype).expand(layout.shape)
+
+
+def replace_data(parameter: nn.Parameter, data: torch.Tensor) -> None:
+    """Give a parameter data of another shape, and no gradient. Local.
+
+    A graph that somebody keeps holds the node that accumulates the gradient, and that node the old shape. torch lets
+    go of the node where the dtype changes, which is why the data pass through another one.
+    """
+    parameter.grad = None
+    other = torch.float32 if data.dtype != torch.float32 else torch.float64
+    parameter.data = data.new_empty(0, dtype=other)
+    parameter.data = data

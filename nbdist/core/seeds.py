@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-__all__ = ["derive", "kept", "seed_all", "seed_torch"]
+__all__ = ["derive", "kept", "seed_all", "seed_torch", "set_state", "state"]
 
 
 def derive(*path: int | str) -> int:
@@ -24,6 +24,22 @@ def seed_torch(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+def state(device: torch.device) -> list[torch.Tensor | None]:
+    """Where the generators stand that `seed_torch` seeds, as tensors that can travel. Local."""
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.default_generator.get_state(), *on_device]
+
+
+def set_state(states: list[torch.Tensor | None], device: torch.device) -> None:
+    """Go on where `state` was taken, perhaps on another rank. Local."""
+    first, *on_device = states
+    assert first is not None
+    torch.default_generator.set_state(first)
+    for other in on_device:
+        assert other is not None
+        torch.cuda.set_rng_state(other.cpu(), device)
 
 
 def seed_all(seed: int) -> None:

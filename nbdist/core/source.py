@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,15 +96,15 @@ class Source:
         except (TypeError, NotImplementedError):
             return None
 
-    def first(self) -> Any:
-        """The first sample as a batch of one, or None where reading it would consume a stream."""
+    def first(self, samples: int = 1, *, consume: bool = False) -> Any:
+        """The first samples as a batch; None where that would consume a stream and `consume` does not allow it."""
         if self.tensors is not None:
-            row = slice(0, 1) if self.indices is None else self.indices[:1]
+            row = slice(0, samples) if self.indices is None else self.indices[:samples]
             return map_tensors(self.tensors, lambda tensor: tensor[row])
-        if self.dataset is None:
-            return None
         with seeds.kept(torch.device("cpu")):  # a data set may draw random numbers
-            return self.collate([self.dataset[0]])
+            if self.dataset is not None:
+                return self.collate([self.dataset[i] for i in range(min(samples, len(self.dataset)))])
+            return self.collate(list(itertools.islice(self.stream, samples))) if consume else None
 
 
 def tensors_in(batch: Any) -> Iterator[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import nn
 from nbdist.core.losses import Loss, find_loss, loss_name
 from nbdist.core.metrics import Metric, find_metric
 from nbdist.core.optimizers import make_optimizer, optimizer_name
+from nbdist.core.schedulers import Scheduler, check_scheduler
 from nbdist.core.source import Source, tensors_in
 from nbdist.errors import PlanError, TaskError
 
-__all__ = ["Step", "SupervisedStep", "Task", "first_dimension"]
+__all__ = ["ModelLossStep", "Step", "SupervisedStep", "Task", "first_dimension"]
 
 Step = Callable[[nn.Module, Any], Any]
 """``step(model, batch)``: one training step's loss, a mean, or ``(loss, weight)`` with what that mean is over."""
@@ -35,6 +36,7 @@ class Task:
         val: Validation data, or None.
         metric: Measured on `val` beside the loss, or None.
         own_optimizer: Whether the user made the optimizer, and so gets its state back.
+        scheduler: Makes a torch scheduler from the optimizer, or None.
         options: The Plan options that follow from what was supplied: names, batch size, shuffle.
     """
 
@@ -45,12 +47,14 @@ class Task:
     val: Source | None
     metric: Metric | None
     own_optimizer: bool
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
     options: dict[str, Any]
 
     @classmethod
     def create(
         cls, model: Any, data: Any, *, loss: Any = None, step: Step | None = None, optimizer: Any = "adamw",
-        lr: float | None = None, val: Any = None, metric: Any = None, batch_size: int | None = None,
+        lr: float | None = None, lr_scheduler: Any = None, val: Any = None, metric: Any = None,
+        batch_size: int | None = None,
         shuffle: bool | None = None, names: tuple[str, str] = ("model", "data"),
     ) -> Task:  # fmt: skip
         """Check what a person supplied and bring it to one form. Local; nothing is changed.
@@ -62,6 +66,7 @@ class Task:
             step: A callable ``step(model, batch)`` in place of `loss`.
             optimizer: See `make_optimizer`.
             lr: Learning rate.
+            lr_scheduler: A callable that makes a torch scheduler from an optimizer.
             val: Validation data, in the same forms as `data`.
             metric: A name, or a callable ``metric(output, target)``.
             batch_size: Global batch size, if the person gave one.
@@ -74,7 +79,10 @@ class Task:
         """
         _check_model(model, names[0])
         source = Source.of(data, names[1])
-        if (loss is None) == (step is None):
+        own_loss = loss is None and step is None and isinstance(source.first(), Mapping)
+        if own_loss:
+            step = ModelLossStep()
+        elif (loss is None) == (step is None):
             raise TaskError(NO_LOSS if loss is None else "give loss=... or step=..., not both.")
         if step is not None and not callable(step):
             raise TaskError(f"step must be a callable step(model, batch), not {step!r}.")
@@ -87,16 +95,21 @@ class Task:
             _check_pairs(needs_target, what)
         _check_agree("batch_size", batch_size, source.batch_size, names[1])
         _check_agree("shuffle", shuffle, source.shuffle, names[1])
+        made = make_optimizer(optimizer, model, lr)
+        if lr_scheduler is not None:
+            check_scheduler(lr_scheduler, made)
         return cls(
             model=model,
             data=source,
             step=step or SupervisedStep(find_loss(loss)),
-            optimizer=make_optimizer(optimizer, model, lr),
+            optimizer=made,
+            scheduler=lr_scheduler,
             val=val_source,
             metric=None if metric is None else find_metric(metric),
             own_optimizer=isinstance(optimizer, torch.optim.Optimizer),
             options={
-                "loss": loss_name(loss) if step is None else "step",
+                "loss": "the model's own" if own_loss else loss_name(loss) if step is None else "step",
+                "lr_scheduler": "" if lr_scheduler is None else _name(lr_scheduler),
                 "optimizer": optimizer_name(optimizer),
                 "lr": lr,
                 "metric": "" if metric is None else _name(metric),
@@ -111,6 +124,10 @@ class Task:
         count = sum(p.numel() for p in self.model.parameters())
         scale, unit = next((s, u) for s, u in ((1_000_000, " M"), (1_000, " k"), (1, "")) if count >= s)
         return f"{type(self.model).__name__} ({count / scale:.3g}{unit} parameters)"
+
+    def make_scheduler(self, optimizer: torch.optim.Optimizer) -> Scheduler:
+        """What sets the learning rate from step to step. Local."""
+        return Scheduler(self.scheduler, optimizer)
 
     def loss_and_weight(self, batch: Any, samples: int) -> tuple[torch.Tensor, Any]:
         """Run the step on one slice.
@@ -143,6 +160,21 @@ class SupervisedStep:
         """Return ``loss(model(*inputs), target)``."""
         *inputs, target = batch
         return self.loss(model(*inputs), target)
+
+
+class ModelLossStep:
+    """The step of a model that takes a batch as keywords and computes its loss itself, as those of transformers do."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        """Return the loss in ``model(**batch)``: an attribute or key ``loss``."""
+        output = model(**batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if loss is None:
+            raise TaskError(
+                f"the batch is a dict, so the model computes the loss itself, but model(**batch) gave "
+                f"{type(output).__name__} without a loss: add labels to the batch, name a loss, or write the step."
+            )
+        return loss
 
 
 def first_dimension(batch: Any, otherwise: int) -> int:

@@ -13,13 +13,14 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from nbdist.core import seeds, strategies
 from nbdist.core.allocator import objects_set_aside, pages_kept
-from nbdist.core.data import Reader, to_device
+from nbdist.core.checkpoint import load, save
+from nbdist.core.data import Reader
 from nbdist.core.eager import eager
 from nbdist.core.evaluate import evaluate, switched
+from nbdist.core.gather import leave_in_parts
 from nbdist.core.gradient_sync import Totals
 from nbdist.core.source import Source
 from nbdist.core.task import Task
@@ -27,7 +28,18 @@ from nbdist.core.weighted_mean import WeightedMean
 from nbdist.core.world import World
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
-from nbdist.telemetry import EpochFinished, Evaluating, Event, Meter, Progress, RunFailed, RunFinished, RunStarted, Sink
+from nbdist.telemetry import (
+    EpochFinished,
+    Evaluating,
+    Event,
+    Meter,
+    Progress,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    Sink,
+    Worked,
+)
 
 __all__ = ["Result", "fit"]
 
@@ -56,6 +68,7 @@ def fit(
     run_id: str = "",
     sinks: Sequence[Sink] = (),
     stop_requested: Callable[[], bool] = lambda: False,
+    home: bool = True,
 ) -> Result:
     """Train. **Collective**: all ranks of `world`, with equal plans and data.
 
@@ -66,6 +79,7 @@ def fit(
         run_id: Name of the run in the record.
         sinks: Who receives this rank's events.
         stop_requested: Asked before each step; where any rank answers yes, all stop after the same step.
+        home: Whether the model ends whole on every rank, or on rank 0 alone.
     """
     model, device = task.model, world.device
 
@@ -86,18 +100,20 @@ def fit(
 
         strategy = strategies.apply(task, plan, world)
         cleanup.callback(strategy.close)
-        optimizer = task.optimizer
-        trained = list(strategy.table.trainable.values())
+        axes, optimizer = strategy.axes, task.optimizer
+        if plan.resume:
+            load(plan.resume, strategy.table, optimizer, axes)
+        scheduler = task.make_scheduler(optimizer)
 
         def reader_of(source: Source, per_rank: int, shuffle: bool) -> Reader:
             reader = Reader(
-                source, strategy.data_axis, batch_size=plan.batch_size, per_rank=per_rank, seed=plan.seed,
-                shuffle=shuffle, pin=device.type == "cuda",
+                source, axes.data, told_by=axes.world, batch_size=plan.batch_size, per_rank=per_rank, seed=plan.seed,
+                shuffle=shuffle, pin=device.type == "cuda", even=strategy.even,
             )  # fmt: skip
             cleanup.callback(reader.close)
             return reader
 
-        reader = reader_of(task.data, plan.accumulate, plan.shuffle)
+        reader = reader_of(task.data, plan.slices_per_rank, plan.shuffle)
         val_reader = reader_of(task.val, 1, False) if task.val is not None else None
         steps_total = _steps_total(plan, reader)
 
@@ -110,6 +126,7 @@ def fit(
             host=socket.gethostname(),
             pid=os.getpid(),
             device=str(device),
+            stages=strategy.infos,
         )
         tell(started)
         meter = Meter()
@@ -124,28 +141,19 @@ def fit(
             first_step = step
             for slices in reader.epoch(epoch):
                 strategy.begin_step()
-                step_weight: Any = 0
-                losses: list[tuple[torch.Tensor, Any]] = []
-
-                for position, part in enumerate(slices or ()):
-                    seeds.seed_torch(seeds.derive(plan.seed, "slice", step, part.index), device)
-                    loss, weight = task.loss_and_weight(to_device(part.batch, device), part.samples)
-                    # A mean over nothing (all targets ignored) is not a number: it has no gradient to give.
-                    if weight != 0:
-                        strategy.backward(loss, weight, last=position == len(slices or ()) - 1)
-                        step_weight = step_weight + weight
-                        losses.append((loss.detach(), weight))
-                    row.samples += part.samples
-                    samples += part.samples
+                step_weight, losses = strategy.forward_backward(step, slices or [])
+                read = sum(part.samples for part in slices or ())
+                samples += read
+                row.samples += read if axes.speaks else 0
 
                 totals = strategy.sync(step_weight, stop=stop_requested(), exhausted=slices is None)
-                if slices is None and totals.exhausted == strategy.data_axis.size:
+                if slices is None and totals.exhausted == axes.data.size:
                     break
                 # A rank that had data knows that there was some, without waiting for its GPU.
                 if (not isinstance(step_weight, torch.Tensor) and step_weight > 0) or totals.weight:
-                    if plan.clip_norm is not None:
-                        nn.utils.clip_grad_norm_(trained, plan.clip_norm)
-                    strategy.step(optimizer)
+                    updated = strategy.update(optimizer)
+                    if updated and scheduler.every_step:
+                        scheduler.step()
                 step += 1
                 row.steps += 1
                 for loss, weight in losses:
@@ -153,6 +161,8 @@ def fit(
 
                 if meter.due():
                     tell(_progress(world, step, epoch, samples, _mean(losses, device), meter.rate(samples)))
+                if strategy.work and step & (step - 1) == 0:  # at steps 1, 2, 4, 8 ..., on all ranks the same
+                    tell(Worked(rank=world.rank, step=step, work=tuple(strategy.work)))
                 # A GPU is not waited for: there, ranks stop one step after the one in which they agreed to.
                 heard, latest = totals if device.type == "cpu" else latest, totals
                 stopped = heard is not None and heard.stop > 0
@@ -171,13 +181,23 @@ def fit(
             measured: dict[str, float] = {}
             if val_reader is not None and not stopped:
                 tell(Evaluating(rank=world.rank))
-                measured = evaluate(task, strategy, val_reader, seed=plan.seed, metric=plan.metric)
+                measured = evaluate(task, strategy, val_reader, metric=plan.metric)
             history.append(row.close(strategy, len(history) + 1, seconds) | measured)
             tell(EpochFinished(rank=world.rank, row=history[-1]))
+            if not scheduler.every_step:
+                scheduler.step(measured.get("val_loss", history[-1]["loss"]))
             if ended:
                 break
             row = _Row(device)
 
+        if strategy.work:  # a short run is over before its first picture was due
+            tell(Worked(rank=world.rank, step=step, work=tuple(strategy.work)))
+        if plan.save:
+            save(plan.save, strategy.table, optimizer, axes)
+        if plan.gather:
+            strategy.gather(keep=home or world.rank == 0)
+        else:
+            leave_in_parts(model, strategy.table, plan.mesh)
         state = "stopped" if stopped and not _complete(plan, step, steps_total) else "finished"
         tell(RunFinished(rank=world.rank, state=state))
         return Result(state=state, history=history, plan=plan)
@@ -199,7 +219,7 @@ class _Row:
 
     def close(self, strategy: strategies.Strategy, epoch: int, seconds: float) -> dict[str, Any]:
         """The row over all ranks, the same on each; `seconds` are rank 0's. **Collective**."""
-        axis = strategy.data_axis
+        axis = strategy.axes.world
         rank_zeros = seconds if axis.rank == 0 else 0.0
         counted = torch.tensor([self.samples, rank_zeros], dtype=torch.float64, device=axis.device)
         sums = torch.cat([self.loss.sums, counted])

@@ -167,6 +167,8 @@ class DistMagics(Magics):
             "loss": self._callable(arguments.loss),
             "optimizer": self._callable(arguments.optimizer) or "adamw",
             "metric": self._callable(arguments.metric),
+            "lr_scheduler": None if arguments.lr_scheduler is None else self._evaluate(arguments.lr_scheduler),
+            "tensor_plan": None if arguments.tensor_plan is None else self._evaluate(arguments.tensor_plan),
             "val": None if arguments.val is None else self._evaluate(arguments.val),
             "step": None if cell is None else compile_step(self.shell, line, cell, self._cell_number),
         }

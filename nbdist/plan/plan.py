@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -175,6 +176,9 @@ class Plan:
                     f"{suggest(str(getattr(self, name)), words)}"
                 )
         self._check_axes()
+        for name in ("save", "resume"):  # ranks may have another working folder
+            if getattr(self, name):
+                object.__setattr__(self, name, os.path.abspath(os.path.expanduser(getattr(self, name))))
         for name in ("lr", "clip_norm", "bucket_mib"):
             if getattr(self, name) is not None:
                 self._positive(name)

@@ -8,10 +8,13 @@ from nbdist.telemetry.events import (
     RunFailed,
     RunFinished,
     RunStarted,
+    Work,
+    Worked,
 )
 from nbdist.telemetry.meter import Meter
 from nbdist.telemetry.sinks import JsonlSink, ListSink, Sink, SnapshotSink, TextSink
 from nbdist.telemetry.state import RankState, RunState, fold
+from nbdist.telemetry.timeline import Timeline
 from nbdist.telemetry.view import run_html, run_text
 
 __all__ = [
@@ -30,6 +33,9 @@ __all__ = [
     "Sink",
     "SnapshotSink",
     "TextSink",
+    "Timeline",
+    "Work",
+    "Worked",
     "fold",
     "run_html",
     "run_text",

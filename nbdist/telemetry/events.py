@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["EpochFinished", "Evaluating", "Event", "Progress", "RunFailed", "RunFinished", "RunStarted"]
+__all__ = [
+    "EpochFinished",
+    "Evaluating",
+    "Event",
+    "Progress",
+    "RunFailed",
+    "RunFinished",
+    "RunStarted",
+    "Work",
+    "Worked",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +38,11 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
-    """The rank is ready for its first step. `steps_total` is None where the data has no length."""
+    """The rank is ready for its first step. `steps_total` is None where the data has no length.
+
+    `stages` are those that a pipeline was cut into: of each its number, the names where it begins and ends, the
+    measured seconds of one example's forward, and how many parameters it holds.
+    """
 
     run_id: str
     title: str
@@ -37,6 +51,7 @@ class RunStarted(Event):
     host: str
     pid: int
     device: str
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +73,32 @@ class Progress(Event):
     loss: float | None
     samples_per_s: float
     memory_mib: float
+
+
+class Work(NamedTuple):
+    """One piece of work in a pipeline.
+
+    Args:
+        kind: "forward", "backward", or its halves "backward_input" and "backward_weight".
+        stage: Of which stage of the pipeline.
+        microbatch: Of which microbatch of the step.
+        start_s: When it began, in seconds since 1970: comparable over the ranks of a host.
+        end_s: When it ended.
+    """
+
+    kind: str
+    stage: int
+    microbatch: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worked(Event):
+    """What the rank of a pipeline did in one step, told for one step every few seconds, the same on all ranks."""
+
+    step: int
+    work: tuple[Work, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

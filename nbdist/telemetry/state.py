@@ -6,7 +6,17 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from nbdist.telemetry.events import EpochFinished, Evaluating, Event, Progress, RunFailed, RunFinished, RunStarted
+from nbdist.telemetry.events import (
+    EpochFinished,
+    Evaluating,
+    Event,
+    Progress,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    Work,
+    Worked,
+)
 
 __all__ = ["RankState", "RunState", "fold"]
 
@@ -17,8 +27,8 @@ ENDED = ("finished", "stopped", "failed")
 class RankState:
     """The latest that is known of one rank: a snapshot, small enough to publish several times a second.
 
-    Fields are those of the events they come from. `state` is one of "starting", "running", "evaluating", "finished",
-    "stopped", "failed", "lost".
+    Fields are those of the events they come from; `work` is the newest of its kind. `state` is one of "starting",
+    "running", "evaluating", "finished", "stopped", "failed", "lost".
     """
 
     rank: int
@@ -34,6 +44,8 @@ class RankState:
     samples_per_s: float = 0.0
     memory_mib: float = 0.0
     history: tuple[dict[str, Any], ...] = ()
+    stages: tuple[dict[str, Any], ...] = ()
+    work: Worked | None = None
     error: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,7 +55,10 @@ class RankState:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RankState:
         """The inverse of `to_dict`."""
-        return cls(**{**data, "history": tuple(data["history"])})
+        work = data.get("work")
+        if work is not None:
+            work = Worked(**{**work, "work": tuple(Work(*item) for item in work["work"])})
+        return cls(**{**data, "history": tuple(data["history"]), "stages": tuple(data["stages"]), "work": work})
 
 
 def fold(state: RankState, event: Event) -> RankState:
@@ -52,7 +67,7 @@ def fold(state: RankState, event: Event) -> RankState:
         case RunStarted():
             return replace(
                 state, state="running", host=event.host, pid=event.pid, device=event.device,
-                steps_total=event.steps_total,
+                steps_total=event.steps_total, stages=tuple(event.stages),
             )  # fmt: skip
         case Progress():
             return replace(
@@ -60,6 +75,8 @@ def fold(state: RankState, event: Event) -> RankState:
                 loss=state.loss if event.loss is None else event.loss,
                 samples_per_s=event.samples_per_s, memory_mib=event.memory_mib,
             )  # fmt: skip
+        case Worked():
+            return replace(state, work=event)
         case Evaluating():
             return replace(state, state="evaluating")
         case EpochFinished():
@@ -124,14 +141,20 @@ class RunState:
 
     @property
     def samples(self) -> int:
-        """Samples trained on, over all ranks."""
-        return sum(rank.samples for rank in self.ranks.values())
+        """Samples trained on, over all replicas."""
+        return sum(rank.samples for rank in self.ranks.values()) // self._ranks_a_sample
+
+    @property
+    def _ranks_a_sample(self) -> int:
+        """How many ranks work on the same sample."""
+        mesh = self.plan["mesh"]
+        return int(mesh.get("pp", 1) * mesh.get("tp", 1))
 
     @property
     def samples_per_s(self) -> float:
         """Speed over all ranks: at the moment while running, of the whole training afterwards."""
         if self.running:
-            return sum(rank.samples_per_s for rank in self.ranks.values())
+            return sum(rank.samples_per_s for rank in self.ranks.values()) / self._ranks_a_sample
         seconds = sum(row["seconds"] for row in self.history)
         return sum(row["samples"] for row in self.history) / seconds if seconds else 0.0
 

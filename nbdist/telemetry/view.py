@@ -41,8 +41,8 @@ def epoch_text(row: dict[str, Any]) -> str:
 
 
 def mesh_text(plan: dict[str, Any]) -> str:
-    """The mesh of a plan that has become data: "dp=2"."""
-    return ", ".join(f"{axis}={degree}" for axis, degree in plan["mesh"].items())
+    """The mesh of a plan that has become data: "dp=2, pp=2"."""
+    return ", ".join(f"{axis}={degree}" for axis, degree in plan["mesh"].items() if degree > 1) or "dp=1"
 
 
 def memory_text(rank: RankState) -> str:

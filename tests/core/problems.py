@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from nbdist.core import Result, fit
+from nbdist.core.axes import Axes
 from nbdist.core.task import Task
 from nbdist.core.world import World
 from nbdist.plan import Plan
@@ -48,7 +50,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def train(world: World, model: nn.Module, data: Any, **options: Any) -> tuple[Result, dict[str, torch.Tensor]]:
     """Train as `nbdist.train` would, on one thread, and return the result and the weights."""
-    supplied = {"loss", "step", "optimizer", "lr", "val", "metric", "batch_size", "shuffle"}
+    supplied = {"loss", "step", "optimizer", "lr", "lr_scheduler", "val", "metric", "batch_size", "shuffle"}
     if "step" not in options:
         options.setdefault("loss", "cross_entropy")
     task = Task.create(model, data, **{k: v for k, v in options.items() if k in supplied})
@@ -61,6 +63,14 @@ def train(world: World, model: nn.Module, data: Any, **options: Any) -> tuple[Re
 def alone(model: nn.Module, data: Any, **options: Any) -> tuple[Result, dict[str, torch.Tensor]]:
     """`train` in this process, on one rank."""
     return train(World(), model, data, **options)
+
+
+def strategy_of(kind: Any, world: World, model: nn.Module, full_batch: int = 1, **options: Any) -> Any:
+    """A data-parallel strategy of a kind, for `model` and some task."""
+    bucket_mib = options.pop("bucket_mib", None)
+    task = Task.create(model, classes(full_batch * world.size), loss="cross_entropy", optimizer="sgd")
+    plan = Plan.create(ranks=world.size, cores=1, bucket_mib=bucket_mib, **task.options | {"batch_size": world.size})
+    return kind(task, replace(plan, batch_size=max(full_batch, world.size)), Axes(world, plan.mesh), **options)
 
 
 def losses(result: Result) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import FEATURES, SGD, alone, assert_same_bits, classes, mlp, seeded, train, weights
+from problems import FEATURES, SGD, alone, assert_same_bits, classes, mlp, seeded, strategy_of, train, weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -37,7 +37,7 @@ def told(totals):
 def gradients(world, overlap, bucket_mib, accumulate):
     """Gradients and totals of two steps, the second with a rank that has no data."""
     model = seeded(Branches)
-    strategy = Replicate(model, world.channel(), full_batch=2.0, bucket_mib=bucket_mib, overlap=overlap)
+    strategy = strategy_of(Replicate, world, model, full_batch=4, bucket_mib=bucket_mib, overlap=overlap)
     outcomes = []
     for step in range(2):
         strategy.begin_step()

@@ -68,7 +68,9 @@ def run_ahead(world):
             link.send(i, [torch.full((1000,), float(i))])
         assert "end" == link.receive()[0]
         return len(link._free) + len(link._away)
-    assert [(i, float(i)) for i in range(200)] == [(n, t[0][-1].item()) for n, t in (link.receive() for _ in range(200))]
+    assert [(i, float(i)) for i in range(200)] == [
+        (n, t[0][-1].item()) for n, t in (link.receive() for _ in range(200))
+    ]
     link.send("end", [])
     return 0
 

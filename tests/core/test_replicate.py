@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from problems import FEATURES, SGD, alone, assert_same_bits, classes, seeded, train, weights
+from problems import FEATURES, SGD, alone, assert_same_bits, classes, seeded, strategy_of, train, weights
 from torch import nn
 
 from nbdist.core.strategies import Replicate
@@ -33,7 +33,7 @@ def differing(world):
     model = seeded(Normed)
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.detach().add_(world.rank)
-    Replicate(model, world.channel()).close()
+    strategy_of(Replicate, world, model).close()
     return weights(model), model.steps
 
 

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from problems import ADAMW, assert_same_bits, classes, mlp, train, weights
+from problems import ADAMW, assert_same_bits, classes, mlp, strategy_of, train, weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -66,7 +66,7 @@ def one_copy(world):
     model = mlp()
     if world.rank:
         nn.init.zeros_(model[0].weight)  # what rank 0 has is what counts
-    strategy = SharedWeights(model, world.channel())
+    strategy = strategy_of(SharedWeights, world, model)
     began = weights(model)
     world.channel().meet()
     if world.rank == 1:

@@ -87,7 +87,14 @@ def test_numbers_of_other_libraries_become_pythons():
         ({"lr": "fast"}, "lr must be a number, not 'fast'"),
         ({"shuffle": "no"}, "shuffle must be True or False, not 'no'"),
         ({"batchsize": 3}, r"unknown option 'batchsize'\. Did you mean 'batch_size'\?"),
-        ({"strategy": "pipelin"}, r"unknown strategy 'pipelin': use data, ddp or dp=2\."),
+        ({"precision": "bf8"}, "unknown precision 'bf8': use full, bf16, fp16"),
+        ({"schedule": "1f2b", "strategy": "pp"}, "unknown schedule '1f2b': use gpipe, 1f1b, interleaved, zero-bubble"),
+        ({"microbatches": 4}, "microbatches is given, but mesh dp=2 has no pp: use --strategy pipeline"),
+        ({"split_at": "a"}, "split_at is given, but mesh dp=2 has no pp"),
+        ({"split_at": "a b", "strategy": "pp"}, "split_at names 2 modules, but 2 stages have 1 cuts between them"),
+        ({"tensor_plan": {"a": "row"}}, "tensor_plan is given, but mesh dp=2 has no tp: use --strategy tensor"),
+        ({"tensor_plan": "a", "strategy": "tp"}, "tensor_plan must be a dict of layer names and kinds, not 'a'"),
+        ({"strategy": "pipelin"}, "unknown strategy 'pipelin': use data, .*Did you mean 'pipeline'"),
     ],
 )
 def test_what_cannot_be_run_is_refused(options, message):

@@ -16,8 +16,12 @@ from nbdist.telemetry import (
     RankState,
     RunFailed,
     RunFinished,
+    Work,
+    Worked,
     fold,
 )
+
+WORKED = Worked(rank=1, step=9, work=(Work("forward", 1, 0, 5.0, 5.5), Work("backward", 1, 0, 5.5, 6.5)))
 
 
 def folded(*events):
@@ -34,6 +38,7 @@ def folded(*events):
         ([STARTED], {"state": "running", "steps_total": 20, "host": "h", "pid": 7, "device": "cpu"}),
         ([PROGRESS], {"state": "running", "step": 10, "epoch": 1, "samples": 160, "loss": 0.4, "samples_per_s": 80.0,
                       "memory_mib": 300.0}),
+        ([dataclasses.replace(WORKED, step=8), WORKED], {"work": WORKED}),
         ([Evaluating(rank=1)], {"state": "evaluating"}),
         ([Evaluating(rank=1), EpochFinished(rank=1, row=ROW)], {"state": "running", "history": (ROW,)}),
         ([EpochFinished(rank=1, row=ROW)] * 2, {"state": "running", "history": (ROW, ROW)}),
@@ -54,7 +59,7 @@ def test_a_step_without_a_loss_keeps_the_last_one():
 
 def test_states_and_events_go_through_json():
     """A snapshot comes back as it was; an event says its kind and the time."""
-    state = folded(STARTED, PROGRESS, EpochFinished(rank=1, row=ROW))
+    state = folded(STARTED, PROGRESS, WORKED, EpochFinished(rank=1, row=ROW))
     assert state == RankState.from_dict(json.loads(json.dumps(state.to_dict())))
     before = time.time()
     data = json.loads(json.dumps(EpochFinished(rank=1, row=ROW).to_dict()))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from nbdist.core.axes import Axes
 from nbdist.core.channels import SharedMemoryChannel
 from nbdist.core.optimizers import OPTIMIZERS
 from nbdist.core.strategies.base import Strategy
+from nbdist.core.strategies.compose import Composed
 from nbdist.core.strategies.replicate import Replicate
 from nbdist.core.strategies.shared_weights import SharedWeights
 from nbdist.core.task import Task
 from nbdist.core.world import World
 from nbdist.plan import Plan
 
-__all__ = ["SHARED_ABOVE", "Replicate", "SharedWeights", "Strategy", "apply"]
+__all__ = ["SHARED_ABOVE", "Composed", "Replicate", "SharedWeights", "Strategy", "apply"]
 
 SHARED_ABOVE = 100_000
 """Trainable parameters, below which waiting for another rank's share of the update costs more than it saves."""
@@ -21,10 +23,12 @@ SHARED_ABOVE = 100_000
 
 def apply(task: Task, plan: Plan, world: World) -> Strategy:
     """Make the strategy for `plan.mesh`. **Collective** over the world."""
-    channel = world.channel()
-    if isinstance(channel, SharedMemoryChannel) and _divisible(task, plan):
-        return SharedWeights(task.model, channel, full_batch=plan.batch_size)
-    return Replicate(task.model, channel, full_batch=plan.batch_size, bucket_mib=plan.bucket_mib)
+    axes = Axes(world, plan.mesh)
+    if plan.mesh.size > plan.mesh.dp:
+        return Composed(task, plan, axes, world)
+    if isinstance(axes.dp, SharedMemoryChannel) and _divisible(task, plan):
+        return SharedWeights(task, plan, axes)
+    return Replicate(task, plan, axes)
 
 
 def _divisible(task: Task, plan: Plan) -> bool:
@@ -32,6 +36,7 @@ def _divisible(task: Task, plan: Plan) -> bool:
     trainable = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     return (
         plan.clip_norm is None
+        and plan.precision != "fp16"
         and not task.own_optimizer
         and type(task.optimizer) in OPTIMIZERS.values()
         and all(type(parameter.data) is torch.Tensor for parameter in trainable)

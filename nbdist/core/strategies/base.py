@@ -3,57 +3,143 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
-from nbdist.core.channels import Channel
+from nbdist.core import seeds
+from nbdist.core.axes import Axes
+from nbdist.core.data import Slice, to_device
 from nbdist.core.eager import eager
 from nbdist.core.gradient_sync import Totals
 from nbdist.core.params import ParamTable
+from nbdist.core.precision import Precision
+from nbdist.core.task import Task
+from nbdist.plan import Plan
+from nbdist.telemetry import Work
 
-__all__ = ["Strategy"]
+__all__ = ["Computed", "Strategy"]
+
+T = TypeVar("T")
+Computed = tuple[Any, list[tuple[torch.Tensor, Any]]]
+"""Sum of the slices' weights, and each slice's loss with its weight; nothing on ranks that do not see the loss."""
 
 
 class Strategy(ABC):
-    """A module and a plan, turned into something with backward, sync and state.
+    """A task and a plan, turned into something with forward and backward, sync, update and home-coming.
 
     Args:
-        table: The model's parameters and buffers.
-        data_axis: The channel over the ranks that share the data.
-        full_batch: The usual weight of a global batch, in units of which slices are weighed.
+        task: What is trained.
+        plan: How.
+        axes: This rank's channels.
+
+    Attributes:
+        table: The model's parameters and buffers, and where their parts lie.
+        work: What this rank did in the latest step, where there is an order to show.
+        infos: The stages that a pipeline was cut into, as JSON-able data.
+        even: Whether all ranks must compute equally many slices, those without data included.
     """
 
-    def __init__(self, table: ParamTable, data_axis: Channel, full_batch: float) -> None:
-        self.table = table
-        self.data_axis = data_axis
-        self._full_batch = full_batch
+    even = False
+
+    def __init__(self, task: Task, plan: Plan, axes: Axes) -> None:
+        self.task = task
+        self.plan = plan
+        self.axes = axes
+        self.device = axes.world.device
+        self.table = ParamTable.of(task.model)
+        self.precision = Precision(plan.precision, self.device)
+        self.work: list[Work] = []
+        self.infos: list[dict[str, Any]] = []
 
     @abstractmethod
     def begin_step(self) -> None:
         """Forget the gradients of the step before. **Collective**."""
 
+    def forward_backward(self, step: int, slices: list[Slice]) -> Computed:
+        """Run this rank's slices and add up their gradients, each times its weight. **Collective** over a replica."""
+        total: Any = 0
+        losses: list[tuple[torch.Tensor, Any]] = []
+        for position, part in enumerate(slices):
+            loss, weight = self.compute(part, ("slice", step), self.task.loss_and_weight)
+            # A mean over nothing (all targets ignored) is not a number: it has no gradient to give.
+            if weight != 0:
+                self.backward(loss, weight, last=position == len(slices) - 1)
+                total = total + weight
+                losses.append((loss.detach(), weight))
+        return total, losses
+
+    def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, int], T]) -> T:
+        """Call ``function(batch, samples)`` on a slice, under its own random numbers and the plan's precision."""
+        seeds.seed_torch(seeds.derive(self.plan.seed, *path, part.index), self.device)
+        with self.precision.autocast():
+            return function(to_device(part.batch, self.device), part.samples)
+
+    def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, int], T]) -> T | None:
+        """`compute` without gradients, for evaluation; None on ranks that do not see the model's output.
+
+        **Collective** over a replica.
+        """
+        return self.compute(part, path, function)
+
     def backward(self, loss: torch.Tensor, weight: Any, *, last: bool) -> None:
         """Add a slice's gradients, times its weight. Local; `last` says that no other slice follows in this step."""
+        self.scaled(loss, weight).backward()
+
+    def scaled(self, loss: torch.Tensor, weight: Any) -> torch.Tensor:
+        """The share of a slice's loss in that of a full batch; for fp16 times the scale."""
         # In float64, for a count divided by a number would be rounded to float32.
-        share = (weight.double() if isinstance(weight, torch.Tensor) else weight) / self._full_batch
+        share = (weight.double() if isinstance(weight, torch.Tensor) else weight) / self.plan.batch_size
+        share = share * self.precision.scale
         # Not `backward(share)`: given a gradient, torch loads its symbolic shapes, and sympy with them.
-        (loss if isinstance(share, float) and share == 1.0 else loss * share).backward()
+        return loss if isinstance(share, float) and share == 1.0 else loss * share
 
     @abstractmethod
     def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
         """Make every gradient the weighted mean over all ranks. **Collective**; see `GradientSync.finish`."""
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Update the parameters from their gradients. Local."""
+    def update(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Clip the gradients and update the parameters. **Collective** over a replica.
+
+        Returns:
+            Whether it did: not after an overflow in fp16.
+        """
+        if self.precision.scales:
+            gradients = self._gradients_held()
+            torch._foreach_div_(gradients, self.precision.scale)
+            norm = self.norm()
+            finite = bool(torch.isfinite(norm))
+            self.precision.adapt(finite)
+            if not finite:
+                return False
+        if self.plan.clip_norm is not None:
+            self.clip_(self.plan.clip_norm)
         with eager():
             optimizer.step()
+        return True
+
+    def clip_(self, largest: float) -> None:
+        """Scale all gradients down so that their global L2 norm is at most `largest`. **Collective** over a replica."""
+        nn.utils.clip_grad_norm_(list(self.table.trainable.values()), largest)
+
+    def norm(self) -> torch.Tensor:
+        """The L2 norm of all gradients, over all ranks of a replica. **Collective** over it."""
+        return nn.utils.get_total_norm(self._gradients_held())
+
+    def _gradients_held(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.table.trainable.values() if p.grad is not None]
 
     @torch.no_grad()
     def share_buffers(self) -> None:
-        """Make buffers such as running statistics the same on every rank: their mean. **Collective**."""
-        self.table.average_buffers_(self.data_axis)
+        """Make buffers such as running statistics the same on every replica: their mean. **Collective**."""
+        self.table.average_buffers_(self.axes.data, self.axes)
+
+    def gather(self, *, keep: bool = True) -> None:
+        """Make the model whole and ordinary again, where `keep` says so. **Collective**."""
+        del keep
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the module as an ordinary one. Local."""
+        """Let go of the model and hang up. Local, twice is fine."""

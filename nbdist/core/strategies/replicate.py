@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
-from nbdist.core.channels import Channel
+from nbdist.core.axes import Axes
 from nbdist.core.gradient_sync import GradientSync, Totals
-from nbdist.core.params import ParamTable
 from nbdist.core.strategies.base import Strategy
+from nbdist.core.task import Task
+from nbdist.plan import Plan
 
 __all__ = ["Replicate"]
 
@@ -21,24 +21,19 @@ class Replicate(Strategy):
     **Collective**: the constructor gives every rank the weights and buffers of rank 0.
 
     Args:
-        model: The module, on the channel's device.
-        channel: The ``dp`` axis.
-        full_batch: See `GradientSync`.
-        bucket_mib: See `GradientSync`.
+        task: See `Strategy`.
+        plan: See `Strategy`.
+        axes: See `Strategy`.
         overlap: See `GradientSync`.
     """
 
-    def __init__(
-        self, model: nn.Module, channel: Channel, *, full_batch: float = 1.0, bucket_mib: float = 25.0,
-        overlap: bool | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(ParamTable.of(model), channel, full_batch)
-        with torch.no_grad():
-            self.table.broadcast_(channel)
-        trainable = list(self.table.trainable.values())
+    def __init__(self, task: Task, plan: Plan, axes: Axes, *, overlap: bool | None = None) -> None:
+        super().__init__(task, plan, axes)
+        self.table.broadcast_(axes.world)
         self._gradients = GradientSync(
-            trainable, channel, full_batch=full_batch, bucket_mib=bucket_mib, overlap=overlap
-        )
+            list(self.table.trainable.values()), axes.dp, full_batch=plan.batch_size, bucket_mib=plan.bucket_mib,
+            overlap=overlap,
+        )  # fmt: skip
 
     def begin_step(self) -> None:
         """See `Strategy`."""
@@ -57,3 +52,4 @@ class Replicate(Strategy):
     def close(self) -> None:
         """See `Strategy`."""
         self._gradients.close()
+        self.axes.close()

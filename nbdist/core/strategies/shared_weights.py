@@ -7,12 +7,14 @@ import itertools
 from typing import Any
 
 import torch
-from torch import nn
 
+from nbdist.core.axes import Axes
 from nbdist.core.channels import SharedMemoryChannel
 from nbdist.core.gradient_sync import Totals, tail_dtype
-from nbdist.core.params import ParamTable, laid_out_like
+from nbdist.core.params import laid_out_like
 from nbdist.core.strategies.base import Strategy
+from nbdist.core.task import Task
+from nbdist.plan import Plan
 
 __all__ = ["SharedWeights"]
 
@@ -33,16 +35,19 @@ class SharedWeights(Strategy):
     **Collective**: the constructor gives every rank the weights and buffers of rank 0.
 
     Args:
-        model: The module, on the CPU.
-        channel: The ``dp`` axis.
-        full_batch: See `GradientSync`.
+        task: See `Strategy`; its model lies on the CPU.
+        plan: See `Strategy`.
+        axes: See `Strategy`.
     """
 
-    def __init__(self, model: nn.Module, channel: SharedMemoryChannel, *, full_batch: float = 1.0) -> None:
-        super().__init__(ParamTable.of(model), channel, full_batch)
+    def __init__(self, task: Task, plan: Plan, axes: Axes) -> None:
+        super().__init__(task, plan, axes)
+        channel = axes.dp
+        assert isinstance(channel, SharedMemoryChannel)
         self._channel = channel
         self._parameters = list(self.table.trainable.values())
         owners = _owners([parameter.numel() for parameter in self._parameters], channel.size)
+        self.table.owners.update(zip(self.table.trainable, owners, strict=True))
         self._owned = [i for i, owner in enumerate(owners) if owner == channel.rank]
         self._foreign = [i for i, owner in enumerate(owners) if owner != channel.rank]
         self._arenas: list[torch.Tensor] = []
@@ -102,7 +107,7 @@ class SharedWeights(Strategy):
         counts = tail[3:].tolist() if not all(used) else [1.0] * len(used)
         owned = [i for i in self._owned if counts[i]]
         if owned:
-            factor = totals.weight / self._full_batch
+            factor = totals.weight / self.plan.batch_size
             for i, gradient in zip(owned, self._sums(owned, factor), strict=True):
                 parameters[i].grad = gradient
         return totals

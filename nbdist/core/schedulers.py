@@ -1,0 +1,54 @@
+"""Learning-rate schedulers: a torch scheduler's factory, checked, and when what it makes has to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nbdist.errors import TaskError
+
+__all__ = ["Scheduler", "check_scheduler"]
+
+
+class Scheduler:
+    """Steps a torch scheduler with the optimizer, or after each epoch where it follows a measured value.
+
+    Args:
+        make: The factory; None for rates that stay as they are.
+        optimizer: Whose rates are set.
+    """
+
+    def __init__(self, make: Callable[[torch.optim.Optimizer], Any] | None, optimizer: torch.optim.Optimizer) -> None:
+        self._scheduler = None if make is None else make(optimizer)
+        self.every_step = not isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+    def step(self, *measured: float) -> None:
+        """Go on by a step, or by an epoch with what was `measured` in it. Local."""
+        if self._scheduler is not None:
+            self._scheduler.step(*measured)
+
+
+def check_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Make a scheduler for a stand-in of `optimizer`, which is left as it is. Local.
+
+    Raises:
+        TaskError: It cannot be made.
+    """
+    name = getattr(make, "__name__", None) or type(make).__name__
+    if not callable(make):
+        raise TaskError(
+            f"lr_scheduler must be a callable that makes a torch scheduler from an optimizer, not a value of type "
+            f"{type(make).__name__}: write lambda optimizer: ..."
+        )
+    groups = [{**group, "params": [torch.zeros(1)]} for group in optimizer.param_groups]
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    stand_in.param_groups = groups
+    stand_in.defaults = optimizer.defaults
+    try:
+        made = make(stand_in)
+    except Exception as error:  # whatever the factory raises
+        raise TaskError(f"lr_scheduler {name} cannot make a scheduler: {type(error).__name__}: {error}.") from error
+    if not callable(getattr(made, "step", None)):
+        raise TaskError(f"lr_scheduler {name} returned {type(made).__name__}, not a torch scheduler.")

@@ -1,0 +1,6 @@
+"""Any module into pipeline stages: record its forward, measure it, cut it where the stages take the same time."""
+
+from nbdist.core.splitting.call import Call
+from nbdist.core.splitting.split import Split, StageInfo, split
+
+__all__ = ["Call", "Split", "StageInfo", "split"]

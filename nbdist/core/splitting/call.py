@@ -1,0 +1,161 @@
+"""How a model was called: everything about the arguments but the values of the tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree  # private; only here. torch.export stands on it too
+
+from nbdist.errors import TaskError
+
+__all__ = ["Call", "Constant", "Flat", "Form", "TensorLike", "leaves_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorLike:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """An argument that is no tensor. Its type counts: True, 1 and 1.0 are three."""
+
+    type: type
+    value: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """The signature of one call of a model: hashable, and picklable, so that ranks without the values know it.
+
+    Args:
+        structure: How arguments nest.
+        leaves: What stands at each place.
+    """
+
+    structure: pytree.TreeSpec
+    leaves: tuple[TensorLike | Constant, ...]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[torch.Tensor]]:
+        """Take the arguments of a call apart. Local.
+
+        Returns:
+            The signature, and the tensors among the arguments, in order.
+
+        Raises:
+            TaskError: An argument is neither a tensor nor hashable.
+        """
+        values, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        return cls(structure=structure, leaves=tuple(map(_leaf, values))), tensors
+
+    def __reduce__(self) -> Any:
+        return _call, (pytree.tree_unflatten(list(self.leaves), self.structure),)  # TreeSpec warns when it is unpickled
+
+    def arguments(self, tensors: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put ``(args, kwargs)`` together again, with these tensors."""
+        following = iter(tensors)
+        values = [next(following) if isinstance(leaf, TensorLike) else leaf.value for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(values, self.structure)
+        return args, kwargs
+
+    @property
+    def tensors(self) -> list[TensorLike]:
+        """The tensors among the arguments, in order."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, TensorLike)]
+
+    @property
+    def batch(self) -> int:
+        """Number of samples: the length of the first tensor's first dimension."""
+        return next((leaf.shape[0] for leaf in self.tensors if leaf.shape), 1)
+
+    def zeros(self, device: torch.device | str) -> list[torch.Tensor]:
+        """Tensors as in this call, all zero."""
+        return [torch.zeros(leaf.shape, dtype=leaf.dtype, device=device) for leaf in self.tensors]
+
+    def same_but_for_tensors(self, other: Call) -> bool:
+        """Whether the arguments nest in the same way, with the same constants."""
+        return self.structure == other.structure and all(
+            a == b or (isinstance(a, TensorLike) and isinstance(b, TensorLike))
+            for a, b in zip(self.leaves, other.leaves, strict=True)
+        )
+
+
+class Form(nn.Module):
+    """The structure of a model's output: gives tensors that structure back. It is the last node of the last stage.
+
+    A value of a class that pytrees do not know, such as a cache of keys and values, comes back as None.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.structure: Any = None
+        self.constants: list[Any] = []  # with PLACE for what varies
+
+    def take(self, output: Any) -> list[Any]:
+        """Remember the structure of `output` and return what varies in it: tensors, proxies, symbolic integers."""
+        leaves, self.structure = pytree.tree_flatten(output)
+        varies = [isinstance(leaf, (torch.Tensor, fx.Proxy, torch.SymInt)) for leaf in leaves]
+        plain = [leaf if isinstance(leaf, PLAIN) else None for leaf in leaves]
+        self.constants = [PLACE if v else leaf for leaf, v in zip(plain, varies, strict=True)]
+        return [leaf for leaf, v in zip(leaves, varies, strict=True) if v]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no tensor in the output."""
+        return PLACE not in self.constants
+
+    def forward(self, *values: Any) -> Any:
+        """Put the output together."""
+        following = iter(values)
+        leaves = [next(following) if leaf is PLACE else leaf for leaf in self.constants]
+        return pytree.tree_unflatten(leaves, self.structure)
+
+
+PLACE = object()
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+class Flat(nn.Module):
+    """A model as a function from the list of its tensor arguments to the list of the tensors it returns."""
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+        self.forms = [Form()]  # in a list: what tracing changes in it is no attribute of this module
+
+    def forward(self, values: Any) -> list[Any]:
+        """Call the model."""
+        args, kwargs = self.call.arguments([values[i] for i in range(len(self.call.tensors))])
+        return self.forms[0].take(self.model(*args, **kwargs))
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """The values at the ends of nested tuples, lists, dicts and what else is registered as a container."""
+    return list(pytree.tree_leaves(value))
+
+
+def _call(arguments: Any) -> Call:
+    leaves, structure = pytree.tree_flatten(arguments)
+    return Call(structure=structure, leaves=tuple(leaves))
+
+
+def _leaf(value: Any) -> TensorLike | Constant:
+    if isinstance(value, torch.Tensor):
+        return TensorLike(shape=tuple(value.shape), dtype=value.dtype)
+    try:
+        hash(value)
+    except TypeError:
+        raise TaskError(
+            f"the model is called with a {type(value).__name__}, which cannot be told to the ranks of the other "
+            "stages: pass a tensor, a number, a string or None."
+        ) from None
+    return Constant(type=type(value), value=value)

@@ -1,0 +1,311 @@
+"""Any mesh: layers split over ``tp``, the model cut along ``pp``, parameters dealt out over ``shard``, and ``dp``.
+
+The order is tp, pp, shard, dp. Each step changes where the parts of parameters lie, and the table says where that is:
+sync, clipping, update, home-coming and checkpoints read it, and know nothing else of the mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from nbdist.core import seeds, splitting, tensor_parallel
+from nbdist.core.axes import Axes
+from nbdist.core.channels import Channel
+from nbdist.core.data import Slice, to_device
+from nbdist.core.gradient_sync import GradientSync, Totals
+from nbdist.core.optimizer_state import cut_state_, gather_state_
+from nbdist.core.params import stand_in
+from nbdist.core.placement import Placement
+from nbdist.core.strategies.base import Computed, Strategy
+from nbdist.core.strategies.pipeline import Pipeline, call_of
+from nbdist.core.strategies.shard import Shards, blocks_of
+from nbdist.core.task import Task
+from nbdist.core.world import World
+from nbdist.errors import PlanError, TaskError
+from nbdist.plan import Plan
+
+__all__ = ["Composed"]
+
+T = TypeVar("T")
+
+
+class Composed(Strategy):
+    """A strategy for every mesh.
+
+    **Collective**: the constructor gives every rank its parts of rank 0's weights and buffers.
+
+    Args:
+        task: See `Strategy`.
+        plan: See `Strategy`.
+        axes: See `Strategy`.
+        world: Where the ranks are.
+
+    Raises:
+        PlanError: The model cannot be split or cut as the plan says.
+        TaskError: Its forward cannot be recorded.
+    """
+
+    def __init__(self, task: Task, plan: Plan, axes: Axes, world: World) -> None:
+        super().__init__(task, plan, axes)
+        self.even = axes.shard.size > 1
+        self._parallelized: tensor_parallel.Parallelized | None = None
+        self._pipeline: Pipeline | None = None
+        self._split: splitting.Split | None = None
+        self._shards: Shards | None = None
+        self._closed = False
+        layouts = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.table.tensors.items()}
+        self.table.broadcast_(axes.world)
+        example = self._example()
+        if axes.tp.size > 1:
+            self._split_layers(*example)
+        if axes.pp.size > 1:
+            self._cut_into_stages(*example)
+        self._place(layouts)
+        if axes.shard.size > 1:
+            self._deal_out(*example)
+        cut_state_(task.optimizer, self.table, axes)
+        self._tied = self._tie(world)
+        if self._split is not None:
+            self._pipeline = self._connect(world, self._split)
+        self._held = self.table.held(axes)
+        self._gradients = GradientSync(
+            list(self._held.values()), axes.dp, full_batch=plan.batch_size, bucket_mib=plan.bucket_mib, overlap=False
+        )
+
+    # What is made at the start.
+
+    def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the step calls the model with for the first samples, the same on every rank."""
+        plan = self.plan
+        samples = max(2, plan.batch_size // plan.slices)
+        with seeds.kept(self.device):
+            seeds.seed_all(seeds.derive(plan.seed, "example"))
+            batch = to_device(self.task.data.first(samples, consume=True), self.device)
+            return call_of(self.task, batch)
+
+    def _split_layers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        model, channel = self.task.model, self.axes.tp
+        if self.plan.tensor_plan is None:
+            proposed = tensor_parallel.derive(model, channel.size, args, kwargs)
+        else:
+            proposed = tensor_parallel.written(model, channel.size, self.plan.tensor_plan, args, kwargs)
+        proved = tensor_parallel.prove(model, channel, proposed, args, kwargs)
+        self._parallelized = tensor_parallel.parallelize(model, channel, proved)
+
+    def _cut_into_stages(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Rank 0 measures and decides, for times differ from rank to rank."""
+        model, plan, world = self.task.model, self.plan, self.axes.world
+        told: Any = None
+        with tensor_parallel.rehearsed(self._parallelized):
+            if world.rank == 0:
+                try:
+                    self._split = splitting.split(model, args, kwargs, plan.stages, at=plan.split_at)
+                    told = {"cuts": self._split.cuts}
+                except (PlanError, TaskError) as error:
+                    told = {"error": type(error).__name__, "message": str(error)}
+            told = json.loads(world.broadcast_bytes(json.dumps(told).encode()))
+            if "error" in told:
+                raise {"PlanError": PlanError, "TaskError": TaskError}[told["error"]](told["message"])
+            if self._split is None:
+                self._split = splitting.split(model, args, kwargs, plan.stages, cuts=told["cuts"])
+        self.infos = [asdict(info) for info in self._split.infos]
+
+    def _place(self, layouts: dict[str, torch.Tensor]) -> None:
+        """Write down where parts lie, and let go of what is not this rank's."""
+        cuts = {} if self._parallelized is None else self._parallelized.cuts
+        for name, layout in layouts.items():
+            stages = None
+            if self._split is not None:
+                stages = tuple(sorted({stage % self.axes.pp.size for stage in self._split.holders[name]}))
+            placement = Placement(layout=layout, stages=stages, cut=cuts.get(name))
+            if placement.whole:
+                continue
+            self.table.placements[name] = placement
+            if name in self.table.parameters:
+                parameter = self.table.parameters[name]
+                parameter.grad = None
+                # In memory of its own: the parcel that brought the whole model is let go of.
+                held = placement.held(self.axes)
+                parameter.data = parameter.data.clone() if held else stand_in(parameter.to("meta"))
+
+    def _deal_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.plan.schedule == "zero-bubble" and self._split is not None:
+            raise PlanError("zero-bubble keeps weights in use between two halves of a backward: with shard use 1f1b.")
+        modules: list[nn.Module] = []
+        if self._split is None:
+            chosen = blocks_of(self.task.model, args, kwargs)
+            modules, blocks = [module for module, _ in chosen], [own for _, own in chosen]
+        else:  # one a stage of this rank; what two of them share, with the first
+            stages = range(self.axes.pp.rank, self.plan.stages, self.axes.pp.size)
+            blocks = []
+            taken: set[str] = set()
+            for stage in stages:
+                new = {name for name in self.table.parameters if stage in self._split.holders[name]} - taken
+                taken |= new
+                blocks.append([p for name, p in self.table.parameters.items() if name in new])
+        names = {id(p): name for name, p in self.table.parameters.items()}
+        for parameter in (p for block in blocks for p in block):
+            before = self.table.placement(names[id(parameter)])
+            self.table.placements[names[id(parameter)]] = Placement(
+                layout=before.layout, stages=before.stages, cut=before.cut, sharded=True
+            )
+        self._shards = Shards(blocks, self.axes.shard)
+        if modules:
+            self._shards.hook(modules)
+
+    def _tie(self, world: World) -> list[tuple[Channel, list[str]]]:
+        """For each set of stages that hold a parameter together, a channel over them, and those parameters."""
+        together: dict[tuple[int, ...], list[str]] = {}
+        for name, placement in self.table.placements.items():
+            if placement.stages is not None and len(placement.stages) > 1 and name in self.table.trainable:
+                together.setdefault(placement.stages, []).append(name)
+        tied = []
+        for stages, names in sorted(together.items()):
+            groups: list[list[int]] = []
+            for line in self.axes.mesh.groups("pp"):
+                groups.append([line[stage] for stage in stages])
+                groups += [[rank] for stage, rank in enumerate(line) if stage not in stages]
+            channel = self.axes.pp if len(stages) == self.axes.pp.size else world.channel_within(groups)
+            if self.axes.pp.rank in stages:
+                tied.append((channel, names))
+        return tied
+
+    def _connect(self, world: World, split: splitting.Split) -> Pipeline:
+        pairs = sorted({
+            (min(pair), max(pair))
+            for line in self.axes.mesh.groups("pp")
+            for pair in zip(line, [*line[1:], line[0]], strict=True)
+        })  # fmt: skip
+        links = world.links(pairs)
+        line = next(line for line in self.axes.mesh.groups("pp") if world.rank in line)
+        here = line.index(world.rank)
+        before, after = links[line[here - 1]], links[line[(here + 1) % len(line)]]
+        self._links = list(links.values())
+        return Pipeline(
+            self.task, self.plan, split, here, before, after, self.device, self.precision, scaled=self.scaled,
+            shards=self._shards, rehearsed=functools.partial(tensor_parallel.rehearsed, self._parallelized),
+        )  # fmt: skip
+
+    # What a step does.
+
+    def begin_step(self) -> None:
+        """See `Strategy`."""
+        self._gradients.zero_()
+        if self._shards is not None:
+            self._shards.hide()
+
+    def forward_backward(self, step: int, slices: list[Slice]) -> Computed:
+        """See `Strategy`."""
+        if self._pipeline is not None:
+            computed = self._pipeline.forward_backward(slices, ("slice", step))
+            self.work = self._pipeline.work
+        elif self._shards is not None:
+            computed = self._forward_backward_sharded(step, slices, self._shards)
+        else:
+            computed = super().forward_backward(step, slices)
+        if self._shards is not None:
+            self._shards.show()
+        return computed
+
+    def _forward_backward_sharded(self, step: int, slices: list[Slice], shards: Shards) -> Computed:
+        """As `Strategy.forward_backward`; what counts for nothing is computed too, for others wait for it."""
+        total: Any = 0
+        losses: list[tuple[torch.Tensor, Any]] = []
+        for part in slices:
+            loss, weight = self.compute(part, ("slice", step), self.task.loss_and_weight)
+            shards.silent = not part.samples or (not isinstance(weight, torch.Tensor) and weight == 0)
+            self.backward(loss, 1 if shards.silent else weight, last=False)
+            shards.finish_backward()
+            if not shards.silent:
+                total = total + weight
+                losses.append((loss.detach(), weight))
+        return total, losses
+
+    def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, int], T]) -> T | None:
+        """See `Strategy`."""
+        if self._shards is not None:
+            self._shards.hide()
+        try:
+            if self._pipeline is not None:
+                return self._pipeline.forward(part, path, function)
+            return super().forward(part, path, function)
+        finally:
+            if self._shards is not None:
+                self._shards.show()
+
+    @torch.no_grad()
+    def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
+        """See `Strategy`."""
+        for channel, names in self._tied:
+            for name in names:
+                gradient = self.table.parameters[name].grad
+                assert gradient is not None
+                total = gradient.contiguous()
+                channel.all_reduce_(total)
+                if total is not gradient:
+                    gradient.copy_(total)
+        speaks = self.axes.speaks
+        used = self._used()
+        told = [float(weight) * speaks, stop, float(exhausted and speaks)]
+        counts = torch.tensor([*told, *(name in used for name in self.table.trainable)], dtype=torch.float64)
+        counts = counts.to(self.device)
+        self.axes.replica.all_reduce_(counts)
+        total_weight, stops, ends, *hits = counts.tolist()
+        counted = dict(zip(self.table.trainable, hits, strict=True))
+        return self._gradients.finish(
+            total_weight, stop=stops, exhausted=ends, used=[counted[name] > 0 for name in self._held]
+        )
+
+    def _used(self) -> set[str]:
+        """The parameters that have got a gradient on this rank."""
+        seen = {name for name, hit in zip(self._held, self._gradients.used, strict=True) if hit}
+        ids = set() if self._shards is None else self._shards.used
+        ids |= set() if self._pipeline is None else self._pipeline.used
+        return seen | {name for name, parameter in self._held.items() if id(parameter) in ids}
+
+    def clip_(self, largest: float) -> None:
+        """See `Strategy`."""
+        factor = largest / (self.norm() + 1e-6)  # as torch does
+        if factor < 1:
+            torch._foreach_mul_(self._gradients_held(), factor.item())
+
+    def norm(self) -> torch.Tensor:
+        """See `Strategy`: each part counts once, however many ranks hold it."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for name, parameter in self._held.items():
+            if parameter.grad is not None:
+                total += parameter.grad.double().pow(2).sum() / self.table.placement(name).copies(self.axes)
+        self.axes.replica.all_reduce_(total)
+        return total.sqrt()
+
+    # What is done at the end.
+
+    def gather(self, *, keep: bool = True) -> None:
+        """See `Strategy`."""
+        if self.task.own_optimizer:
+            gather_state_(self.task.optimizer, self.table, self.axes, keep=keep)
+        self.table.gather_(self.axes, keep=keep)
+
+    def close(self) -> None:
+        """See `Strategy`."""
+        if self._closed:
+            return
+        self._closed = True
+        self._gradients.close()
+        if self._shards is not None:
+            self._shards.close()
+        if self._parallelized is not None:
+            self._parallelized.restore()
+        for tied, _ in self._tied:
+            if tied is not self.axes.world:
+                tied.close()
+        for link in getattr(self, "_links", []):
+            link.close()
+        self.axes.close()
