@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from nbdist.errors import ClusterError, NbdistError, PlanError
@@ -29,12 +30,23 @@ class Run:
 
     def __init__(self, run_id: str, plan: Plan, progress: RunState, request_stop: Callable[[], None]) -> None:
         self.run_id = run_id
-        self.plan = plan
+        self._plan = plan
         self.progress = progress
         self.error: BaseException | None = None
         self._request_stop = request_stop
         self._printed: Callable[[str], dict[int, str]] = lambda stream: {}
         self._ended = threading.Event()
+
+    @property
+    def plan(self) -> Plan:
+        """What is run; `split_at` says where a pipeline was cut, once it is."""
+        cut = tuple(stage["first"] for stage in self.progress.stages[1:])
+        return replace(self._plan, split_at=cut) if cut else self._plan
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """What a pipeline was cut into: of each stage where it begins and ends, its seconds and its parameters."""
+        return [dict(stage) for stage in self.progress.stages]
 
     @property
     def state(self) -> str:

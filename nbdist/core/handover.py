@@ -32,12 +32,13 @@ __all__ = ["Outbox", "Parcel", "Segment", "host_id", "let_go", "pack", "unpack"]
 
 _HOST_VARIABLE = "NBDIST_HOST"
 _ALIGNMENT = 64
+_APART_BYTES = 1 << 20  # what is larger is mapped by itself, so that its memory goes when it does
 _THREADED_COPY_BYTES = 1 << 20
 _KEPT_BYTES = 1 << 28  # a larger segment is not kept: its memory is worth more than the time to make it anew
 
 _numbers = itertools.count()
-_mapped: weakref.WeakValueDictionary[str, mmap.mmap] = weakref.WeakValueDictionary()
-"""The segments that something in this process still lies in, by path."""
+_mapped: dict[str, weakref.WeakSet[mmap.mmap]] = {}
+"""The mappings of segments that something in this process still lies in, by path."""
 
 
 def host_id() -> str:
@@ -182,14 +183,14 @@ def pack(value: Any, *, inline: bool = False, outbox: Outbox | None = None) -> t
         raise TaskError(f"it cannot be sent to another process: {error}.") from error
     code = stream.getvalue()
     views = [buffer.raw() for buffer in pickler.buffers]
-    end, places = len(code), []
-    for view in views:
-        end += -end % _ALIGNMENT
-        places.append((end, len(view)))
-        end += len(view)
+    end = len(code)
+    starts = [0] * len(views)
+    for i in sorted(range(len(views)), key=lambda i: len(views[i]) >= _APART_BYTES):  # small ones lie together
+        end += -end % (mmap.ALLOCATIONGRANULARITY if len(views[i]) >= _APART_BYTES else _ALIGNMENT)
+        starts[i], end = end, end + len(views[i])
+    places = [(start, len(view)) for start, view in zip(starts, views, strict=True)]
     table = pickle.dumps(places)
     segment = (outbox or Outbox()).segment(end + len(table))
-    starts = [start for start, _ in places]
     segment.fill([(0, memoryview(code)), *zip(starts, views, strict=True), (end, memoryview(table))])
     for view in views:
         view.release()  # before the garbage collector meets them in the pickler's cycles
@@ -204,24 +205,40 @@ def pack(value: Any, *, inline: bool = False, outbox: Outbox | None = None) -> t
 
 def unpack(parcel: Parcel) -> Any:
     """Unpack a parcel. Tensors and arrays lie in a private mapping of the segment: writing is safe, and not seen."""
-    buffer: Any
-    if parcel.inline is not None:
-        buffer = bytearray(parcel.inline)
-    else:
+    map_ = _in_memory(parcel.inline) if parcel.inline is not None else _in_segment(parcel)
+    table: Any = map_(parcel.table_start, parcel.nbytes - parcel.table_start)
+    places = pickle.loads(table)
+    common = map_(0, max([parcel.code_bytes, *(start + size for start, size in places if size < _APART_BYTES)]))
+    buffers = [map_(start, size) if size >= _APART_BYTES else common[start : start + size] for start, size in places]
+    return pickle.loads(common[: parcel.code_bytes], buffers=buffers)
+
+
+def _in_memory(content: bytes) -> Callable[[int, int], Any]:
+    memory: Any = np.frombuffer(bytearray(content), dtype=np.uint8)
+    return lambda start, length: memory[start : start + length]
+
+
+def _in_segment(parcel: Parcel) -> Callable[[int, int], Any]:
+    """Maps parts of a segment privately: each as NumPy memory, whose slices are buffers and keep the mapping alive."""
+    maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+    _mapped[parcel.path] = maps  # of the segment that has this path now
+
+    def map_(start: int, length: int) -> Any:
+        before = start % mmap.ALLOCATIONGRANULARITY
         with open(parcel.path, "rb") as file:
-            buffer = mmap.mmap(file.fileno(), parcel.nbytes, access=mmap.ACCESS_COPY)
-        _mapped[parcel.path] = buffer
-    memory: Any = np.frombuffer(buffer, dtype=np.uint8)  # its slices are buffers, and keep the mapping alive
-    places = pickle.loads(memory[parcel.table_start : parcel.nbytes])
-    return pickle.loads(
-        memory[: parcel.code_bytes], buffers=[memory[start : start + length] for start, length in places]
-    )
+            mapping = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before)
+        maps.add(mapping)
+        return np.frombuffer(mapping, dtype=np.uint8)[before:]
+
+    return map_
 
 
 def let_go(path: str) -> bool:
     """Whether nothing in this process lies any more in the segment that was last unpacked from `path`."""
-    if path in _mapped:
+    if _mapped.get(path):
         gc.collect()
+    if not _mapped.get(path):
+        _mapped.pop(path, None)
     return path not in _mapped
 
 

@@ -144,7 +144,7 @@ def fit(
                 step_weight, losses = strategy.forward_backward(step, slices or [])
                 read = sum(part.samples for part in slices or ())
                 samples += read
-                row.samples += read if axes.speaks else 0
+                row.samples += read
 
                 totals = strategy.sync(step_weight, stop=stop_requested(), exhausted=slices is None)
                 if slices is None and totals.exhausted == axes.data.size:
@@ -190,8 +190,6 @@ def fit(
                 break
             row = _Row(device)
 
-        if strategy.work:  # a short run is over before its first picture was due
-            tell(Worked(rank=world.rank, step=step, work=tuple(strategy.work)))
         if plan.save:
             save(plan.save, strategy.table, optimizer, axes)
         if plan.gather:
@@ -221,8 +219,9 @@ class _Row:
         """The row over all ranks, the same on each; `seconds` are rank 0's. **Collective**."""
         axis = strategy.axes.world
         rank_zeros = seconds if axis.rank == 0 else 0.0
-        counted = torch.tensor([self.samples, rank_zeros], dtype=torch.float64, device=axis.device)
-        sums = torch.cat([self.loss.sums, counted])
+        counted = [self.samples if strategy.axes.speaks else 0, rank_zeros]  # of ranks that read the same, one counts
+        counts = torch.tensor(counted, dtype=torch.float64, device=axis.device)
+        sums = torch.cat([self.loss.sums, counts])
         axis.all_reduce_(sums)
         loss_sum, weight, samples, seconds = sums.tolist()
         return {

@@ -170,3 +170,8 @@ class RunState:
     def history(self) -> tuple[dict[str, Any], ...]:
         """One row an epoch; every rank holds the same."""
         return self.ranks[0].history
+
+    @property
+    def stages(self) -> tuple[dict[str, Any], ...]:
+        """What a pipeline was cut into; every rank knows the same. See `RunStarted`."""
+        return self.ranks[0].stages

@@ -9,6 +9,8 @@ from nbdist.telemetry.state import RankState, RunState
 
 __all__ = ["duration", "epoch_text", "memory_text", "mesh_text", "number", "run_html", "run_text", "text_table"]
 
+_STAGE_COLUMNS = ("stage", "from", "to", "time", "", "parameters")
+_STAGE_BAR = 20  # characters of all stages together
 _RANK_COLUMNS = ("rank", "device", "state", "step", "loss", "samples/s", "memory")
 
 
@@ -69,6 +71,19 @@ def _history_cells(run: RunState) -> tuple[tuple[str, ...], list[tuple[str, ...]
     return columns, rows
 
 
+def _stage_cells(run: RunState) -> list[tuple[str, ...]]:
+    """The stages of a pipeline, with a bar for the share of time that each takes."""
+    seconds = sum(stage["seconds"] for stage in run.stages)
+    parameters = sum(stage["parameters"] for stage in run.stages)
+    cells: list[tuple[str, ...]] = []
+    for stage in run.stages:
+        share = stage["seconds"] / seconds if seconds else 1 / len(run.stages)
+        held = f"{stage['parameters']:,} ({stage['parameters'] / parameters:.0%})" if parameters else "0"
+        bar = "█" * max(1, round(share * _STAGE_BAR))
+        cells.append((str(stage["stage"]), stage["first"], stage["last"], f"{share:.0%}", bar, held))
+    return cells
+
+
 def text_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     """Lines of a table, its columns aligned to the right."""
     widths = [max(len(cells[i]) for cells in [columns, *rows]) for i in range(len(columns))]
@@ -84,6 +99,8 @@ def run_text(run: RunState) -> str:
     columns, rows = _history_cells(run)
     if rows:
         lines += text_table(columns, rows)
+    if run.stages:
+        lines += text_table(_STAGE_COLUMNS, _stage_cells(run))
     lines += text_table(_RANK_COLUMNS, [_rank_cells(rank) for _, rank in sorted(run.ranks.items())])
     return "\n".join(f"nbdist: {line}" for line in lines)
 
@@ -102,5 +119,7 @@ def run_html(run: RunState) -> str:
         parts.append(f"<p>{'<br>'.join(map(escape, run.error.splitlines()))}</p>")
     if rows:
         parts.append(_html_table(columns, rows))
+    if run.stages:
+        parts.append(_html_table(_STAGE_COLUMNS, _stage_cells(run)))
     parts.append(_html_table(_RANK_COLUMNS, [_rank_cells(rank) for _, rank in sorted(run.ranks.items())]))
     return f'<div class="nbdist">{"".join(parts)}</div>'

@@ -31,8 +31,8 @@ MESHES = [
     "pp=2,tp=2", "dp=2,shard=2", "shard=2,pp=2",
 ]  # fmt: skip
 OPTIMIZERS = {
-    "SGD": functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01),
-    "AdamW": functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1, eps=1e-3),
+    "SGD": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=0.01),
+    "AdamW": functools.partial(torch.optim.AdamW, lr=0.003, weight_decay=0.1, eps=1e-3),
 }
 ACCUMULATE = (1, 3)
 # float64 holds 16 digits, float32 7: five steps of a ResNet carry one rounding of a gradient to 1e-4 of a weight.

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from nbdist.core.channels import Channel
+from nbdist.core.params import replace_data
 from nbdist.core.seeds import kept, seed_torch
 from nbdist.core.source import tensors_in
-from nbdist.core.tensor_parallel.apply import parallelize, replace_data
+from nbdist.core.tensor_parallel.apply import parallelize
 from nbdist.core.tensor_parallel.derive import as_in_training, drawn, nothing_to_split
 from nbdist.core.tensor_parallel.plan import Group, TensorPlan
 from nbdist.errors import PeerLostError, PlanError
