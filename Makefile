@@ -5,11 +5,11 @@ PYTHON ?= python3
 CPU ?=
 
 BIN := .venv/bin
-BENCHMARKS := start_up memory first_step hand_over free_notebook step_time
+BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_time
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test bench check lab clean
+.PHONY: help env demo test parity hf bench check lab clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,14 @@ demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print wh
 	@$(BIN)/python -m nbdist demo
 
 test: env  ## Run the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m 'not hf'
+
+parity: env  ## Compare every model on every mesh with one process, and print the table: under 40 minutes
+	@$(BIN)/python tests/core/matrix.py
+
+hf: env  ## Train models of Hugging Face transformers on every mesh: a few minutes
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hf]' -c constraints.txt
+	$(BIN)/python -m pytest -q tests/core/test_transformers.py
 
 bench: env  ## Measure, side by side with what others would write by hand: under 15 minutes
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt

@@ -238,12 +238,15 @@ class Cluster:
                 raise PlanError(f"unknown option {name!r}.{suggest(name, [*OPTIONS, *_TASK_OPTIONS])}")
         self.check_ready()
         engines = self._running()
+        from nbdist.core.checkpoint import check_resume
         from nbdist.core.handover import Outbox
         from nbdist.core.task import Task
 
         given = {name: options.pop(name) for name in _TASK_OPTIONS if name in options}
         task = Task.create(model, data, names=names, **given)
         plan = Plan.create(ranks=self.size, cores=engines.threads * self.size, **{**options, **task.options})
+        if plan.resume:
+            check_resume(plan.resume, model, task.optimizer)
         self._outbox = self._outbox or Outbox()
         packed = _pack((task, plan), f"{names[0]} or {names[1]}", inline=engines.remote, outbox=self._outbox)
         self._run = start_training(engines, task, plan, packed, self._outbox, self._sources.new(), watch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import cloudpickle.cloudpickle as cloudpickle_internals
 
-__all__ = ["CellSources", "News", "class_marks", "install", "label_of", "search_path", "tie_classes"]
+__all__ = ["CellSources", "News", "class_marks", "install", "label_of", "labelled", "search_path", "tie_classes"]
 
 _labels: dict[str, str] = {}
 
@@ -65,6 +66,13 @@ def install(news: News) -> None:
 def search_path() -> list[str]:
     """Where this process finds modules; a cell may have added to it since the engines started."""
     return [str(Path(entry or ".").resolve()) for entry in sys.path]
+
+
+def labelled(text: str) -> str:
+    """A text in which the files of cells are called as people know them. Runs on an engine."""
+    for name, label in _labels.items():
+        text = text.replace(os.path.basename(name), label)
+    return text
 
 
 def label_of(file_name: str) -> str | None:

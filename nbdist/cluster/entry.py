@@ -151,6 +151,7 @@ def train(parcel: Any, run_id: str, news: News, inline: bool, home_free: bool) -
     from ipyparallel.datapub import publish_data
 
     from nbdist.core import fit
+    from nbdist.core.allocator import give_back
     from nbdist.core.eager import eager
     from nbdist.core.handover import Outbox, pack, unpack
     from nbdist.core.params import ParamTable
@@ -160,6 +161,7 @@ def train(parcel: Any, run_id: str, news: News, inline: bool, home_free: bool) -
     world = _engine.world
     install(news)
     snapshots = SnapshotSink(world.rank, lambda state: publish_data({"nbdist": state}))
+    give_back()  # what a run before has left in cycles may be as large as what this one needs
     with contextlib.ExitStack() as cleanup:
         try:
             task, plan = unpack(parcel)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdist.cluster.definitions import label_of
+from nbdist.cluster.definitions import label_of, labelled
 from nbdist.errors import EngineError, NbdistError, PeerLostError
 
 __all__ = ["Failure", "as_error", "ranks_text"]
@@ -57,7 +57,7 @@ class Failure:
             rank=rank,
             time_s=time.time(),
             kind=type(error).__name__,
-            message=str(error),
+            message=labelled(str(error)) if ours else str(error),
             place=_place(innermost) if innermost else "",
             traceback="\n".join(text),
             echo=isinstance(error, PeerLostError),

@@ -7,34 +7,47 @@ import ctypes
 import gc
 from collections.abc import Iterator
 
-__all__ = ["objects_set_aside", "pages_kept"]
+__all__ = ["give_back", "objects_set_aside", "pages_kept"]
 
 # From malloc.h, see mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_WHILE_TRAINING = {_M_TRIM_THRESHOLD: 2**31 - 1, _M_MMAP_THRESHOLD: 2**30}
+_ANY_BYTES = 2**30
+_SMALL_BYTES = 2**22
 _AFTERWARDS = {_M_TRIM_THRESHOLD: 2**26, _M_MMAP_THRESHOLD: 2**25}  # to which the C library moves them by itself
 
 
 @contextlib.contextmanager
-def pages_kept() -> Iterator[None]:
+def pages_kept(sparing: bool = False) -> Iterator[None]:
     """Let the C library keep what is freed meanwhile, and give it back to the system in the end. Local.
 
     Every step frees its activations and gradients. By default glibc hands larger ones back at once, and the next step
     pays a page fault for each of their pages: a fifth of the time of a small convolutional network. Without glibc
     nothing changes.
+
+    Args:
+        sparing: Hand back what is larger than 4 MiB, where memory is scarcer than time: what is kept lies in pieces.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
         yield
         return
-    for parameter, value in _WHILE_TRAINING.items():
+    largest = _SMALL_BYTES if sparing else _ANY_BYTES
+    for parameter, value in {_M_TRIM_THRESHOLD: 2**31 - 1, _M_MMAP_THRESHOLD: largest}.items():
         library.mallopt(parameter, value)
     try:
         yield
     finally:
         for parameter, value in _AFTERWARDS.items():
             library.mallopt(parameter, value)
+        library.malloc_trim(0)
+
+
+def give_back() -> None:
+    """Give memory back that nobody uses: what lies in cycles of objects, and what the C library keeps. Local."""
+    gc.collect()
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
 
 

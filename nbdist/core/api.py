@@ -10,6 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nbdist.core.checkpoint import check_resume
+from nbdist.core.gather import check_whole
 from nbdist.core.task import Step, Task
 from nbdist.core.train import Result, fit
 from nbdist.core.world import World
@@ -114,6 +116,9 @@ def train(
     }  # fmt: skip
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     plan = Plan.create(ranks=size, cores=_cores(size), **options, **task.options)
+    check_whole(model)
+    if plan.resume:
+        check_resume(plan.resume, model, task.optimizer)
     with World.from_environment(device) as world, contextlib.ExitStack() as cleanup:
         run_id = _agree(plan, world)
         sinks: list[Sink] = []

@@ -9,31 +9,72 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from nbdist.core.axes import Axes
+from nbdist.core.channels import Channel
+from nbdist.core.optimizer_state import device_of_entry, is_split
 from nbdist.core.params import ParamTable
-from nbdist.core.placement import Cut, Placement
+from nbdist.core.placement import Placement
+from nbdist.core.saved import INDEX, Saved
 from nbdist.core.world import World
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Mesh
 
-__all__ = ["check_folder", "load", "load_checkpoint", "save"]
+__all__ = ["check_resume", "check_state", "load", "load_checkpoint", "prepare", "save"]
 
-_INDEX = "checkpoint.json"
-_FORMAT = 1
+_STAMP = "[0-9a-f]" * 8
+
+
+def prepare(folder: str, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
+    """See to it, before a training, that its end can be saved; makes the folder. **Collective** over all ranks.
+
+    Raises:
+        PlanError: A rank cannot write there.
+        TaskError: The optimizer has a setting that JSON cannot hold.
+    """
+    for group in optimizer.param_groups:
+        for key, value in group.items():
+            if key != "params":
+                _plain(value, key)
+    problem = ""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        problem = f"rank {channel.rank} cannot write to save={folder!r} ({error.strerror}): name another folder."
+    for told in _from_all(problem, channel):
+        if told:
+            raise PlanError(told)
+
+
+def check_state(table: ParamTable, optimizer: torch.optim.Optimizer) -> None:
+    """Raise `TaskError` where an optimizer keeps what `save` cannot hold: known after its first step. Local."""
+    for name, parameter in table.parameters.items():
+        placement = table.placement(name)
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, torch.Tensor):
+                _plain(value, entry)
+            elif (placement.cut or placement.sharded) and value.ndim and not is_split(entry, value, parameter.shape):
+                raise TaskError(
+                    f"the optimizer's {entry} of {name} has shape {list(value.shape)}, which is not its parameter's: "
+                    "on a mesh with tp or shard it cannot be saved; use another optimizer, or dp or pp."
+                )
 
 
 def save(folder: str, table: ParamTable, optimizer: torch.optim.Optimizer, axes: Axes) -> None:
     """Write a checkpoint; an older one in the folder is replaced when the new one is whole. **Collective**.
 
     Args:
-        folder: Seen by all ranks; made if it is not there.
+        folder: Seen by all ranks.
         table: The model's tensors.
         optimizer: Over its parameters.
         axes: This rank's channels.
@@ -41,42 +82,44 @@ def save(folder: str, table: ParamTable, optimizer: torch.optim.Optimizer, axes:
     Raises:
         TaskError: The optimizer keeps something that JSON cannot hold.
     """
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    stamp = axes.world.broadcast_bytes(secrets.token_hex(4).encode()).decode()
-    name = f"{stamp}-rank{axes.world.rank}.safetensors"
-    mine = dict(_pieces(table, optimizer, axes))
-    told = [json.loads(text) for text in _from_all(json.dumps([k for k, v in mine.items()]), axes)]
-    writer: dict[str, int] = {}
-    for rank, keys in enumerate(told):  # of what several ranks hold alike, the first one writes
-        for key in keys:
-            writer.setdefault(key, rank)
-    from safetensors.torch import save_file
-
-    own = {key: tensor for key, tensor in mine.items() if writer[key] == axes.world.rank}
-    save_file({key: tensor.detach().contiguous() for key, tensor in own.items()}, path / name)
+    check_state(table, optimizer)
+    path, world = Path(folder), axes.world
+    stamp = world.broadcast_bytes(secrets.token_hex(4).encode()).decode()
     values = json.dumps(_values(table, optimizer))
-    states = [json.loads(text) for text in _from_all(values, axes)]
-    if axes.world.rank == 0:
+    mine = dict(_pieces(table, optimizer, axes))
+    writers: dict[str, int] = {}
+    for rank, keys in enumerate(_from_all(json.dumps(list(mine)), world)):
+        for key in json.loads(keys):
+            writers.setdefault(key, rank)  # of what several ranks hold alike, the first one writes
+    own = {key: tensor.contiguous() for key, tensor in mine.items() if writers[key] == world.rank}
+    save_file(own, path / f"{stamp}-rank{world.rank}.safetensors")
+    states = [json.loads(text) for text in _from_all(values, world)]  # when all have told, all have written
+    if world.rank == 0:
         index = {
-            "format": _FORMAT,
+            "format": Saved.FORMAT,
             "mesh": str(axes.mesh),
             "tensors": {name: _described(table.placement(name), axes) for name in table.tensors},
-            "files": {key: f"{stamp}-rank{rank}.safetensors" for key, rank in writer.items()},
+            "files": {key: f"{stamp}-rank{rank}.safetensors" for key, rank in writers.items()},
             "groups": states[0]["groups"],
             "values": {name: value for state in reversed(states) for name, value in state["values"].items()},
         }
-        text = path / f"{stamp}.json"
-        text.write_text(json.dumps(index, indent=1))
-        os.replace(text, path / _INDEX)
-        for old in path.glob("*-rank*.safetensors"):
+        _replace_index(path, stamp, index)
+    world.all_reduce_(torch.ones(1, device=world.device))  # nobody goes on before it can be read
+
+
+def _replace_index(path: Path, stamp: str, index: dict[str, Any]) -> None:
+    """Let a new checkpoint take the place of the old one at once, and tidy up after that."""
+    text = path / f"{stamp}-index.json"
+    text.write_text(json.dumps(index, indent=1))
+    os.replace(text, path / INDEX)
+    for pattern in (f"{_STAMP}-rank*.safetensors", f"{_STAMP}-index.json"):
+        for old in path.glob(pattern):
             if not old.name.startswith(stamp):
                 old.unlink()
-    axes.world.all_reduce_(torch.ones(1, device=axes.world.device))  # nobody goes on before it can be read
 
 
 def load(folder: str, table: ParamTable, optimizer: torch.optim.Optimizer | None, axes: Axes) -> None:
-    """Read a checkpoint into a model and its optimizer, whatever mesh either is on. Every rank reads what it needs.
+    """Read a checkpoint into a model and its optimizer, whatever mesh either is on. Local.
 
     Args:
         folder: Where `save` wrote.
@@ -86,19 +129,20 @@ def load(folder: str, table: ParamTable, optimizer: torch.optim.Optimizer | None
 
     Raises:
         PlanError: There is no checkpoint.
-        TaskError: It is another model's.
+        TaskError: It is another model's or another optimizer's; nothing has been changed.
     """
-    check_folder(folder)
-    reader = _Reader(Path(folder))
-    _check_same_model(reader.index["tensors"], table, folder)
+    saved = Saved(folder)
+    _check_same(saved, table, optimizer)
     with torch.no_grad():
         for name, tensor in table.tensors.items():
             placement = table.placement(name)
             if placement.held(axes):
-                whole = reader.whole(name, name).to(tensor.device)
-                tensor.copy_(whole if name in table.buffers else placement.piece(whole, axes).view_as(tensor))
-    if optimizer is not None:
-        _load_optimizer(reader, table, optimizer, axes)
+                whole = saved.whole(name).to(tensor.device)
+                tensor.copy_(whole if name in table.buffers else placement.piece(whole, axes))
+        if optimizer is not None:
+            _load_settings(saved, optimizer)
+            for name in table.parameters:
+                _load_state(saved, name, table, optimizer, axes)
 
 
 def load_checkpoint(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -111,15 +155,14 @@ def load_checkpoint(folder: str, model: nn.Module, optimizer: torch.optim.Optimi
 
     Raises:
         PlanError: There is no checkpoint.
-        TaskError: It is another model's.
+        TaskError: It is another model's or another optimizer's; nothing has been changed.
     """
     load(folder, ParamTable.of(model), optimizer, Axes(World(), Mesh()))
 
 
-def check_folder(folder: str) -> None:
-    """Raise `PlanError` where `folder` holds no checkpoint."""
-    if not (Path(folder) / _INDEX).is_file():
-        raise PlanError(f"{folder!r} holds no checkpoint (no {_INDEX} in it): give the folder that save named.")
+def check_resume(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise what `load` would, of a model that is whole. Local; nothing is changed."""
+    _check_same(Saved(folder), ParamTable.of(model), optimizer)
 
 
 def _pieces(table: ParamTable, optimizer: torch.optim.Optimizer, axes: Axes) -> Iterator[tuple[str, torch.Tensor]]:
@@ -128,19 +171,24 @@ def _pieces(table: ParamTable, optimizer: torch.optim.Optimizer, axes: Axes) -> 
         placement = table.placement(name)
         if not placement.held(axes):
             continue
-        yield _key(name, "", placement, axes), tensor
-        if name in table.parameters and table.is_updated(name, axes):
-            for entry, value in optimizer.state.get(table.parameters[name], {}).items():
-                if isinstance(value, torch.Tensor):
-                    whole = value.shape != tensor.shape
-                    part = Placement(layout=placement.layout) if whole else placement
-                    yield _key(name, entry, part, axes), value
+        # A buffer may be a view of another one, which safetensors refuses.
+        yield _key(name, "", placement, axes), tensor.clone() if name in table.buffers else tensor
+        if name not in table.parameters or not table.is_updated(name, axes):
+            continue
+        for entry, value in optimizer.state.get(table.parameters[name], {}).items():
+            if isinstance(value, torch.Tensor):
+                split = is_split(entry, value, tensor.shape)
+                part = placement if split else Placement(layout=placement.layout)
+                yield _key(name, entry, part, axes), value.detach()
 
 
 def _key(name: str, entry: str, placement: Placement, axes: Axes) -> str:
-    place = (axes.tp.rank if placement.cut else 0, axes.shard.rank if placement.sharded else 0)
-    kind = "part" if placement.cut or placement.sharded else "whole"
-    return f"{name}|{entry}|{kind}|{place[0]}|{place[1]}"
+    return Saved.key(
+        name,
+        entry,
+        axes.tp.rank if placement.cut else None,
+        axes.shard.rank if placement.sharded else None,
+    )
 
 
 def _values(table: ParamTable, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -150,125 +198,95 @@ def _values(table: ParamTable, optimizer: torch.optim.Optimizer) -> dict[str, An
         {key: [names[id(p)] for p in value] if key == "params" else _plain(value, key) for key, value in group.items()}
         for group in optimizer.param_groups
     ]
-    values = {
-        names[id(parameter)]: {
-            key: _plain(value, key) for key, value in state.items() if not isinstance(value, torch.Tensor)
-        }
-        for parameter, state in optimizer.state.items()
-        if id(parameter) in names
-    }
+    values: dict[str, dict[str, Any]] = {}
+    for name, parameter in table.parameters.items():
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, torch.Tensor):
+                values.setdefault(name, {})[entry] = _plain(value, entry)
     return {"groups": groups, "values": values}
 
 
-def _plain(value: Any, key: str) -> Any:
+def _plain(value: Any, name: str) -> Any:
+    """A value as JSON gives it back, but for tuples, which become lists.
+
+    Raises:
+        TaskError: It would come back as something else.
+    """
     if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()  # a learning rate that lives in a tensor
-    try:
-        json.dumps(value)
-    except TypeError:
-        raise TaskError(
-            f"the optimizer's {key} is a {type(value).__name__}, which a checkpoint cannot hold: it takes numbers, "
-            "strings, and lists and dicts of them."
-        ) from None
-    return value
+        return value.item()  # a learning rate that lives in a tensor
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item, name) for key, item in value.items()}
+    raise TaskError(
+        f"the optimizer's {name} is a {type(value).__name__}, which a checkpoint cannot hold: it takes numbers, "
+        "strings, and lists and dicts of them."
+    )
 
 
 def _described(placement: Placement, axes: Axes) -> dict[str, Any]:
     cut = placement.cut
     return {
         "shape": list(placement.layout.shape),
+        "dtype": str(placement.layout.dtype)[6:],
         "cut": None if cut is None else {"dim": cut.dim, "sections": list(cut.sections)},
         "tp": axes.tp.size if cut else 1,
         "shard": axes.shard.size if placement.sharded else 1,
     }
 
 
-def _from_all(text: str, axes: Axes) -> list[str]:
-    world = axes.world
-    return [world.broadcast_bytes(text.encode(), rank).decode() for rank in range(world.size)]
+def _from_all(text: str, channel: Channel) -> list[str]:
+    return [channel.broadcast_bytes(text.encode(), rank).decode() for rank in range(channel.size)]
 
 
-class _Reader:
-    """Reads whole tensors out of a checkpoint."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.index: dict[str, Any] = json.loads((path / _INDEX).read_text())
-        if self.index.get("format") != _FORMAT:
-            raise PlanError(f"checkpoint {str(path)!r} has format {self.index.get('format')}, this nbdist reads 1.")
-        self._open: dict[str, Any] = {}
-        self._entries: dict[str, dict[str, bool]] = {}
-        for key in self.index["files"]:
-            name, entry, kind, *_ = key.rsplit("|", 4)
-            self._entries.setdefault(name, {})[entry] = kind == "part"
-
-    def entries(self, name: str) -> list[str]:
-        """The tensors of an optimizer's state of a parameter."""
-        return [entry for entry in self._entries[name] if entry]
-
-    def whole(self, name: str, source: str, entry: str = "") -> torch.Tensor:
-        """A tensor as a whole."""
-        about = self.index["tensors"][source]
-        if not self._entries[name][entry]:
-            return self._tensor(f"{name}|{entry}|whole|0|0")
-        shape = list(about["shape"])
-        if about["cut"] is not None:
-            shape[about["cut"]["dim"]] //= about["tp"]
-        local = torch.Size(shape)
-        pieces = []
-        for tp in range(about["tp"]):
-            parts = [self._tensor(f"{name}|{entry}|part|{tp}|{shard}") for shard in range(about["shard"])]
-            flat = parts[0] if about["shard"] == 1 else torch.cat(parts)[: local.numel()]
-            pieces.append(flat.view(local))
-        if about["cut"] is None:
-            return pieces[0]
-        return Cut(dim=about["cut"]["dim"], sections=tuple(about["cut"]["sections"])).join(pieces)
-
-    def _tensor(self, key: str) -> torch.Tensor:
-        from safetensors import safe_open
-
-        file = self.index["files"][key]
-        if file not in self._open:
-            self._open[file] = safe_open(self._path / file, framework="pt")
-        tensor: torch.Tensor = self._open[file].get_tensor(key)
-        return tensor
-
-
-def _check_same_model(tensors: dict[str, Any], table: ParamTable, folder: str) -> None:
+def _check_same(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer | None) -> None:
     shapes = {name: list(table.placement(name).layout.shape) for name in table.tensors}
-    for name in {**shapes, **tensors}:
-        there, here = tensors.get(name, {}).get("shape"), shapes.get(name)
+    for name in {**shapes, **saved.tensors}:
+        there, here = saved.tensors.get(name, {}).get("shape"), shapes.get(name)
         if there != here:
             what = "is not in it" if there is None else "is only in it" if here is None else f"has shape {there} in it"
             raise TaskError(
-                f"checkpoint {folder!r} is another model's: {name}{'' if here is None else f' {here}'} {what}."
+                f"checkpoint {saved.folder!r} is another model's: {name}{'' if here is None else f' {here}'} {what}; "
+                "make the model as it was."
             )
-
-
-def _load_optimizer(reader: _Reader, table: ParamTable, optimizer: torch.optim.Optimizer, axes: Axes) -> None:
-    groups = reader.index["groups"]
+    if optimizer is None:
+        return
     names = {id(parameter): name for name, parameter in table.parameters.items()}
-    mine = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    if mine != [group["params"] for group in groups]:
+    mine = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+    if mine != [group["params"] for group in saved.groups]:
         raise TaskError(
-            "the checkpoint's optimizer has other parameter groups than this one: build it as it was, over the same "
-            "parameters in the same order."
+            f"checkpoint {saved.folder!r} has other parameter groups than the optimizer: build it as it was, over the "
+            "same parameters in the same order."
         )
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        for key, value in saved.items():
-            if key != "params" and key in group:
-                group[key] = tuple(value) if isinstance(group[key], tuple) else value
-    for name, parameter in table.parameters.items():
-        placement = table.placement(name)
-        if not (placement.held(axes) and table.is_updated(name, axes)):
-            continue
-        state: dict[str, Any] = dict(reader.index["values"].get(name, {}))
-        for entry in reader.entries(name):
-            whole = reader.whole(name, name, entry)
-            if list(whole.shape) == list(placement.layout.shape):
-                piece = placement.piece(whole.to(parameter.device), axes).view_as(parameter)
-                state[entry] = torch.empty_like(parameter, dtype=whole.dtype).copy_(piece)
+
+
+def _load_settings(saved: Saved, optimizer: torch.optim.Optimizer) -> None:
+    for group, values in zip(optimizer.param_groups, saved.groups, strict=True):
+        for key, value in values.items():
+            if key == "params" or key not in group:
+                continue
+            if isinstance(group[key], torch.Tensor):
+                group[key].fill_(value)
             else:
-                state[entry] = whole if whole.ndim == 0 else whole.to(parameter.device)
-        if state:
-            optimizer.state[parameter] = state
+                group[key] = tuple(value) if isinstance(group[key], tuple) else value
+
+
+def _load_state(saved: Saved, name: str, table: ParamTable, optimizer: torch.optim.Optimizer, axes: Axes) -> None:
+    parameter, placement = table.parameters[name], table.placement(name)
+    optimizer.state.pop(parameter, None)
+    if not (placement.held(axes) and table.is_updated(name, axes)):
+        return
+    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
+    state: dict[str, Any] = dict(saved.values.get(name, {}))
+    for entry in saved.entries(name):
+        whole = saved.whole(name, entry)
+        if is_split(entry, whole, placement.layout.shape):
+            piece = placement.piece(whole.to(parameter.device), axes)
+            dtype = parameter.dtype if whole.dtype == saved.dtype(name) else whole.dtype
+            state[entry] = torch.empty_like(parameter, dtype=dtype).copy_(piece)
+        else:  # not the file's memory, which would keep it mapped
+            state[entry] = whole.to(device_of_entry(entry, group, parameter.device), copy=True)
+    if state:
+        optimizer.state[parameter] = state

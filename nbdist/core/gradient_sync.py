@@ -242,3 +242,5 @@ class GradientSync:
             parameter.grad = None
         for flat in self._flats:
             self._channel.free(flat)
+        self._flats, self._views, self._buckets = [], [], []
+        self._tail = torch.empty(0)

@@ -10,7 +10,21 @@ import torch
 from nbdist.core.axes import Axes
 from nbdist.core.params import ParamTable
 
-__all__ = ["cut_state_", "gather_state_"]
+__all__ = ["cut_state_", "device_of_entry", "gather_state_", "is_split"]
+
+_COUNTERS = {"step", "mu_product", "eta", "mu"}  # of torch.optim: one number a parameter, of whatever shape that is
+
+
+def is_split(entry: str, value: Any, shape: torch.Size) -> bool:
+    """Whether an entry of the state of a parameter of `shape` has a value for each element, and is cut as it is."""
+    return isinstance(value, torch.Tensor) and value.shape == shape and entry not in _COUNTERS
+
+
+def device_of_entry(entry: str, group: dict[str, Any], device: torch.device) -> torch.device:
+    """Where an entry of the state of a parameter on `device` belongs: as torch has it, steps mostly on the CPU."""
+    if entry == "step" and not (group.get("fused") or group.get("capturable")):
+        return torch.device("cpu")
+    return device
 
 
 @torch.no_grad()
@@ -24,21 +38,21 @@ def cut_state_(optimizer: torch.optim.Optimizer, table: ParamTable, axes: Axes) 
             del optimizer.state[table.parameters[name]]
             continue
         for entry, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape == placement.layout.shape and value.ndim:
+            if is_split(entry, value, placement.layout.shape):
                 state[entry] = placement.piece(value, axes)
 
 
 @torch.no_grad()
 def gather_state_(optimizer: torch.optim.Optimizer, table: ParamTable, axes: Axes, *, keep: bool) -> None:
     """Make the state whole again, where `keep` says so; before the parameters are. **Collective** over the replica."""
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     for name, placement in table.placements.items():
         if name not in table.parameters:
             continue
         parameter = table.parameters[name]
-        held = placement.held(axes)
-        state: dict[str, Any] = dict(optimizer.state.get(parameter, {})) if held else {}
+        state: dict[str, Any] = dict(optimizer.state.get(parameter, {})) if placement.held(axes) else {}
         source = 0 if placement.stages is None else placement.stages[0]
-        split = {entry: isinstance(v, torch.Tensor) and v.shape == parameter.shape for entry, v in state.items()}
+        split = {entry: is_split(entry, v, parameter.shape) for entry, v in state.items()}
         plain = {
             entry: v.tolist() if isinstance(v, torch.Tensor) else v for entry, v in state.items() if not split[entry]
         }
@@ -46,11 +60,11 @@ def gather_state_(optimizer: torch.optim.Optimizer, table: ParamTable, axes: Axe
         told = json.dumps([split, plain, tensors]).encode()
         split, plain, tensors = json.loads(axes.pp.broadcast_bytes(told, source))
         whole: dict[str, Any] = {}
-        for entry, is_split in split.items():
-            if is_split:
-                whole[entry] = placement.gather(state.get(entry), axes)
+        for entry, is_part in split.items():
+            if is_part:
+                whole[entry] = placement.laid_out(placement.gather(state.get(entry), axes))
             elif entry in tensors:
-                device = parameter.device if entry != "step" else torch.device("cpu")
+                device = device_of_entry(entry, groups[id(parameter)], axes.world.device)
                 whole[entry] = torch.tensor(plain[entry], dtype=getattr(torch, tensors[entry]), device=device)
             else:
                 whole[entry] = plain[entry]

@@ -12,10 +12,13 @@ from torch import nn
 
 from nbdist.core.eager import eager
 from nbdist.errors import PlanError, TaskError, suggest
+from nbdist.plan import Mesh
 
-__all__ = ["OPTIMIZERS", "make_optimizer", "optimizer_name"]
+__all__ = ["OPTIMIZERS", "check_may_be_cut", "make_optimizer", "optimizer_name"]
 
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
+
+_WHOLE = (torch.optim.Adafactor, torch.optim.Muon)  # they look at a matrix as a whole
 
 _FUSED = {"adam", "adamw", "sgd"}  # one kernel for the whole update, on CPU and GPU alike
 
@@ -75,6 +78,19 @@ def optimizer_name(optimizer: Any) -> str:
     if isinstance(optimizer, str):
         return optimizer.lower()
     return getattr(optimizer, "__name__", None) or type(optimizer).__name__
+
+
+def check_may_be_cut(optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
+    """Check that an optimizer gives the same where a mesh cuts parameters: that it treats each element by itself.
+
+    Raises:
+        PlanError: It is known not to. What an optimizer of the user's own does cannot be known.
+    """
+    if mesh.tp * mesh.shard > 1 and isinstance(optimizer, _WHOLE):
+        raise PlanError(
+            f"optimizer {type(optimizer).__name__} looks at whole matrices, which mesh {mesh} cuts: use another one, "
+            "such as adamw, or the strategy data or pipeline."
+        )
 
 
 def _takes_lr(optimizer: Any) -> bool:

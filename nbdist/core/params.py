@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +13,7 @@ from nbdist.core.axes import Axes
 from nbdist.core.channels import Channel
 from nbdist.core.placement import Placement
 
-__all__ = ["ParamTable", "laid_out_like", "replace_data", "stand_in"]
+__all__ = ["ParamTable", "buffers_kept", "laid_out_like", "replace_data", "stand_in"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +87,7 @@ class ParamTable:
             parameter = self.parameters[name]
             whole = placement.gather(parameter.data if held else None, axes)
             if keep:
-                home = torch.empty_strided(
-                    placement.layout.shape, placement.layout.stride(), dtype=whole.dtype, device=whole.device
-                )
-                replace_data(parameter, home.copy_(whole))
+                replace_data(parameter, placement.laid_out(whole))
         if keep:
             self.placements.clear()
 
@@ -116,6 +115,18 @@ class ParamTable:
         """Copy `tensors` (those of another table of the same model) into this one's, in place. Local."""
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module, but: Collection[int] = ()) -> Iterator[None]:
+    """Give every buffer its values back at the end, except for those whose ids are in `but`. Local.
+
+    Unseen by autograd, for graphs of other slices may hold the buffers, though no gradient depends on their values.
+    """
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if id(buffer) not in but]
+    yield
+    for buffer, values in before:
+        buffer.data.copy_(values)
 
 
 def laid_out_like(parameter: torch.Tensor, flat: torch.Tensor, start: int) -> torch.Tensor:

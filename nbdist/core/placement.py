@@ -79,7 +79,7 @@ class Placement:
         """
         whole = torch.empty(0)
         if part is not None:
-            whole = part.detach()
+            whole = part.detach().to(axes.world.device)
             if self.sharded:
                 shape = self._local_shape(axes)
                 whole = torch.cat(axes.shard.all_gather(whole.contiguous()))[: shape.numel()].view(shape)
@@ -87,24 +87,26 @@ class Placement:
                 whole = self.cut.join(axes.tp.all_gather(whole.contiguous()))
         if self.stages is not None and axes.pp.size > 1:
             source = self.stages[0]
-            dtype = torch.tensor([_DTYPES.index(whole.dtype)], device=axes.pp.device)
-            axes.pp.broadcast_(dtype, source)
+            dtype = axes.pp.broadcast_bytes(str(whole.dtype)[6:].encode(), source).decode()
             if part is None:
-                whole = torch.empty(self.layout.shape, dtype=_DTYPES[int(dtype)], device=axes.pp.device)
+                whole = torch.empty(self.layout.shape, dtype=getattr(torch, dtype), device=axes.pp.device)
             axes.pp.broadcast_any_(whole, source)
         return whole
+
+    def laid_out(self, whole: torch.Tensor) -> torch.Tensor:
+        """The whole tensor in memory of its own, with the strides that it came with. Local.
+
+        Fused optimizers go through a parameter and its state in the order of memory, so they must agree.
+        """
+        strides = self.layout.stride()
+        home = torch.empty_strided(self.layout.shape, strides, dtype=whole.dtype, device=whole.device)
+        return home.copy_(whole)
 
     def _local_shape(self, axes: Axes) -> torch.Size:
         shape = list(self.layout.shape)
         if self.cut is not None:
             shape[self.cut.dim] //= axes.tp.size
         return torch.Size(shape)
-
-
-_DTYPES = [
-    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool, torch.complex64, torch.complex128,
-]  # fmt: skip
 
 
 def shard_of(tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:

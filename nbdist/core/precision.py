@@ -11,6 +11,7 @@ __all__ = ["Precision"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FIRST_SCALE = 2.0**16
+_LEAST_SCALE = 2.0**-24  # below it no gradient of a finite loss overflows
 _GROWTH_STEPS = 2000
 
 
@@ -43,6 +44,6 @@ class Precision:
         """Learn from a step: halve the scale after an overflow, double it after many steps without one."""
         self._steps = self._steps + 1 if finite else 0
         if not finite:
-            self.scale /= 2
+            self.scale = max(self.scale / 2, _LEAST_SCALE)
         elif self._steps % _GROWTH_STEPS == 0:
             self.scale *= 2

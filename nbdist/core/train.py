@@ -16,7 +16,7 @@ import torch
 
 from nbdist.core import seeds, strategies
 from nbdist.core.allocator import objects_set_aside, pages_kept
-from nbdist.core.checkpoint import load, save
+from nbdist.core.checkpoint import check_state, load, prepare, save
 from nbdist.core.data import Reader
 from nbdist.core.eager import eager
 from nbdist.core.evaluate import evaluate, switched
@@ -90,7 +90,7 @@ def fit(
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(seeds.kept(device))
         cleanup.enter_context(_threads(plan.threads))
-        cleanup.enter_context(pages_kept())
+        cleanup.enter_context(pages_kept(sparing=plan.mesh.size > plan.mesh.dp))
         cleanup.enter_context(objects_set_aside())
         cleanup.enter_context(_on_device(task, device))
         cleanup.enter_context(_reporting_failure(tell, world.rank))
@@ -98,6 +98,8 @@ def fit(
         if not model.training:  # modules that the user froze in evaluation mode inside a training model stay so
             cleanup.enter_context(switched(model, training=True))
 
+        if plan.save:
+            prepare(plan.save, task.optimizer, world.channel())
         strategy = strategies.apply(task, plan, world)
         cleanup.callback(strategy.close)
         axes, optimizer = strategy.axes, task.optimizer
@@ -156,6 +158,8 @@ def fit(
                         scheduler.step()
                 step += 1
                 row.steps += 1
+                if plan.save and step == 1:
+                    check_state(strategy.table, optimizer)
                 for loss, weight in losses:
                     row.loss.add(loss, weight)
 
@@ -195,7 +199,7 @@ def fit(
         if plan.gather:
             strategy.gather(keep=home or world.rank == 0)
         else:
-            leave_in_parts(model, strategy.table, plan.mesh)
+            leave_in_parts(model, strategy.table.placements, plan.mesh)
         state = "stopped" if stopped and not _complete(plan, step, steps_total) else "finished"
         tell(RunFinished(rank=world.rank, state=state))
         return Result(state=state, history=history, plan=plan)

@@ -170,6 +170,7 @@ class DistMagics(Magics):
             "lr_scheduler": None if arguments.lr_scheduler is None else self._evaluate(arguments.lr_scheduler),
             "tensor_plan": None if arguments.tensor_plan is None else self._evaluate(arguments.tensor_plan),
             "val": None if arguments.val is None else self._evaluate(arguments.val),
+            **{name: self._path(getattr(arguments, name)) for name in ("save", "resume") if getattr(arguments, name)},
             "step": None if cell is None else compile_step(self.shell, line, cell, self._cell_number),
         }
         model, data = self._evaluate(arguments.model), self._evaluate(arguments.data)
@@ -200,6 +201,10 @@ class DistMagics(Magics):
             raise PlanError(f"{expression!r} is not a Python expression.") from None
         except Exception as error:
             raise TaskError(f"{expression} cannot be evaluated: {type(error).__name__}: {error}") from error
+
+    def _path(self, text: str) -> str:
+        """A path, with ``{name}`` in it as in an f-string of the notebook."""
+        return str(self.shell.var_expand(text.strip("'\""), depth=1))
 
     def _callable(self, text: str | None) -> Any:
         """What a --loss, --optimizer or --metric says: the notebook's value, else a well-known name."""

@@ -43,10 +43,10 @@ SEED = 3
 
 def plan_for(mesh: str, accumulate: int) -> Plan:
     """How a cell is run."""
-    strategy = Mesh.parse(mesh, _ranks(mesh))
+    strategy = Mesh.parse(mesh, ranks_of(mesh))
     more = {"microbatches": 2} if strategy.pp > 1 else {}
     return Plan.create(
-        ranks=_ranks(mesh), cores=1, strategy=mesh, accumulate=accumulate, batch_size=BATCH, seed=SEED, **more
+        ranks=ranks_of(mesh), cores=1, strategy=mesh, accumulate=accumulate, batch_size=BATCH, seed=SEED, **more
     )
 
 
@@ -128,7 +128,8 @@ def _reference(model: str, dtype: torch.dtype, optimizer: str, plan: Plan) -> An
     return _references[key]
 
 
-def _ranks(mesh: str) -> int:
+def ranks_of(mesh: str) -> int:
+    """How many ranks a mesh has."""
     return math.prod(int(part.partition("=")[2]) for part in mesh.split(","))
 
 
@@ -146,7 +147,7 @@ def main(models: list[str], meshes: list[str]) -> int:
             cells = []
             for dtype, tolerance in TOLERANCE.items():
                 try:
-                    first, *_ = pool(_ranks(mesh), run_cell, model, mesh, dtype)
+                    first, *_ = pool(ranks_of(mesh), run_cell, model, mesh, dtype)
                 except Exception as error:
                     failed += 1
                     cells.append("FAILED")

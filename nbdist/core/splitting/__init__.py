@@ -2,5 +2,6 @@
 
 from nbdist.core.splitting.call import Call
 from nbdist.core.splitting.split import Split, StageInfo, split
+from nbdist.core.splitting.tracing import KINDS
 
-__all__ = ["Call", "Split", "StageInfo", "split"]
+__all__ = ["KINDS", "Call", "Split", "StageInfo", "split"]

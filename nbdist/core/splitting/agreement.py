@@ -27,7 +27,7 @@ class Answer:
 
     Args:
         output: The tensors in it.
-        gradients: Of the parameters that take one.
+        gradients: Of each parameter that takes one, a few sums over it, ``(3,)``: all gradients at once may not fit.
     """
 
     output: list[torch.Tensor]
@@ -43,8 +43,31 @@ class Answer:
             leaves = leaves_of(forward(*(value.clone() for value in values)))
             output = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             losses = [tensor.square().mean() for tensor in output if tensor.requires_grad]
-            gradients = torch.autograd.grad(losses, parameters, allow_unused=True) if losses and parameters else ()
-        return cls(output=output, gradients=list(gradients))
+            gradients = _sums_of_gradients(sum(losses), parameters) if losses and parameters else []
+        return cls(output=output, gradients=gradients)
+
+
+def _sums_of_gradients(loss: Any, parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
+    """Sums over the gradient of each parameter, none of which outlives them; the parameters keep what they have."""
+    kept, sums = [parameter.grad for parameter in parameters], dict[nn.Parameter, torch.Tensor]()
+
+    def take(parameter: nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        flat = gradient.flatten()
+        slope = torch.linspace(1, 2, flat.numel(), dtype=flat.dtype, device=flat.device)
+        sums[parameter] = torch.stack([flat.sum(), flat.abs().sum(), flat.mul_(slope).sum()])
+
+    hooks = [parameter.register_post_accumulate_grad_hook(take) for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward()
+    finally:
+        for hook, parameter, gradient in zip(hooks, parameters, kept, strict=True):
+            hook.remove()
+            parameter.grad = gradient
+    return [sums.get(parameter) for parameter in parameters]
 
 
 def check_agrees(flow: Flow, values: Sequence[torch.Tensor], expected: Answer) -> None:

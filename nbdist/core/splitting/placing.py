@@ -41,8 +41,7 @@ def _before(flow: Flow, name: str) -> int:
     known = {n for n, _ in model.named_modules()} | set(flow.names.values())
     if name not in known or not name:
         raise PlanError(f"the model has no module or parameter '{name}' to cut at.{suggest(name, known)}")
-    inside = (name, name + ".")
-    first = next((i for i in range(len(flow.body)) if _belongs(flow, i, inside)), None)
+    first = next((i for i in range(len(flow.body)) if _belongs(flow, i, name)), None)
     if first is None:
         whole = next((p for p in map(flow.place, range(len(flow.body))) if p and name.startswith(p + ".")), None)
         raise PlanError(
@@ -61,9 +60,13 @@ def _before(flow: Flow, name: str) -> int:
     return cut
 
 
-def _belongs(flow: Flow, position: int, inside: tuple[str, str]) -> bool:
-    names = [flow.place(position), *flow.held(flow.body[position])]
-    return any(name == inside[0] or name.startswith(inside[1]) for name in names)
+def _belongs(flow: Flow, position: int, name: str) -> bool:
+    """Whether a node is in the module, or works with the parameter, that a person calls `name`."""
+    node, place = flow.body[position], flow.place(position)
+    if node.op == "call_module" and name.rpartition(".")[0] == place:
+        return name in flow.held(node)
+    names = [place] if node.op == "call_module" else [place, *flow.held(node)]
+    return any(f"{other}.".startswith(f"{name}.") for other in names)
 
 
 def follow(flow: Flow, firsts: Sequence[str], holders: dict[str, tuple[int, ...]], idle: set[str]) -> list[int]:

@@ -87,6 +87,7 @@ class _Timer(_Runner):
     def __init__(self, trace: Trace) -> None:
         super().__init__(trace, keep=False)
         self.seconds: dict[str, float] = {}
+        self.body = set(trace.body)
         self.device = device_of(trace.model)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -96,7 +97,8 @@ class _Timer(_Runner):
         result = super().run_node(n)
         self._wait()
         seconds = time.perf_counter() - began
-        self.seconds[n.name] = min(seconds, self.seconds.get(n.name, seconds))
+        if n in self.body:
+            self.seconds[n.name] = min(seconds, self.seconds.get(n.name, seconds))
         return result
 
     def _wait(self) -> None:

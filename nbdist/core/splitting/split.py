@@ -16,7 +16,7 @@ from nbdist.core.splitting.placing import follow, named, place_at
 from nbdist.core.splitting.profiling import examine, measure
 from nbdist.core.splitting.stages import build
 from nbdist.core.splitting.tracing import KINDS, Trace, record
-from nbdist.core.splitting.untouched import device_of
+from nbdist.core.splitting.untouched import device_of, untouched
 from nbdist.errors import NbdistError, PlanError
 from nbdist.plan.partition import partition
 
@@ -170,6 +170,7 @@ def split(
     *,
     at: Sequence[str] = (),
     cuts: dict[str, Any] | None = None,
+    kinds: Sequence[str] = KINDS,
 ) -> Split:
     """Cut a module into stages that take the same time. Local; the model is left as it was.
 
@@ -184,6 +185,7 @@ def split(
         stages: Number of stages.
         at: Names of modules or parameters, in order; each is the first of a stage. In place of measuring.
         cuts: Where another rank has cut.
+        kinds: How the forward may be recorded, see `record`; the first that serves is taken.
 
     Raises:
         PlanError: There are too few places to cut, or `at` does not fit.
@@ -193,12 +195,15 @@ def split(
     if at and len(at) != stages - 1:
         raise PlanError(f"{stages} stages are cut at {stages - 1} places, but at= names {len(at)}: {', '.join(at)}.")
     if cuts is not None:
+        with untouched(model), torch.no_grad():
+            # A first forward may settle what the next ones find, as it did on the rank that measured.
+            _called(model, call, [value.clone() for value in values])
         flow = _prepare(model, call, values, cuts["kind"])
         return Split(flow, named(flow, cuts["firsts"]), {}, cuts["seconds"])
     expected = Answer.of(model, lambda *tensors: _called(model, call, tensors), values)
     best: Split | None = None
     errors: list[NbdistError] = []
-    for kind in KINDS:
+    for kind in kinds:
         try:
             flow = _prepare(model, call, values, kind)
             check_agrees(flow, values, expected)

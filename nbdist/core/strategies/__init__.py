@@ -23,7 +23,13 @@ SHARED_ABOVE = 100_000
 
 def apply(task: Task, plan: Plan, world: World) -> Strategy:
     """Make the strategy for `plan.mesh`. **Collective** over the world."""
-    axes = Axes(world, plan.mesh)
+    strategy = _chosen(task, plan, Axes(world, plan.mesh), world)
+    if strategy.batch_norms is not None:
+        strategy.batch_norms.install()
+    return strategy
+
+
+def _chosen(task: Task, plan: Plan, axes: Axes, world: World) -> Strategy:
     if plan.mesh.size > plan.mesh.dp:
         return Composed(task, plan, axes, world)
     if isinstance(axes.dp, SharedMemoryChannel) and _divisible(task, plan):

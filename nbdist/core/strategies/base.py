@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,13 +15,14 @@ from nbdist.core.axes import Axes
 from nbdist.core.data import Slice, to_device
 from nbdist.core.eager import eager
 from nbdist.core.gradient_sync import Totals
-from nbdist.core.params import ParamTable
+from nbdist.core.params import ParamTable, buffers_kept
 from nbdist.core.precision import Precision
+from nbdist.core.sync_batchnorm import BatchNorms
 from nbdist.core.task import Task
 from nbdist.plan import Plan
 from nbdist.telemetry import Work
 
-__all__ = ["Computed", "Strategy"]
+__all__ = ["Computed", "Strategy", "present"]
 
 T = TypeVar("T")
 Computed = tuple[Any, list[tuple[torch.Tensor, Any]]]
@@ -40,9 +42,8 @@ class Strategy(ABC):
         work: What this rank did in the latest step, where there is an order to show.
         infos: The stages that a pipeline was cut into, as JSON-able data.
         even: Whether all ranks must compute equally many slices, those without data included.
+        batch_norms: What lets BatchNorm see the slices of all ranks, or None.
     """
-
-    even = False
 
     def __init__(self, task: Task, plan: Plan, axes: Axes) -> None:
         self.task = task
@@ -53,6 +54,11 @@ class Strategy(ABC):
         self.precision = Precision(plan.precision, self.device)
         self.work: list[Work] = []
         self.infos: list[dict[str, Any]] = []
+        self.batch_norms: BatchNorms | None = None
+        if plan.sync_batchnorm and axes.data.size > 1:
+            norms = BatchNorms(task.model, axes.data)
+            self.batch_norms = norms if norms.layers else None
+        self.even = self.batch_norms is not None
 
     @abstractmethod
     def begin_step(self) -> None:
@@ -65,8 +71,11 @@ class Strategy(ABC):
         for position, part in enumerate(slices):
             loss, weight = self.compute(part, ("slice", step), self.task.loss_and_weight)
             # A mean over nothing (all targets ignored) is not a number: it has no gradient to give.
-            if weight != 0:
-                self.backward(loss, weight, last=position == len(slices) - 1)
+            counts = part.samples > 0 and bool(weight != 0)
+            if counts or self.batch_norms is not None:
+                self.silence(counts)
+                self.backward(loss, weight if counts else 1, last=position == len(slices) - 1)
+            if counts:
                 total = total + weight
                 losses.append((loss.detach(), weight))
         return total, losses
@@ -74,7 +83,7 @@ class Strategy(ABC):
     def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, int], T]) -> T:
         """Call ``function(batch, samples)`` on a slice, under its own random numbers and the plan's precision."""
         seeds.seed_torch(seeds.derive(self.plan.seed, *path, part.index), self.device)
-        with self.precision.autocast():
+        with present(self.task.model, part, self.batch_norms), self.precision.autocast():
             return function(to_device(part.batch, self.device), part.samples)
 
     def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, int], T]) -> T | None:
@@ -83,6 +92,11 @@ class Strategy(ABC):
         **Collective** over a replica.
         """
         return self.compute(part, path, function)
+
+    def silence(self, counts: bool) -> None:
+        """Before the backward of a slice that does not count: only what passes between ranks has gradients. Local."""
+        if self.batch_norms is not None and not counts:
+            self.batch_norms.silence()
 
     def backward(self, loss: torch.Tensor, weight: Any, *, last: bool) -> None:
         """Add a slice's gradients, times its weight. Local; `last` says that no other slice follows in this step."""
@@ -107,8 +121,7 @@ class Strategy(ABC):
             Whether it did: not after an overflow in fp16.
         """
         if self.precision.scales:
-            gradients = self._gradients_held()
-            torch._foreach_div_(gradients, self.precision.scale)
+            self.scale_(1 / self.precision.scale)
             norm = self.norm()
             finite = bool(torch.isfinite(norm))
             self.precision.adapt(finite)
@@ -123,6 +136,12 @@ class Strategy(ABC):
     def clip_(self, largest: float) -> None:
         """Scale all gradients down so that their global L2 norm is at most `largest`. **Collective** over a replica."""
         nn.utils.clip_grad_norm_(list(self.table.trainable.values()), largest)
+
+    def scale_(self, factor: float) -> None:
+        """Multiply all gradients. Local."""
+        gradients = self._gradients_held()
+        if gradients:  # a stage may have nothing to train
+            torch._foreach_mul_(gradients, factor)
 
     def norm(self) -> torch.Tensor:
         """The L2 norm of all gradients, over all ranks of a replica. **Collective** over it."""
@@ -140,6 +159,18 @@ class Strategy(ABC):
         """Make the model whole and ordinary again, where `keep` says so. **Collective**."""
         del keep
 
-    @abstractmethod
     def close(self) -> None:
         """Let go of the model and hang up. Local, twice is fine."""
+        if self.batch_norms is not None:
+            self.batch_norms.close()
+
+
+@contextlib.contextmanager
+def present(model: nn.Module, part: Slice, batch_norms: BatchNorms | None) -> Iterator[None]:
+    """While a model computes a slice: one without samples leaves no trace in the buffers. Local."""
+    synced: set[int] = set()
+    if batch_norms is not None:
+        batch_norms.begin(part.samples > 0)
+        synced = batch_norms.buffers
+    with contextlib.nullcontext() if part.samples else buffers_kept(model, but=synced):
+        yield

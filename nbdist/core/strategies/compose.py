@@ -6,10 +6,10 @@ sync, clipping, update, home-coming and checkpoints read it, and know nothing el
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from nbdist.core.channels import Channel
 from nbdist.core.data import Slice, to_device
 from nbdist.core.gradient_sync import GradientSync, Totals
 from nbdist.core.optimizer_state import cut_state_, gather_state_
+from nbdist.core.optimizers import check_may_be_cut
 from nbdist.core.params import stand_in
 from nbdist.core.placement import Placement
 from nbdist.core.strategies.base import Computed, Strategy
@@ -54,12 +55,25 @@ class Composed(Strategy):
 
     def __init__(self, task: Task, plan: Plan, axes: Axes, world: World) -> None:
         super().__init__(task, plan, axes)
-        self.even = axes.shard.size > 1
+        check_may_be_cut(task.optimizer, plan.mesh)
+        self.even |= axes.shard.size > 1
         self._parallelized: tensor_parallel.Parallelized | None = None
         self._pipeline: Pipeline | None = None
         self._split: splitting.Split | None = None
         self._shards: Shards | None = None
-        self._closed = False
+        self._cleanup = contextlib.ExitStack()
+        self._cleanup.callback(axes.close)
+        self._cleanup.callback(super().close)
+        try:
+            self._begin(world)
+        except BaseException:
+            self.close()
+            raise
+
+    # What is made at the start.
+
+    def _begin(self, world: World) -> None:
+        axes, plan = self.axes, self.plan
         layouts = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.table.tensors.items()}
         self.table.broadcast_(axes.world)
         example = self._example()
@@ -70,7 +84,7 @@ class Composed(Strategy):
         self._place(layouts)
         if axes.shard.size > 1:
             self._deal_out(*example)
-        cut_state_(task.optimizer, self.table, axes)
+        cut_state_(self.task.optimizer, self.table, axes)
         self._tied = self._tie(world)
         if self._split is not None:
             self._pipeline = self._connect(world, self._split)
@@ -78,8 +92,7 @@ class Composed(Strategy):
         self._gradients = GradientSync(
             list(self._held.values()), axes.dp, full_batch=plan.batch_size, bucket_mib=plan.bucket_mib, overlap=False
         )
-
-    # What is made at the start.
+        self._cleanup.callback(self._gradients.close)
 
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the step calls the model with for the first samples, the same on every rank."""
@@ -98,6 +111,7 @@ class Composed(Strategy):
             proposed = tensor_parallel.written(model, channel.size, self.plan.tensor_plan, args, kwargs)
         proved = tensor_parallel.prove(model, channel, proposed, args, kwargs)
         self._parallelized = tensor_parallel.parallelize(model, channel, proved)
+        self._cleanup.callback(self._parallelized.restore)
 
     def _cut_into_stages(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rank 0 measures and decides, for times differ from rank to rank."""
@@ -106,7 +120,9 @@ class Composed(Strategy):
         with tensor_parallel.rehearsed(self._parallelized):
             if world.rank == 0:
                 try:
-                    self._split = splitting.split(model, args, kwargs, plan.stages, at=plan.split_at)
+                    # What torch.export records has lost the layers that would measure together.
+                    kinds = splitting.KINDS if self.batch_norms is None else splitting.KINDS[:1]
+                    self._split = splitting.split(model, args, kwargs, plan.stages, at=plan.split_at, kinds=kinds)
                     told = {"cuts": self._split.cuts}
                 except (PlanError, TaskError) as error:
                     told = {"error": type(error).__name__, "message": str(error)}
@@ -115,6 +131,8 @@ class Composed(Strategy):
                 raise {"PlanError": PlanError, "TaskError": TaskError}[told["error"]](told["message"])
             if self._split is None:
                 self._split = splitting.split(model, args, kwargs, plan.stages, cuts=told["cuts"])
+        # A rank that failed at it is noticed here; where ranks link up, they would wait for it.
+        world.all_reduce_(torch.zeros(1, device=self.device))
         self.infos = [asdict(info) for info in self._split.infos]
 
     def _place(self, layouts: dict[str, torch.Tensor]) -> None:
@@ -150,13 +168,10 @@ class Composed(Strategy):
                 new = {name for name in self.table.parameters if stage in self._split.holders[name]} - taken
                 taken |= new
                 blocks.append([p for name, p in self.table.parameters.items() if name in new])
-        names = {id(p): name for name, p in self.table.parameters.items()}
-        for parameter in (p for block in blocks for p in block):
-            before = self.table.placement(names[id(parameter)])
-            self.table.placements[names[id(parameter)]] = Placement(
-                layout=before.layout, stages=before.stages, cut=before.cut, sharded=True
-            )
+        for name in self.table.parameters:  # those of other stages too: all ranks know where everything lies
+            self.table.placements[name] = replace(self.table.placement(name), sharded=True)
         self._shards = Shards(blocks, self.axes.shard)
+        self._cleanup.callback(self._shards.close)
         if modules:
             self._shards.hook(modules)
 
@@ -173,6 +188,8 @@ class Composed(Strategy):
                 groups.append([line[stage] for stage in stages])
                 groups += [[rank] for stage, rank in enumerate(line) if stage not in stages]
             channel = self.axes.pp if len(stages) == self.axes.pp.size else world.channel_within(groups)
+            if channel is not self.axes.world:
+                self._cleanup.callback(channel.close)
             if self.axes.pp.rank in stages:
                 tied.append((channel, names))
         return tied
@@ -187,11 +204,19 @@ class Composed(Strategy):
         line = next(line for line in self.axes.mesh.groups("pp") if world.rank in line)
         here = line.index(world.rank)
         before, after = links[line[here - 1]], links[line[(here + 1) % len(line)]]
-        self._links = list(links.values())
+        for link in links.values():
+            self._cleanup.callback(link.close)
         return Pipeline(
             self.task, self.plan, split, here, before, after, self.device, self.precision, scaled=self.scaled,
-            shards=self._shards, rehearsed=functools.partial(tensor_parallel.rehearsed, self._parallelized),
+            shards=self._shards, batch_norms=self.batch_norms, rehearsed=self._rehearsed,
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _rehearsed(self) -> Iterator[None]:
+        """Around what one rank computes by itself."""
+        together = contextlib.nullcontext() if self.batch_norms is None else self.batch_norms.alone()
+        with tensor_parallel.rehearsed(self._parallelized), together:
+            yield
 
     # What a step does.
 
@@ -220,10 +245,12 @@ class Composed(Strategy):
         losses: list[tuple[torch.Tensor, Any]] = []
         for part in slices:
             loss, weight = self.compute(part, ("slice", step), self.task.loss_and_weight)
-            shards.silent = not part.samples or (not isinstance(weight, torch.Tensor) and weight == 0)
-            self.backward(loss, 1 if shards.silent else weight, last=False)
+            counts = bool(part.samples) and (isinstance(weight, torch.Tensor) or weight != 0)
+            self.silence(counts)
+            shards.silent = not counts and self.batch_norms is None
+            self.backward(loss, weight if counts else 1, last=False)
             shards.finish_backward()
-            if not shards.silent:
+            if counts:
                 total = total + weight
                 losses.append((loss.detach(), weight))
         return total, losses
@@ -274,38 +301,30 @@ class Composed(Strategy):
         """See `Strategy`."""
         factor = largest / (self.norm() + 1e-6)  # as torch does
         if factor < 1:
-            torch._foreach_mul_(self._gradients_held(), factor.item())
+            self.scale_(factor.item())
 
     def norm(self) -> torch.Tensor:
         """See `Strategy`: each part counts once, however many ranks hold it."""
+        held = {name: p.grad for name, p in self._held.items() if p.grad is not None}
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
-        for name, parameter in self._held.items():
-            if parameter.grad is not None:
-                total += parameter.grad.double().pow(2).sum() / self.table.placement(name).copies(self.axes)
+        for name, norm in zip(held, torch._foreach_norm(list(held.values())) if held else (), strict=True):
+            total += norm.double().square() / self.table.placement(name).copies(self.axes)
         self.axes.replica.all_reduce_(total)
         return total.sqrt()
 
     # What is done at the end.
 
     def gather(self, *, keep: bool = True) -> None:
-        """See `Strategy`."""
+        """See `Strategy`. What nobody asks for any more makes room first."""
+        self._gradients.close()
+        if self._shards is not None:
+            self._shards.close()
         if self.task.own_optimizer:
             gather_state_(self.task.optimizer, self.table, self.axes, keep=keep)
+        else:
+            self.task.optimizer.state.clear()
         self.table.gather_(self.axes, keep=keep)
 
     def close(self) -> None:
         """See `Strategy`."""
-        if self._closed:
-            return
-        self._closed = True
-        self._gradients.close()
-        if self._shards is not None:
-            self._shards.close()
-        if self._parallelized is not None:
-            self._parallelized.restore()
-        for tied, _ in self._tied:
-            if tied is not self.axes.world:
-                tied.close()
-        for link in getattr(self, "_links", []):
-            link.close()
-        self.axes.close()
+        self._cleanup.close()

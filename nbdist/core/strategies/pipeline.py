@@ -21,7 +21,9 @@ from nbdist.core.data import Slice, to_device
 from nbdist.core.precision import Precision
 from nbdist.core.schedules import Action, backward_input, order, scalar
 from nbdist.core.splitting import Call, Split
+from nbdist.core.strategies.base import present
 from nbdist.core.strategies.shard import Shards
+from nbdist.core.sync_batchnorm import BatchNorms
 from nbdist.core.task import Task
 from nbdist.errors import TaskError
 from nbdist.plan import Plan
@@ -96,6 +98,7 @@ class Pipeline:
         precision: What forward computes in.
         scaled: Turns a loss and its weight into what backward starts from.
         shards: What deals this rank's parameters out, no block over two ranks' stages; None where nothing does.
+        batch_norms: What lets BatchNorm see the slices of all replicas; None where nothing does.
         rehearsed: Around the recording of a stage, in which other ranks take no part.
     """
 
@@ -112,11 +115,12 @@ class Pipeline:
         *,
         scaled: Callable[[torch.Tensor, Any], torch.Tensor],
         shards: Shards | None = None,
+        batch_norms: BatchNorms | None = None,
         rehearsed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self._task, self._plan, self._split = task, plan, split
         self._device, self._precision, self._scaled, self._shards = device, precision, scaled, shards
-        self._rehearsed = rehearsed
+        self._batch_norms, self._rehearsed = batch_norms, rehearsed
         self._stages = range(rank, plan.stages, plan.mesh.pp)
         self._parameters = {
             stage: [p for name, p in task.model.named_parameters() if stage in split.holders[name]]
@@ -189,7 +193,11 @@ class Pipeline:
             seeds.set_state(state, self._device)
         with self._rehearsed():
             module = self._split.stage(stage, call)
-        with self._present(stage), self._precision.autocast():
+        with (
+            present(self._task.model, part, self._batch_norms),
+            self._present(stage),
+            self._precision.autocast(),
+        ):
             outputs = module(*inputs)
         if stage < self._last:
             self._passages[stage, action.microbatch] = _Passage(inputs=inputs, outputs=list(outputs))
@@ -218,8 +226,11 @@ class Pipeline:
 
     def _close_loss(self, action: Action, loss: torch.Tensor, weight: Any) -> None:
         passage = self._passages[action.stage, action.microbatch]
-        passage.silent = not isinstance(weight, torch.Tensor) and weight == 0
-        passage.outputs = [self._scaled(loss, 1 if passage.silent else weight)]
+        counts = isinstance(weight, torch.Tensor) or weight != 0
+        passage.silent = not counts and self._batch_norms is None
+        if self._batch_norms is not None and not counts:
+            self._batch_norms.silence()
+        passage.outputs = [self._scaled(loss, weight if counts else 1)]
 
     def _backward(self, action: Action) -> None:
         passage = self._passages[action.stage, action.microbatch]

@@ -51,5 +51,6 @@ class Replicate(Strategy):
 
     def close(self) -> None:
         """See `Strategy`."""
+        super().close()
         self._gradients.close()
         self.axes.close()

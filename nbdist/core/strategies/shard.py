@@ -100,10 +100,11 @@ class Shards:
                 value.register_hook(lambda _gradient: self.begin_backward(block))
 
     def close(self) -> None:
-        """Take the hooks away; parameters stay the parts they are. Local."""
+        """Take the hooks away; parameters stay the parts they are, without gradients. Local."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.blocks.clear()
 
 
 class _Block:

@@ -135,6 +135,7 @@ class SharedWeights(Strategy):
 
     def close(self) -> None:
         """See `Strategy`."""
+        super().close()
         for parameter in self._parameters:
             parameter.grad = None
             parameter.data = parameter.data.clone()
