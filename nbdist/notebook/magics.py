@@ -167,8 +167,8 @@ class DistMagics(Magics):
             "loss": self._callable(arguments.loss),
             "optimizer": self._callable(arguments.optimizer) or "adamw",
             "metric": self._callable(arguments.metric),
-            "lr_scheduler": None if arguments.lr_scheduler is None else self._evaluate(arguments.lr_scheduler),
-            "tensor_plan": None if arguments.tensor_plan is None else self._evaluate(arguments.tensor_plan),
+            "lr_scheduler": self._value(arguments.lr_scheduler),
+            "tensor_plan": self._value(arguments.tensor_plan),
             "val": None if arguments.val is None else self._evaluate(arguments.val),
             **{name: self._path(getattr(arguments, name)) for name in ("save", "resume") if getattr(arguments, name)},
             "step": None if cell is None else compile_step(self.shell, line, cell, self._cell_number),
@@ -201,6 +201,11 @@ class DistMagics(Magics):
             raise PlanError(f"{expression!r} is not a Python expression.") from None
         except Exception as error:
             raise TaskError(f"{expression} cannot be evaluated: {type(error).__name__}: {error}") from error
+
+    def _value(self, text: str | None) -> Any:
+        """The value of an expression, which may stand in quotes; None stays None."""
+        value = None if text is None else self._evaluate(text)
+        return self._evaluate(value) if isinstance(value, str) else value
 
     def _path(self, text: str) -> str:
         """A path, with ``{name}`` in it as in an f-string of the notebook."""

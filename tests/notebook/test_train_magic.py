@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from shared_cluster import until
+from torch import nn
 
 import nbdist
 from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, TaskError
@@ -37,18 +38,30 @@ def test_one_line_trains_the_notebooks_own_model(notebook):
     assert run.history[-1]["val_accuracy"] == pytest.approx(hits)
 
 
-def test_every_option_reaches_the_plan(notebook):
-    """As a person writes it, by its own name."""
+def test_every_option_reaches_the_plan(notebook, tmp_path):
+    """As a person writes it, by its own name; a path takes names of the notebook in braces."""
+    notebook.names.update(folder=tmp_path, deep=nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)))
     run = notebook(
-        "%dist_train model train_set --loss cross_entropy --optimizer sgd --lr 0.1 --steps 3 --batch-size 16 "
+        "%dist_train deep train_set --loss cross_entropy --optimizer sgd --lr 0.1 --steps 3 --batch-size 16 "
         "--accumulate 2 --clip-norm 0.5 --seed 7 --threads 1 --strategy dp=2 --shuffle no --bucket-mib 8 "
-        "--val test_set --metric accuracy"
+        "--val test_set --metric accuracy --lr-scheduler 'lambda o: torch.optim.lr_scheduler.StepLR(o, 1)' "
+        "--precision bf16 --sync-batchnorm no "
+        "--save {folder}/kept"
     )
+    assert (tmp_path / "kept" / "checkpoint.json").is_file()
+    pipelined = notebook(
+        "%dist_train deep train_set --loss cross_entropy --optimizer sgd --lr 0.1 --steps 1 --batch-size 16 "
+        "--strategy pp --split-at 1 --microbatches 2 --schedule gpipe --resume {folder}/kept --gather no"
+    ).plan
+    told = (pipelined.split_at, pipelined.microbatches, pipelined.schedule, pipelined.resume, pipelined.gather)
+    assert told == (("1",), 2, "gpipe", str(tmp_path / "kept"), False)
     plan = {name: value for name, value in run.plan.to_dict().items() if name != "mesh"}
     assert plan == {
         "loss": "cross_entropy", "optimizer": "sgd", "lr": 0.1, "steps": 3, "epochs": None, "batch_size": 16,
         "accumulate": 2, "clip_norm": 0.5, "seed": 7, "threads": 1, "strategy": "dp=2", "shuffle": False,
-        "bucket_mib": 8.0, "metric": "accuracy",
+        "bucket_mib": 8.0, "metric": "accuracy", "lr_scheduler": "<lambda>", "precision": "bf16",
+        "sync_batchnorm": False, "microbatches": None, "schedule": "1f1b", "split_at": (), "tensor_plan": None,
+        "gather": True, "save": str(tmp_path / "kept"), "resume": "",
     }  # fmt: skip
     assert set(plan) == set(OPTIONS)
 
@@ -259,7 +272,8 @@ def test_the_help_explains_every_option_once(notebook):
     assert notebook.shell.find_cell_magic("dist_train").__doc__ == help_text
     flat = " ".join(help_text.split())
     for name, option in OPTIONS.items():
-        flag = f"--{name.replace('_', '-')} {option.metavar}"
+        more = f" [{option.metavar} ...]" if option.many else ""
+        flag = f"--{name.replace('_', '-')} {option.metavar}{more}"
         assert flat.count(f"{flag} {' '.join(option.help.split())}") == 1, name
         assert not option.default or f"Default: {option.default}." in flat
     for part in ("usage: %dist_train", "MODEL", "DATA", "--val DATA", "--background", "-o NAME"):

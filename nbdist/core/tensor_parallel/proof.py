@@ -51,7 +51,8 @@ def prove(
     if any(group.kind == "own" for group in plan.groups) and reasons.keys() - plan.reasons.keys():
         name = min(reasons.keys() - plan.reasons.keys())
         raise PlanError(
-            f"the tensor plan changes what {type(model).__name__} computes: {name} {reasons[name]}. Leave it away."
+            f"the tensor plan changes what {type(model).__name__} computes: {name} {reasons[name]}. "
+            "Leave it away, or name the 'row' layer that takes what a 'column' gives, or split it as 'column_gather'."
         )
     if not groups:
         raise nothing_to_split(model, plan.size, reasons)
