@@ -75,6 +75,18 @@ class Mesh:
         ranks = sorted(range(self.size), key=lambda rank: (key(rank), rank))
         return [list(group) for _, group in itertools.groupby(ranks, key)]
 
+    def groups_of(self, axis: str, coordinates: Iterable[int]) -> list[list[int]]:
+        """`groups` along an axis, of the ranks at some coordinates only; every other rank is a group of its own."""
+        chosen = sorted(coordinates)
+        lines = self.groups(axis)
+        together = [[line[coordinate] for coordinate in chosen] for line in lines]
+        return together + [[rank] for line in lines for i, rank in enumerate(line) if i not in chosen]
+
+    def ring(self, axis: str) -> list[tuple[int, int]]:
+        """The pairs of ranks that are neighbours along an axis, the last and the first too; each pair once, sorted."""
+        pairs = [pair for line in self.groups(axis) for pair in zip(line, [*line[1:], line[0]], strict=True)]
+        return sorted({(min(pair), max(pair)) for pair in pairs})
+
     def _coordinates(self, rank: int) -> tuple[int, ...]:
         coordinates = []
         for degree in reversed(self.shape):

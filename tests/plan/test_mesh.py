@@ -54,3 +54,11 @@ def test_ranks_lie_on_the_mesh_with_tp_neighbours():
     assert [[0, 1, 4, 5], [2, 3, 6, 7]] == mesh.groups("pp", "shard", "tp")
     assert [[0, 1, 2, 3, 4, 5, 6, 7]] == mesh.groups("pp", "dp", "tp")
     assert [(0, 0, 0), (1, 1, 1)] == [tuple(mesh.coordinate(r, axis) for axis in ("pp", "dp", "tp")) for r in (0, 7)]
+
+
+def test_neighbours_and_some_of_a_line():
+    """A ring closes; of two ranks there is one pair. Ranks that are left out are alone."""
+    mesh = Mesh(pp=4, dp=2)
+    assert [(0, 2), (0, 6), (1, 3), (1, 7), (2, 4), (3, 5), (4, 6), (5, 7)] == mesh.ring("pp")
+    assert [(0, 1)] == Mesh(pp=2).ring("pp")
+    assert [[0, 6], [1, 7], [2], [4], [3], [5]] == mesh.groups_of("pp", (3, 0))

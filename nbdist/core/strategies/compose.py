@@ -25,7 +25,8 @@ from nbdist.core.optimizers import check_may_be_cut
 from nbdist.core.params import stand_in
 from nbdist.core.placement import Placement
 from nbdist.core.strategies.base import Computed, Strategy
-from nbdist.core.strategies.pipeline import Pipeline, call_of
+from nbdist.core.strategies.model_call import call_of
+from nbdist.core.strategies.pipeline import Pipeline
 from nbdist.core.strategies.shard import Shards, blocks_of
 from nbdist.core.task import Task
 from nbdist.core.world import World
@@ -183,11 +184,8 @@ class Composed(Strategy):
                 together.setdefault(placement.stages, []).append(name)
         tied = []
         for stages, names in sorted(together.items()):
-            groups: list[list[int]] = []
-            for line in self.axes.mesh.groups("pp"):
-                groups.append([line[stage] for stage in stages])
-                groups += [[rank] for stage, rank in enumerate(line) if stage not in stages]
-            channel = self.axes.pp if len(stages) == self.axes.pp.size else world.channel_within(groups)
+            everywhere = len(stages) == self.axes.pp.size
+            channel = self.axes.pp if everywhere else world.channel_within(self.axes.mesh.groups_of("pp", stages))
             if channel is not self.axes.world:
                 self._cleanup.callback(channel.close)
             if self.axes.pp.rank in stages:
@@ -195,12 +193,7 @@ class Composed(Strategy):
         return tied
 
     def _connect(self, world: World, split: splitting.Split) -> Pipeline:
-        pairs = sorted({
-            (min(pair), max(pair))
-            for line in self.axes.mesh.groups("pp")
-            for pair in zip(line, [*line[1:], line[0]], strict=True)
-        })  # fmt: skip
-        links = world.links(pairs)
+        links = world.links(self.axes.mesh.ring("pp"))
         line = next(line for line in self.axes.mesh.groups("pp") if world.rank in line)
         here = line.index(world.rank)
         before, after = links[line[here - 1]], links[line[(here + 1) % len(line)]]

@@ -22,6 +22,7 @@ from nbdist.core.precision import Precision
 from nbdist.core.schedules import Action, backward_input, order, scalar
 from nbdist.core.splitting import Call, Split
 from nbdist.core.strategies.base import present
+from nbdist.core.strategies.model_call import call_of, forward_replaced
 from nbdist.core.strategies.shard import Shards
 from nbdist.core.sync_batchnorm import BatchNorms
 from nbdist.core.task import Task
@@ -29,50 +30,9 @@ from nbdist.errors import TaskError
 from nbdist.plan import Plan
 from nbdist.telemetry import Work
 
-__all__ = ["Pipeline", "call_of", "forward_replaced"]
+__all__ = ["Pipeline"]
 
 T = TypeVar("T")
-
-
-class _Called(BaseException):
-    """Ends a step at its call of the model; no `except Exception` of the person's stops it."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.args_given = args
-        self.kwargs_given = kwargs
-
-
-@contextlib.contextmanager
-def forward_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a call of `model` run another forward; everything else about it stays. Local."""
-    own = vars(model).get("forward")
-    vars(model)["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            vars(model).pop("forward", None)
-        else:
-            vars(model)["forward"] = own
-
-
-def call_of(task: Task, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the step calls the model with; the rest of the step is not run. Local.
-
-    Raises:
-        TaskError: It does not call it.
-    """
-
-    def caught(*args: Any, **kwargs: Any) -> None:
-        raise _Called(args, kwargs)
-
-    try:
-        with forward_replaced(task.model, caught):
-            task.step(task.model, batch)
-    except _Called as call:
-        return call.args_given, call.kwargs_given
-    raise TaskError("the step never called model(...): a pipeline carries what stands before and after that one call.")
 
 
 @dataclass(kw_only=True)
