@@ -26,7 +26,7 @@ def test_a_mesh_equals_one_process(run_ranks, mesh, model):
     size = matrix.Mesh.parse(mesh, matrix.ranks_of(mesh)).size
     results = run_ranks(size, matrix.run_cell, model, mesh, torch.float64)
     assert not isinstance(results[0], str), results[0]
-    assert matrix.difference(model, mesh, torch.float64, results[0]) < matrix.TOLERANCE[torch.float64]
+    assert matrix.difference(model, mesh, torch.float64, results[0]) < matrix.EXACT
 
 
 def test_what_is_not_possible_says_why(run_ranks):

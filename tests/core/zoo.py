@@ -180,12 +180,14 @@ class Case:
         loss: Its loss, a mean over samples (all of equal length).
         inputs: One of "numbers", "images", "tokens", "sequences".
         target: One of "class", "image", "tokens".
+        rounding: How far apart roundings in float32 may carry a weight in five steps.
     """
 
     make: Callable[[], nn.Module]
     loss: Callable[[Any, Any], torch.Tensor]
     inputs: tuple[int, ...] | str
     target: str = "class"
+    rounding: float = 1e-5
 
     def model(self, dtype: torch.dtype) -> nn.Module:
         """The same weights each time."""
@@ -203,7 +205,8 @@ class Case:
 
 CASES = {
     "MLP": Case(make=MLP, loss=F.cross_entropy, inputs=(6,)),
-    "ResNet-18": Case(make=ResNet18, loss=F.cross_entropy, inputs=(3, 16, 16)),
+    # BatchNorm over two samples, and that eighteen times, blows a rounding up.
+    "ResNet-18": Case(make=ResNet18, loss=F.cross_entropy, inputs=(3, 16, 16), rounding=1e-2),
     "U-Net": Case(make=UNet, loss=F.mse_loss, inputs=(3, 8, 8), target="image"),
     "GPT, tied": Case(make=GPT, loss=next_token, inputs="tokens", target="tokens"),
     "LSTM": Case(make=LSTM, loss=next_token, inputs="tokens", target="tokens"),
