@@ -30,6 +30,11 @@ class Precision:
         self._steps = 0
 
     @property
+    def full(self) -> bool:
+        """Whether everything computes in the dtypes that it has."""
+        return self._dtype is None
+
+    @property
     def scales(self) -> bool:
         """Whether losses are scaled, so that gradients have to be unscaled."""
         return self._dtype is torch.float16
