@@ -94,7 +94,7 @@ class Saved:
         local = torch.Size(shape)
         pieces = []
         for tp in range(about["tp"]):
-            parts = [self._read(f"{name}|{entry}|part|{tp}|{shard}") for shard in range(about["shard"])]
+            parts = [self._read(self.key(name, entry, tp, shard)) for shard in range(about["shard"])]
             flat = parts[0] if about["shard"] == 1 else torch.cat(parts)[: local.numel()]
             pieces.append(flat.view(local))
         if about["cut"] is None:

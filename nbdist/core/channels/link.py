@@ -66,14 +66,13 @@ class ProcessGroupLink(Link):
         """See `Link`."""
         while self._sending and self._sending[0][0].done:
             self._sending.popleft()[0].wait()
-        flat = [tensor.detach().contiguous().view(-1) for tensor in tensors if tensor is not None]
         places = [None if tensor is None else (tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
         header = bytearray(pickle.dumps((note, places)))
         self._start(torch.tensor([len(header)]))
         self._start(torch.frombuffer(header, dtype=torch.uint8))
-        for tensor in flat:
-            if tensor.numel():
-                self._start(tensor.clone())
+        for tensor in tensors:
+            if tensor is not None and tensor.numel():
+                self._start(tensor.detach().clone(memory_format=torch.contiguous_format))
 
     def receive(self) -> Message:
         """See `Link`."""

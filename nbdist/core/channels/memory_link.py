@@ -140,7 +140,8 @@ class SharedMemoryLink(Link):
         until_s = time.perf_counter() + self._spin_s
         while True:
             with contextlib.suppress(BlockingIOError):
-                return bool(self._socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)) or True
+                self._socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+                return True
             if time.perf_counter() >= until_s:
                 return False
 

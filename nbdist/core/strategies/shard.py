@@ -118,7 +118,7 @@ class _Block:
         self.parameters = parameters
         self.channel = channel
         self.awaited = False  # whether backward has begun with it and not ended
-        self._gathered = 0  # by how many who have not freed it yet
+        self._gathered = False
         self._layouts = [torch.empty_like(p, device="meta") for p in parameters]
         self._lengths = [-(-p.numel() // channel.size) for p in parameters]
         self._homes = [_without_memory(n * channel.size, p) for n, p in zip(self._lengths, parameters, strict=True)]
@@ -152,7 +152,7 @@ class _Block:
     def gather(self) -> None:
         if self._gathered:
             return
-        self._gathered = 1
+        self._gathered = True
         for members, run in self._runs:
             lengths = [self._lengths[i] for i in members]
             rows = [row.split(lengths) for row in self.channel.all_gather(run)]
@@ -163,7 +163,7 @@ class _Block:
                 self.parameters[i].data = home[: layout.numel()].view(layout.shape)
 
     def free(self) -> None:
-        self._gathered = 0
+        self._gathered = False
         for home, parameter, layout in zip(self._homes, self.parameters, self._layouts, strict=True):
             home.untyped_storage().resize_(0)
             parameter.data = stand_in(layout)
