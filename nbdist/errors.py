@@ -32,6 +32,10 @@ __all__ = [
 class NbdistError(Exception):
     """The root of the tree above."""
 
+    def add(self, sentence: str) -> None:
+        """Say one thing more, on a line of its own."""
+        self.args = (f"{self}\n{sentence}", *self.args[1:])
+
     def _render_traceback_(self) -> list[str]:
         """What IPython prints instead of a traceback."""
         return [f"{type(self).__name__}: {self}"]

@@ -15,7 +15,8 @@ from nbdist.cluster.definitions import CellSources, News, class_marks, search_pa
 from nbdist.cluster.engines import Engine, Engines
 from nbdist.cluster.remote_errors import ranks_text
 from nbdist.cluster.run import Run
-from nbdist.cluster.training import attend, start_training
+from nbdist.cluster.start import resumed, start_training
+from nbdist.cluster.training import attend
 from nbdist.errors import ClusterError, EngineError, PlanError, TaskError, suggest
 from nbdist.plan import Plan, available_cores, check_engines, default_engines, may_have_gpus
 from nbdist.plan.plan import OPTIONS
@@ -35,16 +36,27 @@ class Cluster:
         engines: How many; by default one a GPU, else one a core up to four.
         device: "auto" (GPUs where there are some), "cpu" or "cuda".
         timeout_s: How long the start may take, in seconds.
+        spares: How many engines to keep beside them, idle, to take the place of lost ones at once. By default one where
+            engines are forked, for it shares their memory, else none.
 
     Raises:
-        PlanError: The number or the device cannot be meant. No engine is started.
+        PlanError: A number or the device cannot be meant. No engine is started.
     """
 
-    def __init__(self, engines: int | None = None, *, device: str = "auto", timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        engines: int | None = None,
+        *,
+        device: str = "auto",
+        timeout_s: float = 60.0,
+        spares: int | None = None,
+    ) -> None:
         if device not in _DEVICES:
             raise PlanError(f"unknown device {device!r}: use auto, cpu or cuda.{suggest(device, _DEVICES)}")
         if timeout_s <= 0:
             raise PlanError(f"timeout {timeout_s:g} s is too short: use a positive number.")
+        if spares is not None and (isinstance(spares, bool) or not isinstance(spares, int) or spares < 0):
+            raise PlanError(f"{spares!r} spares cannot be kept: use a whole number, 0 or more.")
         gpus = 0 if device == "cpu" else _gpus()
         if device == "cuda" and not gpus:
             raise PlanError("device 'cuda' was asked for, but torch sees no GPU here: use cpu or auto.")
@@ -53,6 +65,7 @@ class Cluster:
         check_engines(self.size, cores, gpus)
         self.device = device
         self.timeout_s = timeout_s
+        self.spares = int(fork_server.can_fork()) if spares is None else spares
         self._up: Engines | None = None
         self._sources = CellSources()
         self._run: Run | None = None
@@ -61,7 +74,8 @@ class Cluster:
     def start(self, tell: Callable[[str], None] = lambda words: None) -> Cluster:
         """Start the engines; ready only after all of them have met in a collective.
 
-        On a running cluster, engines that were lost are replaced; otherwise nothing happens.
+        On a running cluster, engines that were lost are replaced, and nothing happens otherwise. One whose controller
+        has ended is started anew.
 
         Args:
             tell: Called with what is being done, a few words, several times a second.
@@ -69,16 +83,20 @@ class Cluster:
         Raises:
             ClusterError: Another cluster runs in this kernel, or an engine did not become ready in time.
         """
+        if self._up is not None and not self._up.reachable:
+            self.stop()
         if self._up is not None:
             self._refuse_while_running()
             self._up.timeout_s = self.timeout_s
             if self._up.replace_lost(tell):
                 self._sources = CellSources()  # the new ones know no cell yet
+            self._up.keep_spares(self.spares)
             self.check_ready()
             return self
         if current.current_cluster() is not None:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
-        self._up = Engines(self.size, self.device, self.timeout_s, tell)
+        self._up = Engines(self.size, self.device, self.timeout_s, tell, self.spares)
+        self._sources = CellSources()
         current.set_cluster(self)
         atexit.register(_stop_reference, weakref.ref(self))
         return self
@@ -110,6 +128,11 @@ class Cluster:
         return [] if self._up is None else self._up.records(busy)
 
     @property
+    def spare_engines(self) -> list[Engine]:
+        """One record a spare, as far as they are ready; their rank is -1."""
+        return [] if self._up is None else self._up.spares()
+
+    @property
     def threads(self) -> int:
         """CPU threads of a rank by default: its host's cores over the ranks there."""
         return self._running().threads
@@ -135,6 +158,7 @@ class Cluster:
             ClusterError: They are, or the cluster does not run.
         """
         engines = self._running()
+        engines.check_alive()
         self._refuse_while_running()
         if engines.lost:
             raise ClusterError(
@@ -217,7 +241,8 @@ class Cluster:
         """Train `model` on all engines; see `nbdist.train` for the options.
 
         Afterwards `model` itself holds the trained weights and buffers; until then it is untouched. Whatever is wrong
-        with the options is said before an engine is touched.
+        with the options is said before an engine is touched. An engine that is lost is replaced, and the run goes on
+        from the last snapshot; after an error `model` holds the weights of the last step that all ranks completed.
 
         Args:
             model: An ``nn.Module``.
@@ -225,7 +250,8 @@ class Cluster:
             background: Whether to return at once instead of waiting for the end.
             watch: Called with the run several times a second, and once after its end.
             names: What the person calls `model` and `data`, for errors.
-            **options: `loss` or `step`, `optimizer`, `val`, `metric` and every option of a Plan.
+            **options: `loss` or `step`, `optimizer`, `val`, `metric` and every option of a Plan. ``resume=True``
+                without `checkpoint` goes on where the last run of this notebook ended.
 
         Raises:
             PlanError: An option cannot be run.
@@ -236,26 +262,56 @@ class Cluster:
         for name in options:
             if name not in OPTIONS and name not in _TASK_OPTIONS:
                 raise PlanError(f"unknown option {name!r}.{suggest(name, [*OPTIONS, *_TASK_OPTIONS])}")
-        self.check_ready()
         engines = self._running()
-        from nbdist.core.checkpoint import check_resume
+        self._refuse_while_running()
+        engines.check_alive()
+        replaced = engines.replace_lost()  # a training brings with it all that it needs
+        if replaced:
+            self._sources.sent.clear()
+        self.check_ready()
         from nbdist.core.handover import Outbox
         from nbdist.core.task import Task
 
+        asked = {"model": model, "data": data, "names": names, **options}
         given = {name: options.pop(name) for name in _TASK_OPTIONS if name in options}
         task = Task.create(model, data, names=names, **given)
         plan = Plan.create(ranks=self.size, cores=engines.threads * self.size, **{**options, **task.options})
-        if plan.resume:
-            check_resume(plan.resume, model, task.optimizer)
+        plan, vaults = resumed(plan, task, current.last_run())
         self._outbox = self._outbox or Outbox()
         packed = _pack((task, plan), f"{names[0]} or {names[1]}", inline=engines.remote, outbox=self._outbox)
-        self._run = start_training(engines, task, plan, packed, self._outbox, self._sources.new(), watch)
+        self._run = start_training(
+            engines, task, plan, packed, self._outbox, self._sources, watch, vaults=vaults, asked=asked
+        )
+        if replaced:
+            self._run.progress.notes.append(
+                f"{ranks_text(replaced)} had been lost and was replaced; what %%dist cells defined there is gone"
+            )
         current.note_run(self._run)
-        return self._run if background else attend(self._run, engines)
+        return self._run if background else attend(self._run)
+
+    def resume(self, **options: Any) -> Run:
+        """Go on where the last run of this notebook ended: `train` with the same model, data and options.
+
+        Args:
+            **options: What is to be different, such as a larger `epochs`.
+
+        Raises:
+            PlanError: There was no run, or it has done all that is asked for.
+        """
+        run = current.last_run()
+        if run is None:
+            raise PlanError("there is no run to go on with in this notebook: name a model, data and a folder.")
+        asked = {**run.asked, **options}
+        if "steps" in options:
+            asked.pop("epochs", None)
+        if "epochs" in options:
+            asked.pop("steps", None)
+        asked["resume"] = options.get("resume", True)
+        return self.train(asked.pop("model"), asked.pop("data"), **asked)
 
     def attend(self, run: Run, while_waiting: Callable[[], None] = lambda: None) -> Run:
         """Wait for a run in the foreground: the first interrupt stops it after its step, a second one at once."""
-        return attend(run, self._running(), while_waiting)
+        return attend(run, while_waiting)
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import importlib
 import signal
@@ -13,14 +14,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ipyparallel.error
+import psutil
 
 from nbdist.cluster import entry, fork_server
 from nbdist.cluster.launch import Launch
+from nbdist.cluster.remote_errors import ranks_text
+from nbdist.cluster.spares import Spares, gone
 from nbdist.errors import ClusterError, EngineError
 
 __all__ = ["Engine", "Engines"]
 
 _ASK_AGAIN_S = 1.0
+_LOOK_S = 0.05
+_LET_GO_WITHIN_S = 2.0
+_KNOWN_WITHIN_S = 1.0
+_POLL_S = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +36,13 @@ class Engine:
     """What is known of one engine.
 
     Args:
-        rank: Its position in the world.
+        rank: Its position in the world; -1 for a spare, which has none.
         pid: The process that trains.
         host: Its host's name.
         host_id: Names its running system; engines that share it share memory.
         device: What it computes on, such as "cpu" or "cuda:0".
         cores: CPU cores it may use, shared with the other engines of its host.
+        born_s: When that process began, in seconds since 1970.
         state: "idle", "busy" or "lost".
     """
 
@@ -43,23 +52,27 @@ class Engine:
     host_id: str
     device: str
     cores: int
+    born_s: float = 0.0
     state: str = "idle"
 
 
 class Engines:
     """Engine processes with ranks 0 ... size - 1. They are ready when all of them have met in a collective.
 
+    Which engine has which rank may change: one that is lost is followed by a spare.
+
     Args:
         size: How many.
         device: "auto", "cpu" or "cuda".
         timeout_s: How long the start, and later a replacement, may take, in seconds.
         tell: Called with what is being done, a few words, while the start goes on.
+        spares: How many engines without a rank to keep beside them; nobody waits for those.
 
     Raises:
         ClusterError: They were not ready in time. Nothing is left running then.
     """
 
-    def __init__(self, size: int, device: str, timeout_s: float, tell: Callable[[str], None]) -> None:
+    def __init__(self, size: int, device: str, timeout_s: float, tell: Callable[[str], None], spares: int = 0) -> None:
         started_s = time.monotonic()
         self.size = size
         self.timeout_s = timeout_s
@@ -70,7 +83,9 @@ class Engines:
         self.suspected = False
         self.ended = False
         self._unanswered: dict[int, Any] = {}
+        self._changing = threading.RLock()
         self._generation = 0
+        self._ids: list[int] = []  # the engine of each rank
         self._records: list[Engine] = []
         self._store: Any = None
         tell("loading torch" if fork_server.current_server() is None else "starting engines")
@@ -80,11 +95,12 @@ class Engines:
         try:
             self._launch.wait_for(size, timeout_s, tell)
             loading.join()
-            from nbdist.core import handover, world
+            from nbdist.core import handover
 
-            self._host_id = handover.host_id()
-            self._store = world.host_store()
-            self._records = self._introduce(range(size))
+            self._host_id = self._launch.host_id = handover.host_id()
+            self._ids = sorted(self._launch.ids)[:size]
+            self._spares = Spares(self._launch, spares)
+            self._records = self._introduce()
             tell("forming the world")
             self.form()
         except BaseException:
@@ -94,14 +110,56 @@ class Engines:
 
     def records(self, busy: bool = False) -> list[Engine]:
         """One record an engine, in rank order; `busy` is the state of those that live."""
-        alive = set(self._launch.client.ids)
-        states = [("busy" if busy else "idle") if record.rank in alive else "lost" for record in self._records]
-        return [replace(record, state=state) for record, state in zip(self._records, states, strict=True)]
+        records, ids = self._records, set(self._launch.ids)
+        states = [("busy" if busy else "idle") if self._lives(record, ids) else "lost" for record in records]
+        return [replace(record, state=state) for record, state in zip(records, states, strict=True)]
 
     @property
     def lost(self) -> list[int]:
         """Ranks whose process has ended."""
         return [record.rank for record in self.records() if record.state == "lost"]
+
+    def _lives(self, record: Engine, ids: set[int]) -> bool:
+        """Whether an engine is registered among `ids` and has not died since, as one can see on this host."""
+        here = record.host_id == self._host_id
+        return self._ids[record.rank] in ids and not (here and gone(record.pid, record.born_s))
+
+    def spares(self) -> list[Engine]:
+        """One record a spare that has been heard of."""
+        with self._changing:
+            return [Engine(rank=-1, device="", **facts) for facts in self._spares.ready(self._ids).values()]
+
+    def keep_spares(self, wanted: int | None = None) -> None:
+        """Start spares until there are as many as wanted, in the background. A new number may be given."""
+        if wanted is not None:
+            self._spares.wanted = wanted
+        threading.Thread(target=self._refill, daemon=True, name="nbdist-spares").start()
+
+    def _refill(self) -> None:
+        with self._changing:
+            if not self.ended:
+                with contextlib.suppress(ClusterError):  # without spares all goes on; who needs one meets the error
+                    self._spares.refill(self._ids, self._pids())
+
+    def _pids(self) -> list[int]:
+        return [record.pid for record in self._records]
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the controller lives, through which everything goes."""
+        return self._launch.controller_runs
+
+    def check_alive(self) -> None:
+        """Make sure that the engines can be reached.
+
+        Raises:
+            ClusterError: They cannot: the controller has ended.
+        """
+        if not self.reachable:
+            raise ClusterError(
+                "the controller's process has ended, so the engines cannot be reached: %dist_start starts anew; what "
+                "the engines had in memory is lost."
+            )
 
     @property
     def threads(self) -> int:
@@ -122,52 +180,145 @@ class Engines:
         if store is not None:
             dist.PrefixStore(f"nbdist/{self._generation}", store).set(f"stop/{run_id}", "1")
 
+    def release(self) -> None:
+        """Let go of the store of the present world: every rank that waits there gets an error at once."""
+        self._store = None
+
     def form(self) -> None:
-        """Let all engines meet in a world of a new generation."""
+        """Let all engines meet in a world of a new generation, with a store of its own.
+
+        Raises:
+            EngineError: It failed on a rank, or one was lost. The others have left the world, and may form another.
+            ClusterError: They did not meet in time.
+        """
+        from nbdist.core import world
+
+        self.release()
+        self.formed = False
         self._generation += 1
-        hosts = [record.host_id for record in self._records]
-        arguments = {
-            record.rank: (
-                self._store.host,
-                self._store.port,
-                self._generation,
-                record.rank,
-                self.size,
-                hosts[: record.rank].count(record.host_id),
-                hosts.count(record.host_id),
-                self._device,
-                self.threads,
-            )
-            for record in self._records
-        }
-        formed = self.call(arguments, entry.join, arguments, timeout_s=self.timeout_s)
-        self._records = [replace(record, device=formed[record.rank]["device"]) for record in self._records]
+        self._store = world.host_store()
+        records = self._records
+        hosts = [record.host_id for record in records]
+        calls: dict[int, Any] = {}
+        try:
+            for record in records:
+                calls[record.rank] = self.start_call(
+                    record.rank,
+                    entry.join,
+                    self._store.host,
+                    self._store.port,
+                    self._generation,
+                    record.rank,
+                    self.size,
+                    hosts[: record.rank].count(record.host_id),
+                    hosts.count(record.host_id),
+                    self._device,
+                    self.threads,
+                )
+            self._wait_until_formed(calls)
+        except BaseException:
+            self.release()
+            self._let_go(calls)
+            raise
+        formed = {rank: call.get() for rank, call in calls.items()}
+        self._records = [replace(record, device=formed[record.rank]["device"]) for record in records]
         self.transport = formed[0]["transport"]
         self.formed, self.suspected = True, False
+        self.keep_spares()
         if formed[0]["shares_gpu"]:
             from nbdist.core.world import SHARED_GPU
 
             warnings.warn(SHARED_GPU, stacklevel=2)
 
-    def replace_lost(self, tell: Callable[[str], None]) -> list[int]:
-        """Start new engines for ranks that were lost, and let all meet again. Returns those ranks."""
-        lost = self.lost
-        for rank in lost:
-            self._launch.add(rank)
+    def _wait_until_formed(self, calls: dict[int, Any]) -> None:
+        """Wait for all, or the first that fails; then the others are freed, so that the cause can be told."""
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            done, waiting = concurrent.futures.wait(
+                calls.values(), _LOOK_S, return_when=concurrent.futures.FIRST_EXCEPTION
+            )
+            if any(call.exception() for call in done):
+                break
+            if not waiting:
+                return
+            if lost := self.lost:
+                raise EngineError(f"{ranks_text(lost)}: the process ended while the ranks met.", rank=lost[0])
+            self.check_alive()
+            if time.monotonic() > deadline:
+                late = [rank for rank, call in calls.items() if call in waiting]
+                raise ClusterError(f"{ranks_text(late)} did not meet the others within {self.timeout_s:g} s.")
+        self.release()
+        self._let_go(calls)
+        failed = {rank: error for rank, call in calls.items() if (error := call.exception()) is not None}
+        lost = [rank for rank, error in failed.items() if getattr(error, "ename", "") == "EngineError"]
         if lost:
-            self._launch.wait_for(self.size, self.timeout_s, tell)
-            fresh = {record.rank: record for record in self._introduce(lost)}
-            self._records = [fresh.get(record.rank, record) for record in self._records]
-            self.form()
-        return lost
+            raise EngineError(f"{ranks_text(lost)}: the process ended while the ranks met.", rank=lost[0])
+        rank, error = min(failed.items(), key=lambda one: getattr(one[1], "ename", "") == "PeerLostError")
+        words = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
+        raise EngineError(f"rank {rank}: {words}", str(getattr(error, "traceback", "")), rank)
+
+    def _let_go(self, calls: dict[int, Any]) -> None:
+        """Wait until ranks whose store is gone have noticed, and kill those that do not."""
+        concurrent.futures.wait(calls.values(), _LET_GO_WITHIN_S)
+        self.kill([rank for rank, call in calls.items() if not call.done()])
+
+    def kill(self, ranks: Iterable[int]) -> None:
+        """End the processes of ranks that do not react any more; they are lost when this returns."""
+        records = self._records
+        alive = set(self._launch.ids)
+        targets = {rank: self._ids[rank] for rank in ranks if self._lives(records[rank], alive)}
+        for rank, engine_id in targets.items():
+            if records[rank].host_id == self._host_id:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    psutil.Process(records[rank].pid).kill()
+            else:
+                with contextlib.suppress(IndexError):  # it has just ended
+                    self._launch.client.send_signal(signal.SIGKILL, targets=[engine_id], block=False)
+        deadline = time.monotonic() + _KNOWN_WITHIN_S
+        while not set(self._launch.ids).isdisjoint(targets.values()) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
+    def replace_lost(self, tell: Callable[[str], None] = lambda words: None) -> list[int]:
+        """Give the ranks that were lost to spares, or to new engines. They have to `form` a world then.
+
+        Returns:
+            Those ranks.
+
+        Raises:
+            ClusterError: There are no spares, and new engines were not ready in time.
+        """
+        with self._changing:
+            lost = self.lost
+            if not lost:
+                return []
+            self.formed = False
+            for rank in lost:
+                self._spares.leave(self._ids[rank])
+            taken = self._spares.take(len(lost), self._ids, self._pids(), self.timeout_s, tell, lambda: self.ended)
+            records = list(self._records)
+            for rank, (engine_id, facts) in zip(lost, taken.items(), strict=True):
+                self._ids[rank] = engine_id
+                records[rank] = Engine(rank=rank, device="", **facts)
+            self._records = records
+            return lost
 
     def start_call(self, rank: int, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Begin to call a function on one engine; returns ipyparallel's result."""
-        return self._launch.client[rank].apply_async(function, *arguments)
+        """Begin to call a function on one engine; returns ipyparallel's result.
+
+        Raises:
+            EngineError: The engine is lost.
+        """
+        return self._view(rank).apply_async(function, *arguments)
+
+    def _view(self, rank: int) -> Any:
+        try:
+            return self._launch.client[self._ids[rank]]
+        except (IndexError, ipyparallel.error.NoEnginesRegistered):
+            raise EngineError(f"rank {rank}: the engine's process has ended.", rank=rank) from None
 
     def start_cell(self, rank: int, source: str) -> Any:
         """Begin to run a cell on one engine; returns ipyparallel's result."""
-        return self._launch.client[rank].execute(source, silent=False, block=False)
+        return self._view(rank).execute(source, silent=False, block=False)
 
     def call(
         self,
@@ -200,8 +351,8 @@ class Engines:
 
     def interrupt(self, ranks: Iterable[int]) -> None:
         """Interrupt what ranks are doing, as Ctrl-C would."""
-        alive = set(self._launch.client.ids)
-        targets = [rank for rank in ranks if rank in alive]
+        alive = set(self._launch.ids)
+        targets = [self._ids[rank] for rank in ranks if self._ids[rank] in alive]
         if targets:
             self._launch.client.send_signal(signal.SIGINT, targets=targets, block=False)
 
@@ -224,16 +375,17 @@ class Engines:
     def end(self) -> None:
         """End the processes, whatever they are doing. Twice is fine."""
         self.ended = True
-        self._store = None  # an old Run may keep us, but must not keep a socket open
-        self._launch.end()
+        self.release()  # an old Run may keep us, but must not keep a socket open
+        with self._changing:  # a spare that is just being started is ended too
+            self._launch.end()
 
-    def _introduce(self, ranks: Iterable[int]) -> list[Engine]:
-        """Let engines load torch and say where they live. Ranks are engine ids."""
-        self._greet(ranks)
-        facts = self.call(ranks, entry.hello, timeout_s=self.timeout_s)
+    def _introduce(self) -> list[Engine]:
+        """Let the engines of all ranks load torch and say where they live."""
+        self._greet()
+        facts = self.call(range(self.size), entry.hello, timeout_s=self.timeout_s)
         return [Engine(rank=rank, device="", **fact) for rank, fact in facts.items()]
 
-    def _greet(self, ranks: Iterable[int]) -> None:
+    def _greet(self) -> None:
         """Have a word from each engine, asking again where none comes.
 
         Once in several hundred starts an engine never answered its first call. It counts as registered from its first
@@ -243,7 +395,7 @@ class Engines:
             ClusterError: An engine does not answer at all.
         """
         deadline = time.monotonic() + self.timeout_s
-        for rank in ranks:
+        for rank in range(self.size):
             call = self.start_call(rank, entry.hear)
             while not call.wait(_ASK_AGAIN_S):
                 if time.monotonic() > deadline:

@@ -12,6 +12,7 @@ from typing import Any
 
 from nbdist.cluster.definitions import News, install, tie_classes
 from nbdist.cluster.remote_errors import Failure
+from nbdist.errors import PeerLostError
 from nbdist.telemetry import RankState
 
 __all__ = ["Outcome", "expect_cell", "has_let_go", "hear", "hello", "join", "pull", "push", "tie", "train"]
@@ -63,6 +64,8 @@ def hear() -> None:
 
 def hello() -> dict[str, Any]:
     """Load torch, before anything can interrupt its import, and say where this engine lives."""
+    import psutil
+
     from nbdist.core import handover, train  # noqa: F401 - loaded while nobody waits
     from nbdist.plan import available_cores
 
@@ -70,6 +73,7 @@ def hello() -> dict[str, Any]:
         "host": socket.gethostname(),
         "host_id": handover.host_id(),
         "pid": os.getpid(),
+        "born_s": psutil.Process().create_time(),
         "cores": available_cores(),
     }
 
@@ -85,20 +89,25 @@ def join(
     device: str,
     threads: int,
 ) -> dict[str, Any]:
-    """Take `rank` in a new world of `size` ranks. **Collective**: every engine, at once. Returns what came out."""
-    import torch
-    import torch.distributed as dist
+    """Take `rank` in a new world of `size` ranks. **Collective**: every engine, at once. Returns what came out.
 
+    Raises:
+        PeerLostError: The store is gone, or another rank: an echo of its loss.
+    """
+    import torch
+
+    from nbdist.core.channels.meeting import reach_store
     from nbdist.core.world import World
 
     if _engine.world is not None:
         _engine.world.leave()
+        _engine.world = None  # and with it the connection to its store
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_size)
     )
     torch.set_num_threads(threads)
     _engine.world = World.form(
-        store=dist.TCPStore(address, port, is_master=False), rank=rank, size=size, local_rank=local_rank,
+        store=reach_store(address, port), rank=rank, size=size, local_rank=local_rank,
         local_size=local_size, device=device, generation=generation,
     )  # fmt: skip
     _namespace().update(rank=rank, world_size=size, device=_engine.world.device)
@@ -146,8 +155,20 @@ def has_let_go(path: str) -> bool:
     return let_go(path)
 
 
-def train(parcel: Any, run_id: str, news: News, inline: bool, home_free: bool) -> Outcome:
-    """Run one rank of a training; `home_free` says that the notebook has let go of the last weights from here."""
+def train(
+    parcel: Any, run_id: str, news: News, inline: bool, home_free: bool, vaults: list[list[str]], go_on: bool
+) -> Outcome:
+    """Run one rank of a training.
+
+    Args:
+        parcel: Task and plan.
+        run_id: Its name in the record.
+        news: Of the notebook.
+        inline: Whether the notebook is on another host.
+        home_free: Whether the notebook has let go of the last weights from here.
+        vaults: Where snapshots go.
+        go_on: Whether to go on from the newest one.
+    """
     from ipyparallel.datapub import publish_data
 
     from nbdist.core import fit
@@ -175,6 +196,8 @@ def train(parcel: Any, run_id: str, news: News, inline: bool, home_free: bool) -
                 sinks=[record, snapshots],
                 stop_requested=_stop_request(world, run_id) if world.rank == 0 else lambda: False,
                 home=False,
+                vaults=vaults,
+                go_on=go_on,
             )
             home = None
             if world.rank == 0 and plan.gather:
@@ -202,6 +225,9 @@ def _stop_request(world: Any, run_id: str) -> Callable[[], bool]:
         if time.monotonic() < next_s:
             return False
         next_s = time.monotonic() + _STOP_POLL_S
-        return bool(world.store.check([f"stop/{run_id}"]))
+        try:
+            return bool(world.store.check([f"stop/{run_id}"]))
+        except RuntimeError as error:
+            raise PeerLostError(f"the ranks' store is gone ({error}).") from error
 
     return asked

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Pipe
@@ -61,6 +62,7 @@ class ForkServer:
                 env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"},  # or ipykernel's debugger warns
             )  # fmt: skip
         self._pipe = ours
+        self._one_at_a_time = threading.Lock()
         self._orders = 0
         self._broken = False
         self._read = _read_when_loaded()
@@ -87,15 +89,16 @@ class ForkServer:
         Raises:
             ClusterError: The server has ended, or cannot fork.
         """
-        self._orders += 1
         try:
-            self._pipe.send((self._orders, order))
-            while True:
-                number, pid, error = self._pipe.recv()
-                if number == self._orders:
-                    break
-                with contextlib.suppress(ProcessLookupError):  # of an order whose wait was interrupted
-                    os.kill(pid, signal.SIGKILL)
+            with self._one_at_a_time:
+                self._orders += 1
+                self._pipe.send((self._orders, order))
+                while True:
+                    number, pid, error = self._pipe.recv()
+                    if number == self._orders:
+                        break
+                    with contextlib.suppress(ProcessLookupError):  # of an order whose wait was interrupted
+                        os.kill(pid, signal.SIGKILL)
         except (EOFError, OSError) as ended:
             self.end()
             raise ClusterError("the fork server has ended.") from ended

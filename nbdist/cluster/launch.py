@@ -40,10 +40,13 @@ class Launch:
 
     def __init__(self, engines: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
-        self._server = fork_server.require_server() if fork_server.can_fork() else None
+        self.host_id = ""  # set by who knows it: to ask needs torch
+        self._servers: list[fork_server.ForkServer] = []
+        if fork_server.can_fork():
+            self._servers.append(fork_server.require_server())
         self._cluster = ipyparallel.Cluster(
             n=engines,
-            **({} if self._server is None else _launchers(self._server)),
+            **(_launchers(self._servers) if self._servers else {}),
             delay=0,
             log_level=40,
             cluster_id="",
@@ -85,7 +88,7 @@ class Launch:
         while (ready := len(self.client.ids)) < engines:
             tell(f"{ready} of {engines} engines are ready")
             if not self._processes_alive():
-                raise ClusterError(f"an engine ended while it started:\n{self._log_tail()}")
+                raise ClusterError(f"an engine ended while it started:\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"only {ready} of {engines} engines were ready after {timeout_s:g} s: "
@@ -93,9 +96,28 @@ class Launch:
                 )
             time.sleep(_POLL_S)
 
-    def add(self, engine_id: int) -> None:
-        """Start one more engine that registers as `engine_id`."""
-        self._cluster.start_engines_sync(1, engine_args=[f"--IPEngine.id={engine_id}"])
+    @property
+    def ids(self) -> list[int]:
+        """The engines that are registered, as far as the client has heard; none where the controller has ended."""
+        client = self.client
+        return [] if client is None else client.ids
+
+    def pids(self) -> set[int]:
+        """Engine processes of this host that run, registered or not."""
+        return {process.pid for process in self._engine_processes() if _runs(process)}
+
+    def add(self, count: int) -> None:
+        """Start `count` more engines; returns at once. They register later, under ids that were never used."""
+        self._cluster.start_engines_sync(count)
+
+    @property
+    def controller_runs(self) -> bool:
+        """Whether the controller's process lives; only a local launcher can tell."""
+        process = getattr(self._cluster.controller, "process", None)
+        return process is None or _runs(process)
+
+    def _engine_processes(self) -> list[psutil.Process]:
+        return [process for engine_set in list(self._cluster.engines.values()) for process in _processes(engine_set)]
 
     def end(self) -> None:
         """End every process. Twice is fine.
@@ -103,8 +125,7 @@ class Launch:
         Engines of this host at once: whatever they do, nobody waits for them any more.
         """
         controller = getattr(self._cluster.controller, "process", None)
-        engines = [engine for engine_set in self._cluster.engines.values() for engine in _processes(engine_set)]
-        for parent in [*engines, *([controller] if controller else [])]:
+        for parent in [*self._engine_processes(), *([controller] if controller else [])]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 # Its nanny and its data workers too: they would notice, but not at once.
                 for process in [parent, *parent.children(recursive=True)]:
@@ -115,7 +136,7 @@ class Launch:
             self.client = None
         if self.folder.exists():
             # Orphans of a server that was killed may stay zombies, for whose end ipyparallel would wait a minute.
-            if self._server is None or self._server.alive:
+            if all(server.alive for server in self._servers):
                 self._cluster.stop_cluster_sync()
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -123,26 +144,40 @@ class Launch:
         """Whether the engines started last still run; only local launchers can tell."""
         newest = list(self._cluster.engines.values())[-1:]
         processes = [process for engine_set in newest for process in _processes(engine_set)]
-        return all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+        return all(map(_runs, processes))
 
-    def _log_tail(self) -> str:
+    def log_tail(self) -> str:
+        """The last words of each engine."""
         logs = sorted((self.folder / "profile" / "log").glob("ipengine*"))
         return "\n".join(log.read_text(errors="replace")[-800:] for log in logs)
 
 
 def _processes(engine_set: Any) -> list[psutil.Process]:
     """The engine processes that a launcher started on this host; none where it is not a local one."""
-    launchers = getattr(engine_set, "launchers", {}).values()
+    launchers = list(getattr(engine_set, "launchers", {}).values())
     return [process for launcher in launchers if (process := getattr(launcher, "process", None))]
 
 
-class _Forked(launcher.LocalProcessLauncher):
-    """Starts a process as a fork of `server` while that can fork, and else is ipyparallel's own local launcher."""
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
-    server: fork_server.ForkServer
+
+class _Forked(launcher.LocalProcessLauncher):
+    """Starts a process as a fork of the server while that can fork, and else is ipyparallel's own local launcher.
+
+    A server that was killed is followed by a new one.
+    """
+
+    servers: list[fork_server.ForkServer]
 
     def start(self) -> None:
-        if not self.server.forks:
+        server = fork_server.current_server() or fork_server.require_server()
+        if server not in self.servers:
+            self.servers.append(server)
+        if not server.forks:
             super().start()
             return
         order = fork_server.Order(
@@ -150,7 +185,7 @@ class _Forked(launcher.LocalProcessLauncher):
             folder=os.path.abspath(self.work_dir), log=self.output_file, cores=os.sched_getaffinity(0),
         )  # fmt: skip
         try:
-            self.pid = self.server.fork(order)
+            self.pid = server.fork(order)
         except ClusterError as error:
             warnings.warn(f"{error} Processes start one by one instead, which takes longer.", stacklevel=1)
             super().start()
@@ -171,9 +206,9 @@ class _ForkedEngine(_Forked, launcher.LocalEngineLauncher):
     pass
 
 
-def _launchers(server: fork_server.ForkServer) -> dict[str, type]:
-    """The launchers of a cluster that `server` forks."""
-    bound = {"server": server}
+def _launchers(servers: list[fork_server.ForkServer]) -> dict[str, type]:
+    """The launchers of a cluster that the fork server forks; they write into `servers` which ones did."""
+    bound = {"servers": servers}
     engine = type("ForkedEngine", (_ForkedEngine,), bound)
     engines = type("ForkedEngines", (launcher.LocalEngineSetLauncher,), {"launcher_class": engine})
     return {"controller": type("ForkedController", (_ForkedController,), bound), "engines": engines}

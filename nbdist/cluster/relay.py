@@ -1,62 +1,56 @@
-"""The relay: carries the engines' snapshots, and in the end their result, to a Run in the notebook."""
+"""The relay: follows a training to its end. It carries snapshots to a Run, and begins anew where a rank is lost."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import ipyparallel.error
 
 from nbdist.cluster.cells import settle
-from nbdist.cluster.engines import Engines
 from nbdist.cluster.entry import Outcome
-from nbdist.cluster.remote_errors import Failure, as_error
+from nbdist.cluster.remote_errors import Failure, as_error, ranks_text
 from nbdist.cluster.run import Run
-from nbdist.errors import ClusterError, NbdistError
-from nbdist.telemetry import RankState
+from nbdist.cluster.training import Training
+from nbdist.errors import ClusterError, EngineError, NbdistError
+from nbdist.telemetry import JsonlSink, Noted, RankState, Recovered
+from nbdist.telemetry.record import cluster_record_path
 
 __all__ = ["Relay"]
 
 _INTERVAL_S = 0.2  # as often as snapshots come
-_LOST = "its process ended; %dist_start replaces it"
-_RELEASE_AFTER_S = 2.0
-"""How long ranks may take to notice that a peer failed, before they are interrupted."""
+_LOST = "EngineLost"
+_INTERRUPT_AFTER_S = 0.8
+"""How long ranks may take to notice that a peer is gone, before they are interrupted."""
+_KILL_AFTER_S = 2.0
+"""How long they may then take to react, before they are replaced like one that is lost."""
+_TRIES = 5
+"""How often ranks may be lost without a step in between."""
 
 
 class Relay:
-    """A thread that follows one run on the engines.
+    """A thread that follows one training on the engines.
 
     Args:
-        run: Kept up to date, and ended.
-        calls: One ipyparallel result a rank, of `entry.train`.
-        engines: Where it runs.
-        bring_home: Takes the parcel of trained tensors.
-        after: Called at the very end with whether the run failed.
+        training: Which.
+        go_on: Whether it begins with the snapshot that is there.
         watch: Called with the run after each update; the last time after its end.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        calls: Sequence[Any],
-        engines: Engines,
-        *,
-        bring_home: Callable[[Any], None],
-        after: Callable[[bool], None],
-        watch: Callable[[Run], None] | None = None,
-    ) -> None:
-        self._run = run
-        self._calls = calls
-        self._engines = engines
-        self._bring_home = bring_home
-        self._after = after
+    def __init__(self, training: Training, *, go_on: bool, watch: Callable[[Run], None] | None) -> None:
+        self._training = training
+        self._run = training.run
+        self._engines = training.engines
         self._watch = watch
+        self._freed: set[int] = set()
+        self._reached, self._tries = -1, 0
+        self._calls = training.begin(go_on=go_on)
         # The context carries which cell output belongs to: some ipykernels fail in a thread without it.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._follow,), daemon=True, name="nbdist-relay")
@@ -67,44 +61,81 @@ class Relay:
 
     def _follow(self) -> None:
         run = self._run
+        failed = True
         try:
-            outcomes = self._collect()
-            failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
-            if failures:
-                run._end("failed", as_error(failures))
-            else:
-                self._bring_home(outcomes[0].home)
-                run._end(outcomes[0].state)
+            while self._is_lost(outcomes := self._collect()):
+                self._recover(outcomes)
+            failed = self._end(outcomes)
         except NbdistError as error:
-            run._end("failed", error)
+            run._end("failed", self._rescued(error))
         except Exception as error:  # a defect of ours must not leave a person waiting for ever
             run._end("failed", ClusterError(f"the run could not be followed to its end: {error!r}"))
             raise
         finally:
             try:
                 with contextlib.suppress(ClusterError):
-                    self._after(run.state == "failed")
+                    self._training.end(failed=failed)
                 self._draw()
             finally:
                 run._release()  # whatever else goes wrong, nobody waits for ever
 
+    def _end(self, outcomes: list[Outcome]) -> bool:
+        """Bring home what there is, and say how it ended; returns whether the ranks have left their world."""
+        run = self._run
+        failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+        if not failures:
+            self._training.bring_home(outcomes[0].home)
+            run._end(outcomes[0].state)
+        elif run.abandoned:
+            step = self._training.rescue()
+            if step is not None:
+                run.progress.stand_at(step)
+            run._end("stopped")
+        else:
+            run._end("failed", self._rescued(as_error(failures)))
+        return bool(failures)
+
+    def _rescued(self, error: NbdistError) -> NbdistError:
+        """The same error, that says what has become of the model."""
+        try:
+            step = self._training.rescue()
+        except NbdistError:
+            step = None
+        if step is not None:
+            self._run.progress.stand_at(step)
+            held = f"the model holds the weights after step {step}, from where --resume goes on"
+            self._run.progress.notes.append(held)
+            error.add(f"{held[0].upper()}{held[1:]}.")
+        return error
+
     def _collect(self) -> list[Outcome]:
         """Merge snapshots until every rank has answered; free the others when one has failed."""
         outcomes: dict[int, Outcome] = {}
-        deadline = None
+        self._freed.clear()
+        since_s: float | None = None
+        killed = False
         while len(outcomes) < len(self._calls):
             waiting = [rank for rank in range(len(self._calls)) if rank not in outcomes]
-            self._calls[waiting[0]].wait(_INTERVAL_S)
+            calls = [self._calls[rank] for rank in waiting]
+            concurrent.futures.wait(calls, _INTERVAL_S, return_when=concurrent.futures.FIRST_COMPLETED)
             if self._engines.ended:
                 raise ClusterError("the engines were stopped while the run was going on.")
+            self._engines.check_alive()
             for rank in waiting:
-                if self._calls[rank].ready():
+                if self._calls[rank].done():
                     outcomes[rank] = self._outcome(rank)
-            if deadline is None and any(outcome.failure for outcome in outcomes.values()):
-                deadline = time.monotonic() + _RELEASE_AFTER_S
-            if deadline is not None and time.monotonic() > deadline:
-                deadline = float("inf")
-                self._engines.interrupt([rank for rank in waiting if rank not in outcomes])
+            waiting = [rank for rank in waiting if rank not in outcomes]
+            now_s = time.monotonic()
+            if since_s is None and any(outcome.failure for outcome in outcomes.values()):
+                since_s = now_s
+            if since_s is None and self._run.abandoned:
+                since_s = now_s - _INTERRUPT_AFTER_S
+            if since_s is not None and now_s >= since_s + _INTERRUPT_AFTER_S and not self._freed:
+                self._freed.update(waiting)
+                self._engines.interrupt(waiting)
+            if since_s is not None and now_s >= since_s + _INTERRUPT_AFTER_S + _KILL_AFTER_S and not killed:
+                killed = True
+                self._engines.kill(waiting)
             self._merge(outcomes)
             self._draw()
         return [outcomes[rank] for rank in range(len(self._calls))]
@@ -112,16 +143,72 @@ class Relay:
     def _outcome(self, rank: int) -> Outcome:
         try:
             outcome: Outcome = self._calls[rank].get()
-            settle(self._calls[rank])
-            return outcome
+            if outcome.failure is None or not outcome.failure.echo:  # else nobody reads what it has printed at once
+                settle(self._calls[rank])
         except ipyparallel.error.RemoteError as error:
             lost = error.ename == "EngineError"  # ipyparallel's word for an engine that died
-            kind, message = ("EngineLost", _LOST) if lost else (error.ename, error.evalue)
+            kind, message = (_LOST, "its process ended") if lost else (error.ename, error.evalue)
             failure = Failure(
-                rank=rank, time_s=time.time(), kind=kind, message=message, place="", traceback="", echo=False
+                rank=rank, time_s=time.time(), kind=kind, message=message, place="", traceback="", echo=lost
             )
             snapshot = dataclasses.replace(self._run.progress.ranks[rank], state="lost" if lost else "failed")
-            return Outcome(rank=rank, state="failed", snapshot=snapshot, failure=failure)
+            outcome = Outcome(rank=rank, state="failed", snapshot=snapshot, failure=failure)
+        if rank in self._freed and outcome.failure is not None and outcome.failure.kind == "KeyboardInterrupt":
+            return dataclasses.replace(outcome, failure=dataclasses.replace(outcome.failure, echo=True))
+        return outcome
+
+    def _is_lost(self, outcomes: list[Outcome]) -> bool:
+        """Whether the run ended for nothing but that processes did, so that it can go on."""
+        failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+        return (
+            not self._run.abandoned
+            and any(failure.kind == _LOST for failure in failures)
+            and all(failure.echo for failure in failures)
+        )
+
+    def _recover(self, outcomes: list[Outcome]) -> None:
+        """Replace the ranks that were lost, and let all go on from the newest snapshot.
+
+        Raises:
+            ClusterError: Ranks are lost again and again at the same place, or cannot be replaced.
+        """
+        run, since_s = self._run, time.monotonic()
+        lost = [outcome.rank for outcome in outcomes if outcome.failure is not None and outcome.failure.kind == _LOST]
+        run.progress.state = "recovering" if run.progress.state != "stopping" else "stopping"
+        reached = -1 if run.vaults is None else run.vaults.reached
+        self._reached, self._tries = max(reached, self._reached), 0 if reached > self._reached else self._tries
+        replaced = set(lost)
+        while True:
+            self._tries += 1
+            if self._tries > _TRIES:
+                raise EngineError(
+                    f"{ranks_text(lost)}: the process ended {_TRIES} times at step {max(reached, 0) + 1}: what runs "
+                    "there, or its memory, does not suffice.", rank=lost[0],
+                )  # fmt: skip
+            self._draw()
+            try:
+                replaced.update(self._engines.lost)
+                self._training.replace_lost()
+                self._calls = self._training.begin(go_on=True, again=True)
+                break
+            except ClusterError as error:
+                if self._engines.ended:
+                    raise ClusterError("the engines were stopped while the run was going on.") from error
+                self._engines.check_alive()
+        step = self._resumed_step()
+        seconds = time.monotonic() - since_s
+        text = f"{ranks_text(replaced)} lost ({outcomes[lost[0]].failure.message}), replaced in {seconds:.2f} s; all go on from step {step}"  # type: ignore[union-attr]  # noqa: E501
+        run.progress.notes.append(text)
+        with contextlib.closing(JsonlSink(cluster_record_path(run.run_id))) as record:
+            for rank in sorted(replaced):
+                record.emit(Recovered(rank=rank, step=step, seconds=seconds))
+            record.emit(Noted(rank=lost[0], text=text))
+
+    def _resumed_step(self) -> int:
+        from nbdist.core.snapshot import newest
+
+        found = None if self._run.vaults is None else newest(self._run.vaults.paths)
+        return 0 if found is None else found[0]
 
     def _merge(self, outcomes: dict[int, Outcome]) -> None:
         """Take in the newest snapshot of each rank: the last one from its outcome, for published ones may be late."""

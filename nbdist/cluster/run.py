@@ -26,13 +26,21 @@ class Run:
         plan: What is run.
         progress: What is known of it; kept up to date by the relay.
         request_stop: Asks the ranks to stop after the step they are in.
+        vaults: Where the ranks keep their snapshots; None where no memory is shared with them.
+        asked: What the person asked for, to ask for more of it.
     """
 
-    def __init__(self, run_id: str, plan: Plan, progress: RunState, request_stop: Callable[[], None]) -> None:
+    def __init__(
+        self, run_id: str, plan: Plan, progress: RunState, request_stop: Callable[[], None], vaults: Any = None,
+        asked: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.run_id = run_id
         self._plan = plan
         self.progress = progress
         self.error: BaseException | None = None
+        self.vaults = vaults
+        self.asked = asked or {}
+        self.abandoned = False
         self._request_stop = request_stop
         self._printed: Callable[[str], dict[int, str]] = lambda stream: {}
         self._ended = threading.Event()
@@ -65,10 +73,16 @@ class Run:
         """What the user's code has printed so far to "stdout" or "stderr", by rank."""
         return self._printed(stream)
 
-    def stop(self) -> None:
-        """Ask all ranks to stop after the same step; their weights come home. Returns at once; see `wait`."""
+    def stop(self, *, now: bool = False) -> None:
+        """Ask all ranks to stop after the same step; their weights come home. Returns at once; see `wait`.
+
+        Args:
+            now: Whether to interrupt what ranks are doing, and to replace those that do not react: the state after
+                the last step that all have completed comes home.
+        """
         if self.progress.running:
             self.progress.state = "stopping"
+            self.abandoned |= now
             self._request_stop()
 
     def wait(self, timeout_s: float | None = None) -> Run:

@@ -1,92 +1,154 @@
-"""A training on the engines: sent out, followed, brought home."""
+"""A training on the engines: sent out, begun again where ranks were lost, brought home."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
 from nbdist.cluster import entry
 from nbdist.cluster.cells import printed
-from nbdist.cluster.definitions import News
+from nbdist.cluster.definitions import CellSources
 from nbdist.cluster.engines import Engines
-from nbdist.cluster.relay import Relay
 from nbdist.cluster.run import Run
-from nbdist.errors import NbdistError, interrupted
+from nbdist.errors import ClusterError, NbdistError, interrupted
 from nbdist.plan import Plan
-from nbdist.telemetry import RankState, RunState
-from nbdist.telemetry.record import new_run_id
 
-__all__ = ["attend", "start_training"]
+__all__ = ["Training", "attend"]
 
 _POLL_S = 0.1
+_SETTLED_WITHIN_S = 10.0
 
 
-def start_training(
-    engines: Engines,
-    task: Any,
-    plan: Plan,
-    packed: tuple[Any, Any],
-    outbox: Any,
-    news: News,
-    watch: Callable[[Run], None] | None,
-) -> Run:
-    """Send a task to every engine and follow it to its end, in a thread.
+class Training:
+    """What is needed to begin a run on the engines, to begin it again, and to bring its weights home.
 
     Args:
+        run: The run.
         engines: Idle engines with a world.
         task: What is trained; its model receives the weights in place, and the user's own optimizer its state.
         plan: How.
         packed: The parcel of both, and its segment.
         outbox: Where the segment goes back to.
-        news: What the engines do not know yet of the notebook.
-        watch: See `Relay`.
+        cells: The cells of the notebook that the engines know.
     """
-    from nbdist.core.eager import eager
-    from nbdist.core.handover import let_go, unpack
-    from nbdist.core.params import ParamTable
 
-    if engines.suspected:
-        engines.form()
-    parcel, segment = packed
-    run_id = new_run_id()
-    ranks = {e.rank: RankState(rank=e.rank, host=e.host, pid=e.pid, device=e.device) for e in engines.records()}
-    run = Run(
-        run_id,
-        plan,
-        RunState(title=task.title, plan=plan.to_dict(), ranks=ranks),
-        request_stop=lambda: engines.request_stop(run_id),
-    )
+    def __init__(
+        self,
+        run: Run,
+        engines: Engines,
+        task: Any,
+        plan: Plan,
+        packed: tuple[Any, Any],
+        outbox: Any,
+        cells: CellSources,
+    ) -> None:
+        self.run = run
+        self.engines = engines
+        self._task = task
+        self._plan = plan
+        self._parcel, self._segment = packed
+        self._outbox = outbox
+        self._cells = cells
+        self._printed: list[Callable[[str], dict[int, str]]] = []
 
-    def bring_home(home: Any) -> None:
+    def begin(self, *, go_on: bool, again: bool = False) -> list[Any]:
+        """Let every rank begin; returns ipyparallel's result of each.
+
+        Args:
+            go_on: Whether from the newest snapshot.
+            again: Whether some engine may be a new one, that knows nothing of the notebook.
+        """
+        from nbdist.core.handover import let_go
+
+        engines, run = self.engines, self.run
+        if engines.suspected:
+            engines.form()
+        news = self._cells.all() if again else self._cells.new()
+        vaults = [] if run.vaults is None else run.vaults.paths
+        arguments = (self._parcel, run.run_id, news, engines.remote, let_go(engines.home), vaults, go_on)
+        calls = [engines.start_call(rank, entry.train, *arguments) for rank in range(engines.size)]
+        self._printed.append(functools.partial(printed, dict(enumerate(calls))))
+        run._printed = self._all_printed
+        if run.progress.state == "stopping":  # the ranks of a new world have not heard of it
+            engines.request_stop(run.run_id)
+        return calls
+
+    def _all_printed(self, stream: str) -> dict[int, str]:
+        """What ranks have printed, before and after they were replaced."""
+        texts: dict[int, str] = {}
+        for printed_then in self._printed:
+            for rank, text in printed_then(stream).items():
+                texts[rank] = texts.get(rank, "") + text
+        return texts
+
+    def replace_lost(self) -> None:
+        """Give the ranks that were lost to other engines, and let all meet again.
+
+        Raises:
+            ClusterError: That did not succeed; it may the next time.
+        """
+        self.engines.release()
+        self.engines.replace_lost()
+        self._cells.sent.clear()
+        self.engines.form()
+
+    def bring_home(self, home: Any) -> None:
+        """Take the trained tensors in; nothing where `gather` is off."""
+        from nbdist.core.eager import eager
+        from nbdist.core.handover import unpack
+        from nbdist.core.params import ParamTable
+
         if home is None:
-            return  # gather=False: the notebook's model stays as it was
-        engines.home = home.path
+            return
+        self.engines.home = home.path
         tensors, optimizer_state = unpack(home)
-        ParamTable.of(task.model).load_(tensors)
+        ParamTable.of(self._task.model).load_(tensors)
         if optimizer_state is not None:
             with eager():
-                task.optimizer.load_state_dict(optimizer_state)
+                self._task.optimizer.load_state_dict(optimizer_state)
 
-    def after(failed: bool) -> None:
+    def rescue(self) -> int | None:
+        """Take in the newest snapshot that all ranks have; returns its step, None where the model stays as it was."""
+        from nbdist.core.checkpoint import resumed_folder
+        from nbdist.core.restore import load_whole
+        from nbdist.core.saved import Saved
+        from nbdist.core.snapshot import newest, read
+
+        found = None if self.run.vaults is None else newest(self.run.vaults.paths)
+        if found is None or not self._plan.gather:
+            return None
+        step, slots = found
+        optimizer = self._task.optimizer if self._task.own_optimizer else None
+        folder = resumed_folder(self._plan) if self._plan.resume else ""
+        if folder:  # what never changes is in there alone
+            load_whole(Saved.in_folder(folder), self._task.model, optimizer)
+        load_whole(Saved.in_memory(read(slots)), self._task.model, optimizer)
+        return step
+
+    def end(self, *, failed: bool) -> None:
+        """Make the engines ready for what comes next; the last snapshot stays."""
+        engines, run = self.engines, self.run
         if failed:
-            segment.close()
+            self._segment.close()
         else:
-            answers = [engines.start_call(rank, entry.has_let_go, parcel.path) for rank in range(engines.size)]
-            outbox.give_back(segment, lambda: all(a.ready() and a.successful() and a.get() for a in answers))
+            answers = [engines.start_call(rank, entry.has_let_go, self._parcel.path) for rank in range(engines.size)]
+            self._outbox.give_back(
+                self._segment, lambda: all(a.ready() and a.successful() and a.get() for a in answers)
+            )
+        if run.vaults is not None:
+            run.vaults.trim()
         engines.formed = not failed  # ranks leave a world that failed
-        if failed and not engines.ended and not engines.lost:
-            engines.form()
-
-    arguments = (parcel, run_id, news, engines.remote, let_go(engines.home))
-    calls = [engines.start_call(rank, entry.train, *arguments) for rank in range(engines.size)]
-    run._printed = functools.partial(printed, dict(enumerate(calls)))
-    Relay(run, calls, engines, bring_home=bring_home, after=after, watch=watch).start()
-    return run
+        deadline = time.monotonic() + _SETTLED_WITHIN_S
+        while failed and not engines.ended and not engines.formed and time.monotonic() < deadline:
+            with contextlib.suppress(ClusterError):
+                engines.check_alive()
+                self.replace_lost()
 
 
-def attend(run: Run, engines: Engines, while_waiting: Callable[[], None] = lambda: None) -> Run:
+def attend(run: Run, while_waiting: Callable[[], None] = lambda: None) -> Run:
     """Wait for a run in the foreground; the first interrupt stops it after its step, a second one at once.
 
     Raises:
@@ -101,11 +163,7 @@ def attend(run: Run, engines: Engines, while_waiting: Callable[[], None] = lambd
             while_waiting()
         except KeyboardInterrupt:
             interrupts += 1
-            if interrupts == 1:
-                run.stop()
-            else:
-                engines.interrupt(range(engines.size))
-    if interrupts:
-        kept = f"after step {run.progress.step}, its weights are home" if run.state != "failed" else "at once"
-        raise interrupted(f"run {run.run_id} {run.state} {kept}.")
+            run.stop(now=interrupts > 1)
+    if interrupts and run.error is None:
+        raise interrupted(f"run {run.run_id} {run.state} after step {run.progress.step}, its weights are home.")
     return run.wait()

@@ -50,8 +50,11 @@ def train(
     split_at: Sequence[str] | None = None,
     tensor_plan: Mapping[str, str] | None = None,
     gather: bool | None = None,
-    save: str | None = None,
-    resume: str | None = None,
+    checkpoint: str | None = None,
+    checkpoint_every: int | str | None = None,
+    checkpoint_keep: int | None = None,
+    resume: str | bool | None = None,
+    stop_on_nan: bool | None = None,
     bucket_mib: float | None = None,
     device: str = "auto",
     record: bool = True,
@@ -89,9 +92,13 @@ def train(
         schedule: Order of work in a pipeline: "1f1b" by default, "gpipe", "interleaved" or "zero-bubble".
         split_at: Names of the modules that begin a stage of a pipeline; by default it is cut by measured time.
         tensor_plan: How tensor parallelism splits layers: names or patterns to "column", "row", ...; else found out.
-        gather: Whether the model ends whole, on every rank; without it see `nbdist.gather`, or `save`.
-        save: Folder for a checkpoint at the end.
-        resume: Folder of a checkpoint to begin from, made on any mesh.
+        gather: Whether the model ends whole, on every rank; without it see `nbdist.gather`, or `checkpoint`.
+        checkpoint: Folder for checkpoints: one at the end, and in between with `checkpoint_every`.
+        checkpoint_every: How often, in steps (200) or time ("90s", "5min").
+        checkpoint_keep: How many of the newest stay; 3 by default.
+        resume: Folder of a checkpoint to go on from, made on any mesh, up to `epochs` or `steps` in all; True for the
+            newest one in `checkpoint`, where there is one: so a script that torchrun starts again goes on.
+        stop_on_nan: Whether to end with an error when a loss is not finite, before it reaches the weights.
         bucket_mib: Gradient bucket in MiB, where the sync overlaps with backward.
         device: "auto", "cpu" or "cuda".
         record: Whether to keep a record of the run, one JSON line an event and a file a rank.
@@ -112,13 +119,14 @@ def train(
         "epochs": epochs, "steps": steps, "accumulate": accumulate, "clip_norm": clip_norm, "seed": seed,
         "threads": threads, "strategy": strategy, "precision": precision, "sync_batchnorm": sync_batchnorm,
         "microbatches": microbatches, "schedule": schedule, "split_at": split_at, "tensor_plan": tensor_plan,
-        "gather": gather, "save": save, "resume": resume, "bucket_mib": bucket_mib,
+        "gather": gather, "checkpoint": checkpoint, "checkpoint_every": checkpoint_every,
+        "checkpoint_keep": checkpoint_keep, "resume": resume, "stop_on_nan": stop_on_nan, "bucket_mib": bucket_mib,
     }  # fmt: skip
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     plan = Plan.create(ranks=size, cores=_cores(size), **options, **task.options)
     check_whole(model)
     if plan.resume:
-        check_resume(plan.resume, model, task.optimizer)
+        check_resume(plan, model, task.optimizer)
     with World.from_environment(device) as world, contextlib.ExitStack() as cleanup:
         run_id = _agree(plan, world)
         sinks: list[Sink] = []

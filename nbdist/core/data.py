@@ -69,6 +69,7 @@ class Reader:
         self._pin = pin
         self._requests: list[list[int]] = []
         self._loader: Any = None
+        self._sampled = 0  # epochs that the source's own sampler has been run for
 
     @property
     def steps(self) -> int | None:
@@ -83,15 +84,19 @@ class Reader:
         """Whether the end of a pass is only known when it comes: an exhausted rank then reads None, again and again."""
         return self._source.stream is not None
 
-    def epoch(self, epoch: int) -> Iterator[list[Slice] | None]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[list[Slice] | None]:
         """This rank's slices of each batch, in order; empty where a short batch leaves nothing for it.
 
         **Collective** where the source has a sampler of its own: rank 0 runs it and the others are told.
+
+        Args:
+            epoch: Which pass, counted from 1.
+            skip: Batches to leave out at the beginning; what follows is as if they had been read.
         """
         if self.streams:
-            return self._stream(epoch)
-        batches = self._deal(self._order(epoch))
-        return self._index(batches) if self._source.tensors is not None else self._load(batches, epoch)
+            return self._stream(epoch, skip)
+        batches = itertools.islice(self._deal(self._order(epoch)), skip, None)
+        return self._index(batches) if self._source.tensors is not None else self._load(batches, epoch, skip)
 
     def _order(self, epoch: int) -> torch.Tensor:
         source, samples = self._source, self._source.samples
@@ -99,8 +104,11 @@ class Reader:
         if source.sampler is not None:
             order = torch.empty(0, dtype=torch.long)
             if self._told_by.rank == 0:
-                seeds.seed_all(seeds.derive(self._seed, "sampler", epoch))
-                order = torch.tensor(list(itertools.islice(source.sampler, samples)), dtype=torch.long)
+                for passed in range(self._sampled + 1, epoch + 1):  # it may draw from a generator of its own
+                    order = self._sample(passed, samples)
+                if self._sampled >= epoch:
+                    order = self._sample(epoch, samples)
+                self._sampled = max(self._sampled, epoch)
             told = self._told_by.broadcast_bytes(order.numpy().tobytes())
             return torch.frombuffer(bytearray(told), dtype=torch.long) if told else order
         if not self._shuffle:
@@ -108,6 +116,10 @@ class Reader:
         return torch.randperm(
             samples, generator=torch.Generator().manual_seed(seeds.derive(self._seed, "order", epoch))
         )
+
+    def _sample(self, epoch: int, samples: int) -> torch.Tensor:
+        seeds.seed_all(seeds.derive(self._seed, "sampler", epoch))
+        return torch.tensor(list(itertools.islice(self._source.sampler, samples)), dtype=torch.long)
 
     def _deal(self, order: torch.Tensor) -> Iterator[list[_Dealt]]:
         """For each batch, the slices of this rank: index, positions in the source, and samples that count."""
@@ -135,11 +147,11 @@ class Reader:
                 slices.append(Slice(index=index, samples=samples, batch=taken))
             yield slices
 
-    def _load(self, batches: Iterator[list[_Dealt]], epoch: int) -> Iterator[list[Slice]]:
+    def _load(self, batches: Iterator[list[_Dealt]], epoch: int, skip: int) -> Iterator[list[Slice]]:
         dealt = list(batches)
         self._requests[:] = [
             [seeds.derive(self._seed, "data", epoch, step, index), *positions.tolist()]
-            for step, batch in enumerate(dealt)
+            for step, batch in enumerate(dealt, start=skip)
             for index, positions, _ in batch
         ]
         if self._loader is None:
@@ -152,7 +164,7 @@ class Reader:
         for batch in dealt:
             yield [Slice(index=index, samples=samples, batch=next(loaded)) for index, _, samples in batch]
 
-    def _stream(self, epoch: int) -> Iterator[list[Slice] | None]:
+    def _stream(self, epoch: int, skip: int) -> Iterator[list[Slice] | None]:
         channel, first = self._channel, self._channel.rank * self._per_rank
         seeds.seed_all(seeds.derive(self._seed, "stream", epoch))
         loader = torch_data.DataLoader(
@@ -164,6 +176,8 @@ class Reader:
             batch = list(itertools.islice(elements, self._batch_size))
             if not batch or (self._source.drop_last and len(batch) < self._batch_size):
                 break
+            if step < skip:
+                continue
             offset = step * self._batch_size
             mine = batch[(channel.rank - offset) % channel.size :: channel.size]
             slices = [

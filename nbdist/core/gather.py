@@ -29,8 +29,8 @@ def check_whole(model: nn.Module) -> None:
     """Raise `TaskError` where only parts of a model are here."""
     if _parts.get(model, ({}, None))[0]:
         raise TaskError(
-            "the model lies in parts since it was trained with gather=False: make it anew, and give the folder that "
-            "save named as resume."
+            "the model lies in parts since it was trained with gather=False: make it anew, and give the checkpoint's "
+            "folder as resume."
         )
 
 
@@ -38,7 +38,7 @@ def gather(model: nn.Module, *, device: str = "auto") -> nn.Module:
     """Make a model whole that ``nbdist.train(..., gather=False)`` has left in parts: on rank 0, in place.
 
     **Collective** over the ranks it was trained on. One tensor at a time passes through the other ranks, whose model
-    stays in parts. The optimizer's state stays in parts too: `save` is what keeps it.
+    stays in parts. The optimizer's state stays in parts too: `checkpoint` is what keeps it.
 
     Args:
         model: The model; a whole one is returned as it is.

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,16 +14,41 @@ from torch import nn
 from nbdist.core.channels import Channel, Pending
 from nbdist.core.params import laid_out_like
 
-__all__ = ["GradientSync", "Totals", "tail_dtype"]
+__all__ = ["COUNTS", "GradientSync", "Signals", "Totals", "tail_dtype"]
 
 _NAP_S = 5e-5
+
+
+class Signals(NamedTuple):
+    """What a rank says at the end of a step, as zeros and ones; of all ranks, how many say it.
+
+    Args:
+        stop: It asks all to stop after this step.
+        exhausted: It has no data left.
+        snapshot: It asks all to keep the state after this step.
+        checkpoint: It asks all to write the state after this step to disk.
+        written: Its part of the checkpoint under way lies on disk.
+        unwritten: It could not write that part.
+    """
+
+    stop: float = 0
+    exhausted: float = 0
+    snapshot: float = 0
+    checkpoint: float = 0
+    written: float = 0
+    unwritten: float = 0
+
+
+_SILENT = Signals()
+COUNTS = 1 + len(Signals._fields)
+"""Numbers that ride behind the gradients: the weight and the signals."""
 
 
 class Totals:
     """What one step adds up to over all ranks. On a GPU it is on its way until one of its numbers is asked for.
 
     Args:
-        sums: Weight, stop and exhausted, on the channel's device.
+        sums: ``(COUNTS,)``, the weight and the signals, on the channel's device.
     """
 
     def __init__(self, sums: torch.Tensor) -> None:
@@ -48,14 +73,9 @@ class Totals:
         return self._numbers[0]
 
     @property
-    def stop(self) -> float:
-        """How many ranks ask to stop."""
-        return self._numbers[1]
-
-    @property
-    def exhausted(self) -> float:
-        """How many ranks have no data left."""
-        return self._numbers[2]
+    def signals(self) -> Signals:
+        """How many ranks say what."""
+        return Signals(*self._numbers[1:])
 
 
 def tail_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -121,7 +141,7 @@ class GradientSync:
             by_dtype.setdefault(self._parameters[i].dtype, []).append(i)
         carrier = tail_dtype(by_dtype)  # its buffer comes last
         by_dtype[carrier] = by_dtype.pop(carrier, [])
-        tail = 3 + len(self._parameters)
+        tail = COUNTS + len(self._parameters)
         for dtype, members in by_dtype.items():
             length = sum(self._parameters[i].numel() for i in members)
             extra = tail if dtype is carrier else 0
@@ -181,27 +201,30 @@ class GradientSync:
         return [hit is not None for hit in self._used]
 
     def finish(
-        self, weight: Any, *, stop: float = False, exhausted: float = False, used: list[bool] | None = None
+        self,
+        weight: Any,
+        signals: Signals = _SILENT,
+        *,
+        used: list[bool] | None = None,
     ) -> Totals:
         """End a step: sum over the ranks and divide by the total weight. **Collective**.
 
         Args:
             weight: Sum of this rank's slice weights, a number or a scalar tensor.
-            stop: Whether this rank asks to stop, or how many ranks that it speaks for.
-            exhausted: Whether this rank has no data left, or how many that it speaks for.
+            signals: What this rank says, or the sums of the ranks that it speaks for.
             used: Which parameters were used, where this rank was told; by default it has seen it itself.
         """
         if not self._armed:
             self.arm()
         self._armed = False
         used = self.used if used is None else used
-        self._tell([weight, stop, exhausted, *used])
+        self._tell([weight, *signals, *used])
         self._start_ready(everything=True)
         for bucket in self._buckets:
             assert bucket.pending is not None
             bucket.pending.wait_on_device()
             bucket.pending = None  # a finished collective would still hold its process group, and the group its peers
-        totals = Totals(self._tail[:3])
+        totals = Totals(self._tail[:COUNTS])
         if self._tail.device.type == "cpu":
             factor: Any = totals.weight / self._full_batch
         else:  # not waited for
@@ -229,7 +252,7 @@ class GradientSync:
 
         A rank that used every parameter itself knows without looking that all were used.
         """
-        counts = self._tail[3:].tolist()
+        counts = self._tail[COUNTS:].tolist()
         for parameter, count in zip(self._parameters, counts, strict=True):
             if count == 0:
                 parameter.grad = None

@@ -108,7 +108,8 @@ class ParamTable:
                 differences = torch.where(buffer == shared, 0.0, buffer - shared).contiguous()
                 channel.all_reduce_(differences)
                 shared += differences / channel.size
-            buffer.copy_(shared)
+            if not torch.equal(shared, buffer):  # a write would look like a change
+                buffer.copy_(shared)
 
     @torch.no_grad()
     def load_(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -52,3 +52,12 @@ class Precision:
             self.scale = max(self.scale / 2, _LEAST_SCALE)
         elif self._steps % _GROWTH_STEPS == 0:
             self.scale *= 2
+
+    def told(self) -> list[float]:
+        """Where the scale stands, as JSON-able data."""
+        return [self.scale, self._steps]
+
+    def go_on(self, told: list[float]) -> None:
+        """Go on from where `told` says, where losses are scaled."""
+        if self.scales:
+            self.scale, self._steps = told[0], int(told[1])

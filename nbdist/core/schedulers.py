@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,47 @@ class Scheduler:
         """Go on by a step, or by an epoch with what was `measured` in it. Local."""
         if self._scheduler is not None:
             self._scheduler.step(*measured)
+
+    def told(self) -> Any:
+        """Where the scheduler stands, as JSON-able data; None without one. Local.
+
+        Raises:
+            TaskError: It keeps something else.
+        """
+        return None if self._scheduler is None else _told(self._scheduler.state_dict())
+
+    def go_on(self, told: Any) -> None:
+        """Go on from where `told` says; what it says of rates is the optimizer's to know. Local."""
+        if self._scheduler is not None and told is not None:
+            self._scheduler.load_state_dict(_like(self._scheduler.state_dict(), told))
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, dict):
+        return {"pairs": [[_told(key), _told(item)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_told(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TaskError(
+        f"the lr_scheduler keeps a {type(value).__name__}, which a checkpoint cannot hold: it takes numbers, strings, "
+        "and lists and dicts of them."
+    )
+
+
+def _like(fresh: Any, told: Any) -> Any:
+    """What was told, in the types of a scheduler's own state."""
+    if isinstance(told, dict):
+        known = fresh if isinstance(fresh, dict) else {}
+        items = {key: _like(known.get(key), value) for key, value in told["pairs"]}
+        return type(known)(items)
+    if isinstance(told, list):
+        own = fresh if isinstance(fresh, (list, tuple)) else []
+        values = [_like(a, b) for a, b in itertools.zip_longest(own, told)][: len(told)]
+        return tuple(values) if isinstance(fresh, tuple) else values
+    return torch.tensor(told).to(fresh) if isinstance(fresh, torch.Tensor) else told
 
 
 def check_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> None:

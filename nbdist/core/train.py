@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+import signal
 import socket
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,23 +16,29 @@ import torch
 
 from nbdist.core import seeds, strategies
 from nbdist.core.allocator import objects_set_aside, pages_kept
-from nbdist.core.checkpoint import check_state, load, prepare, save
+from nbdist.core.checkpoint import prepare, resumed_folder
 from nbdist.core.data import Reader
 from nbdist.core.eager import eager
 from nbdist.core.evaluate import evaluate, switched
 from nbdist.core.gather import leave_in_parts
 from nbdist.core.gradient_sync import Totals
+from nbdist.core.keeper import Keeper
+from nbdist.core.position import Position
+from nbdist.core.restore import load, position_of
+from nbdist.core.saved import Saved
+from nbdist.core.snapshot import Vault, Vaults, newest, read
 from nbdist.core.source import Source
 from nbdist.core.task import Task
 from nbdist.core.weighted_mean import WeightedMean
 from nbdist.core.world import World
-from nbdist.errors import PlanError
+from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
 from nbdist.telemetry import (
     EpochFinished,
     Evaluating,
     Event,
     Meter,
+    Noted,
     Progress,
     RunFailed,
     RunFinished,
@@ -69,6 +75,8 @@ def fit(
     sinks: Sequence[Sink] = (),
     stop_requested: Callable[[], bool] = lambda: False,
     home: bool = True,
+    vaults: Sequence[Sequence[str]] = (),
+    go_on: bool = False,
 ) -> Result:
     """Train. **Collective**: all ranks of `world`, with equal plans and data.
 
@@ -80,6 +88,8 @@ def fit(
         sinks: Who receives this rank's events.
         stop_requested: Asked before each step; where any rank answers yes, all stop after the same step.
         home: Whether the model ends whole on every rank, or on rank 0 alone.
+        vaults: The slots for each rank's snapshots, see `Vaults`; without them none are taken.
+        go_on: Whether to go on from the newest snapshot in there, if there is one.
     """
     model, device = task.model, world.device
 
@@ -98,14 +108,19 @@ def fit(
         if not model.training:  # modules that the user froze in evaluation mode inside a training model stay so
             cleanup.enter_context(switched(model, training=True))
 
-        if plan.save:
-            prepare(plan.save, task.optimizer, world.channel())
+        if plan.checkpoint:
+            prepare(plan, task.optimizer, world.channel())
         strategy = strategies.apply(task, plan, world)
         cleanup.callback(strategy.close)
         axes, optimizer = strategy.axes, task.optimizer
-        if plan.resume:
-            load(plan.resume, strategy.table, optimizer, axes)
         scheduler = task.make_scheduler(optimizer)
+        at, restored = Position(device), set[str]()
+        for saved in _kept(plan, world, vaults if go_on else ()):
+            load(saved, strategy.table, optimizer, axes)
+            scheduler.go_on(saved.ranks[0]["scheduler"])
+            strategy.precision.go_on(saved.ranks[0]["precision"])
+            at, restored = position_of(saved, axes, device), saved.names
+            axes.world.all_reduce_(torch.ones(1, device=device))  # where weights are shared, everybody's are there
 
         def reader_of(source: Source, per_rank: int, shuffle: bool) -> Reader:
             reader = Reader(
@@ -118,6 +133,11 @@ def fit(
         reader = reader_of(task.data, plan.slices_per_rank, plan.shuffle)
         val_reader = reader_of(task.val, 1, False) if task.val is not None else None
         steps_total = _steps_total(plan, reader)
+        keeper = Keeper(
+            strategy, plan, scheduler, _vault(plan, world, vaults, cleanup),
+            lambda text: tell(Noted(rank=world.rank, text=text)), changed=restored,
+        )  # fmt: skip
+        cleanup.callback(keeper.close)
 
         started = RunStarted(
             rank=world.rank,
@@ -129,112 +149,146 @@ def fit(
             pid=os.getpid(),
             device=str(device),
             stages=strategy.infos,
+            step=at.step,
+            history=at.history,
         )
         tell(started)
         meter = Meter()
-        history: list[dict[str, Any]] = []
-        step = samples = 0
         stopped = False
         latest: Totals | None = None
-        # Under `steps`, the whole run is one row, however often it wraps round the data.
-        row = _Row(device)
 
-        for epoch in itertools.count(1):
-            first_step = step
-            for slices in reader.epoch(epoch):
-                strategy.begin_step()
-                step_weight, losses = strategy.forward_backward(step, slices or [])
-                read = sum(part.samples for part in slices or ())
-                samples += read
-                row.samples += read
+        with _rescuing(keeper, at, world):
+            # Under `steps`, the whole run is one row, however often it wraps round the data.
+            while not at.complete(plan):
+                trained = at.step == plan.steps  # only the end of the run is left to do
+                for slices in () if trained else reader.epoch(at.epoch, skip=at.batch):
+                    seeds.seed_all(seeds.derive(plan.seed, "step", at.step, axes.data.rank))
+                    strategy.begin_step()
+                    step_weight, losses = strategy.forward_backward(at.step, slices or [])
+                    if plan.stop_on_nan:
+                        _check_finite(losses, at)
 
-                totals = strategy.sync(step_weight, stop=stop_requested(), exhausted=slices is None)
-                if slices is None and totals.exhausted == axes.data.size:
+                    said = keeper.signals(at)._replace(stop=stop_requested(), exhausted=slices is None)
+                    totals = strategy.sync(step_weight, said)
+                    if slices is None and totals.signals.exhausted == axes.data.size:
+                        break
+                    keeper.leave_boundary()
+                    # A rank that had data knows that there was some, without waiting for its GPU.
+                    if (not isinstance(step_weight, torch.Tensor) and step_weight > 0) or totals.weight:
+                        updated = strategy.update(optimizer)
+                        if updated and scheduler.every_step:
+                            scheduler.step()
+                    at.advance(sum(part.samples for part in slices or ()), losses)
+
+                    # A GPU is not waited for: there, ranks hear one step later what they have agreed on.
+                    heard, latest = totals if device.type == "cpu" else latest, totals
+                    keeper.reach_boundary(at, None if heard is None else heard.signals)
+                    if meter.due():
+                        tell(_progress(world, at, _mean(losses, device), meter.rate(at.samples)))
+                    if strategy.work and at.step & (at.step - 1) == 0:  # at steps 1, 2, 4, 8 ..., on all ranks the same
+                        tell(Worked(rank=world.rank, step=at.step, work=tuple(strategy.work)))
+                    stopped = heard is not None and heard.signals.stop > 0
+                    if stopped or at.step == plan.steps:
+                        break
+
+                if at.batch == 0:
+                    raise PlanError(f"the data gave no batch in epoch {at.epoch}: can it be read only once?")
+                ended = stopped or at.step == plan.steps or at.epoch == plan.epochs
+                if not (ended or plan.epochs is not None):
+                    at.next_epoch(None)  # `steps` wraps round the data
+                    continue
+                if stopped:
+                    keeper.finish(at)  # as it is in the middle of an epoch, to go on from
+
+                seconds = at.row.seconds  # before evaluation: a row counts training only
+                strategy.share_buffers()
+                tell(_progress(world, at, at.row.loss, at.row.samples / seconds))
+                measured: dict[str, float] = {}
+                if val_reader is not None and not stopped:
+                    tell(Evaluating(rank=world.rank))
+                    seeds.seed_all(seeds.derive(plan.seed, "evaluation", at.step, axes.data.rank))
+                    measured = evaluate(task, strategy, val_reader, metric=plan.metric)
+                row = at.row.close(axes.world, axes.speaks, len(at.history) + 1, seconds) | measured
+                tell(EpochFinished(rank=world.rank, row=row))
+                keeper.leave_boundary()
+                if not scheduler.every_step:
+                    scheduler.step(measured.get("val_loss", row["loss"]))
+                if plan.epochs is not None and not stopped:
+                    at.next_epoch(row)
+                else:
+                    at.close(row)
+                keeper.reach_boundary(at, None)
+                if ended:
                     break
-                # A rank that had data knows that there was some, without waiting for its GPU.
-                if (not isinstance(step_weight, torch.Tensor) and step_weight > 0) or totals.weight:
-                    updated = strategy.update(optimizer)
-                    if updated and scheduler.every_step:
-                        scheduler.step()
-                step += 1
-                row.steps += 1
-                if plan.save and step == 1:
-                    check_state(strategy.table, optimizer)
-                for loss, weight in losses:
-                    row.loss.add(loss, weight)
 
-                if meter.due():
-                    tell(_progress(world, step, epoch, samples, _mean(losses, device), meter.rate(samples)))
-                if strategy.work and step & (step - 1) == 0:  # at steps 1, 2, 4, 8 ..., on all ranks the same
-                    tell(Worked(rank=world.rank, step=step, work=tuple(strategy.work)))
-                # A GPU is not waited for: there, ranks stop one step after the one in which they agreed to.
-                heard, latest = totals if device.type == "cpu" else latest, totals
-                stopped = heard is not None and heard.stop > 0
-                if stopped or step == plan.steps:
-                    break
-
-            ended = stopped or step == plan.steps or epoch == plan.epochs
-            if step == first_step:
-                raise PlanError(f"the data gave no batch in epoch {epoch}: can it be read only once?")
-            if not (ended or plan.epochs is not None):
-                continue  # `steps` wraps round the data
-
-            seconds = row.seconds  # before evaluation: a row counts training only
-            strategy.share_buffers()
-            tell(_progress(world, step, epoch, samples, row.loss, row.samples / seconds))
-            measured: dict[str, float] = {}
-            if val_reader is not None and not stopped:
-                tell(Evaluating(rank=world.rank))
-                measured = evaluate(task, strategy, val_reader, metric=plan.metric)
-            history.append(row.close(strategy, len(history) + 1, seconds) | measured)
-            tell(EpochFinished(rank=world.rank, row=history[-1]))
-            if not scheduler.every_step:
-                scheduler.step(measured.get("val_loss", history[-1]["loss"]))
-            if ended:
-                break
-            row = _Row(device)
-
-        if plan.save:
-            save(plan.save, strategy.table, optimizer, axes)
+            if not stopped:
+                keeper.finish(at)
         if plan.gather:
             strategy.gather(keep=home or world.rank == 0)
         else:
             leave_in_parts(model, strategy.table.placements, plan.mesh)
-        state = "stopped" if stopped and not _complete(plan, step, steps_total) else "finished"
+        state = "stopped" if stopped and not _complete(plan, at.step, steps_total) else "finished"
         tell(RunFinished(rank=world.rank, state=state))
-        return Result(state=state, history=history, plan=plan)
+        return Result(state=state, history=at.history, plan=plan)
 
 
-class _Row:
-    """Counts of one history row on this rank."""
+def _kept(plan: Plan, world: World, vaults: Sequence[Sequence[str]]) -> Iterator[Saved]:
+    """What to go on from, on all ranks the same: a checkpoint, then a snapshot, without what never changes.
 
-    def __init__(self, device: torch.device) -> None:
-        self.steps = 0
-        self.samples = 0
-        self.loss = WeightedMean(device)
-        self._started_s = time.perf_counter()
+    **Collective**.
+    """
+    if plan.resume:
+        folder = world.channel().broadcast_bytes((resumed_folder(plan) if world.rank == 0 else "").encode()).decode()
+        if folder:
+            yield Saved.in_folder(folder)
+    found = newest(vaults)
+    if found is not None:
+        yield Saved.in_memory(read(found[1]))
 
-    @property
-    def seconds(self) -> float:
-        """Seconds since the row began."""
-        return time.perf_counter() - self._started_s
 
-    def close(self, strategy: strategies.Strategy, epoch: int, seconds: float) -> dict[str, Any]:
-        """The row over all ranks, the same on each; `seconds` are rank 0's. **Collective**."""
-        axis = strategy.axes.world
-        rank_zeros = seconds if axis.rank == 0 else 0.0
-        counted = [self.samples if strategy.axes.speaks else 0, rank_zeros]  # of ranks that read the same, one counts
-        counts = torch.tensor(counted, dtype=torch.float64, device=axis.device)
-        sums = torch.cat([self.loss.sums, counts])
-        axis.all_reduce_(sums)
-        loss_sum, weight, samples, seconds = sums.tolist()
-        return {
-            "epoch": epoch,
-            "steps": self.steps,
-            "samples": round(samples),
-            "loss": loss_sum / weight if weight else float("nan"),
-            "seconds": seconds,
-        }
+def _vault(plan: Plan, world: World, vaults: Sequence[Sequence[str]], cleanup: contextlib.ExitStack) -> Vault | None:
+    """Where this rank's snapshots go: what is written to disk passes through memory, of its own if need be."""
+    if vaults:
+        return Vault(vaults[world.rank])
+    if not plan.checkpoint:
+        return None
+    own = Vaults(1)
+    cleanup.callback(own.close)
+    return Vault(own.paths[0])
+
+
+@contextlib.contextmanager
+def _rescuing(keeper: Keeper, at: Position, world: World) -> Iterator[None]:
+    """After an error, release the peers that wait for this rank at once, and then keep what it has achieved."""
+    try:
+        yield
+    except BaseException:
+        with _uninterrupted():
+            if world.store is not None:  # a world of somebody else's is theirs to leave
+                world.leave()
+            keeper.rescue(at)
+        raise
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _check_finite(losses: list[tuple[torch.Tensor, Any]], at: Position) -> None:
+    for loss, _ in losses:
+        if not torch.isfinite(loss):
+            raise TaskError(
+                f"the loss is {loss.item()} in step {at.step + 1}: lower the learning rate, clip the gradient "
+                "(clip_norm), or look at the data of this step."
+            )
 
 
 def _steps_total(plan: Plan, reader: Reader) -> int | None:
@@ -256,13 +310,13 @@ def _mean(losses: list[tuple[torch.Tensor, Any]], device: torch.device) -> Weigh
     return mean
 
 
-def _progress(world: World, step: int, epoch: int, samples: int, loss: WeightedMean, speed: float) -> Progress:
+def _progress(world: World, at: Position, loss: WeightedMean, speed: float) -> Progress:
     if world.device.type == "cuda":
         memory = torch.cuda.memory_allocated(world.device)
     else:
         memory = psutil.Process().memory_info().rss
     return Progress(
-        rank=world.rank, step=step, epoch=epoch, samples=samples, loss=loss.value,
+        rank=world.rank, step=at.step, epoch=at.epoch, samples=at.samples, loss=loss.value,
         samples_per_s=speed, memory_mib=memory / 2**20,
     )  # fmt: skip
 

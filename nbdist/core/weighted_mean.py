@@ -14,13 +14,14 @@ class WeightedMean:
 
     Args:
         device: Where the values are.
+        begun: `sums` to go on from, as numbers.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, begun: tuple[float, float] = (0.0, 0.0)) -> None:
         self._device = device
+        total, self._weight = begun
         # Numbers on the CPU, where reading a value costs less than an operation on it.
-        self._sum: Any = 0.0 if device.type == "cpu" else torch.zeros((), dtype=torch.float64, device=device)
-        self._weight: Any = 0.0
+        self._sum: Any = total if device.type == "cpu" else torch.tensor(total, dtype=torch.float64, device=device)
 
     def add(self, value: Any, weight: Any) -> None:
         """Add a mean over `weight` of something; a mean over nothing counts nothing, even where it is not a number.

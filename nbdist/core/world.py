@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import functools
 import itertools
+import json
 import os
 import socket
 import sys
@@ -32,6 +33,7 @@ from nbdist.core.channels import (
     SharedMemoryLink,
     SoloChannel,
 )
+from nbdist.core.channels.meeting import meet, start_group
 from nbdist.errors import PlanError
 
 __all__ = ["SHARED_GPU", "World", "host_store", "pick_device"]
@@ -88,31 +90,41 @@ class World:
         """Meet the other ranks. **Collective**: all ranks, with the same `store`, `size` and `generation`.
 
         Returns after a first all-reduce over everyone, so a world that was formed works. ``$NBDIST_CHANNEL`` set to
-        "process_group" keeps shared memory out.
+        "process_group" keeps shared memory out. An interrupt lands at once.
+
+        Raises:
+            PeerLostError: The store is gone, or another rank. Nothing is left of the world then.
         """
         if local_size == size:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
         chosen = pick_device(device, local_rank)
         names = dist.PrefixStore(f"nbdist/{generation}", store)
-        backend = _backend(names, rank, size, chosen)
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
-        by_device = "gloo" if chosen.type == "cpu" else f"cpu:gloo,cuda:{backend}"
-        dist.init_process_group(by_device, store=names, rank=rank, world_size=size, timeout=_TIMEOUT)
-        hosts = _hosts(names, rank, size, chosen)
-        world = cls(
-            generation=generation,
-            rank=rank,
-            size=size,
-            local_rank=local_rank,
-            local_size=local_size,
-            device=chosen,
-            backend=backend,
-            store=names,
-            shared=_share_memory(hosts, rank, names),
-            hosts=hosts,
-        )
-        world.channel().all_reduce_(torch.ones(1, device=chosen))
+        words = [json.loads(word) for word in meet(names, "rank", rank, size, json.dumps(_whereabouts(chosen)))]
+        hosts = () if size == 1 or not words[0]["host"] else tuple(word["host"] for word in words)
+        backend = "nccl" if chosen.type == "cuda" and len({word["gpu"] for word in words}) == size else "gloo"
+        with contextlib.ExitStack() as undo:
+            undo.callback(_leave_group)
+            shared: Channel | None = None
+            if size > 1 and len(set(hosts)) == 1:  # before torch's group, in which a rank is slow to miss another
+                shared = undo.enter_context(contextlib.closing(SharedMemoryChannel(rank, size, names, "memory")))
+            start_group(names, functools.partial(_init_group, chosen, backend, names, rank, size))
+            meet(names, "group", rank, size)  # or one of us would sum already, and could not take it back
+            if shared is None and len(HostsChannel.groups(list(hosts))) < len(hosts):
+                shared = undo.enter_context(contextlib.closing(HostsChannel(list(hosts), rank, names, "memory")))
+            world = cls(
+                generation=generation,
+                rank=rank,
+                size=size,
+                local_rank=local_rank,
+                local_size=local_size,
+                device=chosen,
+                backend=backend,
+                store=names,
+                shared=shared,
+                hosts=hosts,
+            )
+            world.channel().all_reduce_(torch.ones(1, device=chosen))
+            undo.pop_all()
         return world
 
     @classmethod
@@ -185,7 +197,7 @@ class World:
                 if group is mine:
                     made = SharedMemoryChannel(mine.index(self.rank), len(mine), self.store, f"{number}/{mine[0]}")
                 continue
-            torchs = dist.new_group(group)  # by all ranks, members or not
+            torchs = self._new_group(group)
             if group is mine:
                 made = ProcessGroupChannel(self.device, streamed=self.backend == "nccl", group=torchs, ranks=mine)
         self._made.append(made)
@@ -206,11 +218,17 @@ class World:
                     name = f"{number}/{min(pair)}-{max(pair)}"
                     made[peer] = SharedMemoryLink(self.rank, peer, self.store, name, self.local_size)
                 continue
-            groups = dist.new_group(sorted(pair)), dist.new_group(sorted(pair))
+            groups = self._new_group(sorted(pair)), self._new_group(sorted(pair))
             if mine:
                 made[peer] = ProcessGroupLink(self.rank, peer, groups, self.device)
         self._made.extend(made.values())
         return made
+
+    def _new_group(self, ranks: list[int]) -> Any:
+        """A group of torch's. **Collective** over the world: by all ranks, members or not."""
+        if self.store is None:
+            return dist.new_group(ranks)
+        return start_group(self.store, functools.partial(dist.new_group, ranks))
 
     def _share_host(self, ranks: Iterable[int]) -> bool:
         return bool(self.hosts) and len({self.hosts[rank] for rank in ranks}) == 1
@@ -228,8 +246,7 @@ class World:
         self._made.clear()
         if self.shared:
             self.shared.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _leave_group()
 
 
 def pick_device(device: str, local_rank: int) -> torch.device:
@@ -248,30 +265,28 @@ def pick_device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank % gpus)
 
 
-def _backend(store: Any, rank: int, size: int, device: torch.device) -> str:
-    """Choose gloo or nccl; nccl refuses two ranks on one GPU, so those fall back to gloo. **Collective**."""
-    if device.type == "cpu":
-        return "gloo"
-    store.set(f"gpu/{rank}", str(torch.cuda.get_device_properties(device).uuid))
-    gpus = {store.get(f"gpu/{other}") for other in range(size)}
-    return "nccl" if len(gpus) == size else "gloo"
-
-
-def _hosts(store: Any, rank: int, size: int, device: torch.device) -> tuple[str, ...]:
-    """The host of each rank, or nothing where memory cannot be shared. **Collective**."""
-    if size == 1 or device.type != "cpu" or os.environ.get(_CHANNEL_VARIABLE) == "process_group":
-        return ()
+def _whereabouts(device: torch.device) -> dict[str, str]:
+    """What the other ranks must know of this one: its host, if it can share memory there, and its GPU."""
+    if device.type == "cuda":
+        return {"host": "", "gpu": str(torch.cuda.get_device_properties(device).uuid)}
+    if os.environ.get(_CHANNEL_VARIABLE) == "process_group":
+        return {"host": "", "gpu": ""}
     # Linux alone has sockets without a name in the file system; elsewhere every rank is a host of its own.
-    store.set(f"host/{rank}", handover.host_id() if sys.platform == "linux" else f"rank {rank}")
-    return tuple(store.get(f"host/{other}").decode() for other in range(size))
+    return {"host": handover.host_id() if sys.platform == "linux" else f"process {os.getpid()}", "gpu": ""}
 
 
-def _share_memory(hosts: tuple[str, ...], rank: int, store: Any) -> Channel | None:
-    """A channel that goes through shared memory as far as it reaches, or None where it cannot be. **Collective**."""
-    groups = HostsChannel.groups(list(hosts))
-    if len(groups) == 1:
-        return SharedMemoryChannel(rank, len(hosts), store, "memory")
-    return HostsChannel(list(hosts), rank, store, "memory") if len(groups) < len(hosts) else None
+def _init_group(device: torch.device, backend: str, store: Any, rank: int, size: int) -> None:
+    """Make torch's default group. nccl refuses two ranks on one GPU, so `backend` is gloo for those."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # in this thread, too
+    by_device = "gloo" if device.type == "cpu" else f"cpu:gloo,cuda:{backend}"
+    # A connection of its own: while gloo waits in one, nobody else can ask through it.
+    dist.init_process_group(by_device, store=store.clone(), rank=rank, world_size=size, timeout=_TIMEOUT)
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @functools.cache

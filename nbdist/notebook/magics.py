@@ -55,7 +55,7 @@ class DistMagics(Magics):
     def dist_start(self, line: str) -> None:
         arguments = parsers.START.parse(split_line(line))
         cluster = current_cluster()
-        wanted = Cluster(arguments.n, device=arguments.device, timeout_s=arguments.timeout)
+        wanted = Cluster(arguments.n, device=arguments.device, timeout_s=arguments.timeout, spares=arguments.spares)
         with StatusLine(live=has_front_end(self.shell)) as status:
             if (
                 cluster is not None
@@ -63,6 +63,8 @@ class DistMagics(Magics):
                 and arguments.device in ("auto", cluster.device)
             ):
                 cluster.timeout_s = arguments.timeout
+                if arguments.spares is not None:
+                    cluster.spares = arguments.spares
                 lost = [engine.rank for engine in cluster.engines if engine.state == "lost"]
                 cluster.start(status.tell)  # replaces them
                 status.end(f"{f'replaced {ranks_text(lost)}' if lost else 'already running'}: {_described(cluster)}")
@@ -86,6 +88,7 @@ class DistMagics(Magics):
                 (str(e.rank), str(e.pid), e.host, e.device, e.state, _memory(e.pid) if e.state != "lost" else "–")
                 for e in cluster.engines
             ]
+            rows += [("spare", str(e.pid), e.host, "–", e.state, _memory(e.pid)) for e in cluster.spare_engines]
             print("\n".join(text_table(("rank", "pid", "host", "device", "state", "memory"), rows)))
         run = last_run()
         if run is not None:
@@ -170,14 +173,21 @@ class DistMagics(Magics):
             "lr_scheduler": self._value(arguments.lr_scheduler),
             "tensor_plan": self._value(arguments.tensor_plan),
             "val": None if arguments.val is None else self._evaluate(arguments.val),
-            **{name: self._path(getattr(arguments, name)) for name in ("save", "resume") if getattr(arguments, name)},
+            **{name: self._path(word) for name in ("checkpoint", "resume") if (word := getattr(arguments, name))},
             "step": None if cell is None else compile_step(self.shell, line, cell, self._cell_number),
         }
-        model, data = self._evaluate(arguments.model), self._evaluate(arguments.data)
         dashboard = make_dashboard(self.shell)
-        run = cluster.train(
-            model, data, names=(arguments.model, arguments.data), background=True, watch=dashboard.update, **options
-        )
+        if arguments.data is None:
+            if arguments.model is not None or arguments.resume is None:
+                raise PlanError("%dist_train needs a model and data: %dist_train MODEL DATA (or --resume alone).")
+            given = {name: value for name, value in options.items() if value is not None and name != "optimizer"}
+            if arguments.optimizer is not None:
+                given["optimizer"] = options["optimizer"]
+            run = cluster.resume(**given, background=True, watch=dashboard.update)
+        else:
+            model, data = self._evaluate(arguments.model), self._evaluate(arguments.data)
+            names = (arguments.model, arguments.data)
+            run = cluster.train(model, data, names=names, background=True, watch=dashboard.update, **options)
         self._drawn_in_cell = (run, self._cell_number)
         if arguments.output:
             self.shell.user_ns[arguments.output] = run
@@ -207,9 +217,9 @@ class DistMagics(Magics):
         value = None if text is None else self._evaluate(text)
         return self._evaluate(value) if isinstance(value, str) else value
 
-    def _path(self, text: str) -> str:
-        """A path, with ``{name}`` in it as in an f-string of the notebook."""
-        return str(self.shell.var_expand(text.strip("'\""), depth=1))
+    def _path(self, text: str | bool) -> str | bool:
+        """A path, with ``{name}`` in it as in an f-string of the notebook; True stays True."""
+        return text if isinstance(text, bool) else str(self.shell.var_expand(text.strip("'\""), depth=1))
 
     def _callable(self, text: str | None) -> Any:
         """What a --loss, --optimizer or --metric says: the notebook's value, else a well-known name."""

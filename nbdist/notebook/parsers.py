@@ -16,6 +16,9 @@ def _start_parser() -> OptionParser:
     parser.add_argument(
         "--timeout", type=float, default=60.0, metavar="S", help="Seconds the start may take. Default: 60."
     )
+    parser.add_argument(
+        "--spares", type=int, metavar="N", help="Idle engines to take the place of lost ones at once. Default: 1."
+    )
     return parser
 
 
@@ -60,10 +63,14 @@ def _train_parser() -> OptionParser:
         "Train MODEL on DATA on all engines; the notebook's own MODEL then holds the trained weights. Returns a Run. "
         "As a cell magic the body is one training step: it sees `model` and `batch` and assigns `loss`, a mean "
         "(and `weight`, what that mean is over, if that is not the first dimension of the batch).",
-        usage="%%dist_train MODEL DATA [OPTIONS]\n       %%%%dist_train MODEL DATA [OPTIONS]   (the cell is one step)",
+        usage="%%dist_train MODEL DATA [OPTIONS]\n"
+        "       %%dist_train --resume [OPTIONS]        (goes on with the last run)\n"
+        "       %%%%dist_train MODEL DATA [OPTIONS]   (the cell is one step)",
     )
-    parser.add_argument("model", metavar="MODEL", help="A name or expression: a torch.nn.Module.")
-    parser.add_argument("data", metavar="DATA", help="A name or expression: a Dataset, a DataLoader, (X, y).")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="A name or expression: a torch.nn.Module.")
+    parser.add_argument(
+        "data", metavar="DATA", nargs="?", help="A name or expression: a Dataset, a DataLoader, (X, y)."
+    )
     parser.add_argument("--val", metavar="DATA", help="Validation data, in the same forms.")
     add_plan_options(parser)
     parser.add_argument("--background", action="store_true", help="Return at once; the run goes on.")

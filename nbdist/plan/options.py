@@ -58,7 +58,7 @@ def add_plan_options(parser: argparse.ArgumentParser, names: Iterable[str] = tup
     for name in names:
         option = OPTIONS[name]
         parse: Any = _yes_or_no if option.parse is bool else option.parse
-        many: Any = {"nargs": "+"} if option.many else {}
+        many: Any = {"nargs": "+"} if option.many else {"nargs": "?", "const": True} if option.bare else {}
         parser.add_argument(_flag(name), type=parse, metavar=option.metavar, help=_help(option), **many)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "SCHEDULES", "Option",
 
 DEFAULT_BATCH_SIZE = 32
 PRECISIONS = ("full", "bf16", "fp16")
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero-bubble": 2}
 """Orders of work in a pipeline, and how many stages each gives a rank."""
 
@@ -30,6 +32,7 @@ class Option:
         metavar: The placeholder shown in help.
         default: The default as a person reads it; the value itself is the Plan field's.
         many: Whether it takes several words.
+        bare: Whether it may stand without a word, which then means True.
     """
 
     help: str
@@ -37,13 +40,15 @@ class Option:
     metavar: str = "NAME"
     default: str | None = None
     many: bool = False
+    bare: bool = False
 
 
 def _option(
-    value: Any, help: str, *, parse: type = str, metavar: str = "NAME", default: str | None = None, many: bool = False
-) -> Any:
+    value: Any, help: str, *, parse: type = str, metavar: str = "NAME", default: str | None = None, many: bool = False,
+    bare: bool = False,
+) -> Any:  # fmt: skip
     shown = str(value) if default is None and value is not None else default
-    option = Option(help=help, parse=parse, metavar=metavar, default=shown, many=many)
+    option = Option(help=help, parse=parse, metavar=metavar, default=shown, many=many, bare=bare)
     return field(default=value, metadata={"option": option})
 
 
@@ -145,17 +150,30 @@ class Plan:
 
     gather: bool = _option(
         True,
-        "Bring the whole model home; no for one too large, which --save then keeps.",
+        "Bring the whole model home; no for one too large, which --checkpoint then keeps.",
         parse=bool,
         metavar="yes|no",
         default="yes",
     )
-    save: str = _option(
-        "", "Folder for a checkpoint at the end: weights and optimizer, in shards.", metavar="DIR", default=""
+    checkpoint: str = _option(
+        "", "Folder for checkpoints: one at the end, and in between with --checkpoint-every.", metavar="DIR", default=""
     )
-    resume: str = _option(
-        "", "Folder of a checkpoint to begin from, made on any mesh: weights and optimizer.", metavar="DIR", default=""
+    checkpoint_every: str = _option(
+        "", "How often to write one, in the background: steps (200) or time (90s, 5min).", metavar="N|TIME", default=""
     )
+    checkpoint_keep: int = _option(3, "How many of the newest checkpoints stay.", parse=int, metavar="K")
+    resume: str | bool = _option(
+        "",
+        "Go on from a checkpoint, made on any mesh, up to --epochs or --steps in all. Without DIR: where the last run "
+        "of this notebook ended, or from the newest in --checkpoint.",
+        metavar="DIR",
+        default="",
+        bare=True,
+    )
+    stop_on_nan: bool = _option(
+        False, "End with an error when a loss is not finite, before it reaches the weights.", parse=bool,
+        metavar="yes|no", default="no",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps"):
@@ -163,10 +181,10 @@ class Plan:
                 self._at_least(name, 1)
         if (self.epochs is None) == (self.steps is None):
             raise PlanError(f"epochs={self.epochs} and steps={self.steps}: give one of the two.")
-        for name in ("batch_size", "accumulate", "threads"):
+        for name in ("batch_size", "accumulate", "threads", "checkpoint_keep"):
             self._at_least(name, 1)
         self._integer("seed")
-        for name in ("shuffle", "sync_batchnorm", "gather"):
+        for name in ("shuffle", "sync_batchnorm", "gather", "stop_on_nan"):
             if getattr(self, name) not in (True, False):
                 raise PlanError(f"{name} must be True or False, not {getattr(self, name)!r}.")
         for name, words in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
@@ -176,9 +194,17 @@ class Plan:
                     f"{suggest(str(getattr(self, name)), words)}"
                 )
         self._check_axes()
-        for name in ("save", "resume"):  # ranks may have another working folder
-            if getattr(self, name):
+        for name in ("checkpoint", "resume"):  # ranks may have another working folder
+            if getattr(self, name) not in ("", True, False):
                 object.__setattr__(self, name, os.path.abspath(os.path.expanduser(getattr(self, name))))
+        if self.checkpoint_every:
+            if not self.checkpoint:
+                raise PlanError(
+                    f"checkpoint_every={self.checkpoint_every} needs a folder: name one with checkpoint "
+                    "(--checkpoint DIR)."
+                )
+            object.__setattr__(self, "checkpoint_every", str(self.checkpoint_every))
+            self.checkpoint_cadence  # noqa: B018 - it is checked
         for name in ("lr", "clip_norm", "bucket_mib"):
             if getattr(self, name) is not None:
                 self._positive(name)
@@ -230,6 +256,23 @@ class Plan:
         given.setdefault("threads", max(1, cores // ranks))
         mesh = Mesh.parse(given.get("strategy", "data"), ranks)
         return cls(mesh=mesh, **given)
+
+    @property
+    def checkpoint_cadence(self) -> tuple[int, float]:
+        """Steps and seconds between checkpoints, of which one or none is set; 0 is never."""
+        if not self.checkpoint_every:
+            return 0, 0.0
+        found = re.fullmatch(r"([0-9.]+) ?(s|min|h)?", self.checkpoint_every)
+        try:
+            assert found is not None
+            number, unit = found.groups()
+            steps, seconds = (int(number), 0.0) if unit is None else (0, float(number) * _SECONDS[unit])
+            assert steps or seconds
+        except (AssertionError, ValueError):
+            raise PlanError(
+                f"checkpoint_every {self.checkpoint_every!r} is neither steps nor a time: write 200, 90s, 5min or 1h."
+            ) from None
+        return steps, seconds
 
     @property
     def stages(self) -> int:

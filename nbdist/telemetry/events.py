@@ -10,7 +10,9 @@ __all__ = [
     "EpochFinished",
     "Evaluating",
     "Event",
+    "Noted",
     "Progress",
+    "Recovered",
     "RunFailed",
     "RunFinished",
     "RunStarted",
@@ -41,7 +43,8 @@ class RunStarted(Event):
     """The rank is ready for its first step. `steps_total` is None where the data has no length.
 
     `stages` are those that a pipeline was cut into: of each its number, the names where it begins and ends, the
-    measured seconds of one example's forward, and how many parameters it holds.
+    measured seconds of one example's forward, and how many parameters it holds. `step` and `history` are where it goes
+    on, after a rank was lost or from a checkpoint.
     """
 
     run_id: str
@@ -52,6 +55,8 @@ class RunStarted(Event):
     pid: int
     device: str
     stages: list[dict[str, Any]] = field(default_factory=list)
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,3 +130,23 @@ class RunFailed(Event):
     """The rank left the run with an error."""
 
     error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted(Event):
+    """Something that a person should know, in a sentence; the run goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered(Event):
+    """This rank was lost, and another process has taken its place.
+
+    Args:
+        step: Steps that were done in the snapshot from which all ranks go on.
+        seconds: From the moment that the loss was noticed to the first step after it.
+    """
+
+    step: int
+    seconds: float

@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-__all__ = ["KEPT_RUNS", "new_run_id", "record_path", "records"]
+__all__ = ["KEPT_RUNS", "cluster_record_path", "new_run_id", "record_path", "records"]
 
 KEPT_RUNS = 100
 """Older records are removed when a new run begins."""
@@ -33,3 +33,8 @@ def record_path(run_id: str, rank: int) -> Path:
         for old in sorted(path for path in folder.iterdir() if path.is_dir())[: -KEPT_RUNS or None]:
             shutil.rmtree(old, ignore_errors=True)
     return folder / run_id / f"rank{rank}.jsonl"
+
+
+def cluster_record_path(run_id: str) -> Path:
+    """Where the record of what happened to the ranks of a run lies: which were lost and replaced."""
+    return records() / run_id / "cluster.jsonl"

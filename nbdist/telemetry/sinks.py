@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from nbdist.telemetry.events import EpochFinished, Event, Progress, RunFinished, RunStarted
+from nbdist.telemetry.events import EpochFinished, Event, Noted, Progress, RunFinished, RunStarted
 from nbdist.telemetry.state import RankState, fold
 from nbdist.telemetry.view import epoch_text, mesh_text
 
@@ -97,6 +97,8 @@ class TextSink(Sink):
                 )
             case EpochFinished():
                 self._print(epoch_text(event.row))
+            case Noted():
+                self._print(event.text)
             case RunFinished():
                 self._print(event.state)
 

@@ -10,6 +10,7 @@ from nbdist.telemetry.events import (
     EpochFinished,
     Evaluating,
     Event,
+    Noted,
     Progress,
     RunFailed,
     RunFinished,
@@ -47,6 +48,7 @@ class RankState:
     stages: tuple[dict[str, Any], ...] = ()
     work: Worked | None = None
     error: str = ""
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The state as JSON-able data."""
@@ -58,7 +60,8 @@ class RankState:
         work = data.get("work")
         if work is not None:
             work = Worked(**{**work, "work": tuple(Work(*item) for item in work["work"])})
-        return cls(**{**data, "history": tuple(data["history"]), "stages": tuple(data["stages"]), "work": work})
+        return cls(**{**data, "history": tuple(data["history"]), "stages": tuple(data["stages"]), "work": work,
+            "notes": tuple(data["notes"])})  # fmt: skip
 
 
 def fold(state: RankState, event: Event) -> RankState:
@@ -67,7 +70,8 @@ def fold(state: RankState, event: Event) -> RankState:
         case RunStarted():
             return replace(
                 state, state="running", host=event.host, pid=event.pid, device=event.device,
-                steps_total=event.steps_total, stages=tuple(event.stages),
+                steps_total=event.steps_total, stages=tuple(event.stages), step=event.step,
+                history=tuple(event.history),
             )  # fmt: skip
         case Progress():
             return replace(
@@ -75,6 +79,8 @@ def fold(state: RankState, event: Event) -> RankState:
                 loss=state.loss if event.loss is None else event.loss,
                 samples_per_s=event.samples_per_s, memory_mib=event.memory_mib,
             )  # fmt: skip
+        case Noted():
+            return replace(state, notes=(*state.notes, event.text))
         case Worked():
             return replace(state, work=event)
         case Evaluating():
@@ -97,8 +103,9 @@ class RunState:
         title: What is trained: the model's class and size.
         plan: The plan as JSON-able data.
         ranks: The latest state of every rank.
-        state: "starting", "running", "stopping", "finished", "stopped" or "failed".
+        state: "starting", "running", "recovering", "stopping", "finished", "stopped" or "failed".
         error: One line about what went wrong, if anything did.
+        notes: What else a person should know: ranks that were lost and replaced, a checkpoint that was not written.
     """
 
     title: str
@@ -106,14 +113,20 @@ class RunState:
     ranks: dict[int, RankState]
     state: str = "starting"
     error: str = ""
+    notes: list[str] = field(default_factory=list)
     started_s: float = field(default_factory=time.time)
     ended_s: float | None = None
 
     def merge(self, rank: RankState) -> None:
         """Take in the newest snapshot of one rank."""
         self.ranks[rank.rank] = rank
-        if self.state == "starting" and rank.state != "starting":
+        self.notes += [note for note in rank.notes if note not in self.notes]
+        if self.state in ("starting", "recovering") and rank.state == "running":
             self.state = "running"
+
+    def stand_at(self, step: int) -> None:
+        """What came home is the state after `step` steps, whatever ranks had begun after that."""
+        self.ranks = {rank: replace(state, step=step) for rank, state in self.ranks.items()}
 
     def end(self, state: str, error: str = "") -> None:
         """The run is over."""

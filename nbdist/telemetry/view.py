@@ -95,7 +95,7 @@ def text_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[st
 def run_text(run: RunState) -> str:
     """The run as plain text: a summary line, the history and the ranks; every line begins with "nbdist"."""
     lines = [_summary(run)]
-    lines += run.error.splitlines()
+    lines += [*run.notes, *run.error.splitlines()]
     columns, rows = _history_cells(run)
     if rows:
         lines += text_table(columns, rows)
@@ -115,8 +115,9 @@ def run_html(run: RunState) -> str:
     """The run as static HTML without scripts or styles, in one ``<div class="nbdist">`` on a single line."""
     columns, rows = _history_cells(run)
     parts = [f"<p><b>{escape(_summary(run))}</b></p>"]
-    if run.error:
-        parts.append(f"<p>{'<br>'.join(map(escape, run.error.splitlines()))}</p>")
+    said = [*run.notes, *run.error.splitlines()]
+    if said:
+        parts.append(f"<p>{'<br>'.join(map(escape, said))}</p>")
     if rows:
         parts.append(_html_table(columns, rows))
     if run.stages:

@@ -14,7 +14,7 @@ import ipyparallel
 import psutil
 import pytest
 import torch
-from shared_cluster import until
+from shared_cluster import ENGINES, until
 from tasks import classes, copied, net, same
 
 import nbdist
@@ -93,7 +93,9 @@ def test_controller_and_engines_are_children_of_the_server(cluster):
     server = psutil.Process(current_server().pid)
     assert server.ppid() == os.getpid()
     assert {server.pid} == parents(cluster)
-    assert ["nbdist-controll", "nbdist-engine", "nbdist-engine"] == sorted(child.name() for child in server.children())
+    until(lambda: cluster.spare_engines)
+    names = sorted(child.name() for child in server.children())
+    assert ["nbdist-controll", *["nbdist-engine"] * (ENGINES + cluster.spares)] == names
 
 
 def test_engines_draw_different_numbers(cluster):

@@ -7,6 +7,7 @@ tensor travels once each way between two hosts, however many ranks they have, wi
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nbdist.core.channels.base import Channel, Done, Pending, SoloChannel
+from nbdist.core.channels.meeting import start_group
 from nbdist.core.channels.process_group import Work
 from nbdist.core.channels.shared_memory import SharedMemoryChannel
 
@@ -38,8 +40,9 @@ class HostsChannel(Channel):
         self._host_of = {other: i for i, group in enumerate(groups) for other in group}
         self._local: Channel = SoloChannel(self.device)
         # Groups of two stand for sending: torch's own messages over gloo can be waited for, but not polled.
-        self._links = [dist.new_group(list(pair)) for pair in itertools.pairwise(self._leaders)]
-        self._between = dist.new_group(self._leaders)
+        pairs = itertools.pairwise(self._leaders)
+        self._links = [start_group(store, functools.partial(dist.new_group, list(pair))) for pair in pairs]
+        self._between = start_group(store, lambda: dist.new_group(self._leaders))
         if len(group) > 1:
             self._local = SharedMemoryChannel(rank - group[0], len(group), store, f"{name}/{group[0]}")
 

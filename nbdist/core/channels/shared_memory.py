@@ -11,6 +11,7 @@ import contextlib
 import mmap
 import os
 import secrets
+import select
 import socket
 import struct
 import time
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from nbdist.core.channels.base import Channel, Done, Pending
+from nbdist.core.channels.meeting import check, echoes, look_up
 from nbdist.core.handover import Segment
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
@@ -31,6 +33,8 @@ __all__ = ["SPIN_S", "SharedMemoryChannel", "connect", "open_sockets", "receive_
 _PAGE = 4096
 SPIN_S = 1e-4
 """How long to look for a peer before sleeping, where each rank has a core: to be woken takes 20 to 50 us more."""
+_LOOK_S = 0.02
+"""How often who waits for a peer to call looks whether the store is still there."""
 _STAGING_BYTES = 1 << 20
 """Tensors that do not lie in an arena pass through one of this size, piece by piece."""
 
@@ -83,7 +87,11 @@ class SharedMemoryChannel(Channel):
         open_sockets.add(self)
         self._spin_s = SPIN_S if size <= available_cores() else 0.0
         self._arenas: list[_Arena] = []
-        self._staging = self._make_arena(_STAGING_BYTES)
+        try:
+            self._staging = self._make_arena(_STAGING_BYTES)
+        except BaseException:
+            self.close()
+            raise
 
     def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A tensor in shared memory, which is summed where it lies. **Collective**; see `Channel.zeros`."""
@@ -233,26 +241,36 @@ class SharedMemoryChannel(Channel):
 
 
 def connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:
-    """One socket to every other rank, in rank order. The listeners have no name in the file system."""
-    listener = socket.socket(socket.AF_UNIX)
-    address = f"\0nbdist-{secrets.token_hex(16)}"
-    listener.bind(address)
-    listener.listen(size)
-    store.set(f"{name}/address/{rank}", address)
+    """One socket to every other rank, in rank order. The listeners have no name in the file system. **Collective**.
+
+    Raises:
+        PeerLostError: Another rank, or the store, is gone.
+    """
     peers: dict[int, socket.socket] = {}
-    with listener:
-        for other in range(rank):
-            peer = socket.socket(socket.AF_UNIX)
-            peer.connect(store.get(f"{name}/address/{other}").decode())
-            peer.sendall(struct.pack("!I", rank))
-            peers[other] = peer
-        while len(peers) < size - 1:
-            peer, _ = listener.accept()
-            if _user_of(peer) != os.getuid():  # whoever else can see the address
-                peer.close()
-                continue
-            (other,) = struct.unpack("!I", receive_exactly(peer, 4))
-            peers[other] = peer
+    try:
+        with echoes(), socket.socket(socket.AF_UNIX) as listener:
+            address = f"\0nbdist-{secrets.token_hex(16)}"
+            listener.bind(address)
+            listener.listen(size)
+            store.set(f"{name}/address/{rank}", address)
+            for other in range(rank):
+                (there,) = look_up(store, [f"{name}/address/{other}"])
+                peers[other] = socket.socket(socket.AF_UNIX)
+                peers[other].connect(there)
+                peers[other].sendall(struct.pack("!I", rank))
+            while len(peers) < size - 1:
+                while not select.select([listener], [], [], _LOOK_S)[0]:
+                    check(store, [])
+                peer, _ = listener.accept()
+                if _user_of(peer) != os.getuid():  # whoever else can see the address
+                    peer.close()
+                    continue
+                (other,) = struct.unpack("!I", receive_exactly(peer, 4))
+                peers[other] = peer
+    except BaseException:
+        for peer in peers.values():
+            peer.close()
+        raise
     return [peers[other] for other in sorted(peers)]
 
 

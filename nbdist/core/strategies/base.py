@@ -14,7 +14,7 @@ from nbdist.core import seeds
 from nbdist.core.axes import Axes
 from nbdist.core.data import Slice, to_device
 from nbdist.core.eager import eager
-from nbdist.core.gradient_sync import Totals
+from nbdist.core.gradient_sync import Signals, Totals
 from nbdist.core.params import ParamTable, buffers_kept
 from nbdist.core.precision import Precision
 from nbdist.core.sync_batchnorm import BatchNorms
@@ -114,7 +114,7 @@ class Strategy(ABC):
         return loss if isinstance(share, float) and share == 1.0 else loss * share
 
     @abstractmethod
-    def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
+    def sync(self, weight: Any, signals: Signals) -> Totals:
         """Make every gradient the weighted mean over all ranks. **Collective**; see `GradientSync.finish`."""
 
     def update(self, optimizer: torch.optim.Optimizer) -> bool:

@@ -19,7 +19,7 @@ from nbdist.core import seeds, splitting, tensor_parallel
 from nbdist.core.axes import Axes
 from nbdist.core.channels import Channel
 from nbdist.core.data import Slice, to_device
-from nbdist.core.gradient_sync import GradientSync, Totals
+from nbdist.core.gradient_sync import COUNTS, GradientSync, Signals, Totals
 from nbdist.core.optimizer_state import cut_state_, gather_state_
 from nbdist.core.optimizers import check_may_be_cut
 from nbdist.core.params import stand_in
@@ -261,7 +261,7 @@ class Composed(Strategy):
                 self._shards.show()
 
     @torch.no_grad()
-    def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
+    def sync(self, weight: Any, signals: Signals) -> Totals:
         """See `Strategy`."""
         for channel, names in self._tied:
             for name in names:
@@ -273,15 +273,14 @@ class Composed(Strategy):
                     gradient.copy_(total)
         speaks = self.axes.speaks
         used = self._used()
-        told = [float(weight) * speaks, stop, float(exhausted and speaks)]
+        told = [float(weight) * speaks, *signals._replace(exhausted=float(signals.exhausted and speaks))]
         counts = torch.tensor([*told, *(name in used for name in self.table.trainable)], dtype=torch.float64)
         counts = counts.to(self.device)
         self.axes.replica.all_reduce_(counts)
-        total_weight, stops, ends, *hits = counts.tolist()
+        total_weight, *sums = counts.tolist()
+        said, hits = Signals(*sums[: COUNTS - 1]), sums[COUNTS - 1 :]
         counted = dict(zip(self.table.trainable, hits, strict=True))
-        return self._gradients.finish(
-            total_weight, stop=stops, exhausted=ends, used=[counted[name] > 0 for name in self._held]
-        )
+        return self._gradients.finish(total_weight, said, used=[counted[name] > 0 for name in self._held])
 
     def _used(self) -> set[str]:
         """The parameters that have got a gradient on this rank."""

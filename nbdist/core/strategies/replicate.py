@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nbdist.core.axes import Axes
-from nbdist.core.gradient_sync import GradientSync, Totals
+from nbdist.core.gradient_sync import GradientSync, Signals, Totals
 from nbdist.core.strategies.base import Strategy
 from nbdist.core.task import Task
 from nbdist.plan import Plan
@@ -45,9 +45,9 @@ class Replicate(Strategy):
             self._gradients.arm()
         super().backward(loss, weight, last=last)
 
-    def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
+    def sync(self, weight: Any, signals: Signals) -> Totals:
         """See `Strategy`."""
-        return self._gradients.finish(weight, stop=stop, exhausted=exhausted)
+        return self._gradients.finish(weight, signals)
 
     def close(self) -> None:
         """See `Strategy`."""

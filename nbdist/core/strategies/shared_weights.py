@@ -10,7 +10,7 @@ import torch
 
 from nbdist.core.axes import Axes
 from nbdist.core.channels import SharedMemoryChannel
-from nbdist.core.gradient_sync import Totals, tail_dtype
+from nbdist.core.gradient_sync import COUNTS, Signals, Totals, tail_dtype
 from nbdist.core.params import laid_out_like
 from nbdist.core.strategies.base import Strategy
 from nbdist.core.task import Task
@@ -60,7 +60,7 @@ class SharedWeights(Strategy):
             dtypes = list(dict.fromkeys(parameter.dtype for parameter in self._parameters))
             for dtype in dtypes:
                 self._lay_out(dtype)
-        self._tail = channel.zeros(3 + len(self._parameters), tail_dtype(dtypes))
+        self._tail = channel.zeros(COUNTS + len(self._parameters), tail_dtype(dtypes))
         self._arenas.append(self._tail)
         channel.meet()  # rank 0's weights are in place
 
@@ -86,12 +86,12 @@ class SharedWeights(Strategy):
             parameter.grad = None
 
     @torch.no_grad()
-    def sync(self, weight: Any, *, stop: bool, exhausted: bool) -> Totals:
+    def sync(self, weight: Any, signals: Signals) -> Totals:
         """See `Strategy`. A rank then has gradients of what it owns only; an optimizer leaves alone what has none."""
         parameters, channel = self._parameters, self._channel
         mine = self._slabs[channel.rank]
         used = [parameter.grad is not None for parameter in parameters]
-        self._tail.copy_(torch.tensor([float(weight), stop, exhausted, *used], dtype=self._tail.dtype))
+        self._tail.copy_(torch.tensor([float(weight), *signals, *used], dtype=self._tail.dtype))
         sent = {i: gradient for i in self._foreign if (gradient := parameters[i].grad) is not None}
         if sent:
             torch._foreach_copy_([mine[i] for i in sent], list(sent.values()))
@@ -103,8 +103,8 @@ class SharedWeights(Strategy):
 
         first, *others = channel.slabs(self._tail)
         tail = functools.reduce(torch.add, others, first)
-        totals = Totals(tail[:3])
-        counts = tail[3:].tolist() if not all(used) else [1.0] * len(used)
+        totals = Totals(tail[:COUNTS])
+        counts = tail[COUNTS:].tolist() if not all(used) else [1.0] * len(used)
         owned = [i for i in self._owned if counts[i]]
         if owned:
             factor = totals.weight / self.plan.batch_size

@@ -1,0 +1,147 @@
+"""What was kept, put back: into a model and its optimizer on any mesh, and into a training that goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbdist.core.axes import Axes
+from nbdist.core.optimizer_state import device_of_entry, is_split
+from nbdist.core.params import ParamTable
+from nbdist.core.position import Position
+from nbdist.core.saved import Saved
+from nbdist.core.world import World
+from nbdist.errors import PlanError, TaskError
+from nbdist.plan import Mesh, Plan
+
+__all__ = ["ORDER", "check_goes_on", "check_same", "load", "load_whole", "position_of"]
+
+ORDER = ("batch_size", "seed", "shuffle")
+"""The options that decide which samples a batch holds."""
+
+
+def load(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer | None, axes: Axes) -> None:
+    """Put weights, buffers and the optimizer's state back, whatever mesh either is on. Local.
+
+    Args:
+        saved: What was kept.
+        table: The model's tensors, placed.
+        optimizer: Over its parameters; None to leave its state be.
+        axes: This rank's channels.
+
+    Raises:
+        TaskError: It is another model's or another optimizer's; nothing has been changed.
+    """
+    check_same(saved, table, optimizer)
+    names = saved.names
+    data_rank = axes.data.rank if len(saved.ranks) == axes.world.size > 1 else None
+    with torch.no_grad():
+        for name, tensor in table.tensors.items():
+            placement = table.placement(name)
+            if not (name in names and placement.held(axes)):
+                continue
+            if name in table.buffers:
+                tensor.copy_(saved.buffer(name, data_rank))
+            elif table.is_updated(name, axes) or not table.parameters[name].requires_grad:
+                tensor.copy_(placement.piece(saved.whole(name).to(tensor.device), axes))
+        if optimizer is not None:
+            _load_settings(saved, optimizer)
+            for name in table.parameters:
+                if name in names:
+                    _load_state(saved, name, table, optimizer, axes)
+
+
+def load_whole(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """`load` into an ordinary model, in place. Local."""
+    load(saved, ParamTable.of(model), optimizer, Axes(World(), Mesh()))
+
+
+def check_same(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise `TaskError` where what was kept is another model's or another optimizer's. Local."""
+    shapes = {name: list(table.placement(name).layout.shape) for name in table.tensors}
+    for name in {**shapes, **saved.tensors}:
+        there, here = saved.tensors.get(name, {}).get("shape"), shapes.get(name)
+        if there != here:
+            what = "is not in it" if there is None else "is only in it" if here is None else f"has shape {there} in it"
+            raise TaskError(
+                f"checkpoint {saved.name} is another model's: {name}{'' if here is None else f' {here}'} {what}; "
+                "make the model as it was."
+            )
+    if optimizer is None:
+        return
+    names = {id(parameter): name for name, parameter in table.parameters.items()}
+    mine = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+    if mine != [group["params"] for group in saved.groups]:
+        raise TaskError(
+            f"checkpoint {saved.name} has other parameter groups than the optimizer: build it as it was, over the "
+            "same parameters in the same order."
+        )
+
+
+def check_goes_on(saved: Saved, plan: Plan) -> None:
+    """Raise `PlanError` where `plan` cannot go on from there. Local."""
+    told = saved.ranks[0]
+    position = told["position"]
+    if position["batch"]:
+        for name in ORDER:
+            if told["plan"][name] != getattr(plan, name):
+                raise PlanError(
+                    f"checkpoint {saved.name} stands in the middle of epoch {position['epoch']} of a run with "
+                    f"{name}={told['plan'][name]}, but {name}={getattr(plan, name)} is asked for: give the same, or a "
+                    "checkpoint from the end of an epoch."
+                )
+    if Position.of(position, torch.device("cpu")).complete(plan):
+        done, word = (position["step"], "steps") if plan.steps is not None else (position["epoch"] - 1, "epochs")
+        raise PlanError(
+            f"checkpoint {saved.name} has done {done} {word} already: ask for more than that in all "
+            f"(--{word} {done + 1})."
+        )
+
+
+def position_of(saved: Saved, axes: Axes, device: torch.device) -> Position:
+    """Where this rank goes on; on other ranks than it was kept by, rank 0 counts for all that were. Local."""
+    ranks, world = saved.ranks, axes.world
+    if len(ranks) == world.size and ranks[0]["mesh"] == str(axes.mesh):
+        return Position.of(ranks[world.rank]["position"], device)
+    told: dict[str, Any] = dict(ranks[0]["position"])
+    speaking = [rank["position"] for rank in ranks if rank["speaks"]]
+    first = world.rank == 0 or (axes.speaks and axes.data.rank == 0)
+    told["samples"] = sum(position["samples"] for position in speaking) if first else 0
+    told["row"] = {
+        **told["row"],
+        "samples": sum(position["row"]["samples"] for position in speaking) if first and axes.speaks else 0,
+        "loss": [sum(p["row"]["loss"][i] for p in speaking) if first and axes.speaks else 0.0 for i in range(2)],
+    }
+    return Position.of(told, device)
+
+
+def _load_settings(saved: Saved, optimizer: torch.optim.Optimizer) -> None:
+    for group, values in zip(optimizer.param_groups, saved.groups, strict=True):
+        for key, value in values.items():
+            if key == "params" or key not in group:
+                continue
+            if isinstance(group[key], torch.Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = tuple(value) if isinstance(group[key], tuple) else value
+
+
+def _load_state(saved: Saved, name: str, table: ParamTable, optimizer: torch.optim.Optimizer, axes: Axes) -> None:
+    parameter, placement = table.parameters[name], table.placement(name)
+    optimizer.state.pop(parameter, None)
+    if not (placement.held(axes) and table.is_updated(name, axes)):
+        return
+    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
+    state: dict[str, Any] = dict(saved.values.get(name, {}))
+    for entry in saved.entries(name):
+        whole = saved.whole(name, entry)
+        if is_split(entry, whole, placement.layout.shape):
+            piece = placement.piece(whole.to(parameter.device), axes)
+            dtype = parameter.dtype if whole.dtype == saved.dtype(name) else whole.dtype
+            state[entry] = torch.empty_like(parameter, dtype=dtype).copy_(piece)
+        else:  # not the file's memory, which would keep it mapped
+            state[entry] = whole.to(device_of_entry(entry, group, parameter.device), copy=True)
+    if state:
+        optimizer.state[parameter] = state

@@ -1,0 +1,176 @@
+"""Snapshots: the state of a training in memory that outlives the ranks.
+
+Whoever starts the ranks makes the memory and holds it; each rank writes its share, in turn into one of two slots. A
+slot says which step it holds only when it is complete, so that a rank may be killed at any moment. No rank is more than
+a step ahead of another, hence every rank still has the snapshot that all of them have completed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nbdist.core.handover import Segment
+from nbdist.core.image import Image, Layout
+
+__all__ = ["SLOTS", "Slot", "Vault", "Vaults", "newest", "read"]
+
+SLOTS = 3
+"""Of each rank: two in turn, and one more while another is being written to disk."""
+_HEAD = struct.Struct("<qqq")  # step, ranks, bytes of the image
+_HEAD_BYTES = 4096
+_NOTHING = -1
+
+
+class Slot:
+    """Shared memory for one snapshot of one rank.
+
+    Args:
+        path: A file in memory that somebody holds; it grows as needed.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._memory: Any = None
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._layout: Layout | None = None
+        self._start = 0
+        self._views: list[torch.Tensor] = []
+        self.pinned = False
+
+    @property
+    def head(self) -> tuple[int, int, int]:
+        """The step it holds, -1 for none; of how many ranks' snapshot it is a part; bytes of the image."""
+        if self._memory is None and not self._map(0):
+            return _NOTHING, 0, 0
+        step, ranks, nbytes = _HEAD.unpack(self._memory[: _HEAD.size])
+        return step, ranks, nbytes
+
+    @property
+    def image(self) -> torch.Tensor:
+        """``(bytes,)`` of uint8: the image of the snapshot that the slot holds."""
+        return self._bytes[_HEAD_BYTES : _HEAD_BYTES + self.head[2]]
+
+    def write(self, step: int, ranks: int, layout: Layout, tensors: Mapping[str, torch.Tensor], text: str) -> None:
+        """Write a snapshot; until that is done the slot holds none. Local.
+
+        Args:
+            step: Steps that were done.
+            ranks: How many ranks write one.
+            layout: Of `tensors`.
+            tensors: What is to be kept.
+            text: What else is.
+        """
+        header = layout.header(text)
+        nbytes = len(header) + layout.data_bytes
+        self._map(_HEAD_BYTES + nbytes)
+        self._memory[: _HEAD.size] = _HEAD.pack(_NOTHING, 0, 0)
+        start = _HEAD_BYTES + len(header)
+        self._memory[_HEAD_BYTES:start] = header
+        if self._layout is not layout or self._start != start:
+            self._layout, self._start = layout, start
+            places = [layout.places[key] for key in tensors]
+            flats = [self._bytes[start + first : start + first + length] for first, length in places]
+            self._views = [f.view(t.dtype).view(t.shape) for f, t in zip(flats, tensors.values(), strict=True)]
+        if self._views:
+            torch._foreach_copy_(self._views, list(tensors.values()))
+        self._memory[: _HEAD.size] = _HEAD.pack(step, ranks, nbytes)
+
+    def _map(self, nbytes: int) -> bool:
+        """Map the file, grown to `nbytes` where it is smaller; whether there is something in it."""
+        if self._memory is not None and len(self._memory) >= nbytes:
+            return True
+        with open(self.path, "r+b") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < nbytes:
+                size = nbytes + nbytes // 8
+                os.ftruncate(file.fileno(), size)
+            if size < _HEAD_BYTES:
+                return False
+            self._memory = mmap.mmap(file.fileno(), size)
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._layout = None
+        return True
+
+
+class Vault:
+    """The slots of one rank, which alone writes them.
+
+    Args:
+        paths: `SLOTS` files in memory.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._slots = [Slot(path) for path in paths]
+
+    def write(self, step: int, ranks: int, layout: Layout, tensors: Mapping[str, torch.Tensor], text: str) -> Slot:
+        """Write a snapshot over the older of two; returns where. See `Slot.write`."""
+        slot = min([slot for slot in self._slots if not slot.pinned][:2], key=lambda slot: slot.head[0])
+        slot.write(step, ranks, layout, tensors, text)
+        return slot
+
+
+class Vaults:
+    """The memory of all ranks' snapshots. Made by who starts the ranks, on their host; the memory goes when this does.
+
+    Args:
+        ranks: How many.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._segments: list[list[Segment]] = []
+        self.paths: list[list[str]] = []
+        self.grow(ranks)
+
+    def grow(self, ranks: int) -> None:
+        """See to it that there is memory for so many ranks."""
+        while len(self._segments) < ranks:
+            self._segments.append([Segment(1) for _ in range(SLOTS)])
+            self.paths.append([segment.path for segment in self._segments[-1]])
+
+    @property
+    def reached(self) -> int:
+        """The last step that any rank has kept; -1 for none."""
+        return max(Slot(path).head[0] for own in self.paths for path in own)
+
+    def trim(self) -> None:
+        """Give back all memory but that of the newest snapshot. Nobody may be writing."""
+        held = newest(self.paths)
+        kept = set() if held is None else {slot.path for slot in held[1]}
+        for segment in (segment for segments in self._segments for segment in segments):
+            if segment.path not in kept:
+                os.truncate(segment.path, 0)
+
+    def close(self) -> None:
+        """Let go of the memory. Twice is fine."""
+        for segments in self._segments:
+            for segment in segments:
+                segment.close()
+
+
+def newest(paths: Sequence[Sequence[str]]) -> tuple[int, list[Slot]] | None:
+    """The newest step of which every rank has a complete snapshot, and where each rank's lies; None without one.
+
+    Args:
+        paths: The slots of each rank, on this host.
+    """
+    slots = [{slot.head[:2]: slot for slot in map(Slot, own)} for own in paths]
+    complete = [
+        (step, ranks)
+        for step, ranks in (slots[0] if slots else {})
+        if step != _NOTHING and ranks <= len(slots) and all((step, ranks) in own for own in slots[:ranks])
+    ]
+    if not complete:
+        return None
+    step, ranks = max(complete)
+    return step, [own[step, ranks] for own in slots[:ranks]]
+
+
+def read(slots: Sequence[Slot]) -> list[Image]:
+    """The images in slots."""
+    return [Image(slot.image) for slot in slots]
