@@ -5,11 +5,11 @@ PYTHON ?= python3
 CPU ?=
 
 BIN := .venv/bin
-BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_time
+BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_time snapshots
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test parity hf bench check lab clean
+.PHONY: help env demo test parity chaos hf bench check lab clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: env  ## Run the tests
 
 parity: env  ## Compare every model on every mesh with one process, and print the table: under 40 minutes
 	@$(BIN)/python tests/core/matrix.py
+
+chaos: env  ## Kill, break and hang ranks in every way, and write the table into tests/README.md: 15 minutes
+	@$(BIN)/python tests/chaos/chaos.py --write
 
 hf: env  ## Train models of Hugging Face transformers on every mesh: a few minutes
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hf]' -c constraints.txt

@@ -23,8 +23,8 @@ PUBLIC = [
 TRAIN_OPTIONS = [
     "MODEL", "DATA", "--val", "--strategy", "--loss", "--optimizer", "--lr", "--lr-scheduler", "--epochs", "--steps",
     "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
-    "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--threads", "--bucket-mib", "--gather", "--save",
-    "--resume", "--background", "-o",
+    "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--threads", "--bucket-mib", "--gather",
+    "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--background", "-o",
 ]  # fmt: skip
 
 MAGICS = ["dist", "dist_pull", "dist_push", "dist_start", "dist_status", "dist_stop", "dist_train"]

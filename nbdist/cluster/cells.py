@@ -37,14 +37,20 @@ class CellRun:
         calls: ipyparallel's result of each rank.
         interrupt: Interrupts the given ranks.
         failed: Called if the cell fails or is interrupted, with the calls that are still unanswered.
+        check_alive: Raises where no answer can come any more.
     """
 
     def __init__(
-        self, calls: dict[int, Any], interrupt: Callable[[list[int]], None], failed: Callable[[dict[int, Any]], None]
+        self,
+        calls: dict[int, Any],
+        interrupt: Callable[[list[int]], None],
+        failed: Callable[[dict[int, Any]], None],
+        check_alive: Callable[[], None],
     ) -> None:
         self._calls = calls
         self._interrupt = interrupt
         self._failed = failed
+        self._check_alive = check_alive
 
     @property
     def ranks(self) -> list[int]:
@@ -76,6 +82,7 @@ class CellRun:
 
         Raises:
             EngineError: The cell failed on some rank.
+            ClusterError: The engines cannot be reached any more.
             KeyboardInterrupt: It was interrupted; the ranks have been interrupted too.
         """
         try:
@@ -90,6 +97,7 @@ class CellRun:
             while waiting := [call for call in self._calls.values() if not call.ready()]:
                 while_waiting()
                 waiting[0].wait(_POLL_S)
+                self._check_alive()
         except KeyboardInterrupt:
             self._interrupt([rank for rank, call in self._calls.items() if not call.ready()])
             deadline = time.monotonic() + _INTERRUPTED_AFTER_S

@@ -83,7 +83,7 @@ class Cluster:
         Raises:
             ClusterError: Another cluster runs in this kernel, or an engine did not become ready in time.
         """
-        if self._up is not None and not self._up.reachable:
+        if self._up is not None and not self.reachable:
             self.stop()
         if self._up is not None:
             self._refuse_while_running()
@@ -126,6 +126,11 @@ class Cluster:
         """One record an engine, in rank order; empty when the cluster does not run."""
         busy = self._run is not None and self._run.progress.running
         return [] if self._up is None else self._up.records(busy)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the controller lives, through which everything goes; not so where the cluster does not run."""
+        return self._up is not None and self._up.reachable
 
     @property
     def spare_engines(self) -> list[Engine]:
@@ -198,7 +203,7 @@ class Cluster:
         for rank in chosen:
             engines.start_call(rank, entry.expect_cell, news, number)
             calls[rank] = engines.start_cell(rank, source)
-        return CellRun(calls, self.interrupt, engines.suspect)
+        return CellRun(calls, self.interrupt, engines.suspect, engines.check_alive)
 
     def push(self, **values: Any) -> None:
         """Put values into the namespace of every engine's cells; tensors travel through one shared copy."""

@@ -44,6 +44,8 @@ def last_run() -> Run | None:
 
 
 def note_run(run: Run) -> None:
-    """Called by a cluster when a run begins."""
+    """Called by a cluster when a run begins; with the one before nobody goes on any more."""
     global _run
+    if _run is not None:
+        _run.forget(but=run)
     _run = run

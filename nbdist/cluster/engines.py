@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import importlib
 import signal
@@ -10,50 +9,25 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ipyparallel.error
 import psutil
 
 from nbdist.cluster import entry, fork_server
-from nbdist.cluster.launch import Launch
-from nbdist.cluster.remote_errors import ranks_text
-from nbdist.cluster.spares import Spares, gone
+from nbdist.cluster.engine import Engine, gone
+from nbdist.cluster.forming import Forming
+from nbdist.cluster.launch import CONTROLLER_ENDED, Launch
+from nbdist.cluster.spares import Spares
 from nbdist.errors import ClusterError, EngineError
 
 __all__ = ["Engine", "Engines"]
 
 _ASK_AGAIN_S = 1.0
-_LOOK_S = 0.05
-_LET_GO_WITHIN_S = 2.0
+_LOOK_S = 0.1
 _KNOWN_WITHIN_S = 1.0
 _POLL_S = 0.005
-
-
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """What is known of one engine.
-
-    Args:
-        rank: Its position in the world; -1 for a spare, which has none.
-        pid: The process that trains.
-        host: Its host's name.
-        host_id: Names its running system; engines that share it share memory.
-        device: What it computes on, such as "cpu" or "cuda:0".
-        cores: CPU cores it may use, shared with the other engines of its host.
-        born_s: When that process began, in seconds since 1970.
-        state: "idle", "busy" or "lost".
-    """
-
-    rank: int
-    pid: int
-    host: str
-    host_id: str
-    device: str
-    cores: int
-    born_s: float = 0.0
-    state: str = "idle"
 
 
 class Engines:
@@ -95,11 +69,12 @@ class Engines:
         try:
             self._launch.wait_for(size, timeout_s, tell)
             loading.join()
-            from nbdist.core import handover
+            from nbdist.core import handover, world
 
+            self._store = world.host_store()
             self._host_id = self._launch.host_id = handover.host_id()
             self._ids = sorted(self._launch.ids)[:size]
-            self._spares = Spares(self._launch, spares)
+            self._spares = Spares(self._launch, spares, (self._store.host, self._store.port))
             self._records = self._introduce()
             tell("forming the world")
             self.form()
@@ -141,6 +116,10 @@ class Engines:
                 with contextlib.suppress(ClusterError):  # without spares all goes on; who needs one meets the error
                     self._spares.refill(self._ids, self._pids())
 
+    def _over(self) -> bool:
+        self.check_alive()
+        return self.ended
+
     def _pids(self) -> list[int]:
         return [record.pid for record in self._records]
 
@@ -156,10 +135,7 @@ class Engines:
             ClusterError: They cannot: the controller has ended.
         """
         if not self.reachable:
-            raise ClusterError(
-                "the controller's process has ended, so the engines cannot be reached: %dist_start starts anew; what "
-                "the engines had in memory is lost."
-            )
+            raise ClusterError(CONTROLLER_ENDED)
 
     @property
     def threads(self) -> int:
@@ -174,53 +150,49 @@ class Engines:
 
     def request_stop(self, run_id: str) -> None:
         """Tell the ranks of the present world that a run is to stop: rank 0 asks their store for it."""
-        import torch.distributed as dist
-
-        store = self._store
+        store = self._generation_store()
         if store is not None:
-            dist.PrefixStore(f"nbdist/{self._generation}", store).set(f"stop/{run_id}", "1")
+            store.set(f"stop/{run_id}", "1")
 
     def release(self) -> None:
-        """Let go of the store of the present world: every rank that waits there gets an error at once."""
-        self._store = None
+        """Release the ranks of the present world: each that waits at the store for others gets an error at once."""
+        store = self._generation_store()
+        if store is not None:
+            store.release()
+
+    def _generation_store(self) -> Any:
+        store = self._store
+        if store is None:  # ended
+            return None
+        from nbdist.core.channels.meeting import GenerationStore
+
+        return GenerationStore(store, self._generation)
 
     def form(self) -> None:
-        """Let all engines meet in a world of a new generation, with a store of its own.
+        """Let all engines meet in a world of a new generation.
 
         Raises:
             EngineError: It failed on a rank, or one was lost. The others have left the world, and may form another.
             ClusterError: They did not meet in time.
         """
-        from nbdist.core import world
-
         self.release()
         self.formed = False
         self._generation += 1
-        self._store = world.host_store()
         records = self._records
         hosts = [record.host_id for record in records]
-        calls: dict[int, Any] = {}
+        forming = Forming(
+            lost=lambda: self.lost, check_alive=self.check_alive, release=self.release, kill=self.kill,
+            timeout_s=self.timeout_s,
+        )  # fmt: skip
         try:
             for record in records:
-                calls[record.rank] = self.start_call(
-                    record.rank,
-                    entry.join,
-                    self._store.host,
-                    self._store.port,
-                    self._generation,
-                    record.rank,
-                    self.size,
-                    hosts[: record.rank].count(record.host_id),
-                    hosts.count(record.host_id),
-                    self._device,
-                    self.threads,
-                )
-            self._wait_until_formed(calls)
+                local_rank, local_size = hosts[: record.rank].count(record.host_id), hosts.count(record.host_id)
+                where = self._generation, record.rank, self.size, local_rank, local_size, self._device, self.threads
+                forming.calls[record.rank] = self.start_call(record.rank, entry.join, *where)
+            formed = forming.wait()
         except BaseException:
-            self.release()
-            self._let_go(calls)
+            forming.give_up()
             raise
-        formed = {rank: call.get() for rank, call in calls.items()}
         self._records = [replace(record, device=formed[record.rank]["device"]) for record in records]
         self.transport = formed[0]["transport"]
         self.formed, self.suspected = True, False
@@ -229,38 +201,6 @@ class Engines:
             from nbdist.core.world import SHARED_GPU
 
             warnings.warn(SHARED_GPU, stacklevel=2)
-
-    def _wait_until_formed(self, calls: dict[int, Any]) -> None:
-        """Wait for all, or the first that fails; then the others are freed, so that the cause can be told."""
-        deadline = time.monotonic() + self.timeout_s
-        while True:
-            done, waiting = concurrent.futures.wait(
-                calls.values(), _LOOK_S, return_when=concurrent.futures.FIRST_EXCEPTION
-            )
-            if any(call.exception() for call in done):
-                break
-            if not waiting:
-                return
-            if lost := self.lost:
-                raise EngineError(f"{ranks_text(lost)}: the process ended while the ranks met.", rank=lost[0])
-            self.check_alive()
-            if time.monotonic() > deadline:
-                late = [rank for rank, call in calls.items() if call in waiting]
-                raise ClusterError(f"{ranks_text(late)} did not meet the others within {self.timeout_s:g} s.")
-        self.release()
-        self._let_go(calls)
-        failed = {rank: error for rank, call in calls.items() if (error := call.exception()) is not None}
-        lost = [rank for rank, error in failed.items() if getattr(error, "ename", "") == "EngineError"]
-        if lost:
-            raise EngineError(f"{ranks_text(lost)}: the process ended while the ranks met.", rank=lost[0])
-        rank, error = min(failed.items(), key=lambda one: getattr(one[1], "ename", "") == "PeerLostError")
-        words = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
-        raise EngineError(f"rank {rank}: {words}", str(getattr(error, "traceback", "")), rank)
-
-    def _let_go(self, calls: dict[int, Any]) -> None:
-        """Wait until ranks whose store is gone have noticed, and kill those that do not."""
-        concurrent.futures.wait(calls.values(), _LET_GO_WITHIN_S)
-        self.kill([rank for rank, call in calls.items() if not call.done()])
 
     def kill(self, ranks: Iterable[int]) -> None:
         """End the processes of ranks that do not react any more; they are lost when this returns."""
@@ -294,7 +234,7 @@ class Engines:
             self.formed = False
             for rank in lost:
                 self._spares.leave(self._ids[rank])
-            taken = self._spares.take(len(lost), self._ids, self._pids(), self.timeout_s, tell, lambda: self.ended)
+            taken = self._spares.take(len(lost), self._ids, self._pids(), self.timeout_s, tell, self._over)
             records = list(self._records)
             for rank, (engine_id, facts) in zip(lost, taken.items(), strict=True):
                 self._ids[rank] = engine_id
@@ -331,7 +271,7 @@ class Engines:
         """Call a function on engines at once and wait; `arguments` are a tuple for all, or one a rank.
 
         Raises:
-            ClusterError: An engine did not answer in time.
+            ClusterError: An engine did not answer in time, or cannot be reached.
             EngineError: The function failed on one.
         """
         calls = {
@@ -341,10 +281,12 @@ class Engines:
         results = {}
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for rank, call in calls.items():
+            while not call.wait(_LOOK_S):
+                self.check_alive()
+                if deadline is not None and time.monotonic() > deadline:
+                    raise ClusterError(f"rank {rank} did not answer within {timeout_s:g} s: %dist_stop ends it.")
             try:
-                results[rank] = call.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
-            except TimeoutError:
-                raise ClusterError(f"rank {rank} did not answer within {timeout_s:g} s: %dist_stop ends it.") from None
+                results[rank] = call.get()
             except ipyparallel.error.RemoteError as error:
                 raise EngineError(f"rank {rank}: {error.ename}: {error.evalue}", str(error.traceback), rank) from None
         return results
@@ -375,14 +317,15 @@ class Engines:
     def end(self) -> None:
         """End the processes, whatever they are doing. Twice is fine."""
         self.ended = True
-        self.release()  # an old Run may keep us, but must not keep a socket open
+        self.release()
+        self._store = None  # an old Run may keep us, but must not keep a socket open
         with self._changing:  # a spare that is just being started is ended too
             self._launch.end()
 
     def _introduce(self) -> list[Engine]:
         """Let the engines of all ranks load torch and say where they live."""
         self._greet()
-        facts = self.call(range(self.size), entry.hello, timeout_s=self.timeout_s)
+        facts = self.call(range(self.size), entry.hello, (self._store.host, self._store.port), timeout_s=self.timeout_s)
         return [Engine(rank=rank, device="", **fact) for rank, fact in facts.items()]
 
     def _greet(self) -> None:

@@ -43,6 +43,7 @@ class _Engine:
     """What this process remembers between calls."""
 
     def __init__(self) -> None:
+        self.store: Any = None  # one connection for all worlds: to make one can take seconds where name servers fail
         self.world: Any = None
         self.outgoing: Any = None  # the segment of the last value that was pulled from here
         self.home: Any = None  # the segment of the last trained weights, on rank 0
@@ -62,13 +63,15 @@ def hear() -> None:
     """Answer, and do nothing else."""
 
 
-def hello() -> dict[str, Any]:
-    """Load torch, before anything can interrupt its import, and say where this engine lives."""
+def hello(address: str, port: int) -> dict[str, Any]:
+    """Load torch, before anything can interrupt its import, reach the store, and say where this engine lives."""
     import psutil
 
     from nbdist.core import handover, train  # noqa: F401 - loaded while nobody waits
+    from nbdist.core.channels.meeting import reach_store
     from nbdist.plan import available_cores
 
+    _engine.store = reach_store(address, port)
     return {
         "host": socket.gethostname(),
         "host_id": handover.host_id(),
@@ -79,8 +82,6 @@ def hello() -> dict[str, Any]:
 
 
 def join(
-    address: str,
-    port: int,
     generation: int,
     rank: int,
     size: int,
@@ -96,18 +97,17 @@ def join(
     """
     import torch
 
-    from nbdist.core.channels.meeting import reach_store
     from nbdist.core.world import World
 
     if _engine.world is not None:
         _engine.world.leave()
-        _engine.world = None  # and with it the connection to its store
+        _engine.world = None
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_size)
     )
     torch.set_num_threads(threads)
     _engine.world = World.form(
-        store=reach_store(address, port), rank=rank, size=size, local_rank=local_rank,
+        store=_engine.store, rank=rank, size=size, local_rank=local_rank,
         local_size=local_size, device=device, generation=generation,
     )  # fmt: skip
     _namespace().update(rank=rank, world_size=size, device=_engine.world.device)

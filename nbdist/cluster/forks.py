@@ -1,15 +1,18 @@
 """What the fork server runs, and what its forks become: controller, engines and their nannies.
 
-The server starts no thread and touches no GPU, for neither survives a fork. It ends when its owner does, or closes the
-pipe.
+The server starts no thread and touches no GPU, for neither survives a fork. It ends when its owner closes the pipe, or
+is gone: then it also ends what is left of its forks, for one that hangs cannot end itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
 import pickle
+import select
+import shutil
 import signal
 import sys
 import threading
@@ -19,12 +22,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
+
 from nbdist.cluster import owner_guard
 from nbdist.cluster.fork_server import Order
 
 __all__ = ["main", "serve"]
 
 _POLL_S = 0.5
+_GRACE_S = 3.0
+"""How long a fork whose owner is gone has to end by itself."""
 _CONTROL_PLANE = ["ipyparallel.controller.app", "ipyparallel.engine.app", "ipyparallel.engine.nanny"]
 _ENGINE = [
     "torch.distributed", "numpy.random", "nbdist.cluster.entry", "nbdist.core.train", "nbdist.core.handover",
@@ -33,8 +40,62 @@ _ENGINE = [
 ]  # fmt: skip
 
 
+class _Brood:
+    """The processes that were forked, held so that a number which is another one's by now is never hit."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, int] = {}  # a descriptor of each process, and its number
+        self._folders: set[str] = set()
+
+    def add(self, pid: int, folder: str | None) -> None:
+        """Hold a child, at once: its number is not given to another process so soon."""
+        self._held = {held: other for held, other in self._held.items() if not self._ended(held)}
+        with contextlib.suppress(OSError):  # it has ended at once, or the system is too old
+            self._held[os.pidfd_open(pid)] = pid
+        if folder:
+            self._folders.add(folder)
+
+    def forget(self) -> None:
+        """Let go of all; called in a child, whose brothers they are."""
+        for held in self._held:
+            os.close(held)
+        self._held = {}
+
+    def end(self) -> None:
+        """Kill who still runs, with its own children, and remove what the controllers would have removed."""
+        for held, pid in self._held.items():
+            if self._ended(held):
+                continue
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(held, signal.SIGKILL)
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @staticmethod
+    def _ended(held: int) -> bool:
+        over = select.poll()
+        over.register(held, select.POLLIN)
+        if not over.poll(0):
+            return False
+        os.close(held)
+        return True
+
+
 def serve(pipe: Connection, owner: str) -> None:
     """The server's loop: fork what is ordered, until the pipe closes or the owner is gone."""
+    brood = _Brood()
+    _serve(pipe, owner, brood)
+    time.sleep(_POLL_S)  # an owner that ends us in good order does so now, and one that was killed is dead by now
+    if not owner_guard.alive(owner):
+        time.sleep(_GRACE_S)
+        brood.end()
+
+
+def _serve(pipe: Connection, owner: str, brood: _Brood) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _load(_CONTROL_PLANE)
@@ -53,7 +114,9 @@ def serve(pipe: Connection, owner: str) -> None:
             pid = os.fork()
             if pid == 0:
                 pipe.close()
+                brood.forget()
                 _become(order)
+            brood.add(pid, order.environment.get(owner_guard.FOLDER_VARIABLE))
         try:
             pipe.send((number, pid, error))
         except OSError:  # the owner has gone meanwhile

@@ -23,7 +23,12 @@ from nbdist.cluster import fork_server
 from nbdist.cluster.owner_guard import FOLDER_VARIABLE, OWNER_VARIABLE, owner_mark
 from nbdist.errors import ClusterError
 
-__all__ = ["Launch"]
+__all__ = ["CONTROLLER_ENDED", "Launch"]
+
+CONTROLLER_ENDED = (
+    "the controller's process has ended, so the engines cannot be reached: %dist_start starts anew; what the engines "
+    "had in memory is lost."
+)
 
 _GUARD = [sys.executable, "-m", "nbdist.cluster.owner_guard"]
 _PING_MS = 100  # a registration completes at the next heartbeat, so the default of 3 s would be waited for
@@ -87,6 +92,8 @@ class Launch:
         deadline = time.monotonic() + timeout_s
         while (ready := len(self.client.ids)) < engines:
             tell(f"{ready} of {engines} engines are ready")
+            if not self.controller_runs:
+                raise ClusterError(CONTROLLER_ENDED)
             if not self._processes_alive():
                 raise ClusterError(f"an engine ended while it started:\n{self.log_tail()}")
             if time.monotonic() > deadline:

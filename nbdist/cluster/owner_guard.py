@@ -53,6 +53,18 @@ def _watch(mark: str, folder: str | None) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _end_with_controller() -> None:
+    """In a child that the controller has forked, a scheduler: without a controller it is of no use."""
+    mark = owner_mark(os.getppid())
+
+    def watch() -> None:
+        while alive(mark):
+            time.sleep(_POLL_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="nbdist-owner-guard").start()
+
+
 def main() -> None:
     """Start the guard's thread, then become ipyparallel's controller or engine."""
     kind = sys.argv.pop(1)
@@ -65,6 +77,8 @@ def main() -> None:
     if kind == "engine":
         from ipyparallel.engine.app import main as run
     else:
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_end_with_controller)
         from ipyparallel.controller.app import main as run
     sys.exit(run())
 

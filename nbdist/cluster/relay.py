@@ -31,7 +31,7 @@ _INTERRUPT_AFTER_S = 0.8
 _KILL_AFTER_S = 2.0
 """How long they may then take to react, before they are replaced like one that is lost."""
 _TRIES = 5
-"""How often ranks may be lost without a step in between."""
+"""How often in succession ranks may be lost at the same step."""
 
 
 class Relay:
@@ -141,11 +141,12 @@ class Relay:
         return [outcomes[rank] for rank in range(len(self._calls))]
 
     def _outcome(self, rank: int) -> Outcome:
-        try:
+        error = self._calls[rank].exception()  # raised, it would hold this frame, and with it the run's memory
+        if error is None:
             outcome: Outcome = self._calls[rank].get()
             if outcome.failure is None or not outcome.failure.echo:  # else nobody reads what it has printed at once
                 settle(self._calls[rank])
-        except ipyparallel.error.RemoteError as error:
+        elif isinstance(error, ipyparallel.error.RemoteError):
             lost = error.ename == "EngineError"  # ipyparallel's word for an engine that died
             kind, message = (_LOST, "its process ended") if lost else (error.ename, error.evalue)
             failure = Failure(
@@ -153,6 +154,8 @@ class Relay:
             )
             snapshot = dataclasses.replace(self._run.progress.ranks[rank], state="lost" if lost else "failed")
             outcome = Outcome(rank=rank, state="failed", snapshot=snapshot, failure=failure)
+        else:
+            raise error
         if rank in self._freed and outcome.failure is not None and outcome.failure.kind == "KeyboardInterrupt":
             return dataclasses.replace(outcome, failure=dataclasses.replace(outcome.failure, echo=True))
         return outcome
@@ -176,7 +179,7 @@ class Relay:
         lost = [outcome.rank for outcome in outcomes if outcome.failure is not None and outcome.failure.kind == _LOST]
         run.progress.state = "recovering" if run.progress.state != "stopping" else "stopping"
         reached = -1 if run.vaults is None else run.vaults.reached
-        self._reached, self._tries = max(reached, self._reached), 0 if reached > self._reached else self._tries
+        self._reached, self._tries = reached, 0 if reached != self._reached else self._tries
         replaced = set(lost)
         while True:
             self._tries += 1

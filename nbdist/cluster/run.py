@@ -126,6 +126,12 @@ class Run:
         """Whether the run has ended and all about its end is done: weights home, panel drawn."""
         return self._ended.is_set()
 
+    def forget(self, but: Run) -> None:
+        """Let go of what is needed to go on from here; the snapshots may be those of another run by now. Local."""
+        if self.vaults is not None and self.vaults is not but.vaults:
+            self.vaults.close()
+        self.vaults, self.asked = None, {}
+
     def _end(self, state: str, error: NbdistError | None = None) -> None:
         """Called by the relay, once, after the weights are home."""
         self.error = error

@@ -11,23 +11,15 @@ import ipyparallel.error
 import psutil
 
 from nbdist.cluster import entry
+from nbdist.cluster.engine import gone
 from nbdist.cluster.launch import Launch
 from nbdist.errors import ClusterError, EngineError
 
-__all__ = ["Spares", "gone"]
+__all__ = ["Spares"]
 
 _ASK_AGAIN_S = 1.0
 _POLL_S = 0.005
 _TRIES = 3
-
-
-def gone(pid: int, born_s: float) -> bool:
-    """Whether a process of this host has ended, though its number may be another one's by now."""
-    try:
-        process = psutil.Process(pid)
-        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - born_s) > 1.0
-    except psutil.NoSuchProcess:
-        return True
 
 
 class Spares:
@@ -39,10 +31,12 @@ class Spares:
     Args:
         launch: Where engines come from.
         wanted: How many to keep.
+        store: Address and port of the store at which the ranks will meet.
     """
 
-    def __init__(self, launch: Launch, wanted: int) -> None:
+    def __init__(self, launch: Launch, wanted: int, store: tuple[str, int]) -> None:
         self.wanted = wanted
+        self._store = store
         self._launch = launch
         self._calls: dict[int, tuple[Any, float]] = {}
         self._facts: dict[int, dict[str, Any]] = {}
@@ -75,7 +69,7 @@ class Spares:
                 self._hear(engine_id, call)
             elif time.monotonic() - asked_s > _ASK_AGAIN_S:
                 with contextlib.suppress(IndexError):  # it has just ended
-                    again = self._launch.client[engine_id].apply_async(entry.hello)
+                    again = self._launch.client[engine_id].apply_async(entry.hello, *self._store)
                     self._calls[engine_id] = again, time.monotonic()
         return dict(self._facts)
 

@@ -66,23 +66,17 @@ class Training:
         engines, run = self.engines, self.run
         if engines.suspected:
             engines.form()
+        if again and run.vaults is not None:
+            run.vaults.trim()  # newer ones of some ranks would hold a slot each until the run gets there again
         news = self._cells.all() if again else self._cells.new()
         vaults = [] if run.vaults is None else run.vaults.paths
         arguments = (self._parcel, run.run_id, news, engines.remote, let_go(engines.home), vaults, go_on)
         calls = [engines.start_call(rank, entry.train, *arguments) for rank in range(engines.size)]
         self._printed.append(functools.partial(printed, dict(enumerate(calls))))
-        run._printed = self._all_printed
+        run._printed = functools.partial(_all_printed, self._printed)  # not us, or the run's memory would outlive it
         if run.progress.state == "stopping":  # the ranks of a new world have not heard of it
             engines.request_stop(run.run_id)
         return calls
-
-    def _all_printed(self, stream: str) -> dict[int, str]:
-        """What ranks have printed, before and after they were replaced."""
-        texts: dict[int, str] = {}
-        for printed_then in self._printed:
-            for rank, text in printed_then(stream).items():
-                texts[rank] = texts.get(rank, "") + text
-        return texts
 
     def replace_lost(self) -> None:
         """Give the ranks that were lost to other engines, and let all meet again.
@@ -142,10 +136,18 @@ class Training:
             run.vaults.trim()
         engines.formed = not failed  # ranks leave a world that failed
         deadline = time.monotonic() + _SETTLED_WITHIN_S
-        while failed and not engines.ended and not engines.formed and time.monotonic() < deadline:
+        while failed and engines.reachable and not (engines.ended or engines.formed) and time.monotonic() < deadline:
             with contextlib.suppress(ClusterError):
-                engines.check_alive()
                 self.replace_lost()
+
+
+def _all_printed(printed_each: list[Callable[[str], dict[int, str]]], stream: str) -> dict[int, str]:
+    """What ranks have printed, before and after they were replaced."""
+    texts: dict[int, str] = {}
+    for printed_then in printed_each:
+        for rank, text in printed_then(stream).items():
+            texts[rank] = texts.get(rank, "") + text
+    return texts
 
 
 def attend(run: Run, while_waiting: Callable[[], None] = lambda: None) -> Run:

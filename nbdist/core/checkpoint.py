@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,16 @@ from nbdist.core.image import Layout
 from nbdist.core.params import ParamTable
 from nbdist.core.pieces import from_all, plain
 from nbdist.core.restore import check_goes_on, check_same, load_whole
-from nbdist.core.saved import ABOUT, FORMAT, NEWEST, Saved, checkpoints, checksum_of_text
+from nbdist.core.saved import ABOUT, FORMAT, NEWEST, Saved, checkpoints, sealed
 from nbdist.core.snapshot import Slot
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
 
 __all__ = ["CheckpointWriter", "check_resume", "load_checkpoint", "prepare"]
 
-_NAMES = f"{'[0-9a-f]' * 8}-step{'[0-9]' * 8}"
+_NAMES = f"{'[0-9a-f]' * 8}-step{'[0-9]' * 8}*"
+THREAD = "nbdist checkpoint"
+"""The name of the thread that writes."""
 _SUM = ".sha256"
 _BLOCK_BYTES = 1 << 20
 
@@ -67,8 +68,10 @@ def prepare(plan: Plan, optimizer: torch.optim.Optimizer, channel: Channel) -> N
 
 def _tidy_up(folder: Path) -> None:
     with contextlib.suppress(PlanError):  # unreadable: what is there may be all that is left
-        for name in {path.name for path in folder.glob(_NAMES)} - {*checkpoints(folder)}:
-            shutil.rmtree(folder / name, ignore_errors=True)
+        known = checkpoints(folder)
+        for path in folder.glob(_NAMES):
+            if path.name not in known and (known or not (path / ABOUT).exists()):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def check_resume(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -132,13 +135,20 @@ class CheckpointWriter:
         self._ranks = ranks
         self._thread: threading.Thread | None = None
         self._slot: Slot | None = None
+        self._step = -1
         self._name = ""
-        self.problem = ""
+        self.failed = False
+        self.problems: list[str] = []
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is under way on this rank, or has not been settled."""
+        """Whether a checkpoint is under way on this rank that has not been settled: on all ranks the same."""
         return self._slot is not None
+
+    @property
+    def working(self) -> bool:
+        """Whether one is under way, or is being let count: not before that is done may the next one begin."""
+        return self.busy or (self._thread is not None and self._thread.is_alive())
 
     @property
     def done(self) -> bool:
@@ -147,60 +157,80 @@ class CheckpointWriter:
 
     def begin(self, slot: Slot, step: int, frozen: Mapping[str, torch.Tensor]) -> None:
         """Begin to write what `slot` holds, and `frozen`, which nobody changes. Local."""
+        self.wait()
         slot.pinned = True
-        self._slot, self._name, self.problem = slot, f"{self._mark}-step{step:08}", ""
-        self._thread = threading.Thread(target=self._write, args=(slot, dict(frozen)), daemon=True)
-        self._thread.start()
+        # One that counts is never written over: the last one of a run may have the step of the one before it.
+        self._name = f"{self._mark}-step{step:08}{'-end' if step == self._step else ''}"
+        self._slot, self._step, self.failed = slot, step, False
+        self._start(self._write, slot, dict(frozen))
 
     def wait(self) -> None:
-        """Wait until this rank's share has been written, or could not be. Local."""
+        """Wait until what this rank has begun to write has been written, or could not be. Local."""
         if self._thread is not None:
             self._thread.join()
+
+    def _start(self, work: Callable[..., None], *args: Any) -> None:
+        self._thread = threading.Thread(target=self._work, args=(work, *args), daemon=True, name=THREAD)
+        self._thread.start()
+
+    def _work(self, work: Callable[..., None], *args: Any) -> None:
+        try:
+            work(*args)
+        except Exception as error:  # whatever it is, what was not written must not count
+            self.failed = True
+            reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
+            self.problems.append(
+                f"the checkpoint of step {self._step} could not be written ({reason}): the run goes on, the "
+                "checkpoints before it are whole."
+            )
 
     def settle(self, whole: bool) -> None:
         """All ranks have told how it went: let the checkpoint count, or forget it. Local, at once on all ranks."""
         assert self._slot is not None
         self._slot.pinned, self._slot = False, None
         if self._rank == 0:
-            self._thread = threading.Thread(target=self._count if whole else self._forget, daemon=True)
-            self._thread.start()
+            self._start(self._count if whole else self._forget)
 
     def _write(self, slot: Slot, frozen: dict[str, torch.Tensor]) -> None:
         place = self._folder / self._name
-        try:
-            place.mkdir(exist_ok=True)
-            _write_file(place / f"rank{self._rank}.safetensors", [slot.image])
-            if frozen:
-                layout = Layout(frozen)
-                tensors = (frozen[key].cpu().contiguous().view(-1).view(torch.uint8) for key in layout.places)
-                header = torch.frombuffer(bytearray(layout.header("")), dtype=torch.uint8)
-                _write_file(place / f"rank{self._rank}-frozen.safetensors", [header, *tensors])
-        except OSError as error:
-            self.problem = (
-                f"the checkpoint of step {int(self._name[-8:])} could not be written ({error.strerror}): the run goes "
-                "on, the checkpoints before it are whole."
-            )
+        place.mkdir(exist_ok=True)
+        _write_file(place / f"rank{self._rank}.safetensors", [slot.image])
+        if frozen:
+            layout = Layout(frozen)
+            tensors = (frozen[key].cpu().contiguous().view(-1).view(torch.uint8) for key in layout.places)
+            header = torch.frombuffer(bytearray(layout.header("")), dtype=torch.uint8)
+            _write_file(place / f"rank{self._rank}-frozen.safetensors", [header, *tensors])
 
     def _count(self) -> None:
         """Let the checkpoint under way count, and remove those that are too many."""
-        place = self._folder / self._name
         try:
-            files = {}
-            for told in sorted(place.glob(f"*{_SUM}")):
-                checksum, nbytes = told.read_text().split()
-                files[told.name.removesuffix(_SUM)] = [int(nbytes), checksum]
-            about: dict[str, Any] = {"format": FORMAT, "files": files}
-            _replace(place / ABOUT, {**about, "checksum": checksum_of_text(about)})
-            for told in place.glob(f"*{_SUM}"):
-                told.unlink()
-            known = [name for name in checkpoints(self._folder) if name != self._name]
-            names = [*known, self._name][-self._keep :]
-            _replace(self._folder / NEWEST, {"checkpoints": names})
-        except (OSError, PlanError) as error:
-            self.problem = f"the checkpoint of step {int(self._name[-8:])} could not be completed ({error})."
-            return
-        for name in {*known, *(path.name for path in self._folder.glob(f"{self._mark}-step*"))} - {*names}:
+            before, names = self._complete()
+        except BaseException:
+            with contextlib.suppress(PlanError):
+                if self._name not in checkpoints(self._folder):
+                    self._forget()  # on a full disk, the next one needs the room
+            raise
+        for name in {*before} - {*names}:  # only these: another rank may have begun with the next one
             shutil.rmtree(self._folder / name, ignore_errors=True)
+
+    def _complete(self) -> tuple[list[str], list[str]]:
+        """Put the checkpoint under way behind those that count; returns their names before and after."""
+        place = self._folder / self._name
+        files = {}
+        for told in sorted(place.glob(f"*{_SUM}")):
+            checksum, nbytes = told.read_text().split()
+            files[told.name.removesuffix(_SUM)] = [int(nbytes), checksum]
+        for rank in range(self._ranks):
+            if f"rank{rank}.safetensors" not in files:
+                raise FileNotFoundError(2, f"the file of rank {rank} is not there: all ranks have to see the folder")
+        _replace(place / ABOUT, sealed({"format": FORMAT, "files": files}))
+        for told in place.glob(f"*{_SUM}"):
+            told.unlink()
+        before = checkpoints(self._folder)
+        names = [name for name in before if not self._name.startswith(name)]
+        names = [*names, self._name][-self._keep :]
+        _replace(self._folder / NEWEST, sealed({"checkpoints": names}))
+        return before, names
 
     def _forget(self) -> None:
         shutil.rmtree(self._folder / self._name, ignore_errors=True)
@@ -229,11 +259,11 @@ def _write_file(path: Path, blocks: Iterable[torch.Tensor]) -> None:
         os.fsync(text.fileno())
 
 
-def _replace(path: Path, value: Any) -> None:
-    """Put JSON in the place of a file in one stroke, which is on the disk when this returns."""
+def _replace(path: Path, content: str) -> None:
+    """Put a text in the place of a file in one stroke, which is on the disk when this returns."""
     aside = path.with_name(f".{path.name}")
     with aside.open("w") as text:
-        json.dump(value, text, indent=1)
+        text.write(content)
         text.flush()
         os.fsync(text.fileno())
     os.replace(aside, path)

@@ -118,8 +118,9 @@ class Reader:
         )
 
     def _sample(self, epoch: int, samples: int) -> torch.Tensor:
-        seeds.seed_all(seeds.derive(self._seed, "sampler", epoch))
-        return torch.tensor(list(itertools.islice(self._source.sampler, samples)), dtype=torch.long)
+        with seeds.kept(torch.device("cpu")):  # it runs anew where a training goes on in the middle of an epoch
+            seeds.seed_all(seeds.derive(self._seed, "sampler", epoch))
+            return torch.tensor(list(itertools.islice(self._source.sampler, samples)), dtype=torch.long)
 
     def _deal(self, order: torch.Tensor) -> Iterator[list[_Dealt]]:
         """For each batch, the slices of this rank: index, positions in the source, and samples that count."""

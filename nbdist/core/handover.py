@@ -101,7 +101,8 @@ class Segment:
                 os.unlink(self._name)
 
     def __del__(self) -> None:
-        self.close()
+        if os is not None:  # it is, when the interpreter ends; then the system lets go of the segment
+            self.close()
 
 
 class Outbox:

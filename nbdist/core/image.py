@@ -87,6 +87,11 @@ class Image:
         """The tensors in it."""
         return list(self._entries)
 
+    def shape(self, key: str) -> list[int]:
+        """Of a tensor."""
+        shape: list[int] = self._entries[key]["shape"]
+        return shape
+
     def read(self, key: str) -> torch.Tensor:
         """A tensor, as a view of the memory."""
         about = self._entries[key]

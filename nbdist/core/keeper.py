@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from nbdist.core import seeds
 from nbdist.core.axes import Axes
+from nbdist.core.boundary import Boundary
 from nbdist.core.checkpoint import CheckpointWriter
 from nbdist.core.gradient_sync import Signals
 from nbdist.core.image import Layout
@@ -21,13 +23,14 @@ from nbdist.core.schedulers import Scheduler
 from nbdist.core.snapshot import Slot, Vault
 from nbdist.core.strategies import Strategy
 from nbdist.errors import TaskError
-from nbdist.plan import Plan
+from nbdist.plan import Plan, available_bytes
 
 __all__ = ["Keeper"]
 
 _SHARE = 100
 """A snapshot is taken when the training has gone on this many times as long as the last one took: 1 % of its time."""
-_SMALL_BYTES = 1 << 16
+_MEMORY_SHARE = 0.5
+"""Of the free memory that snapshots of all ranks may take."""
 
 
 class Keeper:
@@ -68,7 +71,7 @@ class Keeper:
         self._every_steps, self._every_s = plan.checkpoint_cadence
         self._checkpoint_due_s = time.monotonic() + (self._every_s or 0.0)
         self._checkpoint_due = False
-        self._boundary = _Boundary(strategy) if vault is not None and plan.mesh.size == plan.mesh.dp else None
+        self._boundary = Boundary(strategy.task.model) if vault is not None and plan.mesh.size == plan.mesh.dp else None
 
     def signals(self, position: Position) -> Signals:
         """What this rank has to say at the end of the step that begins at `position`; stop and exhausted are not its.
@@ -79,7 +82,7 @@ class Keeper:
             return Signals()
         writer = self._writer
         done = writer is not None and writer.done
-        failed = writer is not None and bool(writer.problem)
+        failed = writer is not None and writer.failed
         said = Signals(written=done and not failed, unwritten=done and failed)
         if self._rank:
             return said
@@ -88,7 +91,7 @@ class Keeper:
             self._checkpoint_due |= bool(self._every_steps) and (position.step + 1) % self._every_steps == 0
             self._checkpoint_due |= bool(self._every_s) and now >= self._checkpoint_due_s
         return said._replace(
-            snapshot=now >= self._snapshot_due_s, checkpoint=self._checkpoint_due and not (writer and writer.busy)
+            snapshot=now >= self._snapshot_due_s, checkpoint=self._checkpoint_due and not (writer and writer.working)
         )
 
     def leave_boundary(self) -> None:
@@ -145,7 +148,7 @@ class Keeper:
         """Wait until the checkpoint under way has been written everywhere, or could not be. **Collective**."""
         assert self._writer is not None
         self._writer.wait()
-        failed = torch.tensor([float(bool(self._writer.problem))], device=self._strategy.device)
+        failed = torch.tensor([float(self._writer.failed)], device=self._strategy.device)
         self._axes.world.all_reduce_(failed)
         self._settle(not failed.item())
         self._writer.wait()
@@ -156,9 +159,8 @@ class Keeper:
         self._writer.settle(whole)
 
     def _complain(self) -> None:
-        if self._writer is not None and self._writer.problem:
-            self._tell(self._writer.problem)
-            self._writer.problem = ""
+        while self._writer is not None and self._writer.problems:
+            self._tell(self._writer.problems.pop(0))
 
     def _keep(
         self, position: Position, buffers: dict[str, torch.Tensor] | None = None, *, everything: bool = False
@@ -171,25 +173,33 @@ class Keeper:
             if not self._layouts:
                 check_state(strategy.table, strategy.task.optimizer)
             tensors = self._pieces.changing(buffers=everything)
-            layout = next((known for known in self._layouts if known.fits(tensors)), None)
-            if layout is None:
-                layout = Layout(tensors)
-                self._layouts = [*self._layouts[-1:], layout]
-            text = self._text(position)
+            layout = self._layout_of(tensors)
+            text = self._text(position, seeds.told() if buffers is None else None)  # after an error nobody knows
         except TaskError as error:
             if self._plan.checkpoint:
                 raise
             self._vault = self._boundary = None
             self._tell(f"no snapshots are taken, so a lost rank means to begin anew: {error}")
             return None
-        if buffers:
+        if buffers is not None:
             tensors = {key: buffers.get(key.rsplit("|", 4)[0], tensor) for key, tensor in tensors.items()}
-        slot = self._vault.write(position.step, self._ranks, layout, tensors, text)
+        slot = self._vault.write(position.moment, self._ranks, layout, tensors, text)
         now = time.monotonic()
         self._snapshot_due_s = now + _SHARE * (now - started_s)
         return slot
 
-    def _text(self, position: Position) -> str:
+    def _layout_of(self, tensors: dict[str, torch.Tensor]) -> Layout:
+        layout = next((known for known in self._layouts if known.fits(tensors)), None)
+        if layout is not None:
+            return layout
+        layout = Layout(tensors)
+        needed, free = 2 * layout.data_bytes * self._ranks, available_bytes()
+        if not self._layouts and not self._plan.checkpoint and free is not None and needed > free * _MEMORY_SHARE:
+            raise TaskError(f"they need {needed / 2**20:,.0f} MiB, of {free / 2**20:,.0f} MiB that are free.")
+        self._layouts = [*self._layouts[-1:], layout]
+        return layout
+
+    def _text(self, position: Position, generators: list[Any] | None) -> str:
         strategy, plan = self._strategy, self._plan
         told: dict[str, Any] = {
             "rank": self._rank,
@@ -199,43 +209,7 @@ class Keeper:
             "position": position.told(),
             "scheduler": self._scheduler.told(),
             "precision": strategy.precision.told(),
+            "generators": generators,
             **self._pieces.values(),
         }
         return f'{{"tensors":{self._described},{json.dumps(told)[1:]}'
-
-
-class _Boundary:
-    """The state between two steps: whether weights and buffers are what they were after the last one.
-
-    A forward that fails has changed running statistics, so their values at the boundary are kept beside them.
-    """
-
-    def __init__(self, strategy: Strategy) -> None:
-        self._model = strategy.task.model
-        all_buffers = dict(self._model.named_buffers())
-        self._small = {name: buffer for name, buffer in all_buffers.items() if buffer.nbytes <= _SMALL_BYTES}
-        self._large = {name: buffer for name, buffer in all_buffers.items() if buffer.nbytes > _SMALL_BYTES}
-        self.buffers = {name: buffer.detach().clone() for name, buffer in self._small.items()}
-        self._versions: list[int] = []
-        self._complete = False
-        self.reach()
-
-    @property
-    def intact(self) -> bool:
-        """Whether the state of the last complete step is still here."""
-        same = {name: id(buffer) for name, buffer in self._model.named_buffers()} == {
-            name: id(buffer) for name, buffer in {**self._small, **self._large}.items()
-        }
-        return self._complete and same and self._versions == [b._version for b in self._large.values()]
-
-    def leave(self) -> None:
-        """The next step's update begins."""
-        self._complete = False
-
-    @torch.no_grad()
-    def reach(self) -> None:
-        """A step is complete."""
-        if self._small:
-            torch._foreach_copy_(list(self.buffers.values()), list(self._small.values()))
-        self._versions = [buffer._version for buffer in self._large.values()]
-        self._complete = True

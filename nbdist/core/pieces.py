@@ -16,9 +16,9 @@ from nbdist.core.params import ParamTable
 from nbdist.core.placement import Placement
 from nbdist.errors import TaskError
 
-__all__ = ["Pieces", "check_state", "from_all", "key_of", "own_entry", "plain"]
+__all__ = ["SMALL_BYTES", "Pieces", "check_state", "from_all", "key_of", "own_entry", "plain"]
 
-_SMALL_BYTES = 1 << 16
+SMALL_BYTES = 1 << 16
 """Buffers up to this are taken to change in every step: BatchNorm writes its own without telling torch."""
 
 
@@ -71,7 +71,7 @@ class Pieces:
                     part = placement if split else Placement(layout=placement.layout)
                     pieces[_key(name, entry, part, axes)] = value.detach()
         for name, buffer in self._buffers():
-            changes = buffer.nbytes <= _SMALL_BYTES or buffer._version != self._versions.get(name)
+            changes = buffer.nbytes <= SMALL_BYTES or buffer._version != self._versions.get(name)
             if changes or (buffers and axes.data.rank == 0):
                 pieces[_key(name, own_entry(axes.data.rank), table.placement(name), axes)] = buffer.detach()
         return pieces
@@ -97,7 +97,7 @@ class Pieces:
         """The buffers to keep on this rank: of ranks that read the same data, one does."""
         if self._axes.tp.rank:
             return
-        for name, buffer in self._model.named_buffers():
+        for name, buffer in self._model.named_buffers(remove_duplicate=False):  # the table has each one once
             if name in self._table.buffers and self._table.placement(name).held(self._axes):
                 yield name, buffer
 
@@ -112,6 +112,8 @@ def check_state(table: ParamTable, optimizer: torch.optim.Optimizer) -> None:
     for name, parameter in table.parameters.items():
         placement = table.placement(name)
         for entry, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(entry, str) or "|" in entry or entry.startswith("@"):
+                raise TaskError(f"the optimizer keeps a state under {entry!r}: name it by a word, to have it kept.")
             if not isinstance(value, torch.Tensor):
                 plain(value, f"the optimizer's {entry}")
             elif (placement.cut or placement.sharded) and value.ndim and not is_split(entry, value, parameter.shape):

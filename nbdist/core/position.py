@@ -83,6 +83,11 @@ class Position:
         self.row = Row(device)
         self._device = device
 
+    @property
+    def moment(self) -> tuple[int, int]:
+        """Steps that are done, and what has ended, epochs or rows: greater after each change, the same on all ranks."""
+        return self.step, self.epoch + len(self.history)
+
     def told(self) -> dict[str, Any]:
         """The position as JSON-able data. Local; waits for the device."""
         return {

@@ -69,6 +69,9 @@ def check_same(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer
                 f"checkpoint {saved.name} is another model's: {name}{'' if here is None else f' {here}'} {what}; "
                 "make the model as it was."
             )
+    for name in table.parameters if saved.complete else ():
+        if not saved.holds(name):
+            raise TaskError(f"checkpoint {saved.name} is not whole: the values of {name} are not in it.")
     if optimizer is None:
         return
     names = {id(parameter): name for name, parameter in table.parameters.items()}
@@ -78,6 +81,24 @@ def check_same(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer
             f"checkpoint {saved.name} has other parameter groups than the optimizer: build it as it was, over the "
             "same parameters in the same order."
         )
+    for group, told in zip(optimizer.param_groups, saved.groups, strict=True):
+        for key in {*group} & {*told} - {"params"}:
+            if not _alike(group[key], told[key]):
+                raise TaskError(
+                    f"checkpoint {saved.name} has {key}={told[key]!r}, where the optimizer has {key}={group[key]!r}: "
+                    "build it as it was."
+                )
+
+
+def _alike(fresh: Any, told: Any) -> bool:
+    """Whether a setting of an optimizer may become what was told: what begins as None may be anything."""
+    if isinstance(fresh, tuple):
+        return isinstance(told, list) and len(fresh) == len(told) and all(map(_alike, fresh, told))
+    if isinstance(fresh, (int, float, torch.Tensor)) and not isinstance(fresh, bool):
+        return isinstance(told, (int, float)) and not isinstance(told, bool)
+    if isinstance(fresh, bool):
+        return told is None or isinstance(told, bool)
+    return fresh is None or isinstance(told, type(fresh))
 
 
 def check_goes_on(saved: Saved, plan: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from nbdist.core.image import Image
 from nbdist.core.pieces import key_of, own_entry
 from nbdist.core.placement import Cut
+from nbdist.core.schema import RANK, cut_of, fits
 from nbdist.errors import PlanError
 
-__all__ = ["ABOUT", "FORMAT", "NEWEST", "Saved", "checksum", "is_whole"]
+__all__ = ["ABOUT", "FORMAT", "NEWEST", "Saved", "checkpoints", "checksum", "is_whole", "sealed"]
 
 ABOUT = "checkpoint.json"
 """In the folder of one checkpoint: its files and their checksums."""
@@ -36,6 +38,8 @@ class _Part(Protocol):
     @property
     def keys(self) -> list[str]: ...
 
+    def shape(self, key: str) -> list[int]: ...
+
     def read(self, key: str) -> torch.Tensor: ...
 
 
@@ -51,25 +55,44 @@ class Saved:
         tensors: What is known of the model's tensors, by name.
         groups: The settings of the optimizer's groups, their parameters by name.
         values: The entries of its state that are no tensors, by parameter.
+        complete: Whether all of the model has to be in it; a snapshot leaves out what never changes.
     """
+
+    complete = False
 
     def __init__(self, name: str, parts: Sequence[_Part]) -> None:
         self.name = name
-        told = [json.loads(part.text) for part in parts if part.text]
+        try:
+            told = [json.loads(part.text) for part in parts if part.text]
+        except (ValueError, RecursionError):
+            told = []
+        if not (told and fits(told, [RANK])):
+            raise self._not_ours("a rank's account of itself")
         self.ranks: list[dict[str, Any]] = sorted(told, key=lambda rank: int(rank["rank"]))
+        if [rank["rank"] for rank in self.ranks] != list(range(len(told))):
+            raise self._not_ours("the ranks that wrote it")
         first = self.ranks[0]
         self.tensors: dict[str, dict[str, Any]] = first["tensors"]
         self.groups: list[dict[str, Any]] = first["groups"]
         self.values: dict[str, dict[str, Any]] = {
             name: value for rank in reversed(self.ranks) for name, value in rank["values"].items()
         }
+        try:
+            self._cuts = {name: cut_of(about) for name, about in self.tensors.items()}
+        except ValueError:
+            raise self._not_ours("what it says of the tensors") from None
         self._part_of: dict[str, _Part] = {}
         self._entries: dict[str, dict[str, bool]] = {}
         for part in parts:
             for key in part.keys:
+                of, entry, kind, *_ = key.rsplit("|", 4) if key.count("|") >= 4 else ("",) * 4
+                if of not in self.tensors:
+                    raise self._not_ours(f"the tensor {key!r}")
                 self._part_of.setdefault(key, part)
-                of, entry, kind, *_ = key.rsplit("|", 4)
                 self._entries.setdefault(of, {})[entry] = kind == "part"
+        for of, entries in self._entries.items():
+            for entry in entries:
+                self._check(of, entry)
 
     @classmethod
     def in_memory(cls, images: Sequence[Image]) -> Saved:
@@ -84,7 +107,7 @@ class Saved:
             PlanError: There is none that this version reads.
         """
         path = Path(folder)
-        if (path / ABOUT).is_file():
+        if os.path.isfile(path / ABOUT):
             return cls._of(path)
         names = list(reversed(checkpoints(path)))
         if not names:
@@ -103,7 +126,9 @@ class Saved:
     @classmethod
     def _of(cls, path: Path) -> Saved:
         files = is_whole(path)
-        return cls(repr(str(path)), [_File(path / file) for file in files])
+        saved = cls(repr(str(path)), [_File(path / file) for file in files])
+        saved.complete = True
+        return saved
 
     def dtype(self, name: str) -> torch.dtype:
         """What a tensor of the model was saved in."""
@@ -119,23 +144,51 @@ class Saved:
         """The tensors of the model that were kept; a snapshot leaves out what never changes."""
         return set(self._entries)
 
+    def holds(self, name: str) -> bool:
+        """Whether the values of a parameter were kept."""
+        return "" in self._entries.get(name, {})
+
     def whole(self, name: str, entry: str = "") -> torch.Tensor:
         """A tensor of the model, or an entry of the optimizer's state of it, as a whole; maybe in memory of others."""
         about = self.tensors[name]
         if not self._entries[name][entry]:
             return self._read(key_of(name, entry, None, None))
-        shape = list(about["shape"])
-        if about["cut"] is not None:
-            shape[about["cut"]["dim"]] //= about["tp"]
-        local = torch.Size(shape)
+        cut, local = self._local(name)
         pieces = []
         for tp in range(about["tp"]):
             parts = [self._read(key_of(name, entry, tp, shard)) for shard in range(about["shard"])]
             flat = parts[0] if about["shard"] == 1 else torch.cat(parts)[: local.numel()]
             pieces.append(flat.view(local))
-        if about["cut"] is None:
-            return pieces[0]
-        return Cut(dim=about["cut"]["dim"], sections=tuple(about["cut"]["sections"])).join(pieces)
+        return pieces[0] if cut is None else cut.join(pieces)
+
+    def _local(self, name: str) -> tuple[Cut | None, torch.Size]:
+        """How a tensor was split over ``tp``, and the shape of the parts."""
+        about = self.tensors[name]
+        cut, shape = self._cuts[name], list(about["shape"])
+        if cut is not None:
+            shape[cut.dim] //= about["tp"]
+        return cut, torch.Size(shape)
+
+    def _check(self, name: str, entry: str) -> None:
+        """See that all parts are there of an entry, and fit together."""
+        about = self.tensors[name]
+        try:
+            if not self._entries[name][entry]:
+                key = key_of(name, entry, None, None)
+                whole = self._part_of[key].shape(key)
+                fitting = whole == about["shape"] or (entry and not entry.startswith(own_entry(1)[0]))
+            else:
+                _, local = self._local(name)
+                shape = [*local] if about["shard"] == 1 else [-(-local.numel() // about["shard"])]
+                keys = (key_of(name, entry, tp, shard) for tp in range(about["tp"]) for shard in range(about["shard"]))
+                fitting = all(self._part_of[key].shape(key) == shape for key in keys)
+        except (ValueError, KeyError):
+            fitting = False
+        if not fitting:
+            raise self._not_ours(f"{entry} of {name}" if entry else name)
+
+    def _not_ours(self, what: str) -> PlanError:
+        return PlanError(f"checkpoint {self.name} is none that nbdist wrote: {what} is not as it writes it.")
 
     def buffer(self, name: str, data_rank: int | None = None) -> torch.Tensor:
         """A buffer: that of one rank, or else what all of them give, as `ParamTable.average_buffers_` does."""
@@ -164,7 +217,7 @@ class _File:
         try:
             with safe_open(path, framework="pt") as file:
                 self.text: str = (file.metadata() or {}).get(_TEXT, "")
-                self._keys = list(file.keys())
+                self._shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise PlanError(
                 f"checkpoint {str(path.parent)!r} is not whole, {path.name} cannot be read ({error})."
@@ -172,7 +225,10 @@ class _File:
 
     @property
     def keys(self) -> list[str]:
-        return self._keys
+        return list(self._shapes)
+
+    def shape(self, key: str) -> list[int]:
+        return self._shapes[key]
 
     def read(self, key: str) -> torch.Tensor:
         if self._file is None:
@@ -182,15 +238,16 @@ class _File:
 
 
 def checkpoints(path: Path) -> list[str]:
-    """The names of the checkpoints in a folder, the newest one last."""
-    try:
-        names = json.loads((path / NEWEST).read_text())["checkpoints"]
-        if all(isinstance(name, str) and Path(name).name == name for name in names):
-            return list(names)
-    except OSError:
+    """The names of the checkpoints in a folder, the newest one last.
+
+    Raises:
+        PlanError: Who keeps account of them was changed.
+    """
+    if not os.path.isfile(path / NEWEST):
         return []
-    except (ValueError, TypeError, KeyError):
-        pass
+    names = _opened(path / NEWEST).get("checkpoints")
+    if fits(names, [str]) and names and all(map(_lies_in_it, names)):
+        return list(names)
     raise PlanError(f"{NEWEST} in {str(path)!r} is none that nbdist wrote: name one of the folders beside it.")
 
 
@@ -200,23 +257,46 @@ def is_whole(path: Path) -> list[str]:
     Raises:
         PlanError: It is not whole, or no checkpoint that this version reads.
     """
-    try:
-        about = json.loads((path / ABOUT).read_text())
-        written = about["format"]
-    except (OSError, ValueError, TypeError, KeyError):
-        raise PlanError(
-            f"{ABOUT} in {str(path)!r} is none that nbdist wrote: give the folder that was written to."
-        ) from None
-    if written != FORMAT:
-        raise PlanError(f"checkpoint {str(path)!r} has format {written}: this nbdist reads format {FORMAT}.")
-    if about.get("checksum") != checksum_of_text(about):
-        raise PlanError(f"checkpoint {str(path)!r} is not whole, {ABOUT} was changed: copy all of its files again.")
-    for name, (nbytes, told) in about["files"].items():
-        file = path / Path(name).name
-        if not file.is_file() or file.stat().st_size != nbytes or checksum(file) != told:
-            what = "was changed or cut" if file.is_file() else "is not there"
+    files = _opened(path / ABOUT, FORMAT).get("files")
+    if not (fits(files, {str: [object]}) and files and all(map(_lies_in_it, files))):
+        raise PlanError(f"{ABOUT} in {str(path)!r} is none that nbdist wrote: give the folder that was written to.")
+    for name, told in files.items():
+        file = path / name
+        if not os.path.isfile(file) or told != [file.stat().st_size, checksum(file)]:
+            what = "was changed or cut" if os.path.isfile(file) else "is not there"
             raise PlanError(f"checkpoint {str(path)!r} is not whole, {name} {what}: copy all of its files again.")
-    return [Path(name).name for name in about["files"]]
+    return list(files)
+
+
+def sealed(told: dict[str, Any]) -> str:
+    """JSON with a checksum of itself."""
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return json.dumps({**told, "checksum": digest}, indent=1)
+
+
+def _opened(path: Path, expected: int | None = None) -> dict[str, Any]:
+    """What was `sealed` in a file, which has not one character changed."""
+    try:
+        text = path.read_text(encoding="utf-8") if os.path.isfile(path) else ""
+        told = json.loads(text)
+        if expected is not None and told["format"] != expected:
+            raise PlanError(
+                f"checkpoint {str(path.parent)!r} has format {told['format']}: this nbdist reads format {expected}."
+            )
+        if text == sealed({key: value for key, value in told.items() if key != "checksum"}):
+            return dict(told)
+    except PlanError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        pass
+    raise PlanError(
+        f"{path.name} in {str(path.parent)!r} is none that nbdist wrote, or was changed: copy all files again."
+    )
+
+
+def _lies_in_it(name: str) -> bool:
+    """Whether a name is that of something in the same folder."""
+    return Path(name).name == name != ".."
 
 
 def checksum(path: Path) -> str:
@@ -226,9 +306,3 @@ def checksum(path: Path) -> str:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def checksum_of_text(about: dict[str, Any]) -> str:
-    """The SHA-256 of what `ABOUT` says beside it."""
-    told = {key: value for key, value in about.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -39,9 +40,21 @@ class Scheduler:
         return None if self._scheduler is None else _told(self._scheduler.state_dict())
 
     def go_on(self, told: Any) -> None:
-        """Go on from where `told` says; what it says of rates is the optimizer's to know. Local."""
-        if self._scheduler is not None and told is not None:
-            self._scheduler.load_state_dict(_like(self._scheduler.state_dict(), told))
+        """Go on from where `told` says; what it says of rates is the optimizer's to know. Local.
+
+        Raises:
+            TaskError: It was said of another scheduler.
+        """
+        if self._scheduler is None or told is None:
+            return
+        own, state = self._scheduler.state_dict(), None
+        with contextlib.suppress(TypeError, ValueError, KeyError):
+            state = _like(own, told)
+        if not (isinstance(state, dict) and own.keys() <= state.keys()):
+            raise TaskError(
+                "what was kept is of another lr_scheduler: give the same one, or none to keep the rates as they are."
+            )
+        self._scheduler.load_state_dict(state)
 
 
 def _told(value: Any) -> Any:

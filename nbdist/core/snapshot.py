@@ -11,7 +11,7 @@ import mmap
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,9 +22,29 @@ __all__ = ["SLOTS", "Slot", "Vault", "Vaults", "newest", "read"]
 
 SLOTS = 3
 """Of each rank: two in turn, and one more while another is being written to disk."""
-_HEAD = struct.Struct("<qqq")  # step, ranks, bytes of the image
+_STEP = struct.Struct("<q")  # one word, which is there as a whole or not at all
+_HEAD = struct.Struct("<qqqq")
 _HEAD_BYTES = 4096
 _NOTHING = -1
+
+
+class Head(NamedTuple):
+    """What a slot says of the snapshot that it holds.
+
+    Args:
+        step: Steps that were done; -1 where it holds none.
+        ended: Epochs and rows that had ended, which tells apart what has the same step.
+        ranks: How many ranks have written one.
+        nbytes: Length of the image.
+    """
+
+    step: int
+    ended: int
+    ranks: int
+    nbytes: int
+
+
+_EMPTY = Head(_NOTHING, 0, 0, 0)
 
 
 class Slot:
@@ -44,23 +64,24 @@ class Slot:
         self.pinned = False
 
     @property
-    def head(self) -> tuple[int, int, int]:
-        """The step it holds, -1 for none; of how many ranks' snapshot it is a part; bytes of the image."""
+    def head(self) -> Head:
+        """What it holds."""
         if self._memory is None and not self._map(0):
-            return _NOTHING, 0, 0
-        step, ranks, nbytes = _HEAD.unpack(self._memory[: _HEAD.size])
-        return step, ranks, nbytes
+            return _EMPTY
+        return Head._make(_HEAD.unpack(self._memory[: _HEAD.size]))
 
     @property
     def image(self) -> torch.Tensor:
         """``(bytes,)`` of uint8: the image of the snapshot that the slot holds."""
-        return self._bytes[_HEAD_BYTES : _HEAD_BYTES + self.head[2]]
+        return self._bytes[_HEAD_BYTES : _HEAD_BYTES + self.head.nbytes]
 
-    def write(self, step: int, ranks: int, layout: Layout, tensors: Mapping[str, torch.Tensor], text: str) -> None:
+    def write(
+        self, moment: tuple[int, int], ranks: int, layout: Layout, tensors: Mapping[str, torch.Tensor], text: str
+    ) -> None:
         """Write a snapshot; until that is done the slot holds none. Local.
 
         Args:
-            step: Steps that were done.
+            moment: When, see `Position.moment`.
             ranks: How many ranks write one.
             layout: Of `tensors`.
             tensors: What is to be kept.
@@ -69,7 +90,7 @@ class Slot:
         header = layout.header(text)
         nbytes = len(header) + layout.data_bytes
         self._map(_HEAD_BYTES + nbytes)
-        self._memory[: _HEAD.size] = _HEAD.pack(_NOTHING, 0, 0)
+        self._memory[: _STEP.size] = _STEP.pack(_NOTHING)
         start = _HEAD_BYTES + len(header)
         self._memory[_HEAD_BYTES:start] = header
         if self._layout is not layout or self._start != start:
@@ -79,7 +100,9 @@ class Slot:
             self._views = [f.view(t.dtype).view(t.shape) for f, t in zip(flats, tensors.values(), strict=True)]
         if self._views:
             torch._foreach_copy_(self._views, list(tensors.values()))
-        self._memory[: _HEAD.size] = _HEAD.pack(step, ranks, nbytes)
+        head = _HEAD.pack(*moment, ranks, nbytes)
+        self._memory[_STEP.size : _HEAD.size] = head[_STEP.size :]
+        self._memory[: _STEP.size] = head[: _STEP.size]
 
     def _map(self, nbytes: int) -> bool:
         """Map the file, grown to `nbytes` where it is smaller; whether there is something in it."""
@@ -108,10 +131,12 @@ class Vault:
     def __init__(self, paths: Sequence[str]) -> None:
         self._slots = [Slot(path) for path in paths]
 
-    def write(self, step: int, ranks: int, layout: Layout, tensors: Mapping[str, torch.Tensor], text: str) -> Slot:
+    def write(
+        self, moment: tuple[int, int], ranks: int, layout: Layout, tensors: Mapping[str, torch.Tensor], text: str
+    ) -> Slot:
         """Write a snapshot over the older of two; returns where. See `Slot.write`."""
-        slot = min([slot for slot in self._slots if not slot.pinned][:2], key=lambda slot: slot.head[0])
-        slot.write(step, ranks, layout, tensors, text)
+        slot = min([slot for slot in self._slots if not slot.pinned][:2], key=lambda slot: slot.head[:2])
+        slot.write(moment, ranks, layout, tensors, text)
         return slot
 
 
@@ -136,7 +161,7 @@ class Vaults:
     @property
     def reached(self) -> int:
         """The last step that any rank has kept; -1 for none."""
-        return max(Slot(path).head[0] for own in self.paths for path in own)
+        return max(Slot(path).head.step for own in self.paths for path in own)
 
     def trim(self) -> None:
         """Give back all memory but that of the newest snapshot. Nobody may be writing."""
@@ -159,16 +184,16 @@ def newest(paths: Sequence[Sequence[str]]) -> tuple[int, list[Slot]] | None:
     Args:
         paths: The slots of each rank, on this host.
     """
-    slots = [{slot.head[:2]: slot for slot in map(Slot, own)} for own in paths]
+    slots = [{slot.head[:3]: slot for slot in map(Slot, own)} for own in paths]
     complete = [
-        (step, ranks)
-        for step, ranks in (slots[0] if slots else {})
-        if step != _NOTHING and ranks <= len(slots) and all((step, ranks) in own for own in slots[:ranks])
+        (step, ended, ranks)
+        for step, ended, ranks in (slots[0] if slots else {})
+        if step != _NOTHING and 0 < ranks <= len(slots) and all((step, ended, ranks) in own for own in slots[:ranks])
     ]
     if not complete:
         return None
-    step, ranks = max(complete)
-    return step, [own[step, ranks] for own in slots[:ranks]]
+    latest = max(complete)
+    return latest[0], [own[latest] for own in slots[: latest[2]]]
 
 
 def read(slots: Sequence[Slot]) -> list[Image]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +16,13 @@ from nbdist.core import seeds, strategies
 from nbdist.core.allocator import objects_set_aside, pages_kept
 from nbdist.core.checkpoint import prepare, resumed_folder
 from nbdist.core.data import Reader
-from nbdist.core.eager import eager
 from nbdist.core.evaluate import evaluate, switched
 from nbdist.core.gather import leave_in_parts
 from nbdist.core.gradient_sync import Totals
 from nbdist.core.keeper import Keeper
 from nbdist.core.position import Position
 from nbdist.core.restore import load, position_of
+from nbdist.core.runtime import on_device, threads, uninterrupted
 from nbdist.core.saved import Saved
 from nbdist.core.snapshot import Vault, Vaults, newest, read
 from nbdist.core.source import Source
@@ -99,10 +97,10 @@ def fit(
 
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(seeds.kept(device))
-        cleanup.enter_context(_threads(plan.threads))
+        cleanup.enter_context(threads(plan.threads))
         cleanup.enter_context(pages_kept(sparing=plan.mesh.size > plan.mesh.dp))
         cleanup.enter_context(objects_set_aside())
-        cleanup.enter_context(_on_device(task, device))
+        cleanup.enter_context(on_device(task, device))
         cleanup.enter_context(_reporting_failure(tell, world.rank))
 
         if not model.training:  # modules that the user froze in evaluation mode inside a training model stay so
@@ -115,11 +113,15 @@ def fit(
         axes, optimizer = strategy.axes, task.optimizer
         scheduler = task.make_scheduler(optimizer)
         at, restored = Position(device), set[str]()
+        seeds.seed_all(seeds.derive(plan.seed, "start", axes.data.rank))
         for saved in _kept(plan, world, vaults if go_on else ()):
             load(saved, strategy.table, optimizer, axes)
             scheduler.go_on(saved.ranks[0]["scheduler"])
             strategy.precision.go_on(saved.ranks[0]["precision"])
             at, restored = position_of(saved, axes, device), saved.names
+            seeds.seed_all(seeds.derive(plan.seed, "start", axes.data.rank, at.step))
+            if len(saved.ranks) == world.size and saved.ranks[world.rank]["generators"]:
+                seeds.go_on(saved.ranks[world.rank]["generators"])
             axes.world.all_reduce_(torch.ones(1, device=device))  # where weights are shared, everybody's are there
 
         def reader_of(source: Source, per_rank: int, shuffle: bool) -> Reader:
@@ -153,7 +155,7 @@ def fit(
             history=at.history,
         )
         tell(started)
-        meter = Meter()
+        meter = Meter(at.samples)
         stopped = False
         latest: Totals | None = None
 
@@ -162,7 +164,6 @@ def fit(
             while not at.complete(plan):
                 trained = at.step == plan.steps  # only the end of the run is left to do
                 for slices in () if trained else reader.epoch(at.epoch, skip=at.batch):
-                    seeds.seed_all(seeds.derive(plan.seed, "step", at.step, axes.data.rank))
                     strategy.begin_step()
                     step_weight, losses = strategy.forward_backward(at.step, slices or [])
                     if plan.stop_on_nan:
@@ -206,7 +207,6 @@ def fit(
                 measured: dict[str, float] = {}
                 if val_reader is not None and not stopped:
                     tell(Evaluating(rank=world.rank))
-                    seeds.seed_all(seeds.derive(plan.seed, "evaluation", at.step, axes.data.rank))
                     measured = evaluate(task, strategy, val_reader, metric=plan.metric)
                 row = at.row.close(axes.world, axes.speaks, len(at.history) + 1, seconds) | measured
                 tell(EpochFinished(rank=world.rank, row=row))
@@ -263,23 +263,11 @@ def _rescuing(keeper: Keeper, at: Position, world: World) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with _uninterrupted():
+        with uninterrupted():
             if world.store is not None:  # a world of somebody else's is theirs to leave
                 world.leave()
             keeper.rescue(at)
         raise
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _check_finite(losses: list[tuple[torch.Tensor, Any]], at: Position) -> None:
@@ -319,35 +307,6 @@ def _progress(world: World, at: Position, loss: WeightedMean, speed: float) -> P
         rank=world.rank, step=at.step, epoch=at.epoch, samples=at.samples, loss=loss.value,
         samples_per_s=speed, memory_mib=memory / 2**20,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _on_device(task: Task, device: torch.device) -> Iterator[None]:
-    before = next(task.model.parameters()).device
-    _move(task, before, device)
-    try:
-        yield
-    finally:
-        _move(task, device, before)
-
-
-def _move(task: Task, source: torch.device, target: torch.device) -> None:
-    if source == target:
-        return
-    task.model.to(target)
-    if task.optimizer.state:
-        with eager():
-            task.optimizer.load_state_dict(task.optimizer.state_dict())  # puts each state where its parameter is
 
 
 @contextlib.contextmanager

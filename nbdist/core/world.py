@@ -33,7 +33,7 @@ from nbdist.core.channels import (
     SharedMemoryLink,
     SoloChannel,
 )
-from nbdist.core.channels.meeting import meet, start_group
+from nbdist.core.channels.meeting import GenerationStore, meet, start_group
 from nbdist.errors import PlanError
 
 __all__ = ["SHARED_GPU", "World", "host_store", "pick_device"]
@@ -98,7 +98,7 @@ class World:
         if local_size == size:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
         chosen = pick_device(device, local_rank)
-        names = dist.PrefixStore(f"nbdist/{generation}", store)
+        names = GenerationStore(store, generation)
         words = [json.loads(word) for word in meet(names, "rank", rank, size, json.dumps(_whereabouts(chosen)))]
         hosts = () if size == 1 or not words[0]["host"] else tuple(word["host"] for word in words)
         backend = "nccl" if chosen.type == "cuda" and len({word["gpu"] for word in words}) == size else "gloo"
@@ -280,8 +280,11 @@ def _init_group(device: torch.device, backend: str, store: Any, rank: int, size:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # in this thread, too
     by_device = "gloo" if device.type == "cpu" else f"cpu:gloo,cuda:{backend}"
-    # A connection of its own: while gloo waits in one, nobody else can ask through it.
-    dist.init_process_group(by_device, store=store.clone(), rank=rank, world_size=size, timeout=_TIMEOUT)
+    # torch numbers its groups, by which they meet, and does not count back when one could not be made.
+    numbered = getattr(dist.distributed_c10d, "_world", None)
+    if numbered is not None and hasattr(numbered, "group_count") and not dist.is_initialized():
+        numbered.group_count = 0
+    dist.init_process_group(by_device, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
 
 
 def _leave_group() -> None:

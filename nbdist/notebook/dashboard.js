@@ -46,6 +46,8 @@ function render({ model, el }) {
   for (const name of COLUMNS) element("th", "", headings).textContent = name;
   const body = element("tbody", "", table);
   const epoch = element("p", "nbdist-epoch", root);
+  const notes = element("p", "nbdist-notes", root);
+  notes.setAttribute("aria-live", "polite");
   const error = element("p", "nbdist-error", root);
   const rows = new Map();
 
@@ -66,13 +68,14 @@ function render({ model, el }) {
     root.dataset.state = view.state;
     title.textContent = view.title;
     state.textContent = view.state;
-    stop.hidden = !["starting", "running"].includes(view.state);
+    stop.hidden = !["starting", "running", "recovering"].includes(view.state);
     progress.set(view.share);
     progress.track.setAttribute("aria-valuenow", Math.round(100 * (view.share ?? 0)));
     progress.track.setAttribute("aria-label", view.step);
     step.textContent = view.step;
     facts.textContent = view.facts;
     epoch.textContent = view.epoch;
+    notes.textContent = view.notes;
     error.textContent = view.error;
     for (const rank of view.ranks) {
       const { line, cells, share } = row(rank.rank);

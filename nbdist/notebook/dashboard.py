@@ -74,6 +74,7 @@ def panel_view(run: Run) -> dict[str, Any]:
     return {
         "title": f"{progress.title} on {mesh_text(progress.plan)}",
         "state": progress.state,
+        "notes": "\n".join(progress.notes),
         "error": progress.error,
         "step": f"step {progress.step:,}" + ("" if total is None else f" of {total:,}"),
         "share": None if not total else progress.step / total,

@@ -65,6 +65,10 @@ class DistMagics(Magics):
                 cluster.timeout_s = arguments.timeout
                 if arguments.spares is not None:
                     cluster.spares = arguments.spares
+                if not cluster.reachable:
+                    cluster.start(status.tell)
+                    status.end(f"started anew {_described(cluster)}, in {duration(cluster.start_seconds)}")
+                    return
                 lost = [engine.rank for engine in cluster.engines if engine.state == "lost"]
                 cluster.start(status.tell)  # replaces them
                 status.end(f"{f'replaced {ranks_text(lost)}' if lost else 'already running'}: {_described(cluster)}")
@@ -179,7 +183,11 @@ class DistMagics(Magics):
         dashboard = make_dashboard(self.shell)
         if arguments.data is None:
             if arguments.model is not None or arguments.resume is None:
-                raise PlanError("%dist_train needs a model and data: %dist_train MODEL DATA (or --resume alone).")
+                missing = "DATA" if arguments.model is not None else "MODEL, DATA"
+                raise PlanError(
+                    f"%dist_train: the following arguments are required: {missing}. --resume alone goes on with the "
+                    "last run."
+                )
             given = {name: value for name, value in options.items() if value is not None and name != "optimizer"}
             if arguments.optimizer is not None:
                 given["optimizer"] = options["optimizer"]

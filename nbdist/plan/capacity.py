@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nbdist.errors import PlanError
 
-__all__ = ["available_cores", "check_engines", "default_engines", "may_have_gpus"]
+__all__ = ["available_bytes", "available_cores", "check_engines", "default_engines", "may_have_gpus"]
 
 _DEFAULT_AT_MOST = 4
 _ENGINES_A_CORE = 4
@@ -25,6 +25,30 @@ def available_cores() -> int:
         return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):
         return cores
+
+
+def available_bytes() -> int | None:
+    """Memory that can still be had, of the host and within the container's limit; None where that is not known."""
+    free = [found for found in (_free_on_host(), _free_in_container()) if found is not None]
+    return min(free, default=None)
+
+
+def _free_on_host() -> int | None:
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _free_in_container() -> int | None:
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return limit - used + int(counts["inactive_file"])  # files that are kept in memory as long as there is room
+    except (OSError, ValueError, KeyError):  # no container, or no limit
+        return None
 
 
 def may_have_gpus() -> bool:

@@ -11,13 +11,14 @@ class Meter:
     """Decides when progress is due and measures speed in between.
 
     Args:
+        samples: Counted before.
         interval_s: Least time between two reports in seconds.
     """
 
-    def __init__(self, interval_s: float = 0.2) -> None:
+    def __init__(self, samples: int = 0, interval_s: float = 0.2) -> None:
         self._interval_s = interval_s
         self._last_s = time.perf_counter()
-        self._last_samples = 0
+        self._last_samples = samples
         self._next_s = 0.0
 
     def due(self) -> bool:

@@ -95,7 +95,7 @@ def text_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[st
 def run_text(run: RunState) -> str:
     """The run as plain text: a summary line, the history and the ranks; every line begins with "nbdist"."""
     lines = [_summary(run)]
-    lines += [*run.notes, *run.error.splitlines()]
+    lines += [*run.error.splitlines(), *run.notes]
     columns, rows = _history_cells(run)
     if rows:
         lines += text_table(columns, rows)
@@ -115,7 +115,7 @@ def run_html(run: RunState) -> str:
     """The run as static HTML without scripts or styles, in one ``<div class="nbdist">`` on a single line."""
     columns, rows = _history_cells(run)
     parts = [f"<p><b>{escape(_summary(run))}</b></p>"]
-    said = [*run.notes, *run.error.splitlines()]
+    said = [*run.error.splitlines(), *run.notes]
     if said:
         parts.append(f"<p>{'<br>'.join(map(escape, said))}</p>")
     if rows:

@@ -72,6 +72,32 @@ def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(shared_cluster, own
     assert not [process for process in marked() if folder_of(process) in folders]
 
 
+HANGING_OWNER = """
+import json, os, sys, threading
+import nbdist, psutil
+
+cluster = nbdist.Cluster(2, device="cpu").start()
+hang = f"import ctypes; open({sys.argv[1]!r}, 'w').close(); ctypes.PyDLL(None).sleep(1000)"  # keeps Python's lock
+cluster.execute(hang, [1])
+while not os.path.exists(sys.argv[1]): threading.Event().wait(0.05)
+print(json.dumps([process.pid for process in psutil.Process().children(recursive=True)]), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_an_engine_that_hangs_in_c_code_does_not_outlive_its_owner(shared_cluster, tmp_path):
+    """Its own guard cannot run, so the fork server ends it, and removes the folder."""
+    owner = subprocess.Popen([sys.executable, "-c", HANGING_OWNER, tmp_path / "hangs"], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)  # fmt: skip
+    with owner:
+        processes = [psutil.Process(pid) for pid in json.loads(owner.stdout.readline())]
+        (folder,) = {folder for process in processes if (folder := folder_of(process))}
+        owner.kill()
+        assert len(processes) >= 6
+        assert not psutil.wait_procs(processes, timeout=10)[1]
+        until(lambda: not folder.exists(), 1)
+
+
 def test_a_process_is_named_beyond_the_reuse_of_its_number():
     """The mark holds the time of birth too, and is the same whenever it is taken."""
     pid, _, born = owner_mark(os.getpid()).partition(":")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from tasks import copied
+
+import nbdist
+from nbdist.core.saved import Saved
 
 SETUP = """
 import torch
@@ -30,11 +35,17 @@ torch.save(model.state_dict(), f"{sys.argv[1]}/{os.environ['RANK']}.pt")
 )
 
 
+def torchrun(script, folder, *options):
+    """Run a script on two ranks, which is given `folder`."""
+    (folder / "train.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    done = subprocess.run([*command, folder / "train.py", folder], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_cluster_and_torchrun_give_the_same_bits(cluster, tmp_path):
     """The same model, data and options through the engines and through a script on two ranks: equal weight bytes."""
-    (tmp_path / "train.py").write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*torchrun, tmp_path / "train.py", tmp_path], check=True, capture_output=True, timeout=100)
+    torchrun(SCRIPT, tmp_path)
 
     notebook = {}
     with torch.random.fork_rng():
@@ -46,3 +57,95 @@ def test_a_cluster_and_torchrun_give_the_same_bits(cluster, tmp_path):
     for rank in range(2):
         under_torchrun = torch.load(tmp_path / f"{rank}.pt")
         assert {name: tensor.numpy().tobytes() for name, tensor in under_torchrun.items()} == trained
+
+
+KILLED = (
+    SETUP
+    + """
+import nbdist, os, pathlib, signal, sys
+
+from torch.nn import functional as F
+
+folder = pathlib.Path(sys.argv[1])
+trace, steps = folder / "killed", iter(range(1000))
+
+def loss(output, target):
+    if os.environ["RANK"] == "1" and next(steps) > 10 and (folder / "kept/newest.json").exists() and not trace.exists():
+        trace.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return F.cross_entropy(output, target)
+
+options |= dict(epochs=8, loss=loss, verbose=False)
+nbdist.train(model, data, checkpoint=str(folder / "kept"), checkpoint_every=1, resume=True, **options)
+torch.save(model.state_dict(), folder / f"{os.environ['RANK']}.pt")
+"""
+)
+
+
+def test_a_job_that_torchrun_starts_again_goes_on(tmp_path, home):
+    """A rank kills itself in the middle of an epoch; the job goes on from its checkpoint to the bits of a quiet one."""
+    (tmp_path / "quiet").mkdir()
+    (tmp_path / "quiet" / "killed").touch()
+    torchrun(KILLED, tmp_path / "quiet")
+    torchrun(KILLED, tmp_path, "--max-restarts", "2")
+    assert (tmp_path / "killed").exists()
+    for rank in range(2):
+        expected, actual = (torch.load(folder / f"{rank}.pt") for folder in (tmp_path / "quiet", tmp_path))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    began = sorted(step for path in Path(home, "runs").glob("*/rank0.jsonl") for step in steps_at_the_start(path))
+    assert [0, 0] == began[:2]
+    assert 3 == len(began)
+    assert began[2] > 0
+
+
+def steps_at_the_start(path):
+    """Where the runs of a record began."""
+    told = map(json.loads, path.read_text().splitlines())
+    return [event["step"] for event in told if event["event"] == "RunStarted"]
+
+
+PLAIN = """
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+make = lambda: nn.Sequential(nn.Linear(6, 40), nn.Dropout(0.2), nn.Tanh(), nn.Linear(40, 3))
+start = make().state_dict()
+data = torch.randn(250, 6), torch.randint(3, (250,))
+options = dict(
+    loss="cross_entropy", optimizer="adamw", lr=0.01, batch_size=64, seed=5, threads=1, record=False, verbose=False
+)
+
+def begin():
+    model = make()
+    model.load_state_dict(start)
+    return model
+"""
+BOTH_WAYS = (
+    PLAIN
+    + """
+import nbdist, os, sys
+
+nbdist.train(begin(), data, steps=6, checkpoint=f"{sys.argv[1]}/two", **options)
+model = begin()
+nbdist.train(model, data, epochs=3, resume=f"{sys.argv[1]}/one", **options)
+torch.save(model.state_dict(), f"{sys.argv[1]}/{os.environ['RANK']}.pt")
+"""
+)
+
+
+def test_one_process_goes_on_with_a_job_of_torchrun_and_the_other_way_round(tmp_path):
+    """In the middle of an epoch: two ranks, and one process with two microbatches, run the same slices to the same bits."""
+    here = {}
+    with torch.random.fork_rng():
+        exec(PLAIN, here)
+    begin, data, options = here["begin"], here["data"], here["options"] | {"accumulate": 2, "device": "cpu"}
+    expected, actual = begin(), begin()
+    nbdist.train(expected, data, epochs=3, **options)
+    nbdist.train(begin(), data, steps=6, checkpoint=str(tmp_path / "one"), **options)
+    torchrun(BOTH_WAYS, tmp_path)
+    assert 2 == len(Saved.in_folder(str(tmp_path / "two")).ranks)
+    result = nbdist.train(actual, data, epochs=3, resume=str(tmp_path / "two"), **options)
+    assert [6, 2, 4] == [row["steps"] for row in result.history]  # the first run's row, then one an epoch
+    for state in (actual.state_dict(), *(torch.load(tmp_path / f"{rank}.pt") for rank in range(2))):
+        torch.testing.assert_close(state, expected.state_dict(), rtol=0, atol=0)

@@ -8,21 +8,22 @@ import random
 import numpy as np
 import pytest
 import torch
-from problems import ADAMW, FEATURES, assert_same_bits, classes, seeded, train, weights
+from problems import ADAMW, FEATURES, assert_same_bits, classes, seeded, train
 from torch import nn
 from torch.nn import functional as F
 
-import nbdist
-from nbdist.core.restore import load_whole
 from nbdist.core.saved import Saved
 from nbdist.core.snapshot import Vaults, newest, read
-from nbdist.core.world import World
+from nbdist.errors import TaskError
+from nbdist.telemetry import Noted
 
 SAMPLES, BATCH = 80, 16
 
 
 class Net(nn.Module):
     """Dropout, running statistics, a large buffer that changes rarely, draws of NumPy and of `random`."""
+
+    rarely = 3  # in forwards
 
     def __init__(self, width=12):
         super().__init__()
@@ -37,7 +38,7 @@ class Net(nn.Module):
         hidden = F.dropout(torch.relu(self.norm(self.first(x))), 0.3, self.training)
         if self.training:
             hidden = hidden + np.random.rand() * 0.1 + random.random() * 0.1
-            if self.norm.num_batches_tracked % 3 == 0:
+            if self.norm.num_batches_tracked % self.rarely == 0:
                 self.seen += hidden.detach().mean()
         return self.frozen(self.last(hidden))
 
@@ -72,19 +73,29 @@ def rows(result):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in result.history]
 
 
-def whole_and_halves(world, make, paths, folder, at, options):
+def tensors():
+    return classes(SAMPLES, torch.float32)
+
+
+def whole_and_halves(world, make, data, paths, folder, at, options):
     """The weights and history of a run, and of one that stopped and went on, in memory or from disk."""
-    data = classes(SAMPLES, torch.float32)
-    expected = train(world, seeded(make), data, **options)
+    expected = train(world, seeded(make), data(), **options)
     first = {"vaults": paths} if folder is None else {"checkpoint": folder}
-    stopped, _ = train(world, seeded(make), data, stop_requested=stop_after(at), **first, **options)
+    stopped, _ = train(world, seeded(make), data(), stop_requested=stop_after(at), **first, **options)
     assert stopped.state == "stopped"
     then = {"vaults": paths, "go_on": True} if folder is None else {"resume": folder}
     model = seeded(make)
     if folder is not None:
         nn.init.zeros_(model.frozen.weight)
-    actual = train(world, model, data, **then, **options)
+    actual = train(world, model, data(), **then, **options)
     return [(rows(result), tensors) for result, tensors in (expected, actual)]
+
+
+def assert_same(outcomes):
+    """On all ranks, rows and weights of both runs."""
+    for expected, actual in outcomes:
+        assert expected[0] == actual[0]
+        assert_same_bits(expected[1], actual[1])
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -95,7 +106,149 @@ def test_a_stop_changes_no_bit(run_ranks, tmp_path, where, scheduler, at):
     vaults = Vaults(2)
     folder = str(tmp_path) if where == "disk" else None
     options = options_of(lr_scheduler=scheduler)
-    for expected, actual in run_ranks(2, whole_and_halves, Net, vaults.paths, folder, at, options):
-        assert expected[0] == actual[0]
-        assert_same_bits(expected[1], actual[1])
+    assert_same(run_ranks(2, whole_and_halves, Net, tensors, vaults.paths, folder, at, options))
+    vaults.close()
+
+
+@pytest.mark.parametrize(("make", "where"), [(Net, "disk"), (wide, "memory")])
+def test_over_each_channel(run_on_each_channel, tmp_path, make, where):
+    """Ranks that share their weights, and those that do not: each has kept its own part."""
+    vaults = Vaults(3)
+    folder = str(tmp_path) if where == "disk" else None
+    assert_same(run_on_each_channel(3, whole_and_halves, make, tensors, vaults.paths, folder, 8, options_of()))
+    vaults.close()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Samples without a length; each pass draws other noise."""
+
+    def __iter__(self):
+        noise = np.random.rand()
+        for x, y in zip(*tensors(), strict=True):
+            yield x + noise + torch.rand(1) * 0.1, y
+
+
+class Items(torch.utils.data.Dataset):
+    """Samples with random draws of all three kinds."""
+
+    def __init__(self):
+        self.x, self.y = tensors()
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i] + torch.rand(1) * 0.1 + np.random.rand() * 0.1 + random.random() * 0.1, self.y[i]
+
+
+def workers():
+    return torch.utils.data.DataLoader(Items(), batch_size=BATCH, shuffle=True, num_workers=2)
+
+
+def sampled():
+    """A sampler that draws from a generator of its own, which goes on from epoch to epoch."""
+    data = torch.utils.data.TensorDataset(*tensors())
+    generator = torch.Generator().manual_seed(9)
+    sampler = torch.utils.data.RandomSampler(data, replacement=True, num_samples=70, generator=generator)
+    return torch.utils.data.DataLoader(data, batch_size=BATCH, sampler=sampler)
+
+
+@pytest.mark.parametrize(("ranks", "at"), [(1, 3), (3, 8)])
+@pytest.mark.parametrize("data", [Stream, Items, workers, sampled])
+def test_every_kind_of_data(run_ranks, tmp_path, data, at, ranks):
+    """Streams, items, workers, samplers: the same samples, with the same random draws in them."""
+    vaults = Vaults(ranks)
+    assert_same(run_ranks(ranks, whole_and_halves, Net, data, vaults.paths, None, at, options_of()))
+    assert_same(run_ranks(ranks, whole_and_halves, Net, data, vaults.paths, str(tmp_path), at, options_of()))
+    vaults.close()
+
+
+@pytest.mark.parametrize("data", [tensors, Stream])
+@pytest.mark.parametrize("at", [4, 5, 6, 12])
+def test_steps_that_wrap_round_the_data(run_ranks, data, at):
+    """In the first pass, at its end, and in a later one."""
+    vaults = Vaults(2)
+    options = options_of(epochs=None, steps=13)
+    assert_same(run_ranks(2, whole_and_halves, Net, data, vaults.paths, None, at, options))
+    vaults.close()
+
+
+class Own(torch.optim.SGD):
+    """An optimizer of the person's, which counts its steps in a number."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["steps"] = state.get("steps", 0) + 1
+                parameter.grad.mul_(1 / state["steps"])
+        super().step(closure)
+
+
+@pytest.mark.parametrize(
+    "options", [{"optimizer": functools.partial(Own, lr=0.1, momentum=0.9)}, {"clip_norm": 0.1}], ids=["own", "clip"]
+)
+def test_an_optimizer_that_is_not_divided(run_ranks, tmp_path, options):
+    """Its state is kept too, numbers included."""
+    vaults = Vaults(2)
+    for folder in (None, str(tmp_path)):
+        assert_same(run_ranks(2, whole_and_halves, wide, tensors, vaults.paths, folder, 8, options_of(**options)))
+    vaults.close()
+
+
+def overflowing(output, target):
+    """A loss whose scaled gradient is too large for half precision, for the first few scales."""
+    return F.cross_entropy(output, target) * 100
+
+
+def scale_after(paths):
+    return Saved.in_memory(read(newest(paths)[1])).ranks[0]["precision"]
+
+
+def test_the_scale_of_fp16_goes_on(run_ranks):
+    """As it was learnt, and how many steps it has held."""
+    vaults, other = Vaults(2), Vaults(2)
+    options = options_of(precision="fp16", loss=overflowing)
+    assert_same(run_ranks(2, whole_and_halves, Net, tensors, vaults.paths, None, 8, options))
+    run_ranks(2, whole_run, Net, other.paths, options)
+    assert scale_after(other.paths) == scale_after(vaults.paths)
+    assert scale_after(vaults.paths)[0] < 2.0**16
+    vaults.close()
+    other.close()
+
+
+def whole_run(world, make, paths, options):
+    train(world, seeded(make), tensors(), vaults=paths, **options)
+
+
+class Noting(torch.optim.SGD):
+    """Keeps an object."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["note"] = object()
+
+
+def note(world, paths, folder):
+    notes = []
+    sink = type("Sink", (), {"emit": lambda _, event: isinstance(event, Noted) and notes.append(event.text)})()
+    options = options_of(optimizer=functools.partial(Noting, lr=0.1), sinks=[sink])
+    try:
+        result, _ = train(world, seeded(Net), tensors(), vaults=paths, checkpoint=folder, **options)
+    except TaskError as error:
+        return str(error), notes
+    return result.state, notes
+
+
+def test_what_a_snapshot_cannot_hold(run_ranks, tmp_path):
+    """No snapshots are taken, which is said once a rank; where a checkpoint is asked for, it is an error."""
+    vaults = Vaults(2)
+    for state, notes in run_ranks(2, note, vaults.paths, None):
+        assert "finished" == state
+        (text,) = notes
+        assert text.startswith("no snapshots are taken, so a lost rank means to begin anew: the optimizer's note is a")
+    assert newest(vaults.paths) is None
+    for text, _ in run_ranks(2, note, vaults.paths, str(tmp_path)):
+        assert "the optimizer's note is a object, which a checkpoint cannot hold" in text
     vaults.close()

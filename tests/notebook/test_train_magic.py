@@ -46,12 +46,13 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
         "--accumulate 2 --clip-norm 0.5 --seed 7 --threads 1 --strategy dp=2 --shuffle no --bucket-mib 8 "
         "--val test_set --metric accuracy --lr-scheduler 'lambda o: torch.optim.lr_scheduler.StepLR(o, 1)' "
         "--precision bf16 --sync-batchnorm no "
-        "--save {folder}/kept"
+        "--checkpoint {folder}/kept --checkpoint-every 2 --checkpoint-keep 1 --stop-on-nan yes"
     )
-    assert (tmp_path / "kept" / "checkpoint.json").is_file()
+    assert [*(tmp_path / "kept").glob("*-step00000003*/checkpoint.json")]
     pipelined = notebook(
-        "%dist_train deep train_set --loss cross_entropy --optimizer sgd --lr 0.1 --steps 1 --batch-size 16 "
-        "--strategy pp --split-at 1 --microbatches 2 --schedule gpipe --resume {folder}/kept --gather no"
+        "%dist_train deep train_set --loss cross_entropy --optimizer sgd --lr 0.1 --steps 4 --batch-size 16 "
+        "--seed 7 --shuffle no --strategy pp --split-at 1 --microbatches 2 --schedule gpipe --gather no "
+        "--resume {folder}/kept"
     ).plan
     told = (pipelined.split_at, pipelined.microbatches, pipelined.schedule, pipelined.resume, pipelined.gather)
     assert told == (("1",), 2, "gpipe", str(tmp_path / "kept"), False)
@@ -61,7 +62,8 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
         "accumulate": 2, "clip_norm": 0.5, "seed": 7, "threads": 1, "strategy": "dp=2", "shuffle": False,
         "bucket_mib": 8.0, "metric": "accuracy", "lr_scheduler": "<lambda>", "precision": "bf16",
         "sync_batchnorm": False, "microbatches": None, "schedule": "1f1b", "split_at": (), "tensor_plan": None,
-        "gather": True, "save": str(tmp_path / "kept"), "resume": "",
+        "gather": True, "checkpoint": str(tmp_path / "kept"), "checkpoint_every": "2", "checkpoint_keep": 1,
+        "resume": "", "stop_on_nan": True,
     }  # fmt: skip
     assert set(plan) == set(OPTIONS)
 
@@ -273,7 +275,8 @@ def test_the_help_explains_every_option_once(notebook):
     flat = " ".join(help_text.split())
     for name, option in OPTIONS.items():
         more = f" [{option.metavar} ...]" if option.many else ""
-        flag = f"--{name.replace('_', '-')} {option.metavar}{more}"
+        metavar = f"[{option.metavar}]" if option.bare else option.metavar
+        flag = f"--{name.replace('_', '-')} {metavar}{more}"
         assert flat.count(f"{flag} {' '.join(option.help.split())}") == 1, name
         assert not option.default or f"Default: {option.default}." in flat
     for part in ("usage: %dist_train", "MODEL", "DATA", "--val DATA", "--background", "-o NAME"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nbdist.errors import PlanError
-from nbdist.plan import available_cores, capacity, check_engines, default_engines, may_have_gpus
+from nbdist.plan import available_bytes, available_cores, capacity, check_engines, default_engines, may_have_gpus
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +70,13 @@ def test_a_driver_is_seen_by_its_device(tmp_path, monkeypatch):
     device.unlink()
     monkeypatch.setattr(sys, "platform", "win32")
     assert may_have_gpus()
+
+
+def test_memory_is_bounded_by_the_host_and_by_the_container(monkeypatch):
+    """The smaller of the two counts; where neither is known, neither does."""
+    assert 2**20 < available_bytes() < 2**50
+    monkeypatch.setattr(capacity, "_free_in_container", lambda: 5)
+    assert 5 == available_bytes()
+    monkeypatch.setattr(capacity, "_free_on_host", lambda: None)
+    monkeypatch.setattr(capacity, "_free_in_container", lambda: None)
+    assert available_bytes() is None

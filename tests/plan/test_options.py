@@ -23,7 +23,8 @@ WORDS = {
     "bucket_mib": ("0.5", 0.5), "lr_scheduler": ("warm", "warm"), "precision": ("bf16", "bf16"),
     "sync_batchnorm": ("yes", True), "microbatches": ("4", 4), "schedule": ("gpipe", "gpipe"),
     "split_at": ("blocks.2", ("blocks.2",)), "tensor_plan": ("rules", "rules"), "gather": ("no", False),
-    "save": ("/tmp/here", "/tmp/here"), "resume": ("/tmp/here", "/tmp/here"),
+    "checkpoint": ("/tmp/here", "/tmp/here"), "checkpoint_every": ("5min", "5min"), "checkpoint_keep": ("2", 2),
+    "resume": ("/tmp/here", "/tmp/here"), "stop_on_nan": ("yes", True),
 }  # fmt: skip
 
 
@@ -37,6 +38,8 @@ def test_every_option_can_be_given(name):
         given["tensor_plan"] = value = {"*.up": "column"}
     mesh = {"microbatches": "pp", "split_at": "pp", "tensor_plan": "tp"}.get(name)
     options = given if mesh is None else given | {"strategy": mesh}
+    if name == "checkpoint_every":
+        options["checkpoint"] = "/tmp/here"
     assert value == getattr(Plan.create(ranks=2, cores=2, **options), name)
 
 
@@ -45,8 +48,16 @@ def test_the_help_shows_every_option():
     text = " ".join(parser().format_help().split())
     for name, option in OPTIONS.items():
         more = f" [{option.metavar} ...]" if option.many else ""
-        assert f"--{name.replace('_', '-')} {option.metavar}{more} {option.help}" in text
+        metavar = f"[{option.metavar}]" if option.bare else option.metavar
+        assert f"--{name.replace('_', '-')} {metavar}{more} {option.help}" in text
         assert not option.default or f"{option.help} Default: {option.default}." in text
+
+
+@pytest.mark.parametrize("line", ["net --resume", "net --resume --epochs 3", "--resume --epochs 3 net"])
+def test_an_option_that_may_stand_alone(line):
+    """It means yes then; with a word, the word."""
+    assert plan_options(parser().parse(split_line(line)))["resume"] is True
+    assert "here" == plan_options(parser().parse(split_line("net --resume here")))["resume"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -94,6 +95,9 @@ def test_numbers_of_other_libraries_become_pythons():
         ({"split_at": "a b", "strategy": "pp"}, "split_at names 2 modules, but 2 stages have 1 cuts between them"),
         ({"tensor_plan": {"a": "row"}}, "tensor_plan is given, but mesh dp=2 has no tp: use --strategy tensor"),
         ({"tensor_plan": "a", "strategy": "tp"}, "tensor_plan must be a dict of layer names and kinds, not 'a'"),
+        ({"checkpoint_every": 5}, r"checkpoint_every=5 needs a folder: name one with checkpoint \(--checkpoint DIR\)"),
+        ({"checkpoint_keep": 0}, "checkpoint_keep 0 is too small: use 1 or more"),
+        ({"stop_on_nan": "yes"}, "stop_on_nan must be True or False, not 'yes'"),
         ({"strategy": "pipelin"}, "unknown strategy 'pipelin': use data, .*Did you mean 'pipeline'"),
     ],
 )
@@ -101,3 +105,31 @@ def test_what_cannot_be_run_is_refused(options, message):
     """The error names the value and the cure."""
     with pytest.raises(PlanError, match=message):
         create(**options)
+
+
+@pytest.mark.parametrize(
+    ("words", "cadence"),
+    [
+        ("", (0, 0.0)), (None, (0, 0.0)), (200, (200, 0.0)), ("200", (200, 0.0)), ("90s", (0, 90.0)),
+        ("5min", (0, 300.0)), ("5 min", (0, 300.0)), ("0.5h", (0, 1800.0)), ("1.5s", (0, 1.5)),
+    ],
+)  # fmt: skip
+def test_how_often_a_checkpoint_is_written(words, cadence):
+    """In steps, or in time."""
+    assert cadence == create(checkpoint="here", checkpoint_every=words).checkpoint_cadence
+
+
+@pytest.mark.parametrize("words", ["often", "-3", "0", "0s", "1.5", "3 days", "1.2.3s", "s", "5 min ago", True, 2.5])
+def test_how_often_that_is_neither_steps_nor_time(words):
+    """The error shows how to write it."""
+    with pytest.raises(PlanError, match="is neither steps nor a time: write 200, 90s, 5min or 1h"):
+        create(checkpoint="here", checkpoint_every=words)
+
+
+def test_folders_are_whole_paths(monkeypatch, tmp_path):
+    """Ranks may have another working folder; to resume from the newest in `checkpoint` is no folder."""
+    monkeypatch.chdir(tmp_path)
+    plan = create(checkpoint="here", resume="~/there")
+    assert (str(tmp_path / "here"), os.path.expanduser("~/there")) == (plan.checkpoint, plan.resume)
+    assert create(checkpoint="here", resume=True).resume is True
+    assert "" == create().resume

@@ -15,12 +15,15 @@ from nbdist.telemetry import (
     JsonlSink,
     ListSink,
     Meter,
+    Noted,
     RunFinished,
     SnapshotSink,
     TextSink,
 )
 
-EVENTS = [STARTED, PROGRESS, EpochFinished(rank=1, row=ROW), RunFinished(rank=1, state="finished")]
+EVENTS = [
+    STARTED, PROGRESS, EpochFinished(rank=1, row=ROW), Noted(rank=1, text="so"), RunFinished(rank=1, state="finished"),
+]  # fmt: skip
 
 
 def emit(sink):
@@ -54,7 +57,7 @@ def test_a_snapshot_is_published_at_each_event():
     """What is published is the state so far, as plain data."""
     published = []
     sink = emit(SnapshotSink(1, published.append))
-    assert ["running", "running", "running", "finished"] == [state["state"] for state in published]
+    assert ["running", "running", "running", "running", "finished"] == [state["state"] for state in published]
     assert sink.state.to_dict() == published[-1]
     assert json.loads(json.dumps(published[-1]))["step"] == PROGRESS.step
 
@@ -74,6 +77,7 @@ def test_text_tells_what_a_person_wants_to_know():
         "nbdist: Net on dp=2 (cpu, 3 threads a rank)",
         "nbdist: step 10/20  loss 0.4  80 samples/s on rank 1",
         "nbdist: epoch 1  loss 0.5  val_loss 0.6  160 samples/s  2.0 s",
+        "nbdist: so",
         "nbdist: finished",
     ] == lines
     assert [lines[0], *lines[2:]] == seldom.getvalue().splitlines()

@@ -13,7 +13,9 @@ from nbdist.telemetry import (
     EpochFinished,
     Evaluating,
     Event,
+    Noted,
     RankState,
+    Recovered,
     RunFailed,
     RunFinished,
     Work,
@@ -42,6 +44,11 @@ def folded(*events):
         ([Evaluating(rank=1)], {"state": "evaluating"}),
         ([Evaluating(rank=1), EpochFinished(rank=1, row=ROW)], {"state": "running", "history": (ROW,)}),
         ([EpochFinished(rank=1, row=ROW)] * 2, {"state": "running", "history": (ROW, ROW)}),
+        ([Noted(rank=1, text="one"), Noted(rank=1, text="two")], {"notes": ("one", "two")}),
+        ([PROGRESS, EpochFinished(rank=1, row=ROW), dataclasses.replace(STARTED, step=7, history=[ROW])],
+         {"state": "running", "step": 7, "epoch": 1, "samples": 160, "loss": 0.4, "samples_per_s": 80.0,
+          "memory_mib": 300.0, "history": (ROW,), "steps_total": 20, "host": "h", "pid": 7, "device": "cpu"}),
+        ([Recovered(rank=1, step=3, seconds=0.5)], {}),
         ([RunFinished(rank=1, state="stopped")], {"state": "stopped"}),
         ([RunFailed(rank=1, error="E: x")], {"state": "failed", "error": "E: x"}),
     ],
@@ -59,12 +66,38 @@ def test_a_step_without_a_loss_keeps_the_last_one():
 
 def test_states_and_events_go_through_json():
     """A snapshot comes back as it was; an event says its kind and the time."""
-    state = folded(STARTED, PROGRESS, WORKED, EpochFinished(rank=1, row=ROW))
+    state = folded(STARTED, PROGRESS, WORKED, EpochFinished(rank=1, row=ROW), Noted(rank=1, text="so"))
     assert state == RankState.from_dict(json.loads(json.dumps(state.to_dict())))
     before = time.time()
     data = json.loads(json.dumps(EpochFinished(rank=1, row=ROW).to_dict()))
     assert (data["event"], data["rank"], data["row"]) == ("EpochFinished", 1, ROW)
     assert before <= data["time_s"] <= time.time()
+
+
+def test_what_is_noted_by_several_ranks_is_said_once():
+    """In the order in which it came, however often a snapshot of the same rank comes."""
+    run = run_of(dataclasses.replace(FAST, notes=("one",)), dataclasses.replace(SLOW, notes=("one", "two")))
+    run.merge(dataclasses.replace(FAST, notes=("one", "three")))
+    run.merge(dataclasses.replace(SLOW, notes=("one", "two")))
+    assert ["one", "two", "three"] == run.notes
+
+
+def test_a_run_that_recovers_runs_again():
+    """With the first snapshot of a rank that runs; where it goes on, an older step counts."""
+    run = run_of(FAST, SLOW)
+    run.state = "recovering"
+    assert run.running
+    run.merge(dataclasses.replace(SLOW, state="starting"))
+    assert "recovering" == run.state
+    run.merge(dataclasses.replace(SLOW, step=5))
+    assert ("running", 5) == (run.state, run.step)
+
+
+def test_it_stands_where_it_came_home():
+    """Whatever step ranks had begun after that."""
+    run = run_of(FAST, SLOW)
+    run.stand_at(9)
+    assert [9, 9] == [rank.step for rank in run.ranks.values()]
 
 
 @pytest.mark.parametrize("kind", Event.__subclasses__())

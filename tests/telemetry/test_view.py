@@ -50,6 +50,18 @@ def test_an_error_stands_under_the_summary(error):
     assert error.replace("\n", "<br>") in run_html(run)
 
 
+def test_notes_stand_under_the_error():
+    """In text a line each, in HTML as text."""
+    run = ended("failed", "ValueError: bad")
+    run.notes += ["one is lost", EVIL]
+    lines = ["nbdist: ValueError: bad", "nbdist: one is lost", f"nbdist: {EVIL}"]
+    assert lines == run_text(run).splitlines()[1:4]
+    assert {"ValueError: bad", "one is lost"} <= set(Tags(run_html(run)).texts)
+    assert "<script" not in run_html(run)
+    run.error = ""
+    assert lines[1:] == run_text(run).splitlines()[1:3]
+
+
 class Tags(HTMLParser):
     def __init__(self, html):
         super().__init__()

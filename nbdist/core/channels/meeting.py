@@ -1,7 +1,7 @@
-"""Meeting other ranks at a store: always polled, so it is interrupted at once, and ends when the store goes away.
+"""Meeting other ranks at a store: always polled, so it is interrupted at once, and ends when the ranks are released.
 
 Inside torch a rank would wait for the others for minutes, deaf to an interrupt. Who hosts the store ends every meeting
-by dropping it; to a rank that is no more than the echo of another one's loss, `PeerLostError`.
+of a generation with a word in it; to a rank that is but the echo of another one's loss, `PeerLostError`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from nbdist.errors import PeerLostError
 
-__all__ = ["check", "echoes", "look_up", "meet", "reach_store", "start_group"]
+__all__ = ["GenerationStore", "echoes", "meet", "reach_store", "start_group"]
 
 T = TypeVar("T")
 
@@ -27,6 +27,7 @@ _CONNECT_WITHIN = datetime.timedelta(seconds=2)
 _WAIT_WITHIN = datetime.timedelta(minutes=5)
 _NAP_S, _LONGEST_NAP_S = 2e-4, 2e-3
 _LOOK_S = 0.01
+_RELEASED = "released"
 _LATE_S = 0.1
 _STAY_S = 2.0
 
@@ -54,45 +55,88 @@ def reach_store(address: str, port: int) -> Any:
         return store
 
 
-def check(store: Any, keys: list[str]) -> bool:
-    """Whether all `keys` are there; notices that the store is gone. Local.
+class GenerationStore(dist.Store):
+    """What the ranks of one generation say to each other through a store, in which torch would wait unheard.
 
-    Raises:
-        PeerLostError: It is.
+    Args:
+        store: Shared by all generations; every call of it is short.
+        generation: Whose.
     """
-    with echoes():
-        return bool(store.check(keys))
+
+    def __init__(self, store: Any, generation: int) -> None:
+        super().__init__()
+        self.underlying_store = store
+        self._keys = dist.PrefixStore(f"nbdist/{generation}", store)
+
+    def release(self) -> None:
+        """Let every wait of this generation end with an error. Local: whoever hosts the store calls it."""
+        self._keys.set(_RELEASED, "1")
+
+    def set(self, key: str, value: Any) -> None:
+        """Write."""
+        with echoes():
+            self._keys.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        """Wait for a key, and read it."""
+        self.wait([key])
+        with echoes():
+            return self._keys.get(key)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Wait for keys, and read them."""
+        self.wait(keys)
+        with echoes():
+            return list(self._keys.multi_get(keys))
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a number; returns the sum."""
+        with echoes():
+            return int(self._keys.add(key, amount))
+
+    def delete_key(self, key: str) -> bool:
+        """Remove; returns whether it was there."""
+        with echoes():
+            return bool(self._keys.delete_key(key))
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all keys are there.
+
+        Raises:
+            PeerLostError: They are not, and will not be: the ranks were released, or the store is gone.
+        """
+        with echoes():
+            there = bool(keys) and bool(self._keys.check(keys))
+            if not there and self._keys.check([_RELEASED]):
+                raise PeerLostError("the ranks were released, for another one is gone.")
+            return there
+
+    def wait(self, keys: list[str], timeout: Any = None) -> None:
+        """Wait until all keys are there; `timeout` is torch's and not heeded, for the ranks are released in time.
+
+        Raises:
+            PeerLostError: See `check`; or they are not there within half an hour.
+        """
+        nap_s = _NAP_S
+        deadline = time.monotonic() + _MEET_WITHIN_S
+        while not self.check(keys):
+            if time.monotonic() > deadline:
+                raise PeerLostError(f"the ranks did not meet within {_MEET_WITHIN_S:g} s.")
+            time.sleep(nap_s)
+            nap_s = min(2 * nap_s, _LONGEST_NAP_S)
 
 
-def look_up(store: Any, keys: list[str]) -> list[str]:
-    """Wait for `keys` and return what they hold. Local.
-
-    Raises:
-        PeerLostError: The store is gone, or nobody has set one of them within half an hour.
-    """
-    nap_s = _NAP_S
-    deadline = time.monotonic() + _MEET_WITHIN_S
-    while not check(store, keys):
-        if time.monotonic() > deadline:
-            raise PeerLostError(f"the ranks did not meet within {_MEET_WITHIN_S:g} s.")
-        time.sleep(nap_s)
-        nap_s = min(2 * nap_s, _LONGEST_NAP_S)
-    with echoes():
-        return [value.decode() for value in store.multi_get(keys)]
-
-
-def meet(store: Any, name: str, rank: int, size: int, word: str = "") -> list[str]:
+def meet(store: GenerationStore, name: str, rank: int, size: int, word: str = "") -> list[str]:
     """Wait until every rank is here; returns the `word` of each. **Collective**; `name` is new to the store.
 
     Raises:
-        PeerLostError: See `look_up`.
+        PeerLostError: See `GenerationStore.wait`.
     """
-    with echoes():
-        store.set(f"{name}/{rank}", word)
-    return look_up(store, [f"{name}/{other}" for other in range(size)])
+    store.set(f"{name}/{rank}", word)
+    return [told.decode() for told in store.multi_get([f"{name}/{other}" for other in range(size)])]
 
 
-def start_group(store: Any, start: Callable[[], T]) -> T:
+def start_group(store: GenerationStore, start: Callable[[], T]) -> T:
     """Let torch connect a process group, in a thread of its own: there it waits up to 30 s for a rank that has died.
 
     **Collective**, as `start` is. A thread that is given up ends by itself, and takes down what it made too late.
@@ -121,7 +165,7 @@ def start_group(store: Any, start: Callable[[], T]) -> T:
     threading.Thread(target=connect, daemon=True, name="nbdist-group").start()
     try:
         while not ended.wait(_LOOK_S):
-            check(store, [])
+            store.check([])
     except BaseException as error:
         ended.wait(_LATE_S if isinstance(error, PeerLostError) else _STAY_S)  # most often it is nearly through
         with lock:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from nbdist.core.channels.base import Channel, Done, Pending
-from nbdist.core.channels.meeting import check, echoes, look_up
+from nbdist.core.channels.meeting import echoes
 from nbdist.core.handover import Segment
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
@@ -254,13 +254,13 @@ def connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:
             listener.listen(size)
             store.set(f"{name}/address/{rank}", address)
             for other in range(rank):
-                (there,) = look_up(store, [f"{name}/address/{other}"])
+                there = store.get(f"{name}/address/{other}").decode()
                 peers[other] = socket.socket(socket.AF_UNIX)
                 peers[other].connect(there)
                 peers[other].sendall(struct.pack("!I", rank))
             while len(peers) < size - 1:
                 while not select.select([listener], [], [], _LOOK_S)[0]:
-                    check(store, [])
+                    store.check([])
                 peer, _ = listener.accept()
                 if _user_of(peer) != os.getuid():  # whoever else can see the address
                     peer.close()

@@ -1,0 +1,76 @@
+"""What do the snapshots of a training in memory cost a step? Beside the same training without them.
+
+    python benchmarks/snapshots.py [--pairs 12] [--json]
+
+The character GPT of step_time.py on two ranks, one thread each. Both sides run in the same processes in turn, for a few
+seconds each, so that a drift of the machine meets both. Every run begins anew: its first snapshots touch new pages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from pairs import Comparison, arguments, report
+from step_time import RANKS, work
+
+CASE = "char-GPT 0.82 M"
+STEPS = 30
+
+
+def measure(pairs: int) -> list[tuple[float, float]]:
+    """Milliseconds a step with and without snapshots, by pair. Runs on each rank."""
+    from nbdist.core.snapshot import Vaults
+    from nbdist.core.task import Task
+    from nbdist.core.train import fit
+    from nbdist.core.world import World
+    from nbdist.plan import Plan
+
+    figures = []
+    with World.from_environment("cpu") as world:
+
+        def milliseconds(kept: bool) -> float:
+            model, x, y, batch_size, _ = work(CASE)
+            task = Task.create(model, (x, y), loss="cross_entropy", optimizer="adamw", lr=1e-3, batch_size=batch_size)
+            plan = Plan.create(ranks=world.size, cores=world.size, steps=STEPS, **task.options)
+            own = Vaults(world.size) if kept and world.rank == 0 else None  # held outside of the ranks, else
+            told = json.dumps([] if own is None else own.paths).encode()
+            result = fit(task, plan, world, vaults=json.loads(world.channel().broadcast_bytes(told)))
+            if own is not None:
+                own.close()
+            return 1000 * float(result.history[0]["seconds"]) / STEPS
+
+        milliseconds(False)
+        for i in range(pairs):
+            first, second = milliseconds(i % 2 == 0), milliseconds(i % 2 == 1)
+            figures.append((first, second) if i % 2 == 0 else (second, first))
+    return figures
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = arguments(__doc__, pairs=12)
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        figures = measure(options.pairs)
+        if os.environ["RANK"] == "0":
+            print("figures", json.dumps(figures), flush=True)
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", __file__]
+    done = subprocess.run(
+        [*command, "--pairs", str(options.pairs)], capture_output=True, text=True, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+    )  # fmt: skip
+    figures = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("figures")).split(" ", 1)[1])
+    kept, bare = (list(side) for side in zip(*figures, strict=True))
+    comparison = Comparison(name=CASE, unit="ms", ours=kept, peer=bare, target="at most 1.02")
+    report([comparison], as_json=options.json, peer="without")
+    if not options.json:
+        low, high = comparison.interval()
+        print(f"median ratio between {low:.3f} and {high:.3f} (95 %)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What holds in a process while it trains: its threads, its device, and that it may not be interrupted now."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from nbdist.core.eager import eager
+from nbdist.core.task import Task
+
+__all__ = ["on_device", "threads", "uninterrupted"]
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch compute with so many threads meanwhile. Local."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def on_device(task: Task, device: torch.device) -> Iterator[None]:
+    """Have the model and its optimizer's state on a device meanwhile. Local."""
+    before = next(task.model.parameters()).device
+    _move(task, before, device)
+    try:
+        yield
+    finally:
+        _move(task, device, before)
+
+
+def _move(task: Task, source: torch.device, target: torch.device) -> None:
+    if source == target:
+        return
+    task.model.to(target)
+    if task.optimizer.state:
+        with eager():
+            task.optimizer.load_state_dict(task.optimizer.state_dict())  # puts each state where its parameter is
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let no interrupt land meanwhile; one that comes is dropped. Local."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

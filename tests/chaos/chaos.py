@@ -1,0 +1,158 @@
+"""The chaos suite: whatever happens to its processes, a training ends with the numbers that it would have had.
+
+    python tests/chaos/chaos.py [--seed N] [--only WORDS] [--channel shared|group] [--write]
+
+``make chaos`` runs it whole and puts its table into tests/README.md; `test_chaos.py` runs a part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import outside
+import scenarios
+from lab import Lab, Trial
+from shared_cluster import MARK
+
+CHANNELS = {"shared": "shared memory", "group": "process group"}
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- chaos: written by make chaos -->", "<!-- end of chaos -->"
+
+
+@dataclasses.dataclass
+class Row:
+    """The trials of one event.
+
+    Args:
+        event: What happened.
+        where: On which channel.
+    """
+
+    event: str
+    where: str
+    trials: list[Trial] = dataclasses.field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.problem]
+
+    @property
+    def seconds(self) -> list[float]:
+        return sorted(seconds for trial in self.trials for seconds in trial.seconds)
+
+    def cells(self) -> list[str]:
+        """What the table says of it."""
+        times = ["", ""]
+        if self.seconds:
+            rank = math.ceil(0.99 * len(self.seconds)) - 1
+            times = [f"{statistics.median(self.seconds):.2f}", f"{self.seconds[rank]:.2f}"]
+        equal = len(self.trials) - len(self.failed)
+        return [self.event, self.where, str(len(self.trials)), str(equal), *times]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown."""
+    head = ["event", "channel", "runs", "equal", "p50, s", "p99, s"]
+    lines = [head, ["---"] * len(head), *(row.cells() for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def in_lab(channel: str, seed: int, only: str, tell) -> list[Row]:
+    """All events on one cluster."""
+    rows = []
+    lab = Lab(channel)
+    try:
+        for workload in (*scenarios.WORKLOADS, "30 MiB"):
+            lab.reference(workload)
+        lab.survives(scenarios.WORKLOADS[0], ("forward", 0, 3))
+        lab.begin_watching()
+        for event, scenario in {**scenarios.LOST, **scenarios.TOLD}.items():
+            if only not in event:
+                continue
+            row, began_s = Row(event, channel), time.monotonic()
+            rows.append(row)
+            for trial in scenario(lab, random.Random(f"{seed} {event}")):
+                row.trials.append(trial)
+                if trial.problem:
+                    tell(f"  {event}, {channel}, run {len(row.trials)}: {trial.problem}")
+            if left := lab.left_behind():
+                row.trials[-1] = Trial(problem=left)
+                tell(f"  {event}, {channel}: {left}")
+            tell(f"{' | '.join(row.cells())} | {time.monotonic() - began_s:.0f} s")
+    finally:
+        lab.close()
+    return rows
+
+
+def by_themselves(seed: int, only: str, tell) -> list[Row]:
+    """The events that need a cluster, or a machine, of their own."""
+    rows: dict[tuple[str, str], Row] = {}
+    for name, scenario in outside.SCENARIOS.items():
+        if only not in name:
+            continue
+        for key, trial in scenario(random.Random(f"{seed} {name}")):
+            row = rows.setdefault(key, Row(*key))
+            row.trials.append(trial)
+            if trial.problem:
+                tell(f"  {row.event}, run {len(row.trials)}: {trial.problem}")
+        tell(f"{name}: {' | '.join(cell for row in rows.values() for cell in row.cells())}")
+    return list(rows.values())
+
+
+def write(rows: list[Row], minutes: float) -> None:
+    """Put the table into the README of the tests."""
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    runs, failed = sum(len(row.trials) for row in rows), sum(len(row.failed) for row in rows)
+    words = f"{runs} runs, {failed} of them not equal, {minutes:.0f} minutes on {os.cpu_count()} cores."
+    README.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{words}\n\n{END}{after}")
+
+
+def main() -> int:
+    """Run what is asked for; returns how many trials failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="Of all that is random.")
+    parser.add_argument("--only", default="", metavar="WORDS", help="Events whose name holds these words.")
+    parser.add_argument("--channel", choices=[*CHANNELS, "none"], help="By default both.")
+    parser.add_argument("--write", action="store_true", help="Put the table into tests/README.md.")
+    options = parser.parse_args()
+    began_s = time.monotonic()
+    os.environ[MARK] = str(os.getpid())
+    warnings.filterwarnings("ignore", module="nbdist")
+    rows: list[Row] = []
+
+    def tell(text: str) -> None:
+        print(f"{time.monotonic() - began_s:6.0f} s  {text}", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
+        os.environ["TMPDIR"] = tempfile.tempdir = temporary
+        os.environ["NBDIST_HOME"] = f"{temporary}/home"
+        for word, channel in CHANNELS.items():
+            if options.channel in (None, word):
+                rows += in_lab(channel, options.seed, options.only, tell)
+        if options.channel in (None, "none"):
+            rows += by_themselves(options.seed, options.only, tell)
+        tempfile.tempdir = None
+    minutes = (time.monotonic() - began_s) / 60
+    failed = sum(len(row.failed) for row in rows)
+    print(f"\n{table(rows)}\n\n{sum(len(r.trials) for r in rows)} runs, {failed} not equal, {minutes:.1f} minutes")
+    if options.write:
+        write(rows, minutes)
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main() > 0)

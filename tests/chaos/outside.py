@@ -1,0 +1,163 @@
+"""What may happen to a whole session: to its kernel, its controller, its disk; and the same work under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from lab import RANKS, Lab, Trial
+from shared_cluster import MARK, until
+from traps import PHASES, Traps
+from workloads import STEPS, digest, told
+
+from nbdist.errors import ClusterError
+
+SESSION = [sys.executable, str(Path(__file__).with_name("session.py"))]
+GONE_WITHIN_S = 10.0
+DISK_MIB = 10  # room for some checkpoints of the workload, until the rest is filled
+RESTARTS = 2
+Told = tuple[tuple[str, str], Trial]
+"""The event and the channel, and a trial of it."""
+
+
+def kernel_killed(rng: random.Random) -> Iterator[Told]:
+    """Everything that the kernel started, directly or not, ends within 10 s."""
+    for state in ("idle", "busy") * 2:
+        with tempfile.TemporaryDirectory() as folder:
+            mark = f"{os.getpid()} {state} {folder}"
+            kernel = subprocess.Popen(
+                [*SESSION, "kernel", folder, state],
+                stdin=subprocess.PIPE,
+                env={**os.environ, MARK: mark, "TMPDIR": folder},
+            )
+            try:
+                until(Path(folder, "ready").exists, 60.0)
+                processes = _marked(mark)
+                kernel.kill()
+                kernel.wait()
+                killed_s = time.monotonic()
+                _, left = psutil.wait_procs(processes, GONE_WITHIN_S)
+                seconds = time.monotonic() - killed_s
+                files = list(Path(folder).glob("nbdist-*"))
+                problems = [f"left running: {left}"] * bool(left) + [f"left: {files}"] * bool(files)
+                if len(processes) < 2 * RANKS:
+                    problems.append(f"only {processes} had been started")
+                yield (
+                    ("the kernel is killed: until all is gone", ""),
+                    Trial(problem="; ".join(problems), seconds=[seconds]),
+                )
+            finally:
+                for process in _marked(mark):
+                    process.kill()
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
+
+
+def controller_killed(rng: random.Random) -> Iterator[Told]:
+    """A clear error for the run, and the next start of the same cluster works; timed from the kill to that."""
+    for _ in range(3):
+        lab = Lab("shared memory")
+        try:
+            expected = lab.reference("shared weights", epochs=30)
+            _, model, data, options = lab.make("shared weights", epochs=30)
+            run = lab.cluster.train(model, data, background=True, **options)
+            run.wait(rng.uniform(0.0, 1.0))
+            old = [psutil.Process(pid) for pid in lab.pids()]
+            lab.cluster._up._launch._cluster.controller.process.kill()
+            killed_s = time.monotonic()
+            problems = []
+            try:
+                run.wait(20.0)
+                problems.append(f"no error: {run.state}")
+            except ClusterError as error:
+                if "controller" not in str(error) or "%dist_start" not in str(error):
+                    problems.append(f"error: {error}")
+            lab.cluster.start()
+            seconds = time.monotonic() - killed_s
+            problems += [f"left running: {left}" for left in [psutil.wait_procs(old, 5.0)[1]] if left]
+            _, model, data, options = lab.make("shared weights", epochs=30)
+            run = lab.cluster.train(model, data, **options)
+            if (digest(model.state_dict()), told(run)) != (expected.weights, expected.history):
+                problems.append("the next training is another one")
+            yield (
+                ("the controller is killed: until a new start", ""),
+                Trial(problem="; ".join(problems), seconds=[seconds]),
+            )
+        finally:
+            lab.close()
+
+
+def disk_full(rng: random.Random) -> Iterator[Told]:
+    """In a mount namespace of its own, where a small tmpfs can be mounted."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={DISK_MIB}m tmpfs "$0" && exec "$@"', folder]
+        done = subprocess.run([*own, *SESSION, "disk", folder], capture_output=True, text=True, timeout=120)
+        lines = done.stdout.split("\n")
+        wanted = {"equal", "told", "whole"}
+        yield (
+            ("the disk gets full during a checkpoint", ""),
+            Trial(problem="" if wanted <= {*lines} else f"{lines} {done.stderr[-1500:]}"),
+        )
+
+
+def beside_torchrun(rng: random.Random) -> Iterator[Told]:
+    """One rank of a model with 30 MiB of weights and optimizer state, in the four places of a step.
+
+    In turn with the same under ``torchrun --max-restarts``, which starts all ranks anew, from the last checkpoint.
+    """
+    event, lab, counted = "`kill -9`, 30 MiB of state", Lab("shared memory"), itertools.count()
+    traps, expected = _under_torchrun([])
+    assert expected, "torchrun did not end well"
+    try:
+        for _ in range(5):
+            chosen = [
+                (PHASES[i % len(PHASES)], i % RANKS, step)
+                for i, step in zip(counted, sorted(rng.sample(range(3, STEPS - 1), RESTARTS)), strict=False)
+            ]
+            for trap in chosen * 2:
+                yield (event, "shared memory"), lab.survives("30 MiB", trap)
+            traps, found = _under_torchrun(chosen)
+            problem = "" if found == expected else f"not equal, {traps.left}"
+            yield (f"{event}: torchrun", "shared memory"), Trial(problem=problem, seconds=traps.recovery_seconds())
+    finally:
+        lab.close()
+
+
+def _under_torchrun(traps_set: list[tuple[str, int, int]]) -> tuple[Traps, list[str]]:
+    """The workload of 30 MiB under torchrun; returns what its ranks have told, and what it has left behind."""
+    folder = tempfile.mkdtemp()
+    traps = Traps(folder)
+    for trap in traps_set:
+        traps.set(*trap)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}",
+        f"--max-restarts={RESTARTS}", *SESSION[1:], "torchrun", folder,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    subprocess.run(command, capture_output=True, timeout=120, env=environment)
+    result = [Path(folder, name) for name in ("digest", "history")]
+    return traps, [path.read_text() for path in result] if all(path.exists() for path in result) else []
+
+
+SCENARIOS = {
+    "kernel": kernel_killed,
+    "controller": controller_killed,
+    "disk": disk_full,
+    "torchrun": beside_torchrun,
+}

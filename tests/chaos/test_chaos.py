@@ -1,0 +1,86 @@
+"""The short part of the chaos suite: whatever is killed, raises or hangs, the numbers are those of a quiet run."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+
+import pytest
+from lab import Lab
+from scenarios import kill_at_a_checkpoint
+from shared_cluster import ENGINES
+
+RANDOM = random.Random(0)
+KILLS = {
+    "forward, the first step": ("shared weights", ("forward", 0, 0)),
+    "backward": ("shared weights", ("backward", 1, 7)),
+    "before the update": ("replicas", ("update", 0, 12)),
+    "after the update": ("shared weights", ("updated", 1, 13)),
+    "a collective": ("replicas", ("backward", 1, 5, "kill 0.001")),
+    "data": ("own optimizer", ("data", "any", 310)),
+    "evaluation in the middle": ("stream", ("evaluation", 1, 10)),
+    "evaluation at the end": ("shared weights", ("evaluation", 0, 20)),
+    "all ranks": ("own optimizer", ("forward", 0, 11), ("forward", 1, 11)),
+    "recovery": ("replicas", ("forward", 0, 4), ("unpack", 1, 1)),
+}
+
+
+@pytest.fixture(scope="module")
+def module_lab(shared_cluster):
+    """What is known of undisturbed runs, for all tests of this module."""
+    lab = Lab("shared memory", shared_cluster.ready(), ranks=ENGINES)
+    yield lab
+    lab.close()
+
+
+@pytest.fixture
+def lab(module_lab, cluster):
+    """A lab on the shared cluster."""
+    module_lab.cluster = cluster
+    return module_lab
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_nobody_can_tell_that_ranks_were_killed(lab, kill):
+    """In any phase, on every way to keep state: the bits of weights, optimizer and history of an undisturbed run."""
+    workload, *traps = KILLS[kill]
+    trial = lab.survives(workload, *traps)
+    assert trial.problem == ""
+    assert len(trial.seconds) == (0 if kill == "evaluation at the end" else len(traps)), "each kill is recovered from"
+
+
+def test_nobody_can_tell_that_a_rank_was_killed_while_it_wrote_a_checkpoint(lab):
+    """Once the folder of a checkpoint is there, and what makes it count is not."""
+
+    kill = functools.partial(kill_at_a_checkpoint, lab, 1)
+    assert lab.survives("shared weights", meanwhile=kill, disk=True, checkpoint_every=3).problem == ""
+
+
+@pytest.mark.parametrize(("workload", "phase"), [("shared weights", "backward"), ("replicas", "evaluation")])
+def test_an_exception_is_told_once_and_the_training_goes_on_from_the_step_it_names(lab, workload, phase):
+    """Within a second, with rank and line; the engines live, and resume gives the bits of an undisturbed run."""
+    assert lab.fails(workload, phase, 1, 10).problem == ""
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(lab, now):
+    """At a random moment; the model holds the weights of the step that the run names."""
+    assert lab.stops("shared weights", RANDOM, now=now, epochs=10).problem == ""
+
+
+@pytest.mark.parametrize("hang", ["hang", "hang_in_c"])
+def test_a_hang_is_stopped_and_the_training_goes_on_with_the_same_bits(lab, hang):
+    """In Python, and in C code that no signal reaches: within four seconds."""
+    assert lab.stops("replicas", RANDOM, ("forward", 1, 6, hang), now=True).problem == ""
+
+
+def test_nobody_can_tell_on_the_other_channel_either(cluster):
+    """Over gloo, in the middle of its collectives and before the update."""
+    cluster.stop()
+    lab = Lab("process group", ranks=ENGINES)
+    try:
+        for rank, phase in itertools.product(range(ENGINES), ("update", "backward")):
+            assert lab.survives("replicas", (phase, rank, 8)).problem == ""
+    finally:
+        lab.close()

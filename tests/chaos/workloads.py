@@ -1,0 +1,133 @@
+"""What is trained while ranks are killed: for each way to keep, share and read state, something that uses it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from traps import Rates, Traps
+
+from nbdist.core.saved import Saved
+from nbdist.core.snapshot import newest, read
+
+STEPS = 20
+SAMPLES, BATCH, FEATURES, CLASSES = 600, 60, 40, 5
+WIDTHS = {"shared weights": 300, "replicas": 64, "own optimizer": 48, "stream": 48, "30 MiB": 1550}
+WORKLOADS = tuple(WIDTHS)[:4]
+
+
+class Net(nn.Module):
+    """Two hidden layers, BatchNorm and dropout, with a trap before each half of a step."""
+
+    def __init__(self, width: int, traps: Traps) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(FEATURES, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2),
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, CLASSES),
+        )  # fmt: skip
+        self.traps = traps
+
+    def forward(self, x):
+        """Scores of classes."""
+        self.traps.reach("forward" if self.training else "evaluation")
+        scores = self.layers(x)
+        if scores.requires_grad:
+            scores.register_hook(lambda _: self.traps.reach("backward"))
+        return scores
+
+
+class Rows(Dataset):
+    """A map-style data set."""
+
+    def __init__(self, traps: Traps) -> None:
+        self.traps = traps
+        self.x, self.y = rows(SAMPLES)
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, index):
+        self.traps.reach("data", index)
+        return self.x[index], self.y[index]
+
+
+class Stream(IterableDataset):
+    """The same rows as a stream."""
+
+    def __init__(self, traps: Traps) -> None:
+        self.traps = traps
+
+    def __iter__(self):
+        for index, row in enumerate(zip(*rows(SAMPLES), strict=True)):
+            self.traps.reach("data", index)
+            yield row
+
+
+def rows(samples: int, seed: int = 1):
+    """Random samples and classes, the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, FEATURES, generator=generator), torch.randint(CLASSES, (samples,), generator=generator)
+
+
+def make(name: str, traps: Traps) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Model, data and options of a workload of 20 steps."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Net(WIDTHS[name], traps)
+    options: dict[str, Any] = {
+        "loss": "cross_entropy", "epochs": 2, "batch_size": BATCH, "val": rows(90, 2), "metric": "accuracy",
+        "lr_scheduler": Rates(traps), "seed": 3,
+    }  # fmt: skip
+    data: Any = rows(SAMPLES)
+    if name == "replicas":
+        data = rows(SAMPLES - 11)  # a last batch that is not like the others
+        options |= {"clip_norm": 1.0, "accumulate": 2}
+    elif name == "own optimizer":
+        first, *others = model.parameters()
+        options["optimizer"] = torch.optim.AdamW([{"params": [first], "lr": 0.002}, {"params": others}], lr=0.001)
+        data = DataLoader(Rows(traps), batch_size=BATCH, shuffle=True, num_workers=1)
+        del options["batch_size"]
+    elif name == "stream":
+        options["optimizer"] = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+        data = Stream(traps)
+    return model, data, options
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """The SHA-256 of tensors, their names included."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def optimizer_digest(run: Any, options: dict[str, Any]) -> str:
+    """The SHA-256 of the optimizer's state after a run: at home, on disk, or in the last snapshot."""
+    optimizer = options.get("optimizer")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        state = optimizer.state_dict()
+        groups = json.dumps(state["param_groups"])
+        tensors = {f"{i} {key}": value for i, entry in state["state"].items() for key, value in entry.items()}
+        return digest({**tensors, groups: torch.ones(1)})
+    saved = Saved.in_folder(options["checkpoint"]) if "checkpoint" in options else kept(run)
+    values = json.dumps([saved.values, saved.groups], sort_keys=True)
+    tensors = {f"{name} {entry}": saved.whole(name, entry) for name in saved.names for entry in saved.entries(name)}
+    return digest({**tensors, values: torch.ones(1)})
+
+
+def kept(run: Any) -> Saved:
+    """The last snapshot of a run."""
+    found = newest(run.vaults.paths)
+    assert found is not None, "no snapshot was kept"
+    return Saved.in_memory(read(found[1]))
+
+
+def told(run: Any) -> list[dict[str, Any]]:
+    """The history of a run, but for how long it took."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in run.history]

@@ -1,0 +1,96 @@
+"""The controller or the fork server is killed: nothing hangs, and one start mends it."""
+
+from __future__ import annotations
+
+import threading
+
+import psutil
+import pytest
+from shared_cluster import ENGINES, folder_of, marked, until
+
+from nbdist.cluster import current_cluster, current_server
+from nbdist.errors import ClusterError
+
+ENDED = "the controller's process has ended, so the engines cannot be reached: %dist_start starts anew"
+
+
+def of_cluster(cluster):
+    """All processes of a cluster, and its temporary folder."""
+    folder = folder_of(psutil.Process(cluster.engines[0].pid))
+    return [process for process in marked() if folder_of(process) == folder], folder
+
+
+def kill_controller(cluster):
+    """Its child, a scheduler, has the same name."""
+    controllers = [process for process in of_cluster(cluster)[0] if "controll" in process.name()]
+    (controller,) = [process for process in controllers if process.parent() not in controllers]
+    controller.kill()
+    psutil.wait_procs([controller], timeout=5)
+
+
+@pytest.fixture
+def unreachable(cluster):
+    """A cluster whose controller was killed; its processes and its folder."""
+    processes, folder = of_cluster(cluster)
+    kill_controller(cluster)
+    return cluster, processes, folder
+
+
+def test_without_its_controller_a_cluster_refuses_everything(unreachable):
+    """With the reason and the cure, at once."""
+    cluster, _, _ = unreachable
+    assert not cluster.reachable
+    for act in (cluster.check_ready, lambda: cluster.push(a=1), lambda: cluster.pull("a"), lambda: cluster.execute("")):
+        with pytest.raises(ClusterError, match=ENDED):
+            act()
+
+
+def test_one_start_ends_what_is_left_and_begins_anew(unreachable):
+    """No process and no folder of the old engines stays, and the new ones work."""
+    cluster, processes, folder = unreachable
+    assert len(processes) > 2 * ENGINES
+    assert cluster.start() is cluster is current_cluster()
+    assert not psutil.wait_procs(processes, timeout=5)[1]
+    assert not folder.exists()
+    cell = cluster.execute("print(rank)")
+    cell.wait()
+    assert {0: "0\n", 1: "1\n"} == cell.printed()
+
+
+def test_a_cell_that_waits_ends_when_the_controller_does(cluster):
+    """So does a value that is being fetched."""
+    cell = cluster.execute("print('in', flush=True); import time; time.sleep(60)")
+    until(lambda: all(cell.printed().values()))
+    errors = []
+
+    def wait():
+        try:
+            cell.wait()
+        except ClusterError as error:
+            errors.append(str(error))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    kill_controller(cluster)
+    waiting.join(5)
+    assert not waiting.is_alive()
+    assert ENDED in errors[0]
+
+
+def test_a_killed_fork_server_is_followed_by_another_one(cluster):
+    """Engines go on without it; the next one that is needed brings it back, and nothing is left in the end."""
+    until(lambda: cluster.spare_engines)
+    server, (spare,) = psutil.Process(current_server().pid), cluster.spare_engines
+    old, kept = psutil.Process(cluster.engines[1].pid), cluster.engines[0].pid
+    server.kill()
+    until(lambda: current_server() is None)
+    old.kill()
+    until(lambda: cluster.engines[1].state == "lost")
+    cluster.start()
+    assert [kept, spare.pid] == [engine.pid for engine in cluster.engines]
+    (follower,) = until(lambda: cluster.spare_engines)
+    assert server.pid != current_server().pid == psutil.Process(follower.pid).ppid()
+    processes, folder = of_cluster(cluster)
+    cluster.stop()
+    until(lambda: not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE])
+    assert not folder.exists()

@@ -1,0 +1,110 @@
+"""Worlds are formed again and again in the same processes, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+from shared_cluster import until
+
+from nbdist.cluster.engines import Engines
+from nbdist.errors import ClusterError, EngineError
+
+RECOVERED_WITHIN_S = 3.0
+KILLS = 15
+GENERATIONS, WARM_UP = 200, 30
+MIB = 2**20
+SPARE = {"shared_memory": 1, "process_group": 0}
+
+
+@pytest.fixture(params=["shared_memory", "process_group"])
+def three(request, shared_cluster, monkeypatch):
+    """Three engines of the test's own that talk through either kind of channel."""
+    monkeypatch.setenv("NBDIST_CHANNEL", request.param)
+    engines = Engines(3, "cpu", 30.0, lambda words: None, SPARE[request.param])
+    yield engines
+    engines.end()
+
+
+def test_forming_survives_a_kill_at_any_moment(three):
+    """Nobody waits, only the killed rank is lost, and all meet as soon as it is replaced."""
+    chance = random.Random(1)
+    for _ in range(KILLS):
+        before = [engine.pid for engine in three.records()]
+        victim = chance.randrange(3)
+        killing = threading.Timer(chance.random() * 0.06, os.kill, (before[victim], signal.SIGKILL))
+        started_s = time.monotonic()
+        killing.start()
+        with contextlib.suppress(EngineError):
+            three.form()
+        killing.join()
+        until(lambda: three.lost)
+        assert [victim] == three.replace_lost()
+        three.form()
+        assert time.monotonic() - started_s < RECOVERED_WITHIN_S
+        after = [engine.pid for engine in three.records()]
+        assert [victim] == [rank for rank in range(3) if before[rank] != after[rank]]
+        assert dict(enumerate(after)) == three.call(range(3), os.getpid)
+
+
+def test_a_rank_that_never_comes_is_killed_and_named(three):
+    """The others are freed, keep their processes, and meet again when it is replaced."""
+    before = [engine.pid for engine in three.records()]
+    os.kill(before[1], signal.SIGSTOP)
+    three.timeout_s = 1.0
+    with pytest.raises(ClusterError, match=r"did not meet the others within 1 s"):
+        three.form()
+    assert (False, [1]) == (three.formed, three.lost)
+    three.timeout_s = 30.0
+    three.replace_lost()
+    three.form()
+    assert [before[0], before[2]] == [three.records()[rank].pid for rank in (0, 2)]
+
+
+def test_an_interrupt_ends_forming(three):
+    """Although a rank does not come; that one has to be replaced then."""
+    os.kill(three.records()[1].pid, signal.SIGSTOP)
+    pressing = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    pressing.start()
+    started_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        three.form()
+    assert time.monotonic() - started_s < RECOVERED_WITHIN_S
+    assert [1] == three.replace_lost()
+    three.form()
+
+
+def test_a_release_frees_ranks_that_wait_for_others(three):
+    """With the echo of a loss, and alive, although torch itself would let them wait for minutes."""
+    before = [engine.pid for engine in three.records()]
+    os.kill(before[2], signal.SIGSTOP)
+    releasing = threading.Timer(0.3, three.release)
+    releasing.start()
+    with pytest.raises(EngineError, match=r"PeerLostError: the ranks were released|rank 2: the process ended"):
+        three.form()
+    assert [2] == three.replace_lost()
+    three.form()
+    assert before[:2] == [engine.pid for engine in three.records()][:2]
+
+
+def test_hundreds_of_generations_leak_nothing(three):
+    """Neither sockets nor threads nor memory, in the ranks and here."""
+    processes = [psutil.Process(), *(psutil.Process(engine.pid) for engine in three.records())]
+
+    def held():
+        return [(process.num_fds(), process.num_threads()) for process in processes]
+
+    for _ in range(WARM_UP):
+        three.form()
+    before, memory = held(), [process.memory_info().rss for process in processes]
+    for _ in range(GENERATIONS - WARM_UP):
+        three.form()
+    until(lambda: all(now[0] <= then[0] and now[1] <= then[1] for now, then in zip(held(), before, strict=True)))
+    grown = [process.memory_info().rss - then for process, then in zip(processes, memory, strict=True)]
+    assert max(grown) < 8 * MIB, grown

@@ -1,0 +1,190 @@
+"""A run survives: engines that are killed, errors, stops; and goes on to the bits of one that was left alone."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import nbdist
+from nbdist.errors import EngineError, PlanError
+from nbdist.telemetry.record import records
+
+pytestmark = pytest.mark.engines
+
+SAMPLES, BATCH, EPOCHS = 1600, 16, 4
+_WITHIN_S = 30.0
+
+
+class Net(nn.Module):
+    """Slow enough to be met in the middle; on `trap` = (rank, forward) it leaves a `mark` and does what `how` says."""
+
+    def __init__(self, trap=(), how="", mark=os.devnull):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 3))
+        self.trap, self.how, self.mark, self.calls = trap, how, mark, 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.training and self.trap == (int(os.environ.get("RANK", 0)), self.calls):
+            Path(self.mark).touch()
+            if self.how == "raise":
+                raise ValueError("torn")
+            if self.how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "sleep":
+                time.sleep(1000)
+            while self.how == "in C":
+                ctypes.CDLL(None).sleep(1000)
+        return self.layers(x)
+
+
+def net(*trap):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net(*trap)
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(SAMPLES, 6, generator=generator), torch.randint(3, (SAMPLES,), generator=generator)
+
+
+def falling(optimizer):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=500)
+
+
+OPTIONS = {"loss": "cross_entropy", "batch_size": BATCH, "epochs": EPOCHS, "lr_scheduler": falling, "threads": 1}
+
+
+def bits(model):
+    return [tensor.numpy().tobytes() for tensor in model.state_dict().values()]
+
+
+def rows(run):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in run.history]
+
+
+def until(true, run=None):
+    deadline = time.monotonic() + _WITHIN_S
+    while not true():
+        assert run is None or not run.ended, run
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def calm(shared_cluster):
+    """The weights and the history of a run that nothing happens to."""
+    cluster = shared_cluster.ready()
+    model = net()
+    run = cluster.train(model, data(), **OPTIONS)
+    return bits(model), rows(run)
+
+
+@pytest.mark.parametrize("victims", [[0], [1], [0, 1]])
+def test_killed_engines_change_no_bit(cluster, calm, victims):
+    """The run goes on by itself, on other engines; it and its record say what happened."""
+    model, pids = net(), [engine.pid for engine in cluster.engines]
+    run = cluster.train(model, data(), background=True, **OPTIONS)
+    until(lambda: run.progress.step > 20, run)
+    for rank in victims:
+        os.kill(pids[rank], signal.SIGKILL)
+    assert "finished" == run.wait(_WITHIN_S).state
+    assert calm == (bits(model), rows(run))
+    assert victims == [rank for rank, engine in enumerate(cluster.engines) if engine.pid != pids[rank]]
+    (note,) = run.progress.notes
+    assert "lost (its process ended), replaced in" in note
+    assert note in repr(run)
+    told = [json.loads(line) for line in (records() / run.run_id / "cluster.jsonl").read_text().splitlines()]
+    assert [*("Recovered" for _ in victims), "Noted"] == [event["event"] for event in told]
+    assert victims == [event["rank"] for event in told if event["event"] == "Recovered"]
+
+
+def test_an_engine_that_dies_at_the_same_place_again_and_again(cluster):
+    """It is given up, with a sentence that says where; the engines are ready again."""
+    with pytest.raises(EngineError, match=r"^rank 1: the process ended 5 times at step 1: .* does not suffice"):
+        cluster.train(net((1, 1), "die"), data(), **OPTIONS)
+    assert "finished" == cluster.train(net(), data(), **OPTIONS | {"epochs": 1}).state
+
+
+def test_an_engine_lost_between_runs(cluster, calm):
+    """The next training replaces it and says so."""
+    os.kill(cluster.engines[1].pid, signal.SIGKILL)
+    until(lambda: cluster.engines[1].state == "lost")
+    model = net()
+    run = cluster.train(model, data(), **OPTIONS)
+    assert calm == (bits(model), rows(run))
+    assert ["rank 1 had been lost and was replaced; what %%dist cells defined there is gone"] == run.progress.notes
+
+
+def test_after_an_error_the_last_complete_step_is_there(cluster, calm):
+    """And the same line goes on from it, to the bits of a run without the error."""
+    model, pids = net((1, 150), "raise"), [engine.pid for engine in cluster.engines]
+    with pytest.raises(EngineError, match=r"rank 1: ValueError: torn .*\nThe model holds the weights after step 149, "):
+        cluster.train(model, data(), **OPTIONS)
+    assert pids == [engine.pid for engine in cluster.engines]
+    held = [parameter.detach().clone() for parameter in model.parameters()]
+    model.trap = ()
+    run = cluster.train(model, data(), resume=True, **OPTIONS)
+    assert calm == (bits(model), rows(run))
+    expected = net()
+    cluster.train(expected, data(), **OPTIONS | {"epochs": None, "steps": 149})
+    for (name, tensor), other in zip(expected.named_parameters(), held, strict=True):
+        assert torch.equal(tensor, other), name
+
+
+@pytest.mark.parametrize("how", ["", "sleep", "in C"])
+def test_stopped_and_gone_on(cluster, calm, tmp_path, how):
+    """After its step, or at once in a function that hangs, even in C; then `resume` changes no bit."""
+    mark = tmp_path / "hangs"
+    model = net((1, 150), how, str(mark)) if how else net()
+    run = cluster.train(model, data(), background=True, **OPTIONS)
+    until(lambda: mark.exists() if how else run.progress.step > 20, run)
+    run.stop(now=bool(how))
+    assert "stopped" == run.wait(_WITHIN_S).state
+    model.trap = ()
+    before = bits(model)
+    if how:
+        assert run.progress.step in range(1, 150)
+    again = cluster.resume()
+    assert bits(model) != before
+    assert calm[0] == bits(model)
+    assert calm[1] == rows(again)
+    with pytest.raises(PlanError, match=rf"has done {EPOCHS} epochs already: ask for more .*--epochs {EPOCHS + 1}"):
+        cluster.resume()
+
+
+def test_a_killed_stage_of_a_pipeline_changes_no_bit(cluster):
+    """What one rank alone holds outlives it too."""
+    options = OPTIONS | {"strategy": "pipeline", "microbatches": 2}
+    expected, model = net(), net()
+    cluster.train(expected, data(), **options)
+    run = cluster.train(model, data(), background=True, **options)
+    until(lambda: run.progress.step > 20, run)
+    os.kill(cluster.engines[1].pid, signal.SIGKILL)
+    assert "finished" == run.wait(_WITHIN_S).state
+    assert bits(expected) == bits(model)
+    assert run.progress.notes
+
+
+def test_the_last_run_is_gone_on_with_on_another_number_of_engines(cluster):
+    """Its snapshot belongs to the notebook, not to the engines."""
+    model = net()
+    run = cluster.train(model, data(), background=True, **OPTIONS | {"accumulate": 1})
+    until(lambda: run.progress.step > 20, run)
+    run.stop()
+    run.wait(_WITHIN_S)
+    assert nbdist.last_run() is run
+    step = run.progress.step
+    again = cluster.train(model, data(), resume=True, strategy="tensor", **OPTIONS)
+    assert (SAMPLES // BATCH * EPOCHS, "finished") == (again.progress.step, again.state)
+    assert step < again.progress.step
+    assert [SAMPLES] * EPOCHS == [row["samples"] for row in again.history]

@@ -1,0 +1,96 @@
+"""Nobody else can reach the engines: everything listens on loopback, and messages without the key are dropped."""
+
+from __future__ import annotations
+
+import json
+import stat
+
+import psutil
+import pytest
+import zmq
+from ipyparallel.serialize import pack_apply_message
+from jupyter_client.session import Session
+from shared_cluster import ENGINES, folder_of, marked, until
+from tasks import classes, net
+
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def of_cluster(cluster):
+    folder = folder_of(psutil.Process(cluster.engines[0].pid))
+    return [process for process in marked() if folder_of(process) == folder]
+
+
+def listening(process):
+    return {c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
+
+@pytest.fixture
+def security_folder(cluster):
+    """Where ipyparallel keeps the keys of the running cluster."""
+    return folder_of(psutil.Process(cluster.engines[0].pid)) / "profile" / "security"
+
+
+@pytest.fixture
+def connection(security_folder):
+    """What a client of the running cluster is told."""
+    return json.loads((security_folder / "ipcontroller-client.json").read_text())
+
+
+def test_everything_listens_on_loopback(cluster):
+    """Controller, engines, spare, nannies and this process, which hosts the store; gloo's sockets too, in a world."""
+    cluster.train(net(), classes(), loss="cross_entropy")
+    until(lambda: cluster.spare_engines)
+    found = {process: listening(process) for process in [psutil.Process(), *of_cluster(cluster)]}
+    assert len(found) >= 2 + 2 * (ENGINES + cluster.spares)
+    assert all(found[psutil.Process(engine.pid)] for engine in cluster.engines)
+    assert {address.ip for addresses in found.values() for address in addresses} <= LOOPBACK
+
+
+def test_keys_are_for_their_owner_only(security_folder):
+    """The files are 0600, and nobody else may look into the folder."""
+    files = [path for path in security_folder.iterdir() if path.is_file()]
+    assert len(files) >= 2
+    assert {0o600} == {stat.S_IMODE(path.stat().st_mode) for path in files}
+    assert 0o700 == stat.S_IMODE(security_folder.stat().st_mode)
+
+
+def test_a_message_with_another_key_runs_nothing(cluster, connection, tmp_path):
+    """Sent to every engine through each of the controller's ports; the cluster goes on working."""
+    told = tmp_path / "told"
+    forger = Session(key=b"another key", username="somebody")
+    call = pack_apply_message(told.write_text, ("forged",), {})
+    engines = cluster._up._launch.client._engines
+    controllers = [process for process in of_cluster(cluster) if "controll" in process.name()]
+    ports = {address.port for process in controllers for address in listening(process)}
+    assert len(ports) >= 6
+    context = zmq.Context()
+    for port in ports:
+        with context.socket(zmq.DEALER) as dealer:
+            dealer.linger = 1000
+            dealer.connect(f"tcp://127.0.0.1:{port}")
+            for engine in [None, *engines.values()]:
+                ident = None if engine is None else engine.encode()
+                forger.send(dealer, "apply_request", ident=ident, content={}, buffers=call, metadata={})
+                forger.send(dealer, "execute_request", ident=ident, content={"code": f"open({str(told)!r}, 'w')"})
+    context.term()  # all has been sent
+    for _ in range(3):
+        cell = cluster.execute("print(rank)")
+        cell.wait()
+        assert {0: "0\n", 1: "1\n"} == cell.printed()
+    assert not told.exists()
+    assert connection["key"] != "another key"
+
+
+def test_the_same_message_with_the_right_key_would_run(cluster, connection, tmp_path):
+    """So it is the key that keeps a forged one out."""
+    told = tmp_path / "told"
+    caller = Session(key=connection["key"].encode(), signature_scheme=connection["signature_scheme"])
+    engine = cluster._up._launch.client._engines[cluster._up._ids[0]]
+    context = zmq.Context()
+    with context.socket(zmq.DEALER) as dealer:
+        dealer.linger = 1000
+        dealer.connect(f"tcp://127.0.0.1:{connection['mux']}")
+        caller.send(dealer, "execute_request", ident=engine.encode(), content={"code": f"open({str(told)!r}, 'w')"})
+        until(told.exists)
+    context.term()
