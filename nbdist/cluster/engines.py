@@ -114,14 +114,11 @@ class Engines:
         with self._changing:
             if not self.ended:
                 with contextlib.suppress(ClusterError):  # without spares all goes on; who needs one meets the error
-                    self._spares.refill(self._ids, self._pids())
+                    self._spares.refill(self._ids, [record.pid for record in self._records])
 
     def _over(self) -> bool:
         self.check_alive()
         return self.ended
-
-    def _pids(self) -> list[int]:
-        return [record.pid for record in self._records]
 
     @property
     def reachable(self) -> bool:
@@ -234,7 +231,9 @@ class Engines:
             self.formed = False
             for rank in lost:
                 self._spares.leave(self._ids[rank])
-            taken = self._spares.take(len(lost), self._ids, self._pids(), self.timeout_s, tell, self._over)
+            taken = self._spares.take(
+                len(lost), self._ids, [record.pid for record in self._records], self.timeout_s, tell, self._over
+            )
             records = list(self._records)
             for rank, (engine_id, facts) in zip(lost, taken.items(), strict=True):
                 self._ids[rank] = engine_id

@@ -55,6 +55,7 @@ class Launch:
             delay=0,
             log_level=40,
             cluster_id="",
+            cluster_file="",  # nobody else is to find this cluster
             profile_dir=str(self.folder / "profile"),
             config=self._settings(),
             load_profile=False,

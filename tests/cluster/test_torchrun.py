@@ -135,7 +135,7 @@ torch.save(model.state_dict(), f"{sys.argv[1]}/{os.environ['RANK']}.pt")
 
 
 def test_one_process_goes_on_with_a_job_of_torchrun_and_the_other_way_round(tmp_path):
-    """In the middle of an epoch: two ranks, and one process with two microbatches, run the same slices to the same bits."""
+    """In mid-epoch: two ranks, and one process with two microbatches, run the same slices to the same bits."""
     here = {}
     with torch.random.fork_rng():
         exec(PLAIN, here)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
 import socket
+import threading
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
+from nbdist.core.channels.meeting import GenerationStore, reach_store, start_group
 from nbdist.core.world import World, host_store, pick_device
-from nbdist.errors import PlanError
+from nbdist.errors import PeerLostError, PlanError
+
+generations = itertools.count(1)
 
 
 def describe(world):
@@ -101,3 +108,88 @@ def test_ranks_take_turns_on_the_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [0, 1, 0] == [pick_device("auto", rank).index for rank in range(3)]
     assert "cpu" == pick_device("cpu", 1).type
+
+
+@pytest.fixture(scope="module")
+def store():
+    """One store for the tests below, each of which has a generation of its own."""
+    return host_store()
+
+
+@pytest.fixture
+def generation(store):
+    """A generation, and a rank's view of it through a connection of its own."""
+    number = next(generations)
+    return GenerationStore(store, number), GenerationStore(reach_store("127.0.0.1", store.port), number)
+
+
+def later(act, *args):
+    timer = threading.Timer(0.1, act, args)
+    timer.start()
+    return timer
+
+
+def test_a_wait_at_the_store_ends_with_a_release_of_its_generation(store, generation):
+    """Of no other generation; what is there already can still be read."""
+    host, ranks = generation
+    ranks.set("there", "value")
+    GenerationStore(store, next(generations)).release()
+    assert (True, False) == (ranks.check(["there"]), ranks.check(["elsewhere"]))
+    later(host.release)
+    with pytest.raises(PeerLostError, match="the ranks were released"):
+        ranks.get("elsewhere")
+    assert b"value" == ranks.get("there")
+
+
+def test_a_wait_at_the_store_is_interrupted_at_once(generation):
+    """As in any loop of Python."""
+    _, ranks = generation
+    pressing = later(os.kill, os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        ranks.wait(["never"])
+    pressing.join()
+
+
+def test_a_store_that_is_gone_is_a_lost_peer():
+    """Where one waits in it, and where one would connect to it."""
+    store = host_store()
+    port = store.port
+    ranks = GenerationStore(reach_store("127.0.0.1", port), 1)
+    del store
+    with pytest.raises(PeerLostError, match="their store is gone"):
+        ranks.get("never")
+    with pytest.raises(PeerLostError, match="their store is gone"):
+        reach_store("127.0.0.1", port)
+
+
+def test_torch_is_not_waited_for_when_the_ranks_are_released(generation):
+    """A group that cannot be connected is left to a thread, which ends by itself."""
+    host, ranks = generation
+    may_end = threading.Event()
+    later(host.release)
+    with pytest.raises(PeerLostError, match="the ranks were released"):
+        start_group(ranks, may_end.wait)
+    may_end.set()
+
+
+def form_after_failures(world):
+    """Fail to form a world on rank 0 alone, and then meet with a rank to which that never happened."""
+    store = world.store.underlying_store
+    world.leave()
+    if world.rank == 0:
+        for generation in (1, 2):
+            GenerationStore(store, generation).release()
+            with pytest.raises(PeerLostError):
+                World.form(store=store, rank=0, size=2, local_rank=0, local_size=2, generation=generation)
+    again = World.form(
+        store=store, rank=world.rank, size=2, local_rank=world.rank, local_size=2, device="cpu", generation=3
+    )
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    again.leave()
+    return total.item()
+
+
+def test_a_rank_that_could_not_form_a_world_forms_the_next_one(run_ranks):
+    """With ranks that are new; torch numbers its groups, also those that failed."""
+    assert [2.0, 2.0] == run_ranks(2, form_after_failures, channel="process group")

@@ -91,16 +91,18 @@ def test_start_replaces_a_lost_engine_and_says_so(notebook, cluster):
 
 
 def test_status_shows_each_engine_and_the_newest_run(notebook, cluster):
-    """One row an engine: rank, process, host, device, state, memory. The fork server has the last line."""
-    notebook("%dist_train model train_set --loss cross_entropy --steps 1")
+    """One row an engine and spare: rank, process, host, device, state, memory. The fork server has the last line."""
+    notebook("%dist_start --spares 1", "%dist_train model train_set --loss cross_entropy --steps 1")
+    (spare,) = until(lambda: cluster.spare_engines)
     notebook.printed()
     notebook("%dist_status")
-    header, *rows, newest, server = [line.split() for line in notebook.printed().splitlines()]
+    header, *rows, idle, newest, server = [line.split() for line in notebook.printed().splitlines()]
     assert header == ["rank", "pid", "host", "device", "state", "memory"]
     for row, engine in zip(rows, cluster.engines, strict=True):
         assert row[:5] == [str(engine.rank), str(engine.pid), engine.host, "cpu", "idle"]
         assert 50 < float(row[5].replace(",", "")) < 5000
         assert row[6] == "MiB"
+    assert idle[:5] == ["spare", str(spare.pid), spare.host, "–", "idle"]
     assert newest == ["newest", "run", f"{nbdist.last_run().run_id}:", "finished"]
     assert server[:2] == ["fork", "server"]
 
@@ -198,6 +200,7 @@ def test_values_go_to_the_engines_and_come_back(notebook):
         ("%dist_start -n 9999", PlanError, "9999 engines are more than this machine carries"),
         ("%dist_start --device tpu", PlanError, "unknown device 'tpu': use auto, cpu or cuda."),
         ("%dist_start --timeout -1", PlanError, "timeout -1 s is too short"),
+        ("%dist_start --spares -1", PlanError, "-1 spares cannot be kept: use a whole number, 0 or more."),
         ("%dist_start --nn 2", PlanError, "%dist_start: unknown argument '--nn'."),
         ("%dist_stop now", PlanError, "%dist_stop: unknown argument 'now'."),
         ("%dist_status --all", PlanError, "%dist_status: unknown argument '--all'."),
@@ -218,7 +221,7 @@ def test_mistakes_are_said_in_one_sentence(notebook, cluster, line, kind, messag
 def test_each_magic_has_the_help_of_its_parser(notebook):
     """It names every option, with what it takes."""
     for name, options in (
-        ("dist_start", ("-n N", "--device auto|cpu|cuda", "--timeout S")),
+        ("dist_start", ("-n N", "--device auto|cpu|cuda", "--timeout S", "--spares N")),
         ("dist_status", ("Show the engines",)),
         ("dist_stop", ("--all",)),
         ("dist_push", ("NAME",)),
