@@ -53,9 +53,7 @@ class Engines:
         self._device = device
         self.transport = ""
         self.home = ""  # where the last weights came home from
-        self.formed = False
-        self.suspected = False
-        self.ended = False
+        self.formed = self.suspected = self.ended = False
         self._unanswered: dict[int, Any] = {}
         self._changing = threading.RLock()
         self._generation = 0

@@ -134,8 +134,13 @@ class Vault:
     def write(
         self, moment: tuple[int, int], ranks: int, layout: Layout, tensors: Mapping[str, torch.Tensor], text: str
     ) -> Slot:
-        """Write a snapshot over the older of two; returns where. See `Slot.write`."""
-        slot = min([slot for slot in self._slots if not slot.pinned][:2], key=lambda slot: slot.head[:2])
+        """Write a snapshot over the older of two, or over that of the same moment; returns where. See `Slot.write`.
+
+        The same moment may be kept twice without a word from the other ranks in between: the one before it stays.
+        """
+        free = [slot for slot in self._slots if not slot.pinned]
+        again = [slot for slot in free if slot.head[:2] == moment]
+        slot = again[0] if again else min(free[:2], key=lambda slot: slot.head[:2])
         slot.write(moment, ranks, layout, tensors, text)
         return slot
 

@@ -33,7 +33,7 @@ from nbdist.core.channels import (
     SharedMemoryLink,
     SoloChannel,
 )
-from nbdist.core.channels.meeting import GenerationStore, meet, start_group
+from nbdist.core.channels.meeting import GenerationStore, meet, start_group, untouched
 from nbdist.errors import PlanError
 
 __all__ = ["SHARED_GPU", "World", "host_store", "pick_device"]
@@ -294,9 +294,13 @@ def _leave_group() -> None:
 
 @functools.cache
 def _environment_store() -> Any:
-    """The store that torchrun's variables name; kept, for it can be reached only once where rank 0 hosts it."""
-    store, _, _ = next(dist.rendezvous("env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])))
-    return store
+    """The store that torchrun's variables name; kept, for it can be reached only once where rank 0 hosts it.
+
+    **Collective**.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store, _, _ = next(dist.rendezvous("env://", rank, size))
+    return untouched(store, rank, size)
 
 
 def host_store(address: str = "127.0.0.1") -> Any:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
+import secrets
 import socket
 import threading
 import time
@@ -18,7 +20,7 @@ import torch.distributed as dist
 
 from nbdist.errors import PeerLostError
 
-__all__ = ["GenerationStore", "echoes", "meet", "reach_store", "start_group"]
+__all__ = ["GenerationStore", "echoes", "meet", "reach_store", "start_group", "untouched"]
 
 T = TypeVar("T")
 
@@ -134,6 +136,35 @@ def meet(store: GenerationStore, name: str, rank: int, size: int, word: str = ""
     """
     store.set(f"{name}/{rank}", word)
     return [told.decode() for told in store.multi_get([f"{name}/{other}" for other in range(size)])]
+
+
+def untouched(store: Any, rank: int, size: int) -> Any:
+    """The part of a store that nobody has written in. **Collective**.
+
+    torchrun lends the same store to processes that it starts again, with all that the dead ones have written there;
+    and how often it has started them, its agents need not agree on. So rank 0 lists a word that each has just made up,
+    until all have seen their own in the same list.
+
+    Raises:
+        PeerLostError: The store is gone, or another rank does not come within half an hour.
+    """
+    keys, mine = GenerationStore(store, 0), secrets.token_hex(8)
+    keys.set(f"here/{rank}", mine)
+    deadline = time.monotonic() + _MEET_WITHIN_S
+    while time.monotonic() < deadline:
+        if rank == 0:
+            words = keys.multi_get([f"here/{other}" for other in range(size)])
+            listed = b" ".join(words)
+            keys.set("listed", listed)
+            seen = [f"seen/{other}" for other in range(1, size)]
+            if not seen or (keys.check(seen) and set(keys.multi_get(seen)) == {listed}):
+                keys.set("agreed", listed)
+        elif keys.check(["listed"]) and mine.encode() in (listed := keys.get("listed")).split():
+            keys.set(f"seen/{rank}", listed)
+        if keys.check(["agreed"]) and mine.encode() in (agreed := keys.get("agreed")).split():
+            return dist.PrefixStore(hashlib.sha256(agreed).hexdigest(), store)
+        time.sleep(_LONGEST_NAP_S)
+    raise PeerLostError(f"the ranks did not meet within {_MEET_WITHIN_S:g} s.")
 
 
 def start_group(store: GenerationStore, start: Callable[[], T]) -> T:
