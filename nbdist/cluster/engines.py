@@ -199,18 +199,9 @@ class Engines:
 
     def kill(self, ranks: Iterable[int]) -> None:
         """End the processes of ranks that do not react any more; they are lost when this returns."""
-        records = self._records
-        alive = set(self._launch.ids)
-        targets = {rank: self._ids[rank] for rank in ranks if self._lives(records[rank], alive)}
-        for rank, engine_id in targets.items():
-            if records[rank].host_id == self._host_id:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    psutil.Process(records[rank].pid).kill()
-            else:
-                with contextlib.suppress(IndexError):  # it has just ended
-                    self._launch.client.send_signal(signal.SIGKILL, targets=[engine_id], block=False)
+        ids = self._signal(signal.SIGKILL, ranks)
         deadline = time.monotonic() + _KNOWN_WITHIN_S
-        while not set(self._launch.ids).isdisjoint(targets.values()) and time.monotonic() < deadline:
+        while not set(self._launch.ids).isdisjoint(ids) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
 
     def replace_lost(self, tell: Callable[[str], None] = lambda words: None) -> list[int]:
@@ -289,11 +280,20 @@ class Engines:
         return results
 
     def interrupt(self, ranks: Iterable[int]) -> None:
-        """Interrupt what ranks are doing, as Ctrl-C would."""
-        alive = set(self._launch.ids)
-        targets = [self._ids[rank] for rank in ranks if self._ids[rank] in alive]
-        if targets:
-            self._launch.client.send_signal(signal.SIGINT, targets=targets, block=False)
+        """Interrupt what ranks are doing, as Ctrl-C would. On this host it has been delivered when this returns."""
+        self._signal(signal.SIGINT, ranks)
+
+    def _signal(self, number: signal.Signals, ranks: Iterable[int]) -> list[int]:
+        """Send a signal to those of the ranks that live; returns the ids of their engines."""
+        records, alive = self._records, set(self._launch.ids)
+        targets = {rank: self._ids[rank] for rank in ranks if self._lives(records[rank], alive)}
+        for rank, engine_id in targets.items():
+            with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # it has just ended
+                if records[rank].host_id == self._host_id:
+                    psutil.Process(records[rank].pid).send_signal(number)
+                else:
+                    self._launch.client.send_signal(number, targets=[engine_id], block=False)
+        return list(targets.values())
 
     def suspect(self, unanswered: dict[int, Any]) -> None:
         """A cell failed, so its collectives may be half done: the next training forms a new world.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import linecache
+import re
 import time
 import traceback
 from collections.abc import Iterable
@@ -17,6 +18,9 @@ __all__ = ["Failure", "as_error", "ranks_text"]
 
 _OWN_FOLDER = str(Path(__file__).parents[1])
 _CONTEXT = 2
+_FROM_WORKER = re.compile(r"Caught \w+ in (DataLoader worker process \d+)\.\nOriginal Traceback")
+_FRAME = re.compile(r'^  File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
+_LOADING = "/torch/utils/data/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +48,22 @@ class Failure:
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
         """Describe an exception just caught. Runs on the engine, where the source lines are."""
-        frames = traceback.extract_tb(error.__traceback__)
+        frames, message = _unwrapped(error)
         users = [frame for frame in frames if not frame.filename.startswith(_OWN_FOLDER) and not _is_plumbing(frame)]
         ours = isinstance(error, NbdistError)  # a sentence for the user: where we raised it is of no interest
-        shown = users if users or ours else list(frames)
+        shown = users if users or ours else frames
         places = [frame for frame in users if label_of(frame.filename)] or users
         innermost = places[-1] if places else None
+        kind = type(error).__name__
         text = [_frame_text(frame) for frame in shown]
         if shown:
-            text.append("".join(traceback.format_exception_only(type(error), error)).rstrip())
+            raised = traceback.format_exception_only(type(error), error)
+            text.append("".join(raised).rstrip() if message == str(error) else f"{kind}: {message}")
         return cls(
             rank=rank,
             time_s=time.time(),
-            kind=type(error).__name__,
-            message=labelled(str(error)) if ours else str(error),
+            kind=kind,
+            message=labelled(message) if ours else message,
             place=_place(innermost) if innermost else "",
             traceback="\n".join(text),
             echo=isinstance(error, PeerLostError),
@@ -85,6 +91,20 @@ def ranks_text(ranks: Iterable[int]) -> str:
         members = [rank for _, rank in run]
         groups.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
     return f"rank{'s' if len(ordered) > 1 else ''} {','.join(groups)}"
+
+
+def _unwrapped(error: BaseException) -> tuple[list[traceback.FrameSummary], str]:
+    """The frames of an error and its text. Those of a data-loading worker torch has put into the text."""
+    text = str(error)
+    worker = _FROM_WORKER.match(text)
+    if worker is None:
+        return list(traceback.extract_tb(error.__traceback__)), text
+    frames = [
+        traceback.FrameSummary(file, int(line), name, lookup_line=False)
+        for file, line, name in _FRAME.findall(text)
+        if _LOADING not in file
+    ]
+    return frames, f"{text.rstrip().rpartition(f'{type(error).__name__}: ')[2]} (in {worker[1]})"
 
 
 def _is_plumbing(frame: traceback.FrameSummary) -> bool:

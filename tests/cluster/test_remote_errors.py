@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import linecache
+import re
 
 import pytest
+import torch
 
 from nbdist.cluster.definitions import News, install
 from nbdist.cluster.remote_errors import Failure, as_error, ranks_text
@@ -83,3 +85,25 @@ def test_our_own_frames_are_no_place():
         error.__traceback__ = error.__traceback__.tb_next  # without this test's own frame
         failed = Failure.of(0, error)
     assert (failed.place, failed.traceback) == ("", "")
+
+
+class Torn(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        raise ValueError(f"sample {index} is torn")
+
+
+def test_an_error_in_a_data_loading_worker_names_the_line_of_the_user():
+    """Not torch's, which raises it again, and not the traceback that torch puts into its message."""
+    loading = iter(torch.utils.data.DataLoader(Torn(), num_workers=1))
+    try:
+        next(loading)
+    except ValueError as error:
+        failure = Failure.of(0, error)
+    loading._shutdown_workers()
+    assert ("ValueError", "sample 0 is torn (in DataLoader worker process 0)") == (failure.kind, failure.message)
+    assert re.search(r"test_remote_errors\.py, line \d+$", failure.place)
+    assert 'raise ValueError(f"sample {index} is torn")' in failure.traceback
+    assert "torch/utils/data" not in failure.traceback
