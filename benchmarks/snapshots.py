@@ -1,6 +1,6 @@
 """What do the snapshots of a training in memory cost a step? Beside the same training without them.
 
-    python benchmarks/snapshots.py [--pairs 12] [--json]
+    python benchmarks/snapshots.py [--pairs 20] [--json]
 
 The character GPT of step_time.py on two ranks, one thread each. Both sides run in the same processes in turn, for a few
 seconds each, so that a drift of the machine meets both. Every run begins anew: its first snapshots touch new pages.
@@ -17,7 +17,7 @@ from pairs import Comparison, arguments, report
 from step_time import RANKS, work
 
 CASE = "char-GPT 0.82 M"
-STEPS = 30
+STEPS = 40
 
 
 def measure(pairs: int) -> list[tuple[float, float]]:
@@ -51,7 +51,7 @@ def measure(pairs: int) -> list[tuple[float, float]]:
 
 def main() -> None:
     """Measure and print."""
-    parser = arguments(__doc__, pairs=12)
+    parser = arguments(__doc__, pairs=20)
     options = parser.parse_args()
     if "RANK" in os.environ:
         figures = measure(options.pairs)

@@ -146,6 +146,8 @@ def main() -> int:
         if options.channel in (None, "none"):
             rows += by_themselves(options.seed, options.only, tell)
         tempfile.tempdir = None
+    if not rows:
+        parser.error(f"no event's name holds {options.only!r}.")
     minutes = (time.monotonic() - began_s) / 60
     failed = sum(len(row.failed) for row in rows)
     print(f"\n{table(rows)}\n\n{sum(len(r.trials) for r in rows)} runs, {failed} not equal, {minutes:.1f} minutes")
