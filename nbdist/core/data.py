@@ -12,6 +12,7 @@ from torch.utils import data as torch_data
 
 from nbdist.core import seeds
 from nbdist.core.channels import Channel
+from nbdist.core.data_workers import EndsWithRank
 from nbdist.core.source import Source, map_tensors
 from nbdist.plan import slice_bounds
 
@@ -159,7 +160,7 @@ class Reader:
             self._loader = torch_data.DataLoader(
                 _Seeded(self._source.dataset), batch_sampler=_Requests(self._requests), collate_fn=self._source.collate,
                 pin_memory=self._pin, persistent_workers=bool(self._source.loading.get("num_workers")),
-                **self._source.loading,
+                **_loading(self._source),
             )  # fmt: skip
         loaded = iter(self._loader)
         for batch in dealt:
@@ -169,7 +170,7 @@ class Reader:
         channel, first = self._channel, self._channel.rank * self._per_rank
         seeds.seed_all(seeds.derive(self._seed, "stream", epoch))
         loader = torch_data.DataLoader(
-            self._source.stream, batch_size=None, collate_fn=_as_it_is, **self._source.loading
+            self._source.stream, batch_size=None, collate_fn=_as_it_is, **_loading(self._source)
         )
         elements = iter(loader)
         for step in itertools.count():
@@ -197,6 +198,12 @@ class Reader:
     def close(self) -> None:
         """End the loader's worker processes."""
         self._loader = None
+
+
+def _loading(source: Source) -> dict[str, Any]:
+    if not source.loading.get("num_workers"):
+        return source.loading
+    return {**source.loading, "worker_init_fn": EndsWithRank(source.loading.get("worker_init_fn"))}
 
 
 def _as_it_is(element: Any) -> Any:

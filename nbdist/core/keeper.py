@@ -27,8 +27,8 @@ from nbdist.plan import Plan, available_bytes
 
 __all__ = ["Keeper"]
 
-_SHARE = 100
-"""A snapshot is taken when the training has gone on this many times as long as the last one took: 1 % of its time."""
+_SHARE = 200
+"""A snapshot is taken when the training has gone on this many times as long as the last one took: half a percent of its time."""
 _MEMORY_SHARE = 0.5
 """Of the free memory that snapshots of all ranks may take."""
 

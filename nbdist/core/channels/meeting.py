@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import os
 import secrets
 import socket
 import threading
@@ -167,6 +168,33 @@ def untouched(store: Any, rank: int, size: int) -> Any:
     raise PeerLostError(f"the ranks did not meet within {_MEET_WITHIN_S:g} s.")
 
 
+_of_groups: set[str] = set()
+"""The sockets over which process groups talk, as the system calls them."""
+
+
+def _sockets() -> set[str]:
+    """The sockets that this process has open; none where the system does not tell."""
+    return {name for _, name in _descriptors() if name.startswith("socket:")}
+
+
+def _descriptors() -> Iterator[tuple[int, str]]:
+    with contextlib.suppress(FileNotFoundError):
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+                yield int(number), os.readlink(f"/proc/self/fd/{number}")
+
+
+def _close_in_fork() -> None:
+    """A data-loading process would keep them open when its rank hangs up, and the peers would not notice."""
+    for number, name in list(_descriptors()):
+        if name in _of_groups:
+            os.close(number)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_fork)
+
+
 def start_group(store: GenerationStore, start: Callable[[], T]) -> T:
     """Let torch connect a process group, in a thread of its own: there it waits up to 30 s for a rank that has died.
 
@@ -183,7 +211,10 @@ def start_group(store: GenerationStore, start: Callable[[], T]) -> T:
 
     def connect() -> None:
         try:
+            before = _sockets()
             result = start()
+            _of_groups.intersection_update(before)  # those that are still open
+            _of_groups.update(_sockets() - before)
             with lock:
                 made.append(result)
                 if abandoned and dist.is_initialized():
