@@ -28,7 +28,7 @@ from nbdist.plan import Plan, available_bytes
 __all__ = ["Keeper"]
 
 _SHARE = 200
-"""A snapshot is taken when the training has gone on this many times as long as the last one took: half a percent of its time."""
+"""A snapshot is taken when the training has gone on this many times as long as the last one took."""
 _MEMORY_SHARE = 0.5
 """Of the free memory that snapshots of all ranks may take."""
 
