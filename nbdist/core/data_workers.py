@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
-import signal
-import sys
 from collections.abc import Callable
 from multiprocessing import context
 from typing import Any
 
 __all__ = ["EndsWithRank"]
 
-_PR_SET_PDEATHSIG = 1  # from prctl.h
-
 
 class EndsWithRank:
     """What a data-loading process does first.
 
-    torch looks every few seconds for a rank that is gone, but not for one that was gone when it first looked; so where
-    the system offers it, the process is killed with its rank.
+    torch looks every few seconds whether its rank is gone, but does not see that of one that was gone when it first
+    looked. To be killed with the rank would leave files in shared memory that the process was about to unlink.
 
     Args:
         then: What the user has it do, or None.
@@ -32,9 +27,6 @@ class EndsWithRank:
 
     def __call__(self, worker: int) -> None:
         """Called in the process, by torch."""
-        if sys.platform == "linux":
-            # The signal comes when the thread ends that forked us: the one that trains.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         from_server = isinstance(multiprocessing.current_process(), getattr(context, "ForkServerProcess", ()))
         if os.name == "posix" and not from_server and os.getppid() != self._rank_pid:
             os._exit(1)

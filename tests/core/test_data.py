@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import random
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from problems import CLASSES, FEATURES, SGD, alone, assert_same_bits, mlp, train
@@ -17,6 +14,7 @@ from torch.utils import data as torch_data
 
 from nbdist.core.channels import SoloChannel
 from nbdist.core.data import Reader
+from nbdist.core.data_workers import EndsWithRank
 from nbdist.core.source import Source
 from nbdist.core.world import World
 from nbdist.errors import PlanError
@@ -277,26 +275,21 @@ def test_the_length_of_a_pass_is_known_where_the_data_has_one():
     assert Reader(Source.of(Stream()), channel, batch_size=BATCH).steps is None
 
 
-def test_a_loading_process_ends_with_its_rank(tmp_path):
-    """Killed, the rank takes its loading processes along at once, for torch's own look comes seconds later."""
-    script = tmp_path / "rank.py"
-    script.write_text(
-        "import os, sys, time\n"
-        "from nbdist.core.channels import SoloChannel\nfrom nbdist.core.data import Reader\n"
-        "from nbdist.core.source import Source\nimport torch\n"
-        "class Numbers(torch.utils.data.Dataset):\n"
-        "    def __len__(self):\n        return 64\n"
-        "    def __getitem__(self, index):\n        return torch.tensor([os.getpid()])\n"
-        "loader = torch.utils.data.DataLoader(Numbers(), batch_size=4, num_workers=1)\n"
-        "reader = Reader(Source.of(loader), SoloChannel(torch.device('cpu')), batch_size=4)\n"
-        "print(int(next(reader.epoch(1))[0].batch[0]), flush=True)\n"
-        "time.sleep(1000)\n"
-    )
-    rank = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    worker = psutil.Process(int(rank.stdout.readline()))
-    rank.kill()
-    rank.wait()
-    rank.stdout.close()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        worker.wait(2)
-    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+def test_a_loading_process_does_not_begin_without_its_rank():
+    """torch would not see that a rank is gone which was killed right after the fork."""
+    first = EndsWithRank(None)
+    first._rank_pid = 0  # nobody's
+    child = os.fork()
+    if child == 0:
+        first(0)
+        os._exit(0)
+    assert 1 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_what_the_user_has_a_loading_process_do_is_done():
+    """With the number of the process."""
+    done = []
+    first = EndsWithRank(done.append)
+    first._rank_pid = os.getppid()
+    first(3)
+    assert [3] == done
