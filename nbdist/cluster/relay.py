@@ -25,7 +25,7 @@ from nbdist.telemetry.record import cluster_record_path
 __all__ = ["Relay"]
 
 _INTERVAL_S = 0.2  # as often as snapshots come
-_LOST = "EngineLost"
+_LOST, _PROCESS_ENDED = "EngineLost", "its process ended"
 _INTERRUPT_AFTER_S = 0.8
 """How long ranks may take to notice that a peer is gone, before they are interrupted."""
 _KILL_AFTER_S = 2.0
@@ -148,7 +148,7 @@ class Relay:
                 settle(self._calls[rank])
         elif isinstance(error, ipyparallel.error.RemoteError):
             lost = error.ename == "EngineError"  # ipyparallel's word for an engine that died
-            kind, message = (_LOST, "its process ended") if lost else (error.ename, error.evalue)
+            kind, message = (_LOST, _PROCESS_ENDED) if lost else (error.ename, error.evalue)
             failure = Failure(
                 rank=rank, time_s=time.time(), kind=kind, message=message, place="", traceback="", echo=lost
             )
@@ -200,7 +200,9 @@ class Relay:
                 self._engines.check_alive()
         step = self._resumed_step()
         seconds = time.monotonic() - since_s
-        text = f"{ranks_text(replaced)} lost ({outcomes[lost[0]].failure.message}), replaced in {seconds:.2f} s; all go on from step {step}"  # type: ignore[union-attr]  # noqa: E501
+        text = (
+            f"{ranks_text(replaced)} lost ({_PROCESS_ENDED}), replaced in {seconds:.2f} s; all go on from step {step}"
+        )
         run.progress.notes.append(text)
         with contextlib.closing(JsonlSink(cluster_record_path(run.run_id))) as record:
             for rank in sorted(replaced):
