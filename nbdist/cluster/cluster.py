@@ -288,7 +288,7 @@ class Cluster:
             engines, task, plan, packed, self._outbox, self._sources, watch, vaults=vaults, asked=asked
         )
         if replaced:
-            self._run.progress.notes.append(
+            self._run.progress.note(
                 f"{ranks_text(replaced)} had been lost and was replaced; what %%dist cells defined there is gone"
             )
         current.note_run(self._run)

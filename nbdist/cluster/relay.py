@@ -104,7 +104,7 @@ class Relay:
         if step is not None:
             self._run.progress.stand_at(step)
             held = f"the model holds the weights after step {step}, from where --resume goes on"
-            self._run.progress.notes.append(held)
+            self._run.progress.note(held)
             error.add(f"{held[0].upper()}{held[1:]}.")
         return error
 
@@ -178,6 +178,7 @@ class Relay:
         run, since_s = self._run, time.monotonic()
         lost = [outcome.rank for outcome in outcomes if outcome.failure is not None and outcome.failure.kind == _LOST]
         run.progress.state = "recovering" if run.progress.state != "stopping" else "stopping"
+        run.progress.begin_again()
         reached = -1 if run.vaults is None else run.vaults.reached
         self._reached, self._tries = reached, 0 if reached != self._reached else self._tries
         replaced = set(lost)
@@ -203,7 +204,7 @@ class Relay:
         text = (
             f"{ranks_text(replaced)} lost ({_PROCESS_ENDED}), replaced in {seconds:.2f} s; all go on from step {step}"
         )
-        run.progress.notes.append(text)
+        run.progress.note(text, "recovered")
         with contextlib.closing(JsonlSink(cluster_record_path(run.run_id))) as record:
             for rank in sorted(replaced):
                 record.emit(Recovered(rank=rank, step=step, seconds=seconds))
@@ -222,7 +223,7 @@ class Relay:
                 newest = outcomes[rank].snapshot
             else:
                 published = call.data.get("nbdist") if isinstance(call.data, dict) else None
-                newest = RankState.from_dict(published) if published else None
+                newest = RankState.from_dict(published, self._run.progress.ranks[rank]) if published else None
             if newest is not None:
                 self._run.progress.merge(newest)
 

@@ -1,32 +1,43 @@
 """WHAT happened: events, the fold of events into state, and sinks. Standard library only."""
 
+from nbdist.telemetry.curve import Losses
 from nbdist.telemetry.events import (
+    Checkpointed,
     EpochFinished,
     Evaluating,
     Event,
     Noted,
+    Ordered,
+    Point,
     Progress,
     Recovered,
     RunFailed,
     RunFinished,
     RunStarted,
+    Shares,
     Work,
     Worked,
 )
 from nbdist.telemetry.meter import Meter
+from nbdist.telemetry.run_state import RunState
 from nbdist.telemetry.sinks import JsonlSink, ListSink, Sink, SnapshotSink, TextSink
-from nbdist.telemetry.state import RankState, RunState, fold
+from nbdist.telemetry.state import Happening, RankState, fold
 from nbdist.telemetry.timeline import Timeline
 from nbdist.telemetry.view import run_html, run_text
 
 __all__ = [
+    "Checkpointed",
     "EpochFinished",
     "Evaluating",
     "Event",
+    "Happening",
     "JsonlSink",
     "ListSink",
+    "Losses",
     "Meter",
     "Noted",
+    "Ordered",
+    "Point",
     "Progress",
     "RankState",
     "Recovered",
@@ -34,6 +45,7 @@ __all__ = [
     "RunFinished",
     "RunStarted",
     "RunState",
+    "Shares",
     "Sink",
     "SnapshotSink",
     "TextSink",

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 __all__ = [
+    "Checkpointed",
     "EpochFinished",
     "Evaluating",
     "Event",
     "Noted",
+    "Ordered",
+    "Point",
     "Progress",
     "Recovered",
     "RunFailed",
     "RunFinished",
     "RunStarted",
+    "Shares",
     "Work",
     "Worked",
 ]
@@ -34,8 +38,8 @@ class Event:
     time_s: float = field(default_factory=time.time)
 
     def to_dict(self) -> dict[str, Any]:
-        """The event as JSON-able data, its kind under ``event``."""
-        return {"event": type(self).__name__, **asdict(self)}
+        """The event as JSON-able data, its kind under ``event``; what lies in it is shared, not copied."""
+        return {"event": type(self).__name__, **{field.name: getattr(self, field.name) for field in fields(self)}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +47,8 @@ class RunStarted(Event):
     """The rank is ready for its first step. `steps_total` is None where the data has no length.
 
     `stages` are those that a pipeline was cut into: of each its number, the names where it begins and ends, the
-    measured seconds of one example's forward, and how many parameters it holds. `step` and `history` are where it goes
-    on, after a rank was lost or from a checkpoint.
+    measured seconds of one example's forward, and how many parameters it holds. `place` is where the rank stands on
+    each axis of the mesh. `step` and `history` are where it goes on, after a rank was lost or from a checkpoint.
     """
 
     run_id: str
@@ -55,13 +59,48 @@ class RunStarted(Event):
     pid: int
     device: str
     stages: list[dict[str, Any]] = field(default_factory=list)
+    place: dict[str, int] = field(default_factory=dict)
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+class Point(NamedTuple):
+    """The loss over all ranks in some steps in a row.
+
+    Args:
+        step: The last of them, counted from 1.
+        steps: How many.
+        mean: The mean of their losses.
+        low: The least of them.
+        high: The greatest.
+    """
+
+    step: int
+    steps: int
+    mean: float
+    low: float
+    high: float
+
+
+class Shares(NamedTuple):
+    """What a rank has spent its time on, as parts of one.
+
+    Args:
+        compute: All that is not one of the others.
+        communication: Moving and adding tensors of other ranks.
+        data: Waiting for the next batch.
+        idle: Waiting for other ranks.
+    """
+
+    compute: float
+    communication: float
+    data: float
+    idle: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress(Event):
-    """Where the rank stands, a few times a second; counts are since the start of the run.
+    """Where the rank stands, several times a second; counts are since the start of the run.
 
     Args:
         step: Optimizer steps done.
@@ -70,6 +109,10 @@ class Progress(Event):
         loss: Mean loss of this rank's part of the latest step, None where it had no part.
         samples_per_s: This rank's speed since the event before.
         memory_mib: Memory of the device in use by this rank: allocated on a GPU, resident on a CPU.
+        lr: Learning rate of the optimizer's first group.
+        step_s: Seconds that a step has taken since the event before, evaluations and pauses left out.
+        shares: On what, on this rank.
+        losses: What the steps since the event before have lost, over all ranks; told by rank 0 alone.
     """
 
     step: int
@@ -78,6 +121,10 @@ class Progress(Event):
     loss: float | None
     samples_per_s: float
     memory_mib: float
+    lr: float | None = None
+    step_s: float = 0.0
+    shares: Shares | None = None
+    losses: tuple[Point, ...] = ()
 
 
 class Work(NamedTuple):
@@ -130,6 +177,36 @@ class RunFailed(Event):
     """The rank left the run with an error."""
 
     error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ordered(Event):
+    """All ranks have carried out what a person asked for, after the same step.
+
+    Args:
+        order: "stop", "pause", "resume", "checkpoint" or "lr".
+        value: The new learning rate of the first group, or the folder of the checkpoint; else None.
+        step: Optimizer steps that were done.
+    """
+
+    order: str
+    value: float | str | None
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointed(Event):
+    """A checkpoint lies on the disk, whole.
+
+    Args:
+        step: Optimizer steps that are done in it.
+        path: Its folder.
+        seconds: How long it took to write, beside the training.
+    """
+
+    step: int
+    path: str
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

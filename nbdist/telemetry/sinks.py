@@ -17,6 +17,8 @@ from nbdist.telemetry.view import epoch_text, mesh_text
 
 __all__ = ["JsonlSink", "ListSink", "Sink", "SnapshotSink", "TextSink"]
 
+_CURVE_EVERY_S = 1.0
+
 
 class Sink(ABC):
     """Receives the events of one rank."""
@@ -58,16 +60,31 @@ class JsonlSink(Sink):
 
 
 class SnapshotSink(Sink):
-    """The picture: folds events into a `RankState` and hands it to `publish`."""
+    """The picture: folds events into a `RankState` and hands it to `publish`; its curve, the largest part, less often.
 
-    def __init__(self, rank: int, publish: Callable[[dict[str, Any]], None]) -> None:
+    Args:
+        rank: Whose events come.
+        publish: Called with what `RankState.from_dict` takes, after each event.
+        curve_every_s: Seconds between two that hold the curve.
+    """
+
+    def __init__(
+        self, rank: int, publish: Callable[[dict[str, Any]], None], curve_every_s: float = _CURVE_EVERY_S
+    ) -> None:
         self.state = RankState(rank=rank)
         self._publish = publish
+        self._every_s = curve_every_s
+        self._next_s = 0.0
 
     def emit(self, event: Event) -> None:
         """Fold and publish. Events are few: progress is metered where it arises."""
         self.state = fold(self.state, event)
-        self._publish(self.state.to_dict())
+        data = self.state.to_dict()
+        if (now := time.monotonic()) >= self._next_s:
+            self._next_s = now + self._every_s
+        else:
+            data["curve"] = None
+        self._publish(data)
 
 
 class TextSink(Sink):

@@ -1,27 +1,46 @@
-"""State: events folded, first into one rank's state, then over all ranks."""
+"""State of one rank: events folded."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
+from nbdist.telemetry.curve import extended
 from nbdist.telemetry.events import (
+    Checkpointed,
     EpochFinished,
     Evaluating,
     Event,
     Noted,
+    Ordered,
+    Point,
     Progress,
     RunFailed,
     RunFinished,
     RunStarted,
+    Shares,
     Work,
     Worked,
 )
 
-__all__ = ["RankState", "RunState", "fold"]
+__all__ = ["Happening", "RankState", "fold"]
 
-ENDED = ("finished", "stopped", "failed")
+_KEPT_HAPPENINGS = 50
+_BUSY_SMOOTHING = 0.3
+
+
+class Happening(NamedTuple):
+    """Something that happened in a run, for people.
+
+    Args:
+        time_s: When, in seconds since 1970.
+        kind: "checkpoint", "order", "lost", "recovered" or "note".
+        text: What, in a sentence.
+    """
+
+    time_s: float
+    kind: str
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +48,9 @@ class RankState:
     """The latest that is known of one rank: a snapshot, small enough to publish several times a second.
 
     Fields are those of the events they come from; `work` is the newest of its kind. `state` is one of "starting",
-    "running", "evaluating", "finished", "stopped", "failed", "lost".
+    "running", "paused", "evaluating", "finished", "stopped", "failed", "lost", "recovering". `first_step` is the step
+    after which the rank began, `busy_s` the seconds a step in which it did not wait for others, smoothed. `curve` is
+    the loss over all ranks, on rank 0.
     """
 
     rank: int
@@ -37,6 +58,7 @@ class RankState:
     host: str = ""
     pid: int = 0
     device: str = ""
+    first_step: int = 0
     step: int = 0
     steps_total: int | None = None
     epoch: int = 0
@@ -44,24 +66,44 @@ class RankState:
     loss: float | None = None
     samples_per_s: float = 0.0
     memory_mib: float = 0.0
+    lr: float | None = None
+    shares: Shares | None = None
+    busy_s: float = 0.0
+    curve: tuple[Point, ...] = ()
     history: tuple[dict[str, Any], ...] = ()
     stages: tuple[dict[str, Any], ...] = ()
+    place: dict[str, int] | None = None
     work: Worked | None = None
     error: str = ""
-    notes: tuple[str, ...] = ()
+    happenings: tuple[Happening, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The state as JSON-able data."""
-        return asdict(self)
+        """The state as JSON-able data; what lies in it is shared, not copied."""
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        data["work"] = None if self.work is None else self.work.to_dict()
+        return data
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> RankState:
-        """The inverse of `to_dict`."""
+    def from_dict(cls, data: dict[str, Any], before: RankState | None = None) -> RankState:
+        """The inverse of `to_dict`; where `data` leaves the curve out, it is as in the state `before`."""
         work = data.get("work")
         if work is not None:
-            work = Worked(**{**work, "work": tuple(Work(*item) for item in work["work"])})
-        return cls(**{**data, "history": tuple(data["history"]), "stages": tuple(data["stages"]), "work": work,
-            "notes": tuple(data["notes"])})  # fmt: skip
+            told = {name: value for name, value in work.items() if name != "event"}
+            work = Worked(**{**told, "work": tuple(Work(*item) for item in work["work"])})
+        shares = data.get("shares")
+        if data.get("curve") is not None:
+            curve = tuple(Point(*point) for point in data["curve"])
+        else:
+            curve = before.curve if before is not None and before.first_step == data["first_step"] else ()
+        return cls(**{
+            **data,
+            "shares": None if shares is None else Shares(*shares),
+            "curve": curve,
+            "history": tuple(data["history"]),
+            "stages": tuple(data["stages"]),
+            "work": work,
+            "happenings": tuple(Happening(*happening) for happening in data["happenings"]),
+        })  # fmt: skip
 
 
 def fold(state: RankState, event: Event) -> RankState:
@@ -70,17 +112,28 @@ def fold(state: RankState, event: Event) -> RankState:
         case RunStarted():
             return replace(
                 state, state="running", host=event.host, pid=event.pid, device=event.device,
-                steps_total=event.steps_total, stages=tuple(event.stages), step=event.step,
-                history=tuple(event.history),
+                steps_total=event.steps_total, stages=tuple(event.stages), place=event.place,
+                first_step=event.step, step=event.step, history=tuple(event.history),
             )  # fmt: skip
         case Progress():
             return replace(
-                state, state="running", step=event.step, epoch=event.epoch, samples=event.samples,
+                state, state="paused" if state.state == "paused" else "running",
+                step=event.step, epoch=event.epoch, samples=event.samples,
                 loss=state.loss if event.loss is None else event.loss,
-                samples_per_s=event.samples_per_s, memory_mib=event.memory_mib,
+                samples_per_s=event.samples_per_s, memory_mib=event.memory_mib, lr=event.lr,
+                shares=event.shares or state.shares, busy_s=_smoothed(state, event),
+                curve=extended(state.curve, event.losses),
             )  # fmt: skip
+        case Ordered(order="pause"):
+            return replace(_after(state, event, "order", _order_text(event)), state="paused", samples_per_s=0.0)
+        case Ordered(order="resume"):
+            return replace(_after(state, event, "order", _order_text(event)), state="running")
+        case Ordered():
+            return _after(state, event, "order", _order_text(event))
+        case Checkpointed():
+            return _after(state, event, "checkpoint", f"checkpoint of step {event.step:,} in {event.path}")
         case Noted():
-            return replace(state, notes=(*state.notes, event.text))
+            return _after(state, event, "note", event.text)
         case Worked():
             return replace(state, work=event)
         case Evaluating():
@@ -95,96 +148,21 @@ def fold(state: RankState, event: Event) -> RankState:
             return state
 
 
-@dataclass
-class RunState:
-    """The whole run as the notebook sees it.
+def _smoothed(state: RankState, event: Progress) -> float:
+    if event.shares is None:
+        return state.busy_s
+    busy_s = event.step_s * (1 - event.shares.idle)
+    return busy_s if not state.busy_s else state.busy_s + _BUSY_SMOOTHING * (busy_s - state.busy_s)
 
-    Args:
-        title: What is trained: the model's class and size.
-        plan: The plan as JSON-able data.
-        ranks: The latest state of every rank.
-        state: "starting", "running", "recovering", "stopping", "finished", "stopped" or "failed".
-        error: One line about what went wrong, if anything did.
-        notes: What else a person should know: ranks that were lost and replaced, a checkpoint that was not written.
-    """
 
-    title: str
-    plan: dict[str, Any]
-    ranks: dict[int, RankState]
-    state: str = "starting"
-    error: str = ""
-    notes: list[str] = field(default_factory=list)
-    started_s: float = field(default_factory=time.time)
-    ended_s: float | None = None
+def _order_text(event: Ordered) -> str:
+    words = {
+        "stop": "stopped", "pause": "paused", "resume": "resumed", "checkpoint": "checkpoint asked for",
+        "lr": f"learning rate {event.value:.4g}" if isinstance(event.value, float) else "learning rate changed",
+    }  # fmt: skip
+    return f"{words[event.order]} after step {event.step:,}"
 
-    def merge(self, rank: RankState) -> None:
-        """Take in the newest snapshot of one rank."""
-        self.ranks[rank.rank] = rank
-        self.notes += [note for note in rank.notes if note not in self.notes]
-        if self.state in ("starting", "recovering") and rank.state == "running":
-            self.state = "running"
 
-    def stand_at(self, step: int) -> None:
-        """What came home is the state after `step` steps, whatever ranks had begun after that."""
-        self.ranks = {rank: replace(state, step=step) for rank, state in self.ranks.items()}
-
-    def end(self, state: str, error: str = "") -> None:
-        """The run is over."""
-        self.state, self.error, self.ended_s = state, error, time.time()
-
-    @property
-    def running(self) -> bool:
-        """Whether the run has not ended yet."""
-        return self.state not in ENDED
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the start, up to now or to the end."""
-        return (self.ended_s or time.time()) - self.started_s
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps that every rank has done."""
-        return min(rank.step for rank in self.ranks.values())
-
-    @property
-    def steps_total(self) -> int | None:
-        """Optimizer steps planned; None where the data has no length."""
-        return self.ranks[0].steps_total
-
-    @property
-    def samples(self) -> int:
-        """Samples trained on, over all replicas."""
-        return sum(rank.samples for rank in self.ranks.values()) // self._ranks_a_sample
-
-    @property
-    def _ranks_a_sample(self) -> int:
-        """How many ranks work on the same sample."""
-        mesh = self.plan["mesh"]
-        return int(mesh.get("pp", 1) * mesh.get("tp", 1))
-
-    @property
-    def samples_per_s(self) -> float:
-        """Speed over all ranks: at the moment while running, of the whole training afterwards."""
-        if self.running:
-            return sum(rank.samples_per_s for rank in self.ranks.values()) / self._ranks_a_sample
-        seconds = sum(row["seconds"] for row in self.history)
-        return sum(row["samples"] for row in self.history) / seconds if seconds else 0.0
-
-    @property
-    def loss(self) -> float | None:
-        """Mean of the ranks' latest losses while running; the last epoch's exact mean afterwards."""
-        if not self.running and self.history:
-            return float(self.history[-1]["loss"])
-        losses = [rank.loss for rank in self.ranks.values() if rank.loss is not None]
-        return sum(losses) / len(losses) if losses else None
-
-    @property
-    def history(self) -> tuple[dict[str, Any], ...]:
-        """One row an epoch; every rank holds the same."""
-        return self.ranks[0].history
-
-    @property
-    def stages(self) -> tuple[dict[str, Any], ...]:
-        """What a pipeline was cut into; every rank knows the same. See `RunStarted`."""
-        return self.ranks[0].stages
+def _after(state: RankState, event: Event, kind: str, text: str) -> RankState:
+    happenings = (*state.happenings, Happening(event.time_s, kind, text))
+    return replace(state, happenings=happenings[-_KEPT_HAPPENINGS:])

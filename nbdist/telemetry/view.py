@@ -5,7 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from nbdist.telemetry.state import RankState, RunState
+from nbdist.telemetry.run_state import RunState
+from nbdist.telemetry.state import RankState
 
 __all__ = ["duration", "epoch_text", "memory_text", "mesh_text", "number", "run_html", "run_text", "text_table"]
 

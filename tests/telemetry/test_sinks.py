@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -16,6 +17,8 @@ from nbdist.telemetry import (
     ListSink,
     Meter,
     Noted,
+    Point,
+    RankState,
     RunFinished,
     SnapshotSink,
     TextSink,
@@ -41,7 +44,9 @@ def test_a_record_is_for_its_owner(tmp_path, umask):
         sink = emit(JsonlSink(path))
     finally:
         os.umask(before)
-    assert [event.to_dict() for event in EVENTS] == [json.loads(line) for line in path.read_text().splitlines()]
+    assert json.loads(json.dumps([event.to_dict() for event in EVENTS])) == [
+        json.loads(line) for line in path.read_text().splitlines()
+    ]
     assert (0o600, 0o700) == (stat.S_IMODE(path.stat().st_mode), stat.S_IMODE(path.parent.stat().st_mode))
     sink.close()
 
@@ -58,8 +63,22 @@ def test_a_snapshot_is_published_at_each_event():
     published = []
     sink = emit(SnapshotSink(1, published.append))
     assert ["running", "running", "running", "running", "finished"] == [state["state"] for state in published]
-    assert sink.state.to_dict() == published[-1]
+    assert {**sink.state.to_dict(), "curve": None} == published[-1]
     assert json.loads(json.dumps(published[-1]))["step"] == PROGRESS.step
+
+
+def test_the_curve_is_published_less_often():
+    """It is most of a snapshot; who has it keeps it in between, as long as the rank did not begin again."""
+    told = [dataclasses.replace(PROGRESS, losses=(Point(step, 1, 0.5, 0.5, 0.5),)) for step in (9, 10)]
+    for every_s, sizes in ((3600.0, [1, None]), (0.0, [1, 2])):
+        published = []
+        sink = SnapshotSink(1, published.append, every_s)
+        for event in told:
+            sink.emit(event)
+        assert sizes == [state["curve"] and len(state["curve"]) for state in published]
+    first, last = RankState.from_dict(published[0]), {**published[1], "curve": None}
+    assert first.curve == RankState.from_dict(last, first).curve
+    assert () == RankState.from_dict({**last, "first_step": 5}, first).curve
 
 
 def test_a_list_keeps_events():

@@ -53,7 +53,8 @@ def test_an_error_stands_under_the_summary(error):
 def test_notes_stand_under_the_error():
     """In text a line each, in HTML as text."""
     run = ended("failed", "ValueError: bad")
-    run.notes += ["one is lost", EVIL]
+    run.note("one is lost")
+    run.note(EVIL)
     lines = ["nbdist: ValueError: bad", "nbdist: one is lost", f"nbdist: {EVIL}"]
     assert lines == run_text(run).splitlines()[1:4]
     assert {"ValueError: bad", "one is lost"} <= set(Tags(run_html(run)).texts)

@@ -14,6 +14,7 @@ STARTED = RunStarted(
     host="h",
     pid=7,
     device="cpu",
+    place={"dp": 1},
 )
 PROGRESS = Progress(rank=1, step=10, epoch=1, samples=160, loss=0.4, samples_per_s=80.0, memory_mib=300.0)
 

@@ -1,0 +1,59 @@
+"""The curve of the loss: as many points as a picture shows, however long the training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nbdist.telemetry.events import Point
+
+__all__ = ["POINTS", "Losses", "extended"]
+
+POINTS = 512
+"""A curve has fewer points than this; when it gets there, each two neighbours become one."""
+_TOLD = 32  # points of one event
+
+
+def extended(curve: tuple[Point, ...], points: Iterable[Point], limit: int = POINTS) -> tuple[Point, ...]:
+    """`curve` and then `points`, in fewer than `limit` points of about the same number of steps each.
+
+    Args:
+        curve: What came of an earlier call, or nothing.
+        points: Later steps, in order.
+        limit: Greater than one.
+    """
+    longer = list(curve)
+    for point in points:
+        if len(longer) > 1 and longer[-1].steps + point.steps <= longer[0].steps:
+            longer[-1] = _joined(longer[-1], point)
+        else:
+            longer.append(point)
+        if len(longer) >= limit:
+            pairs = zip(longer[::2], [*longer[1::2], None], strict=False)
+            longer = [left if right is None else _joined(left, right) for left, right in pairs]
+    return tuple(longer)
+
+
+def _joined(left: Point, right: Point) -> Point:
+    steps = left.steps + right.steps
+    mean = left.mean + (right.mean - left.mean) * right.steps / steps
+    return Point(right.step, steps, mean, min(left.low, right.low), max(left.high, right.high))
+
+
+class Losses:
+    """Collects the loss of each step until somebody asks for them."""
+
+    def __init__(self) -> None:
+        self._points: tuple[Point, ...] = ()
+        self._fresh: list[Point] = []
+
+    def add(self, step: int, loss: float) -> None:
+        """The loss over all ranks of `step`, counted from 1. Cheap enough for every step."""
+        self._fresh.append(Point(step, 1, loss, loss, loss))
+        if len(self._fresh) >= _TOLD:
+            self._points, self._fresh = extended(self._points, self._fresh, _TOLD), []
+
+    def take(self) -> tuple[Point, ...]:
+        """What was collected since the last call."""
+        taken = extended(self._points, self._fresh, _TOLD)
+        self._points, self._fresh = (), []
+        return taken

@@ -1,0 +1,208 @@
+"""State of a run: the newest that is known of all ranks, and what follows from it."""
+
+from __future__ import annotations
+
+import collections
+import statistics
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nbdist.telemetry.curve import extended
+from nbdist.telemetry.events import Point
+from nbdist.telemetry.state import Happening, RankState
+
+__all__ = ["RunState"]
+
+ENDED = ("finished", "stopped", "failed")
+_SLOW = 1.3
+"""A rank is slow that computes so many times as long a step as the others' median."""
+_SLOW_S = 1e-3
+"""And at least so much longer, in seconds a step: below, it is the clock that one sees."""
+_WAITING = 0.5
+"""A rank waits that spends more than this share of its time waiting for others."""
+_ETA_OVER_S = 60.0
+_MARK_EVERY_S = 1.0
+
+
+@dataclass
+class RunState:
+    """The whole run as the notebook sees it.
+
+    Args:
+        title: What is trained: the model's class and size.
+        plan: The plan as JSON-able data.
+        ranks: The latest state of every rank.
+        state: "queued", "starting", "running", "paused", "recovering", "stopping", "finished", "stopped" or "failed".
+        error: One line about what went wrong, if anything did.
+        happenings: What else a person should know, in order of time: checkpoints, orders, ranks that were lost and
+            replaced.
+    """
+
+    title: str
+    plan: dict[str, Any]
+    ranks: dict[int, RankState]
+    state: str = "starting"
+    error: str = ""
+    happenings: list[Happening] = field(default_factory=list)
+    started_s: float = field(default_factory=time.time)
+    ended_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self._known: set[tuple[str, str]] = set()
+        self._curve: tuple[Point, ...] = ()  # before the ranks last began
+        self._marks: collections.deque[tuple[float, int]] = collections.deque()
+        self._stepped_s = time.monotonic()
+
+    def merge(self, rank: RankState) -> None:
+        """Take in the newest snapshot of one rank."""
+        before = self.step
+        self.ranks[rank.rank] = rank
+        for happening in rank.happenings:
+            if rank.rank == 0 or happening.kind == "note":
+                self._add(happening)
+        if self.state in ("starting", "recovering", "paused") and rank.state == "running":
+            self.state = "running"
+        elif self.state == "running" and rank.state == "paused":
+            self.state = "paused"
+        self._mark(before)
+
+    def note(self, text: str, kind: str = "note") -> None:
+        """Something happened that a person should know; see `Happening`."""
+        self._add(Happening(time.time(), kind, text))
+
+    def begin_again(self) -> None:
+        """Ranks are about to go on from an earlier step: what is known of the loss so far stays."""
+        self._curve = self.curve
+        self._marks.clear()
+
+    def stand_at(self, step: int) -> None:
+        """What came home is the state after `step` steps, whatever ranks had begun after that."""
+        self.ranks = {rank: replace(state, step=step) for rank, state in self.ranks.items()}
+
+    def end(self, state: str, error: str = "") -> None:
+        """The run is over."""
+        self.state, self.error, self.ended_s = state, error, time.time()
+
+    def _add(self, happening: Happening) -> None:
+        key = happening.kind, happening.text
+        if key not in self._known:  # several ranks may tell of it, and a rank again after it was lost
+            self._known.add(key)
+            self.happenings.append(happening)
+
+    def _mark(self, before: int) -> None:
+        now_s, step = time.monotonic(), self.step
+        if self.state != "running":
+            self._marks.clear()  # what comes after a pause says how fast it is
+        if step != before or self.state != "running":
+            self._stepped_s = now_s
+        if not self._marks or now_s >= self._marks[-1][0] + _MARK_EVERY_S:
+            self._marks.append((now_s, step))
+            while self._marks[0][0] < now_s - _ETA_OVER_S:
+                self._marks.popleft()
+
+    @property
+    def running(self) -> bool:
+        """Whether the run has not ended yet."""
+        return self.state not in ENDED
+
+    @property
+    def notes(self) -> list[str]:
+        """The texts of what happened that nobody has asked for."""
+        return [happening.text for happening in self.happenings if happening.kind not in ("order", "checkpoint")]
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start, up to now or to the end."""
+        return (self.ended_s or time.time()) - self.started_s
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to the end, at the speed of the last minute; None where that cannot be known."""
+        total = self.steps_total
+        if self.state != "running" or total is None or len(self._marks) < 2:
+            return None
+        (first_s, first), (last_s, last) = self._marks[0], self._marks[-1]
+        if last <= first:
+            return None
+        return (total - last) * (last_s - first_s) / (last - first) - (time.monotonic() - last_s)
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds for which a run that is running has done no step."""
+        return time.monotonic() - self._stepped_s if self.state == "running" else 0.0
+
+    def standing(self, rank: RankState) -> str:
+        """What a rank does, seen beside the others: its `state`, or "waiting" or "slow" in place of "running"."""
+        if rank.state != "running":
+            return rank.state
+        if self.state == "recovering":
+            return "waiting"
+        others = [other.busy_s for other in self.ranks.values() if other is not rank and other.busy_s]
+        if others and rank.busy_s > max(_SLOW * (usual := statistics.median(others)), usual + _SLOW_S):
+            return "slow"
+        return "waiting" if rank.shares is not None and rank.shares.idle > _WAITING else "running"
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that every rank has done."""
+        return min(rank.step for rank in self.ranks.values())
+
+    @property
+    def steps_total(self) -> int | None:
+        """Optimizer steps planned; None where the data has no length."""
+        return self.ranks[0].steps_total
+
+    @property
+    def epoch(self) -> int:
+        """The pass over the data that the slowest rank is in, counted from 1."""
+        return max(1, min(rank.epoch for rank in self.ranks.values()))
+
+    @property
+    def samples(self) -> int:
+        """Samples trained on, over all replicas."""
+        return sum(rank.samples for rank in self.ranks.values()) // self._ranks_a_sample
+
+    @property
+    def _ranks_a_sample(self) -> int:
+        """How many ranks work on the same sample."""
+        mesh = self.plan["mesh"]
+        return int(mesh.get("pp", 1) * mesh.get("tp", 1))
+
+    @property
+    def samples_per_s(self) -> float:
+        """Speed over all ranks: at the moment while running, of the whole training afterwards."""
+        if self.running:
+            return sum(rank.samples_per_s for rank in self.ranks.values()) / self._ranks_a_sample
+        seconds = sum(row["seconds"] for row in self.history)
+        return sum(row["samples"] for row in self.history) / seconds if seconds else 0.0
+
+    @property
+    def lr(self) -> float | None:
+        """Learning rate of the optimizer's first group."""
+        return self.ranks[0].lr
+
+    @property
+    def loss(self) -> float | None:
+        """The newest steps' loss over all ranks while running; the last epoch's exact mean afterwards."""
+        if not self.running and self.history:
+            return float(self.history[-1]["loss"])
+        losses = [rank.loss for rank in self.ranks.values() if rank.loss is not None]
+        return sum(losses) / len(losses) if losses else None
+
+    @property
+    def curve(self) -> tuple[Point, ...]:
+        """The loss over all ranks, in less than `POINTS` points however many steps there were."""
+        first = self.ranks[0].first_step
+        earlier = [point for point in self._curve if point.step <= first]
+        return extended(tuple(earlier), self.ranks[0].curve) if earlier else self.ranks[0].curve
+
+    @property
+    def history(self) -> tuple[dict[str, Any], ...]:
+        """One row an epoch; every rank holds the same."""
+        return self.ranks[0].history
+
+    @property
+    def stages(self) -> tuple[dict[str, Any], ...]:
+        """What a pipeline was cut into; every rank knows the same. See `RunStarted`."""
+        return self.ranks[0].stages
