@@ -13,11 +13,11 @@ from nbdist.cluster import current, entry, fork_server
 from nbdist.cluster.cells import CellRun
 from nbdist.cluster.definitions import CellSources, News, class_marks, search_path
 from nbdist.cluster.engines import Engine, Engines
-from nbdist.cluster.remote_errors import ranks_text
+from nbdist.cluster.ready import make_ready
 from nbdist.cluster.run import Run
-from nbdist.cluster.start import resumed, start_training
 from nbdist.cluster.training import attend
-from nbdist.errors import ClusterError, EngineError, PlanError, TaskError, suggest
+from nbdist.cluster.trainings import Trainings, pack
+from nbdist.errors import ClusterError, EngineError, PlanError, suggest
 from nbdist.plan import Plan, available_cores, check_engines, default_engines, may_have_gpus
 from nbdist.plan.plan import OPTIONS
 
@@ -68,8 +68,7 @@ class Cluster:
         self.spares = int(fork_server.can_fork()) if spares is None else spares
         self._up: Engines | None = None
         self._sources = CellSources()
-        self._run: Run | None = None
-        self._outbox: Any = None
+        self._trainings: Trainings | None = None
 
     def start(self, tell: Callable[[str], None] = lambda words: None) -> Cluster:
         """Start the engines; ready only after all of them have met in a collective.
@@ -86,10 +85,10 @@ class Cluster:
         if self._up is not None and not self.reachable:
             self.stop()
         if self._up is not None:
-            self._refuse_while_running()
+            self._refuse_while_busy()
             self._up.timeout_s = self.timeout_s
             if self._up.replace_lost(tell):
-                self._sources = CellSources()  # the new ones know no cell yet
+                self._sources.sent.clear()  # the new ones know no cell yet
             self._up.keep_spares(self.spares)
             self.check_ready()
             return self
@@ -97,6 +96,7 @@ class Cluster:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
         self._up = Engines(self.size, self.device, self.timeout_s, tell, self.spares)
         self._sources = CellSources()
+        self._trainings = Trainings(self._up, self._sources)
         current.set_cluster(self)
         atexit.register(_stop_reference, weakref.ref(self))
         return self
@@ -105,9 +105,11 @@ class Cluster:
         """End the engines and everything about them. Twice is fine."""
         if self._up is None:
             return
-        engines, self._up, self._outbox = self._up, None, None
+        engines, trainings, self._up, self._trainings = self._up, self._trainings, None, None
         if current.current_cluster() is self:
             current.set_cluster(None)
+        if trainings is not None:
+            trainings.end()
         engines.end()
 
     def __enter__(self) -> Cluster:
@@ -124,8 +126,13 @@ class Cluster:
     @property
     def engines(self) -> list[Engine]:
         """One record an engine, in rank order; empty when the cluster does not run."""
-        busy = self._run is not None and self._run.progress.running
+        busy = self._trainings is not None and self._trainings.computing
         return [] if self._up is None else self._up.records(busy)
+
+    @property
+    def queued(self) -> list[Run]:
+        """The runs that wait for those before them to end."""
+        return [] if self._trainings is None else self._trainings.queued
 
     @property
     def reachable(self) -> bool:
@@ -164,27 +171,17 @@ class Cluster:
         """
         engines = self._running()
         engines.check_alive()
-        self._refuse_while_running()
-        if engines.lost:
-            raise ClusterError(
-                f"the engine of {ranks_text(engines.lost)} is lost: %dist_start (or cluster.start()) replaces it."
-            )
-        if engines.stuck:
-            raise ClusterError(
-                f"{ranks_text(engines.stuck)} did not react to an interrupt and still runs its cell, perhaps inside a "
-                "collective: %dist_stop ends it."
-            )
-        if not engines.formed:
-            engines.form()
+        self._refuse_while_busy()
+        make_ready(engines)
 
     def _running(self) -> Engines:
         if self._up is None:
             raise ClusterError("the cluster is not running: start it first.")
         return self._up
 
-    def _refuse_while_running(self) -> None:
-        if self._run is not None and not self._run.ended:
-            raise ClusterError(f"run {self._run.run_id} is going on: wait for it (run.wait()) or stop it (run.stop()).")
+    def _refuse_while_busy(self) -> None:
+        if self._trainings is not None:
+            self._trainings.refuse_while_busy()
 
     def execute(self, source: str, ranks: Iterable[int] | None = None, *, number: int | None = None) -> CellRun:
         """Begin to run a cell's source on ranks, all by default; `number` is its In[...] in tracebacks.
@@ -208,7 +205,7 @@ class Cluster:
     def push(self, **values: Any) -> None:
         """Put values into the namespace of every engine's cells; tensors travel through one shared copy."""
         self.check_ready()
-        parcel, segment = _pack(values, "value", inline=self._running().remote)
+        parcel, segment = pack(values, "value", inline=self._running().remote)
         with contextlib.closing(segment):
             self._running().call(range(self.size), entry.push, (parcel, self._sources.new()))
 
@@ -252,7 +249,8 @@ class Cluster:
         Args:
             model: An ``nn.Module``.
             data: A Dataset, a DataLoader, or a tuple of tensors or NumPy arrays.
-            background: Whether to return at once instead of waiting for the end.
+            background: Whether to return at once instead of waiting for the end. While another run goes on, this one
+                is queued, and begins when it has ended.
             watch: Called with the run several times a second, and once after its end.
             names: What the person calls `model` and `data`, for errors.
             **options: `loss` or `step`, `optimizer`, `val`, `metric` and every option of a Plan. ``resume=True``
@@ -268,31 +266,18 @@ class Cluster:
             if name not in OPTIONS and name not in _TASK_OPTIONS:
                 raise PlanError(f"unknown option {name!r}.{suggest(name, [*OPTIONS, *_TASK_OPTIONS])}")
         engines = self._running()
-        self._refuse_while_running()
         engines.check_alive()
-        replaced = engines.replace_lost()  # a training brings with it all that it needs
-        if replaced:
-            self._sources.sent.clear()
-        self.check_ready()
-        from nbdist.core.handover import Outbox
+        if not background:
+            self._refuse_while_busy()
         from nbdist.core.task import Task
 
         asked = {"model": model, "data": data, "names": names, **options}
         given = {name: options.pop(name) for name in _TASK_OPTIONS if name in options}
         task = Task.create(model, data, names=names, **given)
         plan = Plan.create(ranks=self.size, cores=engines.threads * self.size, **{**options, **task.options})
-        plan, vaults = resumed(plan, task, current.last_run())
-        self._outbox = self._outbox or Outbox()
-        packed = _pack((task, plan), f"{names[0]} or {names[1]}", inline=engines.remote, outbox=self._outbox)
-        self._run = start_training(
-            engines, task, plan, packed, self._outbox, self._sources, watch, vaults=vaults, asked=asked
-        )
-        if replaced:
-            self._run.progress.note(
-                f"{ranks_text(replaced)} had been lost and was replaced; what %%dist cells defined there is gone"
-            )
-        current.note_run(self._run)
-        return self._run if background else attend(self._run)
+        assert self._trainings is not None
+        run = self._trainings.add(task, plan, watch, names, asked)
+        return run if background else attend(run)
 
     def resume(self, **options: Any) -> Run:
         """Go on where the last run of this notebook ended: `train` with the same model, data and options.
@@ -321,15 +306,6 @@ class Cluster:
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.size:
             raise PlanError(f"rank {rank} does not exist: use 0 to {self.size - 1}.")
-
-
-def _pack(value: Any, name: str, **options: Any) -> tuple[Any, Any]:
-    from nbdist.core.handover import pack
-
-    try:
-        return pack(value, **options)
-    except TaskError as error:
-        raise TaskError(f"{name}: {error}") from error.__cause__
 
 
 def _gpus() -> int:

@@ -143,11 +143,12 @@ class Engines:
         """Whether some engine lives on another host, where our shared memory does not reach."""
         return any(record.host_id != self._host_id for record in self._records)
 
-    def request_stop(self, run_id: str) -> None:
-        """Tell the ranks of the present world that a run is to stop: rank 0 asks their store for it."""
-        store = self._generation_store()
-        if store is not None:
-            store.set(f"stop/{run_id}", "1")
+    def order(self, run_id: str, kind: str, value: Any = None) -> None:
+        """Tell the ranks of a run what is asked of them, see `Order`: rank 0 reads it in their store."""
+        from nbdist.core.order_log import OrderLog
+
+        if self._store is not None:  # else ended
+            OrderLog(self._store, run_id).give(kind, value)
 
     def release(self) -> None:
         """Release the ranks of the present world: each that waits at the store for others gets an error at once."""

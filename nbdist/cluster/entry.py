@@ -5,19 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nbdist.cluster.definitions import News, install, tie_classes
 from nbdist.cluster.remote_errors import Failure
-from nbdist.errors import PeerLostError
 from nbdist.telemetry import RankState
 
 __all__ = ["Outcome", "expect_cell", "has_let_go", "hear", "hello", "join", "pull", "push", "tie", "train"]
-
-_STOP_POLL_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +170,7 @@ def train(
     from nbdist.core.allocator import give_back
     from nbdist.core.eager import eager
     from nbdist.core.handover import Outbox, pack, unpack
+    from nbdist.core.order_log import OrderLog
     from nbdist.core.params import ParamTable
     from nbdist.telemetry import JsonlSink, SnapshotSink
     from nbdist.telemetry.record import record_path
@@ -194,7 +190,7 @@ def train(
                 world,
                 run_id=run_id,
                 sinks=[record, snapshots],
-                stop_requested=_stop_request(world, run_id) if world.rank == 0 else lambda: False,
+                orders=OrderLog(_engine.store, run_id),
                 home=False,
                 vaults=vaults,
                 go_on=go_on,
@@ -214,20 +210,3 @@ def train(
             world.leave()  # at once: it releases the peers that wait for this rank
             snapshot = replace(snapshots.state, state="failed")
             return Outcome(rank=world.rank, state="failed", snapshot=snapshot, failure=failure)
-
-
-def _stop_request(world: Any, run_id: str) -> Callable[[], bool]:
-    """Ask the store, a few times a second, whether the notebook wants this run to stop."""
-    next_s = 0.0
-
-    def asked() -> bool:
-        nonlocal next_s
-        if time.monotonic() < next_s:
-            return False
-        next_s = time.monotonic() + _STOP_POLL_S
-        try:
-            return bool(world.store.check([f"stop/{run_id}"]))
-        except RuntimeError as error:
-            raise PeerLostError(f"the ranks' store is gone ({error}).") from error
-
-    return asked

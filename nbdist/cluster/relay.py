@@ -41,18 +41,22 @@ class Relay:
         training: Which.
         go_on: Whether it begins with the snapshot that is there.
         watch: Called with the run after each update; the last time after its end.
+        then: Called when all about the end is done.
+        context: Carries which cell output belongs to: some ipykernels fail in a thread without it.
     """
 
-    def __init__(self, training: Training, *, go_on: bool, watch: Callable[[Run], None] | None) -> None:
+    def __init__(
+        self, training: Training, *, go_on: bool, watch: Callable[[Run], None] | None, then: Callable[[], None],
+        context: contextvars.Context,
+    ) -> None:  # fmt: skip
         self._training = training
         self._run = training.run
         self._engines = training.engines
         self._watch = watch
         self._freed: set[int] = set()
         self._reached, self._tries = -1, 0
+        self._then = then
         self._calls = training.begin(go_on=go_on)
-        # The context carries which cell output belongs to: some ipykernels fail in a thread without it.
-        context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._follow,), daemon=True, name="nbdist-relay")
 
     def start(self) -> None:
@@ -78,6 +82,7 @@ class Relay:
                 self._draw()
             finally:
                 run._release()  # whatever else goes wrong, nobody waits for ever
+                self._then()
 
     def _end(self, outcomes: list[Outcome]) -> bool:
         """Bring home what there is, and say how it ended; returns whether the ranks have left their world."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -25,23 +27,27 @@ class Run:
         run_id: Its name in the record.
         plan: What is run.
         progress: What is known of it; kept up to date by the relay.
-        request_stop: Asks the ranks to stop after the step they are in.
-        vaults: Where the ranks keep their snapshots; None where no memory is shared with them.
+        order: Tells the ranks what is asked of them: a word, and its value.
         asked: What the person asked for, to ask for more of it.
+
+    Attributes:
+        error: Why it failed, if it did.
+        vaults: Where the ranks keep their snapshots; None where no memory is shared with them.
+        abandoned: Whether it is to stop at once.
     """
 
     def __init__(
-        self, run_id: str, plan: Plan, progress: RunState, request_stop: Callable[[], None], vaults: Any = None,
+        self, run_id: str, plan: Plan, progress: RunState, order: Callable[[Run, str, Any], None],
         asked: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.run_id = run_id
         self._plan = plan
         self.progress = progress
         self.error: BaseException | None = None
-        self.vaults = vaults
+        self.vaults: Any = None
         self.asked = asked or {}
         self.abandoned = False
-        self._request_stop = request_stop
+        self._order = order
         self._printed: Callable[[str], dict[int, str]] = lambda stream: {}
         self._ended = threading.Event()
 
@@ -58,8 +64,9 @@ class Run:
 
     @property
     def state(self) -> str:
-        """One of "running", "finished", "stopped", "failed"."""
-        return "running" if self.progress.running else self.progress.state
+        """One of "queued", "running", "paused", "finished", "stopped", "failed"."""
+        state = self.progress.state
+        return state if state in ("queued", "paused") or not self.progress.running else "running"
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -81,9 +88,62 @@ class Run:
                 the last step that all have completed comes home.
         """
         if self.progress.running:
-            self.progress.state = "stopping"
             self.abandoned |= now
-            self._request_stop()
+            self._order(self, "stop", None)
+
+    def pause(self) -> None:
+        """Ask all ranks to rest after the step they are in, until `resume` or `stop`. Returns at once.
+
+        Raises:
+            ClusterError: The run does not go on.
+        """
+        self._ask("pause")
+
+    def resume(self) -> None:
+        """Let a paused run go on: with the same bits as if it had not rested. Returns at once.
+
+        Raises:
+            ClusterError: The run does not go on.
+        """
+        self._ask("resume")
+
+    def checkpoint(self, folder: str | None = None) -> None:
+        """Ask all ranks to write a checkpoint of the state after the step they are in. Returns at once.
+
+        Args:
+            folder: Where to; by default the run's own folder (``--checkpoint``), and without one
+                "checkpoints/RUN_ID". What was asked for here stays, however many there are.
+
+        Raises:
+            ClusterError: The run does not go on.
+        """
+        own = self._plan.checkpoint
+        if folder is None and own:
+            self._ask("checkpoint", own)
+        else:
+            self._ask("checkpoint", os.path.abspath(folder or os.path.join("checkpoints", self.run_id)))
+
+    def set_lr(self, rate: float) -> None:
+        """Change the learning rate, on all ranks after the same step. Returns at once.
+
+        Args:
+            rate: That of the optimizer's first parameter group; the others are scaled alike, and so is what a
+                scheduler makes of them from then on.
+
+        Raises:
+            PlanError: It is not a positive number.
+            ClusterError: The run does not go on.
+        """
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+            raise PlanError(f"a learning rate of {rate!r} is not possible: use a positive number.")
+        self._ask("lr", float(rate))
+
+    def _ask(self, kind: str, value: Any = None) -> None:
+        if self.progress.state == "queued":
+            raise ClusterError(f"run {self.run_id} has not begun: it can only be stopped.")
+        if not self.progress.running:
+            raise ClusterError(f"run {self.run_id} has {self.progress.state}: start another one.")
+        self._order(self, kind, value)
 
     def wait(self, timeout_s: float | None = None) -> Run:
         """Wait until the run has ended and the weights are home.

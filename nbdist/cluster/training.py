@@ -74,8 +74,6 @@ class Training:
         calls = [engines.start_call(rank, entry.train, *arguments) for rank in range(engines.size)]
         self._printed.append(functools.partial(printed, dict(enumerate(calls))))
         run._printed = functools.partial(_all_printed, self._printed)  # not us, or the run's memory would outlive it
-        if run.progress.state == "stopping":  # the ranks of a new world have not heard of it
-            engines.request_stop(run.run_id)
         return calls
 
     def replace_lost(self) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ _SUM = ".sha256"
 _BLOCK_BYTES = 1 << 20
 
 
-def prepare(plan: Plan, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
-    """See to it, before a training, that its state can be written; makes the folder. **Collective** over all ranks.
+def prepare(folder: str, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
+    """See to it that a training's state can be written; makes the folder. **Collective** over all ranks.
 
     What a run that was killed has left half written is removed.
 
@@ -52,7 +53,7 @@ def prepare(plan: Plan, optimizer: torch.optim.Optimizer, channel: Channel) -> N
         for key, value in group.items():
             if key != "params":
                 plain(value, f"the optimizer's {key}")
-    folder, problem = plan.checkpoint, ""
+    problem = ""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -125,6 +126,10 @@ class CheckpointWriter:
         mark: Begins the name of each one, unlike that of any other run; the same on all ranks.
         rank: This rank.
         ranks: How many.
+
+    Attributes:
+        problems: What went wrong, in sentences, until somebody takes it from there.
+        counted: Of each checkpoint that has come to count its step, its folder, and the seconds it took; likewise.
     """
 
     def __init__(self, folder: str, keep: int, mark: str, rank: int, ranks: int) -> None:
@@ -139,6 +144,8 @@ class CheckpointWriter:
         self._name = ""
         self.failed = False
         self.problems: list[str] = []
+        self.counted: list[tuple[int, str, float]] = []
+        self._began_s = 0.0
 
     @property
     def busy(self) -> bool:
@@ -162,6 +169,7 @@ class CheckpointWriter:
         # One that counts is never written over: the last one of a run may have the step of the one before it.
         self._name = f"{self._mark}-step{step:08}{'-end' if step == self._step else ''}"
         self._slot, self._step, self.failed = slot, step, False
+        self._began_s = time.monotonic()
         self._start(self._write, slot, dict(frozen))
 
     def wait(self) -> None:
@@ -210,6 +218,7 @@ class CheckpointWriter:
                 if self._name not in checkpoints(self._folder):
                     self._forget()  # on a full disk, the next one needs the room
             raise
+        self.counted.append((self._step, str(self._folder / self._name), time.monotonic() - self._began_s))
         for name in {*before} - {*names}:  # only these: another rank may have begun with the next one
             shutil.rmtree(self._folder / name, ignore_errors=True)
 

@@ -23,7 +23,7 @@ class Signals(NamedTuple):
     """What a rank says at the end of a step, as zeros and ones; of all ranks, how many say it.
 
     Args:
-        stop: It asks all to stop after this step.
+        orders: It has orders for all, see `Steering`.
         exhausted: It has no data left.
         snapshot: It asks all to keep the state after this step.
         checkpoint: It asks all to write the state after this step to disk.
@@ -31,7 +31,7 @@ class Signals(NamedTuple):
         unwritten: It could not write that part.
     """
 
-    stop: float = 0
+    orders: float = 0
     exhausted: float = 0
     snapshot: float = 0
     checkpoint: float = 0
@@ -40,15 +40,17 @@ class Signals(NamedTuple):
 
 
 _SILENT = Signals()
-COUNTS = 1 + len(Signals._fields)
-"""Numbers that ride behind the gradients: the weight and the signals."""
+_SUMS = 3
+COUNTS = _SUMS + len(Signals._fields)
+"""Numbers that ride behind the gradients: the weight, the loss times its weight, that weight, and the signals."""
+_NOTHING = (0.0, 0.0)
 
 
 class Totals:
     """What one step adds up to over all ranks. On a GPU it is on its way until one of its numbers is asked for.
 
     Args:
-        sums: ``(COUNTS,)``, the weight and the signals, on the channel's device.
+        sums: ``(COUNTS,)``, on the channel's device.
     """
 
     def __init__(self, sums: torch.Tensor) -> None:
@@ -73,9 +75,15 @@ class Totals:
         return self._numbers[0]
 
     @property
+    def loss(self) -> float | None:
+        """The loss over all ranks; None where none had data."""
+        _, total, weight = self._numbers[:_SUMS]
+        return total / weight if weight else None
+
+    @property
     def signals(self) -> Signals:
         """How many ranks say what."""
-        return Signals(*self._numbers[1:])
+        return Signals(*self._numbers[_SUMS:])
 
 
 def tail_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -205,6 +213,7 @@ class GradientSync:
         weight: Any,
         signals: Signals = _SILENT,
         *,
+        loss: tuple[Any, Any] = _NOTHING,
         used: list[bool] | None = None,
     ) -> Totals:
         """End a step: sum over the ranks and divide by the total weight. **Collective**.
@@ -212,13 +221,14 @@ class GradientSync:
         Args:
             weight: Sum of this rank's slice weights, a number or a scalar tensor.
             signals: What this rank says, or the sums of the ranks that it speaks for.
+            loss: Sum of its losses times their weights, and of those weights; numbers or scalar tensors.
             used: Which parameters were used, where this rank was told; by default it has seen it itself.
         """
         if not self._armed:
             self.arm()
         self._armed = False
         used = self.used if used is None else used
-        self._tell([weight, *signals, *used])
+        self._tell([weight, *_NOTHING, *signals, *used], loss)
         self._start_ready(everything=True)
         for bucket in self._buckets:
             assert bucket.pending is not None
@@ -236,7 +246,7 @@ class GradientSync:
             self._drop_unused()
         return totals
 
-    def _tell(self, values: list[Any]) -> None:
+    def _tell(self, values: list[Any], loss: tuple[Any, Any]) -> None:
         """Write the tail. Mostly it says what it said in the step before, and then nothing is sent to a GPU."""
         weight = values[0]
         if isinstance(weight, torch.Tensor):
@@ -246,6 +256,8 @@ class GradientSync:
         self._tail.copy_(self._said)
         if isinstance(weight, torch.Tensor):
             self._tail[0] = weight
+        for place, number in enumerate(loss, 1):
+            self._tail[place] = number
 
     def _drop_unused(self) -> None:
         """Parameters that no rank used have no gradient, as in one process, so no decay or momentum moves them.

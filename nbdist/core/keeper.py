@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 import time
 from collections.abc import Callable, Collection
 from typing import Any
@@ -13,17 +14,18 @@ import torch
 from nbdist.core import seeds
 from nbdist.core.axes import Axes
 from nbdist.core.boundary import Boundary
-from nbdist.core.checkpoint import CheckpointWriter
+from nbdist.core.checkpoint import CheckpointWriter, prepare
 from nbdist.core.gradient_sync import Signals
 from nbdist.core.image import Layout
-from nbdist.core.pieces import Pieces, check_state
+from nbdist.core.pieces import Pieces, check_state, from_all
 from nbdist.core.position import Position
 from nbdist.core.restore import ORDER
 from nbdist.core.schedulers import Scheduler
-from nbdist.core.snapshot import Slot, Vault
+from nbdist.core.snapshot import Slot, Vault, Vaults
 from nbdist.core.strategies import Strategy
-from nbdist.errors import TaskError
+from nbdist.errors import NbdistError, TaskError
 from nbdist.plan import Plan, available_bytes
+from nbdist.telemetry import Checkpointed, Event, Noted
 
 __all__ = ["Keeper"]
 
@@ -43,29 +45,32 @@ class Keeper:
         strategy: What is trained, placed.
         plan: How; its `checkpoint` options.
         scheduler: Kept too.
-        vault: Where snapshots go; None for nowhere. A checkpoint is written from a snapshot.
-        tell: Called with a sentence for people.
+        vault: Where snapshots go; None where none are taken. A checkpoint is written from one.
+        tell: Called with what a person should know.
         changed: The buffers that are not as the task brought them.
     """
 
     def __init__(
-        self, strategy: Strategy, plan: Plan, scheduler: Scheduler, vault: Vault | None, tell: Callable[[str], None],
+        self, strategy: Strategy, plan: Plan, scheduler: Scheduler, vault: Vault | None, tell: Callable[[Event], None],
         changed: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._strategy = strategy
         self._plan = plan
         self._scheduler = scheduler
         self._vault = vault
+        self._spool = vault  # what is written to disk passes through memory, of its own if need be
         self._tell = tell
+        self._changed = changed
         self._axes: Axes = strategy.axes
         self._rank, self._ranks = strategy.axes.world.rank, strategy.axes.world.size
-        self._writer: CheckpointWriter | None = None
-        if vault is not None:
-            self._pieces = Pieces(strategy.task.model, strategy.table, strategy.task.optimizer, strategy.axes, changed)
-            self._described = json.dumps(self._pieces.described)
-        if plan.checkpoint and vault is not None:
-            mark = strategy.axes.world.broadcast_bytes(secrets.token_hex(4).encode()).decode()
-            self._writer = CheckpointWriter(plan.checkpoint, plan.checkpoint_keep, mark, self._rank, self._ranks)
+        self._pieces: Pieces | None = None
+        self._own: Vaults | None = None
+        self._writer: CheckpointWriter | None = None  # the one that wrote last
+        self._planned: CheckpointWriter | None = None
+        if vault is not None or plan.checkpoint:
+            self._open()
+        if plan.checkpoint:
+            self._writer = self._planned = self._make_writer(plan.checkpoint, plan.checkpoint_keep)
         self._layouts: list[Layout] = []
         self._snapshot_due_s = 0.0
         self._every_steps, self._every_s = plan.checkpoint_cadence
@@ -73,25 +78,41 @@ class Keeper:
         self._checkpoint_due = False
         self._boundary = Boundary(strategy.task.model) if vault is not None and plan.mesh.size == plan.mesh.dp else None
 
+    def _open(self) -> None:
+        """Find out what this rank has to keep, and where. **Collective** over the world."""
+        if self._pieces is None:
+            task, strategy = self._strategy.task, self._strategy
+            self._pieces = Pieces(task.model, strategy.table, task.optimizer, strategy.axes, self._changed)
+            self._described = json.dumps(self._pieces.described)
+        if self._spool is None:
+            self._own = Vaults(1)
+            self._spool = Vault(self._own.paths[0])
+
+    def _make_writer(self, folder: str, keep: int) -> CheckpointWriter:
+        mark = self._axes.world.broadcast_bytes(secrets.token_hex(4).encode()).decode()
+        return CheckpointWriter(folder, keep, mark, self._rank, self._ranks)
+
     def signals(self, position: Position) -> Signals:
-        """What this rank has to say at the end of the step that begins at `position`; stop and exhausted are not its.
+        """What this rank has to say at the end of the step that begins at `position`; some signals are not its.
 
         Local.
         """
-        if self._vault is None:
-            return Signals()
         writer = self._writer
+        if self._vault is None and writer is None:
+            return Signals()
+        self._report()
         done = writer is not None and writer.done
         failed = writer is not None and writer.failed
         said = Signals(written=done and not failed, unwritten=done and failed)
         if self._rank:
             return said
         now = time.monotonic()
-        if writer is not None:
+        if self._planned is not None:
             self._checkpoint_due |= bool(self._every_steps) and (position.step + 1) % self._every_steps == 0
             self._checkpoint_due |= bool(self._every_s) and now >= self._checkpoint_due_s
         return said._replace(
-            snapshot=now >= self._snapshot_due_s, checkpoint=self._checkpoint_due and not (writer and writer.working)
+            snapshot=self._vault is not None and now >= self._snapshot_due_s,
+            checkpoint=self._checkpoint_due and not (writer and writer.working),
         )
 
     def leave_boundary(self) -> None:
@@ -101,38 +122,60 @@ class Keeper:
 
     def reach_boundary(self, position: Position, heard: Signals | None) -> None:
         """A step is complete, or an epoch; `heard` is what all ranks have said in it. Local, at once on all ranks."""
-        if self._vault is None:
-            return
         if self._boundary is not None:
             self._boundary.reach()
         if heard is None:
             return
         if self._writer is not None and self._writer.busy and heard.written + heard.unwritten == self._ranks:
             self._settle(heard.unwritten == 0)
-        if heard.checkpoint and self._writer is not None:
+        if heard.checkpoint and self._planned is not None:
             self._checkpoint_due, self._checkpoint_due_s = False, time.monotonic() + (self._every_s or 0.0)
-            slot = self._keep(position, everything=True)
-            if slot is not None:
-                self._writer.begin(slot, position.step, self._pieces.frozen())
-        elif heard.snapshot:
+            self._writer = self._planned
+            self._write(self._writer, position)
+        elif heard.snapshot and self._vault is not None:
             self._keep(position)
 
-    def finish(self, position: Position) -> None:
-        """Keep the last state, on disk too if there is a folder. **Collective** over the world."""
-        if self._vault is None:
-            return
+    def write_checkpoint(self, position: Position, folder: str) -> None:
+        """Begin to write the state to a folder, because a person asks for it; who cannot says why. **Collective**."""
+        world = self._axes.world
+        self.settle()
+        problem, slot = "", None
+        try:
+            if folder == self._plan.checkpoint and self._planned is not None:
+                self._writer = self._planned
+            else:
+                prepare(folder, self._strategy.task.optimizer, world)
+                self._writer = self._make_writer(folder, sys.maxsize)
+            self._open()
+            slot = self._take(position, everything=True)
+        except NbdistError as error:
+            problem = str(error)
+        problems = [told for told in from_all(problem, world) if told]
+        if slot is not None and not problems and self._writer is not None and self._pieces is not None:
+            self._writer.begin(slot, position.step, self._pieces.frozen())
+        for told in problems[:1]:
+            self._tell(Noted(rank=self._rank, text=f"no checkpoint was written, the run goes on: {told}"))
+
+    def settle(self) -> None:
+        """Wait until a checkpoint that is under way counts, or could not be written. **Collective** over the world."""
         if self._writer is None:
-            self._keep(position)
             return
         if self._writer.busy:
             self._settle_together()
-        slot = self._keep(position, everything=True)
-        if slot is not None:
-            self._writer.begin(slot, position.step, self._pieces.frozen())
-            self._settle_together()
         self._writer.wait()
-        self._complain()
-        self._axes.world.all_reduce_(torch.ones(1, device=self._strategy.device))  # it can be read from here on
+        self._report()
+
+    def finish(self, position: Position) -> None:
+        """Keep the last state, on disk too if there is a folder. **Collective** over the world."""
+        self.settle()
+        if self._planned is not None:
+            self._writer = self._planned
+            self._write(self._writer, position)
+            self.settle()
+        elif self._vault is not None:
+            self._keep(position)
+        if self._writer is not None:
+            self._axes.world.all_reduce_(torch.ones(1, device=self._strategy.device))  # it can be read from here on
 
     def rescue(self, position: Position) -> None:
         """After an error: keep the state of the last complete step, if this rank still has it. Local."""
@@ -143,6 +186,8 @@ class Keeper:
         """Let what is being written come to its end. Local, twice is fine."""
         if self._writer is not None:
             self._writer.wait()
+        if self._own is not None:
+            self._own.close()
 
     def _settle_together(self) -> None:
         """Wait until the checkpoint under way has been written everywhere, or could not be. **Collective**."""
@@ -155,35 +200,59 @@ class Keeper:
 
     def _settle(self, whole: bool) -> None:
         assert self._writer is not None
-        self._complain()
+        self._report()
         self._writer.settle(whole)
 
-    def _complain(self) -> None:
-        while self._writer is not None and self._writer.problems:
-            self._tell(self._writer.problems.pop(0))
+    def _report(self) -> None:
+        """Tell what has become of checkpoints."""
+        writer = self._writer
+        while writer is not None and writer.problems:
+            self._tell(Noted(rank=self._rank, text=writer.problems.pop(0)))
+        while writer is not None and writer.counted:
+            step, path, seconds = writer.counted.pop(0)
+            self._tell(Checkpointed(rank=self._rank, step=step, path=path, seconds=seconds))
+
+    def _write(self, writer: CheckpointWriter, position: Position) -> None:
+        """Begin to write the state to the planned folder. Local, at once on all ranks."""
+        slot = self._keep(position, everything=True)
+        if slot is not None and self._pieces is not None:
+            writer.begin(slot, position.step, self._pieces.frozen())
 
     def _keep(
         self, position: Position, buffers: dict[str, torch.Tensor] | None = None, *, everything: bool = False
     ) -> Slot | None:
-        """Take a snapshot of this rank's share; returns where it lies."""
-        assert self._vault is not None
-        started_s = time.monotonic()
-        strategy = self._strategy
+        """Take a snapshot of this rank's share; where that cannot be, none are taken any more."""
         try:
-            if not self._layouts:
-                check_state(strategy.table, strategy.task.optimizer)
-            tensors = self._pieces.changing(buffers=everything)
-            layout = self._layout_of(tensors)
-            text = self._text(position, seeds.told() if buffers is None else None)  # after an error nobody knows
+            return self._take(position, buffers, everything=everything)
         except TaskError as error:
             if self._plan.checkpoint:
                 raise
             self._vault = self._boundary = None
-            self._tell(f"no snapshots are taken, so a lost rank means to begin anew: {error}")
+            text = f"no snapshots are taken, so a lost rank means to begin anew: {error}"
+            self._tell(Noted(rank=self._rank, text=text))
             return None
+
+    def _take(
+        self, position: Position, buffers: dict[str, torch.Tensor] | None = None, *, everything: bool = False
+    ) -> Slot:
+        """Take a snapshot of this rank's share; returns where it lies.
+
+        Raises:
+            TaskError: It holds what cannot be kept.
+        """
+        assert self._spool is not None
+        assert self._pieces is not None
+        started_s = time.monotonic()
+        strategy = self._strategy
+        if not self._layouts:
+            check_state(strategy.table, strategy.task.optimizer)
+        tensors = self._pieces.changing(buffers=everything)
+        layout = self._layout_of(tensors)
+        generators = seeds.told() if buffers is None else None  # after an error nobody knows
+        text = self._text(position, generators, self._pieces)
         if buffers is not None:
             tensors = {key: buffers.get(key.rsplit("|", 4)[0], tensor) for key, tensor in tensors.items()}
-        slot = self._vault.write(position.moment, self._ranks, layout, tensors, text)
+        slot = self._spool.write(position.moment, self._ranks, layout, tensors, text)
         now = time.monotonic()
         self._snapshot_due_s = now + _SHARE * (now - started_s)
         return slot
@@ -199,7 +268,7 @@ class Keeper:
         self._layouts = [*self._layouts[-1:], layout]
         return layout
 
-    def _text(self, position: Position, generators: list[Any] | None) -> str:
+    def _text(self, position: Position, generators: list[Any] | None, pieces: Pieces) -> str:
         strategy, plan = self._strategy, self._plan
         told: dict[str, Any] = {
             "rank": self._rank,
@@ -210,6 +279,6 @@ class Keeper:
             "scheduler": self._scheduler.told(),
             "precision": strategy.precision.told(),
             "generators": generators,
-            **self._pieces.values(),
+            **pieces.values(),
         }
         return f'{{"tensors":{self._described},{json.dumps(told)[1:]}'

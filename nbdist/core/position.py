@@ -34,6 +34,10 @@ class Row:
         """Seconds of training since the row began."""
         return time.perf_counter() - self._started_s
 
+    def leave_out(self, seconds: float) -> None:
+        """The training has rested for so long."""
+        self._started_s += seconds
+
     def told(self) -> dict[str, Any]:
         """The counts as JSON-able data. Waits for the device."""
         return {
@@ -75,12 +79,14 @@ class Position:
         samples: Samples this rank has read.
         history: The rows so far.
         row: The one that is being counted.
+        orders: Of which run orders have been carried out, and how many; see `Steering`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.epoch, self.batch, self.step, self.samples = 1, 0, 0, 0
         self.history: list[dict[str, Any]] = []
         self.row = Row(device)
+        self.orders: tuple[str, int] = ("", 0)
         self._device = device
 
     @property
@@ -92,7 +98,7 @@ class Position:
         """The position as JSON-able data. Local; waits for the device."""
         return {
             "epoch": self.epoch, "batch": self.batch, "step": self.step, "samples": self.samples,
-            "history": self.history, "row": self.row.told(),
+            "history": self.history, "row": self.row.told(), "orders": self.orders,
         }  # fmt: skip
 
     @classmethod
@@ -102,6 +108,7 @@ class Position:
         position.epoch, position.batch, position.step = told["epoch"], told["batch"], told["step"]
         position.samples, position.history = told["samples"], list(told["history"])
         position.row = Row(device, told["row"])
+        position.orders = tuple(told.get("orders", position.orders))  # not in checkpoints of 0.1
         return position
 
     def advance(self, samples: int, losses: list[tuple[torch.Tensor, Any]]) -> None:

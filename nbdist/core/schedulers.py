@@ -13,6 +13,11 @@ from nbdist.errors import TaskError
 
 __all__ = ["Scheduler", "check_scheduler"]
 
+_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}
+"""What torch's optimizers and schedulers keep in a parameter group that is a learning rate."""
+_SCHEDULED = {"base_lrs", "max_lrs"}
+"""And what schedulers keep themselves: a rate for each group."""
+
 
 class Scheduler:
     """Steps a torch scheduler with the optimizer, or after each epoch where it follows a measured value.
@@ -30,6 +35,22 @@ class Scheduler:
         """Go on by a step, or by an epoch with what was `measured` in it. Local."""
         if self._scheduler is not None:
             self._scheduler.step(*measured)
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        """Make `rate` the learning rate of the first group, and scale all other rates alike, future ones too. Local."""
+        groups = optimizer.param_groups
+        now, first = float(groups[0]["lr"]), float(groups[0].get("initial_lr", 0.0))
+        if now or first:
+            for group in groups:
+                for key in _RATES & group.keys():
+                    _scale(group, key, rate / (now or first))
+            if self._scheduler is not None:
+                _scale_scheduler(self._scheduler, rate / (now or first))
+        else:
+            for group in groups:
+                group["lr"] = rate
+        if now:
+            _put(groups[0], "lr", rate)  # exactly
 
     def told(self) -> Any:
         """Where the scheduler stands, as JSON-able data; None without one. Local.
@@ -55,6 +76,25 @@ class Scheduler:
                 "what was kept is of another lr_scheduler: give the same one, or none to keep the rates as they are."
             )
         self._scheduler.load_state_dict(state)
+
+
+def _scale_scheduler(scheduler: Any, factor: float) -> None:
+    """Let a torch scheduler, and those that it is made of, follow rates that were multiplied."""
+    for key in _SCHEDULED & vars(scheduler).keys():
+        setattr(scheduler, key, [rate * factor for rate in getattr(scheduler, key)])
+    for part in getattr(scheduler, "_schedulers", ()):
+        _scale_scheduler(part, factor)
+
+
+def _scale(group: dict[str, Any], key: str, factor: float) -> None:
+    _put(group, key, float(group[key]) * factor)
+
+
+def _put(group: dict[str, Any], key: str, value: float) -> None:
+    if isinstance(group[key], torch.Tensor):
+        group[key].fill_(value)
+    else:
+        group[key] = value
 
 
 def _told(value: Any) -> Any:

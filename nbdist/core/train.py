@@ -5,39 +5,40 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from nbdist.core import seeds, strategies
 from nbdist.core.allocator import objects_set_aside, pages_kept
+from nbdist.core.channels import spent
 from nbdist.core.checkpoint import prepare, resumed_folder
 from nbdist.core.data import Reader
 from nbdist.core.evaluate import evaluate, switched
 from nbdist.core.gather import leave_in_parts
 from nbdist.core.gradient_sync import Totals
 from nbdist.core.keeper import Keeper
+from nbdist.core.orders import Orders
 from nbdist.core.position import Position
+from nbdist.core.reporter import Reporter
 from nbdist.core.restore import load, position_of
 from nbdist.core.runtime import on_device, threads, uninterrupted
 from nbdist.core.saved import Saved
-from nbdist.core.snapshot import Vault, Vaults, newest, read
+from nbdist.core.snapshot import Vault, newest, read
 from nbdist.core.source import Source
+from nbdist.core.steering import Steering
 from nbdist.core.task import Task
 from nbdist.core.weighted_mean import WeightedMean
 from nbdist.core.world import World
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
+from nbdist.plan.mesh import AXES
 from nbdist.telemetry import (
     EpochFinished,
     Evaluating,
     Event,
-    Meter,
-    Noted,
-    Progress,
     RunFailed,
     RunFinished,
     RunStarted,
@@ -46,6 +47,9 @@ from nbdist.telemetry import (
 )
 
 __all__ = ["Result", "fit"]
+
+T = TypeVar("T")
+_END: Any = object()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ def fit(
     *,
     run_id: str = "",
     sinks: Sequence[Sink] = (),
-    stop_requested: Callable[[], bool] = lambda: False,
+    orders: Orders | None = None,
     home: bool = True,
     vaults: Sequence[Sequence[str]] = (),
     go_on: bool = False,
@@ -84,7 +88,7 @@ def fit(
         world: Where.
         run_id: Name of the run in the record.
         sinks: Who receives this rank's events.
-        stop_requested: Asked before each step; where any rank answers yes, all stop after the same step.
+        orders: What a person asks for while it goes on; given on all ranks or on none, rank 0's are read.
         home: Whether the model ends whole on every rank, or on rank 0 alone.
         vaults: The slots for each rank's snapshots, see `Vaults`; without them none are taken.
         go_on: Whether to go on from the newest snapshot in there, if there is one.
@@ -107,7 +111,7 @@ def fit(
             cleanup.enter_context(switched(model, training=True))
 
         if plan.checkpoint:
-            prepare(plan, task.optimizer, world.channel())
+            prepare(plan.checkpoint, task.optimizer, world.channel())
         strategy = strategies.apply(task, plan, world)
         cleanup.callback(strategy.close)
         axes, optimizer = strategy.axes, task.optimizer
@@ -136,10 +140,10 @@ def fit(
         val_reader = reader_of(task.val, 1, False) if task.val is not None else None
         steps_total = _steps_total(plan, reader)
         keeper = Keeper(
-            strategy, plan, scheduler, _vault(plan, world, vaults, cleanup),
-            lambda text: tell(Noted(rank=world.rank, text=text)), changed=restored,
-        )  # fmt: skip
+            strategy, plan, scheduler, Vault(vaults[world.rank]) if vaults else None, tell, changed=restored
+        )
         cleanup.callback(keeper.close)
+        steering = Steering(orders, run_id, strategy, scheduler, keeper, tell)
 
         started = RunStarted(
             rank=world.rank,
@@ -151,26 +155,31 @@ def fit(
             pid=os.getpid(),
             device=str(device),
             stages=strategy.infos,
+            place={axis: plan.mesh.coordinate(world.rank, axis) for axis in AXES},
             step=at.step,
             history=at.history,
         )
         tell(started)
-        meter = Meter(at.samples)
-        stopped = False
+        reporter = Reporter(world, at, optimizer, tell)
         latest: Totals | None = None
 
         with _rescuing(keeper, at, world):
+            steering.begin(at)
+            at.row.leave_out(rested_s := steering.rest(at))
+            reporter.leave_out(rested_s)
+            stopped = steering.stopped
             # Under `steps`, the whole run is one row, however often it wraps round the data.
-            while not at.complete(plan):
-                trained = at.step == plan.steps  # only the end of the run is left to do
-                for slices in () if trained else reader.epoch(at.epoch, skip=at.batch):
+            while not (at.complete(plan) or (stopped and at.row.steps == 0)):
+                trained = stopped or at.step == plan.steps  # only the end of the run is left to do
+                for slices in () if trained else _awaited(reader.epoch(at.epoch, skip=at.batch)):
                     strategy.begin_step()
                     step_weight, losses = strategy.forward_backward(at.step, slices or [])
                     if plan.stop_on_nan:
                         _check_finite(losses, at)
 
-                    said = keeper.signals(at)._replace(stop=stop_requested(), exhausted=slices is None)
-                    totals = strategy.sync(step_weight, said)
+                    said = keeper.signals(at)._replace(orders=steering.asked(at), exhausted=slices is None)
+                    loss = _mean(losses, device)
+                    totals = strategy.sync(step_weight, said, loss.parts)
                     if slices is None and totals.signals.exhausted == axes.data.size:
                         break
                     keeper.leave_boundary()
@@ -183,16 +192,22 @@ def fit(
 
                     # A GPU is not waited for: there, ranks hear one step later what they have agreed on.
                     heard, latest = totals if device.type == "cpu" else latest, totals
-                    keeper.reach_boundary(at, None if heard is None else heard.signals)
-                    if meter.due():
-                        tell(_progress(world, at, _mean(losses, device), meter.rate(at.samples)))
+                    signals = None if heard is None else heard.signals
+                    steering.obey(at, signals)
+                    keeper.reach_boundary(at, signals)
+                    if heard is not None:
+                        reporter.hear(heard, at.step - (heard is not totals))
+                    reporter.tell_if_due(at, loss)
                     if strategy.work and at.step & (at.step - 1) == 0:  # at steps 1, 2, 4, 8 ..., on all ranks the same
                         tell(Worked(rank=world.rank, step=at.step, work=tuple(strategy.work)))
-                    stopped = heard is not None and heard.signals.stop > 0
+                    if rested_s := steering.rest(at):
+                        at.row.leave_out(rested_s)
+                        reporter.leave_out(rested_s)
+                    stopped = steering.stopped
                     if stopped or at.step == plan.steps:
                         break
 
-                if at.batch == 0:
+                if at.batch == 0 and not stopped:
                     raise PlanError(f"the data gave no batch in epoch {at.epoch}: can it be read only once?")
                 ended = stopped or at.step == plan.steps or at.epoch == plan.epochs
                 if not (ended or plan.epochs is not None):
@@ -203,7 +218,7 @@ def fit(
 
                 seconds = at.row.seconds  # before evaluation: a row counts training only
                 strategy.share_buffers()
-                tell(_progress(world, at, at.row.loss, at.row.samples / seconds))
+                reporter.tell(at, at.row.loss.value, at.row.samples / seconds)
                 measured: dict[str, float] = {}
                 if val_reader is not None and not stopped:
                     tell(Evaluating(rank=world.rank))
@@ -218,6 +233,7 @@ def fit(
                 else:
                     at.close(row)
                 keeper.reach_boundary(at, None)
+                reporter.resume(at)
                 if ended:
                     break
 
@@ -244,17 +260,6 @@ def _kept(plan: Plan, world: World, vaults: Sequence[Sequence[str]]) -> Iterator
     found = newest(vaults)
     if found is not None:
         yield Saved.in_memory(read(found[1]))
-
-
-def _vault(plan: Plan, world: World, vaults: Sequence[Sequence[str]], cleanup: contextlib.ExitStack) -> Vault | None:
-    """Where this rank's snapshots go: what is written to disk passes through memory, of its own if need be."""
-    if vaults:
-        return Vault(vaults[world.rank])
-    if not plan.checkpoint:
-        return None
-    own = Vaults(1)
-    cleanup.callback(own.close)
-    return Vault(own.paths[0])
 
 
 @contextlib.contextmanager
@@ -298,15 +303,15 @@ def _mean(losses: list[tuple[torch.Tensor, Any]], device: torch.device) -> Weigh
     return mean
 
 
-def _progress(world: World, at: Position, loss: WeightedMean, speed: float) -> Progress:
-    if world.device.type == "cuda":
-        memory = torch.cuda.memory_allocated(world.device)
-    else:
-        memory = psutil.Process().memory_info().rss
-    return Progress(
-        rank=world.rank, step=at.step, epoch=at.epoch, samples=at.samples, loss=loss.value,
-        samples_per_s=speed, memory_mib=memory / 2**20,
-    )  # fmt: skip
+def _awaited(batches: Iterable[T]) -> Iterator[T]:
+    """Take count of the time for which a batch is waited for."""
+    iterator = iter(batches)
+    while True:
+        with spent.reading():
+            batch = next(iterator, _END)
+        if batch is _END:
+            return
+        yield batch
 
 
 @contextlib.contextmanager

@@ -40,6 +40,11 @@ class WeightedMean:
         self._weight = self._weight + weight
 
     @property
+    def parts(self) -> tuple[Any, Any]:
+        """The weighted sum and the weight, numbers or scalar tensors, as they lie there."""
+        return self._sum, self._weight
+
+    @property
     def sums(self) -> torch.Tensor:
         """``(2,)`` in float64 on the device: the weighted sum and the weight. Sums of several ranks may be added."""
         pair = [torch.as_tensor(x, dtype=torch.float64, device=self._device) for x in (self._sum, self._weight)]

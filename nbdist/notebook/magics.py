@@ -207,6 +207,31 @@ class DistMagics(Magics):
         finally:
             printer.flush()
 
+    @no_var_expand
+    @line_magic
+    @_documented(parsers.RUN)
+    def dist_run(self, line: str) -> Run | None:
+        arguments = parsers.RUN.parse(split_line(line))
+        run, order, value = last_run(), arguments.order, arguments.value
+        if run is None:
+            raise ClusterError("no run has been started in this notebook: %dist_train starts one.")
+        if (value is not None and order not in ("checkpoint", "lr")) or (order == "lr" and value is None):
+            raise PlanError(f"%dist_run {line.strip()}: DIR goes with checkpoint, and RATE with lr.")
+        match order:
+            case None:
+                return run
+            case "stop":
+                run.stop()
+            case "pause":
+                run.pause()
+            case "resume":
+                run.resume()
+            case "checkpoint":
+                run.checkpoint(None if value is None else str(self._path(value)))
+            case "lr":
+                run.set_lr(self._evaluate(value))
+        return None
+
     def _evaluate(self, expression: str) -> Any:
         """The value of a name or expression in the notebook."""
         namespace = self.shell.user_ns

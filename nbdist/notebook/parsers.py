@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nbdist.plan.options import OptionParser, add_plan_options
 
-__all__ = ["DIST", "PULL", "PUSH", "START", "STATUS", "STOP", "TRAIN"]
+__all__ = ["DIST", "PULL", "PUSH", "RUN", "START", "STATUS", "STOP", "TRAIN"]
 
 
 def _start_parser() -> OptionParser:
@@ -78,10 +78,25 @@ def _train_parser() -> OptionParser:
     return parser
 
 
+def _run_parser() -> OptionParser:
+    parser = OptionParser(
+        "%dist_run",
+        "Show the run that goes on, or ask something of it, which all ranks do after the same step: stop (its weights "
+        "come home), pause, resume, checkpoint [DIR], or lr RATE. Nothing is lost by any of them.",
+    )
+    parser.add_argument(
+        "order", nargs="?", choices=ORDERS, metavar="|".join(ORDERS), help="What to do. Default: show the run."
+    )
+    parser.add_argument("value", nargs="?", metavar="DIR|RATE", help="Where the checkpoint goes, or the learning rate.")
+    return parser
+
+
+ORDERS = ("stop", "pause", "resume", "checkpoint", "lr")
 START = _start_parser()
 STATUS = _status_parser()
 STOP = _stop_parser()
 DIST = _dist_parser()
 PUSH = _push_parser()
 PULL = _pull_parser()
+RUN = _run_parser()
 TRAIN = _train_parser()

@@ -12,22 +12,33 @@ class Meter:
 
     Args:
         samples: Counted before.
+        steps: Done before.
         interval_s: Least time between two reports in seconds.
     """
 
-    def __init__(self, samples: int = 0, interval_s: float = 0.2) -> None:
+    def __init__(self, samples: int = 0, steps: int = 0, interval_s: float = 0.1) -> None:
         self._interval_s = interval_s
         self._last_s = time.perf_counter()
-        self._last_samples = samples
+        self._last = samples, steps
         self._next_s = 0.0
 
     def due(self) -> bool:
-        """Whether `interval_s` has passed since the last `rate`. Cheap enough for every step."""
+        """Whether `interval_s` has passed since the last `read`. Cheap enough for every step."""
         return time.perf_counter() >= self._next_s
 
-    def rate(self, samples: int) -> float:
-        """Samples a second since the last call, given the `samples` counted since the start."""
+    def leave_out(self, seconds: float) -> None:
+        """The training has rested for so long."""
+        self._last_s += seconds
+
+    def read(self, samples: int, steps: int) -> tuple[float, float, float]:
+        """Samples a second, seconds a step, and seconds, all since the last call.
+
+        Args:
+            samples: Counted since the start.
+            steps: Done since the start.
+        """
         now_s = time.perf_counter()
-        speed = (samples - self._last_samples) / max(now_s - self._last_s, 1e-9)
-        self._last_s, self._last_samples, self._next_s = now_s, samples, now_s + self._interval_s
-        return speed
+        seconds = max(now_s - self._last_s, 1e-9)
+        speed, step_s = (samples - self._last[0]) / seconds, seconds / max(steps - self._last[1], 1)
+        self._last_s, self._last, self._next_s = now_s, (samples, steps), now_s + self._interval_s
+        return speed, step_s, seconds

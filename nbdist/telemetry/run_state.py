@@ -71,6 +71,10 @@ class RunState:
         """Something happened that a person should know; see `Happening`."""
         self._add(Happening(time.time(), kind, text))
 
+    def begin(self) -> None:
+        """The run begins now; it may have been queued."""
+        self.state, self.started_s = "starting", time.time()
+
     def begin_again(self) -> None:
         """Ranks are about to go on from an earlier step: what is known of the loss so far stays."""
         self._curve = self.curve

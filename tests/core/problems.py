@@ -11,6 +11,7 @@ from torch import nn
 
 from nbdist.core import Result, fit
 from nbdist.core.axes import Axes
+from nbdist.core.orders import Order, Orders
 from nbdist.core.task import Task
 from nbdist.core.world import World
 from nbdist.plan import Plan
@@ -43,6 +44,34 @@ def mlp(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> nn.Module:
     )
 
 
+class Given(Orders):
+    """Orders that are given in certain steps, counted from 1; remembered as they are carried out.
+
+    Args:
+        by_step: The kinds, or kinds and values, of those of each step; 0 is before the first one.
+    """
+
+    def __init__(self, by_step: dict[int, list[Any]]) -> None:
+        self.by_step = by_step
+        self.asked = 0
+        self.stamps: list[tuple[int, int]] = []
+
+    def new(self) -> list[Order]:
+        """See `Orders`."""
+        given = self.by_step.get(self.asked, [])
+        self.asked += 1
+        return [Order(order) if isinstance(order, str) else Order(*order) for order in given]
+
+    def stamp(self, number: int, step: int) -> None:
+        """See `Orders`."""
+        self.stamps.append((number, step))
+
+
+def stop_after(step: int) -> Given:
+    """Orders a stop after a step."""
+    return Given({step: ["stop"]})
+
+
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers, copied."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -54,7 +83,7 @@ def train(world: World, model: nn.Module, data: Any, **options: Any) -> tuple[Re
     if "step" not in options:
         options.setdefault("loss", "cross_entropy")
     task = Task.create(model, data, **{k: v for k, v in options.items() if k in supplied})
-    passed = {"sinks", "stop_requested", "vaults", "go_on"}
+    passed = {"sinks", "orders", "run_id", "vaults", "go_on"}
     rest = {k: v for k, v in options.items() if k not in supplied and k not in passed}
     plan = Plan.create(ranks=world.size, cores=1, threads=1, **rest, **task.options)
     also = {k: v for k, v in options.items() if k in passed}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import ADAMW, assert_same_bits, seeded, train, weights
-from test_keeper import SAMPLES, Items, Net, options_of, stop_after, tensors
+from problems import ADAMW, assert_same_bits, seeded, stop_after, train, weights
+from test_keeper import SAMPLES, Items, Net, options_of, tensors
 from torch.nn import functional as F
 
 from nbdist.core.restore import load_whole
@@ -125,7 +125,7 @@ def kept_of(paths, make=FailingNet):
 
 
 def stopped_run(world, paths, at, options):
-    train(world, seeded(FailingNet), FailingItems(), vaults=paths, stop_requested=stop_after(at), **options)
+    train(world, seeded(FailingNet), FailingItems(), vaults=paths, orders=stop_after(at), **options)
 
 
 def counts(position):

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from problems import ADAMW, FEATURES, assert_same_bits, classes, seeded, train
+from problems import ADAMW, FEATURES, assert_same_bits, classes, seeded, stop_after, train
 from torch import nn
 from torch.nn import functional as F
 
@@ -63,12 +63,6 @@ def options_of(**more):
     }  # fmt: skip
 
 
-def stop_after(step):
-    """Says stop in the `step`-th step."""
-    asked = iter(range(1, 1000))
-    return lambda: next(asked) >= step
-
-
 def rows(result):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in result.history]
 
@@ -81,7 +75,7 @@ def whole_and_halves(world, make, data, paths, folder, at, options):
     """The weights and history of a run, and of one that stopped and went on, in memory or from disk."""
     expected = train(world, seeded(make), data(), **options)
     first = {"vaults": paths} if folder is None else {"checkpoint": folder}
-    stopped, _ = train(world, seeded(make), data(), stop_requested=stop_after(at), **first, **options)
+    stopped, _ = train(world, seeded(make), data(), orders=stop_after(at), **first, **options)
     assert stopped.state == "stopped"
     then = {"vaults": paths, "go_on": True} if folder is None else {"resume": folder}
     model = seeded(make)

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from kept import WIDTH, fused, keep, net, newest, over, sgd
-from problems import ADAMW, alone, assert_same_bits, classes, mlp, train, weights
+from problems import ADAMW, alone, assert_same_bits, classes, mlp, stop_after, train, weights
 from test_pieces import Noting
 from torch import nn
 
@@ -228,11 +228,7 @@ def test_counts_go_on_with_another_number_of_ranks(run_ranks, tmp_path):
     expected, _ = alone(mlp(), classes(40), optimizer="sgd", batch_size=8, epochs=1)
     options = {"optimizer": "sgd", "batch_size": 8}
 
-    def stop(at):
-        asked = iter(range(1, 99))
-        return lambda: next(asked) >= at
-
-    alone(mlp(), classes(40), epochs=1, checkpoint=str(tmp_path), stop_requested=stop(2), **options)
+    alone(mlp(), classes(40), epochs=1, checkpoint=str(tmp_path), orders=stop_after(2), **options)
     for row in run_ranks(2, epoch_on, str(tmp_path)):
         assert {**expected.history[0], "seconds": 0} == {**row, "seconds": 0, "loss": pytest.approx(row["loss"])}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import SGD, alone, assert_same_bits, classes, mlp, train, weights
+from problems import SGD, Given, alone, assert_same_bits, classes, mlp, stop_after, train, weights
 
 from nbdist.core import fit
 from nbdist.core.task import Task
@@ -25,34 +25,20 @@ from nbdist.telemetry import (
 DATA = classes(20)
 
 
-class StopAt:
-    """Asks to stop when it has been asked `times` times."""
-
-    def __init__(self, times):
-        self.times = times
-
-    def __call__(self):
-        self.times -= 1
-        return self.times <= 0
-
-
-def stop_on_one_rank(world, stopping, step):
-    stop = StopAt(step if world.rank == stopping else 100)
-    sink = ListSink()
+def stopped_run(world, step):
+    orders, sink = Given({step if world.rank == 0 else 1: ["stop"]}), ListSink()
     result, trained = train(
-        world, mlp(), DATA, optimizer=SGD, batch_size=4, epochs=3, val=DATA, shuffle=False, stop_requested=stop,
-        sinks=[sink],
-    )  # fmt: skip
+        world, mlp(), DATA, optimizer=SGD, batch_size=4, epochs=3, val=DATA, shuffle=False, orders=orders, sinks=[sink]
+    )
     return result, trained, sink.events
 
 
-@pytest.mark.parametrize("stopping", [0, 2])
 @pytest.mark.parametrize("step", [3, 5, 7])
-def test_a_stop_on_one_rank_stops_all_after_the_same_step(run_ranks, stopping, step):
-    """Whoever asks, all ranks end after that step, with its weights, a row for the part done and no validation."""
+def test_a_stop_stops_all_after_the_same_step(run_ranks, step):
+    """Rank 0 hears it, and all end after that step, with its weights, a row for the part done and no validation."""
     steps = dict.fromkeys(("epoch", "steps", "samples"), 0)
     expected = alone(mlp(), DATA, optimizer=SGD, batch_size=4, steps=step, shuffle=False, accumulate=3)[1]
-    for result, trained, events in run_ranks(3, stop_on_one_rank, stopping, step):
+    for result, trained, events in run_ranks(3, stopped_run, step):
         assert "stopped" == result.state
         torch.testing.assert_close(trained, expected, rtol=1e-12, atol=1e-12)
         assert [{**steps, "epoch": e, "steps": s, "samples": 4 * s} for e, s in {3: [(1, 3)], 5: [(1, 5)],
@@ -63,7 +49,7 @@ def test_a_stop_on_one_rank_stops_all_after_the_same_step(run_ranks, stopping, s
 
 def test_a_stop_after_the_last_step_is_a_finish():
     """Nothing was left to do: the run is finished."""
-    result, _ = alone(mlp(), DATA, optimizer=SGD, batch_size=10, stop_requested=StopAt(2))
+    result, _ = alone(mlp(), DATA, optimizer=SGD, batch_size=10, orders=stop_after(2))
     assert ("finished", 2) == (result.state, result.history[0]["steps"])
 
 

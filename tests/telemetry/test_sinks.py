@@ -112,8 +112,8 @@ def test_a_meter_says_when_and_how_fast():
     """It is due at first, then when the interval has passed; speed counts from the report before."""
     seldom, always = Meter(interval_s=1e6), Meter(interval_s=0.0)
     assert seldom.due()
-    assert seldom.rate(100) > 0
+    assert seldom.read(100, 10)[0] > 0
     assert not seldom.due()
-    assert 0 == seldom.rate(100)
-    always.rate(5)
+    assert 0 == seldom.read(100, 10)[0]
+    always.read(5, 1)
     assert always.due()

@@ -6,6 +6,7 @@ from nbdist.core.channels.link import Link, Message, ProcessGroupLink
 from nbdist.core.channels.memory_link import SharedMemoryLink
 from nbdist.core.channels.process_group import ProcessGroupChannel
 from nbdist.core.channels.shared_memory import SharedMemoryChannel
+from nbdist.core.channels.spent import spent
 
 __all__ = [
     "Channel",
@@ -18,4 +19,5 @@ __all__ = [
     "SharedMemoryChannel",
     "SharedMemoryLink",
     "SoloChannel",
+    "spent",
 ]

@@ -18,6 +18,7 @@ import torch
 
 from nbdist.core.channels.link import Link, Message
 from nbdist.core.channels.shared_memory import SPIN_S, connect, open_sockets, receive_exactly
+from nbdist.core.channels.spent import spent
 from nbdist.core.handover import Segment
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
@@ -52,6 +53,7 @@ class SharedMemoryLink(Link):
         self._inbox: list[bytes] = []
         self._maps: dict[str, tuple[int, torch.Tensor]] = {}
 
+    @spent.communicating()
     def send(self, note: Any, tensors: list[torch.Tensor | None]) -> None:
         """See `Link`."""
         end = 0
@@ -72,10 +74,13 @@ class SharedMemoryLink(Link):
                     _at(memory, place).copy_(tensor.detach())
         self._write(b"D", pickle.dumps((note, where, places)))
 
+    @spent.communicating()
     def receive(self) -> Message:
         """See `Link`."""
+        began_s = time.perf_counter()
         while not self._inbox:
             self._read()
+        spent.idle += time.perf_counter() - began_s
         note, where, places = pickle.loads(self._inbox.pop(0))  # from our own process at the other end
         memory = torch.empty(0, dtype=torch.uint8) if where is None else self._map(*where)
         tensors = [None if place is None else _at(memory, place).clone() for place in places]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nbdist.core.channels.base import Channel, Pending
+from nbdist.core.channels.spent import spent
 from nbdist.errors import PeerLostError
 
 __all__ = ["ProcessGroupChannel", "Work"]
@@ -54,8 +55,9 @@ class Work(Pending):
         """Whether it has ended, well or not."""
         return bool(self._work.is_completed())
 
+    @spent.communicating()
     def wait(self) -> None:
-        """See `Pending`."""
+        """See `Pending`. What waits for other ranks counts as communication here: the two cannot be told apart."""
         try:
             spins = 0
             while not self._work.is_completed():

@@ -24,6 +24,7 @@ import torch
 
 from nbdist.core.channels.base import Channel, Done, Pending
 from nbdist.core.channels.meeting import echoes
+from nbdist.core.channels.spent import spent
 from nbdist.core.handover import Segment
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
@@ -115,6 +116,7 @@ class SharedMemoryChannel(Channel):
         """See `Channel.free`."""
         self._arenas = [arena for arena in self._arenas if arena.start != tensor.data_ptr()]
 
+    @spent.communicating()
     def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
         """See `Channel`; done on return."""
         arena = self._arena_of(tensor)
@@ -127,6 +129,7 @@ class SharedMemoryChannel(Channel):
             piece.copy_(staged[self.rank])
         return Done()
 
+    @spent.communicating()
     def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
         """See `Channel`; done on return."""
         for piece, staged in self._pieces(tensor):
@@ -138,6 +141,7 @@ class SharedMemoryChannel(Channel):
             self.meet()
         return Done()
 
+    @spent.communicating()
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """See `Channel`."""
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -152,6 +156,7 @@ class SharedMemoryChannel(Channel):
             start += len(piece)
         return gathered
 
+    @spent.communicating()
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Channel`."""
         rows = tensor.view(self.size, -1)
@@ -190,6 +195,7 @@ class SharedMemoryChannel(Channel):
 
     def meet(self) -> None:
         """Wait until every rank is here. **Collective**."""
+        began_s = time.perf_counter()
         try:
             for peer in self._peers:
                 peer.sendall(b"\0")
@@ -198,6 +204,7 @@ class SharedMemoryChannel(Channel):
                     raise PeerLostError("a collective ended early, another rank is gone (its socket closed).")
         except OSError as error:
             raise PeerLostError(f"a collective ended early, another rank is gone ({error}).") from error
+        spent.idle += time.perf_counter() - began_s
 
     def _hear(self, peer: socket.socket) -> bytes:
         """Receive a byte, or nothing where the peer has gone."""

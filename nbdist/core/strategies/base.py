@@ -114,7 +114,7 @@ class Strategy(ABC):
         return loss if isinstance(share, float) and share == 1.0 else loss * share
 
     @abstractmethod
-    def sync(self, weight: Any, signals: Signals) -> Totals:
+    def sync(self, weight: Any, signals: Signals, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """Make every gradient the weighted mean over all ranks. **Collective**; see `GradientSync.finish`."""
 
     def update(self, optimizer: torch.optim.Optimizer) -> bool:

@@ -261,7 +261,7 @@ class Composed(Strategy):
                 self._shards.show()
 
     @torch.no_grad()
-    def sync(self, weight: Any, signals: Signals) -> Totals:
+    def sync(self, weight: Any, signals: Signals, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """See `Strategy`."""
         for channel, names in self._tied:
             for name in names:
@@ -273,14 +273,17 @@ class Composed(Strategy):
                     gradient.copy_(total)
         speaks = self.axes.speaks
         used = self._used()
-        told = [float(weight) * speaks, *signals._replace(exhausted=float(signals.exhausted and speaks))]
+        signals = signals._replace(exhausted=float(signals.exhausted and speaks))
+        told = [float(weight) * speaks, *map(float, loss), *signals]
         counts = torch.tensor([*told, *(name in used for name in self.table.trainable)], dtype=torch.float64)
         counts = counts.to(self.device)
         self.axes.replica.all_reduce_(counts)
-        total_weight, *sums = counts.tolist()
-        said, hits = Signals(*sums[: COUNTS - 1]), sums[COUNTS - 1 :]
+        sums = counts.tolist()
+        total_weight, lost, lost_weight, *said = sums[:COUNTS]
+        hits = sums[COUNTS:]
         counted = dict(zip(self.table.trainable, hits, strict=True))
-        return self._gradients.finish(total_weight, said, used=[counted[name] > 0 for name in self._held])
+        used_here = [counted[name] > 0 for name in self._held]
+        return self._gradients.finish(total_weight, Signals(*said), loss=(lost, lost_weight), used=used_here)
 
     def _used(self) -> set[str]:
         """The parameters that have got a gradient on this rank."""

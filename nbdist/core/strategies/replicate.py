@@ -45,9 +45,9 @@ class Replicate(Strategy):
             self._gradients.arm()
         super().backward(loss, weight, last=last)
 
-    def sync(self, weight: Any, signals: Signals) -> Totals:
+    def sync(self, weight: Any, signals: Signals, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """See `Strategy`."""
-        return self._gradients.finish(weight, signals)
+        return self._gradients.finish(weight, signals, loss=loss)
 
     def close(self) -> None:
         """See `Strategy`."""

@@ -86,12 +86,12 @@ class SharedWeights(Strategy):
             parameter.grad = None
 
     @torch.no_grad()
-    def sync(self, weight: Any, signals: Signals) -> Totals:
+    def sync(self, weight: Any, signals: Signals, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """See `Strategy`. A rank then has gradients of what it owns only; an optimizer leaves alone what has none."""
         parameters, channel = self._parameters, self._channel
         mine = self._slabs[channel.rank]
         used = [parameter.grad is not None for parameter in parameters]
-        self._tail.copy_(torch.tensor([float(weight), *signals, *used], dtype=self._tail.dtype))
+        self._tail.copy_(torch.tensor([float(weight), *loss, *signals, *used], dtype=self._tail.dtype))
         sent = {i: gradient for i in self._foreign if (gradient := parameters[i].grad) is not None}
         if sent:
             torch._foreach_copy_([mine[i] for i in sent], list(sent.values()))

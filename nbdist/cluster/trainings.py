@@ -1,0 +1,185 @@
+"""The trainings of one cluster: one goes on, the others wait for their turn."""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nbdist.cluster import current
+from nbdist.cluster.definitions import CellSources
+from nbdist.cluster.engines import Engines
+from nbdist.cluster.ready import make_ready
+from nbdist.cluster.relay import Relay
+from nbdist.cluster.remote_errors import ranks_text
+from nbdist.cluster.resuming import resumed
+from nbdist.cluster.run import Run
+from nbdist.cluster.training import Training
+from nbdist.errors import ClusterError, NbdistError, TaskError
+from nbdist.plan import Plan
+from nbdist.telemetry import RankState, RunState
+from nbdist.telemetry.record import new_run_id
+
+__all__ = ["Trainings", "pack"]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A run that has yet to begin, and what it needs for that."""
+
+    run: Run
+    task: Any
+    plan: Plan
+    watch: Callable[[Run], None] | None
+    names: tuple[str, str]
+    context: contextvars.Context
+
+
+class Trainings:
+    """Begins trainings on engines, one at a time.
+
+    Args:
+        engines: Where.
+        sources: The cells of the notebook that the engines know.
+    """
+
+    def __init__(self, engines: Engines, sources: CellSources) -> None:
+        self._engines = engines
+        self._sources = sources
+        self._run: Run | None = None
+        self._waiting: collections.deque[_Turn] = collections.deque()
+        self._changing = threading.RLock()
+        self._outbox: Any = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a run goes on or waits."""
+        return bool(self._waiting) or (self._run is not None and not self._run.ended)
+
+    @property
+    def computing(self) -> bool:
+        """Whether the engines work on a run at the moment."""
+        return self._run is not None and self._run.progress.running
+
+    @property
+    def queued(self) -> list[Run]:
+        """The runs that wait, in their order."""
+        return [turn.run for turn in self._waiting]
+
+    def refuse_while_busy(self) -> None:
+        """Raise `ClusterError` where a run goes on or waits."""
+        if self._waiting:
+            run = self._waiting[-1].run
+            raise ClusterError(f"run {run.run_id} is queued: wait for it (run.wait()) or stop it (run.stop()).")
+        if self._run is not None and not self._run.ended:
+            raise ClusterError(f"run {self._run.run_id} is going on: wait for it (run.wait()) or stop it (run.stop()).")
+
+    def add(
+        self, task: Any, plan: Plan, watch: Callable[[Run], None] | None, names: tuple[str, str], asked: dict[str, Any]
+    ) -> Run:
+        """Begin a run, or let it wait until those before it have ended.
+
+        Raises:
+            NbdistError: It cannot begin.
+        """
+        ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in self._engines.records()}
+        progress = RunState(title=task.title, plan=plan.to_dict(), ranks=ranks)
+        run = Run(new_run_id(), plan, progress, self._order, asked)
+        turn = _Turn(run, task, plan, watch, names, contextvars.copy_context())
+        with self._changing:
+            if not self.busy:
+                self._begin(turn)
+                return run
+            progress.state = "queued"
+            self._waiting.append(turn)
+        _draw(turn)
+        return run
+
+    def end(self) -> None:
+        """The engines end: what waits will never begin."""
+        while self._waiting:
+            self._leave(self._waiting[0].run, "the engines were stopped before it could begin")
+
+    def _begin(self, turn: _Turn) -> None:
+        """Send a task to every engine and follow it to its end, in a thread."""
+        from nbdist.core.handover import Outbox
+        from nbdist.core.snapshot import Vaults
+
+        engines, run = self._engines, turn.run
+        engines.check_alive()
+        replaced = engines.replace_lost()  # a training brings with it all that it needs
+        if replaced:
+            self._sources.sent.clear()
+        make_ready(engines)
+        plan, vaults = resumed(turn.plan, turn.task, current.last_run())
+        self._outbox = self._outbox or Outbox()
+        what = f"{turn.names[0]} or {turn.names[1]}"
+        packed = pack((turn.task, plan), what, inline=engines.remote, outbox=self._outbox)
+        go_on = vaults is not None
+        if go_on:
+            vaults.grow(engines.size)
+        elif not engines.remote:
+            vaults = Vaults(engines.size)
+        run.vaults = vaults
+        run.progress.begin()
+        training = Training(run, engines, turn.task, plan, packed, self._outbox, self._sources)
+        relay = Relay(training, go_on=go_on, watch=turn.watch, then=self._next, context=turn.context)
+        if replaced:
+            run.progress.note(
+                f"{ranks_text(replaced)} had been lost and was replaced; what %%dist cells defined there is gone",
+                "lost",
+            )
+        self._run = run
+        current.note_run(run)
+        relay.start()
+
+    def _next(self) -> None:
+        """A run has ended: begin the next one that can."""
+        with self._changing:
+            while self._waiting:
+                turn = self._waiting.popleft()
+                try:
+                    self._begin(turn)
+                    return
+                except NbdistError as error:
+                    turn.run._end("failed", error)
+                    _draw(turn)
+                    turn.run._release()
+
+    def _order(self, run: Run, kind: str, value: Any) -> None:
+        if kind == "stop":
+            with self._changing:
+                if any(turn.run is run for turn in self._waiting):
+                    self._leave(run)
+                    return
+            run.progress.state = "stopping"
+        self._engines.order(run.run_id, kind, value)
+
+    def _leave(self, run: Run, note: str = "") -> None:
+        """Take a run out of the queue."""
+        with self._changing:
+            turn = next(turn for turn in self._waiting if turn.run is run)
+            self._waiting.remove(turn)
+        if note:
+            run.progress.note(note)
+        run._end("stopped")
+        _draw(turn)
+        run._release()
+
+
+def _draw(turn: _Turn) -> None:
+    if turn.watch is not None:
+        turn.watch(turn.run)
+
+
+def pack(value: Any, name: str, **options: Any) -> tuple[Any, Any]:
+    """`handover.pack`, whose errors then begin with what a person calls the value."""
+    from nbdist.core.handover import pack as packed
+
+    try:
+        return packed(value, **options)
+    except TaskError as error:
+        raise TaskError(f"{name}: {error}") from error.__cause__

@@ -1,0 +1,62 @@
+"""The log of orders to a run: the notebook writes it into the ranks' store, rank 0 reads it there."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from nbdist.core.channels.meeting import echoes
+from nbdist.core.orders import Order, Orders
+
+__all__ = ["OrderLog"]
+
+_POLL_S = 0.05
+
+
+class OrderLog(Orders):
+    """Orders to one run. They outlive the ranks that carry them out, for the notebook hosts the store.
+
+    Args:
+        store: The ranks' store, that of all generations.
+        run_id: Which run.
+    """
+
+    def __init__(self, store: Any, run_id: str) -> None:
+        self._store = store
+        self._name = f"orders/{run_id}"
+        self._read = 0
+        self._next_s = 0.0
+
+    def give(self, kind: str, value: float | str | None) -> None:
+        """Write an order behind the others. The notebook's side."""
+        number = self._store.add(f"{self._name}/count", 1) - 1
+        self._store.set(f"{self._name}/{number}", json.dumps([kind, value]))
+
+    def new(self) -> list[Order]:
+        """See `Orders`; the store is looked at a few times a second.
+
+        Raises:
+            PeerLostError: The store is gone.
+        """
+        if time.monotonic() < self._next_s:
+            return []
+        self._next_s = time.monotonic() + _POLL_S
+        orders = []
+        with echoes():
+            while self._store.check([key := f"{self._name}/{self._read}"]):
+                kind, value = json.loads(self._store.get(key))
+                stamped = self._store.check([f"{key}/step"])
+                step = int(self._store.get(f"{key}/step")) if stamped else None
+                orders.append(Order(kind, value, step))
+                self._read += 1
+        return orders
+
+    def stamp(self, number: int, step: int) -> None:
+        """See `Orders`.
+
+        Raises:
+            PeerLostError: The store is gone.
+        """
+        with echoes():
+            self._store.set(f"{self._name}/{number}/step", str(step))

@@ -1,0 +1,82 @@
+"""The reporter: how far a rank has got, told several times a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from nbdist.core.channels import spent
+from nbdist.core.gradient_sync import Totals
+from nbdist.core.position import Position
+from nbdist.core.weighted_mean import WeightedMean
+from nbdist.core.world import World
+from nbdist.telemetry import Event, Losses, Meter, Progress, Shares
+
+__all__ = ["Reporter"]
+
+
+class Reporter:
+    """Tells of one rank's progress. Local.
+
+    Args:
+        world: Where the rank is.
+        at: Where the training begins.
+        optimizer: Whose learning rate is told.
+        tell: Called with the events.
+    """
+
+    def __init__(
+        self, world: World, at: Position, optimizer: torch.optim.Optimizer, tell: Callable[[Event], None]
+    ) -> None:
+        self._rank, self._device = world.rank, world.device
+        self._optimizer = optimizer
+        self._tell = tell
+        self._meter = Meter(at.samples, at.step)
+        self._losses = Losses()
+        self._process = psutil.Process()
+        self._spent = spent.idle, spent.communication, spent.data
+
+    def hear(self, totals: Totals, step: int) -> None:
+        """All ranks have added up what they lost in `step`."""
+        loss = totals.loss if self._rank == 0 else None
+        if loss is not None:
+            self._losses.add(step, loss)
+
+    def leave_out(self, seconds: float) -> None:
+        """The training has rested for so long."""
+        self._meter.leave_out(seconds)
+
+    def resume(self, at: Position) -> None:
+        """Training goes on: what was spent since the last event is none."""
+        self._meter.read(at.samples, at.step)
+        self._spent = spent.idle, spent.communication, spent.data
+
+    def tell_if_due(self, at: Position, loss: WeightedMean) -> None:
+        """Tell where the rank stands, if it has not lately."""
+        if self._meter.due():
+            self.tell(at, loss.value)
+
+    def tell(self, at: Position, loss: float | None, samples_per_s: float | None = None) -> None:
+        """Tell where the rank stands.
+
+        Args:
+            at: Where.
+            loss: Of this rank's part of the latest step, or of the row.
+            samples_per_s: Its speed; by default that since the last event.
+        """
+        speed, step_s, seconds = self._meter.read(at.samples, at.step)
+        now = spent.idle, spent.communication, spent.data
+        idle, communication, data = ((n - b) / seconds for n, b in zip(now, self._spent, strict=True))
+        self._spent = now
+        shares = Shares(max(0.0, 1.0 - idle - communication - data), communication, data, idle)
+        if self._device.type == "cuda":
+            memory = torch.cuda.memory_allocated(self._device)
+        else:
+            memory = self._process.memory_info().rss
+        self._tell(Progress(
+            rank=self._rank, step=at.step, epoch=at.epoch, samples=at.samples, loss=loss,
+            samples_per_s=speed if samples_per_s is None else samples_per_s, memory_mib=memory / 2**20,
+            lr=float(self._optimizer.param_groups[0]["lr"]), step_s=step_s, shares=shares, losses=self._losses.take(),
+        ))  # fmt: skip
