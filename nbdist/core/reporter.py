@@ -14,7 +14,12 @@ from nbdist.core.weighted_mean import WeightedMean
 from nbdist.core.world import World
 from nbdist.telemetry import Event, Losses, Meter, Progress, Shares
 
-__all__ = ["Reporter"]
+__all__ = ["Reporter", "rate_of"]
+
+
+def rate_of(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the first group. Waits for the device where it lies there."""
+    return float(optimizer.param_groups[0]["lr"])
 
 
 class Reporter:
@@ -78,5 +83,5 @@ class Reporter:
         self._tell(Progress(
             rank=self._rank, step=at.step, epoch=at.epoch, samples=at.samples, loss=loss,
             samples_per_s=speed if samples_per_s is None else samples_per_s, memory_mib=memory / 2**20,
-            lr=float(self._optimizer.param_groups[0]["lr"]), step_s=step_s, shares=shares, losses=self._losses.take(),
+            lr=rate_of(self._optimizer), step_s=step_s, shares=shares, losses=self._losses.take(),
         ))  # fmt: skip

@@ -22,7 +22,7 @@ from nbdist.core.gradient_sync import Totals
 from nbdist.core.keeper import Keeper
 from nbdist.core.orders import Orders
 from nbdist.core.position import Position
-from nbdist.core.reporter import Reporter
+from nbdist.core.reporter import Reporter, rate_of
 from nbdist.core.restore import load, position_of
 from nbdist.core.runtime import on_device, threads, uninterrupted
 from nbdist.core.saved import Saved
@@ -156,6 +156,7 @@ def fit(
             device=str(device),
             stages=strategy.infos,
             place={axis: plan.mesh.coordinate(world.rank, axis) for axis in AXES},
+            lr=rate_of(optimizer),
             step=at.step,
             history=at.history,
         )

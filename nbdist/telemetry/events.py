@@ -48,7 +48,8 @@ class RunStarted(Event):
 
     `stages` are those that a pipeline was cut into: of each its number, the names where it begins and ends, the
     measured seconds of one example's forward, and how many parameters it holds. `place` is where the rank stands on
-    each axis of the mesh. `step` and `history` are where it goes on, after a rank was lost or from a checkpoint.
+    each axis of the mesh. `step`, `history` and the learning rate `lr` are where it goes on, after a rank was lost or
+    from a checkpoint.
     """
 
     run_id: str
@@ -60,6 +61,7 @@ class RunStarted(Event):
     device: str
     stages: list[dict[str, Any]] = field(default_factory=list)
     place: dict[str, int] = field(default_factory=dict)
+    lr: float | None = None
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 

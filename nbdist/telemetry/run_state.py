@@ -61,10 +61,12 @@ class RunState:
         for happening in rank.happenings:
             if rank.rank == 0 or happening.kind == "note":
                 self._add(happening)
-        if self.state in ("starting", "recovering", "paused") and rank.state == "running":
-            self.state = "running"
-        elif self.state == "running" and rank.state == "paused":
+        if self.state in ("starting", "recovering", "running") and rank.rank == 0 and rank.state == "paused":
             self.state = "paused"
+        elif rank.state == "running" and (
+            self.state in ("starting", "recovering") or (self.state == "paused" and rank.rank == 0)
+        ):
+            self.state = "running"
         self._mark(before)
 
     def note(self, text: str, kind: str = "note") -> None:

@@ -113,7 +113,7 @@ def fold(state: RankState, event: Event) -> RankState:
             return replace(
                 state, state="running", host=event.host, pid=event.pid, device=event.device,
                 steps_total=event.steps_total, stages=tuple(event.stages), place=event.place,
-                first_step=event.step, step=event.step, history=tuple(event.history),
+                lr=event.lr, first_step=event.step, step=event.step, history=tuple(event.history),
             )  # fmt: skip
         case Progress():
             return replace(
@@ -128,6 +128,8 @@ def fold(state: RankState, event: Event) -> RankState:
             return replace(_after(state, event, "order", _order_text(event)), state="paused", samples_per_s=0.0)
         case Ordered(order="resume"):
             return replace(_after(state, event, "order", _order_text(event)), state="running")
+        case Ordered(order="lr", value=float(rate)):
+            return replace(_after(state, event, "order", _order_text(event)), lr=rate)
         case Ordered():
             return _after(state, event, "order", _order_text(event))
         case Checkpointed():

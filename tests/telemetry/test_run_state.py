@@ -29,13 +29,17 @@ def test_orders_happen_once_and_are_no_notes():
     assert [] == run.notes
 
 
-def test_a_paused_run_runs_again_when_a_rank_does():
-    """And is paused when one says so."""
+@pytest.mark.parametrize("before", ["starting", "recovering", "running"])
+def test_a_run_is_paused_while_rank_0_says_so(before):
+    """Another rank may still have to say it, and may be late with it."""
     run = run_of(FAST, SLOW)
-    run.merge(dataclasses.replace(FAST, state="paused"))
-    assert "paused" == run.state
-    run.merge(FAST)
-    assert "running" == run.state
+    run.state = before
+    for rank, state in (
+        (dataclasses.replace(FAST, state="paused"), "paused"), (SLOW, "paused"), (FAST, "running"),
+        (dataclasses.replace(SLOW, state="paused"), "running"),
+    ):  # fmt: skip
+        run.merge(rank)
+        assert state == run.state
 
 
 def test_the_loss_so_far_stays_where_ranks_begin_again():

@@ -58,7 +58,7 @@ def folded(*events):
         ([Checkpointed(rank=1, time_s=4.0, step=1000, path="ck", seconds=0.5)],
          {"happenings": ((4.0, "checkpoint", "checkpoint of step 1,000 in ck"),)}),
         ([Ordered(rank=1, time_s=4.0, order="lr", value=0.25, step=7)],
-         {"happenings": ((4.0, "order", "learning rate 0.25 after step 7"),)}),
+         {"lr": 0.25, "happenings": ((4.0, "order", "learning rate 0.25 after step 7"),)}),
         ([PROGRESS, EpochFinished(rank=1, row=ROW), dataclasses.replace(STARTED, step=7, history=[ROW])],
          {"state": "running", "step": 7, "epoch": 1, "samples": 160, "loss": 0.4, "samples_per_s": 80.0,
           "memory_mib": 300.0, "history": (ROW,), "steps_total": 20, "host": "h", "pid": 7, "device": "cpu",

@@ -1,0 +1,213 @@
+"""Orders to a run from the notebook, and runs that wait for their turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from shared_cluster import until
+from tasks import classes, copied, net, same
+
+import nbdist
+from nbdist.errors import ClusterError, EngineError, PlanError
+
+pytestmark = pytest.mark.engines
+
+ENDLESS = 10**9
+
+
+def begin(cluster, model, **options):
+    given = {"loss": "cross_entropy", "steps": ENDLESS, "batch_size": 16, "threads": 1, **options}
+    run = cluster.train(model, classes(), background=True, **given)
+    until(lambda: run.progress.step > 3)
+    return run
+
+
+def ordered(records, run, rank=0):
+    lines = (records / run.run_id / f"rank{rank}.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == "Ordered"]
+
+
+def test_every_control_works_and_is_in_the_record(cluster, records, tmp_path):
+    """Pause, rate, checkpoint, resume and stop, each on all ranks after the same step."""
+    model = net()
+    run = begin(cluster, model, lr=0.01)
+    run.pause()
+    until(lambda: run.state == "paused")
+    step = run.progress.step
+    run.set_lr(0.25)
+    run.checkpoint(str(tmp_path / "asked"))
+    until(lambda: any(h.kind == "checkpoint" for h in run.progress.happenings))
+    assert ("paused", step) == (run.state, run.progress.step)
+    kept = net()
+    nbdist.load_checkpoint(str(tmp_path / "asked"), kept)
+    run.resume()
+    until(lambda: run.progress.step > step)
+    assert 0.25 == run.progress.lr
+    run.stop()
+    run.wait(30)
+    assert "stopped" == run.state
+    kinds = ["pause", "lr", "checkpoint", "resume", "stop"]
+    for rank in range(2):
+        assert kinds == [event["order"] for event in ordered(records, run, rank)]
+    assert ordered(records, run, 0)[1]["value"] == 0.25
+    assert [e["step"] for e in ordered(records, run, 0)] == [e["step"] for e in ordered(records, run, 1)]
+    assert not same(model, copied(kept))
+
+
+def test_a_checkpoint_has_a_place_of_its_own(cluster, tmp_path, monkeypatch):
+    """Without a folder it lies below where the notebook is, under the run's name."""
+    monkeypatch.chdir(tmp_path)
+    run = begin(cluster, net())
+    run.checkpoint()
+    until(lambda: any(h.kind == "checkpoint" for h in run.progress.happenings))
+    run.stop()
+    run.wait(30)
+    assert (tmp_path / "checkpoints" / run.run_id / "newest.json").exists()
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, "fast", True, float("nan"), float("inf"), None])
+def test_a_rate_that_cannot_be_is_refused(cluster, rate):
+    """Nothing is asked of the ranks."""
+    run = begin(cluster, net())
+    try:
+        with pytest.raises(PlanError, match="is not possible: use a positive number"):
+            run.set_lr(rate)
+    finally:
+        run.stop()
+        run.wait(30)
+    assert not [h for h in run.progress.happenings if "rate" in h.text]
+
+
+def test_a_run_that_has_ended_takes_no_orders(cluster):
+    """It says so; to stop it is no mistake."""
+    run = cluster.train(net(), classes(), loss="cross_entropy", steps=2)
+    for ask in (run.pause, run.resume, run.checkpoint):
+        with pytest.raises(ClusterError, match=f"run {run.run_id} has finished"):
+            ask()
+    run.stop()
+    assert "finished" == run.state
+
+
+def test_a_paused_run_survives_the_loss_of_a_rank(cluster):
+    """It recovers, is paused still, with the rate that was asked for, and stops when it is told to."""
+    run = begin(cluster, net(), lr=0.01)
+    run.set_lr(0.125)
+    run.pause()
+    until(lambda: run.state == "paused")
+    for rank in (1, 0):
+        os.kill(cluster.engines[rank].pid, signal.SIGKILL)
+        until(lambda rank=rank: any(f"rank {rank} lost" in note for note in run.progress.notes), 30)
+        until(lambda: run.state == "paused", 30)
+    assert 0.125 == until(lambda: run.progress.lr)
+    run.stop()
+    run.wait(30)
+    assert "stopped" == run.state
+
+
+def test_lost_ranks_carry_out_the_same_orders_again(cluster):
+    """A rate that was changed before the loss counts from the same step: the bits of a run that lost nobody."""
+    steps = 4000
+    options = {"loss": "cross_entropy", "steps": steps, "batch_size": 16, "threads": 1, "lr": 0.01}
+
+    def outcome(change_after, kill):
+        model = net()
+        run = cluster.train(model, classes(), background=True, **options)
+        until(lambda: run.progress.step >= change_after)
+        run.set_lr(0.002)
+        (change,) = until(lambda: [h for h in run.progress.happenings if "rate" in h.text])
+        if kill:
+            os.kill(cluster.engines[1].pid, signal.SIGKILL)
+        run.wait(60)
+        return model, int(change.text.split()[-1].replace(",", "")), run
+
+    model, step, run = outcome(300, kill=True)
+    assert any("rank 1 lost" in note for note in run.progress.notes), run
+    expected = net()
+    plain = cluster.train(expected, classes(), **options, lr_scheduler=dropping(step))
+    assert "finished" == plain.state
+    assert same(model, copied(expected))
+
+
+def dropping(step):
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1.0 if done < step else 0.2)
+
+
+def test_runs_wait_for_their_turn(cluster):
+    """Each begins when the one before has ended, with the weights that it left; a foreground run is refused."""
+    model = net()
+    first = begin(cluster, model)
+    second, third = (
+        cluster.train(model, classes(), loss="cross_entropy", steps=3, batch_size=16, background=True) for _ in range(2)
+    )
+    assert ["queued", "queued"] == [second.state, third.state]
+    assert [second, third] == cluster.queued
+    assert first is nbdist.last_run()
+    with pytest.raises(ClusterError, match="is queued"):
+        cluster.train(model, classes(), loss="cross_entropy", steps=3)
+    with pytest.raises(ClusterError, match="has not begun: it can only be stopped"):
+        second.pause()
+    first.stop()
+    third.wait(30)
+    assert ["stopped", "finished", "finished"] == [first.state, second.state, third.state]
+    assert first.progress.ended_s <= second.progress.started_s <= second.progress.ended_s <= third.progress.started_s
+    assert third is nbdist.last_run()
+    assert [] == cluster.queued
+
+
+def test_a_queued_run_may_be_stopped(cluster):
+    """It never begins; those behind it do."""
+    first = begin(cluster, net())
+    drawn = []
+    second = cluster.train(
+        net(), classes(), loss="cross_entropy", steps=3, background=True, watch=lambda r: drawn.append(r.state)
+    )
+    third = cluster.train(net(), classes(), loss="cross_entropy", steps=3, background=True)
+    second.stop()
+    assert second.wait(5) is second
+    assert (["queued", "stopped"], 0) == (drawn, second.progress.step)
+    first.stop()
+    assert "finished" == third.wait(30).state
+
+
+def test_a_run_begins_though_the_one_before_failed(cluster):
+    """What is wrong with one is no reason against the next."""
+
+    def failing(output, target):
+        raise ValueError("not today")
+
+    first = begin(cluster, net())
+    second = cluster.train(net(), classes(), loss=failing, steps=3, background=True)
+    third = cluster.train(net(), classes(), loss="cross_entropy", steps=3, background=True)
+    first.stop()
+    with pytest.raises(EngineError, match="not today"):
+        second.wait(30)
+    assert "finished" == third.wait(30).state
+
+
+def test_what_cannot_be_meant_is_refused_before_it_waits(cluster):
+    """At once, not when its turn comes."""
+    first = begin(cluster, net())
+    with pytest.raises(PlanError, match="unknown strategy"):
+        cluster.train(net(), classes(), loss="cross_entropy", steps=3, strategy="dta", background=True)
+    assert [] == cluster.queued
+    first.stop()
+    first.wait(30)
+
+
+def test_queued_runs_end_with_the_engines(cluster):
+    """Nobody waits for ever."""
+    first = begin(cluster, net())
+    second = cluster.train(net(), classes(), loss="cross_entropy", steps=3, background=True)
+    began_s = time.monotonic()
+    cluster.stop()
+    second.wait(30)
+    assert "stopped" == second.state
+    assert ["the engines were stopped before it could begin"] == second.progress.notes
+    with pytest.raises(ClusterError, match="engines were stopped"):
+        first.wait(30)
+    assert time.monotonic() - began_s < 25
