@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nbdist.cluster.board import Board
 from nbdist.cluster.definitions import News, install, tie_classes
 from nbdist.cluster.remote_errors import Failure
 from nbdist.telemetry import RankState
 
 __all__ = ["Outcome", "expect_cell", "has_let_go", "hear", "hello", "join", "pull", "push", "tie", "train"]
+
+
+_REMOTE_INTERVAL_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +156,14 @@ def has_let_go(path: str) -> bool:
 
 
 def train(
-    parcel: Any, run_id: str, news: News, inline: bool, home_free: bool, vaults: list[list[str]], go_on: bool
+    parcel: Any,
+    run_id: str,
+    news: News,
+    inline: bool,
+    home_free: bool,
+    vaults: list[list[str]],
+    go_on: bool,
+    boards: list[str],
 ) -> Outcome:
     """Run one rank of a training.
 
@@ -163,6 +175,7 @@ def train(
         home_free: Whether the notebook has let go of the last weights from here.
         vaults: Where snapshots go.
         go_on: Whether to go on from the newest one.
+        boards: Where each rank says how far it is; none where the notebook is on another host.
     """
     from ipyparallel.datapub import publish_data
 
@@ -177,7 +190,15 @@ def train(
 
     world = _engine.world
     install(news)
-    snapshots = SnapshotSink(world.rank, lambda state: publish_data({"nbdist": state}))
+    board = Board(boards[world.rank]) if boards else None
+
+    def publish(state: dict[str, Any]) -> None:
+        if board is None:
+            publish_data({"nbdist": state})
+        else:
+            board.write(json.dumps(state).encode())  # what does not fit, thousands of rows, is told at the end
+
+    snapshots = SnapshotSink(world.rank, publish, *(() if boards else (_REMOTE_INTERVAL_S, _REMOTE_INTERVAL_S)))
     give_back()  # what a run before has left in cycles may be as large as what this one needs
     with contextlib.ExitStack() as cleanup:
         try:

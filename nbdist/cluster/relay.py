@@ -19,12 +19,12 @@ from nbdist.cluster.remote_errors import Failure, as_error, ranks_text
 from nbdist.cluster.run import Run
 from nbdist.cluster.training import Training
 from nbdist.errors import ClusterError, EngineError, NbdistError
-from nbdist.telemetry import JsonlSink, Noted, RankState, Recovered
+from nbdist.telemetry import JsonlSink, Noted, Recovered
 from nbdist.telemetry.record import cluster_record_path
 
 __all__ = ["Relay"]
 
-_INTERVAL_S = 0.2  # as often as snapshots come
+_INTERVAL_S = 0.1  # as often as snapshots come
 _LOST, _PROCESS_ENDED = "EngineLost", "its process ended"
 _INTERRUPT_AFTER_S = 0.8
 """How long ranks may take to notice that a peer is gone, before they are interrupted."""
@@ -224,11 +224,7 @@ class Relay:
     def _merge(self, outcomes: dict[int, Outcome]) -> None:
         """Take in the newest snapshot of each rank: the last one from its outcome, for published ones may be late."""
         for rank, call in enumerate(self._calls):
-            if rank in outcomes:
-                newest = outcomes[rank].snapshot
-            else:
-                published = call.data.get("nbdist") if isinstance(call.data, dict) else None
-                newest = RankState.from_dict(published, self._run.progress.ranks[rank]) if published else None
+            newest = outcomes[rank].snapshot if rank in outcomes else self._training.told(rank, call)
             if newest is not None:
                 self._run.progress.merge(newest)
 

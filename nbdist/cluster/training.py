@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 from nbdist.cluster import entry
+from nbdist.cluster.board import BOARD_BYTES, Board
 from nbdist.cluster.cells import printed
 from nbdist.cluster.definitions import CellSources
 from nbdist.cluster.engines import Engines
 from nbdist.cluster.run import Run
 from nbdist.errors import ClusterError, NbdistError, interrupted
 from nbdist.plan import Plan
+from nbdist.telemetry import RankState
 
 __all__ = ["Training", "attend"]
 
@@ -52,6 +55,8 @@ class Training:
         self._parcel, self._segment = packed
         self._outbox = outbox
         self._cells = cells
+        self._segments: list[Any] = []
+        self._boards: list[Board] = []
         self._printed: list[Callable[[str], dict[int, str]]] = []
 
     def begin(self, *, go_on: bool, again: bool = False) -> list[Any]:
@@ -61,7 +66,7 @@ class Training:
             go_on: Whether from the newest snapshot.
             again: Whether some engine may be a new one, that knows nothing of the notebook.
         """
-        from nbdist.core.handover import let_go
+        from nbdist.core.handover import Segment, let_go
 
         engines, run = self.engines, self.run
         if engines.suspected:
@@ -70,11 +75,30 @@ class Training:
             run.vaults.trim()  # newer ones of some ranks would hold a slot each until the run gets there again
         news = self._cells.all() if again else self._cells.new()
         vaults = [] if run.vaults is None else run.vaults.paths
-        arguments = (self._parcel, run.run_id, news, engines.remote, let_go(engines.home), vaults, go_on)
+        for segment in self._segments:
+            segment.close()
+        self._segments = [] if engines.remote else [Segment(BOARD_BYTES) for _ in range(engines.size)]
+        paths = [segment.path for segment in self._segments]
+        self._boards = [Board(path) for path in paths]
+        arguments = (self._parcel, run.run_id, news, engines.remote, let_go(engines.home), vaults, go_on, paths)
         calls = [engines.start_call(rank, entry.train, *arguments) for rank in range(engines.size)]
         self._printed.append(functools.partial(printed, dict(enumerate(calls))))
         run._printed = functools.partial(_all_printed, self._printed)  # not us, or the run's memory would outlive it
         return calls
+
+    def told(self, rank: int, call: Any) -> RankState | None:
+        """What a rank has said of itself since the last time, if anything.
+
+        Args:
+            rank: Which.
+            call: Its call, as `begin` returned it.
+        """
+        if self._boards:
+            data = self._boards[rank].read()
+            state = None if data is None else json.loads(data)
+        else:
+            state = call.data.get("nbdist") if isinstance(call.data, dict) else None
+        return None if state is None else RankState.from_dict(state, self.run.progress.ranks[rank])
 
     def replace_lost(self) -> None:
         """Give the ranks that were lost to other engines, and let all meet again.
@@ -123,6 +147,9 @@ class Training:
     def end(self, *, failed: bool) -> None:
         """Make the engines ready for what comes next; the last snapshot stays."""
         engines, run = self.engines, self.run
+        for segment in self._segments:
+            segment.close()
+        self._segments, self._boards = [], []
         if failed:
             self._segment.close()
         else:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from nbdist.telemetry.events import Point
 
-__all__ = ["POINTS", "Losses", "extended"]
+__all__ = ["POINTS", "Losses", "extended", "joined"]
 
 POINTS = 512
 """A curve has fewer points than this; when it gets there, each two neighbours become one."""
@@ -33,6 +33,11 @@ def extended(curve: tuple[Point, ...], points: Iterable[Point], limit: int = POI
     return tuple(longer)
 
 
+def joined(told: tuple[Point, ...], more: tuple[Point, ...]) -> tuple[Point, ...]:
+    """What two events tell, as one event would."""
+    return extended(told, more, _TOLD)
+
+
 def _joined(left: Point, right: Point) -> Point:
     steps = left.steps + right.steps
     mean = left.mean + (right.mean - left.mean) * right.steps / steps
@@ -50,10 +55,10 @@ class Losses:
         """The loss over all ranks of `step`, counted from 1. Cheap enough for every step."""
         self._fresh.append(Point(step, 1, loss, loss, loss))
         if len(self._fresh) >= _TOLD:
-            self._points, self._fresh = extended(self._points, self._fresh, _TOLD), []
+            self._points, self._fresh = joined(self._points, tuple(self._fresh)), []
 
     def take(self) -> tuple[Point, ...]:
         """What was collected since the last call."""
-        taken = extended(self._points, self._fresh, _TOLD)
+        taken = joined(self._points, tuple(self._fresh))
         self._points, self._fresh = (), []
         return taken

@@ -8,16 +8,16 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from nbdist.telemetry.events import EpochFinished, Event, Noted, Progress, RunFinished, RunStarted
+from nbdist.telemetry.curve import joined
+from nbdist.telemetry.events import EpochFinished, Evaluating, Event, Noted, Progress, RunFinished, RunStarted
 from nbdist.telemetry.state import RankState, fold
 from nbdist.telemetry.view import epoch_text, mesh_text
 
 __all__ = ["JsonlSink", "ListSink", "Sink", "SnapshotSink", "TextSink"]
-
-_CURVE_EVERY_S = 1.0
 
 
 class Sink(ABC):
@@ -43,48 +43,78 @@ class ListSink(Sink):
 
 
 class JsonlSink(Sink):
-    """The record: every event as one line of JSON in `path`, readable by the owner only."""
+    """The record: events as lines of JSON in `path`, readable by the owner only.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file; what is in it stays.
+        interval_s: Of what is told of progress within so many seconds, one line is made.
+    """
+
+    def __init__(self, path: Path, interval_s: float = 1.0) -> None:
+        self._interval_s = interval_s
+        self._next_s = 0.0
+        self._held: Progress | None = None
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8")
 
     def emit(self, event: Event) -> None:
         """Write one line, at once on disk's doorstep, so that a killed rank leaves its last words."""
-        self._file.write(json.dumps(event.to_dict()) + "\n")
-        self._file.flush()
+        if isinstance(event, Progress):
+            if self._held is not None:
+                event = replace(event, losses=joined(self._held.losses, event.losses))
+            self._held = event
+            if time.monotonic() < self._next_s:
+                return
+        self._write_held()
+        if not isinstance(event, Progress):
+            self._write(event)
 
     def close(self) -> None:
         """Close the file."""
+        self._write_held()
         self._file.close()
+
+    def _write_held(self) -> None:
+        if self._held is not None:
+            self._write(self._held)
+            self._held, self._next_s = None, time.monotonic() + self._interval_s
+
+    def _write(self, event: Event) -> None:
+        self._file.write(json.dumps(event.to_dict()) + "\n")
+        self._file.flush()
 
 
 class SnapshotSink(Sink):
-    """The picture: folds events into a `RankState` and hands it to `publish`; its curve, the largest part, less often.
+    """The picture: folds events into a `RankState` and hands it to `publish`; what is large in it less often.
 
     Args:
         rank: Whose events come.
-        publish: Called with what `RankState.from_dict` takes, after each event.
-        curve_every_s: Seconds between two that hold the curve.
+        publish: Called with what `RankState.from_dict` takes.
+        interval_s: Least seconds between two that tell of nothing but progress.
+        whole_every_s: Seconds between two that are whole; what a person asked for, or has to know, makes one at once.
     """
 
     def __init__(
-        self, rank: int, publish: Callable[[dict[str, Any]], None], curve_every_s: float = _CURVE_EVERY_S
-    ) -> None:
+        self, rank: int, publish: Callable[[dict[str, Any]], None], interval_s: float = 0.05,
+        whole_every_s: float = 1.0,
+    ) -> None:  # fmt: skip
         self.state = RankState(rank=rank)
         self._publish = publish
-        self._every_s = curve_every_s
-        self._next_s = 0.0
+        self._interval_s, self._whole_every_s = interval_s, whole_every_s
+        self._next_s = self._next_whole_s = 0.0
 
     def emit(self, event: Event) -> None:
-        """Fold and publish. Events are few: progress is metered where it arises."""
+        """Fold, and publish if it is time."""
         self.state = fold(self.state, event)
-        data = self.state.to_dict()
-        if (now := time.monotonic()) >= self._next_s:
-            self._next_s = now + self._every_s
-        else:
-            data["curve"] = None
-        self._publish(data)
+        now_s = time.monotonic()
+        usual = isinstance(event, (Progress, EpochFinished))
+        if usual and now_s < self._next_s:
+            return
+        whole = now_s >= self._next_whole_s or not (usual or isinstance(event, Evaluating))
+        self._next_s = now_s + self._interval_s
+        if whole:
+            self._next_whole_s = now_s + self._whole_every_s
+        self._publish(self.state.to_dict(whole=whole))
 
 
 class TextSink(Sink):

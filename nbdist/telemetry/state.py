@@ -26,6 +26,7 @@ from nbdist.telemetry.events import (
 __all__ = ["Happening", "RankState", "fold"]
 
 _KEPT_HAPPENINGS = 50
+_LARGE = ("curve", "history", "stages", "place", "work", "happenings")
 _BUSY_SMOOTHING = 0.3
 
 
@@ -77,33 +78,42 @@ class RankState:
     error: str = ""
     happenings: tuple[Happening, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """The state as JSON-able data; what lies in it is shared, not copied."""
-        data = {field.name: getattr(self, field.name) for field in fields(self)}
-        data["work"] = None if self.work is None else self.work.to_dict()
+    def to_dict(self, *, whole: bool = True) -> dict[str, Any]:
+        """The state as JSON-able data; what lies in it is shared, not copied.
+
+        Args:
+            whole: Whether with what is large and changes seldom.
+        """
+        names = [field.name for field in fields(self) if whole or field.name not in _LARGE]
+        data = {name: getattr(self, name) for name in names}
+        if data.get("work") is not None:
+            data["work"] = data["work"].to_dict()
         return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], before: RankState | None = None) -> RankState:
-        """The inverse of `to_dict`; where `data` leaves the curve out, it is as in the state `before`."""
-        work = data.get("work")
-        if work is not None:
-            told = {name: value for name, value in work.items() if name != "event"}
-            work = Worked(**{**told, "work": tuple(Work(*item) for item in work["work"])})
-        shares = data.get("shares")
-        if data.get("curve") is not None:
-            curve = tuple(Point(*point) for point in data["curve"])
-        else:
-            curve = before.curve if before is not None and before.first_step == data["first_step"] else ()
-        return cls(**{
-            **data,
-            "shares": None if shares is None else Shares(*shares),
-            "curve": curve,
-            "history": tuple(data["history"]),
-            "stages": tuple(data["stages"]),
-            "work": work,
-            "happenings": tuple(Happening(*happening) for happening in data["happenings"]),
-        })  # fmt: skip
+        """The inverse of `to_dict`; what is not in `data` is as in the state `before`, if that is of the same life."""
+        known: dict[str, Any] = {}
+        if before is not None and (before.pid, before.first_step) == (data["pid"], data["first_step"]):
+            known = {name: getattr(before, name) for name in _LARGE}
+        given = {name: _of_json(name, value) for name, value in data.items() if value is not None}
+        return cls(**{**known, **data, **given})
+
+
+def _of_json(name: str, value: Any) -> Any:
+    match name:
+        case "work":
+            told = {key: item for key, item in value.items() if key != "event"}
+            return Worked(**{**told, "work": tuple(Work(*item) for item in value["work"])})
+        case "shares":
+            return Shares(*value)
+        case "curve":
+            return tuple(Point(*point) for point in value)
+        case "happenings":
+            return tuple(Happening(*happening) for happening in value)
+        case "history" | "stages":
+            return tuple(value)
+    return value
 
 
 def fold(state: RankState, event: Event) -> RankState:

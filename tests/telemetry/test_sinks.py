@@ -58,25 +58,38 @@ def test_a_record_is_added_to(tmp_path):
     assert 2 * len(EVENTS) == len((tmp_path / "r.jsonl").read_text().splitlines())
 
 
-def test_a_snapshot_is_published_at_each_event():
-    """What is published is the state so far, as plain data."""
-    published = []
-    sink = emit(SnapshotSink(1, published.append))
-    assert ["running", "running", "running", "running", "finished"] == [state["state"] for state in published]
-    assert {**sink.state.to_dict(), "curve": None} == published[-1]
-    assert json.loads(json.dumps(published[-1]))["step"] == PROGRESS.step
-
-
-def test_the_curve_is_published_less_often():
-    """It is most of a snapshot; who has it keeps it in between, as long as the rank did not begin again."""
-    told = [dataclasses.replace(PROGRESS, losses=(Point(step, 1, 0.5, 0.5, 0.5),)) for step in (9, 10)]
-    for every_s, sizes in ((3600.0, [1, None]), (0.0, [1, 2])):
+def test_a_snapshot_is_published_when_it_is_time():
+    """What is published is the state so far, as plain data; mere progress waits its turn, all else does not."""
+    for interval_s, told in ((0.0, 5), (3600.0, 3)):
         published = []
-        sink = SnapshotSink(1, published.append, every_s)
+        sink = emit(SnapshotSink(1, published.append, interval_s))
+        assert [*["running"] * (told - 1), "finished"] == [state["state"] for state in published]
+        assert sink.state.to_dict() == published[-1]
+        assert json.loads(json.dumps(published[-1]))["step"] == PROGRESS.step
+
+
+def test_progress_within_a_second_is_one_line(tmp_path):
+    """The newest counts, and the losses of all; an event of another kind comes after what was before it."""
+    told = [dataclasses.replace(PROGRESS, step=s, losses=(Point(s, 1, 0.5, 0.5, 0.5),)) for s in (8, 9, 10)]
+    sink = JsonlSink(tmp_path / "r.jsonl", 3600.0)
+    for event in (*told, Noted(rank=1, text="so"), told[0]):
+        sink.emit(event)
+    sink.close()
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [8, 10, None, 8] == [line.get("step") for line in lines]
+    assert [[8], [9, 10], [], [8]] == [[point[0] for point in line.get("losses", [])] for line in lines]
+
+
+def test_what_is_large_is_published_less_often():
+    """The curve is most of a snapshot; who has it keeps it in between, as long as the rank did not begin again."""
+    told = [dataclasses.replace(PROGRESS, losses=(Point(step, 1, 0.5, 0.5, 0.5),)) for step in (9, 10)]
+    for every_s, sizes in ((3600.0, [1, 0]), (0.0, [1, 2])):
+        published = []
+        sink = SnapshotSink(1, published.append, 0.0, every_s)
         for event in told:
             sink.emit(event)
-        assert sizes == [state["curve"] and len(state["curve"]) for state in published]
-    first, last = RankState.from_dict(published[0]), {**published[1], "curve": None}
+        assert sizes == [len(state.get("curve", ())) for state in published]
+    first, last = RankState.from_dict(published[0]), sink.state.to_dict(whole=False)
     assert first.curve == RankState.from_dict(last, first).curve
     assert () == RankState.from_dict({**last, "first_step": 5}, first).curve
 

@@ -1,0 +1,61 @@
+"""The board: the newest word of a rank, read at leisure."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+
+import pytest
+
+from nbdist.cluster.board import BOARD_BYTES, Board
+from nbdist.core.handover import Segment
+
+
+@pytest.fixture
+def pair():
+    with contextlib.closing(Segment(BOARD_BYTES)) as segment:
+        yield Board(segment.path), Board(segment.path)
+
+
+def test_the_newest_is_read_once(pair):
+    """Nothing at first; then what was written last, whatever its length, and nothing again."""
+    writer, reader = pair
+    assert reader.read() is None
+    for data in (b"one", b"", b"a longer word", b"x"):
+        writer.write(b"missed")
+        assert writer.write(data)
+        assert data == reader.read()
+        assert reader.read() is None
+
+
+def test_what_does_not_fit_changes_nothing(pair):
+    """The word before it stays."""
+    writer, reader = pair
+    writer.write(b"kept")
+    assert not writer.write(bytes(BOARD_BYTES))
+    assert b"kept" == reader.read()
+
+
+WRITER = """
+import sys
+from nbdist.cluster.board import Board
+board = Board(sys.argv[1])
+for i in range(20_000):
+    board.write(bytes([i % 251]) * (i % 4000 + 1))
+"""
+
+
+def test_nothing_is_read_half_written():
+    """While another process writes as fast as it can, every word that is read is one that was written."""
+    with contextlib.closing(Segment(BOARD_BYTES)) as segment:
+        reader = Board(segment.path)
+        with subprocess.Popen([sys.executable, "-c", WRITER, segment.path]) as writer:
+            words = []
+            while writer.poll() is None:
+                word = reader.read()
+                if word is not None:
+                    words.append(word)
+    assert 0 == writer.returncode
+    assert len(words) > 100
+    assert all(1 == len(set(word)) for word in words)
