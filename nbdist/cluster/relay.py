@@ -187,6 +187,7 @@ class Relay:
         reached = -1 if run.vaults is None else run.vaults.reached
         self._reached, self._tries = reached, 0 if reached != self._reached else self._tries
         replaced = set(lost)
+        self._show(dict.fromkeys(replaced, "lost"))
         while True:
             self._tries += 1
             if self._tries > _TRIES:
@@ -194,17 +195,18 @@ class Relay:
                     f"{ranks_text(lost)}: the process ended {_TRIES} times at step {max(reached, 0) + 1}: what runs "
                     "there, or its memory, does not suffice.", rank=lost[0],
                 )  # fmt: skip
-            self._draw()
             try:
                 replaced.update(self._engines.lost)
                 self._training.replace_lost()
+                self._show(dict.fromkeys(replaced, "recovering"))
+                found = None if run.vaults is None else run.vaults.newest
                 self._calls = self._training.begin(go_on=True, again=True)
                 break
             except ClusterError as error:
                 if self._engines.ended:
                     raise ClusterError("the engines were stopped while the run was going on.") from error
                 self._engines.check_alive()
-        step = self._resumed_step()
+        step = 0 if found is None else found[0]
         seconds = time.monotonic() - since_s
         text = (
             f"{ranks_text(replaced)} lost ({_PROCESS_ENDED}), replaced in {seconds:.2f} s; all go on from step {step}"
@@ -215,11 +217,11 @@ class Relay:
                 record.emit(Recovered(rank=rank, step=step, seconds=seconds))
             record.emit(Noted(rank=lost[0], text=text))
 
-    def _resumed_step(self) -> int:
-        from nbdist.core.snapshot import newest
-
-        found = None if self._run.vaults is None else newest(self._run.vaults.paths)
-        return 0 if found is None else found[0]
+    def _show(self, states: dict[int, str]) -> None:
+        """Draw what has become of ranks, while the others wait for them."""
+        ranks = self._run.progress.ranks
+        ranks.update({r: dataclasses.replace(ranks[r], state=states.get(r, "running")) for r in ranks})
+        self._draw()
 
     def _merge(self, outcomes: dict[int, Outcome]) -> None:
         """Take in the newest snapshot of each rank: the last one from its outcome, for published ones may be late."""

@@ -23,7 +23,7 @@ def resumed(plan: Plan, task: Any, last: Run | None) -> tuple[Plan, Any]:
     from nbdist.core.params import ParamTable
     from nbdist.core.restore import check_goes_on, check_same
     from nbdist.core.saved import Saved
-    from nbdist.core.snapshot import newest, read
+    from nbdist.core.snapshot import read
 
     if not plan.resume:
         return plan, None
@@ -31,7 +31,7 @@ def resumed(plan: Plan, task: Any, last: Run | None) -> tuple[Plan, Any]:
         check_resume(plan, task.model, task.optimizer)
         return plan, None
     vaults = None if last is None else last.vaults
-    found = None if vaults is None else newest(vaults.paths)
+    found = None if vaults is None else vaults.newest
     if found is None:
         raise PlanError(
             "there is no run to go on with: the last one of this notebook left no snapshot. Name a folder: "

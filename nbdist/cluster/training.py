@@ -131,9 +131,9 @@ class Training:
         from nbdist.core.checkpoint import resumed_folder
         from nbdist.core.restore import load_whole
         from nbdist.core.saved import Saved
-        from nbdist.core.snapshot import newest, read
+        from nbdist.core.snapshot import read
 
-        found = None if self.run.vaults is None else newest(self.run.vaults.paths)
+        found = None if self.run.vaults is None else self.run.vaults.newest
         if found is None or not self._plan.gather:
             return None
         step, slots = found

@@ -168,9 +168,14 @@ class Vaults:
         """The last step that any rank has kept; -1 for none."""
         return max(Slot(path).head.step for own in self.paths for path in own)
 
+    @property
+    def newest(self) -> tuple[int, list[Slot]] | None:
+        """The newest step of which every rank has a snapshot, and where; see `newest`."""
+        return newest(self.paths)
+
     def trim(self) -> None:
         """Give back all memory but that of the newest snapshot. Nobody may be writing."""
-        held = newest(self.paths)
+        held = self.newest
         kept = set() if held is None else {slot.path for slot in held[1]}
         for segment in (segment for segments in self._segments for segment in segments):
             if segment.path not in kept:
