@@ -10,7 +10,8 @@ from IPython.display import display
 
 from nbdist.cluster import Run
 from nbdist.telemetry import run_html, run_text
-from nbdist.telemetry.view import duration, epoch_text, memory_text, mesh_text, number
+from nbdist.telemetry.number import duration, number
+from nbdist.telemetry.view import epoch_text, memory_text, mesh_text
 
 __all__ = ["LineDashboard", "PanelDashboard", "make_dashboard", "remains"]
 

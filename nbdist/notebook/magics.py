@@ -17,7 +17,8 @@ from nbdist.notebook.dashboard import has_front_end, make_dashboard, remains
 from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.step_cell import compile_step
 from nbdist.plan.options import OptionParser, plan_options, split_line
-from nbdist.telemetry.view import duration, number, text_table
+from nbdist.telemetry.number import duration, number
+from nbdist.telemetry.view import text_table
 
 __all__ = ["DistMagics"]
 

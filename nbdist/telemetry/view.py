@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import base64
 from html import escape
 from typing import Any
 
+from nbdist.telemetry.chart import loss_chart, metric_chart
+from nbdist.telemetry.events import Shares
+from nbdist.telemetry.number import duration, left, number
 from nbdist.telemetry.run_state import RunState
 from nbdist.telemetry.state import RankState
 
-__all__ = ["duration", "epoch_text", "memory_text", "mesh_text", "number", "run_html", "run_text", "text_table"]
+__all__ = [
+    "SHOWN_RANKS",
+    "chosen_ranks",
+    "epoch_text",
+    "memory_text",
+    "mesh_text",
+    "run_html",
+    "run_text",
+    "shares_text",
+    "summary",
+    "text_table",
+]
 
 _STAGE_COLUMNS = ("stage", "from", "to", "time", "", "parameters")
 _STAGE_BAR = 20  # characters of all stages together
-_RANK_COLUMNS = ("rank", "device", "state", "step", "loss", "samples/s", "memory")
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A number for people: ``1234.5`` as "1,234", small ones with `digits` significant digits, None as a dash."""
-    if value is None:
-        return "–"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: "0.8 s", "12.3 s", "3 min 05 s", "2 h 07 min"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+_RANK_COLUMNS = ("rank", "device", "state", "step", "loss", "samples/s", "memory", "compute", "comm", "data", "idle")
+SHOWN_RANKS = 16
+"""With more ranks than this, half as many are shown: those that need somebody's eye."""
+_SHOWN_HAPPENINGS = 8
+_TROUBLED = ("failed", "lost", "recovering", "slow")
 
 
 def epoch_text(row: dict[str, Any]) -> str:
@@ -53,17 +53,65 @@ def memory_text(rank: RankState) -> str:
     return f"{rank.memory_mib:,.0f} MiB" if rank.memory_mib else "–"
 
 
-def _summary(run: RunState) -> str:
+def shares_text(shares: Shares | None) -> tuple[str, str, str, str]:
+    """On what a rank spends its time, in percent; dashes where it has not said."""
+    if shares is None:
+        return ("–",) * 4
+    compute, communication, data, idle = (f"{share:.0%}" for share in shares)
+    return compute, communication, data, idle
+
+
+def summary(run: RunState) -> str:
+    """The run in a line: what, how far, how fast, and how long still."""
     total = "" if run.steps_total is None else f"/{run.steps_total}"
     parts = [f"{run.title} on {mesh_text(run.plan)}", run.state, f"step {run.step}{total}", f"loss {number(run.loss)}"]
-    return " · ".join([*parts, f"{number(run.samples_per_s)} samples/s", duration(run.elapsed_s)])
+    if run.running and run.lr is not None:
+        parts.append(f"lr {number(run.lr, 3)}")
+    parts += [f"{number(run.samples_per_s)} samples/s", duration(run.elapsed_s)]
+    if run.eta_s is not None:
+        parts.append(f"about {left(run.eta_s)} left")
+    return " · ".join(parts)
 
 
-def _rank_cells(rank: RankState) -> tuple[str, ...]:
-    return (
-        str(rank.rank), rank.device, rank.state, str(rank.step), number(rank.loss),
-        number(rank.samples_per_s), memory_text(rank),
-    )  # fmt: skip
+def chosen_ranks(run: RunState) -> tuple[list[RankState], int]:
+    """The ranks to show, and how many others there are: of many, those in trouble and then the slowest."""
+    ranks = [rank for _, rank in sorted(run.ranks.items())]
+    if len(ranks) <= SHOWN_RANKS:
+        return ranks, 0
+
+    def trouble(rank: RankState) -> tuple[int, float]:
+        standing = run.standing(rank)
+        return (_TROUBLED.index(standing) if standing in _TROUBLED else len(_TROUBLED)), -rank.busy_s
+
+    shown = sorted(ranks, key=trouble)[: SHOWN_RANKS // 2]
+    return shown, len(ranks) - len(shown)
+
+
+def _rank_rows(run: RunState) -> list[tuple[str, ...]]:
+    ranks, others = chosen_ranks(run)
+    rows: list[tuple[str, ...]] = [
+        (
+            str(rank.rank), rank.device, run.standing(rank), str(rank.step), number(rank.loss),
+            number(rank.samples_per_s), memory_text(rank), *shares_text(rank.shares),
+        )
+        for rank in ranks
+    ]  # fmt: skip
+    if others:
+        rows.append((f"{others} others", *[""] * (len(_RANK_COLUMNS) - 1)))
+    return rows
+
+
+def _said(run: RunState) -> list[str]:
+    """What went wrong, and the newest of what happened."""
+    told = [
+        f"{duration(max(0.0, happening.time_s - run.started_s))}: {happening.text}"
+        if happening.kind in ("order", "checkpoint")
+        else happening.text
+        for happening in run.happenings
+    ]
+    earlier = len(told) - _SHOWN_HAPPENINGS
+    shown = [f"{earlier} earlier events are in the record", *told[-_SHOWN_HAPPENINGS:]] if earlier > 0 else told
+    return [*run.error.splitlines(), *shown]
 
 
 def _history_cells(run: RunState) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -95,14 +143,13 @@ def text_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[st
 
 def run_text(run: RunState) -> str:
     """The run as plain text: a summary line, the history and the ranks; every line begins with "nbdist"."""
-    lines = [_summary(run)]
-    lines += [*run.error.splitlines(), *run.notes]
+    lines = [summary(run), *_said(run)]
     columns, rows = _history_cells(run)
     if rows:
         lines += text_table(columns, rows)
     if run.stages:
         lines += text_table(_STAGE_COLUMNS, _stage_cells(run))
-    lines += text_table(_RANK_COLUMNS, [_rank_cells(rank) for _, rank in sorted(run.ranks.items())])
+    lines += text_table(_RANK_COLUMNS, _rank_rows(run))
     return "\n".join(f"nbdist: {line}" for line in lines)
 
 
@@ -112,16 +159,25 @@ def _html_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def _image(chart: str) -> str:
+    """An image, for where a notebook is not trusted an ``<svg>`` is taken out."""
+    words = chart.partition("<title>")[2].partition("</title>")[0]
+    return f'<img alt="{words}" src="data:image/svg+xml;base64,{base64.b64encode(chart.encode()).decode()}">'
+
+
 def run_html(run: RunState) -> str:
     """The run as static HTML without scripts or styles, in one ``<div class="nbdist">`` on a single line."""
     columns, rows = _history_cells(run)
-    parts = [f"<p><b>{escape(_summary(run))}</b></p>"]
-    said = [*run.error.splitlines(), *run.notes]
+    parts = [f"<p><b>{escape(summary(run))}</b></p>"]
+    said = _said(run)
     if said:
         parts.append(f"<p>{'<br>'.join(map(escape, said))}</p>")
+    charts = [chart for chart in (loss_chart(run), metric_chart(run)) if chart]
+    if charts:
+        parts.append(f"<p>{''.join(map(_image, charts))}</p>")
     if rows:
         parts.append(_html_table(columns, rows))
     if run.stages:
         parts.append(_html_table(_STAGE_COLUMNS, _stage_cells(run)))
-    parts.append(_html_table(_RANK_COLUMNS, [_rank_cells(rank) for _, rank in sorted(run.ranks.items())]))
+    parts.append(_html_table(_RANK_COLUMNS, _rank_rows(run)))
     return f'<div class="nbdist">{"".join(parts)}</div>'
