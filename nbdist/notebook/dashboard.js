@@ -1,94 +1,322 @@
-// Draws the view that Python sends; all texts are made there, here they are only placed.
-function element(tag, className, parent) {
+// Draws what panel_view.py says; all texts are made there, here they are only placed.
+
+const COLUMNS = ["rank", "device", "step", "loss", "samples/s", "memory", "time", "state"];
+const TIMES = ["compute", "communication", "data", "idle"];
+const ENDED = ["finished", "stopped", "failed"];
+const FIRST_CALL_MS = 100; // the front end may still be looking for a way past the running cell
+const DEAF_AFTER_MS = 3000;
+const LAST_CALL_MS = 60000;
+const UNHEARD =
+  "Clicks do not reach the kernel while this cell runs: ■ (interrupt the kernel) stops the run after its step; " +
+  "with --background the buttons work everywhere.";
+
+const drafts = new WeakMap(); // what stands in the rate's field, should the output be drawn anew
+
+function element(tag, className, parent, text) {
   const made = document.createElement(tag);
-  made.className = className;
-  parent.append(made);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  parent?.append(made);
   return made;
 }
 
-function bar(share) {
-  const track = document.createElement("span");
-  track.className = "nbdist-bar";
-  const fill = element("span", "", track);
-  const set = (value) => {
-    track.classList.toggle("nbdist-unknown", value === null);
-    fill.style.width = `${100 * (value ?? 1)}%`;
-  };
-  set(share);
-  return { track, set };
+function put(node, text) {
+  if (node.textContent !== text) node.textContent = text;
 }
 
-const COLUMNS = ["rank", "device", "state", "step", "progress", "loss", "speed", "memory"];
+function bar(parent) {
+  const track = element("span", "nbdist-bar", parent);
+  const fill = element("span", "", track);
+  return (share) => {
+    track.classList.toggle("nbdist-unknown", share === null);
+    fill.style.width = share === null ? "100%" : `${(100 * share).toFixed(1)}%`;
+  };
+}
+
+function times(parent) {
+  const stack = element("span", "nbdist-times", parent);
+  stack.setAttribute("role", "img");
+  const parts = TIMES.map((name) => element("span", `nbdist-${name}`, stack));
+  return (percents) => {
+    const words = percents === null ? "not known yet" : TIMES.map((name, i) => `${name} ${percents[i]} %`).join(", ");
+    if (stack.title === words) return;
+    stack.title = words;
+    stack.setAttribute("aria-label", words);
+    parts.forEach((part, i) => (part.style.width = `${percents === null ? 0 : percents[i]}%`));
+  };
+}
+
+function controls(parent, model) {
+  const group = element("div", "nbdist-controls", parent);
+  group.setAttribute("role", "group");
+  group.setAttribute("aria-label", "Controls");
+  const pending = new Map();
+  let heard = false;
+  let late = false;
+
+  function send(command, value) {
+    pending.set(command, model.get("head").orders);
+    model.send({ command, value });
+    draw();
+  }
+
+  function button(name, title, command, value, text) {
+    const made = element("button", "", group, text ?? name);
+    made.type = "button";
+    made.title = title;
+    if (text) made.setAttribute("aria-label", name);
+    made.onclick = () => send(command, value?.());
+    return made;
+  }
+
+  const rate = () => parseFloat(model.get("head").lr);
+  const buttons = {
+    pause: button("Pause", "Let all ranks rest after this step", "pause"),
+    resume: button("Resume", "Let all ranks go on", "resume"),
+    checkpoint: button("Checkpoint", "Write the state after this step to disk", "checkpoint"),
+    stop: button("Stop", "Stop all ranks after this step; the weights come home", "stop"),
+  };
+  const label = element("label", "nbdist-rate", group);
+  element("span", "", label, "Learning rate");
+  const field = element("input", "", label);
+  field.type = "text";
+  field.inputMode = "decimal";
+  field.size = 8;
+  field.spellcheck = false;
+  field.autocomplete = "off";
+  field.setAttribute("aria-label", "Learning rate");
+  field.title = "Enter sets it, Escape leaves it as it is";
+  const halve = button("Halve learning rate", "Halve the learning rate", "lr", () => String(rate() / 2), "÷2");
+  const twice = button("Double learning rate", "Double the learning rate", "lr", () => String(rate() * 2), "×2");
+  const changed = () => field.value !== (field.dataset.shown ?? "");
+  field.oninput = () => drafts.set(model, field.value);
+  field.onkeydown = (event) => {
+    event.stopPropagation(); // the notebook's own keys
+    if (event.key === "Escape") {
+      field.value = field.dataset.shown ?? "";
+      drafts.delete(model);
+    } else if (event.key === "Enter" && changed()) {
+      event.preventDefault();
+      drafts.delete(model);
+      send("lr", field.value);
+    }
+  };
+  const draft = drafts.get(model);
+
+  function draw() {
+    const { state, lr, orders } = model.get("head");
+    const over = ENDED.includes(state);
+    for (const [command, before] of pending) if (orders > before || over) pending.delete(command);
+    const waits = state === "queued";
+    const deaf = late && !heard;
+    group.hidden = over;
+    for (const [name, made] of Object.entries(buttons)) {
+      made.disabled = deaf || pending.has(name) || (waits && name !== "stop") || (name === "stop" && state === "stopping");
+      made.setAttribute("aria-busy", String(pending.has(name)));
+    }
+    buttons.pause.hidden = state === "paused";
+    buttons.resume.hidden = state !== "paused";
+    const noRate = deaf || pending.has("lr") || lr === "";
+    for (const made of [field, halve, twice]) made.disabled = noRate;
+    if (!pending.has("lr") && !(document.activeElement === field && changed()) && field.dataset.shown !== lr) {
+      field.value = lr;
+      field.dataset.shown = lr;
+    }
+  }
+
+  draw();
+  if (draft !== undefined) field.value = draft;
+  return {
+    draw,
+    refused: () => {
+      pending.clear();
+      delete field.dataset.shown;
+      draw();
+    },
+    isHeard: (yes) => {
+      heard = yes;
+      late = !yes;
+      draw();
+    },
+  };
+}
 
 function render({ model, el }) {
   const root = element("section", "nbdist-panel", el);
-  root.setAttribute("aria-label", "nbdist run");
-  const head = element("header", "", root);
-  const title = element("strong", "", head);
-  const state = element("span", "nbdist-state", head);
+  const header = element("header", "", root);
+  const name = element("div", "nbdist-name", header);
+  const title = element("strong", "", name);
+  const state = element("span", "nbdist-state", name);
   state.setAttribute("role", "status");
-  const stop = element("button", "", head);
-  stop.type = "button";
-  stop.textContent = "Stop";
-  stop.title = "Stop all ranks after this step; the weights come home";
-  stop.onclick = () => {
-    stop.disabled = true;
-    model.send({ command: "stop" });
-  };
-  const overall = element("div", "nbdist-overall", root);
-  const progress = bar(null);
-  progress.track.setAttribute("role", "progressbar");
-  overall.append(progress.track);
-  const step = element("span", "", overall);
-  const facts = element("span", "nbdist-facts", overall);
-  const table = element("table", "", root);
+  const steering = controls(header, model);
+
+  const overall = bar(root);
+  const progress = root.lastChild;
+  progress.classList.add("nbdist-overall");
+  progress.setAttribute("role", "progressbar");
+  progress.setAttribute("aria-label", "Steps done");
+  const facts = element("dl", "nbdist-facts", root);
+  const values = new Map();
+
+  const pictures = element("div", "nbdist-charts", root);
+  const strip = element("div", "nbdist-strip", root);
+  strip.setAttribute("role", "group");
+  const wrapper = element("div", "nbdist-table", root);
+  const table = element("table", "", wrapper);
+  table.setAttribute("aria-label", "Engines");
   const headings = element("tr", "", element("thead", "", table));
-  for (const name of COLUMNS) element("th", "", headings).textContent = name;
+  for (const column of COLUMNS) {
+    const heading = element("th", `nbdist-${column.replace("/", "-")}`, headings, column === "time" ? "" : column);
+    heading.scope = "col";
+    if (column === "time") {
+      for (const kind of TIMES) {
+        element("i", `nbdist-${kind}`, heading);
+        element("span", "", heading, kind);
+      }
+    }
+  }
   const body = element("tbody", "", table);
-  const epoch = element("p", "nbdist-epoch", root);
-  const notes = element("p", "nbdist-notes", root);
-  notes.setAttribute("aria-live", "polite");
-  const error = element("p", "nbdist-error", root);
-  const rows = new Map();
+  const happened = element("ol", "nbdist-events", root);
+  happened.setAttribute("aria-live", "polite");
+  happened.setAttribute("aria-label", "Events");
+  const hint = element("p", "nbdist-hint", root);
+  hint.setAttribute("role", "status");
+  let lines = new Map();
+  let cells = new Map();
+  let order = "";
 
-  function row(rank) {
-    if (!rows.has(rank)) {
-      const line = element("tr", "", body);
-      line.dataset.rank = rank;
-      const cells = Object.fromEntries(COLUMNS.map((name) => [name, element("td", `nbdist-${name}`, line)]));
-      const share = bar(null);
-      cells.progress.append(share.track);
-      rows.set(rank, { line, cells, share });
+  function drawHead() {
+    const head = model.get("head");
+    root.dataset.state = head.state;
+    root.setAttribute("aria-label", `nbdist run: ${head.title}`);
+    put(title, head.title);
+    put(state, head.state);
+    overall(head.share);
+    if (head.share === null) progress.removeAttribute("aria-valuenow");
+    else progress.setAttribute("aria-valuenow", String(Math.round(100 * head.share)));
+    progress.setAttribute("aria-valuetext", `step ${head.facts[0][1]}`);
+    for (const [key, value] of head.facts) {
+      if (!values.has(key)) {
+        const pair = element("div", "", facts);
+        element("dt", "", pair, key);
+        values.set(key, element("dd", "", pair));
+      }
+      put(values.get(key), value);
     }
-    return rows.get(rank);
+    steering.draw();
   }
 
-  function draw() {
-    const view = model.get("view");
-    root.dataset.state = view.state;
-    title.textContent = view.title;
-    state.textContent = view.state;
-    stop.hidden = !["starting", "running", "recovering"].includes(view.state);
-    progress.set(view.share);
-    progress.track.setAttribute("aria-valuenow", Math.round(100 * (view.share ?? 0)));
-    progress.track.setAttribute("aria-label", view.step);
-    step.textContent = view.step;
-    facts.textContent = view.facts;
-    epoch.textContent = view.epoch;
-    notes.textContent = view.notes;
-    error.textContent = view.error;
-    for (const rank of view.ranks) {
-      const { line, cells, share } = row(rank.rank);
-      line.dataset.state = rank.state;
-      line.title = `rank ${rank.rank} on ${rank.host}`;
-      for (const name of COLUMNS) if (name !== "progress") cells[name].textContent = rank[name];
-      share.set(rank.share);
+  function newRow(rank) {
+    const line = element("tr", "", body);
+    line.dataset.rank = rank;
+    const made = Object.fromEntries(
+      COLUMNS.map((column) => {
+        const cell = element(column === "rank" ? "th" : "td", `nbdist-${column.replace("/", "-")}`, line);
+        if (column === "rank") cell.scope = "row";
+        return [column, cell];
+      }),
+    );
+    const share = bar(made.step);
+    const count = element("span", "nbdist-count", made.step);
+    return { line, made, share, count, time: times(made.time) };
+  }
+
+  function drawRows() {
+    const { groups, strip: all } = model.get("rows");
+    const key = JSON.stringify(groups.map(([group, ranks]) => [group, ranks.map(([rank]) => rank)]));
+    if (key !== order) {
+      order = key;
+      body.replaceChildren();
+      lines = new Map();
+      for (const [group, ranks] of groups) {
+        if (group) {
+          const heading = element("th", "", element("tr", "nbdist-stage", body), group);
+          heading.colSpan = COLUMNS.length;
+          heading.scope = "rowgroup";
+        }
+        for (const [rank] of ranks) lines.set(rank, newRow(rank));
+      }
+    }
+    for (const [, ranks] of groups) {
+      for (const [rank, standing, about, where, step, share, loss, speed, memory, percents] of ranks) {
+        const { line, made, share: setShare, count, time } = lines.get(rank);
+        line.dataset.state = standing;
+        line.title = about;
+        put(made.rank, String(rank));
+        put(made.device, where);
+        setShare(share);
+        put(count, step);
+        put(made.loss, loss);
+        put(made["samples/s"], speed);
+        put(made.memory, memory);
+        time(percents);
+        put(made.state, standing);
+      }
+    }
+    strip.hidden = !all.length;
+    strip.setAttribute("aria-label", `${all.length} engines; the darker, the longer its step takes`);
+    for (const [rank, standing, heat] of all) {
+      if (!cells.has(rank)) {
+        const cell = element("span", "", strip);
+        cell.setAttribute("role", "img");
+        cell.dataset.rank = rank;
+        cells.set(rank, cell);
+      }
+      const cell = cells.get(rank);
+      cell.dataset.state = standing;
+      cell.style.setProperty("--heat", `${heat}%`);
+      cell.title = `rank ${rank}: ${standing}`;
+      cell.setAttribute("aria-label", cell.title);
     }
   }
 
-  model.on("change:view", draw);
-  draw();
-  return () => model.off("change:view", draw);
+  function drawCharts() {
+    pictures.innerHTML = model.get("charts").join(""); // texts in them are escaped where they are made
+  }
+
+  function drawEvents() {
+    const told = model.get("events");
+    while (happened.children.length > told.length) happened.lastChild.remove();
+    told.forEach(([kind, text], i) => {
+      const line = happened.children[i] ?? element("li", "", happened);
+      line.className = `nbdist-${kind}`;
+      put(line, text);
+    });
+  }
+
+  function drawReply() {
+    const { text } = model.get("reply");
+    put(hint, text);
+    if (text) steering.refused();
+  }
+
+  const listeners = { head: drawHead, rows: drawRows, charts: drawCharts, events: drawEvents, reply: drawReply };
+  for (const [trait, draw] of Object.entries(listeners)) model.on(`change:${trait}`, draw);
+  // Whether clicks arrive is not known from versions: ask, again and again, until there is an answer.
+  let timer = null;
+  const called = Date.now();
+  const call = (next) => {
+    if (ENDED.includes(model.get("head").state)) return;
+    if (Date.now() - called > DEAF_AFTER_MS) {
+      steering.isHeard(false);
+      put(hint, UNHEARD);
+    }
+    model.send({ command: "hello" });
+    timer = setTimeout(call, next, Math.min(2 * next, LAST_CALL_MS));
+  };
+  const hear = () => {
+    clearTimeout(timer);
+    steering.isHeard(true);
+    if (hint.textContent === UNHEARD) put(hint, "");
+  };
+  model.on("change:heard", hear);
+  call(FIRST_CALL_MS);
+  for (const draw of Object.values(listeners)) draw();
+  return () => {
+    clearTimeout(timer);
+    for (const [trait, draw] of Object.entries(listeners)) model.off(`change:${trait}`, draw);
+    model.off("change:heard", hear);
+  };
 }
 
 export default { render };

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 from IPython.display import display
 
 from nbdist.cluster import Run
+from nbdist.errors import NbdistError, PlanError
+from nbdist.notebook import panel_view
 from nbdist.telemetry import run_html, run_text
-from nbdist.telemetry.number import duration, number
-from nbdist.telemetry.view import epoch_text, memory_text, mesh_text
+from nbdist.telemetry.view import epoch_text
 
-__all__ = ["LineDashboard", "PanelDashboard", "make_dashboard", "remains"]
+__all__ = ["LineDashboard", "PanelDashboard", "has_front_end", "make_dashboard", "remains", "show_run"]
 
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _HERE = Path(__file__).parent
+_CHARTS_EVERY_S = 1.0
+_KEEP_EVERY_S = 10.0
+"""How often what remains is put beside the live panel, for a notebook that is saved before the end."""
+_panels: weakref.WeakKeyDictionary[Run, PanelDashboard] = weakref.WeakKeyDictionary()
 
 
 def has_front_end(shell: Any) -> bool:
@@ -27,6 +34,15 @@ def has_front_end(shell: Any) -> bool:
 def make_dashboard(shell: Any) -> LineDashboard | PanelDashboard:
     """A panel where the shell has a notebook in front of it, else lines."""
     return PanelDashboard() if has_front_end(shell) else LineDashboard()
+
+
+def show_run(run: Run) -> None:
+    """Display a run: its live panel once more while it goes on, else what remains of it."""
+    panel = _panels.get(run)
+    if panel is None or not run.progress.running:
+        display(remains(run), raw=True)
+    else:
+        panel.show(run)
 
 
 class LineDashboard:
@@ -49,54 +65,52 @@ class PanelDashboard:
 
     def __init__(self) -> None:
         self._widget: Any = None
-        self._handle: Any = None
-        self._lock = threading.Lock()  # the relay's thread and, at first, the cell's
+        self._displays: list[str] = []
+        self._lock = threading.RLock()  # the relay's thread and, at first, the cell's
+        self._charts_due_s = 0.0
+        self._keep_due_s = time.monotonic() + _KEEP_EVERY_S
+        self._kept = 0
+        self._over = False
 
     def update(self, run: Run) -> None:
-        """Called by the relay, from its thread."""
+        """Called by the relay, from its thread, ten times a second at most."""
         with self._lock:
-            if self._handle is None:
-                self._show(run)
+            if self._over:
                 return
-            self._widget.view = panel_view(run)
+            if self._widget is None:
+                self._widget = _make_widget(run)
+                _panels[run] = self
+                self.show(run)
+            else:
+                self._draw(run)
             if not run.progress.running:
-                display(remains(run), raw=True, display_id=self._handle.display_id, update=True)
+                self._over = True
+                self._replace(remains(run))
 
-    def _show(self, run: Run) -> None:
-        self._widget = _make_widget(run)
-        bundle = {**_live(self._widget), **remains(run)} if run.progress.running else remains(run)
-        self._handle = display(bundle, raw=True, display_id=True)
+    def show(self, run: Run) -> None:
+        """Display the panel in the cell that runs now."""
+        with self._lock:
+            bundle = {**_live(self._widget), **remains(run)} if run.progress.running else remains(run)
+            self._displays.append(display(bundle, raw=True, display_id=True).display_id)
 
+    def _draw(self, run: Run) -> None:
+        """Send what has changed, in one message."""
+        progress, now_s = run.progress, time.monotonic()
+        with self._widget.hold_sync():
+            self._widget.head = panel_view.head(progress)
+            self._widget.rows = panel_view.rows(progress)
+            self._widget.events = panel_view.events(progress)
+            if now_s >= self._charts_due_s or not progress.running:
+                self._charts_due_s = now_s + _CHARTS_EVERY_S
+                self._widget.charts = panel_view.charts(progress)
+        kept = sum(happening.kind == "checkpoint" for happening in progress.happenings)
+        if kept > self._kept and now_s >= self._keep_due_s:
+            self._kept, self._keep_due_s = kept, now_s + _KEEP_EVERY_S
+            self._replace({**_live(self._widget), **remains(run)})
 
-def panel_view(run: Run) -> dict[str, Any]:
-    """What the panel draws, as JSON-able data: texts are made here, so that the front end only places them."""
-    progress = run.progress
-    total = progress.steps_total
-    return {
-        "title": f"{progress.title} on {mesh_text(progress.plan)}",
-        "state": progress.state,
-        "notes": "\n".join(progress.notes),
-        "error": progress.error,
-        "step": f"step {progress.step:,}" + ("" if total is None else f" of {total:,}"),
-        "share": None if not total else progress.step / total,
-        "facts": f"loss {number(progress.loss)} · {number(progress.samples_per_s)} samples/s · "
-        f"{duration(progress.elapsed_s)}",
-        "epoch": epoch_text(progress.history[-1]) if progress.history else "",
-        "ranks": [
-            {
-                "rank": rank.rank,
-                "state": rank.state,
-                "device": rank.device,
-                "host": rank.host,
-                "step": f"{rank.step:,}",
-                "share": None if not total else rank.step / total,
-                "loss": number(rank.loss),
-                "speed": f"{number(rank.samples_per_s)} samples/s",
-                "memory": memory_text(rank),
-            }
-            for _, rank in sorted(progress.ranks.items())
-        ],
-    }
+    def _replace(self, bundle: dict[str, Any]) -> None:
+        for display_id in self._displays:
+            display(bundle, raw=True, display_id=display_id, update=True)
 
 
 def remains(run: Run) -> dict[str, str]:
@@ -116,12 +130,51 @@ def _make_widget(run: Run) -> Any:
     class Panel(anywidget.AnyWidget):
         _esm = _HERE / "dashboard.js"
         _css = _HERE / "dashboard.css"
-        view = traitlets.Dict().tag(sync=True)
+        head = traitlets.Dict().tag(sync=True)
+        rows = traitlets.Dict().tag(sync=True)
+        charts: Any = traitlets.List().tag(sync=True)
+        events: Any = traitlets.List().tag(sync=True)
+        reply = traitlets.Dict().tag(sync=True)
+        heard = traitlets.Int(0).tag(sync=True)
 
-    panel = Panel(view=panel_view(run))
-    panel.on_msg(lambda _widget, content, _buffers: run.stop() if content.get("command") == "stop" else None)
+    view = run.progress
+    panel = Panel(
+        head=panel_view.head(view), rows=panel_view.rows(view), charts=panel_view.charts(view),
+        events=panel_view.events(view), reply={"number": 0, "text": ""},
+    )  # fmt: skip
+    panel.on_msg(lambda widget, content, _buffers: _hear(widget, run, content))
     _answer_while_busy(panel)
     return panel
+
+
+def _hear(panel: Any, run: Run, content: dict[str, Any]) -> None:
+    """A person pressed something; what is wrong with it is said in the panel."""
+    command, value = content.get("command"), content.get("value")
+    panel.heard += 1
+    text = ""
+    try:
+        match command:
+            case "stop":
+                run.stop()
+            case "pause":
+                run.pause()
+            case "resume":
+                run.resume()
+            case "checkpoint":
+                run.checkpoint()
+            case "lr":
+                run.set_lr(_number(value))
+    except NbdistError as error:
+        text = str(error)
+    if text or panel.reply["text"]:
+        panel.reply = {"number": panel.heard, "text": text}
+
+
+def _number(text: Any) -> float:
+    try:
+        return float(str(text).replace(",", "."))
+    except ValueError:
+        raise PlanError(f"a learning rate of {text!r} is not possible: use a positive number.") from None
 
 
 def _answer_while_busy(widget: Any) -> None:

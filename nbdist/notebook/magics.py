@@ -7,13 +7,12 @@ from typing import Any
 import psutil
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
-from IPython.display import display
 
 from nbdist.cluster import Cluster, Run, current_cluster, current_server, end_server, last_run, require_cluster
 from nbdist.cluster.remote_errors import ranks_text
 from nbdist.errors import ClusterError, PlanError, TaskError, suggest
 from nbdist.notebook import parsers
-from nbdist.notebook.dashboard import has_front_end, make_dashboard, remains
+from nbdist.notebook.dashboard import has_front_end, make_dashboard, show_run
 from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.step_cell import compile_step
 from nbdist.plan.options import OptionParser, plan_options, split_line
@@ -48,7 +47,7 @@ class DistMagics(Magics):
     def show_run(self, run: Run) -> None:
         """Display a Run, unless its panel stands in this very cell: as the cell's value it would come twice."""
         if self._drawn_in_cell != (run, self._cell_number):
-            display(remains(run), raw=True)
+            show_run(run)
 
     @no_var_expand
     @line_magic

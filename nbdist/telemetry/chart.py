@@ -16,12 +16,12 @@ __all__ = ["SVG_COLORS", "loss_chart", "metric_chart"]
 
 SVG_COLORS = {"train": "#3b82c4", "val": "#d9772b", "axis": "#808080"}
 """Of lines and texts: they can be read on white and on dark, for an image cannot see the page around it."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 78, 10, 26
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 86, 10, 26
 _TICKS = 5
 _CHARACTER = 6.6  # pixels, of the texts
 _SPARED = 0.02
 """The share of the highest losses that may lie outside, so that a bad beginning does not flatten all that follows."""
-_STEEP = 4.0
+_STEEP = 20.0
 """They do only where the range would be so many times as large with them."""
 
 Pairs = list[tuple[float, float]]
@@ -190,13 +190,23 @@ def _line(frame: _Frame, pairs: Pairs, kind: str, dots: bool = False) -> str:
 def _labels(frame: _Frame, ends: Iterable[tuple[str, tuple[float, float]]], name: str = "") -> list[str]:
     """What the lines are called and where they end, beside their ends, moved apart where they would touch."""
     words = {"train": "train", "val": name or "val"}
-    placed: list[str] = []
-    below = -math.inf
-    for kind, (_, value) in sorted(ends, key=lambda end: frame.up(end[1][1])):
-        y = max(frame.up(value) + 4, below + 13)
-        below = y
-        placed.append(_text(frame.width - _RIGHT + 8, y, "start", f"{words[kind]} {number(value, 3)}", kind))
-    return placed
+    sorted_ends = sorted(ends, key=lambda end: frame.up(end[1][1]))
+    heights: list[float] = []
+    for _, (_, value) in sorted_ends:
+        heights.append(max(frame.up(value) + 4, heights[-1] + 13 if heights else -math.inf))
+    lift = max(0.0, heights[-1] - (frame.height - _BOTTOM))
+    return [
+        _text(frame.width - _RIGHT + 8, y - lift, "start", f"{words[kind]} {_short(value)}", kind)
+        for y, (kind, (_, value)) in zip(heights, sorted_ends, strict=True)
+    ]
+
+
+def _short(value: float) -> str:
+    """A number of few characters."""
+    if value and abs(value) < 1e-3:
+        digits, _, exponent = f"{value:.1e}".partition("e")
+        return f"{digits}e{int(exponent)}"
+    return number(value, 3)
 
 
 def _svg(frame: _Frame, title: str, parts: Iterable[str]) -> str:

@@ -177,4 +177,5 @@ def _order_text(event: Ordered) -> str:
 
 def _after(state: RankState, event: Event, kind: str, text: str) -> RankState:
     happenings = (*state.happenings, Happening(event.time_s, kind, text))
-    return replace(state, happenings=happenings[-_KEPT_HAPPENINGS:])
+    step = event.step if isinstance(event, Ordered) else state.step
+    return replace(state, happenings=happenings[-_KEPT_HAPPENINGS:], step=step)

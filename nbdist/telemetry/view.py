@@ -168,7 +168,8 @@ def _image(chart: str) -> str:
 def run_html(run: RunState) -> str:
     """The run as static HTML without scripts or styles, in one ``<div class="nbdist">`` on a single line."""
     columns, rows = _history_cells(run)
-    parts = [f"<p><b>{escape(summary(run))}</b></p>"]
+    title, _, rest = summary(run).partition(" · ")
+    parts = [f"<p><b>{escape(title)}</b> · {escape(rest)}</p>"]
     said = _said(run)
     if said:
         parts.append(f"<p>{'<br>'.join(map(escape, said))}</p>")

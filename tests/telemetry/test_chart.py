@@ -47,7 +47,7 @@ def test_the_line_goes_where_the_loss_went():
     assert sorted(xs) == list(xs)
     assert sorted(ys) == list(ys)
     width = xs[2] - xs[1]
-    assert width == pytest.approx((578 - 52 - 16) / 20, abs=0.2), "the axis has room for all 20 steps"
+    assert width == pytest.approx((640 - 86 - 48) / 20, abs=0.2), "the axis has room for all 20 steps"
 
 
 def test_an_ended_run_fills_the_picture():
@@ -55,7 +55,7 @@ def test_an_ended_run_fills_the_picture():
     run = run_with([4.0, 2.0, 1.0])
     run.end("stopped")
     (line,) = (e for e in parsed(loss_chart(run))[1]["train"] if e.tag.endswith("path"))
-    assert 640 - 78 == places(line)[-1][0]
+    assert 640 - 86 == places(line)[-1][0]
 
 
 def test_a_bad_beginning_does_not_flatten_the_rest():

@@ -1,0 +1,102 @@
+"""What the panel draws, as JSON-able data: texts are made here, so that the front end only places them."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from nbdist.telemetry import RankState, RunState
+from nbdist.telemetry.chart import loss_chart, metric_chart
+from nbdist.telemetry.number import duration, left, number
+from nbdist.telemetry.view import chosen_ranks, memory_text, mesh_text
+
+__all__ = ["charts", "events", "head", "rows"]
+
+_EVENTS = 5
+_STALLED_S = 5.0
+
+
+def head(run: RunState) -> dict[str, Any]:
+    """The whole run: what, how far, how fast, how long still."""
+    total, epochs = run.steps_total, run.plan.get("epochs")
+    eta = run.eta_s
+    return {
+        "title": f"{run.title} on {mesh_text(run.plan)}",
+        "state": run.state,
+        "share": None if not total else min(1.0, run.step / total),
+        "lr": "" if run.lr is None else f"{run.lr:.4g}",
+        "orders": sum(happening.kind == "order" for happening in run.happenings),
+        "facts": [
+            ["step", f"{run.step:,}" + ("" if total is None else f" of {total:,}")],
+            ["epoch", f"{run.epoch}" + (f" of {epochs}" if epochs else "")],
+            ["loss", number(run.loss)],
+            ["samples/s", number(run.samples_per_s)],
+            ["elapsed", duration(run.elapsed_s)],
+            ["left", "–" if eta is None else f"about {left(max(eta, 0.0))}" if run.state == "running" else "–"],
+        ],
+    }
+
+
+def rows(run: RunState) -> dict[str, Any]:
+    """One row for each rank that is shown, in groups; and of many ranks a cell for each.
+
+    A row is the rank, its standing, its title, where it is, its step, its share of all steps or None, its loss,
+    its speed, its memory, and the percents of its time for compute, communication, data and idle.
+    """
+    shown, others = chosen_ranks(run)
+    hosts = len({rank.host for rank in run.ranks.values()}) > 1
+    total = run.steps_total
+    groups: dict[str, list[list[Any]]] = {}
+    for rank in shown:
+        where = f"{rank.host} {rank.device}" if hosts else rank.device
+        groups.setdefault("" if others else _stage(run, rank), []).append([
+            rank.rank, run.standing(rank), f"rank {rank.rank}: process {rank.pid} on {rank.host}", where,
+            f"{rank.step:,}", None if not total else min(1.0, rank.step / total), number(rank.loss),
+            number(rank.samples_per_s), memory_text(rank),
+            None if rank.shares is None else [round(100 * share) for share in rank.shares],
+        ])  # fmt: skip
+    return {"groups": [[name, groups[name]] for name in sorted(groups)], "strip": _strip(run) if others else []}
+
+
+def charts(run: RunState) -> list[str]:
+    """SVGs of the loss and the metric, as far as there is something to draw."""
+    return [
+        chart for chart in (loss_chart(run, width=450, height=150), metric_chart(run, width=270, height=150)) if chart
+    ]
+
+
+def events(run: RunState) -> list[list[str]]:
+    """The newest of what happened, each with its kind; last what is wrong at the moment."""
+    told = [
+        [happening.kind, f"{duration(max(0.0, happening.time_s - run.started_s))}  {happening.text}"]
+        for happening in run.happenings[-_EVENTS:]
+    ]
+    if run.error:
+        told.append(["error", run.error])
+    stalled_s = run.stalled_s
+    if stalled_s > _STALLED_S:
+        behind = [rank.rank for _, rank in sorted(run.ranks.items()) if run.standing(rank) != "waiting"]
+        who = ", ".join(map(str, behind[:8])) if len(behind) < len(run.ranks) else ""
+        told.append(
+            ["stalled", f"no step for {stalled_s:.0f} s" + (f": the others wait for rank {who}" if who else "")]
+        )
+    return told
+
+
+def _stage(run: RunState, rank: RankState) -> str:
+    """The stage of a pipeline that a rank works on first, and how much of the model that is."""
+    if not run.stages or not rank.place:
+        return ""
+    mine = [stage for stage in run.stages if stage["stage"] % run.plan["mesh"].get("pp", 1) == rank.place["pp"]]
+    return "; ".join(f"stage {stage['stage']}: {stage['first']} to {stage['last']}" for stage in mine)
+
+
+def _strip(run: RunState) -> list[list[Any]]:
+    """A cell a rank: its number, its standing, and how busy it is beside the busiest, from 0 to 100."""
+    busiest = max((rank.busy_s for rank in run.ranks.values()), default=0.0) or 1.0
+    usual = statistics.median(rank.busy_s for rank in run.ranks.values())
+    low = min(usual, busiest) / 2
+    return [
+        [rank.rank, run.standing(rank), round(100 * max(0.0, rank.busy_s - low) / max(busiest - low, 1e-9))]
+        for _, rank in sorted(run.ranks.items())
+    ]
