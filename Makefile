@@ -9,10 +9,10 @@ BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_tim
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test parity chaos hf bench check lab clean
+.PHONY: help env demo test test-browser parity chaos hf bench check lab clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(ENV)  ## Create .venv and install nbdist and all it needs, in the tested versions
 
@@ -31,7 +31,11 @@ demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print wh
 	@$(BIN)/python -m nbdist demo
 
 test: env  ## Run the tests
-	$(BIN)/python -m pytest -q -m 'not hf'
+	$(BIN)/python -m pytest -q -m 'not hf and not browser'
+
+test-browser: env  ## Test the panel in JupyterLab and Chromium, which has to be there; pictures go to shots/
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[browser]' -c constraints.txt
+	$(BIN)/python -m pytest -q -m browser tests/browser
 
 parity: env  ## Compare every model on every mesh with one process, and print the table: under 40 minutes
 	@$(BIN)/python tests/core/matrix.py

@@ -82,7 +82,7 @@ class _Surroundings:
         _, alive = psutil.wait_procs(new, timeout=_GONE_WITHIN_S)
         left = [p for p in alive if not _of_shared_cluster(p)]  # one that was being forked did not show it yet
         assert not left, f"left running: {left}"
-        threads = [t for t in threading.enumerate() if t not in self.threads and not t.daemon]
+        threads = [t for t in threading.enumerate() if t not in self.threads and not (t.daemon or _of_pool(t))]
         for thread in threads:
             thread.join(_GONE_WITHIN_S)
         assert not [t for t in threads if t.is_alive()], f"left running: {threads}"
@@ -94,6 +94,11 @@ class _Surroundings:
             assert _torch_threads() == self.torch_threads
         distributed = sys.modules.get("torch.distributed")
         assert distributed is None or not distributed.is_initialized(), "a process group is left"
+
+
+def _of_pool(thread: threading.Thread) -> bool:
+    """Whether a thread is one of an event loop's own, of Playwright's for all browser tests: they stay for the next."""
+    return thread.name.startswith("asyncio_")
 
 
 def _listening() -> set[tuple[str, int]]:

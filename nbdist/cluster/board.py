@@ -14,11 +14,13 @@ __all__ = ["BOARD_BYTES", "Board"]
 
 BOARD_BYTES = 1 << 20
 """Pages that are not written take no memory."""
-_HEAD = struct.Struct("=QII")  # how often it was written, the length, the checksum
+_HEAD = struct.Struct("=QII")  # which writing this was, the length, the checksum
+_STARTS = (0, BOARD_BYTES // 8)
+_ENDS = (BOARD_BYTES // 8, BOARD_BYTES)
 
 
 class Board:
-    """One rank's, which alone writes it.
+    """One rank's, which alone writes it. It has two places, so that what comes often hides nothing that comes seldom.
 
     Args:
         path: A file of `BOARD_BYTES` in memory, which the notebook holds.
@@ -28,23 +30,27 @@ class Board:
         with open(path, "r+b") as file:
             self._memory = mmap.mmap(file.fileno(), BOARD_BYTES)
         self._count = 0
+        self._read = [0, 0]
 
-    def write(self, data: bytes) -> bool:
-        """Put `data` in the place of what is there; returns whether it fits."""
-        if len(data) > BOARD_BYTES - _HEAD.size:
+    def write(self, data: bytes, *, seldom: bool = False) -> bool:
+        """Put `data` in the place of what was there; returns whether it fits."""
+        start, end = _STARTS[seldom], _ENDS[seldom]
+        first = start + _HEAD.size
+        if first + len(data) > end:
             return False
         self._count += 1
-        self._memory[_HEAD.size : _HEAD.size + len(data)] = data
-        self._memory[: _HEAD.size] = _HEAD.pack(self._count, len(data), zlib.crc32(data))
+        self._memory[first : first + len(data)] = data
+        self._memory[start:first] = _HEAD.pack(self._count, len(data), zlib.crc32(data))
         return True
 
-    def read(self) -> bytes | None:
-        """What is there; None where it was read before, or is being written at this moment."""
-        count, length, checksum = _HEAD.unpack(self._memory[: _HEAD.size])
-        if count == self._count:
-            return None
-        data = self._memory[_HEAD.size : _HEAD.size + length]
-        if zlib.crc32(data) != checksum:
-            return None
-        self._count = count
-        return data
+    def read(self) -> list[bytes]:
+        """What was not read before, in the order in which it was written; not what is being written right now."""
+        found = []
+        for place, start in enumerate(_STARTS):
+            first = start + _HEAD.size
+            count, length, checksum = _HEAD.unpack(self._memory[start:first])
+            data = self._memory[first : first + length]
+            if count > self._read[place] and zlib.crc32(data) == checksum:
+                self._read[place] = count
+                found.append((count, data))
+        return [data for _, data in sorted(found)]

@@ -196,9 +196,11 @@ def train(
         if board is None:
             publish_data({"nbdist": state})
         else:
-            board.write(json.dumps(state).encode())  # what does not fit, thousands of rows, is told at the end
+            board.write(
+                json.dumps(state).encode(), seldom="curve" in state
+            )  # what does not fit, thousands of rows, is told at the end
 
-    snapshots = SnapshotSink(world.rank, publish, *(() if boards else (_REMOTE_INTERVAL_S, _REMOTE_INTERVAL_S)))
+    snapshots = SnapshotSink(world.rank, publish, *(() if boards else (_REMOTE_INTERVAL_S, 0.0)))
     give_back()  # what a run before has left in cycles may be as large as what this one needs
     with contextlib.ExitStack() as cleanup:
         try:

@@ -226,9 +226,11 @@ class Relay:
     def _merge(self, outcomes: dict[int, Outcome]) -> None:
         """Take in the newest snapshot of each rank: the last one from its outcome, for published ones may be late."""
         for rank, call in enumerate(self._calls):
-            newest = outcomes[rank].snapshot if rank in outcomes else self._training.told(rank, call)
-            if newest is not None:
-                self._run.progress.merge(newest)
+            if rank not in outcomes:
+                for state in self._training.told(rank, call):
+                    self._run.progress.merge(state)
+            elif (last := outcomes[rank].snapshot) is not None:
+                self._run.progress.merge(last)
 
     def _draw(self) -> None:
         try:

@@ -86,19 +86,21 @@ class Training:
         run._printed = functools.partial(_all_printed, self._printed)  # not us, or the run's memory would outlive it
         return calls
 
-    def told(self, rank: int, call: Any) -> RankState | None:
-        """What a rank has said of itself since the last time, if anything.
+    def told(self, rank: int, call: Any) -> list[RankState]:
+        """What a rank has said of itself since the last time, if anything; the newest last.
 
         Args:
             rank: Which.
             call: Its call, as `begin` returned it.
         """
         if self._boards:
-            data = self._boards[rank].read()
-            state = None if data is None else json.loads(data)
+            told = [json.loads(data) for data in self._boards[rank].read()]
         else:
-            state = call.data.get("nbdist") if isinstance(call.data, dict) else None
-        return None if state is None else RankState.from_dict(state, self.run.progress.ranks[rank])
+            told = [call.data["nbdist"]] if isinstance(call.data, dict) and "nbdist" in call.data else []
+        states = [self.run.progress.ranks[rank]]
+        for data in told:
+            states.append(RankState.from_dict(data, states[-1]))
+        return states[1:]
 
     def replace_lost(self) -> None:
         """Give the ranks that were lost to other engines, and let all meet again.

@@ -70,7 +70,8 @@ class Steering:
         self.stopped = "stop" in done
         self._paused = [kind for kind in done if kind in ("pause", "resume")][-1:] == ["pause"]
         if self._paused:
-            self._tell(Ordered(rank=self._channel.rank, order="pause", value=None, step=at.step))
+            number = max(i for i, kind in enumerate(done) if kind == "pause")
+            self._tell(Ordered(rank=self._channel.rank, order="pause", value=None, step=at.step, number=number))
         self._hear(at, again=True)
 
     def asked(self, at: Position) -> bool:
@@ -123,8 +124,9 @@ class Steering:
                     self._orders.stamp(number, at.step)
         for kind, value, _ in json.loads(self._channel.broadcast_bytes(json.dumps(orders).encode())):
             self._carry_out(kind, value)
-            at.orders = (self._run_id, at.orders[1] + 1)
-            self._tell(Ordered(rank=self._channel.rank, order=kind, value=value, step=at.step))
+            number = at.orders[1]
+            at.orders = (self._run_id, number + 1)
+            self._tell(Ordered(rank=self._channel.rank, order=kind, value=value, step=at.step, number=number))
 
     def _carry_out(self, kind: str, value: Any) -> None:
         match kind:

@@ -2,6 +2,7 @@
 
 const COLUMNS = ["rank", "device", "step", "loss", "samples/s", "memory", "time", "state"];
 const TIMES = ["compute", "communication", "data", "idle"];
+const SHORT = { communication: "comm" };
 const ENDED = ["finished", "stopped", "failed"];
 const FIRST_CALL_MS = 100; // the front end may still be looking for a way past the running cell
 const DEAF_AFTER_MS = 3000;
@@ -171,7 +172,7 @@ function render({ model, el }) {
     if (column === "time") {
       for (const kind of TIMES) {
         element("i", `nbdist-${kind}`, heading);
-        element("span", "", heading, kind);
+        element("span", "", heading, SHORT[kind] ?? kind);
       }
     }
   }

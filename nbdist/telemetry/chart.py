@@ -67,7 +67,7 @@ def loss_chart(run: RunState, *, width: int = 640, height: int = 180) -> str:
     train = [(float(point.step), point.mean) for point in curve]
     band = [point for point in curve if math.isfinite(point.low) and math.isfinite(point.high)]
     heights = [y for _, y in train] + [y for _, y in val]
-    frame = _framed(width, height, train + val, _range(heights, [p.low for p in band]), run)
+    frame = _Frame(width, height, (0.0, max(x for x, _ in train + val)), _range(heights, [p.low for p in band]))
     title = f"Loss over {curve[-1].step:,} steps: from {number(train[0][1])} to {number(train[-1][1])}"
     if val:
         title += f"; on the validation data {number(val[-1][1])}"
@@ -85,7 +85,7 @@ def metric_chart(run: RunState, *, width: int = 320, height: int = 180) -> str:
     if not values:
         return ""
     name = names[0].removeprefix("val_")
-    frame = _framed(width, height, values, _range([y for _, y in values], []), run)
+    frame = _Frame(width, height, (0.0, values[-1][0]), _range([y for _, y in values], []))
     title = f"{name} on the validation data: from {number(values[0][1])} to {number(values[-1][1])}"
     drawn = [_axes(frame, "step"), _line(frame, values, "val", True)]
     return _svg(frame, title, [*drawn, *_labels(frame, [("val", values[-1])], name)])
@@ -111,13 +111,6 @@ def _range(heights: list[float], lows: list[float]) -> tuple[float, float]:
         low, high = low - (abs(low) or 1.0) * 0.1, high + (abs(high) or 1.0) * 0.1
     margin = 0.04 * (high - low)
     return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
-
-
-def _framed(width: int, height: int, pairs: Pairs, y: tuple[float, float], run: RunState) -> _Frame:
-    last = max(x for x, _ in pairs)
-    total = run.steps_total
-    end = float(total) if run.running and total is not None and total > last else last
-    return _Frame(width, height, (0.0, end), y)
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -189,11 +189,13 @@ class Ordered(Event):
         order: "stop", "pause", "resume", "checkpoint" or "lr".
         value: The new learning rate of the first group, or the folder of the checkpoint; else None.
         step: Optimizer steps that were done.
+        number: Which order to the run it is, counted from 0: a run that recovers carries out some of them again.
     """
 
     order: str
     value: float | str | None
     step: int
+    number: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

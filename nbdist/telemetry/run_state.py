@@ -49,7 +49,7 @@ class RunState:
     ended_s: float | None = None
 
     def __post_init__(self) -> None:
-        self._known: set[tuple[str, str]] = set()
+        self._known: set[tuple[str, str, int]] = set()
         self._curve: tuple[Point, ...] = ()  # before the ranks last began
         self._marks: collections.deque[tuple[float, int]] = collections.deque()
         self._stepped_s = time.monotonic()
@@ -91,7 +91,7 @@ class RunState:
         self.state, self.error, self.ended_s = state, error, time.time()
 
     def _add(self, happening: Happening) -> None:
-        key = happening.kind, happening.text
+        key = happening.kind, happening.text, happening.number
         if key not in self._known:  # several ranks may tell of it, and a rank again after it was lost
             self._known.add(key)
             self.happenings.append(happening)

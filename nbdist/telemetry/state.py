@@ -37,11 +37,13 @@ class Happening(NamedTuple):
         time_s: When, in seconds since 1970.
         kind: "checkpoint", "order", "lost", "recovered" or "note".
         text: What, in a sentence.
+        number: Tells two apart that read alike.
     """
 
     time_s: float
     kind: str
     text: str
+    number: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +178,6 @@ def _order_text(event: Ordered) -> str:
 
 
 def _after(state: RankState, event: Event, kind: str, text: str) -> RankState:
-    happenings = (*state.happenings, Happening(event.time_s, kind, text))
-    step = event.step if isinstance(event, Ordered) else state.step
+    step, number = (event.step, event.number) if isinstance(event, Ordered) else (state.step, 0)
+    happenings = (*state.happenings, Happening(event.time_s, kind, text, number))
     return replace(state, happenings=happenings[-_KEPT_HAPPENINGS:], step=step)

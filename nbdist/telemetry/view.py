@@ -173,7 +173,7 @@ def run_html(run: RunState) -> str:
     said = _said(run)
     if said:
         parts.append(f"<p>{'<br>'.join(map(escape, said))}</p>")
-    charts = [chart for chart in (loss_chart(run), metric_chart(run)) if chart]
+    charts = [chart for chart in (loss_chart(run, width=480), metric_chart(run, width=280)) if chart]
     if charts:
         parts.append(f"<p>{''.join(map(_image, charts))}</p>")
     if rows:

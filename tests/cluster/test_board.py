@@ -21,20 +21,32 @@ def pair():
 def test_the_newest_is_read_once(pair):
     """Nothing at first; then what was written last, whatever its length, and nothing again."""
     writer, reader = pair
-    assert reader.read() is None
+    assert [] == reader.read()
     for data in (b"one", b"", b"a longer word", b"x"):
         writer.write(b"missed")
         assert writer.write(data)
-        assert data == reader.read()
-        assert reader.read() is None
+        assert [data] == reader.read()
+        assert [] == reader.read()
 
 
-def test_what_does_not_fit_changes_nothing(pair):
+def test_what_comes_often_hides_nothing_that_comes_seldom(pair):
+    """Both are read, in the order in which they were written."""
+    writer, reader = pair
+    writer.write(b"large", seldom=True)
+    writer.write(b"small")
+    assert [b"large", b"small"] == reader.read()
+    writer.write(b"small again")
+    writer.write(b"large again", seldom=True)
+    assert [b"small again", b"large again"] == reader.read()
+
+
+@pytest.mark.parametrize("seldom", [False, True])
+def test_what_does_not_fit_changes_nothing(pair, seldom):
     """The word before it stays."""
     writer, reader = pair
-    writer.write(b"kept")
-    assert not writer.write(bytes(BOARD_BYTES))
-    assert b"kept" == reader.read()
+    writer.write(b"kept", seldom=seldom)
+    assert not writer.write(bytes(BOARD_BYTES), seldom=seldom)
+    assert [b"kept"] == reader.read()
 
 
 WRITER = """
@@ -53,9 +65,7 @@ def test_nothing_is_read_half_written():
         with subprocess.Popen([sys.executable, "-c", WRITER, segment.path]) as writer:
             words = []
             while writer.poll() is None:
-                word = reader.read()
-                if word is not None:
-                    words.append(word)
+                words += reader.read()
     assert 0 == writer.returncode
     assert len(words) > 100
     assert all(1 == len(set(word)) for word in words)

@@ -1,0 +1,61 @@
+"""One JupyterLab and one Chromium for all browser tests."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shutil
+
+import pytest
+
+_NEEDED = "the browser tests need Chromium (apt-get install chromium) and the extra `browser`: see `make test-browser`."
+
+
+def pytest_collection_modifyitems(items):
+    """All tests here are browser tests."""
+    for item in items:
+        if "browser" in item.path.parts:
+            item.add_marker("browser")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium."""
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None or importlib.util.find_spec("playwright") is None:
+        pytest.exit(_NEEDED, returncode=1)
+    from lab import launch
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = launch(playwright, executable)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory, browser):
+    """JupyterLab with its usual settings."""
+    from lab import Lab
+
+    server = Lab(tmp_path_factory.mktemp("lab"), {})
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def deaf_lab(tmp_path_factory, browser):
+    """JupyterLab that keeps messages to widgets back while a cell runs, as older ones do."""
+    from lab import Lab
+
+    server = Lab(tmp_path_factory.mktemp("lab"), {"kernels-settings": {"commsOverSubshells": "disabled"}})
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def open_notebook(browser, lab):
+    """``with open_notebook(name, *cells) as sheet``."""
+    from lab import opened
+
+    return functools.partial(opened, browser, lab)

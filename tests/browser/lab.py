@@ -1,0 +1,209 @@
+"""A real JupyterLab, a real Chromium, and a notebook that is open in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psutil
+from playwright.sync_api import Browser, Locator, Page, expect
+
+SHOTS = Path(__file__).parents[2] / "shots"
+WITHIN_MS = 60_000.0
+_GONE_WITHIN_S = 15.0
+_QUIET = {"notification": {"fetchNews": "false", "checkForUpdates": False}}
+_SETTLED = """() => {
+    const told = document.querySelector(".jp-Notebook-ExecutionIndicator");
+    return !document.querySelector(".jp-Dialog") && (!told || ["idle", "busy"].includes(told.dataset.status));
+}"""
+_CHROMIUM = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+def launch(playwright: Any, executable: str) -> Browser:
+    """A headless Chromium that talks to this machine only."""
+    return playwright.chromium.launch(executable_path=executable, args=_CHROMIUM, headless=True)
+
+
+class Lab:
+    """A Jupyter server with settings, records and notebooks of its own; ends with all its kernels.
+
+    Args:
+        root: An empty folder.
+        settings: JupyterLab's settings, by plugin of its apputils extension.
+    """
+
+    def __init__(self, root: Path, settings: dict[str, Any]) -> None:
+        self.folder = root / "notebooks"
+        self.folder.mkdir(parents=True)
+        for name, value in {**_QUIET, **settings}.items():
+            place = root / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{name}.jupyterlab-settings").write_text(json.dumps(value))
+        self._token = secrets.token_hex(16)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        names = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
+                 "IPYTHONDIR": "ipython", "NBDIST_HOME": "home"}  # fmt: skip
+        self._log = (root / "log").open("wb")
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root",
+             "--ServerApp.port_retries=0", f"--IdentityProvider.token={self._token}",
+             f"--ServerApp.root_dir={self.folder}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+            stdout=self._log, stderr=subprocess.STDOUT,
+            env={**os.environ, **{name: str(root / folder) for name, folder in names.items()}},
+        )  # fmt: skip
+        deadline = time.monotonic() + WITHIN_MS / 1000
+        while True:
+            with contextlib.suppress(OSError):
+                self._ask("/api/status")
+                return
+            assert self._server.poll() is None, (root / "log").read_text()
+            assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.05)
+
+    def _ask(self, path: str, method: str = "GET") -> Any:
+        request = urllib.request.Request(self.url + path, method=method)
+        request.add_header("Authorization", f"token {self._token}")
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.loads(answer.read() or b"null")
+
+    def listens(self) -> bool:
+        """Whether a front end is connected to a kernel that has said what it does."""
+        kernels = self._ask("/api/kernels")
+        return any(kernel["connections"] and kernel["execution_state"] in ("idle", "busy") for kernel in kernels)
+
+    def end_kernels(self) -> None:
+        """End all kernels, and wait until their processes are gone."""
+        processes = psutil.Process(self._server.pid).children(recursive=True)
+        for kernel in self._ask("/api/kernels"):
+            self._ask(f"/api/kernels/{kernel['id']}", "DELETE")
+        psutil.wait_procs(processes, timeout=_GONE_WITHIN_S)
+
+    def close(self) -> None:
+        """End the server."""
+        with contextlib.suppress(OSError, urllib.error.URLError):
+            self.end_kernels()
+        self._server.terminate()
+        self._server.wait(_GONE_WITHIN_S)
+        self._log.close()
+
+    def write(self, name: str, *cells: str) -> None:
+        """Write a notebook of code cells."""
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(notebook, self.folder / name)
+
+    def address(self, name: str, interface: str = "lab") -> str:
+        """Where a notebook is opened, in JupyterLab ("lab") or Notebook ("notebook")."""
+        place = (
+            f"lab/workspaces/{secrets.token_hex(4)}/tree/{name}?reset&" if interface == "lab" else f"notebooks/{name}?"
+        )
+        return f"{self.url}/{place}token={self._token}"
+
+
+class Sheet:
+    """A notebook that is open in a browser."""
+
+    def __init__(self, page: Page, lab: Lab, name: str, interface: str = "lab") -> None:
+        self.page, self.lab, self.name = page, lab, name
+        page.goto(lab.address(name, interface), wait_until="domcontentloaded")
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Wait for the notebook and an idle kernel; a question which kernel to take is answered."""
+        page = self.page
+        page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=WITHIN_MS)
+        page.add_locator_handler(
+            page.locator(".jp-Dialog button.jp-mod-accept").first, lambda button: button.click(), no_wait_after=True
+        )
+        deadline = time.monotonic() + WITHIN_MS / 1000
+        while not self.lab.listens():
+            assert time.monotonic() < deadline, "the kernel is not ready"
+            page.wait_for_timeout(50)
+        page.wait_for_function(_SETTLED, timeout=WITHIN_MS)
+        page.locator(".jp-Notebook .jp-Cell .cm-content").first.wait_for(timeout=WITHIN_MS)
+
+    @property
+    def panel(self) -> Locator:
+        """The live panel."""
+        return self.page.locator(".nbdist-panel").first
+
+    @property
+    def static(self) -> Locator:
+        """What remains of a run."""
+        return self.page.locator("div.nbdist").first
+
+    def button(self, name: str) -> Locator:
+        """A control of the panel, by its accessible name."""
+        return self.panel.get_by_role("button", name=name, exact=True)
+
+    def run_all(self) -> None:
+        """Run all cells."""
+        self.page.get_by_role("menuitem", name="Run", exact=True).click()
+        self.page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
+
+    def expect_state(self, state: str) -> None:
+        """Wait until the run is in a state."""
+        expect(self.panel).to_have_attribute("data-state", state, timeout=WITHIN_MS)
+
+    def expect_busy(self) -> None:
+        """The cell still runs."""
+        expect(self.page.locator(".jp-Notebook .jp-InputPrompt", has_text="[*]").first).to_be_visible()
+
+    def step(self) -> int:
+        """How many steps the panel says are done."""
+        return int(self.panel.locator("dd").first.inner_text().split()[0].replace(",", ""))
+
+    def expect_step_after(self, step: int) -> None:
+        """Wait until more steps are done."""
+        self.page.wait_for_function(
+            "step => { const told = document.querySelector('.nbdist-panel dd');"
+            " return told && parseInt(told.textContent.replace(/,/g, '')) > step; }",
+            arg=step, timeout=WITHIN_MS,
+        )  # fmt: skip
+
+    def save(self) -> None:
+        """Save the notebook, and wait until it lies on the disk."""
+        path = self.lab.folder / self.name
+        before = path.stat().st_mtime_ns
+        self.page.keyboard.press("Control+s")
+        deadline = time.monotonic() + WITHIN_MS / 1000
+        while path.stat().st_mtime_ns == before:
+            assert time.monotonic() < deadline, "the notebook was not saved"
+            self.page.wait_for_timeout(50)
+
+    def shot(self, name: str) -> None:
+        """Leave a picture of the whole window."""
+        SHOTS.mkdir(exist_ok=True)
+        self.page.screenshot(path=SHOTS / f"{name}.png")
+
+
+@contextlib.contextmanager
+def opened(
+    browser: Browser, lab: Lab, name: str, *cells: str, interface: str = "lab", **options: Any
+) -> Iterator[Sheet]:
+    """A new notebook in a new window; afterwards neither it nor its kernel is left."""
+    lab.write(name, *cells)
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, **options)
+    try:
+        yield Sheet(context.new_page(), lab, name, interface)
+    finally:
+        context.close()
+        lab.end_kernels()
