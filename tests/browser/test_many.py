@@ -35,8 +35,9 @@ def made(size, mesh, stages=(), **changes):
     return Run("20261126-101500-4f2a", plan, progress, lambda *order: None)"""
 MANY = """run = made(64, "dp=64")
 start = run.progress.started_s
-run.progress.happenings += [
-    Happening(start + 600 * i, "checkpoint", f"checkpoint of step {i},000 in /scratch/vit/step0000{i}000") for i in (1, 2)]
+for i in (1, 2):
+    text = f"checkpoint of step {i},000 in /scratch/vit/step0000{i}000"
+    run.progress.happenings.append(Happening(start + 600 * i, "checkpoint", text))
 PanelDashboard().update(run)"""
 PIPELINE = """stages = tuple(
     {"stage": i, "first": f"blocks.{3 * i}", "last": f"blocks.{3 * i + 2}", "seconds": 1.0, "parameters": 7}
