@@ -71,6 +71,7 @@ class Keeper:
             self._open()
         if plan.checkpoint:
             self._writer = self._planned = self._make_writer(plan.checkpoint, plan.checkpoint_keep)
+        self._checked = False
         self._layouts: list[Layout] = []
         self._snapshot_due_s = 0.0
         self._every_steps, self._every_s = plan.checkpoint_cadence
@@ -126,6 +127,8 @@ class Keeper:
             self._boundary.reach()
         if heard is None:
             return
+        if self._planned is not None and not self._checked:
+            self._check()
         if self._writer is not None and self._writer.busy and heard.written + heard.unwritten == self._ranks:
             self._settle(heard.unwritten == 0)
         if heard.checkpoint and self._planned is not None:
@@ -218,6 +221,11 @@ class Keeper:
         if slot is not None and self._pieces is not None:
             writer.begin(slot, position.step, self._pieces.frozen())
 
+    def _check(self) -> None:
+        """Raise `TaskError` where the optimizer keeps what cannot be kept; known after its first step. Local."""
+        check_state(self._strategy.table, self._strategy.task.optimizer)
+        self._checked = True
+
     def _keep(
         self, position: Position, buffers: dict[str, torch.Tensor] | None = None, *, everything: bool = False
     ) -> Slot | None:
@@ -243,9 +251,8 @@ class Keeper:
         assert self._spool is not None
         assert self._pieces is not None
         started_s = time.monotonic()
-        strategy = self._strategy
-        if not self._layouts:
-            check_state(strategy.table, strategy.task.optimizer)
+        if not self._checked:
+            self._check()
         tensors = self._pieces.changing(buffers=everything)
         layout = self._layout_of(tensors)
         generators = seeds.told() if buffers is None else None  # after an error nobody knows

@@ -51,6 +51,11 @@ class LineDashboard:
     def __init__(self) -> None:
         self._rows = 0
 
+    def begin(self, run: Run) -> None:
+        """Called by the cell that asks for the run."""
+        if run.state == "queued":
+            print(f"nbdist: run {run.run_id} is queued, it begins when the one before has ended", flush=True)
+
     def update(self, run: Run) -> None:
         """Called by the relay, from its thread."""
         for row in run.history[self._rows :]:
@@ -66,23 +71,27 @@ class PanelDashboard:
     def __init__(self) -> None:
         self._widget: Any = None
         self._displays: list[str] = []
-        self._lock = threading.RLock()  # the relay's thread and, at first, the cell's
+        self._lock = threading.RLock()  # the relay's thread and the cell's
         self._charts_due_s = 0.0
         self._keep_due_s = time.monotonic() + _KEEP_EVERY_S
         self._kept = 0
         self._over = False
+
+    def begin(self, run: Run) -> None:
+        """Called by the cell that asks for the run: from here on it can be shown in others too."""
+        with self._lock:
+            if self._widget is None:
+                self._widget = _make_widget(run)
+                _panels[run] = self
+                self.show(run)
 
     def update(self, run: Run) -> None:
         """Called by the relay, from its thread, ten times a second at most."""
         with self._lock:
             if self._over:
                 return
-            if self._widget is None:
-                self._widget = _make_widget(run)
-                _panels[run] = self
-                self.show(run)
-            else:
-                self._draw(run)
+            self.begin(run)
+            self._draw(run)
             if not run.progress.running:
                 self._over = True
                 self._replace(remains(run))

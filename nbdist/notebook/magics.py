@@ -196,6 +196,7 @@ class DistMagics(Magics):
             model, data = self._evaluate(arguments.model), self._evaluate(arguments.data)
             names = (arguments.model, arguments.data)
             run = cluster.train(model, data, names=names, background=True, watch=dashboard.update, **options)
+        dashboard.begin(run)
         self._drawn_in_cell = (run, self._cell_number)
         if arguments.output:
             self.shell.user_ns[arguments.output] = run

@@ -86,7 +86,10 @@ class Lab:
 
     def listens(self) -> bool:
         """Whether a front end is connected to a kernel that has said what it does."""
-        kernels = self._ask("/api/kernels")
+        try:
+            kernels = self._ask("/api/kernels")
+        except urllib.error.HTTPError:  # the server stumbles over a kernel that comes or goes just now
+            return False
         return any(kernel["connections"] and kernel["execution_state"] in ("idle", "busy") for kernel in kernels)
 
     def end_kernels(self) -> None:
@@ -180,7 +183,7 @@ class Sheet:
         )  # fmt: skip
 
     def save(self) -> None:
-        """Save the notebook, and wait until it lies on the disk."""
+        """Save the notebook, which has changed, and wait until it lies on the disk."""
         path = self.lab.folder / self.name
         before = path.stat().st_mtime_ns
         self.page.keyboard.press("Control+s")

@@ -164,9 +164,8 @@ def test_a_failure_is_seen_at_once(open_notebook):
 def test_in_the_background_the_panel_goes_on_after_a_reload(open_notebook):
     """The notebook stays usable, another run waits for its turn; the page may be loaded anew."""
     again = "second = %dist_train model (x, y) --loss cross_entropy --epochs 1 --background"
-    cells = START, NET, f"first = {ENDLESS} --background".replace("first = %", "%").replace(
-        "--background", "--background -o first"), "print('the notebook is', 'free')"  # fmt: skip
-    with open_notebook("background.ipynb", *cells, again) as sheet:
+    cells = START, NET, f"{ENDLESS} --background", "print('the notebook is', 'free')", again
+    with open_notebook("background.ipynb", *cells) as sheet:
         sheet.run_all()
         sheet.expect_state("running")
         page = sheet.page

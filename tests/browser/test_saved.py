@@ -53,9 +53,11 @@ def test_a_notebook_saved_in_the_middle_shows_the_last_checkpoint(open_notebook)
             (output,) = nbformat.read(path, 4).cells[-1].outputs
             return output["data"]
 
-        while "checkpoint of step" not in str(kept()["text/html"]):
+        data = kept()
+        while "checkpoint of step" not in data["text/html"]:
             page.wait_for_timeout(1000)
-        assert {"application/vnd.jupyter.widget-view+json", "text/html", "text/plain"} == set(kept())
+            data = kept()
+        assert {"application/vnd.jupyter.widget-view+json", "text/html", "text/plain"} == set(data)
         sheet.expect_step_after(sheet.step())
         sheet.button("Stop").click()
         expect(sheet.static).to_contain_text("stopped", timeout=WITHIN_MS)
@@ -63,7 +65,7 @@ def test_a_notebook_saved_in_the_middle_shows_the_last_checkpoint(open_notebook)
 
 def test_a_run_is_displayed_again(open_notebook):
     """Its name in a later cell shows the same panel, live; both give way to what remains."""
-    with open_notebook("again.ipynb", START, NET, f"{TRAIN} --epochs 100000 --background -o run;", "run") as sheet:
+    with open_notebook("again.ipynb", START, NET, f"{TRAIN} --epochs 100000 --background -o run", "run") as sheet:
         sheet.run_all()
         panels = sheet.page.locator(".nbdist-panel")
         expect(panels).to_have_count(2, timeout=WITHIN_MS)
