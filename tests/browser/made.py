@@ -50,7 +50,8 @@ def _run(size: int, mesh: str) -> RunState:
         {"stage": i, "first": f"blocks.{3 * i}", "last": f"blocks.{3 * i + 2}", "seconds": 1.0, "parameters": 7}
         for i in range(plan.mesh.pp if plan.mesh.pp > 1 else 0)
     )
-    progress = RunState(title="ViT (86.6 M parameters)", plan=plan.to_dict(), state="running")
+    ranks = {rank: RankState(rank=rank) for rank in range(size)}
+    progress = RunState(title="ViT (86.6 M parameters)", plan=plan.to_dict(), ranks=ranks, state="running")
     progress.started_s -= 1640
     for number in (1, 2):
         text = f"checkpoint of step {2000 * number:,} in /scratch/vit/step0000{2 * number}000"
