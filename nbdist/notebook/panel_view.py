@@ -32,7 +32,7 @@ def head(run: RunState) -> dict[str, Any]:
             ["loss", number(run.loss)],
             ["samples/s", number(run.samples_per_s)],
             ["elapsed", duration(run.elapsed_s)],
-            ["left", "–" if eta is None else f"about {left(max(eta, 0.0))}" if run.state == "running" else "–"],
+            ["left", "–" if eta is None else left(max(eta, 0.0)) if run.state == "running" else "–"],
         ],
     }
 

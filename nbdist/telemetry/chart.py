@@ -18,6 +18,7 @@ SVG_COLORS = {"train": "#3b82c4", "val": "#d9772b", "axis": "#808080"}
 """Of lines and texts: they can be read on white and on dark, for an image cannot see the page around it."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 86, 10, 26
 _TICKS = 5
+_TICK_WIDTH = 55
 _CHARACTER = 6.6  # pixels, of the texts
 _SPARED = 0.02
 """The share of the highest losses that may lie outside, so that a bad beginning does not flatten all that follows."""
@@ -113,9 +114,9 @@ def _range(heights: list[float], lows: list[float]) -> tuple[float, float]:
     return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two others, about `_TICKS` of them."""
-    rough = (high - low) / _TICKS
+def _ticks(low: float, high: float, most: float) -> list[float]:
+    """Round numbers between two others, about `most` of them."""
+    rough = (high - low) / most
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
@@ -130,14 +131,14 @@ def _text(x: float, y: float, anchor: str, text: str, kind: str = "axis") -> str
 def _axes(frame: _Frame, unit: str) -> str:
     right, bottom, color = frame.width - _RIGHT, frame.height - _BOTTOM, SVG_COLORS["axis"]
     parts = []
-    for y in _ticks(*frame.y):
+    for y in _ticks(*frame.y, _TICKS):
         at = frame.up(y)
         strong = ' stroke-opacity="0.25"'
         parts.append(f'<path class="nbdist-axis" d="M{_LEFT},{at:.1f}H{right}" stroke="{color}"{strong}/>')
         parts.append(_text(_LEFT - 6, at + 4, "end", number(y)))
     parts.append(f'<path class="nbdist-axis" d="M{_LEFT},{bottom}H{right}" stroke="{color}"/>')
     free = -math.inf
-    for x in _ticks(*frame.x):
+    for x in _ticks(*frame.x, (right - _LEFT) / _TICK_WIDTH):
         if x != int(x):
             continue
         text, at = _count(x), frame.across(x)

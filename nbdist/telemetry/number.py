@@ -25,12 +25,12 @@ def duration(seconds: float) -> str:
 
 
 def left(seconds: float) -> str:
-    """A time that is only known roughly: "a few seconds", "40 s", "3 min", "1 h 20 min"."""
+    """A time that is only known roughly: "a few seconds", "about 40 s", "about 1 h 20 min"."""
     if seconds < 5:
         return "a few seconds"
     if seconds < 90:
-        return f"{round(seconds / 5) * 5} s"
+        return f"about {round(seconds / 5) * 5} s"
     minutes = round(seconds / 60)
     if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60 // 10 * 10:02d} min"
+        return f"about {minutes} min"
+    return f"about {minutes // 60} h {minutes % 60 // 10 * 10:02d} min"

@@ -69,7 +69,7 @@ def summary(run: RunState) -> str:
         parts.append(f"lr {number(run.lr, 3)}")
     parts += [f"{number(run.samples_per_s)} samples/s", duration(run.elapsed_s)]
     if run.eta_s is not None:
-        parts.append(f"about {left(run.eta_s)} left")
+        parts.append(f"{left(run.eta_s)} left")
     return " · ".join(parts)
 
 

@@ -126,6 +126,8 @@ class Sheet:
 
     def __init__(self, page: Page, lab: Lab, name: str, interface: str = "lab") -> None:
         self.page, self.lab, self.name = page, lab, name
+        self.widget_messages = 0
+        page.on("websocket", lambda socket: socket.on("framereceived", self._count))
         page.goto(lab.address(name, interface), wait_until="domcontentloaded")
         self.wait_until_ready()
 
@@ -142,6 +144,9 @@ class Sheet:
             page.wait_for_timeout(50)
         page.wait_for_function(_SETTLED, timeout=WITHIN_MS)
         page.locator(".jp-Notebook .jp-Cell .cm-content").first.wait_for(timeout=WITHIN_MS)
+
+    def _count(self, frame: str | bytes) -> None:
+        self.widget_messages += ("comm_msg" if isinstance(frame, str) else b"comm_msg") in frame
 
     @property
     def panel(self) -> Locator:

@@ -28,8 +28,7 @@ def show(size: int, mesh: str, steps: int = 0) -> None:
     panel.begin(run)
     for step in range(_FIRST, _FIRST + steps):
         for state in list(progress.ranks.values()):
-            if state.state == "running":
-                progress.merge(dataclasses.replace(state, step=step, samples=4 * step))
+            progress.merge(dataclasses.replace(state, step=step, samples=4 * step))
         panel.update(run)
         time.sleep(_UPDATE_S)
 
@@ -50,7 +49,7 @@ def _run(size: int, mesh: str) -> RunState:
         {"stage": i, "first": f"blocks.{3 * i}", "last": f"blocks.{3 * i + 2}", "seconds": 1.0, "parameters": 7}
         for i in range(plan.mesh.pp if plan.mesh.pp > 1 else 0)
     )
-    ranks = {rank: RankState(rank=rank) for rank in range(size)}
+    ranks = {rank: RankState(rank=rank, step=_FIRST) for rank in range(size)}
     progress = RunState(title="ViT (86.6 M parameters)", plan=plan.to_dict(), ranks=ranks, state="running")
     progress.started_s -= 1640
     for number in (1, 2):

@@ -168,11 +168,11 @@ def test_seconds_for_people(seconds, text):
     ("seconds", "text"),
     [
         (2.4, "a few seconds"),
-        (38, "40 s"),
-        (100, "2 min"),
-        (200, "3 min"),
-        (4900, "1 h 20 min"),
-        (36000, "10 h 00 min"),
+        (38, "about 40 s"),
+        (100, "about 2 min"),
+        (200, "about 3 min"),
+        (4900, "about 1 h 20 min"),
+        (36000, "about 10 h 00 min"),
     ],
 )
 def test_what_is_left_is_known_roughly(seconds, text):
