@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nbdist.cluster import Cluster, Run, current_cluster, last_run
     from nbdist.core import Result, gather, load_checkpoint, train
     from nbdist.plan import Mesh, Plan
+    from nbdist.telemetry import past_runs
 
 __all__ = [
     "Cluster",
@@ -21,6 +22,7 @@ __all__ = [
     "gather",
     "last_run",
     "load_checkpoint",
+    "past_runs",
     "train",
 ]
 
@@ -35,6 +37,7 @@ _HOMES = {
     "gather": "nbdist.core",
     "last_run": "nbdist.cluster",
     "load_checkpoint": "nbdist.core",
+    "past_runs": "nbdist.telemetry",
     "train": "nbdist.core",
 }
 

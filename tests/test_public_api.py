@@ -17,7 +17,8 @@ ROOT = Path(nbdist.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = [
-    "Cluster", "Mesh", "Plan", "Result", "Run", "current_cluster", "gather", "last_run", "load_checkpoint", "train",
+    "Cluster", "Mesh", "Plan", "Result", "Run", "current_cluster", "gather", "last_run", "load_checkpoint",
+    "past_runs", "train",
 ]  # fmt: skip
 
 TRAIN_OPTIONS = [
@@ -27,7 +28,17 @@ TRAIN_OPTIONS = [
     "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--background", "-o",
 ]  # fmt: skip
 
-MAGICS = ["dist", "dist_pull", "dist_push", "dist_start", "dist_status", "dist_stop", "dist_train"]
+MAGICS = [
+    "dist",
+    "dist_pull",
+    "dist_push",
+    "dist_run",
+    "dist_runs",
+    "dist_start",
+    "dist_status",
+    "dist_stop",
+    "dist_train",
+]
 
 
 def test_the_public_names():

@@ -12,7 +12,7 @@ from typing import Any
 
 from nbdist.errors import ClusterError, NbdistError, PlanError
 from nbdist.plan import Plan
-from nbdist.telemetry import RunState, Timeline, run_html, run_text
+from nbdist.telemetry import Report, RunState, Timeline
 
 __all__ = ["Run"]
 
@@ -20,7 +20,7 @@ _POLL_S = 0.02
 _SAME_STEP_S = 2.0  # for the last rank to tell of a step after the first has
 
 
-class Run:
+class Run(Report):
     """One training, from start to end.
 
     Args:
@@ -42,7 +42,7 @@ class Run:
     ) -> None:  # fmt: skip
         self.run_id = run_id
         self._plan = plan
-        self.progress = progress
+        self._progress = progress
         self.error: BaseException | None = None
         self.vaults: Any = None
         self.asked = asked or {}
@@ -58,23 +58,15 @@ class Run:
         return replace(self._plan, split_at=cut) if cut else self._plan
 
     @property
-    def stages(self) -> list[dict[str, Any]]:
-        """What a pipeline was cut into: of each stage where it begins and ends, its seconds and its parameters."""
-        return [dict(stage) for stage in self.progress.stages]
+    def progress(self) -> RunState:
+        """What is known of it; kept up to date by the relay."""
+        return self._progress
 
     @property
     def state(self) -> str:
         """One of "queued", "running", "paused", "finished", "stopped", "failed"."""
         state = self.progress.state
         return state if state in ("queued", "paused") or not self.progress.running else "running"
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """One dict an epoch, or one for the whole run under `steps`: `epoch`, `steps`, `samples`, `loss`, `seconds`.
-
-        All but `epoch` are counted over that epoch's training; `val_loss` and `val_<metric>` follow where asked.
-        """
-        return [dict(row) for row in self.progress.history]
 
     def printed(self, stream: str = "stdout") -> dict[int, str]:
         """What the user's code has printed so far to "stdout" or "stderr", by rank."""
@@ -200,9 +192,3 @@ class Run:
     def _release(self) -> None:
         """Called by the relay when everything about the end is done and drawn."""
         self._ended.set()
-
-    def __repr__(self) -> str:
-        return run_text(self.progress)
-
-    def _repr_html_(self) -> str:
-        return run_html(self.progress)

@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
+from IPython.display import display
 
 from nbdist.cluster import Cluster, Run, current_cluster, current_server, end_server, last_run, require_cluster
 from nbdist.cluster.remote_errors import ranks_text
@@ -14,9 +15,12 @@ from nbdist.errors import ClusterError, PlanError, TaskError, suggest
 from nbdist.notebook import parsers
 from nbdist.notebook.dashboard import has_front_end, make_dashboard, show_run
 from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
+from nbdist.notebook.past_runs import runs_bundle
 from nbdist.notebook.step_cell import compile_step
 from nbdist.plan.options import OptionParser, plan_options, split_line
+from nbdist.telemetry import PastRun, past_run, past_runs
 from nbdist.telemetry.number import duration, number
+from nbdist.telemetry.record import records
 from nbdist.telemetry.view import text_table
 
 __all__ = ["DistMagics"]
@@ -207,6 +211,22 @@ class DistMagics(Magics):
             return cluster.attend(run, printer.poll)
         finally:
             printer.flush()
+
+    @no_var_expand
+    @line_magic
+    @_documented(parsers.RUNS)
+    def dist_runs(self, line: str) -> PastRun | None:
+        arguments = parsers.RUNS.parse(split_line(line))
+        if arguments.run_id is not None:
+            return past_run(arguments.run_id)
+        if arguments.n < 1:
+            raise PlanError(f"%dist_runs -n {arguments.n} lists nothing: use a positive number.")
+        runs = past_runs(arguments.n)
+        if runs:
+            display(runs_bundle(runs), raw=True)
+        else:
+            print(f"no run has left a record in {records()}")
+        return None
 
     @no_var_expand
     @line_magic

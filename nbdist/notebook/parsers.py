@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nbdist.plan.options import OptionParser, add_plan_options
 
-__all__ = ["DIST", "PULL", "PUSH", "RUN", "START", "STATUS", "STOP", "TRAIN"]
+__all__ = ["DIST", "PULL", "PUSH", "RUN", "RUNS", "START", "STATUS", "STOP", "TRAIN"]
 
 
 def _start_parser() -> OptionParser:
@@ -91,6 +91,15 @@ def _run_parser() -> OptionParser:
     return parser
 
 
+def _runs_parser() -> OptionParser:
+    parser = OptionParser(
+        "%dist_runs", "List the runs of which there is a record, the newest first, or show one. Needs no engines."
+    )
+    parser.add_argument("run_id", nargs="?", metavar="RUN_ID", help="Which to show; the beginning of its name will do.")
+    parser.add_argument("-n", type=int, default=10, metavar="N", help="How many to list. Default: 10.")
+    return parser
+
+
 ORDERS = ("stop", "pause", "resume", "checkpoint", "lr")
 START = _start_parser()
 STATUS = _status_parser()
@@ -99,4 +108,5 @@ DIST = _dist_parser()
 PUSH = _push_parser()
 PULL = _pull_parser()
 RUN = _run_parser()
+RUNS = _runs_parser()
 TRAIN = _train_parser()

@@ -19,6 +19,8 @@ from nbdist.telemetry.events import (
     Worked,
 )
 from nbdist.telemetry.meter import Meter
+from nbdist.telemetry.past import PastRun, past_run, past_runs
+from nbdist.telemetry.report import Report
 from nbdist.telemetry.run_state import RunState
 from nbdist.telemetry.sinks import JsonlSink, ListSink, Sink, SnapshotSink, TextSink
 from nbdist.telemetry.state import Happening, RankState, fold
@@ -37,10 +39,12 @@ __all__ = [
     "Meter",
     "Noted",
     "Ordered",
+    "PastRun",
     "Point",
     "Progress",
     "RankState",
     "Recovered",
+    "Report",
     "RunFailed",
     "RunFinished",
     "RunStarted",
@@ -53,6 +57,8 @@ __all__ = [
     "Work",
     "Worked",
     "fold",
+    "past_run",
+    "past_runs",
     "run_html",
     "run_text",
 ]

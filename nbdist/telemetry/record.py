@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import secrets
 import shutil
 import time
 from pathlib import Path
 
-__all__ = ["KEPT_RUNS", "cluster_record_path", "new_run_id", "record_path", "records"]
+__all__ = ["KEPT_RUNS", "cluster_record_path", "hold", "is_held", "new_run_id", "record_path", "records"]
 
 KEPT_RUNS = 100
 """Older records are removed when a new run begins."""
@@ -38,3 +40,21 @@ def record_path(run_id: str, rank: int) -> Path:
 def cluster_record_path(run_id: str) -> Path:
     """Where the record of what happened to the ranks of a run lies: which were lost and replaced."""
     return records() / run_id / "cluster.jsonl"
+
+
+def hold(descriptor: int) -> None:
+    """Mark an open file as being written, until it is closed or the process is gone, however it goes."""
+    with contextlib.suppress(OSError):  # not all file systems have locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process on this host is writing the file."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False

@@ -14,7 +14,7 @@ from nbdist.telemetry.state import Happening, RankState
 
 __all__ = ["RunState"]
 
-ENDED = ("finished", "stopped", "failed")
+ENDED = ("finished", "stopped", "failed", "lost")
 _SLOW = 1.3
 """A rank is slow that computes so many times as long a step as the others' median."""
 _SLOW_S = 1e-3
@@ -33,7 +33,8 @@ class RunState:
         title: What is trained: the model's class and size.
         plan: The plan as JSON-able data.
         ranks: The latest state of every rank.
-        state: "queued", "starting", "running", "paused", "recovering", "stopping", "finished", "stopped" or "failed".
+        state: "queued", "starting", "running", "paused", "recovering", "stopping", "finished", "stopped" or "failed";
+            of a record that does not say how it ended "lost".
         error: One line about what went wrong, if anything did.
         happenings: What else a person should know, in order of time: checkpoints, orders, ranks that were lost and
             replaced.

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from nbdist.telemetry.curve import joined
 from nbdist.telemetry.events import EpochFinished, Evaluating, Event, Noted, Progress, RunFinished, RunStarted
+from nbdist.telemetry.record import hold
 from nbdist.telemetry.state import RankState, fold
 from nbdist.telemetry.view import epoch_text, mesh_text
 
@@ -56,6 +57,7 @@ class JsonlSink(Sink):
         self._held: Progress | None = None
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8")
+        hold(self._file.fileno())
 
     def emit(self, event: Event) -> None:
         """Write one line, at once on disk's doorstep, so that a killed rank leaves its last words."""

@@ -16,6 +16,7 @@ __all__ = [
     "SHOWN_RANKS",
     "chosen_ranks",
     "epoch_text",
+    "html_table",
     "memory_text",
     "mesh_text",
     "run_html",
@@ -153,7 +154,8 @@ def run_text(run: RunState) -> str:
     return "\n".join(f"nbdist: {line}" for line in lines)
 
 
-def _html_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def html_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table as HTML; what is in the cells is escaped."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -177,8 +179,8 @@ def run_html(run: RunState) -> str:
     if charts:
         parts.append(f"<p>{''.join(map(_image, charts))}</p>")
     if rows:
-        parts.append(_html_table(columns, rows))
+        parts.append(html_table(columns, rows))
     if run.stages:
-        parts.append(_html_table(_STAGE_COLUMNS, _stage_cells(run)))
-    parts.append(_html_table(_RANK_COLUMNS, _rank_rows(run)))
+        parts.append(html_table(_STAGE_COLUMNS, _stage_cells(run)))
+    parts.append(html_table(_RANK_COLUMNS, _rank_rows(run)))
     return f'<div class="nbdist">{"".join(parts)}</div>'

@@ -1,0 +1,37 @@
+"""The list of past runs, as a table."""
+
+from __future__ import annotations
+
+import time
+
+from nbdist.telemetry import PastRun
+from nbdist.telemetry.number import duration, number
+from nbdist.telemetry.view import html_table, mesh_text, text_table
+
+__all__ = ["runs_bundle"]
+
+_COLUMNS = ("run", "began", "what", "on", "state", "step", "loss", "validation", "took")
+
+
+def runs_bundle(runs: list[PastRun]) -> dict[str, str]:
+    """Runs as a table, by MIME type."""
+    rows = [_row(run) for run in runs]
+    lines = text_table(_COLUMNS, rows)
+    return {
+        "text/html": f'<div class="nbdist">{html_table(_COLUMNS, rows)}</div>',
+        "text/plain": "\n".join(f"nbdist: {line}" for line in lines),
+    }
+
+
+def _row(past: PastRun) -> tuple[str, ...]:
+    run = past.glance
+    total = "" if run.steps_total is None else f"/{run.steps_total:,}"
+    last = run.history[-1] if run.history else {}
+    measured = ", ".join(
+        f"{name.removeprefix('val_')} {number(value)}" for name, value in last.items() if name.startswith("val_")
+    )
+    began = time.strftime("%d %b %H:%M", time.localtime(run.started_s))
+    return (
+        past.run_id, began, run.title, mesh_text(run.plan), run.state, f"{run.step:,}{total}", number(run.loss),
+        measured or "–", duration(run.elapsed_s),
+    )  # fmt: skip

@@ -1,0 +1,176 @@
+"""Past runs: read back from their records, by whoever comes later."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nbdist.errors import ClusterError
+from nbdist.telemetry import events
+from nbdist.telemetry.events import Event, Noted, Point, RunStarted, Shares, Work
+from nbdist.telemetry.record import is_held, records
+from nbdist.telemetry.report import Report
+from nbdist.telemetry.run_state import RunState
+from nbdist.telemetry.state import Happening, RankState, fold
+
+__all__ = ["PastRun", "past_run", "past_runs"]
+
+_TAIL_BYTES = 1 << 16
+_KINDS = {
+    name: kind for name, kind in vars(events).items() if isinstance(kind, type) and issubclass(kind, events.Event)
+}
+
+
+def past_runs(count: int | None = None) -> list[PastRun]:
+    """The runs of this person that have a record, the newest first; from any notebook, script or kernel. Local.
+
+    Args:
+        count: How many at most; all by default.
+    """
+    folder = records()
+    names = sorted((path.name for path in folder.iterdir()), reverse=True) if folder.is_dir() else []
+    found: list[PastRun] = []
+    for name in names:
+        if count is not None and len(found) >= count:
+            break
+        if next(_lines(folder / name / "rank0.jsonl"), None) is not None:  # one that never began says nothing
+            found.append(PastRun(folder / name))
+    return found
+
+
+def past_run(run_id: str) -> PastRun:
+    """The run of that name; the beginning of its name will do. Local.
+
+    Raises:
+        ClusterError: There is none, or several.
+    """
+    names = [run.run_id for run in past_runs()]
+    found = [name for name in names if name.startswith(run_id)]
+    if len(found) == 1 or run_id in found:
+        return PastRun(records() / (run_id if run_id in found else found[0]))
+    if found:
+        raise ClusterError(f"{len(found)} runs begin with {run_id!r}: {', '.join(found[:4])}, ...: say more of it.")
+    near = difflib.get_close_matches(run_id, names, 1) or names[:1]
+    meant = f"Did you mean {near[0]!r}? " if near else ""
+    raise ClusterError(f"there is no record of a run {run_id!r}. {meant}%dist_runs lists them.")
+
+
+class PastRun(Report):
+    """A run as its record tells of it.
+
+    Args:
+        folder: The record.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.run_id = folder.name
+
+    @property
+    def state(self) -> str:
+        """One of "running", "paused", "finished", "stopped" and "failed"; "lost" if nobody was left to tell the end."""
+        return self.glance.state
+
+    @functools.cached_property
+    def glance(self) -> RunState:
+        """What the first and the last lines of rank 0 say: enough for a list, however long the run."""
+        path = self._folder / "rank0.jsonl"
+        return self._told({0: [_head(path), *_tail(path)]}, [])
+
+    @functools.cached_property
+    def progress(self) -> RunState:
+        """All that the record says."""
+        paths = {int(path.stem.removeprefix("rank")): path for path in self._folder.glob("rank*.jsonl")}
+        ranks = {rank: _events(_lines(path)) for rank, path in paths.items()}
+        return self._told(ranks, _events(_lines(self._folder / "cluster.jsonl")))
+
+    def _told(self, ranks: Mapping[int, Iterable[Event]], cluster: Iterable[Event]) -> RunState:
+        run: RunState | None = None
+        last_s = 0.0
+        for rank in sorted(ranks):
+            state = RankState(rank=rank)
+            for event in ranks[rank]:
+                last_s = max(last_s, event.time_s)
+                if isinstance(event, RunStarted):
+                    if run is None:
+                        run = RunState(title=event.title, plan=event.plan, ranks={0: state}, started_s=event.time_s)
+                    elif state.pid:  # it goes on after a loss
+                        run.merge(state)
+                        if rank == 0:
+                            run.begin_again()
+                    state = RankState(rank=rank)
+                state = fold(state, event)
+            if run is not None:
+                run.merge(state)
+        if run is None:
+            raise ClusterError(f"run {self.run_id} has no record of its beginning.")
+        told = [Happening(event.time_s, "recovered", event.text) for event in cluster if isinstance(event, Noted)]
+        run.happenings = sorted([*run.happenings, *told])
+        self._end(run, last_s)
+        return run
+
+    def _end(self, run: RunState, last_s: float) -> None:
+        failed = [rank for rank in run.ranks.values() if rank.state == "failed"]
+        if run.ranks[0].state in ("finished", "stopped"):
+            run.end(run.ranks[0].state)
+        elif failed:
+            first = next((rank for rank in failed if "PeerLostError" not in rank.error), failed[0])
+            run.end("failed", f"rank {first.rank}: {first.error}")
+        elif not is_held(self._folder / "rank0.jsonl"):
+            run.end("lost", "its processes are gone, and did not tell how it ended.")
+        if run.ended_s is not None:
+            run.ended_s = last_s
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a record, but for what a killed rank left half written."""
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from _parsed(file)
+
+
+def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _head(path: Path) -> Event:
+    return next(_events(_lines(path)))
+
+
+def _tail(path: Path) -> Iterator[Event]:
+    """The last events, without those of the head's line."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()[1:]
+    return (event for event in _events(_parsed(lines)) if not isinstance(event, RunStarted))
+
+
+def _events(lines: Iterable[dict[str, Any]]) -> Iterator[Event]:
+    """Events of a record; of kinds and fields that a later version wrote, what is known here."""
+    for line in lines:
+        kind = _KINDS.get(line.get("event", ""))
+        if kind is None:
+            continue
+        names = {field.name for field in dataclasses.fields(kind)}
+        yield kind(**{name: _of_json(name, value) for name, value in line.items() if name in names})
+
+
+def _of_json(name: str, value: Any) -> Any:
+    match name, value:
+        case "losses", list():
+            return tuple(Point(*point) for point in value)
+        case "shares", list():
+            return Shares(*value)
+        case "work", list():
+            return tuple(Work(*work) for work in value)
+    return value

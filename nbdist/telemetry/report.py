@@ -1,0 +1,98 @@
+"""The report: what a run has to say for itself, while it goes on and long after."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from nbdist.errors import ClusterError
+from nbdist.telemetry.run_state import RunState
+from nbdist.telemetry.view import run_html, run_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+__all__ = ["Report"]
+
+
+class Report(ABC):
+    """Whatever holds a `RunState` can be looked at in these ways. Local."""
+
+    @property
+    @abstractmethod
+    def progress(self) -> RunState:
+        """What is known of the run."""
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One dict an epoch, or one for the whole run under `steps`: `epoch`, `steps`, `samples`, `loss`, `seconds`.
+
+        All but `epoch` are counted over that epoch's training; `val_loss` and `val_<metric>` follow where asked.
+        """
+        return [dict(row) for row in self.progress.history]
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """What a pipeline was cut into: of each stage where it begins and ends, its seconds and its parameters."""
+        return [dict(stage) for stage in self.progress.stages]
+
+    def to_frame(self, *, steps: bool = False) -> DataFrame:
+        """The history as a pandas DataFrame, one row an epoch, with the epoch as its index.
+
+        Args:
+            steps: Whether to give the curve of the loss instead: `loss`, and the `low` and `high` of the `steps` steps
+                that a row stands for, with the last of them as its index; fewer than 512 rows.
+
+        Raises:
+            ClusterError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError:
+            raise ClusterError("to_frame() needs pandas: pip install pandas; run.history is a list of dicts.") from None
+        if not steps:
+            columns = list(dict.fromkeys(["epoch", *(name for row in self.history for name in row)]))
+            return pd.DataFrame(self.history, columns=columns).set_index("epoch")
+        points = [point._asdict() for point in self.progress.curve]
+        frame = pd.DataFrame(points, columns=["step", "steps", "mean", "low", "high"])
+        return frame.rename(columns={"mean": "loss"}).set_index("step")
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the loss over the steps with matplotlib, and that on the validation data; returns the axes.
+
+        Args:
+            ax: Where to; by default a new figure.
+
+        Raises:
+            ClusterError: matplotlib is not installed.
+        """
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            raise ClusterError("plot() needs matplotlib: pip install matplotlib.") from None
+        if ax is None:
+            _, ax = plt.subplots()
+        curve = self.progress.curve
+        ends, end = [], 0
+        for row in self.history:
+            end += row["steps"]
+            ends.append(end)
+        if curve:
+            steps = [point.step for point in curve]
+            ax.plot(steps, [point.mean for point in curve], label="train")
+            ax.fill_between(steps, [point.low for point in curve], [point.high for point in curve], alpha=0.2)
+        else:
+            ax.plot(ends, [row["loss"] for row in self.history], marker="o", label="train")
+        val = [(step, row["val_loss"]) for step, row in zip(ends, self.history, strict=True) if "val_loss" in row]
+        if val:
+            ax.plot(*zip(*val, strict=True), marker="o", label="validation")
+        ax.set(xlabel="step", ylabel="loss", title=self.progress.title)
+        ax.legend()
+        return ax
+
+    def __repr__(self) -> str:
+        return run_text(self.progress)
+
+    def _repr_html_(self) -> str:
+        return run_html(self.progress)

@@ -1,0 +1,167 @@
+"""Past runs: the record tells what the panel told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from told import PROGRESS, ROW, STARTED
+from torch import nn
+
+from nbdist.errors import ClusterError, EngineError
+from nbdist.telemetry import EpochFinished, JsonlSink, Point, RunFinished, past_run, past_runs
+from nbdist.telemetry.record import record_path
+
+DATA = torch.ones(64, 6), torch.zeros(64, dtype=torch.long)
+OPTIONS = {"loss": "cross_entropy", "batch_size": 16}
+
+
+@pytest.fixture
+def here(cluster, monkeypatch):
+    """The records of the engines are this process's too."""
+    cell = cluster.execute("import os; print(os.environ['NBDIST_HOME'])", [0])
+    cell.wait()
+    monkeypatch.setenv("NBDIST_HOME", cell.printed()[0].strip())
+
+
+def told(run_id, *events, rank=0):
+    """A record of events."""
+    sink = JsonlSink(record_path(run_id, rank))
+    for event in events:
+        sink.emit(event)
+    sink.close()
+
+
+def test_a_run_is_read_back_as_it_was(cluster, here):
+    """State, history, curve, ranks and what happened."""
+    run = cluster.train(nn.Linear(6, 3), DATA, epochs=3, val=DATA, metric="accuracy", **OPTIONS)
+    past = past_run(run.run_id)
+    assert (run.state, run.history, run.stages) == (past.state, past.history, past.stages)
+    assert run.progress.title == past.progress.title
+    assert json.loads(json.dumps(run.progress.plan)) == past.progress.plan
+    assert (12, [0, 1]) == (past.progress.step, sorted(past.progress.ranks))
+    assert 12 == past.progress.curve[-1].step
+    assert past.glance.history[-1] == run.history[-1]
+    assert repr(past).splitlines()[0].startswith("nbdist: Linear (21 parameters) on dp=2 · finished · step 12/12")
+
+
+def test_a_run_that_lost_a_rank_is_told_once(cluster, here):
+    """Steps that were done again are not on the curve twice, and the loss stands among what happened."""
+    run = cluster.train(nn.Linear(6, 3), DATA, steps=100_000_000, background=True, **OPTIONS)
+    while run.progress.step < 20:
+        run.wait(0.02)
+    os.kill(cluster.engines[1].pid, signal.SIGKILL)
+    while not run.progress.notes:
+        run.wait(0.02)
+    resumed = run.progress.step
+    while run.progress.step < resumed + 20:
+        run.wait(0.02)
+    run.stop()
+    run.wait()
+    past = past_run(run.run_id).progress
+    steps = [point.step for point in past.curve]
+    assert sorted(set(steps)) == steps
+    assert run.progress.notes == past.notes
+    assert ["recovered", "order"] == [happening.kind for happening in past.happenings]
+    assert ("stopped", run.progress.step) == (past.state, past.ranks[0].step)  # the spare's home is another test's
+
+
+def test_a_run_that_failed_says_why(cluster, here):
+    """The error of the rank that had it."""
+
+    def torn(output, target):
+        raise ValueError("torn on purpose")
+
+    with pytest.raises(EngineError):
+        cluster.train(nn.Linear(6, 3), DATA, loss=torn)
+    past = past_runs(1)[0]
+    assert ("failed", "rank 0: ValueError: torn on purpose") == (past.state, past.progress.error)
+
+
+def test_the_newest_come_first():
+    """No more than asked for; one that never began is left out."""
+    for number in range(4):
+        told(f"2026112{number}-000000-abcd", STARTED, RunFinished(rank=0, state="finished"))
+    told("20261129-000000-abcd")
+    assert ["20261123-000000-abcd", "20261122-000000-abcd"] == [run.run_id for run in past_runs(2)]
+    assert 4 == len(past_runs())
+    assert past_runs(0) == []
+
+
+def test_without_a_record_there_are_none(home):
+    """The folder need not even be there."""
+    assert past_runs() == []
+
+
+def test_the_beginning_of_a_name_will_do():
+    """Where it is that of one run only."""
+    for name in ("20261121-000000-abcd", "20261121-000000-abff", "20261122-000000-abcd"):
+        told(name, STARTED)
+    assert past_run("20261122").run_id == "20261122-000000-abcd"
+    with pytest.raises(ClusterError, match="2 runs begin with '20261121'"):
+        past_run("20261121")
+    with pytest.raises(ClusterError, match=r"no record of a run '20261121-000000-abcc'. Did you mean '20261121"):
+        past_run("20261121-000000-abcc")
+
+
+def test_a_torn_line_is_passed_over():
+    """What a killed rank left half written, and kinds of events that a later version may know."""
+    told("20261121-000000-abcd", STARTED, EpochFinished(rank=0, row=ROW))
+    with record_path("20261121-000000-abcd", 1).with_name("rank0.jsonl").open("a") as file:
+        file.write('{"event": "Improved", "rank": 0}\n{"event": "Progre')
+    past = past_run("20261121")
+    assert ([ROW], [ROW]) == (past.history, list(past.glance.history))
+
+
+def test_a_list_reads_the_ends_only():
+    """However long the record: its middle may be anything."""
+    run_id = "20261121-000000-abcd"
+    told(run_id, STARTED)
+    path = record_path(run_id, 1).with_name("rank0.jsonl")
+    with path.open("ab") as file:
+        file.truncate(1 << 33)
+        file.write(b"\n")
+    told(run_id, EpochFinished(rank=0, row=ROW), RunFinished(rank=0, state="stopped"))
+    glance = past_run(run_id).glance
+    assert ("stopped", [ROW]) == (glance.state, list(glance.history))
+
+
+WRITER = """
+import sys
+from told import STARTED
+from nbdist.telemetry import JsonlSink
+from nbdist.telemetry.record import record_path
+sink = JsonlSink(record_path("20261121-000000-abcd", 0))
+sink.emit(STARTED)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_is_lost_when_its_processes_are_gone():
+    """Until then it is running, whoever looks."""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])},
+    )  # fmt: skip
+    try:
+        assert writer.stdout.readline() == "ready\n"
+        assert past_run("20261121").state == "running"
+    finally:
+        writer.kill()
+        writer.communicate()
+    past = past_run("20261121")
+    assert past.state == "lost"
+    assert "did not tell how it ended" in repr(past)
+
+
+def test_losses_keep_their_points():
+    """What rank 0 tells of the loss is the curve."""
+    points = (Point(1, 1, 2.0, 2.0, 2.0), Point(2, 1, 1.5, 1.5, 1.5))
+    told("20261121-000000-abcd", STARTED, type(PROGRESS)(**{**vars(PROGRESS), "rank": 0, "losses": points}))
+    assert points == past_run("20261121").progress.curve
