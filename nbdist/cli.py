@@ -1,4 +1,4 @@
-"""The way in without a notebook: ``nbdist demo``, ``nbdist version``, ``nbdist doctor``."""
+"""The way in without a notebook: ``nbdist demo``, ``nbdist doctor`` and their like."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ _DEMO = Path("notebooks") / "00_quickstart.ipynb"
 
 def main(words: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 well, 1 something is wrong, 2 the command line is."""
-    commands: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "version": _version, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "demo": _demo,
+        "version": _version,
+        "doctor": _doctor,
+        "nbval-sanitize": _nbval_sanitize,
+    }
     words = sys.argv[1:] if words is None else words
     try:
         if not words or words[0] in ("-h", "--help", "help"):
@@ -48,12 +53,19 @@ def main(words: list[str] | None = None) -> int:
 
 _USAGE = """usage: nbdist demo [-n N] [NOTEBOOK]    train on real data from a notebook, here and now
        nbdist doctor [-n N] [OPTIONS]   check that engines start, meet and train on this machine
-       nbdist version                   say which version this is"""
+       nbdist version                   say which version this is
+       nbdist nbval-sanitize            print the file for pytest --nbval --nbval-sanitize-with FILE"""
 
 
 def _version(words: list[str]) -> int:
     OptionParser("nbdist version", "Say which version this is.").parse(words)
     print(f"nbdist {nbdist.__version__}")
+    return 0
+
+
+def _nbval_sanitize(words: list[str]) -> int:
+    OptionParser("nbdist nbval-sanitize", "Print where the file lies that hides from nbval what differs.").parse(words)
+    print(Path(__file__).parent / "notebook" / "nbval_sanitize.cfg")
     return 0
 
 

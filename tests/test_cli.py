@@ -23,13 +23,13 @@ def test_usage_names_every_command(capsys, words):
     """Asked for, or with nothing said."""
     assert main(words) == 0
     usage = capsys.readouterr().out
-    assert all(f"nbdist {command}" in usage for command in ("demo", "doctor", "version"))
+    assert all(f"nbdist {command}" in usage for command in ("demo", "doctor", "version", "nbval-sanitize"))
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["docter"], "unknown command 'docter': use demo, version, doctor. Did you mean 'doctor'?"),
+        (["docter"], "unknown command 'docter': use demo, version, doctor, nbval-sanitize. Did you mean 'doctor'?"),
         (["version", "now"], "nbdist version: unknown argument 'now'."),
         (["doctor", "-n", "0"], "0 engines is too few: use 1 or more."),
         (["doctor", "-n", "two"], "nbdist doctor: argument -n: invalid int value: 'two'."),

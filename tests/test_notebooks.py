@@ -14,8 +14,10 @@ import psutil
 import pytest
 from nbclient import NotebookClient
 
-HERE = Path(__file__).parent
-NOTEBOOKS = sorted((HERE.parent / "notebooks").glob("*.ipynb"))
+import nbdist
+
+SANITIZE = Path(nbdist.__file__).parent / "notebook" / "nbval_sanitize.cfg"
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 _MOST_SECONDS = 60
 _MOST_BYTES = 400_000
 _GONE_WITHIN_S = 10
@@ -169,7 +171,7 @@ def test_runs(path, home, tmp_path):
     """Under nbval every cell runs and the checked outputs come out again, within a minute, and no process stays."""
     report = tmp_path / "report.xml"
     options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=120"]
-    options += [f"--nbval-sanitize-with={HERE / 'nbval_sanitize.cfg'}", f"--junit-xml={report}"]
+    options += [f"--nbval-sanitize-with={SANITIZE}", f"--junit-xml={report}"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *options, str(path)],
         capture_output=True,

@@ -41,16 +41,22 @@ class DistMagics(Magics):
     """Everything that begins with ``%dist``."""
 
     shell: InteractiveShell
-    _drawn_in_cell: tuple[Run, int] | None = None
+    _drawn_in_cell: tuple[Run, Any] | None = None
 
     @property
     def _cell_number(self) -> int:
         """The ``In[...]`` of the running cell; new IPythons have counted on by now, so their own count is no help."""
         return self.shell.displayhook.prompt_count
 
+    @property
+    def _cell(self) -> Any:
+        """What no other cell has: its number, and, for what is run without one, the message that asked for it."""
+        parent = getattr(self.shell, "get_parent", dict)()
+        return self._cell_number, parent.get("header", {}).get("msg_id")
+
     def show_run(self, run: Run) -> None:
         """Display a Run, unless its panel stands in this very cell: as the cell's value it would come twice."""
-        if self._drawn_in_cell != (run, self._cell_number):
+        if self._drawn_in_cell != (run, self._cell):
             show_run(run)
 
     @no_var_expand
@@ -201,7 +207,7 @@ class DistMagics(Magics):
             names = (arguments.model, arguments.data)
             run = cluster.train(model, data, names=names, background=True, watch=dashboard.update, **options)
         dashboard.begin(run)
-        self._drawn_in_cell = (run, self._cell_number)
+        self._drawn_in_cell = (run, self._cell)
         if arguments.output:
             self.shell.user_ns[arguments.output] = run
         if arguments.background:
