@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from nbdist.core.checkpoint import check_resume
 from nbdist.core.gather import check_whole
+from nbdist.core.screen import screen
 from nbdist.core.task import Step, Task
 from nbdist.core.train import Result, fit
 from nbdist.core.world import World
@@ -102,7 +104,8 @@ def train(
         bucket_mib: Gradient bucket in MiB, where the sync overlaps with backward.
         device: "auto", "cpu" or "cuda".
         record: Whether to keep a record of the run, one JSON line an event and a file a rank.
-        verbose: Whether rank 0 prints progress to standard error.
+        verbose: Whether rank 0 shows progress on standard error: in a terminal all ranks, live, else a line now and
+            then.
 
     Returns:
         The state, the history (one dict an epoch) and the plan.
@@ -128,11 +131,13 @@ def train(
     if plan.resume:
         check_resume(plan, model, task.optimizer)
     with World.from_environment(device) as world, contextlib.ExitStack() as cleanup:
-        run_id = _agree(plan, world)
+        run_id, seen = _agree(plan, world, verbose and sys.stderr.isatty())
         sinks: list[Sink] = []
         if record:
             sinks.append(JsonlSink(record_path(run_id, world.rank)))
-        if verbose and world.rank == 0:
+        if verbose and seen:
+            sinks.append(screen(world, run_id))
+        elif verbose and world.rank == 0:
             sinks.append(TextSink())
         for sink in sinks:
             cleanup.callback(sink.close)
@@ -144,10 +149,10 @@ def _cores(size: int) -> int:
     return available_cores() * size // int(os.environ.get("LOCAL_WORLD_SIZE", size))
 
 
-def _agree(plan: Plan, world: World) -> str:
-    """Check that all ranks have rank 0's plan, and return its run id. **Collective**."""
-    told = world.channel().broadcast_bytes(json.dumps([new_run_id(), plan.to_dict()]).encode())
-    run_id, plan_of_zero = json.loads(told)
+def _agree(plan: Plan, world: World, seen: bool) -> tuple[str, bool]:
+    """Check that all ranks have rank 0's plan, and return its run id and `seen`. **Collective**."""
+    told = world.channel().broadcast_bytes(json.dumps([new_run_id(), seen, plan.to_dict()]).encode())
+    run_id, seen, plan_of_zero = json.loads(told)
     mine = json.loads(json.dumps(plan.to_dict()))
     differing = [name for name in mine if mine[name] != plan_of_zero[name]]
     if differing:
@@ -155,4 +160,4 @@ def _agree(plan: Plan, world: World) -> str:
         raise PlanError(
             f"rank {world.rank} was given {name}={mine[name]}, rank 0 {plan_of_zero[name]}: all ranks need the same."
         )
-    return str(run_id)
+    return str(run_id), seen

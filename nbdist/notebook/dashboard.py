@@ -1,7 +1,8 @@
-"""The dashboard: a run drawn live, in a notebook as a panel, elsewhere as lines; at the end what remains of it."""
+"""The dashboard: a run drawn live, in a notebook as a panel, in a terminal as text; at the end what remains of it."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import weakref
@@ -14,9 +15,18 @@ from nbdist.cluster import Run
 from nbdist.errors import NbdistError, PlanError
 from nbdist.notebook import panel_view
 from nbdist.telemetry import run_html, run_text
+from nbdist.telemetry.terminal import TerminalView
 from nbdist.telemetry.view import epoch_text
 
-__all__ = ["LineDashboard", "PanelDashboard", "has_front_end", "make_dashboard", "remains", "show_run"]
+__all__ = [
+    "LineDashboard",
+    "PanelDashboard",
+    "TerminalDashboard",
+    "has_front_end",
+    "make_dashboard",
+    "remains",
+    "show_run",
+]
 
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _HERE = Path(__file__).parent
@@ -31,9 +41,16 @@ def has_front_end(shell: Any) -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
-def make_dashboard(shell: Any) -> LineDashboard | PanelDashboard:
-    """A panel where the shell has a notebook in front of it, else lines."""
-    return PanelDashboard() if has_front_end(shell) else LineDashboard()
+def make_dashboard(shell: Any, background: bool = False) -> LineDashboard | PanelDashboard | TerminalDashboard:
+    """A panel where the shell has a notebook in front of it, a live view in a terminal, else lines.
+
+    Args:
+        shell: Who asks.
+        background: Whether the terminal is free for something else meanwhile.
+    """
+    if has_front_end(shell):
+        return PanelDashboard()
+    return TerminalDashboard() if sys.stdout.isatty() and not background else LineDashboard()
 
 
 def show_run(run: Run) -> None:
@@ -63,6 +80,20 @@ class LineDashboard:
             self._rows += 1
         if not run.progress.running:
             print(run_text(run.progress).splitlines()[0], flush=True)
+
+
+class TerminalDashboard:
+    """Draws the run where it stands in the terminal, until it has ended."""
+
+    def __init__(self) -> None:
+        self._view = TerminalView()
+
+    def begin(self, run: Run) -> None:
+        """Called by the cell that asks for the run."""
+
+    def update(self, run: Run) -> None:
+        """Called by the relay, from its thread."""
+        self._view.draw(run.progress)
 
 
 class PanelDashboard:

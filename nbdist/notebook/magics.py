@@ -51,7 +51,7 @@ class DistMagics(Magics):
     @property
     def _cell(self) -> Any:
         """What no other cell has: its number, and, for what is run without one, the message that asked for it."""
-        parent = getattr(self.shell, "get_parent", dict)()
+        parent: dict[str, Any] = getattr(self.shell, "get_parent", dict)()
         return self._cell_number, parent.get("header", {}).get("msg_id")
 
     def show_run(self, run: Run) -> None:
@@ -190,7 +190,7 @@ class DistMagics(Magics):
             **{name: self._path(word) for name in ("checkpoint", "resume") if (word := getattr(arguments, name))},
             "step": None if cell is None else compile_step(self.shell, line, cell, self._cell_number),
         }
-        dashboard = make_dashboard(self.shell)
+        dashboard = make_dashboard(self.shell, arguments.background)
         if arguments.data is None:
             if arguments.model is not None or arguments.resume is None:
                 missing = "DATA" if arguments.model is not None else "MODEL, DATA"

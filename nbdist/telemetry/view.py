@@ -13,22 +13,27 @@ from nbdist.telemetry.run_state import RunState
 from nbdist.telemetry.state import RankState
 
 __all__ = [
+    "RANK_COLUMNS",
     "SHOWN_RANKS",
     "chosen_ranks",
     "epoch_text",
+    "happened",
+    "history_cells",
     "html_table",
     "memory_text",
     "mesh_text",
+    "rank_cells",
     "run_html",
     "run_text",
     "shares_text",
+    "stage_cells",
     "summary",
     "text_table",
 ]
 
 _STAGE_COLUMNS = ("stage", "from", "to", "time", "", "parameters")
 _STAGE_BAR = 20  # characters of all stages together
-_RANK_COLUMNS = ("rank", "device", "state", "step", "loss", "samples/s", "memory", "compute", "comm", "data", "idle")
+RANK_COLUMNS = ("rank", "device", "state", "step", "loss", "samples/s", "memory", "compute", "comm", "data", "idle")
 SHOWN_RANKS = 16
 """With more ranks than this, half as many are shown: those that need somebody's eye."""
 _SHOWN_HAPPENINGS = 8
@@ -88,7 +93,8 @@ def chosen_ranks(run: RunState) -> tuple[list[RankState], int]:
     return shown, len(ranks) - len(shown)
 
 
-def _rank_rows(run: RunState) -> list[tuple[str, ...]]:
+def rank_cells(run: RunState) -> list[tuple[str, ...]]:
+    """A row for each rank that is shown, in the order of `RANK_COLUMNS`."""
     ranks, others = chosen_ranks(run)
     rows: list[tuple[str, ...]] = [
         (
@@ -98,11 +104,11 @@ def _rank_rows(run: RunState) -> list[tuple[str, ...]]:
         for rank in ranks
     ]  # fmt: skip
     if others:
-        rows.append((f"{others} others", *[""] * (len(_RANK_COLUMNS) - 1)))
+        rows.append((f"{others} others", *[""] * (len(RANK_COLUMNS) - 1)))
     return rows
 
 
-def _said(run: RunState) -> list[str]:
+def happened(run: RunState) -> list[str]:
     """What went wrong, and the newest of what happened."""
     told = [
         f"{duration(max(0.0, happening.time_s - run.started_s))}: {happening.text}"
@@ -115,14 +121,15 @@ def _said(run: RunState) -> list[str]:
     return [*run.error.splitlines(), *shown]
 
 
-def _history_cells(run: RunState) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def history_cells(run: RunState) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The history, columns and rows."""
     columns = tuple(dict.fromkeys(column for row in run.history for column in row))  # a stopped row has no val_loss
     rows = [tuple(number(row.get(column)) for column in columns) for row in run.history]
     return columns, rows
 
 
-def _stage_cells(run: RunState) -> list[tuple[str, ...]]:
-    """The stages of a pipeline, with a bar for the share of time that each takes."""
+def stage_cells(run: RunState) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The stages of a pipeline, columns and rows, with a bar for the share of time that each takes."""
     seconds = sum(stage["seconds"] for stage in run.stages)
     parameters = sum(stage["parameters"] for stage in run.stages)
     cells: list[tuple[str, ...]] = []
@@ -131,7 +138,7 @@ def _stage_cells(run: RunState) -> list[tuple[str, ...]]:
         held = f"{stage['parameters']:,} ({stage['parameters'] / parameters:.0%})" if parameters else "0"
         bar = "█" * max(1, round(share * _STAGE_BAR))
         cells.append((str(stage["stage"]), stage["first"], stage["last"], f"{share:.0%}", bar, held))
-    return cells
+    return _STAGE_COLUMNS, cells
 
 
 def text_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -144,13 +151,13 @@ def text_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[st
 
 def run_text(run: RunState) -> str:
     """The run as plain text: a summary line, the history and the ranks; every line begins with "nbdist"."""
-    lines = [summary(run), *_said(run)]
-    columns, rows = _history_cells(run)
+    lines = [summary(run), *happened(run)]
+    columns, rows = history_cells(run)
     if rows:
         lines += text_table(columns, rows)
     if run.stages:
-        lines += text_table(_STAGE_COLUMNS, _stage_cells(run))
-    lines += text_table(_RANK_COLUMNS, _rank_rows(run))
+        lines += text_table(*stage_cells(run))
+    lines += text_table(RANK_COLUMNS, rank_cells(run))
     return "\n".join(f"nbdist: {line}" for line in lines)
 
 
@@ -169,10 +176,10 @@ def _image(chart: str) -> str:
 
 def run_html(run: RunState) -> str:
     """The run as static HTML without scripts or styles, in one ``<div class="nbdist">`` on a single line."""
-    columns, rows = _history_cells(run)
+    columns, rows = history_cells(run)
     title, _, rest = summary(run).partition(" · ")
     parts = [f"<p><b>{escape(title)}</b> · {escape(rest)}</p>"]
-    said = _said(run)
+    said = happened(run)
     if said:
         parts.append(f"<p>{'<br>'.join(map(escape, said))}</p>")
     charts = [chart for chart in (loss_chart(run, width=480), metric_chart(run, width=280)) if chart]
@@ -181,6 +188,6 @@ def run_html(run: RunState) -> str:
     if rows:
         parts.append(html_table(columns, rows))
     if run.stages:
-        parts.append(html_table(_STAGE_COLUMNS, _stage_cells(run)))
-    parts.append(html_table(_RANK_COLUMNS, _rank_rows(run)))
+        parts.append(html_table(*stage_cells(run)))
+    parts.append(html_table(RANK_COLUMNS, rank_cells(run)))
     return f'<div class="nbdist">{"".join(parts)}</div>'

@@ -13,6 +13,7 @@ import torch
 from told import PROGRESS, ROW, STARTED
 from torch import nn
 
+import nbdist
 from nbdist.errors import ClusterError, EngineError
 from nbdist.telemetry import EpochFinished, JsonlSink, Point, RunFinished, past_run, past_runs
 from nbdist.telemetry.record import record_path
@@ -79,7 +80,7 @@ def test_a_run_that_failed_says_why(cluster, here):
 
     with pytest.raises(EngineError):
         cluster.train(nn.Linear(6, 3), DATA, loss=torn)
-    past = past_runs(1)[0]
+    past = past_run(nbdist.last_run().run_id)
     assert ("failed", "rank 0: ValueError: torn on purpose") == (past.state, past.progress.error)
 
 
