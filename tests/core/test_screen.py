@@ -51,7 +51,7 @@ def test_a_terminal_shows_all_ranks(command, home):
 def test_a_failure_stays_on_the_screen(command, home):
     """With its reason, above the traceback; plain python, one rank."""
     shown = screen_of(command[-1:], NBDIST_HOME=str(home), FAIL="yes")
-    assert re.search(r"0 +cpu +failed", shown)
+    assert re.search(r"0 +cpu +failed", re.sub(ESCAPE + r"\[[0-9;]*m", "", shown))
     assert "torn on purpose" in shown
 
 
