@@ -25,7 +25,8 @@ TRAIN_OPTIONS = [
     "MODEL", "DATA", "--val", "--strategy", "--loss", "--optimizer", "--lr", "--lr-scheduler", "--epochs", "--steps",
     "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
     "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--threads", "--bucket-mib", "--gather",
-    "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--background", "-o",
+    "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--tensorboard",
+    "--background", "-o",
 ]  # fmt: skip
 
 MAGICS = [

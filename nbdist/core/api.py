@@ -57,6 +57,7 @@ def train(
     checkpoint_keep: int | None = None,
     resume: str | bool | None = None,
     stop_on_nan: bool | None = None,
+    tensorboard: str | None = None,
     bucket_mib: float | None = None,
     device: str = "auto",
     record: bool = True,
@@ -101,6 +102,7 @@ def train(
         resume: Folder of a checkpoint to go on from, made on any mesh, up to `epochs` or `steps` in all; True for the
             newest one in `checkpoint`, where there is one: so a script that torchrun starts again goes on.
         stop_on_nan: Whether to end with an error when a loss is not finite, before it reaches the weights.
+        tensorboard: Folder for TensorBoard, in which the run gets its own.
         bucket_mib: Gradient bucket in MiB, where the sync overlaps with backward.
         device: "auto", "cpu" or "cuda".
         record: Whether to keep a record of the run, one JSON line an event and a file a rank.
@@ -124,6 +126,7 @@ def train(
         "microbatches": microbatches, "schedule": schedule, "split_at": split_at, "tensor_plan": tensor_plan,
         "gather": gather, "checkpoint": checkpoint, "checkpoint_every": checkpoint_every,
         "checkpoint_keep": checkpoint_keep, "resume": resume, "stop_on_nan": stop_on_nan, "bucket_mib": bucket_mib,
+        "tensorboard": tensorboard,
     }  # fmt: skip
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     plan = Plan.create(ranks=size, cores=_cores(size), **options, **task.options)

@@ -45,6 +45,7 @@ from nbdist.telemetry import (
     Sink,
     Worked,
 )
+from nbdist.telemetry.tensorboard import TensorBoardSink
 
 __all__ = ["Result", "fit"]
 
@@ -100,6 +101,9 @@ def fit(
             sink.emit(event)
 
     with contextlib.ExitStack() as cleanup:
+        if plan.tensorboard and world.rank == 0:
+            sinks = [*sinks, TensorBoardSink(plan.tensorboard, run_id)]
+            cleanup.callback(sinks[-1].close)
         cleanup.enter_context(seeds.kept(device))
         cleanup.enter_context(threads(plan.threads))
         cleanup.enter_context(pages_kept(sparing=plan.mesh.size > plan.mesh.dp))

@@ -187,7 +187,11 @@ class DistMagics(Magics):
             "lr_scheduler": self._value(arguments.lr_scheduler),
             "tensor_plan": self._value(arguments.tensor_plan),
             "val": None if arguments.val is None else self._evaluate(arguments.val),
-            **{name: self._path(word) for name in ("checkpoint", "resume") if (word := getattr(arguments, name))},
+            **{
+                name: self._path(word)
+                for name in ("checkpoint", "resume", "tensorboard")
+                if (word := getattr(arguments, name))
+            },
             "step": None if cell is None else compile_step(self.shell, line, cell, self._cell_number),
         }
         dashboard = make_dashboard(self.shell, arguments.background)

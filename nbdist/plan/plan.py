@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import operator
 import os
@@ -174,6 +175,9 @@ class Plan:
         False, "End with an error when a loss is not finite, before it reaches the weights.", parse=bool,
         metavar="yes|no", default="no",
     )  # fmt: skip
+    tensorboard: str = _option(
+        "", "Folder for TensorBoard: loss, rate and metrics of each run.", metavar="DIR", default=""
+    )
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps"):
@@ -194,7 +198,11 @@ class Plan:
                     f"{suggest(str(getattr(self, name)), words)}"
                 )
         self._check_axes()
-        for name in ("checkpoint", "resume"):  # ranks may have another working folder
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise PlanError(
+                f"tensorboard={self.tensorboard} needs a package that is missing: pip install 'nbdist[tensorboard]'."
+            )
+        for name in ("checkpoint", "resume", "tensorboard"):  # ranks may have another working folder
             if getattr(self, name) not in ("", True, False):
                 object.__setattr__(self, name, os.path.abspath(os.path.expanduser(getattr(self, name))))
         if self.checkpoint_every:

@@ -63,7 +63,7 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
         "bucket_mib": 8.0, "metric": "accuracy", "lr_scheduler": "<lambda>", "precision": "bf16",
         "sync_batchnorm": False, "microbatches": None, "schedule": "1f1b", "split_at": (), "tensor_plan": None,
         "gather": True, "checkpoint": str(tmp_path / "kept"), "checkpoint_every": "2", "checkpoint_keep": 1,
-        "resume": "", "stop_on_nan": True,
+        "resume": "", "stop_on_nan": True, "tensorboard": "",
     }  # fmt: skip
     assert set(plan) == set(OPTIONS)
 
