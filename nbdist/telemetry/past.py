@@ -64,12 +64,12 @@ class PastRun(Report):
     """A run as its record tells of it.
 
     Args:
-        folder: The record.
+        path: The folder of the record.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.run_id = folder.name
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run_id = path.name
 
     @property
     def state(self) -> str:
@@ -79,15 +79,15 @@ class PastRun(Report):
     @functools.cached_property
     def glance(self) -> RunState:
         """What the first and the last lines of rank 0 say: enough for a list, however long the run."""
-        path = self._folder / "rank0.jsonl"
+        path = self.path / "rank0.jsonl"
         return self._told({0: [_head(path), *_tail(path)]}, [])
 
     @functools.cached_property
     def progress(self) -> RunState:
         """All that the record says."""
-        paths = {int(path.stem.removeprefix("rank")): path for path in self._folder.glob("rank*.jsonl")}
+        paths = {int(path.stem.removeprefix("rank")): path for path in self.path.glob("rank*.jsonl")}
         ranks = {rank: _events(_lines(path)) for rank, path in paths.items()}
-        return self._told(ranks, _events(_lines(self._folder / "cluster.jsonl")))
+        return self._told(ranks, _events(_lines(self.path / "cluster.jsonl")))
 
     def _told(self, ranks: Mapping[int, Iterable[Event]], cluster: Iterable[Event]) -> RunState:
         run: RunState | None = None
@@ -121,7 +121,7 @@ class PastRun(Report):
         elif failed:
             first = next((rank for rank in failed if "PeerLostError" not in rank.error), failed[0])
             run.end("failed", f"rank {first.rank}: {first.error}")
-        elif not is_held(self._folder / "rank0.jsonl"):
+        elif not is_held(self.path / "rank0.jsonl"):
             run.end("lost", "its processes are gone, and did not tell how it ended.")
         if run.ended_s is not None:
             run.ended_s = last_s
