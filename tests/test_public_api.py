@@ -31,6 +31,7 @@ TRAIN_OPTIONS = [
 
 MAGICS = [
     "dist",
+    "dist_help",
     "dist_pull",
     "dist_push",
     "dist_run",

@@ -24,6 +24,7 @@ from nbdist.plan.plan import OPTIONS
 __all__ = ["Cluster"]
 
 _DEVICES = ("auto", "cpu", "cuda")
+_COMPLETED_WITHIN_S = 0.3
 _TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "lr_scheduler", "val", "metric", "batch_size", "shuffle")
 
 
@@ -201,6 +202,21 @@ class Cluster:
             engines.start_call(rank, entry.expect_cell, news, number)
             calls[rank] = engines.start_cell(rank, source)
         return CellRun(calls, self.interrupt, engines.suspect, engines.check_alive)
+
+    def complete(self, source: str, rank: int = 0) -> tuple[str, list[str]]:
+        """What the end of `source` could become in a cell on one engine.
+
+        Returns at once while the engines work, and after a moment where one does not answer.
+
+        Returns:
+            The word that is there, and the words that it could become.
+        """
+        engines = self._up
+        if engines is None or not engines.reachable or rank >= self.size or self.engines[rank].state != "idle":
+            return "", []
+        call = engines.start_call(rank, entry.complete, source)
+        call.wait(_COMPLETED_WITHIN_S)
+        return call.get() if call.ready() and call.successful() else ("", [])
 
     def push(self, **values: Any) -> None:
         """Put values into the namespace of every engine's cells; tensors travel through one shared copy."""

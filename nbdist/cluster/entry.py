@@ -14,7 +14,7 @@ from nbdist.cluster.definitions import News, install, tie_classes
 from nbdist.cluster.remote_errors import Failure
 from nbdist.telemetry import RankState
 
-__all__ = ["Outcome", "expect_cell", "has_let_go", "hear", "hello", "join", "pull", "push", "tie", "train"]
+__all__ = ["Outcome", "complete", "expect_cell", "has_let_go", "hear", "hello", "join", "pull", "push", "tie", "train"]
 
 
 _REMOTE_INTERVAL_S = 0.2
@@ -132,6 +132,17 @@ def pull(name: str, inline: bool) -> Any:
         raise NameError(name)
     parcel, _engine.outgoing = pack(namespace[name], inline=inline)
     return parcel
+
+
+def complete(source: str) -> tuple[str, list[str]]:
+    """The word at the end of a cell's beginning, and what it could become here."""
+    from IPython import get_ipython
+
+    line = source.rpartition("\n")[2]
+    completer = get_ipython().Completer
+    completer.use_jedi = False  # it reads sources for half a second; the objects themselves are here
+    word, found = completer.complete(None, line, len(line))
+    return word, list(found)
 
 
 def expect_cell(news: News, number: int | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import psutil
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.display import display
@@ -14,14 +13,15 @@ from nbdist.cluster.remote_errors import ranks_text
 from nbdist.errors import ClusterError, PlanError, TaskError, suggest
 from nbdist.notebook import parsers
 from nbdist.notebook.dashboard import has_front_end, make_dashboard, show_run
+from nbdist.notebook.help import help_text, help_text_of
 from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.past_runs import runs_bundle
+from nbdist.notebook.status import show_status
 from nbdist.notebook.step_cell import compile_step
 from nbdist.plan.options import OptionParser, plan_options, split_line
 from nbdist.telemetry import PastRun, past_run, past_runs
-from nbdist.telemetry.number import duration, number
+from nbdist.telemetry.number import duration
 from nbdist.telemetry.record import records
-from nbdist.telemetry.view import text_table
 
 __all__ = ["DistMagics"]
 
@@ -94,22 +94,7 @@ class DistMagics(Magics):
     @_documented(parsers.STATUS)
     def dist_status(self, line: str) -> None:
         parsers.STATUS.parse(split_line(line))
-        cluster = current_cluster()
-        if cluster is None:
-            print("no engines are running: %dist_start starts them")
-        else:
-            rows: list[tuple[str, ...]] = [
-                (str(e.rank), str(e.pid), e.host, e.device, e.state, _memory(e.pid) if e.state != "lost" else "–")
-                for e in cluster.engines
-            ]
-            rows += [("spare", str(e.pid), e.host, "–", e.state, _memory(e.pid)) for e in cluster.spare_engines]
-            print("\n".join(text_table(("rank", "pid", "host", "device", "state", "memory"), rows)))
-        run = last_run()
-        if run is not None:
-            print(f"newest run {run.run_id}: {run.state}")
-        server = current_server()
-        if server is not None:
-            print(f"fork server for a quick start: pid {server.pid}, {_memory(server.pid)} (%dist_stop --all ends it)")
+        show_status(live=has_front_end(self.shell))
 
     @no_var_expand
     @line_magic
@@ -125,6 +110,13 @@ class DistMagics(Magics):
             end_server()
             stopped.append("the fork server")
         print(f"stopped {' and '.join(stopped)}" if stopped else "no engines are running")
+
+    @no_var_expand
+    @line_magic
+    @_documented(parsers.HELP)
+    def dist_help(self, line: str) -> None:
+        name = parsers.HELP.parse(split_line(line)).magic
+        print(help_text() if name is None else help_text_of(name))
 
     @no_var_expand
     @cell_magic
@@ -313,13 +305,6 @@ def _described(cluster: Cluster) -> str:
 
 def _engines(count: int) -> str:
     return f"{count} engine{'s' if count != 1 else ''}"
-
-
-def _memory(pid: int) -> str:
-    try:
-        return f"{number(psutil.Process(pid).memory_info().rss / 2**20)} MiB"
-    except psutil.NoSuchProcess:
-        return "–"
 
 
 def _parse_ranks(text: str, size: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nbdist.plan.options import OptionParser, add_plan_options
 
-__all__ = ["DIST", "PULL", "PUSH", "RUN", "RUNS", "START", "STATUS", "STOP", "TRAIN"]
+__all__ = ["DIST", "HELP", "ORDERS", "PARSERS", "PULL", "PUSH", "RUN", "RUNS", "START", "STATUS", "STOP", "TRAIN"]
 
 
 def _start_parser() -> OptionParser:
@@ -100,13 +100,25 @@ def _runs_parser() -> OptionParser:
     return parser
 
 
+def _help_parser() -> OptionParser:
+    parser = OptionParser("%dist_help", "Show what there is, or all about one of the magics.")
+    parser.add_argument("magic", nargs="?", metavar="MAGIC", help="Which, such as dist_train.")
+    return parser
+
+
 ORDERS = ("stop", "pause", "resume", "checkpoint", "lr")
 START = _start_parser()
 STATUS = _status_parser()
 STOP = _stop_parser()
 DIST = _dist_parser()
+HELP = _help_parser()
 PUSH = _push_parser()
 PULL = _pull_parser()
 RUN = _run_parser()
 RUNS = _runs_parser()
 TRAIN = _train_parser()
+
+PARSERS: dict[str, OptionParser] = {
+    parser.prog: parser for parser in (START, TRAIN, RUN, RUNS, DIST, PUSH, PULL, STATUS, STOP, HELP)
+} | {"%%dist_train": TRAIN}
+"""By the word that begins the line, in the order in which a person meets them."""

@@ -23,6 +23,11 @@ class OptionParser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
         )  # fmt: skip
 
+    @property
+    def arguments(self) -> list[argparse.Action]:
+        """What it knows, in order."""
+        return list(self._actions)
+
     def error(self, message: str) -> NoReturn:
         """Raise `PlanError` in place of ending the process."""
         raise PlanError(f"{self.prog}: {message}.")
@@ -31,7 +36,7 @@ class OptionParser(argparse.ArgumentParser):
         """Parse `words`; an unknown option is answered with the nearest known one."""
         namespace, unknown = self.parse_known_args(words)
         if unknown:
-            known = [flag for action in self._actions for flag in action.option_strings]
+            known = [flag for action in self.arguments for flag in action.option_strings]
             raise PlanError(f"{self.prog}: unknown argument {unknown[0]!r}.{suggest(unknown[0], known)}")
         return namespace
 

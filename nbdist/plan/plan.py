@@ -13,6 +13,7 @@ from typing import Any
 
 from nbdist.errors import PlanError, suggest
 from nbdist.plan.mesh import Mesh
+from nbdist.plan.words import LOSSES, METRICS
 
 __all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "SCHEDULES", "Option", "Plan"]
 
@@ -69,7 +70,7 @@ class Plan:
     )
     loss: str = _option(
         "",
-        "A callable of the notebook, or one of bce, cross_entropy, huber, kl_div, l1, mae, mse, nll, smooth_l1.",
+        f"A callable of the notebook, or one of {', '.join(LOSSES)}.",
         default="",
     )
     optimizer: str = _option(
@@ -130,7 +131,7 @@ class Plan:
         default="",
     )
     metric: str = _option(
-        "", "Measured on the --val data: a callable of the notebook, or one of accuracy, mae, mse.", default=""
+        "", f"Measured on the --val data: a callable of the notebook, or one of {', '.join(METRICS)}.", default=""
     )
     shuffle: bool = _option(
         True, "Read the training data in a new order each epoch.", parse=bool, metavar="yes|no", default="yes"

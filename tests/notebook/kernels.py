@@ -108,6 +108,10 @@ class Kernel:
             output["data"] = content["data"]
         return kind == "status" and content["execution_state"] == "idle"
 
+    def complete(self, text: str) -> dict[str, Any]:
+        """What Tab gives at the end of a cell."""
+        return self._client.complete(text, reply=True, timeout=_WITHIN_S)["content"]
+
     def subshell(self) -> str | None:
         """A shell that answers while a cell is running, as JupyterLab asks for one; None where there is none."""
         message = self._client.session.msg("create_subshell_request")

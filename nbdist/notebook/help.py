@@ -1,0 +1,49 @@
+"""One screen about all magics, and all about one."""
+
+from __future__ import annotations
+
+from nbdist.errors import PlanError, suggest
+from nbdist.notebook.parsers import PARSERS
+
+__all__ = ["help_text", "help_text_of"]
+
+_PHRASES = {
+    "%dist_start": ("[-n N]", "start engines, one rank each"),
+    "%dist_train": ("MODEL DATA [OPTIONS]", "train MODEL on all of them; it ends trained"),
+    "%%dist_train": ("MODEL DATA [OPTIONS]", "the same, the cell being one training step"),
+    "%dist_run": ("[stop|pause|resume|...]", "show the newest run, or steer it"),
+    "%dist_runs": ("[-n N] [RUN_ID]", "list past runs, or show one"),
+    "%%dist": ("[--ranks 0,2-3] [--local]", "run the cell on engines"),
+    "%dist_push": ("NAME ...", "send values to every engine"),
+    "%dist_pull": ("NAME [--rank R]", "bring a value back"),
+    "%dist_status": ("", "what engines do, where they live"),
+    "%dist_stop": ("[--all]", "end the engines"),
+    "%dist_help": ("[MAGIC]", "this, or all about one of them"),
+}
+_EXAMPLE = """\
+  %dist_start -n 2
+  %dist_train model train_set --loss cross_entropy --epochs 5 --val test_set
+
+■ stops after the step, a second ■ at once; --resume goes on. Tab completes.
+All options: %dist_help dist_train, or %dist_train? in any notebook."""
+
+
+def help_text() -> str:
+    """All magics, a line each, on one screen of 80 columns."""
+    width = max(len(f"{name} {usage}") for name, (usage, _) in _PHRASES.items())
+    lines = [f"  {f'{name} {usage}':<{width}}  {phrase}" for name, (usage, phrase) in _PHRASES.items()]
+    return "\n".join(["Train on all processors, from this notebook:", "", *lines, "", _EXAMPLE])
+
+
+def help_text_of(name: str) -> str:
+    """All about one magic.
+
+    Raises:
+        PlanError: There is none of that name.
+    """
+    known = {magic.lstrip("%"): parser for magic, parser in PARSERS.items()}
+    short = name.lstrip("%")
+    for word in (short, f"dist_{short}"):
+        if word in known:
+            return known[word].format_help().rstrip()
+    raise PlanError(f"there is no magic {name!r}: use {', '.join(known)}.{suggest(short, known)}")

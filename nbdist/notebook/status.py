@@ -1,0 +1,103 @@
+"""The status: engines, the newest run and what is kept warm, as a small table that follows them while they work."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import time
+from html import escape
+
+import psutil
+from IPython.display import display
+
+from nbdist.cluster import Run, current_cluster, current_server, last_run
+from nbdist.telemetry.number import number
+from nbdist.telemetry.view import html_table, summary, text_table
+
+__all__ = ["show_status"]
+
+_COLUMNS = ("rank", "pid", "host", "device", "state", "memory", "works on")
+_EVERY_S = 1.0
+
+
+def show_status(*, live: bool) -> None:
+    """Display the status.
+
+    Args:
+        live: Whether what is displayed can change later: it does then, once a second, until the engines are idle.
+    """
+    if not live:
+        print(_bundle()["text/plain"])
+        return
+    shown = display(_bundle(), raw=True, display_id=True)
+    run = last_run()
+    if run is not None and not run.ended:
+        follow = threading.Thread(
+            target=contextvars.copy_context().run, args=(_follow, shown.display_id), daemon=True, name="nbdist-status"
+        )
+        _Newest.thread = follow
+        follow.start()
+
+
+class _Newest:
+    """The thread that follows; one that was started earlier ends."""
+
+    thread: threading.Thread | None = None
+
+
+def _follow(display_id: str) -> None:
+    going = True
+    while going and _Newest.thread is threading.current_thread():
+        time.sleep(_EVERY_S)
+        run, cluster = last_run(), current_cluster()
+        going = cluster is not None and ((run is not None and not run.ended) or bool(cluster.queued))
+        display(_bundle(), raw=True, display_id=display_id, update=True)
+
+
+def _bundle() -> dict[str, str]:
+    rows, lines = _rows(), _lines()
+    text = text_table(_COLUMNS, rows) if rows else []
+    html = "".join([html_table(_COLUMNS, rows) if rows else "", *(f"<p>{escape(line)}</p>" for line in lines)])
+    return {"text/plain": "\n".join([*text, *lines]), "text/html": f'<div class="nbdist">{html}</div>'}
+
+
+def _rows() -> list[tuple[str, ...]]:
+    cluster, run = current_cluster(), last_run()
+    if cluster is None:
+        return []
+    rows: list[tuple[str, ...]] = []
+    for engine in cluster.engines:
+        lost = engine.state == "lost"
+        works = _work(run, engine.rank) if engine.state == "busy" and run is not None else "–"
+        memory = "–" if lost else _memory(engine.pid)
+        rows.append((str(engine.rank), str(engine.pid), engine.host, engine.device, engine.state, memory, works))
+    rows += [("spare", str(e.pid), e.host, "–", e.state, _memory(e.pid), "–") for e in cluster.spare_engines]
+    return rows
+
+
+def _work(run: Run, rank: int) -> str:
+    state = run.progress.ranks.get(rank)
+    if state is None:
+        return "–"
+    return f"step {state.step:,}, {number(state.samples_per_s)} samples/s, {run.progress.standing(state)}"
+
+
+def _lines() -> list[str]:
+    cluster, run, server = current_cluster(), last_run(), current_server()
+    lines = ["no engines are running: %dist_start starts them"] if cluster is None else []
+    if run is not None:
+        lines.append(f"newest run {run.run_id}: {summary(run.progress)}")
+    if cluster is not None and cluster.queued:
+        lines.append(f"queued: {', '.join(queued.run_id for queued in cluster.queued)}")
+    if server is not None:
+        lines.append(
+            f"fork server for a quick start: pid {server.pid}, {_memory(server.pid)} (%dist_stop --all ends it)"
+        )
+    return lines
+
+
+def _memory(pid: int) -> str:
+    try:
+        return f"{number(psutil.Process(pid).memory_info().rss / 2**20)} MiB"
+    except psutil.NoSuchProcess:
+        return "–"
