@@ -24,8 +24,8 @@ def browser():
     executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if executable is None or importlib.util.find_spec("playwright") is None:
         pytest.exit(_NEEDED, returncode=1)
-    from lab import launch
     from playwright.sync_api import sync_playwright
+    from sheets import launch
 
     with sync_playwright() as playwright:
         browser = launch(playwright, executable)
@@ -36,7 +36,7 @@ def browser():
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory, browser):
     """JupyterLab with its usual settings."""
-    from lab import Lab
+    from sheets import Lab
 
     server = Lab(tmp_path_factory.mktemp("lab"), {})
     yield server
@@ -46,7 +46,7 @@ def lab(tmp_path_factory, browser):
 @pytest.fixture(scope="session")
 def deaf_lab(tmp_path_factory, browser):
     """JupyterLab that keeps messages to widgets back while a cell runs, as older ones do."""
-    from lab import Lab
+    from sheets import Lab
 
     server = Lab(tmp_path_factory.mktemp("lab"), {"kernels-settings": {"commsOverSubshells": "disabled"}})
     yield server
@@ -56,6 +56,6 @@ def deaf_lab(tmp_path_factory, browser):
 @pytest.fixture
 def open_notebook(browser, lab):
     """``with open_notebook(name, *cells) as sheet``."""
-    from lab import opened
+    from sheets import opened
 
     return functools.partial(opened, browser, lab)

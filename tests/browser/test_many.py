@@ -8,8 +8,8 @@ from pathlib import Path
 
 import made
 import pytest
-from lab import WITHIN_MS
 from playwright.sync_api import expect
+from sheets import WITHIN_MS
 
 
 @pytest.fixture

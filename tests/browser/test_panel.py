@@ -8,8 +8,8 @@ import signal
 import time
 
 import pytest
-from lab import WITHIN_MS, opened
 from playwright.sync_api import expect
+from sheets import WITHIN_MS, opened
 
 START = """%load_ext nbdist
 import torch
@@ -23,12 +23,13 @@ TRAIN = (
     "%dist_train model (x, y) --loss cross_entropy --lr 0.001 --batch-size 64 --val (x[:500], y[:500]) "
     "--metric accuracy"
 )
+LONG = f"{TRAIN} --epochs 400"
 ENDLESS = f"{TRAIN} --epochs 100000"
 
 
 def test_bars_move_and_rows_stand_while_the_cell_runs(open_notebook):
     """How far, how fast, how long still, and who does what; all of it within one screen."""
-    with open_notebook("live.ipynb", START, NET, ENDLESS) as sheet:
+    with open_notebook("live.ipynb", START, NET, LONG) as sheet:
         sheet.run_all()
         sheet.expect_state("running")
         sheet.expect_busy()
@@ -53,6 +54,7 @@ def test_bars_move_and_rows_stand_while_the_cell_runs(open_notebook):
         )
         box = panel.bounding_box()
         assert box["height"] < 560
+        sheet.expect_step_after(5000)
         sheet.shot("live")
         sheet.button("Stop").click()
         expect(sheet.static).to_be_visible(timeout=WITHIN_MS)
@@ -140,10 +142,10 @@ def test_controls_are_reached_by_keyboard(open_notebook):
 def test_an_engine_that_is_killed_comes_back(open_notebook):
     """Its row says so, the run goes on, and what happened stands there."""
     who = "import nbdist; print('pids', *(engine.pid for engine in nbdist.current_cluster().engines))"
-    with open_notebook("killed.ipynb", START + "\n" + who, NET, ENDLESS) as sheet:
+    with open_notebook("killed.ipynb", START + "\n" + who, NET, LONG) as sheet:
         sheet.run_all()
         sheet.expect_state("running")
-        sheet.expect_step_after(200)
+        sheet.expect_step_after(3000)
         told = sheet.page.locator(".jp-OutputArea-output", has_text="pids").inner_text()
         pids = re.search(r"pids (\d+) (\d+)", told).groups()
         sheet.page.evaluate("""() => {
@@ -162,6 +164,7 @@ def test_an_engine_that_is_killed_comes_back(open_notebook):
         expect(sheet.panel.locator("tr[data-rank='1']")).to_have_attribute(
             "data-state", re.compile("running|waiting|slow|evaluating")
         )
+        sheet.expect_step_after(5000)
         sheet.shot("recovered")
         sheet.button("Stop").click()
         expect(sheet.static).to_contain_text("rank 1 lost", timeout=WITHIN_MS)
@@ -241,7 +244,7 @@ def test_nobody_is_shut_out(open_notebook, theme):
     from axe_playwright_python.sync_playwright import Axe
 
     name = "JupyterLab Dark" if theme == "dark" else "JupyterLab Light"
-    with open_notebook(f"axe-{theme}.ipynb", START, NET, ENDLESS) as sheet:
+    with open_notebook(f"axe-{theme}.ipynb", START, NET, LONG) as sheet:
         if theme == "dark":
             sheet.page.get_by_role("menuitem", name="Settings", exact=True).click()
             sheet.page.locator(".lm-Menu-item", has_text="Theme").first.hover()
@@ -249,7 +252,8 @@ def test_nobody_is_shut_out(open_notebook, theme):
             expect(sheet.page.locator("body")).to_have_attribute("data-jp-theme-light", "false", timeout=WITHIN_MS)
         sheet.run_all()
         sheet.expect_state("running")
-        sheet.expect_step_after(300)
+        sheet.expect_step_after(3000)
+        sheet.shot(f"running-{theme}")
         expect(sheet.panel.locator("svg[role=img]").first).to_be_visible(timeout=WITHIN_MS)
         sheet.button("Pause").click()
         sheet.expect_state("paused")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from conftest import NET
 from kernels import Kernel
+from net import NET
 
 from nbdist.core.losses import LOSSES
 from nbdist.core.metrics import METRICS

@@ -7,8 +7,8 @@ import sys
 
 import nbformat
 import pytest
-from conftest import NET
 from nbclient import NotebookClient
+from net import NET
 
 CELLS = [
     "%load_ext nbdist\n%dist_start -n 2 --device cpu",

@@ -7,13 +7,13 @@ import sys
 
 import pexpect
 import pytest
-from conftest import NET
+from net import NET
 
 
 @pytest.fixture
 def ipython(home, tmp_path):
     """A real IPython in a terminal of its own."""
-    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "mine.py").write_text(NET)
     terminal = pexpect.spawn(
         sys.executable, ["-m", "IPython", "--simple-prompt", "--no-banner", "--colors=NoColor"], encoding="utf-8",
         dimensions=(50, 130), timeout=60, cwd=str(tmp_path),
@@ -36,7 +36,7 @@ def _run(terminal, line):
 def test_a_terminal_shows_the_run(ipython):
     """All ranks, live and at the end; in the background, lines leave the prompt alone."""
     ipython("%load_ext nbdist")
-    ipython("from net import *")
+    ipython("from mine import *")
     assert "started 2 engines" in ipython("%dist_start -n 2 --device cpu")
     shown = ipython("run = %dist_train model train_set --loss cross_entropy --epochs 300 --batch-size 16")
     assert re.search(r"1 +cpu +(running|starting|waiting)", shown)

@@ -198,9 +198,11 @@ class Sheet:
             self.page.wait_for_timeout(50)
 
     def shot(self, name: str) -> None:
-        """Leave a picture of the whole window."""
+        """Leave a picture of the whole window, and one of the panel."""
         SHOTS.mkdir(exist_ok=True)
         self.page.screenshot(path=SHOTS / f"{name}.png")
+        if self.panel.is_visible():
+            self.panel.screenshot(path=SHOTS / f"{name}-panel.png")
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import nbformat
-from lab import WITHIN_MS, Sheet
 from playwright.sync_api import expect
+from sheets import WITHIN_MS, Sheet
 from test_panel import NET, START, TRAIN
 
 
