@@ -131,6 +131,11 @@ class Cluster:
         return [] if self._up is None else self._up.records(busy)
 
     @property
+    def current_run(self) -> Run | None:
+        """The run that the engines work on at the moment."""
+        return None if self._trainings is None else self._trainings.current
+
+    @property
     def queued(self) -> list[Run]:
         """The runs that wait for those before them to end."""
         return [] if self._trainings is None else self._trainings.queued

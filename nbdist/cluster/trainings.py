@@ -65,6 +65,11 @@ class Trainings:
         return self._run is not None and self._run.progress.running
 
     @property
+    def current(self) -> Run | None:
+        """The run that the engines work on."""
+        return self._run if self.computing else None
+
+    @property
     def queued(self) -> list[Run]:
         """The runs that wait, in their order."""
         return [turn.run for turn in self._waiting]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +25,7 @@ def screen(world: World, run_id: str) -> Sink:
     if world.rank == 0:
         return _Screen(world, run_id)
     told = _Told(world.store, run_id)
-    return SnapshotSink(world.rank, lambda state: told.write(world.rank, state), _TOLD_EVERY_S, 0.0)
+    return SnapshotSink(world.rank, lambda state: told.write(world.rank, state), _TOLD_EVERY_S, math.inf)
 
 
 class _Told:
@@ -33,16 +36,23 @@ class _Told:
         self._name = f"screen/{run_id}"
 
     def write(self, rank: int, state: dict[str, Any]) -> None:
-        if self._store is not None:
-            try:
+        with self._tolerant():
+            if self._store is not None:
                 self._store.set(f"{self._name}/{rank}", json.dumps(state))
-            except RuntimeError:  # rank 0 is gone; whoever sums with it will say so
-                self._store = None
 
     def read(self, rank: int) -> RankState | None:
-        if self._store is None or not self._store.check([key := f"{self._name}/{rank}"]):
-            return None
-        return RankState.from_dict(json.loads(self._store.get(key)))
+        with self._tolerant():
+            if self._store is not None and self._store.check([key := f"{self._name}/{rank}"]):
+                return RankState.from_dict(json.loads(self._store.get(key)))
+        return None
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """A picture that cannot be drawn must not end a training; whoever sums with the lost rank will say so."""
+        try:
+            yield
+        except RuntimeError:
+            self._store = None
 
 
 class _Screen(Sink):

@@ -27,7 +27,7 @@ def show_status(*, live: bool) -> None:
         live: Whether what is displayed can change later: it does then, once a second, until the engines are idle.
     """
     if not live:
-        print(_bundle()["text/plain"])
+        print("\n".join(_text()))
         return
     shown = display(_bundle(), raw=True, display_id=True)
     run = last_run()
@@ -54,17 +54,23 @@ def _follow(display_id: str) -> None:
         display(_bundle(), raw=True, display_id=display_id, update=True)
 
 
+def _text() -> list[str]:
+    rows = _rows()
+    return [*(text_table(_COLUMNS, rows) if rows else []), *_lines()]
+
+
 def _bundle() -> dict[str, str]:
-    rows, lines = _rows(), _lines()
-    text = text_table(_COLUMNS, rows) if rows else []
-    html = "".join([html_table(_COLUMNS, rows) if rows else "", *(f"<p>{escape(line)}</p>" for line in lines)])
-    return {"text/plain": "\n".join([*text, *lines]), "text/html": f'<div class="nbdist">{html}</div>'}
+    rows = _rows()
+    html = "".join([html_table(_COLUMNS, rows) if rows else "", *(f"<p>{escape(line)}</p>" for line in _lines())])
+    text = "\n".join(f"nbdist: {line}" for line in _text())
+    return {"text/plain": text, "text/html": f'<div class="nbdist">{html}</div>'}
 
 
 def _rows() -> list[tuple[str, ...]]:
-    cluster, run = current_cluster(), last_run()
+    cluster = current_cluster()
     if cluster is None:
         return []
+    run = cluster.current_run
     rows: list[tuple[str, ...]] = []
     for engine in cluster.engines:
         lost = engine.state == "lost"

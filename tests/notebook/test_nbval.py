@@ -17,6 +17,7 @@ CELLS = [
     "run = %dist_train model train_set --loss cross_entropy --epochs 2 --background\nrun.wait()",
     "%dist_run",
     "%dist_runs -n 2",
+    "%dist_status",
     "sum(parameter.numel() for parameter in model.parameters())",
     "%dist_stop --all",
 ]
@@ -31,7 +32,7 @@ def test_every_output_comes_out_again(home, tmp_path):
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     nbformat.write(notebook, tmp_path / "mine.ipynb")
-    notebook.cells[6].outputs[0].data["text/plain"] = "22"
+    notebook.cells[7].outputs[0].data["text/plain"] = "22"
     nbformat.write(notebook, tmp_path / "wrong.ipynb")
     command = [
         sys.executable,
@@ -50,4 +51,4 @@ def test_every_output_comes_out_again(home, tmp_path):
     )
     assert 0 == mine.returncode, mine.stdout + mine.stderr
     assert 1 == wrong.returncode
-    assert "1 failed, 7 passed" in wrong.stdout
+    assert "1 failed, 8 passed" in wrong.stdout
