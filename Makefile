@@ -9,10 +9,10 @@ BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_tim
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-browser parity chaos hf bench check lab clean
+.PHONY: help env demo test test-notebooks test-browser parity chaos hf bench check lab clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(ENV)  ## Create .venv and install nbdist and all it needs, in the tested versions
 
@@ -30,8 +30,11 @@ endif
 demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print what came out
 	@$(BIN)/python -m nbdist demo
 
-test: env  ## Run the tests
-	$(BIN)/python -m pytest -q -m 'not hf and not browser'
+test: env  ## Run the tests, but for those with a target of their own
+	$(BIN)/python -m pytest -q -m 'not hf and not browser and not notebooks'
+
+test-notebooks: env  ## Run the notebooks under nbval
+	$(BIN)/python -m pytest -q -m notebooks
 
 test-browser: env  ## Test the panel in JupyterLab and Chromium, which has to be there; pictures go to shots/
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[browser]' -c constraints.txt
