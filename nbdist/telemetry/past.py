@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nbdist.errors import ClusterError
+from nbdist.errors import PlanError
 from nbdist.telemetry import events
 from nbdist.telemetry.events import Event, Noted, Point, RunStarted, Shares, Work
 from nbdist.telemetry.record import is_held, records
@@ -47,17 +47,17 @@ def past_run(run_id: str) -> PastRun:
     """The run of that name; the beginning of its name will do. Local.
 
     Raises:
-        ClusterError: There is none, or several.
+        PlanError: There is none, or several.
     """
     names = [run.run_id for run in past_runs()]
     found = [name for name in names if name.startswith(run_id)]
     if len(found) == 1 or run_id in found:
         return PastRun(records() / (run_id if run_id in found else found[0]))
     if found:
-        raise ClusterError(f"{len(found)} runs begin with {run_id!r}: {', '.join(found[:4])}, ...: say more of it.")
+        raise PlanError(f"{len(found)} runs begin with {run_id!r}: {', '.join(found[:4])}, ...: say more of it.")
     near = difflib.get_close_matches(run_id, names, 1) or names[:1]
     meant = f"Did you mean {near[0]!r}? " if near else ""
-    raise ClusterError(f"there is no record of a run {run_id!r}. {meant}%dist_runs lists them.")
+    raise PlanError(f"there is no record of a run {run_id!r}. {meant}%dist_runs lists them.")
 
 
 class PastRun(Report):
@@ -108,7 +108,7 @@ class PastRun(Report):
             if run is not None:
                 run.merge(state)
         if run is None:
-            raise ClusterError(f"run {self.run_id} has no record of its beginning.")
+            raise PlanError(f"run {self.run_id} has no record of its beginning.")
         told = [Happening(event.time_s, "recovered", event.text) for event in cluster if isinstance(event, Noted)]
         run.happenings = sorted([*run.happenings, *told])
         self._end(run, last_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from nbdist.errors import ClusterError
+from nbdist.errors import PlanError
 from nbdist.telemetry.run_state import RunState
 from nbdist.telemetry.view import run_html, run_text
 
@@ -45,12 +45,12 @@ class Report(ABC):
                 that a row stands for, with the last of them as its index; fewer than 512 rows.
 
         Raises:
-            ClusterError: pandas is not installed.
+            PlanError: pandas is not installed.
         """
         try:
             import pandas as pd
         except ImportError:
-            raise ClusterError("to_frame() needs pandas: pip install pandas; run.history is a list of dicts.") from None
+            raise PlanError("to_frame() needs pandas: pip install pandas; run.history is a list of dicts.") from None
         if not steps:
             columns = list(dict.fromkeys(["epoch", *(name for row in self.history for name in row)]))
             return pd.DataFrame(self.history, columns=columns).set_index("epoch")
@@ -65,12 +65,12 @@ class Report(ABC):
             ax: Where to; by default a new figure.
 
         Raises:
-            ClusterError: matplotlib is not installed.
+            PlanError: matplotlib is not installed.
         """
         try:
             import matplotlib.pyplot as plt
         except ImportError:
-            raise ClusterError("plot() needs matplotlib: pip install matplotlib.") from None
+            raise PlanError("plot() needs matplotlib: pip install matplotlib.") from None
         if ax is None:
             _, ax = plt.subplots()
         curve = self.progress.curve

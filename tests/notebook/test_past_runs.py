@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nbdist.errors import ClusterError
+from nbdist.errors import PlanError
 from nbdist.notebook.past_runs import runs_bundle
 from nbdist.telemetry import PastRun, past_runs
 
@@ -33,7 +33,7 @@ def test_there_may_be_none(notebook, home):
     notebook("%dist_runs")
     assert str(home / "runs") in notebook.printed()
     error, _ = notebook.fails("%dist_runs 2026")
-    assert isinstance(error, ClusterError)
+    assert isinstance(error, PlanError)
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "many"])

@@ -14,7 +14,7 @@ from told import PROGRESS, ROW, STARTED
 from torch import nn
 
 import nbdist
-from nbdist.errors import ClusterError, EngineError
+from nbdist.errors import EngineError, PlanError
 from nbdist.telemetry import EpochFinished, JsonlSink, Point, RunFinished, past_run, past_runs
 from nbdist.telemetry.record import record_path
 
@@ -104,9 +104,9 @@ def test_the_beginning_of_a_name_will_do():
     for name in ("20261121-000000-abcd", "20261121-000000-abff", "20261122-000000-abcd"):
         told(name, STARTED)
     assert past_run("20261122").run_id == "20261122-000000-abcd"
-    with pytest.raises(ClusterError, match="2 runs begin with '20261121'"):
+    with pytest.raises(PlanError, match="2 runs begin with '20261121'"):
         past_run("20261121")
-    with pytest.raises(ClusterError, match=r"no record of a run '20261121-000000-abcc'. Did you mean '20261121"):
+    with pytest.raises(PlanError, match=r"no record of a run '20261121-000000-abcc'. Did you mean '20261121"):
         past_run("20261121-000000-abcc")
 
 

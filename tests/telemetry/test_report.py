@@ -8,7 +8,7 @@ import matplotlib as mpl
 import pytest
 from told import run_of
 
-from nbdist.errors import ClusterError
+from nbdist.errors import PlanError
 from nbdist.telemetry import Point, RankState, Report
 
 mpl.use("agg")
@@ -77,5 +77,5 @@ def test_it_is_drawn_where_one_wants_it(report):
 def test_a_missing_package_is_named(report, monkeypatch, package, method):
     """With what to do."""
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ClusterError, match=f"needs {package.split('.')[0]}: pip install"):
+    with pytest.raises(PlanError, match=f"needs {package.split('.')[0]}: pip install"):
         getattr(report, method)()
