@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from nbdist.telemetry.curve import extended
@@ -145,7 +146,7 @@ def fold(state: RankState, event: Event) -> RankState:
         case Ordered():
             return _after(state, event, "order", _order_text(event))
         case Checkpointed():
-            return _after(state, event, "checkpoint", f"checkpoint of step {event.step:,} in {event.path}")
+            return _after(state, event, "checkpoint", f"checkpoint of step {event.step:,} in {_short(event.path)}")
         case Noted():
             return _after(state, event, "note", event.text)
         case Worked():
@@ -160,6 +161,12 @@ def fold(state: RankState, event: Event) -> RankState:
             return replace(state, state="failed", error=event.error)
         case _:
             return state
+
+
+def _short(path: str) -> str:
+    """The end of a long path: the record has it whole."""
+    parts = PurePath(path).parts
+    return path if len(parts) < 4 else "/".join(["…", *parts[-3 if len(parts) > 4 else -2 :]])
 
 
 def _smoothed(state: RankState, event: Progress) -> float:

@@ -57,6 +57,8 @@ def folded(*events):
          {**PROGRESSED, "state": "paused", "happenings": ((3.0, "order", "paused after step 10", 0),)}),
         ([Checkpointed(rank=1, time_s=4.0, step=1000, path="ck", seconds=0.5)],
          {"happenings": ((4.0, "checkpoint", "checkpoint of step 1,000 in ck", 0),)}),
+        ([Checkpointed(rank=1, time_s=4.0, step=1, path="/home/me/checkpoints/run/step1", seconds=0.5)],
+         {"happenings": ((4.0, "checkpoint", "checkpoint of step 1 in …/checkpoints/run/step1", 0),)}),
         ([Ordered(rank=1, time_s=4.0, order="lr", value=0.25, step=7, number=2)],
          {"lr": 0.25, "step": 7, "happenings": ((4.0, "order", "learning rate 0.25 after step 7", 2),)}),
         ([PROGRESS, EpochFinished(rank=1, row=ROW), dataclasses.replace(STARTED, step=7, history=[ROW])],
