@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nbdist.errors import PlanError
+from nbdist.errors import PlanError, suggest
 from nbdist.telemetry import events
 from nbdist.telemetry.events import Event, Noted, Point, RunStarted, Shares, Work
 from nbdist.telemetry.record import is_held, records
@@ -54,10 +53,8 @@ def past_run(run_id: str) -> PastRun:
     if len(found) == 1 or run_id in found:
         return PastRun(records() / (run_id if run_id in found else found[0]))
     if found:
-        raise PlanError(f"{len(found)} runs begin with {run_id!r}: {', '.join(found[:4])}, ...: say more of it.")
-    near = difflib.get_close_matches(run_id, names, 1) or names[:1]
-    meant = f"Did you mean {near[0]!r}? " if near else ""
-    raise PlanError(f"there is no record of a run {run_id!r}. {meant}%dist_runs lists them.")
+        raise PlanError(f"{len(found)} runs begin with {run_id!r}, as {' and '.join(found[:2])}: say more of it.")
+    raise PlanError(f"there is no record of a run {run_id!r}: %dist_runs lists what there is.{suggest(run_id, names)}")
 
 
 class PastRun(Report):
