@@ -49,8 +49,10 @@ class Board:
         for place, start in enumerate(_STARTS):
             first = start + _HEAD.size
             count, length, checksum = _HEAD.unpack(self._memory[start:first])
+            if count == self._read[place]:
+                continue
             data = self._memory[first : first + length]
-            if count > self._read[place] and zlib.crc32(data) == checksum:
+            if zlib.crc32(data) == checksum:
                 self._read[place] = count
                 found.append((count, data))
         return [data for _, data in sorted(found)]

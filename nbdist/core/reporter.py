@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import psutil
@@ -15,6 +16,8 @@ from nbdist.core.world import World
 from nbdist.telemetry import Event, Losses, Meter, Progress, Shares
 
 __all__ = ["Reporter", "rate_of"]
+
+_MEMORY_EVERY_S = 1.0
 
 
 def rate_of(optimizer: torch.optim.Optimizer) -> float:
@@ -41,6 +44,7 @@ class Reporter:
         self._meter = Meter(at.samples, at.step)
         self._losses = Losses()
         self._process = psutil.Process()
+        self._memory, self._memory_due_s = 0, 0.0
         self._spent = spent.idle, spent.communication, spent.data
 
     def hear(self, totals: Totals, step: int) -> None:
@@ -76,12 +80,16 @@ class Reporter:
         idle, communication, data = ((n - b) / seconds for n, b in zip(now, self._spent, strict=True))
         self._spent = now
         shares = Shares(max(0.0, 1.0 - idle - communication - data), communication, data, idle)
-        if self._device.type == "cuda":
-            memory = torch.cuda.memory_allocated(self._device)
-        else:
-            memory = self._process.memory_info().rss
         self._tell(Progress(
             rank=self._rank, step=at.step, epoch=at.epoch, samples=at.samples, loss=loss,
-            samples_per_s=speed if samples_per_s is None else samples_per_s, memory_mib=memory / 2**20,
+            samples_per_s=speed if samples_per_s is None else samples_per_s, memory_mib=self._memory_in_use() / 2**20,
             lr=rate_of(self._optimizer), step_s=step_s, shares=shares, losses=self._losses.take(),
         ))  # fmt: skip
+
+    def _memory_in_use(self) -> int:
+        """Bytes; on a CPU, where the system has to be asked, as of the last second."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        if (now_s := time.monotonic()) >= self._memory_due_s:
+            self._memory, self._memory_due_s = self._process.memory_info().rss, now_s + _MEMORY_EVERY_S
+        return self._memory

@@ -8,9 +8,10 @@ from nbdist.telemetry.events import Point
 
 __all__ = ["POINTS", "Losses", "extended", "joined"]
 
-POINTS = 512
+POINTS = 256
 """A curve has fewer points than this; when it gets there, each two neighbours become one."""
-_TOLD = 32  # points of one event
+_TOLD = 16  # points of one event
+_KEPT = 32  # of a line of the record
 
 
 def extended(curve: tuple[Point, ...], points: Iterable[Point], limit: int = POINTS) -> tuple[Point, ...]:
@@ -33,9 +34,9 @@ def extended(curve: tuple[Point, ...], points: Iterable[Point], limit: int = POI
     return tuple(longer)
 
 
-def joined(told: tuple[Point, ...], more: tuple[Point, ...]) -> tuple[Point, ...]:
-    """What two events tell, as one event would."""
-    return extended(told, more, _TOLD)
+def joined(told: tuple[Point, ...], more: Iterable[Point]) -> tuple[Point, ...]:
+    """What several events tell, as one event would."""
+    return extended(told, more, _KEPT)
 
 
 def _joined(left: Point, right: Point) -> Point:
@@ -48,17 +49,19 @@ class Losses:
     """Collects the loss of each step until somebody asks for them."""
 
     def __init__(self) -> None:
-        self._points: tuple[Point, ...] = ()
-        self._fresh: list[Point] = []
+        self._fresh: list[tuple[int, float]] = []
 
     def add(self, step: int, loss: float) -> None:
         """The loss over all ranks of `step`, counted from 1. Cheap enough for every step."""
-        self._fresh.append(Point(step, 1, loss, loss, loss))
-        if len(self._fresh) >= _TOLD:
-            self._points, self._fresh = joined(self._points, tuple(self._fresh)), []
+        self._fresh.append((step, loss))
 
     def take(self) -> tuple[Point, ...]:
-        """What was collected since the last call."""
-        taken = joined(self._points, tuple(self._fresh))
-        self._points, self._fresh = (), []
-        return taken
+        """What was collected since the last call, in few points of as many steps each."""
+        fresh, self._fresh = self._fresh, []
+        size = len(fresh) // (_TOLD - 1) + 1
+        return tuple(_point(fresh[first : first + size]) for first in range(0, len(fresh), size))
+
+
+def _point(told: list[tuple[int, float]]) -> Point:
+    losses = [loss for _, loss in told]
+    return Point(told[-1][0], len(told), sum(losses) / len(losses), min(losses), max(losses))

@@ -42,7 +42,7 @@ class Report(ABC):
 
         Args:
             steps: Whether to give the curve of the loss instead: `loss`, and the `low` and `high` of the `steps` steps
-                that a row stands for, with the last of them as its index; fewer than 512 rows.
+                that a row stands for, with the last of them as its index; fewer than 256 rows.
 
         Raises:
             PlanError: pandas is not installed.

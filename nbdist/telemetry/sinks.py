@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nbdist.telemetry.curve import joined
-from nbdist.telemetry.events import EpochFinished, Evaluating, Event, Noted, Progress, RunFinished, RunStarted
+from nbdist.telemetry.events import EpochFinished, Evaluating, Event, Noted, Point, Progress, RunFinished, RunStarted
 from nbdist.telemetry.record import hold
 from nbdist.telemetry.state import RankState, fold
 from nbdist.telemetry.view import epoch_text, mesh_text
@@ -55,6 +55,7 @@ class JsonlSink(Sink):
         self._interval_s = interval_s
         self._next_s = 0.0
         self._held: Progress | None = None
+        self._losses: list[Point] = []  # of what is held
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8")
         hold(self._file.fileno())
@@ -62,9 +63,8 @@ class JsonlSink(Sink):
     def emit(self, event: Event) -> None:
         """Write one line, at once on disk's doorstep, so that a killed rank leaves its last words."""
         if isinstance(event, Progress):
-            if self._held is not None:
-                event = replace(event, losses=joined(self._held.losses, event.losses))
             self._held = event
+            self._losses += event.losses
             if time.monotonic() < self._next_s:
                 return
         self._write_held()
@@ -78,8 +78,9 @@ class JsonlSink(Sink):
 
     def _write_held(self) -> None:
         if self._held is not None:
-            self._write(self._held)
+            self._write(replace(self._held, losses=joined((), self._losses)))
             self._held, self._next_s = None, time.monotonic() + self._interval_s
+            self._losses.clear()
 
     def _write(self, event: Event) -> None:
         self._file.write(json.dumps(event.to_dict()) + "\n")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -87,8 +88,7 @@ class RankState:
         Args:
             whole: Whether with what is large and changes seldom.
         """
-        names = [field.name for field in fields(self) if whole or field.name not in _LARGE]
-        data = {name: getattr(self, name) for name in names}
+        data = dict(vars(self)) if whole else {name: value for name, value in vars(self).items() if name not in _LARGE}
         if data.get("work") is not None:
             data["work"] = data["work"].to_dict()
         return data
@@ -96,40 +96,45 @@ class RankState:
     @classmethod
     def from_dict(cls, data: dict[str, Any], before: RankState | None = None) -> RankState:
         """The inverse of `to_dict`; what is not in `data` is as in the state `before`, if that is of the same life."""
-        known: dict[str, Any] = {}
+        given = {name: made(data[name]) for name, made in _OF_JSON.items() if data.get(name) is not None}
         if before is not None and (before.pid, before.first_step) == (data["pid"], data["first_step"]):
-            known = {name: getattr(before, name) for name in _LARGE}
-        given = {name: _of_json(name, value) for name, value in data.items() if value is not None}
-        return cls(**{**known, **data, **given})
+            return _with(before, **{**data, **given})
+        return cls(**{**data, **given})
 
 
-def _of_json(name: str, value: Any) -> Any:
-    match name:
-        case "work":
-            told = {key: item for key, item in value.items() if key != "event"}
-            return Worked(**{**told, "work": tuple(Work(*item) for item in value["work"])})
-        case "shares":
-            return Shares(*value)
-        case "curve":
-            return tuple(Point(*point) for point in value)
-        case "happenings":
-            return tuple(Happening(*happening) for happening in value)
-        case "history" | "stages":
-            return tuple(value)
-    return value
+def _worked(data: dict[str, Any]) -> Worked:
+    told = {key: item for key, item in data.items() if key != "event"}
+    return Worked(**{**told, "work": tuple(Work(*item) for item in data["work"])})
+
+
+_OF_JSON: dict[str, Callable[[Any], Any]] = {
+    "work": _worked,
+    "shares": lambda value: Shares(*value),
+    "curve": lambda value: tuple(Point(*point) for point in value),
+    "happenings": lambda value: tuple(Happening(*happening) for happening in value),
+    "history": tuple,
+    "stages": tuple,
+}
+
+
+def _with(state: RankState, /, **changes: Any) -> RankState:
+    """The state with some fields changed: what `dataclasses.replace` gives, in a tenth of its time."""
+    made = object.__new__(RankState)
+    vars(made).update(vars(state), **changes)
+    return made
 
 
 def fold(state: RankState, event: Event) -> RankState:
     """Return `state` after `event`."""
     match event:
         case RunStarted():
-            return replace(
+            return _with(
                 state, state="running", host=event.host, pid=event.pid, device=event.device,
                 steps_total=event.steps_total, stages=tuple(event.stages), place=event.place,
                 lr=event.lr, first_step=event.step, step=event.step, history=tuple(event.history),
             )  # fmt: skip
         case Progress():
-            return replace(
+            return _with(
                 state, state="paused" if state.state == "paused" else "running",
                 step=event.step, epoch=event.epoch, samples=event.samples,
                 loss=state.loss if event.loss is None else event.loss,
@@ -138,11 +143,11 @@ def fold(state: RankState, event: Event) -> RankState:
                 curve=extended(state.curve, event.losses),
             )  # fmt: skip
         case Ordered(order="pause"):
-            return replace(_after(state, event, "order", _order_text(event)), state="paused", samples_per_s=0.0)
+            return _with(_after(state, event, "order", _order_text(event)), state="paused", samples_per_s=0.0)
         case Ordered(order="resume"):
-            return replace(_after(state, event, "order", _order_text(event)), state="running")
+            return _with(_after(state, event, "order", _order_text(event)), state="running")
         case Ordered(order="lr", value=float(rate)):
-            return replace(_after(state, event, "order", _order_text(event)), lr=rate)
+            return _with(_after(state, event, "order", _order_text(event)), lr=rate)
         case Ordered():
             return _after(state, event, "order", _order_text(event))
         case Checkpointed():
@@ -150,15 +155,15 @@ def fold(state: RankState, event: Event) -> RankState:
         case Noted():
             return _after(state, event, "note", event.text)
         case Worked():
-            return replace(state, work=event)
+            return _with(state, work=event)
         case Evaluating():
-            return replace(state, state="evaluating")
+            return _with(state, state="evaluating")
         case EpochFinished():
-            return replace(state, state="running", history=(*state.history, event.row))
+            return _with(state, state="running", history=(*state.history, event.row))
         case RunFinished():
-            return replace(state, state=event.state)
+            return _with(state, state=event.state)
         case RunFailed():
-            return replace(state, state="failed", error=event.error)
+            return _with(state, state="failed", error=event.error)
         case _:
             return state
 
@@ -187,4 +192,4 @@ def _order_text(event: Ordered) -> str:
 def _after(state: RankState, event: Event, kind: str, text: str) -> RankState:
     step, number = (event.step, event.number) if isinstance(event, Ordered) else (state.step, 0)
     happenings = (*state.happenings, Happening(event.time_s, kind, text, number))
-    return replace(state, happenings=happenings[-_KEPT_HAPPENINGS:], step=step)
+    return _with(state, happenings=happenings[-_KEPT_HAPPENINGS:], step=step)
