@@ -2,7 +2,7 @@
 
     python benchmarks/panel.py [--pairs 10] [--json]
 
-The training of free_notebook.py, three times as long, in one kernel: each rank tells ten times a second how far it is,
+The training of free_notebook.py, three times as long, in one kernel: each rank tells five times a second how far it is,
 and the panel is drawn as often. The CPU time of two ranks that wait for each other varies by a tenth from run to run,
 so that of telling is counted where it is spent: in the training thread of each rank, which tells, writes the record and
 the board, less what the counting itself takes. What the kernel, the controller and the nannies spend is compared with

@@ -24,7 +24,7 @@ from nbdist.telemetry.record import cluster_record_path
 
 __all__ = ["Relay"]
 
-_INTERVAL_S = 0.1  # as often as snapshots come
+_INTERVAL_S = 0.2  # as often as ranks tell
 _LOST, _PROCESS_ENDED = "EngineLost", "its process ended"
 _INTERRUPT_AFTER_S = 0.8
 """How long ranks may take to notice that a peer is gone, before they are interrupted."""

@@ -117,7 +117,7 @@ class PanelDashboard:
                 self.show(run)
 
     def update(self, run: Run) -> None:
-        """Called by the relay, from its thread, ten times a second at most."""
+        """Called by the relay, from its thread, several times a second."""
         with self._lock:
             if self._over:
                 return

@@ -16,7 +16,7 @@ class Meter:
         interval_s: Least time between two reports in seconds.
     """
 
-    def __init__(self, samples: int = 0, steps: int = 0, interval_s: float = 0.1) -> None:
+    def __init__(self, samples: int = 0, steps: int = 0, interval_s: float = 0.2) -> None:
         self._interval_s = interval_s
         self._last_s = time.perf_counter()
         self._last = samples, steps
