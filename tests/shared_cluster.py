@@ -37,6 +37,7 @@ class SharedCluster:
                 run.wait(_IDLE_WITHIN_S)
             if not run.ended:
                 cluster.stop()
+        cluster._replay.clear()  # what other tests defined is no affair of this one
         return cluster.start()
 
     def stop(self) -> None:
@@ -91,6 +92,20 @@ def marked() -> list[psutil.Process]:
             if process.pid != os.getpid() and process.environ().get(MARK) == os.environ[MARK]:
                 found.append(process)
     return found
+
+
+def of_cluster(cluster):
+    """All processes of a cluster, and its temporary folder."""
+    folder = folder_of(psutil.Process(cluster.engines[0].pid))
+    return [process for process in marked() if folder_of(process) == folder], folder
+
+
+def kill_controller(cluster):
+    """Its child, a scheduler, has the same name."""
+    controllers = [process for process in of_cluster(cluster)[0] if "controll" in process.name()]
+    (controller,) = [process for process in controllers if process.parent() not in controllers]
+    controller.kill()
+    psutil.wait_procs([controller], timeout=5)
 
 
 def until(condition: Callable[[], Any], within_s: float = 10.0) -> Any:

@@ -38,6 +38,7 @@ class CellRun:
         interrupt: Interrupts the given ranks.
         failed: Called if the cell fails or is interrupted, with the calls that are still unanswered.
         check_alive: Raises where no answer can come any more.
+        done: Called at the end with the ranks on which the cell ran without an error.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class CellRun:
         interrupt: Callable[[list[int]], None],
         failed: Callable[[dict[int, Any]], None],
         check_alive: Callable[[], None],
+        done: Callable[[list[int]], None] = lambda ranks: None,
     ) -> None:
         self._calls = calls
         self._interrupt = interrupt
         self._failed = failed
         self._check_alive = check_alive
+        self._done = done
 
     @property
     def ranks(self) -> list[int]:
@@ -91,6 +94,8 @@ class CellRun:
         except BaseException:
             self._failed({rank: call for rank, call in self._calls.items() if not call.ready()})
             raise
+        finally:
+            self._done([rank for rank, call in self._calls.items() if call.ready() and call.successful()])
 
     def _wait(self, while_waiting: Callable[[], None]) -> None:
         try:

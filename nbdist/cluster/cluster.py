@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -11,12 +10,13 @@ from typing import Any
 
 from nbdist.cluster import current, entry, fork_server
 from nbdist.cluster.cells import CellRun
-from nbdist.cluster.definitions import CellSources, News, class_marks, search_path
+from nbdist.cluster.definitions import CellSources, class_marks
 from nbdist.cluster.engines import Engine, Engines
 from nbdist.cluster.ready import make_ready
+from nbdist.cluster.replay import Replay
 from nbdist.cluster.run import Run
 from nbdist.cluster.training import attend
-from nbdist.cluster.trainings import Trainings, pack
+from nbdist.cluster.trainings import Trainings
 from nbdist.errors import ClusterError, EngineError, PlanError, suggest
 from nbdist.plan import Plan, available_cores, check_engines, default_engines, may_have_gpus
 from nbdist.plan.plan import OPTIONS
@@ -69,13 +69,14 @@ class Cluster:
         self.spares = int(fork_server.can_fork()) if spares is None else spares
         self._up: Engines | None = None
         self._sources = CellSources()
+        self._replay = Replay()
         self._trainings: Trainings | None = None
 
     def start(self, tell: Callable[[str], None] = lambda words: None) -> Cluster:
         """Start the engines; ready only after all of them have met in a collective.
 
         On a running cluster, engines that were lost are replaced, and nothing happens otherwise. One whose controller
-        has ended is started anew.
+        has ended is started anew. Engines that are new get the cells and pushed values that their ranks had.
 
         Args:
             tell: Called with what is being done, a few words, several times a second.
@@ -84,7 +85,7 @@ class Cluster:
             ClusterError: Another cluster runs in this kernel, or an engine did not become ready in time.
         """
         if self._up is not None and not self.reachable:
-            self.stop()
+            self._end()
         if self._up is not None:
             self._refuse_while_busy()
             self._up.timeout_s = self.timeout_s
@@ -97,13 +98,19 @@ class Cluster:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
         self._up = Engines(self.size, self.device, self.timeout_s, tell, self.spares)
         self._sources = CellSources()
+        self._replay.follow(self._up)
         self._trainings = Trainings(self._up, self._sources)
         current.set_cluster(self)
         atexit.register(_stop_reference, weakref.ref(self))
+        self.check_ready()
         return self
 
     def stop(self) -> None:
         """End the engines and everything about them. Twice is fine."""
+        self._end()
+        self._replay.clear()
+
+    def _end(self) -> None:
         if self._up is None:
             return
         engines, trainings, self._up, self._trainings = self._up, self._trainings, None, None
@@ -172,6 +179,8 @@ class Cluster:
     def check_ready(self) -> None:
         """Refuse to begin anything while the engines are busy or lost; form a new world if the last one broke.
 
+        Engines that took the place of lost ones get the cells and pushed values that their ranks had.
+
         Raises:
             ClusterError: They are, or the cluster does not run.
         """
@@ -179,6 +188,8 @@ class Cluster:
         engines.check_alive()
         self._refuse_while_busy()
         make_ready(engines)
+        if self._replay.catch_up():
+            make_ready(engines)
 
     def _running(self) -> Engines:
         if self._up is None:
@@ -197,16 +208,10 @@ class Cluster:
             PlanError: A rank does not exist.
         """
         self.check_ready()
-        engines = self._running()
         chosen = list(range(self.size)) if ranks is None else list(ranks)
         for rank in chosen:
             self._check_rank(rank)
-        news = News(sources={}, path=search_path())
-        calls = {}
-        for rank in chosen:
-            engines.start_call(rank, entry.expect_cell, news, number)
-            calls[rank] = engines.start_cell(rank, source)
-        return CellRun(calls, self.interrupt, engines.suspect, engines.check_alive)
+        return self._replay.run_cell(source, number, chosen)
 
     def complete(self, source: str, rank: int = 0) -> tuple[str, list[str]]:
         """What the end of `source` could become in a cell on one engine.
@@ -226,9 +231,7 @@ class Cluster:
     def push(self, **values: Any) -> None:
         """Put values into the namespace of every engine's cells; tensors travel through one shared copy."""
         self.check_ready()
-        parcel, segment = pack(values, "value", inline=self._running().remote)
-        with contextlib.closing(segment):
-            self._running().call(range(self.size), entry.push, (parcel, self._sources.new()))
+        self._replay.push(values, self._sources.new())
 
     def pull(self, name: str, rank: int = 0) -> Any:
         """The value of a name in the namespace of one engine's cells.
@@ -249,7 +252,8 @@ class Cluster:
 
     def tie_classes(self, namespace: dict[str, Any], ranks: Iterable[int] | None = None) -> None:
         """Let classes that the same cell defined here and on ranks be one, whichever way an instance travels."""
-        self._running().call(range(self.size) if ranks is None else ranks, entry.tie, (class_marks(namespace),))
+        self._running()
+        self._replay.tie(class_marks(namespace), list(range(self.size) if ranks is None else ranks))
 
     def train(
         self,

@@ -14,7 +14,20 @@ from nbdist.cluster.definitions import News, install, tie_classes
 from nbdist.cluster.remote_errors import Failure
 from nbdist.telemetry import RankState
 
-__all__ = ["Outcome", "complete", "expect_cell", "has_let_go", "hear", "hello", "join", "pull", "push", "tie", "train"]
+__all__ = [
+    "Outcome",
+    "complete",
+    "expect_cell",
+    "has_let_go",
+    "hear",
+    "hello",
+    "join",
+    "leave",
+    "pull",
+    "push",
+    "tie",
+    "train",
+]
 
 
 _REMOTE_INTERVAL_S = 0.2
@@ -99,9 +112,7 @@ def join(
 
     from nbdist.core.world import World
 
-    if _engine.world is not None:
-        _engine.world.leave()
-        _engine.world = None
+    leave()
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_size)
     )
@@ -113,6 +124,13 @@ def join(
     _namespace().update(rank=rank, world_size=size, device=_engine.world.device)
     world = _engine.world
     return {"device": str(world.device), "transport": world.transport, "shares_gpu": world.shares_gpu}
+
+
+def leave() -> None:
+    """Leave the world, so that there is nobody to wait for. Local."""
+    if _engine.world is not None:
+        _engine.world.leave()
+        _engine.world = None
 
 
 def push(parcel: Any, news: News) -> None:

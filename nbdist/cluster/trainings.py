@@ -133,10 +133,7 @@ class Trainings:
         training = Training(run, engines, turn.task, plan, packed, self._outbox, self._sources)
         relay = Relay(training, go_on=go_on, watch=turn.watch, then=self._next, context=turn.context)
         if replaced:
-            run.progress.note(
-                f"{ranks_text(replaced)} had been lost and was replaced; what %%dist cells defined there is gone",
-                "lost",
-            )
+            run.progress.note(f"{ranks_text(replaced)} had been lost and was replaced", "lost")
         self._run = run
         current.note_run(run)
         relay.start()

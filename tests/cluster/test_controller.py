@@ -6,26 +6,12 @@ import threading
 
 import psutil
 import pytest
-from shared_cluster import ENGINES, folder_of, marked, until
+from shared_cluster import ENGINES, kill_controller, of_cluster, until
 
 from nbdist.cluster import current_cluster, current_server
 from nbdist.errors import ClusterError
 
 ENDED = "the controller's process has ended, so the engines cannot be reached: %dist_start starts anew"
-
-
-def of_cluster(cluster):
-    """All processes of a cluster, and its temporary folder."""
-    folder = folder_of(psutil.Process(cluster.engines[0].pid))
-    return [process for process in marked() if folder_of(process) == folder], folder
-
-
-def kill_controller(cluster):
-    """Its child, a scheduler, has the same name."""
-    controllers = [process for process in of_cluster(cluster)[0] if "controll" in process.name()]
-    (controller,) = [process for process in controllers if process.parent() not in controllers]
-    controller.kill()
-    psutil.wait_procs([controller], timeout=5)
 
 
 @pytest.fixture

@@ -1,0 +1,157 @@
+"""The replay: an engine that takes a rank gets every cell and pushed value that the rank had, in order, once.
+
+So whatever is told to ranks outside of trainings goes through here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nbdist.cluster import entry
+from nbdist.cluster.cells import CellRun
+from nbdist.cluster.definitions import News, search_path
+from nbdist.cluster.engines import Engines
+from nbdist.cluster.trainings import pack
+from nbdist.errors import EngineError
+
+__all__ = ["Replay"]
+
+_PUSHED_BYTES = 1 << 30
+"""How much memory pushed values may take that later ones have superseded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """Something that ranks were told.
+
+    Args:
+        name: What a person calls it.
+        ranks: Which have done it.
+        begin: Lets one rank do it; returns ipyparallel's result.
+        names: Those that it gives values to, if it is a push.
+        segment: The memory in which the values lie.
+    """
+
+    name: str
+    ranks: frozenset[int]
+    begin: Callable[[int], Any]
+    names: frozenset[str] = frozenset()
+    segment: Any = None
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self.segment is None else self.segment.size
+
+
+class Replay:
+    """Tells ranks what cells and pushes say, and keeps it for engines that take their places."""
+
+    def __init__(self) -> None:
+        self._engines: Engines
+        self._told: list[_Told] = []
+        self._knowing: dict[int, tuple[str, int, float]] = {}
+
+    def follow(self, engines: Engines) -> None:
+        """Tell these engines from now on; they know nothing yet."""
+        self._engines, self._knowing = engines, {}
+
+    def run_cell(self, source: str, number: int | None, ranks: list[int]) -> CellRun:
+        """Begin to run a cell on ranks; `number` is its In[...] in tracebacks."""
+        first_line = source.strip().partition("\n")[0]
+        name = f"the cell {first_line!r}" if number is None else f"Cell In[{number}]"
+
+        def begin(rank: int) -> Any:
+            self._engines.start_call(rank, entry.expect_cell, News(sources={}, path=search_path()), number)
+            return self._engines.start_cell(rank, source)
+
+        return self._follow(
+            {rank: begin(rank) for rank in ranks},
+            lambda done: self._told.append(_Told(name=name, ranks=frozenset(done), begin=begin)),
+        )
+
+    def push(self, values: dict[str, Any], news: News) -> None:
+        """Put values into the namespace of the cells of all ranks; tensors travel through one shared copy."""
+        engines = self._engines
+        ranks, names = frozenset(range(engines.size)), frozenset(values)
+        parcel, segment = pack(values, "value", inline=engines.remote)
+        try:
+            engines.call(ranks, entry.push, (parcel, news))
+        except BaseException:
+            segment.close()
+            raise
+
+        def begin(rank: int) -> Any:
+            return self._engines.start_call(rank, entry.push, parcel, news)
+
+        name = f"the push of {', '.join(values)}"
+        self._told.append(_Told(name=name, ranks=ranks, begin=begin, names=names, segment=segment))
+        while sum(told.bytes for told in self._told) > _PUSHED_BYTES and (old := self._superseded()) is not None:
+            self._told.remove(old)
+            old.segment.close()
+
+    def tie(self, marks: dict[str, str], ranks: list[int]) -> None:
+        """Give classes of the cells the marks that they have in the notebook."""
+        self._engines.call(ranks, entry.tie, (marks,))
+
+        def begin(rank: int) -> Any:
+            return self._engines.start_call(rank, entry.tie, marks)
+
+        self._told.append(_Told(name="the classes", ranks=frozenset(ranks), begin=begin))
+
+    def catch_up(self) -> bool:
+        """Let engines that took ranks since the last time do what those had done; returns whether there was anything.
+
+        They leave the world for it: a collective, which the others would not take part in, is an error and no hang.
+        So a world has to be formed afterwards. What fails is named in a warning, and the rest goes on.
+
+        Raises:
+            ClusterError: The engines cannot be reached any more.
+            EngineError: An engine was lost meanwhile.
+            KeyboardInterrupt: It was interrupted. What was missing is done the next time, from the beginning.
+        """
+        engines, now = self._engines, self._processes()
+        new = {rank for rank, process in now.items() if self._knowing.get(rank) != process}
+        owed = [told for told in self._told if told.ranks & new]
+        if owed:
+            engines.call(sorted(new), entry.leave)
+            engines.formed = False
+        for told in owed:
+            calls = {rank: told.begin(rank) for rank in sorted(told.ranks & new)}
+            try:
+                self._follow(calls).wait()
+            except EngineError as error:
+                if engines.lost:
+                    raise
+                what = str(error).partition("\n")[0]
+                warnings.warn(
+                    f"{told.name} was run again on an engine that took the place of a lost one, and failed: {what}. "
+                    "What it defines is missing there: run it again.", stacklevel=4,
+                )  # fmt: skip
+        self._knowing = now
+        return bool(owed)
+
+    def clear(self) -> None:
+        """Forget everything, and let go of the memory."""
+        for told in self._told:
+            if told.segment is not None:
+                told.segment.close()
+        self._told.clear()
+
+    def _follow(self, calls: dict[int, Any], done: Callable[[list[int]], None] = lambda ranks: None) -> CellRun:
+        engines = self._engines
+        return CellRun(calls, engines.interrupt, engines.suspect, engines.check_alive, done)
+
+    def _superseded(self) -> _Told | None:
+        """The oldest push all of whose names were pushed again later."""
+        for number, told in enumerate(self._told):
+            later = frozenset[str]().union(*(after.names for after in self._told[number + 1 :]))
+            if told.names and told.names <= later:
+                return told
+        return None
+
+    def _processes(self) -> dict[int, tuple[str, int, float]]:
+        """By which process each rank is taken."""
+        return {engine.rank: (engine.host_id, engine.pid, engine.born_s) for engine in self._engines.records()}
