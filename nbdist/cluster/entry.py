@@ -163,11 +163,28 @@ def complete(source: str) -> tuple[str, list[str]]:
     return word, list(found)
 
 
-def expect_cell(news: News, number: int | None) -> None:
-    """A cell follows; let it be known by its number in the notebook, if it has one."""
+def expect_cell(news: News, number: int | None, alone: list[int] | None = None) -> None:
+    """A cell follows.
+
+    Args:
+        news: Of the notebook.
+        number: By which the cell is known in the notebook, if it has one.
+        alone: The ranks that run it, where others do not.
+    """
     from IPython import get_ipython
 
+    from nbdist.core import attendance
+
     install(news)
+    if alone is not None:
+        events = get_ipython().events
+
+        def ended(result: Any) -> None:
+            attendance.expect_all()
+            events.unregister("post_run_cell", ended)
+
+        events.register("post_run_cell", ended)
+        attendance.expect(alone)
     if number is not None:
         get_ipython().execution_count = number
 

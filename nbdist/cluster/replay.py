@@ -63,8 +63,11 @@ class Replay:
         first_line = source.strip().partition("\n")[0]
         name = f"the cell {first_line!r}" if number is None else f"Cell In[{number}]"
 
+        alone = ranks if len(ranks) < self._engines.size else None
+
         def begin(rank: int) -> Any:
-            self._engines.start_call(rank, entry.expect_cell, News(sources={}, path=search_path()), number)
+            news = News(sources={}, path=search_path())
+            self._engines.start_call(rank, entry.expect_cell, news, number, alone)
             return self._engines.start_cell(rank, source)
 
         return self._follow(
@@ -125,7 +128,9 @@ class Replay:
             except EngineError as error:
                 if engines.lost:
                     raise
-                what = str(error).partition("\n")[0]
+                what = str(error).partition("\n")[0].rstrip(".")
+                if "process group has not been init" in what:
+                    what = "it calls a collective, for which the other ranks have to come"
                 warnings.warn(
                     f"{told.name} was run again on an engine that took the place of a lost one, and failed: {what}. "
                     "What it defines is missing there: run it again.", stacklevel=4,

@@ -80,6 +80,16 @@ def test_an_interrupt_frees_the_engines_and_spares_what_they_know(cluster):
     assert run(cluster, "print(kept)").printed() == dict.fromkeys(range(ENGINES), "5\n")
 
 
+def test_a_collective_on_some_ranks_is_explained(cluster):
+    """It would wait for ever; the next cell on all ranks has its collectives."""
+    total = "import torch, torch.distributed as dist\nt = torch.ones(1)\ndist.all_reduce(t)\nprint(t.item())"
+    with pytest.raises(
+        EngineError, match=r"^rank 0: ClusterError: all_reduce is a collective: it waits for ranks \[1\]"
+    ):
+        cluster.execute(total, [0]).wait()
+    assert run(cluster, total).printed() == dict.fromkeys(range(ENGINES), "2.0\n")
+
+
 def test_a_killed_engine_ends_the_cell_and_is_replaced(cluster):
     """The error says so with the cure; a start replaces that engine alone."""
     cell = cluster.execute("kept = rank\nprint('in', flush=True)\nwhile rank: pass")
