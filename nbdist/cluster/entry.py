@@ -110,9 +110,11 @@ def join(
     """
     import torch
 
+    from nbdist.core import attendance
     from nbdist.core.world import World
 
     leave()
+    attendance.expect_all()
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_size)
     )
@@ -176,6 +178,7 @@ def expect_cell(news: News, number: int | None, alone: list[int] | None = None) 
     from nbdist.core import attendance
 
     install(news)
+    attendance.expect_all()
     if alone is not None:
         events = get_ipython().events
 
@@ -225,7 +228,7 @@ def train(
     """
     from ipyparallel.datapub import publish_data
 
-    from nbdist.core import fit
+    from nbdist.core import attendance, fit
     from nbdist.core.allocator import give_back
     from nbdist.core.eager import eager
     from nbdist.core.handover import Outbox, pack, unpack
@@ -235,6 +238,7 @@ def train(
     from nbdist.telemetry.record import record_path
 
     world = _engine.world
+    attendance.expect_all()  # should a cell have been announced that never came
     install(news)
     board = Board(boards[world.rank]) if boards else None
 

@@ -52,9 +52,14 @@ def _checked(name: str, original: Callable[..., Any], present: frozenset[int]) -
             needed = dist.get_process_group_ranks(group or dist.group.WORLD)
             if missing := sorted(set(needed) - present):
                 raise ClusterError(
-                    f"{name} is a collective: it waits for ranks {missing} too, which do not run this cell. Leave "
-                    f"--ranks away, or give it a group of {sorted(present)}, made in a cell that runs on all ranks."
+                    f"{name} is a collective: it waits for {_named(missing)} too, and this cell runs on "
+                    f"{_named(sorted(present))} only. Leave --ranks away, or give it a group of these, "
+                    "made in a cell on all ranks."
                 )
         return original(*args, **kwargs)
 
     return checked
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

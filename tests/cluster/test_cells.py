@@ -83,9 +83,7 @@ def test_an_interrupt_frees_the_engines_and_spares_what_they_know(cluster):
 def test_a_collective_on_some_ranks_is_explained(cluster):
     """It would wait for ever; the next cell on all ranks has its collectives."""
     total = "import torch, torch.distributed as dist\nt = torch.ones(1)\ndist.all_reduce(t)\nprint(t.item())"
-    with pytest.raises(
-        EngineError, match=r"^rank 0: ClusterError: all_reduce is a collective: it waits for ranks \[1\]"
-    ):
+    with pytest.raises(EngineError, match=r"^rank 0: ClusterError: all_reduce is a collective: it waits for rank 1"):
         cluster.execute(total, [0]).wait()
     assert run(cluster, total).printed() == dict.fromkeys(range(ENGINES), "2.0\n")
 
