@@ -19,8 +19,8 @@ from nbdist.errors import EngineError
 
 __all__ = ["Replay"]
 
-_PUSHED_BYTES = 1 << 30
-"""How much memory pushed values may take that later ones have superseded."""
+_PUSHED_BYTES, _PUSHES = 1 << 30, 256
+"""How much pushed values may take, in memory and in open files, before those go that later ones have superseded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,6 @@ class _Told:
     names: frozenset[str] = frozenset()
     segment: Any = None
 
-    @property
-    def bytes(self) -> int:
-        return 0 if self.segment is None else self.segment.size
-
 
 class Replay:
     """Tells ranks what cells and pushes say, and keeps it for engines that take their places."""
@@ -62,7 +58,6 @@ class Replay:
         """Begin to run a cell on ranks; `number` is its In[...] in tracebacks."""
         first_line = source.strip().partition("\n")[0]
         name = f"the cell {first_line!r}" if number is None else f"Cell In[{number}]"
-
         alone = ranks if len(ranks) < self._engines.size else None
 
         def begin(rank: int) -> Any:
@@ -70,10 +65,11 @@ class Replay:
             self._engines.start_call(rank, entry.expect_cell, news, number, alone)
             return self._engines.start_cell(rank, source)
 
-        return self._follow(
-            {rank: begin(rank) for rank in ranks},
-            lambda done: self._told.append(_Told(name=name, ranks=frozenset(done), begin=begin)),
-        )
+        def note(done: list[int]) -> None:
+            if done:
+                self._told.append(_Told(name=name, ranks=frozenset(done), begin=begin))
+
+        return self._follow({rank: begin(rank) for rank in ranks}, note)
 
     def push(self, values: dict[str, Any], news: News) -> None:
         """Put values into the namespace of the cells of all ranks; tensors travel through one shared copy."""
@@ -91,7 +87,7 @@ class Replay:
 
         name = f"the push of {', '.join(values)}"
         self._told.append(_Told(name=name, ranks=ranks, begin=begin, names=names, segment=segment))
-        while sum(told.bytes for told in self._told) > _PUSHED_BYTES and (old := self._superseded()) is not None:
+        while self._is_much() and (old := self._superseded()) is not None:
             self._told.remove(old)
             old.segment.close()
 
@@ -148,6 +144,10 @@ class Replay:
     def _follow(self, calls: dict[int, Any], done: Callable[[list[int]], None] = lambda ranks: None) -> CellRun:
         engines = self._engines
         return CellRun(calls, engines.interrupt, engines.suspect, engines.check_alive, done)
+
+    def _is_much(self) -> bool:
+        sizes = [told.segment.size for told in self._told if told.segment is not None]
+        return len(sizes) > _PUSHES or sum(sizes) > _PUSHED_BYTES
 
     def _superseded(self) -> _Told | None:
         """The oldest push all of whose names were pushed again later."""

@@ -100,11 +100,12 @@ def test_a_cluster_that_is_started_anew_has_everything_again(cluster):
     assert run(cluster, "print('kept' in globals())") == dict.fromkeys(range(ENGINES), "False\n")
 
 
-def test_superseded_values_do_not_fill_the_memory(cluster, monkeypatch):
-    """Beyond a limit the oldest that was pushed anew is let go of."""
-    monkeypatch.setattr("nbdist.cluster.replay._PUSHED_BYTES", 10_000)
-    for value in range(5):
-        cluster.push(big=torch.full((1000,), float(value)))
+@pytest.mark.parametrize(("limit", "value"), [("_PUSHED_BYTES", 10_000), ("_PUSHES", 2)])
+def test_superseded_values_do_not_fill_the_memory(cluster, monkeypatch, limit, value):
+    """Beyond a limit, of bytes and of open files, the oldest that was pushed anew is let go of."""
+    monkeypatch.setattr(f"nbdist.cluster.replay.{limit}", value)
+    for number in range(5):
+        cluster.push(big=torch.full((1000,), float(number)))
     assert len(cluster._replay._told) <= 3
     lose(cluster, 1)
     cluster.start()
