@@ -178,8 +178,9 @@ def expect_cell(news: News, number: int | None, alone: list[int] | None = None) 
     from nbdist.core import attendance
 
     install(news)
-    attendance.expect_all()
-    if alone is not None:
+    if alone is None:
+        attendance.expect_all()
+    else:
         events = get_ipython().events
 
         def ended(result: Any) -> None:

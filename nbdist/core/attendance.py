@@ -20,6 +20,7 @@ _OF_A_GROUP = (
 )  # fmt: skip
 _OF_THE_WORLD = ("new_group", "new_subgroups", "new_subgroups_by_enumeration", "destroy_process_group")
 _originals: dict[str, Callable[..., Any]] = {}
+_present: frozenset[int] | None = None
 
 
 def expect(ranks: Iterable[int]) -> None:
@@ -27,33 +28,36 @@ def expect(ranks: Iterable[int]) -> None:
 
     It holds for what is called as ``torch.distributed.all_reduce`` and the like, or imported from there meanwhile.
     """
+    global _present
     expect_all()
-    present = frozenset(ranks)
+    _present = frozenset(ranks)
     for name in (*_OF_A_GROUP, *_OF_THE_WORLD):
         if hasattr(dist, name):
             _originals[name] = getattr(dist, name)
-            setattr(dist, name, _checked(name, _originals[name], present))
+            setattr(dist, name, _checked(name, _originals[name]))
 
 
 def expect_all() -> None:
     """All ranks run what comes. Local, twice is fine."""
+    global _present
+    _present = None
     while _originals:
         name, original = _originals.popitem()
         setattr(dist, name, original)
 
 
-def _checked(name: str, original: Callable[..., Any], present: frozenset[int]) -> Callable[..., Any]:
+def _checked(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        if name in _originals:  # else it was imported, and the cell has ended
+        if _present is not None:  # else it was imported, and the cell has ended
             group = signature.bind_partial(*args, **kwargs).arguments.get("group") if name in _OF_A_GROUP else None
             needed = dist.get_process_group_ranks(group or dist.group.WORLD)
-            if missing := sorted(set(needed) - present):
+            if missing := sorted(set(needed) - _present):
                 raise ClusterError(
                     f"{name} is a collective: it waits for {_named(missing)} too, and this cell runs on "
-                    f"{_named(sorted(present))} only. Leave --ranks away, or give it a group of these, "
+                    f"{_named(sorted(_present))} only. Leave --ranks away, or give it a group of these, "
                     "made in a cell on all ranks."
                 )
         return original(*args, **kwargs)
