@@ -15,6 +15,7 @@ Messages carry the value that is wrong and, in the second half, the cure.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "PlanError",
     "TaskError",
     "interrupted",
+    "ranks_text",
     "suggest",
 ]
 
@@ -87,3 +89,13 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Ranks for people: "rank 3", "ranks 0-2,5"."""
+    ordered = sorted(set(ranks))
+    groups = []
+    for _, run in itertools.groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0]):
+        members = [rank for _, rank in run]
+        groups.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
+    return f"rank{'s' if len(ordered) > 1 else ''} {','.join(groups)}"

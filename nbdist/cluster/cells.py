@@ -8,8 +8,7 @@ from typing import Any
 
 import ipyparallel.error
 
-from nbdist.cluster.remote_errors import ranks_text
-from nbdist.errors import EngineError, interrupted
+from nbdist.errors import EngineError, interrupted, ranks_text
 
 __all__ = ["CellRun", "printed", "settle"]
 

@@ -89,6 +89,21 @@ class ForkServer:
         Raises:
             ClusterError: The server has ended, or cannot fork.
         """
+        pid, error = self._ask(order)
+        if error:
+            self._broken = True  # it lives on, for what it has forked: nobody else would reap that
+            raise ClusterError(f"the fork server cannot fork: {error}.")
+        return pid
+
+    def end_cluster(self, folder: str) -> None:
+        """Let it end whatever it has forked for the cluster with this folder, also of late, and remove the folder.
+
+        Raises:
+            ClusterError: The server has ended.
+        """
+        self._ask(folder)
+
+    def _ask(self, order: Order | str) -> tuple[int, str]:
         try:
             with self._one_at_a_time:
                 self._orders += 1
@@ -96,16 +111,13 @@ class ForkServer:
                 while True:
                     number, pid, error = self._pipe.recv()
                     if number == self._orders:
-                        break
-                    with contextlib.suppress(ProcessLookupError):  # of an order whose wait was interrupted
-                        os.kill(pid, signal.SIGKILL)
+                        return int(pid), str(error)
+                    if pid:  # of an order whose wait was interrupted
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
         except (EOFError, OSError) as ended:
             self.end()
             raise ClusterError("the fork server has ended.") from ended
-        if error:
-            self._broken = True  # it lives on, for what it has forked: nobody else would reap that
-            raise ClusterError(f"the fork server cannot fork: {error}.")
-        return int(pid)
 
     def end(self) -> None:
         """End the server; what it forked goes on. Twice is fine."""

@@ -32,6 +32,7 @@ __all__ = ["main", "serve"]
 _POLL_S = 0.5
 _GRACE_S = 3.0
 """How long a fork whose owner is gone has to end by itself."""
+_DEAD_WITHIN_S = 1.0
 _CONTROL_PLANE = ["ipyparallel.controller.app", "ipyparallel.engine.app", "ipyparallel.engine.nanny"]
 _ENGINE = [
     "torch.distributed", "numpy.random", "nbdist.cluster.entry", "nbdist.core.train", "nbdist.core.handover",
@@ -44,14 +45,14 @@ class _Brood:
     """The processes that were forked, held so that a number which is another one's by now is never hit."""
 
     def __init__(self) -> None:
-        self._held: dict[int, int] = {}  # a descriptor of each process, and its number
+        self._held: dict[int, tuple[int, str]] = {}  # a descriptor of each process; its number, its cluster's folder
         self._folders: set[str] = set()
 
-    def add(self, pid: int, folder: str | None) -> None:
+    def add(self, pid: int, folder: str) -> None:
         """Hold a child, at once: its number is not given to another process so soon."""
         self._held = {held: other for held, other in self._held.items() if not self._ended(held)}
         with contextlib.suppress(OSError):  # it has ended at once, or the system is too old
-            self._held[os.pidfd_open(pid)] = pid
+            self._held[os.pidfd_open(pid)] = pid, folder
         if folder:
             self._folders.add(folder)
 
@@ -61,28 +62,40 @@ class _Brood:
             os.close(held)
         self._held = {}
 
-    def end(self) -> None:
-        """Kill who still runs, with its own children, and remove what the controllers would have removed."""
-        for held, pid in self._held.items():
-            if self._ended(held):
-                continue
+    def end(self, folder: str) -> None:
+        """Kill who still runs of the cluster with this folder, its own children too, and remove the folder."""
+        killed = [held for held, (_, of) in self._held.items() if of == folder and not _over(held)]
+        for held in killed:
             with contextlib.suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(pid).children(recursive=True):
+                for child in psutil.Process(self._held[held][0]).children(recursive=True):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         child.kill()
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(held, signal.SIGKILL)
-        for folder in self._folders:
-            shutil.rmtree(folder, ignore_errors=True)
+        deadline = time.monotonic() + _DEAD_WITHIN_S
+        for held in killed:  # one that is just starting would make the folder anew
+            _over(held, max(0.0, deadline - time.monotonic()))
+        shutil.rmtree(folder, ignore_errors=True)
+        self._folders.discard(folder)
+
+    def end_all(self) -> None:
+        """`end` every cluster."""
+        for folder in list(self._folders):
+            self.end(folder)
 
     @staticmethod
     def _ended(held: int) -> bool:
-        over = select.poll()
-        over.register(held, select.POLLIN)
-        if not over.poll(0):
+        if not _over(held):
             return False
         os.close(held)
         return True
+
+
+def _over(held: int, timeout_s: float = 0.0) -> bool:
+    """Whether the process of a descriptor has ended, or does so within a time."""
+    over = select.poll()
+    over.register(held, select.POLLIN)
+    return bool(over.poll(timeout_s * 1000))
 
 
 def serve(pipe: Connection, owner: str) -> None:
@@ -92,7 +105,7 @@ def serve(pipe: Connection, owner: str) -> None:
     time.sleep(_POLL_S)  # an owner that ends us in good order does so now, and one that was killed is dead by now
     if not owner_guard.alive(owner):
         time.sleep(_GRACE_S)
-        brood.end()
+        brood.end_all()
 
 
 def _serve(pipe: Connection, owner: str, brood: _Brood) -> None:
@@ -107,6 +120,11 @@ def _serve(pipe: Connection, owner: str, brood: _Brood) -> None:
             number, order = pipe.recv()
         except (EOFError, OSError):
             return
+        if isinstance(order, str):
+            brood.end(order)
+            with contextlib.suppress(OSError):
+                pipe.send((number, 0, ""))
+            continue
         pid, error = 0, _load(_ENGINE) if order.arguments[0] == "engine" else ""
         if not error and threading.active_count() > 1:
             error = "a library has started threads while it was loaded"
@@ -116,7 +134,7 @@ def _serve(pipe: Connection, owner: str, brood: _Brood) -> None:
                 pipe.close()
                 brood.forget()
                 _become(order)
-            brood.add(pid, order.environment.get(owner_guard.FOLDER_VARIABLE))
+            brood.add(pid, order.environment.get(owner_guard.FOLDER_VARIABLE, ""))
         try:
             pipe.send((number, pid, error))
         except OSError:  # the owner has gone meanwhile

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbdist.cluster.remote_errors import ranks_text
-from nbdist.errors import ClusterError, EngineError
+from nbdist.errors import ClusterError, EngineError, ranks_text
 
 __all__ = ["Forming"]
 

@@ -146,6 +146,9 @@ class Launch:
             # Orphans of a server that was killed may stay zombies, for whose end ipyparallel would wait a minute.
             if all(server.alive for server in self._servers):
                 self._cluster.stop_cluster_sync()
+            for server in self._servers:
+                with contextlib.suppress(ClusterError):
+                    server.end_cluster(str(self.folder))  # an engine may have been forked that nobody was told of
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _processes_alive(self) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from nbdist.cluster.engines import Engines
-from nbdist.cluster.remote_errors import ranks_text
-from nbdist.errors import ClusterError
+from nbdist.errors import ClusterError, ranks_text
 
 __all__ = ["make_ready"]
 

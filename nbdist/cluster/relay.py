@@ -15,10 +15,10 @@ import ipyparallel.error
 
 from nbdist.cluster.cells import settle
 from nbdist.cluster.entry import Outcome
-from nbdist.cluster.remote_errors import Failure, as_error, ranks_text
+from nbdist.cluster.remote_errors import Failure, as_error
 from nbdist.cluster.run import Run
 from nbdist.cluster.training import Training
-from nbdist.errors import ClusterError, EngineError, NbdistError
+from nbdist.errors import ClusterError, EngineError, NbdistError, ranks_text
 from nbdist.telemetry import JsonlSink, Noted, Recovered
 from nbdist.telemetry.record import cluster_record_path
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import linecache
 import re
 import time
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbdist.cluster.definitions import label_of, labelled
-from nbdist.errors import EngineError, NbdistError, PeerLostError
+from nbdist.errors import EngineError, NbdistError, PeerLostError, ranks_text
 
-__all__ = ["Failure", "as_error", "ranks_text"]
+__all__ = ["Failure", "as_error"]
 
 _OWN_FOLDER = str(Path(__file__).parents[1])
 _CONTEXT = 2
@@ -81,16 +80,6 @@ def as_error(failures: Iterable[Failure]) -> EngineError:
     where = f" ({cause.place})" if cause.place else ""
     message = f"{ranks_text(f.rank for f in same)}: {cause.kind}: {cause.message}{where}"
     return EngineError(message, cause.traceback, rank=cause.rank)
-
-
-def ranks_text(ranks: Iterable[int]) -> str:
-    """Ranks for people: "rank 3", "ranks 0-2,5"."""
-    ordered = sorted(set(ranks))
-    groups = []
-    for _, run in itertools.groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0]):
-        members = [rank for _, rank in run]
-        groups.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
-    return f"rank{'s' if len(ordered) > 1 else ''} {','.join(groups)}"
 
 
 def _unwrapped(error: BaseException) -> tuple[list[traceback.FrameSummary], str]:

@@ -14,11 +14,10 @@ from nbdist.cluster.definitions import CellSources
 from nbdist.cluster.engines import Engines
 from nbdist.cluster.ready import make_ready
 from nbdist.cluster.relay import Relay
-from nbdist.cluster.remote_errors import ranks_text
 from nbdist.cluster.resuming import resumed
 from nbdist.cluster.run import Run
 from nbdist.cluster.training import Training
-from nbdist.errors import ClusterError, NbdistError, TaskError
+from nbdist.errors import ClusterError, NbdistError, TaskError, ranks_text
 from nbdist.plan import Plan
 from nbdist.telemetry import RankState, RunState
 from nbdist.telemetry.record import new_run_id

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nbdist.errors import ClusterError
+from nbdist.errors import ClusterError, ranks_text
 
 __all__ = ["expect", "expect_all"]
 
@@ -56,14 +56,10 @@ def _checked(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
             needed = dist.get_process_group_ranks(group or dist.group.WORLD)
             if missing := sorted(set(needed) - _present):
                 raise ClusterError(
-                    f"{name} is a collective: it waits for {_named(missing)} too, and this cell runs on "
-                    f"{_named(sorted(_present))} only. Leave --ranks away, or give it a group of these, "
+                    f"{name} is a collective: it waits for {ranks_text(missing)} too, and this cell runs on "
+                    f"{ranks_text(_present)} only. Leave --ranks away, or give it a group of these, "
                     "made in a cell on all ranks."
                 )
         return original(*args, **kwargs)
 
     return checked
-
-
-def _named(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

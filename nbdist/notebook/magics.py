@@ -9,8 +9,7 @@ from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, 
 from IPython.display import display
 
 from nbdist.cluster import Cluster, Run, current_cluster, current_server, end_server, last_run, require_cluster
-from nbdist.cluster.remote_errors import ranks_text
-from nbdist.errors import ClusterError, PlanError, TaskError, suggest
+from nbdist.errors import ClusterError, PlanError, TaskError, ranks_text, suggest
 from nbdist.notebook import parsers
 from nbdist.notebook.dashboard import has_front_end, make_dashboard, show_run
 from nbdist.notebook.help import help_text, help_text_of

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from IPython.display import display
 
-from nbdist.cluster.remote_errors import ranks_text
+from nbdist.errors import ranks_text
 
 __all__ = ["RankPrinter", "StatusLine", "label", "merge", "show_rich"]
 

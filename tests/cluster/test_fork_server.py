@@ -19,6 +19,7 @@ from tasks import classes, copied, net, same
 
 import nbdist
 from nbdist.cluster.fork_server import ForkServer, Order, current_server, end_server, require_server
+from nbdist.cluster.owner_guard import FOLDER_VARIABLE
 from nbdist.errors import ClusterError
 
 COMPILER = "import sys; print(bool({'torch._dynamo', 'sympy'} & set(sys.modules)))"
@@ -247,6 +248,23 @@ def test_the_process_of_an_interrupted_order_is_killed(forks, tmp_path):
     assert late.pid != forks.fork(order("controller", "--version"))
     until(lambda: all(map(ended, [late, *nannies])))
     until(lambda: f"{ipyparallel.__version__}\n" == (tmp_path / "controller").read_text())
+
+
+def test_what_was_forked_for_a_cluster_ends_with_its_folder(forks, tmp_path):
+    """Even an engine that is only just starting, which would make the folder anew; another cluster's goes on."""
+    folders = [str(tmp_path / "one"), str(tmp_path / "other")]
+    processes = []
+    for folder in folders:
+        os.makedirs(folder)
+        environment = {**os.environ, FOLDER_VARIABLE: folder}
+        arguments = ["engine", f"--profile-dir={folder}/profile"]  # waits for a controller
+        order = Order(arguments=arguments, environment=environment, folder=folder, log=os.devnull, cores={0})
+        processes.append(psutil.Process(forks.fork(order)))
+    forks.end_cluster(folders[0])
+    assert [True, False] == [ended(process) for process in processes]
+    assert [False, True] == [os.path.exists(folder) for folder in folders]
+    forks.end_cluster(folders[1])
+    assert ended(processes[1])
 
 
 def test_a_server_that_was_ended_forks_no_more(forks, tmp_path):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nbdist.cluster.definitions import News, install
-from nbdist.cluster.remote_errors import Failure, as_error, ranks_text
-from nbdist.errors import PeerLostError, PlanError
+from nbdist.cluster.remote_errors import Failure, as_error
+from nbdist.errors import PeerLostError, PlanError, ranks_text
 
 
 @pytest.mark.parametrize(
