@@ -40,6 +40,7 @@ MAGICS = [
     "dist_status",
     "dist_stop",
     "dist_train",
+    "dist_where",
 ]
 
 

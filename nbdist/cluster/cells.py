@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import ipyparallel.error
 
+from nbdist.cluster.where import Where
 from nbdist.errors import EngineError, interrupted, ranks_text
 
 __all__ = ["CellRun", "printed", "settle"]
@@ -15,6 +17,8 @@ __all__ = ["CellRun", "printed", "settle"]
 _POLL_S = 0.05
 _INTERRUPTED_AFTER_S = 5.0
 _LATE_OUTPUT_S = 2.0
+_LOOK_S = 3.0
+"""How often to look whether the ranks wait for each other in vain; twice the same means that they do."""
 
 
 def settle(call: Any) -> None:
@@ -38,6 +42,7 @@ class CellRun:
         failed: Called if the cell fails or is interrupted, with the calls that are still unanswered.
         check_alive: Raises where no answer can come any more.
         done: Called at the end with the ranks on which the cell ran without an error.
+        where: Tells where all ranks stand.
     """
 
     def __init__(
@@ -47,12 +52,14 @@ class CellRun:
         failed: Callable[[dict[int, Any]], None],
         check_alive: Callable[[], None],
         done: Callable[[list[int]], None] = lambda ranks: None,
+        where: Callable[[], Where] | None = None,
     ) -> None:
         self._calls = calls
         self._interrupt = interrupt
         self._failed = failed
         self._check_alive = check_alive
         self._done = done
+        self._where = where
 
     @property
     def ranks(self) -> list[int]:
@@ -97,11 +104,18 @@ class CellRun:
             self._done([rank for rank, call in self._calls.items() if call.ready() and call.successful()])
 
     def _wait(self, while_waiting: Callable[[], None]) -> None:
+        look_s, before = time.monotonic() + _LOOK_S, ""
         try:
             while waiting := [call for call in self._calls.values() if not call.ready()]:
                 while_waiting()
                 waiting[0].wait(_POLL_S)
                 self._check_alive()
+                if self._where is not None and time.monotonic() > look_s:
+                    look_s, where = time.monotonic() + _LOOK_S, self._where().among(self._calls)
+                    if where.hopeless and str(where) == before:
+                        warnings.warn(f"this cell hangs: {where.verdict}. Interrupt it (■).", stacklevel=4)
+                        self._where = None
+                    before = str(where)
         except KeyboardInterrupt:
             self._interrupt([rank for rank, call in self._calls.items() if not call.ready()])
             deadline = time.monotonic() + _INTERRUPTED_AFTER_S

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,13 +11,15 @@ from nbdist.cluster import current, entry, fork_server
 from nbdist.cluster.cells import CellRun
 from nbdist.cluster.definitions import CellSources, class_marks
 from nbdist.cluster.engines import Engine, Engines
+from nbdist.cluster.gpus import count_gpus
 from nbdist.cluster.ready import make_ready
 from nbdist.cluster.replay import Replay
 from nbdist.cluster.run import Run
 from nbdist.cluster.training import attend
 from nbdist.cluster.trainings import Trainings
+from nbdist.cluster.where import Where
 from nbdist.errors import ClusterError, EngineError, PlanError, suggest
-from nbdist.plan import Plan, available_cores, check_engines, default_engines, may_have_gpus
+from nbdist.plan import Plan, available_cores, check_engines, default_engines
 from nbdist.plan.plan import OPTIONS
 
 __all__ = ["Cluster"]
@@ -58,7 +59,7 @@ class Cluster:
             raise PlanError(f"timeout {timeout_s:g} s is too short: use a positive number.")
         if spares is not None and (isinstance(spares, bool) or not isinstance(spares, int) or spares < 0):
             raise PlanError(f"{spares!r} spares cannot be kept: use a whole number, 0 or more.")
-        gpus = 0 if device == "cpu" else _gpus()
+        gpus = 0 if device == "cpu" else count_gpus()
         if device == "cuda" and not gpus:
             raise PlanError("device 'cuda' was asked for, but torch sees no GPU here: use cpu or auto.")
         cores = available_cores()
@@ -175,6 +176,10 @@ class Cluster:
     def interrupt(self, ranks: Iterable[int] | None = None) -> None:
         """Interrupt what ranks are doing, as Ctrl-C would; all by default."""
         self._running().interrupt(range(self.size) if ranks is None else ranks)
+
+    def where(self) -> Where:
+        """Where every rank stands at the moment, whatever it does, and who waits for whom. Disturbs nobody."""
+        return Where.of(self._running(), self.current_run, self._replay.cells)
 
     def check_ready(self) -> None:
         """Refuse to begin anything while the engines are busy or lost; form a new world if the last one broke.
@@ -331,16 +336,6 @@ class Cluster:
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.size:
             raise PlanError(f"rank {rank} does not exist: use 0 to {self.size - 1}.")
-
-
-def _gpus() -> int:
-    if "torch" not in sys.modules and not may_have_gpus():
-        return 0
-    if fork_server.can_fork() and current.current_cluster() is None:
-        fork_server.require_server()  # it loads torch while we do
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _stop_reference(reference: weakref.ref[Cluster]) -> None:

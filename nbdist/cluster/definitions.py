@@ -11,7 +11,17 @@ from typing import Any
 
 import cloudpickle.cloudpickle as cloudpickle_internals
 
-__all__ = ["CellSources", "News", "class_marks", "install", "label_of", "labelled", "search_path", "tie_classes"]
+__all__ = [
+    "CellSources",
+    "News",
+    "cell_file",
+    "class_marks",
+    "install",
+    "label_of",
+    "labelled",
+    "search_path",
+    "tie_classes",
+]
 
 _labels: dict[str, str] = {}
 
@@ -59,8 +69,17 @@ def _cell_label(name: str) -> str:
     return f"Cell In[{numbers[name]}]" if name in numbers else name
 
 
+def cell_file(source: str) -> str:
+    """The name, without its folder, of the file by which an engine's tracebacks know a cell; empty if unknown."""
+    try:
+        from ipykernel.compiler import get_file_name  # private: better tracebacks of cells that hang, no more
+    except ImportError:
+        return ""
+    return os.path.basename(get_file_name(source))
+
+
 def install(news: News) -> None:
-    """Make cells known to this process's tracebacks, and find modules where the notebook does. Runs on an engine."""
+    """Make cells known to this process's tracebacks, and find modules where the notebook does."""
     for name, (label, source) in news.sources.items():
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
         _labels[name] = label

@@ -22,6 +22,8 @@ class Engine:
         cores: CPU cores it may use, shared with the other engines of its host.
         born_s: When that process began, in seconds since 1970.
         state: "idle", "busy" or "lost".
+        stacks: The file in which it says where it stands, when it is asked; see `stacks`.
+        main_thread: The thread that trains.
     """
 
     rank: int
@@ -32,6 +34,8 @@ class Engine:
     cores: int
     born_s: float = 0.0
     state: str = "idle"
+    stacks: str = ""
+    main_thread: int = 0
 
 
 def gone(pid: int, born_s: float) -> bool:

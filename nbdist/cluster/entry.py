@@ -12,6 +12,7 @@ from typing import Any
 from nbdist.cluster.board import Board
 from nbdist.cluster.definitions import News, install, tie_classes
 from nbdist.cluster.remote_errors import Failure
+from nbdist.cluster.stacks import answer_from
 from nbdist.telemetry import RankState
 
 __all__ = [
@@ -91,6 +92,7 @@ def hello(address: str, port: int) -> dict[str, Any]:
         "pid": os.getpid(),
         "born_s": psutil.Process().create_time(),
         "cores": available_cores(),
+        **answer_from(),
     }
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import linecache
 import re
 import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from nbdist.cluster.definitions import label_of, labelled
+from nbdist.cluster.frames import frame_text, is_ours, is_plumbing, place_of
 from nbdist.errors import EngineError, NbdistError, PeerLostError, ranks_text
 
 __all__ = ["Failure", "as_error"]
 
-_OWN_FOLDER = str(Path(__file__).parents[1])
-_CONTEXT = 2
 _FROM_WORKER = re.compile(r"Caught \w+ in (DataLoader worker process \d+)\.\nOriginal Traceback")
 _FRAME = re.compile(r'^  File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
 _LOADING = "/torch/utils/data/"
@@ -48,13 +45,13 @@ class Failure:
     def of(cls, rank: int, error: BaseException) -> Failure:
         """Describe an exception just caught. Runs on the engine, where the source lines are."""
         frames, message = _unwrapped(error)
-        users = [frame for frame in frames if not frame.filename.startswith(_OWN_FOLDER) and not _is_plumbing(frame)]
+        users = [frame for frame in frames if not (is_ours(frame) or is_plumbing(frame))]
         ours = isinstance(error, NbdistError)  # a sentence for the user: where we raised it is of no interest
         shown = users if users or ours else frames
         places = [frame for frame in users if label_of(frame.filename)] or users
         innermost = places[-1] if places else None
         kind = type(error).__name__
-        text = [_frame_text(frame) for frame in shown]
+        text = [frame_text(frame) for frame in shown]
         if shown:
             raised = traceback.format_exception_only(type(error), error)
             text.append("".join(raised).rstrip() if message == str(error) else f"{kind}: {message}")
@@ -63,7 +60,7 @@ class Failure:
             time_s=time.time(),
             kind=kind,
             message=labelled(message) if ours else message,
-            place=_place(innermost) if innermost else "",
+            place=place_of(innermost) if innermost else "",
             traceback="\n".join(text),
             echo=isinstance(error, PeerLostError),
         )
@@ -94,25 +91,3 @@ def _unwrapped(error: BaseException) -> tuple[list[traceback.FrameSummary], str]
         if _LOADING not in file
     ]
     return frames, f"{text.rstrip().rpartition(f'{type(error).__name__}: ')[2]} (in {worker[1]})"
-
-
-def _is_plumbing(frame: traceback.FrameSummary) -> bool:
-    """Whether a frame is the call machinery of ``nn.Module``, which says nothing and stands everywhere."""
-    return frame.filename.endswith("torch/nn/modules/module.py") and frame.name.endswith("call_impl")
-
-
-def _place(frame: traceback.FrameSummary) -> str:
-    file = label_of(frame.filename) or frame.filename.rpartition("/site-packages/")[2]
-    return f"{file}, line {frame.lineno}"
-
-
-def _frame_text(frame: traceback.FrameSummary) -> str:
-    header = f"{_place(frame)}, in {frame.name}"
-    number = frame.lineno or 0
-    around = _CONTEXT if label_of(frame.filename) else 0
-    lines = []
-    for i in range(max(1, number - around), number + around + 1):
-        line = linecache.getline(frame.filename, i)
-        if line:
-            lines.append(f"{'---->' if i == number else '     '} {i:>3} {line.rstrip()}")
-    return "\n".join([header, *lines])

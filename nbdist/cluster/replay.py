@@ -12,9 +12,10 @@ from typing import Any
 
 from nbdist.cluster import entry
 from nbdist.cluster.cells import CellRun
-from nbdist.cluster.definitions import News, search_path
+from nbdist.cluster.definitions import News, cell_file, search_path
 from nbdist.cluster.engines import Engines
 from nbdist.cluster.trainings import pack
+from nbdist.cluster.where import Where
 from nbdist.errors import EngineError
 
 __all__ = ["Replay"]
@@ -43,12 +44,17 @@ class _Told:
 
 
 class Replay:
-    """Tells ranks what cells and pushes say, and keeps it for engines that take their places."""
+    """Tells ranks what cells and pushes say, and keeps it for engines that take their places.
+
+    Attributes:
+        cells: What a person calls each cell that ran on engines, and its source, by the name of its file there.
+    """
 
     def __init__(self) -> None:
         self._engines: Engines
         self._told: list[_Told] = []
         self._knowing: dict[int, tuple[str, int, float]] = {}
+        self.cells: dict[str, tuple[str, str]] = {}
 
     def follow(self, engines: Engines) -> None:
         """Tell these engines from now on; they know nothing yet."""
@@ -59,6 +65,7 @@ class Replay:
         first_line = source.strip().partition("\n")[0]
         name = f"the cell {first_line!r}" if number is None else f"Cell In[{number}]"
         alone = ranks if len(ranks) < self._engines.size else None
+        self.cells[cell_file(source)] = name, source
 
         def begin(rank: int) -> Any:
             news = News(sources={}, path=search_path())
@@ -143,7 +150,11 @@ class Replay:
 
     def _follow(self, calls: dict[int, Any], done: Callable[[list[int]], None] = lambda ranks: None) -> CellRun:
         engines = self._engines
-        return CellRun(calls, engines.interrupt, engines.suspect, engines.check_alive, done)
+
+        def where() -> Where:
+            return Where.of(engines, None, self.cells)
+
+        return CellRun(calls, engines.interrupt, engines.suspect, engines.check_alive, done, where)
 
     def _is_much(self) -> bool:
         sizes = [told.segment.size for told in self._told if told.segment is not None]

@@ -17,6 +17,7 @@ _PHRASES = {
     "%dist_push": ("NAME ...", "send values to every engine"),
     "%dist_pull": ("NAME [--rank R]", "bring a value back"),
     "%dist_status": ("", "what engines do, where they live"),
+    "%dist_where": ("", "on which line each rank is, and why"),
     "%dist_stop": ("[--all]", "end the engines"),
     "%dist_help": ("[MAGIC]", "this, or all about one of them"),
 }

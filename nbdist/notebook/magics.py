@@ -97,6 +97,13 @@ class DistMagics(Magics):
 
     @no_var_expand
     @line_magic
+    @_documented(parsers.WHERE)
+    def dist_where(self, line: str) -> None:
+        parsers.WHERE.parse(split_line(line))
+        print(require_cluster().where())
+
+    @no_var_expand
+    @line_magic
     @_documented(parsers.STOP)
     def dist_stop(self, line: str) -> None:
         arguments = parsers.STOP.parse(split_line(line))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from nbdist.plan.options import OptionParser, add_plan_options
 
-__all__ = ["DIST", "HELP", "ORDERS", "PARSERS", "PULL", "PUSH", "RUN", "RUNS", "START", "STATUS", "STOP", "TRAIN"]
+__all__ = [
+    "DIST", "HELP", "ORDERS", "PARSERS", "PULL", "PUSH", "RUN", "RUNS", "START", "STATUS", "STOP", "TRAIN", "WHERE",
+]  # fmt: skip
 
 
 def _start_parser() -> OptionParser:
@@ -26,6 +28,14 @@ def _status_parser() -> OptionParser:
     return OptionParser(
         "%dist_status",
         "Show the engines (rank, process, host, device, state, memory), the newest run, and what is kept warm.",
+    )
+
+
+def _where_parser() -> OptionParser:
+    return OptionParser(
+        "%dist_where",
+        "Show on which line every rank is, in which collective, and who waits for whom. Disturbs nobody. A run needs "
+        "--background for it, or a subshell, as for any other cell.",
     )
 
 
@@ -117,8 +127,9 @@ PULL = _pull_parser()
 RUN = _run_parser()
 RUNS = _runs_parser()
 TRAIN = _train_parser()
+WHERE = _where_parser()
 
 PARSERS: dict[str, OptionParser] = {
-    parser.prog: parser for parser in (START, TRAIN, RUN, RUNS, DIST, PUSH, PULL, STATUS, STOP, HELP)
+    parser.prog: parser for parser in (START, TRAIN, RUN, RUNS, DIST, PUSH, PULL, STATUS, WHERE, STOP, HELP)
 } | {"%%dist_train": TRAIN}
 """By the word that begins the line, in the order in which a person meets them."""
