@@ -26,7 +26,7 @@ TRAIN_OPTIONS = [
     "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
     "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--threads", "--bucket-mib", "--gather",
     "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--tensorboard",
-    "--background", "-o",
+    "--background", "--hang-timeout", "--on-hang", "-o",
 ]  # fmt: skip
 
 MAGICS = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +10,7 @@ from nbdist.cluster.cells import CellRun
 from nbdist.cluster.definitions import CellSources, class_marks
 from nbdist.cluster.engines import Engine, Engines
 from nbdist.cluster.gpus import count_gpus
+from nbdist.cluster.hangs import Hangs
 from nbdist.cluster.ready import make_ready
 from nbdist.cluster.replay import Replay
 from nbdist.cluster.run import Run
@@ -102,7 +101,7 @@ class Cluster:
         self._replay.follow(self._up)
         self._trainings = Trainings(self._up, self._sources)
         current.set_cluster(self)
-        atexit.register(_stop_reference, weakref.ref(self))
+        current.stop_at_exit(self)
         self.check_ready()
         return self
 
@@ -266,6 +265,8 @@ class Cluster:
         data: Any,
         *,
         background: bool = False,
+        hang_timeout: float | None = None,
+        on_hang: str = "replace",
         watch: Callable[[Run], None] | None = None,
         names: tuple[str, str] = ("model", "data"),
         **options: Any,
@@ -281,6 +282,8 @@ class Cluster:
             data: A Dataset, a DataLoader, or a tuple of tensors or NumPy arrays.
             background: Whether to return at once instead of waiting for the end. While another run goes on, this one
                 is queued, and begins when it has ended.
+            hang_timeout: Seconds without a step, evaluation included, after which the run hangs; see `Hangs`.
+            on_hang: What is done then: "replace" the ranks that the others wait for, or "stop" with an error.
             watch: Called with the run several times a second, and once after its end.
             names: What the person calls `model` and `data`, for errors.
             **options: `loss` or `step`, `optimizer`, `val`, `metric` and every option of a Plan. ``resume=True``
@@ -301,12 +304,20 @@ class Cluster:
             self._refuse_while_busy()
         from nbdist.core.task import Task
 
-        asked = {"model": model, "data": data, "names": names, **options}
+        hangs = Hangs(hang_timeout, on_hang, self.where)
+        asked = {
+            "model": model,
+            "data": data,
+            "names": names,
+            "hang_timeout": hang_timeout,
+            "on_hang": on_hang,
+            **options,
+        }
         given = {name: options.pop(name) for name in _TASK_OPTIONS if name in options}
         task = Task.create(model, data, names=names, **given)
         plan = Plan.create(ranks=self.size, cores=engines.threads * self.size, **{**options, **task.options})
         assert self._trainings is not None
-        run = self._trainings.add(task, plan, watch, names, asked)
+        run = self._trainings.add(task, plan, watch, names, hangs, asked)
         return run if background else attend(run)
 
     def resume(self, **options: Any) -> Run:
@@ -336,9 +347,3 @@ class Cluster:
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.size:
             raise PlanError(f"rank {rank} does not exist: use 0 to {self.size - 1}.")
-
-
-def _stop_reference(reference: weakref.ref[Cluster]) -> None:
-    cluster = reference()
-    if cluster is not None:
-        cluster.stop()

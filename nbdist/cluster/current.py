@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from typing import TYPE_CHECKING
 
 from nbdist.errors import ClusterError
@@ -10,7 +12,7 @@ if TYPE_CHECKING:
     from nbdist.cluster.cluster import Cluster
     from nbdist.cluster.run import Run
 
-__all__ = ["current_cluster", "last_run", "note_run", "require_cluster", "set_cluster"]
+__all__ = ["current_cluster", "last_run", "note_run", "require_cluster", "set_cluster", "stop_at_exit"]
 
 _cluster: Cluster | None = None
 _run: Run | None = None
@@ -49,3 +51,14 @@ def note_run(run: Run) -> None:
     if _run is not None:
         _run.forget(but=run)
     _run = run
+
+
+def stop_at_exit(cluster: Cluster) -> None:
+    """Stop a cluster when this process ends, if it is still there."""
+    atexit.register(_stop_reference, weakref.ref(cluster))
+
+
+def _stop_reference(reference: weakref.ref[Cluster]) -> None:
+    cluster = reference()
+    if cluster is not None:
+        cluster.stop()

@@ -15,6 +15,7 @@ import ipyparallel.error
 
 from nbdist.cluster.cells import settle
 from nbdist.cluster.entry import Outcome
+from nbdist.cluster.hangs import Hangs
 from nbdist.cluster.remote_errors import Failure, as_error
 from nbdist.cluster.run import Run
 from nbdist.cluster.training import Training
@@ -26,6 +27,7 @@ __all__ = ["Relay"]
 
 _INTERVAL_S = 0.2  # as often as ranks tell
 _LOST, _PROCESS_ENDED = "EngineLost", "its process ended"
+_NOT_ENOUGH = "what runs there, or its memory, does not suffice"
 _INTERRUPT_AFTER_S = 0.8
 """How long ranks may take to notice that a peer is gone, before they are interrupted."""
 _KILL_AFTER_S = 2.0
@@ -40,18 +42,22 @@ class Relay:
     Args:
         training: Which.
         go_on: Whether it begins with the snapshot that is there.
+        hangs: Looks for hangs.
         watch: Called with the run after each update; the last time after its end.
         then: Called when all about the end is done.
         context: Carries which cell output belongs to: some ipykernels fail in a thread without it.
     """
 
     def __init__(
-        self, training: Training, *, go_on: bool, watch: Callable[[Run], None] | None, then: Callable[[], None],
-        context: contextvars.Context,
+        self, training: Training, *, go_on: bool, hangs: Hangs, watch: Callable[[Run], None] | None,
+        then: Callable[[], None], context: contextvars.Context,
     ) -> None:  # fmt: skip
         self._training = training
         self._run = training.run
         self._engines = training.engines
+        self._hangs = hangs
+        self._hung: EngineError | None = None  # of a run that ends for it
+        self._why = _PROCESS_ENDED
         self._watch = watch
         self._freed: set[int] = set()
         self._reached, self._tries = -1, 0
@@ -97,7 +103,7 @@ class Relay:
                 run.progress.stand_at(step)
             run._end("stopped")
         else:
-            run._end("failed", self._rescued(as_error(failures)))
+            run._end("failed", self._rescued(self._hung or as_error(failures)))
         return bool(failures)
 
     def _rescued(self, error: NbdistError) -> NbdistError:
@@ -133,7 +139,7 @@ class Relay:
             now_s = time.monotonic()
             if since_s is None and any(outcome.failure for outcome in outcomes.values()):
                 since_s = now_s
-            if since_s is None and self._run.abandoned:
+            if since_s is None and (self._run.abandoned or self._is_hung()):
                 since_s = now_s - _INTERRUPT_AFTER_S
             if since_s is not None and now_s >= since_s + _INTERRUPT_AFTER_S and not self._freed:
                 self._freed.update(waiting)
@@ -144,6 +150,21 @@ class Relay:
             self._merge(outcomes)
             self._draw()
         return [outcomes[rank] for rank in range(len(self._calls))]
+
+    def _is_hung(self) -> bool:
+        """Whether the run hangs and has to end; ranks that can be replaced are ended here, and so are lost."""
+        hang = self._hangs.found(self._run.progress)
+        if hang is None:
+            return False
+        self._run.progress.note(hang.text)
+        with contextlib.closing(JsonlSink(cluster_record_path(self._run.run_id))) as record:
+            record.emit(Noted(rank=0, text=hang.text))
+        if hang.culprits:
+            self._why = hang.text
+            self._engines.kill(hang.culprits)
+        else:
+            self._hung = EngineError(f"{hang.text}.")
+        return self._hung is not None
 
     def _outcome(self, rank: int) -> Outcome:
         error = self._calls[rank].exception()  # raised, it would hold this frame, and with it the run's memory
@@ -169,7 +190,7 @@ class Relay:
         """Whether the run ended for nothing but that processes did, so that it can go on."""
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         return (
-            not self._run.abandoned
+            not (self._run.abandoned or self._hung)
             and any(failure.kind == _LOST for failure in failures)
             and all(failure.echo for failure in failures)
         )
@@ -192,8 +213,8 @@ class Relay:
             self._tries += 1
             if self._tries > _TRIES:
                 raise EngineError(
-                    f"{ranks_text(lost)}: the process ended {_TRIES} times at step {max(reached, 0) + 1}: what runs "
-                    "there, or its memory, does not suffice.", rank=lost[0],
+                    f"{ranks_text(lost)}: the process ended {_TRIES} times at step {max(reached, 0) + 1}: "
+                    f"{_NOT_ENOUGH if self._why == _PROCESS_ENDED else self._why}.", rank=lost[0],
                 )  # fmt: skip
             try:
                 replaced.update(self._engines.lost)
@@ -208,9 +229,8 @@ class Relay:
                 self._engines.check_alive()
         step = 0 if found is None else found[0]
         seconds = time.monotonic() - since_s
-        text = (
-            f"{ranks_text(replaced)} lost ({_PROCESS_ENDED}), replaced in {seconds:.2f} s; all go on from step {step}"
-        )
+        text = f"{ranks_text(replaced)} lost ({self._why}), replaced in {seconds:.2f} s; all go on from step {step}"
+        self._why = _PROCESS_ENDED
         run.progress.note(text, "recovered")
         with contextlib.closing(JsonlSink(cluster_record_path(run.run_id))) as record:
             for rank in sorted(replaced):

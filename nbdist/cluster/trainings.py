@@ -12,6 +12,7 @@ from typing import Any
 from nbdist.cluster import current
 from nbdist.cluster.definitions import CellSources
 from nbdist.cluster.engines import Engines
+from nbdist.cluster.hangs import Hangs
 from nbdist.cluster.ready import make_ready
 from nbdist.cluster.relay import Relay
 from nbdist.cluster.resuming import resumed
@@ -34,6 +35,7 @@ class _Turn:
     plan: Plan
     watch: Callable[[Run], None] | None
     names: tuple[str, str]
+    hangs: Hangs
     context: contextvars.Context
 
 
@@ -82,8 +84,9 @@ class Trainings:
             raise ClusterError(f"run {self._run.run_id} is going on: wait for it (run.wait()) or stop it (run.stop()).")
 
     def add(
-        self, task: Any, plan: Plan, watch: Callable[[Run], None] | None, names: tuple[str, str], asked: dict[str, Any]
-    ) -> Run:
+        self, task: Any, plan: Plan, watch: Callable[[Run], None] | None, names: tuple[str, str], hangs: Hangs,
+        asked: dict[str, Any],
+    ) -> Run:  # fmt: skip
         """Begin a run, or let it wait until those before it have ended.
 
         Raises:
@@ -92,7 +95,7 @@ class Trainings:
         ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in self._engines.records()}
         progress = RunState(title=task.title, plan=plan.to_dict(), ranks=ranks)
         run = Run(new_run_id(), plan, progress, self._order, asked)
-        turn = _Turn(run, task, plan, watch, names, contextvars.copy_context())
+        turn = _Turn(run, task, plan, watch, names, hangs, contextvars.copy_context())
         with self._changing:
             if not self.busy:
                 self._begin(turn)
@@ -130,7 +133,7 @@ class Trainings:
         run.vaults = vaults
         run.progress.begin()
         training = Training(run, engines, turn.task, plan, packed, self._outbox, self._sources)
-        relay = Relay(training, go_on=go_on, watch=turn.watch, then=self._next, context=turn.context)
+        relay = Relay(training, go_on=go_on, hangs=turn.hangs, watch=turn.watch, then=self._next, context=turn.context)
         if replaced:
             run.progress.note(f"{ranks_text(replaced)} had been lost and was replaced", "lost")
         self._run = run

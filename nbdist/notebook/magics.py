@@ -190,6 +190,7 @@ class DistMagics(Magics):
                 for name in ("checkpoint", "resume", "tensorboard")
                 if (word := getattr(arguments, name))
             },
+            **{n: value for n in ("hang_timeout", "on_hang") if (value := getattr(arguments, n)) is not None},
             "step": None if cell is None else compile_step(self.shell, line, cell, self._cell_number),
         }
         dashboard = make_dashboard(self.shell, arguments.background)

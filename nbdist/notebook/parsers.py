@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nbdist.cluster.hangs import ON_HANG
 from nbdist.plan.options import OptionParser, add_plan_options
 
 __all__ = [
@@ -84,6 +85,14 @@ def _train_parser() -> OptionParser:
     parser.add_argument("--val", metavar="DATA", help="Validation data, in the same forms.")
     add_plan_options(parser)
     parser.add_argument("--background", action="store_true", help="Return at once; the run goes on.")
+    parser.add_argument(
+        "--hang-timeout", type=float, metavar="S",
+        help="Seconds without a step, evaluation included, after which the run hangs. Default: no limit.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--on-hang", choices=ON_HANG, metavar="|".join(ON_HANG),
+        help="What is done then: replace the ranks that the others wait for, or stop. Default: replace.",
+    )  # fmt: skip
     parser.add_argument("-o", dest="output", metavar="NAME", help="Store the Run under this name too.")
     return parser
 

@@ -1,0 +1,156 @@
+"""A run that hangs is explained, and then mended or ended."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from shared_cluster import until
+from tasks import classes, copied, same
+from torch import nn
+
+from nbdist.cluster.hangs import Hangs
+from nbdist.errors import EngineError, PlanError
+from nbdist.telemetry.record import records
+
+pytestmark = pytest.mark.engines
+
+HERE = re.escape(os.path.abspath(__file__))
+WITHIN_S = 30.0
+
+
+class Net(nn.Module):
+    """Its forward hangs on rank 1, in the 40th step, until the file `mark` is there; in Python or in C."""
+
+    def __init__(self, mark="", how=""):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Linear(16, 3))
+        self.mark, self.how, self.calls = mark, how, 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.how and self.calls == 40 and os.environ.get("RANK") == "1" and not os.path.exists(self.mark):
+            Path(self.mark).touch()
+            while self.how == "in C":
+                ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
+            time.sleep(1000)
+        return self.layers(x)
+
+
+OPTIONS = {"loss": "cross_entropy", "batch_size": 16, "epochs": 20, "threads": 1}
+LINES, FIRST = inspect.getsourcelines(Net)
+LINE = {how: FIRST + next(i for i, line in enumerate(LINES) if words in line)
+        for how, words in (("in Python", "time.sleep"), ("in C", "PyDLL"))}  # fmt: skip
+
+
+def train(cluster, model, **options):
+    return cluster.train(model, classes(), background=True, **OPTIONS, **options)
+
+
+def rows(run):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in run.history]
+
+
+@pytest.fixture(scope="module")
+def calm(shared_cluster):
+    """The weights and the history of a run that nothing happens to."""
+    model = Net()
+    run = train(shared_cluster.ready(), model)
+    run.wait()
+    return copied(model), rows(run)
+
+
+@pytest.mark.parametrize("how", LINE)
+def test_a_rank_that_hangs_is_replaced_and_no_bit_changes(cluster, calm, tmp_path, how):
+    """In Python, or in C with the interpreter's lock held; the run and its record say on which line it hung."""
+    model, pids = Net(str(tmp_path / "hung"), how), [engine.pid for engine in cluster.engines]
+    run = train(cluster, model, hang_timeout=0.5).wait(WITHIN_S)
+    assert "finished" == run.state
+    assert same(model, calm[0])
+    assert calm[1] == rows(run)
+    assert [False, True] == [engine.pid != pid for engine, pid in zip(cluster.engines, pids, strict=True)]
+    said = rf"no step for 0.5 s: rank 1 is at {HERE}, line {LINE[how]}, in forward; rank 0 waits for it in "
+    explained, recovered = run.progress.notes
+    assert re.match(said, explained)
+    assert re.match(rf"rank 1 lost \({said}.*\), replaced in .* s; all go on from step \d+", recovered)
+    told = [json.loads(line) for line in (records() / run.run_id / "cluster.jsonl").read_text().splitlines()]
+    assert [explained, recovered] == [event["text"] for event in told if event["event"] == "Noted"]
+
+
+def test_a_rank_whose_process_is_stopped_is_replaced(cluster, calm):
+    """SIGSTOP: no bit changes, and nothing of it is left."""
+    model, pid = Net(), cluster.engines[0].pid
+    run = train(cluster, model, hang_timeout=0.5)
+    until(lambda: run.progress.step > 10)
+    os.kill(pid, signal.SIGSTOP)
+    assert "finished" == run.wait(WITHIN_S).state
+    assert same(model, calm[0])
+    assert calm[1] == rows(run)
+    assert "rank 0 does nothing, for its process is stopped (SIGSTOP); rank 1 waits" in run.progress.notes[0]
+
+
+def test_on_hang_stop_ends_the_run_and_keeps_its_state(cluster, calm, tmp_path):
+    """The error says who hung where; `resume` goes on without changing a bit."""
+    model = Net(str(tmp_path / "hung"), "in Python")
+    run = train(cluster, model, hang_timeout=0.5, on_hang="stop")
+    said = rf"no step for 0.5 s: rank 1 is at {HERE}, line {LINE['in Python']}, in forward; rank 0 waits for it in "
+    with pytest.raises(EngineError, match=said) as failed:
+        run.wait(WITHIN_S)
+    assert "The model holds the weights after step" in str(failed.value)
+    again = cluster.resume()
+    assert "finished" == again.state
+    assert same(model, calm[0])
+    assert calm[1] == rows(again)
+
+
+def test_a_hang_that_no_rank_is_to_blame_for_ends_the_run(cluster):
+    """All are in the same function: to replace them all would not help."""
+
+    def loss(output, target):
+        import time
+
+        time.sleep(1000)
+
+    run = cluster.train(Net(), classes(), background=True, **{**OPTIONS, "loss": loss}, hang_timeout=0.5)
+    said = r"no step for 0.5 s: no rank waits for another; rank 0 is at .*, in loss, rank 1 is at .*, in loss"
+    with pytest.raises(EngineError, match=said):
+        run.wait(WITHIN_S)
+
+
+def test_a_paused_run_does_not_hang(cluster, calm):
+    """However long it rests."""
+    model = Net()
+    run = train(cluster, model, hang_timeout=0.3)
+    run.pause()
+    until(lambda: run.state == "paused")
+    began_s = time.monotonic()
+    until(lambda: time.monotonic() > began_s + 1.0)
+    run.resume()
+    assert "finished" == run.wait(WITHIN_S).state
+    assert [] == run.progress.notes
+    assert same(model, calm[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hang_timeout": 0}, "a hang timeout of 0 is not possible: use seconds, more than 0."),
+        ({"hang_timeout": "soon"}, "a hang timeout of 'soon' is not possible: use seconds, more than 0."),
+        ({"on_hang": "stopp"}, "unknown on_hang 'stopp': use replace or stop. Did you mean 'stop'?"),
+    ],
+)
+def test_what_is_not_possible(options, message):
+    """It is said before anything begins."""
+    with pytest.raises(PlanError) as refused:
+        Hangs(**{"timeout_s": options.pop("hang_timeout", None), "on_hang": "stop", "where": None, **options})
+    assert message == str(refused.value)
