@@ -1,6 +1,6 @@
 """The chaos suite: whatever happens to its processes, a training ends with the numbers that it would have had.
 
-    python tests/chaos/chaos.py [--seed N] [--only WORDS] [--channel shared|group] [--write]
+    python tests/chaos/chaos.py [--seed N] [--only WORDS] [--channel shared|group|meshes|none] [--write]
 
 ``make chaos`` runs it whole and puts its table into tests/README.md; `test_chaos.py` runs a part of it.
 """
@@ -17,13 +17,15 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import meshes
 import outside
 import scenarios
-from lab import Lab, Trial
+from lab import RANKS, Lab, Trial
 from shared_cluster import MARK
 
 CHANNELS = {"shared": "shared memory", "group": "process group"}
@@ -64,32 +66,46 @@ class Row:
 
 def table(rows: list[Row]) -> str:
     """The rows in Markdown."""
-    head = ["event", "channel", "runs", "equal", "p50, s", "p99, s"]
+    head = ["event", "channel or mesh", "runs", "equal", "p50, s", "p99, s"]
     lines = [head, ["---"] * len(head), *(row.cells() for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def in_lab(channel: str, seed: int, only: str, tell) -> list[Row]:
-    """All events on one cluster."""
+def in_lab(
+    channel: str,
+    ranks: int,
+    events: dict[tuple[str, str], scenarios.Scenario],
+    workloads: Iterable[str],
+    seed: int,
+    tell,
+) -> list[Row]:
+    """Events on one cluster.
+
+    Args:
+        channel: Of the cluster.
+        ranks: How many it has.
+        events: What happens, by its name and where.
+        workloads: To what, the first one being an example.
+        seed: Of all that is random.
+        tell: Called with what has happened.
+    """
     rows = []
-    lab = Lab(channel)
+    lab = Lab(channel, ranks=ranks)
     try:
-        for workload in (*scenarios.WORKLOADS, "30 MiB"):
+        for workload in workloads:
             lab.reference(workload)
-        lab.survives(scenarios.WORKLOADS[0], ("forward", 0, 3))
+        lab.survives(next(iter(workloads)), ("updated", 0, 3))
         lab.begin_watching()
-        for event, scenario in {**scenarios.LOST, **scenarios.TOLD}.items():
-            if only not in event:
-                continue
-            row, began_s = Row(event, channel), time.monotonic()
+        for (event, where), scenario in events.items():
+            row, began_s = Row(event, where), time.monotonic()
             rows.append(row)
             for trial in scenario(lab, random.Random(f"{seed} {event}")):
                 row.trials.append(trial)
                 if trial.problem:
-                    tell(f"  {event}, {channel}, run {len(row.trials)}: {trial.problem}")
+                    tell(f"  {event}, {where}, run {len(row.trials)}: {trial.problem}")
             if left := lab.left_behind():
                 row.trials[-1] = Trial(problem=left)
-                tell(f"  {event}, {channel}: {left}")
+                tell(f"  {event}, {where}: {left}")
             tell(f"{' | '.join(row.cells())} | {time.monotonic() - began_s:.0f} s")
     finally:
         lab.close()
@@ -126,7 +142,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="Of all that is random.")
     parser.add_argument("--only", default="", metavar="WORDS", help="Events whose name holds these words.")
-    parser.add_argument("--channel", choices=[*CHANNELS, "none"], help="By default both.")
+    parser.add_argument("--channel", choices=[*CHANNELS, "meshes", "none"], help="By default all.")
     parser.add_argument("--write", action="store_true", help="Put the table into tests/README.md.")
     options = parser.parse_args()
     began_s = time.monotonic()
@@ -141,8 +157,20 @@ def main() -> int:
         os.environ["TMPDIR"] = tempfile.tempdir = temporary
         os.environ["NBDIST_HOME"] = f"{temporary}/home"
         for word, channel in CHANNELS.items():
-            if options.channel in (None, word):
-                rows += in_lab(channel, options.seed, options.only, tell)
+            events = {**scenarios.LOST, **scenarios.TOLD}
+            wanted = {(event, channel): events[event] for event in events if options.only in event}
+            if wanted and options.channel in (None, word):
+                rows += in_lab(channel, RANKS, wanted, (*scenarios.WORKLOADS, "30 MiB"), options.seed, tell)
+        if options.channel in (None, "meshes"):
+            wanted = {
+                (event, mesh): scenario
+                for mesh in meshes.MESHES
+                for event, scenario in meshes.events_of(mesh).items()
+                if options.only in f"{event} {mesh}"
+            }
+            if wanted:
+                there = dict.fromkeys(mesh for _, mesh in wanted)
+                rows += in_lab("shared memory", meshes.RANKS, wanted, there, options.seed, tell)
         if options.channel in (None, "none"):
             rows += by_themselves(options.seed, options.only, tell)
         tempfile.tempdir = None

@@ -174,6 +174,13 @@ def stops_a_hang_in_c(lab: Lab, rng: random.Random) -> Iterator[Trial]:
         )
 
 
+def stopped_processes(lab: Lab, rng: random.Random) -> Iterator[Trial]:
+    """SIGSTOP in any phase: the rank is replaced when no step has come for a second."""
+    for i, phase in enumerate(PHASES):
+        trap = phase, i % lab.ranks, rng.randrange(1, STEPS - 1), "sigstop"
+        yield lab.survives(WORKLOADS[i % 2], trap, hang_timeout=1.0)
+
+
 def fork_server_first(lab: Lab, rng: random.Random) -> Iterator[Trial]:
     """The fork server, from which new engines come, and then a rank: a new server starts them."""
     from nbdist.cluster import current_server
@@ -203,6 +210,7 @@ LOST: dict[str, Scenario] = {
     "a rank during recovery": during_recovery,
     "half a dozen kills in one run": again_and_again,
     "the fork server, then a rank": fork_server_first,
+    "SIGSTOP, `hang_timeout=1`": stopped_processes,
 }
 TOLD: dict[str, Scenario] = {
     "exception in every phase": exceptions,

@@ -117,6 +117,9 @@ class Traps:
         elif what == "raise":
             note(self.folder, "raised")
             raise Trapped(f"trapped in {place}")
+        elif what == "sigstop":
+            note(self.folder, "killed")
+            os.kill(os.getpid(), signal.SIGSTOP)
         elif what == "hang":
             time.sleep(1000)
         elif what == "hang_in_c":  # as a library does that waits for a device: no signal gets through, nor the GIL away

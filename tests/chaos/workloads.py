@@ -19,6 +19,10 @@ STEPS = 20
 SAMPLES, BATCH, FEATURES, CLASSES = 600, 60, 40, 5
 WIDTHS = {"shared weights": 300, "replicas": 64, "own optimizer": 48, "stream": 48, "30 MiB": 1550}
 WORKLOADS = tuple(WIDTHS)[:4]
+MESHES = (
+    "shard=4", "pp=4", "tp=4", "dp=2,shard=2", "dp=2,pp=2", "dp=2,tp=2", "shard=2,pp=2", "shard=2,tp=2", "pp=2,tp=2",
+)  # fmt: skip
+"""Workloads, too: a model in parts, on four ranks."""
 
 
 class Net(nn.Module):
@@ -78,13 +82,16 @@ def make(name: str, traps: Traps) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Model, data and options of a workload of 20 steps."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Net(WIDTHS[name], traps)
+        model = Net(WIDTHS.get(name, 64), traps)
     options: dict[str, Any] = {
         "loss": "cross_entropy", "epochs": 2, "batch_size": BATCH, "val": rows(90, 2), "metric": "accuracy",
         "lr_scheduler": Rates(traps), "seed": 3,
     }  # fmt: skip
     data: Any = rows(SAMPLES)
-    if name == "replicas":
+    if name in MESHES:
+        model = model.layers  # no trap in what is cut into stages
+        options["strategy"] = name
+    elif name == "replicas":
         data = rows(SAMPLES - 11)  # a last batch that is not like the others
         options |= {"clip_norm": 1.0, "accumulate": 2}
     elif name == "own optimizer":
