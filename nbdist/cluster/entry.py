@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -280,9 +282,20 @@ def train(
                 if _engine.home is not None and home_free:
                     outbox.give_back(_engine.home, lambda: True)
                 home, _engine.home = pack(trained, inline=inline, outbox=outbox)
+            _answer_undisturbed()
             return Outcome(rank=world.rank, state=result.state, snapshot=snapshots.state, home=home)
         except BaseException as error:
+            _answer_undisturbed()
             failure = Failure.of(world.rank, error)
             world.leave()  # at once: it releases the peers that wait for this rank
             snapshot = replace(snapshots.state, state="failed")
             return Outcome(rank=world.rank, state="failed", snapshot=snapshot, failure=failure)
+
+
+def _answer_undisturbed() -> None:
+    """Let no interrupt land until the answer is sent: it would be lost, and the notebook wait for it in vain.
+
+    The kernel sets its own handler again when it has sent it.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -91,7 +91,7 @@ class Relay:
                 self._then()
 
     def _end(self, outcomes: list[Outcome]) -> bool:
-        """Bring home what there is, and say how it ended; returns whether the ranks have left their world."""
+        """Bring home what there is, and say how it ended; returns whether their world is of no use any more."""
         run = self._run
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         if not failures:
@@ -101,10 +101,12 @@ class Relay:
             step = self._training.rescue()
             if step is not None:
                 run.progress.stand_at(step)
+            elif run.plan.gather and not run.plan.resume:
+                run.progress.stand_at(0)  # it came before the first snapshot: the model is as it was
             run._end("stopped")
         else:
             run._end("failed", self._rescued(self._hung or as_error(failures)))
-        return bool(failures)
+        return bool(failures or self._freed)
 
     def _rescued(self, error: NbdistError) -> NbdistError:
         """The same error, that says what has become of the model."""
@@ -143,6 +145,7 @@ class Relay:
                 since_s = now_s - _INTERRUPT_AFTER_S
             if since_s is not None and now_s >= since_s + _INTERRUPT_AFTER_S and not self._freed:
                 self._freed.update(waiting)
+                self._engines.release()  # one whose interrupt came too early to be heard waits at the store
                 self._engines.interrupt(waiting)
             if since_s is not None and now_s >= since_s + _INTERRUPT_AFTER_S + _KILL_AFTER_S and not killed:
                 killed = True
