@@ -134,8 +134,8 @@ def test_ranks_that_work_are_not_disturbed(cluster):
     assert [row["loss"] for row in run.history] == [row["loss"] for row in quiet.history]
 
 
-def test_lost_ranks(cluster):
+def test_lost_ranks(hanging):
     """They are named, and nobody is asked in vain."""
-    os.kill(cluster.engines[1].pid, signal.SIGKILL)
-    until(lambda: cluster.engines[1].state == "lost")
-    assert cluster.where().verdict == "rank 0 does nothing, rank 1 is lost (its process has ended)"
+    os.kill(hanging.engines[1].pid, signal.SIGKILL)
+    until(lambda: hanging.engines[1].state == "lost")
+    assert hanging.where().verdict == "rank 0 does nothing, rank 1 is lost (its process has ended)"
