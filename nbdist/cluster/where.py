@@ -22,6 +22,8 @@ _CHANNELS = f"{os.sep}nbdist{os.sep}core{os.sep}channels{os.sep}"
 _TORCHS = os.path.join("torch", "distributed", "distributed_c10d.py")
 _WRAPS = os.path.join("torch", "nn", "parallel", "distributed.py")
 _COLLECTIVES = {"wait": "a collective", "barrier": "barrier", "meet": "a meeting at the store"}
+_PAIRS = {"send", "recv", "receive", "isend", "irecv", "batch_isend_irecv"}
+"""What meets another one of these, and no equal."""
 _STARTS = tuple(os.path.join("nbdist", "cluster", name) for name in ("forks.py", "owner_guard.py"))
 """What stands below everything that an engine does."""
 
@@ -116,16 +118,20 @@ class Where:
             return f"{self._behind()}; {who} {verb} for {whom}{there}"
         if len(met) == 1:
             return f"all ranks are in {next(iter(met))}"
-        if len({rank.collective for rank in waiting}) == 1:
-            return f"all ranks are in {waiting[0].collective}: {spread}"
+        if self._may_meet():
+            return f"all ranks wait for each other: {spread}"
         return f"the ranks are in different collectives, and wait for ever if they stay there: {spread}"
 
     @property
     def hopeless(self) -> bool:
         """Whether ranks wait for others that have nothing left to do, or are in another collective."""
         waiting, idle = self._by_state("waiting"), self._by_state("idle")
-        one = len({rank.collective for rank in waiting}) == 1
-        return bool(waiting) and len(waiting) + len(idle) == len(self.ranks) and (bool(idle) or not one)
+        return bool(waiting) and len(waiting) + len(idle) == len(self.ranks) and (bool(idle) or not self._may_meet())
+
+    def _may_meet(self) -> bool:
+        """Whether those that wait may do so for each other."""
+        collectives = {rank.collective for rank in self._by_state("waiting")}
+        return len(collectives) == 1 or collectives <= _PAIRS
 
     def among(self, ranks: Iterable[int]) -> Where:
         """The same of these ranks alone."""
