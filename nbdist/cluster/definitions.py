@@ -100,8 +100,11 @@ def labelled(text: str) -> str:
 
 
 def label_of(file_name: str) -> str | None:
-    """The label of a notebook cell by its file name; None for other files."""
-    return _labels.get(file_name)
+    """The label of a cell by its file name, of the notebook or of this process; None for other files."""
+    if file_name in _labels:
+        return _labels[file_name]
+    own = _cell_label(file_name)
+    return None if own == file_name else own
 
 
 def class_marks(namespace: dict[str, Any]) -> dict[str, str]:

@@ -36,7 +36,7 @@ class RankWhere:
         rank: Which.
         state: "working", "waiting" (in a collective), "idle", "stopped" (its process is, by a signal), "silent" (it
             does not answer), "elsewhere" (on a host that cannot be asked) or "lost".
-        step: How many steps of a training it has done; None without one.
+        step: How many steps of a training it has told of; None without one.
         collective: In which it is, such as "all_reduce"; else empty.
         frames: What its main thread is doing, outermost first.
     """
@@ -57,7 +57,7 @@ class RankWhere:
     def text(self) -> str:
         """For people: the user's frames with their source, then the innermost of all."""
         doing = {"waiting": f"waits in {self.collective}", "stopped": "its process is stopped (SIGSTOP)"}
-        step = "" if self.step is None else f", {self.step:,} steps done"
+        step = "" if self.step is None else f", at step {self.step:,} or later"
         lines = [f"rank {self.rank}: {doing.get(self.state, self.state)}{step}"]
         users = [frame for frame in self.frames if is_users(frame)]
         lines += [frame_text(frame) for frame in users]
