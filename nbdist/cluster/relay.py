@@ -20,7 +20,7 @@ from nbdist.cluster.remote_errors import Failure, as_error
 from nbdist.cluster.run import Run
 from nbdist.cluster.training import Training
 from nbdist.errors import ClusterError, EngineError, NbdistError, ranks_text
-from nbdist.telemetry import JsonlSink, Noted, Recovered
+from nbdist.telemetry import Event, JsonlSink, Noted, Recovered
 from nbdist.telemetry.record import cluster_record_path
 
 __all__ = ["Relay"]
@@ -160,8 +160,7 @@ class Relay:
         if hang is None:
             return False
         self._run.progress.note(hang.text)
-        with contextlib.closing(JsonlSink(cluster_record_path(self._run.run_id))) as record:
-            record.emit(Noted(rank=0, text=hang.text))
+        self._record(Noted(rank=0, text=hang.text))
         if hang.culprits:
             self._why = hang.text
             self._engines.kill(hang.culprits)
@@ -235,10 +234,14 @@ class Relay:
         text = f"{ranks_text(replaced)} lost ({self._why}), replaced in {seconds:.2f} s; all go on from step {step}"
         self._why = _PROCESS_ENDED
         run.progress.note(text, "recovered")
-        with contextlib.closing(JsonlSink(cluster_record_path(run.run_id))) as record:
-            for rank in sorted(replaced):
-                record.emit(Recovered(rank=rank, step=step, seconds=seconds))
-            record.emit(Noted(rank=lost[0], text=text))
+        recovered = [Recovered(rank=rank, step=step, seconds=seconds) for rank in sorted(replaced)]
+        self._record(*recovered, Noted(rank=lost[0], text=text))
+
+    def _record(self, *events: Event) -> None:
+        """Write down what has happened to ranks, which cannot do it themselves."""
+        with contextlib.closing(JsonlSink(cluster_record_path(self._run.run_id))) as record:
+            for event in events:
+                record.emit(event)
 
     def _show(self, states: dict[int, str]) -> None:
         """Draw what has become of ranks, while the others wait for them."""

@@ -21,7 +21,7 @@ __all__ = ["RankWhere", "Where"]
 _CHANNELS = f"{os.sep}nbdist{os.sep}core{os.sep}channels{os.sep}"
 _TORCHS = os.path.join("torch", "distributed", "distributed_c10d.py")
 _WRAPS = os.path.join("torch", "nn", "parallel", "distributed.py")
-_COLLECTIVES = {"wait": "a collective", "barrier": "barrier", "meet": "a meeting at the store"}
+_COLLECTIVES = {"wait": "a collective", "meet": "a meeting at the store"}
 _PAIRS = {"send", "recv", "receive", "isend", "irecv", "batch_isend_irecv"}
 """What meets another one of these, and no equal."""
 _STARTS = tuple(os.path.join("nbdist", "cluster", name) for name in ("forks.py", "owner_guard.py"))
@@ -48,9 +48,14 @@ class RankWhere:
     frames: tuple[traceback.FrameSummary, ...] = ()
 
     @property
+    def users(self) -> list[traceback.FrameSummary]:
+        """The frames of the user's code, outermost first."""
+        return [frame for frame in self.frames if is_users(frame)]
+
+    @property
     def place(self) -> str:
         """The innermost line of the user's code, such as ``Cell In[5], line 3``; empty where there is none."""
-        users = [frame for frame in self.frames if is_users(frame)]
+        users = self.users
         return place_of(users[-1]) if users else ""
 
     @property
@@ -59,7 +64,7 @@ class RankWhere:
         doing = {"waiting": f"waits in {self.collective}", "stopped": "its process is stopped (SIGSTOP)"}
         step = "" if self.step is None else f", at step {self.step:,} or later"
         lines = [f"rank {self.rank}: {doing.get(self.state, self.state)}{step}"]
-        users = [frame for frame in self.frames if is_users(frame)]
+        users = self.users
         lines += [frame_text(frame) for frame in users]
         if self.state in ("working", "waiting") and self.frames and self.frames[-1] not in users:
             lines.append(f"{'inside ' if users else ''}{place_of(self.frames[-1])}, in {self.frames[-1].name}")
@@ -150,14 +155,10 @@ class Where:
                 continue
             at = ""
             if rank.state == "working":
-                at = f" at {rank.place or place_of(rank.frames[-1])}, in {self._function(rank)}"
+                frame = (rank.users or rank.frames)[-1]
+                at = f" at {place_of(frame)}, in {frame.name}"
             said.append(f"rank {rank.rank} {words[rank.state]}{at}")
         return ", ".join(said)
-
-    @staticmethod
-    def _function(rank: RankWhere) -> str:
-        users = [frame for frame in rank.frames if is_users(frame)]
-        return (users or list(rank.frames))[-1].name
 
     def _by_state(self, *states: str) -> list[RankWhere]:
         return [rank for rank in self.ranks if rank.state in states]

@@ -21,8 +21,7 @@ def begun(cluster, source, **options):
 
 def verdict(cluster, words):
     """What is said of the ranks, once it contains `words`."""
-    until(lambda: words in cluster.where().verdict)
-    return cluster.where().verdict
+    return until(lambda: said if words in (said := cluster.where().verdict) else "")
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def test_a_rank_that_is_late_for_a_collective(hanging):
     begun(
         hanging, f"{IMPORTS}def slow():\n    time.sleep(1e4)\nif rank == 1:\n    slow()\ndist.all_reduce(torch.ones(1))"
     )
-    said = verdict(hanging, "all_reduce")
+    said = verdict(hanging, "in slow; rank 0 waits")
     assert said == "rank 1 is at Cell In[7], line 3, in slow; rank 0 waits for it in all_reduce (Cell In[7], line 6)"
     assert "---->   3     time.sleep(1e4)" in hanging.where().ranks[1].text
 
@@ -69,7 +68,7 @@ def test_ranks_in_different_collectives(hanging):
 def test_a_rank_with_more_data_than_the_others(hanging):
     """It waits in a collective for one that has ended the cell."""
     begun(hanging, f"{IMPORTS}for _ in range(3 + rank):\n    dist.all_reduce(torch.ones(1))")
-    said = verdict(hanging, "nothing")
+    said = verdict(hanging, "nothing; rank 1 waits")
     assert said == "rank 0 does nothing; rank 1 waits for it in all_reduce (Cell In[7], line 3)"
     assert hanging.where().hopeless
 
@@ -78,7 +77,7 @@ def test_a_deadlock_in_a_function_of_an_earlier_cell(hanging):
     """The line is that of the cell that defined it."""
     hanging.execute(f"{IMPORTS}lock = threading.Lock()\ndef locked():\n    with lock:\n        pass", number=3).wait()
     begun(hanging, "if rank == 0:\n    lock.acquire()\n    locked()")
-    said = verdict(hanging, "In[3]")
+    said = verdict(hanging, "in locked, rank 1 does nothing")
     assert said == "no rank waits for another; rank 0 is at Cell In[3], line 4, in locked, rank 1 does nothing"
 
 
@@ -88,7 +87,7 @@ def test_a_rank_whose_process_is_stopped(hanging):
     run = hanging.train(net(), (x, y), loss="cross_entropy", epochs=10**6, batch_size=16, background=True)
     until(lambda: run.progress.ranks[0].step > 1)
     os.kill(hanging.engines[1].pid, signal.SIGSTOP)
-    said = verdict(hanging, "SIGSTOP")
+    said = verdict(hanging, "(SIGSTOP); rank 0 waits")
     assert said.startswith("rank 1 does nothing, for its process is stopped (SIGSTOP); rank 0 waits for it in ")
     assert hanging.where().ranks[0].step > 1
     run.stop(now=True)
@@ -111,7 +110,7 @@ def test_a_rank_that_reads_data_for_ever(cluster):
     line = loss.__code__.co_firstlineno + 6
     x, y = classes()
     run = cluster.train(net(), (x, y.float()), loss=loss, epochs=1, batch_size=16, background=True)
-    said = verdict(cluster, "rank 0 waits")
+    said = verdict(cluster, "in loss; rank 0 waits")
     assert said.startswith(f"rank 1 is at {mark}, line {line}, in loss; rank 0 waits for it in ")
     run.stop(now=True)
     run.wait()
