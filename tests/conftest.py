@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -78,7 +79,8 @@ class _Surroundings:
         self.torch_threads = _torch_threads()
 
     def check(self) -> None:
-        new = {p for p in set(psutil.Process().children(recursive=True)) - self.processes if not _of_shared_cluster(p)}
+        now = set(psutil.Process().children(recursive=True)) - _of_browsers(self.processes)
+        new = {p for p in now - self.processes if not _of_shared_cluster(p)}
         _, alive = psutil.wait_procs(new, timeout=_GONE_WITHIN_S)
         left = [p for p in alive if not _of_shared_cluster(p)]  # one that was being forked did not show it yet
         assert not left, f"left running: {left}"
@@ -94,6 +96,16 @@ class _Surroundings:
             assert _torch_threads() == self.torch_threads
         distributed = sys.modules.get("torch.distributed")
         assert distributed is None or not distributed.is_initialized(), "a process group is left"
+
+
+def _of_browsers(processes: set[psutil.Process]) -> set[psutil.Process]:
+    """The children of browsers that were there before: they start and end them as they see fit."""
+    children: set[psutil.Process] = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith("chrom"):
+                children.update(process.children(recursive=True))
+    return children
 
 
 def _of_pool(thread: threading.Thread) -> bool:

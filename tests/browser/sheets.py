@@ -193,7 +193,7 @@ class Sheet:
         before = path.stat().st_mtime_ns
         self.page.keyboard.press("Control+s")
         deadline = time.monotonic() + WITHIN_MS / 1000
-        while path.stat().st_mtime_ns == before:
+        while path.stat().st_mtime_ns == before or not _whole(path):
             assert time.monotonic() < deadline, "the notebook was not saved"
             self.page.wait_for_timeout(50)
 
@@ -203,6 +203,15 @@ class Sheet:
         self.page.screenshot(path=SHOTS / f"{name}.png")
         if self.panel.is_visible():
             self.panel.screenshot(path=SHOTS / f"{name}-panel.png")
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file of JSON is there to its end; Jupyter empties a notebook before it writes it."""
+    try:
+        json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
