@@ -31,6 +31,8 @@ TRAIN_OPTIONS = [
 
 MAGICS = [
     "dist",
+    "dist_attach",
+    "dist_clusters",
     "dist_help",
     "dist_pull",
     "dist_push",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import time
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import ipyparallel.error
 from nbdist.cluster.where import Where
 from nbdist.errors import EngineError, interrupted, ranks_text
 
-__all__ = ["CellRun", "printed", "settle"]
+__all__ = ["CellRun", "LostCall", "printed", "settle"]
 
 _POLL_S = 0.05
 _INTERRUPTED_AFTER_S = 5.0
@@ -31,6 +32,16 @@ def settle(call: Any) -> None:
 def printed(calls: dict[int, Any], stream: str) -> dict[int, str]:
     """What each rank's call has written so far to "stdout" or "stderr"."""
     return {rank: getattr(call, stream) or "" for rank, call in calls.items()}
+
+
+class LostCall(concurrent.futures.Future[Any]):
+    """The result of a call to an engine that is dead: what ipyparallel says of one that died during its call."""
+
+    stdout = stderr = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_exception(ipyparallel.error.RemoteError("EngineError", "the engine has died", ""))
 
 
 class CellRun:

@@ -6,26 +6,25 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from nbdist.cluster import current, entry, fork_server
+from nbdist.cluster.anchor import Anchor, check_detach
 from nbdist.cluster.cells import CellRun
 from nbdist.cluster.definitions import CellSources, class_marks
 from nbdist.cluster.engines import Engine, Engines
-from nbdist.cluster.gpus import count_gpus
+from nbdist.cluster.gpus import choose_size
 from nbdist.cluster.hangs import Hangs
 from nbdist.cluster.ready import make_ready
 from nbdist.cluster.replay import Replay
+from nbdist.cluster.resuming import asked_again
 from nbdist.cluster.run import Run
+from nbdist.cluster.starting import start_engines, take_over_engines
 from nbdist.cluster.training import attend
 from nbdist.cluster.trainings import Trainings
 from nbdist.cluster.where import Where
-from nbdist.errors import ClusterError, EngineError, PlanError, suggest
-from nbdist.plan import Plan, available_cores, check_engines, default_engines
-from nbdist.plan.plan import OPTIONS
+from nbdist.errors import ClusterError, EngineError, PlanError
 
 __all__ = ["Cluster"]
 
-_DEVICES = ("auto", "cpu", "cuda")
 _COMPLETED_WITHIN_S = 0.3
-_TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "lr_scheduler", "val", "metric", "batch_size", "shuffle")
 
 
 class Cluster:
@@ -39,34 +38,28 @@ class Cluster:
         timeout_s: How long the start may take, in seconds.
         spares: How many engines to keep beside them, idle, to take the place of lost ones at once. By default one where
             engines are forked, for it shares their memory, else none.
+        detach: For how many seconds the engines, and a training, go on without a kernel, however this one ends: another
+            one may `attach` meanwhile. By default they end with this one.
 
     Raises:
         PlanError: A number or the device cannot be meant. No engine is started.
     """
 
     def __init__(
-        self,
-        engines: int | None = None,
-        *,
-        device: str = "auto",
-        timeout_s: float = 60.0,
-        spares: int | None = None,
-    ) -> None:
-        if device not in _DEVICES:
-            raise PlanError(f"unknown device {device!r}: use auto, cpu or cuda.{suggest(device, _DEVICES)}")
+        self, engines: int | None = None, *, device: str = "auto", timeout_s: float = 60.0, spares: int | None = None,
+        detach: float | None = None,
+    ) -> None:  # fmt: skip
         if timeout_s <= 0:
             raise PlanError(f"timeout {timeout_s:g} s is too short: use a positive number.")
         if spares is not None and (isinstance(spares, bool) or not isinstance(spares, int) or spares < 0):
             raise PlanError(f"{spares!r} spares cannot be kept: use a whole number, 0 or more.")
-        gpus = 0 if device == "cpu" else count_gpus()
-        if device == "cuda" and not gpus:
-            raise PlanError("device 'cuda' was asked for, but torch sees no GPU here: use cpu or auto.")
-        cores = available_cores()
-        self.size = default_engines(cores, gpus) if engines is None else engines
-        check_engines(self.size, cores, gpus)
+        if detach is not None:
+            check_detach(detach)
+        self.size = choose_size(engines, device)
         self.device = device
         self.timeout_s = timeout_s
         self.spares = int(fork_server.can_fork()) if spares is None else spares
+        self.detach = detach
         self._up: Engines | None = None
         self._sources = CellSources()
         self._replay = Replay()
@@ -96,14 +89,54 @@ class Cluster:
             return self
         if current.current_cluster() is not None:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
-        self._up = Engines(self.size, self.device, self.timeout_s, tell, self.spares)
+        self._up = start_engines(self.size, self.device, self.timeout_s, tell, self.spares, self.detach)
         self._sources = CellSources()
         self._replay.follow(self._up)
         self._trainings = Trainings(self._up, self._sources)
         current.set_cluster(self)
-        current.stop_at_exit(self)
+        if self.detach is None:
+            current.stop_at_exit(self)
         self.check_ready()
         return self
+
+    @classmethod
+    def attach(
+        cls, name: str | None = None, *, namespace: dict[str, Any] | None = None,
+        watch: Callable[[Run], None] | None = None,
+    ) -> Cluster:  # fmt: skip
+        """Take over a detached cluster whose kernel has ended: engines, what they were told, and the newest run.
+
+        That is `last_run` then; when it has ended, or if it has, its weights come home.
+
+        Args:
+            name: Which; not needed where there is only one.
+            namespace: Where the run's model stands afterwards, under its name. One that is there and is like it gets
+                the weights in place.
+            watch: As of `train`.
+
+        Raises:
+            PlanError: There is none of that name, or several without a name.
+            ClusterError: A cluster runs in this kernel, or the other one belongs to a kernel that lives.
+        """
+        if current.current_cluster() is not None:
+            raise ClusterError("a cluster is running in this kernel already: stop it first.")
+        anchor = Anchor.reach(name)
+        try:
+            engines = take_over_engines(anchor)
+            cluster = cls(engines.size, device=engines.device, timeout_s=engines.timeout_s, detach=anchor.patience_s)
+            cluster._up, cluster._trainings = engines, Trainings(engines, cluster._sources)
+            cluster._replay.take_over(engines)
+            cluster._trainings.take_over({} if namespace is None else namespace, watch, cluster.where)
+        except BaseException:
+            anchor.leave()
+            raise
+        current.set_cluster(cluster)
+        return cluster
+
+    @property
+    def name(self) -> str:
+        """By which another kernel can `attach` to it; empty where it ends with this one."""
+        return "" if self._up is None or self._up.anchor is None else self._up.anchor.name
 
     def stop(self) -> None:
         """End the engines and everything about them. Twice is fine."""
@@ -121,7 +154,7 @@ class Cluster:
         engines.end()
 
     def __enter__(self) -> Cluster:
-        return self.start()
+        return self.start() if self._up is None else self
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
@@ -188,8 +221,7 @@ class Cluster:
         Raises:
             ClusterError: They are, or the cluster does not run.
         """
-        engines = self._running()
-        engines.check_alive()
+        (engines := self._running()).check_alive()
         self._refuse_while_busy()
         make_ready(engines)
         if self._replay.catch_up():
@@ -260,17 +292,10 @@ class Cluster:
         self._replay.tie(class_marks(namespace), list(range(self.size) if ranks is None else ranks))
 
     def train(
-        self,
-        model: Any,
-        data: Any,
-        *,
-        background: bool = False,
-        hang_timeout: float | None = None,
-        on_hang: str = "replace",
-        watch: Callable[[Run], None] | None = None,
-        names: tuple[str, str] = ("model", "data"),
-        **options: Any,
-    ) -> Run:
+        self, model: Any, data: Any, *, background: bool = False, hang_timeout: float | None = None,
+        on_hang: str = "replace", watch: Callable[[Run], None] | None = None,
+        names: tuple[str, str] = ("model", "data"), **options: Any,
+    ) -> Run:  # fmt: skip
         """Train `model` on all engines; see `nbdist.train` for the options.
 
         Afterwards `model` itself holds the trained weights and buffers; until then it is untouched. Whatever is wrong
@@ -295,29 +320,12 @@ class Cluster:
             ClusterError: The engines are busy or lost.
             EngineError: The run failed.
         """
-        for name in options:
-            if name not in OPTIONS and name not in _TASK_OPTIONS:
-                raise PlanError(f"unknown option {name!r}.{suggest(name, [*OPTIONS, *_TASK_OPTIONS])}")
-        engines = self._running()
-        engines.check_alive()
+        self._running().check_alive()
         if not background:
             self._refuse_while_busy()
-        from nbdist.core.task import Task
-
-        hangs = Hangs(hang_timeout, on_hang, self.where)
-        asked = {
-            "model": model,
-            "data": data,
-            "names": names,
-            "hang_timeout": hang_timeout,
-            "on_hang": on_hang,
-            **options,
-        }
-        given = {name: options.pop(name) for name in _TASK_OPTIONS if name in options}
-        task = Task.create(model, data, names=names, **given)
-        plan = Plan.create(ranks=self.size, cores=engines.threads * self.size, **{**options, **task.options})
         assert self._trainings is not None
-        run = self._trainings.add(task, plan, watch, names, hangs, asked)
+        hangs = Hangs(hang_timeout, on_hang, self.where)
+        run = self._trainings.add(model, data, names, options, watch, hangs)
         return run if background else attend(run)
 
     def resume(self, **options: Any) -> Run:
@@ -329,15 +337,7 @@ class Cluster:
         Raises:
             PlanError: There was no run, or it has done all that is asked for.
         """
-        run = current.last_run()
-        if run is None:
-            raise PlanError("there is no run to go on with in this notebook: name a model, data and a folder.")
-        asked = {**run.asked, **options}
-        if "steps" in options:
-            asked.pop("epochs", None)
-        if "epochs" in options:
-            asked.pop("steps", None)
-        asked["resume"] = options.get("resume", True)
+        asked = asked_again(current.last_run(), options)
         return self.train(asked.pop("model"), asked.pop("data"), **asked)
 
     def attend(self, run: Run, while_waiting: Callable[[], None] = lambda: None) -> Run:

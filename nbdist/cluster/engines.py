@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import signal
 import threading
 import time
@@ -15,16 +14,17 @@ from typing import Any
 import ipyparallel.error
 import psutil
 
-from nbdist.cluster import entry, fork_server
+from nbdist.cluster import entry
+from nbdist.cluster.anchor import Anchor
 from nbdist.cluster.engine import Engine, gone
 from nbdist.cluster.forming import Forming
+from nbdist.cluster.introduction import introduce
 from nbdist.cluster.launch import CONTROLLER_ENDED, Launch
 from nbdist.cluster.spares import Spares
 from nbdist.errors import ClusterError, EngineError
 
 __all__ = ["Engine", "Engines"]
 
-_ASK_AGAIN_S = 1.0
 _LOOK_S = 0.1
 _KNOWN_WITHIN_S = 1.0
 _POLL_S = 0.005
@@ -36,50 +36,55 @@ class Engines:
     Which engine has which rank may change: one that is lost is followed by a spare.
 
     Args:
+        launch: Their processes, that are registered.
+        store: In which they meet.
         size: How many.
         device: "auto", "cpu" or "cuda".
-        timeout_s: How long the start, and later a replacement, may take, in seconds.
-        tell: Called with what is being done, a few words, while the start goes on.
+        timeout_s: How long a replacement may take, in seconds.
         spares: How many engines without a rank to keep beside them; nobody waits for those.
-
-    Raises:
-        ClusterError: They were not ready in time. Nothing is left running then.
     """
 
-    def __init__(self, size: int, device: str, timeout_s: float, tell: Callable[[str], None], spares: int = 0) -> None:
-        started_s = time.monotonic()
+    def __init__(self, launch: Launch, store: Any, size: int, device: str, timeout_s: float, spares: int) -> None:
+        from nbdist.core import handover
+
         self.size = size
         self.timeout_s = timeout_s
-        self._device = device
+        self.device = device
         self.transport = ""
         self.home = ""  # where the last weights came home from
         self.formed = self.suspected = self.ended = False
+        self.start_seconds = 0.0
         self._unanswered: dict[int, Any] = {}
         self._changing = threading.RLock()
         self._generation = 0
-        self._ids: list[int] = []  # the engine of each rank
+        self._launch = launch
+        self._ids = sorted(launch.ids)[:size]  # the engine of each rank
         self._records: list[Engine] = []
-        self._store: Any = None
-        tell("loading torch" if fork_server.current_server() is None else "starting engines")
-        loading = threading.Thread(target=_load_torch, daemon=True)
-        loading.start()  # here too, while the engines start
-        self._launch = Launch(size)
-        try:
-            self._launch.wait_for(size, timeout_s, tell)
-            loading.join()
-            from nbdist.core import handover, world
+        self._store = store
+        self._host_id = launch.host_id = handover.host_id()
+        self._spares = Spares(launch, spares, (store.host, store.port))
 
-            self._store = world.host_store()
-            self._host_id = self._launch.host_id = handover.host_id()
-            self._ids = sorted(self._launch.ids)[:size]
-            self._spares = Spares(self._launch, spares, (self._store.host, self._store.port))
-            self._records = self._introduce()
-            tell("forming the world")
-            self.form()
-        except BaseException:
-            self.end()
-            raise
-        self.start_seconds = time.monotonic() - started_s
+    def meet(self) -> None:
+        """Let engines that were just started get to know where they are, and form a world."""
+        self._records = introduce(self.size, self._store, self.timeout_s, self.start_call, self.call)
+        self.form()
+
+    def take_over(self, told: dict[str, Any]) -> None:
+        """Know what another kernel knew, as it told the anchor."""
+        self._ids, self._records, self._generation = told["ids"], told["records"], told["generation"]
+        self.transport, self.formed = told["transport"], told["formed"]
+
+    def _note(self) -> None:
+        """Tell the anchor what another kernel would have to know."""
+        if self.anchor is not None:
+            names = {"ids": self._ids, "records": self._records, "generation": self._generation, "size": self.size}
+            own = {"device": self.device, "timeout_s": self.timeout_s, "spares": self._spares.wanted}
+            self.anchor.note("engines", {**names, **own, "transport": self.transport, "formed": self.formed})
+
+    @property
+    def anchor(self) -> Anchor | None:
+        """What holds them beyond this kernel; None where they end with it."""
+        return self._launch.anchor
 
     def records(self, busy: bool = False) -> list[Engine]:
         """One record an engine, in rank order; `busy` is the state of those that live."""
@@ -174,6 +179,7 @@ class Engines:
         self.release()
         self.formed = False
         self._generation += 1
+        self._note()
         records = self._records
         hosts = [record.host_id for record in records]
         forming = Forming(
@@ -183,7 +189,7 @@ class Engines:
         try:
             for record in records:
                 local_rank, local_size = hosts[: record.rank].count(record.host_id), hosts.count(record.host_id)
-                where = self._generation, record.rank, self.size, local_rank, local_size, self._device, self.threads
+                where = self._generation, record.rank, self.size, local_rank, local_size, self.device, self.threads
                 forming.calls[record.rank] = self.start_call(record.rank, entry.join, *where)
             formed = forming.wait()
         except BaseException:
@@ -192,6 +198,7 @@ class Engines:
         self._records = [replace(record, device=formed[record.rank]["device"]) for record in records]
         self.transport = formed[0]["transport"]
         self.formed, self.suspected = True, False
+        self._note()
         self.keep_spares()
         if formed[0]["shares_gpu"]:
             from nbdist.core.world import SHARED_GPU
@@ -229,6 +236,7 @@ class Engines:
                 self._ids[rank] = engine_id
                 records[rank] = Engine(rank=rank, device="", **facts)
             self._records = records
+            self._note()
             return lost
 
     def start_call(self, rank: int, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -319,31 +327,3 @@ class Engines:
         self._store = None  # an old Run may keep us, but must not keep a socket open
         with self._changing:  # a spare that is just being started is ended too
             self._launch.end()
-
-    def _introduce(self) -> list[Engine]:
-        """Let the engines of all ranks load torch and say where they live."""
-        self._greet()
-        facts = self.call(range(self.size), entry.hello, (self._store.host, self._store.port), timeout_s=self.timeout_s)
-        return [Engine(rank=rank, device="", **fact) for rank, fact in facts.items()]
-
-    def _greet(self) -> None:
-        """Have a word from each engine, asking again where none comes.
-
-        Once in several hundred starts an engine never answered its first call. It counts as registered from its first
-        heartbeat, so probably that call reached the controller before the engine's own connection did and was dropped.
-
-        Raises:
-            ClusterError: An engine does not answer at all.
-        """
-        deadline = time.monotonic() + self.timeout_s
-        for rank in range(self.size):
-            call = self.start_call(rank, entry.hear)
-            while not call.wait(_ASK_AGAIN_S):
-                if time.monotonic() > deadline:
-                    raise ClusterError(f"rank {rank} did not answer within {self.timeout_s:g} s of its start.")
-                call = self.start_call(rank, entry.hear)
-
-
-def _load_torch() -> None:
-    with contextlib.suppress(Exception):  # who needs it next will meet the error again, and can be told
-        importlib.import_module("nbdist.core.world")

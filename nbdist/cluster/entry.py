@@ -26,6 +26,7 @@ __all__ = [
     "hello",
     "join",
     "leave",
+    "outcome_of",
     "pull",
     "push",
     "tie",
@@ -63,6 +64,7 @@ class _Engine:
         self.world: Any = None
         self.outgoing: Any = None  # the segment of the last value that was pulled from here
         self.home: Any = None  # the segment of the last trained weights, on rank 0
+        self.outcome: tuple[str, Outcome] | None = None  # of the last run, for a kernel that comes later
 
 
 _engine = _Engine()
@@ -283,13 +285,26 @@ def train(
                     outbox.give_back(_engine.home, lambda: True)
                 home, _engine.home = pack(trained, inline=inline, outbox=outbox)
             _answer_undisturbed()
-            return Outcome(rank=world.rank, state=result.state, snapshot=snapshots.state, home=home)
+            outcome = Outcome(rank=world.rank, state=result.state, snapshot=snapshots.state, home=home)
         except BaseException as error:
             _answer_undisturbed()
             failure = Failure.of(world.rank, error)
             world.leave()  # at once: it releases the peers that wait for this rank
             snapshot = replace(snapshots.state, state="failed")
-            return Outcome(rank=world.rank, state="failed", snapshot=snapshot, failure=failure)
+            outcome = Outcome(rank=world.rank, state="failed", snapshot=snapshot, failure=failure)
+    _engine.outcome = run_id, outcome
+    return outcome
+
+
+def outcome_of(run_id: str) -> Outcome:
+    """What `train` returned for a run: asked while it goes on, this is called when it has ended.
+
+    Raises:
+        LookupError: This engine has not run it.
+    """
+    if _engine.outcome is None or _engine.outcome[0] != run_id:
+        raise LookupError(f"this engine has not run {run_id}")
+    return _engine.outcome[1]
 
 
 def _answer_undisturbed() -> None:

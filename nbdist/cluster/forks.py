@@ -46,15 +46,15 @@ class _Brood:
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[int, str]] = {}  # a descriptor of each process; its number, its cluster's folder
-        self._folders: set[str] = set()
+        self._owners: dict[str, str] = {}  # of each cluster, by its folder
 
-    def add(self, pid: int, folder: str) -> None:
+    def add(self, pid: int, folder: str, owner: str) -> None:
         """Hold a child, at once: its number is not given to another process so soon."""
         self._held = {held: other for held, other in self._held.items() if not self._ended(held)}
         with contextlib.suppress(OSError):  # it has ended at once, or the system is too old
             self._held[os.pidfd_open(pid)] = pid, folder
         if folder:
-            self._folders.add(folder)
+            self._owners[folder] = owner
 
     def forget(self) -> None:
         """Let go of all; called in a child, whose brothers they are."""
@@ -76,12 +76,13 @@ class _Brood:
         for held in killed:  # one that is just starting would make the folder anew
             _over(held, max(0.0, deadline - time.monotonic()))
         shutil.rmtree(folder, ignore_errors=True)
-        self._folders.discard(folder)
+        self._owners.pop(folder, None)
 
-    def end_all(self) -> None:
-        """`end` every cluster."""
-        for folder in list(self._folders):
-            self.end(folder)
+    def end_orphans(self) -> None:
+        """`end` every cluster whose owner is gone: a kernel, or an anchor."""
+        for folder, owner in list(self._owners.items()):
+            if not owner_guard.alive(owner):
+                self.end(folder)
 
     @staticmethod
     def _ended(held: int) -> bool:
@@ -105,7 +106,7 @@ def serve(pipe: Connection, owner: str) -> None:
     time.sleep(_POLL_S)  # an owner that ends us in good order does so now, and one that was killed is dead by now
     if not owner_guard.alive(owner):
         time.sleep(_GRACE_S)
-        brood.end_all()
+        brood.end_orphans()
 
 
 def _serve(pipe: Connection, owner: str, brood: _Brood) -> None:
@@ -134,7 +135,8 @@ def _serve(pipe: Connection, owner: str, brood: _Brood) -> None:
                 pipe.close()
                 brood.forget()
                 _become(order)
-            brood.add(pid, order.environment.get(owner_guard.FOLDER_VARIABLE, ""))
+            told = order.environment
+            brood.add(pid, told.get(owner_guard.FOLDER_VARIABLE, ""), told.get(owner_guard.OWNER_VARIABLE, owner))
         try:
             pipe.send((number, pid, error))
         except OSError:  # the owner has gone meanwhile

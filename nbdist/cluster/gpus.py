@@ -1,13 +1,37 @@
-"""How many GPUs there are, asked of torch only where there may be some."""
+"""How many GPUs there are, asked of torch only where there may be some, and so how many engines."""
 
 from __future__ import annotations
 
 import sys
 
 from nbdist.cluster import current, fork_server
-from nbdist.plan import may_have_gpus
+from nbdist.errors import PlanError, suggest
+from nbdist.plan import available_cores, check_engines, default_engines, may_have_gpus
 
-__all__ = ["count_gpus"]
+__all__ = ["choose_size", "count_gpus"]
+
+_DEVICES = ("auto", "cpu", "cuda")
+
+
+def choose_size(engines: int | None, device: str) -> int:
+    """How many engines there are to be.
+
+    Args:
+        engines: How many are asked for; None for what fits.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        PlanError: A number or the device cannot be meant.
+    """
+    if device not in _DEVICES:
+        raise PlanError(f"unknown device {device!r}: use auto, cpu or cuda.{suggest(device, _DEVICES)}")
+    gpus = 0 if device == "cpu" else count_gpus()
+    if device == "cuda" and not gpus:
+        raise PlanError("device 'cuda' was asked for, but torch sees no GPU here: use cpu or auto.")
+    cores = available_cores()
+    size = default_engines(cores, gpus) if engines is None else engines
+    check_engines(size, cores, gpus)
+    return size
 
 
 def count_gpus() -> int:

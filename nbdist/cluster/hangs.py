@@ -38,6 +38,9 @@ class Hangs:
             "stop".
         where: Tells where all ranks stand.
 
+    Attributes:
+        asked: The first two.
+
     Raises:
         PlanError: A value is not possible.
     """
@@ -48,6 +51,7 @@ class Hangs:
             raise PlanError(f"a hang timeout of {timeout_s!r} is not possible: use seconds, more than 0.")
         if on_hang not in ON_HANG:
             raise PlanError(f"unknown on_hang {on_hang!r}: use replace or stop.{suggest(str(on_hang), ON_HANG)}")
+        self.asked = timeout_s, on_hang
         self._timeout_s = timeout_s
         self._replace = on_hang == "replace"
         self._where = where

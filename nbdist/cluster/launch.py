@@ -20,6 +20,7 @@ from ipyparallel.cluster import launcher
 from traitlets.config import Config
 
 from nbdist.cluster import fork_server
+from nbdist.cluster.anchor import Anchor
 from nbdist.cluster.owner_guard import FOLDER_VARIABLE, OWNER_VARIABLE, owner_mark
 from nbdist.errors import ClusterError
 
@@ -41,11 +42,14 @@ class Launch:
 
     Args:
         engines: How many engines to start; see `wait_for`.
+        patience_s: How long they live without a kernel; None where they end with this one.
     """
 
-    def __init__(self, engines: int) -> None:
+    def __init__(self, engines: int, patience_s: float | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
         self.host_id = ""  # set by who knows it: to ask needs torch
+        self.client: Any = None
+        self.anchor = None if patience_s is None else Anchor.start(str(self.folder), patience_s)
         self._servers: list[fork_server.ForkServer] = []
         if fork_server.can_fork():
             self._servers.append(fork_server.require_server())
@@ -65,16 +69,48 @@ class Launch:
                 f"--ping={_PING_MS}", "--usethreads", f"--HeartMonitor.max_heartmonitor_misses={_MISSED_BEATS}",
             ],
         )  # fmt: skip
-        self.client: Any = None
         try:
             self._cluster.start_cluster_sync(engines)
             self.client = self._cluster.connect_client_sync()
+            self._note()
         except BaseException:
             self.end()
             raise
 
+    @classmethod
+    def attach(cls, anchor: Anchor, launched: dict[str, Any]) -> Launch:
+        """The processes that another kernel started.
+
+        Args:
+            anchor: What they are tied to.
+            launched: What that kernel has noted of them.
+        """
+        launch = cls.__new__(cls)
+        launch.folder, launch.host_id, launch.anchor = Path(anchor.folder), "", anchor
+        launch._servers = [fork_server.require_server()] if fork_server.can_fork() else []
+        launchers = _launchers(launch._servers) if launch._servers else {}
+        for part, launcher_class in launchers.items():
+            launched[part]["class"] = launcher_class  # of these ipyparallel has noted a name that nobody can import
+        launch._cluster = ipyparallel.Cluster.from_dict(
+            launched, config=launch._settings(), load_profile=False, shutdown_atexit=False, log_level=50
+        )
+        launch.client = launch._cluster.connect_client_sync()
+        return launch
+
+    def _note(self) -> None:
+        """Tell the anchor which processes there are."""
+        if self.anchor is not None:
+            controller = getattr(self._cluster.controller, "process", None)
+            marks = []
+            for process in [*([controller] if controller else []), *self._engine_processes()]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    marks.append(owner_mark(process.pid))
+            self.anchor.note("processes", marks)
+            self.anchor.note("launched", self._cluster.to_dict())
+
     def _settings(self) -> Config:
-        environment = {OWNER_VARIABLE: owner_mark(os.getpid()), FOLDER_VARIABLE: str(self.folder)}
+        owner = owner_mark(os.getpid()) if self.anchor is None else self.anchor.mark
+        environment = {OWNER_VARIABLE: owner, FOLDER_VARIABLE: str(self.folder)}
         config = Config()
         config.BaseLauncher.output_limit = 0  # or a stop prints a hundred lines of log for each engine
         config.BaseLauncher.environment = environment
@@ -117,6 +153,7 @@ class Launch:
     def add(self, count: int) -> None:
         """Start `count` more engines; returns at once. They register later, under ids that were never used."""
         self._cluster.start_engines_sync(count)
+        self._note()
 
     @property
     def controller_runs(self) -> bool:
@@ -149,6 +186,8 @@ class Launch:
             for server in self._servers:
                 with contextlib.suppress(ClusterError):
                     server.end_cluster(str(self.folder))  # an engine may have been forked that nobody was told of
+            if self.anchor is not None:
+                self.anchor.end()
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _processes_alive(self) -> bool:

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import ipyparallel.error
 
@@ -41,7 +42,7 @@ class Relay:
 
     Args:
         training: Which.
-        go_on: Whether it begins with the snapshot that is there.
+        calls: ipyparallel's result of each rank, which has begun.
         hangs: Looks for hangs.
         watch: Called with the run after each update; the last time after its end.
         then: Called when all about the end is done.
@@ -49,7 +50,7 @@ class Relay:
     """
 
     def __init__(
-        self, training: Training, *, go_on: bool, hangs: Hangs, watch: Callable[[Run], None] | None,
+        self, training: Training, calls: list[Any], *, hangs: Hangs, watch: Callable[[Run], None] | None,
         then: Callable[[], None], context: contextvars.Context,
     ) -> None:  # fmt: skip
         self._training = training
@@ -62,7 +63,7 @@ class Relay:
         self._freed: set[int] = set()
         self._reached, self._tries = -1, 0
         self._then = then
-        self._calls = training.begin(go_on=go_on)
+        self._calls = calls
         self._thread = threading.Thread(target=context.run, args=(self._follow,), daemon=True, name="nbdist-relay")
 
     def start(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nbdist.cluster import entry
@@ -31,16 +31,24 @@ class _Told:
     Args:
         name: What a person calls it.
         ranks: Which have done it.
-        begin: Lets one rank do it; returns ipyparallel's result.
+        call: The function of an engine that does it, or comes before the cell, and its arguments.
+        cell: The cell's source, if it is one.
         names: Those that it gives values to, if it is a push.
         segment: The memory in which the values lie.
     """
 
     name: str
     ranks: frozenset[int]
-    begin: Callable[[int], Any]
+    call: tuple[Callable[..., Any], tuple[Any, ...]]
+    cell: str | None = None
     names: frozenset[str] = frozenset()
     segment: Any = None
+
+    def begin(self, engines: Engines, rank: int) -> Any:
+        """Let one rank do it; returns ipyparallel's result."""
+        function, arguments = self.call
+        called = engines.start_call(rank, function, *arguments)
+        return called if self.cell is None else engines.start_cell(rank, self.cell)
 
 
 class Replay:
@@ -66,34 +74,29 @@ class Replay:
         name = f"the cell {first_line!r}" if number is None else f"Cell In[{number}]"
         alone = ranks if len(ranks) < self._engines.size else None
         self.cells[cell_file(source)] = name, source
-
-        def begin(rank: int) -> Any:
-            news = News(sources={}, path=search_path())
-            self._engines.start_call(rank, entry.expect_cell, news, number, alone)
-            return self._engines.start_cell(rank, source)
+        announced = entry.expect_cell, (News(sources={}, path=search_path()), number, alone)
+        told = _Told(name=name, ranks=frozenset(ranks), call=announced, cell=source)
 
         def note(done: list[int]) -> None:
             if done:
-                self._told.append(_Told(name=name, ranks=frozenset(done), begin=begin))
+                self._keep(replace(told, ranks=frozenset(done)))
 
-        return self._follow({rank: begin(rank) for rank in ranks}, note)
+        return self._follow({rank: told.begin(self._engines, rank) for rank in ranks}, note)
 
     def push(self, values: dict[str, Any], news: News) -> None:
         """Put values into the namespace of the cells of all ranks; tensors travel through one shared copy."""
+        from nbdist.core.handover import Outbox
+
         engines = self._engines
         ranks, names = frozenset(range(engines.size)), frozenset(values)
-        parcel, segment = pack(values, "value", inline=engines.remote)
+        parcel, segment = pack(values, "value", inline=engines.remote, outbox=Outbox(engines.anchor))
         try:
             engines.call(ranks, entry.push, (parcel, news))
         except BaseException:
             segment.close()
             raise
-
-        def begin(rank: int) -> Any:
-            return self._engines.start_call(rank, entry.push, parcel, news)
-
         name = f"the push of {', '.join(values)}"
-        self._told.append(_Told(name=name, ranks=ranks, begin=begin, names=names, segment=segment))
+        self._keep(_Told(name=name, ranks=ranks, call=(entry.push, (parcel, news)), names=names, segment=segment))
         while self._is_much() and (old := self._superseded()) is not None:
             self._told.remove(old)
             old.segment.close()
@@ -101,11 +104,27 @@ class Replay:
     def tie(self, marks: dict[str, str], ranks: list[int]) -> None:
         """Give classes of the cells the marks that they have in the notebook."""
         self._engines.call(ranks, entry.tie, (marks,))
+        self._keep(_Told(name="the classes", ranks=frozenset(ranks), call=(entry.tie, (marks,))))
 
-        def begin(rank: int) -> Any:
-            return self._engines.start_call(rank, entry.tie, marks)
+    def take_over(self, engines: Engines) -> None:
+        """Know what another kernel has told these engines."""
+        from nbdist.core.handover import Segment
 
-        self._told.append(_Told(name="the classes", ranks=frozenset(ranks), begin=begin))
+        anchor = engines.anchor
+        assert anchor is not None
+        told, self._knowing, self.cells = anchor.look()["notes"].get("told", ([], _processes(engines), {}))
+        self._engines = engines
+        self._told = [replace(each, segment=each.segment and Segment(1, anchor, each.segment)) for each in told]
+
+    def _keep(self, told: _Told) -> None:
+        self._told.append(told)
+        self._note()
+
+    def _note(self) -> None:
+        """Tell the anchor what another kernel would have to know."""
+        if self._engines.anchor is not None:
+            plain = [replace(told, segment=told.segment and told.segment.path) for told in self._told]
+            self._engines.anchor.note("told", (plain, self._knowing, self.cells))
 
     def catch_up(self) -> bool:
         """Let engines that took ranks since the last time do what those had done; returns whether there was anything.
@@ -118,14 +137,14 @@ class Replay:
             EngineError: An engine was lost meanwhile.
             KeyboardInterrupt: It was interrupted. What was missing is done the next time, from the beginning.
         """
-        engines, now = self._engines, self._processes()
+        engines, now = self._engines, _processes(self._engines)
         new = {rank for rank, process in now.items() if self._knowing.get(rank) != process}
         owed = [told for told in self._told if told.ranks & new]
         if owed:
             engines.call(sorted(new), entry.leave)
             engines.formed = False
         for told in owed:
-            calls = {rank: told.begin(rank) for rank in sorted(told.ranks & new)}
+            calls = {rank: told.begin(engines, rank) for rank in sorted(told.ranks & new)}
             try:
                 self._follow(calls).wait()
             except EngineError as error:
@@ -138,7 +157,9 @@ class Replay:
                     f"{told.name} was run again on an engine that took the place of a lost one, and failed: {what}. "
                     "What it defines is missing there: run it again.", stacklevel=4,
                 )  # fmt: skip
-        self._knowing = now
+        if now != self._knowing:
+            self._knowing = now
+            self._note()
         return bool(owed)
 
     def clear(self) -> None:
@@ -168,6 +189,7 @@ class Replay:
                 return told
         return None
 
-    def _processes(self) -> dict[int, tuple[str, int, float]]:
-        """By which process each rank is taken."""
-        return {engine.rank: (engine.host_id, engine.pid, engine.born_s) for engine in self._engines.records()}
+
+def _processes(engines: Engines) -> dict[int, tuple[str, int, float]]:
+    """By which process each rank is taken."""
+    return {engine.rank: (engine.host_id, engine.pid, engine.born_s) for engine in engines.records()}

@@ -9,7 +9,24 @@ from nbdist.cluster.run import Run
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
 
-__all__ = ["resumed"]
+__all__ = ["asked_again", "resumed"]
+
+
+def asked_again(last: Run | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What the last run of this notebook was asked for, to go on from there with other options.
+
+    Raises:
+        PlanError: There was none.
+    """
+    if last is None or "model" not in last.asked:  # or another kernel was asked
+        raise PlanError("there is no run of this notebook to go on with: name a model, data and a folder.")
+    asked = {**last.asked, **options}
+    if "steps" in options:
+        asked.pop("epochs", None)
+    if "epochs" in options:
+        asked.pop("steps", None)
+    asked["resume"] = options.get("resume", True)
+    return asked
 
 
 def resumed(plan: Plan, task: Any, last: Run | None) -> tuple[Plan, Any]:

@@ -11,11 +11,11 @@ from typing import Any
 
 from nbdist.cluster import entry
 from nbdist.cluster.board import BOARD_BYTES, Board
-from nbdist.cluster.cells import printed
+from nbdist.cluster.cells import LostCall, printed
 from nbdist.cluster.definitions import CellSources
 from nbdist.cluster.engines import Engines
 from nbdist.cluster.run import Run
-from nbdist.errors import ClusterError, NbdistError, interrupted
+from nbdist.errors import ClusterError, EngineError, NbdistError, interrupted
 from nbdist.plan import Plan
 from nbdist.telemetry import RankState
 
@@ -36,6 +36,7 @@ class Training:
         packed: The parcel of both, and its segment.
         outbox: Where the segment goes back to.
         cells: The cells of the notebook that the engines know.
+        into: Another model that receives the weights too, when they come home.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Training:
         packed: tuple[Any, Any],
         outbox: Any,
         cells: CellSources,
+        into: Any = None,
     ) -> None:
         self.run = run
         self.engines = engines
@@ -55,6 +57,7 @@ class Training:
         self._parcel, self._segment = packed
         self._outbox = outbox
         self._cells = cells
+        self._into = into
         self._segments: list[Any] = []
         self._boards: list[Board] = []
         self._printed: list[Callable[[str], dict[int, str]]] = []
@@ -77,13 +80,41 @@ class Training:
         vaults = [] if run.vaults is None else run.vaults.paths
         for segment in self._segments:
             segment.close()
-        self._segments = [] if engines.remote else [Segment(BOARD_BYTES) for _ in range(engines.size)]
-        paths = [segment.path for segment in self._segments]
-        self._boards = [Board(path) for path in paths]
+        segments = [] if engines.remote else [Segment(BOARD_BYTES, engines.anchor) for _ in range(engines.size)]
+        paths = [segment.path for segment in segments]
+        self._listen(segments)
         arguments = (self._parcel, run.run_id, news, engines.remote, let_go(engines.home), vaults, go_on, paths)
-        calls = [engines.start_call(rank, entry.train, *arguments) for rank in range(engines.size)]
+        return self._followed([engines.start_call(rank, entry.train, *arguments) for rank in range(engines.size)])
+
+    def take_over(self, boards: list[str]) -> list[Any]:
+        """Follow what another kernel has begun; returns a result of each rank, as `begin` does.
+
+        Args:
+            boards: Where the ranks say how far they are.
+        """
+        from nbdist.core.handover import Segment
+
+        engines = self.engines
+        self._listen([Segment(BOARD_BYTES, engines.anchor, path) for path in boards])
+        calls: list[Any] = []
+        for rank in range(engines.size):
+            try:  # an engine answers when it has ended what it does
+                calls.append(engines.start_call(rank, entry.outcome_of, self.run.run_id))
+            except EngineError:
+                calls.append(LostCall())
+        return self._followed(calls)
+
+    def _listen(self, segments: list[Any]) -> None:
+        self._segments = segments
+        self._boards = [Board(segment.path) for segment in segments]
+        if self.engines.anchor is not None:
+            self.engines.anchor.note("boards", [segment.path for segment in segments])
+
+    def _followed(self, calls: list[Any]) -> list[Any]:
         self._printed.append(functools.partial(printed, dict(enumerate(calls))))
-        run._printed = functools.partial(_all_printed, self._printed)  # not us, or the run's memory would outlive it
+        self.run._printed = functools.partial(
+            _all_printed, self._printed
+        )  # not us, or the run's memory would outlive it
         return calls
 
     def told(self, rank: int, call: Any) -> list[RankState]:
@@ -124,6 +155,7 @@ class Training:
         self.engines.home = home.path
         tensors, optimizer_state = unpack(home)
         ParamTable.of(self._task.model).load_(tensors)
+        self._hand_on()
         if optimizer_state is not None:
             with eager():
                 self._task.optimizer.load_state_dict(optimizer_state)
@@ -144,7 +176,15 @@ class Training:
         if folder:  # what never changes is in there alone
             load_whole(Saved.in_folder(folder), self._task.model, optimizer)
         load_whole(Saved.in_memory(read(slots)), self._task.model, optimizer)
+        self._hand_on()
         return step
+
+    def _hand_on(self) -> None:
+        """Put the weights that came home into the other model too."""
+        from nbdist.core.params import ParamTable
+
+        if self._into is not None:
+            ParamTable.of(self._into).load_(ParamTable.of(self._task.model).tensors)
 
     def end(self, *, failed: bool) -> None:
         """Make the engines ready for what comes next; the last snapshot stays."""
@@ -162,6 +202,8 @@ class Training:
         if run.vaults is not None:
             run.vaults.trim()
         engines.formed = not failed  # ranks leave a world that failed
+        if engines.anchor is not None:
+            engines.anchor.note("ended", (run.progress.state, run.progress.error))
         deadline = time.monotonic() + _SETTLED_WITHIN_S
         while failed and engines.reachable and not (engines.ended or engines.formed) and time.monotonic() < deadline:
             with contextlib.suppress(ClusterError):

@@ -17,13 +17,18 @@ from nbdist.cluster.ready import make_ready
 from nbdist.cluster.relay import Relay
 from nbdist.cluster.resuming import resumed
 from nbdist.cluster.run import Run
+from nbdist.cluster.taking_over import Begun, take_over
 from nbdist.cluster.training import Training
-from nbdist.errors import ClusterError, NbdistError, TaskError, ranks_text
+from nbdist.cluster.where import Where
+from nbdist.errors import ClusterError, NbdistError, PlanError, TaskError, ranks_text, suggest
 from nbdist.plan import Plan
+from nbdist.plan.plan import OPTIONS
 from nbdist.telemetry import RankState, RunState
 from nbdist.telemetry.record import new_run_id
 
 __all__ = ["Trainings", "pack"]
+
+_TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "lr_scheduler", "val", "metric", "batch_size", "shuffle")
 
 
 @dataclass(frozen=True)
@@ -84,14 +89,25 @@ class Trainings:
             raise ClusterError(f"run {self._run.run_id} is going on: wait for it (run.wait()) or stop it (run.stop()).")
 
     def add(
-        self, task: Any, plan: Plan, watch: Callable[[Run], None] | None, names: tuple[str, str], hangs: Hangs,
-        asked: dict[str, Any],
+        self, model: Any, data: Any, names: tuple[str, str], options: dict[str, Any],
+        watch: Callable[[Run], None] | None, hangs: Hangs,
     ) -> Run:  # fmt: skip
-        """Begin a run, or let it wait until those before it have ended.
+        """Begin a run, or let it wait until those before it have ended; see `Cluster.train`.
 
         Raises:
             NbdistError: It cannot begin.
         """
+        from nbdist.core.task import Task
+
+        for name in options:
+            if name not in OPTIONS and name not in _TASK_OPTIONS:
+                raise PlanError(f"unknown option {name!r}.{suggest(name, [*OPTIONS, *_TASK_OPTIONS])}")
+        hang_timeout, on_hang = hangs.asked
+        asked = dict(model=model, data=data, names=names, hang_timeout=hang_timeout, on_hang=on_hang, **options)
+        task = Task.create(model, data, names=names, **{n: options[n] for n in _TASK_OPTIONS if n in options})
+        rest = {name: value for name, value in options.items() if name not in _TASK_OPTIONS}
+        size, threads = self._engines.size, self._engines.threads
+        plan = Plan.create(ranks=size, cores=threads * size, **{**rest, **task.options})
         ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in self._engines.records()}
         progress = RunState(title=task.title, plan=plan.to_dict(), ranks=ranks)
         run = Run(new_run_id(), plan, progress, self._order, asked)
@@ -122,23 +138,50 @@ class Trainings:
             self._sources.sent.clear()
         make_ready(engines)
         plan, vaults = resumed(turn.plan, turn.task, current.last_run())
-        self._outbox = self._outbox or Outbox()
+        self._outbox = self._outbox or Outbox(engines.anchor)
         what = f"{turn.names[0]} or {turn.names[1]}"
         packed = pack((turn.task, plan), what, inline=engines.remote, outbox=self._outbox)
         go_on = vaults is not None
         if go_on:
             vaults.grow(engines.size)
         elif not engines.remote:
-            vaults = Vaults(engines.size)
+            vaults = Vaults(engines.size, engines.anchor)
         run.vaults = vaults
         run.progress.begin()
         training = Training(run, engines, turn.task, plan, packed, self._outbox, self._sources)
-        relay = Relay(training, go_on=go_on, hangs=turn.hangs, watch=turn.watch, then=self._next, context=turn.context)
+        if engines.anchor is not None:
+            engines.anchor.note("ended", ("running", ""))
+            told = Begun(
+                run_id=run.run_id, parcel=packed[0], names=turn.names, title=run.progress.title,
+                vaults=[] if vaults is None else vaults.paths, hangs=turn.hangs.asked,
+            )  # fmt: skip
+            engines.anchor.note("run", told)
+        calls = training.begin(go_on=go_on)
+        relay = Relay(training, calls, hangs=turn.hangs, watch=turn.watch, then=self._next, context=turn.context)
         if replaced:
             run.progress.note(f"{ranks_text(replaced)} had been lost and was replaced", "lost")
         self._run = run
         current.note_run(run)
         relay.start()
+
+    def take_over(
+        self, namespace: dict[str, Any], watch: Callable[[Run], None] | None, where: Callable[[], Where]
+    ) -> Run | None:
+        """Go on following the run that another kernel has begun, or bring home what it has left; see `take_over`."""
+        from nbdist.core.handover import Outbox
+
+        self._outbox = Outbox(self._engines.anchor)
+        taken = take_over(self._engines, namespace, self._order, self._outbox, self._sources)
+        if taken is None:
+            return None
+        training, begun, boards = taken
+        self._run = run = training.run
+        current.note_run(run)
+        if boards is not None:
+            calls, hangs = training.take_over(boards), Hangs(*begun.hangs, where)
+            context = contextvars.copy_context()
+            Relay(training, calls, hangs=hangs, watch=watch, then=self._next, context=context).start()
+        return run
 
     def _next(self) -> None:
         """A run has ended: begin the next one that can."""

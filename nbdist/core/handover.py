@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cloudpickle
 import numpy as np
@@ -28,7 +28,7 @@ import torch
 
 from nbdist.errors import TaskError
 
-__all__ = ["Outbox", "Parcel", "Segment", "host_id", "let_go", "pack", "unpack"]
+__all__ = ["Holder", "Outbox", "Parcel", "Segment", "host_id", "let_go", "pack", "unpack"]
 
 _HOST_VARIABLE = "NBDIST_HOST"
 _ALIGNMENT = 64
@@ -55,25 +55,47 @@ def host_id() -> str:
         return f"{uuid.getnode():x}"
 
 
+class Holder(Protocol):
+    """Makes shared memory and holds it, for processes that it may outlive."""
+
+    def hold(self) -> str:
+        """New memory; returns its path."""
+
+    def let_go(self, path: str) -> None:
+        """The memory is not needed any more."""
+
+
 class Segment:
     """Shared memory that the creating process holds open; others map it by `path`.
 
     Args:
         size: Bytes.
+        holder: Who holds it too, until it is closed; None for this process alone.
+        path: The one that the holder has, from a process before this; a new one by default.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = max(size, 1)
+    def __init__(self, size: int, holder: Holder | None = None, path: str = "") -> None:
         self.number = next(_numbers)  # unlike a path, never another segment's
-        if hasattr(os, "memfd_create"):
+        self._holder = holder
+        self._file = -1
+        self._filled = bool(path)
+        self._name: str | None = None
+        if path:
+            self.path = path
+            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            self.size = os.fstat(self._file).st_size
+            return
+        self.size = max(size, 1)
+        if holder is not None:
+            self.path = holder.hold()
+            self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        elif hasattr(os, "memfd_create"):
             self._file = os.memfd_create("nbdist", os.MFD_CLOEXEC)
             self.path = f"/proc/{os.getpid()}/fd/{self._file}"
-            self._name = None
         else:
             self._file, self._name = tempfile.mkstemp(prefix="nbdist-")
             self.path = self._name
         os.ftruncate(self._file, self.size)
-        self._filled = False
 
     @functools.cached_property
     def buffer(self) -> mmap.mmap:
@@ -99,6 +121,8 @@ class Segment:
             self._file = -1
             if self._name:
                 os.unlink(self._name)
+            if self._holder is not None:
+                self._holder.let_go(self.path)
 
     def __del__(self) -> None:
         if os is not None:  # it is, when the interpreter ends; then the system lets go of the segment
@@ -110,9 +134,13 @@ class Outbox:
 
     Only when nobody maps it any more may a segment be written anew, for a private mapping shows what is written until
     its owner writes there itself.
+
+    Args:
+        holder: Who holds them too, see `Segment`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, holder: Holder | None = None) -> None:
+        self._holder = holder
         self._back: Segment | None = None
         self._free: Callable[[], bool] = lambda: False
 
@@ -123,7 +151,7 @@ class Outbox:
             return back
         if back is not None:
             back.close()
-        return Segment(size)
+        return Segment(size, self._holder)
 
     def give_back(self, segment: Segment, free: Callable[[], bool]) -> None:
         """Keep a segment for the next time; `free` tells then whether all others have let go of it."""

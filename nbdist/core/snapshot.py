@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nbdist.core.handover import Segment
+from nbdist.core.handover import Holder, Segment
 from nbdist.core.image import Image, Layout
 
 __all__ = ["SLOTS", "Slot", "Vault", "Vaults", "newest", "read"]
@@ -150,17 +150,20 @@ class Vaults:
 
     Args:
         ranks: How many.
+        holder: Who holds the memory too, see `Segment`.
+        paths: Where it is, of an earlier process; new by default.
     """
 
-    def __init__(self, ranks: int) -> None:
-        self._segments: list[list[Segment]] = []
-        self.paths: list[list[str]] = []
+    def __init__(self, ranks: int, holder: Holder | None = None, paths: Sequence[Sequence[str]] = ()) -> None:
+        self._holder = holder
+        self._segments = [[Segment(1, holder, path) for path in own] for own in paths]
+        self.paths = [list(own) for own in paths]
         self.grow(ranks)
 
     def grow(self, ranks: int) -> None:
         """See to it that there is memory for so many ranks."""
         while len(self._segments) < ranks:
-            self._segments.append([Segment(1) for _ in range(SLOTS)])
+            self._segments.append([Segment(1, self._holder) for _ in range(SLOTS)])
             self.paths.append([segment.path for segment in self._segments[-1]])
 
     @property

@@ -8,7 +8,7 @@ from nbdist.notebook.parsers import PARSERS
 __all__ = ["help_text", "help_text_of"]
 
 _PHRASES = {
-    "%dist_start": ("[-n N]", "start engines, one rank each"),
+    "%dist_start": ("[-n N] [--detach]", "start engines, one rank each"),
     "%dist_train": ("MODEL DATA [OPTIONS]", "train MODEL on all of them; it ends trained"),
     "%%dist_train": ("MODEL DATA [OPTIONS]", "the same, the cell being one training step"),
     "%dist_run": ("[stop|pause|resume|...]", "show the newest run, or steer it"),
@@ -18,6 +18,8 @@ _PHRASES = {
     "%dist_pull": ("NAME [--rank R]", "bring a value back"),
     "%dist_status": ("", "what engines do, where they live"),
     "%dist_where": ("", "on which line each rank is, and why"),
+    "%dist_attach": ("[ID]", "take over what --detach kept alive"),
+    "%dist_clusters": ("", "list what it has kept alive"),
     "%dist_stop": ("[--all]", "end the engines"),
     "%dist_help": ("[MAGIC]", "this, or all about one of them"),
 }

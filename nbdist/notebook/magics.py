@@ -8,14 +8,24 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.display import display
 
-from nbdist.cluster import Cluster, Run, current_cluster, current_server, end_server, last_run, require_cluster
+from nbdist.cluster import (
+    Cluster,
+    Run,
+    current_cluster,
+    current_server,
+    detached_clusters,
+    end_server,
+    last_run,
+    require_cluster,
+)
 from nbdist.errors import ClusterError, PlanError, TaskError, ranks_text, suggest
 from nbdist.notebook import parsers
 from nbdist.notebook.dashboard import has_front_end, make_dashboard, show_run
+from nbdist.notebook.detached import clusters_bundle
 from nbdist.notebook.help import help_text, help_text_of
 from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.past_runs import runs_bundle
-from nbdist.notebook.status import show_status
+from nbdist.notebook.status import described, engines_text, show_status
 from nbdist.notebook.step_cell import compile_step
 from nbdist.plan.options import OptionParser, plan_options, split_line
 from nbdist.telemetry import PastRun, past_run, past_runs
@@ -64,29 +74,63 @@ class DistMagics(Magics):
     def dist_start(self, line: str) -> None:
         arguments = parsers.START.parse(split_line(line))
         cluster = current_cluster()
-        wanted = Cluster(arguments.n, device=arguments.device, timeout_s=arguments.timeout, spares=arguments.spares)
+        wanted = Cluster(
+            arguments.n, device=arguments.device, timeout_s=arguments.timeout, spares=arguments.spares,
+            detach=arguments.detach,
+        )  # fmt: skip
         with StatusLine(live=has_front_end(self.shell)) as status:
             if (
                 cluster is not None
                 and arguments.n in (None, cluster.size)
                 and arguments.device in ("auto", cluster.device)
+                and (arguments.detach is None or cluster.detach is not None)
             ):
                 cluster.timeout_s = arguments.timeout
                 if arguments.spares is not None:
                     cluster.spares = arguments.spares
                 if not cluster.reachable:
                     cluster.start(status.tell)
-                    status.end(f"started anew {_described(cluster)}, in {duration(cluster.start_seconds)}")
+                    status.end(f"started anew {described(cluster)}, in {duration(cluster.start_seconds)}")
                     return
                 lost = [engine.rank for engine in cluster.engines if engine.state == "lost"]
                 cluster.start(status.tell)  # replaces them
-                status.end(f"{f'replaced {ranks_text(lost)}' if lost else 'already running'}: {_described(cluster)}")
+                status.end(f"{f'replaced {ranks_text(lost)}' if lost else 'already running'}: {described(cluster)}")
                 return
             if cluster is not None:
                 _refuse_while_running(cluster)
                 cluster.stop()
             wanted.start(status.tell)
-            status.end(f"started {_described(wanted)}, in {duration(wanted.start_seconds)}")
+            status.end(f"started {described(wanted)}, in {duration(wanted.start_seconds)}")
+            if wanted.detach is not None:
+                alone = f"they live {duration(wanted.detach)} without this kernel"
+                print(f"{alone}: %dist_attach {wanted.name} takes them over in another one")
+
+    @no_var_expand
+    @line_magic
+    @_documented(parsers.ATTACH)
+    def dist_attach(self, line: str) -> Run | None:
+        arguments = parsers.ATTACH.parse(split_line(line))
+        dashboard = make_dashboard(self.shell, background=True)
+        cluster = Cluster.attach(arguments.name, namespace=self.shell.user_ns, watch=dashboard.update)
+        print(f"took over cluster {cluster.name}: {described(cluster)}")
+        run = last_run()
+        if run is not None and not run.ended:
+            dashboard.begin(run)
+            self._drawn_in_cell = (run, self._cell)
+        if run is not None and arguments.output:
+            self.shell.user_ns[arguments.output] = run
+        return run
+
+    @no_var_expand
+    @line_magic
+    @_documented(parsers.CLUSTERS)
+    def dist_clusters(self, line: str) -> None:
+        parsers.CLUSTERS.parse(split_line(line))
+        clusters = detached_clusters()
+        if clusters:
+            display(clusters_bundle(clusters), raw=True)
+        else:
+            print("no detached cluster lives: %dist_start --detach starts one")
 
     @no_var_expand
     @line_magic
@@ -111,7 +155,7 @@ class DistMagics(Magics):
         stopped = []
         if cluster is not None:
             cluster.stop()
-            stopped.append(_engines(cluster.size))
+            stopped.append(engines_text(cluster.size))
         if arguments.all and current_server() is not None:
             end_server()
             stopped.append("the fork server")
@@ -130,7 +174,7 @@ class DistMagics(Magics):
     def dist(self, line: str, cell: str) -> None:
         arguments = parsers.DIST.parse(split_line(line))
         cluster = require_cluster()
-        ranks = None if arguments.ranks is None else _parse_ranks(arguments.ranks, cluster.size)
+        ranks = None if arguments.ranks is None else parsers.parse_ranks(arguments.ranks, cluster.size)
         if arguments.local:
             cluster.check_ready()
             result = self.shell.run_cell(cell, store_history=False)
@@ -161,7 +205,7 @@ class DistMagics(Magics):
         if odd:
             raise PlanError(f"{odd[0]!r} is not a name: assign it to one first.")
         cluster.push(**{name: self._evaluate(name) for name in arguments.names})
-        print(f"sent {', '.join(arguments.names)} to {_engines(cluster.size)}")
+        print(f"sent {', '.join(arguments.names)} to {engines_text(cluster.size)}")
 
     @no_var_expand
     @line_magic
@@ -298,31 +342,3 @@ def _refuse_while_running(cluster: Cluster) -> None:
     run = last_run()
     if run is not None and run.progress.running:
         raise ClusterError(f"run {run.run_id} is going on: stop it (run.stop()) before the engines change.")
-
-
-def _described(cluster: Cluster) -> str:
-    engines = cluster.engines
-    devices = ", ".join(sorted({engine.device for engine in engines}))
-    hosts = ", ".join(sorted({engine.host for engine in engines}))
-    threads = cluster.threads
-    each = f"{threads} thread{'s' if threads > 1 else ''} each"
-    who = f"{_engines(cluster.size)} ({ranks_text(range(cluster.size))})"
-    return f"{who} on {hosts}: {devices} over {cluster.transport}, {each}"
-
-
-def _engines(count: int) -> str:
-    return f"{count} engine{'s' if count != 1 else ''}"
-
-
-def _parse_ranks(text: str, size: int) -> list[int]:
-    """Read "0,2-3"."""
-    ranks: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and (not last.isdigit() or int(last) < int(first))):
-            raise PlanError(f"--ranks {text!r} is not a list of ranks: write it like 0,2-3.")
-        ranks += range(int(first), int(last or first) + 1)
-    wrong = [rank for rank in ranks if rank >= size]
-    if wrong:
-        raise PlanError(f"rank {wrong[0]} does not exist: use 0 to {size - 1}.")
-    return sorted(set(ranks))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from nbdist.cluster.hangs import ON_HANG
+from nbdist.errors import PlanError
 from nbdist.plan.options import OptionParser, add_plan_options
 
 __all__ = [
-    "DIST", "HELP", "ORDERS", "PARSERS", "PULL", "PUSH", "RUN", "RUNS", "START", "STATUS", "STOP", "TRAIN", "WHERE",
+    "ATTACH", "CLUSTERS", "DIST", "HELP", "ORDERS", "PARSERS", "PULL", "PUSH", "RUN", "RUNS", "START", "STATUS", "STOP",
+    "TRAIN", "WHERE", "parse_ranks",
 ]  # fmt: skip
 
 
@@ -22,7 +24,30 @@ def _start_parser() -> OptionParser:
     parser.add_argument(
         "--spares", type=int, metavar="N", help="Idle engines to take the place of lost ones at once. Default: 1."
     )
+    parser.add_argument(
+        "--detach", type=float, nargs="?", const=3600.0, metavar="S",
+        help="Let engines and training outlive this kernel, without one for S seconds (3600 where S is left away), "
+        "until %%dist_attach in another. Default: they end with it.",
+    )  # fmt: skip
     return parser
+
+
+def _attach_parser() -> OptionParser:
+    parser = OptionParser(
+        "%dist_attach",
+        "Take over a detached cluster whose kernel has ended: engines, what %%dist and %dist_push told them, and the "
+        "newest run with its panel. Its model stands here under its name, or gets the weights if it is here already. "
+        "Returns the Run.",
+    )
+    parser.add_argument("name", nargs="?", metavar="ID", help="Which; needed where there are several.")
+    parser.add_argument("-o", dest="output", metavar="NAME", help="Store the Run under this name too.")
+    return parser
+
+
+def _clusters_parser() -> OptionParser:
+    return OptionParser(
+        "%dist_clusters", "List the detached clusters that live, and how long each one waits for a kernel."
+    )
 
 
 def _status_parser() -> OptionParser:
@@ -126,6 +151,8 @@ def _help_parser() -> OptionParser:
 
 
 ORDERS = ("stop", "pause", "resume", "checkpoint", "lr")
+ATTACH = _attach_parser()
+CLUSTERS = _clusters_parser()
 START = _start_parser()
 STATUS = _status_parser()
 STOP = _stop_parser()
@@ -139,6 +166,25 @@ TRAIN = _train_parser()
 WHERE = _where_parser()
 
 PARSERS: dict[str, OptionParser] = {
-    parser.prog: parser for parser in (START, TRAIN, RUN, RUNS, DIST, PUSH, PULL, STATUS, WHERE, STOP, HELP)
+    parser.prog: parser
+    for parser in (START, TRAIN, RUN, RUNS, DIST, PUSH, PULL, STATUS, WHERE, ATTACH, CLUSTERS, STOP, HELP)
 } | {"%%dist_train": TRAIN}
 """By the word that begins the line, in the order in which a person meets them."""
+
+
+def parse_ranks(text: str, size: int) -> list[int]:
+    """Read "0,2-3".
+
+    Raises:
+        PlanError: It is no list of ranks below `size`.
+    """
+    ranks: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and (not last.isdigit() or int(last) < int(first))):
+            raise PlanError(f"--ranks {text!r} is not a list of ranks: write it like 0,2-3.")
+        ranks += range(int(first), int(last or first) + 1)
+    wrong = [rank for rank in ranks if rank >= size]
+    if wrong:
+        raise PlanError(f"rank {wrong[0]} does not exist: use 0 to {size - 1}.")
+    return sorted(set(ranks))

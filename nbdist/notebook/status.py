@@ -10,11 +10,12 @@ from html import escape
 import psutil
 from IPython.display import display
 
-from nbdist.cluster import Run, current_cluster, current_server, last_run
+from nbdist.cluster import Cluster, Run, current_cluster, current_server, last_run
+from nbdist.errors import ranks_text
 from nbdist.telemetry.number import number
 from nbdist.telemetry.view import html_table, summary, text_table
 
-__all__ = ["show_status"]
+__all__ = ["described", "engines_text", "show_status"]
 
 _COLUMNS = ("rank", "pid", "host", "device", "state", "memory", "works on")
 _EVERY_S = 1.0
@@ -107,3 +108,19 @@ def _memory(pid: int) -> str:
         return f"{number(psutil.Process(pid).memory_info().rss / 2**20)} MiB"
     except psutil.NoSuchProcess:
         return "–"
+
+
+def described(cluster: Cluster) -> str:
+    """The engines of a cluster in one line."""
+    engines = cluster.engines
+    devices = ", ".join(sorted({engine.device for engine in engines}))
+    hosts = ", ".join(sorted({engine.host for engine in engines}))
+    threads = cluster.threads
+    each = f"{threads} thread{'s' if threads > 1 else ''} each"
+    who = f"{engines_text(cluster.size)} ({ranks_text(range(cluster.size))})"
+    return f"{who} on {hosts}: {devices} over {cluster.transport}, {each}"
+
+
+def engines_text(count: int) -> str:
+    """How many engines, in words."""
+    return f"{count} engine{'s' if count != 1 else ''}"

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from shared_cluster import until
 
-from nbdist.cluster.engines import Engines
+from nbdist.cluster.starting import start_engines
 from nbdist.errors import ClusterError, EngineError
 
 RECOVERED_WITHIN_S = 3.0
@@ -27,7 +27,7 @@ SPARE = {"shared_memory": 1, "process_group": 0}
 def three(request, shared_cluster, monkeypatch):
     """Three engines of the test's own that talk through either kind of channel."""
     monkeypatch.setenv("NBDIST_CHANNEL", request.param)
-    engines = Engines(3, "cpu", 30.0, lambda words: None, SPARE[request.param])
+    engines = start_engines(3, "cpu", 30.0, lambda words: None, SPARE[request.param])
     yield engines
     engines.end()
 

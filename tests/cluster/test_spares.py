@@ -12,7 +12,7 @@ import pytest
 from shared_cluster import ENGINES, until
 
 import nbdist
-from nbdist.cluster.engines import Engines
+from nbdist.cluster.starting import start_engines
 from nbdist.errors import EngineError, PlanError
 
 AT_ONCE_S = 1.0  # a tenth of it where nothing else runs; an engine of its own takes longer than this
@@ -29,7 +29,7 @@ def with_spare(cluster):
 @pytest.fixture
 def engines(shared_cluster):
     """Two engines of the test's own, without spares."""
-    engines = Engines(2, "cpu", 60.0, lambda words: None)
+    engines = start_engines(2, "cpu", 60.0, lambda words: None)
     yield engines
     engines.end()
 

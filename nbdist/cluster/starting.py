@@ -1,0 +1,84 @@
+"""How engines begin: started by this kernel, or taken over from an earlier one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from nbdist.cluster import fork_server
+from nbdist.cluster.anchor import Anchor
+from nbdist.cluster.engines import Engines
+from nbdist.cluster.launch import Launch
+from nbdist.errors import ClusterError
+
+__all__ = ["start_engines", "take_over_engines"]
+
+
+def start_engines(
+    size: int, device: str, timeout_s: float, tell: Callable[[str], None], spares: int = 0,
+    patience_s: float | None = None,
+) -> Engines:  # fmt: skip
+    """Start engines; they are ready when this returns.
+
+    Args:
+        size: How many.
+        device: "auto", "cpu" or "cuda".
+        timeout_s: How long that, and later a replacement, may take, in seconds.
+        tell: Called with what is being done, a few words, meanwhile.
+        spares: How many engines without a rank to keep beside them; nobody waits for those.
+        patience_s: How long they live without a kernel; None where they end with this one.
+
+    Raises:
+        ClusterError: They were not ready in time. Nothing is left running then.
+    """
+    started_s = time.monotonic()
+    tell("loading torch" if fork_server.current_server() is None else "starting engines")
+    loading = threading.Thread(target=_load_torch, daemon=True)
+    loading.start()  # here too, while the engines start
+    begun: Launch | Engines = (launch := Launch(size, patience_s))
+    try:
+        launch.wait_for(size, timeout_s, tell)
+        loading.join()
+        engines = begun = Engines(launch, _store_of(launch.anchor), size, device, timeout_s, spares)
+        tell("forming the world")
+        engines.meet()
+    except BaseException:
+        begun.end()
+        raise
+    engines.start_seconds = time.monotonic() - started_s
+    return engines
+
+
+def take_over_engines(anchor: Anchor) -> Engines:
+    """The engines that an earlier kernel started, and tied to an anchor.
+
+    Raises:
+        ClusterError: That kernel ended before they were ready.
+    """
+    notes = anchor.look()["notes"]
+    if "engines" not in notes:
+        raise ClusterError(f"cluster {anchor.name} was not ready when its kernel ended: start another one.")
+    _load_torch()
+    told = notes["engines"]
+    launch = Launch.attach(anchor, notes["launched"])
+    own = {name: told[name] for name in ("size", "device", "timeout_s", "spares")}
+    engines = Engines(launch, _store_of(anchor), **own)
+    engines.take_over(told)
+    return engines
+
+
+def _load_torch() -> None:
+    with contextlib.suppress(Exception):  # who needs it next will meet the error again, and can be told
+        importlib.import_module("nbdist.core.world")
+
+
+def _store_of(anchor: Anchor | None) -> Any:
+    """The store in which ranks meet: the anchor's, or one of our own."""
+    from nbdist.core.channels.meeting import reach_store
+    from nbdist.core.world import host_store
+
+    return host_store() if anchor is None else reach_store("127.0.0.1", anchor.look()["port"])

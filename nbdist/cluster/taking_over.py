@@ -1,0 +1,111 @@
+"""A run that another kernel has begun: what has to be known of it, and how it is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nbdist.cluster.definitions import CellSources
+from nbdist.cluster.engines import Engines
+from nbdist.cluster.run import Run
+from nbdist.cluster.training import Training
+from nbdist.errors import ClusterError, EngineError, PlanError
+from nbdist.plan import Plan
+from nbdist.telemetry import RankState, RunState, past_run
+
+__all__ = ["Begun", "take_over"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """What another kernel has to know of a run.
+
+    Args:
+        run_id: Its name in the record.
+        title: What is trained, for people.
+        parcel: Task and plan.
+        names: What the person calls model and data.
+        vaults: Where the ranks keep their snapshots.
+        hangs: When it hangs, and what is done then.
+    """
+
+    run_id: str
+    title: str
+    parcel: Any
+    names: tuple[str, str]
+    vaults: list[list[str]]
+    hangs: tuple[float | None, str]
+
+
+def take_over(
+    engines: Engines, namespace: dict[str, Any], order: Callable[[Run, str, Any], None], outbox: Any, cells: CellSources
+) -> tuple[Training, Begun, list[str] | None] | None:
+    """Take over the newest run on engines of an anchor, and bring its weights home if it has ended.
+
+    Its model stands in `namespace` afterwards, under its name; where one like it is there, that gets the weights.
+
+    Args:
+        engines: Where it runs.
+        namespace: The notebook's.
+        order: See `Run`.
+        outbox: See `Training`.
+        cells: See `Training`.
+
+    Returns:
+        The training, what was known of it, and the boards of its ranks if they have not told how it ended; None where
+        there was no run.
+
+    Raises:
+        ClusterError: Its model cannot be made here.
+    """
+    from nbdist.core.handover import Segment, unpack
+    from nbdist.core.snapshot import Vaults
+
+    assert engines.anchor is not None
+    notes = engines.anchor.look()["notes"]
+    if "run" not in notes:
+        return None
+    begun: Begun = notes["run"]
+    try:
+        task, plan = unpack(begun.parcel)
+    except Exception as error:
+        raise ClusterError(f"the model of run {begun.run_id} cannot be made here: {error!r}.") from error
+    run = Run(begun.run_id, plan, _recorded(begun, plan, engines), order)
+    run.vaults = Vaults(engines.size, engines.anchor, begun.vaults) if begun.vaults else None
+    name = begun.names[0] if begun.names[0].isidentifier() else "model"
+    mine = namespace.get(name)
+    like = _alike(mine, task.model)
+    if not like:
+        namespace[name] = task.model
+    segment = Segment(1, engines.anchor, begun.parcel.path)
+    training = Training(run, engines, task, plan, (begun.parcel, segment), outbox, cells, mine if like else None)
+    state, why = notes["ended"]
+    if state == "running":
+        return training, begun, notes["boards"]
+    training.rescue()
+    run._end(state, EngineError(why) if state == "failed" else None)
+    run._release()
+    return training, begun, None
+
+
+def _recorded(begun: Begun, plan: Plan, engines: Engines) -> RunState:
+    """What the record says of a run that another kernel has begun, as of one that goes on."""
+    try:
+        progress = past_run(begun.run_id).progress
+    except PlanError:  # it has only just begun
+        progress = RunState(title=begun.title, plan=plan.to_dict(), ranks={})
+    for r in engines.records():
+        progress.ranks.setdefault(r.rank, RankState(rank=r.rank, host=r.host, device=r.device))
+    progress.state, progress.error, progress.ended_s = "running", "", None
+    return progress
+
+
+def _alike(mine: Any, theirs: Any) -> bool:
+    """Whether a model of the notebook can take the weights of another one."""
+    from torch import nn
+
+    if not isinstance(mine, nn.Module):
+        return False
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (mine, theirs)]
+    return shapes[0] == shapes[1]

@@ -1,0 +1,26 @@
+"""The detached clusters, as a table."""
+
+from __future__ import annotations
+
+from nbdist.cluster import Detached
+from nbdist.telemetry.number import duration
+from nbdist.telemetry.view import html_table, text_table
+
+__all__ = ["clusters_bundle"]
+
+_COLUMNS = ("cluster", "engines", "belongs to", "newest run", "state")
+
+
+def clusters_bundle(clusters: list[Detached]) -> dict[str, str]:
+    """Clusters as a table, by MIME type."""
+    rows = [_row(cluster) for cluster in clusters]
+    lines = text_table(_COLUMNS, rows)
+    return {
+        "text/html": f'<div class="nbdist">{html_table(_COLUMNS, rows)}</div>',
+        "text/plain": "\n".join(f"nbdist: {line}" for line in lines),
+    }
+
+
+def _row(cluster: Detached) -> tuple[str, ...]:
+    owner = f"kernel {cluster.owner}" if cluster.owner else f"nobody, ends in {duration(max(0.0, cluster.left_s))}"
+    return cluster.name, str(cluster.engines), owner, cluster.run_id or "–", cluster.run_state or "–"

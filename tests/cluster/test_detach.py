@@ -1,0 +1,202 @@
+"""A detached cluster outlives its kernel, and a training on it too: another process takes both over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+from shared_cluster import folder_of, marked, until
+from torch import nn
+
+import nbdist
+from nbdist.cluster import current_cluster, detached_clusters
+from nbdist.errors import ClusterError, PlanError
+
+OWNER = """
+import json, os, signal, sys, time
+import nbdist, torch
+from torch import nn
+
+class Slow(torch.utils.data.Dataset):
+    def __init__(self, nap_s): self.nap_s = nap_s
+    def __len__(self): return 96
+    def __getitem__(self, row):
+        time.sleep(self.nap_s)
+        return torch.sin(torch.arange(row, row + 6.0)), row % 3
+
+cluster = nbdist.Cluster(2, device="cpu", detach=float(sys.argv[1])).start()
+cluster.push(given=torch.arange(3))
+cluster.execute("told = rank + 10").wait()
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.2), nn.Linear(4, 3))
+run = cluster.train(net, Slow(float(sys.argv[2])), loss="cross_entropy", epochs=10, batch_size=16, lr=0.01,
+                    background=True, names=("net", "rows"))
+while run.progress.step < 6: run.wait(0.02)
+if sys.argv[3] == "end": run.wait()
+print(json.dumps([cluster.name, run.run_id, [engine.pid for engine in cluster.engines]]), flush=True)
+if sys.argv[3] == "leave": sys.exit()
+sys.stdin.read()
+"""
+NAP_S = 0.005
+STEPS = 60
+
+
+@pytest.fixture
+def owner(shared_cluster, tmp_path):
+    """``owner(how, detach=60, nap_s=NAP_S)``: a process in mid-training, and what it says of its cluster."""
+    shared_cluster.stop()  # this process is to have another one
+    (tmp_path / "owner.py").write_text(OWNER)
+    started = []
+
+    def start(how="", detach=60.0, nap_s=NAP_S):
+        started.append(subprocess.Popen([sys.executable, tmp_path / "owner.py", str(detach), str(nap_s), how],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))  # fmt: skip
+        return started[-1], *json.loads(started[-1].stdout.readline())
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+    mine = current_cluster()
+    if mine is not None:
+        mine.stop()
+    for each in detached_clusters():  # a test has failed before it could end it, or did not take it over
+        until(lambda each=each: not [c for c in detached_clusters() if c.name == each.name and c.owner])
+        nbdist.Cluster.attach(each.name).stop()
+
+
+def killed(process):
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared_cluster):
+    """The weights that the training ends with where nobody is killed."""
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 96
+
+        def __getitem__(self, row):
+            return torch.sin(torch.arange(row, row + 6.0)), row % 3
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.2), nn.Linear(4, 3))
+    shared_cluster.ready().train(net, Rows(), loss="cross_entropy", epochs=10, batch_size=16, lr=0.01)
+    return net.state_dict()
+
+
+def same(net, weights):
+    return all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
+
+
+def test_a_kernel_that_is_killed_in_mid_training_costs_no_bit(shared_cluster, owner, undisturbed):
+    """The next one finds the same engines, busy, the run with its history, and at the end the trained model.
+
+    Until then the cluster belongs to the first, and who wants to take it is told so.
+    """
+    process, name, run_id, pids = owner()
+    with pytest.raises(ClusterError, match=f"cluster {name} belongs to the kernel with process {process.pid}: "):
+        nbdist.Cluster.attach()
+    killed(process)
+    until(lambda: [(c.name, c.owner, c.run_id, c.run_state) for c in detached_clusters()]
+          == [(name, 0, run_id, "running")])  # fmt: skip
+    names = {}
+    with nbdist.Cluster.attach(namespace=names) as cluster:
+        run = nbdist.last_run()
+        assert (run.run_id, run.state, cluster.name) == (run_id, "running", name)
+        assert [engine.pid for engine in cluster.engines] == pids
+        run.wait()
+        assert (run.state, run.progress.step, len(run.history)) == ("finished", STEPS, 10)
+        assert same(names["net"], undisturbed)
+        again = cluster.train(names["net"], torch.utils.data.TensorDataset(torch.ones(32, 6), torch.arange(32) % 3),
+                              loss="cross_entropy", epochs=1)  # fmt: skip
+        assert again.state == "finished"
+
+
+def test_a_rank_that_dies_while_there_is_no_kernel_is_replaced_by_the_next(shared_cluster, owner, undisturbed):
+    """Its state lies outside of it and of the kernel; what its rank had been told is told to its successor."""
+    process, _, _, pids = owner()
+    killed(process)
+    os.kill(pids[0], signal.SIGKILL)
+    names = {}
+    with nbdist.Cluster.attach(namespace=names) as cluster:
+        assert nbdist.last_run().wait().state == "finished"
+        assert same(names["net"], undisturbed)
+        assert [cluster.pull("told", rank) for rank in range(2)] == [10, 11]
+        assert cluster.pull("given", 0).tolist() == [0, 1, 2]
+
+
+def test_a_run_that_has_ended_brings_its_weights_to_whoever_comes(shared_cluster, owner, undisturbed):
+    """Also a second time, and into a model of the same shape that is there already."""
+    process, _, run_id, _ = owner("end", nap_s=0.0)
+    killed(process)
+    mine = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.2), nn.Linear(4, 3))
+    names = {"net": mine}
+    with nbdist.Cluster.attach(namespace=names):
+        run = nbdist.last_run()
+        assert (run.run_id, run.state, run.progress.step) == (run_id, "finished", STEPS)
+        assert names["net"] is mine
+        assert same(mine, undisturbed)
+
+
+def test_a_kernel_that_ends_in_good_order_leaves_the_training_too(shared_cluster, owner, undisturbed):
+    """As when a person restarts it. A run that ends while nobody looks waits for whoever comes."""
+    process, name, _, _ = owner("leave", nap_s=0.002)
+    process.wait()
+    mine = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.2), nn.Linear(4, 3))
+    with nbdist.Cluster.attach(name, namespace={"net": mine}):
+        assert nbdist.last_run().wait().state == "finished"
+        assert same(mine, undisturbed)
+
+
+def _everything(pids):
+    folder = folder_of(psutil.Process(pids[0]))
+    return [process for process in marked() if folder_of(process) == folder], folder
+
+
+def test_without_a_kernel_it_ends_when_the_time_is_over(shared_cluster, owner):
+    """Engines, controller, anchor, folder and entry: nothing is left."""
+    process, _, _, pids = owner(detach=1.0)
+    everything, folder = _everything(pids)
+    assert len(everything) >= 5
+    killed(process)
+    assert not psutil.wait_procs(everything, timeout=15)[1]
+    until(lambda: not folder.exists())
+    assert not detached_clusters()
+
+
+def test_it_ends_with_its_anchor(shared_cluster, owner):
+    """However that ended, nothing outlives it."""
+    process, _, _, pids = owner()
+    everything, folder = _everything(pids)
+    (anchor,) = [p for p in psutil.Process(process.pid).children() if "nbdist.cluster.anchor_server" in p.cmdline()]
+    anchor.kill()
+    assert not psutil.wait_procs(everything, timeout=15)[1]
+    until(lambda: not folder.exists())
+
+
+def test_there_has_to_be_one(shared_cluster):
+    """And none in this kernel already; what is said names the cure."""
+    shared_cluster.ready()
+    with pytest.raises(ClusterError, match="a cluster is running in this kernel already: stop it first"):
+        nbdist.Cluster.attach()
+    shared_cluster.stop()
+    with pytest.raises(PlanError, match="no detached cluster lives: %dist_start --detach starts one"):
+        nbdist.Cluster.attach()
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), True, "1h"])
+def test_a_time_that_cannot_be_meant_is_refused(seconds):
+    """Before anything is started."""
+    with pytest.raises(PlanError, match=r"engines cannot wait .* s for a kernel: use a number of seconds, more than 0"):
+        nbdist.Cluster(2, device="cpu", detach=seconds)

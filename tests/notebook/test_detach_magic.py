@@ -1,0 +1,43 @@
+"""`%dist_start --detach` and `%dist_attach` in two kernels, the first of which is killed."""
+
+from __future__ import annotations
+
+from kernels import Kernel
+from net import NET
+
+
+def test_a_new_kernel_brings_the_trained_model_home(shared_cluster, tmp_path):
+    """It shows where the cluster waits, the panel with its history, and ends with the trained model under its name."""
+    first = Kernel(tmp_path)
+    try:
+        first("%load_ext nbdist")
+        started = first("%dist_start -n 2 --device cpu --detach").printed
+        name = started.partition("%dist_attach ")[2].split()[0]
+        assert f"they live 1 h 00 min without this kernel: %dist_attach {name} takes them over" in started
+        first(NET)
+        first("%%dist\nclass Told:\n    word = 'kept'")
+        train = "%dist_train model train_set --loss cross_entropy --batch-size 16 --epochs 400 --background -o run"
+        cell = first(f"{train}\nwhile run.progress.step < 40: run.wait(0.05)\nrun.run_id")
+        run_id = cell.rich[-1]["text/plain"].strip("'")
+    finally:
+        first.kill()
+    second = Kernel(tmp_path)
+    try:
+        second("%load_ext nbdist")
+        listed = second("%dist_clusters").rich[0]["text/plain"]
+        assert name in listed
+        assert run_id in listed
+        assert "nobody, ends in 59 min" in listed
+        taken = second("%dist_attach -o run")
+        assert f"took over cluster {name}: 2 engines" in taken.printed
+        assert second.panels or any("finished" in data["text/plain"] for data in taken.rich)
+        ended = second("(run.wait().state, run.run_id, run.progress.step, len(run.history), run.history[0]['epoch'])")
+        assert ended.rich[-1]["text/plain"] == f"('finished', '{run_id}', 1600, 400, 1)"
+        told = second("%%dist\nprint(Told.word)").printed
+        assert told == "[0-1] kept\n"
+        model = second("import nbdist\ntype(model).__name__, nbdist.current_cluster().name")
+        assert model.rich[-1]["text/plain"] == f"('Net', '{name}')"
+    finally:
+        second("%dist_stop --all")
+        assert "no detached cluster lives" in second("%dist_clusters").printed
+        second.shut_down()
