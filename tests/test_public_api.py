@@ -33,6 +33,7 @@ MAGICS = [
     "dist",
     "dist_attach",
     "dist_clusters",
+    "dist_debug",
     "dist_help",
     "dist_pull",
     "dist_push",

@@ -8,6 +8,7 @@ from typing import Any
 from nbdist.cluster import current, entry, fork_server
 from nbdist.cluster.anchor import Anchor, check_detach
 from nbdist.cluster.cells import CellRun
+from nbdist.cluster.debugger import debug
 from nbdist.cluster.definitions import CellSources, class_marks
 from nbdist.cluster.engines import Engine, Engines
 from nbdist.cluster.gpus import choose_size
@@ -110,8 +111,7 @@ class Cluster:
 
         Args:
             name: Which; not needed where there is only one.
-            namespace: Where the run's model stands afterwards, under its name. One that is there and is like it gets
-                the weights in place.
+            namespace: Where its model stands afterwards, under its name; one like it that is there gets the weights.
             watch: As of `train`.
 
         Raises:
@@ -144,9 +144,9 @@ class Cluster:
         self._replay.clear()
 
     def _end(self) -> None:
-        if self._up is None:
-            return
         engines, trainings, self._up, self._trainings = self._up, self._trainings, None, None
+        if engines is None:
+            return
         if current.current_cluster() is self:
             current.set_cluster(None)
         if trainings is not None:
@@ -244,25 +244,24 @@ class Cluster:
             PlanError: A rank does not exist.
         """
         self.check_ready()
-        chosen = list(range(self.size)) if ranks is None else list(ranks)
-        for rank in chosen:
-            self._check_rank(rank)
+        chosen = [self._check_rank(rank) for rank in (range(self.size) if ranks is None else ranks)]
         return self._replay.run_cell(source, number, chosen)
 
     def complete(self, source: str, rank: int = 0) -> tuple[str, list[str]]:
-        """What the end of `source` could become in a cell on one engine.
+        """The word at the end of `source`, and what it could become in a cell on one engine.
 
         Returns at once while the engines work, and after a moment where one does not answer.
-
-        Returns:
-            The word that is there, and the words that it could become.
         """
-        engines = self._up
-        if engines is None or not engines.reachable or rank >= self.size or self.engines[rank].state != "idle":
+        if not self.reachable or rank >= self.size or self.engines[rank].state != "idle":
             return "", []
-        call = engines.start_call(rank, entry.complete, source)
+        call = self._running().start_call(rank, entry.complete, source)
         call.wait(_COMPLETED_WITHIN_S)
         return call.get() if call.ready() and call.successful() else ("", [])
+
+    def debug(self, rank: int, ask: Callable[[str], str] = input, tell: Callable[[str], None] = print) -> None:
+        """Look with pdb at what failed last on a rank; see `debugger.debug`."""
+        self.check_ready()
+        debug(self._running(), self._check_rank(rank), ask, tell)
 
     def push(self, **values: Any) -> None:
         """Put values into the namespace of every engine's cells; tensors travel through one shared copy."""
@@ -344,6 +343,7 @@ class Cluster:
         """Wait for a run in the foreground: the first interrupt stops it after its step, a second one at once."""
         return attend(run, while_waiting)
 
-    def _check_rank(self, rank: int) -> None:
+    def _check_rank(self, rank: int) -> int:
         if not 0 <= rank < self.size:
             raise PlanError(f"rank {rank} does not exist: use 0 to {self.size - 1}.")
+        return rank

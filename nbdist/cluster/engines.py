@@ -61,7 +61,7 @@ class Engines:
         self._ids = sorted(launch.ids)[:size]  # the engine of each rank
         self._records: list[Engine] = []
         self._store = store
-        self._host_id = launch.host_id = handover.host_id()
+        self.host_id = launch.host_id = handover.host_id()
         self._spares = Spares(launch, spares, (store.host, store.port))
 
     def meet(self) -> None:
@@ -73,6 +73,11 @@ class Engines:
         """Know what another kernel knew, as it told the anchor."""
         self._ids, self._records, self._generation = told["ids"], told["records"], told["generation"]
         self.transport, self.formed = told["transport"], told["formed"]
+
+    @property
+    def folder(self) -> str:
+        """Theirs on this host, which nobody else may enter; it goes with them."""
+        return str(self._launch.folder)
 
     def _note(self) -> None:
         """Tell the anchor what another kernel would have to know."""
@@ -99,7 +104,7 @@ class Engines:
 
     def _lives(self, record: Engine, ids: set[int]) -> bool:
         """Whether an engine is registered among `ids` and has not died since, as one can see on this host."""
-        here = record.host_id == self._host_id
+        here = record.host_id == self.host_id
         return self._ids[record.rank] in ids and not (here and gone(record.pid, record.born_s))
 
     def spares(self) -> list[Engine]:
@@ -146,7 +151,7 @@ class Engines:
     @property
     def remote(self) -> bool:
         """Whether some engine lives on another host, where our shared memory does not reach."""
-        return any(record.host_id != self._host_id for record in self._records)
+        return any(record.host_id != self.host_id for record in self._records)
 
     def order(self, run_id: str, kind: str, value: Any = None) -> None:
         """Tell the ranks of a run what is asked of them, see `Order`: rank 0 reads it in their store."""
@@ -298,7 +303,7 @@ class Engines:
         targets = {rank: self._ids[rank] for rank in ranks if self._lives(records[rank], alive)}
         for rank, engine_id in targets.items():
             with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # it has just ended
-                if records[rank].host_id == self._host_id:
+                if records[rank].host_id == self.host_id:
                     psutil.Process(records[rank].pid).send_signal(number)
                 else:
                     self._launch.client.send_signal(number, targets=[engine_id], block=False)

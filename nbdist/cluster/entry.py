@@ -25,6 +25,7 @@ __all__ = [
     "hear",
     "hello",
     "join",
+    "last_failure",
     "leave",
     "outcome_of",
     "pull",
@@ -64,6 +65,7 @@ class _Engine:
         self.world: Any = None
         self.outgoing: Any = None  # the segment of the last value that was pulled from here
         self.home: Any = None  # the segment of the last trained weights, on rank 0
+        self.failure: BaseException | None = None  # of the last run, with all its frames, for a debugger
         self.outcome: tuple[str, Outcome] | None = None  # of the last run, for a kernel that comes later
 
 
@@ -258,6 +260,7 @@ def train(
             )  # what does not fit, thousands of rows, is told at the end
 
     snapshots = SnapshotSink(world.rank, publish, *(() if boards else (_REMOTE_INTERVAL_S, 0.0)))
+    _engine.failure = None
     give_back()  # what a run before has left in cycles may be as large as what this one needs
     with contextlib.ExitStack() as cleanup:
         try:
@@ -289,11 +292,17 @@ def train(
         except BaseException as error:
             _answer_undisturbed()
             failure = Failure.of(world.rank, error)
+            _engine.failure = None if failure.echo else error
             world.leave()  # at once: it releases the peers that wait for this rank
             snapshot = replace(snapshots.state, state="failed")
             outcome = Outcome(rank=world.rank, state="failed", snapshot=snapshot, failure=failure)
     _engine.outcome = run_id, outcome
     return outcome
+
+
+def last_failure() -> BaseException | None:
+    """What the last run failed with here, if it did so by itself."""
+    return _engine.failure
 
 
 def outcome_of(run_id: str) -> Outcome:

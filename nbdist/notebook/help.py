@@ -18,6 +18,7 @@ _PHRASES = {
     "%dist_pull": ("NAME [--rank R]", "bring a value back"),
     "%dist_status": ("", "what engines do, where they live"),
     "%dist_where": ("", "on which line each rank is, and why"),
+    "%dist_debug": ("RANK", "pdb on what failed there"),
     "%dist_attach": ("[ID]", "take over what --detach kept alive"),
     "%dist_clusters": ("", "list what it has kept alive"),
     "%dist_stop": ("[--all]", "end the engines"),

@@ -117,7 +117,7 @@ class DistMagics(Magics):
         if run is not None and not run.ended:
             dashboard.begin(run)
             self._drawn_in_cell = (run, self._cell)
-        if run is not None and arguments.output:
+        if arguments.output:
             self.shell.user_ns[arguments.output] = run
         return run
 
@@ -126,8 +126,7 @@ class DistMagics(Magics):
     @_documented(parsers.CLUSTERS)
     def dist_clusters(self, line: str) -> None:
         parsers.CLUSTERS.parse(split_line(line))
-        clusters = detached_clusters()
-        if clusters:
+        if clusters := detached_clusters():
             display(clusters_bundle(clusters), raw=True)
         else:
             print("no detached cluster lives: %dist_start --detach starts one")
@@ -145,6 +144,12 @@ class DistMagics(Magics):
     def dist_where(self, line: str) -> None:
         parsers.WHERE.parse(split_line(line))
         print(require_cluster().where())
+
+    @no_var_expand
+    @line_magic
+    @_documented(parsers.DEBUG)
+    def dist_debug(self, line: str) -> None:
+        require_cluster().debug(parsers.DEBUG.parse(split_line(line)).rank)
 
     @no_var_expand
     @line_magic

@@ -7,8 +7,8 @@ from nbdist.errors import PlanError
 from nbdist.plan.options import OptionParser, add_plan_options
 
 __all__ = [
-    "ATTACH", "CLUSTERS", "DIST", "HELP", "ORDERS", "PARSERS", "PULL", "PUSH", "RUN", "RUNS", "START", "STATUS", "STOP",
-    "TRAIN", "WHERE", "parse_ranks",
+    "ATTACH", "CLUSTERS", "DEBUG", "DIST", "HELP", "ORDERS", "PARSERS", "PULL", "PUSH", "RUN", "RUNS", "START",
+    "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
 ]  # fmt: skip
 
 
@@ -63,6 +63,16 @@ def _where_parser() -> OptionParser:
         "Show on which line every rank is, in which collective, and who waits for whom. Disturbs nobody. A run needs "
         "--background for it, or a subshell, as for any other cell.",
     )
+
+
+def _debug_parser() -> OptionParser:
+    parser = OptionParser(
+        "%dist_debug",
+        "Look at what failed last on a rank, a run or a cell, with pdb: it begins on your own line there; up, down, "
+        "p NAME, l, and q to leave. The other ranks are free meanwhile.",
+    )
+    parser.add_argument("rank", type=int, metavar="RANK", help="Where it failed.")
+    return parser
 
 
 def _stop_parser() -> OptionParser:
@@ -153,6 +163,7 @@ def _help_parser() -> OptionParser:
 ORDERS = ("stop", "pause", "resume", "checkpoint", "lr")
 ATTACH = _attach_parser()
 CLUSTERS = _clusters_parser()
+DEBUG = _debug_parser()
 START = _start_parser()
 STATUS = _status_parser()
 STOP = _stop_parser()
@@ -167,7 +178,7 @@ WHERE = _where_parser()
 
 PARSERS: dict[str, OptionParser] = {
     parser.prog: parser
-    for parser in (START, TRAIN, RUN, RUNS, DIST, PUSH, PULL, STATUS, WHERE, ATTACH, CLUSTERS, STOP, HELP)
+    for parser in (START, TRAIN, RUN, RUNS, DIST, PUSH, PULL, STATUS, WHERE, DEBUG, ATTACH, CLUSTERS, STOP, HELP)
 } | {"%%dist_train": TRAIN}
 """By the word that begins the line, in the order in which a person meets them."""
 

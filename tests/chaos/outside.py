@@ -6,24 +6,29 @@ import contextlib
 import itertools
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 from lab import RANKS, Lab, Trial
 from shared_cluster import MARK, until
 from traps import PHASES, Traps
-from workloads import STEPS, digest, told
+from workloads import MESHES, STEPS, digest, told
 
+import nbdist
+from nbdist.cluster import detached_clusters
 from nbdist.errors import ClusterError
 
 SESSION = [sys.executable, str(Path(__file__).with_name("session.py"))]
 GONE_WITHIN_S = 10.0
 DISK_MIB = 10  # room for some checkpoints of the workload, until the rest is filled
+DETACHED_EPOCHS = 10
 RESTARTS = 2
 Told = tuple[tuple[str, str], Trial]
 """The event and the channel, and a trial of it."""
@@ -58,6 +63,50 @@ def kernel_killed(rng: random.Random) -> Iterator[Told]:
             finally:
                 for process in _marked(mark):
                     process.kill()
+
+
+def kernel_replaced(rng: random.Random) -> Iterator[Told]:
+    """A detached cluster: the kernel is killed at a random step, or a rank with it, and another one takes over.
+
+    It is timed from the beginning of that until the run is followed again.
+    """
+    event = "the kernel is killed{}, another one attaches"
+    for ranks, workload in ((RANKS, "shared weights"), *((4, mesh) for mesh in MESHES)):
+        lab = Lab("shared memory", ranks=ranks)
+        try:
+            expected = lab.reference(workload, epochs=DETACHED_EPOCHS)
+        finally:
+            lab.close()
+        for also in ("", " and a rank"):
+            where = "shared memory" if workload not in MESHES else workload
+            with tempfile.TemporaryDirectory() as folder:
+                yield (event.format(also), where), _replaced(folder, workload, rng, bool(also), expected)
+
+
+def _replaced(folder: str, workload: str, rng: random.Random, also_a_rank: bool, expected: Any) -> Trial:
+    mark, step = f"{os.getpid()} {folder}", rng.randrange(1, 8 * DETACHED_EPOCHS)
+    words = [*SESSION, "detached", folder, workload, str(DETACHED_EPOCHS), str(step)]
+    kernel = subprocess.Popen(words, stdin=subprocess.PIPE, env={**os.environ, MARK: mark})
+    try:
+        until(Path(folder, "ready").exists, 90.0)
+        processes = _marked(mark)
+        kernel.kill()
+        kernel.wait()
+        if also_a_rank:
+            os.kill(int(rng.choice(Path(folder, "pids").read_text().split())), signal.SIGKILL)
+        until(lambda: any(not cluster.owner for cluster in detached_clusters()))
+        names: dict[str, Any] = {}
+        since_s = time.monotonic()
+        with nbdist.Cluster.attach(namespace=names):
+            seconds = time.monotonic() - since_s
+            run = nbdist.last_run().wait(60.0)
+            same = (digest(names["model"].state_dict()), told(run)) == (expected.weights, expected.history)
+        problems = [] if same else [f"not equal, {run.state} at step {run.progress.step}"]
+        problems += [f"left running: {left}" for left in [psutil.wait_procs(processes, GONE_WITHIN_S)[1]] if left]
+        return Trial(problem="; ".join(problems), seconds=[seconds])
+    finally:
+        for process in _marked(mark):
+            process.kill()
 
 
 def _marked(mark: str) -> list[psutil.Process]:
@@ -157,6 +206,7 @@ def _under_torchrun(traps_set: list[tuple[str, int, int]]) -> tuple[Traps, list[
 
 SCENARIOS = {
     "kernel": kernel_killed,
+    "detached": kernel_replaced,
     "controller": controller_killed,
     "disk": disk_full,
     "torchrun": beside_torchrun,

@@ -1,6 +1,7 @@
 """A session of its own: a process that starts a cluster and trains, whatever its environment allows.
 
 python session.py kernel FOLDER idle|busy     says so, and lives until it is killed
+python session.py detached FOLDER WORKLOAD EPOCHS STEP   says when it has reached the step, and lives on
 python session.py disk FOLDER                 trains with checkpoints into FOLDER, a disk that gets full
 torchrun session.py torchrun FOLDER           the workload of 30 MiB, which goes on where it was
 """
@@ -34,6 +35,18 @@ def kernel(folder: str, state: str) -> None:
         traps.set("forward", 1, 4, "hang")
         cluster.train(model, data, background=True, **options)
         until(lambda: not traps.left)
+    Path(folder, "ready").touch()
+    sys.stdin.read()
+
+
+def detached(folder: str, workload: str, epochs: str, step: str) -> None:
+    """Wait to be killed in the middle of a run, on a cluster that outlives it."""
+    model, data, options = workloads.make(workload, Traps(folder))
+    ranks = 4 if workload in workloads.MESHES else 3
+    cluster = nbdist.Cluster(ranks, device="cpu", detach=60).start()
+    run = cluster.train(model, data, background=True, **{**options, "epochs": int(epochs)})
+    until(lambda: run.progress.step >= int(step), 60.0)
+    Path(folder, "pids").write_text(" ".join(str(engine.pid) for engine in cluster.engines))
     Path(folder, "ready").touch()
     sys.stdin.read()
 
@@ -79,4 +92,4 @@ def torchrun(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    {"kernel": kernel, "disk": disk, "torchrun": torchrun}[sys.argv[1]](*sys.argv[2:])
+    {"kernel": kernel, "detached": detached, "disk": disk, "torchrun": torchrun}[sys.argv[1]](*sys.argv[2:])

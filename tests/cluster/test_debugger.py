@@ -1,0 +1,97 @@
+"""`%dist_debug`: pdb on what failed on one rank, while the others are free."""
+
+from __future__ import annotations
+
+import pytest
+from tasks import classes, net
+
+from nbdist.errors import ClusterError, EngineError, PlanError
+
+FAILING = """
+def outer(limit):
+    mine = rank * 100
+    return inner(limit)
+
+def inner(limit):
+    assert rank < limit, f"rank {rank} is too much"
+
+outer(1)
+"""
+
+
+class Conversation:
+    """Types the given lines, and remembers what was said before each of them, and last of all."""
+
+    def __init__(self, *lines):
+        self.lines, self.said, self.prompts = list(lines), [], set()
+
+    def ask(self, prompt):
+        self.prompts.add(prompt)
+        return self.lines.pop(0)
+
+    def tell(self, words):
+        self.said.append(words.strip())
+
+
+def test_a_cell_that_failed_can_be_looked_at_on_its_rank(cluster):
+    """It says the error, begins in the innermost frame, and goes up and evaluates there; then the rank is free."""
+    with pytest.raises(EngineError, match="rank 1 is too much"):
+        cluster.execute(FAILING).wait()
+    talk = Conversation("p limit", "up", "p mine", "p limit + mine", "nonsense", "q")
+    cluster.debug(1, talk.ask, talk.tell)
+    assert {"(rank 1) "} == talk.prompts
+    assert talk.said[0].startswith("rank 1: AssertionError: rank 1 is too much")
+    assert "inner" in talk.said[0]
+    assert talk.said[1] == "1"
+    assert "outer" in talk.said[2]
+    assert talk.said[3:5] == ["100", "101"]
+    assert "NameError" in talk.said[5]
+    assert cluster.pull("rank", 1) == 1
+
+
+def raising(model, batch):
+    """A step that fails on rank 1, deep in torch, below this line."""
+    scores = model(batch[0])
+    wrong = batch[1] + 1000 * int(__import__("os").environ["RANK"])
+    return __import__("torch").nn.functional.cross_entropy(scores, wrong)
+
+
+def test_a_run_that_failed_is_looked_at_on_the_persons_own_line(cluster):
+    """Not in the library below it; the values of the step are there, the model too; and the next run is well."""
+    with pytest.raises(EngineError):
+        cluster.train(net(), classes(), step=raising, epochs=1, batch_size=16)
+    talk = Conversation(
+        "p wrong.min().item()",
+        "p tuple(scores.shape)",
+        "p [p.isfinite().all().item() for p in model.parameters()]",
+        "q",
+    )
+    cluster.debug(1, talk.ask, talk.tell)
+    assert "raising" in talk.said[0]
+    assert int(talk.said[1]) >= 1000
+    assert talk.said[2] == "(8, 3)"
+    assert "False" not in talk.said[3]
+    assert cluster.train(net(), classes(), loss="cross_entropy", epochs=1).state == "finished"
+
+
+def test_a_rank_on_which_nothing_failed_says_so(cluster):
+    """And so does a rank that does not exist."""
+    cluster.execute("import sys; vars(sys).pop('last_value', None)").wait()
+    cluster.train(net(), classes(), loss="cross_entropy", epochs=1)
+    with pytest.raises(ClusterError, match="nothing has failed on rank 0"):
+        cluster.debug(0, Conversation().ask, print)
+    with pytest.raises(PlanError, match="rank 7 does not exist: use 0 to 1"):
+        cluster.debug(7)
+
+
+def test_an_interrupt_frees_the_rank(cluster):
+    """Also while it works on what was typed."""
+    with pytest.raises(EngineError):
+        cluster.execute(FAILING).wait()
+
+    def ask(prompt):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cluster.debug(1, ask, print)
+    assert cluster.pull("rank", 1) == 1
