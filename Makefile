@@ -43,7 +43,7 @@ test-browser: env  ## Test the panel in JupyterLab and Chromium, which has to be
 parity: env  ## Compare every model on every mesh with one process, and print the table: under 40 minutes
 	@$(BIN)/python tests/core/matrix.py
 
-chaos: env  ## Kill, break and hang ranks in every way, and write the table into tests/README.md: 25 minutes
+chaos: env  ## Kill, break and hang ranks in every way, and write the table into tests/README.md: 35 minutes
 	@$(BIN)/python tests/chaos/chaos.py --write
 
 hf: env  ## Train models of Hugging Face transformers on every mesh: a few minutes
