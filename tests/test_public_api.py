@@ -26,7 +26,7 @@ TRAIN_OPTIONS = [
     "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
     "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--threads", "--bucket-mib", "--gather",
     "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--tensorboard",
-    "--background", "--hang-timeout", "--on-hang", "-o",
+    "--background", "--hang-timeout", "--on-hang", "--on-failure", "-o",
 ]  # fmt: skip
 
 MAGICS = [
@@ -39,6 +39,7 @@ MAGICS = [
     "dist_push",
     "dist_run",
     "dist_runs",
+    "dist_scale",
     "dist_start",
     "dist_status",
     "dist_stop",

@@ -10,7 +10,7 @@ from nbdist.cluster.anchor import Anchor, check_detach
 from nbdist.cluster.cells import CellRun
 from nbdist.cluster.debugger import debug
 from nbdist.cluster.definitions import CellSources, class_marks
-from nbdist.cluster.engines import Engine, Engines
+from nbdist.cluster.facts import Facts
 from nbdist.cluster.gpus import choose_size
 from nbdist.cluster.hangs import Hangs
 from nbdist.cluster.ready import make_ready
@@ -28,7 +28,7 @@ __all__ = ["Cluster"]
 _COMPLETED_WITHIN_S = 0.3
 
 
-class Cluster:
+class Cluster(Facts):
     """Engines of this kernel.
 
     A context manager: ``with nbdist.Cluster(engines=2) as cluster: ...``
@@ -56,15 +56,13 @@ class Cluster:
             raise PlanError(f"{spares!r} spares cannot be kept: use a whole number, 0 or more.")
         if detach is not None:
             check_detach(detach)
-        self.size = choose_size(engines, device)
+        super().__init__(choose_size(engines, device))
         self.device = device
         self.timeout_s = timeout_s
         self.spares = int(fork_server.can_fork()) if spares is None else spares
         self.detach = detach
-        self._up: Engines | None = None
         self._sources = CellSources()
         self._replay = Replay()
-        self._trainings: Trainings | None = None
 
     def start(self, tell: Callable[[str], None] = lambda words: None) -> Cluster:
         """Start the engines; ready only after all of them have met in a collective.
@@ -133,10 +131,27 @@ class Cluster:
         current.set_cluster(cluster)
         return cluster
 
-    @property
-    def name(self) -> str:
-        """By which another kernel can `attach` to it; empty where it ends with this one."""
-        return "" if self._up is None or self._up.anchor is None else self._up.anchor.name
+    def scale(self, engines: int) -> None:
+        """Have so many engines from now on: some join, or the last ones leave. What the others hold stays.
+
+        A run that goes on does it after the step it is in, with the same global batch, and this returns at once. Else
+        they are ready when this returns; new ones have run every cell that all ranks have.
+
+        Raises:
+            PlanError: The machine cannot carry so many, or the run's mesh or batch cannot be laid on them.
+            ClusterError: Engines are busy or lost, or new ones were not ready in time.
+        """
+        if isinstance(engines, bool) or not isinstance(engines, int):
+            raise PlanError(f"{engines!r} engines cannot be had: use a whole number.")
+        choose_size(engines, self.device)
+        up, run = self._running(), self.current_run
+        if run is not None:
+            run.scale(engines)
+            return
+        self.check_ready()
+        up.resize(engines)
+        self._sources.sent.clear()
+        self.check_ready()
 
     def stop(self) -> None:
         """End the engines and everything about them. Twice is fine."""
@@ -159,52 +174,6 @@ class Cluster:
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
-    def __repr__(self) -> str:
-        if self._up is None:
-            return f"Cluster(engines={self.size}), not running"
-        return f"Cluster(engines={self.size}), running on {', '.join(engine.device for engine in self.engines)}"
-
-    @property
-    def engines(self) -> list[Engine]:
-        """One record an engine, in rank order; empty when the cluster does not run."""
-        busy = self._trainings is not None and self._trainings.computing
-        return [] if self._up is None else self._up.records(busy)
-
-    @property
-    def current_run(self) -> Run | None:
-        """The run that the engines work on at the moment."""
-        return None if self._trainings is None else self._trainings.current
-
-    @property
-    def queued(self) -> list[Run]:
-        """The runs that wait for those before them to end."""
-        return [] if self._trainings is None else self._trainings.queued
-
-    @property
-    def reachable(self) -> bool:
-        """Whether the controller lives, through which everything goes; not so where the cluster does not run."""
-        return self._up is not None and self._up.reachable
-
-    @property
-    def spare_engines(self) -> list[Engine]:
-        """One record a spare, as far as they are ready; their rank is -1."""
-        return [] if self._up is None else self._up.spares()
-
-    @property
-    def threads(self) -> int:
-        """CPU threads of a rank by default: its host's cores over the ranks there."""
-        return self._running().threads
-
-    @property
-    def transport(self) -> str:
-        """What the gradients travel over: "shared memory", "gloo", "nccl", or "shared memory and gloo"."""
-        return self._running().transport
-
-    @property
-    def start_seconds(self) -> float:
-        """How long the start took."""
-        return self._running().start_seconds
-
     def interrupt(self, ranks: Iterable[int] | None = None) -> None:
         """Interrupt what ranks are doing, as Ctrl-C would; all by default."""
         self._running().interrupt(range(self.size) if ranks is None else ranks)
@@ -226,11 +195,6 @@ class Cluster:
         make_ready(engines)
         if self._replay.catch_up():
             make_ready(engines)
-
-    def _running(self) -> Engines:
-        if self._up is None:
-            raise ClusterError("the cluster is not running: start it first.")
-        return self._up
 
     def _refuse_while_busy(self) -> None:
         if self._trainings is not None:
@@ -292,7 +256,7 @@ class Cluster:
 
     def train(
         self, model: Any, data: Any, *, background: bool = False, hang_timeout: float | None = None,
-        on_hang: str = "replace", watch: Callable[[Run], None] | None = None,
+        on_hang: str = "replace", on_failure: str = "replace", watch: Callable[[Run], None] | None = None,
         names: tuple[str, str] = ("model", "data"), **options: Any,
     ) -> Run:  # fmt: skip
         """Train `model` on all engines; see `nbdist.train` for the options.
@@ -308,6 +272,8 @@ class Cluster:
                 is queued, and begins when it has ended.
             hang_timeout: Seconds without a step, evaluation included, after which the run hangs; see `Hangs`.
             on_hang: What is done then: "replace" the ranks that the others wait for, or "stop" with an error.
+            on_failure: What is done when engines are lost: "replace" them, "shrink" to those that are left, with the
+                same global batch, or "stop" with an error and the state kept.
             watch: Called with the run several times a second, and once after its end.
             names: What the person calls `model` and `data`, for errors.
             **options: `loss` or `step`, `optimizer`, `val`, `metric` and every option of a Plan. ``resume=True``
@@ -324,7 +290,7 @@ class Cluster:
             self._refuse_while_busy()
         assert self._trainings is not None
         hangs = Hangs(hang_timeout, on_hang, self.where)
-        run = self._trainings.add(model, data, names, options, watch, hangs)
+        run = self._trainings.add(model, data, names, options, watch, hangs, on_failure)
         return run if background else attend(run)
 
     def resume(self, **options: Any) -> Run:

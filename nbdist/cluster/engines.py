@@ -66,7 +66,8 @@ class Engines:
 
     def meet(self) -> None:
         """Let engines that were just started get to know where they are, and form a world."""
-        self._records = introduce(self.size, self._store, self.timeout_s, self.start_call, self.call)
+        store = self._store.host, self._store.port  # not itself: an error would keep it, and its socket
+        self._records = introduce(self.size, store, self.timeout_s, self.start_call, self.call)
         self.form()
 
     def take_over(self, told: dict[str, Any]) -> None:
@@ -227,22 +228,35 @@ class Engines:
             ClusterError: There are no spares, and new engines were not ready in time.
         """
         with self._changing:
+            return self.resize(self.size, tell) if self.lost else []
+
+    def resize(self, size: int, tell: Callable[[str], None] = lambda words: None) -> list[int]:
+        """Have so many ranks, none of them lost; see `replace_lost`.
+
+        Engines beyond that number take ranks that are free, or end; what is missing then comes from the spares.
+        """
+        with self._changing:
             lost = self.lost
-            if not lost:
-                return []
-            self.formed = False
+            living = [rank for rank in range(self.size) if rank not in lost]
+            free = [rank for rank in range(size) if rank not in living]
+            beyond = [rank for rank in living if rank >= size]
+            coming = [(self._ids[rank], self._records[rank]) for rank in beyond[: len(free)]]
             for rank in lost:
                 self._spares.leave(self._ids[rank])
-            taken = self._spares.take(
-                len(lost), self._ids, [record.pid for record in self._records], self.timeout_s, tell, self._over
-            )
-            records = list(self._records)
-            for rank, (engine_id, facts) in zip(lost, taken.items(), strict=True):
-                self._ids[rank] = engine_id
-                records[rank] = Engine(rank=rank, device="", **facts)
-            self._records = records
+            if missing := len(free) - len(coming):
+                pids = [record.pid for record in self._records]
+                taken = self._spares.take(missing, self._ids, pids, self.timeout_s, tell, self._over)
+                coming += [(engine_id, Engine(rank=-1, device="", **facts)) for engine_id, facts in taken.items()]
+            self.formed = False
+            self.kill(beyond[len(free) :])
+            for rank in beyond[len(free) :]:
+                self._spares.leave(self._ids[rank])
+            seats = dict(enumerate(zip(self._ids, self._records, strict=True))) | dict(zip(free, coming, strict=True))
+            self._ids = [seats[rank][0] for rank in range(size)]
+            self._records = [replace(seats[rank][1], rank=rank) for rank in range(size)]
+            self.size = size
             self._note()
-            return lost
+            return free
 
     def start_call(self, rank: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """Begin to call a function on one engine; returns ipyparallel's result.

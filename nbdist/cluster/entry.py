@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from nbdist.cluster.board import Board
@@ -222,6 +223,7 @@ def train(
     vaults: list[list[str]],
     go_on: bool,
     boards: list[str],
+    records: str,
 ) -> Outcome:
     """Run one rank of a training.
 
@@ -234,6 +236,7 @@ def train(
         vaults: Where snapshots go.
         go_on: Whether to go on from the newest one.
         boards: Where each rank says how far it is; none where the notebook is on another host.
+        records: The notebook's folder of records; empty for this host's own.
     """
     from ipyparallel.datapub import publish_data
 
@@ -265,7 +268,7 @@ def train(
     with contextlib.ExitStack() as cleanup:
         try:
             task, plan = unpack(parcel)
-            record = JsonlSink(record_path(run_id, world.rank))
+            record = JsonlSink(record_path(run_id, world.rank, Path(records) if records else None))
             cleanup.callback(record.close)
             result = fit(
                 task,

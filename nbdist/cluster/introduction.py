@@ -16,7 +16,11 @@ _ASK_AGAIN_S = 1.0
 
 
 def introduce(
-    size: int, store: Any, timeout_s: float, start_call: Callable[..., Any], call: Callable[..., dict[int, Any]]
+    size: int,
+    store: tuple[str, int],
+    timeout_s: float,
+    start_call: Callable[..., Any],
+    call: Callable[..., dict[int, Any]],
 ) -> list[Engine]:
     """Let the engines of all ranks load torch and say where they live.
 
@@ -26,7 +30,7 @@ def introduce(
 
     Args:
         size: How many.
-        store: Where the ranks will meet.
+        store: Address and port of where the ranks will meet.
         timeout_s: How long they may take, in seconds.
         start_call: Begins to call a function on one rank.
         call: Calls a function on ranks and waits.
@@ -41,5 +45,5 @@ def introduce(
             if time.monotonic() > deadline:
                 raise ClusterError(f"rank {rank} did not answer within {timeout_s:g} s of its start.")
             heard = start_call(rank, entry.hear)
-    facts = call(range(size), entry.hello, (store.host, store.port), timeout_s=timeout_s)
+    facts = call(range(size), entry.hello, store, timeout_s=timeout_s)
     return [Engine(rank=rank, device="", **fact) for rank, fact in facts.items()]

@@ -20,8 +20,8 @@ from nbdist.cluster.hangs import Hangs
 from nbdist.cluster.remote_errors import Failure, as_error
 from nbdist.cluster.run import Run
 from nbdist.cluster.training import Training
-from nbdist.errors import ClusterError, EngineError, NbdistError, ranks_text
-from nbdist.telemetry import Event, JsonlSink, Noted, Recovered
+from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, ranks_text
+from nbdist.telemetry import Event, JsonlSink, Noted, RankState, Recovered
 from nbdist.telemetry.record import cluster_record_path
 
 __all__ = ["Relay"]
@@ -74,8 +74,8 @@ class Relay:
         run = self._run
         failed = True
         try:
-            while self._is_lost(outcomes := self._collect()):
-                self._recover(outcomes)
+            while self._is_lost(outcomes := self._collect()) or all(o.state == "scaled" for o in outcomes):
+                self._go_on(outcomes)
             failed = self._end(outcomes)
         except NbdistError as error:
             run._end("failed", self._rescued(error))
@@ -193,27 +193,28 @@ class Relay:
         """Whether the run ended for nothing but that processes did, so that it can go on."""
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         return (
-            not (self._run.abandoned or self._hung)
+            not (self._run.abandoned or self._hung or self._run.on_failure == "stop")
             and any(failure.kind == _LOST for failure in failures)
             and all(failure.echo for failure in failures)
         )
 
-    def _recover(self, outcomes: list[Outcome]) -> None:
-        """Replace the ranks that were lost, and let all go on from the newest snapshot.
+    def _go_on(self, outcomes: list[Outcome]) -> None:
+        """Replace the ranks that were lost, or have as many as are wanted; all go on from the newest snapshot.
 
         Raises:
             ClusterError: Ranks are lost again and again at the same place, or cannot be replaced.
         """
-        run, since_s = self._run, time.monotonic()
+        run, since_s, before = self._run, time.monotonic(), self._engines.size
         lost = [outcome.rank for outcome in outcomes if outcome.failure is not None and outcome.failure.kind == _LOST]
         run.progress.state = "recovering" if run.progress.state != "stopping" else "stopping"
         run.progress.begin_again()
         reached = -1 if run.vaults is None else run.vaults.reached
         self._reached, self._tries = reached, 0 if reached != self._reached else self._tries
         replaced = set(lost)
+        wanted, run.wanted = run.wanted, 0  # another number may be asked for meanwhile
         self._show(dict.fromkeys(replaced, "lost"))
         while True:
-            self._tries += 1
+            self._tries += bool(lost)
             if self._tries > _TRIES:
                 raise EngineError(
                     f"{ranks_text(lost)}: the process ended {_TRIES} times at step {max(reached, 0) + 1}: "
@@ -221,7 +222,7 @@ class Relay:
                 )  # fmt: skip
             try:
                 replaced.update(self._engines.lost)
-                self._training.replace_lost()
+                self._training.gather_ranks(wanted or self._size())
                 self._show(dict.fromkeys(replaced, "recovering"))
                 found = None if run.vaults is None else run.vaults.newest
                 self._calls = self._training.begin(go_on=True, again=True)
@@ -230,13 +231,32 @@ class Relay:
                 if self._engines.ended:
                     raise ClusterError("the engines were stopped while the run was going on.") from error
                 self._engines.check_alive()
-        step = 0 if found is None else found[0]
-        seconds = time.monotonic() - since_s
-        text = f"{ranks_text(replaced)} lost ({self._why}), replaced in {seconds:.2f} s; all go on from step {step}"
+                if not lost:  # it was asked for: as many as there are will do
+                    lost, wanted = self._engines.lost or [0], 0
+        self._tell_again(replaced, before, 0 if found is None else found[0], time.monotonic() - since_s)
+
+    def _size(self) -> int:
+        """How many ranks are to go on: as many as before, or as are left."""
+        run, engines = self._run, self._engines
+        left = engines.size - len(engines.lost)
+        if run.on_failure != "shrink" or run.replan is None or left in (0, engines.size):
+            return engines.size
+        for size in range(left, 0, -1):
+            with contextlib.suppress(PlanError):  # the mesh cannot be laid on so many
+                run.replan(size)
+                return size
+        return engines.size
+
+    def _tell_again(self, replaced: set[int], before: int, step: int, seconds: float) -> None:
+        """Tell what became of the ranks, and from where they go on."""
+        run, size = self._run, self._engines.size
+        lost = f"{ranks_text(replaced)} lost ({self._why}), " if replaced else ""
+        became = f"replaced in {seconds:.2f} s" if size == before else f"{size} instead of {before} engines"
+        text = f"{lost}{became}; all go on from step {step}"
         self._why = _PROCESS_ENDED
         run.progress.note(text, "recovered")
-        recovered = [Recovered(rank=rank, step=step, seconds=seconds) for rank in sorted(replaced)]
-        self._record(*recovered, Noted(rank=lost[0], text=text))
+        recovered = [Recovered(rank=rank, step=step, seconds=seconds) for rank in sorted(replaced) if rank < size]
+        self._record(*recovered, Noted(rank=0, text=text))
 
     def _record(self, *events: Event) -> None:
         """Write down what has happened to ranks, which cannot do it themselves."""
@@ -247,6 +267,9 @@ class Relay:
     def _show(self, states: dict[int, str]) -> None:
         """Draw what has become of ranks, while the others wait for them."""
         ranks = self._run.progress.ranks
+        ranks.update(
+            {e.rank: RankState(rank=e.rank, host=e.host) for e in self._engines.records() if e.rank not in ranks}
+        )
         ranks.update({r: dataclasses.replace(ranks[r], state=states.get(r, "running")) for r in ranks})
         self._draw()
 

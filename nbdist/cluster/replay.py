@@ -14,7 +14,7 @@ from nbdist.cluster import entry
 from nbdist.cluster.cells import CellRun
 from nbdist.cluster.definitions import News, cell_file, search_path
 from nbdist.cluster.engines import Engines
-from nbdist.cluster.trainings import pack
+from nbdist.cluster.packing import pack
 from nbdist.cluster.where import Where
 from nbdist.errors import EngineError
 
@@ -33,6 +33,7 @@ class _Told:
         ranks: Which have done it.
         call: The function of an engine that does it, or comes before the cell, and its arguments.
         cell: The cell's source, if it is one.
+        everyone: Whether all ranks that there were have.
         names: Those that it gives values to, if it is a push.
         segment: The memory in which the values lie.
     """
@@ -41,6 +42,7 @@ class _Told:
     ranks: frozenset[int]
     call: tuple[Callable[..., Any], tuple[Any, ...]]
     cell: str | None = None
+    everyone: bool = False
     names: frozenset[str] = frozenset()
     segment: Any = None
 
@@ -75,11 +77,11 @@ class Replay:
         alone = ranks if len(ranks) < self._engines.size else None
         self.cells[cell_file(source)] = name, source
         announced = entry.expect_cell, (News(sources={}, path=search_path()), number, alone)
-        told = _Told(name=name, ranks=frozenset(ranks), call=announced, cell=source)
+        told, size = _Told(name=name, ranks=frozenset(ranks), call=announced, cell=source), self._engines.size
 
         def note(done: list[int]) -> None:
             if done:
-                self._keep(replace(told, ranks=frozenset(done)))
+                self._keep(replace(told, ranks=frozenset(done), everyone=len(done) == size))
 
         return self._follow({rank: told.begin(self._engines, rank) for rank in ranks}, note)
 
@@ -96,7 +98,11 @@ class Replay:
             segment.close()
             raise
         name = f"the push of {', '.join(values)}"
-        self._keep(_Told(name=name, ranks=ranks, call=(entry.push, (parcel, news)), names=names, segment=segment))
+        self._keep(
+            _Told(
+                name=name, ranks=ranks, call=(entry.push, (parcel, news)), everyone=True, names=names, segment=segment
+            )
+        )
         while self._is_much() and (old := self._superseded()) is not None:
             self._told.remove(old)
             old.segment.close()
@@ -104,7 +110,8 @@ class Replay:
     def tie(self, marks: dict[str, str], ranks: list[int]) -> None:
         """Give classes of the cells the marks that they have in the notebook."""
         self._engines.call(ranks, entry.tie, (marks,))
-        self._keep(_Told(name="the classes", ranks=frozenset(ranks), call=(entry.tie, (marks,))))
+        everyone = len(ranks) == self._engines.size
+        self._keep(_Told(name="the classes", ranks=frozenset(ranks), call=(entry.tie, (marks,)), everyone=everyone))
 
     def take_over(self, engines: Engines) -> None:
         """Know what another kernel has told these engines."""
@@ -139,6 +146,7 @@ class Replay:
         """
         engines, now = self._engines, _processes(self._engines)
         new = {rank for rank, process in now.items() if self._knowing.get(rank) != process}
+        self._told = [replace(told, ranks=frozenset(now)) if told.everyone else told for told in self._told]
         owed = [told for told in self._told if told.ranks & new]
         if owed:
             engines.call(sorted(new), entry.leave)

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from nbdist.cluster.replan import Replan
 from nbdist.errors import ClusterError, NbdistError, PlanError
 from nbdist.plan import Plan
 from nbdist.telemetry import Report, RunState, Timeline
 
-__all__ = ["Run"]
+__all__ = ["ON_FAILURE", "Run"]
 
+ON_FAILURE = ("replace", "shrink", "stop")
 _POLL_S = 0.02
 _SAME_STEP_S = 2.0  # for the last rank to tell of a step after the first has
 
@@ -29,16 +31,20 @@ class Run(Report):
         progress: What is known of it; kept up to date by the relay.
         order: Tells the ranks what is asked of them: a word, and its value.
         asked: What the person asked for, to ask for more of it.
+        replan: Makes its plan for another number of engines.
+        on_failure: What is done when engines are lost: "replace" them, "shrink" to those that are left, or "stop".
 
     Attributes:
         error: Why it failed, if it did.
         vaults: Where the ranks keep their snapshots; None where no memory is shared with them.
         abandoned: Whether it is to stop at once.
+        wanted: How many engines it is to go on with; 0 for as many as there are.
     """
 
     def __init__(
         self, run_id: str, plan: Plan, progress: RunState, order: Callable[[Run, str, Any], None],
-        asked: dict[str, Any] | None = None,
+        asked: dict[str, Any] | None = None, replan: Replan | None = None,
+        on_failure: str = "replace",
     ) -> None:  # fmt: skip
         self.run_id = run_id
         self._plan = plan
@@ -46,6 +52,9 @@ class Run(Report):
         self.error: BaseException | None = None
         self.vaults: Any = None
         self.asked = asked or {}
+        self.replan = replan
+        self.on_failure = on_failure
+        self.wanted = 0
         self.abandoned = False
         self._order = order
         self._printed: Callable[[str], dict[int, str]] = lambda stream: {}
@@ -130,6 +139,17 @@ class Run(Report):
             raise PlanError(f"a learning rate of {rate!r} is not possible: use a positive number.")
         self._ask("lr", float(rate))
 
+    def scale(self, engines: int) -> None:
+        """Let the run go on with so many engines after the step that it is in: `Cluster.scale` asks for it.
+
+        Raises:
+            PlanError: Its mesh or its batch cannot be laid on so many.
+            ClusterError: The run does not go on.
+        """
+        if self.progress.running and self.replan is not None:
+            self.replan(engines)
+        self._ask("scale", engines)
+
     def _ask(self, kind: str, value: Any = None) -> None:
         if self.progress.state == "queued":
             raise ClusterError(f"run {self.run_id} has not begun: it can only be stopped.")
@@ -177,6 +197,11 @@ class Run(Report):
     def ended(self) -> bool:
         """Whether the run has ended and all about its end is done: weights home, panel drawn."""
         return self._ended.is_set()
+
+    def stand_on(self, plan: Plan) -> None:
+        """It goes on on other ranks. Called by the relay."""
+        self._plan, self.progress.plan = plan, plan.to_dict()
+        self.progress.keep_ranks(plan.mesh.size)
 
     def forget(self, but: Run) -> None:
         """Let go of what is needed to go on from here; the snapshots may be those of another run by now. Local."""

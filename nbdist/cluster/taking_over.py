@@ -1,11 +1,11 @@
-"""A run that another kernel has begun: what has to be known of it, and how it is taken over."""
+"""How a run that another kernel has begun is taken over."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from nbdist.cluster.begun import Begun
 from nbdist.cluster.definitions import CellSources
 from nbdist.cluster.engines import Engines
 from nbdist.cluster.run import Run
@@ -14,28 +14,7 @@ from nbdist.errors import ClusterError, EngineError, PlanError
 from nbdist.plan import Plan
 from nbdist.telemetry import RankState, RunState, past_run
 
-__all__ = ["Begun", "take_over"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Begun:
-    """What another kernel has to know of a run.
-
-    Args:
-        run_id: Its name in the record.
-        title: What is trained, for people.
-        parcel: Task and plan.
-        names: What the person calls model and data.
-        vaults: Where the ranks keep their snapshots.
-        hangs: When it hangs, and what is done then.
-    """
-
-    run_id: str
-    title: str
-    parcel: Any
-    names: tuple[str, str]
-    vaults: list[list[str]]
-    hangs: tuple[float | None, str]
+__all__ = ["take_over"]
 
 
 def take_over(
@@ -71,7 +50,7 @@ def take_over(
         task, plan = unpack(begun.parcel)
     except Exception as error:
         raise ClusterError(f"the model of run {begun.run_id} cannot be made here: {error!r}.") from error
-    run = Run(begun.run_id, plan, _recorded(begun, plan, engines), order)
+    run = Run(begun.run_id, plan, _recorded(begun, plan, engines), order, None, begun.replan, begun.on_failure)
     run.vaults = Vaults(engines.size, engines.anchor, begun.vaults) if begun.vaults else None
     name = begun.names[0] if begun.names[0].isidentifier() else "model"
     mine = namespace.get(name)
@@ -79,7 +58,8 @@ def take_over(
     if not like:
         namespace[name] = task.model
     segment = Segment(1, engines.anchor, begun.parcel.path)
-    training = Training(run, engines, task, plan, (begun.parcel, segment), outbox, cells, mine if like else None)
+    into = mine if like else None
+    training = Training(run, engines, task, plan, (begun.parcel, segment), outbox, cells, begun, into)
     state, why = notes["ended"]
     if state == "running":
         return training, begun, notes["boards"]

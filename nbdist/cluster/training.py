@@ -7,17 +7,21 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from nbdist.cluster import entry
+from nbdist.cluster.begun import Begun
 from nbdist.cluster.board import BOARD_BYTES, Board
 from nbdist.cluster.cells import LostCall, printed
 from nbdist.cluster.definitions import CellSources
 from nbdist.cluster.engines import Engines
+from nbdist.cluster.packing import pack
 from nbdist.cluster.run import Run
 from nbdist.errors import ClusterError, EngineError, NbdistError, interrupted
 from nbdist.plan import Plan
 from nbdist.telemetry import RankState
+from nbdist.telemetry.record import records
 
 __all__ = ["Training", "attend"]
 
@@ -36,6 +40,7 @@ class Training:
         packed: The parcel of both, and its segment.
         outbox: Where the segment goes back to.
         cells: The cells of the notebook that the engines know.
+        begun: What another kernel has to know of it.
         into: Another model that receives the weights too, when they come home.
     """
 
@@ -48,6 +53,7 @@ class Training:
         packed: tuple[Any, Any],
         outbox: Any,
         cells: CellSources,
+        begun: Begun,
         into: Any = None,
     ) -> None:
         self.run = run
@@ -57,6 +63,7 @@ class Training:
         self._parcel, self._segment = packed
         self._outbox = outbox
         self._cells = cells
+        self._begun = begun
         self._into = into
         self._segments: list[Any] = []
         self._boards: list[Board] = []
@@ -83,7 +90,12 @@ class Training:
         segments = [] if engines.remote else [Segment(BOARD_BYTES, engines.anchor) for _ in range(engines.size)]
         paths = [segment.path for segment in segments]
         self._listen(segments)
-        arguments = (self._parcel, run.run_id, news, engines.remote, let_go(engines.home), vaults, go_on, paths)
+        if engines.anchor is not None:
+            begun = replace(self._begun, parcel=self._parcel, vaults=tuple(vaults))
+            engines.anchor.note("ended", ("running", ""))
+            engines.anchor.note("run", begun)
+        folder = "" if engines.remote else str(records().resolve())
+        arguments = self._parcel, run.run_id, news, engines.remote, let_go(engines.home), vaults, go_on, paths, folder
         return self._followed([engines.start_call(rank, entry.train, *arguments) for rank in range(engines.size)])
 
     def take_over(self, boards: list[str]) -> list[Any]:
@@ -133,16 +145,26 @@ class Training:
             states.append(RankState.from_dict(data, states[-1]))
         return states[1:]
 
-    def replace_lost(self) -> None:
-        """Give the ranks that were lost to other engines, and let all meet again.
+    def gather_ranks(self, size: int) -> None:
+        """Have so many ranks, none of them lost, and a plan for them, and let all meet again.
 
         Raises:
             ClusterError: That did not succeed; it may the next time.
         """
-        self.engines.release()
-        self.engines.replace_lost()
+        engines, run = self.engines, self.run
+        engines.release()
+        engines.resize(size)
         self._cells.sent.clear()
-        self.engines.form()
+        if size != self._plan.mesh.size and run.replan is not None:
+            self._plan = run.replan.of(self._plan, size)
+            self._segment.close()
+            what = f"{self._begun.names[0]} or {self._begun.names[1]}"
+            packed = pack((self._task, self._plan), what, inline=engines.remote, outbox=self._outbox)
+            self._parcel, self._segment = packed
+            run.stand_on(self._plan)
+            if run.vaults is not None:
+                run.vaults.grow(size)
+        engines.form()
 
     def bring_home(self, home: Any) -> None:
         """Take the trained tensors in; nothing where `gather` is off."""
@@ -207,7 +229,7 @@ class Training:
         deadline = time.monotonic() + _SETTLED_WITHIN_S
         while failed and engines.reachable and not (engines.ended or engines.formed) and time.monotonic() < deadline:
             with contextlib.suppress(ClusterError):
-                self.replace_lost()
+                self.gather_ranks(engines.size)
 
 
 def _all_printed(printed_each: list[Callable[[str], dict[int, str]]], stream: str) -> dict[int, str]:

@@ -10,23 +10,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbdist.cluster import current
+from nbdist.cluster.begun import Begun
 from nbdist.cluster.definitions import CellSources
 from nbdist.cluster.engines import Engines
 from nbdist.cluster.hangs import Hangs
+from nbdist.cluster.packing import pack
 from nbdist.cluster.ready import make_ready
 from nbdist.cluster.relay import Relay
+from nbdist.cluster.replan import Replan
 from nbdist.cluster.resuming import resumed
-from nbdist.cluster.run import Run
-from nbdist.cluster.taking_over import Begun, take_over
+from nbdist.cluster.run import ON_FAILURE, Run
+from nbdist.cluster.taking_over import take_over
 from nbdist.cluster.training import Training
 from nbdist.cluster.where import Where
-from nbdist.errors import ClusterError, NbdistError, PlanError, TaskError, ranks_text, suggest
+from nbdist.errors import ClusterError, NbdistError, PlanError, ranks_text, suggest
 from nbdist.plan import Plan
 from nbdist.plan.plan import OPTIONS
 from nbdist.telemetry import RankState, RunState
 from nbdist.telemetry.record import new_run_id
 
-__all__ = ["Trainings", "pack"]
+__all__ = ["Trainings"]
 
 _TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "lr_scheduler", "val", "metric", "batch_size", "shuffle")
 
@@ -90,7 +93,7 @@ class Trainings:
 
     def add(
         self, model: Any, data: Any, names: tuple[str, str], options: dict[str, Any],
-        watch: Callable[[Run], None] | None, hangs: Hangs,
+        watch: Callable[[Run], None] | None, hangs: Hangs, on_failure: str,
     ) -> Run:  # fmt: skip
         """Begin a run, or let it wait until those before it have ended; see `Cluster.train`.
 
@@ -102,15 +105,23 @@ class Trainings:
         for name in options:
             if name not in OPTIONS and name not in _TASK_OPTIONS:
                 raise PlanError(f"unknown option {name!r}.{suggest(name, [*OPTIONS, *_TASK_OPTIONS])}")
+        if on_failure not in ON_FAILURE:
+            raise PlanError(
+                f"unknown on_failure {on_failure!r}: use {', '.join(ON_FAILURE)}.{suggest(str(on_failure), ON_FAILURE)}"
+            )
         hang_timeout, on_hang = hangs.asked
-        asked = dict(model=model, data=data, names=names, hang_timeout=hang_timeout, on_hang=on_hang, **options)
+        asked = dict(
+            model=model, data=data, names=names, hang_timeout=hang_timeout, on_hang=on_hang, on_failure=on_failure,
+            **options,
+        )  # fmt: skip
         task = Task.create(model, data, names=names, **{n: options[n] for n in _TASK_OPTIONS if n in options})
         rest = {name: value for name, value in options.items() if name not in _TASK_OPTIONS}
-        size, threads = self._engines.size, self._engines.threads
-        plan = Plan.create(ranks=size, cores=threads * size, **{**rest, **task.options})
+        size, cores = self._engines.size, self._engines.threads * self._engines.size
+        plan = Plan.create(ranks=size, cores=cores, **{**rest, **task.options})
+        replan = Replan({**rest, **task.options}, cores)
         ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in self._engines.records()}
         progress = RunState(title=task.title, plan=plan.to_dict(), ranks=ranks)
-        run = Run(new_run_id(), plan, progress, self._order, asked)
+        run = Run(new_run_id(), plan, progress, self._order, asked, replan, on_failure)
         turn = _Turn(run, task, plan, watch, names, hangs, contextvars.copy_context())
         with self._changing:
             if not self.busy:
@@ -148,14 +159,11 @@ class Trainings:
             vaults = Vaults(engines.size, engines.anchor)
         run.vaults = vaults
         run.progress.begin()
-        training = Training(run, engines, turn.task, plan, packed, self._outbox, self._sources)
-        if engines.anchor is not None:
-            engines.anchor.note("ended", ("running", ""))
-            told = Begun(
-                run_id=run.run_id, parcel=packed[0], names=turn.names, title=run.progress.title,
-                vaults=[] if vaults is None else vaults.paths, hangs=turn.hangs.asked,
-            )  # fmt: skip
-            engines.anchor.note("run", told)
+        begun = Begun(
+            run_id=run.run_id, parcel=packed[0], names=turn.names, title=run.progress.title, hangs=turn.hangs.asked,
+            replan=run.replan, on_failure=run.on_failure,
+        )  # fmt: skip
+        training = Training(run, engines, turn.task, plan, packed, self._outbox, self._sources, begun)
         calls = training.begin(go_on=go_on)
         relay = Relay(training, calls, hangs=turn.hangs, watch=turn.watch, then=self._next, context=turn.context)
         if replaced:
@@ -203,6 +211,8 @@ class Trainings:
                     self._leave(run)
                     return
             run.progress.state = "stopping"
+        if kind == "scale":
+            run.wanted = value
         self._engines.order(run.run_id, kind, value)
 
     def _leave(self, run: Run, note: str = "") -> None:
@@ -220,13 +230,3 @@ class Trainings:
 def _draw(turn: _Turn) -> None:
     if turn.watch is not None:
         turn.watch(turn.run)
-
-
-def pack(value: Any, name: str, **options: Any) -> tuple[Any, Any]:
-    """`handover.pack`, whose errors then begin with what a person calls the value."""
-    from nbdist.core.handover import pack as packed
-
-    try:
-        return packed(value, **options)
-    except TaskError as error:
-        raise TaskError(f"{name}: {error}") from error.__cause__

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 __all__ = ["KINDS", "Order", "Orders"]
 
-KINDS = ("stop", "pause", "resume", "checkpoint", "lr")
+KINDS = ("stop", "pause", "resume", "checkpoint", "lr", "scale")
 
 
 class Order(NamedTuple):
@@ -14,7 +14,8 @@ class Order(NamedTuple):
 
     Args:
         kind: One of `KINDS`.
-        value: The new learning rate of the first parameter group for "lr", the folder for "checkpoint".
+        value: The new learning rate of the first parameter group for "lr", the folder for "checkpoint",
+            how many ranks there are to be for "scale".
         step: Steps that were done when it was carried out, where that has been done before; else None.
     """
 

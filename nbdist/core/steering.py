@@ -37,6 +37,7 @@ class Steering:
 
     Attributes:
         stopped: Whether the training is to end after the present step.
+        scaling: Whether it ends to be begun again on other ranks.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Steering:
         self._lag = int(strategy.device.type != "cpu")
         self._log: list[Order] = []
         self._checkpoints: list[str] = []
-        self._paused = self.stopped = False
+        self._paused = self.stopped = self.scaling = False
 
     def begin(self, at: Position) -> None:
         """Before the first step: be as all were at `at`, paused too. **Collective** over the world."""
@@ -131,6 +132,9 @@ class Steering:
     def _carry_out(self, kind: str, value: Any) -> None:
         match kind:
             case "stop":
+                self.stopped, self.scaling = True, False
+            case "scale":
+                self.scaling = not self.stopped
                 self.stopped = True
             case "pause" | "resume":
                 self._paused = kind == "pause"

@@ -58,7 +58,7 @@ class Result:
     """What a training returns.
 
     Args:
-        state: "finished" or "stopped".
+        state: "finished" or "stopped"; "scaled" if it is to go on on other ranks.
         history: One dict an epoch (one for the whole run where steps are counted): `epoch`, `steps`, `samples`,
             `loss` (its weighted mean), `seconds`; then `val_loss` and `val_<metric>` where asked.
         plan: What was run.
@@ -250,6 +250,8 @@ def fit(
             leave_in_parts(model, strategy.table.placements, plan.mesh)
         state = "stopped" if stopped and not _complete(plan, at.step, steps_total) else "finished"
         tell(RunFinished(rank=world.rank, state=state))
+        if state == "stopped" and steering.scaling:
+            state = "scaled"
         return Result(state=state, history=at.history, plan=plan)
 
 

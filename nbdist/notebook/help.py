@@ -17,10 +17,11 @@ _PHRASES = {
     "%dist_push": ("NAME ...", "send values to every engine"),
     "%dist_pull": ("NAME [--rank R]", "bring a value back"),
     "%dist_status": ("", "what engines do, where they live"),
+    "%dist_scale": ("N", "have N engines, also in the middle of a run"),
     "%dist_where": ("", "on which line each rank is, and why"),
     "%dist_debug": ("RANK", "pdb on what failed there"),
     "%dist_attach": ("[ID]", "take over what --detach kept alive"),
-    "%dist_clusters": ("", "list what it has kept alive"),
+    "%dist_clusters": ("", "list what it keeps alive"),
     "%dist_stop": ("[--all]", "end the engines"),
     "%dist_help": ("[MAGIC]", "this, or all about one of them"),
 }

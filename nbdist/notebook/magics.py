@@ -18,10 +18,11 @@ from nbdist.cluster import (
     last_run,
     require_cluster,
 )
-from nbdist.errors import ClusterError, PlanError, TaskError, ranks_text, suggest
+from nbdist.errors import ClusterError, PlanError, ranks_text
 from nbdist.notebook import parsers
 from nbdist.notebook.dashboard import has_front_end, make_dashboard, show_run
 from nbdist.notebook.detached import clusters_bundle
+from nbdist.notebook.expressions import callable_of, evaluate, path_of, value_of
 from nbdist.notebook.help import help_text, help_text_of
 from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.past_runs import runs_bundle
@@ -147,6 +148,18 @@ class DistMagics(Magics):
 
     @no_var_expand
     @line_magic
+    @_documented(parsers.SCALE)
+    def dist_scale(self, line: str) -> None:
+        engines, cluster = parsers.SCALE.parse(split_line(line)).n, require_cluster()
+        cluster.scale(engines)
+        run = cluster.current_run
+        if run is not None:
+            print(f"run {run.run_id} goes on with {engines_text(engines)} after the step it is in")
+        else:
+            print(f"now {described(cluster)}")
+
+    @no_var_expand
+    @line_magic
     @_documented(parsers.DEBUG)
     def dist_debug(self, line: str) -> None:
         require_cluster().debug(parsers.DEBUG.parse(split_line(line)).rank)
@@ -209,7 +222,7 @@ class DistMagics(Magics):
         odd = [name for name in arguments.names if not name.isidentifier()]
         if odd:
             raise PlanError(f"{odd[0]!r} is not a name: assign it to one first.")
-        cluster.push(**{name: self._evaluate(name) for name in arguments.names})
+        cluster.push(**{name: evaluate(self.shell, name) for name in arguments.names})
         print(f"sent {', '.join(arguments.names)} to {engines_text(cluster.size)}")
 
     @no_var_expand
@@ -228,18 +241,22 @@ class DistMagics(Magics):
         if cell is not None and arguments.loss is not None:
             raise PlanError("--loss and a cell body are two ways to say the same: leave one of them away.")
         options = plan_options(arguments) | {
-            "loss": self._callable(arguments.loss),
-            "optimizer": self._callable(arguments.optimizer) or "adamw",
-            "metric": self._callable(arguments.metric),
-            "lr_scheduler": self._value(arguments.lr_scheduler),
-            "tensor_plan": self._value(arguments.tensor_plan),
-            "val": None if arguments.val is None else self._evaluate(arguments.val),
+            "loss": callable_of(self.shell, arguments.loss),
+            "optimizer": callable_of(self.shell, arguments.optimizer) or "adamw",
+            "metric": callable_of(self.shell, arguments.metric),
+            "lr_scheduler": value_of(self.shell, arguments.lr_scheduler),
+            "tensor_plan": value_of(self.shell, arguments.tensor_plan),
+            "val": None if arguments.val is None else evaluate(self.shell, arguments.val),
             **{
-                name: self._path(word)
+                name: path_of(self.shell, word)
                 for name in ("checkpoint", "resume", "tensorboard")
                 if (word := getattr(arguments, name))
             },
-            **{n: value for n in ("hang_timeout", "on_hang") if (value := getattr(arguments, n)) is not None},
+            **{
+                n: value
+                for n in ("hang_timeout", "on_hang", "on_failure")
+                if (value := getattr(arguments, n)) is not None
+            },
             "step": None if cell is None else compile_step(self.shell, line, cell, self._cell_number),
         }
         dashboard = make_dashboard(self.shell, arguments.background)
@@ -255,7 +272,7 @@ class DistMagics(Magics):
                 given["optimizer"] = options["optimizer"]
             run = cluster.resume(**given, background=True, watch=dashboard.update)
         else:
-            model, data = self._evaluate(arguments.model), self._evaluate(arguments.data)
+            model, data = evaluate(self.shell, arguments.model), evaluate(self.shell, arguments.data)
             names = (arguments.model, arguments.data)
             run = cluster.train(model, data, names=names, background=True, watch=dashboard.update, **options)
         dashboard.begin(run)
@@ -306,41 +323,10 @@ class DistMagics(Magics):
             case "resume":
                 run.resume()
             case "checkpoint":
-                run.checkpoint(None if value is None else str(self._path(value)))
+                run.checkpoint(None if value is None else str(path_of(self.shell, value)))
             case "lr":
-                run.set_lr(self._evaluate(value))
+                run.set_lr(evaluate(self.shell, value))
         return None
-
-    def _evaluate(self, expression: str) -> Any:
-        """The value of a name or expression in the notebook."""
-        namespace = self.shell.user_ns
-        try:
-            return eval(expression, namespace)
-        except NameError as error:
-            name = getattr(error, "name", None) or expression
-            raise TaskError(f"{name!r} is not defined in the notebook.{suggest(name, namespace)}") from None
-        except SyntaxError:
-            raise PlanError(f"{expression!r} is not a Python expression.") from None
-        except Exception as error:
-            raise TaskError(f"{expression} cannot be evaluated: {type(error).__name__}: {error}") from error
-
-    def _value(self, text: str | None) -> Any:
-        """The value of an expression, which may stand in quotes; None stays None."""
-        value = None if text is None else self._evaluate(text)
-        return self._evaluate(value) if isinstance(value, str) else value
-
-    def _path(self, text: str | bool) -> str | bool:
-        """A path, with ``{name}`` in it as in an f-string of the notebook; True stays True."""
-        return text if isinstance(text, bool) else str(self.shell.var_expand(text.strip("'\""), depth=1))
-
-    def _callable(self, text: str | None) -> Any:
-        """What a --loss, --optimizer or --metric says: the notebook's value, else a well-known name."""
-        if text is None:
-            return None
-        if text.isidentifier():
-            value = self.shell.user_ns.get(text)
-            return value if callable(value) or hasattr(value, "param_groups") else text
-        return self._evaluate(text)
 
 
 def _refuse_while_running(cluster: Cluster) -> None:

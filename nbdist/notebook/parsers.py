@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from nbdist.cluster.hangs import ON_HANG
+from nbdist.cluster.run import ON_FAILURE
 from nbdist.errors import PlanError
 from nbdist.plan.options import OptionParser, add_plan_options
 
 __all__ = [
-    "ATTACH", "CLUSTERS", "DEBUG", "DIST", "HELP", "ORDERS", "PARSERS", "PULL", "PUSH", "RUN", "RUNS", "START",
+    "ATTACH", "CLUSTERS", "DEBUG", "DIST", "HELP", "ORDERS", "PARSERS", "PULL", "PUSH", "RUN", "RUNS", "SCALE", "START",
     "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
 ]  # fmt: skip
 
@@ -63,6 +64,16 @@ def _where_parser() -> OptionParser:
         "Show on which line every rank is, in which collective, and who waits for whom. Disturbs nobody. A run needs "
         "--background for it, or a subshell, as for any other cell.",
     )
+
+
+def _scale_parser() -> OptionParser:
+    parser = OptionParser(
+        "%dist_scale",
+        "Have N engines from now on: some join or the last ones leave, the others keep what they hold. A run that goes "
+        "on does it after the step it is in, with the same global batch.",
+    )
+    parser.add_argument("n", type=int, metavar="N", help="How many.")
+    return parser
 
 
 def _debug_parser() -> OptionParser:
@@ -128,6 +139,11 @@ def _train_parser() -> OptionParser:
         "--on-hang", choices=ON_HANG, metavar="|".join(ON_HANG),
         help="What is done then: replace the ranks that the others wait for, or stop. Default: replace.",
     )  # fmt: skip
+    parser.add_argument(
+        "--on-failure", choices=ON_FAILURE, metavar="|".join(ON_FAILURE),
+        help="What is done when engines are lost: replace them, shrink to those that are left, or stop. Default: "
+        "replace.",
+    )  # fmt: skip
     parser.add_argument("-o", dest="output", metavar="NAME", help="Store the Run under this name too.")
     return parser
 
@@ -164,6 +180,7 @@ ORDERS = ("stop", "pause", "resume", "checkpoint", "lr")
 ATTACH = _attach_parser()
 CLUSTERS = _clusters_parser()
 DEBUG = _debug_parser()
+SCALE = _scale_parser()
 START = _start_parser()
 STATUS = _status_parser()
 STOP = _stop_parser()
@@ -178,7 +195,7 @@ WHERE = _where_parser()
 
 PARSERS: dict[str, OptionParser] = {
     parser.prog: parser
-    for parser in (START, TRAIN, RUN, RUNS, DIST, PUSH, PULL, STATUS, WHERE, DEBUG, ATTACH, CLUSTERS, STOP, HELP)
+    for parser in (START, TRAIN, RUN, RUNS, DIST, PUSH, PULL, STATUS, SCALE, WHERE, DEBUG, ATTACH, CLUSTERS, STOP, HELP)
 } | {"%%dist_train": TRAIN}
 """By the word that begins the line, in the order in which a person meets them."""
 

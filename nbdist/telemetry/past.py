@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,14 @@ class PastRun(Report):
                         run.merge(state)
                         if rank == 0:
                             run.begin_again()
+                            run.plan = event.plan  # it may go on on other ranks
                     state = RankState(rank=rank)
                 state = fold(state, event)
             if run is not None:
                 run.merge(state)
         if run is None:
             raise PlanError(f"run {self.run_id} has no record of its beginning.")
+        run.keep_ranks(math.prod(run.plan["mesh"].values()))
         told = [Happening(event.time_s, "recovered", event.text) for event in cluster if isinstance(event, Noted)]
         run.happenings = sorted([*run.happenings, *told])
         self._end(run, last_s)

@@ -30,9 +30,15 @@ def new_run_id() -> str:
     return f"{second}-{int(now_s % 1 * 4096):03x}{secrets.token_hex(2)[:3]}"
 
 
-def record_path(run_id: str, rank: int) -> Path:
-    """Where the record of one rank of a run lies; on rank 0, the oldest records beyond `KEPT_RUNS` are removed."""
-    folder = records()
+def record_path(run_id: str, rank: int, folder: Path | None = None) -> Path:
+    """Where the record of one rank of a run lies; on rank 0, the oldest records beyond `KEPT_RUNS` are removed.
+
+    Args:
+        run_id: Which run.
+        rank: Which rank.
+        folder: That of all records, `records()` by default.
+    """
+    folder = folder or records()
     if rank == 0 and folder.is_dir():  # one rank tidies up for all
         for old in sorted(path for path in folder.iterdir() if path.is_dir())[: -KEPT_RUNS or None]:
             shutil.rmtree(old, ignore_errors=True)

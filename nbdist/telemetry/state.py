@@ -185,6 +185,7 @@ def _order_text(event: Ordered) -> str:
     words = {
         "stop": "stopped", "pause": "paused", "resume": "resumed", "checkpoint": "checkpoint asked for",
         "lr": f"learning rate {event.value:.4g}" if isinstance(event.value, float) else "learning rate changed",
+        "scale": f"scaled to {event.value}",
     }  # fmt: skip
     return f"{words[event.order]} after step {event.step:,}"
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from nbdist import last_run
 
 
 @pytest.fixture
-def records(cluster):
-    """The folder in which the engines keep their records."""
-    cell = cluster.execute("import os; print(os.environ['NBDIST_HOME'])", [0])
-    cell.wait()
-    return Path(cell.printed()[0].strip()) / "runs"
+def records(home):
+    """The folder in which the engines keep the records of this test."""
+    return home / "runs"
 
 
 @pytest.fixture

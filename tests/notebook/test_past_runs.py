@@ -9,11 +9,8 @@ from nbdist.notebook.past_runs import runs_bundle
 from nbdist.telemetry import PastRun, past_runs
 
 
-def test_a_run_of_an_earlier_kernel_is_shown_again(notebook, cluster, monkeypatch):
+def test_a_run_of_an_earlier_kernel_is_shown_again(notebook):
     """By the beginning of its name; the list says how each one ended."""
-    cell = cluster.execute("import os; print(os.environ['NBDIST_HOME'])", [0])
-    cell.wait()
-    monkeypatch.setenv("NBDIST_HOME", cell.printed()[0].strip())
     run = notebook("%dist_train model train_set --loss cross_entropy --epochs 2 --val test_set")
     notebook.printed()
     past = notebook(f"%dist_runs {run.run_id}")

@@ -22,14 +22,6 @@ DATA = torch.ones(64, 6), torch.zeros(64, dtype=torch.long)
 OPTIONS = {"loss": "cross_entropy", "batch_size": 16}
 
 
-@pytest.fixture
-def here(cluster, monkeypatch):
-    """The records of the engines are this process's too."""
-    cell = cluster.execute("import os; print(os.environ['NBDIST_HOME'])", [0])
-    cell.wait()
-    monkeypatch.setenv("NBDIST_HOME", cell.printed()[0].strip())
-
-
 def told(run_id, *events, rank=0):
     """A record of events."""
     sink = JsonlSink(record_path(run_id, rank))
@@ -38,7 +30,7 @@ def told(run_id, *events, rank=0):
     sink.close()
 
 
-def test_a_run_is_read_back_as_it_was(cluster, here):
+def test_a_run_is_read_back_as_it_was(cluster):
     """State, history, curve, ranks and what happened."""
     run = cluster.train(nn.Linear(6, 3), DATA, epochs=3, val=DATA, metric="accuracy", **OPTIONS)
     past = past_run(run.run_id)
@@ -51,7 +43,7 @@ def test_a_run_is_read_back_as_it_was(cluster, here):
     assert repr(past).splitlines()[0].startswith("nbdist: Linear (21 parameters) on dp=2 · finished · step 12/12")
 
 
-def test_a_run_that_lost_a_rank_is_told_once(cluster, here):
+def test_a_run_that_lost_a_rank_is_told_once(cluster):
     """Steps that were done again are not on the curve twice, and the loss stands among what happened."""
     run = cluster.train(nn.Linear(6, 3), DATA, steps=100_000_000, background=True, **OPTIONS)
     while run.progress.step < 20:
@@ -72,7 +64,7 @@ def test_a_run_that_lost_a_rank_is_told_once(cluster, here):
     assert ("stopped", run.progress.step) == (past.state, past.ranks[0].step)  # the spare's home is another test's
 
 
-def test_a_run_that_failed_says_why(cluster, here):
+def test_a_run_that_failed_says_why(cluster):
     """The error of the rank that had it."""
 
     def torn(output, target):

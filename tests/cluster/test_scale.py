@@ -1,0 +1,172 @@
+"""Engines join and leave: between runs, in the middle of one, and because some were lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import psutil
+import pytest
+import torch
+from shared_cluster import ENGINES, until
+from torch import nn
+
+import nbdist
+from nbdist.cluster.replan import Replan
+from nbdist.errors import ClusterError, EngineError, PlanError
+
+STEPS = 800
+OPTIONS = {"loss": "mse", "epochs": 40, "batch_size": 48, "seed": 3}
+
+
+@pytest.fixture
+def scaled(cluster):
+    """The running cluster, which has its two engines again afterwards."""
+    yield cluster
+    if cluster.size != ENGINES:
+        cluster.scale(ENGINES)
+
+
+def make():
+    """In float64, in which sums over other numbers of ranks are the same to 1e-12."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+
+
+def rows():
+    x = torch.randn(960, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return x, x.sum(1, keepdim=True).sin()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared_cluster):
+    model = make()
+    run = shared_cluster.ready().train(model, rows(), **OPTIONS)
+    return model, run.history
+
+
+def check(model, run, undisturbed):
+    """The weights and the history of a run to which nothing happened, but for how sums are associated."""
+    same, history = undisturbed
+    for mine, theirs in zip(model.parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+    assert [row["samples"] for row in history] == [row["samples"] for row in run.history]
+    assert [row["loss"] for row in run.history] == pytest.approx([row["loss"] for row in history], abs=1e-12)
+    assert (run.state, run.progress.step) == ("finished", STEPS)
+
+
+def after(run, steps):
+    """Wait until so many more steps are done."""
+    step = run.progress.step
+    until(lambda: run.progress.step >= step + steps)
+
+
+def test_between_runs_the_others_keep_what_they_hold(scaled):
+    """A new engine has every cell and value that all ranks have; one that leaves is gone."""
+    scaled.push(given=7)
+    scaled.execute("held = [rank, world_size]").wait()
+    scaled.execute("alone = 1", [0]).wait()
+    before = [engine.pid for engine in scaled.engines]
+    scaled.scale(3)
+    assert [engine.pid for engine in scaled.engines][:2] == before
+    assert [scaled.pull("held", rank) for rank in range(3)] == [[0, 2], [1, 2], [2, 3]]
+    assert (scaled.pull("given", 2), scaled.pull("world_size", 0)) == (7, 3)
+    with pytest.raises(ClusterError, match="'alone' is not defined on rank 2"):
+        scaled.pull("alone", 2)
+    left = psutil.Process(scaled.engines[2].pid)
+    scaled.scale(1)
+    psutil.wait_procs([left], 5)
+    assert not left.is_running()
+    assert (scaled.size, [engine.pid for engine in scaled.engines]) == (1, before[:1])
+
+
+def test_a_run_goes_on_with_more_and_with_fewer(scaled, undisturbed):
+    """At a step, with the same global batch: the result is that of a run that was left alone."""
+    model = make()
+    run = scaled.train(model, rows(), background=True, **OPTIONS)
+    for size in (3, 1, 2):
+        after(run, 5)
+        scaled.scale(size)
+        until(lambda size=size: scaled.size == size)
+    run.wait()
+    check(model, run, undisturbed)
+    assert ["3 instead of 2 engines", "1 instead of 3 engines", "2 instead of 1 engines"] == [
+        note.partition(";")[0] for note in run.progress.notes
+    ]
+    (past,) = nbdist.past_runs()
+    assert ({0, 1}, STEPS) == (set(past.progress.ranks), past.progress.step)
+
+
+@pytest.mark.parametrize("strategy", ["shard", "dp=2"])
+def test_so_it_does_on_other_meshes(scaled, undisturbed, strategy):
+    """A word lays all ranks on its axis; of a mesh that is written out, dp changes."""
+    model = make()
+    run = scaled.train(model, rows(), background=True, strategy=strategy, **OPTIONS)
+    after(run, 5)
+    scaled.scale(3)
+    until(lambda: scaled.size == 3)
+    run.wait()
+    check(model, run, undisturbed)
+    assert str(run.plan.mesh) == ("shard=3" if strategy == "shard" else "dp=3")
+
+
+def test_a_rank_may_die_while_the_others_wait_for_new_ones(scaled, undisturbed):
+    """It is replaced, and as many go on as were wanted."""
+    model = make()
+    run = scaled.train(model, rows(), background=True, **OPTIONS)
+    after(run, 5)
+    scaled.scale(3)
+    os.kill(scaled.engines[1].pid, signal.SIGKILL)
+    run.wait()
+    check(model, run, undisturbed)
+    assert scaled.size == 3
+
+
+def test_a_run_may_shrink_to_what_is_left(scaled, undisturbed):
+    """With on_failure="shrink" a lost engine is not replaced."""
+    model = make()
+    run = scaled.train(model, rows(), background=True, on_failure="shrink", **OPTIONS)
+    after(run, 5)
+    os.kill(scaled.engines[0].pid, signal.SIGKILL)
+    run.wait()
+    check(model, run, undisturbed)
+    assert (scaled.size, len(run.progress.ranks)) == (1, 1)
+    assert "rank 0 lost (its process ended), 1 instead of 2 engines" in run.progress.notes[-1]
+
+
+def test_a_run_may_stop_when_an_engine_is_lost(scaled, undisturbed):
+    """With on_failure="stop"; the model holds the last snapshot, and resume goes on from there."""
+    model = make()
+    run = scaled.train(model, rows(), background=True, on_failure="stop", **OPTIONS)
+    after(run, 30)
+    os.kill(scaled.engines[1].pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match=r"rank 1.*its process ended(.|\n)*The model holds the weights after step"):
+        run.wait()
+    assert run.state == "failed"
+    check(model, scaled.resume(on_failure="replace"), undisturbed)
+
+
+def test_what_cannot_be_is_refused_and_the_run_goes_on(scaled, undisturbed):
+    """The mesh, the batch, the machine: said before anything is touched."""
+    model = make()
+    with pytest.raises(PlanError, match=r"unknown on_failure 'shrnk': use replace, shrink, stop. Did you mean"):
+        scaled.train(model, rows(), on_failure="shrnk", **OPTIONS)
+    run = scaled.train(model, rows(), background=True, strategy="shard=2", **OPTIONS)
+    with pytest.raises(PlanError, match="shard=2 cannot go on on 3 engines: only dp changes, so use a multiple of 2"):
+        scaled.scale(3)
+    with pytest.raises(PlanError, match="0"):
+        scaled.scale(0)
+    with pytest.raises(PlanError, match="'2' engines cannot be had: use a whole number"):
+        scaled.scale("2")
+    run.wait()
+    check(model, run, undisturbed)
+
+
+def test_a_plan_for_other_numbers_of_ranks():
+    """Words and meshes, and a batch that is too small for so many."""
+    assert str(Replan({"batch_size": 8}, 2)(3).mesh) == "dp=3"
+    assert str(Replan({"batch_size": 8, "strategy": "pipeline"}, 2)(2).mesh) == "pp=2"
+    assert str(Replan({"batch_size": 8, "strategy": "dp=2, pp=2"}, 2)(6).mesh) == "pp=2,dp=3"
+    with pytest.raises(PlanError, match="batch_size 8 is smaller than its 9 slices"):
+        Replan({"batch_size": 8}, 2)(9)
