@@ -308,14 +308,13 @@ def last_failure() -> BaseException | None:
     return _engine.failure
 
 
-def outcome_of(run_id: str) -> Outcome:
+def outcome_of(run_id: str, rank: int) -> Outcome:
     """What `train` returned for a run: asked while it goes on, this is called when it has ended.
 
-    Raises:
-        LookupError: This engine has not run it.
+    An engine that has not run it has taken the place of one that had, and tells of that one's loss.
     """
     if _engine.outcome is None or _engine.outcome[0] != run_id:
-        raise LookupError(f"this engine has not run {run_id}")
+        return Outcome(rank=rank, state="failed", failure=Failure.lost(rank))
     return _engine.outcome[1]
 
 

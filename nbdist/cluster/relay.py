@@ -17,17 +17,16 @@ import ipyparallel.error
 from nbdist.cluster.cells import settle
 from nbdist.cluster.entry import Outcome
 from nbdist.cluster.hangs import Hangs
-from nbdist.cluster.remote_errors import Failure, as_error
+from nbdist.cluster.remote_errors import LOST, PROCESS_ENDED, Failure, as_error
 from nbdist.cluster.run import Run
 from nbdist.cluster.training import Training
 from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, ranks_text
-from nbdist.telemetry import Event, JsonlSink, Noted, RankState, Recovered
+from nbdist.telemetry import Event, JsonlSink, Noted, Recovered
 from nbdist.telemetry.record import cluster_record_path
 
 __all__ = ["Relay"]
 
 _INTERVAL_S = 0.2  # as often as ranks tell
-_LOST, _PROCESS_ENDED = "EngineLost", "its process ended"
 _NOT_ENOUGH = "what runs there, or its memory, does not suffice"
 _INTERRUPT_AFTER_S = 0.8
 """How long ranks may take to notice that a peer is gone, before they are interrupted."""
@@ -58,7 +57,7 @@ class Relay:
         self._engines = training.engines
         self._hangs = hangs
         self._hung: EngineError | None = None  # of a run that ends for it
-        self._why = _PROCESS_ENDED
+        self._why = PROCESS_ENDED
         self._watch = watch
         self._freed: set[int] = set()
         self._reached, self._tries = -1, 0
@@ -177,10 +176,7 @@ class Relay:
                 settle(self._calls[rank])
         elif isinstance(error, ipyparallel.error.RemoteError):
             lost = error.ename == "EngineError"  # ipyparallel's word for an engine that died
-            kind, message = (_LOST, _PROCESS_ENDED) if lost else (error.ename, error.evalue)
-            failure = Failure(
-                rank=rank, time_s=time.time(), kind=kind, message=message, place="", traceback="", echo=lost
-            )
+            failure = Failure.lost(rank) if lost else Failure.told(rank, error.ename, error.evalue)
             snapshot = dataclasses.replace(self._run.progress.ranks[rank], state="lost" if lost else "failed")
             outcome = Outcome(rank=rank, state="failed", snapshot=snapshot, failure=failure)
         else:
@@ -194,7 +190,7 @@ class Relay:
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         return (
             not (self._run.abandoned or self._hung or self._run.on_failure == "stop")
-            and any(failure.kind == _LOST for failure in failures)
+            and any(failure.kind == LOST for failure in failures)
             and all(failure.echo for failure in failures)
         )
 
@@ -205,7 +201,7 @@ class Relay:
             ClusterError: Ranks are lost again and again at the same place, or cannot be replaced.
         """
         run, since_s, before = self._run, time.monotonic(), self._engines.size
-        lost = [outcome.rank for outcome in outcomes if outcome.failure is not None and outcome.failure.kind == _LOST]
+        lost = [outcome.rank for outcome in outcomes if outcome.failure is not None and outcome.failure.kind == LOST]
         run.progress.state = "recovering" if run.progress.state != "stopping" else "stopping"
         run.progress.begin_again()
         reached = -1 if run.vaults is None else run.vaults.reached
@@ -218,7 +214,7 @@ class Relay:
             if self._tries > _TRIES:
                 raise EngineError(
                     f"{ranks_text(lost)}: the process ended {_TRIES} times at step {max(reached, 0) + 1}: "
-                    f"{_NOT_ENOUGH if self._why == _PROCESS_ENDED else self._why}.", rank=lost[0],
+                    f"{_NOT_ENOUGH if self._why == PROCESS_ENDED else self._why}.", rank=lost[0],
                 )  # fmt: skip
             try:
                 replaced.update(self._engines.lost)
@@ -253,7 +249,7 @@ class Relay:
         lost = f"{ranks_text(replaced)} lost ({self._why}), " if replaced else ""
         became = f"replaced in {seconds:.2f} s" if size == before else f"{size} instead of {before} engines"
         text = f"{lost}{became}; all go on from step {step}"
-        self._why = _PROCESS_ENDED
+        self._why = PROCESS_ENDED
         run.progress.note(text, "recovered")
         recovered = [Recovered(rank=rank, step=step, seconds=seconds) for rank in sorted(replaced) if rank < size]
         self._record(*recovered, Noted(rank=0, text=text))
@@ -267,9 +263,6 @@ class Relay:
     def _show(self, states: dict[int, str]) -> None:
         """Draw what has become of ranks, while the others wait for them."""
         ranks = self._run.progress.ranks
-        ranks.update(
-            {e.rank: RankState(rank=e.rank, host=e.host) for e in self._engines.records() if e.rank not in ranks}
-        )
         ranks.update({r: dataclasses.replace(ranks[r], state=states.get(r, "running")) for r in ranks})
         self._draw()
 

@@ -6,13 +6,15 @@ import re
 import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nbdist.cluster.definitions import label_of, labelled
 from nbdist.cluster.frames import frame_text, is_ours, is_plumbing, place_of
 from nbdist.errors import EngineError, NbdistError, PeerLostError, ranks_text
 
-__all__ = ["Failure", "as_error"]
+__all__ = ["LOST", "PROCESS_ENDED", "Failure", "as_error"]
+
+LOST, PROCESS_ENDED = "EngineLost", "its process ended"
 
 _FROM_WORKER = re.compile(r"Caught \w+ in (DataLoader worker process \d+)\.\nOriginal Traceback")
 _FRAME = re.compile(r'^  File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
@@ -40,6 +42,16 @@ class Failure:
     place: str
     traceback: str
     echo: bool
+
+    @classmethod
+    def lost(cls, rank: int) -> Failure:
+        """Of a rank that is not there any more; nothing but an echo of that."""
+        return replace(cls.told(rank, LOST, PROCESS_ENDED), echo=True)
+
+    @classmethod
+    def told(cls, rank: int, kind: str, message: str) -> Failure:
+        """Of which no more is known than a word and a text."""
+        return cls(rank=rank, time_s=time.time(), kind=kind, message=message, place="", traceback="", echo=False)
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:

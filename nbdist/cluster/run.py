@@ -201,7 +201,7 @@ class Run(Report):
     def stand_on(self, plan: Plan) -> None:
         """It goes on on other ranks. Called by the relay."""
         self._plan, self.progress.plan = plan, plan.to_dict()
-        self.progress.keep_ranks(plan.mesh.size)
+        self.progress.have_ranks(plan.mesh.size)
 
     def forget(self, but: Run) -> None:
         """Let go of what is needed to go on from here; the snapshots may be those of another run by now. Local."""

@@ -111,7 +111,7 @@ class Training:
         calls: list[Any] = []
         for rank in range(engines.size):
             try:  # an engine answers when it has ended what it does
-                calls.append(engines.start_call(rank, entry.outcome_of, self.run.run_id))
+                calls.append(engines.start_call(rank, entry.outcome_of, self.run.run_id, rank))
             except EngineError:
                 calls.append(LostCall())
         return self._followed(calls)
@@ -124,9 +124,8 @@ class Training:
 
     def _followed(self, calls: list[Any]) -> list[Any]:
         self._printed.append(functools.partial(printed, dict(enumerate(calls))))
-        self.run._printed = functools.partial(
-            _all_printed, self._printed
-        )  # not us, or the run's memory would outlive it
+        # Not bound to us, or the run's memory would outlive it.
+        self.run._printed = functools.partial(_all_printed, self._printed)
         return calls
 
     def told(self, rank: int, call: Any) -> list[RankState]:

@@ -148,7 +148,11 @@ class Trainings:
         if replaced:
             self._sources.sent.clear()
         make_ready(engines)
-        plan, vaults = resumed(turn.plan, turn.task, current.last_run())
+        plan = turn.plan
+        if plan.mesh.size != engines.size and run.replan is not None:  # there were others when it was asked for
+            plan = run.replan.of(plan, engines.size)
+            run.stand_on(plan)
+        plan, vaults = resumed(plan, turn.task, current.last_run())
         self._outbox = self._outbox or Outbox(engines.anchor)
         what = f"{turn.names[0]} or {turn.names[1]}"
         packed = pack((turn.task, plan), what, inline=engines.remote, outbox=self._outbox)

@@ -108,7 +108,8 @@ class PastRun(Report):
                 run.merge(state)
         if run is None:
             raise PlanError(f"run {self.run_id} has no record of its beginning.")
-        run.keep_ranks(math.prod(run.plan["mesh"].values()))
+        size = math.prod(run.plan["mesh"].values())
+        run.ranks = {rank: state for rank, state in run.ranks.items() if rank < size}  # the others have left
         told = [Happening(event.time_s, "recovered", event.text) for event in cluster if isinstance(event, Noted)]
         run.happenings = sorted([*run.happenings, *told])
         self._end(run, last_s)

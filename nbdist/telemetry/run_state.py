@@ -83,9 +83,9 @@ class RunState:
         self._curve = self.curve
         self._marks.clear()
 
-    def keep_ranks(self, count: int) -> None:
-        """There are so many ranks from now on; others have left."""
-        self.ranks = {rank: state for rank, state in self.ranks.items() if rank < count}
+    def have_ranks(self, count: int) -> None:
+        """There are so many ranks from now on."""
+        self.ranks = {rank: self.ranks.get(rank, RankState(rank=rank)) for rank in range(count)}
 
     def stand_at(self, step: int) -> None:
         """What came home is the state after `step` steps, whatever ranks had begun after that."""

@@ -147,6 +147,19 @@ def test_a_run_may_stop_when_an_engine_is_lost(scaled, undisturbed):
     check(model, scaled.resume(on_failure="replace"), undisturbed)
 
 
+def test_a_run_that_waits_begins_on_the_engines_that_there_are_then(scaled, undisturbed):
+    """Its plan is made again."""
+    first, second = make(), make()
+    run = scaled.train(first, rows(), background=True, **OPTIONS)
+    waiting = scaled.train(second, rows(), background=True, **OPTIONS)
+    after(run, 5)
+    scaled.scale(3)
+    waiting.wait()
+    check(first, run, undisturbed)
+    check(second, waiting, undisturbed)
+    assert (str(waiting.plan.mesh), len(waiting.progress.ranks)) == ("dp=3", 3)
+
+
 def test_what_cannot_be_is_refused_and_the_run_goes_on(scaled, undisturbed):
     """The mesh, the batch, the machine: said before anything is touched."""
     model = make()
