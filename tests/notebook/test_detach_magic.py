@@ -1,4 +1,4 @@
-"""`%dist_start --detach` and `%dist_attach` in two kernels, the first of which is killed."""
+"""`%dist_start --detach` and `%dist_attach` in two kernels, one after the other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from net import NET
 
 
 def test_a_new_kernel_brings_the_trained_model_home(shared_cluster, tmp_path):
-    """It shows where the cluster waits, the panel with its history, and ends with the trained model under its name."""
+    """It shows where the cluster waits, the panel with its history, and ends with the trained model under its name.
+
+    The first one ends as when a person closes the notebook; `tests/cluster` and `tests/browser` kill it.
+    """
     first = Kernel(tmp_path)
     try:
         first("%load_ext nbdist")
@@ -20,7 +23,7 @@ def test_a_new_kernel_brings_the_trained_model_home(shared_cluster, tmp_path):
         cell = first(f"{train}\nwhile run.progress.step < 40: run.wait(0.05)\nrun.run_id")
         run_id = cell.rich[-1]["text/plain"].strip("'")
     finally:
-        first.kill()
+        first.shut_down()
     second = Kernel(tmp_path)
     try:
         second("%load_ext nbdist")
