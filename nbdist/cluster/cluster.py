@@ -305,9 +305,9 @@ class Cluster(Facts):
         asked = asked_again(current.last_run(), options)
         return self.train(asked.pop("model"), asked.pop("data"), **asked)
 
-    def attend(self, run: Run, while_waiting: Callable[[], None] = lambda: None) -> Run:
+    def attend(self, run: Run, while_waiting: Callable[[], None] = lambda: None, interrupts: int = 0) -> Run:
         """Wait for a run in the foreground: the first interrupt stops it after its step, a second one at once."""
-        return attend(run, while_waiting)
+        return attend(run, while_waiting, interrupts)
 
     def _check_rank(self, rank: int) -> int:
         if not 0 <= rank < self.size:

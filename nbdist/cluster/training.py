@@ -240,14 +240,20 @@ def _all_printed(printed_each: list[Callable[[str], dict[int, str]]], stream: st
     return texts
 
 
-def attend(run: Run, while_waiting: Callable[[], None] = lambda: None) -> Run:
+def attend(run: Run, while_waiting: Callable[[], None] = lambda: None, interrupts: int = 0) -> Run:
     """Wait for a run in the foreground; the first interrupt stops it after its step, a second one at once.
+
+    Args:
+        run: Which.
+        while_waiting: Called again and again meanwhile.
+        interrupts: How many have come already.
 
     Raises:
         KeyboardInterrupt: It was interrupted, and has ended now.
         EngineError: The run failed.
     """
-    interrupts = 0
+    if interrupts:
+        run.stop(now=interrupts > 1)
     while not run.ended:
         try:
             with contextlib.suppress(NbdistError):  # raised below, once all is done

@@ -24,6 +24,7 @@ from nbdist.notebook.dashboard import has_front_end, make_dashboard, show_run
 from nbdist.notebook.detached import clusters_bundle
 from nbdist.notebook.expressions import callable_of, evaluate, path_of, value_of
 from nbdist.notebook.help import help_text, help_text_of
+from nbdist.notebook.interrupts import held
 from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.past_runs import runs_bundle
 from nbdist.notebook.status import described, engines_text, show_status
@@ -275,15 +276,16 @@ class DistMagics(Magics):
             model, data = evaluate(self.shell, arguments.model), evaluate(self.shell, arguments.data)
             names = (arguments.model, arguments.data)
             run = cluster.train(model, data, names=names, background=True, watch=dashboard.update, **options)
-        dashboard.begin(run)
-        self._drawn_in_cell = (run, self._cell)
-        if arguments.output:
-            self.shell.user_ns[arguments.output] = run
+        with held() as interrupts:  # one that landed while the panel is drawn would leave the run to itself
+            dashboard.begin(run)
+            self._drawn_in_cell = (run, self._cell)
+            if arguments.output:
+                self.shell.user_ns[arguments.output] = run
+            printer = RankPrinter(run.printed)
         if arguments.background:
             return run
-        printer = RankPrinter(run.printed)
         try:
-            return cluster.attend(run, printer.poll)
+            return cluster.attend(run, printer.poll, len(interrupts))
         finally:
             printer.flush()
 
