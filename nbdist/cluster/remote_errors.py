@@ -14,7 +14,8 @@ from nbdist.errors import EngineError, NbdistError, PeerLostError, ranks_text
 
 __all__ = ["LOST", "PROCESS_ENDED", "Failure", "as_error"]
 
-LOST, PROCESS_ENDED = "EngineLost", "its process ended"
+LOST = "EngineLost"
+PROCESS_ENDED = "its process ended"
 
 _FROM_WORKER = re.compile(r"Caught \w+ in (DataLoader worker process \d+)\.\nOriginal Traceback")
 _FRAME = re.compile(r'^  File "(.+)", line (\d+), in (.+)$', re.MULTILINE)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 from shared_cluster import until
@@ -9,6 +12,7 @@ from torch import nn
 
 import nbdist
 from nbdist.errors import EngineError, NbdistError, PlanError, TaskError
+from nbdist.notebook.dashboard import LineDashboard
 from nbdist.plan.plan import OPTIONS
 
 
@@ -306,3 +310,17 @@ def test_closures_and_notebook_globals_travel(notebook):
     )
     losses = [notebook.names[name].history[0]["loss"] for name in ("plain", "six", "three")]
     assert losses == pytest.approx([losses[0], losses[0] * 6, losses[0] * 3])
+
+
+def test_an_interrupt_that_comes_while_the_panel_is_drawn_stops_the_run(notebook, monkeypatch):
+    """As one does that comes a moment later: the cell fails, and the run has ended."""
+    begin = LineDashboard.begin
+
+    def interrupted(dashboard, run):
+        os.kill(os.getpid(), signal.SIGINT)
+        begin(dashboard, run)
+
+    monkeypatch.setattr(LineDashboard, "begin", interrupted)
+    error, _ = notebook.fails("%dist_train model train_set --loss cross_entropy --steps 1000000000")
+    assert isinstance(error, KeyboardInterrupt)
+    assert nbdist.last_run().state == "stopped"
