@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nbdist.cluster import Detached
 from nbdist.telemetry.number import duration
-from nbdist.telemetry.view import html_table, text_table
+from nbdist.telemetry.view import table_bundle
 
 __all__ = ["clusters_bundle"]
 
@@ -13,12 +13,7 @@ _COLUMNS = ("cluster", "engines", "belongs to", "newest run", "state")
 
 def clusters_bundle(clusters: list[Detached]) -> dict[str, str]:
     """Clusters as a table, by MIME type."""
-    rows = [_row(cluster) for cluster in clusters]
-    lines = text_table(_COLUMNS, rows)
-    return {
-        "text/html": f'<div class="nbdist">{html_table(_COLUMNS, rows)}</div>',
-        "text/plain": "\n".join(f"nbdist: {line}" for line in lines),
-    }
+    return table_bundle(_COLUMNS, [_row(cluster) for cluster in clusters])
 
 
 def _row(cluster: Detached) -> tuple[str, ...]:

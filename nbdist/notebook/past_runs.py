@@ -6,7 +6,7 @@ import time
 
 from nbdist.telemetry import PastRun
 from nbdist.telemetry.number import duration, number
-from nbdist.telemetry.view import html_table, mesh_text, text_table
+from nbdist.telemetry.view import mesh_text, table_bundle
 
 __all__ = ["runs_bundle"]
 
@@ -15,12 +15,7 @@ _COLUMNS = ("run", "began", "what", "on", "state", "step", "loss", "validation",
 
 def runs_bundle(runs: list[PastRun]) -> dict[str, str]:
     """Runs as a table, by MIME type."""
-    rows = [_row(run) for run in runs]
-    lines = text_table(_COLUMNS, rows)
-    return {
-        "text/html": f'<div class="nbdist">{html_table(_COLUMNS, rows)}</div>',
-        "text/plain": "\n".join(f"nbdist: {line}" for line in lines),
-    }
+    return table_bundle(_COLUMNS, [_row(run) for run in runs])
 
 
 def _row(past: PastRun) -> tuple[str, ...]:

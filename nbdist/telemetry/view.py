@@ -28,6 +28,7 @@ __all__ = [
     "shares_text",
     "stage_cells",
     "summary",
+    "table_bundle",
     "text_table",
 ]
 
@@ -159,6 +160,15 @@ def run_text(run: RunState) -> str:
         lines += text_table(*stage_cells(run))
     lines += text_table(RANK_COLUMNS, rank_cells(run))
     return "\n".join(f"nbdist: {line}" for line in lines)
+
+
+def table_bundle(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> dict[str, str]:
+    """A table as a notebook displays it, by MIME type."""
+    lines = text_table(columns, rows)
+    return {
+        "text/html": f'<div class="nbdist">{html_table(columns, rows)}</div>',
+        "text/plain": "\n".join(f"nbdist: {line}" for line in lines),
+    }
 
 
 def html_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
