@@ -67,6 +67,7 @@ class Anchor:
         self.folder = folder
         self.mark = mark
         self._one_at_a_time = threading.Lock()
+        self._asked = 0
         address = socket.socket(socket.AF_UNIX)
         try:
             address.connect(os.path.join(folder, _SOCKET))
@@ -169,8 +170,12 @@ class Anchor:
     def _ask(self, *words: Any) -> Any:
         try:
             with self._one_at_a_time:
-                self._pipe.send(words)
-                return self._pipe.recv()
+                self._asked += 1
+                self._pipe.send((self._asked, *words))
+                while True:
+                    number, answer = self._pipe.recv()
+                    if number == self._asked:  # not one whose wait was interrupted
+                        return answer
         except (EOFError, OSError):
             raise ClusterError(f"the anchor of cluster {self.name} has ended, and the cluster with it.") from None
 

@@ -82,8 +82,8 @@ class _Server:
     def _answer(self, file: int) -> None:
         connection = self._connections[file]
         try:
-            word, *values = connection.recv()
-            connection.send(getattr(self, f"_{word}")(file, *values))
+            number, word, *values = connection.recv()
+            connection.send((number, getattr(self, f"_{word}")(file, *values)))
         except (EOFError, OSError):
             del self._connections[file]
             connection.close()
