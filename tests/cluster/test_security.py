@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
 
@@ -67,12 +68,13 @@ def test_a_message_with_another_key_runs_nothing(cluster, connection, tmp_path):
     context = zmq.Context()
     for port in ports:
         with context.socket(zmq.DEALER) as dealer:
-            dealer.linger = 1000
+            dealer.linger = dealer.sndtimeo = 1000
             dealer.connect(f"tcp://127.0.0.1:{port}")
-            for engine in [None, *engines.values()]:
-                ident = None if engine is None else engine.encode()
-                forger.send(dealer, "apply_request", ident=ident, content={}, buffers=call, metadata={})
-                forger.send(dealer, "execute_request", ident=ident, content={"code": f"open({str(told)!r}, 'w')"})
+            with contextlib.suppress(zmq.Again):  # a port of publishers hangs up on a dealer
+                for engine in [None, *engines.values()]:
+                    ident = None if engine is None else engine.encode()
+                    forger.send(dealer, "apply_request", ident=ident, content={}, buffers=call, metadata={})
+                    forger.send(dealer, "execute_request", ident=ident, content={"code": f"open({str(told)!r}, 'w')"})
     context.term()  # all has been sent
     for _ in range(3):
         cell = cluster.execute("print(rank)")
