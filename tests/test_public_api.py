@@ -24,8 +24,8 @@ PUBLIC = [
 TRAIN_OPTIONS = [
     "MODEL", "DATA", "--val", "--strategy", "--loss", "--optimizer", "--lr", "--lr-scheduler", "--epochs", "--steps",
     "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
-    "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--threads", "--bucket-mib", "--gather",
-    "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--tensorboard",
+    "--reproducible", "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--threads", "--bucket-mib",
+    "--gather", "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--tensorboard",
     "--background", "--hang-timeout", "--on-hang", "--on-failure", "-o",
 ]  # fmt: skip
 

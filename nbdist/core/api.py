@@ -47,6 +47,7 @@ def train(
     strategy: str | None = None,
     precision: str | None = None,
     sync_batchnorm: bool | None = None,
+    reproducible: int | bool | None = None,
     microbatches: int | None = None,
     schedule: str | None = None,
     split_at: Sequence[str] | None = None,
@@ -91,6 +92,8 @@ def train(
         strategy: "data", "shard", "pipeline", "tensor", or a mesh such as "dp=2,pp=2".
         precision: "full", "bf16" or "fp16": what forward and loss compute in.
         sync_batchnorm: Whether BatchNorm sees the whole microbatch of all replicas.
+        reproducible: Whether the bits may not depend on the number of ranks; True, or into how many slices every batch
+            is cut for that (12). For the strategy data; `threads` is 1 then, unless given.
         microbatches: Microbatches in flight through a pipeline, for each one of `accumulate`.
         schedule: Order of work in a pipeline: "1f1b" by default, "gpipe", "interleaved" or "zero-bubble".
         split_at: Names of the modules that begin a stage of a pipeline; by default it is cut by measured time.
@@ -126,7 +129,7 @@ def train(
         "microbatches": microbatches, "schedule": schedule, "split_at": split_at, "tensor_plan": tensor_plan,
         "gather": gather, "checkpoint": checkpoint, "checkpoint_every": checkpoint_every,
         "checkpoint_keep": checkpoint_keep, "resume": resume, "stop_on_nan": stop_on_nan, "bucket_mib": bucket_mib,
-        "tensorboard": tensorboard,
+        "tensorboard": tensorboard, "reproducible": reproducible,
     }  # fmt: skip
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     plan = Plan.create(ranks=size, cores=_cores(size), **options, **task.options)

@@ -14,6 +14,7 @@ from nbdist.core import seeds
 from nbdist.core.channels import Channel
 from nbdist.core.data_workers import EndsWithRank
 from nbdist.core.source import Source, map_tensors
+from nbdist.core.sum_order import SumOrder
 from nbdist.plan import slice_bounds
 
 __all__ = ["Reader", "Slice", "to_device"]
@@ -39,32 +40,36 @@ class Slice:
 class Reader:
     """Deals a source out to the ranks of one channel.
 
-    The order of samples is a function of (seed, epoch). Each global batch is cut into contiguous slices, and rank r
-    reads slices ``r * per_rank ... (r + 1) * per_rank - 1``, so the ranks of a mesh read just what one process with
-    as many microbatches would. Of a stream, rank r reads elements r modulo ranks.
+    The order of samples is a function of (seed, epoch). Each global batch is cut into contiguous slices, and each rank
+    reads some that follow each other, so the ranks of a mesh read just what one process with as many microbatches
+    would. Of a stream, rank r reads elements r modulo ranks; `dealt_by_slice`, slice i has elements i modulo slices.
 
     Args:
         source: The data, the same on every rank.
         channel: The axis that shares the data.
         batch_size: Global batch size.
-        per_rank: Slices (microbatches) a rank runs in one step.
+        slices: Into how many a batch is cut, over all ranks; by default one a rank.
         seed: Decides the order and what data sets draw at random.
         shuffle: Whether to read in a new order each epoch.
         pin: Whether to put what is read in page-locked memory, for a GPU.
         told_by: Over all ranks that read with the same settings; by default those of `channel`.
         even: Whether every rank gets as many slices as any other: without samples, and the data of another one.
+        dealt_by_slice: Whether what is in a slice of a stream may not depend on the number of ranks.
     """
 
     def __init__(
-        self, source: Source, channel: Channel, *, batch_size: int, per_rank: int = 1, seed: int = 0,
+        self, source: Source, channel: Channel, *, batch_size: int, slices: int = 0, seed: int = 0,
         shuffle: bool = False, pin: bool = False, told_by: Channel | None = None, even: bool = False,
+        dealt_by_slice: bool = False,
     ) -> None:  # fmt: skip
         self._source = source
         self._channel = channel
         self._told_by = told_by or channel
         self._even = even
         self._batch_size = batch_size
-        self._per_rank = per_rank
+        self._slices = slices or channel.size
+        self._share = SumOrder.share(self._slices, channel.rank, channel.size)
+        self._dealt_by_slice = dealt_by_slice
         self._seed = seed
         self._shuffle = shuffle
         self._pin = pin
@@ -125,16 +130,16 @@ class Reader:
 
     def _deal(self, order: torch.Tensor) -> Iterator[list[_Dealt]]:
         """For each batch, the slices of this rank: index, positions in the source, and samples that count."""
-        first = self._channel.rank * self._per_rank
+        share = self._share
         for batch in order.split(self._batch_size):
             if self._source.drop_last and len(batch) < self._batch_size:
                 return
-            bounds = slice_bounds(len(batch), self._channel.size * self._per_rank)
-            mine = enumerate(bounds[first : first + self._per_rank], start=first)
+            bounds = slice_bounds(len(batch), self._slices)
+            mine = ((index, bounds[index]) for index in share)
             dealt = [(index, batch[start:stop], stop - start) for index, (start, stop) in mine if stop > start]
             if self._even:
-                most = sum(stop > start for start, stop in bounds[: self._per_rank])  # what the first rank has
-                dealt += [(first + i, batch[slice(*bounds[0])], 0) for i in range(len(dealt), most)]
+                most = sum(stop > start for start, stop in bounds[: len(share)])  # what the first rank has
+                dealt += [(share.start + i, batch[slice(*bounds[0])], 0) for i in range(len(dealt), most)]
             yield dealt
 
     def _index(self, batches: Iterator[list[_Dealt]]) -> Iterator[list[Slice]]:
@@ -167,7 +172,9 @@ class Reader:
             yield [Slice(index=index, samples=samples, batch=next(loaded)) for index, _, samples in batch]
 
     def _stream(self, epoch: int, skip: int) -> Iterator[list[Slice] | None]:
-        channel, first = self._channel, self._channel.rank * self._per_rank
+        hands = self._slices if self._dealt_by_slice else self._channel.size
+        each = self._slices // hands
+        mine = self._share if self._dealt_by_slice else [self._channel.rank]
         seeds.seed_all(seeds.derive(self._seed, "stream", epoch))
         loader = torch_data.DataLoader(
             self._source.stream, batch_size=None, collate_fn=_as_it_is, **_loading(self._source)
@@ -181,17 +188,20 @@ class Reader:
             if step < skip:
                 continue
             offset = step * self._batch_size
-            mine = batch[(channel.rank - offset) % channel.size :: channel.size]
-            slices = [
-                Slice(index=first + i, samples=stop - start, batch=self._source.collate(mine[start:stop]))
-                for i, (start, stop) in enumerate(slice_bounds(len(mine), self._per_rank))
-                if stop > start
-            ]
-            if self._even:
-                most = slice_bounds(-(-len(batch) // channel.size), self._per_rank)  # what some rank has
-                spare = self._source.collate((mine or batch)[:2])
-                filled = sum(stop > start for start, stop in most)
-                slices += [Slice(index=first + i, samples=0, batch=spare) for i in range(len(slices), filled)]
+            slices = []
+            for hand in mine:
+                dealt, first = batch[(hand - offset) % hands :: hands], hand * each
+                bounds = slice_bounds(len(dealt), each)
+                slices += [
+                    Slice(index=first + i, samples=stop - start, batch=self._source.collate(dealt[start:stop]))
+                    for i, (start, stop) in enumerate(bounds)
+                    if stop > start
+                ]
+                if self._even:
+                    most = slice_bounds(-(-len(batch) // hands), each)  # what some rank has
+                    spare = self._source.collate((dealt or batch)[:2])
+                    filled = sum(stop > start for start, stop in most)
+                    slices += [Slice(index=first + i, samples=0, batch=spare) for i in range(len(slices), filled)]
             yield slices
         yield from itertools.repeat(None)
 

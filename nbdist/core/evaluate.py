@@ -37,7 +37,10 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
         TaskError: The metric cannot be measured on what the model or the data gave.
     """
     device = strategy.device
-    loss_mean, metric_mean, samples = WeightedMean(device), WeightedMean(device), 0
+    # One sum for all that this rank sees; where bits may not depend on who sees what, one for each slice.
+    by_slice = strategy.sums is not None
+    seen: dict[tuple[int, int], _Seen] = {}
+    steps = 1
     outputs: list[Any] = []
 
     def measure(batch: Any, samples: int) -> tuple[tuple[torch.Tensor, Any], tuple[Any, Any]]:
@@ -50,26 +53,48 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
             for step, slices in enumerate(reader.epoch(1)):
                 if slices is None:
                     break
+                steps = step + 1 if by_slice else 1
                 for part in slices:
                     outputs.clear()
                     measured = strategy.forward(part, ("val", step), measure)
                     if measured is not None and part.samples and strategy.axes.speaks:
-                        loss_mean.add(*measured[0])
-                        samples += part.samples
-                        if task.metric is not None:
-                            metric_mean.add(*measured[1])
+                        place = (step, part.index) if by_slice else (0, 0)
+                        seen.setdefault(place, _Seen(device)).add(part.samples, *measured)
     finally:
         hook.remove()
-    counted = torch.tensor([samples], dtype=torch.float64, device=device)
-    sums = torch.cat([loss_mean.sums, metric_mean.sums, counted])
-    strategy.axes.world.all_reduce_(sums)
-    loss_sum, loss_weight, metric_sum, metric_weight, samples = sums.tolist()
+    world = strategy.axes.world
+    if by_slice:  # streams may have ended on one rank before others
+        steps = int(torch.stack(world.all_gather(torch.tensor([steps], device=device))).max())
+    table = torch.zeros((steps, strategy.plan.slices if by_slice else 1, 5), dtype=torch.float64, device=device)
+    for place, one in seen.items():
+        table[place] = one.sums
+    world.all_reduce_(table)
+    loss_sum, loss_weight, metric_sum, metric_weight, samples = table.sum((0, 1)).tolist()
     if not samples:
         raise PlanError("the validation data gave no batch: can it be read only once?")
     result = {"val_loss": loss_sum / loss_weight if loss_weight else float("nan")}
     if task.metric is not None:
         result[f"val_{metric}"] = metric_sum / metric_weight if metric_weight else float("nan")
     return result
+
+
+class _Seen:
+    """Sums over samples: of their losses and metrics, with the weights, and how many they are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._means = WeightedMean(device), WeightedMean(device)
+        self._samples = 0
+
+    def add(self, samples: int, loss: tuple[Any, Any], metric: tuple[Any, Any]) -> None:
+        self._samples += samples
+        for mean, measured in zip(self._means, (loss, metric), strict=True):
+            mean.add(*measured)
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """``(5,)`` in float64."""
+        samples = self._means[0].sums.new_tensor([self._samples])
+        return torch.cat([mean.sums for mean in self._means] + [samples])
 
 
 def _measure(task: Task, outputs: list[Any], batch: Any, samples: int, metric: str) -> tuple[Any, Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from nbdist.core.eager import eager
 from nbdist.core.task import Task
 
-__all__ = ["on_device", "threads", "uninterrupted"]
+__all__ = ["deterministic", "on_device", "threads", "uninterrupted"]
 
 
 @contextlib.contextmanager
@@ -24,6 +26,25 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Let torch compute the same bits from the same numbers meanwhile, or say which operation cannot. Local."""
+    switches: Any = torch.utils.deterministic
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills, tries = switches.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+    switches.fill_uninitialized_memory = False  # nobody reads it, and it costs a pass over memory
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        switches.fill_uninitialized_memory = fills
+        torch.backends.cudnn.benchmark = tries
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from nbdist.core.orders import Orders
 from nbdist.core.position import Position
 from nbdist.core.reporter import Reporter, rate_of
 from nbdist.core.restore import load, position_of
-from nbdist.core.runtime import on_device, threads, uninterrupted
+from nbdist.core.runtime import deterministic, on_device, threads, uninterrupted
 from nbdist.core.saved import Saved
 from nbdist.core.snapshot import Vault, newest, read
 from nbdist.core.source import Source
@@ -106,6 +106,8 @@ def fit(
             cleanup.callback(sinks[-1].close)
         cleanup.enter_context(seeds.kept(device))
         cleanup.enter_context(threads(plan.threads))
+        if plan.reproducible:
+            cleanup.enter_context(deterministic())
         cleanup.enter_context(pages_kept(sparing=plan.mesh.size > plan.mesh.dp))
         cleanup.enter_context(objects_set_aside())
         cleanup.enter_context(on_device(task, device))
@@ -132,16 +134,16 @@ def fit(
                 seeds.go_on(saved.ranks[world.rank]["generators"])
             axes.world.all_reduce_(torch.ones(1, device=device))  # where weights are shared, everybody's are there
 
-        def reader_of(source: Source, per_rank: int, shuffle: bool) -> Reader:
+        def reader_of(source: Source, slices: int, shuffle: bool) -> Reader:
             reader = Reader(
-                source, axes.data, told_by=axes.world, batch_size=plan.batch_size, per_rank=per_rank, seed=plan.seed,
-                shuffle=shuffle, pin=device.type == "cuda", even=strategy.even,
+                source, axes.data, told_by=axes.world, batch_size=plan.batch_size, slices=slices, seed=plan.seed,
+                shuffle=shuffle, pin=device.type == "cuda", even=strategy.even, dealt_by_slice=plan.reproducible > 0,
             )  # fmt: skip
             cleanup.callback(reader.close)
             return reader
 
-        reader = reader_of(task.data, plan.slices_per_rank, plan.shuffle)
-        val_reader = reader_of(task.val, 1, False) if task.val is not None else None
+        reader = reader_of(task.data, plan.slices, plan.shuffle)
+        val_reader = reader_of(task.val, plan.reproducible, False) if task.val is not None else None
         steps_total = _steps_total(plan, reader)
         keeper = Keeper(
             strategy, plan, scheduler, Vault(vaults[world.rank]) if vaults else None, tell, changed=restored
@@ -193,7 +195,7 @@ def fit(
                         updated = strategy.update(optimizer)
                         if updated and scheduler.every_step:
                             scheduler.step()
-                    at.advance(sum(part.samples for part in slices or ()), losses)
+                    at.advance(sum(part.samples for part in slices or ()), strategy.counted(losses, totals))
 
                     # A GPU is not waited for: there, ranks hear one step later what they have agreed on.
                     heard, latest = totals if device.type == "cpu" else latest, totals

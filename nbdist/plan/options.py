@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from nbdist.errors import PlanError, suggest
-from nbdist.plan.plan import OPTIONS, Option
+from nbdist.plan.option import Option
+from nbdist.plan.plan import OPTIONS
 
 __all__ = ["OptionParser", "add_plan_options", "plan_options", "split_line"]
 

@@ -8,50 +8,23 @@ import operator
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nbdist.errors import PlanError, suggest
 from nbdist.plan.mesh import Mesh
+from nbdist.plan.option import Option, option
 from nbdist.plan.words import LOSSES, METRICS
 
-__all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "SCHEDULES", "Option", "Plan"]
+__all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "SCHEDULES", "SLICES", "Plan"]
 
 DEFAULT_BATCH_SIZE = 32
 PRECISIONS = ("full", "bf16", "fp16")
+SLICES = 12
+"""Slices of a reproducible batch: 1, 2, 3, 4, 6 and 12 ranks get equally many."""
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero-bubble": 2}
 """Orders of work in a pipeline, and how many stages each gives a rank."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Option:
-    """One option: what magics, the command line and the Python keywords know about it.
-
-    Args:
-        help: One sentence, with the unit.
-        parse: Turns the word on a command line into a value.
-        metavar: The placeholder shown in help.
-        default: The default as a person reads it; the value itself is the Plan field's.
-        many: Whether it takes several words.
-        bare: Whether it may stand without a word, which then means True.
-    """
-
-    help: str
-    parse: type = str
-    metavar: str = "NAME"
-    default: str | None = None
-    many: bool = False
-    bare: bool = False
-
-
-def _option(
-    value: Any, help: str, *, parse: type = str, metavar: str = "NAME", default: str | None = None, many: bool = False,
-    bare: bool = False,
-) -> Any:  # fmt: skip
-    shown = str(value) if default is None and value is not None else default
-    option = Option(help=help, parse=parse, metavar=metavar, default=shown, many=many, bare=bare)
-    return field(default=value, metadata={"option": option})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,109 +35,116 @@ class Plan:
     """
 
     mesh: Mesh
-    strategy: str = _option(
+    strategy: str = option(
         "data",
         "How the ranks share the work: data, shard, pipeline, tensor (aliases ddp, fsdp, pp, tp), or a mesh such as "
         "dp=2,pp=2 whose degrees multiply to the number of ranks.",
         metavar="WORD|MESH",
     )
-    loss: str = _option(
+    loss: str = option(
         "",
         f"A callable of the notebook, or one of {', '.join(LOSSES)}.",
         default="",
     )
-    optimizer: str = _option(
+    optimizer: str = option(
         "adamw",
         "A callable or an optimizer of the notebook, or a class of torch.optim in small letters (sgd, adamw, ...).",
     )
-    lr: float | None = _option(
+    lr: float | None = option(
         None, "Learning rate.", parse=float, metavar="RATE", default="the optimizer's own default"
     )
-    lr_scheduler: str = _option(
+    lr_scheduler: str = option(
         "",
         "A callable of the notebook that makes a torch scheduler from an optimizer; it steps with the optimizer "
         "(ReduceLROnPlateau: after each epoch).",
         default="",
     )
-    epochs: int | None = _option(
+    epochs: int | None = option(
         None, "Passes over the training data.", parse=int, metavar="N", default="1, unless --steps"
     )
-    steps: int | None = _option(
+    steps: int | None = option(
         None, "Optimizer steps, instead of epochs; wraps round the data.", parse=int, metavar="N", default=""
     )
-    batch_size: int = _option(
+    batch_size: int = option(
         DEFAULT_BATCH_SIZE, "Global batch size: samples in one optimizer step, over all ranks.", parse=int, metavar="N"
     )
-    accumulate: int = _option(1, "Microbatches each rank runs in one step.", parse=int, metavar="K")
-    clip_norm: float | None = _option(
+    accumulate: int = option(1, "Microbatches each rank runs in one step.", parse=int, metavar="K")
+    clip_norm: float | None = option(
         None,
         "Largest global L2 norm of the gradient; larger ones are scaled down.",
         parse=float,
         metavar="X",
         default="",
     )
-    precision: str = _option(
+    precision: str = option(
         "full", "Forward and loss under autocast to bf16 or fp16; weights stay as they are.", metavar="full|bf16|fp16"
     )
-    sync_batchnorm: bool = _option(
+    sync_batchnorm: bool = option(
         False, "BatchNorm over the whole microbatch of all replicas.", parse=bool, metavar="yes|no", default="no"
     )
-    microbatches: int | None = _option(
+    microbatches: int | None = option(
         None,
         "Microbatches in flight through a pipeline, for each one of --accumulate.",
         parse=int,
         metavar="M",
         default="twice the ranks of the pipeline",
     )
-    schedule: str = _option(
+    schedule: str = option(
         "1f1b",
         "Order of work in a pipeline: gpipe, 1f1b, interleaved or zero-bubble (the last two: two stages a rank).",
         metavar="WORD",
     )
-    split_at: tuple[str, ...] = _option(
+    split_at: tuple[str, ...] = option(
         (), "Where a pipeline is cut: modules that begin a stage. Default: balanced by measured time.", many=True,
         default="",
     )  # fmt: skip
-    tensor_plan: Mapping[str, str] | None = _option(
+    tensor_plan: Mapping[str, str] | None = option(
         None,
         "A dict of the notebook: how tensor parallelism splits layers, by names or patterns. Default: found out.",
         default="",
     )
-    metric: str = _option(
+    metric: str = option(
         "", f"Measured on the --val data: a callable of the notebook, or one of {', '.join(METRICS)}.", default=""
     )
-    shuffle: bool = _option(
+    shuffle: bool = option(
         True, "Read the training data in a new order each epoch.", parse=bool, metavar="yes|no", default="yes"
     )
-    seed: int = _option(
-        0, "Decides the order of samples and the random numbers of every slice.", parse=int, metavar="N"
+    seed: int = option(0, "Decides the order of samples and the random numbers of every slice.", parse=int, metavar="N")
+    reproducible: int = option(
+        0,
+        "The same bits on any number of ranks: every batch is cut into N slices (12), whose gradients are summed in a "
+        "fixed order. For the strategy data; then --threads is 1.",
+        parse=int,
+        metavar="N",
+        default="",
+        bare=True,
     )
-    threads: int = _option(
+    threads: int = option(
         1,
         "CPU threads of each rank; the bits of a result depend on it.",
         parse=int,
         metavar="N",
         default="cores / ranks",
     )
-    bucket_mib: float = _option(
+    bucket_mib: float = option(
         25.0, "Gradient bucket in MiB, where the sync overlaps with backward (NCCL).", parse=float, metavar="MIB"
     )
 
-    gather: bool = _option(
+    gather: bool = option(
         True,
         "Bring the whole model home; no for one too large, which --checkpoint then keeps.",
         parse=bool,
         metavar="yes|no",
         default="yes",
     )
-    checkpoint: str = _option(
+    checkpoint: str = option(
         "", "Folder for checkpoints: one at the end, and in between with --checkpoint-every.", metavar="DIR", default=""
     )
-    checkpoint_every: str = _option(
+    checkpoint_every: str = option(
         "", "How often to write one, in the background: steps (200) or time (90s, 5min).", metavar="N|TIME", default=""
     )
-    checkpoint_keep: int = _option(3, "How many of the newest checkpoints stay.", parse=int, metavar="K")
-    resume: str | bool = _option(
+    checkpoint_keep: int = option(3, "How many of the newest checkpoints stay.", parse=int, metavar="K")
+    resume: str | bool = option(
         "",
         "Go on from a checkpoint, made on any mesh, up to --epochs or --steps in all. Without DIR: where the last run "
         "of this notebook ended, or from the newest in --checkpoint.",
@@ -172,11 +152,11 @@ class Plan:
         default="",
         bare=True,
     )
-    stop_on_nan: bool = _option(
+    stop_on_nan: bool = option(
         False, "End with an error when a loss is not finite, before it reaches the weights.", parse=bool,
         metavar="yes|no", default="no",
     )  # fmt: skip
-    tensorboard: str = _option(
+    tensorboard: str = option(
         "", "Folder for TensorBoard: loss, rate and metrics of each run.", metavar="DIR", default=""
     )
 
@@ -189,6 +169,7 @@ class Plan:
         for name in ("batch_size", "accumulate", "threads", "checkpoint_keep"):
             self._at_least(name, 1)
         self._integer("seed")
+        self._check_reproducible()
         for name in ("shuffle", "sync_batchnorm", "gather", "stop_on_nan"):
             if getattr(self, name) not in (True, False):
                 raise PlanError(f"{name} must be True or False, not {getattr(self, name)!r}.")
@@ -218,10 +199,33 @@ class Plan:
             if getattr(self, name) is not None:
                 self._positive(name)
         if self.batch_size < self.slices:
+            how, what = f"{self.mesh.data} ranks x {self.slices_per_rank} microbatches", "ranks"
+            if self.reproducible:
+                how, what = f"reproducible={self.reproducible}", "slices"
             raise PlanError(
                 f"batch_size {self.batch_size} is smaller than its {self.slices} slices "
-                f"({self.mesh.data} ranks x {self.slices_per_rank} microbatches): "
-                f"use {self.slices} or more, or fewer ranks."
+                f"({how}): use {self.slices} or more, or fewer {what}."
+            )
+
+    def _check_reproducible(self) -> None:
+        """Refuse what would make bits depend on the number of ranks."""
+        if self.reproducible is True or self.reproducible is False:
+            object.__setattr__(self, "reproducible", SLICES if self.reproducible else 0)
+        self._at_least("reproducible", 0)
+        if not self.reproducible:
+            return
+        if self.mesh.size > self.mesh.dp:
+            raise PlanError(
+                f"reproducible needs ranks that each hold the whole model, and mesh {self.mesh} cuts it: "
+                "use --strategy data."
+            )
+        if self.accumulate > 1 or self.sync_batchnorm:
+            name = "accumulate" if self.accumulate > 1 else "sync_batchnorm"
+            raise PlanError(f"{name} depends on the number of ranks, so reproducible excludes it: leave one out.")
+        if self.mesh.size > self.reproducible:
+            raise PlanError(
+                f"reproducible cuts a batch into {self.reproducible} slices, too few for {self.mesh.size} ranks: "
+                f"use --reproducible {self.mesh.size} or fewer ranks."
             )
 
     def _check_axes(self) -> None:
@@ -262,7 +266,7 @@ class Plan:
         given = {name: value for name, value in options.items() if value is not None}
         if "epochs" not in given and "steps" not in given:
             given["epochs"] = 1
-        given.setdefault("threads", max(1, cores // ranks))
+        given.setdefault("threads", 1 if given.get("reproducible") else max(1, cores // ranks))
         mesh = Mesh.parse(given.get("strategy", "data"), ranks)
         return cls(mesh=mesh, **given)
 
@@ -303,7 +307,7 @@ class Plan:
     @property
     def slices(self) -> int:
         """Parts a full global batch is cut into: each is one forward and backward with its own random numbers."""
-        return self.mesh.data * self.slices_per_rank
+        return self.reproducible or self.mesh.data * self.slices_per_rank
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able data."""

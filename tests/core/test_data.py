@@ -80,11 +80,11 @@ DATA = {
 }
 
 
-def read(world, form, per_rank=1, seed=7):
+def read(world, form, slices=0, seed=7):
     """Two epochs: for each step of each the slices of this rank, as plain values."""
     source = Source.of(DATA[form]())
     shuffle = True if source.shuffle is None else source.shuffle
-    reader = Reader(source, world.channel(), batch_size=BATCH, per_rank=per_rank, seed=seed, shuffle=shuffle)
+    reader = Reader(source, world.channel(), batch_size=BATCH, slices=slices, seed=seed, shuffle=shuffle)
     epochs = [[[(s.index, s.samples, plain(s.batch)) for s in step] for step in reader.epoch(e)] for e in (1, 2)]
     reader.close()
     assert len(epochs[0]) == reader.steps
@@ -107,7 +107,7 @@ def numbers(slices):
 def test_ranks_read_the_slices_of_one_process(run_ranks, form):
     """Samples, their order, their slices and what is drawn for them do not depend on who reads them."""
     for size in (2, 3, 4):
-        expected = read(World(), form, per_rank=size)
+        expected = read(World(), form, slices=size)
         ranks = run_ranks(size, read, form)
         for epoch in range(2):
             for step, slices in enumerate(expected[epoch]):
@@ -117,7 +117,7 @@ def test_ranks_read_the_slices_of_one_process(run_ranks, form):
 @pytest.mark.parametrize("form", ["tensors", "a dict", "a data set", "workers", "in order"])
 def test_an_epoch_holds_every_sample_once(form):
     """Nothing is left out, nothing comes twice, and the last batch is the short one."""
-    for epoch in read(World(), form, per_rank=4):
+    for epoch in read(World(), form, slices=4):
         assert [8, 8, 7] == [sum(samples for _, samples, _ in step) for step in epoch]
         assert list(range(SAMPLES)) == sorted(number for step in epoch for number in numbers(step))
 
@@ -192,7 +192,7 @@ class SampleStream(torch_data.IterableDataset):
 
 
 def read_stream(world, samples, per_rank):
-    reader = Reader(Source.of(Stream(samples)), world.channel(), batch_size=6, per_rank=per_rank)
+    reader = Reader(Source.of(Stream(samples)), world.channel(), batch_size=6, slices=per_rank * world.size)
     steps = []
     for step in reader.epoch(1):
         if step is None:

@@ -65,7 +65,8 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
         "loss": "cross_entropy", "optimizer": "sgd", "lr": 0.1, "steps": 3, "epochs": None, "batch_size": 16,
         "accumulate": 2, "clip_norm": 0.5, "seed": 7, "threads": 1, "strategy": "dp=2", "shuffle": False,
         "bucket_mib": 8.0, "metric": "accuracy", "lr_scheduler": "<lambda>", "precision": "bf16",
-        "sync_batchnorm": False, "microbatches": None, "schedule": "1f1b", "split_at": (), "tensor_plan": None,
+        "sync_batchnorm": False, "reproducible": 0, "microbatches": None, "schedule": "1f1b", "split_at": (),
+        "tensor_plan": None,
         "gather": True, "checkpoint": str(tmp_path / "kept"), "checkpoint_every": "2", "checkpoint_keep": 1,
         "resume": "", "stop_on_nan": True, "tensorboard": "",
     }  # fmt: skip

@@ -21,7 +21,7 @@ WORDS = {
     "epochs": ("3", 3), "steps": ("7", 7), "batch_size": ("64", 64), "accumulate": ("2", 2), "clip_norm": ("1", 1.0),
     "metric": ("mae", "mae"), "shuffle": ("no", False), "seed": ("-5", -5), "threads": ("2", 2),
     "bucket_mib": ("0.5", 0.5), "lr_scheduler": ("warm", "warm"), "precision": ("bf16", "bf16"),
-    "sync_batchnorm": ("yes", True), "microbatches": ("4", 4), "schedule": ("gpipe", "gpipe"),
+    "sync_batchnorm": ("yes", True), "reproducible": ("8", 8), "microbatches": ("4", 4), "schedule": ("gpipe", "gpipe"),
     "split_at": ("blocks.2", ("blocks.2",)), "tensor_plan": ("rules", "rules"), "gather": ("no", False),
     "checkpoint": ("/tmp/here", "/tmp/here"), "checkpoint_every": ("5min", "5min"), "checkpoint_keep": ("2", 2),
     "resume": ("/tmp/here", "/tmp/here"), "stop_on_nan": ("yes", True), "tensorboard": ("/tmp/here", "/tmp/here"),

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from nbdist.core.sum_order import SumOrder
+
 __all__ = ["Channel", "Done", "Pending", "SoloChannel"]
 
 
@@ -80,6 +82,18 @@ class Channel(ABC):
         total = tensor.clone()
         self.all_reduce_(total)
         return total.view(self.size, -1)[self.rank]
+
+    def sum_in_order_(self, rows: torch.Tensor, order: SumOrder) -> None:
+        """Replace the first of `rows` by the sum of all ranks' rows in the order of a tree; the others are used up.
+
+        Args:
+            rows: ``(order.rows, n)``, contiguous: what this rank has summed by itself, of ``order.nodes[rank]``.
+            order: Which row is added to which.
+        """
+        if self.size > 1:
+            rows[0].copy_(order.total([list(other) for other in self.all_gather(rows)], torch.Tensor.add_))
+        else:
+            assert order.rows == 1
 
     def broadcast_any_(self, tensor: torch.Tensor, source: int = 0) -> None:
         """`broadcast_` of a tensor in any memory layout."""

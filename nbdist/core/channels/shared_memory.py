@@ -26,6 +26,7 @@ from nbdist.core.channels.base import Channel, Done, Pending
 from nbdist.core.channels.meeting import echoes
 from nbdist.core.channels.spent import spent
 from nbdist.core.handover import Segment
+from nbdist.core.sum_order import SumOrder
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
 
@@ -175,6 +176,22 @@ class SharedMemoryChannel(Channel):
             self.meet()
         return total
 
+    @spent.communicating()
+    def sum_in_order_(self, rows: torch.Tensor, order: SumOrder) -> None:
+        """See `Channel`."""
+        arena = self._arena_of(rows)
+        if arena is None:
+            super().sum_in_order_(rows, order)
+            return
+        slabs = [view.view(rows.shape) for view in arena.views(rows)]
+        self.meet()
+        part = self._part(rows.shape[1])
+        if part.start < part.stop:
+            total = order.total([list(slab[:, part]) for slab in slabs], torch.Tensor.add_)
+            for slab in slabs[1:]:
+                slab[0, part].copy_(total)
+        self.meet()
+
     def close(self) -> None:
         """Hang up, which releases peers that wait for this rank. Twice is fine."""
         for peer in self._peers:
@@ -183,8 +200,7 @@ class SharedMemoryChannel(Channel):
 
     def _sum_(self, slabs: list[torch.Tensor]) -> None:
         self.meet()
-        length = slabs[0].numel()
-        part = slice(self.rank * length // self.size, (self.rank + 1) * length // self.size)
+        part = self._part(slabs[0].numel())
         if part.start < part.stop:
             total = slabs[0][part]
             for slab in slabs[1:]:
@@ -192,6 +208,10 @@ class SharedMemoryChannel(Channel):
             for slab in slabs[1:]:
                 slab[part].copy_(total)
         self.meet()
+
+    def _part(self, length: int) -> slice:
+        """What this rank sums."""
+        return slice(self.rank * length // self.size, (self.rank + 1) * length // self.size)
 
     def meet(self) -> None:
         """Wait until every rank is here. **Collective**."""

@@ -17,6 +17,7 @@ from nbdist.core.eager import eager
 from nbdist.core.gradient_sync import Signals, Totals
 from nbdist.core.params import ParamTable, buffers_kept
 from nbdist.core.precision import Precision
+from nbdist.core.slice_sums import SliceSums
 from nbdist.core.sync_batchnorm import BatchNorms
 from nbdist.core.task import Task
 from nbdist.plan import Plan
@@ -43,6 +44,7 @@ class Strategy(ABC):
         infos: The stages that a pipeline was cut into, as JSON-able data.
         even: Whether all ranks must compute equally many slices, those without data included.
         batch_norms: What lets BatchNorm see the slices of all ranks, or None.
+        sums: What adds up slices in the same order on any number of ranks, or None.
     """
 
     def __init__(self, task: Task, plan: Plan, axes: Axes) -> None:
@@ -59,6 +61,10 @@ class Strategy(ABC):
             norms = BatchNorms(task.model, axes.data)
             self.batch_norms = norms if norms.layers else None
         self.even = self.batch_norms is not None
+        self.sums: SliceSums | None = None
+        if plan.reproducible:
+            trainable, buffers = list(self.table.trainable.values()), list(self.table.buffers.values())
+            self.sums = SliceSums(trainable, buffers, axes.data, plan.slices)
 
     @abstractmethod
     def begin_step(self) -> None:
@@ -78,11 +84,16 @@ class Strategy(ABC):
             if counts:
                 total = total + weight
                 losses.append((loss.detach(), weight))
+            if self.sums is not None:
+                self.sums.take(part.index, losses[-1] if counts else None)
         return total, losses
 
     def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, int], T]) -> T:
         """Call ``function(batch, samples)`` on a slice, under its own random numbers and the plan's precision."""
-        seeds.seed_torch(seeds.derive(self.plan.seed, *path, part.index), self.device)
+        seed = seeds.derive(self.plan.seed, *path, part.index)
+        if self.sums is not None:
+            seeds.seed_all(seed)  # a step of the person's may draw from other generators too
+        seeds.seed_torch(seed, self.device)
         batch = to_device(part.batch, self.device)
         if part.samples and self.batch_norms is None and self.precision.full:  # spares a small step the contexts
             return function(batch, part.samples)
@@ -116,6 +127,12 @@ class Strategy(ABC):
     @abstractmethod
     def sync(self, weight: Any, signals: Signals, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """Make every gradient the weighted mean over all ranks. **Collective**; see `GradientSync.finish`."""
+
+    def counted(self, losses: list[tuple[torch.Tensor, Any]], totals: Totals) -> list[tuple[Any, Any]]:
+        """The losses, with their weights, that a step adds to this rank's part of the history. Local."""
+        if self.sums is None:
+            return list(losses)
+        return [(totals.loss, totals.weight)] if self.axes.data.rank == 0 and totals.weight else []
 
     def update(self, optimizer: torch.optim.Optimizer) -> bool:
         """Clip the gradients and update the parameters. **Collective** over a replica.

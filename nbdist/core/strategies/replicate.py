@@ -8,6 +8,7 @@ import torch
 
 from nbdist.core.axes import Axes
 from nbdist.core.gradient_sync import GradientSync, Signals, Totals
+from nbdist.core.ordered_sync import OrderedSync
 from nbdist.core.strategies.base import Strategy
 from nbdist.core.task import Task
 from nbdist.plan import Plan
@@ -30,10 +31,12 @@ class Replicate(Strategy):
     def __init__(self, task: Task, plan: Plan, axes: Axes, *, overlap: bool | None = None) -> None:
         super().__init__(task, plan, axes)
         self.table.broadcast_(axes.world)
-        self._gradients = GradientSync(
-            list(self.table.trainable.values()), axes.dp, full_batch=plan.batch_size, bucket_mib=plan.bucket_mib,
-            overlap=overlap,
-        )  # fmt: skip
+        parameters = list(self.table.trainable.values())
+        self._gradients: GradientSync | OrderedSync = (
+            GradientSync(parameters, axes.dp, full_batch=plan.batch_size, bucket_mib=plan.bucket_mib, overlap=overlap)
+            if self.sums is None
+            else OrderedSync(parameters, axes.dp, self.sums, full_batch=plan.batch_size)
+        )
 
     def begin_step(self) -> None:
         """See `Strategy`."""

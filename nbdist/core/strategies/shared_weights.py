@@ -13,6 +13,7 @@ from nbdist.core.channels import SharedMemoryChannel
 from nbdist.core.gradient_sync import COUNTS, Signals, Totals, tail_dtype
 from nbdist.core.params import laid_out_like
 from nbdist.core.strategies.base import Strategy
+from nbdist.core.sum_order import SumOrder
 from nbdist.core.task import Task
 from nbdist.plan import Plan
 
@@ -51,8 +52,11 @@ class SharedWeights(Strategy):
         self._owned = [i for i, owner in enumerate(owners) if owner == channel.rank]
         self._foreign = [i for i, owner in enumerate(owners) if owner != channel.rank]
         self._arenas: list[torch.Tensor] = []
-        # The place of each parameter's gradient in the slab of each rank.
-        self._slabs: list[dict[int, torch.Tensor]] = [{} for _ in range(channel.size)]
+        self._order = SumOrder.chain(channel.size) if self.sums is None else self.sums.order
+        # The places of each parameter's gradients in the slab of each rank: one for each node of the order.
+        self._slabs: list[list[dict[int, torch.Tensor]]] = [
+            [{} for _ in range(self._order.rows)] for _ in range(channel.size)
+        ]
         with torch.no_grad():
             for name, tensor in self.table.tensors.items():
                 if name not in self.table.trainable:
@@ -60,7 +64,8 @@ class SharedWeights(Strategy):
             dtypes = list(dict.fromkeys(parameter.dtype for parameter in self._parameters))
             for dtype in dtypes:
                 self._lay_out(dtype)
-        self._tail = channel.zeros(COUNTS + len(self._parameters), tail_dtype(dtypes))
+        length = COUNTS + len(self._parameters) if self.sums is None else self.sums.told
+        self._tail = channel.zeros(length, tail_dtype(dtypes))
         self._arenas.append(self._tail)
         channel.meet()  # rank 0's weights are in place
 
@@ -68,15 +73,17 @@ class SharedWeights(Strategy):
         """Move the parameters of a dtype into shared memory, and give their gradients places in the slabs."""
         members = [i for i, parameter in enumerate(self._parameters) if parameter.dtype is dtype]
         starts = list(itertools.accumulate((_aligned(self._parameters[i].numel()) for i in members), initial=0))
-        weights, gradients = self._channel.common(starts[-1], dtype), self._channel.zeros(starts[-1], dtype)
+        weights, rows = self._channel.common(starts[-1], dtype), self._order.rows
+        gradients = self._channel.zeros(rows * starts[-1], dtype)
         self._arenas.append(gradients)
         for i, start in zip(members, starts, strict=False):
             parameter = self._parameters[i]
             home = laid_out_like(parameter, weights, start)
             if self._channel.rank == 0:
                 home.copy_(parameter)
-            for views, slab in zip(self._slabs, self._channel.slabs(gradients), strict=True):
-                views[i] = laid_out_like(parameter, slab, start)
+            for places, slab in zip(self._slabs, self._channel.slabs(gradients), strict=True):
+                for views, row in zip(places, slab.view(rows, starts[-1]), strict=True):
+                    views[i] = laid_out_like(parameter, row, start)
             parameter.data = home
 
     def begin_step(self) -> None:
@@ -84,49 +91,60 @@ class SharedWeights(Strategy):
         self._channel.meet()  # all have read my slab, and written the weights they own
         for parameter in self._parameters:
             parameter.grad = None
+        if self.sums is not None:
+            self.sums.begin()
 
     @torch.no_grad()
     def sync(self, weight: Any, signals: Signals, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """See `Strategy`. A rank then has gradients of what it owns only; an optimizer leaves alone what has none."""
         parameters, channel = self._parameters, self._channel
-        mine = self._slabs[channel.rank]
-        used = [parameter.grad is not None for parameter in parameters]
-        self._tail.copy_(torch.tensor([float(weight), *loss, *signals, *used], dtype=self._tail.dtype))
-        sent = {i: gradient for i in self._foreign if (gradient := parameters[i].grad) is not None}
-        if sent:
-            torch._foreach_copy_([mine[i] for i in sent], list(sent.values()))
+        if self.sums is None:
+            nodes = [[parameter.grad for parameter in parameters]]
+            used = [gradient is not None for gradient in nodes[0]]
+            self._tail.copy_(torch.tensor([float(weight), *loss, *signals, *used], dtype=self._tail.dtype))
+        else:
+            nodes = self.sums.sums()
+            self.sums.tell(signals, self._tail)
+        for mine, gradients in zip(self._slabs[channel.rank], nodes, strict=False):
+            self._send(mine, gradients)
         for i in self._foreign:
-            if i not in sent:
-                mine[i].zero_()
             parameters[i].grad = None
         channel.meet()  # everybody's gradients are in place
 
         first, *others = channel.slabs(self._tail)
         tail = functools.reduce(torch.add, others, first)
-        totals = Totals(tail[:COUNTS])
-        counts = tail[COUNTS:].tolist() if not all(used) else [1.0] * len(used)
+        if self.sums is None:
+            totals, counts = Totals(tail[:COUNTS]), tail[COUNTS:].tolist() if not all(used) else [1.0] * len(used)
+        else:
+            totals, counts = self.sums.hear(tail)
         owned = [i for i in self._owned if counts[i]]
         if owned:
+            sums = self._sums(owned, nodes)
             factor = totals.weight / self.plan.batch_size
-            for i, gradient in zip(owned, self._sums(owned, factor), strict=True):
+            if factor not in (0.0, 1.0):
+                torch._foreach_div_(sums, factor)
+            for i, gradient in zip(owned, sums, strict=True):
                 parameters[i].grad = gradient
         return totals
 
-    def _sums(self, owned: list[int], factor: float) -> list[torch.Tensor]:
-        """The gradients of owned parameters, summed over the ranks in their order and divided."""
-        rank = self._channel.rank
-        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in (self._parameters[i] for i in owned)]
-        terms = [own if other == rank else [views[i] for i in owned] for other, views in enumerate(self._slabs)]
-        if rank < 2:  # a + b == b + a, so it may be made in place
-            sums = own
-            torch._foreach_add_(sums, terms[1 - rank])
-        else:
-            sums = list(torch._foreach_add(terms[0], terms[1]))
-        for term in terms[2:]:
-            torch._foreach_add_(sums, term)
-        if factor not in (0.0, 1.0):
-            torch._foreach_div_(sums, factor)
-        return sums
+    def _send(self, mine: dict[int, torch.Tensor], gradients: list[torch.Tensor | None]) -> None:
+        """Put gradients of others' parameters where their owners read them."""
+        sent = {i: gradient for i in self._foreign if (gradient := gradients[i]) is not None}
+        if sent:
+            torch._foreach_copy_([mine[i] for i in sent], list(sent.values()))
+        for i in self._foreign:
+            if i not in sent:
+                mine[i].zero_()
+
+    def _sums(self, owned: list[int], nodes: list[list[torch.Tensor | None]]) -> list[torch.Tensor]:
+        """The gradients of owned parameters, summed over all nodes in their order; made in place of the first."""
+        parameters = self._parameters
+        terms = [[[views[i] for i in owned] for views in places] for places in self._slabs]
+        terms[self._channel.rank] = [
+            [torch.zeros_like(parameters[i]) if (g := gradients[i]) is None else g for i in owned]
+            for gradients in nodes
+        ]
+        return self._order.total(terms, _plus)
 
     def share_buffers(self) -> None:
         """See `Strategy`."""
@@ -141,6 +159,11 @@ class SharedWeights(Strategy):
             parameter.data = parameter.data.clone()
         for arena in self._arenas:
             self._channel.free(arena)
+
+
+def _plus(left: list[torch.Tensor], right: list[torch.Tensor]) -> list[torch.Tensor]:
+    torch._foreach_add_(left, right)
+    return left
 
 
 def _aligned(numel: int) -> int:
