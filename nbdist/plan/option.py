@@ -33,6 +33,7 @@ def option(
     value: Any, help: str, *, parse: type = str, metavar: str = "NAME", default: str | None = None, many: bool = False,
     bare: bool = False,
 ) -> Any:  # fmt: skip
+    """A field of a dataclass that carries its `Option`; `value` is the field's default."""
     shown = str(value) if default is None and value is not None else default
     """A field of a dataclass that carries its `Option`; `value` is the field's default."""
     told = Option(help=help, parse=parse, metavar=metavar, default=shown, many=many, bare=bare)

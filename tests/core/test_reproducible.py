@@ -12,10 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils import data as torch_data
 
-from nbdist.core.sum_order import SumOrder
 from nbdist.core.world import World
-from nbdist.errors import PlanError
-from nbdist.plan import Plan
 
 SIZES = [2, 3, 4]
 SAMPLES, BATCH, EPOCHS = 65, 24, 2  # the last batch holds 17, which fill 8 slices
