@@ -5,7 +5,7 @@ PYTHON ?= python3
 CPU ?=
 
 BIN := .venv/bin
-BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_time snapshots panel
+BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_time snapshots reproducible panel
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help

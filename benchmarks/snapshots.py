@@ -9,11 +9,9 @@ seconds each, so that a drift of the machine meets both. Every run begins anew: 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 from pairs import Comparison, arguments, report
+from ranks import figures_of_ranks, on_a_rank, tell
 from step_time import RANKS, work
 
 CASE = "char-GPT 0.82 M"
@@ -53,17 +51,10 @@ def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__, pairs=20)
     options = parser.parse_args()
-    if "RANK" in os.environ:
-        figures = measure(options.pairs)
-        if os.environ["RANK"] == "0":
-            print("figures", json.dumps(figures), flush=True)
+    if on_a_rank():
+        tell(measure(options.pairs))
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", __file__]
-    done = subprocess.run(
-        [*command, "--pairs", str(options.pairs)], capture_output=True, text=True, check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
-    )  # fmt: skip
-    figures = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("figures")).split(" ", 1)[1])
+    figures = figures_of_ranks(__file__, RANKS, "--pairs", str(options.pairs))
     kept, bare = (list(side) for side in zip(*figures, strict=True))
     comparison = Comparison(name=CASE, unit="ms", ours=kept, peer=bare, target="at most 1.02")
     report([comparison], as_json=options.json, peer="without")

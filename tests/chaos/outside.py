@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -19,7 +20,7 @@ import psutil
 from lab import RANKS, Lab, Trial
 from shared_cluster import MARK, until
 from traps import PHASES, Traps
-from workloads import MESHES, STEPS, digest, told
+from workloads import MESHES, STEPS, WORKLOADS, digest, told
 
 import nbdist
 from nbdist.cluster import detached_clusters
@@ -29,6 +30,7 @@ SESSION = [sys.executable, str(Path(__file__).with_name("session.py"))]
 GONE_WITHIN_S = 10.0
 DISK_MIB = 10  # room for some checkpoints of the workload, until the rest is filled
 DETACHED_EPOCHS = 10
+SCALED_EPOCHS = 40
 RESTARTS = 2
 Told = tuple[tuple[str, str], Trial]
 """The event and the channel, and a trial of it."""
@@ -204,7 +206,44 @@ def _under_torchrun(traps_set: list[tuple[str, int, int]]) -> tuple[Traps, list[
     return traps, [path.read_text() for path in result] if all(path.exists() for path in result) else []
 
 
+def scaled(rng: random.Random) -> Iterator[Told]:
+    """With `reproducible`, on 1 to 4 engines: they join and leave at random steps, and sometimes one is killed too.
+
+    Timed from the question until a step has been done by the new number. What is compared ran on three, left alone.
+    """
+    lab, more = Lab("shared memory"), {"reproducible": True, "accumulate": 1, "epochs": SCALED_EPOCHS}
+    try:
+        for workload, also in itertools.product(WORKLOADS, ("", "", " and a rank is killed")):
+            lab.cluster.scale(RANKS)
+            lab.reference(workload, **more)
+            seconds: list[float] = []
+            trial = lab.survives(workload, meanwhile=functools.partial(_scale, lab, rng, bool(also), seconds), **more)
+            problem = trial.problem or ("" if len(seconds) > 1 else "it ended before it was scaled twice")
+            yield (f"`%dist_scale` at random steps{also}", "shared memory"), Trial(problem=problem, seconds=seconds)
+    finally:
+        lab.close()
+
+
+def _scale(lab: Lab, rng: random.Random, also_a_kill: bool, seconds: list[float], run: Any, traps: Traps) -> None:
+    for _ in range(3):
+        step = run.progress.step + rng.randrange(2, 25)
+        until(lambda step=step: run.ended or run.progress.step >= step, 30.0)
+        size = rng.choice([size for size in (1, 2, 3, 4) if size != lab.cluster.size])
+        if run.ended:
+            return
+        asked_s = time.monotonic()
+        lab.cluster.scale(size)
+        if also_a_kill:
+            traps.kill(rng.choice(lab.pids()))
+        until(lambda size=size: run.ended or lab.cluster.size == size, 30.0)
+        step = run.progress.step
+        until(lambda step=step: run.ended or run.progress.step > step, 30.0)
+        if not run.ended:
+            seconds.append(time.monotonic() - asked_s)
+
+
 SCENARIOS = {
+    "scaled": scaled,
     "kernel": kernel_killed,
     "detached": kernel_replaced,
     "controller": controller_killed,

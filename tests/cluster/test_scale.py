@@ -111,6 +111,25 @@ def test_so_it_does_on_other_meshes(scaled, undisturbed, strategy):
     assert str(run.plan.mesh) == ("shard=3" if strategy == "shard" else "dp=3")
 
 
+def test_with_reproducible_no_bit_depends_on_it(scaled):
+    """From 2 to 3, 1 and 4 engines in mid-run, and one killed: weights and history are those of one process."""
+    options = {**OPTIONS, "reproducible": True}
+    alone, model = make().float(), make().float()
+    x, y = (tensor.float() for tensor in rows())
+    expected = nbdist.train(alone, (x, y), verbose=False, device="cpu", **options)
+    run = scaled.train(model, (x, y), background=True, **options)
+    for size in (3, 1, 4):
+        after(run, 5)
+        scaled.scale(size)
+        until(lambda size=size: scaled.size == size)
+    after(run, 2)
+    os.kill(scaled.engines[1].pid, signal.SIGKILL)
+    run.wait()
+    for mine, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert [row["loss"] for row in expected.history] == [row["loss"] for row in run.history]
+
+
 def test_a_rank_may_die_while_the_others_wait_for_new_ones(scaled, undisturbed):
     """It is replaced, and as many go on as were wanted."""
     model = make()

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.utils import data as torch_data
 
 from nbdist.core.world import World
+from nbdist.errors import PlanError
+from nbdist.plan import Plan
 
 SIZES = [2, 3, 4]
 SAMPLES, BATCH, EPOCHS = 65, 24, 2  # the last batch holds 17, which fill 8 slices
@@ -100,3 +102,58 @@ def test_no_bit_depends_on_the_number_of_ranks(run_on_each_channel, expected, si
         for name, (history, state), (expected_history, expected_state) in zip(CASES, rank, expected, strict=True):
             assert expected_history == history, name
             assert_same_bits(expected_state, state)
+
+
+def test_other_slices_give_other_bits(expected):
+    """So the cases above say something: twelve slices are not eight, and dropout draws anew in each."""
+    by_name = dict(zip(CASES, expected, strict=True))
+    assert by_name["sgd"][0] != by_name["eight slices"][0]
+
+
+@pytest.mark.parametrize("name", ["clipped", "buffers"])
+def test_it_is_an_ordinary_training(expected, name):
+    """Losses are those of the same slices in one process, to rounding; BatchNorm counts one batch a step."""
+    model, options = CASES[name]()
+    result, _ = train(
+        World(), model, classes(SAMPLES, torch.float32), batch_size=BATCH, epochs=EPOCHS, accumulate=12, **options
+    )
+    history, state = dict(zip(CASES, expected, strict=True))[name]
+    if name == "buffers":
+        assert 2 * 3 == state["norm.num_batches_tracked"]
+    assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in result.history], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"strategy": "shard"}, "mesh shard=2 cuts it: use --strategy data"),
+        ({"accumulate": 2}, "accumulate depends on the number of ranks"),
+        ({"sync_batchnorm": True}, "sync_batchnorm depends on the number of ranks"),
+        ({"reproducible": 1}, "1 slices, too few for 2 ranks: use --reproducible 2 or fewer ranks"),
+        ({"reproducible": -1}, "reproducible -1 is too small"),
+        ({"batch_size": 8}, r"batch_size 8 is smaller than its 12 slices \(reproducible=12\)"),
+    ],
+)
+def test_what_depends_on_the_number_of_ranks_is_refused(options, words):
+    """In one sentence, with the cure, before anything has begun."""
+    with pytest.raises(PlanError, match=words):
+        Plan.create(ranks=2, cores=4, **{"reproducible": True, **options})
+
+
+def test_threads_are_part_of_the_arithmetic():
+    """One a rank, unless they are given: as many as there are cores would depend on the number of ranks."""
+    assert [1, 1, 1] == [Plan.create(ranks=n, cores=8, reproducible=True).threads for n in (1, 2, 4)]
+    assert Plan.create(ranks=2, cores=8, reproducible=True, threads=3).threads == 3
+
+
+def test_torch_is_as_before_afterwards(home):
+    """Deterministic while it trains, and then as the person had it."""
+    seen = []
+
+    def step(model, batch):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    train(World(), mlp(torch.float32), classes(24, torch.float32), step=step, batch_size=24, reproducible=True)
+    assert {True} == set(seen)
+    assert not torch.are_deterministic_algorithms_enabled()
