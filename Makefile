@@ -43,14 +43,14 @@ test-browser: env  ## Test the panel in JupyterLab and Chromium, which has to be
 parity: env  ## Compare every model on every mesh with one process, and print the table: under 40 minutes
 	@$(BIN)/python tests/core/matrix.py
 
-chaos: env  ## Kill, break and hang ranks in every way, and write the table into tests/README.md: 35 minutes
+chaos: env  ## Kill, break and hang ranks in every way, and write the table into tests/README.md: 37 minutes
 	@$(BIN)/python tests/chaos/chaos.py --write
 
 hf: env  ## Train models of Hugging Face transformers on every mesh: a few minutes
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hf]' -c constraints.txt
 	$(BIN)/python -m pytest -q tests/core/test_transformers.py
 
-bench: env  ## Measure, side by side with what others would write by hand: under 15 minutes
+bench: env  ## Measure, side by side with what others would write by hand: under 20 minutes
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt
 	@for script in $(BENCHMARKS); do echo; $(BIN)/python benchmarks/$$script.py || exit 1; done
 	@echo; $(BIN)/python benchmarks/step_time.py --peer one
