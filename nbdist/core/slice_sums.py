@@ -57,7 +57,8 @@ class SliceSums:
         """A step begins. Local."""
         self._held, self._measured, self._next = [], [], self._share.start
         self._moved = [0] * len(self._buffers)
-        self._before = [(buffer._version, buffer.detach().clone()) for buffer in self._buffers]
+        known: list[Any] = self._before or [None] * len(self._buffers)
+        self._before = [_values(buffer, before) for buffer, before in zip(self._buffers, known, strict=True)]
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -76,9 +77,9 @@ class SliceSums:
             found.append(gradient if gradient is None or gradient.layout is torch.strided else gradient.to_dense())
         for i, (buffer, (version, before)) in enumerate(zip(self._buffers, self._before, strict=True)):
             change = None
-            if buffer._version != version or (buffer.numel() <= _UNTOLD and not torch.equal(buffer, before)):
+            if _changed(buffer, version, before):
                 self._moved[i] += 1
-                change = torch.where(buffer == before, torch.zeros_like(before), buffer - before)
+                change = torch.where(buffer == before, 0, _numbers(buffer) - _numbers(before))
                 buffer.copy_(before)
                 self._before[i] = buffer._version, before
             found.append(change)
@@ -134,20 +135,35 @@ class SliceSums:
     def _move_buffers(self, counts: list[float]) -> None:
         """Let each buffer that slices have changed have its value before, and the mean of the changes. **Collective**.
 
-        Numbers that count move as the first slice has moved them.
+        Whole numbers move by whole numbers: what counts batches counts one a step.
         """
         for i, count in enumerate(counts):
             if not count:
                 continue
-            buffer, (_, before) = self._buffers[i], self._before[i]
-            changes = [found[len(self._parameters) + i] for _, found in self._held]
+            buffer, before = self._buffers[i], _numbers(self._before[i][1])
             rows = before.new_zeros((self.order.rows, before.numel()))
-            for row, change in zip(rows, changes, strict=False):
-                if change is not None:
+            for row, (_, found) in zip(rows, self._held, strict=False):
+                if (change := found[len(self._parameters) + i]) is not None:
                     row.copy_(change.reshape(-1))
             self._channel.sum_in_order_(rows, self.order)
             total = rows[0].view(before.shape)
-            buffer.copy_(before + (total / count if before.is_floating_point() else total // int(count)))
+            whole = not (before.is_floating_point() or before.is_complex())
+            buffer.copy_(before + (total // int(count) if whole else total / count))
+
+
+def _numbers(buffer: torch.Tensor) -> torch.Tensor:
+    return buffer.int() if buffer.dtype is torch.bool else buffer
+
+
+def _changed(buffer: torch.Tensor, version: int, before: torch.Tensor) -> bool:
+    return buffer._version != version or (buffer.numel() <= _UNTOLD and not torch.equal(buffer, before))
+
+
+def _values(buffer: torch.Tensor, known: tuple[int, torch.Tensor] | None) -> tuple[int, torch.Tensor]:
+    """The version and values of a buffer; what is known already is not copied again."""
+    if known is not None and not _changed(buffer, *known):
+        return known
+    return buffer._version, buffer.detach().clone()
 
 
 def _plus(left: _Tensors, right: _Tensors) -> _Tensors:
