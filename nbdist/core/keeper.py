@@ -77,7 +77,7 @@ class Keeper:
         self._every_steps, self._every_s = plan.checkpoint_cadence
         self._checkpoint_due_s = time.monotonic() + (self._every_s or 0.0)
         self._checkpoint_due = False
-        self._boundary = Boundary(strategy.task.model) if vault is not None and plan.mesh.size == plan.mesh.dp else None
+        self._boundary = Boundary(strategy.task.model) if vault is not None else None
 
     def _open(self) -> None:
         """Find out what this rank has to keep, and where. **Collective** over the world."""
@@ -183,6 +183,7 @@ class Keeper:
     def rescue(self, position: Position) -> None:
         """After an error: keep the state of the last complete step, if this rank still has it. Local."""
         if self._boundary is not None and position.step and self._boundary.intact:
+            self._strategy.come_back()
             self._keep(position, self._boundary.buffers)
 
     def close(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from problems import ADAMW, assert_same_bits, seeded, stop_after, train, weights
 from test_keeper import SAMPLES, Items, Net, options_of, tensors
+from torch import nn
 from torch.nn import functional as F
 
 from nbdist.core.restore import load_whole
@@ -187,5 +190,63 @@ def test_stop_on_nan(run_ranks):
     assert all(tensor.isfinite().all() for tensor in kept.values())
     ((text, left),) = run_ranks(1, explode, other.paths, False)
     assert ("", True) == (text, bool(left["first.weight"].isnan().any()))
+    vaults.close()
+    other.close()
+
+
+def layers():
+    """What every mesh can split, with statistics."""
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+    )
+
+
+def fail_on_mesh(world, mesh, where, paths):
+    """The last rank fails in the loss after seven steps, or in its eighth update; what each rank sees."""
+    steps = []
+
+    def optimizer(parameters):
+        made = ADAMW(parameters)
+        made.register_step_post_hook(lambda *_: steps.append(1))
+        made.register_step_pre_hook(lambda *_: rarely() if where == "update" else None)
+        return made
+
+    def rarely():
+        if len(steps) == 7 and world.rank == world.size - 1:
+            raise ZeroDivisionError(f"in {where}")
+
+    def loss(output, target):
+        if where == "loss":
+            rarely()
+        return F.cross_entropy(output, target)
+
+    try:
+        train(world, seeded(layers), tensors(), vaults=paths, optimizer=optimizer, loss=loss, **ON_MESH, strategy=mesh)
+    except (ZeroDivisionError, PeerLostError) as error:
+        return type(error).__name__
+
+
+def stopped_on_mesh(world, mesh, at, paths):
+    stop = stop_after(at)
+    train(world, seeded(layers), tensors(), vaults=paths, optimizer=ADAMW, orders=stop, **ON_MESH, strategy=mesh)
+
+
+ON_MESH = {"batch_size": 16, "epochs": 3, "accumulate": 2, "seed": 4}
+
+
+@pytest.mark.parametrize("where", ["loss", "update"])
+@pytest.mark.parametrize("mesh", ["shard=2", "pp=2", "tp=2", "dp=2,shard=2", "shard=2,pp=2", "pp=2,tp=2"])
+def test_so_it_is_where_the_model_is_in_parts(run_ranks, mesh, where):
+    """Wherever a rank was: in the middle of a gathered block, or with others that wait in a stage."""
+    size = math.prod(int(part[-1]) for part in mesh.split(","))
+    vaults, other = Vaults(size), Vaults(size)
+    outcomes = run_ranks(size, fail_on_mesh, mesh, where, vaults.paths)
+    assert "ZeroDivisionError" == outcomes[-1]
+    step, position, kept = kept_of(vaults.paths, layers)
+    assert step == 7 if where == "loss" else 1 <= step <= 7
+    run_ranks(size, stopped_on_mesh, mesh, step, other.paths)
+    expected = kept_of(other.paths, layers)
+    assert (step, counts(position)) == (expected[0], counts(expected[1]))
+    assert_same_bits(expected[2], kept)
     vaults.close()
     other.close()

@@ -175,6 +175,9 @@ class Strategy(ABC):
         """Make buffers such as running statistics the same on every replica: their mean. **Collective**."""
         self.table.average_buffers_(self.axes.data, self.axes)
 
+    def come_back(self) -> None:  # noqa: B027 - most hold them all the time
+        """After an error, wherever it was: let every parameter be the part that this rank holds. Local."""
+
     def gather(self, *, keep: bool = True) -> None:
         """Make the model whole and ordinary again, where `keep` says so. **Collective**."""
         del keep

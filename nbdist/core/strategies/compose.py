@@ -309,6 +309,11 @@ class Composed(Strategy):
 
     # What is done at the end.
 
+    def come_back(self) -> None:
+        """See `Strategy`."""
+        if self._shards is not None:
+            self._shards.show()
+
     def gather(self, *, keep: bool = True) -> None:
         """See `Strategy`. What nobody asks for any more makes room first."""
         self._gradients.close()
