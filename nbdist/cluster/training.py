@@ -213,16 +213,20 @@ class Training:
         for segment in self._segments:
             segment.close()
         self._segments, self._boards = [], []
+        engines.formed = not failed  # ranks leave a world that failed
         if failed:
             self._segment.close()
         else:
+            if run.wanted not in (0, engines.size):  # it was asked for when the last step was done
+                with contextlib.suppress(ClusterError):
+                    engines.resize(run.wanted)
+                self._cells.sent.clear()
             answers = [engines.start_call(rank, entry.has_let_go, self._parcel.path) for rank in range(engines.size)]
             self._outbox.give_back(
                 self._segment, lambda: all(a.ready() and a.successful() and a.get() for a in answers)
             )
         if run.vaults is not None:
             run.vaults.trim()
-        engines.formed = not failed  # ranks leave a world that failed
         if engines.anchor is not None:
             engines.anchor.note("ended", (run.progress.state, run.progress.error))
         deadline = time.monotonic() + _SETTLED_WITHIN_S

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import psutil
 import pytest
@@ -15,8 +16,8 @@ import nbdist
 from nbdist.cluster.replan import Replan
 from nbdist.errors import ClusterError, EngineError, PlanError
 
-STEPS = 800
-OPTIONS = {"loss": "mse", "epochs": 40, "batch_size": 48, "seed": 3}
+STEPS = 1200
+OPTIONS = {"loss": "mse", "epochs": 60, "batch_size": 48, "seed": 3}
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_so_it_does_on_other_meshes(scaled, undisturbed, strategy):
 
 def test_with_reproducible_no_bit_depends_on_it(scaled):
     """From 2 to 3, 1 and 4 engines in mid-run, and one killed: weights and history are those of one process."""
-    options = {**OPTIONS, "reproducible": True}
+    options = {**OPTIONS, "reproducible": True, "epochs": 20}
     alone, model = make().float(), make().float()
     x, y = (tensor.float() for tensor in rows())
     expected = nbdist.train(alone, (x, y), verbose=False, device="cpu", **options)
@@ -128,6 +129,26 @@ def test_with_reproducible_no_bit_depends_on_it(scaled):
     for mine, theirs in zip(model.parameters(), alone.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert [row["loss"] for row in expected.history] == [row["loss"] for row in run.history]
+
+
+def test_what_is_asked_for_after_the_last_step_comes_with_the_end(scaled, tmp_path):
+    """While the run is evaluated for the last time: it ends where it is, and then there are as many engines."""
+    begun, goes_on = tmp_path / "begun", tmp_path / "goes on"
+
+    def measured(output, target):
+        begun.touch()
+        while not goes_on.exists():
+            time.sleep(0.01)
+        return (output - target).abs().mean()
+
+    run = scaled.train(make(), rows(), val=rows(), metric=measured, background=True, **{**OPTIONS, "epochs": 1})
+    until(begun.exists)
+    scaled.scale(3)
+    goes_on.touch()
+    run.wait()
+    assert (run.state, run.progress.step, scaled.size, len(scaled.engines)) == ("finished", 20, 3, 3)
+    model = make()
+    assert "finished" == scaled.train(model, rows(), **OPTIONS).state
 
 
 def test_a_rank_may_die_while_the_others_wait_for_new_ones(scaled, undisturbed):
