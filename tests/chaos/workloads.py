@@ -126,9 +126,9 @@ def optimizer_digest(run: Any, options: dict[str, Any]) -> str:
     values = json.dumps([saved.values, saved.groups], sort_keys=True)
     tensors = {f"{name} {entry}": saved.whole(name, entry) for name in saved.names for entry in saved.entries(name)}
     for name in saved.names:  # what all ranks have alike counts once, however many they are at the end
-        first, *others = (f"{name} {entry}" for entry in saved.entries(name))
-        for other in others:
-            if " @" in other and torch.equal(tensors[first], tensors[other]):
+        places = [f"{name} {entry}" for entry in saved.entries(name)]
+        for other in places[1:]:
+            if " @" in other and torch.equal(tensors[places[0]], tensors[other]):
                 del tensors[other]
     return digest({**tensors, values: torch.ones(1)})
 
