@@ -9,7 +9,7 @@ import random
 import statistics
 from collections.abc import Callable
 
-__all__ = ["Comparison", "arguments", "compare", "report"]
+__all__ = ["Comparison", "arguments", "compare", "report", "with_and_without"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,15 @@ def compare(
     figures = [(ours(), peer()) for _ in range(pairs)]
     mine, theirs = (list(side) for side in zip(*figures, strict=True))
     return Comparison(name=name, unit=unit, ours=mine, peer=theirs, target=target)
+
+
+def with_and_without(measure: Callable[[bool], float], pairs: int) -> list[tuple[float, float]]:
+    """Figures with something and without it, by pair; which comes first changes from pair to pair."""
+    figures = []
+    for i in range(pairs):
+        first, second = measure(i % 2 == 0), measure(i % 2 == 1)
+        figures.append((first, second) if i % 2 == 0 else (second, first))
+    return figures
 
 
 def arguments(description: str | None, pairs: int) -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ what small slices cost: the less, the more there is to compute in each. Both sid
 
 from __future__ import annotations
 
-from pairs import Comparison, arguments, report
+from pairs import Comparison, arguments, report, with_and_without
 from ranks import figures_of_ranks, on_a_rank, tell
 from step_time import RANKS, CharGPT, cnn, mlp
 
@@ -41,7 +41,6 @@ def measure(case: str, pairs: int) -> list[tuple[float, float]]:
         x, y = torch.randint(classes, (4 * batch_size, *shape)), torch.randint(classes, (4 * batch_size, *shape))
     else:
         x, y = torch.randn(4 * batch_size, *shape), torch.randint(classes, (4 * batch_size,))
-    figures = []
     with World.from_environment("cpu") as world:
 
         def milliseconds(reproducible: bool) -> float:
@@ -56,10 +55,7 @@ def measure(case: str, pairs: int) -> list[tuple[float, float]]:
             return 1000 * float(fit(task, plan, world).history[0]["seconds"]) / steps
 
         milliseconds(False), milliseconds(True)
-        for i in range(pairs):
-            first, second = milliseconds(i % 2 == 0), milliseconds(i % 2 == 1)
-            figures.append((first, second) if i % 2 == 0 else (second, first))
-    return figures
+        return with_and_without(milliseconds, pairs)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 
-from pairs import Comparison, arguments, report
+from pairs import Comparison, arguments, report, with_and_without
 from ranks import figures_of_ranks, on_a_rank, tell
 from step_time import RANKS, work
 
@@ -26,7 +26,6 @@ def measure(pairs: int) -> list[tuple[float, float]]:
     from nbdist.core.world import World
     from nbdist.plan import Plan
 
-    figures = []
     with World.from_environment("cpu") as world:
 
         def milliseconds(kept: bool) -> float:
@@ -41,10 +40,7 @@ def measure(pairs: int) -> list[tuple[float, float]]:
             return 1000 * float(result.history[0]["seconds"]) / STEPS
 
         milliseconds(False)
-        for i in range(pairs):
-            first, second = milliseconds(i % 2 == 0), milliseconds(i % 2 == 1)
-            figures.append((first, second) if i % 2 == 0 else (second, first))
-    return figures
+        return with_and_without(milliseconds, pairs)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from nbdist.core.channels import Channel
 from nbdist.core.gradient_sync import Signals, Totals, tail_dtype
-from nbdist.core.params import laid_out_like
+from nbdist.core.params import copy_or_zero_, laid_out_like
 from nbdist.core.slice_sums import SliceSums
 
 __all__ = ["OrderedSync"]
@@ -63,12 +63,7 @@ class OrderedSync:
         totals, counts = self._sums.hear(self._tail)
         used = [i for i, count in enumerate(counts) if count]
         for row, gradients in enumerate(nodes):
-            found = {i: gradient for i in used if (gradient := gradients[i]) is not None}
-            if found:
-                torch._foreach_copy_([self._views[i][row] for i in found], list(found.values()))
-            for i in used:
-                if i not in found:
-                    self._views[i][row].zero_()
+            copy_or_zero_([self._views[i][row] for i in used], [gradients[i] for i in used])
         factor = totals.weight / self._full_batch
         for flat in self._flats:
             self._channel.sum_in_order_(flat, self._sums.order)

@@ -13,7 +13,7 @@ from nbdist.core.axes import Axes
 from nbdist.core.channels import Channel
 from nbdist.core.placement import Placement
 
-__all__ = ["ParamTable", "buffers_kept", "laid_out_like", "replace_data", "stand_in"]
+__all__ = ["ParamTable", "buffers_kept", "copy_or_zero_", "laid_out_like", "replace_data", "stand_in"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +128,17 @@ def buffers_kept(model: nn.Module, but: Collection[int] = ()) -> Iterator[None]:
     yield
     for buffer, values in before:
         buffer.data.copy_(values)
+
+
+@torch.no_grad()
+def copy_or_zero_(places: list[torch.Tensor], values: list[torch.Tensor | None]) -> None:
+    """Copy each value to its place, or zeros where there is none. Local."""
+    given = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
+    if given:
+        torch._foreach_copy_([place for place, _ in given], [value for _, value in given])
+    for place, value in zip(places, values, strict=True):
+        if value is None:
+            place.zero_()
 
 
 def laid_out_like(parameter: torch.Tensor, flat: torch.Tensor, start: int) -> torch.Tensor:

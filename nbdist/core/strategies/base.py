@@ -128,10 +128,10 @@ class Strategy(ABC):
     def sync(self, weight: Any, signals: Signals, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """Make every gradient the weighted mean over all ranks. **Collective**; see `GradientSync.finish`."""
 
-    def counted(self, losses: list[tuple[torch.Tensor, Any]], totals: Totals) -> list[tuple[Any, Any]]:
+    def counted(self, losses: list[tuple[Any, Any]], totals: Totals) -> list[tuple[Any, Any]]:
         """The losses, with their weights, that a step adds to this rank's part of the history. Local."""
         if self.sums is None:
-            return list(losses)
+            return losses
         return [(totals.loss, totals.weight)] if self.axes.data.rank == 0 and totals.weight else []
 
     def update(self, optimizer: torch.optim.Optimizer) -> bool:

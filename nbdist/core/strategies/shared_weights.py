@@ -11,7 +11,7 @@ import torch
 from nbdist.core.axes import Axes
 from nbdist.core.channels import SharedMemoryChannel
 from nbdist.core.gradient_sync import COUNTS, Signals, Totals, tail_dtype
-from nbdist.core.params import laid_out_like
+from nbdist.core.params import copy_or_zero_, laid_out_like
 from nbdist.core.strategies.base import Strategy
 from nbdist.core.sum_order import SumOrder
 from nbdist.core.task import Task
@@ -89,10 +89,11 @@ class SharedWeights(Strategy):
     def begin_step(self) -> None:
         """See `Strategy`."""
         self._channel.meet()  # all have read my slab, and written the weights they own
-        for parameter in self._parameters:
-            parameter.grad = None
         if self.sums is not None:
             self.sums.begin()
+            return
+        for parameter in self._parameters:
+            parameter.grad = None
 
     @torch.no_grad()
     def sync(self, weight: Any, signals: Signals, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
@@ -106,7 +107,7 @@ class SharedWeights(Strategy):
             nodes = self.sums.sums()
             self.sums.tell(signals, self._tail)
         for mine, gradients in zip(self._slabs[channel.rank], nodes, strict=False):
-            self._send(mine, gradients)
+            copy_or_zero_([mine[i] for i in self._foreign], [gradients[i] for i in self._foreign])
         for i in self._foreign:
             parameters[i].grad = None
         channel.meet()  # everybody's gradients are in place
@@ -126,15 +127,6 @@ class SharedWeights(Strategy):
             for i, gradient in zip(owned, sums, strict=True):
                 parameters[i].grad = gradient
         return totals
-
-    def _send(self, mine: dict[int, torch.Tensor], gradients: list[torch.Tensor | None]) -> None:
-        """Put gradients of others' parameters where their owners read them."""
-        sent = {i: gradient for i in self._foreign if (gradient := gradients[i]) is not None}
-        if sent:
-            torch._foreach_copy_([mine[i] for i in sent], list(sent.values()))
-        for i in self._foreign:
-            if i not in sent:
-                mine[i].zero_()
 
     def _sums(self, owned: list[int], nodes: list[list[torch.Tensor | None]]) -> list[torch.Tensor]:
         """The gradients of owned parameters, summed over all nodes in their order; made in place of the first."""
