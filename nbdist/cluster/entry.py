@@ -241,7 +241,7 @@ def train(
     from ipyparallel.datapub import publish_data
 
     from nbdist.core import attendance, fit
-    from nbdist.core.allocator import give_back
+    from nbdist.core.allocator import give_back, let_go_after
     from nbdist.core.eager import eager
     from nbdist.core.handover import Outbox, pack, unpack
     from nbdist.core.order_log import OrderLog
@@ -299,6 +299,8 @@ def train(
             world.leave()  # at once: it releases the peers that wait for this rank
             snapshot = replace(snapshots.state, state="failed")
             outcome = Outcome(rank=world.rank, state="failed", snapshot=snapshot, failure=failure)
+            task = None
+            let_go_after(error)
     _engine.outcome = run_id, outcome
     return outcome
 

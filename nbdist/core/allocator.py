@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import traceback
 from collections.abc import Iterator
 
-__all__ = ["give_back", "objects_set_aside", "pages_kept"]
+import torch
+
+__all__ = ["give_back", "let_go_after", "objects_set_aside", "pages_kept"]
 
 # From malloc.h, see mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _ANY_BYTES = 2**30
 _SMALL_BYTES = 2**22
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "can't start new thread")  # torch's words, and Python's
 _AFTERWARDS = {_M_TRIM_THRESHOLD: 2**26, _M_MMAP_THRESHOLD: 2**25}  # to which the C library moves them by itself
 
 
@@ -44,11 +48,35 @@ def pages_kept(sparing: bool = False) -> Iterator[None]:
 
 
 def give_back() -> None:
-    """Give memory back that nobody uses: what lies in cycles of objects, and what the C library keeps. Local."""
+    """Give memory back that nobody uses: what lies in cycles, and what the C library and torch keep. Local."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
+
+
+def let_go_after(error: BaseException) -> None:
+    """If memory has run out, give back what the frames of the error hold: a model, its gradients. Local.
+
+    Nothing more could be done here otherwise, not even a thread started. The frames stay, but without their variables.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    if any(_is_out_of_memory(link) for link in chain):
+        for link in chain:
+            traceback.clear_frames(link.__traceback__)
+        give_back()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tasks import classes, net
+from torch import nn
 
 from nbdist.errors import ClusterError, EngineError, PlanError
 
@@ -95,3 +97,33 @@ def test_an_interrupt_frees_the_rank(cluster):
     with pytest.raises(KeyboardInterrupt):
         cluster.debug(1, ask, print)
     assert cluster.pull("rank", 1) == 1
+
+
+class Greedy(nn.Module):
+    """Asks for more than there is when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(10, 1_000_000))
+
+    def forward(self, x):
+        return x.mean() * (self.weight.sum(0) + torch.ones(10**15)[0]).mean()
+
+
+def held(cluster, rank):
+    """How many parameters of `Greedy` lie on a rank."""
+    code = (
+        "import gc, torch\nheld = sum(isinstance(o, torch.nn.Parameter) and o.numel() > 9e6 for o in gc.get_objects())"
+    )
+    cluster.execute(code).wait()
+    return cluster.pull("held", rank)
+
+
+def test_a_run_out_of_memory_holds_none_afterwards(cluster):
+    """The model it trained is gone from both ranks; a debugger still says where it was."""
+    with pytest.raises(EngineError, match="can't allocate memory"):
+        cluster.train(Greedy(), classes(), loss=None, step=lambda model, batch: model(batch[0])).wait()
+    assert [held(cluster, rank) for rank in range(2)] == [0, 0]
+    talk = Conversation("q")
+    cluster.debug(0, talk.ask, talk.tell)
+    assert "forward" in talk.said[0]

@@ -5,8 +5,13 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import traceback
+import weakref
 
 import pytest
+import torch
+
+from nbdist.core.allocator import let_go_after
 
 STEPS = """
 import platform, resource, sys
@@ -62,3 +67,57 @@ print(gc.get_freeze_count() > 10_000)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ["True", "0", "True"] == done.stdout.split()
+
+
+class Large:
+    """Stands for a model."""
+
+
+def failing(error):
+    """Raise while a frame holds something; returns the error and whether the thing is still there."""
+
+    def step(model):
+        raise error
+
+    model = Large()
+    there = weakref.ref(model)
+    try:
+        step(model)
+    except type(error) as caught:
+        del model
+        return caught, there
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("can't start new thread"),
+    ],
+    ids=["MemoryError", "cuda", "cpu", "thread"],
+)
+def test_frames_of_an_error_hold_nothing_once_memory_has_run_out(error):
+    """Where it happened can still be read."""
+    caught, there = failing(error)
+    assert there() is not None
+    let_go_after(caught)
+    assert there() is None
+    assert traceback.extract_tb(caught.__traceback__)[-1].name == "step"
+
+
+def test_the_cause_of_an_error_holds_nothing_either():
+    """User code often raises something of its own about it."""
+    cause, there = failing(MemoryError())
+    error = ValueError("too large")
+    error.__cause__ = cause
+    let_go_after(error)
+    assert there() is None
+
+
+def test_other_errors_keep_their_variables_for_a_debugger():
+    """Only memory is worth them."""
+    caught, there = failing(RuntimeError("no"))
+    let_go_after(caught)
+    assert there() is not None
