@@ -9,7 +9,7 @@ BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_tim
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-notebooks test-browser parity chaos hf bench check lab clean
+.PHONY: help env demo test test-notebooks test-browser test-gpu parity chaos hf bench check lab clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print wh
 	@$(BIN)/python -m nbdist demo
 
 test: env  ## Run the tests, but for those with a target of their own
-	$(BIN)/python -m pytest -q -m 'not hf and not browser and not notebooks'
+	$(BIN)/python -m pytest -q -m 'not hf and not browser and not notebooks and not gpu'
 
 test-notebooks: env  ## Run the notebooks under nbval
 	$(BIN)/python -m pytest -q -m notebooks
@@ -39,6 +39,10 @@ test-notebooks: env  ## Run the notebooks under nbval
 test-browser: env  ## Test the panel in JupyterLab and Chromium, which has to be there; pictures go to shots/
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[browser]' -c constraints.txt
 	$(BIN)/python -m pytest -q -m browser tests/browser
+
+test-gpu: env  ## Test what runs on GPUs, of which there has to be one: a few minutes
+	$(BIN)/python -m pytest -q -m gpu
+	@$(BIN)/python tests/chaos/chaos.py --device cuda --only "every rank"
 
 parity: env  ## Compare every model on every mesh with one process, and print the table: under 40 minutes
 	@$(BIN)/python tests/core/matrix.py

@@ -37,12 +37,13 @@ class RankPool:
         self(1, _nothing)  # the fork server starts here, once and for all
 
     def __call__(
-        self, size: int, function: Callable[..., Any], *args: Any, channel: str = "shared memory"
+        self, size: int, function: Callable[..., Any], *args: Any, channel: str = "shared memory", device: str = "cpu"
     ) -> list[Any]:
         """Call ``function(world, *args)`` on `size` ranks that share a world, and return what each one returned.
 
         They talk through `channel`: "shared memory", "process group", or "two hosts" or "three hosts", that is both.
-        With "shared weights" it is shared memory, and the ranks share the weights however few they are.
+        With "shared weights" it is shared memory, and the ranks share the weights however few they are. On `device`
+        "cuda" they share the GPUs that there are, and `channel` says nothing.
 
         Raises:
             Exception: What a rank raised: the first one that is no echo of another's loss.
@@ -53,7 +54,9 @@ class RankPool:
         try:
             for rank in range(size):
                 reader, writer = self._context.Pipe(duplex=False)
-                process = self._context.Process(target=_rank_main, args=(rank, size, store.port, writer, job, channel))
+                process = self._context.Process(
+                    target=_rank_main, args=(rank, size, store.port, writer, job, channel, device)
+                )
                 process.start()
                 writer.close()
                 readers.append(reader)
@@ -93,7 +96,7 @@ def _collect(readers: list[Connection]) -> list[Any]:
     return [outcomes[reader][0] for reader in readers]
 
 
-def _rank_main(rank: int, size: int, port: int, writer: Connection, job: bytes, channel: str) -> None:
+def _rank_main(rank: int, size: int, port: int, writer: Connection, job: bytes, channel: str, device: str) -> None:
     multiprocessing.set_start_method(None, force=True)  # for what a rank starts itself: as in any other process
     torch.set_num_threads(1)
     os.environ["NBDIST_CHANNEL"] = channel.replace(" ", "_")
@@ -105,7 +108,7 @@ def _rank_main(rank: int, size: int, port: int, writer: Connection, job: bytes, 
     world = None
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        world = World.form(store=store, rank=rank, size=size, local_rank=rank, local_size=size, device="cpu")
+        world = World.form(store=store, rank=rank, size=size, local_rank=rank, local_size=size, device=device)
         function, args = pickle.loads(job)
         outcome = function(world, *args), None, ""
     except BaseException as error:

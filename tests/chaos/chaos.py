@@ -1,6 +1,6 @@
 """The chaos suite: whatever happens to its processes, a training ends with the numbers that it would have had.
 
-    python tests/chaos/chaos.py [--seed N] [--only WORDS] [--channel shared|group|meshes|none] [--write]
+    python tests/chaos/chaos.py [--seed N] [--only WORDS] [--channel shared|group|meshes|none] [--device cuda] [--write]
 
 ``make chaos`` runs it whole and puts its table into tests/README.md; `test_chaos.py` runs a part of it.
 """
@@ -77,6 +77,7 @@ def in_lab(
     events: dict[tuple[str, str], scenarios.Scenario],
     workloads: Iterable[str],
     seed: int,
+    device: str,
     tell,
 ) -> list[Row]:
     """Events on one cluster.
@@ -87,10 +88,11 @@ def in_lab(
         events: What happens, by its name and where.
         workloads: To what, the first one being an example.
         seed: Of all that is random.
+        device: What its ranks compute on.
         tell: Called with what has happened.
     """
     rows = []
-    lab = Lab(channel, ranks=ranks)
+    lab = Lab(channel, ranks=ranks, device=device)
     try:
         for workload in workloads:
             lab.reference(workload)
@@ -143,6 +145,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="Of all that is random.")
     parser.add_argument("--only", default="", metavar="WORDS", help="Events whose name holds these words.")
     parser.add_argument("--channel", choices=[*CHANNELS, "meshes", "none"], help="By default all.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="What ranks compute on. Default: cpu.")
     parser.add_argument("--write", action="store_true", help="Put the table into tests/README.md.")
     options = parser.parse_args()
     began_s = time.monotonic()
@@ -156,11 +159,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         os.environ["TMPDIR"] = tempfile.tempdir = temporary
         os.environ["NBDIST_HOME"] = f"{temporary}/home"
-        for word, channel in CHANNELS.items():
+        on_gpu = options.device == "cuda"
+        for word, channel in {"group": "gloo on a GPU"}.items() if on_gpu else CHANNELS.items():
             events = {**scenarios.LOST, **scenarios.TOLD}
             wanted = {(event, channel): events[event] for event in events if options.only in event}
             if wanted and options.channel in (None, word):
-                rows += in_lab(channel, RANKS, wanted, (*scenarios.WORKLOADS, "30 MiB"), options.seed, tell)
+                rows += in_lab(
+                    channel, RANKS, wanted, (*scenarios.WORKLOADS, "30 MiB"), options.seed, options.device, tell
+                )
         if options.channel in (None, "meshes"):
             wanted = {
                 (event, mesh): scenario
@@ -170,8 +176,8 @@ def main() -> int:
             }
             if wanted:
                 there = dict.fromkeys(mesh for _, mesh in wanted)
-                rows += in_lab("shared memory", meshes.RANKS, wanted, there, options.seed, tell)
-        if options.channel in (None, "none"):
+                rows += in_lab("shared memory", meshes.RANKS, wanted, there, options.seed, options.device, tell)
+        if options.channel in (None, "none") and not on_gpu:
             rows += by_themselves(options.seed, options.only, tell)
         tempfile.tempdir = None
     if not rows:

@@ -67,9 +67,13 @@ class Lab:
     Args:
         channel: "shared memory" or "process group".
         cluster: One that runs already, which stays; by default a new one.
+        ranks: Of a new one.
+        device: Of a new one; ranks that compute on GPUs meet over gloo or nccl, whatever `channel` says.
     """
 
-    def __init__(self, channel: str, cluster: nbdist.Cluster | None = None, *, ranks: int = RANKS) -> None:
+    def __init__(
+        self, channel: str, cluster: nbdist.Cluster | None = None, *, ranks: int = RANKS, device: str = "cpu"
+    ) -> None:
         self.channel = channel
         self.ranks = ranks
         self._references: dict[Any, State] = {}
@@ -78,7 +82,7 @@ class Lab:
         self.folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
         if cluster is None:
             with _environment(NBDIST_CHANNEL="process_group" if channel == "process group" else None):
-                cluster = self._cleanup.enter_context(nbdist.Cluster(ranks, device="cpu", spares=1))
+                cluster = self._cleanup.enter_context(nbdist.Cluster(ranks, device=device, spares=1))
                 until(lambda: cluster.spare_engines)
         self.cluster = cluster
         self._before: _Left | None = None

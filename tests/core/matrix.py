@@ -49,17 +49,19 @@ def plan_for(mesh: str, accumulate: int) -> Plan:
     )
 
 
-def by_hand(case: Case, dtype: torch.dtype, optimizer: str, plan: Plan) -> tuple[float, dict[str, torch.Tensor]]:
+def by_hand(
+    case: Case, dtype: torch.dtype, optimizer: str, plan: Plan, device: str
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Five steps in plain PyTorch, in one process: each replica's slices with random numbers of their own.
 
     The replicas share the weights; each has buffers of its own, whose mean is what the trained model holds.
     """
-    model = case.model(dtype)
-    x, y = case.data(BATCH * (STEPS - 1) + LAST, dtype)
+    model = case.model(dtype).to(device)
+    x, y = (tensor.to(device) for tensor in case.data(BATCH * (STEPS - 1) + LAST, dtype))
     replicas = [{name: buffer.clone() for name, buffer in model.named_buffers()} for _ in range(plan.mesh.data)]
     made = OPTIMIZERS[optimizer](model.parameters())
     weighted = 0.0
-    for step, batch in enumerate(torch.arange(len(x)).split(BATCH)):
+    for step, batch in enumerate(torch.arange(len(x), device=device).split(BATCH)):
         made.zero_grad()
         total = 0.0
         for i, (start, stop) in enumerate(slice_bounds(len(batch), plan.slices)):
@@ -79,7 +81,7 @@ def by_hand(case: Case, dtype: torch.dtype, optimizer: str, plan: Plan) -> tuple
     for name, buffer in replicas[0].items():
         floating = buffer.is_floating_point()
         weights[name] = torch.stack([r[name] for r in replicas]).mean(0) if floating else buffer
-    return weighted, weights
+    return weighted, {name: tensor.cpu() for name, tensor in weights.items()}
 
 
 def run_cell(world: World, model: str, mesh: str, dtype: torch.dtype) -> Any:
@@ -101,11 +103,11 @@ def run_cell(world: World, model: str, mesh: str, dtype: torch.dtype) -> Any:
     return results
 
 
-def difference(model: str, mesh: str, dtype: torch.dtype, results: Any) -> float:
+def difference(model: str, mesh: str, dtype: torch.dtype, results: Any, device: str = "cpu") -> float:
     """The largest difference of a loss or a weight from the loop written by hand, over a cell's trainings."""
     largest = 0.0
     for (optimizer, accumulate), (loss, tensors) in results.items():
-        expected_loss, expected = _reference(model, dtype, optimizer, plan_for(mesh, accumulate))
+        expected_loss, expected = _reference(model, dtype, optimizer, plan_for(mesh, accumulate), device)
         assert expected.keys() == tensors.keys()
         largest = max(largest, abs(expected_loss - loss))
         for name, tensor in expected.items():
@@ -119,11 +121,11 @@ def difference(model: str, mesh: str, dtype: torch.dtype, results: Any) -> float
 _references: dict[Any, Any] = {}
 
 
-def _reference(model: str, dtype: torch.dtype, optimizer: str, plan: Plan) -> Any:
-    key = model, dtype, optimizer, plan.mesh.data, plan.slices_per_rank
+def _reference(model: str, dtype: torch.dtype, optimizer: str, plan: Plan, device: str) -> Any:
+    key = model, dtype, optimizer, plan.mesh.data, plan.slices_per_rank, device
     if key not in _references:
         with torch.random.fork_rng():
-            _references[key] = by_hand(CASES[model], dtype, optimizer, plan)
+            _references[key] = by_hand(CASES[model], dtype, optimizer, plan, device)
     return _references[key]
 
 
