@@ -16,6 +16,8 @@ from nbdist.core.task import Task
 
 __all__ = ["deterministic", "on_device", "threads", "uninterrupted"]
 
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
@@ -34,8 +36,8 @@ def deterministic() -> Iterator[None]:
     switches: Any = torch.utils.deterministic
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills, tries = switches.fill_uninitialized_memory, torch.backends.cudnn.benchmark
-    if torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    workspace = os.environ.get(_CUBLAS)
+    os.environ.setdefault(_CUBLAS, ":4096:8")  # torch asks for it before it lets cuBLAS compute
     torch.use_deterministic_algorithms(True)
     switches.fill_uninitialized_memory = False  # nobody reads it, and it costs a pass over memory
     torch.backends.cudnn.benchmark = False
@@ -45,6 +47,8 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(enabled, warn_only=warns)
         switches.fill_uninitialized_memory = fills
         torch.backends.cudnn.benchmark = tries
+        if workspace is None:
+            del os.environ[_CUBLAS]
 
 
 @contextlib.contextmanager

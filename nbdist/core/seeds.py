@@ -39,7 +39,7 @@ def set_state(states: list[torch.Tensor | None], device: torch.device) -> None:
     """Go on where `state` was taken, perhaps on another rank. Local."""
     first, *on_device = states
     assert first is not None
-    torch.default_generator.set_state(first)
+    torch.default_generator.set_state(first.cpu())
     for other in on_device:
         assert other is not None
         torch.cuda.set_rng_state(other.cpu(), device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import matrix
 import pytest
 import torch
-import torch.distributed as dist
 from problems import ADAMW, assert_same_bits, classes, losses, mlp, seeded, train, weights
 from test_matrix import PART
 from torch import nn
@@ -47,26 +46,27 @@ class OneRankNccl(World):
         return ProcessGroupChannel(self.device, streamed=True)
 
 
-@pytest.fixture
-def nccl():
-    torch.cuda.set_device(GPU)
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
-    yield OneRankNccl(device=GPU, backend="nccl")
-    dist.destroy_process_group()
+def large():
+    return nn.Sequential(nn.Linear(6, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.Linear(2048, 3))
+
+
+def over_nccl(world, given):
+    """Losses and weights of a rank alone, without a channel and with that of nccl."""
+    assert world.backend == "nccl"
+    found = []
+    for each in (world, OneRankNccl(device=world.device, backend="nccl")):
+        model = seeded(large)
+        result, trained = train(each, model, classes(240, torch.float32), bucket_mib=1.0, **given)
+        found.append((losses(result), trained))
+    return found
 
 
 @pytest.mark.parametrize(
     "more", [{}, {"accumulate": 3}, {"clip_norm": 0.1}, {"precision": "fp16"}, {"stop_on_nan": True}]
 )
-def test_the_overlapping_sync_of_nccl_changes_no_bit(nccl, more):
+def test_the_overlapping_sync_of_nccl_changes_no_bit(run_ranks, more):
     """Many buckets of large gradients: a step that did not wait for them would update with others."""
-
-    def make():
-        return seeded(lambda: nn.Sequential(nn.Linear(6, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.Linear(2048, 3)))
-
     given = {"optimizer": ADAMW, "epochs": 2, "batch_size": 48} | more
-    expected, model = make(), make()
-    one, _ = train(World(device=GPU), expected, classes(240, torch.float32), **given)
-    same, _ = train(nccl, model, classes(240, torch.float32), bucket_mib=1.0, **given)
-    assert_same_bits(weights(expected), weights(model))
-    assert losses(one) == losses(same)
+    [((expected_losses, expected), (found_losses, found))] = run_ranks(1, over_nccl, given, device="cuda")
+    assert expected_losses == found_losses
+    assert_same_bits(expected, found)
