@@ -143,7 +143,7 @@ class Relay:
                 since_s = now_s
             if since_s is None and (self._run.abandoned or self._is_hung()):
                 since_s = now_s - _INTERRUPT_AFTER_S
-            if since_s is not None and now_s >= since_s + _INTERRUPT_AFTER_S and not self._freed:
+            if waiting and since_s is not None and now_s >= since_s + _INTERRUPT_AFTER_S and not self._freed:
                 self._freed.update(waiting)
                 self._engines.release()  # one whose interrupt came too early to be heard waits at the store
                 self._engines.interrupt(waiting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import nbdist
+from nbdist.cluster.relay import Relay
 from nbdist.errors import EngineError, PlanError
 from nbdist.telemetry.record import records
 
@@ -188,3 +190,21 @@ def test_the_last_run_is_gone_on_with_on_another_number_of_engines(cluster):
     assert (SAMPLES // BATCH * EPOCHS, "finished") == (again.progress.step, again.state)
     assert step < again.progress.step
     assert [SAMPLES] * EPOCHS == [row["samples"] for row in again.history]
+
+
+def test_a_stop_at_once_that_comes_too_late_frees_nobody(cluster, monkeypatch):
+    """When every rank has answered, their world is whole, and they can meet in it."""
+    draw = Relay._draw
+
+    def late(relay):
+        concurrent.futures.wait(relay._calls)
+        relay._run.stop(now=True)
+        draw(relay)
+
+    monkeypatch.setattr(Relay, "_draw", late)
+    run = cluster.train(net(), data(), **{**OPTIONS, "epochs": 1})
+    monkeypatch.undo()
+    assert run.abandoned
+    assert run.state == "finished"
+    waiting = "from nbdist.cluster import entry; entry._engine.world.store.check(['what no rank has written'])"
+    cluster.execute(waiting).wait()  # raises where ranks were released
