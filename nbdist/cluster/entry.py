@@ -301,6 +301,8 @@ def train(
             outcome = Outcome(rank=world.rank, state="failed", snapshot=snapshot, failure=failure)
             task = None
             let_go_after(error)
+    if world.device.type == "cuda":
+        give_back()  # what torch keeps for the next time, nobody else can have: the notebook itself, say
     _engine.outcome = run_id, outcome
     return outcome
 
