@@ -1,10 +1,11 @@
 """How long is a step of data parallelism on two ranks? Beside two peers.
 
-    python benchmarks/step_time.py [--peer ddp|one] [--pairs 4] [--json] [CASE ...]
+    python benchmarks/step_time.py [--peer ddp|one] [--device cpu|cuda] [--pairs 4] [--json] [CASE ...]
 
 `ddp` is the same loop written by hand with torchrun, DistributedDataParallel and gloo; both sides have one thread a
 rank. `one` is the plain loop in one process that has all cores. Both sides have the same model, data, batches and fused
-AdamW. The first 20 steps are not counted.
+AdamW. The first 20 steps are not counted. With `--device cuda` there is a rank a GPU on both sides, over nccl; with one
+GPU that is the plain loop again, whose data lies on the GPU.
 """
 
 from __future__ import annotations
@@ -90,30 +91,35 @@ def work(case: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor, int, int]:
     return make(), torch.randn(samples, *shape), torch.randint(0, classes, (samples,)), batch_size, steps
 
 
-def run_ours(case: str) -> float:
+def run_ours(case: str, device: str) -> float:
     """Milliseconds a step with `nbdist.train`."""
     import nbdist
 
     model, x, y, batch_size, steps = work(case)
-    options: dict[str, Any] = {"loss": "cross_entropy", "lr": 1e-3, "batch_size": batch_size, "threads": 1}
+    options: dict[str, Any] = {
+        "loss": "cross_entropy", "lr": 1e-3, "batch_size": batch_size, "threads": 1, "device": device
+    }  # fmt: skip
     quiet = {"verbose": False, "record": False}
     nbdist.train(model, (x, y), steps=WARM_UP, **options, **quiet)
     result = nbdist.train(model, (x, y), steps=steps, **options, **quiet)
     return 1000 * float(result.history[0]["seconds"]) / steps
 
 
-def run_peer(case: str) -> float:
-    """Milliseconds a step with a loop as a good engineer writes it; under torchrun with DDP, gloo on loopback."""
+def run_peer(case: str, device: str) -> float:
+    """Milliseconds a step with a loop as a good engineer writes it; under torchrun with DDP, on CPUs over loopback."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
     model, x, y, batch_size, steps = work(case)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        model, x, y = model.cuda(), x.cuda(), y.cuda()
     replica: nn.Module = model
     if ranks > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo" if device == "cpu" else "nccl")
         torch.set_num_threads(1)
         replica = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(replica.parameters(), lr=1e-3, fused=True)
@@ -129,7 +135,9 @@ def run_peer(case: str) -> float:
                 optimizer.step()
                 done += 1
                 if done == steps:
-                    return
+                    break
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     train(WARM_UP)
     started_s = time.perf_counter()
@@ -137,14 +145,14 @@ def run_peer(case: str) -> float:
     return 1000 * (time.perf_counter() - started_s) / steps
 
 
-def measure(side: str, case: str, ranks: int) -> float:
+def measure(side: str, case: str, ranks: int, device: str) -> float:
     """Run one side of a case in fresh processes."""
     environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [sys.executable]
     if ranks > 1:
         environment["OMP_NUM_THREADS"] = "1"
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [__file__, "--side", side, case]
+    command += [__file__, "--side", side, "--device", device, case]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(next(line for line in done.stdout.splitlines() if line.startswith("ms ")).split()[1])
 
@@ -154,17 +162,21 @@ def main() -> None:
     parser = arguments(__doc__, pairs=4)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"Of {', '.join(CASES)}. Default: the peer's.")
     parser.add_argument("--peer", choices=("ddp", "one"), default="ddp", help="Default: ddp.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="Default: cpu.")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        milliseconds = (run_ours if options.side == "ours" else run_peer)(options.cases[0])
+        milliseconds = (run_ours if options.side == "ours" else run_peer)(options.cases[0], options.device)
         if os.environ.get("RANK", "0") == "0":
             print("ms", milliseconds, flush=True)
         os._exit(0)  # DDP's own end over gloo aborts now and then, when all has been measured
+    ranks = RANKS if options.device == "cpu" else torch.cuda.device_count()
     comparisons = [
         compare(
-            case, "ms", f"at least {CASES[case][-1]:g}", lambda case=case: measure("ours", case, RANKS),
-            lambda case=case: measure("peer", case, RANKS if options.peer == "ddp" else 1), options.pairs,
+            case, "ms", f"at least {CASES[case][-1]:g}" if options.device == "cpu" else "",
+            lambda case=case: measure("ours", case, ranks, options.device),
+            lambda case=case: measure("peer", case, ranks if options.peer == "ddp" else 1, options.device),
+            options.pairs,
         )
         for case in options.cases or (BESIDE_DDP if options.peer == "ddp" else BESIDE_ONE)
     ]  # fmt: skip
