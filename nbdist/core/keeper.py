@@ -73,6 +73,7 @@ class Keeper:
             self._writer = self._planned = self._make_writer(plan.checkpoint, plan.checkpoint_keep)
         self._checked = False
         self._layouts: list[Layout] = []
+        self._kept_at = -1
         self._snapshot_due_s = 0.0
         self._every_steps, self._every_s = plan.checkpoint_cadence
         self._checkpoint_due_s = time.monotonic() + (self._every_s or 0.0)
@@ -129,6 +130,8 @@ class Keeper:
             return
         if self._planned is not None and not self._checked:
             self._check()
+        if position.step - self._strategy.lag <= self._kept_at:
+            return  # it was said before the last snapshot was taken: what was asked for has been done
         if self._writer is not None and self._writer.busy and heard.written + heard.unwritten == self._ranks:
             self._settle(heard.unwritten == 0)
         if heard.checkpoint and self._planned is not None:
@@ -261,6 +264,7 @@ class Keeper:
         if buffers is not None:
             tensors = {key: buffers.get(key.rsplit("|", 4)[0], tensor) for key, tensor in tensors.items()}
         slot = self._spool.write(position.moment, self._ranks, layout, tensors, text)
+        self._kept_at = position.step
         now = time.monotonic()
         self._snapshot_due_s = now + _SHARE * (now - started_s)
         return slot

@@ -150,10 +150,10 @@ def laid_out_like(parameter: torch.Tensor, flat: torch.Tensor, start: int) -> to
     return flat[start : start + parameter.numel()].as_strided(parameter.shape, strides)
 
 
-def stand_in(layout: torch.Tensor) -> torch.Tensor:
+def stand_in(layout: torch.Tensor, device: torch.device) -> torch.Tensor:
     """What a parameter holds where its values are not: its shape without memory. Read by mistake, it shows as NaN."""
     fill = float("nan") if layout.is_floating_point() or layout.is_complex() else 0
-    return torch.full((), fill, dtype=layout.dtype).expand(layout.shape)
+    return torch.full((), fill, dtype=layout.dtype, device=device).expand(layout.shape)
 
 
 def replace_data(parameter: nn.Parameter, data: torch.Tensor) -> None:

@@ -52,7 +52,7 @@ class Steering:
         self._scheduler = scheduler
         self._keeper = keeper
         self._tell = tell
-        self._lag = int(strategy.device.type != "cpu")
+        self._lag = strategy.lag
         self._log: list[Order] = []
         self._checkpoints: list[str] = []
         self._paused = self.stopped = self.scaling = False

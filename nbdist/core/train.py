@@ -197,8 +197,7 @@ def fit(
                             scheduler.step()
                     at.advance(sum(part.samples for part in slices or ()), strategy.counted(losses, totals))
 
-                    # A GPU is not waited for: there, ranks hear one step later what they have agreed on.
-                    heard, latest = totals if device.type == "cpu" else latest, totals
+                    heard, latest = latest if strategy.lag else totals, totals
                     signals = None if heard is None else heard.signals
                     steering.obey(at, signals)
                     keeper.reach_boundary(at, signals)

@@ -8,14 +8,16 @@ import random
 import numpy as np
 import pytest
 import torch
-from problems import ADAMW, FEATURES, assert_same_bits, classes, seeded, stop_after, train
+from problems import ADAMW, FEATURES, Given, assert_same_bits, classes, seeded, stop_after, train
 from torch import nn
 from torch.nn import functional as F
 
+from nbdist.core.checkpoint import checkpoints, load_checkpoint
 from nbdist.core.saved import Saved
 from nbdist.core.snapshot import Vaults, newest, read
+from nbdist.core.strategies import Strategy
 from nbdist.errors import TaskError
-from nbdist.telemetry import Noted
+from nbdist.telemetry import Checkpointed, Noted
 
 SAMPLES, BATCH = 80, 16
 
@@ -245,4 +247,53 @@ def test_what_a_snapshot_cannot_hold(run_ranks, tmp_path):
     assert newest(vaults.paths) is None
     for text, _ in run_ranks(2, note, vaults.paths, str(tmp_path)):
         assert "the optimizer's note is a object, which a checkpoint cannot hold" in text
+    vaults.close()
+
+
+def late(world, function, *args):
+    """Call it in a rank that hears one step late what all have agreed on, as where a GPU is not waited for."""
+    make = Strategy.__init__
+
+    def made_late(strategy, *given):
+        make(strategy, *given)
+        strategy.lag = 1
+
+    Strategy.__init__ = made_late
+    return function(world, *args)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("at", [1, 4, 12])
+def test_a_stop_that_is_heard_late_changes_no_bit(run_ranks, tmp_path, where, at):
+    """It goes on from the step after which all have heard of it."""
+    vaults = Vaults(2)
+    folder = str(tmp_path) if where == "disk" else None
+    assert_same(run_ranks(2, late, whole_and_halves, Net, tensors, vaults.paths, folder, at, options_of()))
+    vaults.close()
+
+
+def often(world, paths, folder, orders):
+    """Train with a checkpoint every second step, and those ordered; what was told of them."""
+    told = []
+    sink = type("Sink", (), {"emit": lambda _, e: isinstance(e, (Noted, Checkpointed)) and told.append(e)})()
+    options = options_of(checkpoint=folder, checkpoint_every=2, checkpoint_keep=100, epochs=12, sinks=[sink])
+    train(world, seeded(Net), tensors(), vaults=paths, orders=Given(orders), **options)
+    return told
+
+
+@pytest.mark.parametrize("lags", [False, True])
+def test_checkpoints_one_after_the_other(run_ranks, tmp_path, lags):
+    """Each one is begun once and is whole when it counts, however soon the next one is asked for, or ordered."""
+    vaults = Vaults(2)
+    orders = {step: [("checkpoint", str(tmp_path / "ordered"))] for step in (3, 4, 30, 31)}
+    told, none = run_ranks(2, *([late] if lags else []), often, vaults.paths, str(tmp_path / "planned"), orders)
+    assert all(isinstance(event, Checkpointed) for event in [*told, *none]), told
+    assert [] == none
+    for name, least in ("planned", 3), ("ordered", 2):
+        steps = [event.step for event in told if name in event.path]
+        assert len(steps) >= least
+        assert sorted(set(steps)) == steps
+        assert len(steps) == len(checkpoints(tmp_path / name))
+        for each in checkpoints(tmp_path / name):
+            load_checkpoint(str(tmp_path / name / each), Net())
     vaults.close()

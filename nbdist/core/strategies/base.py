@@ -42,6 +42,7 @@ class Strategy(ABC):
         table: The model's parameters and buffers, and where their parts lie.
         work: What this rank did in the latest step, where there is an order to show.
         infos: The stages that a pipeline was cut into, as JSON-able data.
+        lag: How many steps late ranks hear what they have agreed on: a GPU is not waited for.
         even: Whether all ranks must compute equally many slices, those without data included.
         batch_norms: What lets BatchNorm see the slices of all ranks, or None.
         sums: What adds up slices in the same order on any number of ranks, or None.
@@ -52,6 +53,7 @@ class Strategy(ABC):
         self.plan = plan
         self.axes = axes
         self.device = axes.world.device
+        self.lag = int(self.device.type != "cpu")
         self.table = ParamTable.of(task.model)
         self.precision = Precision(plan.precision, self.device)
         self.work: list[Work] = []

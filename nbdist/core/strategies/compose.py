@@ -152,7 +152,7 @@ class Composed(Strategy):
                 parameter.grad = None
                 # In memory of its own: the parcel that brought the whole model is let go of.
                 held = placement.held(self.axes)
-                parameter.data = parameter.data.clone() if held else stand_in(parameter.to("meta"))
+                parameter.data = parameter.data.clone() if held else stand_in(parameter, parameter.device)
 
     def _deal_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.plan.schedule == "zero-bubble" and self._split is not None:

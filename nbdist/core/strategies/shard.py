@@ -119,7 +119,7 @@ class _Block:
         self.channel = channel
         self.awaited = False  # whether backward has begun with it and not ended
         self._gathered = False
-        self._layouts = [torch.empty_like(p, device="meta") for p in parameters]
+        self._stand_ins = [stand_in(p, p.device) for p in parameters]
         self._lengths = [-(-p.numel() // channel.size) for p in parameters]
         self._homes = [_without_memory(n * channel.size, p) for n, p in zip(self._lengths, parameters, strict=True)]
         self._gradients: list[torch.Tensor | None] = [None] * len(parameters)
@@ -140,7 +140,7 @@ class _Block:
     def hide(self) -> None:
         for i, parameter in enumerate(self.parameters):
             self._gradients[i], parameter.grad = parameter.grad, None
-            parameter.data = stand_in(self._layouts[i])
+            parameter.data = self._stand_ins[i]
 
     def show(self) -> None:
         for i, parameter in enumerate(self.parameters):
@@ -157,16 +157,16 @@ class _Block:
             lengths = [self._lengths[i] for i in members]
             rows = [row.split(lengths) for row in self.channel.all_gather(run)]
             for i, *pieces in zip(members, *rows, strict=True):
-                home, layout = self._homes[i], self._layouts[i]
+                home, layout = self._homes[i], self._stand_ins[i]
                 home.untyped_storage().resize_(home.numel() * home.itemsize)
                 torch.cat(pieces, out=home)
                 self.parameters[i].data = home[: layout.numel()].view(layout.shape)
 
     def free(self) -> None:
         self._gathered = False
-        for home, parameter, layout in zip(self._homes, self.parameters, self._layouts, strict=True):
+        for home, parameter, layout in zip(self._homes, self.parameters, self._stand_ins, strict=True):
             home.untyped_storage().resize_(0)
-            parameter.data = stand_in(layout)
+            parameter.data = layout
 
     @torch.no_grad()
     def reduce(self, silent: bool) -> list[int]:
