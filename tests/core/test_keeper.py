@@ -292,8 +292,8 @@ def test_checkpoints_one_after_the_other(run_ranks, tmp_path, lags):
     for name, least in ("planned", 3), ("ordered", 2):
         steps = [event.step for event in told if name in event.path]
         assert len(steps) >= least
-        assert sorted(steps) == steps  # the last one may be of the same step as the one before it
-        assert len(steps) == len(checkpoints(tmp_path / name))
+        assert sorted(steps) == steps
+        assert len(set(steps)) == len(checkpoints(tmp_path / name))  # the last one takes the place of one of its step
         for each in checkpoints(tmp_path / name):
             load_checkpoint(str(tmp_path / name / each), Net())
     vaults.close()
