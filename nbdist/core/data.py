@@ -13,12 +13,15 @@ from torch.utils import data as torch_data
 from nbdist.core import seeds
 from nbdist.core.channels import Channel
 from nbdist.core.data_workers import EndsWithRank
-from nbdist.core.source import Source, map_tensors
+from nbdist.core.source import Source, map_tensors, tensors_in
 from nbdist.core.sum_order import SumOrder
 from nbdist.plan import slice_bounds
 
 __all__ = ["Reader", "Slice", "to_device"]
 
+_CPU = torch.device("cpu")
+_RESIDENT_SHARE = 8
+"""Tensors that take less than this part of what is free on a GPU are kept there for the length of a run."""
 _Dealt = tuple[int, torch.Tensor, int]
 
 
@@ -29,12 +32,14 @@ class Slice:
     Args:
         index: Which of the batch's slices, 0 ... ranks x microbatches - 1, counted over all ranks.
         samples: Samples in it; 0 where the batch left none for it and others wait for this rank to compute as they do.
-        batch: What the step sees as `batch`, on the CPU.
+        batch: What the step sees as `batch`, once it is on the device.
+        target: Its last element where that can be counted without waiting for a GPU, if it is not in `batch`.
     """
 
     index: int
     samples: int
     batch: Any
+    target: torch.Tensor | None = None
 
 
 class Reader:
@@ -51,7 +56,8 @@ class Reader:
         slices: Into how many a batch is cut, over all ranks; by default one a rank.
         seed: Decides the order and what data sets draw at random.
         shuffle: Whether to read in a new order each epoch.
-        pin: Whether to put what is read in page-locked memory, for a GPU.
+        device: What will compute on it. For a GPU, tensors are kept there if they are small, else each batch is read
+            into page-locked memory.
         told_by: Over all ranks that read with the same settings; by default those of `channel`.
         even: Whether every rank gets as many slices as any other: without samples, and the data of another one.
         dealt_by_slice: Whether what is in a slice of a stream may not depend on the number of ranks.
@@ -59,7 +65,7 @@ class Reader:
 
     def __init__(
         self, source: Source, channel: Channel, *, batch_size: int, slices: int = 0, seed: int = 0,
-        shuffle: bool = False, pin: bool = False, told_by: Channel | None = None, even: bool = False,
+        shuffle: bool = False, device: torch.device = _CPU, told_by: Channel | None = None, even: bool = False,
         dealt_by_slice: bool = False,
     ) -> None:  # fmt: skip
         self._source = source
@@ -72,7 +78,8 @@ class Reader:
         self._dealt_by_slice = dealt_by_slice
         self._seed = seed
         self._shuffle = shuffle
-        self._pin = pin
+        self._device = device
+        self._resident: Any = None
         self._requests: list[list[int]] = []
         self._loader: Any = None
         self._sampled = 0  # epochs that the source's own sampler has been run for
@@ -101,8 +108,8 @@ class Reader:
         """
         if self.streams:
             return self._stream(epoch, skip)
-        batches = itertools.islice(self._deal(self._order(epoch)), skip, None)
-        return self._index(batches) if self._source.tensors is not None else self._load(batches, epoch, skip)
+        order = self._order(epoch)
+        return self._index(order, skip) if self._source.tensors is not None else self._load(order, epoch, skip)
 
     def _order(self, epoch: int) -> torch.Tensor:
         source, samples = self._source, self._source.samples
@@ -142,20 +149,38 @@ class Reader:
                 dealt += [(share.start + i, batch[slice(*bounds[0])], 0) for i in range(len(dealt), most)]
             yield dealt
 
-    def _index(self, batches: Iterator[list[_Dealt]]) -> Iterator[list[Slice]]:
-        tensors, rows = self._source.tensors, self._source.indices
-        for batch in batches:
+    def _index(self, order: torch.Tensor, skip: int) -> Iterator[list[Slice]]:
+        tensors, indices = self._source.tensors, self._source.indices
+        rows = order if indices is None else indices[order]
+        if self._device.type == "cpu":
+            for batch in itertools.islice(self._deal(rows), skip, None):
+                yield [Slice(index=index, samples=samples, batch=_taken(tensors, at)) for index, at, samples in batch]
+            return
+        resident = self._keep_resident()
+        target = tensors[-1] if isinstance(tensors, tuple) else None
+        dealt = zip(self._deal(rows), self._deal(rows.to(self._device)), strict=True)
+        for batch, there in itertools.islice(dealt, skip, None):
             slices = []
-            for index, positions, samples in batch:
-                chosen = positions if rows is None else rows[positions]
-                taken = map_tensors(tensors, lambda tensor: tensor[chosen])  # noqa: B023 - used at once
-                if self._pin:
-                    taken = map_tensors(taken, torch.Tensor.pin_memory)
-                slices.append(Slice(index=index, samples=samples, batch=taken))
+            for (index, at, samples), (_, same, _) in zip(batch, there, strict=True):
+                if resident is None:
+                    taken = map_tensors(_taken(tensors, at), torch.Tensor.pin_memory)
+                    slices.append(Slice(index=index, samples=samples, batch=taken))
+                else:
+                    seen = None if target is None else target[at]
+                    slices.append(Slice(index=index, samples=samples, batch=_taken(resident, same), target=seen))
             yield slices
 
-    def _load(self, batches: Iterator[list[_Dealt]], epoch: int, skip: int) -> Iterator[list[Slice]]:
-        dealt = list(batches)
+    def _keep_resident(self) -> Any:
+        """The tensors on the device; None where they would take too much of it."""
+        tensors = self._source.tensors
+        if self._resident is None:
+            free, _ = torch.cuda.mem_get_info(self._device)
+            if sum(tensor.nbytes for tensor in tensors_in(tensors)) <= free / _RESIDENT_SHARE:
+                self._resident = map_tensors(tensors, lambda tensor: tensor.to(self._device))
+        return self._resident
+
+    def _load(self, order: torch.Tensor, epoch: int, skip: int) -> Iterator[list[Slice]]:
+        dealt = list(itertools.islice(self._deal(order), skip, None))
         self._requests[:] = [
             [seeds.derive(self._seed, "data", epoch, step, index), *positions.tolist()]
             for step, batch in enumerate(dealt, start=skip)
@@ -164,8 +189,8 @@ class Reader:
         if self._loader is None:
             self._loader = torch_data.DataLoader(
                 _Seeded(self._source.dataset), batch_sampler=_Requests(self._requests), collate_fn=self._source.collate,
-                pin_memory=self._pin, persistent_workers=bool(self._source.loading.get("num_workers")),
-                **_loading(self._source),
+                pin_memory=self._device.type == "cuda",
+                persistent_workers=bool(self._source.loading.get("num_workers")), **_loading(self._source),
             )  # fmt: skip
         loaded = iter(self._loader)
         for batch in dealt:
@@ -206,8 +231,12 @@ class Reader:
         yield from itertools.repeat(None)
 
     def close(self) -> None:
-        """End the loader's worker processes."""
-        self._loader = None
+        """End the loader's worker processes, and let go of what is on the device."""
+        self._loader = self._resident = None
+
+
+def _taken(tensors: Any, rows: torch.Tensor) -> Any:
+    return map_tensors(tensors, lambda tensor: tensor[rows])
 
 
 def _loading(source: Source) -> dict[str, Any]:

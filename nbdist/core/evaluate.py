@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.data import Reader
+from nbdist.core.data import Reader, Slice
 from nbdist.core.strategies import Strategy
 from nbdist.core.task import Task, first_dimension
 from nbdist.core.weighted_mean import WeightedMean
@@ -43,9 +43,9 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
     steps = 1
     outputs: list[Any] = []
 
-    def measure(batch: Any, samples: int) -> tuple[tuple[torch.Tensor, Any], tuple[Any, Any]]:
-        loss = task.loss_and_weight(batch, samples)
-        return loss, (0, 0) if task.metric is None else _measure(task, outputs, batch, samples, metric)
+    def measure(batch: Any, part: Slice) -> tuple[tuple[torch.Tensor, Any], tuple[Any, Any]]:
+        loss = task.loss_and_weight(batch, part)
+        return loss, (0, 0) if task.metric is None else _measure(task, outputs, batch, part.samples, metric)
 
     hook = task.model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:

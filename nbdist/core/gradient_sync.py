@@ -96,7 +96,7 @@ class _Bucket:
     """A contiguous range of a flat buffer, reduced as one; `missing` gradients are still to come in this step."""
 
     flat: torch.Tensor
-    size: int
+    members: list[int]
     missing: int = 0
     pending: Pending | None = None
 
@@ -107,6 +107,9 @@ class GradientSync:
     Each parameter's ``.grad`` is a view into a flat buffer, one a dtype, so backward accumulates in place and the
     sync is a few large collectives. Behind the gradients of the last buffer ride the step's totals and which
     parameters were used: stopping together and leaving unused parameters alone cost no collective of their own.
+
+    Where the sync overlaps with backward, the gradients stay where backward has made them until a bucket of them is
+    full, and are copied into it at once: an addition for each would be a kernel for each. A rank alone leaves them.
 
     Gradients are sums of ``weight / full_batch * d loss`` over the slices, divided in the end by the sum of those
     factors over all ranks unless that is one: exact for uneven slices, and for means over tokens. What is summed over
@@ -129,6 +132,7 @@ class GradientSync:
         self._channel = channel
         self._full_batch = full_batch
         self._overlap = channel.device.type == "cuda" if overlap is None else overlap
+        self._alone = self._overlap and channel.size == 1
         self._used: list[Any] = [None] * len(parameters)
         self._armed = False
         self._buckets: list[_Bucket] = []
@@ -150,22 +154,26 @@ class GradientSync:
         carrier = tail_dtype(by_dtype)  # its buffer comes last
         by_dtype[carrier] = by_dtype.pop(carrier, [])
         tail = COUNTS + len(self._parameters)
+        if self._alone:
+            self._flats.append(self._channel.zeros(tail, carrier))
+            return self._flats[0]
         for dtype, members in by_dtype.items():
             length = sum(self._parameters[i].numel() for i in members)
             extra = tail if dtype is carrier else 0
             flat = self._channel.zeros(length + extra, dtype)
             self._flats.append(flat)
             start = offset = 0
-            size = 0
+            full: list[int] = []
             for i in members:
                 parameter = self._parameters[i]
-                if size and (offset + parameter.numel() - start) * flat.itemsize > bucket_bytes:
-                    self._buckets.append(_Bucket(flat[start:offset], size))
-                    start, size = offset, 0
+                if full and (offset + parameter.numel() - start) * flat.itemsize > bucket_bytes:
+                    self._buckets.append(_Bucket(flat[start:offset], full))
+                    start, full = offset, []
                 self._views[i] = laid_out_like(parameter, flat, offset)
                 self._bucket_of[i] = len(self._buckets)
-                offset, size = offset + parameter.numel(), size + 1
-            self._buckets.append(_Bucket(flat[start:], size))
+                offset += parameter.numel()
+                full.append(i)
+            self._buckets.append(_Bucket(flat[start:], full))
         return self._flats[-1][-tail:]
 
     def _hook(self, i: int) -> Any:
@@ -174,7 +182,7 @@ class GradientSync:
 
         def hook(parameter: nn.Parameter) -> None:
             self._used[i] = parameter
-            if self._armed:
+            if self._armed and not self._alone:
                 self._buckets[self._bucket_of[i]].missing -= 1
                 self._start_ready()
 
@@ -182,17 +190,21 @@ class GradientSync:
 
     def zero_(self) -> None:
         """Begin a step: no gradients. Local."""
-        for flat in self._flats:
-            flat.zero_()
-        for parameter, view in zip(self._parameters, self._views, strict=True):
-            parameter.grad = view
+        if self._overlap:
+            for parameter in self._parameters:
+                parameter.grad = None
+        else:
+            for flat in self._flats:
+                flat.zero_()
+            for parameter, view in zip(self._parameters, self._views, strict=True):
+                parameter.grad = view
         self._used[:] = [None] * len(self._used)
         self._armed = False
 
     def arm(self) -> None:
         """The next backward is the step's last on this rank: buckets may start as they fill up. Local."""
         for bucket in self._buckets:
-            bucket.missing, bucket.pending = bucket.size, None
+            bucket.missing, bucket.pending = len(bucket.members), None
         self._armed = self._overlap
 
     def _start_ready(self, everything: bool = False) -> None:
@@ -201,7 +213,23 @@ class GradientSync:
             if bucket.pending is None:
                 if bucket.missing and not everything:
                     return
+                if self._overlap:
+                    self._take_in(bucket)
                 bucket.pending = self._channel.start_all_reduce_(bucket.flat)
+
+    def _take_in(self, bucket: _Bucket) -> None:
+        """Copy what backward has made into a bucket, where the gradients are from now on."""
+        made, places = [], []
+        for i in bucket.members:
+            gradient, view = self._parameters[i].grad, self._views[i]
+            if gradient is None:
+                view.zero_()
+            else:
+                made.append(gradient.to_dense() if gradient.is_sparse else gradient)
+                places.append(view)
+            self._parameters[i].grad = view
+        if made:
+            torch._foreach_copy_(places, made)
 
     @property
     def used(self) -> list[bool]:
@@ -235,28 +263,30 @@ class GradientSync:
             bucket.pending.wait_on_device()
             bucket.pending = None  # a finished collective would still hold its process group, and the group its peers
         totals = Totals(self._tail[:COUNTS])
-        if self._tail.device.type == "cpu":
-            factor: Any = totals.weight / self._full_batch
+        if self._alone and not isinstance(weight, torch.Tensor):
+            factor: Any = weight / self._full_batch
+        elif self._tail.device.type == "cpu":
+            factor = totals.weight / self._full_batch
         else:  # not waited for
             factor = torch.where(self._tail[0] == 0, 1.0, self._tail[0] / self._full_batch)
         if isinstance(factor, torch.Tensor) or factor not in (0.0, 1.0):
-            for flat in self._flats:
-                flat.div_(factor)
-        if not all(used):
+            held = [p.grad for p in self._parameters if p.grad is not None] if self._alone else self._flats
+            if held:
+                torch._foreach_div_(held, factor)
+        if not (all(used) or self._alone):
             self._drop_unused()
         return totals
 
     def _tell(self, values: list[Any], loss: tuple[Any, Any]) -> None:
         """Write the tail. Mostly it says what it said in the step before, and then nothing is sent to a GPU."""
-        weight = values[0]
-        if isinstance(weight, torch.Tensor):
-            values[0] = 0.0
+        values[2] = loss[1]
+        apart = {1: loss[0], **{place: values[place] for place in (0, 2) if isinstance(values[place], torch.Tensor)}}
+        for place in apart:
+            values[place] = 0.0
         if values != self._told:
             self._told, self._said = values, torch.tensor(values, dtype=self._tail.dtype, device=self._tail.device)
         self._tail.copy_(self._said)
-        if isinstance(weight, torch.Tensor):
-            self._tail[0] = weight
-        for place, number in enumerate(loss, 1):
+        for place, number in apart.items():
             self._tail[place] = number
 
     def _drop_unused(self) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nbdist.errors import TaskError, suggest
 
-__all__ = ["LOSSES", "Loss", "find_loss", "loss_name"]
+__all__ = ["LOSSES", "ClassLoss", "Loss", "find_loss", "loss_name"]
 
 Loss = Callable[[Any, Any], Any]
 """``loss(output, target)``: a mean, or ``(mean, weight)`` with the number (or sum of weights) that it is over."""
@@ -49,9 +49,9 @@ def find_loss(loss: Any) -> Loss:
     if getattr(loss, "reduction", "mean") not in ("mean", "batchmean"):
         raise TaskError(f"loss {loss_name(loss)} has reduction={loss.reduction!r}: use reduction='mean'.")
     if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
-        return _ClassLoss(loss, loss.ignore_index, loss.weight)
+        return ClassLoss(loss, loss.ignore_index, loss.weight)
     if loss in (F.cross_entropy, F.nll_loss):
-        return _ClassLoss(loss, inspect.signature(loss).parameters["ignore_index"].default, None)
+        return ClassLoss(loss, inspect.signature(loss).parameters["ignore_index"].default, None)
     made: Loss = loss
     return made
 
@@ -63,11 +63,10 @@ def loss_name(loss: Any) -> str:
     return getattr(loss, "__name__", None) or type(loss).__name__
 
 
-class _ClassLoss:
+class ClassLoss:
     """A loss over classes whose mean leaves ignored targets out and weighs the others by their class.
 
-    The weight it returns with the mean is the divisor of that mean, so ignored targets and class weights average
-    exactly over slices of any size.
+    Its weight is its divisor, so ignored targets and class weights average exactly over slices of any size.
     """
 
     def __init__(self, loss: Callable[..., torch.Tensor], ignore_index: int, class_weight: torch.Tensor | None) -> None:
@@ -75,14 +74,18 @@ class _ClassLoss:
         self._ignore_index = ignore_index
         self._class_weight = class_weight
 
-    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | int]:
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The mean."""
         if isinstance(self._loss, nn.Module):
             self._loss.to(output.device)
-        value = self._loss(output, target)
+        return self._loss(output, target)
+
+    def weight(self, target: torch.Tensor) -> torch.Tensor | int:
+        """The weight of the mean: a number, or a scalar tensor where `target` lies."""
         if target.is_floating_point():  # probabilities of classes: the mean is over samples
-            return value, target.numel() // max(1, target.shape[1] if target.ndim > 1 else target.shape[0])
+            return target.numel() // max(1, target.shape[1] if target.ndim > 1 else target.shape[0])
         counted = target != self._ignore_index
         if self._class_weight is None:
-            return value, counted.sum()
-        weights = self._class_weight.to(output.device)
-        return value, (weights[target.where(counted, 0)] * counted).sum()
+            return counted.sum()
+        weights = self._class_weight.to(target.device)
+        return (weights[target.where(counted, 0)] * counted).sum()

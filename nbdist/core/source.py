@@ -130,7 +130,7 @@ def _form(data: Any, name: str) -> dict[str, Any]:
     if isinstance(data, torch_data.IterableDataset):
         return {"stream": data}
     if type(data) is torch_data.TensorDataset:
-        return {"tensors": data.tensors}
+        return {"tensors": tuple(map(_tensor, data.tensors))}
     if type(data) is torch_data.Subset:
         inner = _form(data.dataset, f"{name}.dataset")
         if inner.get("tensors") is None:
@@ -161,7 +161,7 @@ def _in_memory(data: Any, name: str) -> Any:
 
 def _tensor(part: Any) -> torch.Tensor:
     if isinstance(part, torch.Tensor):
-        return part.detach()
+        return part.detach().cpu()  # from where it travels to every rank
     # torch shares memory with writable arrays of positive strides only; others are copied.
     usable = part.flags.writeable and all(stride >= 0 for stride in part.strides)
     return torch.from_numpy(part if usable else part.copy())

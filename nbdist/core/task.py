@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.losses import Loss, find_loss, loss_name
+from nbdist.core.data import Slice
+from nbdist.core.losses import ClassLoss, Loss, find_loss, loss_name
 from nbdist.core.metrics import Metric, find_metric
 from nbdist.core.optimizers import make_optimizer, optimizer_name
 from nbdist.core.schedulers import Scheduler, check_scheduler
@@ -129,8 +130,12 @@ class Task:
         """What sets the learning rate from step to step. Local."""
         return Scheduler(self.scheduler, optimizer)
 
-    def loss_and_weight(self, batch: Any, samples: int) -> tuple[torch.Tensor, Any]:
+    def loss_and_weight(self, batch: Any, part: Slice) -> tuple[torch.Tensor, Any]:
         """Run the step on one slice.
+
+        Args:
+            batch: Of the slice, on the device.
+            part: The slice; where it was read, its targets can be counted without waiting for a GPU.
 
         Returns:
             The loss, a scalar mean, and its weight: a number, or on a GPU a scalar tensor in float64.
@@ -138,13 +143,16 @@ class Task:
         Raises:
             TaskError: The step gave something else.
         """
-        given = self.step(self.model, batch)
+        if isinstance(self.step, SupervisedStep):
+            given = self.step(self.model, batch, part)
+        else:
+            given = self.step(self.model, batch)
         loss, weight = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(type(loss))
             raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {what}.")
         if weight is None:
-            weight = first_dimension(batch, samples)
+            weight = first_dimension(batch, part.samples)
         elif isinstance(weight, torch.Tensor):  # read it where that costs nothing, else do not wait for it
             weight = weight.item() if weight.device.type == "cpu" else weight.double()
         return loss.reshape(()), weight
@@ -156,10 +164,21 @@ class SupervisedStep:
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
 
-    def __call__(self, model: nn.Module, batch: Any) -> Any:
-        """Return ``loss(model(*inputs), target)``."""
+    def __call__(self, model: nn.Module, batch: Any, part: Slice | None = None) -> Any:
+        """Return ``loss(model(*inputs), target)``, with its weight where that is known.
+
+        Args:
+            model: The model.
+            batch: Inputs and target, on the device.
+            part: The slice that the batch is of, whose target can be counted without waiting for a GPU.
+        """
         *inputs, target = batch
-        return self.loss(model(*inputs), target)
+        mean = self.loss(model(*inputs), target)
+        if not isinstance(self.loss, ClassLoss):
+            return mean
+        if part is not None:
+            target = part.batch[-1] if part.target is None else part.target
+        return mean, self.loss.weight(target)
 
 
 class ModelLossStep:

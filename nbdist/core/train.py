@@ -137,7 +137,7 @@ def fit(
         def reader_of(source: Source, slices: int, shuffle: bool) -> Reader:
             reader = Reader(
                 source, axes.data, told_by=axes.world, batch_size=plan.batch_size, slices=slices, seed=plan.seed,
-                shuffle=shuffle, pin=device.type == "cuda", even=strategy.even, dealt_by_slice=plan.reproducible > 0,
+                shuffle=shuffle, device=device, even=strategy.even, dealt_by_slice=plan.reproducible > 0,
             )  # fmt: skip
             cleanup.callback(reader.close)
             return reader

@@ -19,9 +19,9 @@ class WeightedMean:
 
     def __init__(self, device: torch.device, begun: tuple[float, float] = (0.0, 0.0)) -> None:
         self._device = device
-        total, self._weight = begun
-        # Numbers on the CPU, where reading a value costs less than an operation on it.
-        self._sum: Any = total if device.type == "cpu" else torch.tensor(total, dtype=torch.float64, device=device)
+        # A number on the CPU, where reading a value costs less than an operation on it; elsewhere until it is a tensor.
+        self._sum: Any
+        self._sum, self._weight = begun
 
     def add(self, value: Any, weight: Any) -> None:
         """Add a mean over `weight` of something; a mean over nothing counts nothing, even where it is not a number.
@@ -35,6 +35,8 @@ class WeightedMean:
             self._sum += value * weight if weight else 0.0
         elif isinstance(weight, torch.Tensor):
             self._sum = self._sum + torch.where(weight == 0, 0.0, value * weight.double())
+        elif weight and isinstance(self._sum, torch.Tensor) and isinstance(value, torch.Tensor):
+            self._sum = torch.add(self._sum, value, alpha=weight)  # a single operation, in float64
         elif weight:
             self._sum = self._sum + torch.as_tensor(value, device=self._device).double() * weight
         self._weight = self._weight + weight

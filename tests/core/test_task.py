@@ -8,6 +8,7 @@ from problems import FEATURES, SGD, alone, classes, mlp, weights
 from torch import nn
 from torch.utils import data as torch_data
 
+from nbdist.core.data import Slice
 from nbdist.core.task import Task, first_dimension
 from nbdist.errors import NbdistError, PlanError, TaskError
 
@@ -131,7 +132,9 @@ def test_a_title_says_what_is_trained(width, title):
 )
 def test_a_step_gives_a_mean_and_maybe_its_weight(given, weight):
     """Without a weight the mean is over the first dimension of the batch."""
-    loss, over = Task.create(mlp(), DATA, step=lambda model, batch: given).loss_and_weight(DATA, 8)
+    loss, over = Task.create(mlp(), DATA, step=lambda model, batch: given).loss_and_weight(
+        DATA, Slice(index=0, samples=8, batch=DATA)
+    )
     assert (2.0, ()) == (loss.item(), loss.shape)
     assert weight == over
 

@@ -90,19 +90,19 @@ class Strategy(ABC):
                 self.sums.take(part.index, losses[-1] if counts else None)
         return total, losses
 
-    def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, int], T]) -> T:
-        """Call ``function(batch, samples)`` on a slice, under its own random numbers and the plan's precision."""
+    def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T:
+        """Call ``function(batch, part)`` on a slice, under its own random numbers and the plan's precision."""
         seed = seeds.derive(self.plan.seed, *path, part.index)
         if self.sums is not None:
             seeds.seed_all(seed)  # a step of the person's may draw from other generators too
         seeds.seed_torch(seed, self.device)
         batch = to_device(part.batch, self.device)
         if part.samples and self.batch_norms is None and self.precision.full:  # spares a small step the contexts
-            return function(batch, part.samples)
+            return function(batch, part)
         with present(self.task.model, part, self.batch_norms), self.precision.autocast():
-            return function(batch, part.samples)
+            return function(batch, part)
 
-    def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, int], T]) -> T | None:
+    def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T | None:
         """`compute` without gradients, for evaluation; None on ranks that do not see the model's output.
 
         **Collective** over a replica.

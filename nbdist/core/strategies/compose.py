@@ -248,7 +248,7 @@ class Composed(Strategy):
                 losses.append((loss.detach(), weight))
         return total, losses
 
-    def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, int], T]) -> T | None:
+    def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T | None:
         """See `Strategy`."""
         if self._shards is not None:
             self._shards.hide()

@@ -125,7 +125,7 @@ class Pipeline:
         return total, losses
 
     @torch.no_grad()
-    def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, int], T]) -> T | None:
+    def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T | None:
         """Pass one slice through, for evaluation. **Collective** over a replica."""
         result = None
         for stage in self._stages:
@@ -134,7 +134,7 @@ class Pipeline:
         return result
 
     def _forward(
-        self, action: Action, part: Slice, path: tuple[Any, ...], function: Callable[[Any, int], T]
+        self, action: Action, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]
     ) -> T | None:
         stage = action.stage
         batch: Any = None
@@ -180,7 +180,7 @@ class Pipeline:
 
         self._seed(part, path)
         with self._precision.autocast(), forward_replaced(self._task.model, answer):
-            result = function(batch, part.samples)
+            result = function(batch, part)
         self._note("forward", action, start_s)
         return result
 
