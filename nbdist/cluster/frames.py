@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import linecache
+import site
 import sysconfig
 import traceback
 from pathlib import Path
@@ -12,7 +15,7 @@ from nbdist.cluster.definitions import label_of
 __all__ = ["frame_text", "is_ours", "is_plumbing", "is_users", "place_of"]
 
 _OWN_FOLDER = str(Path(__file__).parents[1])
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_PACKAGES = ("torch", "numpy", "IPython", "ipykernel", "ipyparallel", "tornado", "traitlets", "zmq")
 _CONTEXT = 2
 
 
@@ -25,8 +28,19 @@ def is_users(frame: traceback.FrameSummary) -> bool:
     """Whether it is in a cell, or in a file that belongs to no library."""
     if label_of(frame.filename):
         return True
-    library = frame.filename.startswith((*_LIBRARIES, "<"))
-    return not library and not is_ours(frame)
+    return not frame.filename.startswith((*_libraries(), "<")) and not is_ours(frame)
+
+
+@functools.cache
+def _libraries() -> tuple[str, ...]:
+    """Where libraries lie: Python's own folders, the user's, and what we stand on wherever it was installed."""
+    folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    folders |= {site.getusersitepackages(), *site.getsitepackages()}
+    for package in _PACKAGES:
+        found = importlib.util.find_spec(package)
+        if found is not None and found.origin:
+            folders.add(str(Path(found.origin).parent))
+    return tuple(f"{folder}/" for folder in folders)
 
 
 def is_plumbing(frame: traceback.FrameSummary) -> bool:

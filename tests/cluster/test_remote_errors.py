@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import linecache
+import os
 import re
+import site
+import traceback
 
 import pytest
 import torch
 
 from nbdist.cluster.definitions import News, install
+from nbdist.cluster.frames import is_users
 from nbdist.cluster.remote_errors import Failure, as_error
 from nbdist.errors import PeerLostError, PlanError, ranks_text
 
@@ -107,3 +111,19 @@ def test_an_error_in_a_data_loading_worker_names_the_line_of_the_user():
     assert re.search(r"test_remote_errors\.py, line \d+$", failure.place)
     assert 'raise ValueError(f"sample {index} is torn")' in failure.traceback
     assert "torch/utils/data" not in failure.traceback
+
+
+@pytest.mark.parametrize(
+    ("file", "users"),
+    [
+        (os.path.join(site.getusersitepackages(), "timm", "layers.py"), False),
+        (os.path.join(os.path.dirname(torch.__file__), "nn", "functional.py"), False),
+        (os.__file__, False),
+        ("<string>", False),
+        (__file__, True),
+        (os.path.join(os.path.expanduser("~"), "project", "model.py"), True),
+    ],
+)
+def test_a_library_is_not_the_persons_own(file, users):
+    """Wherever it was installed: for a user alone, say."""
+    assert users == is_users(traceback.FrameSummary(file, 1, "forward", lookup_line=False))
