@@ -2,7 +2,7 @@
 
     python benchmarks/reproducible.py [--pairs 12] [--json] [CASE ...]
 
-On two ranks, one thread each, AdamW. Every batch is computed in twelve slices, or four, in place of two, so it costs
+On two ranks, one thread each, AdamW. Every batch is computed in four slices, or twelve, in place of two, so it costs
 what small slices cost: the less, the more there is to compute in each. Both sides run in the same processes in turn.
 """
 
@@ -14,15 +14,15 @@ from step_time import RANKS, CharGPT, cnn, mlp
 
 # name: (model, shape of a sample, classes, batch size, steps, slices)
 CASES = {
-    "char-GPT 0.82 M, batch 96": (CharGPT, (64,), 96, 96, 8, 12),
-    "char-GPT 0.82 M, batch 32": (CharGPT, (64,), 96, 32, 16, 12),
-    "CNN 25 k, batch 384": (cnn, (3, 32, 32), 10, 384, 12, 12),
-    "CNN 25 k, batch 64": (cnn, (3, 32, 32), 10, 64, 60, 12),
-    "MLP 5 M, batch 1536": (lambda: mlp(512, 1536, 2400, 200), (512,), 200, 1536, 6, 12),
-    "MLP 5 M, batch 512": (lambda: mlp(512, 1536, 2400, 200), (512,), 200, 512, 12, 12),
-    "MLP 0.67 M, batch 768": (lambda: mlp(256, 512, 768, 200), (256,), 200, 768, 40, 12),
-    "MLP 5 M, batch 1536, four slices": (lambda: mlp(512, 1536, 2400, 200), (512,), 200, 1536, 6, 4),
-    "MLP 5 M, batch 512, four slices": (lambda: mlp(512, 1536, 2400, 200), (512,), 200, 512, 12, 4),
+    "char-GPT 0.82 M, batch 96": (CharGPT, (64,), 96, 96, 8, 4),
+    "char-GPT 0.82 M, batch 32": (CharGPT, (64,), 96, 32, 16, 4),
+    "CNN 25 k, batch 384": (cnn, (3, 32, 32), 10, 384, 12, 4),
+    "CNN 25 k, batch 64": (cnn, (3, 32, 32), 10, 64, 60, 4),
+    "MLP 5 M, batch 1536": (lambda: mlp(512, 1536, 2400, 200), (512,), 200, 1536, 6, 4),
+    "MLP 5 M, batch 512": (lambda: mlp(512, 1536, 2400, 200), (512,), 200, 512, 12, 4),
+    "MLP 0.67 M, batch 768": (lambda: mlp(256, 512, 768, 200), (256,), 200, 768, 40, 4),
+    "char-GPT 0.82 M, batch 32, twelve slices": (CharGPT, (64,), 96, 32, 16, 12),
+    "MLP 5 M, batch 512, twelve slices": (lambda: mlp(512, 1536, 2400, 200), (512,), 200, 512, 12, 12),
 }
 
 
