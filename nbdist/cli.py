@@ -82,7 +82,8 @@ def _doctor(words: list[str]) -> int:
 
     from nbdist.cluster import Cluster
 
-    print(f"  {available_cores()} cores, {torch.cuda.device_count()} GPUs")
+    gpus = torch.cuda.device_count()
+    print(f"  {available_cores()} cores, {gpus} GPU{'' if gpus == 1 else 's'}")
     with Cluster(arguments.n, device=arguments.device) as cluster:
         print(f"{cluster.size} engines started and met in a collective in {cluster.start_seconds:.1f} s: {cluster!r}")
         layer, data = torch.nn.Linear(4, 1), (torch.randn(256, 4), torch.randn(256, 1))

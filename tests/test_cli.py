@@ -26,6 +26,7 @@ def test_usage_names_every_command(capsys, words):
     assert all(f"nbdist {command}" in usage for command in ("demo", "doctor", "version", "nbval-sanitize"))
 
 
+@pytest.mark.usefixtures("shared_cluster")  # who asks for engines starts its fork server
 @pytest.mark.parametrize(
     ("words", "message"),
     [

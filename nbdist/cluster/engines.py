@@ -209,7 +209,7 @@ class Engines:
         if formed[0]["shares_gpu"]:
             from nbdist.core.world import SHARED_GPU
 
-            warnings.warn(SHARED_GPU, stacklevel=2)
+            warnings.warn(SHARED_GPU, stacklevel=1)  # as from here, so that Python shows it once
 
     def kill(self, ranks: Iterable[int]) -> None:
         """End the processes of ranks that do not react any more; they are lost when this returns."""

@@ -74,7 +74,8 @@ def check_engines(engines: int, cores: int, gpus: int) -> None:
     limit = _limit(cores, gpus)
     if engines > limit:
         raise PlanError(
-            f"{engines} engines are more than this machine carries ({cores} cores, {gpus} GPUs): use {limit} or fewer."
+            f"{engines} engines are more than this machine carries ({cores} cores, "
+            f"{gpus} GPU{'' if gpus == 1 else 's'}): use {limit} or fewer."
         )
 
 
