@@ -17,7 +17,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _ANY_BYTES = 2**30
 _SMALL_BYTES = 2**22
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "can't start new thread")  # torch's words, and Python's
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
 _AFTERWARDS = {_M_TRIM_THRESHOLD: 2**26, _M_MMAP_THRESHOLD: 2**25}  # to which the C library moves them by itself
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +34,13 @@ class Slice:
         index: Which of the batch's slices, 0 ... ranks x microbatches - 1, counted over all ranks.
         samples: Samples in it; 0 where the batch left none for it and others wait for this rank to compute as they do.
         batch: What the step sees as `batch`, once it is on the device.
-        target: Its last element where that can be counted without waiting for a GPU, if it is not in `batch`.
+        target: Reads its last element where that can be counted without waiting for a GPU; None where `batch` holds it.
     """
 
     index: int
     samples: int
     batch: Any
-    target: torch.Tensor | None = None
+    target: Callable[[], torch.Tensor] | None = None
 
 
 class Reader:
@@ -166,7 +167,7 @@ class Reader:
                     taken = map_tensors(_taken(tensors, at), torch.Tensor.pin_memory)
                     slices.append(Slice(index=index, samples=samples, batch=taken))
                 else:
-                    seen = None if target is None else target[at]
+                    seen = None if target is None else functools.partial(target.__getitem__, at)
                     slices.append(Slice(index=index, samples=samples, batch=_taken(resident, same), target=seen))
             yield slices
 

@@ -177,7 +177,7 @@ class SupervisedStep:
         if not isinstance(self.loss, ClassLoss):
             return mean
         if part is not None:
-            target = part.batch[-1] if part.target is None else part.target
+            target = part.batch[-1] if part.target is None else part.target()
         return mean, self.loss.weight(target)
 
 
