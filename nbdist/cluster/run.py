@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from nbdist.cluster.replan import Replan
-from nbdist.errors import ClusterError, NbdistError, PlanError
+from nbdist.errors import ClusterError, NbdistError, PlanError, interrupted
 from nbdist.plan import Plan
 from nbdist.telemetry import Report, RunState, Timeline
 
@@ -168,8 +168,13 @@ class Run(Report):
 
         Raises:
             EngineError: The run failed.
+            KeyboardInterrupt: The waiting was interrupted; the run goes on.
         """
-        if self._ended.wait(timeout_s) and self.error is not None:
+        try:
+            ended = self._ended.wait(timeout_s)
+        except KeyboardInterrupt:
+            raise interrupted(f"run {self.run_id} goes on: run.stop() ends it, or %dist_run stop.") from None
+        if ended and self.error is not None:
             raise self.error
         return self
 

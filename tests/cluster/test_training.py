@@ -122,6 +122,22 @@ def test_an_interrupt_in_the_foreground_stops_the_run_in_good_order(cluster):
     assert not same(model, before)
 
 
+def test_an_interrupt_while_a_background_run_is_waited_for_leaves_it_alone(cluster):
+    """It says how to end the run instead."""
+    pending = iter([True])
+
+    def interrupt_once(run):
+        if run.progress.step > 3 and next(pending, False):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = cluster.train(net(), classes(), loss="cross_entropy", steps=ENDLESS, background=True, watch=interrupt_once)
+    with pytest.raises(KeyboardInterrupt, match=rf"run {run.run_id} goes on: run.stop\(\) ends it, or %dist_run stop."):
+        run.wait()
+    assert run.state == "running"
+    run.stop()
+    assert run.wait().state == "stopped"
+
+
 def test_a_second_interrupt_ends_a_step_that_hangs(cluster):
     """The first one waits for the step; after the second the engines are free, the model untouched."""
 
