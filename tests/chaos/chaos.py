@@ -56,7 +56,7 @@ class Row:
 
     def cells(self) -> list[str]:
         """What the table says of it."""
-        times = ["", ""]
+        times = ["–", "–"]  # nothing to wait for
         if self.seconds:
             rank = math.ceil(0.99 * len(self.seconds)) - 1
             times = [f"{statistics.median(self.seconds):.2f}", f"{self.seconds[rank]:.2f}"]

@@ -59,7 +59,7 @@ def kernel_killed(rng: random.Random) -> Iterator[Told]:
                 if len(processes) < 2 * RANKS:
                     problems.append(f"only {processes} had been started")
                 yield (
-                    ("the kernel is killed: until all is gone", ""),
+                    ("the kernel is killed: until all is gone", "shared memory"),
                     Trial(problem="; ".join(problems), seconds=[seconds]),
                 )
             finally:
@@ -147,7 +147,7 @@ def controller_killed(rng: random.Random) -> Iterator[Told]:
             if (digest(model.state_dict()), told(run)) != (expected.weights, expected.history):
                 problems.append("the next training is another one")
             yield (
-                ("the controller is killed: until a new start", ""),
+                ("the controller is killed: until a new start", "shared memory"),
                 Trial(problem="; ".join(problems), seconds=[seconds]),
             )
         finally:
@@ -162,7 +162,7 @@ def disk_full(rng: random.Random) -> Iterator[Told]:
         lines = done.stdout.split("\n")
         wanted = {"equal", "told", "whole"}
         yield (
-            ("the disk gets full during a checkpoint", ""),
+            ("the disk gets full during a checkpoint", "shared memory"),
             Trial(problem="" if wanted <= {*lines} else f"{lines} {done.stderr[-1500:]}"),
         )
 
