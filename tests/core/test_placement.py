@@ -173,7 +173,7 @@ def table_there_and_back(world, mesh):
         elif name in table.parameters:
             parameter = table.parameters[name]
             whole = parameter.detach().clone()
-            parameter.data = placement.piece(whole, axes) if held else stand_in(placement.layout)
+            parameter.data = placement.piece(whole, axes) if held else stand_in(whole, whole.device)
     gather_state_(optimizer, table, axes, keep=True)
     table.gather_(axes)
     axes.close()
