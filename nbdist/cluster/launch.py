@@ -182,7 +182,8 @@ class Launch:
         if self.folder.exists():
             # Orphans of a server that was killed may stay zombies, for whose end ipyparallel would wait a minute.
             if all(server.alive for server in self._servers):
-                self._cluster.stop_cluster_sync()
+                with contextlib.suppress(Exception):  # whatever ipyparallel misses of them, they have ended
+                    self._cluster.stop_cluster_sync()
             for server in self._servers:
                 with contextlib.suppress(ClusterError):
                     server.end_cluster(str(self.folder))  # an engine may have been forked that nobody was told of

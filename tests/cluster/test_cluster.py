@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from ipyparallel.cluster.launcher import LocalProcessLauncher
 from shared_cluster import ENGINES, folder_of, marked
 from tasks import classes, net, process_of_each_rank
 
@@ -84,6 +85,19 @@ def test_a_stopped_cluster_leaves_nothing_and_starts_again(cluster, shared_clust
     cluster.start()
     assert nbdist.current_cluster() is cluster
     assert cluster.train(net(), classes(), loss="cross_entropy").state == "finished"
+
+
+def test_a_stop_leaves_nothing_where_ipyparallel_misses_something(shared_cluster, monkeypatch):
+    """Such as a process that it has not seen end in time: it has ended all the same, and its folder goes."""
+    cluster = shared_cluster.ready()
+    folder = folder_of(psutil.Process(cluster.engines[0].pid))
+
+    async def late(launcher, timeout=None):
+        raise TimeoutError("Process did not exit in 1 seconds.")
+
+    monkeypatch.setattr(LocalProcessLauncher, "join", late)
+    cluster.stop()
+    assert not folder.exists()
 
 
 def test_an_engine_that_cannot_load_torch_ends_the_start_with_its_reason(shared_cluster, tmp_path, monkeypatch):
