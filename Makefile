@@ -47,7 +47,7 @@ test-gpu: env  ## Test what runs on GPUs, of which there has to be one: a few mi
 parity: env  ## Compare every model on every mesh with one process, and print the table: under 40 minutes
 	@$(BIN)/python tests/core/matrix.py
 
-chaos: env  ## Kill, break and hang ranks in every way, and write the table into tests/README.md: 37 minutes
+chaos: env  ## Kill, break and hang ranks in every way, and write the table into tests/README.md: half an hour
 	@$(BIN)/python tests/chaos/chaos.py --write
 
 hf: env  ## Train models of Hugging Face transformers on every mesh: a few minutes
