@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nbdist.core.channels import Channel, Pending
-from nbdist.core.params import laid_out_like
+from nbdist.core.params import copy_or_zero_, laid_out_like
 
 __all__ = ["COUNTS", "GradientSync", "Signals", "Totals", "tail_dtype"]
 
@@ -219,17 +219,11 @@ class GradientSync:
 
     def _take_in(self, bucket: _Bucket) -> None:
         """Copy what backward has made into a bucket, where the gradients are from now on."""
-        made, places = [], []
-        for i in bucket.members:
-            gradient, view = self._parameters[i].grad, self._views[i]
-            if gradient is None:
-                view.zero_()
-            else:
-                made.append(gradient.to_dense() if gradient.is_sparse else gradient)
-                places.append(view)
-            self._parameters[i].grad = view
-        if made:
-            torch._foreach_copy_(places, made)
+        made = [self._parameters[i].grad for i in bucket.members]
+        places = [self._views[i] for i in bucket.members]
+        copy_or_zero_(places, [g.to_dense() if g is not None and g.is_sparse else g for g in made])
+        for i, place in zip(bucket.members, places, strict=True):
+            self._parameters[i].grad = place
 
     @property
     def used(self) -> list[bool]:
