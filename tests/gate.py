@@ -1,0 +1,95 @@
+"""A gate: ranks wait there until the test opens it, so that a test acts on a run that is where it should be.
+
+A test that acts on a training holds it first. No test counts on a run being slow enough to be met in the middle, or fast
+enough to be over.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from shared_cluster import until
+
+_POLL_S = 0.005
+_HELD_S = 0.2  # at least: longer than rank 0 goes between two looks for commands (nbdist/core/order_log.py)
+
+
+class Gate:
+    """Holds the ranks of a run, at places that have names or after steps that have numbers, until it is opened.
+
+    As ``lr_scheduler=Gate(tmp_path, 5, 9)`` it holds every rank after its 5th and its 9th update, on any mesh: the count
+    is the scheduler's, which snapshots keep, so it stays right on ranks that begin again. Elsewhere a function of the
+    test calls `hold`. Commands given while ranks are held are heard in the next step.
+
+    Args:
+        folder: Where the ranks and the test meet.
+        *steps: After which steps to hold.
+        scheduler: The factory of the scheduler to use; by default one that leaves the rates alone.
+    """
+
+    def __init__(self, folder: Path, *steps: int, scheduler: Callable[[Any], Any] | None = None) -> None:
+        self.folder = Path(folder, "gate")
+        self.folder.mkdir(exist_ok=True)
+        self.steps = steps
+        self.scheduler = scheduler
+
+    def __call__(self, optimizer):
+        """Make the scheduler, as the option ``lr_scheduler`` does on every rank."""
+        make = self.scheduler or (lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+        scheduler = make(optimizer)
+
+        def updated(*_):
+            if (step := scheduler.last_epoch + 1) in self.steps:
+                self.hold(step)
+
+        optimizer.register_step_post_hook(updated)
+        return scheduler
+
+    def hold(self, place: int | str) -> None:
+        """Wait here until the gate is opened; at once where it is open. Called by ranks."""
+        arrived_s = time.monotonic()
+        if self._opened(place):
+            return
+        self._mark(place, int(os.environ.get("RANK", "0"))).write_text(str(os.getpid()))
+        while not self._opened(place):
+            time.sleep(_POLL_S)
+        time.sleep(max(0.0, arrived_s + _HELD_S - time.monotonic()))
+
+    def wait(self, place: int | str, *, ranks: int = 2, run: Any = None) -> None:
+        """Wait until so many ranks are held at a place. Called by the test.
+
+        Args:
+            place: Where.
+            ranks: How many, from rank 0 on.
+            run: What is to be held: if it ends before, that is said at once.
+        """
+
+        def held() -> bool:
+            missing = [rank for rank in range(ranks) if not self._mark(place, rank).exists()]
+            assert not (missing and run is not None and run.ended), (
+                f"the run has {run.state} at step {run.progress.step}, and rank {missing[0]} was never held at the gate "
+                f"{place!r}: it does not come by there"
+            )
+            return not missing
+
+        until(held)
+
+    def open(self, *places: int | str) -> None:
+        """Let the ranks go on that are held at these places, or at all of them, now and later. Called by the test."""
+        for name in map(_file_name, places) if places else ["all"]:
+            (self.folder / f"open {name}").touch()
+
+    def _opened(self, place: int | str) -> bool:
+        return (self.folder / "open all").exists() or (self.folder / f"open {_file_name(place)}").exists()
+
+    def _mark(self, place: int | str, rank: int) -> Path:
+        return self.folder / f"held {_file_name(place)} rank{rank}"
+
+
+def _file_name(place: int | str) -> str:
+    return f"step{place}" if isinstance(place, int) else place
