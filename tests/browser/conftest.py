@@ -25,8 +25,10 @@ def browser():
     executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if executable is None:
         pytest.exit(_NEEDED, returncode=1)
-    from playwright.sync_api import sync_playwright
-    from sheets import launch
+    from playwright.sync_api import expect, sync_playwright
+    from sheets import WITHIN_MS, launch
+
+    expect.set_options(timeout=WITHIN_MS)
 
     with sync_playwright() as playwright:
         browser = launch(playwright, executable)

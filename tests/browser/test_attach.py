@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import psutil
 from playwright.sync_api import expect
-from sheets import WITHIN_MS
 from test_panel import ENDLESS, NET, START
 
 ATTACH = "%load_ext nbdist\n%dist_attach -o run"
@@ -26,10 +25,10 @@ def test_the_panel_goes_on_in_another_notebook(open_notebook):
         second.expect_step_after(500)
         panel = second.panel
         expect(panel.locator("tr[data-rank]")).to_have_count(2)
-        expect(panel.locator("svg[role=img]").first).to_be_visible(timeout=WITHIN_MS)
+        expect(panel.locator("svg[role=img]").first).to_be_visible()
         second.expect_step_after(second.step())
         second.shot("attached")
         second.button("Stop").click()
-        expect(second.static).to_contain_text("stopped", timeout=WITHIN_MS)
+        expect(second.static).to_contain_text("stopped")
         expect(second.page.locator(".jp-Notebook")).to_contain_text("weights of Sequential after step")
-        expect(second.page.locator(".jp-Notebook")).to_contain_text("stopped 2 engines", timeout=WITHIN_MS)
+        expect(second.page.locator(".jp-Notebook")).to_contain_text("stopped 2 engines")
