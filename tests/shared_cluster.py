@@ -17,7 +17,8 @@ from nbdist.errors import NbdistError
 
 ENGINES = 2
 MARK = "NBDIST_TEST_SESSION"  # every process that these tests start inherits it, however it was orphaned since
-_IDLE_WITHIN_S = 10.0
+WITHIN_S = 300.0
+"""When a test that waits for something gives up: long after it should be there, however loaded the machine."""
 
 
 class SharedCluster:
@@ -34,7 +35,7 @@ class SharedCluster:
         if run is not None and not run.ended:  # a test failed in the middle of a run
             cluster.interrupt()
             with contextlib.suppress(NbdistError):
-                run.wait(_IDLE_WITHIN_S)
+                run.wait(WITHIN_S)
             if not run.ended:
                 cluster.stop()
         cluster._replay.clear()  # what other tests defined is no affair of this one
@@ -108,7 +109,7 @@ def kill_controller(cluster):
     psutil.wait_procs([controller], timeout=5)
 
 
-def until(condition: Callable[[], Any], within_s: float = 10.0) -> Any:
+def until(condition: Callable[[], Any], within_s: float = WITHIN_S) -> Any:
     """Wait for something true, and return it; a test that waits in vain fails."""
     deadline = time.monotonic() + within_s
     never = threading.Event()

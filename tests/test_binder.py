@@ -49,7 +49,6 @@ def test_repo2docker_accepts_the_repository(python):
         [sys.executable, "-m", "repo2docker", "--no-build", "--debug", str(ROOT)],
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert f"environment for python={python}" in done.stderr

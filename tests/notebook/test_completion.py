@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from kernels import Kernel
 from net import NET
@@ -101,22 +99,19 @@ def test_a_cell_on_engines_completes_from_an_engine(notebook):
 def test_busy_engines_are_not_asked(notebook):
     """Nor waited for."""
     run = notebook("%dist_train model train_set --loss cross_entropy --steps 1000000000 --background")
-    begun_s = time.monotonic()
     assert not texts(notebook, "%%dist\nran")
-    assert time.monotonic() - begun_s < 0.3
+    assert not run.ended
     run.stop()
     run.wait()
     assert "rank" in texts(notebook, "%%dist\nran")
 
 
 def test_a_front_end_gets_them(home, tmp_path):
-    """Through the kernel's own protocol, quickly, and without torch being loaded for it."""
+    """Through the kernel's own protocol, and without torch being loaded for it."""
     kernel = Kernel(tmp_path)
     try:
         kernel("%load_ext nbdist")
-        begun_s = time.monotonic()
         reply = kernel.complete("run = %dist_train model data --stra")
-        assert time.monotonic() - begun_s < 1
         assert "--strategy" in reply["matches"]
         assert "--stra" == "run = %dist_train model data --stra"[reply["cursor_start"] : reply["cursor_end"]]
         assert ["sgd"] == kernel.complete("%dist_train model data --optimizer sg")["matches"]

@@ -7,7 +7,7 @@ import re
 import psutil
 import pytest
 from kernels import Kernel
-from shared_cluster import until
+from shared_cluster import WITHIN_S, until
 
 from nbdist.plan.plan import OPTIONS
 
@@ -175,16 +175,16 @@ def test_nothing_is_left_of_a_kernel_that_was_shut_down(shared_cluster, tmp_path
     processes, folder = kernel.cluster()
     assert len(processes) >= 5
     kernel.shut_down()
-    assert not psutil.wait_procs(processes, timeout=10)[1]
-    until(lambda: not folder.exists(), 1)
+    assert not psutil.wait_procs(processes, timeout=WITHIN_S)[1]
+    until(lambda: not folder.exists())
 
 
 def test_nothing_is_left_of_a_kernel_that_was_killed(kernel):
-    """kill -9 in the middle of a training: ten seconds later all is gone. The last test of this kernel."""
+    """kill -9 in the middle of a training: all goes. The last test of this kernel."""
     kernel(f"run = %dist_train model train_set --loss cross_entropy --background {ENDLESS}")
     kernel("while run.progress.step < 3: run.wait(0.05)")
     processes, folder = kernel.cluster()
     assert len(processes) >= 5
     kernel.kill()
-    assert not psutil.wait_procs(processes, timeout=10)[1]
-    until(lambda: not folder.exists(), 1)
+    assert not psutil.wait_procs(processes, timeout=WITHIN_S)[1]
+    until(lambda: not folder.exists())

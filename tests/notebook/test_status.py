@@ -9,6 +9,27 @@ from nbdist.errors import PlanError
 from nbdist.notebook.help import help_text, help_text_of
 from nbdist.notebook.parsers import PARSERS
 
+FOLLOWED = """%dist_status
+import os, time
+def wait_for(name):
+    while not os.path.exists(name):
+        time.sleep(0.01)
+wait_for("stop")
+run.stop()
+run.wait()
+wait_for("end")"""
+
+
+def follow(cell, folder):
+    """Let the cell stop its run once the table has changed twice, and end once the table says that it has stopped."""
+    if not cell.outputs:
+        return
+    shown = cell.outputs[0]
+    if len(shown["before"]) >= 2 and "samples/s, " in shown["data"]["text/plain"]:
+        (folder / "stop").touch()
+    if "stopped" in shown["data"]["text/html"] and "busy" not in shown["data"]["text/plain"]:
+        (folder / "end").touch()
+
 
 def test_the_status_follows_a_run_to_its_end(home, tmp_path):
     """The table in the cell changes while engines work, and stands still with what is true afterwards."""
@@ -17,7 +38,8 @@ def test_the_status_follows_a_run_to_its_end(home, tmp_path):
         kernel("%load_ext nbdist\n%dist_start -n 2 --device cpu\nimport torch\nfrom torch import nn")
         kernel("data = torch.ones(64, 6), torch.zeros(64, dtype=torch.long)")
         kernel("run = %dist_train nn.Linear(6, 3) data --loss cross_entropy --steps 100000000 --background")
-        cell = kernel("%dist_status\nimport time\ntime.sleep(1.5)\nrun.stop()\nrun.wait()\ntime.sleep(1.5)")
+        cell = kernel.run(FOLLOWED, when=lambda cell: follow(cell, tmp_path))
+        assert cell.status == "ok", cell.reply
         shown = cell.outputs[0]
         first, *_ = [*shown["before"], shown["data"]]
         assert "busy" in first["text/plain"]
