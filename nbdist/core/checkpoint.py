@@ -76,7 +76,7 @@ def _tidy_up(folder: Path) -> None:
 
 
 def check_resume(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise where a training cannot go on from `plan.resume`. Local; nothing is changed.
+    """Raise where a training cannot go on from `plan.resume`. Local; nothing is changed, and little is read.
 
     Raises:
         PlanError: There is no checkpoint, or not one to go on from.
@@ -84,7 +84,7 @@ def check_resume(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer)
     """
     folder = resumed_folder(plan)
     if folder:
-        saved = Saved.in_folder(folder)
+        saved = Saved.in_folder(folder, hashed=False)
         check_same(saved, ParamTable.of(model), optimizer)
         check_goes_on(saved, plan)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +13,62 @@ from torch import nn
 from nbdist.core.axes import Axes
 from nbdist.core.optimizer_state import device_of_entry, is_split
 from nbdist.core.params import ParamTable
+from nbdist.core.pieces import from_all
 from nbdist.core.position import Position
-from nbdist.core.saved import Saved
+from nbdist.core.saved import Saved, candidates
 from nbdist.core.world import World
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Mesh, Plan
 
-__all__ = ["ORDER", "check_goes_on", "check_same", "load", "load_whole", "position_of"]
+__all__ = ["ORDER", "check_goes_on", "check_same", "load", "load_whole", "opened_by_all", "position_of"]
 
 ORDER = ("batch_size", "seed", "shuffle")
 """The options that decide which samples a batch holds."""
+
+
+def opened_by_all(folder: str, world: World) -> Saved:
+    """The newest checkpoint in a folder that is whole, on all ranks the same one. **Collective**.
+
+    Rank 0 names it, by what its files have to be; the ranks of a host share the reading that shows that they are.
+
+    Args:
+        folder: Of checkpoints, or of one; rank 0's counts.
+        world: Of the ranks.
+
+    Raises:
+        PlanError: There is none, or another rank has not the same one.
+    """
+    channel, rank = world.channel(), world.rank
+    named, problem = [], ""
+    if rank == 0:
+        try:
+            named = [str(place) for place in candidates(folder)]
+        except PlanError as error:
+            problem = str(error)
+    named, problem = json.loads(channel.broadcast_bytes(json.dumps([named, problem]).encode()))
+    for place in named:
+        saved, seal, problem = None, "", ""
+        try:
+            saved = Saved.of(Path(place))
+            seal = saved.seal
+            saved.hash_files(world.local_rank, world.local_size)
+        except PlanError as error:
+            problem = str(error)
+        told = [json.loads(text) for text in from_all(json.dumps([seal, problem]), channel)]
+        first = told[0][0]  # empty where rank 0 itself cannot read it
+        for other, (seen, trouble) in enumerate(told) if first else ():
+            if seen != first:
+                raise PlanError(
+                    f"rank 0 goes on from {place!r}, of which rank {other} does not see the same files "
+                    f"({trouble or 'it has another checkpoint there'}): let all ranks see one folder, or give each "
+                    "host a copy of this checkpoint."
+                )
+        problem = next((trouble for _, trouble in told if trouble), "")
+        if saved is not None and not problem:
+            return saved
+        if rank == 0 and place != named[-1]:
+            warnings.warn(f"{problem} The one before it is taken.", stacklevel=2)
+    raise PlanError(problem)
 
 
 def load(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer | None, axes: Axes) -> None:

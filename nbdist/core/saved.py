@@ -19,7 +19,7 @@ from nbdist.core.placement import Cut
 from nbdist.core.schema import RANK, cut_of, fits
 from nbdist.errors import PlanError
 
-__all__ = ["ABOUT", "FORMAT", "NEWEST", "Saved", "checkpoints", "checksum", "is_whole", "sealed"]
+__all__ = ["ABOUT", "FORMAT", "NEWEST", "Saved", "candidates", "checkpoints", "sealed"]
 
 ABOUT = "checkpoint.json"
 """In the folder of one checkpoint: its files and their checksums."""
@@ -56,12 +56,15 @@ class Saved:
         groups: The settings of the optimizer's groups, their parameters by name.
         values: The entries of its state that are no tensors, by parameter.
         complete: Whether all of the model has to be in it; a snapshot leaves out what never changes.
+        seal: Of a checkpoint, the checksum over all of its checksums: two that have the same one are the same.
     """
 
     complete = False
+    seal = ""
 
     def __init__(self, name: str, parts: Sequence[_Part]) -> None:
         self.name = name
+        self._checksums: dict[Path, str] = {}
         try:
             told = [json.loads(part.text) for part in parts if part.text]
         except (ValueError, RecursionError):
@@ -100,35 +103,57 @@ class Saved:
         return cls("the last snapshot", images)
 
     @classmethod
-    def in_folder(cls, folder: str) -> Saved:
+    def in_folder(cls, folder: str, *, hashed: bool = True) -> Saved:
         """The checkpoint in a folder; of several the newest that is whole, with a warning if that is an older one.
+
+        Args:
+            folder: Of checkpoints, or of one.
+            hashed: Whether to look at every byte; else at lengths and headers only, in no time.
 
         Raises:
             PlanError: There is none that this version reads.
         """
-        path = Path(folder)
-        if os.path.isfile(path / ABOUT):
-            return cls._of(path)
-        names = list(reversed(checkpoints(path)))
-        if not names:
-            raise PlanError(f"{folder!r} holds no checkpoint (no {NEWEST} in it): give the folder that was written to.")
-        for name in names:
+        places = candidates(folder)
+        for place in places:
             try:
-                saved = cls._of(path / name)
+                saved = cls.of(place)
+                if hashed:
+                    saved.hash_files()
+                return saved
             except PlanError as error:
-                if name == names[-1]:
+                if place == places[-1]:
                     raise
                 warnings.warn(f"{error} The one before it is taken.", stacklevel=3)
-                continue
-            return saved
         raise AssertionError
 
     @classmethod
-    def _of(cls, path: Path) -> Saved:
-        files = is_whole(path)
-        saved = cls(repr(str(path)), [_File(path / file) for file in files])
-        saved.complete = True
+    def of(cls, place: Path) -> Saved:
+        """One checkpoint, by its folder, whose files have the right lengths and headers.
+
+        Raises:
+            PlanError: It is not whole, or none that this version reads.
+        """
+        about = _opened(place / ABOUT, FORMAT)
+        files = _files(place, about)
+        saved = cls(repr(str(place)), [_File(place / name) for name in files])
+        saved.complete, saved.seal = True, about["checksum"]
+        saved._checksums = {place / name: told for name, (_, told) in files.items()}
         return saved
+
+    def hash_files(self, reader: int = 0, readers: int = 1) -> None:
+        """See that files of a checkpoint are what was written: every byte of each. Local.
+
+        Args:
+            reader: Which of those that share the work this is.
+            readers: How many.
+
+        Raises:
+            PlanError: One is not.
+        """
+        by_size = sorted(self._checksums, key=lambda file: -file.stat().st_size)
+        for file in by_size[reader::readers]:
+            if checksum(file) != self._checksums[file]:
+                raise _not_whole(file.parent, f"{file.name} was changed")
 
     def dtype(self, name: str) -> torch.dtype:
         """What a tensor of the model was saved in."""
@@ -219,9 +244,7 @@ class _File:
                 self.text: str = (file.metadata() or {}).get(_TEXT, "")
                 self._shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise PlanError(
-                f"checkpoint {str(path.parent)!r} is not whole, {path.name} cannot be read ({error})."
-            ) from None
+            raise _not_whole(path.parent, f"{path.name} cannot be read ({error})") from None
 
     @property
     def keys(self) -> list[str]:
@@ -231,10 +254,28 @@ class _File:
         return self._shapes[key]
 
     def read(self, key: str) -> torch.Tensor:
-        if self._file is None:
-            self._file = safe_open(self._path, framework="pt")
-        tensor: torch.Tensor = self._file.get_tensor(key)
+        try:
+            if self._file is None:
+                self._file = safe_open(self._path, framework="pt")
+            tensor: torch.Tensor = self._file.get_tensor(key)
+        except (SafetensorError, OSError) as error:  # another run has removed it meanwhile, say
+            raise _not_whole(self._path.parent, f"{self._path.name} cannot be read ({error})") from None
         return tensor
+
+
+def candidates(folder: str) -> list[Path]:
+    """The checkpoints that a folder stands for, the newest first: those in it, or it alone if it is one.
+
+    Raises:
+        PlanError: There is none.
+    """
+    path = Path(folder)
+    if os.path.isfile(path / ABOUT):
+        return [path]
+    places = [path / name for name in reversed(checkpoints(path))]
+    if not places:
+        raise PlanError(f"{folder!r} holds no checkpoint (no {NEWEST} in it): give the folder that was written to.")
+    return places
 
 
 def checkpoints(path: Path) -> list[str]:
@@ -251,21 +292,21 @@ def checkpoints(path: Path) -> list[str]:
     raise PlanError(f"{NEWEST} in {str(path)!r} is none that nbdist wrote: name one of the folders beside it.")
 
 
-def is_whole(path: Path) -> list[str]:
-    """The files of the checkpoint in a folder, of which each byte is as it was written.
+def _files(place: Path, about: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    """The files of a checkpoint, all of which are there: the length and the checksum of each."""
+    files = about.get("files")
+    if not (fits(files, {str: (int, str)}) and files and all(map(_lies_in_it, files))):
+        raise PlanError(f"{ABOUT} in {str(place)!r} is none that nbdist wrote: give the folder that was written to.")
+    for name, (nbytes, _) in files.items():
+        if not os.path.isfile(place / name):
+            raise _not_whole(place, f"{name} is not there")
+        if os.path.getsize(place / name) != nbytes:
+            raise _not_whole(place, f"{name} was cut or is longer")
+    return dict(files)
 
-    Raises:
-        PlanError: It is not whole, or no checkpoint that this version reads.
-    """
-    files = _opened(path / ABOUT, FORMAT).get("files")
-    if not (fits(files, {str: [object]}) and files and all(map(_lies_in_it, files))):
-        raise PlanError(f"{ABOUT} in {str(path)!r} is none that nbdist wrote: give the folder that was written to.")
-    for name, told in files.items():
-        file = path / name
-        if not os.path.isfile(file) or told != [file.stat().st_size, checksum(file)]:
-            what = "was changed or cut" if os.path.isfile(file) else "is not there"
-            raise PlanError(f"checkpoint {str(path)!r} is not whole, {name} {what}: copy all of its files again.")
-    return list(files)
+
+def _not_whole(place: Path, what: str) -> PlanError:
+    return PlanError(f"checkpoint {str(place)!r} is not whole, {what}: copy all of its files again.")
 
 
 def sealed(told: dict[str, Any]) -> str:

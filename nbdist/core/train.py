@@ -23,7 +23,7 @@ from nbdist.core.keeper import Keeper
 from nbdist.core.orders import Orders
 from nbdist.core.position import Position
 from nbdist.core.reporter import Reporter, rate_of
-from nbdist.core.restore import load, position_of
+from nbdist.core.restore import load, opened_by_all, position_of
 from nbdist.core.runtime import deterministic, on_device, threads, uninterrupted
 from nbdist.core.saved import Saved
 from nbdist.core.snapshot import Vault, newest, read
@@ -264,7 +264,7 @@ def _kept(plan: Plan, world: World, vaults: Sequence[Sequence[str]]) -> Iterator
     if plan.resume:
         folder = world.channel().broadcast_bytes((resumed_folder(plan) if world.rank == 0 else "").encode()).decode()
         if folder:
-            yield Saved.in_folder(folder)
+            yield opened_by_all(folder, world)
     found = newest(vaults)
     if found is not None:
         yield Saved.in_memory(read(found[1]))

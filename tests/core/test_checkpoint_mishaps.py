@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import multiprocessing
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kept import newest
+from kept import mounted, newest
 from problems import SGD, alone, assert_same_bits, classes, mlp, train, weights
 from torch import nn
 from torch.nn import functional as F
@@ -24,7 +23,6 @@ from nbdist.core.saved import ABOUT, NEWEST, Saved, checkpoints
 from nbdist.telemetry import Noted
 
 KILLS = 15
-NEW_USER, NEW_MOUNTS, PRIVATE = 0x10000000, 0x00020000, 0x00044000
 
 
 class Counting(nn.Module):
@@ -162,14 +160,6 @@ def test_no_room_for_the_account(tmp_path):
     assert "the checkpoint of step 15 could not be written (No space left on device)" in notes[-1]
     assert 4 == Saved.in_folder(str(tmp_path)).ranks[0]["position"]["step"]
     assert {NEWEST, f".{NEWEST}", *checkpoints(tmp_path)} == {path.name for path in tmp_path.iterdir()}
-
-
-def mounted(folder, options):
-    """Put an empty disk in the place of a folder, for this process alone; False where that is not allowed."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    unshared = not (libc.unshare(NEW_USER | NEW_MOUNTS) and libc.unshare(NEW_MOUNTS))
-    private = unshared and libc.mount(b"none", b"/", None, PRIVATE, None) == 0
-    return private and libc.mount(b"none", folder.encode(), b"tmpfs", 0, options) == 0
 
 
 def on_a_full_disk(_world, folder):

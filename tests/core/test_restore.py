@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import functools
 import re
+import shutil
+import time
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from kept import WIDTH, fused, keep, net, newest, over, sgd
+from kept import WIDTH, fused, keep, mounted, net, newest, over, pulled, sgd
 from problems import ADAMW, alone, assert_same_bits, classes, mlp, stop_after, train, weights
 from test_pieces import Noting
 from torch import nn
 
 import nbdist
+from nbdist.core import saved
 from nbdist.core.optimizers import OPTIMIZERS
-from nbdist.errors import PlanError, TaskError
+from nbdist.core.restore import opened_by_all
+from nbdist.core.saved import NEWEST
+from nbdist.errors import PeerLostError, PlanError, TaskError
+from nbdist.telemetry import RunStarted
 
 
 def test_views_and_odd_layouts(tmp_path):
@@ -236,3 +244,114 @@ def test_counts_go_on_with_another_number_of_ranks(run_ranks, tmp_path):
 def epoch_on(world, folder):
     result, _ = train(world, mlp(), classes(40), optimizer="sgd", batch_size=8, epochs=1, resume=folder)
     return result.history[0]
+
+
+def resumed_beside_a_writer(world, folder, newer):
+    """Go on from a folder in which another checkpoint comes to count as soon as rank 0 has looked."""
+    looked, look = Path(folder, "looked"), saved.checkpoints
+
+    def gated(path):
+        if world.rank == 0:
+            names = look(path)
+            Path(newer, NEWEST).replace(Path(folder, NEWEST))
+            looked.touch()
+            return names
+        while not looked.exists():
+            time.sleep(0.001)
+        return look(path)
+
+    begun = []
+    sink = type("Sink", (), {"emit": lambda _, event: isinstance(event, RunStarted) and begun.append(event.step)})()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saved, "checkpoints", gated)
+        train(world, mlp(), torch.zeros(16, 1), step=pulled, optimizer="sgd", steps=9, resume=folder, sinks=[sink])
+    return begun
+
+
+def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_names(run_ranks, tmp_path):
+    """Though a newer one comes to count between the looks of two ranks."""
+    keep(tmp_path / "run", mlp(), "sgd", steps=2)
+    shutil.copytree(tmp_path / "run", tmp_path / "newer")
+    keep(tmp_path / "newer", mlp(), "sgd", steps=5)
+    shutil.copytree(tmp_path / "newer", tmp_path / "run", dirs_exist_ok=True, ignore=lambda *_: [NEWEST])
+    assert [[2], [2]] == run_ranks(2, resumed_beside_a_writer, str(tmp_path / "run"), str(tmp_path / "newer"))
+
+
+def resumed_beside_another_disk(world, folder, other):
+    """Rank 1 sees another checkpoint under the same name."""
+    if world.rank == 1:
+        if not mounted(folder, None):
+            world.leave()
+            return "no disk can be made here"
+        shutil.copytree(other, folder, dirs_exist_ok=True)
+    try:
+        train(world, mlp(), torch.zeros(16, 1), step=pulled, optimizer="sgd", steps=9, resume=folder)
+    except (PlanError, PeerLostError) as error:
+        return str(error)
+    return "it went on"
+
+
+def test_a_rank_that_sees_another_checkpoint_is_named(run_ranks, tmp_path):
+    """Weights of two checkpoints are never mixed."""
+    keep(tmp_path / "run", mlp(), "sgd", steps=2)
+    keep(tmp_path / "other", mlp(), "sgd", steps=3)
+    place = newest(tmp_path / "run")
+    told = run_ranks(2, resumed_beside_another_disk, str(place), str(newest(tmp_path / "other")))
+    if "no disk can be made here" in told:
+        pytest.skip("no disk can be made here")
+    assert 1 == len({*told})
+    assert re.match(
+        r"rank 0 goes on from .*step00000002', of which rank 1 does not see the same files \(it has", told[0]
+    )
+
+
+def bytes_read_to_resume(world, folder):
+    """How many this rank reads from files to go on from a folder."""
+
+    def read():
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    before = read()
+    opened_by_all(folder, world)
+    return read() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count what is read")
+def test_a_host_reads_a_checkpoint_through_once(run_ranks, tmp_path):
+    """However many ranks there are: each byte is hashed by one of them."""
+    run_ranks(3, kept_in_shares, str(tmp_path))
+    size = sum(file.stat().st_size for file in newest(tmp_path).iterdir())
+    told = run_ranks(3, bytes_read_to_resume, str(tmp_path))
+    assert size <= sum(told) < 1.2 * size
+    assert max(told) < 0.6 * size
+
+
+def kept_in_shares(world, folder):
+    """A checkpoint to which each rank gives a part of 12 MB."""
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(12)))
+    options = {"step": summed, "optimizer": "sgd", "steps": 1, "batch_size": 48, "strategy": "shard"}
+    train(world, model, torch.zeros(48, 512), checkpoint=folder, **options)
+
+
+def summed(model, x):
+    """A step without a target."""
+    return model(x).sum()
+
+
+def test_a_file_that_one_rank_finds_changed_is_taken_by_none(run_ranks, tmp_path):
+    """All take the checkpoint before it."""
+    for steps in (1, 2):
+        keep(tmp_path, mlp(), "sgd", steps=steps)
+    file = newest(tmp_path) / "rank0.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert [1, 1] == run_ranks(2, step_resumed, str(tmp_path))
+
+
+def step_resumed(world, folder):
+    """The step of the checkpoint that this rank takes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step = opened_by_all(folder, world).ranks[0]["position"]["step"]
+    assert (world.rank == 0) == any("was changed: copy all" in str(warning.message) for warning in caught)
+    return step
