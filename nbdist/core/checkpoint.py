@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import nn
 from nbdist.core.channels import Channel
 from nbdist.core.image import Layout
 from nbdist.core.params import ParamTable
-from nbdist.core.pieces import from_all, plain
+from nbdist.core.pieces import Pieces, from_all, plain
 from nbdist.core.restore import check_goes_on, check_same, load_whole
 from nbdist.core.saved import ABOUT, FORMAT, NEWEST, Saved, checkpoints, sealed
 from nbdist.core.snapshot import Slot
@@ -146,6 +147,7 @@ class CheckpointWriter:
         self.problems: list[str] = []
         self.counted: list[tuple[int, str, float]] = []
         self._began_s = 0.0
+        self._frozen: tuple[Path, str] | None = None  # the file of frozen weights written last, and its checksum
 
     @property
     def busy(self) -> bool:
@@ -162,15 +164,15 @@ class CheckpointWriter:
         """Whether this rank's share of the one under way has been written, or could not be."""
         return self._slot is not None and (self._thread is None or not self._thread.is_alive())
 
-    def begin(self, slot: Slot, step: int, frozen: Mapping[str, torch.Tensor]) -> None:
-        """Begin to write what `slot` holds, and `frozen`, which nobody changes. Local."""
+    def begin(self, slot: Slot, step: int, pieces: Pieces) -> None:
+        """Begin to write what `slot` holds, and what of `pieces` is frozen. Local."""
         self.wait()
         slot.pinned = True
         # One that counts is never written over: the last one of a run may have the step of the one before it.
         self._name = f"{self._mark}-step{step:08}{'-end' if step == self._step else ''}"
         self._slot, self._step, self.failed = slot, step, False
         self._began_s = time.monotonic()
-        self._start(self._write, slot, dict(frozen))
+        self._start(self._write, slot, pieces.frozen(), pieces.moved)
 
     def wait(self) -> None:
         """Wait until what this rank has begun to write has been written, or could not be. Local."""
@@ -199,15 +201,46 @@ class CheckpointWriter:
         if self._rank == 0:
             self._start(self._count if whole else self._forget)
 
-    def _write(self, slot: Slot, frozen: dict[str, torch.Tensor]) -> None:
+    def _write(self, slot: Slot, frozen: dict[str, torch.Tensor], moved: Callable[[], bool]) -> None:
         place = self._folder / self._name
         place.mkdir(exist_ok=True)
         _write_file(place / f"rank{self._rank}.safetensors", [slot.image])
         if frozen:
-            layout = Layout(frozen)
-            tensors = (frozen[key].cpu().contiguous().view(-1).view(torch.uint8) for key in layout.places)
-            header = torch.frombuffer(bytearray(layout.header("")), dtype=torch.uint8)
-            _write_file(place / f"rank{self._rank}-frozen.safetensors", [header, *tensors])
+            self._write_frozen(place / f"rank{self._rank}-frozen.safetensors", frozen, moved)
+
+    def _write_frozen(self, path: Path, frozen: dict[str, torch.Tensor], moved: Callable[[], bool]) -> None:
+        """Write the weights that do not change, or let the file of the checkpoint before stand in this one too.
+
+        A link, so that each checkpoint stays whole when others are removed and when it is copied elsewhere. That they
+        have not changed is seen from all of their bytes.
+        """
+        layout = Layout(frozen)
+
+        def blocks() -> Iterator[torch.Tensor]:
+            yield torch.frombuffer(bytearray(layout.header("")), dtype=torch.uint8)
+            for key in layout.places:
+                yield frozen[key].cpu().contiguous().view(-1).view(torch.uint8)
+
+        if not self._link_frozen(path, blocks):
+            self._frozen = path, _write_file(path, blocks())
+        if moved():
+            raise RuntimeError("a step has changed weights that take no gradient, for the first time")
+
+    def _link_frozen(self, path: Path, blocks: Callable[[], Iterable[torch.Tensor]]) -> bool:
+        """Let the file of frozen weights that was written last have another name; False where that cannot be."""
+        if self._frozen is None:
+            return False
+        before, checksum = self._frozen
+        now, nbytes = _hashed(blocks())
+        if now != checksum:
+            return False
+        try:
+            os.link(before, path)
+        except OSError:  # a file system without links, or somebody has removed the file
+            return False
+        _write_sum(path, checksum, nbytes)
+        self._frozen = path, checksum
+        return True
 
     def _count(self) -> None:
         """Let the checkpoint under way count, and remove those that are too many."""
@@ -245,25 +278,36 @@ class CheckpointWriter:
         shutil.rmtree(self._folder / self._name, ignore_errors=True)
 
 
-def _write_file(path: Path, blocks: Iterable[torch.Tensor]) -> None:
-    """Write bytes to a file and its checksum beside it, and see them through to the disk.
+def _write_file(path: Path, blocks: Iterable[torch.Tensor]) -> str:
+    """Write bytes to a file and its checksum beside it, and see them through to the disk; returns the checksum."""
+    with path.open("wb", buffering=0) as file:
+        checksum, nbytes = _hashed(blocks, file)
+        os.fsync(file.fileno())
+    _write_sum(path, checksum, nbytes)
+    return checksum
+
+
+def _hashed(blocks: Iterable[torch.Tensor], file: io.RawIOBase | None = None) -> tuple[str, int]:
+    """The SHA-256 and the number of bytes, which are written to `file` meanwhile if there is one.
 
     Neither hashing nor writing holds Python's lock, so that the training goes on beside it.
     """
     digest, nbytes = hashlib.sha256(), 0
-    with path.open("wb", buffering=0) as file:
-        for block in blocks:
-            for piece in block.split(_BLOCK_BYTES):
-                content = memoryview(piece.numpy())
-                digest.update(content)
-                while content:
-                    written = file.write(content)
-                    nbytes += written
-                    content = content[written:]
-        os.fsync(file.fileno())
+    for block in blocks:
+        for piece in block.split(_BLOCK_BYTES):
+            content = memoryview(piece.numpy())
+            digest.update(content)
+            nbytes += len(content)
+            while file is not None and content:
+                content = content[file.write(content) :]
+    return digest.hexdigest(), nbytes
+
+
+def _write_sum(path: Path, checksum: str, nbytes: int) -> None:
+    """Put the checksum of a file beside it, for rank 0."""
     told = path.with_name(path.name + _SUM)
     with told.open("w") as text:
-        text.write(f"{digest.hexdigest()} {nbytes}")
+        text.write(f"{checksum} {nbytes}")
         text.flush()
         os.fsync(text.fileno())
 

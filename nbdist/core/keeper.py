@@ -47,7 +47,7 @@ class Keeper:
         scheduler: Kept too.
         vault: Where snapshots go; None where none are taken. A checkpoint is written from one.
         tell: Called with what a person should know.
-        changed: The buffers that are not as the task brought them.
+        changed: See `Pieces`.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Keeper:
             problem = str(error)
         problems = [told for told in from_all(problem, world) if told]
         if slot is not None and not problems and self._writer is not None and self._pieces is not None:
-            self._writer.begin(slot, position.step, self._pieces.frozen())
+            self._writer.begin(slot, position.step, self._pieces)
         for told in problems[:1]:
             self._tell(Noted(rank=self._rank, text=f"no checkpoint was written, the run goes on: {told}"))
 
@@ -185,7 +185,8 @@ class Keeper:
 
     def rescue(self, position: Position) -> None:
         """After an error: keep the state of the last complete step, if this rank still has it. Local."""
-        if self._boundary is not None and position.step and self._boundary.intact:
+        moved = self._pieces is not None and self._pieces.moved()  # maybe in the step that has failed, too
+        if self._boundary is not None and position.step and self._boundary.intact and not moved:
             self._strategy.come_back()
             self._keep(position, self._boundary.buffers)
 
@@ -223,7 +224,7 @@ class Keeper:
         """Begin to write the state to the planned folder. Local, at once on all ranks."""
         slot = self._keep(position, everything=True)
         if slot is not None and self._pieces is not None:
-            writer.begin(slot, position.step, self._pieces.frozen())
+            writer.begin(slot, position.step, self._pieces)
 
     def _check(self) -> None:
         """Raise `TaskError` where the optimizer keeps what cannot be kept; known after its first step. Local."""

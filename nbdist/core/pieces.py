@@ -21,6 +21,9 @@ __all__ = ["SMALL_BYTES", "Pieces", "check_state", "from_all", "key_of", "own_en
 SMALL_BYTES = 1 << 16
 """Buffers up to this are taken to change in every step: BatchNorm writes its own without telling torch."""
 
+_TRACED = 16
+"""So many values of a frozen parameter tell whether it moves."""
+
 
 class Pieces:
     """What this rank keeps. **Collective** over the world: what several ranks hold alike, one of them keeps.
@@ -30,7 +33,8 @@ class Pieces:
         table: The model's tensors, placed.
         optimizer: Over its parameters.
         axes: This rank's channels.
-        changed: The buffers that are not as the task brought them.
+        changed: The buffers and frozen parameters that are not as the task, or the checkpoint that it goes on from,
+            brought them.
     """
 
     def __init__(
@@ -50,19 +54,23 @@ class Pieces:
         keepers = _keepers(told)
         self._kept = [name for name, (key, _) in mine.items() if keepers[key] == axes.world.rank]
         self._versions = {name: buffer._version for name, buffer in self._buffers() if name not in changed}
+        self._frozen = [name for name in self._kept if not table.parameters[name].requires_grad]
+        self._moved = any(name in changed for name in self._frozen)
+        self._at_first = self._traces()
         self.described = {name: _described(table.placement(name), axes) for name in table.tensors}
 
     def changing(self, *, buffers: bool = False) -> dict[str, torch.Tensor]:
-        """What a step may change: trainable parameters, the optimizer's state, buffers. Local.
+        """What steps change: trainable parameters, the optimizer's state, buffers, and what else they did. Local.
 
         Args:
             buffers: Whether to give the large buffers too that have not changed since the start.
         """
         table, axes = self._table, self._axes
+        moved = self.moved()
         pieces = {}
         for name in self._kept:
             parameter, placement = table.parameters[name], table.placement(name)
-            if not parameter.requires_grad:
+            if not (parameter.requires_grad or moved):
                 continue
             pieces[_key(name, "", placement, axes)] = parameter.detach()
             for entry, value in self._optimizer.state.get(parameter, {}).items():
@@ -81,9 +89,32 @@ class Pieces:
         table = self._table
         return {
             _key(name, "", table.placement(name), self._axes): table.parameters[name].detach()
-            for name in self._kept
-            if not table.parameters[name].requires_grad
+            for name in (() if self._moved else self._frozen)
         }
+
+    def moved(self) -> bool:
+        """Whether steps change parameters that take no gradient: a teacher, say, which follows the weights. Local.
+
+        What moves is kept with all that does, and where some of it does, all of it is taken to.
+        """
+        self._moved = self._moved or self._traces() != self._at_first
+        return self._moved
+
+    def _traces(self) -> list[Any]:
+        """Something of each frozen parameter that is another thing when it has been written to.
+
+        A teacher is mostly written to through ``.data``, which torch does not count: so some of its values, too.
+        """
+        parameters = [self._table.parameters[name].detach() for name in self._frozen]
+        traces: list[Any] = [parameter._version for parameter in parameters]
+        for device in {parameter.device for parameter in parameters}:
+            some = [
+                parameter.reshape(-1)[:: -(-parameter.numel() // _TRACED) or 1].contiguous().view(torch.uint8)
+                for parameter in parameters
+                if parameter.device == device
+            ]
+            traces.append(torch.cat(some).cpu().numpy().tobytes())
+        return traces
 
     def values(self) -> dict[str, Any]:
         """What the optimizer keeps beside tensors, as JSON-able data. Local.

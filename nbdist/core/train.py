@@ -129,6 +129,8 @@ def fit(
             scheduler.go_on(saved.ranks[0]["scheduler"])
             strategy.precision.go_on(saved.ranks[0]["precision"])
             at, restored = position_of(saved, axes, device), saved.names
+            if saved.complete:  # a rank that is lost goes on from there again, before it takes a snapshot
+                restored = restored & {*strategy.table.buffers}
             seeds.seed_all(seeds.derive(plan.seed, "start", axes.data.rank, at.step))
             if len(saved.ranks) == world.size and saved.ranks[world.rank]["generators"]:
                 seeds.go_on(saved.ranks[world.rank]["generators"])
