@@ -139,6 +139,7 @@ class Trainings:
 
     def _begin(self, turn: _Turn) -> None:
         """Send a task to every engine and follow it to its end, in a thread."""
+        from nbdist.core.checkpoint import check_free
         from nbdist.core.handover import Outbox
         from nbdist.core.snapshot import Vaults
 
@@ -153,6 +154,8 @@ class Trainings:
             plan = run.replan.of(plan, engines.size)
             run.stand_on(plan)
         plan, vaults = resumed(plan, turn.task, current.last_run())
+        if plan.checkpoint:
+            check_free(plan.checkpoint, run.run_id)
         self._outbox = self._outbox or Outbox(engines.anchor)
         what = f"{turn.names[0]} or {turn.names[1]}"
         packed = pack((turn.task, plan), what, inline=engines.remote, outbox=self._outbox)

@@ -24,6 +24,7 @@ from torch import nn
 
 from nbdist.core.channels import Channel
 from nbdist.core.image import Layout
+from nbdist.core.lease import Lease
 from nbdist.core.params import ParamTable
 from nbdist.core.pieces import Pieces, from_all, plain
 from nbdist.core.restore import check_goes_on, check_same, load_whole
@@ -32,7 +33,7 @@ from nbdist.core.snapshot import Slot
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
 
-__all__ = ["CheckpointWriter", "check_resume", "load_checkpoint", "prepare"]
+__all__ = ["CheckpointWriter", "check_free", "check_resume", "load_checkpoint", "prepare"]
 
 _NAMES = f"{'[0-9a-f]' * 8}-step{'[0-9]' * 8}*"
 THREAD = "nbdist checkpoint"
@@ -41,31 +42,49 @@ _SUM = ".sha256"
 _BLOCK_BYTES = 1 << 20
 
 
-def prepare(folder: str, optimizer: torch.optim.Optimizer, channel: Channel) -> None:
+def prepare(folder: str, optimizer: torch.optim.Optimizer, channel: Channel, run_id: str) -> Lease | None:
     """See to it that a training's state can be written; makes the folder. **Collective** over all ranks.
 
     What a run that was killed has left half written is removed.
 
+    Returns:
+        On rank 0 the lease of the folder: to be released when nothing is to be written any more.
+
     Raises:
-        PlanError: A rank cannot write there.
+        PlanError: A rank cannot write there, or another run does.
         TaskError: The optimizer has a setting that JSON cannot hold.
     """
     for group in optimizer.param_groups:
         for key, value in group.items():
             if key != "params":
                 plain(value, f"the optimizer's {key}")
-    problem = ""
+    problem, lease = "", None
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         if channel.rank == 0:
+            lease = Lease(folder, run_id).acquire()
             _tidy_up(Path(folder))
     except OSError as error:
         problem = f"rank {channel.rank} cannot write to checkpoint={folder!r} ({error.strerror}): name another folder."
-    for told in from_all(problem, channel):
-        if told:
-            raise PlanError(told)
+    except PlanError as error:
+        problem = str(error)
+    with contextlib.ExitStack() as undo:
+        if lease is not None:
+            undo.callback(lease.release)
+        for told in from_all(problem, channel):
+            if told:
+                raise PlanError(told)
+        undo.pop_all()
+    return lease
+
+
+def check_free(folder: str, run_id: str) -> None:
+    """Raise `PlanError` where a run that lives writes into a folder; one that is dead has lost it. Local."""
+    if os.path.isdir(folder):
+        with contextlib.suppress(OSError):  # the ranks say it
+            Lease(folder, run_id).acquire().release()
 
 
 def _tidy_up(folder: Path) -> None:
@@ -127,18 +146,20 @@ class CheckpointWriter:
         mark: Begins the name of each one, unlike that of any other run; the same on all ranks.
         rank: This rank.
         ranks: How many.
+        lease: Of the folder, on rank 0.
 
     Attributes:
         problems: What went wrong, in sentences, until somebody takes it from there.
         counted: Of each checkpoint that has come to count its step, its folder, and the seconds it took; likewise.
     """
 
-    def __init__(self, folder: str, keep: int, mark: str, rank: int, ranks: int) -> None:
+    def __init__(self, folder: str, keep: int, mark: str, rank: int, ranks: int, lease: Lease | None) -> None:
         self._folder = Path(folder)
         self._keep = keep
         self._mark = mark
         self._rank = rank
         self._ranks = ranks
+        self._lease = lease
         self._thread: threading.Thread | None = None
         self._slot: Slot | None = None
         self._step = -1
@@ -268,6 +289,8 @@ class CheckpointWriter:
         _replace(place / ABOUT, sealed({"format": FORMAT, "files": files}))
         for told in place.glob(f"*{_SUM}"):
             told.unlink()
+        if self._lease is not None:
+            self._lease.confirm()
         before = checkpoints(self._folder)
         names = [name for name in before if not self._name.startswith(name)]
         names = [*names, self._name][-self._keep :]

@@ -17,6 +17,7 @@ from nbdist.core.boundary import Boundary
 from nbdist.core.checkpoint import CheckpointWriter, prepare
 from nbdist.core.gradient_sync import Signals
 from nbdist.core.image import Layout
+from nbdist.core.lease import Lease
 from nbdist.core.pieces import Pieces, check_state, from_all
 from nbdist.core.position import Position
 from nbdist.core.restore import ORDER
@@ -47,12 +48,14 @@ class Keeper:
         scheduler: Kept too.
         vault: Where snapshots go; None where none are taken. A checkpoint is written from one.
         tell: Called with what a person should know.
+        run_id: Of which run.
+        lease: Of the planned folder, on rank 0.
         changed: See `Pieces`.
     """
 
     def __init__(
         self, strategy: Strategy, plan: Plan, scheduler: Scheduler, vault: Vault | None, tell: Callable[[Event], None],
-        changed: Collection[str] = (),
+        run_id: str = "", lease: Lease | None = None, changed: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._strategy = strategy
         self._plan = plan
@@ -61,6 +64,8 @@ class Keeper:
         self._spool = vault  # what is written to disk passes through memory, of its own if need be
         self._tell = tell
         self._changed = changed
+        self._run_id = run_id
+        self._leases: dict[str, Lease | None] = {}  # of the folders that a person has named, until the end of the run
         self._axes: Axes = strategy.axes
         self._rank, self._ranks = strategy.axes.world.rank, strategy.axes.world.size
         self._pieces: Pieces | None = None
@@ -70,7 +75,7 @@ class Keeper:
         if vault is not None or plan.checkpoint:
             self._open()
         if plan.checkpoint:
-            self._writer = self._planned = self._make_writer(plan.checkpoint, plan.checkpoint_keep)
+            self._writer = self._planned = self._make_writer(plan.checkpoint, plan.checkpoint_keep, lease)
         self._checked = False
         self._layouts: list[Layout] = []
         self._kept_at = -1
@@ -90,9 +95,9 @@ class Keeper:
             self._own = Vaults(1)
             self._spool = Vault(self._own.paths[0])
 
-    def _make_writer(self, folder: str, keep: int) -> CheckpointWriter:
+    def _make_writer(self, folder: str, keep: int, lease: Lease | None) -> CheckpointWriter:
         mark = self._axes.world.broadcast_bytes(secrets.token_hex(4).encode()).decode()
-        return CheckpointWriter(folder, keep, mark, self._rank, self._ranks)
+        return CheckpointWriter(folder, keep, mark, self._rank, self._ranks, lease)
 
     def signals(self, position: Position) -> Signals:
         """What this rank has to say at the end of the step that begins at `position`; some signals are not its.
@@ -150,8 +155,9 @@ class Keeper:
             if folder == self._plan.checkpoint and self._planned is not None:
                 self._writer = self._planned
             else:
-                prepare(folder, self._strategy.task.optimizer, world)
-                self._writer = self._make_writer(folder, sys.maxsize)
+                if folder not in self._leases:
+                    self._leases[folder] = prepare(folder, self._strategy.task.optimizer, world, self._run_id)
+                self._writer = self._make_writer(folder, sys.maxsize, self._leases[folder])
             self._open()
             slot = self._take(position, everything=True)
         except NbdistError as error:
@@ -194,6 +200,9 @@ class Keeper:
         """Let what is being written come to its end. Local, twice is fine."""
         if self._writer is not None:
             self._writer.wait()
+        for lease in self._leases.values():
+            if lease is not None:
+                lease.release()
         if self._own is not None:
             self._own.close()
 

@@ -116,8 +116,9 @@ def fit(
         if not model.training:  # modules that the user froze in evaluation mode inside a training model stay so
             cleanup.enter_context(switched(model, training=True))
 
-        if plan.checkpoint:
-            prepare(plan.checkpoint, task.optimizer, world.channel())
+        lease = prepare(plan.checkpoint, task.optimizer, world.channel(), run_id) if plan.checkpoint else None
+        if lease is not None:
+            cleanup.callback(lease.release)
         strategy = strategies.apply(task, plan, world)
         cleanup.callback(strategy.close)
         axes, optimizer = strategy.axes, task.optimizer
@@ -148,8 +149,9 @@ def fit(
         val_reader = reader_of(task.val, plan.reproducible, False) if task.val is not None else None
         steps_total = _steps_total(plan, reader)
         keeper = Keeper(
-            strategy, plan, scheduler, Vault(vaults[world.rank]) if vaults else None, tell, changed=restored
-        )
+            strategy, plan, scheduler, Vault(vaults[world.rank]) if vaults else None, tell, run_id, lease,
+            changed=restored,
+        )  # fmt: skip
         cleanup.callback(keeper.close)
         steering = Steering(orders, run_id, strategy, scheduler, keeper, tell)
 
