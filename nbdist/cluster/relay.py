@@ -33,7 +33,7 @@ _INTERRUPT_AFTER_S = 0.8
 _KILL_AFTER_S = 2.0
 """How long they may then take to react, before they are replaced like one that is lost."""
 _TRIES = 5
-"""How often in succession ranks may be lost at the same step."""
+"""How often in succession ranks may be lost before the run has got any further."""
 
 
 class Relay:
@@ -204,23 +204,25 @@ class Relay:
         lost = [outcome.rank for outcome in outcomes if outcome.failure is not None and outcome.failure.kind == LOST]
         run.progress.state = "recovering" if run.progress.state != "stopping" else "stopping"
         run.progress.begin_again()
-        reached = -1 if run.vaults is None else run.vaults.reached
-        self._reached, self._tries = reached, 0 if reached != self._reached else self._tries
+        reached = run.progress.step if run.vaults is None else run.vaults.reached
+        if reached > self._reached:  # not just another one: without snapshots it has to come back here first
+            self._reached, self._tries = reached, 0
         replaced = set(lost)
         wanted, run.wanted = run.wanted, 0  # another number may be asked for meanwhile
         self._show(dict.fromkeys(replaced, "lost"))
         while True:
             self._tries += bool(lost)
             if self._tries > _TRIES:
+                step = max(self._reached, 0) + 1
                 raise EngineError(
-                    f"{ranks_text(lost)}: the process ended {_TRIES} times at step {max(reached, 0) + 1}: "
+                    f"{ranks_text(lost)}: the process ended {_TRIES} times at step {step} or before: "
                     f"{_NOT_ENOUGH if self._why == PROCESS_ENDED else self._why}.", rank=lost[0],
                 )  # fmt: skip
             try:
                 replaced.update(self._engines.lost)
                 self._training.gather_ranks(wanted or self._size())
                 self._show(dict.fromkeys(replaced, "recovering"))
-                found = None if run.vaults is None else run.vaults.newest
+                step = self._training.kept_step()
                 self._calls = self._training.begin(go_on=True, again=True)
                 break
             except ClusterError as error:
@@ -229,7 +231,7 @@ class Relay:
                 self._engines.check_alive()
                 if not lost:  # it was asked for: as many as there are will do
                     lost, wanted = self._engines.lost or [0], 0
-        self._tell_again(replaced, before, 0 if found is None else found[0], time.monotonic() - since_s)
+        self._tell_again(replaced, before, step, time.monotonic() - since_s)
 
     def _size(self) -> int:
         """How many ranks are to go on: as many as before, or as are left."""

@@ -181,6 +181,19 @@ class Training:
             with eager():
                 self._task.optimizer.load_state_dict(optimizer_state)
 
+    def kept_step(self) -> int:
+        """The step from which the run goes on if it is begun again now."""
+        from nbdist.core.checkpoint import checkpoint_of_run, resumed_folder
+        from nbdist.core.saved import Saved
+
+        found = None if self.run.vaults is None else self.run.vaults.newest
+        if found is not None:
+            return int(found[0])
+        saved = checkpoint_of_run(self._plan, self.run.run_id)
+        if saved is None and self._plan.resume and (folder := resumed_folder(self._plan)):
+            saved = Saved.in_folder(folder, hashed=False)
+        return 0 if saved is None else int(saved.ranks[0]["position"]["step"])
+
     def rescue(self) -> int | None:
         """Take in the newest snapshot that all ranks have; returns its step, None where the model stays as it was."""
         from nbdist.core.checkpoint import resumed_folder

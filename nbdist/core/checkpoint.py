@@ -33,7 +33,7 @@ from nbdist.core.snapshot import Slot
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
 
-__all__ = ["CheckpointWriter", "check_free", "check_resume", "load_checkpoint", "prepare"]
+__all__ = ["CheckpointWriter", "check_free", "check_resume", "checkpoint_of_run", "load_checkpoint", "prepare"]
 
 _NAMES = f"{'[0-9a-f]' * 8}-step{'[0-9]' * 8}*"
 THREAD = "nbdist checkpoint"
@@ -120,6 +120,17 @@ def resumed_folder(plan: Plan) -> str:
     if not plan.checkpoint:
         raise PlanError("there is nothing to resume: name a folder, or use checkpoint=... and resume=True together.")
     return plan.checkpoint if checkpoints(Path(plan.checkpoint)) else ""
+
+
+def checkpoint_of_run(plan: Plan, run_id: str) -> Saved | None:
+    """The newest checkpoint that a run has written to its own folder, by its lengths and headers. Local."""
+    if not (plan.checkpoint and run_id):
+        return None
+    with contextlib.suppress(PlanError):
+        saved = Saved.in_folder(plan.checkpoint, hashed=False)
+        if (saved.ranks[0]["position"].get("orders") or [""])[0] == run_id:
+            return saved
+    return None
 
 
 def load_checkpoint(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:

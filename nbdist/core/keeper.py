@@ -61,6 +61,7 @@ class Keeper:
         self._plan = plan
         self._scheduler = scheduler
         self._vault = vault
+        self._notes = vault  # of each step that is done, whether snapshots are taken or not
         self._spool = vault  # what is written to disk passes through memory, of its own if need be
         self._tell = tell
         self._changed = changed
@@ -131,6 +132,8 @@ class Keeper:
         """A step is complete, or an epoch; `heard` is what all ranks have said in it. Local, at once on all ranks."""
         if self._boundary is not None:
             self._boundary.reach()
+        if self._notes is not None:
+            self._notes.note(position.step)
         if heard is None:
             return
         if self._planned is not None and not self._checked:
@@ -245,14 +248,38 @@ class Keeper:
     ) -> Slot | None:
         """Take a snapshot of this rank's share; where that cannot be, none are taken any more."""
         try:
+            if not self._layouts and self._vault is not None and buffers is None:
+                self._weigh()
+            if self._vault is None and not everything:
+                return None
             return self._take(position, buffers, everything=everything)
         except TaskError as error:
             if self._plan.checkpoint:
                 raise
-            self._vault = self._boundary = None
-            text = f"no snapshots are taken, so a lost rank means to begin anew: {error}"
-            self._tell(Noted(rank=self._rank, text=text))
+            self._forgo(str(error))
             return None
+
+    def _forgo(self, reason: str) -> None:
+        """Take no snapshots any more, but for those that go to disk."""
+        self._vault = self._boundary = None
+        instead = "go on from the last checkpoint" if self._plan.checkpoint else "begin anew"
+        text = f"no snapshots are taken, so a lost rank means to {instead}: {reason}"
+        self._tell(Noted(rank=self._rank, text=text))
+
+    def _weigh(self) -> None:
+        """Before the first snapshot: see whether there is memory for those of all ranks. **Collective**."""
+        assert self._pieces is not None
+        nbytes = sum(tensor.nbytes for tensor in self._pieces.changing().values())
+        told = torch.tensor([float(nbytes)], dtype=torch.float64, device=self._strategy.device)
+        self._axes.world.all_reduce_(told)
+        needed, free = 2 * told.item(), available_bytes()
+        told.fill_(float(free is not None and needed > free * _MEMORY_SHARE))
+        self._axes.world.all_reduce_(told)  # one that takes none is enough for those of the others to be in vain
+        if told.item():
+            if self._vault is not None:
+                self._vault.narrow()
+            free_text = "" if free is None else f", of {free / 2**20:,.0f} MiB that are free"
+            self._forgo(f"they need {needed / 2**20:,.0f} MiB{free_text}.")
 
     def _take(
         self, position: Position, buffers: dict[str, torch.Tensor] | None = None, *, everything: bool = False
@@ -284,9 +311,6 @@ class Keeper:
         if layout is not None:
             return layout
         layout = Layout(tensors)
-        needed, free = 2 * layout.data_bytes * self._ranks, available_bytes()
-        if not self._layouts and not self._plan.checkpoint and free is not None and needed > free * _MEMORY_SHARE:
-            raise TaskError(f"they need {needed / 2**20:,.0f} MiB, of {free / 2**20:,.0f} MiB that are free.")
         self._layouts = [*self._layouts[-1:], layout]
         return layout
 

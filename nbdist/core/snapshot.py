@@ -24,6 +24,7 @@ SLOTS = 3
 """Of each rank: two in turn, and one more while another is being written to disk."""
 _STEP = struct.Struct("<q")  # one word, which is there as a whole or not at all
 _HEAD = struct.Struct("<qqqq")
+_REACHED = slice(64, 64 + _STEP.size)  # behind the head
 _HEAD_BYTES = 4096
 _NOTHING = -1
 
@@ -104,6 +105,21 @@ class Slot:
         self._memory[_STEP.size : _HEAD.size] = head[_STEP.size :]
         self._memory[: _STEP.size] = head[: _STEP.size]
 
+    @property
+    def reached(self) -> int:
+        """The last step that was noted here, or kept; -1 for none."""
+        head = self.head
+        noted = 0 if self._memory is None else _STEP.unpack(self._memory[_REACHED])[0]
+        return max(head.step, noted - 1)
+
+    def note(self, step: int) -> None:
+        """Write down that a step is done, whether it is kept or not. Local; a fraction of a microsecond."""
+        if not self._bytes.numel():
+            self._map(_HEAD_BYTES)
+            if not self.head.ranks:
+                self._memory[: _STEP.size] = _STEP.pack(_NOTHING)
+        self._memory[_REACHED] = _STEP.pack(step + 1)
+
     def _map(self, nbytes: int) -> bool:
         """Map the file, grown to `nbytes` where it is smaller; whether there is something in it."""
         if self._memory is not None and len(self._memory) >= nbytes:
@@ -144,6 +160,17 @@ class Vault:
         slot.write(moment, ranks, layout, tensors, text)
         return slot
 
+    def note(self, step: int) -> None:
+        """Write down that a step is done; see `Vaults.reached`. Local."""
+        self._slots[0].note(step)
+
+    def narrow(self) -> None:
+        """Write to one slot only, from now on: what goes to disk has to pass through memory. Local, before any write.
+
+        While that is being written there is no snapshot.
+        """
+        del self._slots[1:]
+
 
 class Vaults:
     """The memory of all ranks' snapshots. Made by who starts the ranks, on their host; the memory goes when this does.
@@ -168,8 +195,8 @@ class Vaults:
 
     @property
     def reached(self) -> int:
-        """The last step that any rank has kept; -1 for none."""
-        return max(Slot(path).head.step for own in self.paths for path in own)
+        """The last step that any rank has done; -1 for none."""
+        return max(Slot(path).reached for own in self.paths for path in own)
 
     @property
     def newest(self) -> tuple[int, list[Slot]] | None:

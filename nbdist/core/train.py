@@ -14,7 +14,7 @@ import torch
 from nbdist.core import seeds, strategies
 from nbdist.core.allocator import objects_set_aside, pages_kept
 from nbdist.core.channels import spent
-from nbdist.core.checkpoint import prepare, resumed_folder
+from nbdist.core.checkpoint import checkpoint_of_run, prepare, resumed_folder
 from nbdist.core.data import Reader
 from nbdist.core.evaluate import evaluate, switched
 from nbdist.core.gather import leave_in_parts
@@ -92,7 +92,7 @@ def fit(
         orders: What a person asks for while it goes on; given on all ranks or on none, rank 0's are read.
         home: Whether the model ends whole on every rank, or on rank 0 alone.
         vaults: The slots for each rank's snapshots, see `Vaults`; without them none are taken.
-        go_on: Whether to go on from the newest snapshot in there, if there is one.
+        go_on: Whether to go on from the newest snapshot in there, if there is one, or this run's last checkpoint.
     """
     model, device = task.model, world.device
 
@@ -125,7 +125,7 @@ def fit(
         scheduler = task.make_scheduler(optimizer)
         at, restored = Position(device), set[str]()
         seeds.seed_all(seeds.derive(plan.seed, "start", axes.data.rank))
-        for saved in _kept(plan, world, vaults if go_on else ()):
+        for saved in _kept(plan, world, vaults, run_id, go_on):
             load(saved, strategy.table, optimizer, axes)
             scheduler.go_on(saved.ranks[0]["scheduler"])
             strategy.precision.go_on(saved.ranks[0]["precision"])
@@ -260,16 +260,20 @@ def fit(
         return Result(state=state, history=at.history, plan=plan)
 
 
-def _kept(plan: Plan, world: World, vaults: Sequence[Sequence[str]]) -> Iterator[Saved]:
+def _kept(plan: Plan, world: World, vaults: Sequence[Sequence[str]], run_id: str, go_on: bool) -> Iterator[Saved]:
     """What to go on from, on all ranks the same: a checkpoint, then a snapshot, without what never changes.
 
-    **Collective**.
+    Where there is no snapshot of this run, the checkpoint is its own last one, if it has written any. **Collective**.
     """
-    if plan.resume:
-        folder = world.channel().broadcast_bytes((resumed_folder(plan) if world.rank == 0 else "").encode()).decode()
+    found = newest(vaults) if go_on else None
+    if plan.resume or (go_on and plan.checkpoint):
+        folder = ""
+        if world.rank == 0:
+            own = go_on and found is None and checkpoint_of_run(plan, run_id) is not None
+            folder = plan.checkpoint if own else resumed_folder(plan) if plan.resume else ""
+        folder = world.channel().broadcast_bytes(folder.encode()).decode()
         if folder:
             yield opened_by_all(folder, world)
-    found = newest(vaults)
     if found is not None:
         yield Saved.in_memory(read(found[1]))
 

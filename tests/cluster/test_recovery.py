@@ -112,7 +112,7 @@ def test_killed_engines_change_no_bit(cluster, calm, victims):
 
 def test_an_engine_that_dies_at_the_same_place_again_and_again(cluster):
     """It is given up, with a sentence that says where; the engines are ready again."""
-    with pytest.raises(EngineError, match=r"^rank 1: the process ended 5 times at step 1: .* does not suffice"):
+    with pytest.raises(EngineError, match=r"^rank 1: the process ended 5 times at step 1 or before: .* not suffice"):
         cluster.train(net((1, 1), "die"), data(), **OPTIONS)
     assert "finished" == cluster.train(net(), data(), **OPTIONS | {"epochs": 1}).state
 
@@ -208,3 +208,53 @@ def test_a_stop_at_once_that_comes_too_late_frees_nobody(cluster, monkeypatch):
     assert run.state == "finished"
     waiting = "from nbdist.cluster import entry; entry._engine.world.store.check(['what no rank has written'])"
     cluster.execute(waiting).wait()  # raises where ranks were released
+
+
+class Unkept(torch.optim.SGD):
+    """No snapshots are taken of it: its state holds an object."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["note"] = object()
+
+
+def dying(marks, at):
+    """A loss in which rank 1 dies, each time a step of `at` later; without an end where they are all the same."""
+
+    def loss(output, target):
+        import os
+        import signal
+        from pathlib import Path
+
+        from torch.nn import functional
+
+        loss.steps += 1
+        tries = len(list(Path(marks).iterdir()))
+        if os.environ.get("RANK") == "1" and tries < len(at) and loss.steps == at[tries]:
+            Path(marks, str(tries)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return functional.cross_entropy(output, target)
+
+    loss.steps = 0
+    return loss
+
+
+def unkept(parameters):
+    return Unkept(parameters, lr=0.1)
+
+
+def test_losses_without_a_snapshot_are_forgotten_when_a_run_gets_further(cluster, tmp_path):
+    """Seven of them, each at a later step: it has got on each time, and so it ends well."""
+    options = OPTIONS | {"loss": dying(str(tmp_path), [3, 4, 5, 6, 7, 8, 9]), "optimizer": unkept, "lr_scheduler": None}
+    run = cluster.train(net(), data(), **options | {"epochs": None, "steps": 12})
+    assert ("finished", 12) == (run.state, run.progress.step)
+    assert 7 == len(list(tmp_path.iterdir()))
+
+
+def test_a_run_without_a_snapshot_that_gets_no_further_ends(cluster, tmp_path):
+    """Though it does some steps each time."""
+    options = OPTIONS | {"loss": dying(str(tmp_path), [4] * 99), "optimizer": unkept, "lr_scheduler": None}
+    with pytest.raises(EngineError, match=r"^rank 1: the process ended 5 times at step 4 or before: "):
+        cluster.train(net(), data(), **options)
+    assert 6 == len(list(tmp_path.iterdir()))

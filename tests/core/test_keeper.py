@@ -12,12 +12,13 @@ from problems import ADAMW, FEATURES, Given, assert_same_bits, classes, seeded, 
 from torch import nn
 from torch.nn import functional as F
 
+from nbdist.core import keeper
 from nbdist.core.checkpoint import checkpoints, load_checkpoint
 from nbdist.core.saved import Saved
-from nbdist.core.snapshot import Vaults, newest, read
+from nbdist.core.snapshot import Slot, Vaults, newest, read
 from nbdist.core.strategies import Strategy
 from nbdist.errors import TaskError
-from nbdist.telemetry import Checkpointed, Noted
+from nbdist.telemetry import Checkpointed, Noted, RunStarted
 
 SAMPLES, BATCH = 80, 16
 
@@ -297,3 +298,49 @@ def test_checkpoints_one_after_the_other(run_ranks, tmp_path, lags):
         for each in checkpoints(tmp_path / name):
             load_checkpoint(str(tmp_path / name / each), Net())
     vaults.close()
+
+
+def with_little_memory(world, paths, folder, short):
+    """Train where some ranks have hardly any memory: notes, the steps in this rank's slots, the checkpoints."""
+    notes = []
+    sink = type("Sink", (), {"emit": lambda _, event: isinstance(event, Noted) and notes.append(event.text)})()
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank in short:
+            patch.setattr(keeper, "available_bytes", lambda: 1000)
+        train(world, seeded(Net), tensors(), vaults=paths, checkpoint=folder, sinks=[sink], **options_of())
+    return notes, [Slot(path).head.step for path in paths[world.rank]]
+
+
+@pytest.mark.parametrize("short", [[1], [0, 1]], ids=["on one rank", "on all"])
+@pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
+def test_too_little_memory_for_snapshots(run_ranks, tmp_path, disk, short):
+    """No rank takes any, and all say so; what goes to disk passes through one slot."""
+    vaults = Vaults(2)
+    folder = str(tmp_path) if disk else None
+    instead = "go on from the last checkpoint" if disk else "begin anew"
+    for notes, steps in run_ranks(2, with_little_memory, vaults.paths, folder, short):
+        (note,) = notes
+        assert note.startswith(f"no snapshots are taken, so a lost rank means to {instead}: they need ")
+        assert ([15, -1, -1] if disk else [-1, -1, -1]) == steps
+    assert disk == bool(folder and checkpoints(tmp_path))
+    vaults.close()
+
+
+def begun_again(world, folder, paths, run_id):
+    """Where a run begins that goes on without a snapshot, and what it comes to."""
+    begun = []
+    sink = type("Sink", (), {"emit": lambda _, event: isinstance(event, RunStarted) and begun.append(event.step)})()
+    options = options_of(checkpoint=folder, vaults=paths, sinks=[sink])
+    train(world, seeded(Net), tensors(), run_id="mine", orders=stop_after(6), **options)
+    model = seeded(Net)
+    _, after = train(world, model, tensors(), run_id=run_id, go_on=True, **options | {"vaults": ()})
+    return begun, after
+
+
+def test_without_a_snapshot_a_run_goes_on_from_its_own_checkpoint(run_ranks, tmp_path):
+    """And never from that of another run in the same folder."""
+    for run_id, step in [("mine", 6), ("another", 0)]:
+        vaults = Vaults(2)
+        outcomes = run_ranks(2, begun_again, str(tmp_path / run_id), vaults.paths, run_id)
+        assert [[0, step]] * 2 == [begun for begun, _ in outcomes]
+        vaults.close()
