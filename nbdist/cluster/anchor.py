@@ -23,6 +23,7 @@ from typing import Any
 
 from nbdist.cluster import owner_guard
 from nbdist.errors import ClusterError, PlanError, suggest
+from nbdist.telemetry.host import host_id, host_name
 from nbdist.telemetry.record import records
 
 __all__ = ["Anchor", "Detached", "check_detach", "detached_clusters"]
@@ -84,12 +85,12 @@ class Anchor:
             folder: The cluster's, which ends with it.
             patience_s: How long the cluster lives when no kernel owns it.
         """
-        name = secrets.token_hex(2)
         _entries().mkdir(parents=True, exist_ok=True)
+        while (entry := _entries() / f"{(name := secrets.token_hex(2))}.json").exists():
+            pass  # another host's, say
         with socket.socket(socket.AF_UNIX) as listener, open(os.path.join(folder, "anchor.log"), "wb") as log:
             listener.bind(os.path.join(folder, _SOCKET))
             listener.listen()
-            entry = _entries() / f"{name}.json"
             started = subprocess.Popen(
                 [sys.executable, "-m", "nbdist.cluster.anchor_server", str(listener.fileno()), folder, str(entry),
                  str(patience_s)],
@@ -99,7 +100,7 @@ class Anchor:
         threading.Thread(target=started.wait, daemon=True, name="nbdist-anchor").start()  # no zombie
         mark = owner_guard.owner_mark(started.pid)
         told = {"folder": folder, "mark": mark, "patience_s": patience_s}
-        entry.write_text(json.dumps(told))
+        entry.write_text(json.dumps({**told, "host": host_name(), "host_id": host_id()}))
         anchor = cls(name, folder, mark, patience_s)
         anchor._own()
         return anchor
@@ -115,7 +116,9 @@ class Anchor:
             PlanError: There is none, or several.
             ClusterError: Another kernel owns it.
         """
-        entries = _living()
+        entries, elsewhere = _living()
+        if name in elsewhere:
+            raise PlanError(f"cluster {name} was started on host {elsewhere[name]}: attach to it there.")
         names = list(entries)
         if not names:
             raise PlanError("no detached cluster lives: %dist_start --detach starts one.")
@@ -183,7 +186,7 @@ class Anchor:
 def detached_clusters() -> list[Detached]:
     """The clusters of this person on this host that were started to outlive their kernels, and live. Local."""
     found = []
-    for name, entry in _living().items():
+    for name, entry in _living()[0].items():
         with contextlib.suppress(ClusterError):
             anchor = Anchor(name, **entry)
             told = anchor.look()
@@ -213,14 +216,20 @@ def _entries() -> Path:
     return records().parent / "clusters"
 
 
-def _living() -> dict[str, dict[str, Any]]:
-    """Folder, process and patience of each anchor that lives, by name; what is left of others is removed."""
-    living = {}
+def _living() -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Folder, process and patience of each anchor of this host that lives, by name; and the hosts of other hosts' ones.
+
+    What is left of dead ones is removed: of this host's only, for nobody else knows its processes.
+    """
+    living, elsewhere = {}, {}
     for path in sorted(_entries().glob("*.json")):
         with contextlib.suppress(OSError, ValueError):  # it has just ended, or is just beginning
             entry = json.loads(path.read_text())
-            if owner_guard.alive(entry["mark"]):
+            host, its_id = entry.pop("host", host_name()), entry.pop("host_id", host_id())
+            if its_id != host_id():
+                elsewhere[path.stem] = host
+            elif owner_guard.alive(entry["mark"]):
                 living[path.stem] = entry
             else:
                 path.unlink()
-    return living
+    return living, elsewhere

@@ -22,6 +22,7 @@ from nbdist.cluster.introduction import introduce
 from nbdist.cluster.launch import CONTROLLER_ENDED, Launch
 from nbdist.cluster.spares import Spares
 from nbdist.errors import ClusterError, EngineError
+from nbdist.telemetry.host import host_id
 
 __all__ = ["Engine", "Engines"]
 
@@ -45,8 +46,6 @@ class Engines:
     """
 
     def __init__(self, launch: Launch, store: Any, size: int, device: str, timeout_s: float, spares: int) -> None:
-        from nbdist.core import handover
-
         self.size = size
         self.timeout_s = timeout_s
         self.device = device
@@ -61,7 +60,7 @@ class Engines:
         self._ids = sorted(launch.ids)[:size]  # the engine of each rank
         self._records: list[Engine] = []
         self._store = store
-        self.host_id = launch.host_id = handover.host_id()
+        self.host_id = launch.host_id = host_id()
         self._spares = Spares(launch, spares, (store.host, store.port))
 
     def meet(self) -> None:

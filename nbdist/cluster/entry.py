@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from nbdist.cluster.definitions import News, install, tie_classes
 from nbdist.cluster.remote_errors import Failure
 from nbdist.cluster.stacks import answer_from
 from nbdist.telemetry import RankState
+from nbdist.telemetry.host import host_id, host_name
 
 __all__ = [
     "Outcome",
@@ -88,14 +88,14 @@ def hello(address: str, port: int) -> dict[str, Any]:
     """Load torch, before anything can interrupt its import, reach the store, and say where this engine lives."""
     import psutil
 
-    from nbdist.core import handover, train  # noqa: F401 - loaded while nobody waits
+    from nbdist.core import train  # noqa: F401 - loaded while nobody waits
     from nbdist.core.channels.meeting import reach_store
     from nbdist.plan import available_cores
 
     _engine.store = reach_store(address, port)
     return {
-        "host": socket.gethostname(),
-        "host_id": handover.host_id(),
+        "host": host_name(),
+        "host_id": host_id(),
         "pid": os.getpid(),
         "born_s": psutil.Process().create_time(),
         "cores": available_cores(),

@@ -15,6 +15,7 @@ from nbdist.cluster.engine import Engine
 from nbdist.cluster.engines import Engines
 from nbdist.cluster.frames import frame_text, is_ours, is_users, place_of
 from nbdist.errors import ranks_text
+from nbdist.telemetry.host import host_id
 
 __all__ = ["RankWhere", "Where"]
 
@@ -90,8 +91,6 @@ class Where:
             run: The run that they work on, if there is one.
             cells: What a person calls each cell that ran on engines, and its source, by the name of its file there.
         """
-        from nbdist.core.handover import host_id
-
         here = host_id()
         found = []
         for engine in engines.records():

@@ -15,11 +15,9 @@ import mmap
 import os
 import pickle
 import tempfile
-import uuid
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import cloudpickle
@@ -28,9 +26,8 @@ import torch
 
 from nbdist.errors import TaskError
 
-__all__ = ["Holder", "Outbox", "Parcel", "Segment", "host_id", "let_go", "pack", "unpack"]
+__all__ = ["Holder", "Outbox", "Parcel", "Segment", "let_go", "pack", "unpack"]
 
-_HOST_VARIABLE = "NBDIST_HOST"
 _ALIGNMENT = 64
 _APART_BYTES = 1 << 20  # what is larger is mapped by itself, so that its memory goes when it does
 _THREADED_COPY_BYTES = 1 << 20
@@ -39,20 +36,6 @@ _KEPT_BYTES = 1 << 28  # a larger segment is not kept: its memory is worth more 
 _numbers = itertools.count()
 _mapped: dict[str, weakref.WeakSet[mmap.mmap]] = {}
 """The mappings of segments that something in this process still lies in, by path."""
-
-
-def host_id() -> str:
-    """Names the running system: processes with the same one can map each other's segments.
-
-    ``$NBDIST_HOST`` names it where that cannot be seen from inside, as in containers that share a kernel but no files.
-    """
-    if os.environ.get(_HOST_VARIABLE):
-        return os.environ[_HOST_VARIABLE]
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # a container has process numbers of its own
-    except OSError:
-        return f"{uuid.getnode():x}"
 
 
 class Holder(Protocol):

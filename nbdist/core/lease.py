@@ -13,14 +13,13 @@ import contextlib
 import json
 import os
 import secrets
-import socket
 import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nbdist.core.handover import host_id
 from nbdist.errors import PlanError
+from nbdist.telemetry.host import host_id, host_name
 
 __all__ = ["LEASE_S", "Lease"]
 
@@ -55,7 +54,7 @@ class Lease:
         self._token = secrets.token_hex(8)
         self._path = self._folder / f"{_PREFIX}{self._token}"
         self._about = {
-            "run": run_id, "host": socket.gethostname(), "host_id": host_id(), "pid": os.getpid(),
+            "run": run_id, "host": host_name(), "host_id": host_id(), "pid": os.getpid(),
             "born": _born(os.getpid()),
         }  # fmt: skip
         self._beats = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -45,6 +44,7 @@ from nbdist.telemetry import (
     Sink,
     Worked,
 )
+from nbdist.telemetry.host import host_name
 from nbdist.telemetry.tensorboard import TensorBoardSink
 
 __all__ = ["Result", "fit"]
@@ -161,7 +161,7 @@ def fit(
             title=task.title,
             plan=plan.to_dict(),
             steps_total=steps_total,
-            host=socket.gethostname(),
+            host=host_name(),
             pid=os.getpid(),
             device=str(device),
             stages=strategy.infos,

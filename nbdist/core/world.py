@@ -22,7 +22,6 @@ import torch.distributed as dist
 # first step), it would hold that group's sockets open, and with them every peer that waits, after the group is gone.
 import torch.distributed.nn.functional
 
-from nbdist.core import handover
 from nbdist.core.channels import (
     Channel,
     HostsChannel,
@@ -35,6 +34,7 @@ from nbdist.core.channels import (
 )
 from nbdist.core.channels.meeting import GenerationStore, meet, start_group, untouched
 from nbdist.errors import PlanError
+from nbdist.telemetry.host import host_id
 
 __all__ = ["SHARED_GPU", "World", "host_store", "pick_device"]
 
@@ -272,7 +272,7 @@ def _whereabouts(device: torch.device) -> dict[str, str]:
     if os.environ.get(_CHANNEL_VARIABLE) == "process_group":
         return {"host": "", "gpu": ""}
     # Linux alone has sockets without a name in the file system; elsewhere every rank is a host of its own.
-    return {"host": handover.host_id() if sys.platform == "linux" else f"process {os.getpid()}", "gpu": ""}
+    return {"host": host_id() if sys.platform == "linux" else f"process {os.getpid()}", "gpu": ""}
 
 
 def _init_group(device: torch.device, backend: str, store: Any, rank: int, size: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from nbdist.errors import PlanError, suggest
 from nbdist.telemetry import events
 from nbdist.telemetry.events import Event, Noted, Point, RunStarted, Shares, Work
+from nbdist.telemetry.host import host_name
 from nbdist.telemetry.record import is_held, records
 from nbdist.telemetry.report import Report
 from nbdist.telemetry.run_state import RunState
@@ -71,7 +72,10 @@ class PastRun(Report):
 
     @property
     def state(self) -> str:
-        """One of "running", "paused", "finished", "stopped" and "failed"; "lost" if nobody was left to tell the end."""
+        """One of "running", "paused", "finished", "stopped" and "failed"; "lost" if nobody was left to tell the end.
+
+        Only the host of rank 0 can tell that nobody is: elsewhere such a run is as it last said.
+        """
         return self.glance.state
 
     @functools.cached_property
@@ -122,7 +126,7 @@ class PastRun(Report):
         elif failed:
             first = next((rank for rank in failed if "PeerLostError" not in rank.error), failed[0])
             run.end("failed", f"rank {first.rank}: {first.error}")
-        elif not is_held(self.path / "rank0.jsonl"):
+        elif run.ranks[0].host in ("", host_name()) and not is_held(self.path / "rank0.jsonl"):
             run.end("lost", "its processes are gone, and did not tell how it ended.")
         if run.ended_s is not None:
             run.ended_s = last_s

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 import shutil
 import time
 from pathlib import Path
 
+from nbdist.telemetry.host import host_name
+
 __all__ = ["KEPT_RUNS", "cluster_record_path", "hold", "is_held", "new_run_id", "record_path", "records"]
 
 KEPT_RUNS = 100
 """Older records are removed when a new run begins."""
+_TAIL_BYTES = 1 << 16
+_ENDS = (b'"event": "RunFinished"', b'"event": "RunFailed"')
 
 
 def records() -> Path:
@@ -33,6 +38,8 @@ def new_run_id() -> str:
 def record_path(run_id: str, rank: int, folder: Path | None = None) -> Path:
     """Where the record of one rank of a run lies; on rank 0, the oldest records beyond `KEPT_RUNS` are removed.
 
+    Of those that a run which goes on writes none is, nor one of another host's runs that has not told its end.
+
     Args:
         run_id: Which run.
         rank: Which rank.
@@ -41,8 +48,24 @@ def record_path(run_id: str, rank: int, folder: Path | None = None) -> Path:
     folder = folder or records()
     if rank == 0 and folder.is_dir():  # one rank tidies up for all
         for old in sorted(path for path in folder.iterdir() if path.is_dir())[: -KEPT_RUNS or None]:
-            shutil.rmtree(old, ignore_errors=True)
+            if not _goes_on(old):
+                shutil.rmtree(old, ignore_errors=True)
     return folder / run_id / f"rank{rank}.jsonl"
+
+
+def _goes_on(folder: Path) -> bool:
+    """Whether the run of a record goes on, as far as this host can tell."""
+    if any(is_held(path) for path in folder.glob("rank*.jsonl")):
+        return True
+    try:
+        with (folder / "rank0.jsonl").open("rb") as file:
+            first = json.loads(file.readline())
+            file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
+            last = file.read()
+        theirs = first.get("host", host_name()) != host_name()
+    except (OSError, ValueError, AttributeError):
+        return False
+    return theirs and not any(end in last for end in _ENDS)
 
 
 def cluster_record_path(run_id: str) -> Path:
@@ -57,9 +80,10 @@ def hold(descriptor: int) -> None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process on this host is writing the file."""
-    with path.open("rb") as file:
+    """Whether a process on this host is writing the file; none is if it is not there."""
+    with contextlib.ExitStack() as opened:
         try:
+            file = opened.enter_context(path.open("rb"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True

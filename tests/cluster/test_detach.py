@@ -17,6 +17,7 @@ from torch import nn
 import nbdist
 from nbdist.cluster import current_cluster, detached_clusters
 from nbdist.errors import ClusterError, PlanError
+from nbdist.telemetry.host import host_name
 
 OWNER = """
 import json, os, signal, sys, time
@@ -146,6 +147,18 @@ def test_a_run_that_has_ended_brings_its_weights_to_whoever_comes(shared_cluster
         assert (run.run_id, run.state, run.progress.step) == (run_id, "finished", STEPS)
         assert names["net"] is mine
         assert same(mine, undisturbed)
+
+
+def test_a_cluster_of_another_host_is_not_ours_to_judge(shared_cluster, owner, monkeypatch):
+    """Seen from there, through a home that hosts share, it is neither forgotten nor to be attached to."""
+    _, name, _, _ = owner()
+    here = host_name()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("NBDIST_HOST", "elsewhere")
+        assert [] == detached_clusters()
+        with pytest.raises(PlanError, match=f"cluster {name} was started on host {here}: attach to it there"):
+            nbdist.Cluster.attach(name)
+    assert [name] == [cluster.name for cluster in detached_clusters()]
 
 
 def _everything(pids):

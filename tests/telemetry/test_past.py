@@ -136,8 +136,9 @@ sys.stdin.read()
 """
 
 
-def test_a_run_is_lost_when_its_processes_are_gone():
+def test_a_run_is_lost_when_its_processes_are_gone(monkeypatch):
     """Until then it is running, whoever looks."""
+    monkeypatch.setenv("NBDIST_HOST", STARTED.host)
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])},
@@ -151,6 +152,17 @@ def test_a_run_is_lost_when_its_processes_are_gone():
     past = past_run("20261121")
     assert past.state == "lost"
     assert "did not tell how it ended" in repr(past)
+
+
+def test_a_run_of_another_host_is_as_it_last_said(monkeypatch):
+    """Whether its processes are gone cannot be seen from here; on its own host it can."""
+    monkeypatch.setenv("NBDIST_HOST", STARTED.host)
+    told("20261121-000000-abcd", STARTED)
+    assert "lost" == past_run("20261121").state
+    monkeypatch.setenv("NBDIST_HOST", "another")
+    assert "running" == past_run("20261121").state
+    told("20261121-000000-abcd", RunFinished(rank=0, state="finished"))
+    assert "finished" == past_run("20261121").state
 
 
 def test_losses_keep_their_points():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from nbdist.telemetry import JsonlSink
+from nbdist.telemetry.host import host_name
 from nbdist.telemetry.record import KEPT_RUNS, new_run_id, record_path, records
 
 
@@ -36,3 +39,41 @@ def test_names_of_runs_differ():
     names = {new_run_id() for _ in range(20)}
     assert len(names) > 15
     assert all(name.replace("-", "").isalnum() for name in names)
+
+
+def began(folder, name, *events, host=None):
+    """A record of a run that has begun, and what else it tells."""
+    told = [{"event": "RunStarted", "rank": 0, "host": host or host_name()}, *({"event": event} for event in events)]
+    (folder / name).mkdir(parents=True)
+    (folder / name / "rank0.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in told))
+    return folder / name
+
+
+def test_the_record_of_a_run_that_goes_on_stays(home):
+    """However many newer ones there are: of one that is being written here, on rank 0 or another one."""
+    runs = home / "runs"
+    for name in ("2025-a", "2025-b"):
+        began(runs, name)
+    (runs / "2025-b" / "rank1.jsonl").touch()
+    sinks = [JsonlSink(runs / "2025-a" / "rank0.jsonl"), JsonlSink(runs / "2025-b" / "rank1.jsonl")]
+    for i in range(KEPT_RUNS):
+        began(runs, f"2026{i:04d}", "RunFinished")
+    record_path("new", 0)
+    assert ["2025-a", "2025-b"] == sorted(path.name for path in runs.glob("2025*"))
+    for sink in sinks:
+        sink.close()
+    record_path("newer", 0)
+    assert [] == [*runs.glob("2025*")]
+
+
+def test_another_hosts_record_stays_until_it_has_told_its_end(home):
+    """Whether that host's run lives, only that host can tell."""
+    runs = home / "runs"
+    began(runs, "2025-a", host="elsewhere")
+    began(runs, "2025-b", "RunFinished", host="elsewhere")
+    began(runs, "2025-c", "RunFailed", host="elsewhere")
+    began(runs, "2025-d")
+    for i in range(KEPT_RUNS):
+        began(runs, f"2026{i:04d}", "RunFinished")
+    record_path("new", 0)
+    assert ["2025-a"] == [path.name for path in runs.glob("2025*")]
