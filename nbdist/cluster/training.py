@@ -18,7 +18,7 @@ from nbdist.cluster.definitions import CellSources
 from nbdist.cluster.engines import Engines
 from nbdist.cluster.packing import pack
 from nbdist.cluster.run import Run
-from nbdist.errors import ClusterError, EngineError, NbdistError, interrupted
+from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, interrupted
 from nbdist.plan import Plan
 from nbdist.telemetry import RankState
 from nbdist.telemetry.record import records
@@ -190,8 +190,9 @@ class Training:
         if found is not None:
             return int(found[0])
         saved = checkpoint_of_run(self._plan, self.run.run_id)
-        if saved is None and self._plan.resume and (folder := resumed_folder(self._plan)):
-            saved = Saved.in_folder(folder, hashed=False)
+        with contextlib.suppress(PlanError):  # the ranks say it
+            if saved is None and self._plan.resume and (folder := resumed_folder(self._plan)):
+                saved = Saved.in_folder(folder, hashed=False)
         return 0 if saved is None else int(saved.ranks[0]["position"]["step"])
 
     def rescue(self) -> int | None:

@@ -8,8 +8,6 @@ of it lies on the disk. Nothing in a checkpoint is pickled, so that reading one 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import os
 import shutil
 import tempfile
@@ -23,6 +21,7 @@ import torch
 from torch import nn
 
 from nbdist.core.channels import Channel
+from nbdist.core.checked_files import SUM, hashed, replace_file, write_file, write_sum
 from nbdist.core.image import Layout
 from nbdist.core.lease import Lease
 from nbdist.core.params import ParamTable
@@ -38,8 +37,6 @@ __all__ = ["CheckpointWriter", "check_free", "check_resume", "checkpoint_of_run"
 _NAMES = f"{'[0-9a-f]' * 8}-step{'[0-9]' * 8}*"
 THREAD = "nbdist checkpoint"
 """The name of the thread that writes."""
-_SUM = ".sha256"
-_BLOCK_BYTES = 1 << 20
 
 
 def prepare(folder: str, optimizer: torch.optim.Optimizer, channel: Channel, run_id: str) -> Lease | None:
@@ -236,7 +233,7 @@ class CheckpointWriter:
     def _write(self, slot: Slot, frozen: dict[str, torch.Tensor], moved: Callable[[], bool]) -> None:
         place = self._folder / self._name
         place.mkdir(exist_ok=True)
-        _write_file(place / f"rank{self._rank}.safetensors", [slot.image])
+        write_file(place / f"rank{self._rank}.safetensors", [slot.image])
         if frozen:
             self._write_frozen(place / f"rank{self._rank}-frozen.safetensors", frozen, moved)
 
@@ -254,7 +251,7 @@ class CheckpointWriter:
                 yield frozen[key].cpu().contiguous().view(-1).view(torch.uint8)
 
         if not self._link_frozen(path, blocks):
-            self._frozen = path, _write_file(path, blocks())
+            self._frozen = path, write_file(path, blocks())
         if moved():
             raise RuntimeError("a step has changed weights that take no gradient, for the first time")
 
@@ -263,14 +260,14 @@ class CheckpointWriter:
         if self._frozen is None:
             return False
         before, checksum = self._frozen
-        now, nbytes = _hashed(blocks())
+        now, nbytes = hashed(blocks())
         if now != checksum:
             return False
         try:
             os.link(before, path)
         except OSError:  # a file system without links, or somebody has removed the file
             return False
-        _write_sum(path, checksum, nbytes)
+        write_sum(path, checksum, nbytes)
         self._frozen = path, checksum
         return True
 
@@ -291,71 +288,22 @@ class CheckpointWriter:
         """Put the checkpoint under way behind those that count; returns their names before and after."""
         place = self._folder / self._name
         files = {}
-        for told in sorted(place.glob(f"*{_SUM}")):
+        for told in sorted(place.glob(f"*{SUM}")):
             checksum, nbytes = told.read_text().split()
-            files[told.name.removesuffix(_SUM)] = [int(nbytes), checksum]
+            files[told.name.removesuffix(SUM)] = [int(nbytes), checksum]
         for rank in range(self._ranks):
             if f"rank{rank}.safetensors" not in files:
                 raise FileNotFoundError(2, f"the file of rank {rank} is not there: all ranks have to see the folder")
-        _replace(place / ABOUT, sealed({"format": FORMAT, "files": files}))
-        for told in place.glob(f"*{_SUM}"):
+        replace_file(place / ABOUT, sealed({"format": FORMAT, "files": files}))
+        for told in place.glob(f"*{SUM}"):
             told.unlink()
         if self._lease is not None:
             self._lease.confirm()
         before = checkpoints(self._folder)
         names = [name for name in before if not self._name.startswith(name)]
         names = [*names, self._name][-self._keep :]
-        _replace(self._folder / NEWEST, sealed({"checkpoints": names}))
+        replace_file(self._folder / NEWEST, sealed({"checkpoints": names}))
         return before, names
 
     def _forget(self) -> None:
         shutil.rmtree(self._folder / self._name, ignore_errors=True)
-
-
-def _write_file(path: Path, blocks: Iterable[torch.Tensor]) -> str:
-    """Write bytes to a file and its checksum beside it, and see them through to the disk; returns the checksum."""
-    with path.open("wb", buffering=0) as file:
-        checksum, nbytes = _hashed(blocks, file)
-        os.fsync(file.fileno())
-    _write_sum(path, checksum, nbytes)
-    return checksum
-
-
-def _hashed(blocks: Iterable[torch.Tensor], file: io.RawIOBase | None = None) -> tuple[str, int]:
-    """The SHA-256 and the number of bytes, which are written to `file` meanwhile if there is one.
-
-    Neither hashing nor writing holds Python's lock, so that the training goes on beside it.
-    """
-    digest, nbytes = hashlib.sha256(), 0
-    for block in blocks:
-        for piece in block.split(_BLOCK_BYTES):
-            content = memoryview(piece.numpy())
-            digest.update(content)
-            nbytes += len(content)
-            while file is not None and content:
-                content = content[file.write(content) :]
-    return digest.hexdigest(), nbytes
-
-
-def _write_sum(path: Path, checksum: str, nbytes: int) -> None:
-    """Put the checksum of a file beside it, for rank 0."""
-    told = path.with_name(path.name + _SUM)
-    with told.open("w") as text:
-        text.write(f"{checksum} {nbytes}")
-        text.flush()
-        os.fsync(text.fileno())
-
-
-def _replace(path: Path, content: str) -> None:
-    """Put a text in the place of a file in one stroke, which is on the disk when this returns."""
-    aside = path.with_name(f".{path.name}")
-    with aside.open("w") as text:
-        text.write(content)
-        text.flush()
-        os.fsync(text.fileno())
-    os.replace(aside, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -26,8 +26,8 @@ __all__ = ["LEASE_S", "Lease"]
 LEASE_S = 15.0
 """A run that has not said for so long that it lives has lost its leases."""
 _BEAT_S = 1.0
-_PATIENCE_S = 6.0
-"""For so long a run that lives may still be about to end: engines outlive a killed notebook by half of it."""
+_PATIENCE_S = 10.0
+"""For so long a run that lives may still be about to end: engines may outlive a killed notebook as long."""
 _NAP_S = 0.02
 _PREFIX = ".lease-"
 _BEAT_FORMAT = "{:012d}"

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from nbdist.core.checked_files import checksum
 from nbdist.core.image import Image
 from nbdist.core.pieces import key_of, own_entry
 from nbdist.core.placement import Cut
@@ -27,7 +28,6 @@ NEWEST = "newest.json"
 """In a folder of checkpoints: their names, the newest one last."""
 FORMAT = 2
 _TEXT = "nbdist"
-_BLOCK_BYTES = 1 << 20
 
 
 class _Part(Protocol):
@@ -338,12 +338,3 @@ def _opened(path: Path, expected: int | None = None) -> dict[str, Any]:
 def _lies_in_it(name: str) -> bool:
     """Whether a name is that of something in the same folder."""
     return Path(name).name == name != ".."
-
-
-def checksum(path: Path) -> str:
-    """The SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -224,7 +224,7 @@ def test_threads_that_fail_for_any_reason_do_not_count(tmp_path, monkeypatch):
 
     def mishap(step):
         if step == 5:
-            monkeypatch.setattr("nbdist.core.checkpoint._write_file", broken)
+            monkeypatch.setattr("nbdist.core.checkpoint.write_file", broken)
 
     result, _, notes = notes_of(tmp_path, mishap)
     assert "finished" == result.state

@@ -13,7 +13,7 @@ from problems import SGD, classes, mlp, weights
 from torch import nn
 from torch.nn import functional as F
 
-from nbdist.core.handover import Outbox, Segment, host_id, let_go, pack, unpack
+from nbdist.core.handover import Outbox, Segment, let_go, pack, unpack
 from nbdist.errors import TaskError
 
 
@@ -197,15 +197,6 @@ def test_what_cannot_be_pickled_is_a_task_error(value):
     """The error says so in one sentence, whatever pickle raised."""
     with pytest.raises(TaskError, match=r"cannot be sent to another process: .*cannot pickle"):
         pack(value)
-
-
-def test_a_host_has_one_name(run_ranks):
-    """Processes that can map each other's segments agree on it."""
-    assert [host_id()] * 2 == run_ranks(2, name_host)
-
-
-def name_host(_world):
-    return host_id()
 
 
 def send(outbox, value, free=lambda: True):
