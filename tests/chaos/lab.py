@@ -30,7 +30,6 @@ RANKS = 3
 ENDED_WITHIN_S = 40.0
 TOLD_WITHIN_S = 1.0
 STOPPED_WITHIN_S = 4.0
-_SETTLED_WITHIN_S = 20.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ class Lab:
 
     def settle(self) -> None:
         """Wait until nothing is on its way: all engines are idle, and the spares are there."""
-        until(lambda: len(self.cluster.spare_engines) >= self.cluster.spares, _SETTLED_WITHIN_S)
+        until(lambda: len(self.cluster.spare_engines) >= self.cluster.spares)
 
     def new_folder(self) -> str:
         """An empty folder."""
@@ -286,7 +285,7 @@ class Lab:
         before = self._before
         assert before is not None
         with contextlib.suppress(AssertionError):  # told below, in words
-            until(lambda: not _Left.now().more_than(before), _SETTLED_WITHIN_S)
+            until(lambda: not _Left.now().more_than(before))
         self._before = _Left.now()  # what is left is told of once
         return self._before.more_than(before)
 

@@ -47,7 +47,7 @@ def kernel_killed(rng: random.Random) -> Iterator[Told]:
                 env={**os.environ, MARK: mark, "TMPDIR": folder},
             )
             try:
-                until(Path(folder, "ready").exists, 60.0)
+                until(Path(folder, "ready").exists)
                 processes = _marked(mark)
                 kernel.kill()
                 kernel.wait()
@@ -90,7 +90,7 @@ def _replaced(folder: str, workload: str, rng: random.Random, also_a_rank: bool,
     words = [*SESSION, "detached", folder, workload, str(DETACHED_EPOCHS), str(step)]
     kernel = subprocess.Popen(words, stdin=subprocess.PIPE, env={**os.environ, MARK: mark})
     try:
-        until(Path(folder, "ready").exists, 90.0)
+        until(Path(folder, "ready").exists)
         processes = _marked(mark)
         kernel.kill()
         kernel.wait()
@@ -227,7 +227,7 @@ def scaled(rng: random.Random) -> Iterator[Told]:
 def _scale(lab: Lab, rng: random.Random, also_a_kill: bool, seconds: list[float], run: Any, traps: Traps) -> None:
     for _ in range(3):
         step = run.progress.step + rng.randrange(2, 25)
-        until(lambda step=step: run.ended or run.progress.step >= step, 30.0)
+        until(lambda step=step: run.ended or run.progress.step >= step)
         size = rng.choice([size for size in (1, 2, 3, 4) if size != lab.cluster.size])
         if run.ended:
             return
@@ -235,9 +235,9 @@ def _scale(lab: Lab, rng: random.Random, also_a_kill: bool, seconds: list[float]
         lab.cluster.scale(size)
         if also_a_kill:
             traps.kill(rng.choice(lab.pids()))
-        until(lambda size=size: run.ended or lab.cluster.size == size, 30.0)
+        until(lambda size=size: run.ended or lab.cluster.size == size)
         step = run.progress.step
-        until(lambda step=step: run.ended or run.progress.step > step, 30.0)
+        until(lambda step=step: run.ended or run.progress.step > step)
         if not run.ended:
             seconds.append(time.monotonic() - asked_s)
 

@@ -176,7 +176,7 @@ def test_nothing_is_left_of_a_kernel_that_was_shut_down(shared_cluster, tmp_path
     assert len(processes) >= 5
     kernel.shut_down()
     assert not psutil.wait_procs(processes, timeout=10)[1]
-    until(lambda: not folder.exists(), 1)
+    until(lambda: not folder.exists())
 
 
 def test_nothing_is_left_of_a_kernel_that_was_killed(kernel):
@@ -187,4 +187,4 @@ def test_nothing_is_left_of_a_kernel_that_was_killed(kernel):
     assert len(processes) >= 5
     kernel.kill()
     assert not psutil.wait_procs(processes, timeout=10)[1]
-    until(lambda: not folder.exists(), 1)
+    until(lambda: not folder.exists())
