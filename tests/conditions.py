@@ -58,10 +58,12 @@ def halved(pytest: subprocess.Popen[bytes]) -> None:
                 if process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
                     process.suspend()
                     stopped.append(process)
-        never.wait(SLICE_S)
-        for process in stopped:
-            with contextlib.suppress(psutil.Error):
-                process.resume()
+        try:
+            never.wait(SLICE_S)
+        finally:  # also where this is interrupted
+            for process in stopped:
+                with contextlib.suppress(psutil.Error):
+                    process.resume()
         never.wait(SLICE_S)
 
 
@@ -87,7 +89,8 @@ def main() -> int:
     given = sys.argv[1:]
     cut = given.index("--") if "--" in given else len(given)
     conditions, arguments = given[:cut] or ["plain", "busy", "one", "half", "late"], given[cut + 1 :] or TESTS
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     failed = []
     for condition in conditions:
         print(f"== {condition}: pytest {' '.join(arguments)}", flush=True)
