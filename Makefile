@@ -9,10 +9,10 @@ BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_tim
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-notebooks test-browser test-gpu parity chaos hf bench check lab clean
+.PHONY: help env demo test test-conditions test-notebooks test-browser test-gpu parity chaos hf bench check lab clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(ENV)  ## Create .venv and install nbdist and all it needs, in the tested versions
 
@@ -32,6 +32,9 @@ demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print wh
 
 test: env  ## Run the tests, but for those with a target of their own
 	$(BIN)/python -m pytest -q -m 'not hf and not browser and not notebooks and not gpu'
+
+test-conditions: env  ## Run the same as on other machines: loaded, of one core, of half a core, and late: an hour
+	$(BIN)/python tests/conditions.py
 
 test-notebooks: env  ## Run the notebooks under nbval
 	$(BIN)/python -m pytest -q -m notebooks

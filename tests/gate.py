@@ -1,7 +1,7 @@
 """A gate: ranks wait there until the test opens it, so that a test acts on a run that is where it should be.
 
-A test that acts on a training holds it first. No test counts on a run being slow enough to be met in the middle, or fast
-enough to be over.
+A test that acts on a training holds it first. No test counts on a run being slow enough to be met in the middle, or
+fast enough to be over.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _HELD_S = 0.2  # at least: longer than rank 0 goes between two looks for command
 class Gate:
     """Holds the ranks of a run, at places that have names or after steps that have numbers, until it is opened.
 
-    As ``lr_scheduler=Gate(tmp_path, 5, 9)`` it holds every rank after its 5th and its 9th update, on any mesh: the count
-    is the scheduler's, which snapshots keep, so it stays right on ranks that begin again. Elsewhere a function of the
-    test calls `hold`. Commands given while ranks are held are heard in the next step.
+    As ``lr_scheduler=Gate(tmp_path, 5, 9)`` it holds every rank after its 5th and its 9th update, on any mesh: the
+    count is the scheduler's, which snapshots keep, so it stays right on ranks that begin again. Elsewhere a function of
+    the test calls `hold`. Commands given while ranks are held are heard in the next step.
 
     Args:
         folder: Where the ranks and the test meet.
@@ -70,10 +70,11 @@ class Gate:
         """
 
         def held() -> bool:
+            ended = run is not None and run.ended  # asked first: what it did before it ended counts
             missing = [rank for rank in range(ranks) if not self._mark(place, rank).exists()]
-            assert not (missing and run is not None and run.ended), (
-                f"the run has {run.state} at step {run.progress.step}, and rank {missing[0]} was never held at the gate "
-                f"{place!r}: it does not come by there"
+            assert not (missing and ended), (
+                f"the run has {run.state} at step {run.progress.step}, and rank {missing[0]} was never held at the "
+                f"gate {place!r}: it does not come by there"
             )
             return not missing
 

@@ -17,7 +17,7 @@ from nbdist.core import strategies
 from nbdist.core.world import World, host_store
 from nbdist.errors import PeerLostError
 
-_JOIN_S = 10.0
+_JOIN_S = 300.0  # ends a hung suite
 HOSTS = {"two hosts": 2, "three hosts": 3}
 
 

@@ -17,8 +17,9 @@ from nbdist.errors import NbdistError
 
 ENGINES = 2
 MARK = "NBDIST_TEST_SESSION"  # every process that these tests start inherits it, however it was orphaned since
-WITHIN_S = 300.0
-"""When a test that waits for something gives up: long after it should be there, however loaded the machine."""
+HUNG_S = 300.0  # the one deadline of the tests: it ends one that hangs, and says nothing about how fast anything is
+LATE_S = float(os.environ.get("NBDIST_TEST_LATE_S", "0"))  # how late each test is for what it waits for: conditions.py
+_POLL_S = 0.01
 
 
 class SharedCluster:
@@ -35,7 +36,7 @@ class SharedCluster:
         if run is not None and not run.ended:  # a test failed in the middle of a run
             cluster.interrupt()
             with contextlib.suppress(NbdistError):
-                run.wait(WITHIN_S)
+                run.wait(HUNG_S)
             if not run.ended:
                 cluster.stop()
         cluster._replay.clear()  # what other tests defined is no affair of this one
@@ -66,18 +67,36 @@ class SharedCluster:
 
     def extra_processes(self) -> list[psutil.Process]:
         """Processes that the engines have started beside the nanny that each one has."""
-        children = [child for engine in _engines() for child in engine.children(recursive=True)]
-        return [process for process in children if "nanny" not in " ".join([process.name(), *process.cmdline()])]
+        found = []
+        for engine in _engines():
+            for child in _children(engine):
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    if "nanny" not in " ".join([child.name(), *child.cmdline()]):
+                        found.append(child)
+        return found
 
 
 def _engines() -> list[psutil.Process]:
-    cluster = current_cluster()
-    return [] if cluster is None else [psutil.Process(e.pid) for e in cluster.engines if e.state != "lost"]
+    cluster, found = current_cluster(), []
+    for engine in [] if cluster is None else cluster.engines:
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if engine.state != "lost":
+                found.append(psutil.Process(engine.pid))
+    return found
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return process.children(recursive=True)
+    return []
 
 
 def folder_of(process: psutil.Process) -> Path | None:
     """The temporary folder of the cluster that a process belongs to, if it does: it holds the log of one of its kin."""
-    for kin in [process, *process.parents()] if process.is_running() else []:
+    kin_of: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        kin_of = [process, *process.parents()] if process.is_running() else []
+    for kin in kin_of:
         with contextlib.suppress(OSError):
             log = Path(f"/proc/{kin.pid}/fd/1").readlink()
             if log.parts[-3:-1] == ("profile", "log"):
@@ -89,7 +108,7 @@ def marked() -> list[psutil.Process]:
     """Processes that this test session started, directly or not, and that still run."""
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        with contextlib.suppress(psutil.Error):
             if process.pid != os.getpid() and process.environ().get(MARK) == os.environ[MARK]:
                 found.append(process)
     return found
@@ -106,14 +125,20 @@ def kill_controller(cluster):
     controllers = [process for process in of_cluster(cluster)[0] if "controll" in process.name()]
     (controller,) = [process for process in controllers if process.parent() not in controllers]
     controller.kill()
-    psutil.wait_procs([controller], timeout=5)
+    assert gone([controller])
 
 
-def until(condition: Callable[[], Any], within_s: float = WITHIN_S) -> Any:
+def gone(processes: list[psutil.Process]) -> bool:
+    """Wait until processes have ended, however long the machine takes for that."""
+    return not psutil.wait_procs(processes, timeout=HUNG_S)[1]
+
+
+def until(condition: Callable[[], Any]) -> Any:
     """Wait for something true, and return it; a test that waits in vain fails."""
-    deadline = time.monotonic() + within_s
+    deadline = time.monotonic() + HUNG_S
     never = threading.Event()
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {within_s:g} s in vain"
-        never.wait(0.02)
+        assert time.monotonic() < deadline, f"waited {HUNG_S:g} s in vain"
+        never.wait(_POLL_S)
+    never.wait(LATE_S)
     return value

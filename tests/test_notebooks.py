@@ -13,7 +13,7 @@ import nbformat
 import psutil
 import pytest
 from nbclient import NotebookClient
-from shared_cluster import WITHIN_S
+from shared_cluster import HUNG_S
 
 import nbdist
 
@@ -152,7 +152,7 @@ def cluster_processes(home: Path) -> list[psutil.Process]:
 
 
 def assert_nothing_runs(home: Path) -> None:
-    _, left = psutil.wait_procs(cluster_processes(home), timeout=WITHIN_S)
+    _, left = psutil.wait_procs(cluster_processes(home), timeout=HUNG_S)
     assert not left
 
 
@@ -165,7 +165,7 @@ def patient_threads(monkeypatch):
 def nbval(report: Path, *options: str) -> int:
     """Run pytest as a person would; returns how many cells passed."""
     command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *options, f"--junit-xml={report}"]
-    done = subprocess.run([*command, f"--nbval-cell-timeout={WITHIN_S:g}"], capture_output=True, text=True)
+    done = subprocess.run([*command, f"--nbval-cell-timeout={HUNG_S:g}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return len(ElementTree.parse(report).findall(".//testcase"))
 
@@ -195,7 +195,7 @@ def test_quickstart_with_four_engines(home, tmp_path, monkeypatch):
     """$NBDIST_DEMO_ENGINES chooses how many, and four train as well as two."""
     monkeypatch.setenv("NBDIST_DEMO_ENGINES", "4")
     notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
-    NotebookClient(notebook, timeout=WITHIN_S, resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(notebook, timeout=HUNG_S, resources={"metadata": {"path": tmp_path}}).execute()
     *_, last = (cell for cell in notebook.cells if cell.cell_type == "code")
     assert last_row(last.outputs[0].text)["engines"] == 4
     assert last_row(last.outputs[0].text)["accuracy"] > 0.95

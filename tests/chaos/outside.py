@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from lab import RANKS, Lab, Trial
+from lab import ENDED_WITHIN_S, RANKS, Lab, Trial
 from shared_cluster import MARK, until
 from traps import PHASES, Traps
 from workloads import MESHES, STEPS, WORKLOADS, digest, told
@@ -27,7 +27,7 @@ from nbdist.cluster import detached_clusters
 from nbdist.errors import ClusterError
 
 SESSION = [sys.executable, str(Path(__file__).with_name("session.py"))]
-GONE_WITHIN_S = 10.0
+GONE_WITHIN_S = ENDED_WITHIN_S
 DISK_MIB = 10  # room for some checkpoints of the workload, until the rest is filled
 DETACHED_EPOCHS = 10
 SCALED_EPOCHS = 40
@@ -47,7 +47,7 @@ def kernel_killed(rng: random.Random) -> Iterator[Told]:
                 env={**os.environ, MARK: mark, "TMPDIR": folder},
             )
             try:
-                until(Path(folder, "ready").exists, 60.0)
+                until(Path(folder, "ready").exists)
                 processes = _marked(mark)
                 kernel.kill()
                 kernel.wait()
@@ -90,7 +90,7 @@ def _replaced(folder: str, workload: str, rng: random.Random, also_a_rank: bool,
     words = [*SESSION, "detached", folder, workload, str(DETACHED_EPOCHS), str(step)]
     kernel = subprocess.Popen(words, stdin=subprocess.PIPE, env={**os.environ, MARK: mark})
     try:
-        until(Path(folder, "ready").exists, 90.0)
+        until(Path(folder, "ready").exists)
         processes = _marked(mark)
         kernel.kill()
         kernel.wait()
@@ -101,7 +101,7 @@ def _replaced(folder: str, workload: str, rng: random.Random, also_a_rank: bool,
         since_s = time.monotonic()
         with nbdist.Cluster.attach(namespace=names):
             seconds = time.monotonic() - since_s
-            run = nbdist.last_run().wait(60.0)
+            run = nbdist.last_run().wait(ENDED_WITHIN_S)
             same = (digest(names["model"].state_dict()), told(run)) == (expected.weights, expected.history)
         problems = [] if same else [f"not equal, {run.state} at step {run.progress.step}"]
         problems += [f"left running: {left}" for left in [psutil.wait_procs(processes, GONE_WITHIN_S)[1]] if left]
@@ -126,7 +126,7 @@ def controller_killed(rng: random.Random) -> Iterator[Told]:
         lab = Lab("shared memory")
         try:
             expected = lab.reference("shared weights", epochs=30)
-            _, model, data, options = lab.make("shared weights", epochs=30)
+            _, model, data, options = lab.make("shared weights", epochs=10**6)  # it is still going on when that happens
             run = lab.cluster.train(model, data, background=True, **options)
             run.wait(rng.uniform(0.0, 1.0))
             old = [psutil.Process(pid) for pid in lab.pids()]
@@ -134,14 +134,14 @@ def controller_killed(rng: random.Random) -> Iterator[Told]:
             killed_s = time.monotonic()
             problems = []
             try:
-                run.wait(20.0)
+                run.wait(ENDED_WITHIN_S)
                 problems.append(f"no error: {run.state}")
             except ClusterError as error:
                 if "controller" not in str(error) or "%dist_start" not in str(error):
                     problems.append(f"error: {error}")
             lab.cluster.start()
             seconds = time.monotonic() - killed_s
-            problems += [f"left running: {left}" for left in [psutil.wait_procs(old, 5.0)[1]] if left]
+            problems += [f"left running: {left}" for left in [psutil.wait_procs(old, GONE_WITHIN_S)[1]] if left]
             _, model, data, options = lab.make("shared weights", epochs=30)
             run = lab.cluster.train(model, data, **options)
             if (digest(model.state_dict()), told(run)) != (expected.weights, expected.history):
@@ -158,7 +158,7 @@ def disk_full(rng: random.Random) -> Iterator[Told]:
     """In a mount namespace of its own, where a small tmpfs can be mounted."""
     with tempfile.TemporaryDirectory() as folder:
         own = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={DISK_MIB}m tmpfs "$0" && exec "$@"', folder]
-        done = subprocess.run([*own, *SESSION, "disk", folder], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*own, *SESSION, "disk", folder], capture_output=True, text=True, timeout=600)
         lines = done.stdout.split("\n")
         wanted = {"equal", "told", "whole"}
         yield (
@@ -201,7 +201,7 @@ def _under_torchrun(traps_set: list[tuple[str, int, int]]) -> tuple[Traps, list[
         f"--max-restarts={RESTARTS}", *SESSION[1:], "torchrun", folder,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    subprocess.run(command, capture_output=True, timeout=120, env=environment)
+    subprocess.run(command, capture_output=True, timeout=600, env=environment)
     result = [Path(folder, name) for name in ("digest", "history")]
     return traps, [path.read_text() for path in result] if all(path.exists() for path in result) else []
 
@@ -227,7 +227,7 @@ def scaled(rng: random.Random) -> Iterator[Told]:
 def _scale(lab: Lab, rng: random.Random, also_a_kill: bool, seconds: list[float], run: Any, traps: Traps) -> None:
     for _ in range(3):
         step = run.progress.step + rng.randrange(2, 25)
-        until(lambda step=step: run.ended or run.progress.step >= step, 30.0)
+        until(lambda step=step: run.ended or run.progress.step >= step)
         size = rng.choice([size for size in (1, 2, 3, 4) if size != lab.cluster.size])
         if run.ended:
             return
@@ -235,9 +235,9 @@ def _scale(lab: Lab, rng: random.Random, also_a_kill: bool, seconds: list[float]
         lab.cluster.scale(size)
         if also_a_kill:
             traps.kill(rng.choice(lab.pids()))
-        until(lambda size=size: run.ended or lab.cluster.size == size, 30.0)
+        until(lambda size=size: run.ended or lab.cluster.size == size)
         step = run.progress.step
-        until(lambda step=step: run.ended or run.progress.step > step, 30.0)
+        until(lambda step=step: run.ended or run.progress.step > step)
         if not run.ended:
             seconds.append(time.monotonic() - asked_s)
 

@@ -45,7 +45,7 @@ def detached(folder: str, workload: str, epochs: str, step: str) -> None:
     ranks = 4 if workload in workloads.MESHES else 3
     cluster = nbdist.Cluster(ranks, device="cpu", detach=60).start()
     run = cluster.train(model, data, background=True, **{**options, "epochs": int(epochs)})
-    until(lambda: run.progress.step >= int(step), 60.0)
+    until(lambda: run.progress.step >= int(step))
     Path(folder, "pids").write_text(" ".join(str(engine.pid) for engine in cluster.engines))
     Path(folder, "ready").touch()
     sys.stdin.read()

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from ipyparallel.cluster.launcher import LocalProcessLauncher
-from shared_cluster import ENGINES, folder_of, marked
+from shared_cluster import ENGINES, folder_of, gone, marked
 from tasks import classes, net, process_of_each_rank
 
 import nbdist
@@ -62,7 +62,7 @@ def test_a_stopped_cluster_leaves_nothing_and_starts_again(cluster, shared_clust
     assert folder.is_dir()
     cluster.stop()
     cluster.stop()
-    assert not psutil.wait_procs(mine, timeout=5)[1]
+    assert gone(mine)
     assert not folder.exists()
     assert run.state == "finished"
     assert ports

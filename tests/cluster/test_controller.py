@@ -6,7 +6,7 @@ import threading
 
 import psutil
 import pytest
-from shared_cluster import ENGINES, kill_controller, of_cluster, until
+from shared_cluster import ENGINES, HUNG_S, gone, kill_controller, of_cluster, until
 
 from nbdist.cluster import current_cluster, current_server
 from nbdist.errors import ClusterError
@@ -36,7 +36,7 @@ def test_one_start_ends_what_is_left_and_begins_anew(unreachable):
     cluster, processes, folder = unreachable
     assert len(processes) > 2 * ENGINES
     assert cluster.start() is cluster is current_cluster()
-    assert not psutil.wait_procs(processes, timeout=5)[1]
+    assert gone(processes)
     assert not folder.exists()
     cell = cluster.execute("print(rank)")
     cell.wait()
@@ -45,7 +45,7 @@ def test_one_start_ends_what_is_left_and_begins_anew(unreachable):
 
 def test_a_cell_that_waits_ends_when_the_controller_does(cluster):
     """So does a value that is being fetched."""
-    cell = cluster.execute("print('in', flush=True); import time; time.sleep(60)")
+    cell = cluster.execute("print('in', flush=True); import time; time.sleep(3600)")
     until(lambda: all(cell.printed().values()))
     errors = []
 
@@ -58,7 +58,7 @@ def test_a_cell_that_waits_ends_when_the_controller_does(cluster):
     waiting = threading.Thread(target=wait)
     waiting.start()
     kill_controller(cluster)
-    waiting.join(5)
+    waiting.join(HUNG_S)
     assert not waiting.is_alive()
     assert ENDED in errors[0]
 
@@ -78,5 +78,5 @@ def test_a_killed_fork_server_is_followed_by_another_one(cluster):
     assert server.pid != current_server().pid == psutil.Process(follower.pid).ppid()
     processes, folder = of_cluster(cluster)
     cluster.stop()
-    until(lambda: not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE])
+    assert gone(processes)
     assert not folder.exists()

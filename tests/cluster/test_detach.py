@@ -11,7 +11,8 @@ import sys
 import psutil
 import pytest
 import torch
-from shared_cluster import folder_of, marked, until
+from gate import Gate
+from shared_cluster import folder_of, gone, marked, until
 from torch import nn
 
 import nbdist
@@ -20,15 +21,14 @@ from nbdist.errors import ClusterError, PlanError
 from nbdist.telemetry.host import host_name
 
 OWNER = """
-import json, os, signal, sys, time
+import json, sys
 import nbdist, torch
+from gate import Gate
 from torch import nn
 
-class Slow(torch.utils.data.Dataset):
-    def __init__(self, nap_s): self.nap_s = nap_s
+class Rows(torch.utils.data.Dataset):
     def __len__(self): return 96
     def __getitem__(self, row):
-        time.sleep(self.nap_s)
         return torch.sin(torch.arange(row, row + 6.0)), row % 3
 
 cluster = nbdist.Cluster(2, device="cpu", detach=float(sys.argv[1])).start()
@@ -36,30 +36,45 @@ cluster.push(given=torch.arange(3))
 cluster.execute("told = rank + 10").wait()
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.2), nn.Linear(4, 3))
-run = cluster.train(net, Slow(float(sys.argv[2])), loss="cross_entropy", epochs=10, batch_size=16, lr=0.01,
+gate = Gate(sys.argv[2], 6)
+run = cluster.train(net, Rows(), loss="cross_entropy", epochs=10, batch_size=16, lr=0.01, lr_scheduler=gate,
                     background=True, names=("net", "rows"))
-while run.progress.step < 6: run.wait(0.02)
-if sys.argv[3] == "end": run.wait()
+if sys.argv[3] == "end":
+    gate.open(6)
+    run.wait()
+else:
+    gate.wait(6, run=run)
 print(json.dumps([cluster.name, run.run_id, [engine.pid for engine in cluster.engines]]), flush=True)
 sys.stdin.read()
 """
-NAP_S = 0.005
 STEPS = 60
+TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @pytest.fixture
-def owner(shared_cluster, tmp_path):
-    """``owner(how, detach=60, nap_s=NAP_S)``: a process in mid-training, and what it says of its cluster."""
+def gate(tmp_path):
+    """The one at which the training of `owner` is held."""
+    return Gate(tmp_path, 6)
+
+
+@pytest.fixture
+def owner(shared_cluster, gate, tmp_path, monkeypatch):
+    """``owner(how, detach=600)``: a process, and what it says of its cluster.
+
+    Its training is held after step 6, until the `gate` is opened; or has ended, where `how` is "end".
+    """
     shared_cluster.stop()  # this process is to have another one
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")])))
     (tmp_path / "owner.py").write_text(OWNER)
     started = []
 
-    def start(how="", detach=60.0, nap_s=NAP_S):
-        started.append(subprocess.Popen([sys.executable, tmp_path / "owner.py", str(detach), str(nap_s), how],
+    def start(how="", detach=600.0):
+        started.append(subprocess.Popen([sys.executable, tmp_path / "owner.py", str(detach), tmp_path, how],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))  # fmt: skip
         return started[-1], *json.loads(started[-1].stdout.readline())
 
     yield start
+    gate.open()
     for process in started:
         process.kill()
         process.wait()
@@ -99,7 +114,7 @@ def same(net, weights):
     return all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
 
 
-def test_a_kernel_that_is_killed_in_mid_training_costs_no_bit(shared_cluster, owner, undisturbed):
+def test_a_kernel_that_is_killed_in_mid_training_costs_no_bit(shared_cluster, owner, gate, undisturbed):
     """The next one finds the same engines, busy, the run with its history, and at the end the trained model.
 
     Until then the cluster belongs to the first, and who wants to take it is told so.
@@ -115,6 +130,7 @@ def test_a_kernel_that_is_killed_in_mid_training_costs_no_bit(shared_cluster, ow
         run = nbdist.last_run()
         assert (run.run_id, run.state, cluster.name) == (run_id, "running", name)
         assert [engine.pid for engine in cluster.engines] == pids
+        gate.open()
         run.wait()
         assert (run.state, run.progress.step, len(run.history)) == ("finished", STEPS, 10)
         assert same(names["net"], undisturbed)
@@ -123,12 +139,13 @@ def test_a_kernel_that_is_killed_in_mid_training_costs_no_bit(shared_cluster, ow
         assert again.state == "finished"
 
 
-def test_a_rank_that_dies_while_there_is_no_kernel_is_replaced_by_the_next(shared_cluster, owner, undisturbed):
+def test_a_rank_that_dies_while_there_is_no_kernel_is_replaced_by_the_next(shared_cluster, owner, gate, undisturbed):
     """Its state lies outside of it and of the kernel; what its rank had been told is told to its successor."""
     process, _, _, pids = owner()
     killed(process)
     os.kill(pids[0], signal.SIGKILL)
     names = {}
+    gate.open()
     with nbdist.Cluster.attach(namespace=names) as cluster:
         assert nbdist.last_run().wait().state == "finished"
         assert same(names["net"], undisturbed)
@@ -138,7 +155,7 @@ def test_a_rank_that_dies_while_there_is_no_kernel_is_replaced_by_the_next(share
 
 def test_a_run_that_has_ended_brings_its_weights_to_whoever_comes(shared_cluster, owner, undisturbed):
     """Also a second time, and into a model of the same shape that is there already."""
-    process, _, run_id, _ = owner("end", nap_s=0.0)
+    process, _, run_id, _ = owner("end")
     killed(process)
     mine = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.2), nn.Linear(4, 3))
     names = {"net": mine}
@@ -172,7 +189,7 @@ def test_without_a_kernel_it_ends_when_the_time_is_over(shared_cluster, owner):
     everything, folder = _everything(pids)
     assert len(everything) >= 5
     killed(process)
-    assert not psutil.wait_procs(everything, timeout=15)[1]
+    assert gone(everything)
     until(lambda: not folder.exists())
     assert not detached_clusters()
 
@@ -183,7 +200,7 @@ def test_it_ends_with_its_anchor(shared_cluster, owner):
     everything, folder = _everything(pids)
     (anchor,) = [p for p in psutil.Process(process.pid).children() if "nbdist.cluster.anchor_server" in p.cmdline()]
     anchor.kill()
-    assert not psutil.wait_procs(everything, timeout=15)[1]
+    assert gone(everything)
     until(lambda: not folder.exists())
 
 

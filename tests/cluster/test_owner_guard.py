@@ -9,7 +9,7 @@ import sys
 
 import psutil
 import pytest
-from shared_cluster import folder_of, marked, until
+from shared_cluster import folder_of, gone, marked, until
 
 from nbdist.cluster.owner_guard import owner_mark
 
@@ -53,7 +53,7 @@ def owners(tmp_path):
 
 
 def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(shared_cluster, owners):
-    """Controller, engines, nannies, data workers, folder and fork server are gone ten seconds after kill -9."""
+    """Controller, engines, nannies, data workers, folder and fork server are gone after kill -9."""
     pids = {state: json.loads(owner.stdout.readline()) for state, owner in owners.items()}
     processes = [psutil.Process(pid) for of_one in pids.values() for pid in of_one]
     names = {state: [psutil.Process(pid).name() for pid in of_one] for state, of_one in pids.items()}
@@ -66,10 +66,9 @@ def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(shared_cluster, own
     assert all(folder.is_dir() for folder in folders)
     for owner in owners.values():
         owner.kill()
-    left = psutil.wait_procs(processes, timeout=10)[1]
-    assert not left
-    until(lambda: not any(folder.exists() for folder in folders), 1)
-    assert not [process for process in marked() if folder_of(process) in folders]
+    assert gone(processes)
+    until(lambda: not any(folder.exists() for folder in folders))
+    until(lambda: not [process for process in marked() if folder_of(process) in folders])
 
 
 HANGING_OWNER = """
@@ -94,8 +93,8 @@ def test_an_engine_that_hangs_in_c_code_does_not_outlive_its_owner(shared_cluste
         (folder,) = {folder for process in processes if (folder := folder_of(process))}
         owner.kill()
         assert len(processes) >= 6
-        assert not psutil.wait_procs(processes, timeout=10)[1]
-        until(lambda: not folder.exists(), 1)
+        assert gone(processes)
+        until(lambda: not folder.exists())
 
 
 def test_a_process_is_named_beyond_the_reuse_of_its_number():

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gate import Gate
+from shared_cluster import until
 from torch import nn
 
 import nbdist
@@ -21,12 +23,12 @@ from nbdist.telemetry.record import records
 
 pytestmark = pytest.mark.engines
 
-SAMPLES, BATCH, EPOCHS = 1600, 16, 4
-_WITHIN_S = 30.0
+SAMPLES, BATCH, EPOCHS = 320, 16, 3
+HELD, TRAPPED = 15, 30  # after which step a run is held, and in which one its trap is; it has 60
 
 
 class Net(nn.Module):
-    """Slow enough to be met in the middle; on `trap` = (rank, forward) it leaves a `mark` and does what `how` says."""
+    """On `trap` = (rank, forward) it leaves a `mark` and does what `how` says."""
 
     def __init__(self, trap=(), how="", mark=os.devnull):
         super().__init__()
@@ -74,14 +76,6 @@ def rows(run):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in run.history]
 
 
-def until(true, run=None):
-    deadline = time.monotonic() + _WITHIN_S
-    while not true():
-        assert run is None or not run.ended, run
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 @pytest.fixture(scope="module")
 def calm(shared_cluster):
     """The weights and the history of a run that nothing happens to."""
@@ -92,14 +86,15 @@ def calm(shared_cluster):
 
 
 @pytest.mark.parametrize("victims", [[0], [1], [0, 1]])
-def test_killed_engines_change_no_bit(cluster, calm, victims):
+def test_killed_engines_change_no_bit(cluster, calm, tmp_path, victims):
     """The run goes on by itself, on other engines; it and its record say what happened."""
-    model, pids = net(), [engine.pid for engine in cluster.engines]
-    run = cluster.train(model, data(), background=True, **OPTIONS)
-    until(lambda: run.progress.step > 20, run)
+    model, pids, gate = net(), [engine.pid for engine in cluster.engines], Gate(tmp_path, HELD, scheduler=falling)
+    run = cluster.train(model, data(), background=True, **OPTIONS | {"lr_scheduler": gate})
+    gate.wait(HELD, run=run)
     for rank in victims:
         os.kill(pids[rank], signal.SIGKILL)
-    assert "finished" == run.wait(_WITHIN_S).state
+    gate.open(HELD)
+    assert "finished" == run.wait().state
     assert calm == (bits(model), rows(run))
     assert victims == [rank for rank, engine in enumerate(cluster.engines) if engine.pid != pids[rank]]
     (note,) = run.progress.notes
@@ -129,8 +124,9 @@ def test_an_engine_lost_between_runs(cluster, calm):
 
 def test_after_an_error_the_last_complete_step_is_there(cluster, calm):
     """And the same line goes on from it, to the bits of a run without the error."""
-    model, pids = net((1, 150), "raise"), [engine.pid for engine in cluster.engines]
-    with pytest.raises(EngineError, match=r"rank 1: ValueError: torn .*\nThe model holds the weights after step 149, "):
+    model, pids = net((1, TRAPPED), "raise"), [engine.pid for engine in cluster.engines]
+    said = rf"rank 1: ValueError: torn .*\nThe model holds the weights after step {TRAPPED - 1}, "
+    with pytest.raises(EngineError, match=said):
         cluster.train(model, data(), **OPTIONS)
     assert pids == [engine.pid for engine in cluster.engines]
     held = [parameter.detach().clone() for parameter in model.parameters()]
@@ -138,7 +134,7 @@ def test_after_an_error_the_last_complete_step_is_there(cluster, calm):
     run = cluster.train(model, data(), resume=True, **OPTIONS)
     assert calm == (bits(model), rows(run))
     expected = net()
-    cluster.train(expected, data(), **OPTIONS | {"epochs": None, "steps": 149})
+    cluster.train(expected, data(), **OPTIONS | {"epochs": None, "steps": TRAPPED - 1})
     for (name, tensor), other in zip(expected.named_parameters(), held, strict=True):
         assert torch.equal(tensor, other), name
 
@@ -146,16 +142,20 @@ def test_after_an_error_the_last_complete_step_is_there(cluster, calm):
 @pytest.mark.parametrize("how", ["", "sleep", "in C"])
 def test_stopped_and_gone_on(cluster, calm, tmp_path, how):
     """After its step, or at once in a function that hangs, even in C; then `resume` changes no bit."""
-    mark = tmp_path / "hangs"
-    model = net((1, 150), how, str(mark)) if how else net()
-    run = cluster.train(model, data(), background=True, **OPTIONS)
-    until(lambda: mark.exists() if how else run.progress.step > 20, run)
+    mark, gate = tmp_path / "hangs", Gate(tmp_path, HELD, scheduler=falling)
+    model = net((1, TRAPPED), how, str(mark)) if how else net()
+    run = cluster.train(model, data(), background=True, **OPTIONS | {"lr_scheduler": gate})
+    gate.wait(HELD, run=run)
+    if how:
+        gate.open(HELD)
+        until(mark.exists)
     run.stop(now=bool(how))
-    assert "stopped" == run.wait(_WITHIN_S).state
+    gate.open(HELD)
+    assert "stopped" == run.wait().state
     model.trap = ()
     before = bits(model)
     if how:
-        assert run.progress.step in range(1, 150)
+        assert run.progress.step in range(1, TRAPPED)
     again = cluster.resume()
     assert bits(model) != before
     assert calm[0] == bits(model)
@@ -164,26 +164,28 @@ def test_stopped_and_gone_on(cluster, calm, tmp_path, how):
         cluster.resume()
 
 
-def test_a_killed_stage_of_a_pipeline_changes_no_bit(cluster):
+def test_a_killed_stage_of_a_pipeline_changes_no_bit(cluster, tmp_path):
     """What one rank alone holds outlives it too."""
     options = OPTIONS | {"strategy": "pipeline", "microbatches": 2}
-    expected, model = net(), net()
+    expected, model, gate = net(), net(), Gate(tmp_path, HELD, scheduler=falling)
     cluster.train(expected, data(), **options)
-    run = cluster.train(model, data(), background=True, **options)
-    until(lambda: run.progress.step > 20, run)
+    run = cluster.train(model, data(), background=True, **options | {"lr_scheduler": gate})
+    gate.wait(HELD, run=run)
     os.kill(cluster.engines[1].pid, signal.SIGKILL)
-    assert "finished" == run.wait(_WITHIN_S).state
+    gate.open(HELD)
+    assert "finished" == run.wait().state
     assert bits(expected) == bits(model)
     assert run.progress.notes
 
 
-def test_the_last_run_is_gone_on_with_on_another_number_of_engines(cluster):
+def test_the_last_run_is_gone_on_with_on_another_number_of_engines(cluster, tmp_path):
     """Its snapshot belongs to the notebook, not to the engines."""
-    model = net()
-    run = cluster.train(model, data(), background=True, **OPTIONS | {"accumulate": 1})
-    until(lambda: run.progress.step > 20, run)
+    model, gate = net(), Gate(tmp_path, HELD, scheduler=falling)
+    run = cluster.train(model, data(), background=True, **OPTIONS | {"accumulate": 1, "lr_scheduler": gate})
+    gate.wait(HELD, run=run)
     run.stop()
-    run.wait(_WITHIN_S)
+    gate.open(HELD)
+    run.wait()
     assert nbdist.last_run() is run
     step = run.progress.step
     again = cluster.train(model, data(), resume=True, strategy="tensor", **OPTIONS)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 import psutil
 import pytest
 import torch
-from shared_cluster import ENGINES, until
+from gate import Gate
+from shared_cluster import ENGINES, gone, until
 from torch import nn
 
 import nbdist
 from nbdist.cluster.replan import Replan
 from nbdist.errors import ClusterError, EngineError, PlanError
 
-STEPS = 1200
-OPTIONS = {"loss": "mse", "epochs": 60, "batch_size": 48, "seed": 3}
+STEPS = 40
+OPTIONS = {"loss": "mse", "epochs": 2, "batch_size": 48, "seed": 3}
 
 
 @pytest.fixture
@@ -57,10 +57,12 @@ def check(model, run, undisturbed):
     assert (run.state, run.progress.step) == ("finished", STEPS)
 
 
-def after(run, steps):
-    """Wait until so many more steps are done."""
-    step = run.progress.step
-    until(lambda: run.progress.step >= step + steps)
+def scale(cluster, gate, step, run, size):
+    """Ask for so many engines while all ranks are held after a step, and wait until they are there."""
+    gate.wait(step, ranks=cluster.size, run=run)
+    cluster.scale(size)
+    gate.open(step)
+    until(lambda: cluster.size == size)
 
 
 def test_between_runs_the_others_keep_what_they_hold(scaled):
@@ -77,19 +79,16 @@ def test_between_runs_the_others_keep_what_they_hold(scaled):
         scaled.pull("alone", 2)
     left = psutil.Process(scaled.engines[2].pid)
     scaled.scale(1)
-    psutil.wait_procs([left], 5)
-    assert not left.is_running()
+    assert gone([left])
     assert (scaled.size, [engine.pid for engine in scaled.engines]) == (1, before[:1])
 
 
-def test_a_run_goes_on_with_more_and_with_fewer(scaled, undisturbed):
+def test_a_run_goes_on_with_more_and_with_fewer(scaled, undisturbed, tmp_path):
     """At a step, with the same global batch: the result is that of a run that was left alone."""
-    model = make()
-    run = scaled.train(model, rows(), background=True, **OPTIONS)
-    for size in (3, 1, 2):
-        after(run, 5)
-        scaled.scale(size)
-        until(lambda size=size: scaled.size == size)
+    model, gate = make(), Gate(tmp_path, 5, 15, 25)
+    run = scaled.train(model, rows(), background=True, lr_scheduler=gate, **OPTIONS)
+    for step, size in ((5, 3), (15, 1), (25, 2)):
+        scale(scaled, gate, step, run, size)
     run.wait()
     check(model, run, undisturbed)
     assert ["3 instead of 2 engines", "1 instead of 3 engines", "2 instead of 1 engines"] == [
@@ -100,31 +99,28 @@ def test_a_run_goes_on_with_more_and_with_fewer(scaled, undisturbed):
 
 
 @pytest.mark.parametrize("strategy", ["shard", "dp=2"])
-def test_so_it_does_on_other_meshes(scaled, undisturbed, strategy):
+def test_so_it_does_on_other_meshes(scaled, undisturbed, tmp_path, strategy):
     """A word lays all ranks on its axis; of a mesh that is written out, dp changes."""
-    model = make()
-    run = scaled.train(model, rows(), background=True, strategy=strategy, **OPTIONS)
-    after(run, 5)
-    scaled.scale(3)
-    until(lambda: scaled.size == 3)
+    model, gate = make(), Gate(tmp_path, 5)
+    run = scaled.train(model, rows(), background=True, strategy=strategy, lr_scheduler=gate, **OPTIONS)
+    scale(scaled, gate, 5, run, 3)
     run.wait()
     check(model, run, undisturbed)
     assert str(run.plan.mesh) == ("shard=3" if strategy == "shard" else "dp=3")
 
 
-def test_with_reproducible_no_bit_depends_on_it(scaled):
+def test_with_reproducible_no_bit_depends_on_it(scaled, tmp_path):
     """From 2 to 3, 1 and 4 engines in mid-run, and one killed: weights and history are those of one process."""
-    options = {**OPTIONS, "reproducible": True, "epochs": 20}
-    alone, model = make().float(), make().float()
+    options = {**OPTIONS, "reproducible": True}
+    alone, model, gate = make().float(), make().float(), Gate(tmp_path, 5, 13, 21, 29)
     x, y = (tensor.float() for tensor in rows())
     expected = nbdist.train(alone, (x, y), verbose=False, device="cpu", **options)
-    run = scaled.train(model, (x, y), background=True, **options)
-    for size in (3, 1, 4):
-        after(run, 5)
-        scaled.scale(size)
-        until(lambda size=size: scaled.size == size)
-    after(run, 2)
+    run = scaled.train(model, (x, y), background=True, lr_scheduler=gate, **options)
+    for step, size in ((5, 3), (13, 1), (21, 4)):
+        scale(scaled, gate, step, run, size)
+    gate.wait(29, ranks=4, run=run)
     os.kill(scaled.engines[1].pid, signal.SIGKILL)
+    gate.open(29)
     run.wait()
     for mine, theirs in zip(model.parameters(), alone.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -133,85 +129,88 @@ def test_with_reproducible_no_bit_depends_on_it(scaled):
 
 def test_what_is_asked_for_after_the_last_step_comes_with_the_end(scaled, tmp_path):
     """While the run is evaluated for the last time: it ends where it is, and then there are as many engines."""
-    begun, goes_on = tmp_path / "begun", tmp_path / "goes on"
+    gate = Gate(tmp_path)
 
     def measured(output, target):
-        begun.touch()
-        while not goes_on.exists():
-            time.sleep(0.01)
+        gate.hold("evaluation")
         return (output - target).abs().mean()
 
     run = scaled.train(make(), rows(), val=rows(), metric=measured, background=True, **{**OPTIONS, "epochs": 1})
-    until(begun.exists)
+    gate.wait("evaluation", run=run)
     scaled.scale(3)
-    goes_on.touch()
+    gate.open("evaluation")
     run.wait()
     assert (run.state, run.progress.step, scaled.size, len(scaled.engines)) == ("finished", 20, 3, 3)
     model = make()
     assert "finished" == scaled.train(model, rows(), **OPTIONS).state
 
 
-def test_a_rank_may_die_while_the_others_wait_for_new_ones(scaled, undisturbed):
+def test_a_rank_may_die_while_the_others_wait_for_new_ones(scaled, undisturbed, tmp_path):
     """It is replaced, and as many go on as were wanted."""
-    model = make()
-    run = scaled.train(model, rows(), background=True, **OPTIONS)
-    after(run, 5)
+    model, gate = make(), Gate(tmp_path, 5, 15)
+    run = scaled.train(model, rows(), background=True, lr_scheduler=gate, **OPTIONS)
+    gate.wait(5, run=run)
     scaled.scale(3)
+    gate.open(5)
     os.kill(scaled.engines[1].pid, signal.SIGKILL)
+    gate.open(15)  # until here it cannot have ended
     run.wait()
     check(model, run, undisturbed)
     assert scaled.size == 3
 
 
-def test_a_run_may_shrink_to_what_is_left(scaled, undisturbed):
+def test_a_run_may_shrink_to_what_is_left(scaled, undisturbed, tmp_path):
     """With on_failure="shrink" a lost engine is not replaced."""
-    model = make()
-    run = scaled.train(model, rows(), background=True, on_failure="shrink", **OPTIONS)
-    after(run, 5)
+    model, gate = make(), Gate(tmp_path, 5)
+    run = scaled.train(model, rows(), background=True, on_failure="shrink", lr_scheduler=gate, **OPTIONS)
+    gate.wait(5, run=run)
     os.kill(scaled.engines[0].pid, signal.SIGKILL)
+    gate.open(5)
     run.wait()
     check(model, run, undisturbed)
     assert (scaled.size, len(run.progress.ranks)) == (1, 1)
     assert "rank 0 lost (its process ended), 1 instead of 2 engines" in run.progress.notes[-1]
 
 
-def test_a_run_may_stop_when_an_engine_is_lost(scaled, undisturbed):
+def test_a_run_may_stop_when_an_engine_is_lost(scaled, undisturbed, tmp_path):
     """With on_failure="stop"; the model holds the last snapshot, and resume goes on from there."""
-    model = make()
-    run = scaled.train(model, rows(), background=True, on_failure="stop", **OPTIONS)
-    after(run, 30)
+    model, gate = make(), Gate(tmp_path, 30)
+    run = scaled.train(model, rows(), background=True, on_failure="stop", lr_scheduler=gate, **OPTIONS)
+    gate.wait(30, run=run)
     os.kill(scaled.engines[1].pid, signal.SIGKILL)
+    gate.open(30)
     with pytest.raises(EngineError, match=r"rank 1.*its process ended(.|\n)*The model holds the weights after step"):
         run.wait()
     assert run.state == "failed"
     check(model, scaled.resume(on_failure="replace"), undisturbed)
 
 
-def test_a_run_that_waits_begins_on_the_engines_that_there_are_then(scaled, undisturbed):
+def test_a_run_that_waits_begins_on_the_engines_that_there_are_then(scaled, undisturbed, tmp_path):
     """Its plan is made again."""
-    first, second = make(), make()
-    run = scaled.train(first, rows(), background=True, **OPTIONS)
+    first, second, gate = make(), make(), Gate(tmp_path, 5)
+    run = scaled.train(first, rows(), background=True, lr_scheduler=gate, **OPTIONS)
     waiting = scaled.train(second, rows(), background=True, **OPTIONS)
-    after(run, 5)
-    scaled.scale(3)
+    scale(scaled, gate, 5, run, 3)
     waiting.wait()
     check(first, run, undisturbed)
     check(second, waiting, undisturbed)
     assert (str(waiting.plan.mesh), len(waiting.progress.ranks)) == ("dp=3", 3)
 
 
-def test_what_cannot_be_is_refused_and_the_run_goes_on(scaled, undisturbed):
+def test_what_cannot_be_is_refused_and_the_run_goes_on(scaled, undisturbed, tmp_path):
     """The mesh, the batch, the machine: said before anything is touched."""
-    model = make()
+    model, gate = make(), Gate(tmp_path, 5)
     with pytest.raises(PlanError, match=r"unknown on_failure 'shrnk': use replace, shrink, stop. Did you mean"):
         scaled.train(model, rows(), on_failure="shrnk", **OPTIONS)
-    run = scaled.train(model, rows(), background=True, strategy="shard=2", **OPTIONS)
+    run = scaled.train(model, rows(), background=True, strategy="shard=2", lr_scheduler=gate, **OPTIONS)
+    gate.wait(5, run=run)
     with pytest.raises(PlanError, match="shard=2 cannot go on on 3 engines: only dp changes, so use a multiple of 2"):
         scaled.scale(3)
     with pytest.raises(PlanError, match="0"):
         scaled.scale(0)
     with pytest.raises(PlanError, match="'2' engines cannot be had: use a whole number"):
         scaled.scale("2")
+    gate.open(5)
     run.wait()
     check(model, run, undisturbed)
 

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 
 import pytest
 import torch
@@ -137,11 +136,10 @@ def test_a_broadcast_may_come_from_any_host(run_ranks):
 
 def lose_rank_one_but_not_its_child(world):
     if world.rank == 1:
-        child = multiprocessing.get_context("fork").Process(target=threading.Event().wait, args=(20,), daemon=True)
+        child = multiprocessing.get_context("fork").Process(target=threading.Event().wait, args=(3600,), daemon=True)
         child.start()
         world.store.set("child", str(child.pid))
         os.kill(os.getpid(), signal.SIGKILL)
-    began_s = time.monotonic()
     try:
         world.channel().all_reduce_(torch.ones(1))
     except PeerLostError:
@@ -149,12 +147,12 @@ def lose_rank_one_but_not_its_child(world):
         lives = os.path.exists(f"/proc/{child}")
         if world.rank == 0:
             os.kill(child, signal.SIGKILL)
-        raise ZeroDivisionError(lives, time.monotonic() - began_s < 10) from None
+        raise ZeroDivisionError(lives) from None
 
 
 def test_a_child_of_a_killed_rank_does_not_hold_the_others(run_ranks):
     """A data-loading process has the sockets of its rank, but closes them: the peers are free while it still lives."""
-    with pytest.raises(ZeroDivisionError, match=r"\(True, True\)"):
+    with pytest.raises(ZeroDivisionError, match="True"):
         run_ranks(2, lose_rank_one_but_not_its_child)
 
 

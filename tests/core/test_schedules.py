@@ -168,7 +168,7 @@ def test_torchs_schedules_are_not_loaded():
         "backward_input(scalar([x * p], [torch.ones(2)]), [x], [p])()\n"
         "assert not {'torch._dynamo', 'torch.distributed.pipelining'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class Branches(nn.Module):

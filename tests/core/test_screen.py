@@ -32,7 +32,7 @@ def command(tmp_path):
 def screen_of(command, **variables):
     """All that a terminal is sent, and what stands there at the end."""
     env = {"TERM": "xterm", "PATH": "/usr/bin:/bin", **variables}
-    terminal = pexpect.spawn(sys.executable, command, dimensions=(40, 120), encoding="utf-8", timeout=60, env=env)
+    terminal = pexpect.spawn(sys.executable, command, dimensions=(40, 120), encoding="utf-8", timeout=300, env=env)
     terminal.expect(pexpect.EOF)
     terminal.close()
     return terminal.before

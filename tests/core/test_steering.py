@@ -113,19 +113,20 @@ def test_a_rate_of_zero_may_be_left():
 
 
 class Late(Given):
-    """Lets a training rest for a while before it goes on."""
+    """Lets a training rest for a while before it goes on; counted from within the rest."""
 
     def __init__(self, pause_at, then, seconds):
         super().__init__({pause_at: ["pause"]})
         self.then, self.seconds = then, seconds
-        self.timer = None
+        self.timer, self.rests = None, False
         self.said = threading.Event()
 
     def new(self):
         given = super().new()
-        if given:
+        if self.rests and self.timer is None:
             self.timer = threading.Timer(self.seconds, self.said.set)
             self.timer.start()
+        self.rests = self.rests or bool(given)
         if self.said.is_set() and self.then:
             then, self.then = self.then, []
             given = [Order(kind, value) for kind, value in then]

@@ -6,7 +6,7 @@ import psutil
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from net import NET
-from shared_cluster import WITHIN_S
+from shared_cluster import HUNG_S
 from shells import running_shell
 
 
@@ -64,4 +64,4 @@ def kernel(shared_cluster, tmp_path_factory):
     processes, _ = kernel.cluster()
     yield kernel
     kernel.kill()
-    psutil.wait_procs(processes, timeout=WITHIN_S)
+    psutil.wait_procs(processes, timeout=HUNG_S)

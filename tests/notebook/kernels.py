@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 from jupyter_client.manager import KernelManager
-from shared_cluster import WITHIN_S, folder_of, marked
+from shared_cluster import HUNG_S, folder_of, marked
 
 GATE = f"import sys\nsys.path.append({str(Path(__file__).parents[1])!r})\nfrom gate import Gate"
 """A cell after which the kernel has the tests' gate, and so have its engines."""
@@ -50,7 +50,7 @@ class Kernel:
         self._manager.start_kernel(cwd=str(cwd))
         self._client = self._manager.client()
         self._client.start_channels()
-        self._client.wait_for_ready(timeout=WITHIN_S)
+        self._client.wait_for_ready(timeout=HUNG_S)
         self.panels: list[str] = []
 
     def cluster(self) -> tuple[list[psutil.Process], Path]:
@@ -75,7 +75,7 @@ class Kernel:
         """Run a cell; once what it has shown so far says that it is time, do something, or else press ■."""
         sent = self._client.execute(source, stop_on_error=False)
         cell, shown, pending = Cell(), {}, True
-        deadline = time.monotonic() + WITHIN_S
+        deadline = time.monotonic() + HUNG_S
         while True:
             assert time.monotonic() < deadline, f"the cell has not ended: {cell}"
             with contextlib.suppress(queue.Empty):
@@ -88,7 +88,7 @@ class Kernel:
                 pending = False
                 then(cell) if then else self._manager.interrupt_kernel()
         while True:
-            message = self._client.get_shell_msg(timeout=WITHIN_S)
+            message = self._client.get_shell_msg(timeout=HUNG_S)
             if message["parent_header"].get("msg_id") == sent:
                 cell.reply = message["content"]
                 return cell
@@ -111,13 +111,13 @@ class Kernel:
 
     def complete(self, text: str) -> dict[str, Any]:
         """What Tab gives at the end of a cell."""
-        return self._client.complete(text, reply=True, timeout=WITHIN_S)["content"]
+        return self._client.complete(text, reply=True, timeout=HUNG_S)["content"]
 
     def subshell(self) -> str | None:
         """A shell that answers while a cell is running, as JupyterLab asks for one; None where there is none."""
         message = self._client.session.msg("create_subshell_request")
         self._client.control_channel.send(message)
-        return self._client.get_control_msg(timeout=WITHIN_S)["content"].get("subshell_id")
+        return self._client.get_control_msg(timeout=HUNG_S)["content"].get("subshell_id")
 
     def press_stop(self, subshell: str | None = None) -> None:
         """Press the Stop button of the newest panel."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-import psutil
 import pytest
 from kernels import Kernel
-from shared_cluster import WITHIN_S, until
+from shared_cluster import gone, until
 
 from nbdist.plan.plan import OPTIONS
 
@@ -175,7 +174,7 @@ def test_nothing_is_left_of_a_kernel_that_was_shut_down(shared_cluster, tmp_path
     processes, folder = kernel.cluster()
     assert len(processes) >= 5
     kernel.shut_down()
-    assert not psutil.wait_procs(processes, timeout=WITHIN_S)[1]
+    assert gone(processes)
     until(lambda: not folder.exists())
 
 
@@ -186,5 +185,5 @@ def test_nothing_is_left_of_a_kernel_that_was_killed(kernel):
     processes, folder = kernel.cluster()
     assert len(processes) >= 5
     kernel.kill()
-    assert not psutil.wait_procs(processes, timeout=WITHIN_S)[1]
+    assert gone(processes)
     until(lambda: not folder.exists())

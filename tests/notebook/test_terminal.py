@@ -7,7 +7,7 @@ import sys
 import pexpect
 import pytest
 from net import NET
-from shared_cluster import WITHIN_S
+from shared_cluster import HUNG_S
 
 HELD = """
 
@@ -25,7 +25,7 @@ def ipython(home, tmp_path):
     (tmp_path / "mine.py").write_text(NET + HELD)
     terminal = pexpect.spawn(
         sys.executable, ["-m", "IPython", "--simple-prompt", "--no-banner", "--colors=NoColor"], encoding="utf-8",
-        dimensions=(50, 130), timeout=WITHIN_S, cwd=str(tmp_path),
+        dimensions=(50, 130), timeout=HUNG_S, cwd=str(tmp_path),
         env={"TERM": "xterm", "PATH": "/usr/bin:/bin", "NBDIST_HOME": str(home), "IPYTHONDIR": str(tmp_path)},
     )  # fmt: skip
     terminal.expect(r"In \[1\]: ")

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+from gate import Gate
+from shared_cluster import until
 from told import PROGRESS, ROW, STARTED
 from torch import nn
 
@@ -43,17 +45,16 @@ def test_a_run_is_read_back_as_it_was(cluster):
     assert repr(past).splitlines()[0].startswith("nbdist: Linear (21 parameters) on dp=2 · finished · step 12/12")
 
 
-def test_a_run_that_lost_a_rank_is_told_once(cluster):
+def test_a_run_that_lost_a_rank_is_told_once(cluster, tmp_path):
     """Steps that were done again are not on the curve twice, and the loss stands among what happened."""
-    run = cluster.train(nn.Linear(6, 3), DATA, steps=100_000_000, background=True, **OPTIONS)
-    while run.progress.step < 20:
-        run.wait(0.02)
+    gate = Gate(tmp_path, 20)
+    run = cluster.train(nn.Linear(6, 3), DATA, steps=10**9, background=True, lr_scheduler=gate, **OPTIONS)
+    gate.wait(20, run=run)
     os.kill(cluster.engines[1].pid, signal.SIGKILL)
-    while not run.progress.notes:
-        run.wait(0.02)
+    gate.open(20)
+    until(lambda: run.progress.notes)
     resumed = run.progress.step
-    while run.progress.step < resumed + 20:
-        run.wait(0.02)
+    until(lambda: run.progress.step >= resumed + 20)
     run.stop()
     run.wait()
     past = past_run(run.run_id).progress

@@ -1,0 +1,104 @@
+"""Runs tests as on other machines: no test may depend on how long anything lasts.
+
+    python tests/conditions.py [CONDITION ...] [-- ARGUMENTS OF PYTEST]
+
+    plain   as it is
+    busy    beside two busy loops a core
+    one     on one core
+    half    on one core, of which the tests and all that they start have every other tenth of a second
+    late    each test comes back from what it waits for, and from beginning a run, two seconds late: whatever is not
+            held is over by then
+
+``make test-conditions`` runs all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import psutil
+
+BUSY_LOOPS_A_CORE = 2
+SLICE_S = 0.1
+LATE_S = "2"
+TESTS = ["-m", "not hf and not browser and not notebooks and not gpu"]
+
+
+@contextlib.contextmanager
+def busy_loops() -> Iterator[None]:
+    """Two for each core, while this lasts."""
+    count = BUSY_LOOPS_A_CORE * len(os.sched_getaffinity(0))
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def halved(pytest: subprocess.Popen[bytes]) -> None:
+    """Stop and continue a process and all that descend from it, in turn, until it ends.
+
+    What a test has stopped itself stays so.
+    """
+    never, root = threading.Event(), psutil.Process(pytest.pid)
+    while pytest.poll() is None:
+        stopped, there = [], [root]
+        with contextlib.suppress(psutil.Error):
+            there += root.children(recursive=True)
+        for process in there:
+            with contextlib.suppress(psutil.Error):
+                if process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                    process.suspend()
+                    stopped.append(process)
+        try:
+            never.wait(SLICE_S)
+        finally:  # also where this is interrupted
+            for process in stopped:
+                with contextlib.suppress(psutil.Error):
+                    process.resume()
+        never.wait(SLICE_S)
+
+
+def run(condition: str, arguments: list[str]) -> int:
+    """Run pytest under a condition; returns its status."""
+    command, environment = [sys.executable, "-m", "pytest", "-q", *arguments], dict(os.environ)
+    with contextlib.ExitStack() as stack:
+        if condition == "busy":
+            stack.enter_context(busy_loops())
+        if condition == "late":
+            environment["NBDIST_TEST_LATE_S"] = LATE_S
+        if condition in ("one", "half"):
+            core = min(os.sched_getaffinity(0))
+            command = ["taskset", "-c", str(core), *command]
+        pytest = subprocess.Popen(command, env=environment)
+        if condition == "half":
+            halved(pytest)
+        return pytest.wait()
+
+
+def main() -> int:
+    """Run what is asked for; returns how many conditions failed."""
+    given = sys.argv[1:]
+    cut = given.index("--") if "--" in given else len(given)
+    conditions, arguments = given[:cut] or ["plain", "busy", "one", "half", "late"], given[cut + 1 :] or TESTS
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    failed = []
+    for condition in conditions:
+        print(f"== {condition}: pytest {' '.join(arguments)}", flush=True)
+        if run(condition, arguments):
+            failed.append(condition)
+    print(f"failed: {', '.join(failed) or 'none'}")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main() > 0)
