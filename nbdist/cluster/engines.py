@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -48,6 +49,7 @@ class Engines:
         from nbdist.core import handover
 
         self.size = size
+        self.owner = os.getpid()
         self.timeout_s = timeout_s
         self.device = device
         self.transport = ""
@@ -373,7 +375,9 @@ class Engines:
         return [rank for rank, call in self._unanswered.items() if not call.ready()]
 
     def end(self) -> None:
-        """End the processes, whatever they are doing. Twice is fine."""
+        """End the processes, whatever they are doing. Twice is fine; a forked child of their owner ends nothing."""
+        if self.owner != os.getpid():
+            return
         self.ended = True
         self.release()
         self._store = None  # an old Run may keep us, but must not keep a socket open

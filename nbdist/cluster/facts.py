@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from nbdist.cluster.engines import Engine, Engines
 from nbdist.cluster.run import Run
 from nbdist.cluster.trainings import Trainings
@@ -81,4 +83,6 @@ class Facts:
     def _running(self) -> Engines:
         if (up := self._up) is None:
             raise ClusterError("the cluster is not running: start it first.")
+        if up.owner != os.getpid():
+            raise ClusterError(f"the engines belong to process {up.owner}, and this is a fork of it: use them there.")
         return up
