@@ -19,7 +19,7 @@ _POLL_S = 0.05
 _INTERRUPTED_AFTER_S = 5.0
 _LATE_OUTPUT_S = 2.0
 _LOOK_S, _LONGEST_LOOK_S = 3.0, 60.0
-"""How long after its start, and at most between two looks, a cell is looked at: do its ranks wait for each other in vain?
+"""How long after its start, and at most between two looks, to look whether a cell's ranks wait for each other in vain.
 
 Each look sends every rank a signal, so a cell that goes on for long is looked at less and less often.
 """
