@@ -50,10 +50,11 @@ def test_what_does_not_fit_changes_nothing(pair, seldom):
 
 
 WRITER = """
+import itertools
 import sys
 from nbdist.cluster.board import Board
 board = Board(sys.argv[1])
-for i in range(20_000):
+for i in itertools.count():
     board.write(bytes([i % 251]) * (i % 4000 + 1))
 """
 
@@ -64,8 +65,8 @@ def test_nothing_is_read_half_written():
         reader = Board(segment.path)
         with subprocess.Popen([sys.executable, "-c", WRITER, segment.path]) as writer:
             words = []
-            while writer.poll() is None:
+            while len(words) <= 1000 and writer.poll() is None:
                 words += reader.read()
-    assert 0 == writer.returncode
-    assert len(words) > 100
+            writer.kill()
+    assert len(words) > 1000
     assert all(1 == len(set(word)) for word in words)
