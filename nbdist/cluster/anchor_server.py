@@ -36,8 +36,10 @@ class _Server:
     """
 
     def __init__(self, listener: socket.socket, patience_s: float) -> None:
+        from nbdist.core.handover import segment_path
         from nbdist.core.world import host_store
 
+        self._path = segment_path
         self._listener = listener
         self._patience_s = patience_s
         self._store = host_store()
@@ -104,7 +106,7 @@ class _Server:
 
     def _hold(self, file: int) -> str:
         held = os.memfd_create("nbdist", os.MFD_CLOEXEC)
-        path = f"/proc/{os.getpid()}/fd/{held}"
+        path = self._path(held, f"/proc/{os.getpid()}/fd/{held}")
         self._held[path] = held
         return path
 

@@ -7,6 +7,7 @@ measured at about a millisecond of processor time in each of three processes.
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 import zlib
 
@@ -23,11 +24,13 @@ class Board:
     """One rank's, which alone writes it. It has two places, so that what comes often hides nothing that comes seldom.
 
     Args:
-        path: A file of `BOARD_BYTES` in memory, which the notebook holds.
+        path: Of a segment of `BOARD_BYTES`, which the notebook holds.
     """
 
     def __init__(self, path: str) -> None:
-        with open(path, "r+b") as file:
+        from nbdist.core.handover import open_segment
+
+        with os.fdopen(open_segment(path), "r+b") as file:
             self._memory = mmap.mmap(file.fileno(), BOARD_BYTES)
         self._count = 0
         self._read = [0, 0]

@@ -18,8 +18,16 @@ __all__ = ["CellRun", "LostCall", "printed", "settle"]
 _POLL_S = 0.05
 _INTERRUPTED_AFTER_S = 5.0
 _LATE_OUTPUT_S = 2.0
-_LOOK_S = 3.0
-"""How often to look whether the ranks wait for each other in vain; twice the same means that they do."""
+_LOOK_S, _LONGEST_LOOK_S = 3.0, 60.0
+"""How long after its start, and at most between two looks, to look whether a cell's ranks wait for each other in vain.
+
+Each look sends every rank a signal, so a cell that goes on for long is looked at less and less often.
+"""
+
+
+def until_next_look(last_s: float, *, hopeless: bool) -> float:
+    """Seconds to the next look at a cell: soon where it seems to hang, for twice the same means that it does."""
+    return _LOOK_S if hopeless else min(2 * last_s, _LONGEST_LOOK_S)
 
 
 def settle(call: Any) -> None:
@@ -115,14 +123,16 @@ class CellRun:
             self._done([rank for rank, call in self._calls.items() if call.ready() and call.successful()])
 
     def _wait(self, while_waiting: Callable[[], None]) -> None:
-        look_s, before = time.monotonic() + _LOOK_S, ""
+        look_s, apart_s, before = time.monotonic() + _LOOK_S, _LOOK_S, ""
         try:
             while waiting := [call for call in self._calls.values() if not call.ready()]:
                 while_waiting()
                 waiting[0].wait(_POLL_S)
                 self._check_alive()
                 if self._where is not None and time.monotonic() > look_s:
-                    look_s, where = time.monotonic() + _LOOK_S, self._where().among(self._calls)
+                    where = self._where().among(self._calls)
+                    apart_s = until_next_look(apart_s, hopeless=where.hopeless)
+                    look_s = time.monotonic() + apart_s
                     if where.hopeless and str(where) == before:
                         warnings.warn(f"this cell hangs: {where.verdict}. Interrupt it (■).", stacklevel=4)
                         self._where = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -79,6 +80,7 @@ class Cluster(Facts):
         if self._up is not None and not self.reachable:
             self._end()
         if self._up is not None:
+            self._running()
             self._refuse_while_busy()
             self._up.timeout_s = self.timeout_s
             if self._up.replace_lost(tell):
@@ -159,6 +161,8 @@ class Cluster(Facts):
         self._replay.clear()
 
     def _end(self) -> None:
+        if self._up is not None and self._up.owner != os.getpid():
+            return  # a forked child has no share in them: only who has started them ends them
         engines, trainings, self._up, self._trainings = self._up, self._trainings, None, None
         if engines is None:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import weakref
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 __all__ = ["current_cluster", "last_run", "note_run", "require_cluster", "set_cluster", "stop_at_exit"]
 
 _cluster: Cluster | None = None
+_owner = 0
 _run: Run | None = None
 
 
 def current_cluster() -> Cluster | None:
-    """The running cluster of this kernel, or None."""
-    return _cluster
+    """The running cluster of this kernel, or None; a fork of the kernel has none."""
+    return _cluster if _owner == os.getpid() else None
 
 
 def require_cluster() -> Cluster:
@@ -29,15 +31,16 @@ def require_cluster() -> Cluster:
     Raises:
         ClusterError: None is running.
     """
-    if _cluster is None:
+    cluster = current_cluster()
+    if cluster is None:
         raise ClusterError("no engines are running: start them with %dist_start, or nbdist.Cluster(engines=2).start().")
-    return _cluster
+    return cluster
 
 
 def set_cluster(cluster: Cluster | None) -> None:
     """Called by a cluster when it has started or stopped."""
-    global _cluster
-    _cluster = cluster
+    global _cluster, _owner
+    _cluster, _owner = cluster, os.getpid()
 
 
 def last_run() -> Run | None:

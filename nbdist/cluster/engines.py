@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -21,7 +22,7 @@ from nbdist.cluster.forming import Forming
 from nbdist.cluster.introduction import introduce
 from nbdist.cluster.launch import CONTROLLER_ENDED, Launch
 from nbdist.cluster.spares import Spares
-from nbdist.errors import ClusterError, EngineError
+from nbdist.errors import ClusterError, EngineError, PeerLostError
 from nbdist.telemetry.host import host_id
 
 __all__ = ["Engine", "Engines"]
@@ -47,6 +48,7 @@ class Engines:
 
     def __init__(self, launch: Launch, store: Any, size: int, device: str, timeout_s: float, spares: int) -> None:
         self.size = size
+        self.owner = os.getpid()
         self.timeout_s = timeout_s
         self.device = device
         self.transport = ""
@@ -57,8 +59,8 @@ class Engines:
         self._changing = threading.RLock()
         self._generation = 0
         self._launch = launch
-        self._ids = sorted(launch.ids)[:size]  # the engine of each rank
-        self._records: list[Engine] = []
+        # ipyparallel's number of each rank's engine, and what is known of it: changed at once, for other threads.
+        self._seats: tuple[list[int], list[Engine]] = sorted(launch.ids)[:size], []
         self._store = store
         self.host_id = launch.host_id = host_id()
         self._spares = Spares(launch, spares, (store.host, store.port))
@@ -71,13 +73,25 @@ class Engines:
 
     def take_over(self, told: dict[str, Any]) -> None:
         """Know what another kernel knew, as it told the anchor."""
-        self._ids, self._records, self._generation = told["ids"], told["records"], told["generation"]
+        self._seats, self._generation = (told["ids"], told["records"]), told["generation"]
         self.transport, self.formed = told["transport"], told["formed"]
 
     @property
     def folder(self) -> str:
         """Theirs on this host, which nobody else may enter; it goes with them."""
         return str(self._launch.folder)
+
+    @property
+    def _ids(self) -> list[int]:
+        return self._seats[0]
+
+    @property
+    def _records(self) -> list[Engine]:
+        return self._seats[1]
+
+    @_records.setter
+    def _records(self, records: list[Engine]) -> None:
+        self._seats = self._seats[0], records
 
     def _note(self) -> None:
         """Tell the anchor what another kernel would have to know."""
@@ -93,8 +107,11 @@ class Engines:
 
     def records(self, busy: bool = False) -> list[Engine]:
         """One record an engine, in rank order; `busy` is the state of those that live."""
-        records, ids = self._records, set(self._launch.ids)
-        states = [("busy" if busy else "idle") if self._lives(record, ids) else "lost" for record in records]
+        (ids, records), alive = self._seats, set(self._launch.ids)
+        states = [
+            ("busy" if busy else "idle") if self._lives(record, engine_id, alive) else "lost"
+            for engine_id, record in zip(ids, records, strict=True)
+        ]
         return [replace(record, state=state) for record, state in zip(records, states, strict=True)]
 
     @property
@@ -102,10 +119,10 @@ class Engines:
         """Ranks whose process has ended."""
         return [record.rank for record in self.records() if record.state == "lost"]
 
-    def _lives(self, record: Engine, ids: set[int]) -> bool:
+    def _lives(self, record: Engine, engine_id: int, ids: set[int]) -> bool:
         """Whether an engine is registered among `ids` and has not died since, as one can see on this host."""
         here = record.host_id == self.host_id
-        return self._ids[record.rank] in ids and not (here and gone(record.pid, record.born_s))
+        return engine_id in ids and not (here and gone(record.pid, record.born_s))
 
     def spares(self) -> list[Engine]:
         """One record a spare that has been heard of."""
@@ -157,8 +174,20 @@ class Engines:
         """Tell the ranks of a run what is asked of them, see `Order`: rank 0 reads it in their store."""
         from nbdist.core.order_log import OrderLog
 
-        if self._store is not None:  # else ended
-            OrderLog(self._store, run_id).give(kind, value)
+        store = self._store
+        if store is not None:  # else ended
+            OrderLog(store, run_id).give(kind, value)
+
+    def left_orders(self, run_id: str) -> list[Any]:
+        """What was asked of a run, and has not been carried out."""
+        from nbdist.core.order_log import OrderLog
+
+        store = self._store
+        if store is None:  # ended
+            return []
+        with contextlib.suppress(PeerLostError):
+            return [order for order in OrderLog(store, run_id).new() if order.step is None]
+        return []
 
     def release(self) -> None:
         """Release the ranks of the present world: each that waits at the store for others gets an error at once."""
@@ -251,8 +280,11 @@ class Engines:
             for rank in beyond[len(free) :]:
                 self._spares.leave(self._ids[rank])
             seats = dict(enumerate(zip(self._ids, self._records, strict=True))) | dict(zip(free, coming, strict=True))
-            self._ids = [seats[rank][0] for rank in range(size)]
-            self._records = [replace(seats[rank][1], rank=rank) for rank in range(size)]
+            chosen = [seats[rank] for rank in range(size)]
+            self._seats = (
+                [engine_id for engine_id, _ in chosen],
+                [replace(record, rank=rank) for rank, (_, record) in enumerate(chosen)],
+            )
             self.size = size
             self._note()
             return free
@@ -266,8 +298,11 @@ class Engines:
         return self._view(rank).apply_async(function, *arguments)
 
     def _view(self, rank: int) -> Any:
+        client = self._launch.client
+        if client is None:
+            raise ClusterError("the engines were stopped.")
         try:
-            return self._launch.client[self._ids[rank]]
+            return client[self._ids[rank]]
         except (IndexError, ipyparallel.error.NoEnginesRegistered):
             raise EngineError(f"rank {rank}: the engine's process has ended.", rank=rank) from None
 
@@ -312,8 +347,8 @@ class Engines:
 
     def _signal(self, number: signal.Signals, ranks: Iterable[int]) -> list[int]:
         """Send a signal to those of the ranks that live; returns the ids of their engines."""
-        records, alive = self._records, set(self._launch.ids)
-        targets = {rank: self._ids[rank] for rank in ranks if self._lives(records[rank], alive)}
+        (ids, records), alive = self._seats, set(self._launch.ids)
+        targets = {rank: ids[rank] for rank in ranks if self._lives(records[rank], ids[rank], alive)}
         for rank, engine_id in targets.items():
             with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # it has just ended
                 if records[rank].host_id == self.host_id:
@@ -339,7 +374,9 @@ class Engines:
         return [rank for rank, call in self._unanswered.items() if not call.ready()]
 
     def end(self) -> None:
-        """End the processes, whatever they are doing. Twice is fine."""
+        """End the processes, whatever they are doing. Twice is fine; a forked child of their owner ends nothing."""
+        if self.owner != os.getpid():
+            return
         self.ended = True
         self.release()
         self._store = None  # an old Run may keep us, but must not keep a socket open

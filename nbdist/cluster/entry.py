@@ -45,10 +45,11 @@ class Outcome:
 
     Args:
         rank: Which.
-        state: "finished", "stopped" or "failed".
+        state: "finished", "stopped", "scaled" or "failed".
         snapshot: The rank's last state; published ones may arrive late.
         home: The parcel of trained tensors, from rank 0.
         failure: What went wrong.
+        ranks: On how many it is to go on, where it was scaled.
     """
 
     rank: int
@@ -56,6 +57,7 @@ class Outcome:
     snapshot: RankState | None = None
     home: Any = None
     failure: Failure | None = None
+    ranks: int = 0
 
 
 class _Engine:
@@ -291,7 +293,9 @@ def train(
                     outbox.give_back(_engine.home, lambda: True)
                 home, _engine.home = pack(trained, inline=inline, outbox=outbox)
             _answer_undisturbed()
-            outcome = Outcome(rank=world.rank, state=result.state, snapshot=snapshots.state, home=home)
+            outcome = Outcome(
+                rank=world.rank, state=result.state, snapshot=snapshots.state, home=home, ranks=result.ranks
+            )
         except BaseException as error:
             _answer_undisturbed()
             failure = Failure.of(world.rank, error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from nbdist.cluster.engines import Engine, Engines
 from nbdist.cluster.run import Run
 from nbdist.cluster.trainings import Trainings
@@ -11,7 +13,7 @@ __all__ = ["Facts"]
 
 
 class Facts:
-    """What is known of a cluster, whether it runs or not.
+    """What is known of a cluster, whether it runs or not. Safe to ask while another thread stops it.
 
     Args:
         size: How many engines there are to be.
@@ -25,7 +27,7 @@ class Facts:
     @property
     def size(self) -> int:
         """How many ranks there are, or are to be."""
-        return self._size if self._up is None else self._up.size
+        return self._size if (up := self._up) is None else up.size
 
     def __repr__(self) -> str:
         if self._up is None:
@@ -35,28 +37,28 @@ class Facts:
     @property
     def engines(self) -> list[Engine]:
         """One record an engine, in rank order; empty when the cluster does not run."""
-        busy = self._trainings is not None and self._trainings.computing
-        return [] if self._up is None else self._up.records(busy)
+        busy = (trainings := self._trainings) is not None and trainings.computing
+        return [] if (up := self._up) is None else up.records(busy)
 
     @property
     def current_run(self) -> Run | None:
         """The run that the engines work on at the moment."""
-        return None if self._trainings is None else self._trainings.current
+        return None if (trainings := self._trainings) is None else trainings.current
 
     @property
     def queued(self) -> list[Run]:
         """The runs that wait for those before them to end."""
-        return [] if self._trainings is None else self._trainings.queued
+        return [] if (trainings := self._trainings) is None else trainings.queued
 
     @property
     def reachable(self) -> bool:
         """Whether the controller lives, through which everything goes; not so where the cluster does not run."""
-        return self._up is not None and self._up.reachable
+        return (up := self._up) is not None and up.reachable
 
     @property
     def spare_engines(self) -> list[Engine]:
         """One record a spare, as far as they are ready; their rank is -1."""
-        return [] if self._up is None else self._up.spares()
+        return [] if (up := self._up) is None else up.spares()
 
     @property
     def threads(self) -> int:
@@ -79,6 +81,8 @@ class Facts:
         return "" if self._up is None or self._up.anchor is None else self._up.anchor.name
 
     def _running(self) -> Engines:
-        if self._up is None:
+        if (up := self._up) is None:
             raise ClusterError("the cluster is not running: start it first.")
-        return self._up
+        if up.owner != os.getpid():
+            raise ClusterError(f"the engines belong to process {up.owner}, and this is a fork of it: use them there.")
+        return up

@@ -62,6 +62,7 @@ class ForkServer:
                 env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"},  # or ipykernel's debugger warns
             )  # fmt: skip
         self._pipe = ours
+        self._owner = os.getpid()
         self._one_at_a_time = threading.Lock()
         self._orders = 0
         self._broken = False
@@ -70,8 +71,8 @@ class ForkServer:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
-        return not self._pipe.closed and self._process.poll() is None
+        """Whether it runs, and is ours: to a forked child of who has started it, it is nobody."""
+        return self._owner == os.getpid() and not self._pipe.closed and self._process.poll() is None
 
     @property
     def fits(self) -> bool:
@@ -120,7 +121,9 @@ class ForkServer:
             raise ClusterError("the fork server has ended.") from ended
 
     def end(self) -> None:
-        """End the server; what it forked goes on. Twice is fine."""
+        """End the server; what it forked goes on. Twice is fine; a forked child of its owner ends nothing."""
+        if self._owner != os.getpid():
+            return
         self._pipe.close()
         self._process.kill()
         self._process.wait()

@@ -17,6 +17,7 @@ import ipyparallel.error
 from nbdist.cluster.cells import settle
 from nbdist.cluster.entry import Outcome
 from nbdist.cluster.hangs import Hangs
+from nbdist.cluster.late_orders import outcome_of
 from nbdist.cluster.remote_errors import LOST, PROCESS_ENDED, Failure, as_error
 from nbdist.cluster.run import Run
 from nbdist.cluster.training import Training
@@ -85,6 +86,7 @@ class Relay:
             try:
                 with contextlib.suppress(ClusterError):
                     self._training.end(failed=failed)
+                self._tell_late()
                 self._draw()
             finally:
                 run._release()  # whatever else goes wrong, nobody waits for ever
@@ -107,6 +109,15 @@ class Relay:
         else:
             run._end("failed", self._rescued(self._hung or as_error(failures)))
         return bool(failures or self._freed)
+
+    def _tell_late(self) -> None:
+        """Say what has become of what was asked for after the last step; nothing more can be asked for by now."""
+        run = self._run
+        texts = [outcome_of(order, run, self._engines.size) for order in self._engines.left_orders(run.run_id)]
+        for text in texts:
+            run.progress.note(text)
+        if texts:
+            self._record(*(Noted(rank=0, text=text) for text in texts))
 
     def _rescued(self, error: NbdistError) -> NbdistError:
         """The same error, that says what has become of the model."""
@@ -202,13 +213,15 @@ class Relay:
         """
         run, since_s, before = self._run, time.monotonic(), self._engines.size
         lost = [outcome.rank for outcome in outcomes if outcome.failure is not None and outcome.failure.kind == LOST]
-        run.progress.state = "recovering" if run.progress.state != "stopping" else "stopping"
-        run.progress.begin_again()
+        with run.changing:
+            run.progress.state = "recovering" if run.progress.state != "stopping" else "stopping"
+            run.progress.begin_again()
+            # Another number may be asked for meanwhile.
+            wanted, run.wanted = run.wanted or max(outcome.ranks for outcome in outcomes), 0
         reached = run.progress.step if run.vaults is None else run.vaults.reached
         if reached > self._reached:  # not just another one: without snapshots it has to come back here first
             self._reached, self._tries = reached, 0
         replaced = set(lost)
-        wanted, run.wanted = run.wanted, 0  # another number may be asked for meanwhile
         self._show(dict.fromkeys(replaced, "lost"))
         while True:
             self._tries += bool(lost)
@@ -270,12 +283,13 @@ class Relay:
 
     def _merge(self, outcomes: dict[int, Outcome]) -> None:
         """Take in the newest snapshot of each rank: the last one from its outcome, for published ones may be late."""
-        for rank, call in enumerate(self._calls):
-            if rank not in outcomes:
-                for state in self._training.told(rank, call):
-                    self._run.progress.merge(state)
-            elif (last := outcomes[rank].snapshot) is not None:
-                self._run.progress.merge(last)
+        with self._run.changing:
+            for rank, call in enumerate(self._calls):
+                if rank not in outcomes:
+                    for state in self._training.told(rank, call):
+                        self._run.progress.merge(state)
+                elif (last := outcomes[rank].snapshot) is not None:
+                    self._run.progress.merge(last)
 
     def _draw(self) -> None:
         try:

@@ -25,6 +25,10 @@ _SAME_STEP_S = 2.0  # for the last rank to tell of a step after the first has
 class Run(Report):
     """One training, from start to end.
 
+    What is asked of it after its last step has one outcome, which stands in `progress.notes`: a pause, a resume, a
+    checkpoint and a learning rate are not carried out; a stop finds nothing to stop, and with ``now=True`` breaks off
+    what is left to do; as many engines as were asked for are there when it has ended.
+
     Args:
         run_id: Its name in the record.
         plan: What is run.
@@ -39,6 +43,7 @@ class Run(Report):
         vaults: Where the ranks keep their snapshots; None where no memory is shared with them.
         abandoned: Whether it is to stop at once.
         wanted: How many engines it is to go on with; 0 for as many as there are.
+        changing: Held while something is asked of it, told of it, or while it ends: it comes before its end, or never.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Run(Report):
         self._order = order
         self._printed: Callable[[str], dict[int, str]] = lambda stream: {}
         self._ended = threading.Event()
+        self.changing = threading.RLock()
 
     @property
     def plan(self) -> Plan:
@@ -88,9 +94,11 @@ class Run(Report):
             now: Whether to interrupt what ranks are doing, and to replace those that do not react: the state after
                 the last step that all have completed comes home.
         """
-        if self.progress.running:
-            self.abandoned |= now
-            self._order(self, "stop", None)
+        with self.changing:
+            if self.progress.running:
+                self.abandoned |= now
+                if self.progress.state != "stopping":
+                    self._order(self, "stop", None)
 
     def pause(self) -> None:
         """Ask all ranks to rest after the step they are in, until `resume` or `stop`. Returns at once.
@@ -151,11 +159,12 @@ class Run(Report):
         self._ask("scale", engines)
 
     def _ask(self, kind: str, value: Any = None) -> None:
-        if self.progress.state == "queued":
-            raise ClusterError(f"run {self.run_id} has not begun: it can only be stopped.")
-        if not self.progress.running:
-            raise ClusterError(f"run {self.run_id} has {self.progress.state}: start another one.")
-        self._order(self, kind, value)
+        with self.changing:
+            if self.progress.state == "queued":
+                raise ClusterError(f"run {self.run_id} has not begun: it can only be stopped.")
+            if not self.progress.running:
+                raise ClusterError(f"run {self.run_id} has {self.progress.state}: start another one.")
+            self._order(self, kind, value)
 
     def wait(self, timeout_s: float | None = None) -> Run:
         """Wait until the run has ended and the weights are home.
@@ -216,8 +225,9 @@ class Run(Report):
 
     def _end(self, state: str, error: NbdistError | None = None) -> None:
         """Called by the relay, once, after the weights are home."""
-        self.error = error
-        self.progress.end(state, "" if error is None else str(error).partition("\n")[0])
+        with self.changing:
+            self.error = error
+            self.progress.end(state, "" if error is None else str(error).partition("\n")[0])
 
     def _release(self) -> None:
         """Called by the relay when everything about the end is done and drawn."""

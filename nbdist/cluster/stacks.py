@@ -28,6 +28,7 @@ _POLL_S = 0.005
 _ANSWERED_WITHIN_S = 1.0
 _THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)[^\n]*\n((?:  [^\n]*\n)+)")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
+_one_at_a_time = threading.Lock()
 
 
 class _Answering:
@@ -60,15 +61,17 @@ def ask(pid: int, stacks: str, main_thread: int) -> list[FrameSummary] | None:
         process, file = psutil.Process(pid), Path(stacks)
         if _SIGNAL is None or is_stopped(pid):
             return None
-        before, told = file.stat().st_size, b""
-        process.send_signal(_SIGNAL)
-        deadline = time.monotonic() + _ANSWERED_WITHIN_S
-        while time.monotonic() < deadline:
-            time.sleep(_POLL_S)
-            now = file.read_bytes()[before:]
-            if now and now == told:
-                return _frames(now.decode(errors="replace"), main_thread)
-            told = now
+        with _one_at_a_time:  # or one would take away what another one reads
+            os.truncate(file, 0)  # the process appends, so the file holds one answer, however often it is asked
+            told = b""
+            process.send_signal(_SIGNAL)
+            deadline = time.monotonic() + _ANSWERED_WITHIN_S
+            while time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+                now = file.read_bytes()
+                if now and now == told:
+                    return _frames(now.decode(errors="replace"), main_thread)
+                told = now
     return None
 
 

@@ -151,9 +151,7 @@ class Training:
             ClusterError: That did not succeed; it may the next time.
         """
         engines, run = self.engines, self.run
-        engines.release()
-        engines.resize(size)
-        self._cells.sent.clear()
+        self._have_ranks(size)
         if size != self._plan.mesh.size and run.replan is not None:
             self._plan = run.replan.of(self._plan, size)
             self._segment.close()
@@ -164,6 +162,11 @@ class Training:
             if run.vaults is not None:
                 run.vaults.grow(size)
         engines.form()
+
+    def _have_ranks(self, size: int) -> None:
+        self.engines.release()
+        self.engines.resize(size)
+        self._cells.sent.clear()
 
     def bring_home(self, home: Any) -> None:
         """Take the trained tensors in; nothing where `gather` is off."""
@@ -227,14 +230,14 @@ class Training:
         for segment in self._segments:
             segment.close()
         self._segments, self._boards = [], []
+        wanted = run.wanted or engines.size
         engines.formed = not failed  # ranks leave a world that failed
         if failed:
             self._segment.close()
         else:
-            if run.wanted not in (0, engines.size):  # it was asked for when the last step was done
+            if wanted != engines.size:  # it was asked for when the last step was done
                 with contextlib.suppress(ClusterError):
-                    engines.resize(run.wanted)
-                self._cells.sent.clear()
+                    self._have_ranks(wanted)
             answers = [engines.start_call(rank, entry.has_let_go, self._parcel.path) for rank in range(engines.size)]
             self._outbox.give_back(
                 self._segment, lambda: all(a.ready() and a.successful() and a.get() for a in answers)
@@ -246,7 +249,9 @@ class Training:
         deadline = time.monotonic() + _SETTLED_WITHIN_S
         while failed and engines.reachable and not (engines.ended or engines.formed) and time.monotonic() < deadline:
             with contextlib.suppress(ClusterError):
-                self.gather_ranks(engines.size)
+                self._have_ranks(wanted)
+                engines.form()
+            wanted = engines.size
 
 
 def _all_printed(printed_each: list[Callable[[str], dict[int, str]]], stream: str) -> dict[int, str]:

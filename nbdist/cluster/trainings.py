@@ -60,36 +60,44 @@ class Trainings:
         self._sources = sources
         self._run: Run | None = None
         self._waiting: collections.deque[_Turn] = collections.deque()
-        self._changing = threading.RLock()
+        self._queueing = threading.Lock()  # held to look at the two above, and never while engines are waited for
         self._outbox: Any = None
 
     @property
     def busy(self) -> bool:
         """Whether a run goes on or waits."""
+        with self._queueing:
+            return self._is_busy()
+
+    def _is_busy(self) -> bool:
         return bool(self._waiting) or (self._run is not None and not self._run.ended)
 
     @property
     def computing(self) -> bool:
         """Whether the engines work on a run at the moment."""
-        return self._run is not None and self._run.progress.running
+        return self.current is not None
 
     @property
     def current(self) -> Run | None:
-        """The run that the engines work on."""
-        return self._run if self.computing else None
+        """The run that the engines work on, from when its turn has come."""
+        run = self._run
+        return run if run is not None and run.progress.running else None
 
     @property
     def queued(self) -> list[Run]:
         """The runs that wait, in their order."""
-        return [turn.run for turn in self._waiting]
+        with self._queueing:
+            return [turn.run for turn in self._waiting]
 
     def refuse_while_busy(self) -> None:
         """Raise `ClusterError` where a run goes on or waits."""
-        if self._waiting:
-            run = self._waiting[-1].run
+        with self._queueing:
+            run, waiting = self._run, [turn.run for turn in self._waiting]
+        if waiting:
+            run = waiting[-1]
             raise ClusterError(f"run {run.run_id} is queued: wait for it (run.wait()) or stop it (run.stop()).")
-        if self._run is not None and not self._run.ended:
-            raise ClusterError(f"run {self._run.run_id} is going on: wait for it (run.wait()) or stop it (run.stop()).")
+        if run is not None and not run.ended:
+            raise ClusterError(f"run {run.run_id} is going on: wait for it (run.wait()) or stop it (run.stop()).")
 
     def add(
         self, model: Any, data: Any, names: tuple[str, str], options: dict[str, Any],
@@ -123,19 +131,29 @@ class Trainings:
         progress = RunState(title=task.title, plan=plan.to_dict(), ranks=ranks)
         run = Run(new_run_id(), plan, progress, self._order, asked, replan, on_failure)
         turn = _Turn(run, task, plan, watch, names, hangs, contextvars.copy_context())
-        with self._changing:
-            if not self.busy:
-                self._begin(turn)
-                return run
-            progress.state = "queued"
-            self._waiting.append(turn)
-        _draw(turn)
+        with self._queueing:
+            before, waits = self._run, self._is_busy()
+            if waits:
+                progress.state = "queued"
+                self._waiting.append(turn)
+            else:
+                self._run = run
+        if waits:
+            _draw(turn)
+            return run
+        try:
+            self._begin(turn)
+        except BaseException:
+            with self._queueing:
+                self._run = before
+            self._next()  # what came to wait for it meanwhile
+            raise
         return run
 
     def end(self) -> None:
         """The engines end: what waits will never begin."""
-        while self._waiting:
-            self._leave(self._waiting[0].run, "the engines were stopped before it could begin")
+        for run in self.queued:
+            self._leave(run, "the engines were stopped before it could begin")
 
     def _begin(self, turn: _Turn) -> None:
         """Send a task to every engine and follow it to its end, in a thread."""
@@ -165,7 +183,8 @@ class Trainings:
         elif not engines.remote:
             vaults = Vaults(engines.size, engines.anchor)
         run.vaults = vaults
-        run.progress.begin()
+        with run.changing:
+            run.progress.begin()
         begun = Begun(
             run_id=run.run_id, parcel=packed[0], names=turn.names, title=run.progress.title, hangs=turn.hangs.asked,
             replan=run.replan, on_failure=run.on_failure,
@@ -175,7 +194,6 @@ class Trainings:
         relay = Relay(training, calls, hangs=turn.hangs, watch=turn.watch, then=self._next, context=turn.context)
         if replaced:
             run.progress.note(f"{ranks_text(replaced)} had been lost and was replaced", "lost")
-        self._run = run
         current.note_run(run)
         relay.start()
 
@@ -200,38 +218,44 @@ class Trainings:
 
     def _next(self) -> None:
         """A run has ended: begin the next one that can."""
-        with self._changing:
-            while self._waiting:
-                turn = self._waiting.popleft()
-                try:
-                    self._begin(turn)
+        while True:
+            with self._queueing:
+                if not self._waiting:
                     return
-                except NbdistError as error:
-                    turn.run._end("failed", error)
-                    _draw(turn)
-                    turn.run._release()
+                turn = self._waiting.popleft()
+                self._run = turn.run
+                turn.run.progress.begin()
+            try:
+                self._begin(turn)
+                return
+            except Exception as error:  # whatever it is, nobody waits for ever
+                known = error if isinstance(error, NbdistError) else ClusterError(f"the run could not begin: {error!r}")
+                turn.run._end("failed", known)
+                _draw(turn)
+                turn.run._release()
 
     def _order(self, run: Run, kind: str, value: Any) -> None:
         if kind == "stop":
-            with self._changing:
-                if any(turn.run is run for turn in self._waiting):
-                    self._leave(run)
-                    return
+            if self._leave(run):
+                return
             run.progress.state = "stopping"
         if kind == "scale":
-            run.wanted = value
+            run.wanted = 0 if value == self._engines.size else value
         self._engines.order(run.run_id, kind, value)
 
-    def _leave(self, run: Run, note: str = "") -> None:
-        """Take a run out of the queue."""
-        with self._changing:
-            turn = next(turn for turn in self._waiting if turn.run is run)
+    def _leave(self, run: Run, note: str = "") -> bool:
+        """Take a run out of the queue; returns whether it was there."""
+        with self._queueing:
+            turn = next((turn for turn in self._waiting if turn.run is run), None)
+            if turn is None:
+                return False
             self._waiting.remove(turn)
         if note:
             run.progress.note(note)
         run._end("stopped")
         _draw(turn)
         run._release()
+        return True
 
 
 def _draw(turn: _Turn) -> None:

@@ -94,7 +94,8 @@ class Where:
         here = host_id()
         found = []
         for engine in engines.records():
-            step = None if run is None else run.progress.ranks[engine.rank].step
+            state = None if run is None else run.progress.ranks.get(engine.rank)  # it may just be joining the run
+            step = None if state is None else state.step
             found.append(_asked(engine, here, step, cells))
         return cls(ranks=tuple(found))
 

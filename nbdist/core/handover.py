@@ -7,6 +7,7 @@ memory is free when the last one lets go, however it died. To another host the s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import io
@@ -24,9 +25,9 @@ import cloudpickle
 import numpy as np
 import torch
 
-from nbdist.errors import TaskError
+from nbdist.errors import ClusterError, TaskError
 
-__all__ = ["Holder", "Outbox", "Parcel", "Segment", "let_go", "pack", "unpack"]
+__all__ = ["Holder", "Outbox", "Parcel", "Segment", "let_go", "open_segment", "pack", "unpack"]
 
 _ALIGNMENT = 64
 _APART_BYTES = 1 << 20  # what is larger is mapped by itself, so that its memory goes when it does
@@ -48,6 +49,29 @@ class Holder(Protocol):
         """The memory is not needed any more."""
 
 
+def segment_path(file: int, place: str) -> str:
+    """How others name the segment that this process has open: where it is, and which file that is."""
+    found = os.fstat(file)
+    return f"{place}:{found.st_dev}.{found.st_ino}"
+
+
+def open_segment(path: str) -> int:
+    """Open the segment with this path; returns its descriptor. Local.
+
+    Raises:
+        ClusterError: It is gone. Where it was there may be another file by now, for numbers are used again.
+    """
+    place = path.rpartition(":")[0]
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        found = os.stat(place)  # first, for to open a file does something, if it is a pipe say
+        if path == f"{place}:{found.st_dev}.{found.st_ino}":
+            file = os.open(place, os.O_RDWR | os.O_CLOEXEC)
+            if path == segment_path(file, place):
+                return file
+            os.close(file)
+    raise ClusterError(f"the shared memory {place} is gone, whoever held it has let go of it or ended: begin anew.")
+
+
 class Segment:
     """Shared memory that the creating process holds open; others map it by `path`.
 
@@ -63,21 +87,22 @@ class Segment:
         self._file = -1
         self._filled = bool(path)
         self._name: str | None = None
+        self._owner = os.getpid()
         if path:
             self.path = path
-            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            self._file = open_segment(path)
             self.size = os.fstat(self._file).st_size
             return
         self.size = max(size, 1)
         if holder is not None:
             self.path = holder.hold()
-            self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            self._file = open_segment(self.path)
         elif hasattr(os, "memfd_create"):
             self._file = os.memfd_create("nbdist", os.MFD_CLOEXEC)
-            self.path = f"/proc/{os.getpid()}/fd/{self._file}"
+            self.path = segment_path(self._file, f"/proc/{os.getpid()}/fd/{self._file}")
         else:
             self._file, self._name = tempfile.mkstemp(prefix="nbdist-")
-            self.path = self._name
+            self.path = segment_path(self._file, self._name)
         os.ftruncate(self._file, self.size)
 
     @functools.cached_property
@@ -97,11 +122,17 @@ class Segment:
                 done += os.pwrite(self._file, piece[done:], start + done)
         self._filled = True
 
+    def empty(self) -> None:
+        """Give its memory back; it stays, with no bytes in it. Nobody may be using them."""
+        os.ftruncate(self._file, 0)
+
     def close(self) -> None:
         """Let go of the segment; processes that have mapped it keep it. Twice is fine."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+            if self._owner != os.getpid():
+                return  # a forked child has a descriptor of its own, and no more
             if self._name:
                 os.unlink(self._name)
             if self._holder is not None:
@@ -233,11 +264,11 @@ def _in_memory(content: bytes) -> Callable[[int, int], Any]:
 def _in_segment(parcel: Parcel) -> Callable[[int, int], Any]:
     """Maps parts of a segment privately: each as NumPy memory, whose slices are buffers and keep the mapping alive."""
     maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
-    _mapped[parcel.path] = maps  # of the segment that has this path now
+    _mapped[parcel.path] = maps
 
     def map_(start: int, length: int) -> Any:
         before = start % mmap.ALLOCATIONGRANULARITY
-        with open(parcel.path, "rb") as file:
+        with os.fdopen(open_segment(parcel.path), "rb") as file:
             mapping = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before)
         maps.add(mapping)
         return np.frombuffer(mapping, dtype=np.uint8)[before:]

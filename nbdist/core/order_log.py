@@ -17,6 +17,9 @@ _POLL_S = 0.05
 class OrderLog(Orders):
     """Orders to one run. They outlive the ranks that carry them out, for the notebook hosts the store.
 
+    They are the lines of one value, which the store appends to as a whole or not at all: whoever dies while it gives an
+    order leaves no hole, behind which nobody would read on.
+
     Args:
         store: The ranks' store, that of all generations.
         run_id: Which run.
@@ -30,8 +33,7 @@ class OrderLog(Orders):
 
     def give(self, kind: str, value: float | str | None) -> None:
         """Write an order behind the others. The notebook's side."""
-        number = self._store.add(f"{self._name}/count", 1) - 1
-        self._store.set(f"{self._name}/{number}", json.dumps([kind, value]))
+        self._store.append(self._name, json.dumps([kind, value]) + "\n")
 
     def new(self) -> list[Order]:
         """See `Orders`; the store is looked at a few times a second.
@@ -44,10 +46,11 @@ class OrderLog(Orders):
         self._next_s = time.monotonic() + _POLL_S
         orders = []
         with echoes():
-            while self._store.check([key := f"{self._name}/{self._read}"]):
-                kind, value = json.loads(self._store.get(key))
-                stamped = self._store.check([f"{key}/step"])
-                step = int(self._store.get(f"{key}/step")) if stamped else None
+            lines = self._store.get(self._name).splitlines() if self._store.check([self._name]) else []
+            for line in lines[self._read :]:
+                kind, value = json.loads(line)
+                stamped = self._store.check([key := f"{self._name}/{self._read}/step"])
+                step = int(self._store.get(key)) if stamped else None
                 orders.append(Order(kind, value, step))
                 self._read += 1
         return orders

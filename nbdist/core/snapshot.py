@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nbdist.core.handover import Holder, Segment
+from nbdist.core.handover import Holder, Segment, open_segment
 from nbdist.core.image import Image, Layout
 
 __all__ = ["SLOTS", "Slot", "Vault", "Vaults", "newest", "read"]
@@ -52,7 +52,7 @@ class Slot:
     """Shared memory for one snapshot of one rank.
 
     Args:
-        path: A file in memory that somebody holds; it grows as needed.
+        path: Of a segment that somebody holds; it grows as needed.
     """
 
     def __init__(self, path: str) -> None:
@@ -124,7 +124,7 @@ class Slot:
         """Map the file, grown to `nbytes` where it is smaller; whether there is something in it."""
         if self._memory is not None and len(self._memory) >= nbytes:
             return True
-        with open(self.path, "r+b") as file:
+        with os.fdopen(open_segment(self.path), "r+b") as file:
             size = os.fstat(file.fileno()).st_size
             if size < nbytes:
                 size = nbytes + nbytes // 8
@@ -141,7 +141,7 @@ class Vault:
     """The slots of one rank, which alone writes them.
 
     Args:
-        paths: `SLOTS` files in memory.
+        paths: Of `SLOTS` segments.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -209,7 +209,7 @@ class Vaults:
         kept = set() if held is None else {slot.path for slot in held[1]}
         for segment in (segment for segments in self._segments for segment in segments):
             if segment.path not in kept:
-                os.truncate(segment.path, 0)
+                segment.empty()
 
     def close(self) -> None:
         """Let go of the memory. Twice is fine."""

@@ -37,7 +37,7 @@ class Steering:
 
     Attributes:
         stopped: Whether the training is to end after the present step.
-        scaling: Whether it ends to be begun again on other ranks.
+        scaling: On how many ranks it is to be begun again then; 0 where it is not.
     """
 
     def __init__(
@@ -55,7 +55,8 @@ class Steering:
         self._lag = strategy.lag
         self._log: list[Order] = []
         self._checkpoints: list[str] = []
-        self._paused = self.stopped = self.scaling = False
+        self._paused = self.stopped = False
+        self.scaling = 0
 
     def begin(self, at: Position) -> None:
         """Before the first step: be as all were at `at`, paused too. **Collective** over the world."""
@@ -132,10 +133,10 @@ class Steering:
     def _carry_out(self, kind: str, value: Any) -> None:
         match kind:
             case "stop":
-                self.stopped, self.scaling = True, False
-            case "scale":
-                self.scaling = not self.stopped
-                self.stopped = True
+                self.stopped, self.scaling = True, 0
+            case "scale" if self.scaling or not self.stopped:  # the newest number counts, but a stop more than any
+                self.scaling = 0 if value == self._channel.size else value
+                self.stopped = self.scaling > 0
             case "pause" | "resume":
                 self._paused = kind == "pause"
             case "lr":

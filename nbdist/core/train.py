@@ -62,11 +62,13 @@ class Result:
         history: One dict an epoch (one for the whole run where steps are counted): `epoch`, `steps`, `samples`,
             `loss` (its weighted mean), `seconds`; then `val_loss` and `val_<metric>` where asked.
         plan: What was run.
+        ranks: On how many it is to go on, if it is.
     """
 
     state: str
     history: list[dict[str, Any]]
     plan: Plan
+    ranks: int = 0
 
 
 def fit(
@@ -256,7 +258,7 @@ def fit(
         state = "stopped" if stopped and not _complete(plan, at.step, steps_total) else "finished"
         tell(RunFinished(rank=world.rank, state=state))
         if state == "stopped" and steering.scaling:
-            state = "scaled"
+            return Result(state="scaled", history=at.history, plan=plan, ranks=steering.scaling)
         return Result(state=state, history=at.history, plan=plan)
 
 

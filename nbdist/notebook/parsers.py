@@ -152,7 +152,8 @@ def _run_parser() -> OptionParser:
     parser = OptionParser(
         "%dist_run",
         "Show the run that goes on, or ask something of it, which all ranks do after the same step: stop (its weights "
-        "come home), pause, resume, checkpoint [DIR], or lr RATE. Nothing is lost by any of them.",
+        "come home), pause, resume, checkpoint [DIR], or lr RATE. Nothing is lost by any of them. What comes after the "
+        "last step is not carried out, and the run's notes say so.",
     )
     parser.add_argument(
         "order", nargs="?", choices=ORDERS, metavar="|".join(ORDERS), help="What to do. Default: show the run."

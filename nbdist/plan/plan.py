@@ -275,16 +275,13 @@ class Plan:
         """Steps and seconds between checkpoints, of which one or none is set; 0 is never."""
         if not self.checkpoint_every:
             return 0, 0.0
-        found = re.fullmatch(r"([0-9.]+) ?(s|min|h)?", self.checkpoint_every)
-        try:
-            assert found is not None
-            number, unit = found.groups()
-            steps, seconds = (int(number), 0.0) if unit is None else (0, float(number) * _SECONDS[unit])
-            assert steps or seconds
-        except (AssertionError, ValueError):
+        found = re.fullmatch(r"(\d{1,18})|(\d{1,18}\.?\d*|\.\d+) ?(s|min|h)", self.checkpoint_every, re.ASCII)
+        steps = int(found[1] or 0) if found else 0
+        seconds = float(found[2]) * _SECONDS[found[3]] if found and found[2] else 0.0
+        if not (steps or 0 < seconds < math.inf):
             raise PlanError(
                 f"checkpoint_every {self.checkpoint_every!r} is neither steps nor a time: write 200, 90s, 5min or 1h."
-            ) from None
+            )
         return steps, seconds
 
     @property

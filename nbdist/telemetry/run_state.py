@@ -76,7 +76,8 @@ class RunState:
 
     def begin(self) -> None:
         """The run begins now; it may have been queued."""
-        self.state, self.started_s = "starting", time.time()
+        self.state = "stopping" if self.state == "stopping" else "starting"
+        self.started_s = time.time()
 
     def begin_again(self) -> None:
         """Ranks are about to go on from an earlier step: what is known of the loss so far stays."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 
@@ -13,8 +14,9 @@ from problems import SGD, classes, mlp, weights
 from torch import nn
 from torch.nn import functional as F
 
-from nbdist.core.handover import Outbox, Segment, let_go, pack, unpack
-from nbdist.errors import TaskError
+from nbdist.core.handover import Outbox, Parcel, Segment, let_go, pack, unpack
+from nbdist.core.snapshot import Slot
+from nbdist.errors import ClusterError, TaskError
 
 
 def there_and_back(value, **how):
@@ -167,7 +169,7 @@ def test_a_closed_segment_is_gone_but_for_those_who_have_it():
     arrived = unpack(parcel)
     segment.close()
     segment.close()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ClusterError, match="is gone"):
         unpack(parcel)
     del segment
     assert 99_999 == arrived[-1]
@@ -247,3 +249,52 @@ def test_who_holds_a_part_has_not_let_go():
     del row, knot
     assert let_go(parcel.path)
     segment.close()
+
+
+def test_a_path_leads_to_its_segment_or_nowhere():
+    """Though the number of its descriptor is another file's by now, a segment's or not."""
+    first = Segment(10)
+    path, number = first.path, int(first.path.partition("/fd/")[2].partition(":")[0])
+    parcel = Parcel(path=path, inline=None, code_bytes=1, table_start=5, nbytes=10)
+    first.close()
+    with pytest.raises(ClusterError, match=f"the shared memory /proc/{os.getpid()}/fd/{number} is gone"):
+        unpack(parcel)
+    other = os.memfd_create("other")
+    os.dup2(other, number)
+    try:
+        for late in (lambda: unpack(parcel), lambda: Segment(1, path=path), lambda: Slot(path).head):
+            with pytest.raises(ClusterError, match=f"fd/{number} is gone"):
+                late()
+    finally:
+        os.close(number)
+        if other != number:
+            os.close(other)
+
+
+class Holding:
+    """Holds segments, and writes down that it was told to let one go."""
+
+    def __init__(self, told):
+        self.told, self.held = told, []
+
+    def hold(self):
+        self.held.append(Segment(1))
+        return self.held[-1].path
+
+    def let_go(self, path):
+        self.told.write_text(path)
+
+
+def test_a_forked_child_lets_go_of_nothing(tmp_path):
+    """A segment is its maker's: that it is dropped, or closed, in a child changes nothing for others."""
+    holder = Holding(tmp_path / "told")
+    segment = Segment(10, holder)
+    child = os.fork()
+    if not child:
+        segment.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not holder.told.exists()
+    assert 10 == Segment(1, path=segment.path).size
+    segment.close()
+    assert segment.path == holder.told.read_text()

@@ -128,7 +128,7 @@ def test_trimmed_it_holds_the_newest_and_nothing_else(vaults):
             write(vault, step, numel=10_000)
     vaults.trim()
     assert 3 == held(vaults)[0]
-    sizes = [os.stat(path).st_size > 0 for paths in vaults.paths for path in paths]
+    sizes = [os.stat(path.rpartition(":")[0]).st_size > 0 for paths in vaults.paths for path in paths]
     assert [True, False, False] * 2 == sizes
     again = [Vault(paths) for paths in vaults.paths]
     for vault in again:

@@ -250,3 +250,20 @@ def test_a_stop_outlives_the_ranks(run_ranks):
         assert_same_bits(first[0][1], trained)
         assert 3 == sum(event.row["steps"] for event in events if isinstance(event, EpochFinished))
     vaults.close()
+
+
+@pytest.mark.parametrize(
+    ("orders", "state", "ranks"),
+    [
+        ([("scale", 3), ("scale", 4)], "scaled", 4),
+        ([("scale", 3), ("scale", 2)], "finished", 0),
+        ([("scale", 2)], "finished", 0),
+        ([("scale", 3), "stop"], "stopped", 0),
+        (["stop", ("scale", 3)], "stopped", 0),
+    ],
+)
+def test_the_last_number_that_was_asked_for_counts(run_ranks, orders, state, ranks):
+    """Of several before one boundary; not where a stop was asked for too. Each of them is told of."""
+    for result, _, events, _ in on(run_ranks, 2, steered, {2: orders}, steps=5):
+        assert (state, ranks) == (result.state, result.ranks)
+        assert [(o, None, 2) if isinstance(o, str) else (*o, 2) for o in orders] == ordered(events)

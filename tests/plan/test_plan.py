@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -124,6 +126,16 @@ def test_how_often_that_is_neither_steps_nor_time(words):
     """The error shows how to write it."""
     with pytest.raises(PlanError, match="is neither steps nor a time: write 200, 90s, 5min or 1h"):
         create(checkpoint="here", checkpoint_every=words)
+
+
+def test_what_a_person_writes_is_checked_without_assertions():
+    """`python -O` leaves those out."""
+    code = "from nbdist.plan import Plan\n"
+    for words in ("often", "0", "0s"):
+        code += f"try: print(Plan.create(ranks=1, cores=1, checkpoint='x', checkpoint_every={words!r}))\n"
+        code += "except ValueError as error: print(type(error).__name__)\n"
+    told = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert ["PlanError"] * 3 == told.split()
 
 
 def test_folders_are_whole_paths(monkeypatch, tmp_path):

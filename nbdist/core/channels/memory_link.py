@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import pickle
 import socket
 import struct
@@ -19,7 +20,7 @@ import torch
 from nbdist.core.channels.link import Link, Message
 from nbdist.core.channels.shared_memory import SPIN_S, connect, open_sockets, receive_exactly
 from nbdist.core.channels.spent import spent
-from nbdist.core.handover import Segment
+from nbdist.core.handover import Segment, open_segment
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
 
@@ -114,7 +115,7 @@ class SharedMemoryLink(Link):
         """The peer's segment as memory. A path may be that of another segment later, a closed one's."""
         known = self._maps.get(path)
         if known is None or known[0] != number:
-            with open(path, "r+b") as file:
+            with os.fdopen(open_segment(path), "r+b") as file:
                 known = number, torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
             self._maps[path] = known
         return known[1]

@@ -25,7 +25,7 @@ import torch
 from nbdist.core.channels.base import Channel, Done, Pending
 from nbdist.core.channels.meeting import echoes
 from nbdist.core.channels.spent import spent
-from nbdist.core.handover import Segment
+from nbdist.core.handover import Segment, open_segment
 from nbdist.core.sum_order import SumOrder
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
@@ -261,7 +261,7 @@ class SharedMemoryChannel(Channel):
                     peer.sendall(struct.pack("!I", len(told)) + told)
             else:
                 (length,) = struct.unpack("!I", receive_exactly(self._peers[0], 4))
-                with open(receive_exactly(self._peers[0], length).decode(), "r+b") as file:
+                with os.fdopen(open_segment(receive_exactly(self._peers[0], length).decode()), "r+b") as file:
                     memory = mmap.mmap(file.fileno(), nbytes)
             self.meet()  # all have mapped it
         return torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,0 +1,158 @@
+"""Orders that come after a run's last step: each has one outcome, which stands in the run's notes and its record."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from shared_cluster import ENGINES, until
+from tasks import classes, net
+
+import nbdist
+from nbdist.cluster.training import Training
+from nbdist.errors import ClusterError, EngineError
+
+pytestmark = pytest.mark.engines
+
+STEPS = 3
+OPTIONS = {"loss": "cross_entropy", "steps": STEPS, "batch_size": 16, "threads": 1}
+
+
+@pytest.fixture
+def scaled(cluster):
+    """The running cluster, which has its two engines again afterwards."""
+    yield cluster
+    if cluster.size != ENGINES:
+        cluster.scale(ENGINES)
+
+
+@pytest.fixture
+def gate(tmp_path):
+    return tmp_path / "gate"
+
+
+@pytest.fixture
+def evaluated(scaled, gate, tmp_path):
+    """A run whose last step is done, and that is evaluated until the gate opens."""
+    begun = tmp_path / "begun"
+
+    def measured(output, target):
+        begun.touch()
+        while not gate.exists():
+            time.sleep(0.005)
+        return (output.argmax(1) == target).double().mean()
+
+    run = scaled.train(net(), classes(), val=classes(), metric=measured, background=True, **OPTIONS)
+    until(begun.exists, 30)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("ask", "note"),
+    [
+        (lambda run: run.pause(), "pause came after step 3, the last one: not carried out"),
+        (lambda run: run.resume(), "resume came after step 3, the last one: not carried out"),
+        (lambda run: run.set_lr(0.25), "learning rate 0.25 came after step 3, the last one: not carried out"),
+        (lambda run: run.checkpoint("/no"), "checkpoint in /no came after step 3, the last one: not carried out"),
+        (lambda run: run.stop(), "stop came after step 3, the last one: the run was over"),
+    ],
+    ids=["pause", "resume", "lr", "checkpoint", "stop"],
+)  # fmt: skip
+def test_an_order_during_the_last_evaluation_is_accounted_for(evaluated, gate, ask, note):
+    """In the run and in its record; the run ends as it would have."""
+    ask(evaluated)
+    gate.touch()
+    evaluated.wait(30)
+    assert ("finished", STEPS, [note]) == (evaluated.state, evaluated.progress.step, evaluated.progress.notes)
+    assert "val_measured" in evaluated.history[-1]
+    (past,) = nbdist.past_runs()
+    assert ("finished", [note]) == (past.state, past.progress.notes)
+
+
+def test_a_stop_at_once_breaks_off_the_last_evaluation(evaluated):
+    """The weights after the last step come home."""
+    evaluated.stop(now=True)
+    evaluated.wait(30)
+    assert ("stopped", STEPS) == (evaluated.state, evaluated.progress.step)
+    assert ["stopped at once after step 3"] == evaluated.progress.notes
+    assert [] == evaluated.history
+
+
+def test_the_engines_that_are_asked_for_are_there_at_the_end(evaluated, scaled, gate):
+    """The last number counts, and the other one is not forgotten."""
+    scaled.scale(1)
+    scaled.scale(3)
+    gate.touch()
+    evaluated.wait(30)
+    assert ("finished", STEPS, 3) == (evaluated.state, evaluated.progress.step, scaled.size)
+    assert [
+        "scale to 1 came after step 3, the last one: not carried out",
+        "scale to 3 came after step 3, the last one: there are 3 engines since its end",
+    ] == evaluated.progress.notes
+
+
+def test_they_are_there_though_the_run_failed(scaled, gate, tmp_path):
+    """After an error in the last evaluation too."""
+    begun = tmp_path / "begun"
+
+    def measured(output, target):
+        begun.touch()
+        while not gate.exists():
+            time.sleep(0.005)
+        raise ValueError("not today")
+
+    run = scaled.train(net(), classes(), val=classes(), metric=measured, background=True, **OPTIONS)
+    until(begun.exists, 30)
+    scaled.scale(3)
+    run.set_lr(0.5)
+    gate.touch()
+    with pytest.raises(EngineError, match="not today"):
+        run.wait(30)
+    assert 3 == scaled.size
+    assert [
+        "scale to 3 came after step 3, the last one: there are 3 engines since its end",
+        "learning rate 0.5 came after step 3, the last one: not carried out",
+    ] == run.progress.notes[-2:]
+
+
+def test_an_order_while_the_weights_come_home_is_accounted_for(cluster, monkeypatch):
+    """All ranks have answered by then; what comes later is refused."""
+    coming, goes_on = threading.Event(), threading.Event()
+    bring_home = Training.bring_home
+
+    def held(self, home):
+        coming.set()
+        assert goes_on.wait(60)
+        bring_home(self, home)
+
+    monkeypatch.setattr(Training, "bring_home", held)
+    run = cluster.train(net(), classes(), background=True, **OPTIONS)
+    try:
+        assert coming.wait(60)
+        run.pause()
+    finally:
+        goes_on.set()
+    run.wait(30)
+    assert ["pause came after step 3, the last one: not carried out"] == run.progress.notes
+    with pytest.raises(ClusterError, match="has finished: start another one"):
+        run.pause()
+
+
+def test_a_stop_that_is_asked_for_twice_is_one_order(cluster, gate, tmp_path):
+    """Whoever presses it again finds nothing in the notes."""
+    begun = tmp_path / "begun"
+
+    def loss(output, target):
+        begun.touch()
+        while not gate.exists():
+            time.sleep(0.005)
+        return output.square().mean()
+
+    run = cluster.train(net(), classes(), background=True, **{**OPTIONS, "loss": loss, "steps": 10**9})
+    until(begun.exists, 30)
+    run.stop()
+    run.stop()
+    gate.touch()
+    run.wait(30)
+    assert [f"stopped after step {run.progress.step:,}"] == [h.text for h in run.progress.happenings]
