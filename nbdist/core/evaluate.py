@@ -11,7 +11,7 @@ from torch import nn
 
 from nbdist.core.data import Reader, Slice
 from nbdist.core.strategies import Strategy
-from nbdist.core.task import Task, first_dimension
+from nbdist.core.task import Task
 from nbdist.core.weighted_mean import WeightedMean
 from nbdist.errors import PlanError, TaskError
 
@@ -49,7 +49,7 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
 
     hook = task.model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
-        with switched(task.model, training=False), torch.no_grad():
+        with switched(task.model, training=False), task.measuring():
             for step, slices in enumerate(reader.epoch(1)):
                 if slices is None:
                     break
@@ -104,7 +104,7 @@ def _measure(task: Task, outputs: list[Any], batch: Any, samples: int, metric: s
     if not isinstance(batch, (tuple, list)):
         raise TaskError(f"metric {metric} takes the last element of a batch as target, but a batch is a {type(batch)}.")
     given = task.metric(outputs[-1], batch[-1])
-    return given if isinstance(given, tuple) else (given, first_dimension(batch, samples))
+    return given if isinstance(given, tuple) else (given, samples)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,19 +11,25 @@ import torch
 from torch import nn
 
 from nbdist.core.data import Slice
-from nbdist.core.losses import ClassLoss, Loss, find_loss, loss_name
+from nbdist.core.loss_weight import mean_over, recorded
+from nbdist.core.losses import LOSSES, ClassLoss, Loss, find_loss, loss_name
 from nbdist.core.metrics import Metric, find_metric
 from nbdist.core.optimizers import make_optimizer, optimizer_name
 from nbdist.core.schedulers import Scheduler, check_scheduler
-from nbdist.core.source import Source, tensors_in
+from nbdist.core.source import Source
 from nbdist.errors import PlanError, TaskError
 
-__all__ = ["ModelLossStep", "Step", "SupervisedStep", "Task", "first_dimension"]
+__all__ = ["ModelLossStep", "Step", "SupervisedStep", "Task"]
 
 Step = Callable[[nn.Module, Any], Any]
-"""``step(model, batch)``: one training step's loss, a mean, or ``(loss, weight)`` with what that mean is over."""
+"""``step(model, batch)``: one training step's loss, a mean over samples, or ``(loss, weight)`` with what it is over."""
 
 NO_LOSS = "no loss: name one (--loss mse, or loss='mse'), or write the step (a %%dist_train cell's body, or step=...)."
+UNKNOWN_MEAN = (
+    "the loss that {model} computes is no mean of which can be seen what it is over (a sum, or several means over "
+    "different numbers), so slices could not be averaged exactly: write the step (a %%dist_train cell's body, or "
+    "step=...) and assign loss and weight, the number that the mean is over."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +137,17 @@ class Task:
         """What sets the learning rate from step to step. Local."""
         return Scheduler(self.scheduler, optimizer)
 
+    @property
+    def _own_mean(self) -> bool:
+        """Whether the loss is computed where nobody sees what it is a mean over: by the model, or by a callable."""
+        if isinstance(self.step, SupervisedStep):
+            return self.step.own_mean
+        return isinstance(self.step, ModelLossStep)
+
+    def measuring(self) -> contextlib.AbstractContextManager[Any]:
+        """Around `loss_and_weight` where no gradients are wanted. Local."""
+        return recorded() if self._own_mean else torch.no_grad()
+
     def loss_and_weight(self, batch: Any, part: Slice) -> tuple[torch.Tensor, Any]:
         """Run the step on one slice.
 
@@ -151,8 +169,12 @@ class Task:
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(type(loss))
             raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {what}.")
+        if weight is None and self._own_mean:
+            weight = mean_over(loss, part.samples)
+            if weight is None and isinstance(self.step, ModelLossStep) and part.samples:
+                raise TaskError(UNKNOWN_MEAN.format(model=type(self.model).__name__))
         if weight is None:
-            weight = first_dimension(batch, part.samples)
+            weight = part.samples
         elif isinstance(weight, torch.Tensor):  # read it where that costs nothing, else do not wait for it
             weight = weight.item() if weight.device.type == "cpu" else weight.double()
         return loss.reshape(()), weight
@@ -163,6 +185,8 @@ class SupervisedStep:
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
+        of_torch = isinstance(loss, nn.modules.loss._Loss) or loss in LOSSES.values()
+        self.own_mean = not (isinstance(loss, ClassLoss) or of_torch)
 
     def __call__(self, model: nn.Module, batch: Any, part: Slice | None = None) -> Any:
         """Return ``loss(model(*inputs), target)``, with its weight where that is known.
@@ -194,12 +218,6 @@ class ModelLossStep:
                 f"{type(output).__name__} without a loss: add labels to the batch, name a loss, or write the step."
             )
         return loss
-
-
-def first_dimension(batch: Any, otherwise: int) -> int:
-    """Length of the first dimension of the first tensor in a batch."""
-    first = next(tensors_in(batch), None)
-    return otherwise if first is None or first.ndim == 0 else len(first)
 
 
 def _name(thing: Any) -> str:

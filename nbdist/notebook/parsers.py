@@ -119,7 +119,7 @@ def _train_parser() -> OptionParser:
         "%dist_train",
         "Train MODEL on DATA on all engines; the notebook's own MODEL then holds the trained weights. Returns a Run. "
         "As a cell magic the body is one training step: it sees `model` and `batch` and assigns `loss`, a mean "
-        "(and `weight`, what that mean is over, if that is not the first dimension of the batch).",
+        "(and `weight`, what that mean is over, if that is not samples).",
         usage="%%dist_train MODEL DATA [OPTIONS]\n"
         "       %%dist_train --resume [OPTIONS]        (goes on with the last run)\n"
         "       %%%%dist_train MODEL DATA [OPTIONS]   (the cell is one step)",

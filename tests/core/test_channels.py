@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
+import struct
 import threading
 
 import pytest
@@ -14,6 +16,7 @@ from nbdist.core.channels import SoloChannel
 from nbdist.errors import PeerLostError
 
 KIB = 1024 // 4  # float32 elements
+TCPI_BYTES_RECEIVED = 128  # where it lies in Linux's `tcp_info`
 LENGTHS = {
     "one": 1,
     "tiny": 1000,
@@ -154,6 +157,74 @@ def test_a_child_of_a_killed_rank_does_not_hold_the_others(run_ranks):
     """A data-loading process has the sockets of its rank, but closes them: the peers are free while it still lives."""
     with pytest.raises(ZeroDivisionError, match="True"):
         run_ranks(2, lose_rank_one_but_not_its_child)
+
+
+def received() -> int:
+    """Bytes that have come in by this process's TCP connections, as the kernel counts them."""
+    total = 0
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            copy = socket.socket(fileno=os.dup(int(number)))
+        except OSError:  # no socket, or closed by now
+            continue
+        with copy:
+            if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
+                about = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                total += struct.unpack_from("Q", about, TCPI_BYTES_RECEIVED)[0]
+    return total
+
+
+def bytes_moved(world):
+    channel, tensor = world.channel(), torch.ones(world.size, 300 * KIB)
+    channel.all_reduce_(torch.ones(1))
+    moved = []
+    for collective in (
+        lambda: channel.all_gather(tensor[0]),
+        lambda: channel.reduce_scatter(tensor.view(-1)),
+        lambda: channel.all_reduce_(tensor),
+    ):
+        before = received()
+        collective()
+        moved.append(received() - before)
+        channel.all_reduce_(torch.ones(1))  # nobody counts what is of the next one
+    return torch.tensor(moved) / tensor[0].nbytes
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="the kernel does not count")
+def test_a_gather_and_a_scatter_move_what_they_must(run_ranks):
+    """Over gloo each rank gets one part of each other rank, half of what an all-reduce moves."""
+    for moved in run_ranks(4, bytes_moved, channel="process group"):
+        torch.testing.assert_close(moved, torch.tensor([3.0, 3.0, 6.0]), rtol=0.02, atol=0)
+
+
+def gathered(world):
+    channel = world.channel()
+    tensors = [torch.full(shape, world.rank).to(dtype) for dtype in DTYPES for shape in ((), (2, 3), (0,))]
+    return [torch.stack(channel.all_gather(tensor)) for tensor in tensors]
+
+
+def test_a_gather_gives_everyone_all(run_on_each_channel):
+    """Tensors of any dtype and shape, in rank order."""
+    shapes = [(dtype, shape) for dtype in DTYPES for shape in ((), (2, 3), (0,))]
+    expected = [torch.stack([torch.full(shape, rank).to(dtype) for rank in range(3)]) for dtype, shape in shapes]
+    for found in run_on_each_channel(3, gathered):
+        assert all(torch.equal(e, f) for e, f in zip(expected, found, strict=True))
+
+
+def lose_rank_one_in(world, name):
+    if world.rank == 1:
+        os._exit(7)
+    try:
+        getattr(world.channel(), name)(torch.ones(3 * 100 * KIB))
+    except PeerLostError:
+        return "released"
+
+
+@pytest.mark.parametrize("name", ["all_gather", "reduce_scatter"])
+def test_a_lost_rank_ends_a_gather_and_a_scatter(run_on_each_channel, name):
+    """With an error for the others, as in a sum."""
+    with pytest.raises(RuntimeError, match="rank 1 died without a word"):
+        run_on_each_channel(3, lose_rank_one_in, name)
 
 
 def test_a_rank_alone_sums_and_broadcasts_to_itself():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils import data as torch_data
 
 from nbdist.core.data import Slice
-from nbdist.core.task import Task, first_dimension
+from nbdist.core.task import Task
 from nbdist.errors import NbdistError, PlanError, TaskError
 
 DATA = classes(8)
@@ -131,7 +131,7 @@ def test_a_title_says_what_is_trained(width, title):
     [(torch.tensor(2.0), 8), ((torch.tensor([2.0]), 5), 5), ((torch.tensor(2.0), torch.tensor(5)), 5)],
 )
 def test_a_step_gives_a_mean_and_maybe_its_weight(given, weight):
-    """Without a weight the mean is over the first dimension of the batch."""
+    """Without a weight the mean is over samples."""
     loss, over = Task.create(mlp(), DATA, step=lambda model, batch: given).loss_and_weight(
         DATA, Slice(index=0, samples=8, batch=DATA)
     )
@@ -152,9 +152,9 @@ def test_a_step_that_gives_no_scalar_is_named(given, message):
 
 
 @pytest.mark.parametrize(
-    ("batch", "length"),
-    [(torch.ones(3, 2), 3), ({"x": [torch.ones(4)], "n": 7}, 4), (torch.tensor(1.0), 9), ("text", 9)],
+    "batch", [{"prior": torch.ones(4), "x": DATA[0]}, (torch.ones(5, 8, 2), DATA[1]), [], torch.tensor(1.0), "text"]
 )
-def test_the_first_dimension_of_a_batch(batch, length):
-    """That of its first tensor; without one, the number of samples."""
-    assert length == first_dimension(batch, 9)
+def test_a_mean_is_over_the_samples_of_its_slice(batch):
+    """Whatever comes first in the batch, and whichever of its dimensions is that of the samples."""
+    task = Task.create(mlp(), DATA, step=lambda model, batch: torch.tensor(2.0))
+    assert 8 == task.loss_and_weight(batch, Slice(index=0, samples=8, batch=batch))[1]

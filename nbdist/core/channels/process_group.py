@@ -29,6 +29,11 @@ def _all_gather(output: torch.Tensor, tensor: torch.Tensor, group: Any) -> Any:
     return gather(output, tensor, group=group, async_op=True)
 
 
+def _reduce_scatter(output: torch.Tensor, tensor: torch.Tensor, group: Any) -> Any:
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return scatter(output, tensor, group=group, async_op=True)
+
+
 class Work(Pending):
     """Polls torch's own work handles: waiting inside them would hold an interrupt back until their timeout."""
 
@@ -121,6 +126,34 @@ class ProcessGroupChannel(Channel):
         return Work.launch(lambda: dist.broadcast(tensor, src=ranks[source], group=group, async_op=True))
 
     @spent.communicating()
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """See `Channel`; as bytes, for gloo does not gather every dtype."""
+        group = self._group
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        sent, received = tensor.view(-1).view(torch.uint8), gathered.view(-1).view(torch.uint8)
+        self._finish(lambda: _all_gather(received, sent, group))
+        return list(gathered)
+
+    @spent.communicating()
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Channel`. On CPU the order of the sum is ours; on a GPU it is the backend's, fixed for one topology."""
+        group = self._group
+        if self._streamed:
+            total = tensor.new_empty(tensor.numel() // self.size)
+            self._finish(lambda: _reduce_scatter(total, tensor, group))
+            return total
+        parts = torch.empty_like(tensor)
+        self._finish(lambda: dist.all_to_all_single(parts, tensor, group=group, async_op=True))
+        rows = parts.view(self.size, -1)
+        mine = rows[0]
+        for other in rows[1:]:
+            mine.add_(other)
+        return mine.clone()  # the other ranks' parts are let go of
+
+    def _finish(self, start: Callable[[], Any]) -> None:
+        Work.launch(start, streamed=self._streamed).wait_on_device()
+
+    @spent.communicating()
     def sum_in_order_(self, rows: torch.Tensor, order: SumOrder) -> None:
         """See `Channel`. Each rank sums a part of the columns, on a GPU too."""
         group, size, length = self._group, self.size, -(-rows.shape[1] // self.size)
@@ -128,11 +161,9 @@ class ProcessGroupChannel(Channel):
         sent[:, : rows.shape[1]] = rows
         sent = sent.view(len(rows), size, length).transpose(0, 1).contiguous()
         parts, total = torch.empty_like(sent), rows.new_empty(length * size)
-        Work.launch(
-            lambda: dist.all_to_all_single(parts, sent, group=group, async_op=True), streamed=self._streamed
-        ).wait_on_device()
+        self._finish(lambda: dist.all_to_all_single(parts, sent, group=group, async_op=True))
         mine = order.total([list(other) for other in parts], torch.Tensor.add_)
-        Work.launch(lambda: _all_gather(total, mine, group), streamed=self._streamed).wait_on_device()
+        self._finish(lambda: _all_gather(total, mine, group))
         rows[0].copy_(total[: rows.shape[1]])
 
     def _gather_and_add_(self, tensor: torch.Tensor) -> Pending:

@@ -124,7 +124,6 @@ class Pipeline:
                 self._backward(action)
         return total, losses
 
-    @torch.no_grad()
     def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T | None:
         """Pass one slice through, for evaluation. **Collective** over a replica."""
         result = None
