@@ -47,6 +47,9 @@ class Holder(Protocol):
     def let_go(self, path: str) -> None:
         """The memory is not needed any more."""
 
+    def let_go_later(self, path: str) -> None:
+        """The same, said without waiting for anything: this thread may be waiting for the holder's answer already."""
+
 
 class Segment:
     """Shared memory that the creating process holds open; others map it by `path`.
@@ -99,17 +102,23 @@ class Segment:
 
     def close(self) -> None:
         """Let go of the segment; processes that have mapped it keep it. Twice is fine."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-            if self._name:
-                os.unlink(self._name)
-            if self._holder is not None:
-                self._holder.let_go(self.path)
+        if self._closed() and self._holder is not None:
+            self._holder.let_go(self.path)
+
+    def _closed(self) -> bool:
+        """Close it here; returns whether it was open."""
+        if self._file < 0:
+            return False
+        os.close(self._file)
+        self._file = -1
+        if self._name:
+            os.unlink(self._name)
+        return True
 
     def __del__(self) -> None:
-        if os is not None:  # it is, when the interpreter ends; then the system lets go of the segment
-            self.close()
+        # The interpreter may be ending; then the system lets go of the segment.
+        if os is not None and self._closed() and self._holder is not None:
+            self._holder.let_go_later(self.path)
 
 
 class Outbox:
