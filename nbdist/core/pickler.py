@@ -23,10 +23,11 @@ from torch.utils.hooks import RemovableHandle
 
 from nbdist.errors import TaskError
 
-__all__ = ["dump", "load"]
+__all__ = ["attributes", "dump", "load"]
 
 _CONTAINERS = (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+_STATE = {"defaults", "state", "param_groups"}  # what torch sends of an optimizer
 _DEFAULT = getattr(object, "__getstate__", None)  # there is one since Python 3.11
 
 
@@ -72,9 +73,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
             return self._tensor(value)
         if issubclass(kind, nn.Module) and is_parametrized(value):
             return copyreg.__newobj__, (kind,), _state_beneath(value)  # type: ignore[attr-defined]
-        if issubclass(kind, torch.optim.Optimizer) and kind.__getstate__ is torch.optim.Optimizer.__getstate__:
-            # without what torch leaves out: hooks, and whatever a subclass keeps
-            return copyreg.__newobj__, (kind,), (vars(value), _slots(value)), None, None, _restore  # type: ignore[attr-defined]
+        if issubclass(kind, torch.optim.Optimizer) and kind.__reduce_ex__ is object.__reduce_ex__:
+            return copyreg.__newobj__, (kind,), _state_of(value), None, None, _restore  # type: ignore[attr-defined]
         if kind is torch.UntypedStorage and value.device.type != "meta":
             return _itself, (self._kept(value),)
         if kind is torch.TypedStorage:
@@ -186,9 +186,19 @@ def _hooks(tensor: Any) -> tuple[Any, Any]:
     return tensor._backward_hooks, tensor._post_accumulate_grad_hooks
 
 
-def _slots(value: Any) -> dict[str, Any]:
-    names: list[str] = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
-    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+def attributes(value: Any) -> dict[str, Any]:
+    """What an object keeps under names, in slots too. Local."""
+    slots: list[str] = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
+    return {**vars(value), **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
+
+
+def _state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that an optimizer keeps; or what its class wants to be sent, and all that is torch's."""
+    everything, own = attributes(optimizer), type(optimizer).__getstate__
+    if own is torch.optim.Optimizer.__getstate__:
+        return everything
+    torchs = {name for name in everything if name in _STATE or name.startswith("_optimizer_")}
+    return {**{name: everything[name] for name in torchs}, **own(optimizer)}
 
 
 def _state_beneath(value: nn.Module) -> Any:
@@ -287,11 +297,11 @@ def _dress(tensor: Any, state: tuple[dict[str, Any], Any, Any, bool | None]) -> 
         tensor._post_accumulate_grad_hooks = after
 
 
-def _restore(optimizer: torch.optim.Optimizer, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    attributes, slots = state
-    optimizer.__setstate__(attributes)
-    for name, value in slots.items():
-        setattr(optimizer, name, value)
+def _restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    slots: list[str] = copyreg._slotnames(type(optimizer))  # type: ignore[attr-defined]
+    optimizer.__setstate__({name: value for name, value in state.items() if name not in slots})
+    for name in state.keys() & set(slots):
+        setattr(optimizer, name, state[name])
 
 
 def _as_weak(referent: Any, make: Any, *callback: Any) -> Any:

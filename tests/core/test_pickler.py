@@ -103,6 +103,7 @@ def values(tensor):
     return plain.to_dense()
 
 
+@pytest.mark.filterwarnings("ignore")  # that some layouts are young, and some are old
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_tensor_arrives_as_it_was(name):
     """Class, layout, flags and attributes, and the values where it has some."""
