@@ -6,6 +6,7 @@ This is the kernel's side; what the anchor itself runs is in `anchor_server`.
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import json
 import math
@@ -69,6 +70,7 @@ class Anchor:
         self.mark = mark
         self._one_at_a_time = threading.Lock()
         self._asked = 0
+        self._unneeded: collections.deque[str] = collections.deque()
         address = socket.socket(socket.AF_UNIX)
         try:
             address.connect(os.path.join(folder, _SOCKET))
@@ -156,8 +158,13 @@ class Anchor:
 
     def let_go(self, path: str) -> None:
         """The memory is not needed any more; nothing happens once this kernel has left."""
+        self.let_go_later(path)
         with contextlib.suppress(ClusterError):
-            self._ask("let_go", path)
+            self._let_go_of_unneeded()
+
+    def let_go_later(self, path: str) -> None:
+        """`let_go` with whatever is said next: for finalizers, which may run in the middle of an exchange."""
+        self._unneeded.append(path)
 
     def leave(self) -> None:
         """Give the cluster up: it waits for another kernel. Twice is fine."""
@@ -171,14 +178,23 @@ class Anchor:
         self.leave()
 
     def _ask(self, *words: Any) -> Any:
+        self._let_go_of_unneeded()
+        with self._one_at_a_time:
+            return self._exchange(*words)
+
+    def _let_go_of_unneeded(self) -> None:
+        with self._one_at_a_time:
+            while self._unneeded:
+                self._exchange("let_go", self._unneeded.popleft())
+
+    def _exchange(self, *words: Any) -> Any:
         try:
-            with self._one_at_a_time:
-                self._asked += 1
-                self._pipe.send((self._asked, *words))
-                while True:
-                    number, answer = self._pipe.recv()
-                    if number == self._asked:  # not one whose wait was interrupted
-                        return answer
+            self._asked += 1
+            self._pipe.send((self._asked, *words))
+            while True:
+                number, answer = self._pipe.recv()
+                if number == self._asked:  # not one whose wait was interrupted
+                    return answer
         except (EOFError, OSError):
             raise ClusterError(f"the anchor of cluster {self.name} has ended, and the cluster with it.") from None
 

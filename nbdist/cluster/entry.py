@@ -244,8 +244,8 @@ def train(
 
     from nbdist.core import attendance, fit
     from nbdist.core.allocator import give_back, let_go_after
-    from nbdist.core.eager import eager
     from nbdist.core.handover import Outbox, pack, unpack
+    from nbdist.core.optimizer_home import OptimizerHome
     from nbdist.core.order_log import OrderLog
     from nbdist.core.params import ParamTable
     from nbdist.telemetry import JsonlSink, SnapshotSink
@@ -285,9 +285,9 @@ def train(
             )
             home = None
             if world.rank == 0 and plan.gather:
-                with eager():
-                    optimizer_state = task.optimizer.state_dict() if task.own_optimizer else None
-                trained = (ParamTable.of(task.model).tensors, optimizer_state)
+                table = ParamTable.of(task.model)
+                optimizer = OptimizerHome(task.optimizer, table.parameters) if task.own_optimizer else None
+                trained = (table.tensors, optimizer)
                 outbox = Outbox()
                 if _engine.home is not None and home_free:
                     outbox.give_back(_engine.home, lambda: True)

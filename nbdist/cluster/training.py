@@ -170,19 +170,18 @@ class Training:
 
     def bring_home(self, home: Any) -> None:
         """Take the trained tensors in; nothing where `gather` is off."""
-        from nbdist.core.eager import eager
         from nbdist.core.handover import unpack
         from nbdist.core.params import ParamTable
 
         if home is None:
             return
         self.engines.home = home.path
-        tensors, optimizer_state = unpack(home)
-        ParamTable.of(self._task.model).load_(tensors)
+        tensors, optimizer = unpack(home)
+        table = ParamTable.of(self._task.model)
+        table.load_(tensors)
         self._hand_on()
-        if optimizer_state is not None:
-            with eager():
-                self._task.optimizer.load_state_dict(optimizer_state)
+        if optimizer is not None:
+            optimizer.put_into(self._task.optimizer, table.parameters)
 
     def kept_step(self) -> int:
         """The step from which the run goes on if it is begun again now."""

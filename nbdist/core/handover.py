@@ -7,10 +7,10 @@ memory is free when the last one lets go, however it died. To another host the s
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import gc
-import io
 import itertools
 import mmap
 import os
@@ -21,10 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import cloudpickle
 import numpy as np
 import torch
 
+from nbdist.core import pickler
 from nbdist.errors import ClusterError, TaskError
 
 __all__ = ["Holder", "Outbox", "Parcel", "Segment", "let_go", "open_segment", "pack", "unpack"]
@@ -47,6 +47,9 @@ class Holder(Protocol):
 
     def let_go(self, path: str) -> None:
         """The memory is not needed any more."""
+
+    def let_go_later(self, path: str) -> None:
+        """The same, said without waiting for anything: this thread may be waiting for the holder's answer already."""
 
 
 def segment_path(file: int, place: str) -> str:
@@ -128,19 +131,25 @@ class Segment:
 
     def close(self) -> None:
         """Let go of the segment; processes that have mapped it keep it. Twice is fine."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-            if self._owner != os.getpid():
-                return  # a forked child has a descriptor of its own, and no more
-            if self._name:
-                os.unlink(self._name)
-            if self._holder is not None:
-                self._holder.let_go(self.path)
+        if self._closed() and self._holder is not None:
+            self._holder.let_go(self.path)
+
+    def _closed(self) -> bool:
+        """Close it here; returns whether it was open and is this process's to let go of."""
+        if self._file < 0:
+            return False
+        os.close(self._file)
+        self._file = -1
+        if self._owner != os.getpid():
+            return False  # a forked child has a descriptor of its own, and no more
+        if self._name:
+            os.unlink(self._name)
+        return True
 
     def __del__(self) -> None:
-        if os is not None:  # it is, when the interpreter ends; then the system lets go of the segment
-            self.close()
+        # The interpreter may be ending; then the system lets go of the segment.
+        if os is not None and self._closed() and self._holder is not None:
+            self._holder.let_go_later(self.path)
 
 
 class Outbox:
@@ -218,26 +227,19 @@ def pack(value: Any, *, inline: bool = False, outbox: Outbox | None = None) -> t
     Raises:
         TaskError: Something in `value` cannot be pickled.
     """
-    stream = io.BytesIO()
-    pickler = _Pickler(stream)
     try:
-        pickler.dump(value)
+        code, buffers = pickler.dump(value)
     except Exception as error:  # whatever a __reduce__ of the user's raises
         raise TaskError(f"it cannot be sent to another process: {error}.") from error
-    code = stream.getvalue()
-    views = [buffer.raw() for buffer in pickler.buffers]
-    end = len(code)
-    starts = [0] * len(views)
-    for i in sorted(range(len(views)), key=lambda i: len(views[i]) >= _APART_BYTES):  # small ones lie together
-        end += -end % (mmap.ALLOCATIONGRANULARITY if len(views[i]) >= _APART_BYTES else _ALIGNMENT)
-        starts[i], end = end, end + len(views[i])
-    places = [(start, len(view)) for start, view in zip(starts, views, strict=True)]
-    table = pickle.dumps(places)
+    views = [buffer.raw() for buffer in buffers]
+    regions, starts, written = _laid_out(views, len(code))
+    end = sum(regions[-1])
+    table = pickle.dumps((regions, [(start, len(view)) for start, view in zip(starts, views, strict=True)]))
     segment = (outbox or Outbox()).segment(end + len(table))
-    segment.fill([(0, memoryview(code)), *zip(starts, views, strict=True), (end, memoryview(table))])
+    segment.fill([(0, memoryview(code)), *((starts[i], views[i]) for i in written), (end, memoryview(table))])
     for view in views:
         view.release()  # before the garbage collector meets them in the pickler's cycles
-    for buffer in pickler.buffers:
+    for buffer in buffers:
         buffer.release()
     parcel = Parcel(
         path=segment.path, inline=segment.buffer[:] if inline else None, code_bytes=len(code), table_start=end,
@@ -250,10 +252,50 @@ def unpack(parcel: Parcel) -> Any:
     """Unpack a parcel. Tensors and arrays lie in a private mapping of the segment: writing is safe, and not seen."""
     map_ = _in_memory(parcel.inline) if parcel.inline is not None else _in_segment(parcel)
     table: Any = map_(parcel.table_start, parcel.nbytes - parcel.table_start)
-    places = pickle.loads(table)
-    common = map_(0, max([parcel.code_bytes, *(start + size for start, size in places if size < _APART_BYTES)]))
-    buffers = [map_(start, size) if size >= _APART_BYTES else common[start : start + size] for start, size in places]
-    return pickle.loads(common[: parcel.code_bytes], buffers=buffers)
+    regions, places = pickle.loads(table)
+    memory = [map_(start, size) for start, size in regions]
+    firsts = [start for start, _ in regions]
+    buffers = []
+    for start, size in places:
+        i = bisect.bisect(firsts, start) - 1
+        buffers.append(memory[i][start - firsts[i] : start - firsts[i] + size])
+    return pickler.load(memory[0][: parcel.code_bytes], buffers)
+
+
+def _laid_out(views: list[memoryview], start: int) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+    """Where memory goes in a segment, from `start` on; what overlaps does so there, as an array and a tensor of it.
+
+    Returns:
+        Start and size of each region that is mapped by itself, the first with what is small, and what is before it;
+        where each view begins; which of them have to be written, for the others lie within one of these.
+    """
+    addresses = [np.frombuffer(view, np.uint8).__array_interface__["data"][0] if len(view) else 0 for view in views]
+    joined: list[tuple[int, int, list[int]]] = []  # from where to where in our memory, and who lies there
+    written = []
+    for i in sorted(range(len(views)), key=lambda i: (addresses[i], -len(views[i]))):
+        first, last, members = addresses[i], addresses[i] + len(views[i]), list[int]()
+        reached = joined[-1][1] if joined else 0
+        if last > reached:
+            written.append(i)
+        if first < reached:
+            first, _, members = joined.pop()
+        members.append(i)
+        joined.append((first, max(last, reached), members))
+    end = common = start
+    apart: list[tuple[int, int]] = []
+    starts = [start] * len(views)
+    for first, last, members in sorted(joined, key=lambda each: each[1] - each[0] >= _APART_BYTES):
+        large = last - first >= _APART_BYTES
+        if large:
+            end += -end % mmap.ALLOCATIONGRANULARITY
+        end += (first - end) % _ALIGNMENT
+        if large:
+            apart.append((end, last - first))
+        for i in members:
+            starts[i] = end + addresses[i] - first
+        end += last - first
+        common = common if large else end
+    return [(0, common), *apart], starts, written
 
 
 def _in_memory(content: bytes) -> Callable[[int, int], Any]:
@@ -283,50 +325,3 @@ def let_go(path: str) -> bool:
     if not _mapped.get(path):
         _mapped.pop(path, None)
     return path not in _mapped
-
-
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no types
-    """Pickles by value and keeps storages and arrays aside, as `buffers`."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        self.buffers: list[pickle.PickleBuffer] = []
-        super().__init__(file, protocol=5, buffer_callback=self.buffers.append)
-        self._storages: dict[tuple[str, int], _Storage] = {}
-
-    def reducer_override(self, value: Any) -> Any:
-        """Take plain tensors apart; everything else is cloudpickle's."""
-        if isinstance(value, io.IOBase) and not isinstance(value, (io.BytesIO, io.StringIO)):
-            # cloudpickle would put a copy of its content in its place, unasked
-            raise pickle.PicklingError(f"it holds an open file ({getattr(value, 'name', value)!r})")
-        if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_quantized:
-            return super().reducer_override(value)
-        plain = value.detach().resolve_conj().resolve_neg()
-        storage = plain.untyped_storage()
-        key = (str(plain.device), storage.data_ptr())
-        if key not in self._storages:
-            self._storages[key] = _Storage(storage)
-        place = (plain.storage_offset(), tuple(plain.shape), plain.stride())
-        return _as_tensor, (self._storages[key], plain.dtype, *place, value.requires_grad), value.__dict__ or None
-
-
-class _Storage:
-    """A tensor storage on its way; pickled once, however many tensors view it."""
-
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        self._original = storage  # keeps the address, by which the pickler knows it, taken
-        self._bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        content: Any = self._bytes.numpy()
-        return _as_storage, (pickle.PickleBuffer(content),)
-
-
-def _as_storage(view: memoryview) -> torch.UntypedStorage:
-    return torch.frombuffer(view, dtype=torch.uint8).untyped_storage() if len(view) else torch.UntypedStorage(0)
-
-
-def _as_tensor(
-    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: tuple[int, ...], stride: tuple[int, ...],
-    requires_grad: bool,
-) -> torch.Tensor:  # fmt: skip
-    return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride).requires_grad_(requires_grad)

@@ -10,7 +10,7 @@ import torch
 from nbdist.core.axes import Axes
 from nbdist.core.params import ParamTable
 
-__all__ = ["cut_state_", "device_of_entry", "gather_state_", "is_split"]
+__all__ = ["cut_state_", "device_of_entry", "gather_state_", "is_split", "move_state_"]
 
 _COUNTERS = {"step", "mu_product", "eta", "mu"}  # of torch.optim: one number a parameter, of whatever shape that is
 
@@ -25,6 +25,16 @@ def device_of_entry(entry: str, group: dict[str, Any], device: torch.device) -> 
     if entry == "step" and not (group.get("fused") or group.get("capturable")):
         return torch.device("cpu")
     return device
+
+
+def move_state_(optimizer: torch.optim.Optimizer) -> None:
+    """Put the state of each parameter on the device where that is, and do not cast it. Local."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state: dict[str, Any] = optimizer.state.get(parameter) or {}
+            for entry, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    state[entry] = value.to(device_of_entry(entry, group, parameter.device))
 
 
 @torch.no_grad()

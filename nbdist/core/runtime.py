@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nbdist.core.eager import eager
+from nbdist.core.optimizer_state import move_state_
 from nbdist.core.task import Task
 
 __all__ = ["deterministic", "on_device", "threads", "uninterrupted"]
@@ -66,9 +66,7 @@ def _move(task: Task, source: torch.device, target: torch.device) -> None:
     if source == target:
         return
     task.model.to(target)
-    if task.optimizer.state:
-        with eager():
-            task.optimizer.load_state_dict(task.optimizer.state_dict())  # puts each state where its parameter is
+    move_state_(task.optimizer)
 
 
 @contextlib.contextmanager

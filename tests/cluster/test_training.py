@@ -104,6 +104,46 @@ def test_the_users_own_optimizer_gets_its_state_back(cluster):
     torch.testing.assert_close(*results, **EXACT)
 
 
+class Counting(torch.optim.SGD):
+    """It lowers its rate by what it keeps itself."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        self.calls = 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        self.param_groups[0]["lr"] = 0.1 / self.calls
+        return super().step(closure)
+
+
+class Scaled(nn.Module):
+    """Its input is scaled by an `nn.Buffer`, and the gradient of half of its weights is masked by a hook."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.scale, self.line = nn.Buffer(torch.full((6,), 2.0, dtype=dtype)), nn.Linear(6, 3, dtype=dtype)
+        self.line.weight.register_hook(lambda gradient: gradient * (torch.arange(6) < 3))
+
+    def forward(self, x):
+        return self.line(self.scale * x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_torch_does_not_pickle_takes_part(cluster, dtype):
+    """A buffer, a hook and an optimizer's own attributes, there and back: what one process makes of them."""
+    results = []
+    for train, slices in ((cluster.train, 1), (nbdist.train, ENGINES)):
+        torch.manual_seed(0)
+        model = Scaled(dtype)
+        optimizer = Counting(model.parameters())
+        quiet = {} if train == cluster.train else {"verbose": False}
+        train(model, classes(64, dtype), loss="cross_entropy", optimizer=optimizer, accumulate=slices, **quiet)
+        results.append((copied(model), optimizer.calls, optimizer.param_groups[0]["lr"]))
+    assert (2, 0.05) == results[0][1:]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-12)
+
+
 def test_an_interrupt_in_the_foreground_stops_the_run_in_good_order(cluster):
     """As ■ does: all ranks end after the same step, the weights come home, then KeyboardInterrupt."""
     model = net()

@@ -47,6 +47,15 @@ def bert() -> nn.Module:
     )  # fmt: skip
 
 
+def t5() -> nn.Module:
+    """Encoder and decoder, one table of positions in each, dropout."""
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0
+        )
+    )
+
+
 def vit() -> nn.Module:
     """Patches of images."""
     return transformers.ViTForImageClassification(
@@ -102,10 +111,12 @@ class Case:
     make: Callable[[], nn.Module]
     data: Callable[[int], Any]
 
-    def model(self) -> nn.Module:
+    def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The same weights each time."""
-        return seeded(self.make, torch.float64).train()
+        return seeded(self.make, dtype).train()
 
+
+T5 = Case(t5, tokens)
 
 CASES = {
     "GPT-2": Case(gpt2, tokens),

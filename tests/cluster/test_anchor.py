@@ -1,0 +1,71 @@
+"""The anchor of a detached cluster, as the kernel that asks it sees it."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+
+from nbdist.cluster.anchor import Anchor
+from nbdist.core.handover import Segment
+
+
+@pytest.fixture
+def anchor(home, tmp_path):
+    """One that lives, with a folder of its own."""
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    started = Anchor.start(str(folder), 60.0)
+    yield started
+    started.end()
+
+
+class Collecting:
+    """A connection on which Python collects garbage in the middle of an exchange."""
+
+    def __init__(self, pipe):
+        self.pipe = pipe
+
+    def send(self, words):
+        self.pipe.send(words)
+        gc.collect()
+
+    def __getattr__(self, name):
+        return getattr(self.pipe, name)
+
+
+def forgotten(holder):
+    """A segment that only the garbage collector finds; returns its path."""
+    knot = [Segment(10, holder)]
+    knot.append(knot)
+    return knot[0].path
+
+
+def test_memory_is_forgotten_in_the_middle_of_an_exchange(anchor, monkeypatch):
+    """A segment that is collected while the kernel waits for an answer locks nothing up, and its memory goes."""
+    gc.disable()
+    try:
+        path = forgotten(anchor)
+        monkeypatch.setattr(anchor, "_pipe", Collecting(anchor._pipe))
+        anchor.note("name", 1)
+        assert {"name": 1} == anchor.look()["notes"]
+    finally:
+        gc.enable()
+    assert not os.path.exists(path)
+
+
+def test_closed_memory_is_gone_at_once(anchor):
+    """Closing waits until the anchor has let go too."""
+    segment = Segment(10, anchor)
+    assert os.path.exists(segment.path)
+    segment.close()
+    assert not os.path.exists(segment.path)
+
+
+def test_memory_may_be_let_go_when_the_anchor_has_ended(anchor):
+    """Nothing is left to let go of then, and nothing is raised."""
+    segments = [Segment(10, anchor) for _ in range(2)]
+    anchor.end()
+    segments.pop().close()
+    del segments
