@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import threading
 import time
@@ -41,8 +42,9 @@ def start_engines(
     loading.start()  # here too, while the engines start
     begun: Launch | Engines = (launch := Launch(size, patience_s))
     try:
-        launch.wait_for(size, timeout_s, tell)
         loading.join()
+        gc.collect()  # with all of torch it is due: here nobody waits for it, in the middle of a run one would
+        launch.wait_for(size, timeout_s, tell)
         engines = begun = Engines(launch, _store_of(launch.anchor), size, device, timeout_s, spares)
         tell("forming the world")
         engines.meet()
