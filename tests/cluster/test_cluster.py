@@ -17,6 +17,7 @@ from shared_cluster import ENGINES, folder_of, marked
 from tasks import classes, net, process_of_each_rank
 
 import nbdist
+from nbdist.cluster import fork_server
 from nbdist.core.handover import pack
 from nbdist.errors import ClusterError, PlanError, TaskError
 
@@ -47,9 +48,10 @@ def test_start_of_a_running_cluster_does_nothing(cluster):
     assert cluster.engines == before
 
 
-def test_a_start_looks_for_garbage_while_it_waits(cluster):
+def test_a_first_start_looks_for_garbage_while_it_waits(cluster):
     """With all that torch consists of, that is due: it would else come in the middle of one of the first runs."""
     cluster.stop()
+    fork_server.end_server()
     asked = []
 
     def note(phase, about):
