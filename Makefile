@@ -9,7 +9,8 @@ BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_tim
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-conditions test-notebooks test-browser test-gpu parity chaos hf bench check lab clean
+.PHONY: help env demo test test-conditions test-notebooks test-browser test-gpu parity chaos hf bench bench-quick check \
+	lab clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +62,10 @@ bench: env  ## Measure, side by side with what others would write by hand: under
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt
 	@for script in $(BENCHMARKS); do echo; $(BIN)/python benchmarks/$$script.py || exit 1; done
 	@echo; $(BIN)/python benchmarks/step_time.py --peer one
+
+bench-quick: env  ## Say what has become slower, beside the figures of benchmarks/README.md: under 4 minutes
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt
+	@$(BIN)/python benchmarks/quick.py
 
 check: env  ## Lint, formatting, types
 	$(BIN)/ruff check .

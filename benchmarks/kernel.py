@@ -14,7 +14,11 @@ __all__ = ["Kernel"]
 
 
 class Kernel:
-    """A kernel with nbdist loaded; a context manager."""
+    """A kernel with nbdist loaded; a context manager.
+
+    Attributes:
+        loading_s: How many seconds ``%load_ext nbdist`` took.
+    """
 
     def __enter__(self) -> Kernel:
         self._manager = KernelManager(kernel_name="python3")
@@ -23,7 +27,8 @@ class Kernel:
         self._client.start_channels()
         self._client.wait_for_ready(timeout=60)
         self.process = psutil.Process(self._manager.provisioner.pid)
-        self.run("%load_ext nbdist\nimport time")
+        self.run("import time")
+        self.loading_s = self.seconds("%load_ext nbdist")
         return self
 
     def __exit__(

@@ -46,7 +46,8 @@ class Comparison:
         """One line of a table; `faster` says how many times as fast we are in place of ours over theirs."""
         ratios = sorted(1 / ratio for ratio in self.ratios) if faster else sorted(self.ratios)
         ours, peer = statistics.median(self.ours), statistics.median(self.peer)
-        middle = f"{statistics.median(ratios):5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        shown = [f"{r:.2f}" if r >= 0.1 else f"{r:.3f}" for r in (statistics.median(ratios), ratios[0], ratios[-1])]
+        middle = f"{shown[0]:>5} ({shown[1]} to {shown[2]})"
         return f"{self.name:<44} {ours:9.2f} {peer:9.2f} {self.unit:<4} {middle:<22} {self.target}"
 
 

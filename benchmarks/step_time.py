@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pairs import arguments, compare, report
+from pairs import Comparison, arguments, compare, report
 from torch import nn
 from torch.nn import functional as F
 
@@ -157,6 +157,17 @@ def measure(side: str, case: str, ranks: int, device: str) -> float:
     return float(next(line for line in done.stdout.splitlines() if line.startswith("ms ")).split()[1])
 
 
+def beside(peer: str, case: str, pairs: int, device: str = "cpu") -> Comparison:
+    """Compare one case with a peer, "ddp" or "one"."""
+    ranks = RANKS if device == "cpu" else torch.cuda.device_count()
+    return compare(
+        case, "ms", f"at least {CASES[case][-1]:g}" if device == "cpu" else "",
+        lambda: measure("ours", case, ranks, device),
+        lambda: measure("peer", case, ranks if peer == "ddp" else 1, device),
+        pairs,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Measure the cases and print a table."""
     parser = arguments(__doc__, pairs=4)
@@ -170,16 +181,8 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print("ms", milliseconds, flush=True)
         os._exit(0)  # DDP's own end over gloo aborts now and then, when all has been measured
-    ranks = RANKS if options.device == "cpu" else torch.cuda.device_count()
-    comparisons = [
-        compare(
-            case, "ms", f"at least {CASES[case][-1]:g}" if options.device == "cpu" else "",
-            lambda case=case: measure("ours", case, ranks, options.device),
-            lambda case=case: measure("peer", case, ranks if options.peer == "ddp" else 1, options.device),
-            options.pairs,
-        )
-        for case in options.cases or (BESIDE_DDP if options.peer == "ddp" else BESIDE_ONE)
-    ]  # fmt: skip
+    cases = options.cases or (BESIDE_DDP if options.peer == "ddp" else BESIDE_ONE)
+    comparisons = [beside(options.peer, case, options.pairs, options.device) for case in cases]
     report(comparisons, as_json=options.json, faster=True, peer="DDP" if options.peer == "ddp" else "one")
 
 

@@ -122,10 +122,13 @@ class CellRun:
         finally:
             self._done([rank for rank, call in self._calls.items() if call.ready() and call.successful()])
 
+    def _waiting(self) -> list[Any]:
+        return [call for call in self._calls.values() if not call.ready()]
+
     def _wait(self, while_waiting: Callable[[], None]) -> None:
         look_s, apart_s, before = time.monotonic() + _LOOK_S, _LOOK_S, ""
         try:
-            while waiting := [call for call in self._calls.values() if not call.ready()]:
+            while waiting := self._waiting():
                 while_waiting()
                 waiting[0].wait(_POLL_S)
                 self._check_alive()
@@ -140,9 +143,9 @@ class CellRun:
         except KeyboardInterrupt:
             self._interrupt([rank for rank, call in self._calls.items() if not call.ready()])
             deadline = time.monotonic() + _INTERRUPTED_AFTER_S
-            while not self.done() and time.monotonic() < deadline:
+            while (waiting := self._waiting()) and time.monotonic() < deadline:
                 while_waiting()
-                time.sleep(_POLL_S)
+                waiting[0].wait(_POLL_S)
             stuck = [rank for rank, call in self._calls.items() if not call.ready()]
             if not stuck:
                 raise interrupted("the ranks were interrupted; they keep their state.") from None

@@ -78,6 +78,12 @@ class _Brood:
         shutil.rmtree(folder, ignore_errors=True)
         self._owners.pop(folder, None)
 
+    def wait(self, timeout_s: float) -> None:
+        """Wait until all have ended, but not for longer than a time."""
+        deadline = time.monotonic() + timeout_s
+        for held in self._held:
+            _over(held, max(0.0, deadline - time.monotonic()))
+
     def end_orphans(self) -> None:
         """`end` every cluster whose owner is gone: a kernel, or an anchor."""
         for folder, owner in list(self._owners.items()):
@@ -103,9 +109,8 @@ def serve(pipe: Connection, owner: str) -> None:
     """The server's loop: fork what is ordered, until the pipe closes or the owner is gone."""
     brood = _Brood()
     _serve(pipe, owner, brood)
-    time.sleep(_POLL_S)  # an owner that ends us in good order does so now, and one that was killed is dead by now
-    if not owner_guard.alive(owner):
-        time.sleep(_GRACE_S)
+    if owner_guard.ends(owner, _POLL_S):  # else it ends us in good order, now
+        brood.wait(_GRACE_S)
         brood.end_orphans()
 
 

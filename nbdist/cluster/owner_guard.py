@@ -8,6 +8,7 @@ forked, so it would fire when a notebook's worker thread ends.)
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -17,11 +18,11 @@ import time
 
 import psutil
 
-__all__ = ["FOLDER_VARIABLE", "OWNER_VARIABLE", "alive", "main", "owner_mark"]
+__all__ = ["FOLDER_VARIABLE", "OWNER_VARIABLE", "alive", "ends", "main", "owner_mark"]
 
 OWNER_VARIABLE = "NBDIST_OWNER"
 FOLDER_VARIABLE = "NBDIST_FOLDER"
-_POLL_S = 0.5
+_LOOK_S = 0.5  # psutil before 7.2 does not say that a process has become a zombie
 _GRACE_S = 2.0
 
 
@@ -39,9 +40,20 @@ def alive(mark: str) -> bool:
         return False
 
 
-def _watch(mark: str, folder: str | None) -> None:
+def ends(mark: str, within_s: float = math.inf) -> bool:
+    """Wait until the process that `mark` names has ended, but not longer than `within_s`; returns whether it has."""
+    deadline = time.monotonic() + within_s
     while alive(mark):
-        time.sleep(_POLL_S)
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return False
+        with contextlib.suppress(psutil.Error):  # it is gone, or the time is over
+            psutil.Process(int(mark.partition(":")[0])).wait(min(left_s, _LOOK_S))
+    return True
+
+
+def _watch(mark: str, folder: str | None) -> None:
+    ends(mark)
     if folder is None:  # an engine: whatever it is doing, it has a moment to leave in good order
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_S)
@@ -58,8 +70,7 @@ def _end_with_controller() -> None:
     mark = owner_mark(os.getppid())
 
     def watch() -> None:
-        while alive(mark):
-            time.sleep(_POLL_S)
+        ends(mark)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name="nbdist-owner-guard").start()

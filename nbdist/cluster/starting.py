@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import threading
 import time
@@ -36,8 +37,9 @@ def start_engines(
         ClusterError: They were not ready in time. Nothing is left running then.
     """
     started_s = time.monotonic()
-    tell("loading torch" if fork_server.current_server() is None else "starting engines")
-    loading = threading.Thread(target=_load_torch, daemon=True)
+    cold = fork_server.current_server() is None
+    tell("loading torch" if cold else "starting engines")
+    loading = threading.Thread(target=_load_torch, args=(cold,), daemon=True)
     loading.start()  # here too, while the engines start
     begun: Launch | Engines = (launch := Launch(size, patience_s))
     try:
@@ -71,9 +73,15 @@ def take_over_engines(anchor: Anchor) -> Engines:
     return engines
 
 
-def _load_torch() -> None:
+def _load_torch(cold: bool = False) -> None:
+    """Load torch; in a `cold` start, which has to wait for another process to do so, look for garbage too.
+
+    With all of torch that is due soon, and would take a tenth of a second in the middle of one of the first runs.
+    """
     with contextlib.suppress(Exception):  # who needs it next will meet the error again, and can be told
         importlib.import_module("nbdist.core.world")
+    if cold:
+        gc.collect()
 
 
 def _store_of(anchor: Anchor | None) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import threading
 import time
@@ -23,6 +25,7 @@ __all__ = [
     "PanelDashboard",
     "TerminalDashboard",
     "has_front_end",
+    "load_panel",
     "make_dashboard",
     "remains",
     "show_run",
@@ -39,6 +42,16 @@ _panels: weakref.WeakKeyDictionary[Run, PanelDashboard] = weakref.WeakKeyDiction
 def has_front_end(shell: Any) -> bool:
     """Whether `shell` runs in a kernel, so that what it displays can change later."""
     return getattr(shell, "kernel", None) is not None
+
+
+def load_panel() -> None:
+    """Load what a panel consists of, in the background, so that the first run finds it there."""
+    threading.Thread(target=_load_panel, daemon=True, name="nbdist-panel").start()
+
+
+def _load_panel() -> None:
+    with contextlib.suppress(Exception):  # who draws meets the error again
+        _panel_class()
 
 
 def make_dashboard(shell: Any, background: bool = False) -> LineDashboard | PanelDashboard | TerminalDashboard:
@@ -163,7 +176,8 @@ def _live(widget: Any) -> dict[str, Any]:
     return {_WIDGET_VIEW: {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}}
 
 
-def _make_widget(run: Run) -> Any:
+@functools.cache
+def _panel_class() -> Any:
     import anywidget
     import traitlets
 
@@ -177,8 +191,12 @@ def _make_widget(run: Run) -> Any:
         reply = traitlets.Dict().tag(sync=True)
         heard = traitlets.Int(0).tag(sync=True)
 
+    return Panel
+
+
+def _make_widget(run: Run) -> Any:
     view = run.progress
-    panel = Panel(
+    panel = _panel_class()(
         head=panel_view.head(view), rows=panel_view.rows(view), charts=panel_view.charts(view),
         events=panel_view.events(view), reply={"number": 0, "text": ""},
     )  # fmt: skip

@@ -20,7 +20,7 @@ from nbdist.cluster import (
 )
 from nbdist.errors import ClusterError, PlanError, ranks_text
 from nbdist.notebook import parsers
-from nbdist.notebook.dashboard import has_front_end, make_dashboard, show_run
+from nbdist.notebook.dashboard import has_front_end, load_panel, make_dashboard, show_run
 from nbdist.notebook.detached import clusters_bundle
 from nbdist.notebook.expressions import callable_of, evaluate, path_of, value_of
 from nbdist.notebook.help import help_text, help_text_of
@@ -76,6 +76,8 @@ class DistMagics(Magics):
     def dist_start(self, line: str) -> None:
         arguments = parsers.START.parse(split_line(line))
         cluster = current_cluster()
+        if has_front_end(self.shell):
+            load_panel()
         wanted = Cluster(
             arguments.n, device=arguments.device, timeout_s=arguments.timeout, spares=arguments.spares,
             detach=arguments.detach,

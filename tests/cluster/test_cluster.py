@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import pickle
 import socket
 import threading
@@ -16,6 +17,7 @@ from shared_cluster import ENGINES, folder_of, gone, marked
 from tasks import classes, net, process_of_each_rank
 
 import nbdist
+from nbdist.cluster import fork_server
 from nbdist.core.handover import pack
 from nbdist.errors import ClusterError, PlanError, TaskError
 
@@ -44,6 +46,26 @@ def test_start_of_a_running_cluster_does_nothing(cluster):
     before = cluster.engines
     assert cluster.start() is cluster
     assert cluster.engines == before
+
+
+def test_a_first_start_looks_for_garbage_while_it_waits(cluster):
+    """With all that torch consists of, that is due: it would else come in the middle of one of the first runs."""
+    cluster.stop()
+    fork_server.end_server()
+    asked = []
+
+    def note(phase, about):
+        if phase == "start":
+            asked.append(about["generation"])
+
+    gc.disable()  # no one that Python itself finds due
+    gc.callbacks.append(note)
+    try:
+        cluster.start()
+    finally:
+        gc.callbacks.remove(note)
+        gc.enable()
+    assert asked == [2]
 
 
 def test_records_tell_where_each_rank_trains(cluster):

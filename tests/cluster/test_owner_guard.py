@@ -97,6 +97,30 @@ def test_an_engine_that_hangs_in_c_code_does_not_outlive_its_owner(shared_cluste
         until(lambda: not folder.exists())
 
 
+SERVER = """
+import sys
+from multiprocessing import Pipe
+from nbdist.cluster import forks
+
+forks._GRACE_S = 1000.0
+ours, theirs = Pipe()
+ours.close()
+forks.serve(theirs, sys.argv[1])
+"""
+
+
+def test_a_fork_server_ends_as_soon_as_its_forks_have():
+    """It waits for them, of an owner that was killed, and not for its patience to end."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as owner:
+        server = subprocess.Popen([sys.executable, "-c", SERVER, owner_mark(owner.pid)])
+        try:
+            owner.kill()
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
+            server.wait()
+
+
 def test_a_process_is_named_beyond_the_reuse_of_its_number():
     """The mark holds the time of birth too, and is the same whenever it is taken."""
     pid, _, born = owner_mark(os.getpid()).partition(":")

@@ -27,6 +27,16 @@ def test_a_start_says_what_is_being_done_in_one_line(kernel):
     assert line["before"] == []
 
 
+def test_a_start_loads_what_a_panel_consists_of(kernel):
+    """In the background: the first run need not."""
+    loaded = kernel(
+        "import sys, threading\n"
+        "for thread in threading.enumerate():\n    if thread.name == 'nbdist-panel': thread.join()\n"
+        "print('anywidget' in sys.modules)"
+    )
+    assert loaded.printed == "True\n"
+
+
 def test_a_training_leaves_a_static_picture(kernel):
     """HTML and text that a saved notebook keeps, once, and no widget; the cell's value is not shown a second time."""
     cell = kernel(
