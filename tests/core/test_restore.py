@@ -8,13 +8,18 @@ import re
 import pytest
 import torch
 from kept import WIDTH, fused, keep, net, newest, over, sgd
-from problems import ADAMW, alone, assert_same_bits, classes, mlp, stop_after, train, weights
+from problems import ADAMW, alone, assert_same_bits, classes, mlp, seeded, stop_after, train, weights
 from test_pieces import Noting
 from torch import nn
 
 import nbdist
+from nbdist.core.axes import Axes
 from nbdist.core.optimizers import OPTIMIZERS
+from nbdist.core.params import ParamTable
+from nbdist.core.restore import load, load_whole
+from nbdist.core.saved import Saved
 from nbdist.errors import PlanError, TaskError
+from nbdist.plan import Mesh
 
 
 def test_views_and_odd_layouts(tmp_path):
@@ -236,3 +241,28 @@ def test_counts_go_on_with_another_number_of_ranks(run_ranks, tmp_path):
 def epoch_on(world, folder):
     result, _ = train(world, mlp(), classes(40), optimizer="sgd", batch_size=8, epochs=1, resume=folder)
     return result.history[0]
+
+
+def normed():
+    return seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)), torch.float64)
+
+
+def stopped_in_mid_epoch(world, folder, strategy):
+    options = {"optimizer": "sgd", "batch_size": 8, "epochs": 2, "orders": stop_after(2)}
+    train(world, normed(), classes(40), checkpoint=folder, strategy=strategy, **options)
+
+
+def statistics(world, folder, mesh):
+    model = normed()
+    load(Saved.in_folder(folder), ParamTable.of(model), None, Axes(world, mesh))
+    return model[1].running_mean
+
+
+@pytest.mark.parametrize(("kept", "then"), [("dp=4", Mesh(dp=2, pp=2)), ("dp=2,pp=2", Mesh(dp=4))])
+def test_statistics_on_another_mesh_of_as_many_ranks(run_ranks, tmp_path, kept, then):
+    """Every rank gets the mean over all that were kept, as one process does, and not those of some other rank."""
+    run_ranks(4, stopped_in_mid_epoch, str(tmp_path), kept)
+    whole = normed()
+    load_whole(Saved.in_folder(str(tmp_path)), whole)
+    for found in run_ranks(4, statistics, str(tmp_path), then):
+        torch.testing.assert_close(found, whole[1].running_mean, rtol=0, atol=0)
