@@ -122,7 +122,7 @@ def check_goes_on(saved: Saved, plan: Plan) -> None:
 
 
 def same_mesh(saved: Saved, axes: Axes) -> bool:
-    """Whether each rank takes the place of the one that kept it: equally many ranks may be laid out otherwise. Local."""
+    """Whether each rank takes the place of the one that kept it: as many may be laid out otherwise. Local."""
     return len(saved.ranks) == axes.world.size and bool(saved.ranks[0]["mesh"] == str(axes.mesh))
 
 
