@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from nbdist.core.eager import eager
+from nbdist.core.optimizer_trial import differs
 from nbdist.errors import PlanError, TaskError, suggest
 from nbdist.plan import Mesh
 
 __all__ = ["OPTIMIZERS", "check_may_be_cut", "make_optimizer", "optimizer_name"]
 
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
-
-_WHOLE = (torch.optim.Adafactor, torch.optim.Muon)  # they look at a matrix as a whole
 
 _FUSED = {"adam", "adamw", "sgd"}  # one kernel for the whole update, on CPU and GPU alike
 
@@ -81,15 +80,22 @@ def optimizer_name(optimizer: Any) -> str:
 
 
 def check_may_be_cut(optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
-    """Check that an optimizer gives the same where a mesh cuts parameters: that it treats each element by itself.
+    """Check that an optimizer gives the same where a mesh cuts parameters, by trying it on small ones. Local.
 
     Raises:
-        PlanError: It is known not to. What an optimizer of the user's own does cannot be known.
+        PlanError: It does not.
     """
-    if mesh.tp * mesh.shard > 1 and isinstance(optimizer, _WHOLE):
+    how = differs(optimizer, flat=mesh.shard > 1, along=mesh.tp > 1, apart=False)
+    if how:
         raise PlanError(
-            f"optimizer {type(optimizer).__name__} looks at whole matrices, which mesh {mesh} cuts: use another one, "
-            "such as adamw, or the strategy data or pipeline."
+            f"optimizer {type(optimizer).__name__} {how}, which mesh {mesh} cuts: use another one, such as adamw, or "
+            "the strategy data or pipeline."
+        )
+    how = differs(optimizer, flat=False, along=False, apart=True) if mesh.pp > 1 else ""
+    if how:
+        raise PlanError(
+            f"optimizer {type(optimizer).__name__} {how}, which mesh {mesh} puts on several ranks: use another one, "
+            "such as adamw, or the strategy data."
         )
 
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from nbdist.core.axes import Axes
 from nbdist.core.channels import Channel
+from nbdist.core.placeholder import detached, reveal
 from nbdist.core.placement import Placement
 
-__all__ = ["ParamTable", "buffers_kept", "copy_or_zero_", "laid_out_like", "replace_data", "stand_in"]
+__all__ = ["ParamTable", "buffers_kept", "copy_or_zero_", "laid_out_like", "replace_data"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class ParamTable:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers together, detached but not copied."""
-        return {name: t.detach() for name, t in {**self.parameters, **self.buffers}.items()}
+        return {name: detached(t) for name, t in {**self.parameters, **self.buffers}.items()}
 
     def placement(self, name: str) -> Placement:
         """Where the parts of a tensor lie."""
@@ -150,18 +151,13 @@ def laid_out_like(parameter: torch.Tensor, flat: torch.Tensor, start: int) -> to
     return flat[start : start + parameter.numel()].as_strided(parameter.shape, strides)
 
 
-def stand_in(layout: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What a parameter holds where its values are not: its shape without memory. Read by mistake, it shows as NaN."""
-    fill = float("nan") if layout.is_floating_point() or layout.is_complex() else 0
-    return torch.full((), fill, dtype=layout.dtype, device=device).expand(layout.shape)
-
-
 def replace_data(parameter: nn.Parameter, data: torch.Tensor) -> None:
     """Give a parameter data of another shape, and no gradient. Local.
 
     A graph that somebody keeps holds the node that accumulates the gradient, and that node the old shape. torch lets
     go of the node where the dtype changes, which is why the data pass through another one.
     """
+    reveal(parameter)
     parameter.grad = None
     other = torch.float32 if data.dtype != torch.float32 else torch.float64
     parameter.data = data.new_empty(0, dtype=other)

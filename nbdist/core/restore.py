@@ -20,7 +20,7 @@ from nbdist.core.world import World
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Mesh, Plan
 
-__all__ = ["ORDER", "check_goes_on", "check_same", "load", "load_whole", "opened_by_all", "position_of"]
+__all__ = ["ORDER", "check_goes_on", "check_same", "load", "load_whole", "opened_by_all", "position_of", "same_mesh"]
 
 ORDER = ("batch_size", "seed", "shuffle")
 """The options that decide which samples a batch holds."""
@@ -85,7 +85,7 @@ def load(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer | Non
     """
     check_same(saved, table, optimizer)
     names = saved.names
-    data_rank = axes.data.rank if len(saved.ranks) == axes.world.size > 1 else None
+    data_rank = axes.data.rank if axes.world.size > 1 and same_mesh(saved, axes) else None
     with torch.no_grad():
         for name, tensor in table.tensors.items():
             placement = table.placement(name)
@@ -170,10 +170,15 @@ def check_goes_on(saved: Saved, plan: Plan) -> None:
         )
 
 
+def same_mesh(saved: Saved, axes: Axes) -> bool:
+    """Whether each rank takes the place of the one that kept it: as many may be laid out otherwise. Local."""
+    return len(saved.ranks) == axes.world.size and bool(saved.ranks[0]["mesh"] == str(axes.mesh))
+
+
 def position_of(saved: Saved, axes: Axes, device: torch.device) -> Position:
     """Where this rank goes on; on other ranks than it was kept by, rank 0 counts for all that were. Local."""
     ranks, world = saved.ranks, axes.world
-    if len(ranks) == world.size and ranks[0]["mesh"] == str(axes.mesh):
+    if same_mesh(saved, axes):
         return Position.of(ranks[world.rank]["position"], device)
     told: dict[str, Any] = dict(ranks[0]["position"])
     speaking = [rank["position"] for rank in ranks if rank["speaks"]]

@@ -22,7 +22,7 @@ from nbdist.core.keeper import Keeper
 from nbdist.core.orders import Orders
 from nbdist.core.position import Position
 from nbdist.core.reporter import Reporter, rate_of
-from nbdist.core.restore import load, opened_by_all, position_of
+from nbdist.core.restore import load, opened_by_all, position_of, same_mesh
 from nbdist.core.runtime import deterministic, on_device, threads, uninterrupted
 from nbdist.core.saved import Saved
 from nbdist.core.snapshot import Vault, newest, read
@@ -135,7 +135,7 @@ def fit(
             if saved.complete:  # a rank that is lost goes on from there again, before it takes a snapshot
                 restored = restored & {*strategy.table.buffers}
             seeds.seed_all(seeds.derive(plan.seed, "start", axes.data.rank, at.step))
-            if len(saved.ranks) == world.size and saved.ranks[world.rank]["generators"]:
+            if same_mesh(saved, axes) and saved.ranks[world.rank]["generators"]:
                 seeds.go_on(saved.ranks[world.rank]["generators"])
             axes.world.all_reduce_(torch.ones(1, device=device))  # where weights are shared, everybody's are there
 

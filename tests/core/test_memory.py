@@ -8,6 +8,7 @@ from problems import seeded, train
 from torch import nn
 from torch.nn import functional as F
 
+from nbdist.core.placeholder import detached
 from nbdist.core.strategies import shard
 
 WIDTH, LAYERS = 64, 8
@@ -43,7 +44,7 @@ def held(world, mesh):
         numbers = 0
         for parameter in model.parameters():
             state = [v for v in optimizer.state.get(parameter, {}).values() if v.ndim]
-            tensors = [parameter.data, *([] if parameter.grad is None else [parameter.grad]), *state]
+            tensors = [detached(parameter), *([] if parameter.grad is None else [parameter.grad]), *state]
             numbers += sum(t.untyped_storage().nbytes() // 4 if t.stride() == (0, 0) else t.numel() for t in tensors)
         most[0] = max(most[0], numbers)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import threading
 
 import pytest
 import torch
 from problems import mlp
+from torch import nn
 
-from nbdist.core.optimizers import OPTIMIZERS, make_optimizer, optimizer_name
+from nbdist.core.optimizers import OPTIMIZERS, check_may_be_cut, make_optimizer, optimizer_name
 from nbdist.errors import PlanError, TaskError
+from nbdist.plan import Mesh
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
@@ -77,3 +81,105 @@ def test_named_optimizers_are_fused_where_torch_can():
     whole = torch.nn.Module()
     whole.weight = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
     assert not make_optimizer("adam", whole, None).defaults["fused"]
+
+
+class Lars(torch.optim.SGD):
+    """Scales each update by norms of the whole tensor."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(p.norm() / p.grad.norm())
+        return super().step(closure)
+
+
+class Clipped(torch.optim.SGD):
+    """Clips by the norm over all tensors."""
+
+    def step(self, closure=None):
+        nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 1.0)
+        return super().step(closure)
+
+
+class Counting(torch.optim.SGD):
+    """Counts its calls, and has what cannot be copied."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.calls, self.lock = 0, threading.Lock()
+
+    def step(self, closure=None):
+        self.calls += 1
+        for group in self.param_groups:
+            group["lr"] = 0.05 / self.calls
+        return super().step(closure)
+
+
+def shapes():
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Conv2d(2, 3, 3), nn.Conv3d(1, 2, 1), nn.Linear(8, 3))
+    model.register_parameter("scale", nn.Parameter(torch.tensor(1.5)))
+    return model
+
+
+def stepped(parameters):
+    made = torch.optim.Adam(parameters, 1e-5, amsgrad=True)
+    for p in made.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    made.step()
+    return made
+
+
+def grouped(parameters):
+    first, second, *rest = parameters
+    groups = [{"params": [first], "lr": 0.0}, {"params": [second], "weight_decay": 0.5}, {"params": rest}]
+    return torch.optim.AdamW(groups, lr=torch.tensor(0.01))
+
+
+def scheduled(parameters):
+    made = torch.optim.SGD(parameters, 0.1)
+    torch.optim.lr_scheduler.LambdaLR(made, lambda step: min(1.0, step / 10))
+    return made
+
+
+OF_TORCH = [
+    functools.partial(OPTIMIZERS[name], **how)
+    for name in sorted(set(OPTIMIZERS) - {"adafactor", "muon"})
+    for how in ({}, {"foreach": True}, *([{"fused": True}] if name in ("adagrad", "adam", "adamw", "sgd") else []))
+]
+
+
+@pytest.mark.parametrize("make", [*OF_TORCH, stepped, grouped, scheduled, lambda ps: Counting(ps, 0.1)])
+def test_what_treats_each_element_by_itself_may_be_cut(make):
+    """All of torch's kind, with groups, state, a schedule or attributes of its own; it is left as it was."""
+    model = shapes()
+    optimizer = make(list(model.parameters()))
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), vars(optimizer).get("calls")))
+    random = torch.get_rng_state()
+    for mesh in (Mesh(shard=2), Mesh(tp=2), Mesh(pp=2), Mesh(pp=2, shard=2, tp=2)):
+        check_may_be_cut(optimizer, mesh)
+    assert torch.equal(random, torch.get_rng_state())
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict(), vars(optimizer).get("calls")), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "refused"),
+    [
+        (torch.optim.Adafactor, ("shard=2", "tp=2")),
+        (lambda ps: torch.optim.Muon([p for p in ps if p.ndim == 2]), ("shard=2", "tp=2")),
+        (lambda ps: Lars(ps, 0.1), ("shard=2", "tp=2")),
+        (lambda ps: Clipped(ps, 0.1), ("shard=2", "tp=2", "pp=2")),
+    ],
+)
+def test_what_looks_at_more_than_an_element_is_found_out(make, refused):
+    """By trying it: norms of a tensor or of all, factored moments, orthogonal updates."""
+    optimizer = make(list(shapes().parameters()))
+    for mesh in ("shard=2", "tp=2", "pp=2"):
+        parsed = Mesh.parse(mesh, 2)
+        if mesh in refused:
+            name = type(optimizer).__name__
+            with pytest.raises(PlanError, match=f"optimizer {name} .*tensor.*which mesh {mesh} .*use another one"):
+                check_may_be_cut(optimizer, parsed)
+        else:
+            check_may_be_cut(optimizer, parsed)

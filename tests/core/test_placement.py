@@ -11,7 +11,8 @@ from torch import nn
 
 from nbdist.core.axes import Axes
 from nbdist.core.optimizer_state import cut_state_, gather_state_
-from nbdist.core.params import ParamTable, stand_in
+from nbdist.core.params import ParamTable
+from nbdist.core.placeholder import stand_in
 from nbdist.core.placement import Cut, Placement, shard_of
 from nbdist.plan import Mesh
 

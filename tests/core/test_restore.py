@@ -12,16 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from kept import WIDTH, fused, keep, mounted, net, newest, over, pulled, sgd
-from problems import ADAMW, alone, assert_same_bits, classes, mlp, stop_after, train, weights
+from problems import ADAMW, alone, assert_same_bits, classes, mlp, seeded, stop_after, train, weights
 from test_pieces import Noting
 from torch import nn
 
 import nbdist
 from nbdist.core import saved
+from nbdist.core.axes import Axes
 from nbdist.core.optimizers import OPTIMIZERS
-from nbdist.core.restore import opened_by_all
-from nbdist.core.saved import NEWEST
+from nbdist.core.params import ParamTable
+from nbdist.core.restore import load, load_whole, opened_by_all
+from nbdist.core.saved import NEWEST, Saved
 from nbdist.errors import PeerLostError, PlanError, TaskError
+from nbdist.plan import Mesh
 from nbdist.telemetry import RunStarted
 
 
@@ -355,3 +358,28 @@ def step_resumed(world, folder):
         step = opened_by_all(folder, world).ranks[0]["position"]["step"]
     assert (world.rank == 0) == any("was changed: copy all" in str(warning.message) for warning in caught)
     return step
+
+
+def normed():
+    return seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)), torch.float64)
+
+
+def stopped_in_mid_epoch(world, folder, strategy):
+    options = {"optimizer": "sgd", "batch_size": 8, "epochs": 2, "orders": stop_after(2)}
+    train(world, normed(), classes(40), checkpoint=folder, strategy=strategy, **options)
+
+
+def statistics(world, folder, mesh):
+    model = normed()
+    load(Saved.in_folder(folder), ParamTable.of(model), None, Axes(world, mesh))
+    return model[1].running_mean
+
+
+@pytest.mark.parametrize(("kept", "then"), [("dp=4", Mesh(dp=2, pp=2)), ("dp=2,pp=2", Mesh(dp=4))])
+def test_statistics_on_another_mesh_of_as_many_ranks(run_ranks, tmp_path, kept, then):
+    """Every rank gets the mean over all that were kept, as one process does, and not those of some other rank."""
+    run_ranks(4, stopped_in_mid_epoch, str(tmp_path), kept)
+    whole = normed()
+    load_whole(Saved.in_folder(str(tmp_path)), whole)
+    for found in run_ranks(4, statistics, str(tmp_path), then):
+        torch.testing.assert_close(found, whole[1].running_mean, rtol=0, atol=0)

@@ -22,7 +22,7 @@ from nbdist.core.data import Slice, to_device
 from nbdist.core.gradient_sync import COUNTS, GradientSync, Signals, Totals
 from nbdist.core.optimizer_state import cut_state_, gather_state_
 from nbdist.core.optimizers import check_may_be_cut
-from nbdist.core.params import stand_in
+from nbdist.core.placeholder import Placeholders, is_placeholder, reveal, stand_in
 from nbdist.core.placement import Placement
 from nbdist.core.strategies.base import Computed, Strategy
 from nbdist.core.strategies.model_call import call_of
@@ -62,9 +62,13 @@ class Composed(Strategy):
         self._pipeline: Pipeline | None = None
         self._split: splitting.Split | None = None
         self._shards: Shards | None = None
+        self._names = {parameter: name for name, parameter in self.table.parameters.items()}
+        self._absent = Placeholders(self._refuse_absent)
+        self._guard: tensor_parallel.Guard | None = None
         self._cleanup = contextlib.ExitStack()
         self._cleanup.callback(axes.close)
         self._cleanup.callback(super().close)
+        self._cleanup.callback(self._reveal)
         try:
             self._begin(world)
         except BaseException:
@@ -113,6 +117,8 @@ class Composed(Strategy):
         proved = tensor_parallel.prove(model, channel, proposed, args, kwargs)
         self._parallelized = tensor_parallel.parallelize(model, channel, proved)
         self._cleanup.callback(self._parallelized.restore)
+        self._guard = tensor_parallel.Guard(self._parallelized, self._refuse_split)
+        self._cleanup.callback(self._guard.close)
 
     def _cut_into_stages(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rank 0 measures and decides, for times differ from rank to rank."""
@@ -151,8 +157,11 @@ class Composed(Strategy):
                 parameter = self.table.parameters[name]
                 parameter.grad = None
                 # In memory of its own: the parcel that brought the whole model is let go of.
-                held = placement.held(self.axes)
-                parameter.data = parameter.data.clone() if held else stand_in(parameter, parameter.device)
+                if placement.held(self.axes):
+                    parameter.data = parameter.data.clone()
+                else:
+                    parameter.data = stand_in(parameter, parameter.device)
+                    self._absent.hide(parameter)
 
     def _deal_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.plan.schedule == "zero-bubble" and self._split is not None:
@@ -171,7 +180,7 @@ class Composed(Strategy):
                 blocks.append([p for name, p in self.table.parameters.items() if name in new])
         for name in self.table.parameters:  # those of other stages too: all ranks know where everything lies
             self.table.placements[name] = replace(self.table.placement(name), sharded=True)
-        self._shards = Shards(blocks, self.axes.shard)
+        self._shards = Shards(blocks, self.axes.shard, self._names, self._check_read)
         self._cleanup.callback(self._shards.close)
         if modules:
             self._shards.hook(modules)
@@ -201,15 +210,41 @@ class Composed(Strategy):
             self._cleanup.callback(link.close)
         return Pipeline(
             self.task, self.plan, split, here, before, after, self.device, self.precision, scaled=self.scaled,
-            shards=self._shards, batch_norms=self.batch_norms, rehearsed=self._rehearsed,
+            shards=self._shards, batch_norms=self.batch_norms, rehearsed=self._rehearsed, guarded=self._guarded,
         )  # fmt: skip
 
     @contextlib.contextmanager
     def _rehearsed(self) -> Iterator[None]:
-        """Around what one rank computes by itself."""
+        """Around what one rank computes by itself, of whose values nothing is asked."""
         together = contextlib.nullcontext() if self.batch_norms is None else self.batch_norms.alone()
+        absent = [p for name, p in self.table.parameters.items() if not self.table.placement(name).held(self.axes)]
+        for parameter in absent:
+            reveal(parameter)
         with tensor_parallel.rehearsed(self._parallelized), together:
             yield
+        for parameter in absent:
+            self._absent.hide(parameter)
+
+    def _reveal(self) -> None:
+        """What is left of a model in parts is ordinary parameters; what is not here shows as NaN."""
+        for parameter in self.table.parameters.values():
+            reveal(parameter)
+
+    def _guarded(self) -> contextlib.AbstractContextManager[None]:
+        """Around what the person's step computes beside the model's forward."""
+        return contextlib.nullcontext() if self._guard is None else self._guard.up()
+
+    def _refuse_absent(self, parameters: list[nn.Parameter], _data: bool) -> None:
+        name = next(self._names[parameter] for parameter in parameters if is_placeholder(parameter))
+        raise _not_here(name, "whose values lie on other ranks", self.plan)
+
+    def _check_read(self, parameters: list[nn.Parameter]) -> None:
+        if self._guard is not None and self._guard.forbids:
+            self._refuse_split(parameters, False)
+
+    def _refuse_split(self, parameters: list[nn.Parameter], _data: bool) -> None:
+        name = next(self._names[parameter] for parameter in parameters if is_placeholder(parameter))
+        raise _not_here(name, "which is split over ranks, or whose gradient they add up,", self.plan)
 
     # What a step does.
 
@@ -221,16 +256,22 @@ class Composed(Strategy):
 
     def forward_backward(self, step: int, slices: list[Slice]) -> Computed:
         """See `Strategy`."""
-        if self._pipeline is not None:
-            computed = self._pipeline.forward_backward(slices, ("slice", step))
-            self.work = self._pipeline.work
-        elif self._shards is not None:
-            computed = self._forward_backward_sharded(step, slices, self._shards)
-        else:
-            computed = super().forward_backward(step, slices)
+        with contextlib.nullcontext() if self._shards is None else self._shards.saving():
+            if self._pipeline is not None:
+                computed = self._pipeline.forward_backward(slices, ("slice", step))
+                self.work = self._pipeline.work
+            elif self._shards is not None:
+                computed = self._forward_backward_sharded(step, slices, self._shards)
+            else:
+                computed = super().forward_backward(step, slices)
         if self._shards is not None:
-            self._shards.show()
+            self._shards.show(summed=True)
         return computed
+
+    def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T:
+        """See `Strategy`."""
+        with self._guarded():
+            return super().compute(part, path, function)
 
     def _forward_backward_sharded(self, step: int, slices: list[Slice], shards: Shards) -> Computed:
         """As `Strategy.forward_backward`; what counts for nothing is computed too, for others wait for it."""
@@ -328,3 +369,11 @@ class Composed(Strategy):
     def close(self) -> None:
         """See `Strategy`."""
         self._cleanup.close()
+
+
+def _not_here(name: str, why: str, plan: Plan) -> PlanError:
+    return PlanError(
+        f"something beside the model's forward (the step, a metric or the optimizer) reads parameter {name}, {why} on "
+        f"mesh {plan.mesh}: leave it to the optimizer (a penalty on weights is its weight_decay), or use the strategy "
+        f"data{'' if plan.mesh.tp * plan.mesh.pp == 1 else ' or shard'}."
+    )

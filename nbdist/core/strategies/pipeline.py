@@ -60,6 +60,7 @@ class Pipeline:
         shards: What deals this rank's parameters out, no block over two ranks' stages; None where nothing does.
         batch_norms: What lets BatchNorm see the slices of all replicas; None where nothing does.
         rehearsed: Around the recording of a stage, in which other ranks take no part.
+        guarded: Around the person's step.
     """
 
     def __init__(
@@ -77,10 +78,11 @@ class Pipeline:
         shards: Shards | None = None,
         batch_norms: BatchNorms | None = None,
         rehearsed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        guarded: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self._task, self._plan, self._split = task, plan, split
         self._device, self._precision, self._scaled, self._shards = device, precision, scaled, shards
-        self._batch_norms, self._rehearsed = batch_norms, rehearsed
+        self._batch_norms, self._rehearsed, self._guarded = batch_norms, rehearsed, guarded
         self._stages = range(rank, plan.stages, plan.mesh.pp)
         self._parameters = {
             stage: [p for name, p in task.model.named_parameters() if stage in split.holders[name]]
@@ -142,7 +144,7 @@ class Pipeline:
         if stage == 0:
             start_s = time.time()
             self._seed(part, path)
-            with self._precision.autocast():
+            with self._guarded(), self._precision.autocast():
                 call, inputs = Call.of(*call_of(self._task, batch))
         else:
             (call, wanted), (inputs, state) = self._receive("forward", action, stage - 1)
@@ -178,7 +180,7 @@ class Pipeline:
             return outputs
 
         self._seed(part, path)
-        with self._precision.autocast(), forward_replaced(self._task.model, answer):
+        with self._guarded(), self._precision.autocast(), forward_replaced(self._task.model, answer):
             result = function(batch, part)
         self._note("forward", action, start_s)
         return result

@@ -5,8 +5,10 @@ The scheme is that of ZeRO's third stage (Rajbhandari et al., 2020) and of torch
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,35 +16,50 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from nbdist.core.channels import Channel
-from nbdist.core.params import stand_in
+from nbdist.core.placeholder import Placeholders, reveal, stand_in
 from nbdist.core.placement import shard_of
 from nbdist.core.splitting.untouched import untouched
+from nbdist.errors import PlanError
 
 __all__ = ["BLOCKS", "Shards", "blocks_of"]
 
 BLOCKS = 8
 """A block holds at most this fraction of all parameters, where the model's tree allows it."""
+_DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class Shards:
     """Parameters dealt out over a channel, in blocks that are gathered together.
 
-    While the model computes, a parameter is whole in a gathered block and a stand-in otherwise. Outside of that
+    While the model computes, a parameter is whole in a gathered block and a placeholder otherwise; one that is read
+    all the same, by the step or by a module that it does not belong to, is gathered for that. Outside of that
     (`show`) it is this rank's flat part, with the gradient of that part: so the optimizer sees it. The objects are
     the model's own all the time. All ranks must compute the same blocks in the same order, forward and backward.
+
+    What is gathered lies in memory of its own each time, so that a view of it that somebody keeps stays what it is.
+    Only what autograd saves for backward is not kept but gathered again: compute inside of `saving`.
 
     **Collective**: the constructor keeps this rank's parts of what is whole now.
 
     Args:
         blocks: Parameters that are gathered together.
         channel: The ``shard`` axis.
+        names: What the parameters are called in errors.
+        check_read: Raises where parameters may not be read that nobody has gathered.
     """
 
-    def __init__(self, blocks: list[list[nn.Parameter]], channel: Channel) -> None:
-        self.blocks = [_Block(parameters, channel) for parameters in blocks]
+    def __init__(
+        self, blocks: list[list[nn.Parameter]], channel: Channel, names: dict[nn.Parameter, str],
+        check_read: Callable[[list[nn.Parameter]], None],
+    ) -> None:  # fmt: skip
+        self._check_read = check_read
+        self._homes: dict[int, tuple[_Block, int]] = {}
+        placeholders = Placeholders(self._read)
+        self.blocks = [_Block(parameters, channel, names, placeholders, self._homes) for parameters in blocks]
         self.silent = False
         self.used: set[int] = set()
         self._hooks: list[Any] = []
+        self._lent: list[_Block] = []  # gathered because somebody read them, and not for their module
 
     def hide(self) -> None:
         """Begin to compute: nothing is there that is not gathered. Local."""
@@ -50,10 +67,22 @@ class Shards:
         for block in self.blocks:
             block.hide()
 
-    def show(self) -> None:
-        """Let every parameter be this rank's part. Local."""
+    def show(self, *, summed: bool = False) -> None:
+        """Let every parameter be this rank's part. Local.
+
+        Args:
+            summed: Whether all gradients have to be.
+
+        Raises:
+            PlanError: They have to, and one of them came when nobody awaited it any more.
+        """
+        self._lent.clear()
         for block in self.blocks:
-            block.show()
+            block.show(summed)
+
+    def saving(self) -> contextlib.AbstractContextManager[Any]:
+        """While forward and backward compute: autograd saves of what is gathered only where to find it again. Local."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def begin_backward(self, block: _Block) -> None:
         """Gather a block for its backward. **Collective**."""
@@ -67,9 +96,14 @@ class Shards:
         block.free()
 
     def finish_backward(self) -> None:
-        """Sum what backward has left: blocks whose inputs take no gradient. **Collective**, after each backward."""
+        """Sum what backward has left: blocks whose inputs take no gradient, or that others have read.
+
+        **Collective**, after each backward.
+        """
+        self._take_back(())
         for block in reversed(self.blocks):
-            if block.awaited:
+            if block.awaited or block.read:
+                block.read = False
                 self.end_backward(block)
 
     def hook(self, modules: list[nn.Module]) -> None:
@@ -84,9 +118,14 @@ class Shards:
         if not torch.is_grad_enabled():
             return None
         flat, tree = pytree.tree_flatten((args, kwargs))
-        # One given several times stays one: attention asks whether its query is its key.
-        given = {id(v): v for v in flat if isinstance(v, torch.Tensor) and v.requires_grad}
+        # One given several times stays one: attention asks whether its query is its key. A parameter's gradient is
+        # there only after that of its last use, which this block need not be.
+        given = {
+            id(v): v for v in flat
+            if isinstance(v, torch.Tensor) and v.requires_grad and not isinstance(v, nn.Parameter)
+        }  # fmt: skip
         if not given:
+            block.read = True
             return None
         ending = functools.partial(self.end_backward, block)
         passed: Any = _AfterBackward.apply(ending, *given.values())  # type: ignore[no-untyped-call]
@@ -94,10 +133,59 @@ class Shards:
         return pytree.tree_unflatten([instead.get(id(value), value) for value in flat], tree)
 
     def _after(self, block: _Block, _module: nn.Module, _args: Any, output: Any) -> None:
-        block.free()
+        if not block.awaited:  # a checkpointed one computes once more in its backward
+            block.free()
+        hooked = False
         for value in pytree.tree_leaves(output):
-            if isinstance(value, torch.Tensor) and value.requires_grad:
+            if isinstance(value, torch.Tensor) and value.requires_grad and not isinstance(value, nn.Parameter):
                 value.register_hook(lambda _gradient: self.begin_backward(block))
+                hooked = True
+        block.read |= not hooked and torch.is_grad_enabled()
+
+    def _read(self, parameters: list[nn.Parameter], data: bool) -> None:
+        """Somebody is about to compute with parameters that are not gathered. **Collective**, as all that is."""
+        self._check_read(parameters)
+        if data:
+            block = next(block for block in self.blocks if parameters[0] in block.places)
+            raise _written(block.name(parameters[0]), " (it takes its data, where detach() lets one read)")
+        wanted = [block for block in self.blocks if any(p in block.places for p in parameters)]
+        self._take_back(wanted)
+        for block in wanted:
+            block.gather()
+            block.read |= torch.is_grad_enabled()
+            self._lent.append(block)
+
+    def _take_back(self, wanted: Collection[_Block]) -> None:
+        for block in self._lent:
+            if block not in wanted and not block.awaited:
+                block.free()
+        self._lent.clear()
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        try:
+            found = self._homes.get(tensor.untyped_storage().data_ptr())
+        except (NotImplementedError, RuntimeError):  # a sparse one, say, has no storage
+            found = None
+        if found is not None and not (tensor.is_conj() or tensor.is_neg()):
+            return _Whereabouts(found, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
+        # Without its history: an output would keep the node alive that keeps it. The version is what torch looks at.
+        return tensor if tensor.grad_fn is None else tensor.detach(), tensor._version
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if not isinstance(packed, _Whereabouts):
+            tensor: torch.Tensor = packed[0]
+            if tensor._version != packed[1]:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"a tensor of shape {list(tensor.shape)} is at version {tensor._version}, and was at version "
+                    f"{packed[1]} when it was saved."
+                )
+            return tensor
+        block, place = packed.found
+        if not block.gathered:
+            self.begin_backward(block)
+        home = torch.empty(0, dtype=packed.dtype, device=block.parameters[place].device)
+        return home.set_(block.storage(place), packed.offset, packed.size, packed.stride)
 
     def close(self) -> None:
         """Take the hooks away; parameters stay the parts they are, without gradients. Local."""
@@ -105,23 +193,46 @@ class Shards:
             hook.remove()
         self._hooks.clear()
         self.blocks.clear()
+        self._lent.clear()
+        self._homes.clear()
+
+
+class _Whereabouts(NamedTuple):
+    """What autograd keeps of a tensor that lies in a gathered parameter."""
+
+    found: tuple[_Block, int]
+    dtype: torch.dtype
+    offset: Any
+    size: Any
+    stride: Any
 
 
 class _Block:
     """The parameters that are gathered together.
 
-    A gathered parameter always lies in the same storage, which has no memory in between: what autograd has saved for
-    backward finds its values there again.
+    Attributes:
+        places: The place of each parameter.
+        awaited: Whether backward has begun with it and not ended.
+        read: Whether gradients may come that its module does not see: others have read it, or nothing that the module
+            takes or gives has a gradient.
+        gathered: Whether its parameters are whole now.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], channel: Channel) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], channel: Channel, names: dict[nn.Parameter, str],
+        placeholders: Placeholders, homes: dict[int, tuple[_Block, int]],
+    ) -> None:  # fmt: skip
         self.parameters = parameters
+        self.places = {parameter: i for i, parameter in enumerate(parameters)}
         self.channel = channel
-        self.awaited = False  # whether backward has begun with it and not ended
-        self._gathered = False
+        self.awaited = self.read = self.gathered = False
+        self._names = [names[parameter] for parameter in parameters]
+        self._placeholders = placeholders
+        self._registered = homes
         self._stand_ins = [stand_in(p, p.device) for p in parameters]
         self._lengths = [-(-p.numel() // channel.size) for p in parameters]
-        self._homes = [_without_memory(n * channel.size, p) for n, p in zip(self._lengths, parameters, strict=True)]
+        self._homes: list[torch.Tensor] = []
+        self._versions: list[int] = []
         self._gradients: list[torch.Tensor | None] = [None] * len(parameters)
         self._parts: list[torch.Tensor] = [p.data for p in parameters]
         by_dtype: dict[torch.dtype, list[int]] = {}
@@ -141,32 +252,68 @@ class _Block:
         for i, parameter in enumerate(self.parameters):
             self._gradients[i], parameter.grad = parameter.grad, None
             parameter.data = self._stand_ins[i]
+            self._placeholders.hide(parameter)
 
-    def show(self) -> None:
+    def show(self, summed: bool) -> None:
+        self._forget()
+        self.awaited = self.read = False
         for i, parameter in enumerate(self.parameters):
+            reveal(parameter)
+            if summed and parameter.grad is not None:
+                raise PlanError(
+                    f"the gradient of parameter {self._names[i]} came when that of its layer was summed over the ranks "
+                    "already, as a mesh with shard does: use the strategy data."
+                )
             parameter.grad = None
             parameter.data = self._parts[i]
             parameter.grad = self._gradients[i]
 
     @torch.no_grad()
     def gather(self) -> None:
-        if self._gathered:
+        if self.gathered:
             return
-        self._gathered = True
+        homes: dict[int, torch.Tensor] = {}
         for members, run in self._runs:
             lengths = [self._lengths[i] for i in members]
             rows = [row.split(lengths) for row in self.channel.all_gather(run)]
             for i, *pieces in zip(members, *rows, strict=True):
-                home, layout = self._homes[i], self._stand_ins[i]
-                home.untyped_storage().resize_(home.numel() * home.itemsize)
-                torch.cat(pieces, out=home)
-                self.parameters[i].data = home[: layout.numel()].view(layout.shape)
+                homes[i] = torch.cat(pieces)
+        self._homes = [homes[i] for i in range(len(homes))]
+        self.gathered = True
+        for i, (parameter, home, layout) in enumerate(zip(self.parameters, self._homes, self._stand_ins, strict=True)):
+            reveal(parameter)
+            parameter.data = home[: layout.numel()].view(layout.shape)
+            if address := home.data_ptr():
+                self._registered[address] = self, i
+        self._versions = [parameter._version for parameter in self.parameters]
+
+    def name(self, parameter: nn.Parameter) -> str:
+        return self._names[self.places[parameter]]
+
+    def storage(self, place: int) -> torch.UntypedStorage:
+        return self._homes[place].untyped_storage()
 
     def free(self) -> None:
-        self._gathered = False
-        for home, parameter, layout in zip(self._homes, self.parameters, self._stand_ins, strict=True):
-            home.untyped_storage().resize_(0)
-            parameter.data = layout
+        """Let go of what was gathered.
+
+        Raises:
+            PlanError: Somebody has written to it.
+        """
+        if not self.gathered:
+            return
+        homes = self._homes
+        self._forget()
+        for i, parameter in enumerate(self.parameters):
+            if parameter._version != self._versions[i] or parameter.data_ptr() != homes[i].data_ptr():
+                raise _written(self._names[i])
+            parameter.data = self._stand_ins[i]
+            self._placeholders.hide(parameter)
+
+    def _forget(self) -> None:
+        self.gathered = False
+        for home in self._homes:
+            self._registered.pop(home.data_ptr(), None)
+        self._homes = []
 
     @torch.no_grad()
     def reduce(self, silent: bool) -> list[int]:
@@ -192,6 +339,13 @@ class _Block:
         return used
 
 
+def _written(name: str, how: str = "") -> PlanError:
+    return PlanError(
+        f"the model's forward, or the step, writes to parameter {name}{how}, of which each rank keeps a part on a mesh "
+        "with shard: let the optimizer change it, or use the strategy data."
+    )
+
+
 class _AfterBackward(torch.autograd.Function):
     """The identity; calls back when the gradients of all its inputs are there."""
 
@@ -204,12 +358,6 @@ class _AfterBackward(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         ctx.call()
         return None, *gradients
-
-
-def _without_memory(numel: int, like: torch.Tensor) -> torch.Tensor:
-    home = like.detach().new_empty(numel)
-    home.untyped_storage().resize_(0)
-    return home
 
 
 def blocks_of(
@@ -226,6 +374,9 @@ def blocks_of(
         args: An example call's.
         kwargs: The same.
         limit: Elements.
+
+    Raises:
+        PlanError: It writes to a parameter past autograd, which would not be seen later.
     """
     if limit is None:
         limit = sum(p.numel() for p in model.parameters()) // BLOCKS
@@ -238,6 +389,10 @@ def blocks_of(
     chosen = set(walk(model))
     with _Reads(model, chosen) as reads, untouched(model), torch.no_grad():
         model(*args, **kwargs)
+    for name, parameter in model.named_parameters():
+        before = reads.data.get(parameter)
+        if before is not None and not torch.equal(before.nan_to_num(), parameter.detach().nan_to_num()):
+            raise _written(name)
     members: dict[nn.Module, list[nn.Parameter]] = {module: [] for module in model.modules() if module in chosen}
     for parameter in model.parameters():
         stacks = reads.stacks.get(parameter, [[model]])
@@ -252,6 +407,7 @@ class _Reads(TorchFunctionMode):
     def __init__(self, model: nn.Module, chosen: set[nn.Module]) -> None:
         super().__init__()
         self.stacks: dict[nn.Parameter, list[list[nn.Module]]] = {}
+        self.data: dict[nn.Parameter, torch.Tensor] = {}  # of those whose `data` were taken, the values before
         self._stack: list[nn.Module] = []
         self._own = set(model.parameters())
         self._hooks = [
@@ -270,6 +426,8 @@ class _Reads(TorchFunctionMode):
         for value in pytree.tree_leaves((args, kwargs)) if self._stack else ():
             if isinstance(value, nn.Parameter) and value in self._own:
                 self.stacks.setdefault(value, []).append(list(self._stack))
+                if function == _DATA and value not in self.data:
+                    self.data[value] = value.detach().clone()
         return function(*args, **(kwargs or {}))
 
     def __exit__(self, *exc: Any) -> None:
