@@ -61,6 +61,7 @@ def ask_unproved(name):
 
 
 def ask_proved(name, secret):
+    doorkeeper.same_user = lambda peer: True  # in this fork: an intruder does not ask who listens
     GuardedStore(name, secret).set("orders/run/0", '["stop", null]')
 
 
@@ -163,7 +164,7 @@ class Bomb:
 
 def test_a_crafted_pickle_is_no_note(tmp_path):
     """Notes are plain data: bytes that would run code are refused, and run none."""
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="decode|JSON|Expecting"):
         unpack_note(pickle.dumps(Bomb(str(tmp_path / "told"))))
     assert not (tmp_path / "told").exists()
 
