@@ -164,7 +164,7 @@ class Bomb:
 
 def test_a_crafted_pickle_is_no_note(tmp_path):
     """Notes are plain data: bytes that would run code are refused, and run none."""
-    with pytest.raises(ValueError, match="decode|JSON|Expecting"):
+    with pytest.raises(ValueError, match=r"decode|JSON|Expecting"):
         unpack_note(pickle.dumps(Bomb(str(tmp_path / "told"))))
     assert not (tmp_path / "told").exists()
 
