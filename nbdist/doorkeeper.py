@@ -17,8 +17,19 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
-__all__ = ["IntruderError", "accept_proof", "give_proof", "pack", "receive_exactly", "receive_fields", "same_user"]
+__all__ = [
+    "COMMAND",
+    "IntruderError",
+    "accept_proof",
+    "give_proof",
+    "pack",
+    "receive_exactly",
+    "receive_fields",
+    "same_user",
+]
 
+COMMAND = __file__
+"""What Python runs to serve a store."""
 _NONCE_BYTES = 16
 _PROOF_BYTES = 32
 _CALL = struct.Struct(f"!I{_NONCE_BYTES}s")  # the rank that calls, and its nonce

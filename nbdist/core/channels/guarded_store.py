@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nbdist import doorkeeper
+from nbdist.doorkeeper import COMMAND, give_proof, pack, receive_fields
 
 __all__ = ["GuardedStore", "host_store"]
 
@@ -52,10 +52,10 @@ class GuardedStore(dist.Store):
             told = listener.getsockname()
             passed = listener.fileno(), theirs.fileno()
             server = subprocess.Popen(
-                [sys.executable, "-I", "-S", doorkeeper.__file__, *map(str, passed)], pass_fds=passed,
+                [sys.executable, "-I", "-S", COMMAND, *map(str, passed)], pass_fds=passed,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
-        ours.sendall(doorkeeper.pack([bytes.fromhex(secret)]))
+        ours.sendall(pack([bytes.fromhex(secret)]))
         try:
             store = cls(told.decode() if abstract else "{}:{}".format(*told), secret)
         except BaseException:
@@ -72,7 +72,7 @@ class GuardedStore(dist.Store):
         try:
             peer.settimeout(_CONNECT_WITHIN_S)
             peer.connect((host, int(port)) if host else name)
-            doorkeeper.give_proof(peer, self.secret, "store")
+            give_proof(peer, self.secret, "store")
             peer.settimeout(None)
         except BaseException:
             peer.close()
@@ -132,8 +132,8 @@ class GuardedStore(dist.Store):
         with self._lock:
             peer, self._peer = self._peer or self._connect(), None
             try:
-                peer.sendall(doorkeeper.pack(fields))
-                answer = doorkeeper.receive_fields(peer)
+                peer.sendall(pack(fields))
+                answer = receive_fields(peer)
             except BaseException:  # interrupted: the answer would be taken for that to the next question
                 peer.close()
                 raise

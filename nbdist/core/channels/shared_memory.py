@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from nbdist import doorkeeper
 from nbdist.core.channels.base import Channel, Done, Pending
 from nbdist.core.channels.meeting import echoes
 from nbdist.core.channels.spent import spent
 from nbdist.core.handover import Segment
 from nbdist.core.sum_order import SumOrder
 from nbdist.doorkeeper import IntruderError, accept_proof, give_proof
+from nbdist.doorkeeper import receive_exactly as hear_exactly
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
 
@@ -327,6 +327,6 @@ def receive_file(peer: socket.socket) -> Iterator[int]:
 def receive_exactly(peer: socket.socket, length: int) -> bytes:
     """Receive so many bytes. Raises `PeerLostError` where the peer hangs up before."""
     try:
-        return doorkeeper.receive_exactly(peer, length)
+        return hear_exactly(peer, length)
     except ConnectionError as error:
         raise PeerLostError(str(error)) from error
