@@ -90,7 +90,7 @@ class _Surroundings:
         for thread in threads:
             thread.join(_GONE_WITHIN_S)
         assert not [t for t in threads if t.is_alive()], f"left running: {threads}"
-        left = _lasting(lambda: _listening() - self.listening - _store_of_shared_cluster())
+        left = _lasting(lambda: _listening() - self.listening)
         assert not left, f"left listening: {left}"
         left = _left_files(self.shared_memory)
         assert not left, f"left in {_SHARED_MEMORY}: {left}"
@@ -216,9 +216,3 @@ def _of_shared_cluster(process: psutil.Process) -> bool:
     """Whether a process is an engine that a test let the shared cluster start anew, or belongs to one."""
     module = sys.modules.get("shared_cluster")
     return module is not None and module.SharedCluster().owns(process)
-
-
-def _store_of_shared_cluster() -> set[tuple[str, int]]:
-    """Where this process listens for the engines that a test let the shared cluster start anew."""
-    module = sys.modules.get("shared_cluster")
-    return set() if module is None else module.SharedCluster().listening()

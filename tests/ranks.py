@@ -11,9 +11,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from nbdist.core import strategies
+from nbdist.core.channels.meeting import reach_store
 from nbdist.core.world import World, host_store
 from nbdist.errors import PeerLostError
 
@@ -55,7 +55,7 @@ class RankPool:
             for rank in range(size):
                 reader, writer = self._context.Pipe(duplex=False)
                 process = self._context.Process(
-                    target=_rank_main, args=(rank, size, store.port, writer, job, channel, device)
+                    target=_rank_main, args=(rank, size, store.address, writer, job, channel, device)
                 )
                 process.start()
                 writer.close()
@@ -96,7 +96,9 @@ def _collect(readers: list[Connection]) -> list[Any]:
     return [outcomes[reader][0] for reader in readers]
 
 
-def _rank_main(rank: int, size: int, port: int, writer: Connection, job: bytes, channel: str, device: str) -> None:
+def _rank_main(
+    rank: int, size: int, address: tuple[str, str], writer: Connection, job: bytes, channel: str, device: str
+) -> None:
     multiprocessing.set_start_method(None, force=True)  # for what a rank starts itself: as in any other process
     torch.set_num_threads(1)
     os.environ["NBDIST_CHANNEL"] = channel.replace(" ", "_")
@@ -107,7 +109,7 @@ def _rank_main(rank: int, size: int, port: int, writer: Connection, job: bytes, 
     outcome: tuple[Any, BaseException | None, str]
     world = None
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        store = reach_store(*address)
         world = World.form(store=store, rank=rank, size=size, local_rank=rank, local_size=size, device=device)
         function, args = pickle.loads(job)
         outcome = function(world, *args), None, ""

@@ -58,12 +58,9 @@ class SharedCluster:
         engines, server = _engines(), current_server()
         if server is not None and process.pid == server.pid:
             return True
+        if (cluster := current_cluster()) is not None and process.pid == cluster._up._store.server_pid:
+            return True
         return bool(engines) and folder_of(process) == folder_of(engines[0])
-
-    def listening(self) -> set[tuple[str, int]]:
-        """Where this process listens for the engines: the store that they meet at."""
-        cluster = current_cluster()
-        return set() if cluster is None else {("127.0.0.1", cluster._up._store.port)}
 
     def extra_processes(self) -> list[psutil.Process]:
         """Processes that the engines have started beside the nanny that each one has."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdist.cluster import owner_guard
+from nbdist.doorkeeper import same_user
 from nbdist.errors import ClusterError, PlanError, suggest
 from nbdist.telemetry.host import host_id, host_name
 from nbdist.telemetry.record import records
@@ -74,6 +75,8 @@ class Anchor:
         address = socket.socket(socket.AF_UNIX)
         try:
             address.connect(os.path.join(folder, _SOCKET))
+            if not same_user(address):
+                raise PermissionError
         except OSError:
             address.close()
             raise ClusterError(f"the anchor of cluster {name} has ended, and the cluster with it.") from None
@@ -87,7 +90,8 @@ class Anchor:
             folder: The cluster's, which ends with it.
             patience_s: How long the cluster lives when no kernel owns it.
         """
-        _entries().mkdir(parents=True, exist_ok=True)
+        _entries().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _entries().mkdir(exist_ok=True, mode=0o700)
         while (entry := _entries() / f"{(name := secrets.token_hex(2))}.json").exists():
             pass  # another host's, say
         with socket.socket(socket.AF_UNIX) as listener, open(os.path.join(folder, "anchor.log"), "wb") as log:
@@ -144,7 +148,7 @@ class Anchor:
         atexit.register(self.leave)
 
     def look(self) -> dict[str, Any]:
-        """What it knows: `owner`, `left_s`, the store's `port`, and the `notes`."""
+        """What it knows: `owner`, `left_s`, the `store`'s address, and the `notes`."""
         told: dict[str, Any] = self._ask("look")
         return {**told, "notes": {name: pickle.loads(value) for name, value in told["notes"].items()}}
 

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from nbdist.cluster.owner_guard import alive
+from nbdist.doorkeeper import same_user
 
 __all__ = ["main"]
 
@@ -56,7 +57,11 @@ class _Server:
             ready, _, _ = select.select([self._listener.fileno(), *self._connections], [], [], _POLL_S)
             for file in ready:
                 if file == self._listener.fileno():
-                    connection = Connection(self._listener.accept()[0].detach())
+                    peer, _ = self._listener.accept()
+                    if not same_user(peer):
+                        peer.close()
+                        continue
+                    connection = Connection(peer.detach())
                     self._connections[connection.fileno()] = connection
                 else:
                     self._answer(file)
@@ -99,7 +104,7 @@ class _Server:
 
     def _look(self, file: int) -> dict[str, Any]:
         owner = "" if self._owner is None else self._owner[1]
-        return {"owner": owner, "left_s": self._left_s, "port": self._store.port, "notes": self._notes}
+        return {"owner": owner, "left_s": self._left_s, "store": self._store.address, "notes": self._notes}
 
     def _note(self, file: int, name: str, value: bytes) -> None:
         self._notes[name] = value

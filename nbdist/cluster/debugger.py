@@ -16,6 +16,7 @@ from nbdist.cluster import entry
 from nbdist.cluster.definitions import label_of
 from nbdist.cluster.engines import Engines
 from nbdist.cluster.frames import is_users
+from nbdist.doorkeeper import same_user
 from nbdist.errors import ClusterError, interrupted, ranks_text
 
 __all__ = ["debug", "serve"]
@@ -51,6 +52,8 @@ def debug(engines: Engines, rank: int, ask: Callable[[str], str], tell: Callable
                     call.get()
                     return
             with listener.accept()[0] as connection:
+                if not same_user(connection):
+                    raise ClusterError("another user's process called in place of the debugger: start it again.")
                 _converse(connection, prompt, ask, tell)
             call.wait()
         except KeyboardInterrupt:
@@ -91,6 +94,8 @@ def serve(path: str, rank: int) -> None:
         raise LookupError(f"nothing has failed on rank {rank}.")
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
+        if not same_user(connection):
+            raise PermissionError(f"another user's process listens at {path}.")
         with connection.makefile("rw", buffering=1, errors="replace") as stream:
             stream.write(f"{ranks_text([rank])}: {type(error).__name__}: {error}\n")
             debugger = _Debugger(stdin=stream, stdout=stream, nosigint=True, readrc=False)

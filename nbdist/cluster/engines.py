@@ -63,11 +63,11 @@ class Engines:
         self._seats: tuple[list[int], list[Engine]] = sorted(launch.ids)[:size], []
         self._store = store
         self.host_id = launch.host_id = host_id()
-        self._spares = Spares(launch, spares, (store.host, store.port))
+        self._spares = Spares(launch, spares, store.address)
 
     def meet(self) -> None:
         """Let engines that were just started get to know where they are, and form a world."""
-        store = self._store.host, self._store.port  # not itself: an error would keep it, and its socket
+        store = self._store.address  # not itself: an error would keep it, and its socket
         self._records = introduce(self.size, store, self.timeout_s, self.start_call, self.call)
         self.form()
 

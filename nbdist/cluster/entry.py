@@ -86,7 +86,7 @@ def hear() -> None:
     """Answer, and do nothing else."""
 
 
-def hello(address: str, port: int) -> dict[str, Any]:
+def hello(name: str, secret: str) -> dict[str, Any]:
     """Load torch, before anything can interrupt its import, reach the store, and say where this engine lives."""
     import psutil
 
@@ -94,7 +94,7 @@ def hello(address: str, port: int) -> dict[str, Any]:
     from nbdist.core.channels.meeting import reach_store
     from nbdist.plan import available_cores
 
-    _engine.store = reach_store(address, port)
+    _engine.store = reach_store(name, secret)
     return {
         "host": host_name(),
         "host_id": host_id(),

@@ -17,7 +17,7 @@ _ASK_AGAIN_S = 1.0
 
 def introduce(
     size: int,
-    store: tuple[str, int],
+    store: tuple[str, str],
     timeout_s: float,
     start_call: Callable[..., Any],
     call: Callable[..., dict[int, Any]],
@@ -30,7 +30,7 @@ def introduce(
 
     Args:
         size: How many.
-        store: Address and port of where the ranks will meet.
+        store: Address of where the ranks will meet.
         timeout_s: How long they may take, in seconds.
         start_call: Begins to call a function on one rank.
         call: Calls a function on ranks and waits.

@@ -31,10 +31,10 @@ class Spares:
     Args:
         launch: Where engines come from.
         wanted: How many to keep.
-        store: Address and port of the store at which the ranks will meet.
+        store: Address of the store at which the ranks will meet.
     """
 
-    def __init__(self, launch: Launch, wanted: int, store: tuple[str, int]) -> None:
+    def __init__(self, launch: Launch, wanted: int, store: tuple[str, str]) -> None:
         self.wanted = wanted
         self._store = store
         self._launch = launch

@@ -39,13 +39,16 @@ def start_engines(
     started_s = time.monotonic()
     cold = fork_server.current_server() is None
     tell("loading torch" if cold else "starting engines")
-    loading = threading.Thread(target=_load_torch, args=(cold,), daemon=True)
+    hosted: list[Any] = []
+    loading = threading.Thread(target=_load_and_host, args=(hosted, patience_s is None, cold), daemon=True)
     loading.start()  # here too, while the engines start
     begun: Launch | Engines = (launch := Launch(size, patience_s))
     try:
         launch.wait_for(size, timeout_s, tell)
         loading.join()
-        engines = begun = Engines(launch, _store_of(launch.anchor), size, device, timeout_s, spares)
+        engines = begun = Engines(
+            launch, hosted.pop() if hosted else _store_of(launch.anchor), size, device, timeout_s, spares
+        )
         tell("forming the world")
         engines.meet()
     except BaseException:
@@ -84,9 +87,17 @@ def _load_torch(cold: bool = False) -> None:
         gc.collect()
 
 
+def _load_and_host(hosted: list[Any], host: bool, cold: bool) -> None:
+    """Load torch, and host a store unless an anchor does: the store's process takes its time to start."""
+    _load_torch(cold)
+    if host:
+        with contextlib.suppress(Exception):  # see above
+            hosted.append(_store_of(None))
+
+
 def _store_of(anchor: Anchor | None) -> Any:
     """The store in which ranks meet: the anchor's, or one of our own."""
     from nbdist.core.channels.meeting import reach_store
     from nbdist.core.world import host_store
 
-    return host_store() if anchor is None else reach_store("127.0.0.1", anchor.look()["port"])
+    return host_store() if anchor is None else reach_store(*anchor.look()["store"])

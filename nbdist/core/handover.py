@@ -113,6 +113,11 @@ class Segment:
         """The segment as memory."""
         return mmap.mmap(self._file, self.size)
 
+    @property
+    def descriptor(self) -> int:
+        """The open file, to be passed over a socket."""
+        return self._file
+
     def fill(self, pieces: list[tuple[int, memoryview]]) -> None:
         """Write bytes at their places: into new pages as a file, which saves a fault a page, and later as memory."""
         for start, piece in pieces:

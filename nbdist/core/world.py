@@ -8,7 +8,6 @@ import functools
 import itertools
 import json
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -32,6 +31,7 @@ from nbdist.core.channels import (
     SharedMemoryLink,
     SoloChannel,
 )
+from nbdist.core.channels.guarded_store import host_store
 from nbdist.core.channels.meeting import GenerationStore, meet, start_group, untouched
 from nbdist.errors import PlanError
 from nbdist.telemetry.host import host_id
@@ -301,17 +301,3 @@ def _environment_store() -> Any:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, _, _ = next(dist.rendezvous("env://", rank, size))
     return untouched(store, rank, size)
-
-
-def host_store(address: str = "127.0.0.1") -> Any:
-    """Host a store for ranks to meet in, listening on `address` only. Local: called outside the ranks.
-
-    torch's own listener takes every interface, unauthenticated; so the socket is bound here and handed over.
-    """
-    with socket.socket() as listener:
-        listener.bind((address, 0))
-        listener.listen(128)
-        port = listener.getsockname()[1]
-        return dist.TCPStore(
-            address, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
-        )

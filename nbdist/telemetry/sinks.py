@@ -56,7 +56,9 @@ class JsonlSink(Sink):
         self._next_s = 0.0
         self._held: Progress | None = None
         self._losses: list[Point] = []  # of what is held
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in reversed(path.parents):  # `parents=True` would leave those above readable by all
+            if not folder.exists():
+                folder.mkdir(exist_ok=True, mode=0o700)
         self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8")
         hold(self._file.fileno())
 

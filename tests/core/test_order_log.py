@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch.distributed as dist
 
+from nbdist.core.channels.meeting import reach_store
 from nbdist.core.order_log import OrderLog
 from nbdist.core.orders import Order
 from nbdist.core.world import host_store
@@ -70,6 +70,6 @@ def test_what_was_carried_out_is_known_from_the_log(store, run_id):
 def test_another_process_reaches_the_same_log(store, run_id):
     """Through a connection of its own, as rank 0 does."""
     OrderLog(store, run_id).give("pause", None)
-    other = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+    other = reach_store(*store.address)
     assert [Order("pause")] == OrderLog(other, run_id).new()
     assert [] == OrderLog(other, "another").new()

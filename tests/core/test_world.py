@@ -64,23 +64,23 @@ def listening(_world):
 
 
 def test_everything_listens_on_loopback_only(run_ranks):
-    """Neither the store nor gloo can be reached from another machine, for neither asks who is there."""
+    """Gloo cannot be reached from another machine, for it does not ask who is there; the store is on no network."""
     store = host_store()
-    mine = [c for c in psutil.Process().net_connections("inet") if c.laddr.port == store.port]
-    assert {"127.0.0.1"} == {c.laddr.ip for c in mine if c.status == psutil.CONN_LISTEN}
+    assert [] == psutil.Process(store.server_pid).net_connections("inet")
     assert [{"127.0.0.1"}] * 2 == run_ranks(2, listening)
 
 
 def test_the_store_serves_and_goes_away():
-    """A client reads what another wrote; without the last reference the port is free again."""
+    """A client reads what another wrote; without the last reference its process has ended."""
     store = host_store()
-    port = store.port
-    client = dist.TCPStore("127.0.0.1", port, is_master=False)
+    address, server = store.address, psutil.Process(store.server_pid)
+    client = reach_store(*address)
     client.set("key", "value")
     assert b"value" == store.get("key")
     del client, store
-    with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
-        probe.connect(("127.0.0.1", port))
+    assert not server.is_running()
+    with socket.socket(socket.AF_UNIX) as probe, pytest.raises(ConnectionRefusedError):
+        probe.connect(address[0])
 
 
 def test_a_process_alone_is_a_world_of_one(monkeypatch):
@@ -120,7 +120,7 @@ def store():
 def generation(store):
     """A generation, and a rank's view of it through a connection of its own."""
     number = next(generations)
-    return GenerationStore(store, number), GenerationStore(reach_store("127.0.0.1", store.port), number)
+    return GenerationStore(store, number), GenerationStore(reach_store(*store.address), number)
 
 
 def later(act, *args):
@@ -153,13 +153,13 @@ def test_a_wait_at_the_store_is_interrupted_at_once(generation):
 def test_a_store_that_is_gone_is_a_lost_peer():
     """Where one waits in it, and where one would connect to it."""
     store = host_store()
-    port = store.port
-    ranks = GenerationStore(reach_store("127.0.0.1", port), 1)
+    address = store.address
+    ranks = GenerationStore(reach_store(*address), 1)
     del store
     with pytest.raises(PeerLostError, match="their store is gone"):
         ranks.get("never")
     with pytest.raises(PeerLostError, match="their store is gone"):
-        reach_store("127.0.0.1", port)
+        reach_store(*address)
 
 
 def test_torch_is_not_waited_for_when_the_ranks_are_released(generation):

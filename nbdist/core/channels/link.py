@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-import pickle
+import json
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -12,10 +12,55 @@ import torch.distributed as dist
 
 from nbdist.core.channels.process_group import Work
 
-__all__ = ["Link", "Message", "ProcessGroupLink"]
+__all__ = ["Link", "Message", "Place", "ProcessGroupLink", "dtype_named", "pack_note", "unpack_note"]
 
 Message = tuple[Any, list[torch.Tensor | None]]
-"""A small picklable note, and tensors."""
+"""A small note of plain data, see `pack_note`, and tensors."""
+
+Place = tuple[str, list[int], int]
+"""Dtype, shape and, in a segment, the first byte."""
+
+
+def pack_note(value: Any) -> bytes:
+    """Plain data as bytes: None, bools, numbers and strings in lists, tuples and dicts by string. Never a pickle."""
+    return json.dumps(_tagged(value), separators=(",", ":")).encode()
+
+
+def unpack_note(data: bytes | bytearray) -> Any:
+    """What `pack_note` was given. Whatever the bytes are, no code of theirs runs."""
+    return _untagged(json.loads(data))
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """A dtype by its name in torch."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype of torch.")
+    return found
+
+
+def _tagged(value: Any) -> Any:
+    """JSON has no tuples: each one, and each dict, is an object that says so."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is list:
+        return [_tagged(item) for item in value]
+    if type(value) is tuple:
+        return {"tuple": [_tagged(item) for item in value]}
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {"dict": {key: _tagged(item) for key, item in value.items()}}
+    raise TypeError(f"a note between ranks cannot hold {type(value).__name__}: use plain data.")
+
+
+def _untagged(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_untagged(item) for item in value]
+    if isinstance(value, dict):
+        ((kind, content),) = value.items()
+        if kind == "tuple":
+            return tuple(_untagged(item) for item in content)
+        return {key: _untagged(item) for key, item in content.items()}
+    return value
 
 
 class Link(ABC):
@@ -23,7 +68,7 @@ class Link(ABC):
 
     @abstractmethod
     def send(self, note: Any, tensors: list[torch.Tensor | None]) -> None:
-        """Send a small picklable `note` and tensors; returns before the peer has them. Local.
+        """Send a small `note` of plain data and tensors; returns before the peer has them. Local.
 
         Raises:
             PeerLostError: The peer is gone.
@@ -66,8 +111,8 @@ class ProcessGroupLink(Link):
         """See `Link`."""
         while self._sending and self._sending[0][0].done:
             self._sending.popleft()[0].wait()
-        places = [None if tensor is None else (tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
-        header = bytearray(pickle.dumps((note, places)))
+        places = [None if tensor is None else (str(tensor.dtype)[6:], list(tensor.shape)) for tensor in tensors]
+        header = bytearray(pack_note([note, places]))
         self._start(torch.tensor([len(header)]))
         self._start(torch.frombuffer(header, dtype=torch.uint8))
         for tensor in tensors:
@@ -78,13 +123,13 @@ class ProcessGroupLink(Link):
         """See `Link`."""
         length = self._wait_for(torch.zeros(1, dtype=torch.long))
         header = self._wait_for(torch.zeros(int(length.item()), dtype=torch.uint8))
-        note, places = pickle.loads(header.numpy().tobytes())  # from our own process at the other end
+        note, places = unpack_note(header.numpy().tobytes())
         tensors: list[torch.Tensor | None] = []
         for place in places:
             if place is None:
                 tensors.append(None)
                 continue
-            tensor = torch.empty(place[1], dtype=place[0], device=self._device)
+            tensor = torch.empty(place[1], dtype=dtype_named(place[0]), device=self._device)
             tensors.append(self._wait_for(tensor) if tensor.numel() else tensor)
         return note, tensors
 

@@ -7,11 +7,9 @@ of a generation with a word in it; to a rank that is but the echo of another one
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from nbdist.core.channels.guarded_store import GuardedStore
 from nbdist.errors import PeerLostError
 
 __all__ = ["GenerationStore", "echoes", "meet", "reach_store", "start_group", "untouched"]
@@ -26,11 +25,10 @@ __all__ = ["GenerationStore", "echoes", "meet", "reach_store", "start_group", "u
 T = TypeVar("T")
 
 _MEET_WITHIN_S = 30 * 60.0
-_CONNECT_WITHIN = datetime.timedelta(seconds=2)
-_WAIT_WITHIN = datetime.timedelta(minutes=5)
 _NAP_S, _LONGEST_NAP_S = 2e-4, 2e-3
 _LOOK_S = 0.01
 _RELEASED = "released"
+_SECRET_VARIABLE = "NBDIST_SECRET"
 _LATE_S = 0.1
 _STAY_S = 2.0
 
@@ -45,17 +43,14 @@ def echoes() -> Iterator[None]:
         raise PeerLostError(f"the ranks could not meet, one of them or their store is gone ({words}).") from error
 
 
-def reach_store(address: str, port: int) -> Any:
-    """Connect to a store that somebody hosts. Local.
+def reach_store(name: str, secret: str) -> GuardedStore:
+    """Connect to a store that somebody hosts; both are its `address`. Local.
 
     Raises:
         PeerLostError: Nobody does any more.
     """
     with echoes():
-        socket.create_connection((address, port), _CONNECT_WITHIN.total_seconds()).close()  # torch would try on and on
-        store = dist.TCPStore(address, port, is_master=False, timeout=_CONNECT_WITHIN)
-        store.set_timeout(_WAIT_WITHIN)
-        return store
+        return GuardedStore(name, secret)
 
 
 class GenerationStore(dist.Store):
@@ -69,38 +64,40 @@ class GenerationStore(dist.Store):
     def __init__(self, store: Any, generation: int) -> None:
         super().__init__()
         self.underlying_store = store
-        self._keys = dist.PrefixStore(f"nbdist/{generation}", store)
+        self.generation = generation
+        # torchrun's store knows none; who starts the ranks may give them one.
+        self.secret: bytes = getattr(store, "secret", b"") or os.environ.get(_SECRET_VARIABLE, "").encode()
 
     def release(self) -> None:
         """Let every wait of this generation end with an error. Local: whoever hosts the store calls it."""
-        self._keys.set(_RELEASED, "1")
+        self.underlying_store.set(self._named(_RELEASED), "1")
 
     def set(self, key: str, value: Any) -> None:
         """Write."""
         with echoes():
-            self._keys.set(key, value)
+            self.underlying_store.set(self._named(key), value)
 
     def get(self, key: str) -> bytes:
         """Wait for a key, and read it."""
         self.wait([key])
         with echoes():
-            return self._keys.get(key)
+            return bytes(self.underlying_store.get(self._named(key)))
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         """Wait for keys, and read them."""
         self.wait(keys)
         with echoes():
-            return list(self._keys.multi_get(keys))
+            return list(self.underlying_store.multi_get([self._named(key) for key in keys]))
 
     def add(self, key: str, amount: int) -> int:
         """Add to a number; returns the sum."""
         with echoes():
-            return int(self._keys.add(key, amount))
+            return int(self.underlying_store.add(self._named(key), amount))
 
     def delete_key(self, key: str) -> bool:
         """Remove; returns whether it was there."""
         with echoes():
-            return bool(self._keys.delete_key(key))
+            return bool(self.underlying_store.delete_key(self._named(key)))
 
     def check(self, keys: list[str]) -> bool:
         """Whether all keys are there.
@@ -109,8 +106,8 @@ class GenerationStore(dist.Store):
             PeerLostError: They are not, and will not be: the ranks were released, or the store is gone.
         """
         with echoes():
-            there = bool(keys) and bool(self._keys.check(keys))
-            if not there and self._keys.check([_RELEASED]):
+            there = bool(keys) and bool(self.underlying_store.check([self._named(key) for key in keys]))
+            if not there and self.underlying_store.check([self._named(_RELEASED)]):
                 raise PeerLostError("the ranks were released, for another one is gone.")
             return there
 
@@ -127,6 +124,9 @@ class GenerationStore(dist.Store):
                 raise PeerLostError(f"the ranks did not meet within {_MEET_WITHIN_S:g} s.")
             time.sleep(nap_s)
             nap_s = min(2 * nap_s, _LONGEST_NAP_S)
+
+    def _named(self, key: str) -> str:
+        return f"nbdist/{self.generation}/{key}"
 
 
 def meet(store: GenerationStore, name: str, rank: int, size: int, word: str = "") -> list[str]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
-import pickle
 import socket
 import struct
 import time
@@ -17,10 +15,10 @@ from typing import Any
 
 import torch
 
-from nbdist.core.channels.link import Link, Message
-from nbdist.core.channels.shared_memory import SPIN_S, connect, open_sockets, receive_exactly
+from nbdist.core.channels.link import Link, Message, Place, dtype_named, pack_note, unpack_note
+from nbdist.core.channels.shared_memory import SPIN_S, connect, open_sockets, receive_exactly, receive_file
 from nbdist.core.channels.spent import spent
-from nbdist.core.handover import Segment, open_segment
+from nbdist.core.handover import Segment
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
 
@@ -30,7 +28,7 @@ _ALIGNMENT = 64
 _PAGE = 4096
 _IN_FLIGHT = 64
 """Segments that may be on their way; with more of them a sender that runs ahead waits."""
-_Place = tuple[torch.dtype, tuple[int, ...], int]
+_NUMBER = struct.Struct("!Q")
 _FRAME = struct.Struct("!cI")  # what follows, and its length
 
 
@@ -52,28 +50,28 @@ class SharedMemoryLink(Link):
         self._free: list[Segment] = []
         self._away: dict[int, Segment] = {}
         self._inbox: list[bytes] = []
-        self._maps: dict[str, tuple[int, torch.Tensor]] = {}
+        self._maps: dict[int, torch.Tensor] = {}
 
     @spent.communicating()
     def send(self, note: Any, tensors: list[torch.Tensor | None]) -> None:
         """See `Link`."""
         end = 0
-        places: list[_Place | None] = []
+        places: list[Place | None] = []
         for tensor in tensors:
             if tensor is None:
                 places.append(None)
                 continue
-            places.append((tensor.dtype, tuple(tensor.shape), end))
+            places.append((str(tensor.dtype)[6:], list(tensor.shape), end))
             end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         where = None
         if end:
             segment = self._take(end)
-            where = segment.number, segment.path
+            where = segment.number
             memory = torch.frombuffer(segment.buffer, dtype=torch.uint8)
             for tensor, place in zip(tensors, places, strict=True):
                 if tensor is not None and place is not None:
                     _at(memory, place).copy_(tensor.detach())
-        self._write(b"D", pickle.dumps((note, where, places)))
+        self._write(b"D", pack_note([note, where, places]))
 
     @spent.communicating()
     def receive(self) -> Message:
@@ -82,11 +80,11 @@ class SharedMemoryLink(Link):
         while not self._inbox:
             self._read()
         spent.idle += time.perf_counter() - began_s
-        note, where, places = pickle.loads(self._inbox.pop(0))  # from our own process at the other end
-        memory = torch.empty(0, dtype=torch.uint8) if where is None else self._map(*where)
+        note, where, places = unpack_note(self._inbox.pop(0))
+        memory = torch.empty(0, dtype=torch.uint8) if where is None else self._maps[where]
         tensors = [None if place is None else _at(memory, place).clone() for place in places]
         if where is not None:
-            self._write(b"F", pickle.dumps(where[0]))
+            self._write(b"F", _NUMBER.pack(where))
         return note, tensors
 
     def close(self) -> None:
@@ -106,19 +104,17 @@ class SharedMemoryLink(Link):
             self._free.remove(segment)
         else:
             if self._free:  # grown out of: its memory is of no more use
-                self._free.pop().close()
+                old = self._free.pop()
+                self._write(b"C", _NUMBER.pack(old.number))
+                old.close()
             segment = Segment(-(-nbytes // _PAGE) * _PAGE)
+            self._write(b"M", _NUMBER.pack(segment.number))
+            try:
+                socket.send_fds(self._socket, [b"\0"], [segment.descriptor])
+            except OSError as error:
+                raise PeerLostError(f"a message could not be sent, another rank is gone ({error}).") from error
         self._away[segment.number] = segment
         return segment
-
-    def _map(self, number: int, path: str) -> torch.Tensor:
-        """The peer's segment as memory. A path may be that of another segment later, a closed one's."""
-        known = self._maps.get(path)
-        if known is None or known[0] != number:
-            with os.fdopen(open_segment(path), "r+b") as file:
-                known = number, torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
-            self._maps[path] = known
-        return known[1]
 
     def _write(self, kind: bytes, body: bytes) -> None:
         try:
@@ -137,8 +133,15 @@ class SharedMemoryLink(Link):
             raise PeerLostError(f"a message did not arrive, another rank is gone ({error}).") from error
         if kind == b"D":
             self._inbox.append(body)
+            return True
+        (number,) = _NUMBER.unpack(body)
+        if kind == b"M":
+            with receive_file(self._socket) as file:
+                self._maps[number] = torch.frombuffer(mmap.mmap(file, 0), dtype=torch.uint8)
+        elif kind == b"C":
+            del self._maps[number]
         else:
-            self._free.append(self._away.pop(pickle.loads(body)))
+            self._free.append(self._away.pop(number))
         return True
 
     def _arrived(self) -> bool:
@@ -152,7 +155,8 @@ class SharedMemoryLink(Link):
                 return False
 
 
-def _at(memory: torch.Tensor, place: _Place) -> torch.Tensor:
-    dtype, shape, start = place
+def _at(memory: torch.Tensor, place: Place) -> torch.Tensor:
+    name, shape, start = place
+    dtype = dtype_named(name)
     numel = int(torch.Size(shape).numel())
     return memory[start : start + numel * dtype.itemsize].view(dtype).view(shape)

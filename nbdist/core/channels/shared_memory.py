@@ -8,12 +8,12 @@ arrived: waiting costs no processor time, is interrupted at once, and ends when 
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import os
 import secrets
 import select
 import socket
-import struct
 import time
 import weakref
 from collections.abc import Iterator
@@ -25,12 +25,14 @@ import torch
 from nbdist.core.channels.base import Channel, Done, Pending
 from nbdist.core.channels.meeting import echoes
 from nbdist.core.channels.spent import spent
-from nbdist.core.handover import Segment, open_segment
+from nbdist.core.handover import Segment
 from nbdist.core.sum_order import SumOrder
+from nbdist.doorkeeper import IntruderError, accept_proof, give_proof
+from nbdist.doorkeeper import receive_exactly as hear_exactly
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
 
-__all__ = ["SPIN_S", "SharedMemoryChannel", "connect", "open_sockets", "receive_exactly"]
+__all__ = ["SPIN_S", "SharedMemoryChannel", "connect", "open_sockets", "receive_exactly", "receive_file"]
 
 _PAGE = 4096
 SPIN_S = 1e-4
@@ -256,13 +258,10 @@ class SharedMemoryChannel(Channel):
             if self.rank == 0:
                 segment = cleanup.enter_context(contextlib.closing(Segment(nbytes)))
                 memory = segment.buffer
-                told = segment.path.encode()
                 for peer in self._peers:
-                    peer.sendall(struct.pack("!I", len(told)) + told)
+                    socket.send_fds(peer, [b"\0"], [segment.descriptor])
             else:
-                (length,) = struct.unpack("!I", receive_exactly(self._peers[0], 4))
-                with os.fdopen(open_segment(receive_exactly(self._peers[0], length).decode()), "r+b") as file:
-                    memory = mmap.mmap(file.fileno(), nbytes)
+                memory = mmap.mmap(cleanup.enter_context(receive_file(self._peers[0])), nbytes)
             self.meet()  # all have mapped it
         return torch.frombuffer(memory, dtype=torch.uint8)
 
@@ -270,10 +269,14 @@ class SharedMemoryChannel(Channel):
 def connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:
     """One socket to every other rank, in rank order. The listeners have no name in the file system. **Collective**.
 
+    Each side makes sure that the other is this user's and knows the world's secret.
+
     Raises:
         PeerLostError: Another rank, or the store, is gone.
     """
     peers: dict[int, socket.socket] = {}
+    about = f"{store.generation}/{name}"
+    look = functools.partial(store.check, [])
     try:
         with echoes(), socket.socket(socket.AF_UNIX) as listener:
             address = f"\0nbdist-{secrets.token_hex(16)}"
@@ -284,15 +287,19 @@ def connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:
                 there = store.get(f"{name}/address/{other}").decode()
                 peers[other] = socket.socket(socket.AF_UNIX)
                 peers[other].connect(there)
-                peers[other].sendall(struct.pack("!I", rank))
+                give_proof(peers[other], store.secret, f"{about}/{other}", rank, look)
             while len(peers) < size - 1:
                 while not select.select([listener], [], [], _LOOK_S)[0]:
-                    store.check([])
+                    look()
                 peer, _ = listener.accept()
-                if _user_of(peer) != os.getuid():  # whoever else can see the address
+                try:
+                    other = accept_proof(peer, store.secret, f"{about}/{rank}", look)
+                except IntruderError:  # whoever else can see the address
                     peer.close()
                     continue
-                (other,) = struct.unpack("!I", receive_exactly(peer, 4))
+                except BaseException:
+                    peer.close()
+                    raise
                 peers[other] = peer
     except BaseException:
         for peer in peers.values():
@@ -301,18 +308,25 @@ def connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:
     return [peers[other] for other in sorted(peers)]
 
 
-def _user_of(peer: socket.socket) -> int:
-    """The user that runs the process at the other end."""
-    _, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return int(user)
+@contextlib.contextmanager
+def receive_file(peer: socket.socket) -> Iterator[int]:
+    """A descriptor that the peer has sent with one byte, open for as long as the context.
+
+    Raises:
+        PeerLostError: The peer hangs up before.
+    """
+    told, files, _, _ = socket.recv_fds(peer, 1, 1)
+    if not told or not files:
+        raise PeerLostError("another rank is gone while the ranks meet.")
+    try:
+        yield files[0]
+    finally:
+        os.close(files[0])
 
 
 def receive_exactly(peer: socket.socket, length: int) -> bytes:
     """Receive so many bytes. Raises `PeerLostError` where the peer hangs up before."""
-    data = b""
-    while len(data) < length:
-        part = peer.recv(length - len(data))
-        if not part:
-            raise PeerLostError("another rank is gone while the ranks meet.")
-        data += part
-    return data
+    try:
+        return hear_exactly(peer, length)
+    except ConnectionError as error:
+        raise PeerLostError(str(error)) from error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +35,7 @@ class Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """The signature of one call of a model: hashable, and picklable, so that ranks without the values know it.
+    """The signature of one call of a model: hashable, and told in plain text to ranks without the values.
 
     Args:
         structure: How arguments nest.
@@ -56,8 +59,28 @@ class Call:
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         return cls(structure=structure, leaves=tuple(map(_leaf, values))), tensors
 
-    def __reduce__(self) -> Any:
-        return _call, (pytree.tree_unflatten(list(self.leaves), self.structure),)  # TreeSpec warns when it is unpickled
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - as many as there are shapes of batches
+    def to_text(self) -> str:
+        """Plain data for another rank, see `from_text`. Local.
+
+        Raises:
+            TaskError: An argument is of a kind that has no plain form.
+        """
+        try:
+            structure = pytree.treespec_dumps(self.structure)
+        except Exception as error:
+            raise TaskError(
+                f"the model is called with arguments that cannot be told to the ranks of the other stages ({error}): "
+                "pass tensors, numbers, strings or None, in tuples, lists and dicts."
+            ) from error
+        return json.dumps([structure, [_plain(leaf) for leaf in self.leaves]])
+
+    @classmethod
+    @functools.lru_cache(maxsize=64)
+    def from_text(cls, text: str) -> Call:
+        """The call that `to_text` has told. Whatever the text is, no code of it runs. Local."""
+        structure, leaves = json.loads(text)
+        return cls(structure=pytree.treespec_loads(structure), leaves=tuple(_leaf_of(*leaf) for leaf in leaves))
 
     def arguments(self, tensors: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put ``(args, kwargs)`` together again, with these tensors."""
@@ -143,9 +166,42 @@ def leaves_of(value: Any) -> list[Any]:
     return list(pytree.tree_leaves(value))
 
 
-def _call(arguments: Any) -> Call:
-    leaves, structure = pytree.tree_flatten(arguments)
-    return Call(structure=structure, leaves=tuple(leaves))
+def _plain(leaf: TensorLike | Constant) -> tuple[str, Any]:
+    """A leaf as a kind and what JSON can hold."""
+    if isinstance(leaf, TensorLike):
+        return "tensor", [list(leaf.shape), str(leaf.dtype)]
+    value = leaf.value
+    if value is None or type(value) in (bool, int, float, str):
+        return "plain", value
+    if type(value) is complex:
+        return "complex", [value.real, value.imag]
+    if type(value) is bytes:
+        return "bytes", value.hex()
+    if isinstance(value, (torch.dtype, torch.device)):
+        return type(value).__name__, str(value)
+    raise TaskError(
+        f"the model is called with a {type(value).__name__}, which cannot be told to the ranks of the other stages: "
+        "pass a tensor, a number, a string or None."
+    )
+
+
+def _leaf_of(kind: str, value: Any) -> TensorLike | Constant:
+    """What `_plain` made of a leaf, as a leaf again."""
+    if kind == "tensor":
+        return TensorLike(shape=tuple(value[0]), dtype=_dtype(value[1]))
+    known: dict[str, Callable[[Any], Any]] = {
+        "plain": lambda plain: plain, "complex": lambda parts: complex(*parts), "bytes": bytes.fromhex,
+        "dtype": _dtype, "device": torch.device,
+    }  # fmt: skip
+    made = known[kind](value)
+    return Constant(type=type(made), value=made)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name.removeprefix("torch."))
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype of torch.")
+    return found
 
 
 def _leaf(value: Any) -> TensorLike | Constant:

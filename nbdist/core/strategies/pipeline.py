@@ -147,7 +147,8 @@ class Pipeline:
             with self._guarded(), self._precision.autocast():
                 call, inputs = Call.of(*call_of(self._task, batch))
         else:
-            (call, wanted), (inputs, state) = self._receive("forward", action, stage - 1)
+            (text, wanted), (inputs, state) = self._receive("forward", action, stage - 1)
+            call = Call.from_text(text)
             start_s = time.time()
             for tensor, wants in zip(inputs, wanted, strict=True):
                 tensor.requires_grad_(wants and torch.is_grad_enabled())
@@ -165,7 +166,7 @@ class Pipeline:
             self._note("forward", action, start_s)
             state = seeds.state(self._device)
             wanted = [tensor.requires_grad for tensor in outputs]
-            self._send("forward", action, 1, (call, wanted), list(outputs), state)
+            self._send("forward", action, 1, (call.to_text(), wanted), list(outputs), state)
             return None
         self._passages[stage, action.microbatch] = _Passage(inputs=inputs, outputs=[])
         state = seeds.state(self._device)

@@ -1,0 +1,175 @@
+"""Another user of this host, a real second uid: what that process tries at the ranks' sockets, memory and store."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import pwd
+import socket
+import sys
+import threading
+
+import pytest
+
+from nbdist import doorkeeper
+from nbdist.core.channels.guarded_store import GuardedStore, host_store
+from nbdist.core.channels.link import pack_note, unpack_note
+from nbdist.core.channels.meeting import GenerationStore
+from nbdist.core.channels.shared_memory import connect
+from nbdist.core.handover import Segment
+from nbdist.core.order_log import OrderLog
+from nbdist.telemetry.sinks import JsonlSink
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or os.getuid() != 0, reason="only root can become another user, and only Linux tells users"
+)
+
+
+def as_other_user(act, *args):
+    """Call ``act(*args)`` in a fork that is user nobody; returns its JSON value, or the name of its error."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        nobody = pwd.getpwnam("nobody")
+        os.close(reading)
+        os.setgroups([])
+        os.setgid(nobody.pw_gid)
+        os.setuid(nobody.pw_uid)
+        try:
+            told = act(*args)
+        except BaseException as error:
+            told = type(error).__name__
+        os.write(writing, json.dumps(told).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as told:
+        answer = told.read()
+    os.waitpid(child, 0)
+    return json.loads(answer)
+
+
+def ask_unproved(name):
+    """Put a question to the store as a client of old did, without a proof."""
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(name)
+        with contextlib.suppress(OSError):
+            peer.sendall(doorkeeper.pack([b"set", b"orders/run/0", b'["stop", null]']))
+            return peer.recv(1).decode()
+    return ""
+
+
+def ask_proved(name, secret):
+    doorkeeper.same_user = lambda peer: True  # in this fork: an intruder does not ask who listens
+    GuardedStore(name, secret).set("orders/run/0", '["stop", null]')
+
+
+@pytest.mark.parametrize("ask", [ask_unproved, ask_proved])
+def test_the_store_gives_and_takes_nothing(ask):
+    """Neither without the world's secret nor, were it known, with it: no order comes to be."""
+    store = host_store()
+    told = as_other_user(ask, *store.address[: 1 if ask is ask_unproved else 2])
+    assert told in ("", "ConnectionError", "ConnectionResetError", "BrokenPipeError")
+    assert [] == OrderLog(store, "run").new()
+    assert not store.check(["orders/run/0"])
+
+
+def test_this_user_without_the_secret_is_refused_too():
+    """So a process of another cluster does not take part by mistake."""
+    store = host_store()
+    with pytest.raises(OSError, match="secret"):
+        GuardedStore(store.address[0], "00" * 32)
+
+
+def call_at(name):
+    """Call a rank in place of its peer, and wait until it hangs up."""
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(name)
+        peer.sendall(bytes(20))
+        return peer.recv(1).decode()
+
+
+def test_a_rank_takes_no_call_of_another_user():
+    """It hangs up, and goes on waiting for the real peer."""
+    host = host_store()
+    made = []
+    stores = [GenerationStore(GuardedStore(*host.address), 1) for _ in range(2)]
+    waiting = threading.Thread(target=lambda: made.extend(connect(0, 2, stores[0], "pair")))
+    waiting.start()
+    name = stores[1].get("pair/address/0").decode()
+    assert as_other_user(call_at, name) in ("", "ConnectionResetError", "BrokenPipeError")
+    (peer,) = connect(1, 2, stores[1], "pair")
+    waiting.join()
+    made[0].sendall(b"x")
+    assert b"x" == peer.recv(1)
+    for end in (peer, *made):
+        end.close()
+
+
+def test_a_rank_does_not_talk_to_a_squatter():
+    """Who listens at the address of a rank, or of a store that has ended, must be this user."""
+    name = f"\0nbdist-test-{os.getpid()}"
+    ready, done = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setuid(pwd.getpwnam("nobody").pw_uid)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(name)
+        listener.listen()
+        os.write(ready[1], b"x")
+        os.close(done[1])
+        os.read(done[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    try:
+        with pytest.raises(doorkeeper.IntruderError, match="another user"):
+            GuardedStore(name, "00" * 32)
+    finally:
+        for end in (*ready, *done):
+            os.close(end)
+        os.waitpid(child, 0)
+
+
+def open_path(path):
+    with open(path, "rb"):
+        return "opened"
+
+
+def test_memory_cannot_be_opened_by_another_user():
+    """It has no name but that of the descriptor of its process, which only this user may follow."""
+    segment = Segment(4096)
+    assert "PermissionError" == as_other_user(open_path, segment.path)
+    segment.close()
+
+
+def test_records_and_their_folders_are_private(tmp_path):
+    """Also the folders that are made above the record."""
+    os.chmod(tmp_path, 0o755)
+    path = tmp_path / "home" / "runs" / "run" / "rank0.jsonl"
+    JsonlSink(path).close()
+    assert [0o700] * 3 == [folder.stat().st_mode & 0o777 for folder in list(path.parents)[:3]]
+    assert 0o600 == path.stat().st_mode & 0o777
+
+
+class Bomb:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_crafted_pickle_is_no_note(tmp_path):
+    """Notes are plain data: bytes that would run code are refused, and run none."""
+    with pytest.raises(ValueError, match=r"decode|JSON|Expecting"):
+        unpack_note(pickle.dumps(Bomb(str(tmp_path / "told"))))
+    assert not (tmp_path / "told").exists()
+
+
+def test_a_note_keeps_its_types():
+    """Tuples stay tuples, and a dict may have any string as a key."""
+    note = (("forward", 1, 0), [True, None, 1.5], {"tuple": (1,), "dict": {}})
+    assert note == unpack_note(pack_note(note))
