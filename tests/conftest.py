@@ -81,10 +81,8 @@ class _Surroundings:
         self.torch_threads = _torch_threads()
 
     def check(self) -> None:
-        now = set(psutil.Process().children(recursive=True)) - _of_browsers(self.processes)
-        new = {p for p in now - self.processes if not _of_shared_cluster(p)}
-        _, alive = psutil.wait_procs(new, timeout=_GONE_WITHIN_S)
-        left = [p for p in alive if not _of_shared_cluster(p)]  # one that was being forked did not show it yet
+        # One that is just being forked does not show yet that it belongs to the shared cluster.
+        left = _lasting(lambda: [p for p in self._new_processes() if not _of_shared_cluster(p)])
         assert not left, f"left running: {left}"
         threads = [t for t in threading.enumerate() if t not in self.threads and not (t.daemon or _of_pool(t))]
         for thread in threads:
@@ -99,6 +97,10 @@ class _Surroundings:
             assert _torch_threads() == self.torch_threads
         distributed = sys.modules.get("torch.distributed")
         assert distributed is None or not distributed.is_initialized(), "a process group is left"
+
+    def _new_processes(self) -> list[psutil.Process]:
+        new = set(psutil.Process().children(recursive=True)) - _of_browsers(self.processes) - self.processes
+        return psutil.wait_procs(new, timeout=0)[1]
 
 
 def _of_browsers(processes: set[psutil.Process]) -> set[psutil.Process]:

@@ -17,17 +17,17 @@ import psutil
 
 from nbdist.cluster import entry
 from nbdist.cluster.anchor import Anchor
+from nbdist.cluster.answers import answers_of
 from nbdist.cluster.engine import Engine, gone
 from nbdist.cluster.forming import Forming
 from nbdist.cluster.introduction import introduce
 from nbdist.cluster.launch import CONTROLLER_ENDED, Launch
 from nbdist.cluster.spares import Spares
-from nbdist.errors import ClusterError, EngineError, PeerLostError
+from nbdist.errors import ClusterError, EngineError
 from nbdist.telemetry.host import host_id
 
 __all__ = ["Engine", "Engines"]
 
-_LOOK_S = 0.1
 _KNOWN_WITHIN_S = 1.0
 _POLL_S = 0.005
 
@@ -170,38 +170,20 @@ class Engines:
         """Whether some engine lives on another host, where our shared memory does not reach."""
         return any(record.host_id != self.host_id for record in self._records)
 
-    def order(self, run_id: str, kind: str, value: Any = None) -> None:
-        """Tell the ranks of a run what is asked of them, see `Order`: rank 0 reads it in their store."""
+    def orders(self, run_id: str) -> Any:
+        """The log of what is asked of a run, an `OrderLog`; rank 0 reads it. None once the engines were ended."""
         from nbdist.core.order_log import OrderLog
 
         store = self._store
-        if store is not None:  # else ended
-            OrderLog(store, run_id).give(kind, value)
-
-    def left_orders(self, run_id: str) -> list[Any]:
-        """What was asked of a run, and has not been carried out."""
-        from nbdist.core.order_log import OrderLog
-
-        store = self._store
-        if store is None:  # ended
-            return []
-        with contextlib.suppress(PeerLostError):
-            return [order for order in OrderLog(store, run_id).new() if order.step is None]
-        return []
+        return None if store is None else OrderLog(store, run_id)
 
     def release(self) -> None:
         """Release the ranks of the present world: each that waits at the store for others gets an error at once."""
-        store = self._generation_store()
-        if store is not None:
-            store.release()
-
-    def _generation_store(self) -> Any:
-        store = self._store
-        if store is None:  # ended
-            return None
         from nbdist.core.channels.meeting import GenerationStore
 
-        return GenerationStore(store, self._generation)
+        store = self._store
+        if store is not None:  # else ended
+            GenerationStore(store, self._generation).release()
 
     def form(self) -> None:
         """Let all engines meet in a world of a new generation.
@@ -311,35 +293,18 @@ class Engines:
         return self._view(rank).execute(source, silent=False, block=False)
 
     def call(
-        self,
-        ranks: Iterable[int],
-        function: Callable[..., Any],
-        arguments: Any = (),
-        *,
+        self, ranks: Iterable[int], function: Callable[..., Any], arguments: Any = (), *,
         timeout_s: float | None = None,
-    ) -> dict[int, Any]:
+    ) -> dict[int, Any]:  # fmt: skip
         """Call a function on engines at once and wait; `arguments` are a tuple for all, or one a rank.
 
         Raises:
             ClusterError: An engine did not answer in time, or cannot be reached.
             EngineError: The function failed on one.
         """
-        calls = {
-            rank: self.start_call(rank, function, *(arguments[rank] if isinstance(arguments, dict) else arguments))
-            for rank in ranks
-        }
-        results = {}
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        for rank, call in calls.items():
-            while not call.wait(_LOOK_S):
-                self.check_alive()
-                if deadline is not None and time.monotonic() > deadline:
-                    raise ClusterError(f"rank {rank} did not answer within {timeout_s:g} s: %dist_stop ends it.")
-            try:
-                results[rank] = call.get()
-            except ipyparallel.error.RemoteError as error:
-                raise EngineError(f"rank {rank}: {error.ename}: {error.evalue}", str(error.traceback), rank) from None
-        return results
+        of = arguments.__getitem__ if isinstance(arguments, dict) else lambda rank: arguments
+        calls = {rank: self.start_call(rank, function, *of(rank)) for rank in ranks}
+        return answers_of(calls, self.check_alive, timeout_s)
 
     def interrupt(self, ranks: Iterable[int]) -> None:
         """Interrupt what ranks are doing, as Ctrl-C would. On this host it has been delivered when this returns."""

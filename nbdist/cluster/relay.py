@@ -113,7 +113,9 @@ class Relay:
     def _tell_late(self) -> None:
         """Say what has become of what was asked for after the last step; nothing more can be asked for by now."""
         run = self._run
-        texts = [outcome_of(order, run, self._engines.size) for order in self._engines.left_orders(run.run_id)]
+        orders = self._engines.orders(run.run_id)
+        left = [] if orders is None else orders.left()
+        texts = [outcome_of(order, run, self._engines.size) for order in left]
         for text in texts:
             run.progress.note(text)
         if texts:

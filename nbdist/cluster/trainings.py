@@ -241,7 +241,9 @@ class Trainings:
             run.progress.state = "stopping"
         if kind == "scale":
             run.wanted = 0 if value == self._engines.size else value
-        self._engines.order(run.run_id, kind, value)
+        orders = self._engines.orders(run.run_id)
+        if orders is not None:
+            orders.give(kind, value)
 
     def _leave(self, run: Run, note: str = "") -> bool:
         """Take a run out of the queue; returns whether it was there."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import Any
 
 from nbdist.core.channels.meeting import echoes
 from nbdist.core.orders import Order, Orders
+from nbdist.errors import PeerLostError
 
 __all__ = ["OrderLog"]
 
@@ -54,6 +56,12 @@ class OrderLog(Orders):
                 orders.append(Order(kind, value, step))
                 self._read += 1
         return orders
+
+    def left(self) -> list[Order]:
+        """Those that no step has heard; nothing where the store is gone. The notebook's side, once a run has ended."""
+        with contextlib.suppress(PeerLostError):
+            return [order for order in self.new() if order.step is None]
+        return []
 
     def stamp(self, number: int, step: int) -> None:
         """See `Orders`.
