@@ -44,7 +44,7 @@ def evaluated(scaled, gate, tmp_path):
         return (output.argmax(1) == target).double().mean()
 
     run = scaled.train(net(), classes(), val=classes(), metric=measured, background=True, **OPTIONS)
-    until(begun.exists, 30)
+    until(begun.exists)
     return run
 
 
@@ -103,7 +103,7 @@ def test_they_are_there_though_the_run_failed(scaled, gate, tmp_path):
         raise ValueError("not today")
 
     run = scaled.train(net(), classes(), val=classes(), metric=measured, background=True, **OPTIONS)
-    until(begun.exists, 30)
+    until(begun.exists)
     scaled.scale(3)
     run.set_lr(0.5)
     gate.touch()
@@ -150,7 +150,7 @@ def test_a_stop_that_is_asked_for_twice_is_one_order(cluster, gate, tmp_path):
         return output.square().mean()
 
     run = cluster.train(net(), classes(), background=True, **{**OPTIONS, "loss": loss, "steps": 10**9})
-    until(begun.exists, 30)
+    until(begun.exists)
     run.stop()
     run.stop()
     gate.touch()

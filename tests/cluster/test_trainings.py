@@ -64,7 +64,7 @@ def second_held(cluster, monkeypatch, gate, tmp_path):
     monkeypatch.setattr(Trainings, "_begin", held_begin)
     loss, begun, goes_on = held(tmp_path)
     runs.append(cluster.train(net(), classes(), **{**SHORT, "loss": loss}))
-    until(begun.exists, 30)
+    until(begun.exists)
     runs += [cluster.train(net(), classes(), **SHORT) for _ in range(2)]
     goes_on.touch()
     assert gate.came.wait(60)
@@ -82,12 +82,12 @@ def test_a_stop_that_comes_with_the_end_comes_before_it_or_after(cluster, monkey
     monkeypatch.setattr(Trainings, "_order", held_order)
     loss, begun, goes_on = held(tmp_path)
     run = cluster.train(net(), classes(), **{**SHORT, "loss": loss})
-    until(begun.exists, 30)
+    until(begun.exists)
     stopping = threading.Thread(target=run.stop)
     stopping.start()
     assert gate.came.wait(60)
     goes_on.touch()
-    until(lambda: run.ended or follower_waits(), 30)
+    until(lambda: run.ended or follower_waits())
     gate.opened.set()
     stopping.join()
     run.wait(60)
@@ -145,7 +145,7 @@ def test_whatever_keeps_a_run_from_beginning_ends_it(cluster, monkeypatch, tmp_p
     monkeypatch.setattr(Trainings, "_begin", failing)
     loss, begun, goes_on = held(tmp_path)
     runs.append(cluster.train(net(), classes(), **{**SHORT, "loss": loss}))
-    until(begun.exists, 30)
+    until(begun.exists)
     runs += [cluster.train(net(), classes(), **SHORT) for _ in range(2)]
     goes_on.touch()
     with pytest.raises(ClusterError, match=r"the run could not begin: OSError\('not today'\)"):
@@ -184,11 +184,11 @@ def test_of_two_numbers_of_engines_before_a_step_ends_the_last_one_counts(scaled
     """The run goes on on so many, and both stand in its record."""
     loss, begun, goes_on = held(tmp_path)
     run = scaled.train(net(), classes(), **{**SHORT, "loss": loss, "steps": 10**9})
-    until(begun.exists, 30)
+    until(begun.exists)
     scaled.scale(1)
     scaled.scale(3)
     goes_on.touch()
-    until(lambda: "running" == run.state and len(run.progress.ranks) == 3, 60)
+    until(lambda: "running" == run.state and len(run.progress.ranks) == 3)
     until(lambda: [h for h in run.progress.happenings if h.kind == "recovered"])
     scaled_to = [h.text.partition(" after")[0] for h in run.progress.happenings if h.kind == "order"]
     run.stop()
