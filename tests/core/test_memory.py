@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nbdist.core.placeholder import detached
-from nbdist.core.strategies import shard
+from nbdist.core.strategies import shard_block
 
 WIDTH, LAYERS = 64, 8
 P = LAYERS * WIDTH * WIDTH  # parameters
@@ -53,7 +53,7 @@ def held(world, mesh):
         made.register_step_post_hook(count)
         return made
 
-    gather, free = shard._Block.gather, shard._Block.free
+    gather, free = shard_block.Block.gather, shard_block.Block.free
 
     def noted_gather(block):
         gather(block)
@@ -64,7 +64,7 @@ def held(world, mesh):
         free(block)
         here.discard(block)
 
-    shard._Block.gather, shard._Block.free = noted_gather, noted_free
+    shard_block.Block.gather, shard_block.Block.free = noted_gather, noted_free
     x = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(0))
     more = {"microbatches": 2} if "pp" in mesh else {}
     train(world, model, (x, x), loss=F.mse_loss, optimizer=optimizer, batch_size=16, steps=2, strategy=mesh,

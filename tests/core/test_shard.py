@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nbdist.core.strategies import shard_block
 from nbdist.core.world import World
 from nbdist.errors import PlanError
 
@@ -342,3 +345,60 @@ def test_writing_to_what_was_gathered_is_refused(run_ranks, model, step, paramet
     """It would be lost: each rank keeps a part."""
     with pytest.raises(PlanError, match=f"writes to parameter {parameter}.* use the strategy data"):
         run_ranks(2, trained, model, step, {"strategy": "shard"})
+
+
+class Experts(Net):
+    """Computes only those layers that some sample asks for."""
+
+    def extra(self):
+        self.experts = nn.ModuleList(layer() for _ in range(4))
+
+    def forward(self, x):
+        x = self.body(x)
+        chosen = torch.arange(len(x)) % 4 if self.chosen is None else torch.full((len(x),), self.chosen)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if (chosen == number).any():
+                out[chosen == number] += expert(x[chosen == number])
+        return out * self.scale
+
+    chosen: int | None = None
+
+
+def uneven(world):
+    def step(model, batch):
+        model.chosen = world.rank
+        return error(model, batch)
+
+    WRITING["Experts"] = Experts
+    trained(world, "Experts", step, {"strategy": "shard"})
+
+
+def test_ranks_that_compute_different_layers_are_refused(run_ranks):
+    """Layers of one shape would be put together from parts of two."""
+    with pytest.raises(PlanError, match=r"needs experts.\d.weight, another one needs something else"):
+        run_ranks(2, uneven)
+
+
+def most_memory(world):
+    """The most numbers that lie in memory of weights after the forward and in the backward, of one rank."""
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+    alive: list[Any] = []
+    gather = shard_block.Block.gather
+    most = [0]
+
+    def counted(block):
+        gather(block)
+        alive.extend(map(weakref.ref, block._homes))
+        most[0] = max(most[0], sum(home.numel() for ref in alive if (home := ref()) is not None))
+
+    shard_block.Block.gather = counted
+    x = torch.randn(8, 64)
+    train(world, model, (x, x), step=error, optimizer="sgd", batch_size=8, steps=2, strategy="shard")
+    return most[0]
+
+
+def test_no_more_than_a_block_or_two_are_whole_at_a_time(run_ranks):
+    """What autograd saves of them is gathered again."""
+    for most in run_ranks(2, most_memory):
+        assert 64 * 64 <= most <= 2 * 64 * 64

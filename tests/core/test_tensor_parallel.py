@@ -7,11 +7,14 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import seeded
+from problems import SGD, classes, seeded
+from problems import train as train_task
 from split_models import BATCH, GPT, LENGTH, MODELS, WIDTH, Block, encoder, model_and_example, numbers, tokens, train
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nbdist.core.tensor_parallel import Group, TensorPlan, derive, parallelize, prove
+from nbdist.core.world import World
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 
@@ -221,3 +224,25 @@ def _with_padding(world):
 def test_the_fast_path_of_torch_is_off(run_ranks):
     """In evaluation torch's encoder would read the weights of its layers past their forwards."""
     run_ranks(2, _with_padding)
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return checkpoint(lambda x: self.down(torch.tanh(self.up(x))), self.first(x), use_reentrant=True)
+
+
+def _checkpointed(world, options):
+    return train_task(world, seeded(_Checkpointed, torch.float64), classes(16), optimizer=SGD, batch_size=8, **options)[
+        1
+    ]
+
+
+def test_a_block_that_is_computed_twice(run_ranks):
+    """Reentrant checkpointing allows a backward only, and no gradient of chosen tensors."""
+    expected = _checkpointed(World(), {})
+    for actual in run_ranks(2, _checkpointed, {"strategy": "tensor"}):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

@@ -22,12 +22,13 @@ from nbdist.core.data import Slice, to_device
 from nbdist.core.gradient_sync import COUNTS, GradientSync, Signals, Totals
 from nbdist.core.optimizer_state import cut_state_, gather_state_
 from nbdist.core.optimizers import check_may_be_cut
-from nbdist.core.placeholder import Placeholders, is_placeholder, reveal, stand_in
 from nbdist.core.placement import Placement
 from nbdist.core.strategies.base import Computed, Strategy
+from nbdist.core.strategies.block_choice import blocks_of
 from nbdist.core.strategies.model_call import call_of
 from nbdist.core.strategies.pipeline import Pipeline
-from nbdist.core.strategies.shard import Shards, blocks_of
+from nbdist.core.strategies.reach import Reach
+from nbdist.core.strategies.shard import Shards
 from nbdist.core.task import Task
 from nbdist.core.world import World
 from nbdist.errors import PlanError, TaskError
@@ -62,13 +63,11 @@ class Composed(Strategy):
         self._pipeline: Pipeline | None = None
         self._split: splitting.Split | None = None
         self._shards: Shards | None = None
-        self._names = {parameter: name for name, parameter in self.table.parameters.items()}
-        self._absent = Placeholders(self._refuse_absent)
-        self._guard: tensor_parallel.Guard | None = None
+        self._reach = Reach(self.table.parameters, plan)
         self._cleanup = contextlib.ExitStack()
         self._cleanup.callback(axes.close)
         self._cleanup.callback(super().close)
-        self._cleanup.callback(self._reveal)
+        self._cleanup.callback(self._reach.close)
         try:
             self._begin(world)
         except BaseException:
@@ -117,8 +116,7 @@ class Composed(Strategy):
         proved = tensor_parallel.prove(model, channel, proposed, args, kwargs)
         self._parallelized = tensor_parallel.parallelize(model, channel, proved)
         self._cleanup.callback(self._parallelized.restore)
-        self._guard = tensor_parallel.Guard(self._parallelized, self._refuse_split)
-        self._cleanup.callback(self._guard.close)
+        self._reach.split(self._parallelized)
 
     def _cut_into_stages(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Rank 0 measures and decides, for times differ from rank to rank."""
@@ -160,16 +158,17 @@ class Composed(Strategy):
                 if placement.held(self.axes):
                     parameter.data = parameter.data.clone()
                 else:
-                    parameter.data = stand_in(parameter, parameter.device)
-                    self._absent.hide(parameter)
+                    self._reach.leave_out(parameter)
 
     def _deal_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.plan.schedule == "zero-bubble" and self._split is not None:
             raise PlanError("zero-bubble keeps weights in use between two halves of a backward: with shard use 1f1b.")
         modules: list[nn.Module] = []
         if self._split is None:
-            chosen = blocks_of(self.task.model, args, kwargs)
-            modules, blocks = [module for module, _ in chosen], [own for _, own in chosen]
+            chosen = json.dumps(blocks_of(self.task.model, args, kwargs)).encode()
+            told = json.loads(self.axes.world.broadcast_bytes(chosen))  # a forward may go another way on another rank
+            modules = [self.task.model.get_submodule(name) for name, _ in told]
+            blocks = [[self.table.parameters[name] for name in own] for _, own in told]
         else:  # one a stage of this rank; what two of them share, with the first
             stages = range(self.axes.pp.rank, self.plan.stages, self.axes.pp.size)
             blocks = []
@@ -180,7 +179,7 @@ class Composed(Strategy):
                 blocks.append([p for name, p in self.table.parameters.items() if name in new])
         for name in self.table.parameters:  # those of other stages too: all ranks know where everything lies
             self.table.placements[name] = replace(self.table.placement(name), sharded=True)
-        self._shards = Shards(blocks, self.axes.shard, self._names, self._check_read)
+        self._shards = Shards(blocks, self.axes.shard, self._reach.names, self._reach.check)
         self._cleanup.callback(self._shards.close)
         if modules:
             self._shards.hook(modules)
@@ -210,41 +209,15 @@ class Composed(Strategy):
             self._cleanup.callback(link.close)
         return Pipeline(
             self.task, self.plan, split, here, before, after, self.device, self.precision, scaled=self.scaled,
-            shards=self._shards, batch_norms=self.batch_norms, rehearsed=self._rehearsed, guarded=self._guarded,
+            shards=self._shards, batch_norms=self.batch_norms, rehearsed=self._rehearsed, guarded=self._reach.guarded,
         )  # fmt: skip
 
     @contextlib.contextmanager
     def _rehearsed(self) -> Iterator[None]:
         """Around what one rank computes by itself, of whose values nothing is asked."""
         together = contextlib.nullcontext() if self.batch_norms is None else self.batch_norms.alone()
-        absent = [p for name, p in self.table.parameters.items() if not self.table.placement(name).held(self.axes)]
-        for parameter in absent:
-            reveal(parameter)
-        with tensor_parallel.rehearsed(self._parallelized), together:
+        with tensor_parallel.rehearsed(self._parallelized), together, self._reach.shown():
             yield
-        for parameter in absent:
-            self._absent.hide(parameter)
-
-    def _reveal(self) -> None:
-        """What is left of a model in parts is ordinary parameters; what is not here shows as NaN."""
-        for parameter in self.table.parameters.values():
-            reveal(parameter)
-
-    def _guarded(self) -> contextlib.AbstractContextManager[None]:
-        """Around what the person's step computes beside the model's forward."""
-        return contextlib.nullcontext() if self._guard is None else self._guard.up()
-
-    def _refuse_absent(self, parameters: list[nn.Parameter], _data: bool) -> None:
-        name = next(self._names[parameter] for parameter in parameters if is_placeholder(parameter))
-        raise _not_here(name, "whose values lie on other ranks", self.plan)
-
-    def _check_read(self, parameters: list[nn.Parameter]) -> None:
-        if self._guard is not None and self._guard.forbids:
-            self._refuse_split(parameters, False)
-
-    def _refuse_split(self, parameters: list[nn.Parameter], _data: bool) -> None:
-        name = next(self._names[parameter] for parameter in parameters if is_placeholder(parameter))
-        raise _not_here(name, "which is split over ranks, or whose gradient they add up,", self.plan)
 
     # What a step does.
 
@@ -270,7 +243,7 @@ class Composed(Strategy):
 
     def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T:
         """See `Strategy`."""
-        with self._guarded():
+        with self._reach.guarded():
             return super().compute(part, path, function)
 
     def _forward_backward_sharded(self, step: int, slices: list[Slice], shards: Shards) -> Computed:
@@ -369,11 +342,3 @@ class Composed(Strategy):
     def close(self) -> None:
         """See `Strategy`."""
         self._cleanup.close()
-
-
-def _not_here(name: str, why: str, plan: Plan) -> PlanError:
-    return PlanError(
-        f"something beside the model's forward (the step, a metric or the optimizer) reads parameter {name}, {why} on "
-        f"mesh {plan.mesh}: leave it to the optimizer (a penalty on weights is its weight_decay), or use the strategy "
-        f"data{'' if plan.mesh.tp * plan.mesh.pp == 1 else ' or shard'}."
-    )

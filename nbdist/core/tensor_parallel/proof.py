@@ -98,7 +98,10 @@ class _Proof:
         self._model, self._channel = model, channel
         self._args, self._kwargs = args, kwargs
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gradients = [(p, p.grad) for p in model.parameters()]
         self._expected = self._results()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
     def objection(self, plan: TensorPlan, groups: Iterable[Group]) -> str:
         """What is wrong with splitting these, as the ranks agree; an empty string if nothing is. **Collective**."""
@@ -154,8 +157,14 @@ class _Proof:
         loss = sum(
             (out * torch.arange(out.numel(), device=out.device).cos().view_as(out)).sum() for out in differentiable
         )
-        found = torch.autograd.grad(loss, list(self._trainable.values()), allow_unused=True)  # type: ignore[arg-type]
-        return {name: g for name, g in zip(self._trainable, found, strict=True) if g is not None}
+        # Not `torch.autograd.grad`, which reentrant checkpointing forbids.
+        for parameter in self._trainable.values():
+            parameter.grad = None
+        loss.backward()  # type: ignore[union-attr]
+        found = {name: p.grad for name, p in self._trainable.items() if p.grad is not None}
+        for parameter in self._trainable.values():
+            parameter.grad = None
+        return found
 
 
 def _floats(output: Any) -> list[torch.Tensor]:
