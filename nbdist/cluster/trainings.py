@@ -108,6 +108,7 @@ class Trainings:
         Raises:
             NbdistError: It cannot begin.
         """
+        from nbdist.core.gradient_hooks import check_hooks
         from nbdist.core.task import Task
 
         for name in options:
@@ -126,6 +127,7 @@ class Trainings:
         rest = {name: value for name, value in options.items() if name not in _TASK_OPTIONS}
         size, cores = self._engines.size, self._engines.threads * self._engines.size
         plan = Plan.create(ranks=size, cores=cores, **{**rest, **task.options})
+        check_hooks(task.model, task.optimizer, plan.mesh)
         replan = Replan({**rest, **task.options}, cores)
         ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in self._engines.records()}
         progress = RunState(title=task.title, plan=plan.to_dict(), ranks=ranks)

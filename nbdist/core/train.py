@@ -17,6 +17,7 @@ from nbdist.core.checkpoint import checkpoint_of_run, prepare, resumed_folder
 from nbdist.core.data import Reader
 from nbdist.core.evaluate import evaluate, switched
 from nbdist.core.gather import leave_in_parts
+from nbdist.core.gradient_hooks import GradientHooks, check_hooks
 from nbdist.core.gradient_sync import Totals
 from nbdist.core.keeper import Keeper
 from nbdist.core.orders import Orders
@@ -121,6 +122,9 @@ def fit(
         lease = prepare(plan.checkpoint, task.optimizer, world.channel(), run_id) if plan.checkpoint else None
         if lease is not None:
             cleanup.callback(lease.release)
+        check_hooks(model, task.optimizer, plan.mesh)
+        hooks = GradientHooks(model)
+        cleanup.callback(hooks.put_back)
         strategy = strategies.apply(task, plan, world)
         cleanup.callback(strategy.close)
         axes, optimizer = strategy.axes, task.optimizer
@@ -198,6 +202,7 @@ def fit(
                     keeper.leave_boundary()
                     # A rank that had data knows that there was some, without waiting for its GPU.
                     if (not isinstance(step_weight, torch.Tensor) and step_weight > 0) or totals.weight:
+                        hooks.run(strategy.table, axes)
                         updated = strategy.update(optimizer)
                         if updated and scheduler.every_step:
                             scheduler.step()
