@@ -8,7 +8,8 @@ import os
 import pytest
 
 from nbdist.cluster.anchor import Anchor
-from nbdist.core.handover import Segment
+from nbdist.core.handover import Segment, open_segment
+from nbdist.errors import ClusterError
 
 
 @pytest.fixture
@@ -52,15 +53,17 @@ def test_memory_is_forgotten_in_the_middle_of_an_exchange(anchor, monkeypatch):
         assert {"name": 1} == anchor.look()["notes"]
     finally:
         gc.enable()
-    assert not os.path.exists(path)
+    with pytest.raises(ClusterError, match="is gone"):
+        open_segment(path)
 
 
 def test_closed_memory_is_gone_at_once(anchor):
     """Closing waits until the anchor has let go too."""
     segment = Segment(10, anchor)
-    assert os.path.exists(segment.path)
+    os.close(open_segment(segment.path))
     segment.close()
-    assert not os.path.exists(segment.path)
+    with pytest.raises(ClusterError, match="is gone"):
+        open_segment(segment.path)
 
 
 def test_memory_may_be_let_go_when_the_anchor_has_ended(anchor):
