@@ -205,11 +205,23 @@ def fail_on_mesh(world, mesh, where, paths):
     """The last rank fails in the loss after seven steps, or in its eighth update; what each rank sees."""
     steps = []
 
-    def optimizer(parameters):
-        made = ADAMW(parameters)
-        made.register_step_post_hook(lambda *_: steps.append(1))
-        made.register_step_pre_hook(lambda *_: rarely() if where == "update" else None)
-        return made
+    def rates(optimizer):
+        optimizer.register_step_post_hook(lambda *_: steps.append(1))
+        optimizer.register_step_pre_hook(lambda *_: rarely() if where == "update" else None)
+
+        class Still:
+            """A scheduler that changes and keeps nothing."""
+
+            def step(self):
+                pass
+
+            def state_dict(self):
+                return {}
+
+            def load_state_dict(self, state):
+                pass
+
+        return Still()
 
     def rarely():
         if len(steps) == 7 and world.rank == world.size - 1:
@@ -221,7 +233,8 @@ def fail_on_mesh(world, mesh, where, paths):
         return F.cross_entropy(output, target)
 
     try:
-        train(world, seeded(layers), tensors(), vaults=paths, optimizer=optimizer, loss=loss, **ON_MESH, strategy=mesh)
+        options = {"optimizer": ADAMW, "lr_scheduler": rates, "loss": loss, **ON_MESH, "strategy": mesh}
+        train(world, seeded(layers), tensors(), vaults=paths, **options)
     except (ZeroDivisionError, PeerLostError) as error:
         return type(error).__name__
 

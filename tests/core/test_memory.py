@@ -66,8 +66,8 @@ def held(world, mesh):
     shard_block.Block.gather, shard_block.Block.free = noted_gather, noted_free
     x = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(0))
     more = {"microbatches": 2} if "pp" in mesh else {}
-    train(world, model, (x, x), loss=F.mse_loss, optimizer=torch.optim.AdamW, lr_scheduler=rates, batch_size=16, steps=2,
-          strategy=mesh, clip_norm=1.0, **more)  # fmt: skip
+    train(world, model, (x, x), loss=F.mse_loss, optimizer=torch.optim.AdamW, lr_scheduler=rates, batch_size=16,
+          steps=2, strategy=mesh, clip_norm=1.0, **more)  # fmt: skip
     return most[0], gathered[0]
 
 
