@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from nbdist.cluster.definitions import label_of, labelled
 from nbdist.cluster.frames import frame_text, is_ours, is_plumbing, place_of
-from nbdist.errors import EngineError, NbdistError, PeerLostError, ranks_text
+from nbdist.errors import EngineError, NbdistError, PeerLostError, PlanError, TaskError, ranks_text
 
 __all__ = ["LOST", "PROCESS_ENDED", "Failure", "as_error"]
 
@@ -83,13 +83,28 @@ def as_error(failures: Iterable[Failure]) -> EngineError:
     """The one error that a person gets for the failures of several ranks.
 
     The earliest real failure is the cause; ranks that failed in the same way are named with it, echoes are left out.
+    What an engine refused is a PlanError or a TaskError too, as if it had been found before.
     """
     ordered = sorted(failures, key=lambda failure: (failure.echo, failure.time_s))
     cause = ordered[0]
     same = [f for f in ordered if (f.kind, f.message, f.place) == (cause.kind, cause.message, cause.place)]
     where = f" ({cause.place})" if cause.place else ""
     message = f"{ranks_text(f.rank for f in same)}: {cause.kind}: {cause.message}{where}"
-    return EngineError(message, cause.traceback, rank=cause.rank)
+    refused = _REFUSED.get(cause.kind, EngineError)
+    return refused(message, cause.traceback, rank=cause.rank)
+
+
+class _PlanRefused(EngineError, PlanError):
+    """An engine found that an option cannot be run."""
+
+
+class _TaskRefused(EngineError, TaskError):
+    """An engine found that something supplied cannot be used."""
+
+
+_REFUSED: dict[str, type[EngineError]] = {"PlanError": _PlanRefused, "TaskError": _TaskRefused}
+for _kind in _REFUSED.values():
+    _kind.__name__ = EngineError.__name__  # what a notebook shows
 
 
 def _unwrapped(error: BaseException) -> tuple[list[traceback.FrameSummary], str]:

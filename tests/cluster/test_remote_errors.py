@@ -7,6 +7,7 @@ import os
 import re
 import site
 import traceback
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 from nbdist.cluster.definitions import News, install
 from nbdist.cluster.frames import is_users
 from nbdist.cluster.remote_errors import Failure, as_error
-from nbdist.errors import PeerLostError, PlanError, ranks_text
+from nbdist.errors import EngineError, PeerLostError, PlanError, TaskError, ranks_text
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,16 @@ def test_one_error_for_all_ranks(failures, rank, message):
     """The earliest failure that is no echo is the cause; its rank and traceback come with it."""
     error = as_error(failures)
     assert (str(error), error.rank, error.remote_traceback) == (message, rank, f"traceback of {rank}")
+
+
+@pytest.mark.parametrize("kind", [PlanError, TaskError])
+def test_what_an_engine_refused_is_refused(kind):
+    """Whoever asks for a refusal gets it, wherever it was found; it is shown as any error of an engine."""
+    error = as_error([replace(failure(1, 1.0), kind=kind.__name__)])
+    assert isinstance(error, kind)
+    assert isinstance(error, EngineError)
+    assert "EngineError" == type(error).__name__
+    assert not isinstance(as_error([failure(1, 1.0)]), ValueError)
 
 
 def raised(source, file_name="<cell>"):
