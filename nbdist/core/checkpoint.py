@@ -25,9 +25,10 @@ from nbdist.core.checked_files import SUM, hashed, replace_file, write_file, wri
 from nbdist.core.image import Layout
 from nbdist.core.lease import Lease
 from nbdist.core.params import ParamTable
-from nbdist.core.pieces import Pieces, from_all, plain
+from nbdist.core.pieces import Pieces, from_all
 from nbdist.core.restore import check_goes_on, check_same, load_whole
 from nbdist.core.saved import ABOUT, FORMAT, NEWEST, Saved, checkpoints, sealed
+from nbdist.core.schema import plain
 from nbdist.core.snapshot import Slot
 from nbdist.errors import PlanError
 from nbdist.plan import Plan

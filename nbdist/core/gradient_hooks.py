@@ -5,6 +5,7 @@ In backward they would see a slice's share of it, or a part of it: a clamp of sh
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,8 @@ class GradientHooks:
             before, after = _hooks(parameter)
             if before or after:
                 self._taken[name] = parameter, before, after
-                _put(parameter, None, None)
+                # None would leave torch running the latter; of an empty dict there is nothing to run.
+                _put(parameter, before and OrderedDict(), after and OrderedDict())
 
     def run(self, table: ParamTable, axes: Axes) -> None:
         """Let them have the gradients that this rank holds. **Collective** over the replica."""

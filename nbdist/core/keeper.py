@@ -241,6 +241,8 @@ class Keeper:
     def _check(self) -> None:
         """Raise `TaskError` where the optimizer keeps what cannot be kept; known after its first step. Local."""
         check_state(self._strategy.table, self._strategy.task.optimizer)
+        if self._pieces is not None:
+            self._pieces.values()
         self._checked = True
 
     def _keep(

@@ -11,12 +11,14 @@ from torch import nn
 
 from nbdist.core.axes import Axes
 from nbdist.core.channels import Channel
+from nbdist.core.optimizer_attributes import OwnAttributes
 from nbdist.core.optimizer_state import is_split
 from nbdist.core.params import ParamTable
 from nbdist.core.placement import Placement
+from nbdist.core.schema import plain
 from nbdist.errors import TaskError
 
-__all__ = ["SMALL_BYTES", "Pieces", "check_state", "from_all", "key_of", "own_entry", "plain"]
+__all__ = ["SMALL_BYTES", "Pieces", "check_state", "from_all", "key_of", "own_entry"]
 
 SMALL_BYTES = 1 << 16
 """Buffers up to this are taken to change in every step: BatchNorm writes its own without telling torch."""
@@ -57,6 +59,7 @@ class Pieces:
         self._frozen = [name for name in self._kept if not table.parameters[name].requires_grad]
         self._moved = any(name in changed for name in self._frozen)
         self._at_first = self._traces()
+        self._attributes = OwnAttributes(optimizer, table.parameters.values())
         self.described = {name: _described(table.placement(name), axes) for name in table.tensors}
 
     def changing(self, *, buffers: bool = False) -> dict[str, torch.Tensor]:
@@ -122,7 +125,7 @@ class Pieces:
         Raises:
             TaskError: It keeps something else.
         """
-        return _values(self._table, self._optimizer)
+        return {**_values(self._table, self._optimizer), "attributes": self._attributes.told()}
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The buffers to keep on this rank: of ranks that read the same data, one does."""
@@ -207,26 +210,6 @@ def _values(table: ParamTable, optimizer: torch.optim.Optimizer) -> dict[str, An
             if not isinstance(value, torch.Tensor):
                 values.setdefault(name, {})[entry] = plain(value, f"the optimizer's {entry}")
     return {"groups": groups, "values": values}
-
-
-def plain(value: Any, what: str) -> Any:
-    """A value as JSON gives it back, but for tuples, which become lists.
-
-    Raises:
-        TaskError: It would come back as something else.
-    """
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.item()  # a learning rate that lives in a tensor
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [plain(item, what) for item in value]
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: plain(item, what) for key, item in value.items()}
-    raise TaskError(
-        f"{what} is a {type(value).__name__}, which a checkpoint cannot hold: it takes numbers, strings, and lists "
-        "and dicts of them."
-    )
 
 
 def _described(placement: Placement, axes: Axes) -> dict[str, Any]:

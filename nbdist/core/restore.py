@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nbdist.core.axes import Axes
+from nbdist.core.optimizer_attributes import put_attributes
 from nbdist.core.optimizer_state import device_of_entry, is_split
 from nbdist.core.params import ParamTable
 from nbdist.core.pieces import from_all
@@ -97,6 +98,7 @@ def load(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer | Non
                 tensor.copy_(placement.piece(saved.whole(name).to(tensor.device), axes))
         if optimizer is not None:
             _load_settings(saved, optimizer)
+            put_attributes(optimizer, saved.attributes)
             for name in table.parameters:
                 if name in names:
                     _load_state(saved, name, table, optimizer, axes)

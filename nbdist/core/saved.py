@@ -54,6 +54,7 @@ class Saved:
         ranks: What each rank said: `position`, `scheduler`, `scale`, `speaks`, and what it trained on.
         tensors: What is known of the model's tensors, by name.
         groups: The settings of the optimizer's groups, their parameters by name.
+        attributes: What it keeps under names of its own; older checkpoints do not say.
         values: The entries of its state that are no tensors, by parameter.
         complete: Whether all of the model has to be in it; a snapshot leaves out what never changes.
         seal: Of a checkpoint, the checksum over all of its checksums: two that have the same one are the same.
@@ -77,6 +78,9 @@ class Saved:
         first = self.ranks[0]
         self.tensors: dict[str, dict[str, Any]] = first["tensors"]
         self.groups: list[dict[str, Any]] = first["groups"]
+        self.attributes: dict[str, Any] = first.get("attributes", {})
+        if not isinstance(self.attributes, dict):
+            raise self._not_ours("what the optimizer keeps")
         self.values: dict[str, dict[str, Any]] = {
             name: value for rank in reversed(self.ranks) for name, value in rank["values"].items()
         }

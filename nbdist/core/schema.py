@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from nbdist.core.placement import Cut
+from nbdist.errors import TaskError
 
-__all__ = ["RANK", "cut_of", "fits"]
+__all__ = ["RANK", "cut_of", "fits", "plain"]
 
 _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _COUNTS = {"steps": int, "samples": int, "loss": (float, float), "seconds": float}
@@ -72,3 +74,23 @@ def cut_of(about: dict[str, Any]) -> Cut | None:
     if sum(cut["sections"]) != shape[cut["dim"]] or any(section % about["tp"] for section in cut["sections"]):
         raise ValueError
     return Cut(dim=cut["dim"], sections=tuple(cut["sections"]))
+
+
+def plain(value: Any, what: str) -> Any:
+    """A value as JSON gives it back, but for tuples, which become lists.
+
+    Raises:
+        TaskError: It would come back as something else.
+    """
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+        return value.item()  # a learning rate that lives in a tensor
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [plain(item, what) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: plain(item, what) for key, item in value.items()}
+    raise TaskError(
+        f"{what} is a {type(value).__name__}, which a checkpoint cannot hold: it takes numbers, strings, and lists "
+        "and dicts of them."
+    )

@@ -232,9 +232,16 @@ def _check_model(model: Any, name: str) -> None:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TaskError(f"{name} is wrapped in {type(model).__name__}: pass the module inside, {name}.module.")
     parameters = list(model.named_parameters())
-    lazy = [n for n, p in parameters if isinstance(p, nn.parameter.UninitializedParameter)]
+    every = [*parameters, *model.named_buffers()]
+    lazy = [n for n, t in every if isinstance(t, (nn.UninitializedParameter, nn.UninitializedBuffer))]
     if lazy:
-        raise TaskError(f"parameter {lazy[0]} of {name} has no shape yet: run one batch through {name} first.")
+        raise TaskError(f"{lazy[0]} of {name} has no shape yet: run one batch through {name} first.")
+    for path, tensor in every:
+        if tensor.is_meta:
+            raise TaskError(
+                f"{path} of {name} is on the meta device, without values: let {name}.to_empty(device='cpu') make room "
+                "for some, and set or load them."
+            )
     if not any(p.requires_grad for _, p in parameters):
         raise TaskError(f"{name} has no parameters to train" + (": all are frozen." if parameters else "."))
     for path, module in model.named_modules():

@@ -117,6 +117,13 @@ def test_a_hook_after_the_accumulation_sees_the_whole_gradient(run_ranks, regist
         torch.testing.assert_close(found, plain(register), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("register", AFTER)
+def test_a_hook_after_the_accumulation_on_each_channel(run_on_each_channel, register):
+    """Where ranks share the weights, the one that owns a parameter runs it, for all."""
+    for found in run_on_each_channel(2, functools.partial(trained, strategy="dp=2"), register):
+        torch.testing.assert_close(found, plain(register), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("options", [{"clip_norm": 0.05}, {"reproducible": 4}])
 def test_hooks_go_with_every_way_to_sum(run_ranks, options):
     """Before clipping, as backward comes before it; and where bits depend on no number of ranks."""
@@ -152,7 +159,9 @@ def test_hooks_are_back_when_the_run_has_ended():
     model = net()
     handles = [model[0].weight.register_hook(torch.sign), model[0].bias.register_post_accumulate_grad_hook(update)]
     hooks = GradientHooks(model)
-    assert not model[0].weight._backward_hooks
+    model(torch.ones(1, 8, dtype=torch.float64)).sum().backward()
+    assert model[0].weight.grad.abs().min() < 1, "no sign was taken"
+    assert model[0].bias.grad is not None, "no update took it"
     hooks.put_back()
     assert [torch.sign] == list(model[0].weight._backward_hooks.values())
     assert [update] == list(model[0].bias._post_accumulate_grad_hooks.values())

@@ -182,11 +182,31 @@ class Own(torch.optim.SGD):
         super().step(closure)
 
 
-@pytest.mark.parametrize(
-    "options", [{"optimizer": functools.partial(Own, lr=0.1, momentum=0.9)}, {"clip_norm": 0.1}], ids=["own", "clip"]
-)
+class Counting(torch.optim.SGD):
+    """An optimizer of the person's, whose rate follows from what it keeps itself, some of it since its first step."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.calls, self.factors, self.params = np.int64(0), (1.0, [0.5]), list(self.param_groups[0]["params"])
+
+    def step(self, closure=None):
+        self.calls += 1
+        self.factors = (self.factors[0] + 1, [*self.factors[1], 0.5])
+        self.mean = getattr(self, "mean", 0.0) * 0.9 + self.params[0].grad.norm().item()
+        for group in self.param_groups:
+            group["lr"] = 0.1 / self.calls / len(self.factors[1]) / self.factors[0] / self.mean
+        super().step(closure)
+
+
+OPTIMIZERS = [
+    {"optimizer": functools.partial(Own, lr=0.1, momentum=0.9)}, {"clip_norm": 0.1},
+    {"optimizer": functools.partial(Counting, lr=0.1)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIMIZERS, ids=["own", "clip", "attributes"])
 def test_an_optimizer_that_is_not_divided(run_ranks, tmp_path, options):
-    """Its state is kept too, numbers included."""
+    """Its state is kept too, numbers included, and what it keeps under names of its own."""
     vaults = Vaults(2)
     for folder in (None, str(tmp_path)):
         assert_same(run_ranks(2, whole_and_halves, wide, tensors, vaults.paths, folder, 8, options_of(**options)))
@@ -227,10 +247,33 @@ class Noting(torch.optim.SGD):
             self.state[parameter]["note"] = object()
 
 
-def note(world, paths, folder):
+class Wrapping(torch.optim.SGD):
+    """Keeps another optimizer, whose state changes."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.inner = torch.optim.Adam(self.param_groups[0]["params"], lr)
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+class Averaging(torch.optim.SGD):
+    """Keeps a tensor, which it changes."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.mean, self.weights = torch.zeros(3), torch.ones(3)  # one that changes, and one that does not
+
+    def step(self, closure=None):
+        self.mean.add_(self.weights)
+        super().step(closure)
+
+
+def note(world, paths, folder, kind):
     notes = []
     sink = type("Sink", (), {"emit": lambda _, event: isinstance(event, Noted) and notes.append(event.text)})()
-    options = options_of(optimizer=functools.partial(Noting, lr=0.1), sinks=[sink])
+    options = options_of(optimizer=functools.partial(kind, lr=0.1), sinks=[sink])
     try:
         result, _ = train(world, seeded(Net), tensors(), vaults=paths, checkpoint=folder, **options)
     except TaskError as error:
@@ -238,16 +281,20 @@ def note(world, paths, folder):
     return result.state, notes
 
 
-def test_what_a_snapshot_cannot_hold(run_ranks, tmp_path):
+UNFIT = [(Noting, "note is a object"), (Wrapping, "inner is a Adam"), (Averaging, "mean is a Tensor")]
+
+
+@pytest.mark.parametrize(("kind", "what"), UNFIT)
+def test_what_a_snapshot_cannot_hold(run_ranks, tmp_path, kind, what):
     """No snapshots are taken, which is said once a rank; where a checkpoint is asked for, it is an error."""
     vaults = Vaults(2)
-    for state, notes in run_ranks(2, note, vaults.paths, None):
+    for state, notes in run_ranks(2, note, vaults.paths, None, kind):
         assert "finished" == state
         (text,) = notes
-        assert text.startswith("no snapshots are taken, so a lost rank means to begin anew: the optimizer's note is a")
+        assert text.startswith(f"no snapshots are taken, so a lost rank means to begin anew: the optimizer's {what}")
     assert newest(vaults.paths) is None
-    for text, _ in run_ranks(2, note, vaults.paths, str(tmp_path)):
-        assert "the optimizer's note is a object, which a checkpoint cannot hold" in text
+    for text, _ in run_ranks(2, note, vaults.paths, str(tmp_path), kind):
+        assert f"the optimizer's {what}, which a checkpoint cannot hold" in text
     vaults.close()
 
 

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from nbdist.core.axes import Axes
 from nbdist.core.params import ParamTable
-from nbdist.core.pieces import Pieces, check_state, from_all, key_of, own_entry, plain
+from nbdist.core.pieces import Pieces, check_state, from_all, key_of, own_entry
 from nbdist.core.placement import Placement
+from nbdist.core.schema import plain
 from nbdist.core.world import World
 from nbdist.errors import TaskError
 from nbdist.plan import Mesh

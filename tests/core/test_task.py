@@ -30,13 +30,23 @@ def step(model, batch):
     return model(batch[0]).square().mean()
 
 
+class Holder(nn.Linear):
+    """It waits for values."""
+
+    def __init__(self):
+        super().__init__(3, 1)
+        self.table = nn.Buffer(torch.empty(3, device="meta"))
+
+
 MODELS = {
     "a class": (Net, r"net is a class, not a model: write Net\(\)\."),
     "no module": ([1], r"net is a value of type list, not a torch\.nn\.Module\."),
     "nothing to train": (nn.Sequential(nn.ReLU()), "net has no parameters to train"),
     "frozen": (frozen(), "net has no parameters to train: all are frozen"),
     "wrapped": (nn.DataParallel(mlp()), r"net is wrapped in DataParallel: pass the module inside, net\.module"),
-    "lazy": (nn.LazyLinear(3), "parameter weight of net has no shape yet: run one batch through net first"),
+    "lazy": (nn.LazyLinear(3), "weight of net has no shape yet: run one batch through net first"),
+    "without values": (nn.Linear(3, 1, device="meta"), "weight of net is on the meta device, without values: let net"),
+    "a buffer without values": (Holder(), "table of net is on the meta device, without values: let net"),
     "sparse": (nn.Sequential(nn.Embedding(3, 3, sparse=True)), "0 makes sparse gradients, .*use sparse=False"),
 }
 
