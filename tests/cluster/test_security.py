@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
 import stat
+from multiprocessing.connection import Connection
 
 import psutil
 import pytest
 import zmq
 from ipyparallel.serialize import pack_apply_message
 from jupyter_client.session import Session
+from other_user import as_other_user, needs_another_user, reachable
 from shared_cluster import ENGINES, folder_of, marked, until
 from tasks import classes, net
+
+from nbdist.cluster import current_server
+from nbdist.cluster.anchor import Anchor
 
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
@@ -96,3 +103,53 @@ def test_the_same_message_with_the_right_key_would_run(cluster, connection, tmp_
         caller.send(dealer, "execute_request", ident=engine.encode(), content={"code": f"open({str(told)!r}, 'w')"})
         until(told.exists)
     context.term()
+
+
+def read(path):
+    return os.listdir(path) if os.path.isdir(path) else open(path, "rb").read().hex()
+
+
+@needs_another_user
+def test_another_user_reads_nothing_of_a_cluster(cluster, security_folder):
+    """No key, no log and no name of a file; nor the memory and sockets of its processes and of the fork server."""
+    folder = folder_of(psutil.Process(cluster.engines[0].pid))
+    processes = [psutil.Process().pid, current_server().pid, *(process.pid for process in of_cluster(cluster))]
+    tried = [
+        folder,
+        *folder.rglob("*"),
+        *(f"/proc/{pid}/{held}" for pid in processes for held in ("fd", "mem", "environ")),
+    ]
+    assert len(tried) >= 20
+    with reachable(folder):
+        assert {str(path): "PermissionError" for path in tried} == {
+            str(path): as_other_user(read, str(path)) for path in tried
+        }
+
+
+@needs_another_user
+def test_an_anchor_hangs_up_on_another_user(home, tmp_path):
+    """Also where the mode of its folder would let that user in; the owner's talk goes on."""
+    folder = tmp_path / "cluster"
+    folder.mkdir(mode=0o755)
+    anchor = Anchor.start(str(folder), 60.0)
+    try:
+        (listener,) = [path for path in folder.iterdir() if path.is_socket()]
+        listener.chmod(0o777)
+        with reachable(listener):
+            assert as_other_user(talk, str(listener)) in ("", "ConnectionResetError", "BrokenPipeError")
+        anchor.note("name", 1)
+        assert {"name": 1} == anchor.look()["notes"]
+    finally:
+        anchor.end()
+
+
+def talk(path):
+    """Ask as the owner would, and return what comes back."""
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(path)
+        with Connection(peer.detach()) as connection:
+            connection.send((1, "look"))
+            try:
+                return str(connection.recv())
+            except EOFError:
+                return ""

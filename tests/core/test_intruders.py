@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import pwd
 import socket
-import sys
 import threading
 
 import pytest
+from other_user import as_other_user, needs_another_user
 
 from nbdist import doorkeeper
 from nbdist.core.channels.guarded_store import GuardedStore, host_store
@@ -22,32 +21,7 @@ from nbdist.core.handover import Segment
 from nbdist.core.order_log import OrderLog
 from nbdist.telemetry.sinks import JsonlSink
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or os.getuid() != 0, reason="only root can become another user, and only Linux tells users"
-)
-
-
-def as_other_user(act, *args):
-    """Call ``act(*args)`` in a fork that is user nobody; returns its JSON value, or the name of its error."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        nobody = pwd.getpwnam("nobody")
-        os.close(reading)
-        os.setgroups([])
-        os.setgid(nobody.pw_gid)
-        os.setuid(nobody.pw_uid)
-        try:
-            told = act(*args)
-        except BaseException as error:
-            told = type(error).__name__
-        os.write(writing, json.dumps(told).encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as told:
-        answer = told.read()
-    os.waitpid(child, 0)
-    return json.loads(answer)
+pytestmark = needs_another_user
 
 
 def ask_unproved(name):
