@@ -125,6 +125,24 @@ def test_three_hosts_sum_in_rank_order(run_ranks):
         assert all(torch.equal(expected[name], results[name]) for name in LENGTHS)
 
 
+def scattered_and_gathered(world):
+    channel, tensor = world.channel(), mixed(world.rank, 12 * KIB)
+    part = channel.reduce_scatter(tensor)
+    channel.all_reduce_(tensor)
+    return torch.equal(torch.cat(channel.all_gather(part)), tensor)
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_parts_of_a_sum_are_gathered_to_the_sum(run_on_each_channel, size):
+    """With the same bits, also where the hosts have different numbers of ranks."""
+    assert run_on_each_channel(size, scattered_and_gathered) == [True] * size
+
+
+def test_parts_of_a_sum_over_three_hosts_are_gathered_to_the_sum(run_ranks):
+    """With the same bits, also for the host in the middle."""
+    assert run_ranks(4, scattered_and_gathered, channel="three hosts") == [True] * 4
+
+
 def broadcast_from_the_last(world):
     number = torch.tensor([world.rank])
     world.channel().broadcast_(number, source=world.size - 1)
@@ -195,6 +213,14 @@ def test_a_gather_and_a_scatter_move_what_they_must(run_ranks):
     """Over gloo each rank gets one part of each other rank, half of what an all-reduce moves."""
     for moved in run_ranks(4, bytes_moved, channel="process group"):
         torch.testing.assert_close(moved, torch.tensor([3.0, 3.0, 6.0]), rtol=0.02, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="the kernel does not count")
+def test_between_two_hosts_a_gather_and_a_scatter_move_what_they_must(run_ranks):
+    """Of four parts the first host gets the other's two, and its own two of a sum that the second has to see whole."""
+    moved = torch.stack(run_ranks(4, bytes_moved, channel="two hosts"))
+    expected = torch.tensor([[2.0, 2.0, 4.0], [0.0, 0.0, 0.0], [2.0, 4.0, 4.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(moved, expected, rtol=0.02, atol=0.01)
 
 
 def gathered(world):

@@ -7,7 +7,9 @@ import os
 import pickle
 import pwd
 import socket
+import sys
 import threading
+import types
 
 import pytest
 from other_user import as_other_user, needs_another_user
@@ -52,6 +54,18 @@ def test_the_store_gives_and_takes_nothing(ask):
 def test_this_user_without_the_secret_is_refused_too():
     """So a process of another cluster does not take part by mistake."""
     store = host_store()
+    with pytest.raises(OSError, match="secret"):
+        GuardedStore(store.address[0], "00" * 32)
+
+
+def test_a_store_on_loopback_asks_for_the_secret(monkeypatch):
+    """As where sockets have no users: who knows the secret reads and writes, who does not is refused."""
+    elsewhere = types.SimpleNamespace(platform="darwin", executable=sys.executable)
+    monkeypatch.setattr("nbdist.core.channels.guarded_store.sys", elsewhere)
+    store = host_store()
+    assert store.address[0].startswith("127.0.0.1:")
+    GuardedStore(*store.address).set("key", "value")
+    assert b"value" == store.get("key")
     with pytest.raises(OSError, match="secret"):
         GuardedStore(store.address[0], "00" * 32)
 
