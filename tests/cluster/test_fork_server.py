@@ -250,7 +250,8 @@ def test_the_process_of_an_interrupted_order_is_killed(forks, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         forks.fork(order("engine", f"--profile-dir={tmp_path}"))  # waits for torch, and then for a controller
     pressing.join()
-    (late,) = until(psutil.Process(forks.pid).children)
+    server = psutil.Process(forks.pid)  # which may have children of a moment too, while it loads torch
+    (late,) = until(lambda: [child for child in server.children() if name(child) == "nbdist-engine"])
     nannies = until(late.children)
     assert late.pid != forks.fork(order("controller", "--version"))
     until(lambda: all(map(ended, [late, *nannies])))
