@@ -255,7 +255,8 @@ def test_the_process_of_an_interrupted_order_is_killed(forks, tmp_path):
     nannies = until(late.children)
     assert late.pid != forks.fork(order("controller", "--version"))
     until(lambda: all(map(ended, [late, *nannies])))
-    until(lambda: f"{ipyparallel.__version__}\n" == (tmp_path / "controller").read_text())
+    said = tmp_path / "controller"
+    until(lambda: said.exists() and f"{ipyparallel.__version__}\n" == said.read_text())
 
 
 def test_what_was_forked_for_a_cluster_ends_with_its_folder(forks, tmp_path):
