@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import workloads
+from gate import Gate
 from shared_cluster import marked, until
 from torch import nn
 from traps import Traps
@@ -129,6 +130,7 @@ class Lab:
         *traps_set: tuple[Any, ...],
         meanwhile: Callable[[Any, Traps], None] = lambda run, traps: None,
         disk: bool = False,
+        held: tuple[int, ...] = (),
         **more: Any,
     ) -> Trial:
         """Let a run lose ranks; it should end as if nothing had happened.
@@ -138,6 +140,7 @@ class Lab:
             *traps_set: Arguments of `Traps.set`.
             meanwhile: Called when the run has begun.
             disk: Whether it writes checkpoints, and its state is taken from there.
+            held: After which steps every rank is held, at a `Gate` in the traps' folder which `meanwhile` opens.
             **more: Options of the training.
         """
         expected = self.reference(workload, disk=disk, **more)
@@ -147,6 +150,8 @@ class Lab:
         traps, model, data, options = self.make(workload, **more)
         for trap in traps_set:
             traps.set(*trap)
+        if held:
+            options["lr_scheduler"] = Gate(traps.folder, *held, scheduler=options["lr_scheduler"])
         run = self.cluster.train(model, data, background=True, **options)
         try:
             meanwhile(run, traps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from gate import Gate
 from lab import ENDED_WITHIN_S, RANKS, Lab, Trial
 from shared_cluster import MARK, until
 from traps import PHASES, Traps
@@ -31,13 +33,14 @@ GONE_WITHIN_S = ENDED_WITHIN_S
 DISK_MIB = 10  # room for some checkpoints of the workload, until the rest is filled
 DETACHED_EPOCHS = 10
 SCALED_EPOCHS = 40
+SCALED_APART = 7  # steps between two questions, at least: the first is answered before the second is asked
 RESTARTS = 2
 Told = tuple[tuple[str, str], Trial]
 """The event and the channel, and a trial of it."""
 
 
 def kernel_killed(rng: random.Random) -> Iterator[Told]:
-    """Everything that the kernel started, directly or not, ends within 10 s."""
+    """Everything that the kernel started, directly or not, ends."""
     for state in ("idle", "busy") * 2:
         with tempfile.TemporaryDirectory() as folder:
             mark = f"{os.getpid()} {state} {folder}"
@@ -86,7 +89,7 @@ def kernel_replaced(rng: random.Random) -> Iterator[Told]:
 
 
 def _replaced(folder: str, workload: str, rng: random.Random, also_a_rank: bool, expected: Any) -> Trial:
-    mark, step = f"{os.getpid()} {folder}", rng.randrange(1, 8 * DETACHED_EPOCHS)
+    mark, step, gate = f"{os.getpid()} {folder}", rng.randrange(1, 8 * DETACHED_EPOCHS), Gate(folder)
     words = [*SESSION, "detached", folder, workload, str(DETACHED_EPOCHS), str(step)]
     kernel = subprocess.Popen(words, stdin=subprocess.PIPE, env={**os.environ, MARK: mark})
     try:
@@ -96,6 +99,7 @@ def _replaced(folder: str, workload: str, rng: random.Random, also_a_rank: bool,
         kernel.wait()
         if also_a_rank:
             os.kill(int(rng.choice(Path(folder, "pids").read_text().split())), signal.SIGKILL)
+        gate.open()  # it goes on while nobody is there
         until(lambda: any(not cluster.owner for cluster in detached_clusters()))
         names: dict[str, Any] = {}
         since_s = time.monotonic()
@@ -107,6 +111,7 @@ def _replaced(folder: str, workload: str, rng: random.Random, also_a_rank: bool,
         problems += [f"left running: {left}" for left in [psutil.wait_procs(processes, GONE_WITHIN_S)[1]] if left]
         return Trial(problem="; ".join(problems), seconds=[seconds])
     finally:
+        gate.open()
         for process in _marked(mark):
             process.kill()
 
@@ -216,30 +221,31 @@ def scaled(rng: random.Random) -> Iterator[Told]:
         for workload, also in itertools.product(WORKLOADS, ("", "", " and a rank is killed")):
             lab.cluster.scale(RANKS)
             lab.reference(workload, **more)
-            seconds: list[float] = []
-            trial = lab.survives(workload, meanwhile=functools.partial(_scale, lab, rng, bool(also), seconds), **more)
-            problem = trial.problem or ("" if len(seconds) > 1 else "it ended before it was scaled twice")
-            yield (f"`%dist_scale` at random steps{also}", "shared memory"), Trial(problem=problem, seconds=seconds)
+            steps, seconds = tuple(sorted(rng.sample(range(2, 8 * SCALED_EPOCHS, SCALED_APART), 3))), list[float]()
+            scale = functools.partial(_scale, lab, rng, bool(also), steps, seconds)
+            trial = lab.survives(workload, meanwhile=scale, held=steps, **more)
+            yield (f"`%dist_scale` at random steps{also}", "shared memory"), dataclasses.replace(trial, seconds=seconds)
     finally:
         lab.close()
 
 
-def _scale(lab: Lab, rng: random.Random, also_a_kill: bool, seconds: list[float], run: Any, traps: Traps) -> None:
-    for _ in range(3):
-        step = run.progress.step + rng.randrange(2, 25)
-        until(lambda step=step: run.ended or run.progress.step >= step)
+def _scale(
+    lab: Lab, rng: random.Random, also_a_kill: bool, steps: tuple[int, ...], seconds: list[float], run: Any,
+    traps: Traps,
+) -> None:  # fmt: skip
+    gate = Gate(traps.folder)
+    for step in steps:
+        gate.wait(step, ranks=lab.cluster.size, run=run)
         size = rng.choice([size for size in (1, 2, 3, 4) if size != lab.cluster.size])
-        if run.ended:
-            return
-        asked_s = time.monotonic()
         lab.cluster.scale(size)
         if also_a_kill:
             traps.kill(rng.choice(lab.pids()))
-        until(lambda size=size: run.ended or lab.cluster.size == size)
-        step = run.progress.step
-        until(lambda step=step: run.ended or run.progress.step > step)
-        if not run.ended:
-            seconds.append(time.monotonic() - asked_s)
+        asked_s = time.monotonic()
+        gate.open(step)
+        until(lambda size=size: lab.cluster.size == size)
+        done = run.progress.step
+        until(lambda done=done: run.ended or run.progress.step > done)
+        seconds.append(time.monotonic() - asked_s)
 
 
 SCENARIOS = {

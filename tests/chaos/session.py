@@ -1,7 +1,7 @@
 """A session of its own: a process that starts a cluster and trains, whatever its environment allows.
 
 python session.py kernel FOLDER idle|busy     says so, and lives until it is killed
-python session.py detached FOLDER WORKLOAD EPOCHS STEP   says when it has reached the step, and lives on
+python session.py detached FOLDER WORKLOAD EPOCHS STEP   says that it is held after the step, and lives on
 python session.py disk FOLDER                 trains with checkpoints into FOLDER, a disk that gets full
 torchrun session.py torchrun FOLDER           the workload of 30 MiB, which goes on where it was
 """
@@ -16,12 +16,15 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import workloads
+from gate import Gate
 from shared_cluster import until
 from traps import Traps
 
 import nbdist
 from nbdist.core.saved import Saved
 
+LOOKS = range(20, 200, 20)
+"""After which steps a run is held until somebody has looked whether its first checkpoint is on the disk."""
 EVERY = 2
 """Steps between two checkpoints under torchrun: fewer cost more than they save for steps of 30 ms."""
 
@@ -40,12 +43,13 @@ def kernel(folder: str, state: str) -> None:
 
 
 def detached(folder: str, workload: str, epochs: str, step: str) -> None:
-    """Wait to be killed in the middle of a run, on a cluster that outlives it."""
+    """Wait to be killed in the middle of a run that is held, on a cluster that outlives it."""
     model, data, options = workloads.make(workload, Traps(folder))
     ranks = 4 if workload in workloads.MESHES else 3
     cluster = nbdist.Cluster(ranks, device="cpu", detach=60).start()
-    run = cluster.train(model, data, background=True, **{**options, "epochs": int(epochs)})
-    until(lambda: run.progress.step >= int(step))
+    gate = Gate(folder, int(step), scheduler=options["lr_scheduler"])
+    run = cluster.train(model, data, background=True, **options | {"epochs": int(epochs), "lr_scheduler": gate})
+    gate.wait(int(step), ranks=ranks, run=run)
     Path(folder, "pids").write_text(" ".join(str(engine.pid) for engine in cluster.engines))
     Path(folder, "ready").touch()
     sys.stdin.read()
@@ -57,10 +61,18 @@ def disk(folder: str) -> None:
     with tempfile.TemporaryDirectory() as elsewhere, nbdist.Cluster(3, device="cpu") as cluster:
         for on_disk in ({}, {"checkpoint": str(place), "checkpoint_every": 5}):
             model, data, options = workloads.make("shared weights", Traps(elsewhere))
-            run = cluster.train(model, data, background=True, **{**options, "epochs": 20, **on_disk})
+            gate = Gate(elsewhere, *LOOKS, scheduler=options["lr_scheduler"])
+            run = cluster.train(
+                model, data, background=True, **options | {"epochs": 20, "lr_scheduler": gate, **on_disk}
+            )
             if on_disk:
-                until(lambda run=run: (place / "newest.json").exists() or run.ended)
+                for step in LOOKS:  # a checkpoint counts a few steps after it was begun, whenever its bytes are there
+                    gate.wait(step, ranks=3, run=run)
+                    if (place / "newest.json").exists():
+                        break
+                    gate.open(step)
                 _fill(folder)
+            gate.open()
             run.wait()
             results.append((workloads.digest(model.state_dict()), workloads.told(run), run.state))
     step = Saved.in_folder(str(place)).ranks[0]["position"]["step"]
