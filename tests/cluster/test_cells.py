@@ -9,6 +9,7 @@ import signal
 import pytest
 from shared_cluster import ENGINES, until
 
+from nbdist.cluster import cells
 from nbdist.errors import ClusterError, EngineError, PlanError
 
 
@@ -105,8 +106,9 @@ def test_a_killed_engine_ends_the_cell_and_is_replaced(cluster):
     assert run(cluster, "print(rank, world_size, globals().get('kept'))").printed() == {0: "0 2 0\n", 1: "1 2 None\n"}
 
 
-def test_a_rank_that_cannot_be_interrupted_is_named(cluster):
+def test_a_rank_that_cannot_be_interrupted_is_named(cluster, monkeypatch):
     """It waits in a collective that the other one never enters: ■ ends the cell, and the next is refused, not hung."""
+    monkeypatch.setattr(cells, "_INTERRUPTED_AFTER_S", 0.1)
     source = "import torch, torch.distributed\nprint('in', flush=True)\n"
     cell = cluster.execute(f"{source}if rank == 0: torch.distributed.all_reduce(torch.ones(1))")
     until(lambda: all(cell.printed().values()))

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from shared_cluster import HUNG_S, until
 
+from nbdist.cluster import forming
 from nbdist.cluster.forming import Forming
 from nbdist.cluster.starting import start_engines
 from nbdist.errors import ClusterError, EngineError
@@ -36,6 +37,7 @@ def three(request, shared_cluster, monkeypatch):
         give_up(forming)
 
     monkeypatch.setattr(Forming, "give_up", patiently)
+    monkeypatch.setattr(forming, "_LET_GO_WITHIN_S", 0.0)  # all that can be free are
     yield engines
     engines.end()
 

@@ -10,6 +10,7 @@ from gate import Gate
 from shared_cluster import ENGINES, until
 from tasks import classes, net
 
+from nbdist.cluster import cells
 from nbdist.errors import EngineError
 
 IMPORTS = "import threading, time, torch, torch.distributed as dist\n"
@@ -47,8 +48,9 @@ def test_a_rank_that_is_late_for_a_collective(hanging):
     assert "---->   3     time.sleep(1e4)" in hanging.where().ranks[1].text
 
 
-def test_ranks_in_different_collectives(hanging):
+def test_ranks_in_different_collectives(hanging, monkeypatch):
     """Each with its line; the cell that waits for them says it by itself."""
+    monkeypatch.setattr(cells, "_LOOK_S", 0.1)
     cell = begun(hanging, f"{IMPORTS}if rank == 0:\n    dist.barrier()\nelse:\n    dist.all_reduce(torch.ones(1))")
     said = (
         "the ranks are in different collectives, and wait for ever if they stay there: "
