@@ -124,7 +124,7 @@ class Anchor:
         """
         entries, elsewhere = _living()
         if name in elsewhere:
-            raise PlanError(f"cluster {name} was started on host {elsewhere[name]}: attach to it there.")
+            raise PlanError(f"cluster {name} was started {elsewhere[name]}: attach to it there.")
         names = list(entries)
         if not names:
             raise PlanError("no detached cluster lives: %dist_start --detach starts one.")
@@ -237,18 +237,22 @@ def _entries() -> Path:
 
 
 def _living() -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Folder, process and patience of each anchor of this host that lives, by name; and the hosts of other hosts' ones.
+    """Folder, process and patience of each anchor of this host that lives, by name; and where the others are.
 
-    What is left of dead ones is removed: of this host's only, for nobody else knows its processes.
+    What is left of dead ones is removed: of this host's only, for nobody else knows its processes. Those from before it
+    was started anew are dead.
     """
     living, elsewhere = {}, {}
     for path in sorted(_entries().glob("*.json")):
         with contextlib.suppress(OSError, ValueError):  # it has just ended, or is just beginning
             entry = json.loads(path.read_text())
             host, its_id = entry.pop("host", host_name()), entry.pop("host_id", host_id())
-            if its_id != host_id():
-                elsewhere[path.stem] = host
-            elif owner_guard.alive(entry["mark"]):
+            same_boot = its_id.partition("/")[0] == host_id().partition("/")[0]
+            if host != host_name():
+                elsewhere[path.stem] = f"on host {host}"
+            elif its_id != host_id() and same_boot:
+                elsewhere[path.stem] = f"in another container on {host}"
+            elif its_id == host_id() and owner_guard.alive(entry["mark"]):
                 living[path.stem] = entry
             else:
                 path.unlink()

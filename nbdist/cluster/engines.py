@@ -21,9 +21,9 @@ from nbdist.cluster.answers import answers_of
 from nbdist.cluster.engine import Engine, gone
 from nbdist.cluster.forming import Forming
 from nbdist.cluster.introduction import introduce
-from nbdist.cluster.launch import CONTROLLER_ENDED, Launch
+from nbdist.cluster.launch import CONTROLLER_ENDED, STORE_ENDED, Launch
 from nbdist.cluster.spares import Spares
-from nbdist.errors import ClusterError, EngineError
+from nbdist.errors import ClusterError, EngineError, PeerLostError
 from nbdist.telemetry.host import host_id
 
 __all__ = ["Engine", "Engines"]
@@ -147,17 +147,17 @@ class Engines:
 
     @property
     def reachable(self) -> bool:
-        """Whether the controller lives, through which everything goes."""
-        return self._launch.controller_runs
+        """Whether the processes live through which everything goes: the controller, and the store's."""
+        return self._launch.controller_runs and ((store := self._store) is None or store.lives)
 
     def check_alive(self) -> None:
         """Make sure that the engines can be reached.
 
         Raises:
-            ClusterError: They cannot: the controller has ended.
+            ClusterError: They cannot: the controller has ended, or the store in which they meet.
         """
         if not self.reachable:
-            raise ClusterError(CONTROLLER_ENDED)
+            raise ClusterError(STORE_ENDED if self._launch.controller_runs else CONTROLLER_ENDED)
 
     @property
     def threads(self) -> int:
@@ -171,19 +171,20 @@ class Engines:
         return any(record.host_id != self.host_id for record in self._records)
 
     def orders(self, run_id: str) -> Any:
-        """The log of what is asked of a run, an `OrderLog`; rank 0 reads it. None once the engines were ended."""
+        """The log of what is asked of a run, an `OrderLog`; rank 0 reads it. None where nobody can any more."""
         from nbdist.core.order_log import OrderLog
 
         store = self._store
-        return None if store is None else OrderLog(store, run_id)
+        return OrderLog(store, run_id) if store is not None and store.lives else None
 
     def release(self) -> None:
         """Release the ranks of the present world: each that waits at the store for others gets an error at once."""
         from nbdist.core.channels.meeting import GenerationStore
 
-        store = self._store
-        if store is not None:  # else ended
-            GenerationStore(store, self._generation).release()
+        self.formed = False
+        if (store := self._store) is not None:  # else ended
+            with contextlib.suppress(PeerLostError):  # the store is gone, so nobody waits there
+                GenerationStore(store, self._generation).release()
 
     def form(self) -> None:
         """Let all engines meet in a world of a new generation.
@@ -193,7 +194,6 @@ class Engines:
             ClusterError: They did not meet in time.
         """
         self.release()
-        self.formed = False
         self._generation += 1
         self._note()
         records = self._records

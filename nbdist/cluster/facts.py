@@ -78,7 +78,7 @@ class Facts:
     @property
     def name(self) -> str:
         """By which another kernel can `attach` to it; empty where it ends with this one."""
-        return "" if self._up is None or self._up.anchor is None else self._up.anchor.name
+        return "" if (up := self._up) is None or (anchor := up.anchor) is None else anchor.name
 
     def _running(self) -> Engines:
         if (up := self._up) is None:

@@ -9,16 +9,17 @@ from nbdist.cluster.run import Run
 if TYPE_CHECKING:
     from nbdist.core.orders import Order
 
-__all__ = ["outcome_of"]
+__all__ = ["late_order_text"]
 
 
-def outcome_of(order: Order, run: Run, engines: int) -> str:
+def late_order_text(order: Order, run: Run, engines: int, refusal: str = "") -> str:
     """What has become of an order that no step has heard, in a sentence.
 
     Args:
         order: Which.
         run: That has ended.
         engines: How many there are now.
+        refusal: Why others that were asked for could not be had.
     """
     step = run.progress.step
     if order.kind == "stop" and run.abandoned and run.state == "stopped":
@@ -29,5 +30,7 @@ def outcome_of(order: Order, run: Run, engines: int) -> str:
     if order.kind == "stop":
         outcome = f"the run {'had failed' if run.state == 'failed' else 'was over'}"
     elif order.kind == "scale" and order.value == engines:
-        outcome = f"there are {engines} engines since its end"
+        outcome = f"there are {engines} engines"
+    elif order.kind == "scale" and refusal:
+        outcome += f" ({refusal.rstrip('.')})"
     return f"{asked} came after step {step:,}, the last one: {outcome}"

@@ -24,12 +24,11 @@ from nbdist.cluster.anchor import Anchor
 from nbdist.cluster.owner_guard import FOLDER_VARIABLE, OWNER_VARIABLE, owner_mark
 from nbdist.errors import ClusterError
 
-__all__ = ["CONTROLLER_ENDED", "Launch"]
+__all__ = ["CONTROLLER_ENDED", "STORE_ENDED", "Launch"]
 
-CONTROLLER_ENDED = (
-    "the controller's process has ended, so the engines cannot be reached: %dist_start starts anew; what the engines "
-    "had in memory is lost."
-)
+_ANEW = "so the engines cannot be reached: %dist_start starts anew; what the engines had in memory is lost."
+CONTROLLER_ENDED = f"the controller's process has ended, {_ANEW}"
+STORE_ENDED = f"the process of the store, in which the ranks meet, has ended, {_ANEW}"
 
 _GUARD = [sys.executable, "-m", "nbdist.cluster.owner_guard"]
 _PING_MS = 100  # a registration completes at the next heartbeat, so the default of 3 s would be waited for

@@ -17,7 +17,7 @@ import ipyparallel.error
 from nbdist.cluster.cells import settle
 from nbdist.cluster.entry import Outcome
 from nbdist.cluster.hangs import Hangs
-from nbdist.cluster.late_orders import outcome_of
+from nbdist.cluster.late_orders import late_order_text
 from nbdist.cluster.remote_errors import LOST, PROCESS_ENDED, Failure, as_error
 from nbdist.cluster.run import Run
 from nbdist.cluster.training import Training
@@ -25,7 +25,7 @@ from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, ran
 from nbdist.telemetry import Event, JsonlSink, Noted, Recovered
 from nbdist.telemetry.record import cluster_record_path
 
-__all__ = ["Relay"]
+__all__ = ["Relay", "draw"]
 
 _INTERVAL_S = 0.2  # as often as ranks tell
 _NOT_ENOUGH = "what runs there, or its memory, does not suffice"
@@ -115,7 +115,7 @@ class Relay:
         run = self._run
         orders = self._engines.orders(run.run_id)
         left = [] if orders is None else orders.left()
-        texts = [outcome_of(order, run, self._engines.size) for order in left]
+        texts = [late_order_text(order, run, self._engines.size, self._training.refusal) for order in left]
         for text in texts:
             run.progress.note(text)
         if texts:
@@ -227,7 +227,7 @@ class Relay:
         self._show(dict.fromkeys(replaced, "lost"))
         while True:
             self._tries += bool(lost)
-            if self._tries > _TRIES:
+            if self._tries >= _TRIES:
                 step = max(self._reached, 0) + 1
                 raise EngineError(
                     f"{ranks_text(lost)}: the process ended {_TRIES} times at step {step} or before: "
@@ -294,9 +294,16 @@ class Relay:
                     self._run.progress.merge(last)
 
     def _draw(self) -> None:
-        try:
-            if self._watch is not None:
-                self._watch(self._run)
-        except Exception as error:  # a picture that cannot be drawn must not end a training
+        if not draw(self._watch, self._run):
             self._watch = None
-            warnings.warn(f"the run goes on unseen, it cannot be drawn: {error!r}", stacklevel=2)
+
+
+def draw(watch: Callable[[Run], None] | None, run: Run) -> bool:
+    """Show a run to who watches it; returns whether that succeeded: a picture must neither end a run nor hold it."""
+    try:
+        if watch is not None:
+            watch(run)
+    except Exception as error:
+        warnings.warn(f"run {run.run_id} goes on unseen, it cannot be drawn: {error!r}", stacklevel=2)
+        return False
+    return True

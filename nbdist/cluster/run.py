@@ -27,7 +27,7 @@ class Run(Report):
 
     What is asked of it after its last step has one outcome, which stands in `progress.notes`: a pause, a resume, a
     checkpoint and a learning rate are not carried out; a stop finds nothing to stop, and with ``now=True`` breaks off
-    what is left to do; as many engines as were asked for are there when it has ended.
+    what is left to do; as many engines as were asked for are there when it has ended, or its notes say why not.
 
     Args:
         run_id: Its name in the record.

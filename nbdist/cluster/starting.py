@@ -53,6 +53,8 @@ def start_engines(
         engines.meet()
     except BaseException:
         begun.end()
+        loading.join()
+        hosted.clear()  # the traceback would keep the store, and its process
         raise
     engines.start_seconds = time.monotonic() - started_s
     return engines

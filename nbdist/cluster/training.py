@@ -42,6 +42,9 @@ class Training:
         cells: The cells of the notebook that the engines know.
         begun: What another kernel has to know of it.
         into: Another model that receives the weights too, when they come home.
+
+    Attributes:
+        refusal: Why engines that were asked for after the last step could not be had.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Training:
         self._segments: list[Any] = []
         self._boards: list[Board] = []
         self._printed: list[Callable[[str], dict[int, str]]] = []
+        self.refusal = ""
 
     def begin(self, *, go_on: bool, again: bool = False) -> list[Any]:
         """Let every rank begin; returns ipyparallel's result of each.
@@ -235,8 +239,10 @@ class Training:
             self._segment.close()
         else:
             if wanted != engines.size:  # it was asked for when the last step was done
-                with contextlib.suppress(ClusterError):
+                try:
                     self._have_ranks(wanted)
+                except ClusterError as error:
+                    self.refusal = str(error)
             answers = [engines.start_call(rank, entry.has_let_go, self._parcel.path) for rank in range(engines.size)]
             self._outbox.give_back(
                 self._segment, lambda: all(a.ready() and a.successful() and a.get() for a in answers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import contextvars
 import threading
 from collections.abc import Callable
@@ -16,14 +17,14 @@ from nbdist.cluster.engines import Engines
 from nbdist.cluster.hangs import Hangs
 from nbdist.cluster.packing import pack
 from nbdist.cluster.ready import make_ready
-from nbdist.cluster.relay import Relay
+from nbdist.cluster.relay import Relay, draw
 from nbdist.cluster.replan import Replan
 from nbdist.cluster.resuming import resumed
 from nbdist.cluster.run import ON_FAILURE, Run
 from nbdist.cluster.taking_over import take_over
 from nbdist.cluster.training import Training
 from nbdist.cluster.where import Where
-from nbdist.errors import ClusterError, NbdistError, PlanError, ranks_text, suggest
+from nbdist.errors import ClusterError, NbdistError, PeerLostError, PlanError, ranks_text, suggest
 from nbdist.plan import Plan
 from nbdist.plan.plan import OPTIONS
 from nbdist.telemetry import RankState, RunState
@@ -141,7 +142,7 @@ class Trainings:
             else:
                 self._run = run
         if waits:
-            _draw(turn)
+            draw(watch, run)
             return run
         try:
             self._begin(turn)
@@ -233,7 +234,7 @@ class Trainings:
             except Exception as error:  # whatever it is, nobody waits for ever
                 known = error if isinstance(error, NbdistError) else ClusterError(f"the run could not begin: {error!r}")
                 turn.run._end("failed", known)
-                _draw(turn)
+                draw(turn.watch, turn.run)
                 turn.run._release()
 
     def _order(self, run: Run, kind: str, value: Any) -> None:
@@ -245,7 +246,8 @@ class Trainings:
             run.wanted = 0 if value == self._engines.size else value
         orders = self._engines.orders(run.run_id)
         if orders is not None:
-            orders.give(kind, value)
+            with contextlib.suppress(PeerLostError):  # the store has just ended, and so does the run, which says why
+                orders.give(kind, value)
 
     def _leave(self, run: Run, note: str = "") -> bool:
         """Take a run out of the queue; returns whether it was there."""
@@ -257,11 +259,6 @@ class Trainings:
         if note:
             run.progress.note(note)
         run._end("stopped")
-        _draw(turn)
+        draw(turn.watch, run)
         run._release()
         return True
-
-
-def _draw(turn: _Turn) -> None:
-    if turn.watch is not None:
-        turn.watch(turn.run)

@@ -34,8 +34,13 @@ class OrderLog(Orders):
         self._next_s = 0.0
 
     def give(self, kind: str, value: float | str | None) -> None:
-        """Write an order behind the others. The notebook's side."""
-        self._store.append(self._name, json.dumps([kind, value]) + "\n")
+        """Write an order behind the others. The notebook's side.
+
+        Raises:
+            PeerLostError: The store is gone.
+        """
+        with echoes():
+            self._store.append(self._name, json.dumps([kind, value]) + "\n")
 
     def new(self) -> list[Order]:
         """See `Orders`; the store is looked at a few times a second.

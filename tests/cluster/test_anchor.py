@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import re
 
 import pytest
 
 from nbdist.cluster.anchor import Anchor
 from nbdist.core.handover import Segment, open_segment
-from nbdist.errors import ClusterError
+from nbdist.errors import ClusterError, PlanError
+from nbdist.telemetry import host
 
 
 @pytest.fixture
@@ -64,6 +67,20 @@ def test_closed_memory_is_gone_at_once(anchor):
     segment.close()
     with pytest.raises(ClusterError, match="is gone"):
         open_segment(segment.path)
+
+
+@pytest.mark.parametrize(("host_id", "left"), [("another boot/pid:[1]", False), ("{boot}/pid:[1]", True)])
+def test_a_cluster_of_this_host_from_before_it_was_started_anew_is_forgotten(home, host_id, left):
+    """One in another container, that sees other processes, is not: the sentence says where it is."""
+    boot = host.host_id().partition("/")[0]
+    told = {"folder": "/no", "mark": "1:1.00", "patience_s": 60, "host": host.host_name()}
+    (home / "clusters").mkdir()
+    entry = home / "clusters" / "abcd.json"
+    entry.write_text(json.dumps({**told, "host_id": host_id.format(boot=boot)}))
+    where = f"cluster abcd was started in another container on {host.host_name()}" if left else "no detached cluster"
+    with pytest.raises(PlanError, match=re.escape(where)):
+        Anchor.reach("abcd")
+    assert left == entry.exists()
 
 
 def test_memory_may_be_let_go_when_the_anchor_has_ended(anchor):

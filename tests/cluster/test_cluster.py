@@ -13,11 +13,12 @@ import psutil
 import pytest
 import torch
 from ipyparallel.cluster.launcher import LocalProcessLauncher
-from shared_cluster import ENGINES, folder_of, gone, marked
+from shared_cluster import ENGINES, folder_of, gone, marked, until
 from tasks import classes, net, process_of_each_rank
 
 import nbdist
-from nbdist.cluster import fork_server
+from nbdist.cluster import Cluster, fork_server
+from nbdist.cluster.launch import Launch
 from nbdist.core.handover import pack
 from nbdist.errors import ClusterError, PlanError, TaskError
 
@@ -119,6 +120,26 @@ def test_a_stop_leaves_nothing_where_ipyparallel_misses_something(shared_cluster
     monkeypatch.setattr(LocalProcessLauncher, "join", late)
     cluster.stop()
     assert not folder.exists()
+
+
+def test_an_interrupted_start_leaves_nothing(shared_cluster, monkeypatch):
+    """Not even while the error is kept, as IPython keeps the last one."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    shared_cluster.stop()
+    before = children()
+    monkeypatch.setattr(Launch, "wait_for", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        Cluster(ENGINES, device="cpu").start()
+    until(lambda: children() <= before)
+    assert kept.value is not None
+
+
+def children():
+    """The processes that this one has started itself."""
+    return {process for process in psutil.Process().children() if process.status() != psutil.STATUS_ZOMBIE}
 
 
 def test_an_engine_that_cannot_load_torch_ends_the_start_with_its_reason(shared_cluster, tmp_path, monkeypatch):

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
 import psutil
 import pytest
+from gate import Gate
 from shared_cluster import ENGINES, HUNG_S, gone, kill_controller, of_cluster, until
+from tasks import classes, net
 
 from nbdist.cluster import current_cluster, current_server
 from nbdist.errors import ClusterError
 
-ENDED = "the controller's process has ended, so the engines cannot be reached: %dist_start starts anew"
+ENDED = "has ended, so the engines cannot be reached: %dist_start starts anew"
+
+
+def kill_store(cluster):
+    os.kill(cluster._up._store.server_pid, signal.SIGKILL)
+    until(lambda: not cluster.reachable)
+
+
+@pytest.fixture(params=[kill_controller, kill_store])
+def kill(request):
+    """Ends one of the two processes through which everything goes."""
+    return request.param
 
 
 @pytest.fixture
-def unreachable(cluster):
-    """A cluster whose controller was killed; its processes and its folder."""
+def unreachable(cluster, kill):
+    """A cluster whose controller or store was killed; its processes and its folder."""
     processes, folder = of_cluster(cluster)
-    kill_controller(cluster)
+    kill(cluster)
     return cluster, processes, folder
 
 
-def test_without_its_controller_a_cluster_refuses_everything(unreachable):
+def test_without_its_controller_or_its_store_a_cluster_refuses_everything(unreachable):
     """With the reason and the cure, at once."""
     cluster, _, _ = unreachable
     assert not cluster.reachable
@@ -41,6 +56,30 @@ def test_one_start_ends_what_is_left_and_begins_anew(unreachable):
     cell = cluster.execute("print(rank)")
     cell.wait()
     assert {0: "0\n", 1: "1\n"} == cell.printed()
+
+
+def test_a_stop_ends_what_is_left(unreachable):
+    """Nothing stays behind."""
+    cluster, processes, folder = unreachable
+    cluster.stop()
+    assert gone(processes)
+    assert not folder.exists()
+
+
+def test_a_run_ends_with_the_reason(cluster, kill, tmp_path):
+    """It is followed to its end, which the last picture shows too; the next start works."""
+    states, gate = [], Gate(tmp_path, 2)
+    run = cluster.train(
+        net(), classes(), loss="cross_entropy", steps=10**9, lr_scheduler=gate, background=True,
+        watch=lambda run: states.append(run.state),
+    )  # fmt: skip
+    gate.wait(2, run=run)
+    kill(cluster)
+    gate.open()
+    with pytest.raises(ClusterError, match=ENDED):
+        run.wait()
+    until(lambda: states[-1] == "failed")
+    assert cluster.start().reachable
 
 
 def test_a_cell_that_waits_ends_when_the_controller_does(cluster):

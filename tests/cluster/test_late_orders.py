@@ -6,10 +6,11 @@ import threading
 import time
 
 import pytest
-from shared_cluster import ENGINES, until
+from shared_cluster import ENGINES, HUNG_S, until
 from tasks import classes, net
 
 import nbdist
+from nbdist.cluster.spares import Spares
 from nbdist.cluster.training import Training
 from nbdist.errors import ClusterError, EngineError
 
@@ -63,7 +64,7 @@ def test_an_order_during_the_last_evaluation_is_accounted_for(evaluated, gate, a
     """In the run and in its record; the run ends as it would have."""
     ask(evaluated)
     gate.touch()
-    evaluated.wait(30)
+    evaluated.wait()
     assert ("finished", STEPS, [note]) == (evaluated.state, evaluated.progress.step, evaluated.progress.notes)
     assert "val_measured" in evaluated.history[-1]
     (past,) = nbdist.past_runs()
@@ -73,7 +74,7 @@ def test_an_order_during_the_last_evaluation_is_accounted_for(evaluated, gate, a
 def test_a_stop_at_once_breaks_off_the_last_evaluation(evaluated):
     """The weights after the last step come home."""
     evaluated.stop(now=True)
-    evaluated.wait(30)
+    evaluated.wait()
     assert ("stopped", STEPS) == (evaluated.state, evaluated.progress.step)
     assert ["stopped at once after step 3"] == evaluated.progress.notes
     assert [] == evaluated.history
@@ -84,12 +85,28 @@ def test_the_engines_that_are_asked_for_are_there_at_the_end(evaluated, scaled, 
     scaled.scale(1)
     scaled.scale(3)
     gate.touch()
-    evaluated.wait(30)
+    evaluated.wait()
     assert ("finished", STEPS, 3) == (evaluated.state, evaluated.progress.step, scaled.size)
     assert [
         "scale to 1 came after step 3, the last one: not carried out",
-        "scale to 3 came after step 3, the last one: there are 3 engines since its end",
+        "scale to 3 came after step 3, the last one: there are 3 engines",
     ] == evaluated.progress.notes
+
+
+def test_where_they_cannot_be_had_the_next_run_works(evaluated, scaled, gate, monkeypatch):
+    """Its ranks meet anew; the note says that the engines are not there."""
+
+    def refused(*_):
+        raise ClusterError("no engine came")
+
+    scaled.scale(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Spares, "take", refused)
+        gate.touch()
+        evaluated.wait()
+    assert ["scale to 3 came after step 3, the last one: not carried out (no engine came)"] == evaluated.progress.notes
+    assert not scaled._up.formed
+    assert "finished" == scaled.train(net(), classes(), **OPTIONS).state
 
 
 def test_they_are_there_though_the_run_failed(scaled, gate, tmp_path):
@@ -108,10 +125,10 @@ def test_they_are_there_though_the_run_failed(scaled, gate, tmp_path):
     run.set_lr(0.5)
     gate.touch()
     with pytest.raises(EngineError, match="not today"):
-        run.wait(30)
+        run.wait()
     assert 3 == scaled.size
     assert [
-        "scale to 3 came after step 3, the last one: there are 3 engines since its end",
+        "scale to 3 came after step 3, the last one: there are 3 engines",
         "learning rate 0.5 came after step 3, the last one: not carried out",
     ] == run.progress.notes[-2:]
 
@@ -123,17 +140,17 @@ def test_an_order_while_the_weights_come_home_is_accounted_for(cluster, monkeypa
 
     def held(self, home):
         coming.set()
-        assert goes_on.wait(60)
+        assert goes_on.wait(HUNG_S)
         bring_home(self, home)
 
     monkeypatch.setattr(Training, "bring_home", held)
     run = cluster.train(net(), classes(), background=True, **OPTIONS)
     try:
-        assert coming.wait(60)
+        assert coming.wait(HUNG_S)
         run.pause()
     finally:
         goes_on.set()
-    run.wait(30)
+    run.wait()
     assert ["pause came after step 3, the last one: not carried out"] == run.progress.notes
     with pytest.raises(ClusterError, match="has finished: start another one"):
         run.pause()
@@ -154,5 +171,5 @@ def test_a_stop_that_is_asked_for_twice_is_one_order(cluster, gate, tmp_path):
     run.stop()
     run.stop()
     gate.touch()
-    run.wait(30)
+    run.wait()
     assert [f"stopped after step {run.progress.step:,}"] == [h.text for h in run.progress.happenings]

@@ -94,6 +94,6 @@ def test_the_same_line_works_when_its_notebook_was_killed(shared_cluster, tmp_pa
         first.kill()
         first.wait()
         first.stdout.close()
-    second = subprocess.run([*command, "ends"], capture_output=True, text=True, timeout=100)
+    second = subprocess.run([*command, "ends"], capture_output=True, text=True)
     assert "finished 20\n" == second.stdout, second.stderr
     assert {NEWEST, *checkpoints(folder)} == {path.name for path in folder.iterdir()}

@@ -9,7 +9,7 @@ import sys
 
 import psutil
 import pytest
-from shared_cluster import folder_of, gone, marked, until
+from shared_cluster import HUNG_S, folder_of, gone, marked, until
 
 from nbdist.cluster.owner_guard import owner_mark
 
@@ -115,7 +115,7 @@ def test_a_fork_server_ends_as_soon_as_its_forks_have():
         server = subprocess.Popen([sys.executable, "-c", SERVER, owner_mark(owner.pid)])
         try:
             owner.kill()
-            assert server.wait(60) == 0
+            assert server.wait(HUNG_S) == 0
         finally:
             server.kill()
             server.wait()

@@ -6,9 +6,10 @@ import contextlib
 import sys
 import threading
 import time
+import warnings
 
 import pytest
-from shared_cluster import ENGINES, until
+from shared_cluster import ENGINES, HUNG_S, until
 from tasks import classes, net
 
 from nbdist.cluster import engines as engines_module
@@ -17,6 +18,7 @@ from nbdist.errors import ClusterError
 
 pytestmark = pytest.mark.engines
 
+LONG = 10**9
 SHORT = {"loss": "cross_entropy", "steps": 1, "batch_size": 16, "threads": 1, "background": True}
 
 
@@ -28,7 +30,7 @@ class Gate:
 
     def hold(self):
         self.came.set()
-        assert self.opened.wait(100), "nobody has opened the gate"
+        assert self.opened.wait(HUNG_S), "nobody has opened the gate"
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def held(folder):
 
 @pytest.fixture
 def second_held(cluster, monkeypatch, gate, tmp_path):
-    """Three runs: the first has ended, the second is held while it begins, the third waits."""
+    """Three runs: the first has ended, the second, which never would, is held while it begins, the third waits."""
     begin, runs = Trainings._begin, []
 
     def held_begin(self, turn):
@@ -65,9 +67,9 @@ def second_held(cluster, monkeypatch, gate, tmp_path):
     loss, begun, goes_on = held(tmp_path)
     runs.append(cluster.train(net(), classes(), **{**SHORT, "loss": loss}))
     until(begun.exists)
-    runs += [cluster.train(net(), classes(), **SHORT) for _ in range(2)]
+    runs += [cluster.train(net(), classes(), **{**SHORT, "steps": steps}) for steps in (LONG, 1)]
     goes_on.touch()
-    assert gate.came.wait(60)
+    assert gate.came.wait(HUNG_S)
     return runs
 
 
@@ -85,12 +87,12 @@ def test_a_stop_that_comes_with_the_end_comes_before_it_or_after(cluster, monkey
     until(begun.exists)
     stopping = threading.Thread(target=run.stop)
     stopping.start()
-    assert gate.came.wait(60)
+    assert gate.came.wait(HUNG_S)
     goes_on.touch()
     until(lambda: run.ended or follower_waits())
     gate.opened.set()
     stopping.join()
-    run.wait(60)
+    run.wait()
     assert ("finished", None) == (run.state, cluster.current_run)
 
 
@@ -110,8 +112,9 @@ def test_a_run_that_begins_is_the_current_one(cluster, second_held, gate):
         cluster.check_ready()
     late = cluster.train(net(), classes(), **SHORT)
     assert [late] == cluster.queued
+    second.stop()
     gate.opened.set()
-    assert ["finished", "finished"] == [run.wait(60).state for run in (second, late)]
+    assert ["stopped", "finished"] == [run.wait().state for run in (second, late)]
 
 
 def test_the_engines_may_be_stopped_while_a_run_begins(cluster, second_held, gate):
@@ -121,7 +124,7 @@ def test_the_engines_may_be_stopped_while_a_run_begins(cluster, second_held, gat
     assert ("stopped", ["the engines were stopped before it could begin"]) == (third.state, third.progress.notes)
     gate.opened.set()
     with pytest.raises(ClusterError):
-        second.wait(60)
+        second.wait()
 
 
 def test_a_stop_is_heard_while_the_run_begins(cluster, second_held, gate):
@@ -129,8 +132,36 @@ def test_a_stop_is_heard_while_the_run_begins(cluster, second_held, gate):
     _, second, third = second_held
     second.stop()
     gate.opened.set()
-    assert ["finished", "finished"] == [run.wait(60).state for run in (second, third)]
+    assert ["stopped", "finished"] == [run.wait().state for run in (second, third)]
     assert 1 == second.progress.step
+
+
+def test_a_picture_that_fails_holds_nobody(cluster, monkeypatch, tmp_path):
+    """A queued run that is stopped, or cannot begin, has ended, and those behind it begin."""
+    begin, runs = Trainings._begin, []
+
+    def failing(self, turn):
+        if len(runs) > 2 and turn.run is runs[2]:
+            raise OSError("not today")
+        begin(self, turn)
+
+    def watch(run):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Trainings, "_begin", failing)
+    loss, begun, goes_on = held(tmp_path)
+    runs.append(cluster.train(net(), classes(), **{**SHORT, "loss": loss}))
+    until(begun.exists)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        runs += [cluster.train(net(), classes(), watch=watch, **SHORT) for _ in range(2)]
+        runs.append(cluster.train(net(), classes(), **SHORT))
+        runs[1].stop()
+        assert ("stopped", True) == (runs[1].state, runs[1].ended)
+        goes_on.touch()
+        with pytest.raises(ClusterError, match="not today"):
+            runs[2].wait()
+    assert "finished" == runs[3].wait().state
 
 
 def test_whatever_keeps_a_run_from_beginning_ends_it(cluster, monkeypatch, tmp_path):
@@ -192,6 +223,6 @@ def test_of_two_numbers_of_engines_before_a_step_ends_the_last_one_counts(scaled
     until(lambda: [h for h in run.progress.happenings if h.kind == "recovered"])
     scaled_to = [h.text.partition(" after")[0] for h in run.progress.happenings if h.kind == "order"]
     run.stop()
-    run.wait(60)
+    run.wait()
     assert (["scaled to 1", "scaled to 3"], "stopped", 3) == (scaled_to, run.state, scaled.size)
     assert ["3 instead of 2 engines"] == [note.partition(";")[0] for note in run.progress.notes]

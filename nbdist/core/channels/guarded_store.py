@@ -93,6 +93,11 @@ class GuardedStore(dist.Store):
         """The process that serves the store, where this one has started it; else 0."""
         return 0 if self._owned is None else self._owned[0].pid
 
+    @property
+    def lives(self) -> bool:
+        """Whether the process that serves the store runs, as far as who has started it can tell."""
+        return self._owned is None or self._owned[0].poll() is None
+
     def set(self, key: str, value: Any) -> None:
         """Write."""
         self._ask(b"set", key.encode(), value.encode() if isinstance(value, str) else bytes(value))

@@ -69,8 +69,13 @@ class GenerationStore(dist.Store):
         self.secret: bytes = getattr(store, "secret", b"") or os.environ.get(_SECRET_VARIABLE, "").encode()
 
     def release(self) -> None:
-        """Let every wait of this generation end with an error. Local: whoever hosts the store calls it."""
-        self.underlying_store.set(self._named(_RELEASED), "1")
+        """Let every wait of this generation end with an error. Local: whoever hosts the store calls it.
+
+        Raises:
+            PeerLostError: The store is gone, which ends every wait too.
+        """
+        with echoes():
+            self.underlying_store.set(self._named(_RELEASED), "1")
 
     def set(self, key: str, value: Any) -> None:
         """Write."""
