@@ -17,6 +17,7 @@ from torch import nn
 
 import nbdist
 from nbdist.cluster import current_cluster, detached_clusters
+from nbdist.cluster.anchor import Anchor
 from nbdist.errors import ClusterError, PlanError
 from nbdist.telemetry.host import host_name
 
@@ -166,15 +167,22 @@ def test_a_run_that_has_ended_brings_its_weights_to_whoever_comes(shared_cluster
         assert same(mine, undisturbed)
 
 
-def test_a_cluster_of_another_host_is_not_ours_to_judge(shared_cluster, owner, monkeypatch):
+@pytest.fixture
+def detached(shared_cluster):
+    """A detached cluster of this process."""
+    shared_cluster.stop()
+    with nbdist.Cluster(2, device="cpu", detach=600.0, spares=0) as cluster:
+        yield cluster
+
+
+def test_a_cluster_of_another_host_is_not_ours_to_judge(detached, monkeypatch):
     """Seen from there, through a home that hosts share, it is neither forgotten nor to be attached to."""
-    _, name, _, _ = owner()
-    here = host_name()
+    name, here = detached.name, host_name()
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("NBDIST_HOST", "elsewhere")
         assert [] == detached_clusters()
         with pytest.raises(PlanError, match=f"cluster {name} was started on host {here}: attach to it there"):
-            nbdist.Cluster.attach(name)
+            Anchor.reach(name)
     assert [name] == [cluster.name for cluster in detached_clusters()]
 
 
@@ -194,11 +202,10 @@ def test_without_a_kernel_it_ends_when_the_time_is_over(shared_cluster, owner):
     assert not detached_clusters()
 
 
-def test_it_ends_with_its_anchor(shared_cluster, owner):
-    """However that ended, nothing outlives it."""
-    process, _, _, pids = owner()
-    everything, folder = _everything(pids)
-    (anchor,) = [p for p in psutil.Process(process.pid).children() if "nbdist.cluster.anchor_server" in p.cmdline()]
+def test_it_ends_with_its_anchor(detached):
+    """However that ended, nothing outlives it, and its kernel can stop what is not there any more."""
+    everything, folder = _everything([engine.pid for engine in detached.engines])
+    (anchor,) = [p for p in psutil.Process().children() if "nbdist.cluster.anchor_server" in p.cmdline()]
     anchor.kill()
     assert gone(everything)
     until(lambda: not folder.exists())
