@@ -186,14 +186,3 @@ def test_nothing_is_left_of_a_kernel_that_was_shut_down(shared_cluster, tmp_path
     kernel.shut_down()
     assert gone(processes)
     until(lambda: not folder.exists())
-
-
-def test_nothing_is_left_of_a_kernel_that_was_killed(kernel):
-    """kill -9 in the middle of a training: all goes. The last test of this kernel."""
-    kernel(f"run = %dist_train model train_set --loss cross_entropy --background {ENDLESS}")
-    kernel("while run.progress.step < 3: run.wait(0.05)")
-    processes, folder = kernel.cluster()
-    assert len(processes) >= 5
-    kernel.kill()
-    assert gone(processes)
-    until(lambda: not folder.exists())
