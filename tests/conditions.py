@@ -5,7 +5,8 @@
     plain   as it is
     busy    beside two busy loops a core
     one     on one core
-    half    on one core, of which the tests and all that they start have every other tenth of a second
+    half    on half of one core: by a quota where cgroups let us set one, else the tests and all that they start are
+            stopped in every other tenth of a second, and a few tests see that their processes are
     late    each test comes back from what it waits for, and from beginning a run, two seconds late: whatever is not
             held is over by then
 
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 
@@ -67,6 +69,28 @@ def halved(pytest: subprocess.Popen[bytes]) -> None:
         never.wait(SLICE_S)
 
 
+@contextlib.contextmanager
+def quota() -> Iterator[Path | None]:
+    """A control group, of version 1 or 2, whose processes have half a core; None where we may not make one."""
+    for parent, name, value in (("cpu", "cpu.cfs_quota_us", "50000"), ("", "cpu.max", "50000 100000")):
+        group = Path("/sys/fs/cgroup", parent, f"nbdist-{os.getpid()}")
+        try:
+            group.mkdir()
+            limit = group / name
+            if not limit.exists():  # a folder like any other
+                group.rmdir()
+                continue
+            limit.write_text(value)
+        except OSError:
+            continue
+        try:
+            yield group
+        finally:
+            group.rmdir()
+        return
+    yield None
+
+
 def run(condition: str, arguments: list[str]) -> int:
     """Run pytest under a condition; returns its status."""
     command, environment = [sys.executable, "-m", "pytest", "-q", *arguments], dict(os.environ)
@@ -78,8 +102,11 @@ def run(condition: str, arguments: list[str]) -> int:
         if condition in ("one", "half"):
             core = min(os.sched_getaffinity(0))
             command = ["taskset", "-c", str(core), *command]
+        group = stack.enter_context(quota()) if condition == "half" else None
+        if group is not None:
+            command = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs"), *command]
         pytest = subprocess.Popen(command, env=environment)
-        if condition == "half":
+        if condition == "half" and group is None:
             halved(pytest)
         return pytest.wait()
 

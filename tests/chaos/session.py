@@ -61,7 +61,7 @@ def disk(folder: str) -> None:
     with tempfile.TemporaryDirectory() as elsewhere, nbdist.Cluster(3, device="cpu") as cluster:
         for on_disk in ({}, {"checkpoint": str(place), "checkpoint_every": 5}):
             model, data, options = workloads.make("shared weights", Traps(elsewhere))
-            gate = Gate(elsewhere, *LOOKS, scheduler=options["lr_scheduler"])
+            gate = Gate(tempfile.mkdtemp(dir=elsewhere), *LOOKS, scheduler=options["lr_scheduler"])
             run = cluster.train(
                 model, data, background=True, **options | {"epochs": 20, "lr_scheduler": gate, **on_disk}
             )

@@ -20,6 +20,7 @@ from nbdist.errors import ClusterError, EngineError
 KILLS = 8
 GENERATIONS, WARM_UP = 100, 20
 MIB = 2**20
+STOPPED: set[int] = set()  # processes that `stop` has stopped
 SPARE = {"shared_memory": 1, "process_group": 0}
 
 
@@ -42,10 +43,15 @@ def three(request, shared_cluster, monkeypatch):
     engines.end()
 
 
+def stop(engines, rank):
+    """Stop a rank's process, which notices nothing from now on."""
+    pid = engines.records()[rank].pid
+    os.kill(pid, signal.SIGSTOP)
+    STOPPED.add(pid)
+
+
 def stopped(engines, rank):
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(engines.records()[rank].pid).status() == psutil.STATUS_STOPPED
-    return False
+    return engines.records()[rank].pid in STOPPED
 
 
 def meanwhile(monkeypatch, act):
@@ -82,7 +88,7 @@ def test_forming_survives_a_kill_at_any_moment(three):
 def test_a_rank_that_never_comes_is_killed_and_named(three):
     """The others are freed, keep their processes, and meet again when it is replaced."""
     before = [engine.pid for engine in three.records()]
-    os.kill(before[1], signal.SIGSTOP)
+    stop(three, 1)
     three.timeout_s = 1.0
     with pytest.raises(ClusterError, match=r"did not meet the others within 1 s"):
         three.form()
@@ -95,7 +101,7 @@ def test_a_rank_that_never_comes_is_killed_and_named(three):
 
 def test_an_interrupt_ends_forming(three, monkeypatch):
     """Although a rank does not come; that one has to be replaced then."""
-    os.kill(three.records()[1].pid, signal.SIGSTOP)
+    stop(three, 1)
     meanwhile(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         three.form()
@@ -106,7 +112,7 @@ def test_an_interrupt_ends_forming(three, monkeypatch):
 def test_a_release_frees_ranks_that_wait_for_others(three, monkeypatch):
     """With the echo of a loss, and alive, although torch itself would let them wait for minutes."""
     before = [engine.pid for engine in three.records()]
-    os.kill(before[2], signal.SIGSTOP)
+    stop(three, 2)
     meanwhile(monkeypatch, three.release)
     with pytest.raises(EngineError, match=r"PeerLostError: the ranks were released|rank 2: the process ended"):
         three.form()
