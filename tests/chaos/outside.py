@@ -34,6 +34,7 @@ DISK_MIB = 10  # room for some checkpoints of the workload, until the rest is fi
 DETACHED_EPOCHS = 10
 SCALED_EPOCHS = 40
 SCALED_APART = 7  # steps between two questions, at least: the first is answered before the second is asked
+ANSWERED = 3  # within so many steps; those after them are done by the new number
 RESTARTS = 2
 Told = tuple[tuple[str, str], Trial]
 """The event and the channel, and a trial of it."""
@@ -243,8 +244,7 @@ def _scale(
         asked_s = time.monotonic()
         gate.open(step)
         until(lambda size=size: lab.cluster.size == size)
-        done = run.progress.step
-        until(lambda done=done: run.ended or run.progress.step > done)
+        until(lambda step=step: run.ended or run.progress.step > step + ANSWERED)
         seconds.append(time.monotonic() - asked_s)
 
 
