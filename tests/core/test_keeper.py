@@ -347,6 +347,21 @@ def test_checkpoints_one_after_the_other(run_ranks, tmp_path, lags):
     vaults.close()
 
 
+def test_a_folder_goes_by_any_of_its_names(run_ranks, tmp_path):
+    """A checkpoint may be asked for in the planned folder, and twice in another one, by links to them."""
+    for name in ("planned", "ordered"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name} too").symlink_to(tmp_path / name)
+    names = ["planned too", "ordered", "ordered too", "ordered", "planned too"]
+    orders = {3 + 4 * i: [("checkpoint", str(tmp_path / name))] for i, name in enumerate(names)}
+    told, none = run_ranks(2, often, [], str(tmp_path / "planned"), orders)
+    assert all(isinstance(event, Checkpointed) for event in told), told
+    assert [] == none
+    assert 3 == len(checkpoints(tmp_path / "ordered"))
+    assert {3, 19}.issubset(event.step for event in told if str(tmp_path / "planned") in event.path)
+    assert [] == [*tmp_path.glob("*/.lease-*")]
+
+
 def with_little_memory(world, paths, folder, short):
     """Train where some ranks have hardly any memory: notes, the steps in this rank's slots, the checkpoints."""
     notes = []
