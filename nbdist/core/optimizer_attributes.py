@@ -74,6 +74,9 @@ class OwnAttributes:
 def put_attributes(optimizer: torch.optim.Optimizer, told: dict[str, Any], references: References) -> None:
     """Let an optimizer keep what was told, but nothing that its class knows. Local."""
     mine = attributes(optimizer)
+    of_all = told.get("state")
+    for key, value in of_all.items() if isinstance(of_all, dict) else ():
+        optimizer.state[key] = references.put(optimizer.state.get(key), value)
     for name, value in told.items():
         if name in _TORCHS or name.startswith("_optimizer_") or (name not in mine and hasattr(type(optimizer), name)):
             continue
@@ -81,8 +84,8 @@ def put_attributes(optimizer: torch.optim.Optimizer, told: dict[str, Any], refer
 
 
 def _own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in attributes(optimizer).items()
-        if not (name in _TORCHS or name.startswith("_optimizer_"))
-    }
+    """Its attributes that are not torch's, and as "state" what it keeps there for all parameters together."""
+    everything = attributes(optimizer)
+    own = {n: value for n, value in everything.items() if not (n in _TORCHS or n.startswith("_optimizer_"))}
+    of_all = {key: value for key, value in everything.get("state", {}).items() if not isinstance(key, torch.Tensor)}
+    return {**own, "state": of_all} if of_all else own

@@ -188,13 +188,17 @@ class Counting(torch.optim.SGD):
     def __init__(self, params, lr):
         super().__init__(params, lr)
         self.calls, self.factors, self.params = np.int64(0), (1.0, [0.5]), list(self.param_groups[0]["params"])
+        self.state["calls"] = {"all": 0}
 
     def step(self, closure=None):
         self.calls += 1
+        self.state["calls"]["all"] += 1
         self.factors = (self.factors[0] + 1, [*self.factors[1], 0.5])
         self.mean = getattr(self, "mean", 0.0) * 0.9 + self.params[0].grad.norm().item()
         for group in self.param_groups:
-            group["lr"] = 0.1 / self.calls / len(self.factors[1]) / self.factors[0] / self.mean
+            group["lr"] = (
+                0.1 / self.calls / self.state["calls"]["all"] / len(self.factors[1]) / self.factors[0] / self.mean
+            )
         super().step(closure)
 
 
