@@ -35,7 +35,10 @@ _PROOF_BYTES = 32
 _CALL = struct.Struct(f"!I{_NONCE_BYTES}s")  # the rank that calls, and its nonce
 _LENGTH = struct.Struct("!I")
 _OWNER_LOOK_S = 0.5
+_NAP_S = 0.05
 _PROVE_WITHIN_S = 30.0
+_MOST_UNPROVED = 256
+"""Connections that have not proved themselves; over TCP every user can make some. The oldest makes way for more."""
 
 
 class IntruderError(OSError):
@@ -47,7 +50,7 @@ def same_user(peer: socket.socket) -> bool:
     if peer.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
         return True
     _, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return int(user) == os.getuid()
+    return int(user) == os.geteuid()  # the effective one is what the system tells
 
 
 def receive_exactly(peer: socket.socket, length: int, look: Callable[[], object] | None = None) -> bytes:
@@ -134,13 +137,29 @@ class _Store:
         self._secret = secret
         self._values: dict[bytes, bytes] = {}
         self._lock = threading.Lock()
+        self._unproved: dict[socket.socket, None] = {}
 
-    def serve(self, peer: socket.socket) -> None:
+    def let_in(self, peer: socket.socket) -> None:
+        """Serve a client in a thread of its own."""
+        with self._lock:
+            self._unproved[peer] = None
+            oldest = next(iter(self._unproved)) if len(self._unproved) > _MOST_UNPROVED else None
+            if oldest is not None:
+                del self._unproved[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread closes it
+        threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
+
+    def _serve(self, peer: socket.socket) -> None:
         """Answer one client until it hangs up."""
         with peer, contextlib.suppress(OSError, struct.error, ValueError):
-            peer.settimeout(_PROVE_WITHIN_S)
-            accept_proof(peer, self._secret, "store")
-            peer.settimeout(None)
+            try:
+                peer.settimeout(_PROVE_WITHIN_S)
+                accept_proof(peer, self._secret, "store")
+                peer.settimeout(None)
+            finally:
+                with self._lock:
+                    self._unproved.pop(peer, None)
             while True:
                 word, *fields = receive_fields(peer)
                 with self._lock:
@@ -182,9 +201,13 @@ def main() -> None:
         if owner in ready:
             return
         if listener in ready:
-            peer, _ = listener.accept()
+            try:
+                peer, _ = listener.accept()
+            except OSError:  # it has hung up already; or no descriptor is left, until somebody else does
+                select.select([owner], [], [], _NAP_S)
+                continue
             if same_user(peer):
-                threading.Thread(target=store.serve, args=(peer,), daemon=True).start()
+                store.let_in(peer)
             else:
                 peer.close()
 

@@ -286,7 +286,7 @@ def train(
             home = None
             if world.rank == 0 and plan.gather:
                 table = ParamTable.of(task.model)
-                optimizer = OptimizerHome(task.optimizer, table.parameters) if task.own_optimizer else None
+                optimizer = OptimizerHome(task.optimizer, table.objects) if task.own_optimizer else None
                 trained = (table.tensors, optimizer)
                 outbox = Outbox()
                 if _engine.home is not None and home_free:

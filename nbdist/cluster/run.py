@@ -130,7 +130,7 @@ class Run(Report):
         if folder is None and own:
             self._ask("checkpoint", own)
         else:
-            self._ask("checkpoint", os.path.abspath(folder or os.path.join("checkpoints", self.run_id)))
+            self._ask("checkpoint", os.path.abspath(os.path.expanduser(folder or f"checkpoints/{self.run_id}")))
 
     def set_lr(self, rate: float) -> None:
         """Change the learning rate, on all ranks after the same step. Returns at once.

@@ -185,7 +185,7 @@ class Training:
         table.load_(tensors)
         self._hand_on()
         if optimizer is not None:
-            optimizer.put_into(self._task.optimizer, table.parameters)
+            optimizer.put_into(self._task.optimizer, table.objects)
 
     def kept_step(self) -> int:
         """The step from which the run goes on if it is begun again now."""

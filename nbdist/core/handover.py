@@ -219,15 +219,11 @@ def pack(value: Any, *, inline: bool = False, outbox: Outbox | None = None) -> t
 
     Args:
         value: Anything that can be pickled.
-        inline: Whether some receiver is on another host.
+        inline: Whether the parcel holds the bytes too, for receivers on other hosts.
+        outbox: Where the segment comes from; by default it is new.
 
     Returns:
         The parcel, and the segment to keep until every receiver has unpacked.
-
-    Args:
-        value: The object.
-        inline: Whether the parcel holds the bytes too, for receivers on other hosts.
-        outbox: Where the segment comes from; by default it is new.
 
     Raises:
         TaskError: Something in `value` cannot be pickled.

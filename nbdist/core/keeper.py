@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import secrets
 import sys
 import time
@@ -154,6 +156,7 @@ class Keeper:
         world = self._axes.world
         self.settle()
         problem, slot = "", None
+        folder = world.broadcast_bytes(self._known(folder).encode()).decode()
         try:
             if folder == self._plan.checkpoint and self._planned is not None:
                 self._writer = self._planned
@@ -170,6 +173,14 @@ class Keeper:
             self._writer.begin(slot, position.step, self._pieces)
         for told in problems[:1]:
             self._tell(Noted(rank=self._rank, text=f"no checkpoint was written, the run goes on: {told}"))
+
+    def _known(self, folder: str) -> str:
+        """The name by which a folder is known already; by another, our lease would be taken for a rival's. Local."""
+        for name in [*([self._plan.checkpoint] if self._planned is not None else []), *self._leases]:
+            with contextlib.suppress(OSError):
+                if os.path.samefile(name, folder):
+                    return name
+        return folder
 
     def settle(self) -> None:
         """Wait until a checkpoint that is under way counts, or could not be written. **Collective** over the world."""

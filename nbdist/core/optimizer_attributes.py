@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
 from nbdist.core.pickler import attributes
+from nbdist.core.references import References
 from nbdist.core.schema import plain
 from nbdist.errors import TaskError
 
@@ -25,12 +25,12 @@ class OwnAttributes:
 
     Args:
         optimizer: As it begins.
-        parameters: The model's, which are kept as such.
+        references: To the model's tensors, which are kept as such.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, references: References) -> None:
         self._optimizer = optimizer
-        self._parameters = {id(parameter) for parameter in parameters}
+        self._references = references
         self._at_first = {name: self._trace(value, {}) for name, value in _own(optimizer).items()}
 
     def told(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class OwnAttributes:
         for name, value in _own(self._optimizer).items():
             what = f"the optimizer's {name}"
             try:
-                told[name] = plain(value, what)
+                told[name] = self._references.told(value, what)
             except TaskError:
                 if self._trace(value, {}) != self._at_first.get(name):
                     raise
@@ -52,7 +52,7 @@ class OwnAttributes:
     def _trace(self, value: Any, seen: dict[int, Any]) -> Any:
         """Something that is another thing when the value has changed."""
         kind = type(value)
-        if id(value) in self._parameters or id(value) in seen:
+        if id(value) in seen or self._references.refers(value):
             return id(value)
         if isinstance(value, torch.Tensor):
             return id(value), value._version
@@ -71,22 +71,21 @@ class OwnAttributes:
             return id(value)
 
 
-def put_attributes(optimizer: torch.optim.Optimizer, told: dict[str, Any]) -> None:
+def put_attributes(optimizer: torch.optim.Optimizer, told: dict[str, Any], references: References) -> None:
     """Let an optimizer keep what was told, but nothing that its class knows. Local."""
     mine = attributes(optimizer)
+    of_all = told.get("state")
+    for key, value in of_all.items() if isinstance(of_all, dict) else ():
+        optimizer.state[key] = references.put(optimizer.state.get(key), value)
     for name, value in told.items():
-        here = mine.get(name)
         if name in _TORCHS or name.startswith("_optimizer_") or (name not in mine and hasattr(type(optimizer), name)):
             continue
-        if isinstance(here, torch.Tensor):
-            setattr(optimizer, name, torch.full_like(here, value))
-        else:
-            setattr(optimizer, name, tuple(value) if isinstance(here, tuple) else value)
+        setattr(optimizer, name, references.put(mine.get(name), value))
 
 
 def _own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in attributes(optimizer).items()
-        if not (name in _TORCHS or name.startswith("_optimizer_"))
-    }
+    """Its attributes that are not torch's, and as "state" what it keeps there for all parameters together."""
+    everything = attributes(optimizer)
+    own = {n: value for n, value in everything.items() if not (n in _TORCHS or n.startswith("_optimizer_"))}
+    of_all = {key: value for key, value in everything.get("state", {}).items() if not isinstance(key, torch.Tensor)}
+    return {**own, "state": of_all} if of_all else own

@@ -25,7 +25,7 @@ _MISSING: Any = object()
 
 @dataclass(frozen=True)
 class _Named:
-    """A parameter of the model."""
+    """A parameter or buffer of the model."""
 
     name: str
 
@@ -61,7 +61,7 @@ class _Nested:
 
 
 class OptimizerHome:
-    """All that an optimizer holds: its state, its groups and what it keeps itself, with parameters by name.
+    """All that an optimizer holds: its state, its groups and what it keeps itself, with the model's tensors by name.
 
     Values, tensors, arrays, containers of them and what is in an optimizer that it wraps come home; other objects stay
     as they are there. Nothing of the optimizer's own is called: ``load_state_dict`` casts, and runs hooks that one
@@ -69,23 +69,25 @@ class OptimizerHome:
 
     Args:
         optimizer: As the run has left it, with whole state.
-        parameters: The model's, by name.
+        tensors: The model's parameters and buffers, by name.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
-        self._told: Any = _Taking(parameters).told(optimizer)
+    def __init__(self, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+        self._told: Any = _Taking(tensors).told(optimizer)
 
-    def put_into(self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
-        """Make the optimizer at home, over `parameters` of the same names, what this one has become. Local."""
-        _Putting(parameters).put(optimizer, self._told)
+    def put_into(self, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+        """Make the optimizer at home, over `tensors` of the same names, what this one has become. Local."""
+        _Putting(tensors).put(optimizer, self._told)
 
 
 class _Taking:
     """Takes an optimizer apart; what occurs twice is one thing still."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._memory = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in parameters.values())
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._names = {id(tensor): name for name, tensor in tensors.items()}
+        self._memory = sorted(
+            (p.data_ptr(), p.data_ptr() + p.nbytes) for p in tensors.values() if p.layout is torch.strided
+        )
         self._known: dict[int, Any] = {}
 
     def told(self, value: Any, *, in_state: bool = False) -> Any:
@@ -97,7 +99,7 @@ class _Taking:
         if kind in _VALUES or isinstance(value, np.generic) or kind is np.ndarray:
             return value
         if kind in (torch.Tensor, nn.Parameter):
-            return _Other() if self._of_a_parameter(value) else value.detach()
+            return _Other() if self._of_the_model(value) else value.detach()
         told: Any
         if isinstance(value, torch.optim.Optimizer):
             told = self._known[id(value)] = _Nested()
@@ -114,8 +116,8 @@ class _Taking:
             return value if in_state else _Other()
         return told
 
-    def _of_a_parameter(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in a parameter's memory, and so comes home as that does."""
+    def _of_the_model(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of one of the model's, and so comes home as that does."""
         if tensor.layout is not torch.strided or not tensor.numel():
             return False
         i = bisect.bisect(self._memory, (tensor.data_ptr(), math.inf)) - 1
@@ -125,8 +127,8 @@ class _Taking:
 class _Putting:
     """Puts what was told into the objects at home: containers are filled, so whoever else holds one sees it."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
         self._done: dict[int, Any] = {}
         self._taken: set[int] = set()
 
@@ -137,7 +139,7 @@ class _Putting:
         if isinstance(told, _Other):
             return old
         if isinstance(told, _Named):
-            return self._parameters[told.name]
+            return self._tensors[told.name]
         if isinstance(told, _Nested):
             return self._put_nested(old, told) if isinstance(old, torch.optim.Optimizer) else old
         if isinstance(told, (_Items, _Pairs)):

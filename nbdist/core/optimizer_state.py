@@ -9,8 +9,10 @@ import torch
 
 from nbdist.core.axes import Axes
 from nbdist.core.params import ParamTable
+from nbdist.core.schema import plain
+from nbdist.errors import TaskError
 
-__all__ = ["cut_state_", "device_of_entry", "gather_state_", "is_split", "move_state_"]
+__all__ = ["cut_state_", "device_of_entry", "gather_state_", "is_split", "move_state_", "told_entry"]
 
 _COUNTERS = {"step", "mu_product", "eta", "mu"}  # of torch.optim: one number a parameter, of whatever shape that is
 
@@ -18,6 +20,17 @@ _COUNTERS = {"step", "mu_product", "eta", "mu"}  # of torch.optim: one number a 
 def is_split(entry: str, value: Any, shape: torch.Size) -> bool:
     """Whether an entry of the state of a parameter of `shape` has a value for each element, and is cut as it is."""
     return isinstance(value, torch.Tensor) and value.shape == shape and entry not in _COUNTERS
+
+
+def told_entry(entry: Any, value: Any) -> Any:
+    """An entry of a state as one rank tells it to another, as JSON-able data. Local.
+
+    Raises:
+        TaskError: It would arrive as something else.
+    """
+    if not isinstance(entry, str):
+        raise TaskError(f"the optimizer keeps a state under {entry!r}: name it by a word, to have it brought together.")
+    return plain(value.tolist() if isinstance(value, torch.Tensor) else value, f"the optimizer's {entry}")
 
 
 def device_of_entry(entry: str, group: dict[str, Any], device: torch.device) -> torch.device:
@@ -54,7 +67,11 @@ def cut_state_(optimizer: torch.optim.Optimizer, table: ParamTable, axes: Axes) 
 
 @torch.no_grad()
 def gather_state_(optimizer: torch.optim.Optimizer, table: ParamTable, axes: Axes, *, keep: bool) -> None:
-    """Make the state whole again, where `keep` says so; before the parameters are. **Collective** over the replica."""
+    """Make the state whole again, where `keep` says so; before the parameters are. **Collective** over the replica.
+
+    Raises:
+        TaskError: There is something in it that a rank cannot tell another.
+    """
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     for name, placement in table.placements.items():
         if name not in table.parameters:
@@ -63,20 +80,18 @@ def gather_state_(optimizer: torch.optim.Optimizer, table: ParamTable, axes: Axe
         state: dict[str, Any] = dict(optimizer.state.get(parameter, {})) if placement.held(axes) else {}
         source = 0 if placement.stages is None else placement.stages[0]
         split = {entry: is_split(entry, v, parameter.shape) for entry, v in state.items()}
-        plain = {
-            entry: v.tolist() if isinstance(v, torch.Tensor) else v for entry, v in state.items() if not split[entry]
-        }
+        others = {entry: told_entry(entry, v) for entry, v in state.items() if not split[entry]}
         tensors = {entry: str(v.dtype)[6:] for entry, v in state.items() if isinstance(v, torch.Tensor)}
-        told = json.dumps([split, plain, tensors]).encode()
-        split, plain, tensors = json.loads(axes.pp.broadcast_bytes(told, source))
+        told = json.dumps([split, others, tensors]).encode()
+        split, others, tensors = json.loads(axes.pp.broadcast_bytes(told, source))
         whole: dict[str, Any] = {}
         for entry, is_part in split.items():
             if is_part:
                 whole[entry] = placement.laid_out(placement.gather(state.get(entry), axes))
             elif entry in tensors:
                 device = device_of_entry(entry, groups[id(parameter)], axes.world.device)
-                whole[entry] = torch.tensor(plain[entry], dtype=getattr(torch, tensors[entry]), device=device)
+                whole[entry] = torch.tensor(others[entry], dtype=getattr(torch, tensors[entry]), device=device)
             else:
-                whole[entry] = plain[entry]
+                whole[entry] = others[entry]
         if whole and keep:
             optimizer.state[parameter] = whole

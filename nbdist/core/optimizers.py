@@ -15,7 +15,7 @@ from nbdist.core.optimizer_trial import differs
 from nbdist.errors import PlanError, TaskError, suggest
 from nbdist.plan import Mesh
 
-__all__ = ["OPTIMIZERS", "check_may_be_cut", "make_optimizer", "optimizer_name"]
+__all__ = ["BY_ELEMENT", "OPTIMIZERS", "check_may_be_cut", "make_optimizer", "optimizer_name"]
 
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
 
@@ -27,6 +27,12 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and name not in _UNFIT
 }
 """The classes of ``torch.optim`` by the names that ``--optimizer`` takes."""
+
+BY_ELEMENT = {
+    OPTIMIZERS[name]
+    for name in ("adadelta", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop", "rprop", "sgd")
+}
+"""Those whose every element goes by itself, whatever their settings: a trial of them, 50 ms, would show just that."""
 
 
 def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:
@@ -79,24 +85,37 @@ def optimizer_name(optimizer: Any) -> str:
     return getattr(optimizer, "__name__", None) or type(optimizer).__name__
 
 
-def check_may_be_cut(optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
+def check_may_be_cut(optimizer: torch.optim.Optimizer, mesh: Mesh, *, comes_home: bool = False) -> None:
     """Check that an optimizer gives the same where a mesh cuts parameters, by trying it on small ones. Local.
 
+    Args:
+        optimizer: With its settings.
+        mesh: Of the run.
+        comes_home: Whether its state is brought together in the end.
+
     Raises:
-        PlanError: It does not.
+        PlanError: It does not, or keeps what one rank cannot tell another.
     """
-    how = differs(optimizer, flat=mesh.shard > 1, along=mesh.tp > 1, apart=False)
+    if type(optimizer) in BY_ELEMENT and not _has_own_step(optimizer):
+        return
+    cut = mesh.shard > 1 or mesh.tp > 1
+    how = differs(optimizer, flat=mesh.shard > 1, along=mesh.tp > 1, apart=False, told=comes_home) if cut else ""
     if how:
         raise PlanError(
             f"optimizer {type(optimizer).__name__} {how}, which mesh {mesh} cuts: use another one, such as adamw, or "
             "the strategy data or pipeline."
         )
-    how = differs(optimizer, flat=False, along=False, apart=True) if mesh.pp > 1 else ""
+    how = differs(optimizer, flat=False, along=False, apart=True, told=comes_home) if mesh.pp > 1 else ""
     if how:
         raise PlanError(
             f"optimizer {type(optimizer).__name__} {how}, which mesh {mesh} puts on several ranks: use another one, "
             "such as adamw, or the strategy data."
         )
+
+
+def _has_own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an object steps otherwise than its class does; a scheduler puts a step there that counts, no more."""
+    return "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
 
 
 def _takes_lr(optimizer: Any) -> bool:

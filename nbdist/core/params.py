@@ -45,9 +45,14 @@ class ParamTable:
         return {name: p for name, p in self.parameters.items() if p.requires_grad}
 
     @property
+    def objects(self) -> dict[str, torch.Tensor]:
+        """The model's own parameters and buffers by name, each once."""
+        return {**self.parameters, **self.buffers}
+
+    @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers together, detached but not copied."""
-        return {name: detached(t) for name, t in {**self.parameters, **self.buffers}.items()}
+        return {name: detached(t) for name, t in self.objects.items()}
 
     def placement(self, name: str) -> Placement:
         """Where the parts of a tensor lie."""

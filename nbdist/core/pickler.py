@@ -10,6 +10,7 @@ import copyreg
 import functools
 import io
 import pickle
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = ["attributes", "dump", "load"]
 
 _CONTAINERS = (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+_STREAMS = ("stdout", "stderr", "__stdout__", "__stderr__")  # each process writes to its own
 _STATE = {"defaults", "state", "param_groups"}  # what torch sends of an optimizer
 _DEFAULT = getattr(object, "__getstate__", None)  # there is one since Python 3.11
 
@@ -81,6 +83,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
             return _as_typed_storage, (value._untyped_storage, value.dtype)
         if issubclass(kind, weakref.ref) or kind in _PROXIES or kind in _CONTAINERS:
             return self._weak(value)
+        for name in _STREAMS:
+            if value is getattr(sys, name):
+                return getattr, (sys, name)
         if issubclass(kind, io.IOBase) and not issubclass(kind, (io.BytesIO, io.StringIO)):
             # cloudpickle would put a copy of its content in its place, unasked
             raise pickle.PicklingError(f"it holds an open file ({getattr(value, 'name', value)!r})")

@@ -15,6 +15,7 @@ from nbdist.core.optimizer_attributes import OwnAttributes
 from nbdist.core.optimizer_state import is_split
 from nbdist.core.params import ParamTable
 from nbdist.core.placement import Placement
+from nbdist.core.references import References
 from nbdist.core.schema import plain
 from nbdist.errors import TaskError
 
@@ -59,7 +60,8 @@ class Pieces:
         self._frozen = [name for name in self._kept if not table.parameters[name].requires_grad]
         self._moved = any(name in changed for name in self._frozen)
         self._at_first = self._traces()
-        self._attributes = OwnAttributes(optimizer, table.parameters.values())
+        self._references = References(table.objects)
+        self._attributes = OwnAttributes(optimizer, self._references)
         self.described = {name: _described(table.placement(name), axes) for name in table.tensors}
 
     def changing(self, *, buffers: bool = False) -> dict[str, torch.Tensor]:
@@ -125,7 +127,7 @@ class Pieces:
         Raises:
             TaskError: It keeps something else.
         """
-        return {**_values(self._table, self._optimizer), "attributes": self._attributes.told()}
+        return {**_values(self._table, self._optimizer, self._references), "attributes": self._attributes.told()}
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The buffers to keep on this rank: of ranks that read the same data, one does."""
@@ -195,11 +197,11 @@ def _keepers(told: list[list[tuple[str, int]]]) -> dict[str, int]:
     return keepers
 
 
-def _values(table: ParamTable, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _values(table: ParamTable, optimizer: torch.optim.Optimizer, references: References) -> dict[str, Any]:
     names = {id(parameter): name for name, parameter in table.parameters.items()}
     groups = [
         {
-            key: [names[id(p)] for p in value] if key == "params" else plain(value, f"the optimizer's {key}")
+            key: [names[id(p)] for p in value] if key == "params" else references.told(value, f"the optimizer's {key}")
             for key, value in group.items()
         }
         for group in optimizer.param_groups

@@ -16,6 +16,7 @@ from nbdist.core.optimizer_state import device_of_entry, is_split
 from nbdist.core.params import ParamTable
 from nbdist.core.pieces import from_all
 from nbdist.core.position import Position
+from nbdist.core.references import References, is_name
 from nbdist.core.saved import Saved, candidates
 from nbdist.core.world import World
 from nbdist.errors import PlanError, TaskError
@@ -97,8 +98,9 @@ def load(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer | Non
             elif table.is_updated(name, axes) or not table.parameters[name].requires_grad:
                 tensor.copy_(placement.piece(saved.whole(name).to(tensor.device), axes))
         if optimizer is not None:
-            _load_settings(saved, optimizer)
-            put_attributes(optimizer, saved.attributes)
+            references = References(table.objects)
+            _load_settings(saved, optimizer, references)
+            put_attributes(optimizer, saved.attributes, references)
             for name in table.parameters:
                 if name in names:
                     _load_state(saved, name, table, optimizer, axes)
@@ -143,6 +145,8 @@ def check_same(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer
 
 def _alike(fresh: Any, told: Any) -> bool:
     """Whether a setting of an optimizer may become what was told: what begins as None may be anything."""
+    if isinstance(fresh, torch.Tensor) and is_name(told):
+        return True
     if isinstance(fresh, tuple):
         return isinstance(told, list) and len(fresh) == len(told) and all(map(_alike, fresh, told))
     if isinstance(fresh, (int, float, torch.Tensor)) and not isinstance(fresh, bool):
@@ -194,15 +198,15 @@ def position_of(saved: Saved, axes: Axes, device: torch.device) -> Position:
     return Position.of(told, device)
 
 
-def _load_settings(saved: Saved, optimizer: torch.optim.Optimizer) -> None:
+def _load_settings(saved: Saved, optimizer: torch.optim.Optimizer, references: References) -> None:
     for group, values in zip(optimizer.param_groups, saved.groups, strict=True):
         for key, value in values.items():
             if key == "params" or key not in group:
                 continue
-            if isinstance(group[key], torch.Tensor):
+            if isinstance(group[key], torch.Tensor) and not is_name(value):
                 group[key].fill_(value)
             else:
-                group[key] = tuple(value) if isinstance(group[key], tuple) else value
+                group[key] = references.put(group[key], value)
 
 
 def _load_state(saved: Saved, name: str, table: ParamTable, optimizer: torch.optim.Optimizer, axes: Axes) -> None:

@@ -83,7 +83,7 @@ def plain(value: Any, what: str) -> Any:
         TaskError: It would come back as something else.
     """
     if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1):
-        return value.item()  # a learning rate that lives in a tensor
+        value = value.item()  # a learning rate that lives in a tensor
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):

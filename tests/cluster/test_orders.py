@@ -59,15 +59,17 @@ def test_every_control_works_and_is_in_the_record(cluster, records, tmp_path):
     assert not same(model, copied(kept))
 
 
-def test_a_checkpoint_has_a_place_of_its_own(cluster, tmp_path, monkeypatch):
-    """Without a folder it lies below where the notebook is, under the run's name."""
+@pytest.mark.parametrize(("asked", "place"), [(None, "checkpoints/{}"), ("~/asked", "asked")])
+def test_a_checkpoint_has_a_place_of_its_own(cluster, tmp_path, monkeypatch, asked, place):
+    """Without a folder it lies below where the notebook is, under the run's name; ~ is the person's home."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     run = begin(cluster, net())
-    run.checkpoint()
+    run.checkpoint(asked)
     until(lambda: any(h.kind == "checkpoint" for h in run.progress.happenings))
     run.stop()
     run.wait()
-    assert (tmp_path / "checkpoints" / run.run_id / "newest.json").exists()
+    assert (tmp_path / place.format(run.run_id) / "newest.json").exists()
 
 
 @pytest.mark.parametrize("rate", [0, -1.0, "fast", True, float("nan"), float("inf"), None])

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import pwd
+import resource
 import socket
 import sys
 import threading
@@ -68,6 +69,43 @@ def test_a_store_on_loopback_asks_for_the_secret(monkeypatch):
     assert b"value" == store.get("key")
     with pytest.raises(OSError, match="secret"):
         GuardedStore(store.address[0], "00" * 32)
+
+
+def strangers(stack, store, count):
+    """Connections to a store that prove nothing and stay."""
+    peers = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(count)]
+    for peer in peers:
+        peer.connect(store.address[0])
+    return peers
+
+
+def test_connections_that_prove_nothing_keep_nobody_out():
+    """However many there are: the oldest are hung up on, and who has proved to belong to the world stays."""
+    store = host_store()
+    resource.prlimit(store.server_pid, resource.RLIMIT_NOFILE, (300, 300))
+    with contextlib.ExitStack() as stack:
+        peers = strangers(stack, store, 400)
+        assert b"" == peers[0].recv(1)
+        GuardedStore(*store.address).set("key", "value")
+    assert b"value" == store.get("key")
+
+
+def test_a_store_without_descriptors_lives_on():
+    """It takes calls again when there are some."""
+    store = host_store()
+    resource.prlimit(store.server_pid, resource.RLIMIT_NOFILE, (16, 16))
+    with contextlib.ExitStack() as stack:
+        strangers(stack, store, 32)
+        store.set("key", "value")
+    assert b"value" == GuardedStore(*store.address).get("key")
+
+
+def test_who_runs_a_process_is_its_effective_user(monkeypatch):
+    """As the system tells of a peer."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        monkeypatch.setattr(os, "getuid", lambda: -1)
+        assert doorkeeper.same_user(theirs)
 
 
 def call_at(name):

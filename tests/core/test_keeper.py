@@ -188,13 +188,17 @@ class Counting(torch.optim.SGD):
     def __init__(self, params, lr):
         super().__init__(params, lr)
         self.calls, self.factors, self.params = np.int64(0), (1.0, [0.5]), list(self.param_groups[0]["params"])
+        self.state["calls"] = {"all": 0}
 
     def step(self, closure=None):
         self.calls += 1
+        self.state["calls"]["all"] += 1
         self.factors = (self.factors[0] + 1, [*self.factors[1], 0.5])
         self.mean = getattr(self, "mean", 0.0) * 0.9 + self.params[0].grad.norm().item()
         for group in self.param_groups:
-            group["lr"] = 0.1 / self.calls / len(self.factors[1]) / self.factors[0] / self.mean
+            group["lr"] = (
+                0.1 / self.calls / self.state["calls"]["all"] / len(self.factors[1]) / self.factors[0] / self.mean
+            )
         super().step(closure)
 
 
@@ -345,6 +349,21 @@ def test_checkpoints_one_after_the_other(run_ranks, tmp_path, lags):
         for each in checkpoints(tmp_path / name):
             load_checkpoint(str(tmp_path / name / each), Net())
     vaults.close()
+
+
+def test_a_folder_goes_by_any_of_its_names(run_ranks, tmp_path):
+    """A checkpoint may be asked for in the planned folder, and twice in another one, by links to them."""
+    for name in ("planned", "ordered"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name} too").symlink_to(tmp_path / name)
+    names = ["planned too", "ordered", "ordered too", "ordered", "planned too"]
+    orders = {3 + 4 * i: [("checkpoint", str(tmp_path / name))] for i, name in enumerate(names)}
+    told, none = run_ranks(2, often, [], str(tmp_path / "planned"), orders)
+    assert all(isinstance(event, Checkpointed) for event in told), told
+    assert [] == none
+    assert 3 == len(checkpoints(tmp_path / "ordered"))
+    assert {3, 19}.issubset(event.step for event in told if str(tmp_path / "planned") in event.path)
+    assert [] == [*tmp_path.glob("*/.lease-*")]
 
 
 def with_little_memory(world, paths, folder, short):

@@ -79,10 +79,10 @@ def home(model, optimizer, steps=2):
     segment.close()
     for _ in range(steps):
         stepped(arrived)
-    parcel, segment = pack(OptimizerHome(arrived, ParamTable.of(there).parameters))
+    parcel, segment = pack(OptimizerHome(arrived, ParamTable.of(there).objects))
     told = unpack(parcel)
     segment.close()
-    told.put_into(optimizer, ParamTable.of(model).parameters)
+    told.put_into(optimizer, ParamTable.of(model).objects)
 
 
 def described(value, model):
@@ -95,6 +95,15 @@ def described(value, model):
     if isinstance(value, dict):
         return {described(key, model): described(held, model) for key, held in value.items()}
     return [described(item, model) for item in value] if isinstance(value, (list, tuple, collections.deque)) else value
+
+
+def test_a_buffer_of_the_model_stays_that():
+    """What an optimizer refers to comes home as the model's own, not as a copy."""
+    model = nn.BatchNorm1d(2)
+    mine = torch.optim.SGD(model.parameters())
+    mine.mean = model.running_mean
+    home(model, mine)
+    assert model.running_mean is mine.mean
 
 
 def test_what_a_run_has_made_of_an_optimizer_comes_home():
@@ -136,7 +145,7 @@ def test_state_comes_home_in_its_own_type(dtype):
 
 
 def test_an_optimizer_within_another_comes_home():
-    """The same objects as before, with the inner one's state, though the outer one cannot say what it holds."""
+    """The same parameters as before, with the inner one's state, though the outer one cannot say what it holds."""
     model = nn.Linear(2, 1)
     inner = torch.optim.Adam(model.parameters(), lr=0.1)
     optimizer = Wrapping(inner)

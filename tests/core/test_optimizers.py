@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import types
 
 import pytest
 import torch
 from problems import mlp
 from torch import nn
 
-from nbdist.core.optimizers import OPTIMIZERS, check_may_be_cut, make_optimizer, optimizer_name
+from nbdist.core.optimizer_state import told_entry
+from nbdist.core.optimizer_trial import differs
+from nbdist.core.optimizers import BY_ELEMENT, OPTIMIZERS, check_may_be_cut, make_optimizer, optimizer_name
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Mesh
 
@@ -95,11 +98,80 @@ class Lars(torch.optim.SGD):
         return super().step(closure)
 
 
+class Unit(torch.optim.SGD):
+    """Sets weights to directions of whole gradients; calls no method of another class's."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad / p.grad.norm())
+
+
 class Clipped(torch.optim.SGD):
     """Clips by the norm over all tensors."""
 
     def step(self, closure=None):
         nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 1.0)
+        return super().step(closure)
+
+
+class Growing(torch.optim.SGD):
+    """Estimates one rate from sums over all tensors, first from next to nothing: as Prodigy and D-Adaptation do."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.rate, self.begun = 1e-9, {}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        tensors = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        come = sum(((self.begun.setdefault(p, p.clone()) - p) * p.grad).sum() for p in tensors)
+        self.rate = max(self.rate, float(come / sum(p.grad.abs().sum() for p in tensors)))
+        for group in self.param_groups:
+            group["lr"] = self.rate
+        return super().step(closure)
+
+
+class Factored(torch.optim.SGD):
+    """Has factors of a matrix in place of all its moments, if it is large enough, after some steps."""
+
+    def __init__(self, params, lr, min_size, start):
+        super().__init__(params, lr)
+        self.start, self.steps = start, 0
+        for group in self.param_groups:
+            group["min_size"] = min_size
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.ndim == 2 and min(p.shape) >= group["min_size"] and self.steps > self.start:
+                    p.grad.div_(p.grad.square().mean(-1, keepdim=True).sqrt())
+        return super().step(closure)
+
+
+class Noting(torch.optim.SGD):
+    """Keeps an object of its own in the state of each parameter."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["notes"] = types.SimpleNamespace()
+        return super().step(closure)
+
+
+class Shared(torch.optim.SGD):
+    """Keeps something for all parameters in its state."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.state["steps"] = 0
+
+    def step(self, closure=None):
+        self.state["steps"] += 1
         return super().step(closure)
 
 
@@ -137,6 +209,12 @@ def grouped(parameters):
     return torch.optim.AdamW(groups, lr=torch.tensor(0.01))
 
 
+def stepping_as(kind, parameters):
+    made = torch.optim.SGD(parameters, 0.1)
+    made.step = types.MethodType(kind.step, made)
+    return made
+
+
 def scheduled(parameters):
     made = torch.optim.SGD(parameters, 0.1)
     torch.optim.lr_scheduler.LambdaLR(made, lambda step: min(1.0, step / 10))
@@ -150,15 +228,17 @@ OF_TORCH = [
 ]
 
 
-@pytest.mark.parametrize("make", [*OF_TORCH, stepped, grouped, scheduled, lambda ps: Counting(ps, 0.1)])
+@pytest.mark.parametrize(
+    "make", [*OF_TORCH, stepped, grouped, scheduled, lambda ps: Counting(ps, 0.1), lambda ps: Shared(ps, 0.1)]
+)
 def test_what_treats_each_element_by_itself_may_be_cut(make):
     """All of torch's kind, with groups, state, a schedule or attributes of its own; it is left as it was."""
     model = shapes()
     optimizer = make(list(model.parameters()))
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), vars(optimizer).get("calls")))
     random = torch.get_rng_state()
-    for mesh in (Mesh(shard=2), Mesh(tp=2), Mesh(pp=2), Mesh(pp=2, shard=2, tp=2)):
-        check_may_be_cut(optimizer, mesh)
+    assert "" == differs(optimizer, flat=True, along=True, apart=False, told=True)
+    assert "" == differs(optimizer, flat=False, along=False, apart=True, told=True)
     assert torch.equal(random, torch.get_rng_state())
     torch.testing.assert_close((model.state_dict(), optimizer.state_dict(), vars(optimizer).get("calls")), before)
 
@@ -169,6 +249,14 @@ def test_what_treats_each_element_by_itself_may_be_cut(make):
         (torch.optim.Adafactor, ("shard=2", "tp=2")),
         (lambda ps: torch.optim.Muon([p for p in ps if p.ndim == 2]), ("shard=2", "tp=2")),
         (lambda ps: Lars(ps, 0.1), ("shard=2", "tp=2")),
+        (lambda ps: Lars(ps, 0.0), ("shard=2", "tp=2")),
+        (lambda ps: Lars(ps, torch.tensor(0.0)), ("shard=2", "tp=2")),
+        (lambda ps: stepping_as(Unit, ps), ("shard=2", "tp=2")),
+        (lambda ps: Growing(ps, 0.1), ("shard=2", "tp=2", "pp=2")),
+        (lambda ps: Factored(ps, 0.1, min_size=16, start=0), ("shard=2", "tp=2")),
+        (lambda ps: Factored(ps, 0.1, min_size=64, start=0), ("shard=2", "tp=2")),
+        (lambda ps: Factored(ps, 0.1, min_size=1, start=25), ("shard=2", "tp=2")),
+        (lambda ps: Factored(ps, 0.1, min_size=1, start=50), ("shard=2", "tp=2")),
         (lambda ps: Clipped(ps, 0.1), ("shard=2", "tp=2", "pp=2")),
     ],
 )
@@ -183,3 +271,24 @@ def test_what_looks_at_more_than_an_element_is_found_out(make, refused):
                 check_may_be_cut(optimizer, parsed)
         else:
             check_may_be_cut(optimizer, parsed)
+
+
+@pytest.mark.parametrize("mesh", [Mesh(shard=2), Mesh(tp=2), Mesh(pp=2)])
+def test_a_state_that_cannot_come_home_is_refused_before_the_first_step(mesh):
+    """One rank cannot tell another of an object; where nobody wants it, it may be there."""
+    optimizer = Noting(shapes().parameters(), 0.1)
+    check_may_be_cut(optimizer, mesh)
+    with pytest.raises(PlanError, match=r"keeps a SimpleNamespace in its state, 'notes', which mesh .*use anoth"):
+        check_may_be_cut(optimizer, mesh, comes_home=True)
+
+
+@pytest.mark.parametrize(("entry", "value"), [("notes", object()), ("phase", torch.tensor([1j])), (1, 2.0)])
+def test_what_a_rank_cannot_tell_another_is_said_in_a_sentence(entry, value):
+    """A state may come to hold such a thing later than anybody looks for it."""
+    with pytest.raises(TaskError, match=r"the optimizer.*(object|complex|under 1)"):
+        told_entry(entry, value)
+
+
+def test_optimizers_whose_elements_go_by_themselves_are_known():
+    """Those that the trial finds so, of all that torch has: they begin at once."""
+    assert {make.func for make in OF_TORCH} >= BY_ELEMENT

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import sys
 import weakref
 
 import numpy as np
@@ -414,6 +416,26 @@ class Method(weakref.WeakMethod):
 
 
 OTHER = Thing()
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr", "__stdout__", "__stderr__"])
+def test_a_stream_of_the_process_is_the_other_processs_own(monkeypatch, name):
+    """Whatever stands there on either side; also where a function has one as a default."""
+
+    stream = getattr(sys, name)
+
+    def say(text, file=stream):
+        print(text, file=file)
+
+    parcel, segment = pack([stream, say])
+    monkeypatch.setattr(sys, name, there := io.StringIO())
+    arrived, say_there = unpack(parcel)
+    segment.close()
+    say_there("here")
+    assert arrived is there
+    assert "here\n" == there.getvalue()
+
+
 REFUSED = {
     "a weak reference to what stays": (lambda: weakref.ref(OTHER), "a weak reference to a Thing, which nothing"),
     "a weak reference of another kind": (lambda: Method(nn.Linear(1, 1).forward), "a weak reference of a class"),

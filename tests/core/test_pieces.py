@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from kept import Net, adamw, net, over
@@ -172,6 +173,13 @@ def test_all_ranks_say_that_a_state_cannot_be_cut(run_ranks, tmp_path):
 def test_plain_values(value, expected):
     """As JSON gives them back, but for tuples."""
     assert expected == plain(value, "it")
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1j), np.complex64(1), [np.datetime64(0, "s")], {1: 2}, b"a"])
+def test_what_json_does_not_give_back_is_no_plain_value(value):
+    """One sentence, not the TypeError of whoever writes JSON later."""
+    with pytest.raises(TaskError, match=r"it is a .*, which a checkpoint cannot hold"):
+        plain(value, "it")
 
 
 def told(world):

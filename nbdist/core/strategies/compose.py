@@ -57,7 +57,7 @@ class Composed(Strategy):
 
     def __init__(self, task: Task, plan: Plan, axes: Axes, world: World) -> None:
         super().__init__(task, plan, axes)
-        check_may_be_cut(task.optimizer, plan.mesh)
+        check_may_be_cut(task.optimizer, plan.mesh, comes_home=task.own_optimizer and plan.gather)
         self.even |= axes.shard.size > 1
         self._parallelized: tensor_parallel.Parallelized | None = None
         self._pipeline: Pipeline | None = None
