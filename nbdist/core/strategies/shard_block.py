@@ -33,6 +33,7 @@ class Block:
         read: Whether gradients may come that its module does not see: others have read it, or nothing that the module
             takes or gives has a gradient.
         gathered: Whether its parameters are whole now.
+        taken: The places of those whose ``data`` somebody has taken since: what is written there torch does not count.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Block:
         self.places = {parameter: i for i, parameter in enumerate(parameters)}
         self.channel = channel
         self.awaited = self.read = self.gathered = False
+        self.taken: set[int] = set()
         self._names = [names[parameter] for parameter in parameters]
         self._placeholders = placeholders
         self._registered = homes
@@ -113,6 +115,7 @@ class Block:
             self._marks.append((address, parameter._version))
             if address:
                 self._registered[address] = self, i
+        self.taken.clear()
 
     def _compare(self, gathered: list[torch.Tensor], run: torch.Tensor) -> None:
         """See that all ranks have given parts of this block."""
@@ -154,11 +157,17 @@ class Block:
         if not self.gathered:
             return
         for i, parameter in enumerate(self.parameters):
-            if (parameter.data_ptr(), parameter._version) != self._marks[i]:
+            if (parameter.data_ptr(), parameter._version) != self._marks[i] or (i in self.taken and self._differs(i)):
                 raise written(self._names[i])
             parameter.data = self._stand_ins[i]
             self._placeholders.hide(parameter)
         self._forget()
+
+    def _differs(self, i: int) -> bool:
+        """Whether what was gathered is not this rank's part any more, where that lies in it; waits for the device."""
+        length = self._lengths[i]
+        here = self._homes[i].narrow(0, self.channel.rank * length, length)
+        return not torch.equal(here.view(torch.uint8), self._parts[i].view(torch.uint8))
 
     def _forget(self) -> None:
         self.gathered = False
