@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from nbdist.core.channels import Channel
+from nbdist.core.data_watch import DataWatch
 from nbdist.core.placeholder import Placeholders
-from nbdist.core.strategies.data_watch import DataWatch
 from nbdist.core.strategies.shard_block import Block, written
 
 __all__ = ["Shards"]

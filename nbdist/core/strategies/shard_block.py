@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from nbdist.core.channels import Channel
+from nbdist.core.data_watch import put_data
 from nbdist.core.placeholder import Placeholders, reveal, stand_in
 from nbdist.core.placement import shard_of
 from nbdist.errors import PlanError
@@ -67,14 +68,15 @@ class Block:
         run[0] = self._number
         for i, place in zip(members, run[_HEADER:].split([self._lengths[i] for i in members]), strict=True):
             place.copy_(shard_of(self._parts[i], self.channel.rank, self.channel.size))
-            self._parts[i] = self.parameters[i].data = place
+            self._parts[i] = place
+            put_data(self.parameters[i], place)
         return run
 
     def hide(self) -> None:
         """Begin to compute: nothing is there. Local."""
         for i, parameter in enumerate(self.parameters):
             self._gradients[i], parameter.grad = parameter.grad, None
-            parameter.data = self._stand_ins[i]
+            put_data(parameter, self._stand_ins[i])
             self._placeholders.hide(parameter)
 
     def show(self, summed: bool) -> None:
@@ -89,7 +91,7 @@ class Block:
                     "already, as a mesh with shard does: use the strategy data."
                 )
             parameter.grad = None
-            parameter.data = self._parts[i]
+            put_data(parameter, self._parts[i])
             parameter.grad = self._gradients[i]
 
     @torch.no_grad()
@@ -110,7 +112,7 @@ class Block:
         for i, (parameter, home, layout) in enumerate(zip(self.parameters, self._homes, self._stand_ins, strict=True)):
             reveal(parameter)
             flat = home if home.numel() == layout.numel() else home[: layout.numel()]
-            parameter.data = flat.view(layout.shape)
+            put_data(parameter, flat.view(layout.shape))
             address = home.data_ptr()
             self._marks.append((address, parameter._version))
             if address:
@@ -159,7 +161,7 @@ class Block:
         for i, parameter in enumerate(self.parameters):
             if (parameter.data_ptr(), parameter._version) != self._marks[i] or (i in self.taken and self._differs(i)):
                 raise written(self._names[i])
-            parameter.data = self._stand_ins[i]
+            put_data(parameter, self._stand_ins[i])
             self._placeholders.hide(parameter)
         self._forget()
 

@@ -10,10 +10,10 @@ import torch
 
 from nbdist.core.axes import Axes
 from nbdist.core.channels import SharedMemoryChannel
+from nbdist.core.data_watch import DataWatch, put_data, unwatched
 from nbdist.core.gradient_sync import COUNTS, Signals, Totals, tail_dtype
 from nbdist.core.params import copy_or_zero_, laid_out_like
 from nbdist.core.strategies.base import Strategy
-from nbdist.core.strategies.data_watch import DataWatch, put_data, unwatched
 from nbdist.core.sum_order import SumOrder
 from nbdist.core.task import Task
 from nbdist.errors import TaskError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ __all__ = ["DataWatch", "put_data", "unwatched"]
 
 _GET: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_announce: dict[int, Callable[[], None]] = {}
+_announce: dict[int, list[Callable[[], None]]] = {}
 
 
 class DataWatch:
@@ -27,16 +28,20 @@ class DataWatch:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], taken: Callable[[int], None]) -> None:
-        self._parameters = list(parameters)  # alive, or their ids might be others'
-        for i, parameter in enumerate(self._parameters):
-            _announce[id(parameter)] = lambda i=i: taken(i)  # type: ignore[misc]
+        # The parameters stay alive, or their ids might be others'.
+        self._calls = [(parameter, functools.partial(taken, i)) for i, parameter in enumerate(parameters)]
+        for parameter, call in self._calls:
+            _announce.setdefault(id(parameter), []).append(call)
         nn.Parameter.data = property(_get, _set)  # type: ignore[assignment]
 
     def close(self) -> None:
         """End it; twice is fine."""
-        for parameter in self._parameters:
-            _announce.pop(id(parameter), None)
-        self._parameters = []
+        for parameter, call in self._calls:
+            calls = _announce[id(parameter)]
+            calls.remove(call)
+            if not calls:
+                del _announce[id(parameter)]
+        self._calls = []
         if not _announce and "data" in vars(nn.Parameter):
             del nn.Parameter.data
 
@@ -53,12 +58,12 @@ def put_data(parameter: nn.Parameter, data: torch.Tensor) -> None:
 
 
 def _get(parameter: nn.Parameter) -> torch.Tensor:
-    if (announce := _announce.get(id(parameter))) is not None:
+    for announce in _announce.get(id(parameter), ()):
         announce()
     return unwatched(parameter)
 
 
 def _set(parameter: nn.Parameter, data: torch.Tensor) -> None:
-    if (announce := _announce.get(id(parameter))) is not None:
+    for announce in _announce.get(id(parameter), ()):
         announce()
     put_data(parameter, data)
