@@ -49,7 +49,7 @@ class Outcome:
         snapshot: The rank's last state; published ones may arrive late.
         home: The parcel of trained tensors, from rank 0.
         failure: What went wrong.
-        ranks: On how many it is to go on, where it was scaled.
+        ranks: How many there are to be from here on, where that was asked for; else 0.
     """
 
     rank: int

@@ -98,6 +98,7 @@ class Relay:
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         if not failures:
             self._training.bring_home(outcomes[0].home)
+            run.wanted = run.wanted or outcomes[0].ranks  # asked for in the last step, perhaps by another kernel
             run._end(outcomes[0].state)
         elif run.abandoned:
             step = self._training.rescue()

@@ -219,6 +219,8 @@ class Keeper:
                 lease.release()
         if self._own is not None:
             self._own.close()
+        if self._pieces is not None:
+            self._pieces.close()
 
     def _settle_together(self) -> None:
         """Wait until the checkpoint under way has been written everywhere, or could not be. **Collective**."""

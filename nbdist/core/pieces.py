@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from nbdist.core.axes import Axes
 from nbdist.core.channels import Channel
+from nbdist.core.data_watch import DataWatch
 from nbdist.core.optimizer_attributes import OwnAttributes
 from nbdist.core.optimizer_state import is_split
 from nbdist.core.params import ParamTable
@@ -59,7 +61,11 @@ class Pieces:
         self._versions = {name: buffer._version for name, buffer in self._buffers() if name not in changed}
         self._frozen = [name for name in self._kept if not table.parameters[name].requires_grad]
         self._moved = any(name in changed for name in self._frozen)
+        self._taken: set[int] = set()  # the places of frozen parameters whose data somebody has taken
         self._at_first = self._traces()
+        # Under shard a write through data is refused, and between steps there are parts only.
+        watched = {} if axes.shard.size > 1 else {i: table.parameters[name] for i, name in enumerate(self._frozen)}
+        self._watch = DataWatch(watched.values(), self._take)
         self._references = References(table.objects)
         self._attributes = OwnAttributes(optimizer, self._references)
         self.described = {name: _described(table.placement(name), axes) for name in table.tensors}
@@ -108,10 +114,14 @@ class Pieces:
     def _traces(self) -> list[Any]:
         """Something of each frozen parameter that is another thing when it has been written to.
 
-        A teacher is mostly written to through ``.data``, which torch does not count: so some of its values, too.
+        A teacher is mostly written to through ``.data``, which torch does not count: of what is taken so, all values
+        are looked at, and of the rest some, for it may have been taken before.
         """
         parameters = [self._table.parameters[name].detach() for name in self._frozen]
-        traces: list[Any] = [parameter._version for parameter in parameters]
+        traces: list[Any] = [
+            (parameter._version, _digest(parameter) if i in self._taken else b"")
+            for i, parameter in enumerate(parameters)
+        ]
         for device in {parameter.device for parameter in parameters}:
             some = [
                 parameter.reshape(-1)[:: -(-parameter.numel() // _TRACED) or 1].contiguous().view(torch.uint8)
@@ -120,6 +130,16 @@ class Pieces:
             ]
             traces.append(torch.cat(some).cpu().numpy().tobytes())
         return traces
+
+    def _take(self, i: int) -> None:
+        """Somebody is about to have the data of a frozen parameter: from here on its values are looked at."""
+        if i not in self._taken and not self._moved:
+            self._taken.add(i)
+            self._at_first[i] = self._at_first[i][0], _digest(self._table.parameters[self._frozen[i]].detach())
+
+    def close(self) -> None:
+        """Watch no longer. Local, twice is fine."""
+        self._watch.close()
 
     def values(self) -> dict[str, Any]:
         """What the optimizer keeps beside tensors, as JSON-able data. Local.
@@ -136,6 +156,12 @@ class Pieces:
         for name, buffer in self._model.named_buffers(remove_duplicate=False):  # the table has each one once
             if name in self._table.buffers and self._table.placement(name).held(self._axes):
                 yield name, buffer
+
+
+def _digest(parameter: torch.Tensor) -> bytes:
+    """Its values in few bytes. Waits for the device."""
+    flat = parameter.reshape(-1).view(torch.uint8).cpu()
+    return hashlib.blake2b(flat.numpy().data, digest_size=16).digest()
 
 
 def own_entry(data_rank: int) -> str:

@@ -25,7 +25,7 @@ class Steering:
     """Rank 0 hears orders and says in a step's gradient sync that there are some; then it tells all of them.
 
     A snapshot holds how many orders to its run have been carried out. Those that came later are carried out again,
-    after the same step as before.
+    after the same step as before; of numbers of ranks the last one, for the ranks are begun anew after each.
 
     Args:
         orders: To this run; the same on all ranks whether there are any at all. Rank 0's are read.
@@ -120,15 +120,23 @@ class Steering:
     def _hear(self, at: Position, again: bool = False) -> None:
         orders: list[Any] = []
         if self._first and self._orders is not None:
-            orders = [order for order in self._due(at, at.step) if order.step is not None or not again]
-            for number, order in enumerate(orders, at.orders[1]):
+            for number, order in enumerate(self._due(at, at.step), at.orders[1]):
+                if order.step is None and again:
+                    continue
                 if order.step is None:
                     self._orders.stamp(number, at.step)
-        for kind, value, _ in json.loads(self._channel.broadcast_bytes(json.dumps(orders).encode())):
-            self._carry_out(kind, value)
+                orders.append([order.kind, order.value, self._is_past(number)])
+        for kind, value, past in json.loads(self._channel.broadcast_bytes(json.dumps(orders).encode())):
+            if not past:
+                self._carry_out(kind, value)
             number = at.orders[1]
             at.orders = (self._run_id, number + 1)
             self._tell(Ordered(rank=self._channel.rank, order=kind, value=value, step=at.step, number=number))
+
+    def _is_past(self, number: int) -> bool:
+        """Whether another number of ranks was asked for after this one, and these ranks are what came of that."""
+        order, later = self._log[number], self._log[number + 1 :]
+        return order.kind == "scale" and any(other.kind == "scale" and other.step is not None for other in later)
 
     def _carry_out(self, kind: str, value: Any) -> None:
         match kind:

@@ -63,7 +63,7 @@ class Result:
         history: One dict an epoch (one for the whole run where steps are counted): `epoch`, `steps`, `samples`,
             `loss` (its weighted mean), `seconds`; then `val_loss` and `val_<metric>` where asked.
         plan: What was run.
-        ranks: On how many it is to go on, if it is.
+        ranks: How many there are to be from here on, where that was asked for; else 0.
     """
 
     state: str
@@ -161,6 +161,9 @@ def fit(
         cleanup.callback(keeper.close)
         steering = Steering(orders, run_id, strategy, scheduler, keeper, tell)
 
+        def is_stopped() -> bool:  # after its last step a training ends as it would have
+            return steering.stopped and not _complete(plan, at.step, steps_total)
+
         started = RunStarted(
             rank=world.rank,
             run_id=run_id,
@@ -184,7 +187,7 @@ def fit(
             steering.begin(at)
             at.row.leave_out(rested_s := steering.rest(at))
             reporter.leave_out(rested_s)
-            stopped = steering.stopped
+            stopped = is_stopped()
             # Under `steps`, the whole run is one row, however often it wraps round the data.
             while not (at.complete(plan) or (stopped and at.row.steps == 0)):
                 trained = stopped or at.step == plan.steps  # only the end of the run is left to do
@@ -220,7 +223,7 @@ def fit(
                     if rested_s := steering.rest(at):
                         at.row.leave_out(rested_s)
                         reporter.leave_out(rested_s)
-                    stopped = steering.stopped
+                    stopped = is_stopped()
                     if stopped or at.step == plan.steps:
                         break
 
@@ -260,11 +263,10 @@ def fit(
             strategy.gather(keep=home or world.rank == 0)
         else:
             leave_in_parts(model, strategy.table.placements, plan.mesh)
-        state = "stopped" if stopped and not _complete(plan, at.step, steps_total) else "finished"
+        state = "stopped" if stopped else "finished"
         tell(RunFinished(rank=world.rank, state=state))
-        if state == "stopped" and steering.scaling:
-            return Result(state="scaled", history=at.history, plan=plan, ranks=steering.scaling)
-        return Result(state=state, history=at.history, plan=plan)
+        state = "scaled" if stopped and steering.scaling else state
+        return Result(state=state, history=at.history, plan=plan, ranks=steering.scaling)
 
 
 def _kept(plan: Plan, world: World, vaults: Sequence[Sequence[str]], run_id: str, go_on: bool) -> Iterator[Saved]:

@@ -149,7 +149,7 @@ def fold(state: RankState, event: Event) -> RankState:
         case Ordered(order="lr", value=float(rate)):
             return _with(_after(state, event, "order", _order_text(event)), lr=rate)
         case Ordered():
-            return _after(state, event, "order", _order_text(event))
+            return _after(state, event, "order", _order_text(event, state.steps_total))
         case Checkpointed():
             return _after(state, event, "checkpoint", f"checkpoint of step {event.step:,} in {_short(event.path)}")
         case Noted():
@@ -181,7 +181,9 @@ def _smoothed(state: RankState, event: Progress) -> float:
     return busy_s if not state.busy_s else state.busy_s + _BUSY_SMOOTHING * (busy_s - state.busy_s)
 
 
-def _order_text(event: Ordered) -> str:
+def _order_text(event: Ordered, steps_total: int | None = None) -> str:
+    if event.order == "stop" and event.step == steps_total:
+        return f"stop came in step {event.step:,}, the last one: the run ends as it would have"
     words = {
         "stop": "stopped", "pause": "paused", "resume": "resumed", "checkpoint": "checkpoint asked for",
         "lr": f"learning rate {event.value:.4g}" if isinstance(event.value, float) else "learning rate changed",

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from gate import Gate
 from shared_cluster import ENGINES, HUNG_S, until
 from tasks import classes, net
 
@@ -69,6 +70,29 @@ def test_an_order_during_the_last_evaluation_is_accounted_for(evaluated, gate, a
     assert "val_measured" in evaluated.history[-1]
     (past,) = nbdist.past_runs()
     assert ("finished", [note]) == (past.state, past.progress.notes)
+
+
+@pytest.mark.parametrize(
+    ("ask", "size", "told"),
+    [
+        (lambda cluster: cluster.current_run.stop(), 2,
+         "stop came in step 3, the last one: the run ends as it would have"),
+        (lambda cluster: cluster.scale(3), 3, "scaled to 3 after step 3"),
+    ],
+    ids=["stop", "scale"],
+)  # fmt: skip
+def test_an_order_in_the_last_step_leaves_the_end_as_it_is(scaled, tmp_path, ask, size, told):
+    """The last evaluation included; the engines that were asked for are there then."""
+    gate = Gate(tmp_path, STEPS - 1)
+    options = OPTIONS | {"val": classes(), "metric": "accuracy", "lr_scheduler": gate}
+    run = scaled.train(net(), classes(), background=True, **options)
+    gate.wait(STEPS - 1, run=run)
+    ask(scaled)
+    gate.open()
+    run.wait()
+    assert ("finished", STEPS, size) == (run.state, run.progress.step, scaled.size)
+    assert {"val_loss", "val_accuracy"} <= set(run.history[-1])
+    assert [told] == [happening.text for happening in run.progress.happenings]
 
 
 def test_a_stop_at_once_breaks_off_the_last_evaluation(evaluated):

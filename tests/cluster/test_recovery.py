@@ -18,6 +18,7 @@ from torch import nn
 
 import nbdist
 from nbdist.cluster.relay import Relay
+from nbdist.cluster.training import Training
 from nbdist.errors import EngineError, PlanError
 from nbdist.telemetry.record import records
 
@@ -260,3 +261,35 @@ def test_a_run_without_a_snapshot_that_gets_no_further_ends(cluster, tmp_path):
     with pytest.raises(EngineError, match=r"^rank 1: the process ended 5 times at step 4 or before: "):
         cluster.train(net(), data(), **options)
     assert 5 == len(list(tmp_path.iterdir()))
+
+
+def test_a_run_without_a_snapshot_is_scaled_up_and_down_again(cluster, tmp_path, monkeypatch):
+    """It is begun twice more, from its first step on, and ends on as many engines as were asked for last."""
+    begun, begin = [], Training.begin
+
+    def counted(training, **how):
+        begun.append(training.engines.size)
+        return begin(training, **how)
+
+    monkeypatch.setattr(Training, "begin", counted)
+    gate = Gate(tmp_path, 3, 6)
+    options = OPTIONS | {"optimizer": unkept, "lr_scheduler": gate, "epochs": None, "steps": 9}
+    run = cluster.train(net(), data(), background=True, **options)
+    try:
+        gate.wait(3, run=run)
+        cluster.scale(3)
+        gate.open(3)
+        gate.wait(6, ranks=3, run=run)
+        cluster.scale(2)
+        gate.open(6)
+        until(lambda: run.ended or len(begun) > 3)
+        assert ([2, 3, 2], "finished", 9) == (begun, run.state, run.progress.step)
+    finally:
+        gate.open()
+        if not run.ended:
+            run.stop(now=True)
+        run.wait()
+        if cluster.size != 2:
+            cluster.scale(2)
+    orders = [happening.text for happening in run.progress.happenings if happening.kind == "order"]
+    assert ["scaled to 3 after step 4", "scaled to 2 after step 7"] == orders

@@ -185,6 +185,24 @@ class OwnBackward(Net):
         return Own.apply(self.body(x), self.layers[2].weight) * self.scale
 
 
+class Adapted(Net):
+    """Takes a gradient step of its own before it answers."""
+
+    def forward(self, x):
+        inner = self.layers[0]
+        weight, bias = torch.autograd.grad(inner(x).square().mean(), [inner.weight, inner.bias], create_graph=True)
+        adapted = {"weight": inner.weight - 0.5 * weight, "bias": inner.bias - 0.5 * bias}
+        return super().forward(torch.func.functional_call(inner, adapted, (x,)))
+
+
+class ReadsItsData(Net):
+    """And writes nothing there."""
+
+    def forward(self, x):
+        weight = self.layers[0].weight
+        return super().forward(x @ (weight + (weight.data.sign() - weight.data)))
+
+
 class Fickle(Net):
     """Reads another's weight only when some weight has moved, which no example shows."""
 
@@ -215,7 +233,7 @@ MODELS = {
     kind.__name__: kind
     for kind in (
         Net, GivenAway, GivenToAChild, Returned, OfOthers, Tied, Checkpointed, CheckpointedReentrant, Functional,
-        OwnBackward, Fickle, OfTorch,
+        OwnBackward, Fickle, OfTorch, Adapted, ReadsItsData,
     )
 }  # fmt: skip
 
@@ -327,7 +345,41 @@ class Renormed(Net):
         return self.body(x) * self.table(torch.arange(len(x)) % 4)
 
 
-WRITING = {kind.__name__: kind for kind in (WritesInForward, ReplacesInForward, WritesPastAutograd, Renormed)}
+class KeptInBounds(Net):
+    """Bounds that a weight reaches while it is trained, and not at the start."""
+
+    def extra(self):
+        nn.init.uniform_(self.layers[2].weight, -0.09, 0.09)
+
+    def forward(self, x):
+        self.layers[2].weight.data.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+class KeptInBoundsByTheLayer(KeptInBounds):
+    """The layer itself does it, from the third call on."""
+
+    def extra(self):
+        super().extra()
+        calls = []
+
+        def clamp(module, args):
+            calls.append(None)
+            if len(calls) > 2:
+                module.weight.data.clamp_(-0.1, 0.1)
+
+        self.layers[2].register_forward_pre_hook(clamp)
+
+    def forward(self, x):
+        return Net.forward(self, x)
+
+
+WRITING = {
+    kind.__name__: kind
+    for kind in (
+        WritesInForward, ReplacesInForward, WritesPastAutograd, Renormed, KeptInBounds, KeptInBoundsByTheLayer,
+    )
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -339,6 +391,8 @@ WRITING = {kind.__name__: kind for kind in (WritesInForward, ReplacesInForward, 
         ("ReplacesInForward", error, "layers.2.weight"),
         ("WritesPastAutograd", error, "layers.2.weight"),
         ("Renormed", error, "table.weight"),
+        ("KeptInBounds", error, "layers.2.weight"),
+        ("KeptInBoundsByTheLayer", error, "layers.2.weight"),
     ],
 )
 def test_writing_to_what_was_gathered_is_refused(run_ranks, model, step, parameter):

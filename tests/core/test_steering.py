@@ -267,3 +267,15 @@ def test_the_last_number_that_was_asked_for_counts(run_ranks, orders, state, ran
     for result, _, events, _ in on(run_ranks, 2, steered, {2: orders}, steps=5):
         assert (state, ranks) == (result.state, result.ranks)
         assert [(o, None, 2) if isinstance(o, str) else (*o, 2) for o in orders] == ordered(events)
+
+
+def scaled_before(world):
+    """Begun anew without a snapshot, on as many ranks as were asked for last."""
+    return again(world, [], [Order("scale", 3, 2), Order("lr", 0.03, 3), Order("scale", 2, 4)], True, steps=6)
+
+
+def test_a_number_after_which_another_was_asked_for_is_not_carried_out_again(run_ranks):
+    """Else the two would send the training to and fro for ever. It is told of all the same."""
+    for result, _, events in run_ranks(2, scaled_before):
+        assert ("finished", 0) == (result.state, result.ranks)
+        assert [("scale", 3, 2), ("lr", 0.03, 3), ("scale", 2, 4)] == ordered(events)

@@ -53,6 +53,20 @@ def test_a_stop_after_the_last_step_is_a_finish():
     assert ("finished", 2) == (result.state, result.history[0]["steps"])
 
 
+@pytest.mark.parametrize("length", [{"epochs": 2}, {"steps": 4}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(("order", "ranks"), [("stop", 0), (("scale", 3), 3)], ids=["stop", "scale"])
+def test_an_order_in_the_last_step_leaves_the_end_as_it_is(order, ranks, length):
+    """The last evaluation included; how many ranks there are to be is told."""
+    options = {"optimizer": SGD, "batch_size": 10, "val": classes(7), **length}
+    undisturbed, expected = alone(mlp(), DATA, **options)
+    result, trained = alone(mlp(), DATA, orders=Given({4: [order]}), **options)
+    assert ("finished", ranks) == (result.state, result.ranks)
+    assert_same_bits(expected, trained)
+    without = [{key: value for key, value in row.items() if key != "seconds"} for row in undisturbed.history]
+    assert without == [{key: value for key, value in row.items() if key != "seconds"} for row in result.history]
+    assert "val_loss" in without[-1]
+
+
 def rows_and_events(world):
     sink = ListSink()
     result, _ = train(

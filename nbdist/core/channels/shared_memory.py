@@ -104,10 +104,15 @@ class SharedMemoryChannel(Channel):
         self._arenas.append(arena)
         return arena.slabs[self.rank][:nbytes].view(dtype)
 
-    def common(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """A flat tensor that is the same memory on every rank; `meet` between writing and reading. **Collective**."""
+    def common(self, numel: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A flat tensor that is the same memory on every rank; `meet` between writing and reading. **Collective**.
+
+        Beside it that memory as this rank alone sees it: pages to which it writes there become its own, and it does
+        not see any more what is written to them elsewhere.
+        """
         nbytes = numel * torch.empty(0, dtype=dtype).itemsize
-        return self._map(max(nbytes, 1))[:nbytes].view(dtype)
+        common, own = (mapped[:nbytes].view(dtype) for mapped in self._map(max(nbytes, 1)))
+        return common, own
 
     def slabs(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """What each rank has at the place of `tensor`, which `zeros` made here, in rank order. Local."""
@@ -249,21 +254,27 @@ class SharedMemoryChannel(Channel):
     def _make_arena(self, nbytes: int) -> _Arena:
         """A slab for each rank. **Collective**."""
         pitch = -(-max(nbytes, 1) // _PAGE) * _PAGE
-        slabs = list(self._map(pitch * self.size).split(pitch))
+        slabs = list(self._map(pitch * self.size)[0].split(pitch))
         return _Arena(slabs=slabs, start=slabs[self.rank].data_ptr(), nbytes=pitch)
 
-    def _map(self, nbytes: int) -> torch.Tensor:
-        """Map one new segment on all ranks; it has no name and is gone with the last of them. **Collective**."""
+    def _map(self, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map one new segment on all ranks; it has no name and is gone with the last of them. **Collective**.
+
+        Returns:
+            What all see, and the same for this rank alone.
+        """
         with contextlib.ExitStack() as cleanup:
             if self.rank == 0:
                 segment = cleanup.enter_context(contextlib.closing(Segment(nbytes)))
-                memory = segment.buffer
+                memory, descriptor = segment.buffer, segment.descriptor
                 for peer in self._peers:
-                    socket.send_fds(peer, [b"\0"], [segment.descriptor])
+                    socket.send_fds(peer, [b"\0"], [descriptor])
             else:
-                memory = mmap.mmap(cleanup.enter_context(receive_file(self._peers[0])), nbytes)
+                descriptor = cleanup.enter_context(receive_file(self._peers[0]))
+                memory = mmap.mmap(descriptor, nbytes)
+            own = mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_COPY)
             self.meet()  # all have mapped it
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return torch.frombuffer(memory, dtype=torch.uint8), torch.frombuffer(own, dtype=torch.uint8)
 
 
 def connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:

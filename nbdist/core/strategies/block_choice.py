@@ -38,7 +38,7 @@ def blocks_of(
         The names of the modules, each with those of its parameters.
 
     Raises:
-        PlanError: It writes to a parameter past autograd, which would not be seen later.
+        PlanError: It writes to a parameter past autograd.
     """
     if limit is None:
         limit = sum(p.numel() for p in model.parameters()) // BLOCKS
@@ -49,8 +49,8 @@ def blocks_of(
         return [module, *(block for child in module.children() for block in walk(child))]
 
     chosen = set(walk(model))
-    with _Reads(model, chosen) as reads, untouched(model), torch.no_grad():
-        model(*args, **kwargs)
+    with _Reads(model, chosen) as reads, untouched(model):
+        model(*args, **kwargs)  # with gradients, for it may take some of its own
     for name, parameter in model.named_parameters():
         before = reads.data.get(parameter)
         if before is not None and not torch.equal(before.nan_to_num(), parameter.detach().nan_to_num()):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from nbdist.core.channels import Channel
+from nbdist.core.data_watch import DataWatch
 from nbdist.core.placeholder import Placeholders
 from nbdist.core.strategies.shard_block import Block, written
 
@@ -56,6 +57,9 @@ class Shards:
         self.used: set[int] = set()
         self._hooks: list[Any] = []
         self._lent: list[Block] = []  # gathered because somebody read them, and not for their module
+        places = [(block, place) for block in self.blocks for place in range(len(block.parameters))]
+        parameters = [block.parameters[place] for block, place in places]
+        self._watch = DataWatch(parameters, lambda i: places[i][0].taken.add(places[i][1]))
 
     def hide(self) -> None:
         """Begin to compute: nothing is there that is not gathered. Local."""
@@ -188,6 +192,7 @@ class Shards:
 
     def close(self) -> None:
         """Take the hooks away; parameters stay the parts they are, without gradients. Local."""
+        self._watch.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

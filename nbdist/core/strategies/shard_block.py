@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from nbdist.core.channels import Channel
+from nbdist.core.data_watch import put_data
 from nbdist.core.placeholder import Placeholders, reveal, stand_in
 from nbdist.core.placement import shard_of
 from nbdist.errors import PlanError
@@ -33,6 +34,7 @@ class Block:
         read: Whether gradients may come that its module does not see: others have read it, or nothing that the module
             takes or gives has a gradient.
         gathered: Whether its parameters are whole now.
+        taken: The places of those whose ``data`` somebody has taken since: what is written there torch does not count.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Block:
         self.places = {parameter: i for i, parameter in enumerate(parameters)}
         self.channel = channel
         self.awaited = self.read = self.gathered = False
+        self.taken: set[int] = set()
         self._names = [names[parameter] for parameter in parameters]
         self._placeholders = placeholders
         self._registered = homes
@@ -65,14 +68,15 @@ class Block:
         run[0] = self._number
         for i, place in zip(members, run[_HEADER:].split([self._lengths[i] for i in members]), strict=True):
             place.copy_(shard_of(self._parts[i], self.channel.rank, self.channel.size))
-            self._parts[i] = self.parameters[i].data = place
+            self._parts[i] = place
+            put_data(self.parameters[i], place)
         return run
 
     def hide(self) -> None:
         """Begin to compute: nothing is there. Local."""
         for i, parameter in enumerate(self.parameters):
             self._gradients[i], parameter.grad = parameter.grad, None
-            parameter.data = self._stand_ins[i]
+            put_data(parameter, self._stand_ins[i])
             self._placeholders.hide(parameter)
 
     def show(self, summed: bool) -> None:
@@ -87,7 +91,7 @@ class Block:
                     "already, as a mesh with shard does: use the strategy data."
                 )
             parameter.grad = None
-            parameter.data = self._parts[i]
+            put_data(parameter, self._parts[i])
             parameter.grad = self._gradients[i]
 
     @torch.no_grad()
@@ -108,11 +112,12 @@ class Block:
         for i, (parameter, home, layout) in enumerate(zip(self.parameters, self._homes, self._stand_ins, strict=True)):
             reveal(parameter)
             flat = home if home.numel() == layout.numel() else home[: layout.numel()]
-            parameter.data = flat.view(layout.shape)
+            put_data(parameter, flat.view(layout.shape))
             address = home.data_ptr()
             self._marks.append((address, parameter._version))
             if address:
                 self._registered[address] = self, i
+        self.taken.clear()
 
     def _compare(self, gathered: list[torch.Tensor], run: torch.Tensor) -> None:
         """See that all ranks have given parts of this block."""
@@ -154,11 +159,17 @@ class Block:
         if not self.gathered:
             return
         for i, parameter in enumerate(self.parameters):
-            if (parameter.data_ptr(), parameter._version) != self._marks[i]:
+            if (parameter.data_ptr(), parameter._version) != self._marks[i] or (i in self.taken and self._differs(i)):
                 raise written(self._names[i])
-            parameter.data = self._stand_ins[i]
+            put_data(parameter, self._stand_ins[i])
             self._placeholders.hide(parameter)
         self._forget()
+
+    def _differs(self, i: int) -> bool:
+        """Whether what was gathered is not this rank's part any more, where that lies in it; waits for the device."""
+        length = self._lengths[i]
+        here = self._homes[i].narrow(0, self.channel.rank * length, length)
+        return not torch.equal(here.view(torch.uint8), self._parts[i].view(torch.uint8))
 
     def _forget(self) -> None:
         self.gathered = False

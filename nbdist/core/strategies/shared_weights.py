@@ -10,11 +10,13 @@ import torch
 
 from nbdist.core.axes import Axes
 from nbdist.core.channels import SharedMemoryChannel
+from nbdist.core.data_watch import DataWatch, put_data, unwatched
 from nbdist.core.gradient_sync import COUNTS, Signals, Totals, tail_dtype
 from nbdist.core.params import copy_or_zero_, laid_out_like
 from nbdist.core.strategies.base import Strategy
 from nbdist.core.sum_order import SumOrder
 from nbdist.core.task import Task
+from nbdist.errors import TaskError
 from nbdist.plan import Plan
 
 __all__ = ["SharedWeights"]
@@ -29,6 +31,11 @@ class SharedWeights(Strategy):
     gradient, keeps its optimizer state and writes it. The others put their gradient of it into their slab, where the
     owner reads it. So the sum and the optimizer's work are split over the ranks, nobody copies weights, and N ranks
     need the memory of one copy.
+
+    A forward, or a step, may write to weights, as one that keeps them in bounds does. Each rank would do so to the
+    same memory, while others read it. So in the first step each computes on pages of its own, and what it writes to
+    there, or where somebody takes its ``data`` at any time, stays in memory of its own: as with replicas, all ranks
+    write alike, and what its owner makes of it goes to all after each update.
 
     It takes an optimizer that treats each parameter by itself, as those of torch.optim do, and gradients that nobody
     needs as a whole, as clipping would.
@@ -52,6 +59,12 @@ class SharedWeights(Strategy):
         self._owned = [i for i, owner in enumerate(owners) if owner == channel.rank]
         self._foreign = [i for i, owner in enumerate(owners) if owner != channel.rank]
         self._arenas: list[torch.Tensor] = []
+        self._homes: dict[int, torch.Tensor] = {}  # where all ranks read a parameter
+        self._alone: dict[int, torch.Tensor] = {}  # the same on pages of this rank's own, until the first step is done
+        self._own: set[int] = set()  # what lies in memory of this rank's own
+        self._taken: set[int] = set()  # of that, whose data somebody has taken
+        self._versions: list[int] = []  # of all, when this rank last was to write to them
+        self._updated = False  # whether owners have written since all have met
         self._order = SumOrder.chain(channel.size) if self.sums is None else self.sums.order
         # The places of each parameter's gradients in the slab of each rank: one for each node of the order.
         self._slabs: list[list[dict[int, torch.Tensor]]] = [
@@ -68,17 +81,19 @@ class SharedWeights(Strategy):
         self._tail = channel.zeros(length, tail_dtype(dtypes))
         self._arenas.append(self._tail)
         channel.meet()  # rank 0's weights are in place
+        self._watch = DataWatch(self._parameters, self._take)
 
     def _lay_out(self, dtype: torch.dtype) -> None:
         """Move the parameters of a dtype into shared memory, and give their gradients places in the slabs."""
         members = [i for i, parameter in enumerate(self._parameters) if parameter.dtype is dtype]
         starts = list(itertools.accumulate((_aligned(self._parameters[i].numel()) for i in members), initial=0))
-        weights, rows = self._channel.common(starts[-1], dtype), self._order.rows
+        (weights, alone), rows = self._channel.common(starts[-1], dtype), self._order.rows
         gradients = self._channel.zeros(rows * starts[-1], dtype)
         self._arenas.append(gradients)
         for i, start in zip(members, starts, strict=False):
             parameter = self._parameters[i]
-            home = laid_out_like(parameter, weights, start)
+            home = self._homes[i] = laid_out_like(parameter, weights, start)
+            self._alone[i] = laid_out_like(parameter, alone, start)
             if self._channel.rank == 0:
                 home.copy_(parameter)
             for places, slab in zip(self._slabs, self._channel.slabs(gradients), strict=True):
@@ -88,7 +103,9 @@ class SharedWeights(Strategy):
 
     def begin_step(self) -> None:
         """See `Strategy`."""
-        self._channel.meet()  # all have read my slab, and written the weights they own
+        self._meet()  # all have read my slab, and written the weights they own
+        if not self._versions:
+            self._begin_alone()
         if self.sums is not None:
             self.sums.begin()
             return
@@ -99,6 +116,7 @@ class SharedWeights(Strategy):
     def sync(self, weight: Any, signals: Signals, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """See `Strategy`. A rank then has gradients of what it owns only; an optimizer leaves alone what has none."""
         parameters, channel = self._parameters, self._channel
+        self._look_for_writes()
         if self.sums is None:
             nodes = [[parameter.grad for parameter in parameters]]
             used = [gradient is not None for gradient in nodes[0]]
@@ -138,19 +156,86 @@ class SharedWeights(Strategy):
         ]
         return self._order.total(terms, _plus)
 
+    def update(self, optimizer: torch.optim.Optimizer) -> bool:
+        """See `Strategy`."""
+        self._updated = super().update(optimizer)
+        for i in self._owned:
+            if i in self._own:
+                self._homes[i].copy_(unwatched(self._parameters[i]))
+            self._versions[i] = self._parameters[i]._version
+        return self._updated
+
     def share_buffers(self) -> None:
         """See `Strategy`."""
-        self._channel.meet()  # all have written the weights they own
+        self._meet()  # all have written the weights they own
         super().share_buffers()
 
     def close(self) -> None:
         """See `Strategy`."""
         super().close()
+        self._watch.close()
         for parameter in self._parameters:
             parameter.grad = None
             parameter.data = parameter.data.clone()
+        self._homes.clear()
+        self._alone.clear()
         for arena in self._arenas:
             self._channel.free(arena)
+
+    # What forward, or the step, writes to weights.
+
+    def _meet(self) -> None:
+        """Wait for what owners write; what lies in memory of this rank's own follows it. **Collective**."""
+        self._channel.meet()
+        if self._updated:
+            for i in self._own.intersection(self._foreign):
+                unwatched(self._parameters[i]).copy_(self._homes[i])
+        self._updated = False
+
+    def _begin_alone(self) -> None:
+        """Let this rank write what it likes in its first step."""
+        for i, parameter in enumerate(self._parameters):
+            if i not in self._own:
+                put_data(parameter, self._alone[i])
+        self._own.update(self._homes)
+        self._versions = [parameter._version for parameter in self._parameters]
+
+    def _take(self, i: int) -> None:
+        """Somebody is about to have the data of a parameter, or to replace it."""
+        self._taken.add(i)
+        if i not in self._own:
+            self._own.add(i)
+            put_data(self._parameters[i], self._homes[i].clone())
+
+    def _look_for_writes(self) -> None:
+        """Forward and backward are over: let weights be shared that nobody has written to, and stay so.
+
+        Raises:
+            TaskError: Somebody has written to one that is shared, or to one so that it is something else.
+        """
+        if self._alone:  # the first step
+            for i, parameter in enumerate(self._parameters):
+                same = parameter._version == self._versions[i] and i not in self._taken
+                if same and torch.equal(parameter, self._homes[i]):
+                    put_data(parameter, self._homes[i])
+                    self._own.discard(i)
+            self._alone.clear()
+        if self._own or [parameter._version for parameter in self._parameters] != self._versions:
+            for i, name in enumerate(self.table.trainable):
+                self._check(i, name)
+
+    def _check(self, i: int, name: str) -> None:
+        parameter, home = self._parameters[i], self._homes[i]
+        if (parameter.shape, parameter.dtype) != (home.shape, home.dtype):
+            raise TaskError(
+                f"the model's forward, or the step, makes parameter {name} one of shape {list(parameter.shape)} and "
+                f"{parameter.dtype}, where it had {list(home.shape)} and {home.dtype}: let it keep both."
+            )
+        if i not in self._own and parameter._version != self._versions[i]:
+            raise TaskError(
+                f"the model's forward, or the step, writes to parameter {name} in place, as it did not do in the first "
+                f"step, and all ranks read it there: write to {name}.data, which is noticed before."
+            )
 
 
 def _plus(left: list[torch.Tensor], right: list[torch.Tensor]) -> list[torch.Tensor]:
