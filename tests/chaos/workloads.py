@@ -125,11 +125,10 @@ def optimizer_digest(run: Any, options: dict[str, Any]) -> str:
     saved = Saved.in_folder(options["checkpoint"]) if "checkpoint" in options else kept(run)
     values = json.dumps([saved.values, saved.groups], sort_keys=True)
     tensors = {f"{name} {entry}": saved.whole(name, entry) for name in saved.names for entry in saved.entries(name)}
-    for name in saved.names:  # what all ranks have alike counts once, however many they are at the end
-        places = [f"{name} {entry}" for entry in saved.entries(name)]
-        for other in places[1:]:
-            if " @" in other and torch.equal(tensors[places[0]], tensors[other]):
-                del tensors[other]
+    for name in saved.names:  # buffers that other ranks have alike count once, however many they are at the end
+        for entry in saved.entries(name):
+            if entry.startswith("@") and torch.equal(saved.whole(name), tensors[f"{name} {entry}"]):
+                del tensors[f"{name} {entry}"]
     return digest({**tensors, values: torch.ones(1)})
 
 
