@@ -207,8 +207,7 @@ def fit(
                     keeper.leave_boundary()
                     # A rank that had data knows that there was some, without waiting for its GPU.
                     if (not isinstance(step_weight, torch.Tensor) and step_weight > 0) or totals.weight:
-                        hooks.run(strategy.table, axes)
-                        updated = strategy.update(optimizer)
+                        updated = strategy.update(optimizer, hooks)
                         if updated and scheduler.every_step:
                             scheduler.step()
                     at.advance(sum(part.samples for part in slices or ()), strategy.counted(losses, totals))

@@ -14,6 +14,7 @@ from nbdist.core import seeds
 from nbdist.core.axes import Axes
 from nbdist.core.data import Slice, to_device
 from nbdist.core.eager import eager
+from nbdist.core.gradient_hooks import GradientHooks
 from nbdist.core.gradient_sync import Signals, Totals
 from nbdist.core.params import ParamTable, buffers_kept
 from nbdist.core.precision import Precision
@@ -136,8 +137,12 @@ class Strategy(ABC):
             return losses
         return [(totals.loss, totals.weight)] if self.axes.data.rank == 0 and totals.weight else []
 
-    def update(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Clip the gradients and update the parameters. **Collective** over a replica.
+    def update(self, optimizer: torch.optim.Optimizer, hooks: GradientHooks) -> bool:
+        """Let hooks have the gradients, clip them and update the parameters. **Collective** over a replica.
+
+        Args:
+            optimizer: Whose step it is.
+            hooks: The person's; in fp16 they see what is unscaled, and nothing of an overflow.
 
         Returns:
             Whether it did: not after an overflow in fp16.
@@ -149,6 +154,7 @@ class Strategy(ABC):
             self.precision.adapt(finite)
             if not finite:
                 return False
+        hooks.run(self.table, self.axes)
         if self.plan.clip_norm is not None:
             self.clip_(self.plan.clip_norm)
         with eager():
