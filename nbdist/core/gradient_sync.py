@@ -77,8 +77,13 @@ class Totals:
 
     @property
     def weight(self) -> float:
-        """Sum of the slices' weights; zero where no rank had data."""
+        """Sum of the slices' weights, in `Strategy.units`; zero where no rank had data."""
         return self._numbers[0]
+
+    @property
+    def loss_weight(self) -> float:
+        """What the loss is a mean over."""
+        return self._numbers[2]
 
     @property
     def loss(self) -> float | None:

@@ -157,6 +157,11 @@ class Task:
             return self.step.own_mean
         return isinstance(self.step, ModelLossStep)
 
+    @property
+    def weighs_samples(self) -> bool:
+        """Whether a slice weighs as much as it has samples, whatever the batch."""
+        return isinstance(self.step, SupervisedStep) and not (self.own_mean or isinstance(self.step.loss, ClassLoss))
+
     def loss_and_weight(self, batch: Any, part: Slice) -> tuple[torch.Tensor, Any]:
         """Run the step on one slice.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -144,6 +145,65 @@ class Model(nn.Module):
     def forward(self, x, labels):
         output = self.line(x)
         return {"loss": F.cross_entropy(output.flatten(0, 1), labels.flatten()), "output": output}
+
+
+class Shares(Model):
+    """Writes down the share of the whole that its losses' gradients are given."""
+
+    def forward(self, x, labels):
+        loss = super().forward(x, labels)["loss"]
+        if loss.requires_grad:
+            loss.register_hook(lambda share: self.seen.append(share.item()))
+        return {"loss": loss}
+
+
+def shares(world, strategy, accumulate, options):
+    model = Shares()
+    model.seen = []
+    train(
+        world, model, {"x": DATA["x"].repeat(2, 1, 1), "labels": LABELS.clamp(0).repeat(2, 1)}, loss=None,
+        optimizer=SGD, batch_size=2 * SAMPLES, strategy=strategy, accumulate=accumulate, **options,
+    )  # fmt: skip
+    return model.seen
+
+
+CUTS = [
+    ("dp=1", 1, {}),
+    ("dp=1", 2, {}),
+    ("dp=2", 1, {}),
+    ("dp=2", 2, {}),
+    ("shard=2", 1, {}),
+    ("dp=2", 1, {"reproducible": 4}),
+]
+
+
+@pytest.mark.parametrize(("strategy", "accumulate", "options"), CUTS)
+def test_backward_carries_a_slices_share_of_the_whole(run_ranks, strategy, accumulate, options):
+    """Not its tokens a sample: what is not linear in an activation's gradient would see them."""
+    seen = list(itertools.chain(*run_ranks(int(strategy[-1]), shares, strategy, accumulate, options)))
+    slices = options.get("reproducible") or int(strategy[-1]) * accumulate
+    assert slices == len(seen)
+    assert 1 == pytest.approx(sum(seen), rel=0 if slices == 1 else 0.42)
+
+
+class Clamping(Model):
+    """Clips the gradient inside itself."""
+
+    def forward(self, x, labels):
+        inner = self.line(x)
+        if inner.requires_grad:
+            inner.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+        return {"loss": F.cross_entropy(inner.flatten(0, 1), labels.flatten())}
+
+
+def test_a_batch_that_is_not_cut_trains_as_by_hand():
+    """Whatever the model does to the gradients of its activations."""
+    model, by_hand = Clamping(), Clamping()
+    optimizer = SGD(by_hand.parameters())
+    by_hand(**DATA)["loss"].backward()
+    optimizer.step()
+    _, found = alone(model, DATA, loss=None, optimizer=SGD, batch_size=SAMPLES, shuffle=False)
+    torch.testing.assert_close(found, weights(by_hand), rtol=0, atol=0)
 
 
 class Summing(Model):
