@@ -85,6 +85,8 @@ def mean_over(loss: torch.Tensor, samples: int, constants: Callable[[], Iterable
     except (_Unknown, AttributeError, ZeroDivisionError):  # nodes are named and kept as this torch does it
         return None
     factors = tuple(term.factor for term in terms)
+    if len(terms) >= samples > 2 and len(terms) % samples == 0 and len({*factors}) == 1:  # a loop over samples
+        return None
     if len(terms) == 1 or len({(float(term.over), term.elements) for term in terms}) == 1:
         return Mean(terms[0].over, factors if any(factor != 1 for factor in factors) else ())
     each = tuple(term.elements / max(1, samples) for term in terms)
@@ -98,7 +100,7 @@ class _Terms:
     def __init__(self, constants: Callable[[], Iterable[torch.Tensor]]) -> None:
         self._constants = constants
         self._terms: list[_Term] = []
-        self._sums: list[tuple[Any, float]] = []  # divisors, by what nobody can say, and factors
+        self._sums: list[tuple[Any, int, float]] = []  # divisors, by what nobody can say, elements and factors
         self._whole: list[float] = []  # factors that may be counts
 
     def walk(self, node: Any, factor: float) -> None:
@@ -131,7 +133,7 @@ class _Terms:
         summed = _summed(inner)
         if summed is None:
             number = self._number(other)
-            if isinstance(number, int):
+            if float(number).is_integer():
                 self._whole.append(number)
             self.walk(inner, factor / number if divides else factor * number)
         elif not divides:
@@ -139,7 +141,8 @@ class _Terms:
         elif summed.name() in _CLASSES and float(other) == float(_divisor(summed)):
             self._terms.append(_Term(_divisor(summed), summed._saved_target.numel(), factor))
         else:
-            self._sums.append((other.detach() if isinstance(other, torch.Tensor) else other, factor))
+            over = other.detach() if isinstance(other, torch.Tensor) else other
+            self._sums.append((over, _elements(summed), factor))
 
     def _number(self, other: Any) -> Any:
         """The value of a factor that depends on no batch; 1 where it is a tensor, which is not waited for."""
@@ -170,12 +173,13 @@ class _Terms:
     def resolved(self, samples: int) -> list[_Term]:
         """The terms, with the sums whose divisor is the number of samples, or that of another term."""
         terms = list(self._terms)
-        for divisor, factor in self._sums:
+        for divisor, elements, factor in self._sums:
             value = float(divisor)
             same = [term for term in self._terms if math.isclose(value, float(term.over), rel_tol=_AGREES)]
-            if not same and value != samples:
+            if not same and value not in (samples, elements):
                 raise _Unknown
-            terms.append(same[0]._replace(factor=factor) if same else _Term(samples, samples, factor))
+            every = samples if value == samples else elements
+            terms.append(same[0]._replace(factor=factor) if same else _Term(every, every, factor))
         counts = {samples, *(term.elements for term in terms), *(float(t.over) for t in terms if self._whole)} - {1}
         if not counts.isdisjoint(self._whole):  # a sum once more
             raise _Unknown
@@ -228,6 +232,13 @@ def _summed(node: Any) -> Any:
     if node.name().startswith("SumBackward") or getattr(node, "_saved_reduction", None) == _SUM:
         return node
     return None
+
+
+def _elements(summed: Any) -> int:
+    """Of how many elements something is the sum; 0 where it is not one of single elements."""
+    if hasattr(summed, "_saved_self_sym_sizes"):
+        return math.prod(summed._saved_self_sym_sizes) if summed.name() == "SumBackward0" else 0
+    return int(summed._saved_self.numel()) if summed.name() in _ELEMENTS else 0
 
 
 def _of_scalars(node: Any) -> bool:

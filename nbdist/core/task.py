@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -201,11 +202,17 @@ class Task:
         return loss.reshape(()), weight
 
     def _constants(self) -> Iterator[torch.Tensor]:
-        """What depends on no batch."""
+        """What depends on no batch: the model's tensors, and those that a callable has in itself."""
         loss = getattr(self.step, "loss", None)
         for module in (self.model, *([loss] if isinstance(loss, nn.Module) else [])):
             yield from module.parameters()
             yield from module.buffers()
+        seen = inspect.getclosurevars(loss) if inspect.isfunction(loss) else None
+        values = [
+            *getattr(loss, "__dict__", {}).values(),
+            *({**seen.globals, **seen.nonlocals}.values() if seen else ()),
+        ]
+        yield from (value for value in values if isinstance(value, torch.Tensor))
 
     @property
     def _unknown_mean(self) -> str:

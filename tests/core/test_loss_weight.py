@@ -76,6 +76,9 @@ LOSSES = {
     "a masked mean by the mask's, inside": (lambda o: (each(o) * MASK / MASK.mean()).mean(), None),
     "a masked mean by counts": (lambda o: (each(o) * MASK).mean() * MASK.numel() / MASK.sum(), None),
     "a mean by its count": (lambda o: each(o)[LABELS != -100].mean() * MASK.sum(), None),
+    "a mean by the number of samples, as a float": (lambda o: o.square().mean() * float(len(o)), None),
+    "a mean for each sample, added up": (lambda o: sum(one.square().mean() for one in o), None),
+    "a sum over elements by their number": (lambda o: (o - 1).abs().sum() / o.numel(), SAMPLES * LENGTH * CLASSES),
     "a mean by the number of samples": (lambda o: o.square().mean() * len(o), None),
     "a mean by the number of elements": (lambda o: o.square().mean() / o.numel(), None),
     "the inverse of a mean": (lambda o: torch.ones(()) / o.square().mean(), None),
@@ -348,6 +351,7 @@ EXACT = {
     "torch's class with other settings": Weighted(),
     "a function": lambda o, y: half_ignored(o, y.clamp(0)),
     "a partial": functools.partial(F.cross_entropy, ignore_index=-100, label_smoothing=0.1),
+    "a function with a tensor of its own": lambda o, y: KNOWN * half_ignored(o, y.clamp(0)),
     "squares": lambda o, y: F.mse_loss(o, F.one_hot(y.clamp(0), 3).double()) + 0.1 * o.abs().mean(),
 }
 
