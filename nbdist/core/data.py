@@ -35,12 +35,14 @@ class Slice:
         samples: Samples in it; 0 where the batch left none for it and others wait for this rank to compute as they do.
         batch: What the step sees as `batch`, once it is on the device.
         target: Reads its last element where that can be counted without waiting for a GPU; None where `batch` holds it.
+        of: Into how many slices its batch is cut, over all ranks.
     """
 
     index: int
     samples: int
     batch: Any
     target: Callable[[], torch.Tensor] | None = None
+    of: int = 1
 
 
 class Reader:
@@ -155,7 +157,10 @@ class Reader:
         rows = order if indices is None else indices[order]
         if self._device.type == "cpu":
             for batch in itertools.islice(self._deal(rows), skip, None):
-                yield [Slice(index=index, samples=samples, batch=_taken(tensors, at)) for index, at, samples in batch]
+                yield [
+                    Slice(of=self._slices, index=index, samples=samples, batch=_taken(tensors, at))
+                    for index, at, samples in batch
+                ]
             return
         resident = self._keep_resident()
         target = tensors[-1] if isinstance(tensors, tuple) else None
@@ -165,10 +170,12 @@ class Reader:
             for (index, at, samples), (_, same, _) in zip(batch, there, strict=True):
                 if resident is None:
                     taken = map_tensors(_taken(tensors, at), torch.Tensor.pin_memory)
-                    slices.append(Slice(index=index, samples=samples, batch=taken))
+                    slices.append(Slice(of=self._slices, index=index, samples=samples, batch=taken))
                 else:
                     seen = None if target is None else functools.partial(target.__getitem__, at)
-                    slices.append(Slice(index=index, samples=samples, batch=_taken(resident, same), target=seen))
+                    slices.append(
+                        Slice(of=self._slices, index=index, samples=samples, batch=_taken(resident, same), target=seen)
+                    )
             yield slices
 
     def _keep_resident(self) -> Any:
@@ -195,7 +202,9 @@ class Reader:
             )  # fmt: skip
         loaded = iter(self._loader)
         for batch in dealt:
-            yield [Slice(index=index, samples=samples, batch=next(loaded)) for index, _, samples in batch]
+            yield [
+                Slice(of=self._slices, index=index, samples=samples, batch=next(loaded)) for index, _, samples in batch
+            ]
 
     def _stream(self, epoch: int, skip: int) -> Iterator[list[Slice] | None]:
         hands = self._slices if self._dealt_by_slice else self._channel.size
@@ -219,7 +228,12 @@ class Reader:
                 dealt, first = batch[(hand - offset) % hands :: hands], hand * each
                 bounds = slice_bounds(len(dealt), each)
                 slices += [
-                    Slice(index=first + i, samples=stop - start, batch=self._source.collate(dealt[start:stop]))
+                    Slice(
+                        of=self._slices,
+                        index=first + i,
+                        samples=stop - start,
+                        batch=self._source.collate(dealt[start:stop]),
+                    )
                     for i, (start, stop) in enumerate(bounds)
                     if stop > start
                 ]
@@ -227,7 +241,10 @@ class Reader:
                     most = slice_bounds(-(-len(batch) // hands), each)  # what some rank has
                     spare = self._source.collate((dealt or batch)[:2])
                     filled = sum(stop > start for start, stop in most)
-                    slices += [Slice(index=first + i, samples=0, batch=spare) for i in range(len(slices), filled)]
+                    slices += [
+                        Slice(of=self._slices, index=first + i, samples=0, batch=spare)
+                        for i in range(len(slices), filled)
+                    ]
             yield slices
         yield from itertools.repeat(None)
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from nbdist.core.data import Reader, Slice
+from nbdist.core.gradient_sync import Signals
+from nbdist.core.loss_forms import check_one_form
 from nbdist.core.strategies import Strategy
 from nbdist.core.task import Task
 from nbdist.core.weighted_mean import WeightedMean
@@ -48,8 +50,9 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
         return loss, (0, 0) if task.metric is None else _measure(task, outputs, batch, part.samples, metric)
 
     hook = task.model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    task.forms.begin()
     try:
-        with switched(task.model, training=False), task.measuring():
+        with switched(task.model, training=False), torch.no_grad():
             for step, slices in enumerate(reader.epoch(1)):
                 if slices is None:
                     break
@@ -63,6 +66,10 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
     finally:
         hook.remove()
     world = strategy.axes.world
+    if task.own_mean:
+        said = torch.tensor(task.forms.signals(Signals(), 0), device=device)
+        world.all_reduce_(said)
+        check_one_form(Signals(*said.tolist()))
     if by_slice:  # streams may have ended on one rank before others
         steps = int(torch.stack(world.all_gather(torch.tensor([steps], device=device))).max())
     table = torch.zeros((steps, strategy.plan.slices if by_slice else 1, 5), dtype=torch.float64, device=device)

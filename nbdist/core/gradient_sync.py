@@ -29,6 +29,9 @@ class Signals(NamedTuple):
         checkpoint: It asks all to write the state after this step to disk.
         written: Its part of the checkpoint under way lies on disk.
         unwritten: It could not write that part.
+        losses: It has seen a loss whose form all have to share.
+        form: That form as a number, see `LossForms`.
+        form_squared: And the square of it.
     """
 
     orders: float = 0
@@ -37,6 +40,9 @@ class Signals(NamedTuple):
     checkpoint: float = 0
     written: float = 0
     unwritten: float = 0
+    losses: float = 0
+    form: float = 0
+    form_squared: float = 0
 
 
 _SILENT = Signals()
@@ -71,8 +77,13 @@ class Totals:
 
     @property
     def weight(self) -> float:
-        """Sum of the slices' weights; zero where no rank had data."""
+        """Sum of the slices' weights, in `Strategy.units`; zero where no rank had data."""
         return self._numbers[0]
+
+    @property
+    def loss_weight(self) -> float:
+        """What the loss is a mean over."""
+        return self._numbers[2]
 
     @property
     def loss(self) -> float | None:

@@ -1,23 +1,25 @@
 """What a loss is a mean over, read off the graph that autograd has recorded for it.
 
-A model that computes its own loss says nowhere what it averages over: tokens, labels other than -100, samples. The
-operation that made the mean kept its divisor for backward: nothing has to be caught, and reading it costs a few
-attributes.
+A model or a callable that computes its own loss says nowhere what it averages over: tokens, labels other than -100,
+samples. The operation that made the mean kept its divisor for backward: nothing has to be caught, and reading it costs
+a few attributes. In doubt the answer is that nobody knows.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-__all__ = ["mean_over", "recorded"]
+__all__ = ["Mean", "is_constant", "is_number", "mean_over"]
 
 _AS_IT_IS = {
-    "AliasBackward0", "CloneBackward0", "NegBackward0", "ReshapeAliasBackward0", "SqueezeBackward0", "SqueezeBackward1",
-    "SqueezeBackward2", "ToCopyBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
+    "AliasBackward0", "CloneBackward0", "NegBackward0", "ReshapeAliasBackward0", "RsubBackward1", "SqueezeBackward0",
+    "SqueezeBackward1", "SqueezeBackward2", "ToCopyBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0",
+    "ViewBackward0",
 }  # fmt: skip
 _SUMS = {"AddBackward0", "SubBackward0"}
 _SCALES = {"MulBackward0", "MulBackward1", "DivBackward0", "DivBackward1"}
@@ -26,81 +28,197 @@ _ELEMENTS = {
     "BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0", "HuberLossBackward0", "MseLossBackward0",
     "SmoothL1LossBackward0", "SoftMarginLossBackward0",
 }  # fmt: skip
+_ROWS = {"MultiMarginLossBackward0", "MultilabelMarginLossBackward0"}
 _MEANS = {"MeanBackward0", "MeanBackward1"}
+_OF_ONE = {
+    "AbsBackward0", "CatBackward0", "DotBackward0", "ExpBackward0", "LinalgVectorNormBackward0", "LogBackward0",
+    "MeanBackward0", "MeanBackward1", "MmBackward0", "NormBackward0", "NormBackward1", "PowBackward0",
+    "SigmoidBackward0", "SoftplusBackward0", "SqrtBackward0", "StackBackward0", "SumBackward0", "SumBackward1",
+    "TBackward0", "TransposeBackward0",
+}  # fmt: skip
+"""What turns parameters into another value that is the same for every slice."""
 _MEAN, _SUM = 1, 2  # torch's own numbers for `reduction`
 _COUNTS_EXACTLY = (torch.float32, torch.float64)
+_AGREES = 1e-6  # between two ways to add up the weights of classes
 
 
-class _Mean(NamedTuple):
-    """A term of a loss: the mean's divisor, and of how many elements those that it leaves out are some."""
+class Mean(NamedTuple):
+    """How a loss averages with those of other slices.
+
+    Args:
+        over: Its weight: a number or a scalar tensor.
+        form: What has to be the same in every slice: factors, and elements a sample; empty for a mean and nothing else.
+    """
+
+    over: Any
+    form: tuple[float, ...]
+
+
+class _Term(NamedTuple):
+    """A term of a loss: the mean's divisor, of how many elements those that it leaves out are some, and its factor."""
 
     over: Any
     elements: int
+    factor: float
 
 
 class _Unknown(Exception):
     """Something that is no mean, or of what cannot be seen."""
 
 
-def mean_over(loss: torch.Tensor, samples: int) -> Any:
-    """The weight with which `loss` averages exactly with those of other slices. Local.
+def mean_over(loss: torch.Tensor, samples: int, constants: Callable[[], Iterable[torch.Tensor]] = tuple) -> Mean | None:
+    """How `loss` averages exactly with those of other slices. Local.
 
     Args:
-        loss: A scalar; its graph is there, with gradients enabled or `recorded`.
+        loss: A scalar; its graph is there, with gradients enabled or from an `Outline`.
         samples: In the slice.
+        constants: Tensors that depend on no batch; parameters need not be among them.
 
     Returns:
-        A number or a scalar tensor; None where the graph does not say. Of several terms, all are means over the same,
-        or each over all elements of every sample: then it is `samples`.
+        None where the graph does not say. Of several terms, all are means over the same, or each over all elements of
+        every sample: then the weight is `samples`. What depends on parameters alone averages with anything.
     """
-    terms: list[_Mean] = []
-    sums: list[torch.Tensor | float] = []
+    found = _Terms(constants)
     try:
-        _walk(loss.grad_fn, terms, sums)
-        for divisor in sums:  # by what nobody can say, unless it is the number of samples or that of another term
-            value = float(divisor)
-            if value == samples:
-                terms.append(_Mean(samples, samples))
-            elif not any(value == float(term.over) for term in terms):
-                return None
-    except (_Unknown, AttributeError):  # nodes are named and kept as this torch does it
+        found.walk(loss.grad_fn, 1.0)
+        terms = found.resolved(samples)
+    except (_Unknown, AttributeError, ZeroDivisionError):  # nodes are named and kept as this torch does it
         return None
-    if not terms:
+    factors = tuple(term.factor for term in terms)
+    if len(terms) >= samples > 2 and len(terms) % samples == 0 and len({*factors}) == 1:  # a loop over samples
         return None
-    if len(terms) == 1:
-        return terms[0].over
-    numbers = {(float(term.over), term.elements) for term in terms}
-    if len(numbers) == 1:
-        return terms[0].over
-    every = all(over == elements and elements % max(1, samples) == 0 for over, elements in numbers)
-    return samples if every else None
+    if len(terms) == 1 or len({(float(term.over), term.elements) for term in terms}) == 1:
+        return Mean(terms[0].over, factors if any(factor != 1 for factor in factors) else ())
+    each = tuple(term.elements / max(1, samples) for term in terms)
+    every = all(float(t.over) == t.elements for t in terms) and all(e.is_integer() for e in each)
+    return Mean(samples, factors + each) if every else None
 
 
-def _walk(node: Any, terms: list[_Mean], sums: list[torch.Tensor | float]) -> None:
-    """Follow what adds up and scales down to the means."""
-    name = "" if node is None else node.name()
-    following = [] if node is None else [inner for inner, _ in node.next_functions if inner is not None]
-    if name in _CLASSES and node._saved_reduction == _MEAN:
-        terms.append(_Mean(_divisor(node), node._saved_target.numel()))
-    elif name in _ELEMENTS and node._saved_reduction == _MEAN:
-        terms.append(_Mean(node._saved_self.numel(), node._saved_self.numel()))
-    elif name in _MEANS and not _of_scalars(node):
-        terms.append(_Mean(node._saved_self_sym_numel, node._saved_self_sym_numel))
-    elif name in _AS_IT_IS or name in _SUMS:
-        for inner in following:
-            _walk(inner, terms, sums)
-    elif name in _SCALES and len(following) == 1:  # by what has no gradient
-        summed = _summed(following[0])
-        if summed is None:
-            _walk(following[0], terms, sums)
-        elif not name.startswith("Div"):
-            raise _Unknown
-        elif summed.name() in _CLASSES and float(node._saved_other) == float(_divisor(summed)):
-            terms.append(_Mean(_divisor(summed), summed._saved_target.numel()))
+class _Terms:
+    """Follows what adds up and scales down to the means."""
+
+    def __init__(self, constants: Callable[[], Iterable[torch.Tensor]]) -> None:
+        self._constants = constants
+        self._terms: list[_Term] = []
+        self._sums: list[tuple[Any, int, float]] = []  # divisors, by what nobody can say, elements and factors
+        self._whole: list[float] = []  # factors that may be counts
+
+    def walk(self, node: Any, factor: float) -> None:
+        name = "" if node is None else node.name()
+        if name in _CLASSES and node._saved_reduction == _MEAN:
+            self._terms.append(_Term(_divisor(node), node._saved_target.numel(), factor))
+        elif name in _ELEMENTS and node._saved_reduction == _MEAN:
+            self._every(node._saved_self.numel(), factor)
+        elif name in _ROWS and node._saved_reduction == _MEAN:
+            self._every(len(node._saved_self) if node._saved_self.ndim > 1 else 1, factor)
+        elif is_constant(node):
+            pass
+        elif name in _MEANS and not _of_scalars(node):
+            self._check_inside(node)
+            self._every(node._saved_self_sym_numel, factor)
+        elif name in _AS_IT_IS or name in _SUMS:
+            for inner, _ in node.next_functions:
+                if inner is not None:
+                    self.walk(inner, factor)
+        elif name in _SCALES:
+            self._scale(node, name.startswith("Div"), factor)
         else:
-            sums.append(node._saved_other)
-    else:
+            raise _Unknown
+
+    def _every(self, elements: int, factor: float) -> None:
+        self._terms.append(_Term(elements, elements, factor))
+
+    def _scale(self, node: Any, divides: bool, factor: float) -> None:
+        inner, other = _scaled(node, divides)
+        summed = _summed(inner)
+        if summed is None:
+            number = self._number(other)
+            if float(number).is_integer():
+                self._whole.append(number)
+            self.walk(inner, factor / number if divides else factor * number)
+        elif not divides:
+            raise _Unknown
+        elif summed.name() in _CLASSES and float(other) == float(_divisor(summed)):
+            self._terms.append(_Term(_divisor(summed), summed._saved_target.numel(), factor))
+        else:
+            over = other.detach() if isinstance(other, torch.Tensor) else other
+            self._sums.append((over, _elements(summed), factor))
+
+    def _number(self, other: Any) -> Any:
+        """The value of a factor that depends on no batch; 1 where it is a tensor, which is not waited for."""
+        if not isinstance(other, torch.Tensor):
+            return other
+        if is_number(other):
+            return other.item()
+        if other.grad_fn is None and not any(other is constant for constant in self._constants()):
+            raise _Unknown
+        if other.grad_fn is not None and not is_constant(other.grad_fn):
+            raise _Unknown
+        return 1.0
+
+    def _check_inside(self, node: Any) -> None:
+        """That no single number of the batch scales what a mean is taken of."""
+        inner = node.next_functions[0][0]
+        while inner is not None and (inner.name() in _AS_IT_IS or inner.name() in _SCALES):
+            if inner.name() in _AS_IT_IS:
+                inner = inner.next_functions[0][0]
+                continue
+            live = [edge for edge, _ in inner.next_functions if edge is not None]
+            if len(live) > 1:
+                return
+            inner, other = _scaled(inner, inner.name().startswith("Div"))
+            if isinstance(other, torch.Tensor) and other.ndim == 0:
+                self._number(other)
+
+    def resolved(self, samples: int) -> list[_Term]:
+        """The terms, with the sums whose divisor is the number of samples, or that of another term."""
+        terms = list(self._terms)
+        for divisor, elements, factor in self._sums:
+            value = float(divisor)
+            same = [term for term in self._terms if math.isclose(value, float(term.over), rel_tol=_AGREES)]
+            if not same and value not in (samples, elements):
+                raise _Unknown
+            every = samples if value == samples else elements
+            terms.append(same[0]._replace(factor=factor) if same else _Term(every, every, factor))
+        counts = {samples, *(term.elements for term in terms), *(float(t.over) for t in terms if self._whole)} - {1}
+        if not counts.isdisjoint(self._whole):  # a sum once more
+            raise _Unknown
+        return terms or [_Term(samples, samples, 1.0)]
+
+
+def _scaled(node: Any, divides: bool) -> tuple[Any, Any]:
+    """What a node scales, and by what."""
+    edges = [edge for edge, _ in node.next_functions]
+    if len(edges) == 1 or edges[1] is None:
+        return edges[0], node._saved_other
+    if edges[0] is not None and (divides or is_constant(edges[1])):
+        return edges[0], node._saved_other
+    if divides:
         raise _Unknown
+    return edges[1], node._saved_self
+
+
+def is_constant(node: Any) -> bool:
+    """Whether something is made of parameters alone."""
+    if node is None:
+        return False
+    name = node.name()
+    if name.endswith("AccumulateGrad"):
+        return isinstance(node.variable, nn.Parameter)
+    edges = [edge for edge, _ in node.next_functions]
+    if name in _SCALES and len(edges) == 2 and None in edges:
+        other = node._saved_other if edges[1] is None else node._saved_self
+        if isinstance(other, torch.Tensor) and not is_number(other):
+            return False
+        edges.remove(None)
+    known = name in _OF_ONE or name in _AS_IT_IS or name in _SUMS or name in _SCALES
+    return known and all(is_constant(edge) for edge in edges)
+
+
+def is_number(tensor: torch.Tensor) -> bool:
+    """Whether it was a number of Python's, which decides about no dtype."""
+    least = {torch.float64: torch.float16, torch.int64: torch.uint8}.get(tensor.dtype)
+    return least is not None and tensor.ndim == 0 and torch.result_type(torch.zeros((), dtype=least), tensor) is least
 
 
 def _summed(node: Any) -> Any:
@@ -109,9 +227,18 @@ def _summed(node: Any) -> Any:
         node = node.next_functions[0][0]
         if node is None:
             raise _Unknown
+    if is_constant(node):
+        return None
     if node.name().startswith("SumBackward") or getattr(node, "_saved_reduction", None) == _SUM:
         return node
     return None
+
+
+def _elements(summed: Any) -> int:
+    """Of how many elements something is the sum; 0 where it is not one of single elements."""
+    if hasattr(summed, "_saved_self_sym_sizes"):
+        return math.prod(summed._saved_self_sym_sizes) if summed.name() == "SumBackward0" else 0
+    return int(summed._saved_self.numel()) if summed.name() in _ELEMENTS else 0
 
 
 def _of_scalars(node: Any) -> bool:
@@ -129,19 +256,3 @@ def _divisor(node: Any) -> Any:
         return node._saved_total_weight
     ignored = node._saved_ignore_index  # half precision cannot count beyond 256 or 2048
     return (node._saved_target != (ignored - 2**64 if ignored >= 2**63 else ignored)).sum()
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[None]:
-    """Where no gradients are wanted, let the graph of a loss be there without the memory that backward would need."""
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_outline, _same):
-        yield
-
-
-def _outline(tensor: torch.Tensor) -> torch.Tensor:
-    small = tensor.numel() <= 1 or tensor.dtype is torch.int64  # divisors and labels
-    return tensor.detach() if small else torch.empty_like(tensor, device="meta")
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nbdist.errors import TaskError, suggest
 
-__all__ = ["LOSSES", "ClassLoss", "Loss", "find_loss", "loss_name"]
+__all__ = ["LOSSES", "ClassLoss", "Loss", "find_loss", "is_torch_own", "loss_name"]
 
 Loss = Callable[[Any, Any], Any]
 """``loss(output, target)``: a mean, or ``(mean, weight)`` with the number (or sum of weights) that it is over."""
@@ -46,9 +46,11 @@ def find_loss(loss: Any) -> Loss:
         raise TaskError(f"loss {loss.__name__} is a class, not a loss: write {loss.__name__}().")
     if not callable(loss):
         raise TaskError(f"loss must be a name or a callable, not {loss!r}.")
-    if getattr(loss, "reduction", "mean") not in ("mean", "batchmean"):
-        raise TaskError(f"loss {loss_name(loss)} has reduction={loss.reduction!r}: use reduction='mean'.")
-    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+    bound = loss.keywords if isinstance(loss, functools.partial) else {}
+    reduction = bound.get("reduction", getattr(loss, "reduction", "mean"))
+    if reduction not in ("mean", "batchmean"):
+        raise TaskError(f"loss {loss_name(loss)} has reduction={reduction!r}: use reduction='mean'.")
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and is_torch_own(loss):
         return ClassLoss(loss, loss.ignore_index, loss.weight)
     if loss in (F.cross_entropy, F.nll_loss):
         return ClassLoss(loss, inspect.signature(loss).parameters["ignore_index"].default, None)
@@ -56,10 +58,20 @@ def find_loss(loss: Any) -> Loss:
     return made
 
 
+def is_torch_own(loss: Any) -> bool:
+    """Whether a loss is computed by torch's own code, in which is known what its mean is over."""
+    kind = type(loss)
+    if isinstance(loss, nn.modules.loss._Loss):
+        return kind.forward.__module__ == nn.modules.loss.__name__ and kind.__call__ is nn.Module.__call__
+    return any(loss is known for known in LOSSES.values())
+
+
 def loss_name(loss: Any) -> str:
     """What to call a loss in the plan and the panel."""
     if isinstance(loss, str):
         return loss
+    if isinstance(loss, functools.partial):
+        return loss_name(loss.func)
     return getattr(loss, "__name__", None) or type(loss).__name__
 
 

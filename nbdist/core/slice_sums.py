@@ -32,6 +32,9 @@ class SliceSums:
         buffers: Of the same model.
         channel: The ranks that share a batch.
         slices: Into how many a batch is cut.
+
+    Attributes:
+        units: How many a slice's gradient was given for each of its weight, see `Strategy.units`.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class SliceSums:
         self._measured: list[tuple[int, Any, Any]] = []
         self._moved = [0] * len(buffers)
         self._before: list[tuple[int, torch.Tensor]] = []  # buffers' versions and values
+        self.units = 1.0
 
     @property
     def told(self) -> int:
@@ -129,7 +133,7 @@ class SliceSums:
         counts = moved.tolist()
         if any(counts):
             self._move_buffers(counts)
-        return Totals(torch.cat([torch.stack([weight, loss, weight]), signals])), used.tolist()
+        return Totals(torch.cat([torch.stack([weight * self.units, loss, weight]), signals])), used.tolist()
 
     @torch.no_grad()
     def _move_buffers(self, counts: list[float]) -> None:

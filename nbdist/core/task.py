@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from nbdist.core.data import Slice
-from nbdist.core.loss_weight import mean_over, recorded
-from nbdist.core.losses import LOSSES, ClassLoss, Loss, find_loss, loss_name
+from nbdist.core.loss_forms import LossForms
+from nbdist.core.loss_weight import mean_over
+from nbdist.core.losses import ClassLoss, Loss, find_loss, is_torch_own, loss_name
 from nbdist.core.metrics import Metric, find_metric
 from nbdist.core.optimizers import make_optimizer, optimizer_name
+from nbdist.core.outline import Outline
 from nbdist.core.schedulers import Scheduler, check_scheduler
 from nbdist.core.source import Source
 from nbdist.errors import PlanError, TaskError
@@ -24,11 +27,20 @@ __all__ = ["ModelLossStep", "Step", "SupervisedStep", "Task"]
 Step = Callable[[nn.Module, Any], Any]
 """``step(model, batch)``: one training step's loss, a mean over samples, or ``(loss, weight)`` with what it is over."""
 
+_Context = contextlib.AbstractContextManager[Any]
+
 NO_LOSS = "no loss: name one (--loss mse, or loss='mse'), or write the step (a %%dist_train cell's body, or step=...)."
 UNKNOWN_MEAN = (
-    "the loss that {model} computes is no mean of which can be seen what it is over (a sum, or several means over "
-    "different numbers), so slices could not be averaged exactly: write the step (a %%dist_train cell's body, or "
-    "step=...) and assign loss and weight, the number that the mean is over."
+    "{loss} is no mean of which can be seen what it is over (a sum, a ratio, or several means over different numbers), "
+    "so slices could not be averaged exactly: {cure}."
+)
+_OF_MODEL = (
+    "write the step (a %%dist_train cell's body, or step=...) and assign loss and weight, the number that the mean is "
+    "over, as in `weight = (labels != -100).sum()`"
+)
+_OF_CALLABLE = (
+    "return with it the number that the mean is over, as in `return loss, (target != -100).sum()`, or `return loss, "
+    "len(target)` for samples; of a sum, return the mean"
 )
 
 
@@ -46,6 +58,7 @@ class Task:
         own_optimizer: Whether the user made the optimizer, and so gets its state back.
         scheduler: Makes a torch scheduler from the optimizer, or None.
         options: The Plan options that follow from what was supplied: names, batch size, shuffle.
+        forms: What the losses of a step have in common, where nobody says what they are means over.
     """
 
     model: nn.Module
@@ -57,6 +70,7 @@ class Task:
     own_optimizer: bool
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
     options: dict[str, Any]
+    forms: LossForms = field(default_factory=LossForms)
 
     @classmethod
     def create(
@@ -138,15 +152,16 @@ class Task:
         return Scheduler(self.scheduler, optimizer)
 
     @property
-    def _own_mean(self) -> bool:
+    def own_mean(self) -> bool:
         """Whether the loss is computed where nobody sees what it is a mean over: by the model, or by a callable."""
         if isinstance(self.step, SupervisedStep):
             return self.step.own_mean
         return isinstance(self.step, ModelLossStep)
 
-    def measuring(self) -> contextlib.AbstractContextManager[Any]:
-        """Around `loss_and_weight` where no gradients are wanted. Local."""
-        return recorded() if self._own_mean else torch.no_grad()
+    @property
+    def weighs_samples(self) -> bool:
+        """Whether a slice weighs as much as it has samples, whatever the batch."""
+        return isinstance(self.step, SupervisedStep) and not (self.own_mean or isinstance(self.step.loss, ClassLoss))
 
     def loss_and_weight(self, batch: Any, part: Slice) -> tuple[torch.Tensor, Any]:
         """Run the step on one slice.
@@ -161,23 +176,49 @@ class Task:
         Raises:
             TaskError: The step gave something else.
         """
+        outline = Outline() if self.own_mean and not torch.is_grad_enabled() else None
         if isinstance(self.step, SupervisedStep):
-            given = self.step(self.model, batch, part)
+            given = self.step(self.model, batch, part, outline)
+        elif isinstance(self.step, ModelLossStep):
+            given = self.step(self.model, batch, outline)
         else:
             given = self.step(self.model, batch)
         loss, weight = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(type(loss))
             raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {what}.")
-        if weight is None and self._own_mean:
-            weight = mean_over(loss, part.samples)
-            if weight is None and isinstance(self.step, ModelLossStep) and part.samples:
-                raise TaskError(UNKNOWN_MEAN.format(model=type(self.model).__name__))
+        if weight is None and self.own_mean:
+            mean = mean_over(loss if outline is None else outline.of(loss), part.samples, self._constants)
+            if mean is not None:
+                weight = mean.over
+            if part.of > 1 and part.samples:  # a batch that is not cut is the mean of nothing else
+                if mean is None:
+                    raise TaskError(self._unknown_mean)
+                self.forms.add(mean.form)
         if weight is None:
             weight = part.samples
         elif isinstance(weight, torch.Tensor):  # read it where that costs nothing, else do not wait for it
             weight = weight.item() if weight.device.type == "cpu" else weight.double()
         return loss.reshape(()), weight
+
+    def _constants(self) -> Iterator[torch.Tensor]:
+        """What depends on no batch: the model's tensors, and those that a callable has in itself."""
+        loss = getattr(self.step, "loss", None)
+        for module in (self.model, *([loss] if isinstance(loss, nn.Module) else [])):
+            yield from module.parameters()
+            yield from module.buffers()
+        seen = inspect.getclosurevars(loss) if inspect.isfunction(loss) else None
+        values = [
+            *getattr(loss, "__dict__", {}).values(),
+            *({**seen.globals, **seen.nonlocals}.values() if seen else ()),
+        ]
+        yield from (value for value in values if isinstance(value, torch.Tensor))
+
+    @property
+    def _unknown_mean(self) -> str:
+        if isinstance(self.step, SupervisedStep):
+            return UNKNOWN_MEAN.format(loss=f"loss {loss_name(self.step.loss)}", cure=_OF_CALLABLE)
+        return UNKNOWN_MEAN.format(loss=f"the loss that {type(self.model).__name__} computes", cure=_OF_MODEL)
 
 
 class SupervisedStep:
@@ -185,19 +226,21 @@ class SupervisedStep:
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
-        of_torch = isinstance(loss, nn.modules.loss._Loss) or loss in LOSSES.values()
-        self.own_mean = not (isinstance(loss, ClassLoss) or of_torch)
+        self.own_mean = not (isinstance(loss, ClassLoss) or is_torch_own(loss))
 
-    def __call__(self, model: nn.Module, batch: Any, part: Slice | None = None) -> Any:
+    def __call__(self, model: nn.Module, batch: Any, part: Slice | None = None, around: _Context | None = None) -> Any:
         """Return ``loss(model(*inputs), target)``, with its weight where that is known.
 
         Args:
             model: The model.
             batch: Inputs and target, on the device.
             part: The slice that the batch is of, whose target can be counted without waiting for a GPU.
+            around: The loss.
         """
         *inputs, target = batch
-        mean = self.loss(model(*inputs), target)
+        output = model(*inputs)
+        with around or contextlib.nullcontext():
+            mean = self.loss(output, target)
         if not isinstance(self.loss, ClassLoss):
             return mean
         if part is not None:
@@ -208,9 +251,10 @@ class SupervisedStep:
 class ModelLossStep:
     """The step of a model that takes a batch as keywords and computes its loss itself, as those of transformers do."""
 
-    def __call__(self, model: nn.Module, batch: Any) -> Any:
+    def __call__(self, model: nn.Module, batch: Any, around: _Context | None = None) -> Any:
         """Return the loss in ``model(**batch)``: an attribute or key ``loss``."""
-        output = model(**batch)
+        with around or contextlib.nullcontext():
+            output = model(**batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is None:
             raise TaskError(

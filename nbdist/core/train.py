@@ -20,6 +20,7 @@ from nbdist.core.gather import leave_in_parts
 from nbdist.core.gradient_hooks import GradientHooks, check_hooks
 from nbdist.core.gradient_sync import Totals
 from nbdist.core.keeper import Keeper
+from nbdist.core.loss_forms import check_one_form
 from nbdist.core.orders import Orders
 from nbdist.core.position import Position
 from nbdist.core.reporter import Reporter, rate_of
@@ -165,20 +166,11 @@ def fit(
             return steering.stopped and not _complete(plan, at.step, steps_total)
 
         started = RunStarted(
-            rank=world.rank,
-            run_id=run_id,
-            title=task.title,
-            plan=plan.to_dict(),
-            steps_total=steps_total,
-            host=host_name(),
-            pid=os.getpid(),
-            device=str(device),
-            stages=strategy.infos,
-            place={axis: plan.mesh.coordinate(world.rank, axis) for axis in AXES},
-            lr=rate_of(optimizer),
-            step=at.step,
+            rank=world.rank, run_id=run_id, title=task.title, plan=plan.to_dict(), steps_total=steps_total,
+            host=host_name(), pid=os.getpid(), device=str(device), stages=strategy.infos,
+            place={axis: plan.mesh.coordinate(world.rank, axis) for axis in AXES}, lr=rate_of(optimizer), step=at.step,
             history=at.history,
-        )
+        )  # fmt: skip
         tell(started)
         reporter = Reporter(world, at, optimizer, tell)
         latest: Totals | None = None
@@ -193,26 +185,30 @@ def fit(
                 trained = stopped or at.step == plan.steps  # only the end of the run is left to do
                 for slices in () if trained else _awaited(reader.epoch(at.epoch, skip=at.batch)):
                     strategy.begin_step()
+                    task.forms.begin()
                     step_weight, losses = strategy.forward_backward(at.step, slices or [])
                     if plan.stop_on_nan:
                         _check_finite(losses, at)
 
                     said = keeper.signals(at)._replace(orders=steering.asked(at), exhausted=slices is None)
+                    said = task.forms.signals(said, at.step)
                     loss = _mean(losses, device)
                     totals = strategy.sync(step_weight, said, loss.parts)
                     if slices is None and totals.signals.exhausted == axes.data.size:
                         break
+                    if latest is None or not strategy.lag:  # later a GPU is not waited for
+                        check_one_form(totals.signals)
                     keeper.leave_boundary()
                     # A rank that had data knows that there was some, without waiting for its GPU.
                     if (not isinstance(step_weight, torch.Tensor) and step_weight > 0) or totals.weight:
-                        hooks.run(strategy.table, axes)
-                        updated = strategy.update(optimizer)
+                        updated = strategy.update(optimizer, hooks)
                         if updated and scheduler.every_step:
                             scheduler.step()
                     at.advance(sum(part.samples for part in slices or ()), strategy.counted(losses, totals))
 
                     heard, latest = latest if strategy.lag else totals, totals
                     signals = None if heard is None else heard.signals
+                    check_one_form(signals)
                     steering.obey(at, signals)
                     keeper.reach_boundary(at, signals)
                     if heard is not None:
@@ -227,6 +223,7 @@ def fit(
                     if stopped or at.step == plan.steps:
                         break
 
+                check_one_form(None if latest is None else latest.signals)
                 if at.batch == 0 and not stopped:
                     raise PlanError(f"the data gave no batch in epoch {at.epoch}: can it be read only once?")
                 ended = stopped or at.step == plan.steps or at.epoch == plan.epochs

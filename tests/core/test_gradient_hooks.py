@@ -124,9 +124,9 @@ def test_a_hook_after_the_accumulation_on_each_channel(run_on_each_channel, regi
         torch.testing.assert_close(found, plain(register), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"clip_norm": 0.05}, {"reproducible": 4}])
+@pytest.mark.parametrize("options", [{"clip_norm": 0.05}, {"reproducible": 4}, {"precision": "fp16"}])
 def test_hooks_go_with_every_way_to_sum(run_ranks, options):
-    """Before clipping, as backward comes before it; and where bits depend on no number of ranks."""
+    """Before clipping, as backward comes before it; where bits depend on no number of ranks; and after unscaling."""
     for found in run_ranks(2, functools.partial(trained, strategy="dp=2", **options), clamp):
         torch.testing.assert_close(found, plain(clamp, options.get("clip_norm")), rtol=0, atol=1e-12)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from problems import CLASSES, FEATURES, SGD, classes, mlp, train, weights
@@ -133,6 +135,7 @@ def test_probabilities_of_classes_count_samples():
         (3, "loss must be a name or a callable, not 3"),
         (nn.MSELoss, r"loss MSELoss is a class, not a loss: write MSELoss\(\)"),
         (nn.MSELoss(reduction="sum"), "loss MSELoss has reduction='sum': use reduction='mean'"),
+        (functools.partial(F.mse_loss, reduction="sum"), "loss mse_loss has reduction='sum': use reduction='mean'"),
     ],
 )
 def test_what_is_no_loss_is_refused(loss, message):

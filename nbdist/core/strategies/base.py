@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from nbdist.core import seeds
 from nbdist.core.axes import Axes
 from nbdist.core.data import Slice, to_device
 from nbdist.core.eager import eager
+from nbdist.core.gradient_hooks import GradientHooks
 from nbdist.core.gradient_sync import Signals, Totals
 from nbdist.core.params import ParamTable, buffers_kept
 from nbdist.core.precision import Precision
@@ -27,7 +29,8 @@ __all__ = ["Computed", "Strategy", "present"]
 
 T = TypeVar("T")
 Computed = tuple[Any, list[tuple[torch.Tensor, Any]]]
-"""Sum of the slices' weights, and each slice's loss with its weight; nothing on ranks that do not see the loss."""
+"""Sum of the slices' weights, in `Strategy.units`, and each slice's loss with its weight; nothing on ranks that do not
+see the loss."""
 
 
 class Strategy(ABC):
@@ -67,6 +70,8 @@ class Strategy(ABC):
         if plan.reproducible:
             trainable, buffers = list(self.table.trainable.values()), list(self.table.buffers.values())
             self.sums = SliceSums(trainable, buffers, axes.data, plan.slices)
+        self._samples_a_weight = 1.0
+        self._agreed = task.weighs_samples
 
     @abstractmethod
     def begin_step(self) -> None:
@@ -80,15 +85,44 @@ class Strategy(ABC):
             loss, weight = self.compute(part, ("slice", step), self.task.loss_and_weight)
             # A mean over nothing (all targets ignored) is not a number: it has no gradient to give.
             counts = part.samples > 0 and bool(weight != 0)
+            units = self.units(weight if counts else 0, part, first=position == 0)
             if counts or self.batch_norms is not None:
                 self.silence(counts)
-                self.backward(loss, weight if counts else 1, last=position == len(slices) - 1)
+                self.backward(loss, units if counts else 1, last=position == len(slices) - 1)
             if counts:
-                total = total + weight
+                total = total + units
                 losses.append((loss.detach(), weight))
             if self.sums is not None:
                 self.sums.take(part.index, losses[-1] if counts else None)
+        if not slices:
+            self.units(0, None)
         return total, losses
+
+    def units(self, weight: Any, part: Slice | None, *, first: bool = True) -> Any:
+        """A slice's weight in units of which a full batch has about as many as samples. Local but for the first slice.
+
+        What is not linear in an activation's gradient then sees the share of the slice in the whole: all of it where a
+        batch is one slice. Otherwise the unit is a power of two, which changes no bit of what is linear. It is agreed
+        upon once a run, with the first slice of each rank: **Collective** over the data axis then.
+
+        Args:
+            weight: Zero where the slice does not count.
+            part: The slice; None where a rank that takes part has none.
+            first: Whether it is the first of the step.
+        """
+        if self.plan.slices == 1 and self.sums is None:
+            return self.plan.batch_size if isinstance(weight, torch.Tensor) or weight else 0
+        if first and not self._agreed:
+            pair = torch.tensor([float(weight), 0 if part is None else part.samples], dtype=torch.float64)
+            pair = pair.to(self.device)
+            self.axes.data.all_reduce_(pair)
+            total, samples = pair.tolist()
+            self._agreed = total > 0
+            if self._agreed:
+                self._samples_a_weight = 2.0 ** round(math.log2(samples / total))
+            if self.sums is not None:
+                self.sums.units = self._samples_a_weight
+        return weight if self._samples_a_weight == 1 else weight * self._samples_a_weight
 
     def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T:
         """Call ``function(batch, part)`` on a slice, under its own random numbers and the plan's precision."""
@@ -115,11 +149,11 @@ class Strategy(ABC):
             self.batch_norms.silence()
 
     def backward(self, loss: torch.Tensor, weight: Any, *, last: bool) -> None:
-        """Add a slice's gradients, times its weight. Local; `last` says that no other slice follows in this step."""
+        """Add a slice's gradients, times its weight in `units`. Local; `last`: no other slice follows in this step."""
         self.scaled(loss, weight).backward()
 
     def scaled(self, loss: torch.Tensor, weight: Any) -> torch.Tensor:
-        """The share of a slice's loss in that of a full batch; for fp16 times the scale."""
+        """The share of a slice's loss in that of a full batch, by its weight in `units`; for fp16 times the scale."""
         # In float64, for a count divided by a number would be rounded to float32.
         share = (weight.double() if isinstance(weight, torch.Tensor) else weight) / self.plan.batch_size
         share = share * self.precision.scale
@@ -134,10 +168,14 @@ class Strategy(ABC):
         """The losses, with their weights, that a step adds to this rank's part of the history. Local."""
         if self.sums is None:
             return losses
-        return [(totals.loss, totals.weight)] if self.axes.data.rank == 0 and totals.weight else []
+        return [(totals.loss, totals.loss_weight)] if self.axes.data.rank == 0 and totals.weight else []
 
-    def update(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Clip the gradients and update the parameters. **Collective** over a replica.
+    def update(self, optimizer: torch.optim.Optimizer, hooks: GradientHooks) -> bool:
+        """Let hooks have the gradients, clip them and update the parameters. **Collective** over a replica.
+
+        Args:
+            optimizer: Whose step it is.
+            hooks: The person's; in fp16 they see what is unscaled, and nothing of an overflow.
 
         Returns:
             Whether it did: not after an overflow in fp16.
@@ -149,6 +187,7 @@ class Strategy(ABC):
             self.precision.adapt(finite)
             if not finite:
                 return False
+        hooks.run(self.table, self.axes)
         if self.plan.clip_norm is not None:
             self.clip_(self.plan.clip_norm)
         with eager():

@@ -209,7 +209,8 @@ class Composed(Strategy):
             self._cleanup.callback(link.close)
         return Pipeline(
             self.task, self.plan, split, here, before, after, self.device, self.precision, scaled=self.scaled,
-            shards=self._shards, batch_norms=self.batch_norms, rehearsed=self._rehearsed, guarded=self._reach.guarded,
+            units=self.units, shards=self._shards, batch_norms=self.batch_norms, rehearsed=self._rehearsed,
+            guarded=self._reach.guarded,
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -250,16 +251,19 @@ class Composed(Strategy):
         """As `Strategy.forward_backward`; what counts for nothing is computed too, for others wait for it."""
         total: Any = 0
         losses: list[tuple[torch.Tensor, Any]] = []
-        for part in slices:
+        for position, part in enumerate(slices):
             loss, weight = self.compute(part, ("slice", step), self.task.loss_and_weight)
             counts = bool(part.samples) and (isinstance(weight, torch.Tensor) or weight != 0)
+            units = self.units(weight if counts else 0, part, first=position == 0)
             self.silence(counts)
             shards.silent = not counts and self.batch_norms is None
-            self.backward(loss, weight if counts else 1, last=False)
+            self.backward(loss, units if counts else 1, last=False)
             shards.finish_backward()
             if counts:
-                total = total + weight
+                total = total + units
                 losses.append((loss.detach(), weight))
+        if not slices:
+            self.units(0, None)
         return total, losses
 
     def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T | None:

@@ -57,6 +57,7 @@ class Pipeline:
         device: Where it computes.
         precision: What forward computes in.
         scaled: Turns a loss and its weight into what backward starts from.
+        units: See `Strategy`.
         shards: What deals this rank's parameters out, no block over two ranks' stages; None where nothing does.
         batch_norms: What lets BatchNorm see the slices of all replicas; None where nothing does.
         rehearsed: Around the recording of a stage, in which other ranks take no part.
@@ -75,13 +76,15 @@ class Pipeline:
         precision: Precision,
         *,
         scaled: Callable[[torch.Tensor, Any], torch.Tensor],
+        units: Callable[..., Any],
         shards: Shards | None = None,
         batch_norms: BatchNorms | None = None,
         rehearsed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         guarded: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self._task, self._plan, self._split = task, plan, split
-        self._device, self._precision, self._scaled, self._shards = device, precision, scaled, shards
+        self._device, self._precision, self._shards = device, precision, shards
+        self._scaled, self._units = scaled, units
         self._batch_norms, self._rehearsed, self._guarded = batch_norms, rehearsed, guarded
         self._stages = range(rank, plan.stages, plan.mesh.pp)
         self._parameters = {
@@ -118,12 +121,15 @@ class Pipeline:
                 if result is not None:
                     loss, weight = result
                     counts = bool(part.samples) and weight != 0
-                    self._close_loss(action, loss, weight if counts else 0)
+                    units = self._units(weight if counts else 0, part, first=action.microbatch == 0)
+                    self._close_loss(action, loss, units if counts else 0)
                     if counts:
-                        total = total + weight
+                        total = total + units
                         losses.append((loss.detach(), weight))
             else:
                 self._backward(action)
+        if not slices and self._last in self._stages:
+            self._units(0, None)
         return total, losses
 
     def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T | None:
@@ -214,7 +220,8 @@ class Pipeline:
             if passage.silent:
                 passage.weigh = _nothing
             else:
-                passage.weigh = backward_input(total, passage.inputs, self._parameters[action.stage])
+                # Of a copy: torch lets go of the graph in place, as nobody can of a view.
+                passage.weigh = backward_input(total.clone(), passage.inputs, self._parameters[action.stage])
         elif self._shards is not None:  # all of its ranks compute, whether it counts or not
             self._shards.silent = passage.silent
             for block in self._blocks[action.stage]:

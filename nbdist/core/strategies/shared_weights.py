@@ -11,6 +11,7 @@ import torch
 from nbdist.core.axes import Axes
 from nbdist.core.channels import SharedMemoryChannel
 from nbdist.core.data_watch import DataWatch, put_data, unwatched
+from nbdist.core.gradient_hooks import GradientHooks
 from nbdist.core.gradient_sync import COUNTS, Signals, Totals, tail_dtype
 from nbdist.core.params import copy_or_zero_, laid_out_like
 from nbdist.core.strategies.base import Strategy
@@ -156,9 +157,9 @@ class SharedWeights(Strategy):
         ]
         return self._order.total(terms, _plus)
 
-    def update(self, optimizer: torch.optim.Optimizer) -> bool:
+    def update(self, optimizer: torch.optim.Optimizer, hooks: GradientHooks) -> bool:
         """See `Strategy`."""
-        self._updated = super().update(optimizer)
+        self._updated = super().update(optimizer, hooks)
         for i in self._owned:
             if i in self._own:
                 self._homes[i].copy_(unwatched(self._parameters[i]))
