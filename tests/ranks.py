@@ -34,6 +34,7 @@ class RankPool:
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["pytest", "nbdist.core", "torch._dynamo"])
+        self._store, self._generation = host_store(), 0
         self(1, _nothing)  # the fork server starts here, once and for all
 
     def __call__(
@@ -48,14 +49,15 @@ class RankPool:
         Raises:
             Exception: What a rank raised: the first one that is no echo of another's loss.
         """
-        store = host_store()
+        self._generation += 1
+        where = self._store.address, self._generation
         job = pickle.dumps((function, args))  # plain pickle: torch's own would go through /dev/shm
         readers, processes = [], []
         try:
             for rank in range(size):
                 reader, writer = self._context.Pipe(duplex=False)
                 process = self._context.Process(
-                    target=_rank_main, args=(rank, size, store.address, writer, job, channel, device)
+                    target=_rank_main, args=(rank, size, *where, writer, job, channel, device)
                 )
                 process.start()
                 writer.close()
@@ -75,7 +77,6 @@ class RankPool:
                 process.close()
             for reader in readers:
                 reader.close()
-            del store  # the traceback of an error would keep it, and its port, alive
 
 
 def _nothing(world: World) -> None:
@@ -97,8 +98,9 @@ def _collect(readers: list[Connection]) -> list[Any]:
 
 
 def _rank_main(
-    rank: int, size: int, address: tuple[str, str], writer: Connection, job: bytes, channel: str, device: str
-) -> None:
+    rank: int, size: int, address: tuple[str, str], generation: int, writer: Connection, job: bytes, channel: str,
+    device: str,
+) -> None:  # fmt: skip
     multiprocessing.set_start_method(None, force=True)  # for what a rank starts itself: as in any other process
     torch.set_num_threads(1)
     os.environ["NBDIST_CHANNEL"] = channel.replace(" ", "_")
@@ -110,7 +112,9 @@ def _rank_main(
     world = None
     try:
         store = reach_store(*address)
-        world = World.form(store=store, rank=rank, size=size, local_rank=rank, local_size=size, device=device)
+        world = World.form(
+            store=store, rank=rank, size=size, local_rank=rank, local_size=size, device=device, generation=generation
+        )
         function, args = pickle.loads(job)
         outcome = function(world, *args), None, ""
     except BaseException as error:

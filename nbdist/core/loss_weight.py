@@ -130,6 +130,8 @@ class _Terms:
 
     def _scale(self, node: Any, divides: bool, factor: float) -> None:
         inner, other = _scaled(node, divides)
+        if not divides and (other == 0 if not isinstance(other, torch.Tensor) else is_number(other) and other == 0):
+            return  # what is only there so that gradients reach it
         summed = _summed(inner)
         if summed is None:
             number = self._number(other)

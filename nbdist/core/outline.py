@@ -37,6 +37,8 @@ class Outline(TorchFunctionMode):
         if torch.is_grad_enabled() or not isinstance(result, torch.Tensor) or not result.is_floating_point():
             return result
         given = [t for value in (*args, *kwargs.values()) for t in _tensors(value)]
+        if not given:  # a number that was drawn, say: called once more it would be another, and so would the next ones
+            return result
         if result is place:
             if version == place._version or id(place) not in self._twins:
                 return result

@@ -58,6 +58,7 @@ LOSSES = {
     "a sum over samples by their number": (lambda o: o.square().mean((1, 2)).sum() / len(o), SAMPLES),
     "means over samples and over all their elements": (lambda o: o[:, 0, 0].square().mean() + o.abs().mean(), SAMPLES),
     "means over tokens and over samples": (lambda o: tokens(o) + 0.1 * o.square().mean(), None),
+    "a mean, and nothing of a sum": (lambda o: tokens(o) + 0.0 * o.sum() + 0 * o.square().sum(), VALID),
     "a sum": (lambda o: o.square().sum(), None),
     "a sum of losses": (lambda o: tokens(o, reduction="sum") * 0.1, None),
     "a sum by a fixed number": (lambda o: tokens(o, reduction="sum") / 64, None),
