@@ -31,16 +31,16 @@ def test_ranks_know_their_place(run_ranks):
 
 def form_again(world):
     """Leave, and meet once more through the same store as the next generation."""
-    store = world.store.underlying_store
+    store, own = world.store.underlying_store, world.store.generation
     world.leave()
     world.leave()
     again = World.form(
-        store=store, rank=world.rank, size=world.size, local_rank=world.rank, local_size=world.size, generation=1
+        store=store, rank=world.rank, size=world.size, local_rank=world.rank, local_size=world.size, generation=own + 1
     )
     total = torch.ones(1)
     again.channel().all_reduce_(total)
     again.leave()
-    return again.generation, total.item(), dist.is_initialized()
+    return again.generation - own, total.item(), dist.is_initialized()
 
 
 def test_the_next_generation_meets_through_the_same_store(run_ranks):
@@ -174,15 +174,15 @@ def test_torch_is_not_waited_for_when_the_ranks_are_released(generation):
 
 def form_after_failures(world):
     """Fail to form a world on rank 0 alone, and then meet with a rank to which that never happened."""
-    store = world.store.underlying_store
+    store, own = world.store.underlying_store, world.store.generation
     world.leave()
     if world.rank == 0:
-        for generation in (1, 2):
+        for generation in (own + 1, own + 2):
             GenerationStore(store, generation).release()
             with pytest.raises(PeerLostError):
                 World.form(store=store, rank=0, size=2, local_rank=0, local_size=2, generation=generation)
     again = World.form(
-        store=store, rank=world.rank, size=2, local_rank=world.rank, local_size=2, device="cpu", generation=3
+        store=store, rank=world.rank, size=2, local_rank=world.rank, local_size=2, device="cpu", generation=own + 3
     )
     total = torch.ones(1)
     dist.all_reduce(total)
