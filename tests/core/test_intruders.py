@@ -79,6 +79,17 @@ def strangers(stack, store, count):
     return peers
 
 
+def test_connections_that_prove_nothing_keep_nobody_out():
+    """However many there are: the oldest are hung up on, and who has proved to belong to the world stays."""
+    store = host_store()
+    resource.prlimit(store.server_pid, resource.RLIMIT_NOFILE, (300, 300))
+    with contextlib.ExitStack() as stack:
+        peers = strangers(stack, store, 400)
+        assert b"" == peers[0].recv(1)
+        GuardedStore(*store.address).set("key", "value")
+    assert b"value" == store.get("key")
+
+
 def test_a_store_without_descriptors_lives_on():
     """It takes calls again when there are some."""
     store = host_store()

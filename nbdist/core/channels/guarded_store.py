@@ -71,13 +71,24 @@ class GuardedStore(dist.Store):
         peer = socket.socket(socket.AF_INET if host else socket.AF_UNIX)
         try:
             peer.settimeout(_CONNECT_WITHIN_S)
-            peer.connect((host, int(port)) if host else name)
+            self._call(peer, (host, int(port)) if host else name)
             give_proof(peer, self.secret, "store")
             peer.settimeout(None)
         except BaseException:
             peer.close()
             raise
         return peer
+
+    @staticmethod
+    def _call(peer: socket.socket, address: Any) -> None:
+        deadline = time.monotonic() + _CONNECT_WITHIN_S
+        while True:
+            try:
+                return peer.connect(address)
+            except BlockingIOError:  # more call than can wait: a unix socket with a timeout does not wait for its turn
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_NAP_S)
 
     def __del__(self) -> None:
         if getattr(self, "_peer", None) is not None:
