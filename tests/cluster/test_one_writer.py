@@ -68,12 +68,13 @@ import sys, nbdist, torch
 from torch import nn
 
 def loss(output, target):
-    import os, time
+    import time
     from torch.nn import functional
-    while STOPS and os.path.exists(sys_argv[1] + "/newest.json"): time.sleep(0.01)
+    steps.append(1)
+    while STOPS and len(steps) > 10: time.sleep(0.01)
     return functional.cross_entropy(output, target)
 
-sys_argv, STOPS = sys.argv, sys.argv[2] == "stops"
+steps, STOPS = [], sys.argv[2] == "stops"
 cluster = nbdist.Cluster(2, device="cpu").start()
 data = torch.randn(64, 6), torch.randint(3, (64,))
 run = cluster.train(nn.Linear(6, 3), data, loss=loss, batch_size=8, steps=20, checkpoint=sys.argv[1],
