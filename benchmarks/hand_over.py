@@ -16,7 +16,7 @@ import torch
 from pairs import Comparison, arguments, report
 
 import nbdist
-from nbdist.core.handover import Outbox, pack
+from nbdist.core.transfer.payload import Outbox, pack
 
 BYTES = 100_000_000
 ENGINES = (1, 2, 4)

@@ -30,9 +30,9 @@ def measure(case: str, pairs: int) -> list[tuple[float, float]]:
     """Milliseconds a step with and without, by pair. Runs on each rank."""
     import torch
 
-    from nbdist.core.task import Task
+    from nbdist.core.comm.world import World
+    from nbdist.core.task.task import Task
     from nbdist.core.train import fit
-    from nbdist.core.world import World
     from nbdist.plan import Plan
 
     make, shape, classes, batch_size, steps, slices = CASES[case]

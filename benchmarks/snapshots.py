@@ -20,10 +20,10 @@ STEPS = 40
 
 def measure(pairs: int) -> list[tuple[float, float]]:
     """Milliseconds a step with and without snapshots, by pair. Runs on each rank."""
-    from nbdist.core.snapshot import Vaults
-    from nbdist.core.task import Task
+    from nbdist.core.comm.world import World
+    from nbdist.core.state.snapshot import Vaults
+    from nbdist.core.task.task import Task
     from nbdist.core.train import fit
-    from nbdist.core.world import World
     from nbdist.plan import Plan
 
     with World.from_environment("cpu") as world:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nbdist.cluster import Cluster, Run, current_cluster, last_run
     from nbdist.core.api import train
-    from nbdist.core.checkpoint import load_checkpoint
-    from nbdist.core.gather import gather
+    from nbdist.core.params.gather import gather
+    from nbdist.core.state.checkpoint_writer import load_checkpoint
     from nbdist.core.train import Result
     from nbdist.plan import Mesh, Plan
     from nbdist.telemetry import past_runs

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbdist
 from nbdist.errors import NbdistError, PlanError, suggest
 from nbdist.plan import available_cores
-from nbdist.plan.options import OptionParser, add_plan_options, plan_options
+from nbdist.plan.arguments import OptionParser, add_plan_options, plan_options
 from nbdist.plan.plan import OPTIONS
 
 __all__ = ["main"]

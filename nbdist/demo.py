@@ -13,7 +13,7 @@ from typing import Any
 
 from nbdist.errors import PlanError
 from nbdist.telemetry.record import records
-from nbdist.telemetry.view import epoch_text
+from nbdist.telemetry.run_view import epoch_text
 
 __all__ = ["run_demo"]
 

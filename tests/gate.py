@@ -16,7 +16,7 @@ import torch
 from shared_cluster import until
 
 _POLL_S = 0.005
-_HELD_S = 0.2  # at least: longer than rank 0 goes between two looks for commands (nbdist/core/order_log.py)
+_HELD_S = 0.2  # at least: longer than rank 0 goes between two looks for commands (nbdist/core/control/command_log.py)
 
 
 class Gate:

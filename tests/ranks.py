@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from nbdist.core import strategies
-from nbdist.core.channels.meeting import reach_store
-from nbdist.core.world import World, host_store
+from nbdist.core.comm.rendezvous import reach_store
+from nbdist.core.comm.world import World, host_store
+from nbdist.core.strategies import choice
 from nbdist.errors import PeerLostError
 
 _JOIN_S = 300.0  # ends a hung suite
@@ -105,7 +105,7 @@ def _rank_main(
     torch.set_num_threads(1)
     os.environ["NBDIST_CHANNEL"] = channel.replace(" ", "_")
     if channel == "shared weights":
-        strategies.SHARED_ABOVE = 0
+        choice.SHARED_ABOVE = 0
     if channel in HOSTS:
         os.environ["NBDIST_HOST"] = f"host {rank * HOSTS[channel] // size}"
     outcome: tuple[Any, BaseException | None, str]

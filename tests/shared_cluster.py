@@ -39,7 +39,8 @@ class SharedCluster:
                 run.wait(HUNG_S)
             if not run.ended:
                 cluster.stop()
-        cluster._replay.clear()  # what other tests defined is no affair of this one
+        if cluster._replay is not None:
+            cluster._replay.clear()  # what other tests defined is no affair of this one
         return cluster.start()
 
     def stop(self) -> None:

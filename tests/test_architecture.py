@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pytest
 import nbdist
 
 ROOT = Path(nbdist.__file__).parent
-EVERYWHERE = {"nbdist.errors", "nbdist.doorkeeper"}
+EVERYWHERE = {"nbdist.errors", "nbdist.peer_auth"}
 PICTURES = {"matplotlib", "pandas", "rich", "torch.utils.tensorboard"}
 NOTEBOOK_WORLD = {"IPython", "ipyparallel", "ipykernel", "anywidget", "ipywidgets", "traitlets"}
 
@@ -81,32 +82,73 @@ def test_errors_import_nothing():
     assert [] == [str(i) for i in imports("errors.py") if not standard(i.name)]
 
 
+def rooms():
+    """Room -> the rooms that it may import, as nbdist/README.md has it."""
+    rows = re.findall(r"^\| `([\w/]+)` \| .+ \| (.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return {room: set(re.findall(r"`([\w/]+)`", allowed)) for room, allowed in rows}
+
+
+def room_of(name):
+    """The folder, below nbdist, of the module in which a name is; of a package its own."""
+    parts = name.split(".")[1:]
+    while parts and not ROOT.joinpath(*parts).is_dir():
+        parts.pop()
+    return "/".join(parts)
+
+
+def files_of(room):
+    """The modules of a room, without those of the rooms inside it where these are in the table too."""
+    inside = [ROOT / other for other in rooms() if other.startswith(f"{room}/")]
+    for path in sorted((ROOT / room).rglob("*.py")):
+        if not any(folder in path.parents for folder in inside):
+            yield str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_a_room_imports_what_the_table_says(room):
+    """Nothing else of nbdist, and nothing less."""
+    found = {}
+    for i in (i for file in files_of(room) for i in imports(file)):
+        if within(i.name, {"nbdist"}) and not within(i.name, EVERYWHERE) and room_of(i.name) != room:
+            found.setdefault(room_of(i.name), str(i))
+    assert {other: found.get(other, "nobody") for other in rooms()[room] | set(found)} == found
+    assert rooms()[room] == set(found)
+
+
+def test_every_folder_is_a_room():
+    """Each folder of modules stands in the table, and each room there is a folder."""
+    assert {str(path.parent.relative_to(ROOT)) for path in ROOT.rglob("__init__.py")} - {"."} == set(rooms())
+
+
+def test_the_rooms_form_no_circle():
+    """They can be built one upon another; within a layer on nine floors at most."""
+    table, floors = rooms(), {}
+    while len(floors) < len(table):
+        ready = [room for room in table if room not in floors and table[room] <= set(floors)]
+        assert ready, f"a circle among {sorted(set(table) - set(floors))}"
+        for room in ready:
+            layer = room.partition("/")[0]
+            below = [floors[other] for other in table[room] if other.partition("/")[0] == layer]
+            floors[room] = 1 + max(below, default=0)
+    assert max(floors.values()) <= 9
+
+
 def test_core_knows_no_notebook():
-    """core runs under torchrun: of nbdist it imports plan and telemetry, and nothing of the notebook's world."""
-    allowed = EVERYWHERE | {"nbdist.core", "nbdist.plan", "nbdist.telemetry"}
-    for i in imports("core"):
-        assert not within(i.name, NOTEBOOK_WORLD), i
-        assert not within(i.name, {"nbdist"}) or within(i.name, allowed), i
-
-
-def test_cluster_reaches_core_only_where_it_runs():
-    """cluster imports torch and core inside functions, and never looks up to the notebook layer."""
-    for i in imports("cluster"):
-        assert not within(i.name, {"nbdist.notebook", "nbdist.cli"}), i
-        assert i.inside_function or not within(i.name, {"nbdist.core", "torch"}), i
+    """core runs under torchrun: it imports nothing of the notebook's world."""
+    assert [] == [str(i) for i in imports("core") if within(i.name, NOTEBOOK_WORLD)]
 
 
 def test_notebook_speaks_to_the_cluster_only():
     """notebook imports neither torch nor core, nowhere."""
     for i in imports("notebook"):
-        assert not within(i.name, {"torch", "nbdist.core", "nbdist.cli"}), i
+        assert not within(i.name, {"torch", "nbdist.core", "nbdist.engine", "nbdist.cli"}), i
 
 
 def test_the_command_line_is_a_way_in_of_its_own():
     """cli and the demo stand on core, plan and telemetry; what needs IPython is imported where it is used."""
     allowed = EVERYWHERE | {"nbdist.core", "nbdist.plan", "nbdist.telemetry", "nbdist.cli", "nbdist.demo"}
     for i in (i for file in ("cli.py", "demo.py", "__main__.py") for i in imports(file)):
-        if within(i.name, {"nbdist.cluster", "nbdist.notebook"} | NOTEBOOK_WORLD):
+        if within(i.name, {"nbdist.cluster", "nbdist.engine", "nbdist.notebook"} | NOTEBOOK_WORLD):
             assert i.inside_function, i
         else:
             assert within(i.name, allowed) or i.name == "nbdist" or not within(i.name, {"nbdist"}), i
@@ -114,9 +156,12 @@ def test_the_command_line_is_a_way_in_of_its_own():
 
 def test_every_module_has_a_layer():
     """What stands at the top of the package is a layer, a way in, or what all layers use."""
-    layers, ways_in = {"plan", "telemetry", "core", "cluster", "notebook"}, {"__init__", "__main__", "cli", "demo"}
+    layers, ways_in = (
+        {"plan", "telemetry", "core", "engine", "cluster", "notebook"},
+        {"__init__", "__main__", "cli", "demo"},
+    )
     found = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
-    assert layers | ways_in | {"errors", "doorkeeper"} == found
+    assert layers | ways_in | {"errors", "peer_auth"} == found
 
 
 def test_the_rules_see_what_they_forbid(tmp_path, monkeypatch):

@@ -1,12 +1,12 @@
 """WHERE the ranks live: ipyparallel engines, launchers, definitions, relay, remote errors."""
 
-from nbdist.cluster.anchor import Detached, detached_clusters
-from nbdist.cluster.cells import CellRun
+from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.cluster import Cluster
-from nbdist.cluster.current import current_cluster, last_run, require_cluster
-from nbdist.cluster.engines import Engine
-from nbdist.cluster.fork_server import current_server, end_server
-from nbdist.cluster.run import Run
+from nbdist.cluster.engines.engine import Engine
+from nbdist.cluster.launch.anchor_client import Detached, detached_clusters
+from nbdist.cluster.launch.fork_client import current_server, end_server
+from nbdist.cluster.runs.run import Run
+from nbdist.cluster.session import current_cluster, last_run, require_cluster
 
 __all__ = [
     "CellRun",

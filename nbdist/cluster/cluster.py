@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nbdist.cluster import current, entry, fork_server
-from nbdist.cluster.anchor import Anchor, check_detach
-from nbdist.cluster.cells import CellRun
-from nbdist.cluster.debugger import debug
-from nbdist.cluster.definitions import CellSources, class_marks
-from nbdist.cluster.facts import Facts
-from nbdist.cluster.gpus import choose_size
-from nbdist.cluster.hangs import Hangs
-from nbdist.cluster.ready import make_ready
-from nbdist.cluster.replay import Replay
-from nbdist.cluster.resuming import asked_again
-from nbdist.cluster.run import Run
-from nbdist.cluster.starting import start_engines, take_over_engines
-from nbdist.cluster.training import attend
-from nbdist.cluster.trainings import Trainings
-from nbdist.cluster.where import Where
-from nbdist.errors import ClusterError, EngineError, PlanError
+from nbdist.cluster import session
+from nbdist.cluster.cells.cell_run import CellRun
+from nbdist.cluster.diagnose.debugger import debug
+from nbdist.cluster.diagnose.hangs import Hangs
+from nbdist.cluster.diagnose.where import Where
+from nbdist.cluster.engines.engine import Engine
+from nbdist.cluster.engines.starting import start_engines, take_over_engines
+from nbdist.cluster.launch import fork_client
+from nbdist.cluster.launch.anchor_client import Anchor, check_detach
+from nbdist.cluster.launch.devices import choose_size
+from nbdist.cluster.runs.run import Run, asked_again, attend
+from nbdist.engine.cell_sources import CellSources, class_marks
+from nbdist.errors import ClusterError, PlanError
+
+if TYPE_CHECKING:
+    from nbdist.cluster.engines.engines import Engines
+    from nbdist.cluster.runs.run_queue import Trainings
 
 __all__ = ["Cluster"]
 
 _COMPLETED_WITHIN_S = 0.3
 
 
-class Cluster(Facts):
+class Cluster:
     """Engines of this kernel.
 
     A context manager: ``with nbdist.Cluster(engines=2) as cluster: ...``
@@ -57,13 +57,71 @@ class Cluster(Facts):
             raise PlanError(f"{spares!r} spares cannot be kept: use a whole number, 0 or more.")
         if detach is not None:
             check_detach(detach)
-        super().__init__(choose_size(engines, device))
+        self._size = choose_size(engines, device, warm_up=session.current_cluster() is None)
+        self._up: Engines | None = None
+        self._trainings: Trainings | None = None
         self.device = device
         self.timeout_s = timeout_s
-        self.spares = int(fork_server.can_fork()) if spares is None else spares
+        self.spares = int(fork_client.can_fork()) if spares is None else spares
         self.detach = detach
         self._sources = CellSources()
-        self._replay = Replay()
+        self._replay: Any = None  # a Replay, once there have been engines
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are, or are to be."""
+        return self._size if (up := self._up) is None else up.size
+
+    def __repr__(self) -> str:
+        if self._up is None:
+            return f"Cluster(engines={self.size}), not running"
+        return f"Cluster(engines={self.size}), running on {', '.join(engine.device for engine in self.engines)}"
+
+    @property
+    def engines(self) -> list[Engine]:
+        """One record an engine, in rank order; empty when the cluster does not run."""
+        busy = (trainings := self._trainings) is not None and trainings.computing
+        return [] if (up := self._up) is None else up.records(busy)
+
+    @property
+    def current_run(self) -> Run | None:
+        """The run that the engines work on at the moment."""
+        return None if (trainings := self._trainings) is None else trainings.current
+
+    @property
+    def queued(self) -> list[Run]:
+        """The runs that wait for those before them to end."""
+        return [] if (trainings := self._trainings) is None else trainings.queued
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the controller lives, through which everything goes; not so where the cluster does not run."""
+        return (up := self._up) is not None and up.reachable
+
+    @property
+    def spare_engines(self) -> list[Engine]:
+        """One record a spare, as far as they are ready; their rank is -1."""
+        return [] if (up := self._up) is None else up.spares()
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a rank by default: its host's cores over the ranks there."""
+        return self._running().threads
+
+    @property
+    def transport(self) -> str:
+        """What the gradients travel over: "shared memory", "gloo", "nccl", or "shared memory and gloo"."""
+        return self._running().transport
+
+    @property
+    def start_seconds(self) -> float:
+        """How long the start took."""
+        return self._running().start_seconds
+
+    @property
+    def name(self) -> str:
+        """By which another kernel can `attach` to it; empty where it ends with this one."""
+        return "" if (up := self._up) is None or (anchor := up.anchor) is None else anchor.name
 
     def start(self, tell: Callable[[str], None] = lambda words: None) -> Cluster:
         """Start the engines; ready only after all of them have met in a collective.
@@ -88,15 +146,14 @@ class Cluster(Facts):
             self._up.keep_spares(self.spares)
             self.check_ready()
             return self
-        if current.current_cluster() is not None:
+        if session.current_cluster() is not None:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
-        self._up = start_engines(self.size, self.device, self.timeout_s, tell, self.spares, self.detach)
         self._sources = CellSources()
+        self._drive(start_engines(self.size, self.device, self.timeout_s, tell, self.spares, self.detach))
         self._replay.follow(self._up)
-        self._trainings = Trainings(self._up, self._sources)
-        current.set_cluster(self)
+        session.set_cluster(self)
         if self.detach is None:
-            current.stop_at_exit(self)
+            session.stop_at_exit(self)
         self.check_ready()
         return self
 
@@ -118,20 +175,30 @@ class Cluster(Facts):
             PlanError: There is none of that name, or several without a name.
             ClusterError: A cluster runs in this kernel, or the other one belongs to a kernel that lives.
         """
-        if current.current_cluster() is not None:
+        if session.current_cluster() is not None:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
         anchor = Anchor.reach(name)
         try:
             engines = take_over_engines(anchor)
             cluster = cls(engines.size, device=engines.device, timeout_s=engines.timeout_s, detach=anchor.patience_s)
-            cluster._up, cluster._trainings = engines, Trainings(engines, cluster._sources)
+            trainings = cluster._drive(engines)
             cluster._replay.take_over(engines)
-            cluster._trainings.take_over({} if namespace is None else namespace, watch, cluster.where)
+            trainings.take_over({} if namespace is None else namespace, watch, cluster.where)
         except BaseException:
             anchor.leave()
             raise
-        current.set_cluster(cluster)
+        session.set_cluster(cluster)
         return cluster
+
+    def _drive(self, engines: Engines) -> Trainings:
+        """Begin to use engines. What drives them stands on torch, which ``%load_ext`` must not wait for."""
+        from nbdist.cluster.cells.replay import Replay
+        from nbdist.cluster.runs.run_queue import Trainings
+
+        self._up = engines
+        self._replay = self._replay or Replay()
+        self._trainings = Trainings(engines, self._sources, session.last_run, session.note_run)
+        return self._trainings
 
     def scale(self, engines: int) -> None:
         """Have so many engines from now on: some join, or the last ones leave. What the others hold stays.
@@ -145,7 +212,7 @@ class Cluster(Facts):
         """
         if isinstance(engines, bool) or not isinstance(engines, int):
             raise PlanError(f"{engines!r} engines cannot be had: use a whole number.")
-        choose_size(engines, self.device)
+        choose_size(engines, self.device, warm_up=False)
         up, run = self._running(), self.current_run
         if run is not None:
             run.scale(engines)
@@ -158,7 +225,8 @@ class Cluster(Facts):
     def stop(self) -> None:
         """End the engines and everything about them. Twice is fine."""
         self._end()
-        self._replay.clear()
+        if self._replay is not None:
+            self._replay.clear()
 
     def _end(self) -> None:
         if self._up is not None and self._up.owner != os.getpid():
@@ -166,8 +234,8 @@ class Cluster(Facts):
         engines, trainings, self._up, self._trainings = self._up, self._trainings, None, None
         if engines is None:
             return
-        if current.current_cluster() is self:
-            current.set_cluster(None)
+        if session.current_cluster() is self:
+            session.set_cluster(None)
         if trainings is not None:
             trainings.end()
         engines.end()
@@ -196,9 +264,9 @@ class Cluster(Facts):
         """
         (engines := self._running()).check_alive()
         self._refuse_while_busy()
-        make_ready(engines)
+        engines.make_ready()
         if self._replay.catch_up():
-            make_ready(engines)
+            engines.make_ready()
 
     def _refuse_while_busy(self) -> None:
         if self._trainings is not None:
@@ -222,7 +290,7 @@ class Cluster(Facts):
         """
         if not self.reachable or rank >= self.size or self.engines[rank].state != "idle":
             return "", []
-        call = self._running().start_call(rank, entry.complete, source)
+        call = self._running().start_call(rank, "complete", source)
         call.wait(_COMPLETED_WITHIN_S)
         return call.get() if call.ready() and call.successful() else ("", [])
 
@@ -243,15 +311,7 @@ class Cluster(Facts):
             ClusterError: The name is not defined there, or cannot be sent.
         """
         self.check_ready()
-        self._check_rank(rank)
-        from nbdist.core.handover import unpack
-
-        try:
-            return unpack(self._running().call([rank], entry.pull, (name, self._running().remote))[rank])
-        except EngineError as error:
-            if "NameError" in str(error):
-                raise ClusterError(f"{name!r} is not defined on rank {rank}.") from None
-            raise
+        return self._replay.pull(name, self._check_rank(rank))
 
     def tie_classes(self, namespace: dict[str, Any], ranks: Iterable[int] | None = None) -> None:
         """Let classes that the same cell defined here and on ranks be one, whichever way an instance travels."""
@@ -306,7 +366,7 @@ class Cluster(Facts):
         Raises:
             PlanError: There was no run, or it has done all that is asked for.
         """
-        asked = asked_again(current.last_run(), options)
+        asked = asked_again(session.last_run(), options)
         return self.train(asked.pop("model"), asked.pop("data"), **asked)
 
     def attend(self, run: Run, while_waiting: Callable[[], None] = lambda: None, interrupts: int = 0) -> Run:
@@ -317,3 +377,10 @@ class Cluster(Facts):
         if not 0 <= rank < self.size:
             raise PlanError(f"rank {rank} does not exist: use 0 to {self.size - 1}.")
         return rank
+
+    def _running(self) -> Engines:
+        if (up := self._up) is None:
+            raise ClusterError("the cluster is not running: start it first.")
+        if up.owner != os.getpid():
+            raise ClusterError(f"the engines belong to process {up.owner}, and this is a fork of it: use them there.")
+        return up

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nbdist.core.checkpoint import check_resume
-from nbdist.core.gather import check_whole
-from nbdist.core.screen import screen
-from nbdist.core.task import Step, Task
+from nbdist.core.comm.world import World
+from nbdist.core.console import screen
+from nbdist.core.params.gather import check_whole
+from nbdist.core.state.checkpoint_writer import check_resume
+from nbdist.core.task.task import Step, Task
 from nbdist.core.train import Result, fit
-from nbdist.core.world import World
 from nbdist.errors import PlanError
 from nbdist.plan import Plan, available_cores
 from nbdist.telemetry import JsonlSink, Sink, TextSink

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.data import Reader, Slice
-from nbdist.core.gradient_sync import Signals
-from nbdist.core.loss_forms import check_one_form
-from nbdist.core.strategies import Strategy
-from nbdist.core.task import Task
-from nbdist.core.weighted_mean import WeightedMean
+from nbdist.core.data.reader import Reader, Slice
+from nbdist.core.strategies.strategy import Strategy
+from nbdist.core.sync.gradient_sync import Signals
+from nbdist.core.sync.loss_forms import check_one_form
+from nbdist.core.sync.running_mean import WeightedMean
+from nbdist.core.task.task import Task
 from nbdist.errors import PlanError, TaskError
 
 __all__ = ["evaluate", "switched"]

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from nbdist.core.channels import spent
-from nbdist.core.gradient_sync import Totals
-from nbdist.core.position import Position
-from nbdist.core.weighted_mean import WeightedMean
-from nbdist.core.world import World
+from nbdist.core.comm import spent
+from nbdist.core.comm.world import World
+from nbdist.core.state.progress import Position
+from nbdist.core.sync.gradient_sync import Totals
+from nbdist.core.sync.running_mean import WeightedMean
 from nbdist.telemetry import Event, Losses, Meter, Progress, Shares
 
 __all__ = ["Reporter", "rate_of"]

@@ -10,29 +10,30 @@ from typing import Any, TypeVar
 
 import torch
 
-from nbdist.core import seeds, strategies
-from nbdist.core.allocator import objects_set_aside, pages_kept
-from nbdist.core.channels import spent
-from nbdist.core.checkpoint import checkpoint_of_run, prepare, resumed_folder
-from nbdist.core.data import Reader
+from nbdist.core.comm import spent
+from nbdist.core.comm.world import World
+from nbdist.core.control.commands import Orders
+from nbdist.core.control.step_control import Steering
+from nbdist.core.data.reader import Reader
+from nbdist.core.data.sources import Source
 from nbdist.core.evaluate import evaluate, switched
-from nbdist.core.gather import leave_in_parts
-from nbdist.core.gradient_hooks import GradientHooks, check_hooks
-from nbdist.core.gradient_sync import Totals
-from nbdist.core.keeper import Keeper
-from nbdist.core.loss_forms import check_one_form
-from nbdist.core.orders import Orders
-from nbdist.core.position import Position
+from nbdist.core.params.gather import leave_in_parts
+from nbdist.core.process import rng
+from nbdist.core.process.memory import objects_set_aside, pages_kept
+from nbdist.core.process.settings import deterministic, threads, uninterrupted
 from nbdist.core.reporter import Reporter, rate_of
-from nbdist.core.restore import load, opened_by_all, position_of, same_mesh
-from nbdist.core.runtime import deterministic, on_device, threads, uninterrupted
-from nbdist.core.saved import Saved
-from nbdist.core.snapshot import Vault, newest, read
-from nbdist.core.source import Source
-from nbdist.core.steering import Steering
-from nbdist.core.task import Task
-from nbdist.core.weighted_mean import WeightedMean
-from nbdist.core.world import World
+from nbdist.core.state.checkpoint_reader import Saved
+from nbdist.core.state.checkpoint_writer import checkpoint_of_run, prepare, resumed_folder
+from nbdist.core.state.progress import Position
+from nbdist.core.state.restore import load, opened_by_all, position_of, same_mesh
+from nbdist.core.state.snapshot import Vault, newest, read
+from nbdist.core.state.snapshotter import Keeper
+from nbdist.core.strategies import choice
+from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
+from nbdist.core.sync.gradient_sync import Totals
+from nbdist.core.sync.loss_forms import check_one_form
+from nbdist.core.sync.running_mean import WeightedMean
+from nbdist.core.task.task import Task, on_device
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
 from nbdist.plan.mesh import AXES
@@ -108,7 +109,7 @@ def fit(
         if plan.tensorboard and world.rank == 0:
             sinks = [*sinks, TensorBoardSink(plan.tensorboard, run_id)]
             cleanup.callback(sinks[-1].close)
-        cleanup.enter_context(seeds.kept(device))
+        cleanup.enter_context(rng.kept(device))
         cleanup.enter_context(threads(plan.threads))
         if plan.reproducible:
             cleanup.enter_context(deterministic())
@@ -126,12 +127,12 @@ def fit(
         check_hooks(model, task.optimizer, plan.mesh)
         hooks = GradientHooks(model)
         cleanup.callback(hooks.put_back)
-        strategy = strategies.apply(task, plan, world)
+        strategy = choice.apply(task, plan, world)
         cleanup.callback(strategy.close)
         axes, optimizer = strategy.axes, task.optimizer
         scheduler = task.make_scheduler(optimizer)
         at, restored = Position(device), set[str]()
-        seeds.seed_all(seeds.derive(plan.seed, "start", axes.data.rank))
+        rng.seed_all(rng.derive(plan.seed, "start", axes.data.rank))
         for saved in _kept(plan, world, vaults, run_id, go_on):
             load(saved, strategy.table, optimizer, axes)
             scheduler.go_on(saved.ranks[0]["scheduler"])
@@ -139,9 +140,9 @@ def fit(
             at, restored = position_of(saved, axes, device), saved.names
             if saved.complete:  # a rank that is lost goes on from there again, before it takes a snapshot
                 restored = restored & {*strategy.table.buffers}
-            seeds.seed_all(seeds.derive(plan.seed, "start", axes.data.rank, at.step))
+            rng.seed_all(rng.derive(plan.seed, "start", axes.data.rank, at.step))
             if same_mesh(saved, axes) and saved.ranks[world.rank]["generators"]:
-                seeds.go_on(saved.ranks[world.rank]["generators"])
+                rng.go_on(saved.ranks[world.rank]["generators"])
             axes.world.all_reduce_(torch.ones(1, device=device))  # where weights are shared, everybody's are there
 
         def reader_of(source: Source, slices: int, shuffle: bool) -> Reader:

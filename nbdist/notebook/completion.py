@@ -11,10 +11,10 @@ from typing import Any
 from nbdist.cluster import Cluster, current_cluster
 from nbdist.errors import NbdistError
 from nbdist.notebook.parsers import ORDERS, PARSERS
+from nbdist.plan.arguments import OptionParser, split_line
 from nbdist.plan.mesh import AXES, STRATEGY_WORDS
-from nbdist.plan.options import OptionParser, split_line
+from nbdist.plan.names import LOSSES, METRICS, OPTIMIZERS
 from nbdist.plan.plan import PRECISIONS, SCHEDULES
-from nbdist.plan.words import LOSSES, METRICS, OPTIMIZERS
 from nbdist.telemetry import past_runs
 
 __all__ = ["complete", "complete_line", "install", "remove"]

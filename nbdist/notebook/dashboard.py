@@ -17,8 +17,8 @@ from nbdist.cluster import Run
 from nbdist.errors import NbdistError, PlanError
 from nbdist.notebook import panel_view
 from nbdist.telemetry import run_html, run_text
+from nbdist.telemetry.run_view import epoch_text
 from nbdist.telemetry.terminal import TerminalView
-from nbdist.telemetry.view import epoch_text
 
 __all__ = [
     "LineDashboard",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from nbdist.cluster import Detached
-from nbdist.telemetry.number import duration
-from nbdist.telemetry.view import table_bundle
+from nbdist.telemetry.run_view import table_bundle
+from nbdist.telemetry.units import duration
 
 __all__ = ["clusters_bundle"]
 

@@ -29,10 +29,10 @@ from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.past_runs import runs_bundle
 from nbdist.notebook.status import described, engines_text, show_status
 from nbdist.notebook.step_cell import compile_step
-from nbdist.plan.options import OptionParser, plan_options, split_line
+from nbdist.plan.arguments import OptionParser, plan_options, split_line
 from nbdist.telemetry import PastRun, past_run, past_runs
-from nbdist.telemetry.number import duration
 from nbdist.telemetry.record import records
+from nbdist.telemetry.units import duration
 
 __all__ = ["DistMagics"]
 

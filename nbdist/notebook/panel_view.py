@@ -6,9 +6,9 @@ import statistics
 from typing import Any
 
 from nbdist.telemetry import RankState, RunState
-from nbdist.telemetry.chart import loss_chart, metric_chart
-from nbdist.telemetry.number import duration, left, number
-from nbdist.telemetry.view import chosen_ranks, memory_text, mesh_text
+from nbdist.telemetry.run_view import chosen_ranks, memory_text, mesh_text
+from nbdist.telemetry.svg_chart import loss_chart, metric_chart
+from nbdist.telemetry.units import duration, left, number
 
 __all__ = ["charts", "events", "head", "rows"]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from nbdist.cluster.hangs import ON_HANG
-from nbdist.cluster.run import ON_FAILURE
+from nbdist.cluster.diagnose.hangs import ON_HANG
+from nbdist.cluster.runs.run import ON_FAILURE
 from nbdist.errors import PlanError
-from nbdist.plan.options import OptionParser, add_plan_options
+from nbdist.plan.arguments import OptionParser, add_plan_options
 
 __all__ = [
     "ATTACH", "CLUSTERS", "DEBUG", "DIST", "HELP", "ORDERS", "PARSERS", "PULL", "PUSH", "RUN", "RUNS", "SCALE", "START",

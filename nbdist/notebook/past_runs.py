@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from nbdist.telemetry import PastRun
-from nbdist.telemetry.number import duration, number
-from nbdist.telemetry.view import mesh_text, table_bundle
+from nbdist.telemetry.run_view import mesh_text, table_bundle
+from nbdist.telemetry.units import duration, number
 
 __all__ = ["runs_bundle"]
 

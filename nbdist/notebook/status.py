@@ -12,8 +12,8 @@ from IPython.display import display
 
 from nbdist.cluster import Cluster, Run, current_cluster, current_server, last_run
 from nbdist.errors import ranks_text
-from nbdist.telemetry.number import number
-from nbdist.telemetry.view import html_table, summary, text_table
+from nbdist.telemetry.run_view import html_table, summary, text_table
+from nbdist.telemetry.units import number
 
 __all__ = ["described", "engines_text", "show_status"]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from nbdist.errors import PlanError, suggest
 from nbdist.plan.mesh import Mesh
+from nbdist.plan.names import LOSSES, METRICS
 from nbdist.plan.option import Option, option
-from nbdist.plan.words import LOSSES, METRICS
 
 __all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "SCHEDULES", "SLICES", "Plan"]
 

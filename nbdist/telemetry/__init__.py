@@ -1,6 +1,5 @@
 """WHAT happened: events, the fold of events into state, and sinks. Standard library only."""
 
-from nbdist.telemetry.curve import Losses
 from nbdist.telemetry.events import (
     Checkpointed,
     EpochFinished,
@@ -18,14 +17,15 @@ from nbdist.telemetry.events import (
     Work,
     Worked,
 )
+from nbdist.telemetry.loss_curve import Losses
 from nbdist.telemetry.meter import Meter
 from nbdist.telemetry.past import PastRun, past_run, past_runs
+from nbdist.telemetry.rank_state import Happening, RankState, fold
 from nbdist.telemetry.report import Report
 from nbdist.telemetry.run_state import RunState
+from nbdist.telemetry.run_view import run_html, run_text
 from nbdist.telemetry.sinks import JsonlSink, ListSink, Sink, SnapshotSink, TextSink
-from nbdist.telemetry.state import Happening, RankState, fold
 from nbdist.telemetry.timeline import Timeline
-from nbdist.telemetry.view import run_html, run_text
 
 __all__ = [
     "Checkpointed",

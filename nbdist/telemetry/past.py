@@ -14,10 +14,10 @@ from nbdist.errors import PlanError, suggest
 from nbdist.telemetry import events
 from nbdist.telemetry.events import Event, Noted, Point, RunStarted, Shares, Work
 from nbdist.telemetry.host import host_name
+from nbdist.telemetry.rank_state import Happening, RankState, fold
 from nbdist.telemetry.record import is_held, records
 from nbdist.telemetry.report import Report
 from nbdist.telemetry.run_state import RunState
-from nbdist.telemetry.state import Happening, RankState, fold
 
 __all__ = ["PastRun", "past_run", "past_runs"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdist.errors import PlanError
 from nbdist.telemetry.run_state import RunState
-from nbdist.telemetry.view import run_html, run_text
+from nbdist.telemetry.run_view import run_html, run_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

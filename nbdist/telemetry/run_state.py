@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nbdist.telemetry.curve import extended
 from nbdist.telemetry.events import Point
-from nbdist.telemetry.state import Happening, RankState
+from nbdist.telemetry.loss_curve import extended
+from nbdist.telemetry.rank_state import Happening, RankState
 
 __all__ = ["RunState"]
 

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from nbdist.telemetry.curve import joined
 from nbdist.telemetry.events import EpochFinished, Evaluating, Event, Noted, Point, Progress, RunFinished, RunStarted
+from nbdist.telemetry.loss_curve import joined
+from nbdist.telemetry.rank_state import RankState, fold
 from nbdist.telemetry.record import hold
-from nbdist.telemetry.state import RankState, fold
-from nbdist.telemetry.view import epoch_text, mesh_text
+from nbdist.telemetry.run_view import epoch_text, mesh_text
 
 __all__ = ["JsonlSink", "ListSink", "Sink", "SnapshotSink", "TextSink"]
 

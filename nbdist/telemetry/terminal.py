@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from nbdist.telemetry.run_state import RunState
-from nbdist.telemetry.view import RANK_COLUMNS, happened, history_cells, rank_cells, stage_cells, summary
+from nbdist.telemetry.run_view import RANK_COLUMNS, happened, history_cells, rank_cells, stage_cells, summary
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -7,7 +7,7 @@ import math
 import random
 import time
 
-from nbdist.cluster.run import Run
+from nbdist.cluster.runs.run import Run
 from nbdist.notebook.dashboard import PanelDashboard
 from nbdist.plan import Plan
 from nbdist.telemetry import Happening, Point, RankState, RunState, Shares

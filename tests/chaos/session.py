@@ -21,7 +21,7 @@ from shared_cluster import until
 from traps import Traps
 
 import nbdist
-from nbdist.core.saved import Saved
+from nbdist.core.state.checkpoint_reader import Saved
 
 LOOKS = range(20, 200, 20)
 """After which steps a run is held until somebody has looked whether its first checkpoint is on the disk."""

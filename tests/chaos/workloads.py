@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from traps import Rates, Traps
 
-from nbdist.core.saved import Saved
-from nbdist.core.snapshot import newest, read
+from nbdist.core.state.checkpoint_reader import Saved
+from nbdist.core.state.snapshot import newest, read
 
 STEPS = 20
 SAMPLES, BATCH, FEATURES, CLASSES = 600, 60, 40, 5

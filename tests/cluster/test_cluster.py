@@ -17,9 +17,10 @@ from shared_cluster import ENGINES, folder_of, gone, marked, until
 from tasks import classes, net, process_of_each_rank
 
 import nbdist
-from nbdist.cluster import Cluster, fork_server
-from nbdist.cluster.launch import Launch
-from nbdist.core.handover import pack
+from nbdist.cluster import Cluster
+from nbdist.cluster.launch import fork_client
+from nbdist.cluster.launch.launcher import Launch
+from nbdist.core.transfer.payload import pack
 from nbdist.errors import ClusterError, PlanError, TaskError
 
 MIB = 2**20
@@ -52,7 +53,7 @@ def test_start_of_a_running_cluster_does_nothing(cluster):
 def test_a_first_start_looks_for_garbage_while_it_waits(cluster):
     """With all that torch consists of, that is due: it would else come in the middle of one of the first runs."""
     cluster.stop()
-    fork_server.end_server()
+    fork_client.end_server()
     asked = []
 
     def note(phase, about):

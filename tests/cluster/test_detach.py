@@ -17,7 +17,7 @@ from torch import nn
 
 import nbdist
 from nbdist.cluster import current_cluster, detached_clusters
-from nbdist.cluster.anchor import Anchor
+from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.errors import ClusterError, PlanError
 from nbdist.telemetry.host import host_name
 
@@ -205,7 +205,7 @@ def test_without_a_kernel_it_ends_when_the_time_is_over(shared_cluster, owner):
 def test_it_ends_with_its_anchor(detached):
     """However that ended, nothing outlives it, and its kernel can stop what is not there any more."""
     everything, folder = _everything([engine.pid for engine in detached.engines])
-    (anchor,) = [p for p in psutil.Process().children() if "nbdist.cluster.anchor_server" in p.cmdline()]
+    (anchor,) = [p for p in psutil.Process().children() if "nbdist.cluster.launch.anchor_server" in p.cmdline()]
     anchor.kill()
     assert gone(everything)
     until(lambda: not folder.exists())

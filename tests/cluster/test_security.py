@@ -19,7 +19,7 @@ from shared_cluster import ENGINES, folder_of, marked, until
 from tasks import classes, net
 
 from nbdist.cluster import current_server
-from nbdist.cluster.anchor import Anchor
+from nbdist.cluster.launch.anchor_client import Anchor
 
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 

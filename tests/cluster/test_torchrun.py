@@ -11,7 +11,7 @@ import torch
 from tasks import copied
 
 import nbdist
-from nbdist.core.saved import Saved
+from nbdist.core.state.checkpoint_reader import Saved
 
 SETUP = """
 import torch

@@ -13,7 +13,7 @@ from problems import alone, seeded, weights
 from torch import nn
 
 import nbdist
-from nbdist.core.saved import ABOUT, checkpoints, sealed
+from nbdist.core.state.checkpoint_reader import ABOUT, checkpoints, sealed
 
 WIDTH = 8
 _NEW_USER, _NEW_MOUNTS, _PRIVATE = 0x10000000, 0x00020000, 0x00044000

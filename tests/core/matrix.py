@@ -21,8 +21,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from problems import train
 from zoo import CASES, Case
 
-from nbdist.core import seeds
-from nbdist.core.world import World
+from nbdist.core.comm.world import World
+from nbdist.core.process import rng
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Mesh, Plan, slice_bounds
 
@@ -70,7 +70,7 @@ def by_hand(
             buffers = replicas[i // plan.slices_per_rank]
             for name, buffer in model.named_buffers():
                 buffer.data = buffers[name]
-            torch.manual_seed(seeds.derive(SEED, "slice", step, i))
+            torch.manual_seed(rng.derive(SEED, "slice", step, i))
             rows = batch[start:stop]
             loss = case.loss(model(x[rows]), y[rows]) * (len(rows) / len(batch))
             loss.backward()

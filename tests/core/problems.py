@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from nbdist.core import Result, fit
-from nbdist.core.axes import Axes
-from nbdist.core.orders import Order, Orders
-from nbdist.core.task import Task
-from nbdist.core.world import World
+from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.world import World
+from nbdist.core.control.commands import Order, Orders
+from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 
 FEATURES, CLASSES = 6, 3

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils import data as torch_data
 
-from nbdist.core.metrics import METRICS, find_metric
+from nbdist.core.task.metrics import METRICS, find_metric
 from nbdist.errors import PlanError, TaskError
 
 TRAIN = classes(12)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from zoo import CASES
 
-from nbdist.core.world import World
+from nbdist.core.comm.world import World
 from nbdist.errors import PlanError
 from nbdist.plan import Mesh
 

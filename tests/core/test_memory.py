@@ -8,8 +8,8 @@ from problems import seeded, train
 from torch import nn
 from torch.nn import functional as F
 
-from nbdist.core.placeholder import detached
-from nbdist.core.strategies import shard_block
+from nbdist.core.params.placeholder import detached
+from nbdist.core.strategies.shard import block as shard_block
 
 WIDTH, LAYERS = 64, 8
 P = LAYERS * WIDTH * WIDTH  # parameters

@@ -13,8 +13,8 @@ from problems import ADAMW, assert_same_bits, classes, losses, mlp, seeded, trai
 from test_matrix import PART
 from torch import nn
 
-from nbdist.core.channels import ProcessGroupChannel
-from nbdist.core.world import World
+from nbdist.core.comm import ProcessGroupChannel
+from nbdist.core.comm.world import World
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 

@@ -8,7 +8,7 @@ from problems import OPTIMIZERS, SGD, alone, assert_same_bits, classes, losses, 
 from torch.nn import functional as F
 
 import nbdist
-from nbdist.core.world import World
+from nbdist.core.comm.world import World
 
 SAMPLES, BATCH, EPOCHS = 65, 24, 2  # the last batch of an epoch holds 17
 

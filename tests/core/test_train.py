@@ -7,8 +7,8 @@ import torch
 from problems import SGD, Given, alone, assert_same_bits, classes, mlp, stop_after, train, weights
 
 from nbdist.core import fit
-from nbdist.core.task import Task
-from nbdist.core.world import World
+from nbdist.core.comm.world import World
+from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 from nbdist.telemetry import (
     EpochFinished,

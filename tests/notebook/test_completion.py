@@ -6,11 +6,11 @@ import pytest
 from kernels import Kernel
 from net import NET
 
-from nbdist.core.losses import LOSSES
-from nbdist.core.metrics import METRICS
-from nbdist.core.optimizers import OPTIMIZERS
+from nbdist.core.optim.optimizers import OPTIMIZERS
+from nbdist.core.task.losses import LOSSES
+from nbdist.core.task.metrics import METRICS
 from nbdist.notebook.completion import complete, complete_line
-from nbdist.plan import words
+from nbdist.plan import names
 
 
 def texts(notebook, text):
@@ -22,8 +22,8 @@ def texts(notebook, text):
 
 def test_the_words_are_those_that_core_knows():
     """Help and completion name what there is."""
-    assert (words.LOSSES, words.METRICS) == (tuple(LOSSES), tuple(METRICS))
-    assert words.OPTIMIZERS == tuple(sorted(OPTIMIZERS))
+    assert (names.LOSSES, names.METRICS) == (tuple(LOSSES), tuple(METRICS))
+    assert names.OPTIMIZERS == tuple(sorted(OPTIMIZERS))
 
 
 @pytest.mark.parametrize(

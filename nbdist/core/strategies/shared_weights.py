@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from nbdist.core.axes import Axes
-from nbdist.core.channels import SharedMemoryChannel
-from nbdist.core.data_watch import DataWatch, put_data, unwatched
-from nbdist.core.gradient_hooks import GradientHooks
-from nbdist.core.gradient_sync import COUNTS, Signals, Totals, tail_dtype
-from nbdist.core.params import copy_or_zero_, laid_out_like
-from nbdist.core.strategies.base import Strategy
-from nbdist.core.sum_order import SumOrder
-from nbdist.core.task import Task
+from nbdist.core.comm import SharedMemoryChannel
+from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.reduction_order import SumOrder
+from nbdist.core.params.data_watch import DataWatch, put_data, unwatched
+from nbdist.core.params.table import copy_or_zero_, laid_out_like
+from nbdist.core.strategies.strategy import Strategy
+from nbdist.core.sync.gradient_hooks import GradientHooks
+from nbdist.core.sync.gradient_sync import COUNTS, Signals, Totals, tail_dtype
+from nbdist.core.task.task import Task
 from nbdist.errors import TaskError
 from nbdist.plan import Plan
 

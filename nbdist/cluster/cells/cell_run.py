@@ -1,0 +1,176 @@
+"""A cell of code running on engines."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import ipyparallel.error
+
+from nbdist.cluster.diagnose.where import Where
+from nbdist.errors import EngineError, interrupted, ranks_text
+
+__all__ = ["CellRun", "LostCall", "printed", "settle"]
+
+_POLL_S = 0.05
+_INTERRUPTED_AFTER_S = 5.0
+_LATE_OUTPUT_S = 2.0
+_LOOK_S, _LONGEST_LOOK_S = 3.0, 60.0
+"""How long after its start, and at most between two looks, to look whether a cell's ranks wait for each other in vain.
+
+Each look sends every rank a signal, so a cell that goes on for long is looked at less and less often.
+"""
+
+
+def until_next_look(last_s: float, *, hopeless: bool) -> float:
+    """Seconds to the next look at a cell: soon where it seems to hang, for twice the same means that it does."""
+    return _LOOK_S if hopeless else min(2 * last_s, _LONGEST_LOOK_S)
+
+
+def settle(call: Any) -> None:
+    """Wait for the output of a call that is done: it travels beside the result, and may come later."""
+    lost = getattr(call.exception(), "ename", "") == "EngineError"  # has said its last word
+    if not lost:
+        call.wait_for_output(_LATE_OUTPUT_S)
+
+
+def printed(calls: dict[int, Any], stream: str) -> dict[int, str]:
+    """What each rank's call has written so far to "stdout" or "stderr"."""
+    return {rank: getattr(call, stream) or "" for rank, call in calls.items()}
+
+
+class LostCall(concurrent.futures.Future[Any]):
+    """The result of a call to an engine that is dead: what ipyparallel says of one that died during its call."""
+
+    stdout = stderr = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_exception(ipyparallel.error.RemoteError("EngineError", "the engine has died", ""))
+
+
+class CellRun:
+    """The same cell on several ranks.
+
+    Args:
+        calls: ipyparallel's result of each rank.
+        interrupt: Interrupts the given ranks.
+        failed: Called if the cell fails or is interrupted, with the calls that are still unanswered.
+        check_alive: Raises where no answer can come any more.
+        done: Called at the end with the ranks on which the cell ran without an error.
+        where: Tells where all ranks stand.
+    """
+
+    def __init__(
+        self,
+        calls: dict[int, Any],
+        interrupt: Callable[[list[int]], None],
+        failed: Callable[[dict[int, Any]], None],
+        check_alive: Callable[[], None],
+        done: Callable[[list[int]], None] = lambda ranks: None,
+        where: Callable[[], Where] | None = None,
+    ) -> None:
+        self._calls = calls
+        self._interrupt = interrupt
+        self._failed = failed
+        self._check_alive = check_alive
+        self._done = done
+        self._where = where
+
+    @property
+    def ranks(self) -> list[int]:
+        """Where the cell runs."""
+        return list(self._calls)
+
+    def done(self) -> bool:
+        """Whether every rank has answered."""
+        return all(call.ready() for call in self._calls.values())
+
+    def printed(self, stream: str = "stdout") -> dict[int, str]:
+        """What each rank has written so far to "stdout" or "stderr"."""
+        return printed(self._calls, stream)
+
+    def displays(self) -> dict[int, list[dict[str, Any]]]:
+        """Rich outputs of each rank so far, as message contents with ``data`` and ``metadata``."""
+        return {rank: list(call.outputs or []) for rank, call in self._calls.items()}
+
+    def results(self) -> dict[int, Any]:
+        """The data of each rank's last expression, by MIME type, once done."""
+        replies = {rank: call.get() for rank, call in self._calls.items()}
+        return {rank: r.execute_result["data"] for rank, r in replies.items() if r is not None and r.execute_result}
+
+    def wait(self, while_waiting: Callable[[], None] = lambda: None) -> None:
+        """Wait until every rank is done.
+
+        Args:
+            while_waiting: Called again and again meanwhile.
+
+        Raises:
+            EngineError: The cell failed on some rank.
+            ClusterError: The engines cannot be reached any more.
+            KeyboardInterrupt: It was interrupted; the ranks have been interrupted too.
+        """
+        try:
+            self._wait(while_waiting)
+            self._raise_first()
+        except BaseException:
+            self._failed({rank: call for rank, call in self._calls.items() if not call.ready()})
+            raise
+        finally:
+            self._done([rank for rank, call in self._calls.items() if call.ready() and call.successful()])
+
+    def _waiting(self) -> list[Any]:
+        return [call for call in self._calls.values() if not call.ready()]
+
+    def _wait(self, while_waiting: Callable[[], None]) -> None:
+        look_s, apart_s, before = time.monotonic() + _LOOK_S, _LOOK_S, ""
+        try:
+            while waiting := self._waiting():
+                while_waiting()
+                waiting[0].wait(_POLL_S)
+                self._check_alive()
+                if self._where is not None and time.monotonic() > look_s:
+                    where = self._where().among(self._calls)
+                    apart_s = until_next_look(apart_s, hopeless=where.hopeless)
+                    look_s = time.monotonic() + apart_s
+                    if where.hopeless and str(where) == before:
+                        warnings.warn(f"this cell hangs: {where.verdict}. Interrupt it (■).", stacklevel=4)
+                        self._where = None
+                    before = str(where)
+        except KeyboardInterrupt:
+            self._interrupt([rank for rank, call in self._calls.items() if not call.ready()])
+            deadline = time.monotonic() + _INTERRUPTED_AFTER_S
+            while (waiting := self._waiting()) and time.monotonic() < deadline:
+                while_waiting()
+                waiting[0].wait(_POLL_S)
+            stuck = [rank for rank, call in self._calls.items() if not call.ready()]
+            if not stuck:
+                raise interrupted("the ranks were interrupted; they keep their state.") from None
+            raise interrupted(
+                f"{ranks_text(stuck)} did not react, perhaps inside a collective: %dist_stop ends it."
+            ) from None
+        finally:
+            for call in self._calls.values():
+                if call.ready():
+                    settle(call)
+
+    def _raise_first(self) -> None:
+        failed: dict[int, Any] = {}
+        for rank, call in self._calls.items():
+            try:
+                call.get()
+            except ipyparallel.error.RemoteError as error:
+                failed[rank] = error
+        if not failed:
+            return
+        first = next(iter(failed))
+        cause = failed[first]
+        same = [rank for rank, error in failed.items() if (error.ename, error.evalue) == (cause.ename, cause.evalue)]
+        if cause.ename == "EngineError":
+            raise EngineError(f"{ranks_text(same)}: the engine's process ended. %dist_start replaces it.", rank=first)
+        others = [rank for rank in failed if rank not in same]
+        also = f" ({ranks_text(others)} failed too: {failed[others[0]].ename})" if others else ""
+        raise EngineError(f"{ranks_text(same)}: {cause.ename}: {cause.evalue}{also}", str(cause.traceback), rank=first)

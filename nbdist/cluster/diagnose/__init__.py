@@ -1,0 +1,1 @@
+"""Where each rank stands, whether a run hangs, and what failed."""

@@ -1,0 +1,74 @@
+"""Hangs: a run that has done no step for too long is explained, and then mended or ended."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from nbdist.cluster.diagnose.where import Where
+from nbdist.errors import PlanError, suggest
+from nbdist.telemetry import RunState
+
+__all__ = ["ON_HANG", "Hang", "Hangs"]
+
+ON_HANG = ("replace", "stop")
+_RESTING = ("paused", "recovering", "stopping")
+
+
+class Hang(NamedTuple):
+    """A run that hangs.
+
+    Args:
+        text: For people: for how long, and who waits for whom, where.
+        culprits: The ranks to be replaced; none where the run is to end.
+    """
+
+    text: str
+    culprits: list[int]
+
+
+class Hangs:
+    """Looks for hangs of one run.
+
+    Args:
+        timeout_s: Seconds without a step, evaluation and the time before the first one included; None for no limit.
+        on_hang: "replace": the ranks that the others wait for; where there are none, or all, the run ends as with
+            "stop".
+        where: Tells where all ranks stand.
+
+    Attributes:
+        asked: The first two.
+
+    Raises:
+        PlanError: A value is not possible.
+    """
+
+    def __init__(self, timeout_s: float | None, on_hang: str, where: Callable[[], Where]) -> None:
+        number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
+        if timeout_s is not None and not (number and 0 < timeout_s < math.inf):
+            raise PlanError(f"a hang timeout of {timeout_s!r} is not possible: use seconds, more than 0.")
+        if on_hang not in ON_HANG:
+            raise PlanError(f"unknown on_hang {on_hang!r}: use replace or stop.{suggest(str(on_hang), ON_HANG)}")
+        self.asked = timeout_s, on_hang
+        self._timeout_s = timeout_s
+        self._replace = on_hang == "replace"
+        self._where = where
+        self._seen: object = None
+        self._since_s = 0.0
+
+    def found(self, progress: RunState) -> Hang | None:
+        """The hang, if there is one now; asked again and again while the run goes on."""
+        if self._timeout_s is None:
+            return None
+        seen, now_s = sum(rank.step for rank in progress.ranks.values()), time.monotonic()
+        if seen != self._seen or progress.state in _RESTING:
+            self._seen, self._since_s = seen, now_s
+        if now_s < self._since_s + self._timeout_s:
+            return None
+        self._since_s = now_s
+        where = self._where()
+        behind = [rank.rank for rank in where.ranks if rank.state not in ("waiting", "lost", "elsewhere")]
+        culprits = behind if self._replace and len(behind) < len(where.ranks) else []
+        return Hang(f"no step for {self._timeout_s:g} s: {where.verdict}", culprits)

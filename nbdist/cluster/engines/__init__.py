@@ -1,0 +1,1 @@
+"""The engines: processes with ranks that form a process group."""

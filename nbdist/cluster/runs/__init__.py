@@ -1,0 +1,1 @@
+"""Runs: queued, dispatched to engines, monitored to their end."""

@@ -1,0 +1,32 @@
+"""What becomes of orders that come after a run's last step: one outcome each, told in the run's notes."""
+
+from __future__ import annotations
+
+from nbdist.cluster.runs.run import Run
+from nbdist.core.control.commands import Order
+
+__all__ = ["late_order_text"]
+
+
+def late_order_text(order: Order, run: Run, engines: int, refusal: str = "") -> str:
+    """What has become of an order that no step has heard, in a sentence.
+
+    Args:
+        order: Which.
+        run: That has ended.
+        engines: How many there are now.
+        refusal: Why others that were asked for could not be had.
+    """
+    step = run.progress.step
+    if order.kind == "stop" and run.abandoned and run.state == "stopped":
+        return f"stopped at once after step {step:,}"
+    asked = {"lr": f"learning rate {order.value}", "checkpoint": f"checkpoint in {order.value}",
+             "scale": f"scale to {order.value}"}.get(order.kind, order.kind)  # fmt: skip
+    outcome = "not carried out"
+    if order.kind == "stop":
+        outcome = f"the run {'had failed' if run.state == 'failed' else 'was over'}"
+    elif order.kind == "scale" and order.value == engines:
+        outcome = f"there are {engines} engines"
+    elif order.kind == "scale" and refusal:
+        outcome += f" ({refusal.rstrip('.')})"
+    return f"{asked} came after step {step:,}, the last one: {outcome}"

@@ -1,0 +1,23 @@
+"""Channels: collectives along one mesh axis; links: messages between two ranks. Always polled, so interruptible."""
+
+from nbdist.core.comm.channel import Channel, Pending, SoloChannel
+from nbdist.core.comm.comm_timer import spent
+from nbdist.core.comm.hierarchical import HostsChannel
+from nbdist.core.comm.p2p import Link, Message, ProcessGroupLink
+from nbdist.core.comm.p2p_shared_memory import SharedMemoryLink
+from nbdist.core.comm.process_group import ProcessGroupChannel
+from nbdist.core.comm.shared_memory import SharedMemoryChannel
+
+__all__ = [
+    "Channel",
+    "HostsChannel",
+    "Link",
+    "Message",
+    "Pending",
+    "ProcessGroupChannel",
+    "ProcessGroupLink",
+    "SharedMemoryChannel",
+    "SharedMemoryLink",
+    "SoloChannel",
+    "spent",
+]

@@ -1,0 +1,136 @@
+"""What every channel can do, and the channel of a rank that is alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from nbdist.core.comm.reduction_order import SumOrder
+
+__all__ = ["Channel", "Done", "Pending", "SoloChannel"]
+
+
+class Pending(ABC):
+    """A collective under way."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Return when the result is in place; an interrupt lands at once.
+
+        Raises:
+            PeerLostError: Another rank is gone.
+        """
+
+    def wait_on_device(self) -> None:
+        """Let what follows on the device come after it; return at once where the device itself makes the result."""
+        self.wait()
+
+
+class Channel(ABC):
+    """Collectives along one mesh axis. **Collective**: every rank of the axis makes the same calls in the same order.
+
+    Args:
+        rank: This rank's coordinate on the axis.
+        size: The degree of the axis.
+        device: Where tensors must lie.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+
+    @abstractmethod
+    def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
+        """Begin to replace `tensor`, contiguous and of the same shape everywhere, by its sum over the axis.
+
+        The sum has the same bits on every rank, and on CPU it is taken in rank order: ((t0 + t1) + t2) + ...
+        """
+
+    @abstractmethod
+    def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
+        """Begin to replace `tensor`, contiguous, by the one of rank `source`."""
+
+    def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A flat tensor that this channel sums best; give it back with `free`. **Collective**."""
+        return torch.zeros(numel, dtype=dtype, device=self.device)
+
+    def free(self, tensor: torch.Tensor) -> None:  # noqa: B027 - most channels keep nothing
+        """Give back what `zeros` made. Local."""
+
+    def close(self) -> None:  # noqa: B027
+        """Hang up: peers that wait for this rank get an error. Local, twice is fine."""
+
+    def all_reduce_(self, tensor: torch.Tensor) -> None:
+        """`start_all_reduce_` and wait for it."""
+        self.start_all_reduce_(tensor).wait()
+
+    def broadcast_(self, tensor: torch.Tensor, source: int = 0) -> None:
+        """`start_broadcast_` and wait for it."""
+        self.start_broadcast_(tensor, source).wait()
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Copies of what each rank gave, in rank order. `tensor` is contiguous and of the same shape everywhere."""
+        gathered = [tensor.clone() if rank == self.rank else torch.empty_like(tensor) for rank in range(self.size)]
+        for rank, part in enumerate(gathered):
+            self.broadcast_(part, rank)
+        return gathered
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the sum over the axis; `tensor` is flat, and its length a multiple of the degree."""
+        total = tensor.clone()
+        self.all_reduce_(total)
+        return total.view(self.size, -1)[self.rank]
+
+    def sum_in_order_(self, rows: torch.Tensor, order: SumOrder) -> None:
+        """Replace the first of `rows` by the sum of all ranks' rows in the order of a tree; the others are used up.
+
+        Args:
+            rows: ``(order.rows, n)``, contiguous: what this rank has summed by itself, of ``order.nodes[rank]``.
+            order: Which row is added to which.
+        """
+        if self.size > 1:
+            rows[0].copy_(order.total([list(other) for other in self.all_gather(rows)], torch.Tensor.add_))
+        else:
+            assert order.rows == 1
+
+    def broadcast_any_(self, tensor: torch.Tensor, source: int = 0) -> None:
+        """`broadcast_` of a tensor in any memory layout."""
+        contiguous = tensor.contiguous()
+        self.broadcast_(contiguous, source)
+        if contiguous is not tensor:
+            tensor.copy_(contiguous)
+
+    def broadcast_bytes(self, data: bytes, source: int = 0) -> bytes:
+        """Return the bytes of rank `source`, whatever the others gave."""
+        device = self.device
+        length = torch.tensor([len(data)], device=device)
+        self.broadcast_(length, source)
+        buffer = torch.zeros(int(length.item()), dtype=torch.uint8, device=device)
+        if self.rank == source and data:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        self.broadcast_(buffer, source)
+        return buffer.cpu().numpy().tobytes()
+
+
+class Done(Pending):
+    """A collective that was over when it was started."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+class SoloChannel(Channel):
+    """The channel of a rank that is alone on its axis: every collective is the identity."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(rank=0, size=1, device=device)
+
+    def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
+        """The sum over one rank."""
+        return Done()
+
+    def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
+        """The tensor is already here."""
+        return Done()

@@ -1,0 +1,1 @@
+"""Commands of the user to a run, agreed by all ranks at a step boundary."""

@@ -1,0 +1,162 @@
+"""Steering: all ranks carry out what a person asks for, after the same step."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from nbdist.core.control.commands import Order, Orders
+from nbdist.core.optim.lr_schedulers import Scheduler
+from nbdist.core.sync.gradient_sync import Signals
+from nbdist.telemetry import Event, Ordered
+
+if TYPE_CHECKING:
+    from nbdist.core.state.progress import Position
+    from nbdist.core.state.snapshotter import Keeper
+    from nbdist.core.strategies.strategy import Strategy
+
+__all__ = ["Steering"]
+
+_LISTEN_S = 0.1
+_NAP_S = 0.01
+
+
+class Steering:
+    """Rank 0 hears orders and says in a step's gradient sync that there are some; then it tells all of them.
+
+    A snapshot holds how many orders to its run have been carried out. Those that came later are carried out again,
+    after the same step as before; of numbers of ranks the last one, for the ranks are begun anew after each.
+
+    Args:
+        orders: To this run; the same on all ranks whether there are any at all. Rank 0's are read.
+        run_id: Of which run.
+        strategy: What is trained.
+        scheduler: Of its learning rates.
+        keeper: Writes checkpoints.
+        tell: Called with what is carried out.
+
+    Attributes:
+        stopped: Whether the training is to end after the present step.
+        scaling: On how many ranks it is to be begun again then; 0 where it is not.
+    """
+
+    def __init__(
+        self, orders: Orders | None, run_id: str, strategy: Strategy, scheduler: Scheduler, keeper: Keeper,
+        tell: Callable[[Event], None],
+    ) -> None:  # fmt: skip
+        self._orders = orders
+        self._run_id = run_id
+        self._channel = strategy.axes.world
+        self._first = self._channel.rank == 0
+        self._optimizer = strategy.task.optimizer
+        self._scheduler = scheduler
+        self._keeper = keeper
+        self._tell = tell
+        self._lag = strategy.lag
+        self._log: list[Order] = []
+        self._checkpoints: list[str] = []
+        self._paused = self.stopped = False
+        self.scaling = 0
+
+    def begin(self, at: Position) -> None:
+        """Before the first step: be as all were at `at`, paused too. **Collective** over the world."""
+        if at.orders[0] != self._run_id:
+            at.orders = (self._run_id, 0)
+        if self._orders is None:
+            return
+        done: list[str] = []
+        if self._first:
+            self._log += self._orders.new()
+            done = [order.kind for order in self._log[: at.orders[1]]]
+        done = json.loads(self._channel.broadcast_bytes(json.dumps(done).encode()))
+        self.stopped = "stop" in done
+        self._paused = [kind for kind in done if kind in ("pause", "resume")][-1:] == ["pause"]
+        if self._paused:
+            number = max(i for i, kind in enumerate(done) if kind == "pause")
+            self._tell(Ordered(rank=self._channel.rank, order="pause", value=None, step=at.step, number=number))
+        self._hear(at, again=True)
+
+    def asked(self, at: Position) -> bool:
+        """Whether there is something to do at the end of the step that begins at `at`, or soon after. Local."""
+        if self._orders is None or not self._first:
+            return False
+        self._log += self._orders.new()
+        return bool(self._due(at, at.step + 1 + self._lag))
+
+    def obey(self, at: Position, heard: Signals | None) -> None:
+        """A step is complete; do what changes its state. **Collective** where ranks have `heard` of orders."""
+        if heard is not None and heard.orders:
+            self._hear(at)
+
+    def rest(self, at: Position) -> float:
+        """Write the checkpoints that were asked for, and wait while paused. **Collective** over the world.
+
+        Returns:
+            For how many seconds the training has rested.
+        """
+        if not (self._checkpoints or self._paused):
+            return 0.0
+        began_s = time.perf_counter()
+        self._write(at, self._paused)
+        while self._paused and not self.stopped:
+            deadline = time.monotonic() + _LISTEN_S
+            while self._first and self._orders is not None and time.monotonic() < deadline:
+                self._log += self._orders.new()
+                if self._due(at, at.step):
+                    break
+                time.sleep(_NAP_S)
+            self._hear(at)  # nothing, mostly; who waits for it sees whether rank 0 lives, and rank 0 whether all do
+            self._write(at, True)
+        return time.perf_counter() - began_s
+
+    def _due(self, at: Position, step: int) -> list[Order]:
+        due = []
+        for order in self._log[at.orders[1] :]:
+            if order.step is not None and order.step > step:
+                break
+            due.append(order)
+        return due
+
+    def _hear(self, at: Position, again: bool = False) -> None:
+        orders: list[Any] = []
+        if self._first and self._orders is not None:
+            for number, order in enumerate(self._due(at, at.step), at.orders[1]):
+                if order.step is None and again:
+                    continue
+                if order.step is None:
+                    self._orders.stamp(number, at.step)
+                orders.append([order.kind, order.value, self._is_past(number)])
+        for kind, value, past in json.loads(self._channel.broadcast_bytes(json.dumps(orders).encode())):
+            if not past:
+                self._carry_out(kind, value)
+            number = at.orders[1]
+            at.orders = (self._run_id, number + 1)
+            self._tell(Ordered(rank=self._channel.rank, order=kind, value=value, step=at.step, number=number))
+
+    def _is_past(self, number: int) -> bool:
+        """Whether another number of ranks was asked for after this one, and these ranks are what came of that."""
+        order, later = self._log[number], self._log[number + 1 :]
+        return order.kind == "scale" and any(other.kind == "scale" and other.step is not None for other in later)
+
+    def _carry_out(self, kind: str, value: Any) -> None:
+        match kind:
+            case "stop":
+                self.stopped, self.scaling = True, 0
+            case "scale" if self.scaling or not self.stopped:  # the newest number counts, but a stop more than any
+                self.scaling = 0 if value == self._channel.size else value
+                self.stopped = self.scaling > 0
+            case "pause" | "resume":
+                self._paused = kind == "pause"
+            case "lr":
+                self._scheduler.set_rate(self._optimizer, value)
+            case "checkpoint":
+                self._checkpoints.append(value)
+
+    def _write(self, at: Position, wait: bool) -> None:
+        folders, self._checkpoints = self._checkpoints, []
+        for folder in dict.fromkeys(folders):
+            self._keeper.write_checkpoint(at, folder)
+        if wait:
+            self._keeper.settle()

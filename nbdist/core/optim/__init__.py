@@ -1,0 +1,1 @@
+"""Optimizers, learning-rate schedulers and loss scaling, and how their state is cut and sent."""

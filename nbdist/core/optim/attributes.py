@@ -1,0 +1,91 @@
+"""What an optimizer keeps under names of its own, beside its state: kept with a run, so far as it is plain data."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import numpy as np
+import torch
+
+from nbdist.core.optim.json_value import plain
+from nbdist.core.optim.references import References
+from nbdist.core.transfer.pickler import attributes
+from nbdist.errors import TaskError
+
+__all__ = ["OwnAttributes", "put_attributes"]
+
+_TORCHS = {"defaults", "state", "param_groups", "step", "_opt_called", "_zero_grad_profile_name"}
+_TORCHS |= {"_warned_capturable_if_run_uncaptured"}
+_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
+
+
+class OwnAttributes:
+    """Tells of an optimizer's own attributes, and sees to it that none changes that cannot be told.
+
+    Args:
+        optimizer: As it begins.
+        references: To the model's tensors, which are kept as such.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, references: References) -> None:
+        self._optimizer = optimizer
+        self._references = references
+        self._at_first = {name: self._trace(value, {}) for name, value in _own(optimizer).items()}
+
+    def told(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dicts of them. Local.
+
+        Raises:
+            TaskError: Something else has changed since the beginning, so far as that can be seen.
+        """
+        told = {}
+        for name, value in _own(self._optimizer).items():
+            what = f"the optimizer's {name}"
+            try:
+                told[name] = self._references.told(value, what)
+            except TaskError:
+                if self._trace(value, {}) != self._at_first.get(name):
+                    raise
+        return told
+
+    def _trace(self, value: Any, seen: dict[int, Any]) -> Any:
+        """Something that is another thing when the value has changed."""
+        kind = type(value)
+        if id(value) in seen or self._references.refers(value):
+            return id(value)
+        if isinstance(value, torch.Tensor):
+            return id(value), value._version
+        if kind is np.ndarray:
+            return value.tobytes()
+        seen[id(value)] = value
+        if kind in _SEQUENCES:
+            return kind, [self._trace(item, seen) for item in value]
+        if isinstance(value, dict):
+            return kind, [(self._trace(key, seen), self._trace(held, seen)) for key, held in value.items()]
+        if isinstance(value, torch.optim.Optimizer):
+            return self._trace(value.state, seen), self._trace(_own(value), seen)
+        try:
+            return plain(value, "")
+        except TaskError:
+            return id(value)
+
+
+def put_attributes(optimizer: torch.optim.Optimizer, told: dict[str, Any], references: References) -> None:
+    """Let an optimizer keep what was told, but nothing that its class knows. Local."""
+    mine = attributes(optimizer)
+    of_all = told.get("state")
+    for key, value in of_all.items() if isinstance(of_all, dict) else ():
+        optimizer.state[key] = references.put(optimizer.state.get(key), value)
+    for name, value in told.items():
+        if name in _TORCHS or name.startswith("_optimizer_") or (name not in mine and hasattr(type(optimizer), name)):
+            continue
+        setattr(optimizer, name, references.put(mine.get(name), value))
+
+
+def _own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its attributes that are not torch's, and as "state" what it keeps there for all parameters together."""
+    everything = attributes(optimizer)
+    own = {n: value for n, value in everything.items() if not (n in _TORCHS or n.startswith("_optimizer_"))}
+    of_all = {key: value for key, value in everything.get("state", {}).items() if not isinstance(key, torch.Tensor)}
+    return {**own, "state": of_all} if of_all else own

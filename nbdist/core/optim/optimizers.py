@@ -1,0 +1,139 @@
+"""Well-known optimizers by name."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbdist.core.optim.cut_trial import differs
+from nbdist.core.process.lazy_dynamo import eager
+from nbdist.errors import PlanError, TaskError, suggest
+from nbdist.plan import Mesh
+
+__all__ = ["BY_ELEMENT", "OPTIMIZERS", "check_may_be_cut", "make_optimizer", "optimizer_name"]
+
+_UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
+
+_FUSED = {"adam", "adamw", "sgd"}  # one kernel for the whole update, on CPU and GPU alike
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    name.lower(): cls
+    for name, cls in vars(torch.optim).items()
+    if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and name not in _UNFIT
+}
+"""The classes of ``torch.optim`` by the names that ``--optimizer`` takes."""
+
+BY_ELEMENT = {
+    OPTIMIZERS[name]
+    for name in ("adadelta", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop", "rprop", "sgd")
+}
+"""Those whose every element goes by itself, whatever their settings: a trial of them, 50 ms, would show just that."""
+
+
+def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:
+    """Build the optimizer of `model`.
+
+    Args:
+        optimizer: A name, a callable that takes the parameters (and `lr`, where it has such an argument), or a ready
+            optimizer over parameters of `model`.
+        model: The module.
+        lr: Learning rate; None for the optimizer's own.
+
+    Raises:
+        TaskError: The name is unknown, or the value is not, or does not make, an optimizer of this model.
+        PlanError: The learning rate is no rate.
+    """
+    if lr is not None and not (isinstance(lr, numbers.Real) and math.isfinite(lr) and lr > 0):
+        raise PlanError(f"lr {lr} must be a positive number.")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    settings: dict[str, Any] = {} if lr is None else {"lr": lr}
+    if isinstance(optimizer, torch.optim.Optimizer):
+        if settings:
+            raise TaskError(f"lr={lr} is given, but the optimizer is ready-made: set the rate in it.")
+        return _checked(optimizer, model, optimizer)
+    if isinstance(optimizer, str):
+        if optimizer.lower() not in OPTIMIZERS:
+            known = ", ".join(sorted(OPTIMIZERS))
+            raise TaskError(
+                f"unknown optimizer {optimizer!r}: use {known}, or a callable.{suggest(optimizer.lower(), OPTIMIZERS)}"
+            )
+        try:
+            if optimizer.lower() in _FUSED and all(p.is_floating_point() for p in trainable):
+                settings["fused"] = True
+            with eager():
+                return OPTIMIZERS[optimizer.lower()](trainable, **settings)
+        except ValueError as error:  # muon, which wants matrices only
+            raise TaskError(f"optimizer {optimizer} cannot train this model: {error}.") from None
+    if not callable(optimizer):
+        raise TaskError(f"optimizer must be a name, a callable or an optimizer, not {optimizer!r}.")
+    if settings and not _takes_lr(optimizer):
+        raise TaskError(f"lr={lr} is given, but {optimizer_name(optimizer)} takes no lr: set the rate in it.")
+    with eager():
+        made = optimizer(trainable, **settings)
+    return _checked(made, model, optimizer)
+
+
+def optimizer_name(optimizer: Any) -> str:
+    """What to call an optimizer in the plan and the panel."""
+    if isinstance(optimizer, str):
+        return optimizer.lower()
+    return getattr(optimizer, "__name__", None) or type(optimizer).__name__
+
+
+def check_may_be_cut(optimizer: torch.optim.Optimizer, mesh: Mesh, *, comes_home: bool = False) -> None:
+    """Check that an optimizer gives the same where a mesh cuts parameters, by trying it on small ones. Local.
+
+    Args:
+        optimizer: With its settings.
+        mesh: Of the run.
+        comes_home: Whether its state is brought together in the end.
+
+    Raises:
+        PlanError: It does not, or keeps what one rank cannot tell another.
+    """
+    if type(optimizer) in BY_ELEMENT and not _has_own_step(optimizer):
+        return
+    cut = mesh.shard > 1 or mesh.tp > 1
+    how = differs(optimizer, flat=mesh.shard > 1, along=mesh.tp > 1, apart=False, told=comes_home) if cut else ""
+    if how:
+        raise PlanError(
+            f"optimizer {type(optimizer).__name__} {how}, which mesh {mesh} cuts: use another one, such as adamw, or "
+            "the strategy data or pipeline."
+        )
+    how = differs(optimizer, flat=False, along=False, apart=True, told=comes_home) if mesh.pp > 1 else ""
+    if how:
+        raise PlanError(
+            f"optimizer {type(optimizer).__name__} {how}, which mesh {mesh} puts on several ranks: use another one, "
+            "such as adamw, or the strategy data."
+        )
+
+
+def _has_own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an object steps otherwise than its class does; a scheduler puts a step there that counts, no more."""
+    return "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
+
+
+def _takes_lr(optimizer: Any) -> bool:
+    try:
+        parameters = inspect.signature(optimizer).parameters.values()
+    except ValueError:  # a builtin without a signature
+        return True
+    return any(p.name == "lr" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _checked(made: Any, model: nn.Module, given: Any) -> torch.optim.Optimizer:
+    name = optimizer_name(given)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TaskError(f"optimizer {name} returned {type(made).__name__}, not a torch optimizer.")
+    own = {id(p) for p in model.parameters()}
+    foreign = sum(id(p) not in own for group in made.param_groups for p in group["params"])
+    if foreign:
+        raise TaskError(
+            f"optimizer {name} holds {foreign} parameters that are not the model's: build it from model.parameters()."
+        )
+    return made

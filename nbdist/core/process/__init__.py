@@ -1,0 +1,1 @@
+"""Settings of this process: memory, random number generators, threads, imports."""

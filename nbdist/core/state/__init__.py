@@ -1,0 +1,1 @@
+"""What survives a lost rank: snapshots, checkpoints, and the way back from both."""

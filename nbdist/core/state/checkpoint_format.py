@@ -1,0 +1,74 @@
+"""The form of what was kept beside tensors, checked before any of it is believed: a checkpoint may be anybody's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nbdist.core.params.placement import Cut
+
+__all__ = ["RANK", "cut_of", "fits"]
+
+_DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_COUNTS = {"steps": int, "samples": int, "loss": (float, float), "seconds": float}
+_POSITION = {"epoch": int, "batch": int, "step": int, "samples": int, "history": [dict], "row": _COUNTS}
+_TENSOR = {"shape": [int], "dtype": str, "cut": object, "tp": int, "shard": int}
+RANK = {
+    "rank": int,
+    "mesh": str,
+    "speaks": bool,
+    "plan": {"batch_size": int, "seed": int, "shuffle": bool},
+    "position": _POSITION,
+    "precision": (float, int),
+    "scheduler": object,
+    "generators": object,
+    "tensors": {str: _TENSOR},
+    "groups": [{"params": [str]}],
+    "values": {str: dict},
+}
+"""What each rank says, see `fits`."""
+
+
+def fits(value: Any, schema: Any) -> bool:
+    """Whether JSON has a form.
+
+    Args:
+        value: The JSON.
+        schema: A type (`int` is what counts, zero and above; `float` any number; `object` anything); a tuple,
+            of each item; a list of one schema, of every item; a dict of one under `str`, of every value; or a dict of
+            what has to be there.
+    """
+    if isinstance(schema, tuple):
+        return isinstance(value, list) and len(value) == len(schema) and all(map(fits, value, schema))
+    if isinstance(schema, list):
+        return isinstance(value, list) and all(fits(item, schema[0]) for item in value)
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            return False
+        if str in schema:
+            return all(fits(item, schema[str]) for item in value.values())
+        return all(key in value and fits(value[key], inner) for key, inner in schema.items())
+    if isinstance(value, bool):
+        return schema in (bool, object)
+    if schema is int:
+        return isinstance(value, int) and value >= 0
+    return isinstance(value, (int, float) if schema is float else schema)
+
+
+def cut_of(about: dict[str, Any]) -> Cut | None:
+    """How a tensor was split over ``tp``, as a `RANK` tells of it.
+
+    Raises:
+        ValueError: No tensor can be split like that.
+    """
+    shape, cut = about["shape"], about["cut"]
+    if min(about["tp"], about["shard"]) < 1 or about["dtype"] not in _DTYPES:
+        raise ValueError
+    if cut is None:
+        return None
+    if not (fits(cut, {"dim": int, "sections": [int]}) and cut["dim"] < len(shape)):
+        raise ValueError
+    if sum(cut["sections"]) != shape[cut["dim"]] or any(section % about["tp"] for section in cut["sections"]):
+        raise ValueError
+    return Cut(dim=cut["dim"], sections=tuple(cut["sections"]))

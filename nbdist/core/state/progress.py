@@ -1,0 +1,138 @@
+"""Where a training stands: what a rank must know, beside weights and state, to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from nbdist.core.comm import Channel
+from nbdist.core.sync.running_mean import WeightedMean
+from nbdist.plan import Plan
+
+__all__ = ["Position", "Row"]
+
+
+class Row:
+    """Counts of one history row on this rank, from its first step on.
+
+    Args:
+        device: Where the losses are.
+        told: What `told` gave, to go on from there.
+    """
+
+    def __init__(self, device: torch.device, told: dict[str, Any] | None = None) -> None:
+        told = told or {"steps": 0, "samples": 0, "loss": (0.0, 0.0), "seconds": 0.0}
+        self.steps: int = told["steps"]
+        self.samples: int = told["samples"]
+        self.loss = WeightedMean(device, tuple(told["loss"]))
+        self._started_s: float = time.perf_counter() - told["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training since the row began."""
+        return time.perf_counter() - self._started_s
+
+    def leave_out(self, seconds: float) -> None:
+        """The training has rested for so long."""
+        self._started_s += seconds
+
+    def told(self) -> dict[str, Any]:
+        """The counts as JSON-able data. Waits for the device."""
+        return {
+            "steps": self.steps, "samples": self.samples, "loss": self.loss.sums.tolist(), "seconds": self.seconds,
+        }  # fmt: skip
+
+    def close(self, channel: Channel, speaks: bool, epoch: int, seconds: float) -> dict[str, Any]:
+        """The row over all ranks, the same on each. **Collective** over all of them.
+
+        Args:
+            channel: Over all ranks.
+            speaks: Whether this rank counts: of those that read the same samples, one does.
+            epoch: What the row is called.
+            seconds: How long it took; rank 0's are taken.
+        """
+        counted = [self.samples if speaks else 0, seconds if channel.rank == 0 else 0.0]
+        sums = torch.cat([self.loss.sums, torch.tensor(counted, dtype=torch.float64, device=channel.device)])
+        channel.all_reduce_(sums)
+        loss_sum, weight, samples, seconds = sums.tolist()
+        return {
+            "epoch": epoch,
+            "steps": self.steps,
+            "samples": round(samples),
+            "loss": loss_sum / weight if weight else float("nan"),
+            "seconds": seconds,
+        }
+
+
+class Position:
+    """The place of one rank in a training: it changes when a step is complete, and not before.
+
+    Args:
+        device: Where the losses are.
+
+    Attributes:
+        epoch: The pass over the data, counted from 1.
+        batch: Batches of it that are done.
+        step: Optimizer steps that are done.
+        samples: Samples this rank has read.
+        history: The rows so far.
+        row: The one that is being counted.
+        orders: Of which run orders have been carried out, and how many; see `Steering`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.epoch, self.batch, self.step, self.samples = 1, 0, 0, 0
+        self.history: list[dict[str, Any]] = []
+        self.row = Row(device)
+        self.orders: tuple[str, int] = ("", 0)
+        self._device = device
+
+    @property
+    def moment(self) -> tuple[int, int]:
+        """Steps that are done, and what has ended, epochs or rows: greater after each change, the same on all ranks."""
+        return self.step, self.epoch + len(self.history)
+
+    def told(self) -> dict[str, Any]:
+        """The position as JSON-able data. Local; waits for the device."""
+        return {
+            "epoch": self.epoch, "batch": self.batch, "step": self.step, "samples": self.samples,
+            "history": self.history, "row": self.row.told(), "orders": self.orders,
+        }  # fmt: skip
+
+    @classmethod
+    def of(cls, told: dict[str, Any], device: torch.device) -> Position:
+        """The position that `told` describes."""
+        position = cls(device)
+        position.epoch, position.batch, position.step = told["epoch"], told["batch"], told["step"]
+        position.samples, position.history = told["samples"], list(told["history"])
+        position.row = Row(device, told["row"])
+        position.orders = tuple(told.get("orders", position.orders))  # not in checkpoints of 0.1
+        return position
+
+    def advance(self, samples: int, losses: list[tuple[torch.Tensor, Any]]) -> None:
+        """A step is complete, in which this rank read `samples` and has seen `losses` with their weights."""
+        self.batch += 1
+        self.step += 1
+        self.samples += samples
+        self.row.steps += 1
+        self.row.samples += samples
+        for loss, weight in losses:
+            self.row.loss.add(loss, weight)
+
+    def next_epoch(self, row: dict[str, Any] | None) -> None:
+        """A pass over the data is complete; its row too, unless the whole run is one."""
+        self.epoch, self.batch = self.epoch + 1, 0
+        if row is not None:
+            self.close(row)
+
+    def close(self, row: dict[str, Any]) -> None:
+        """Put a complete row into the history and begin another."""
+        self.history = [*self.history, row]
+        self.row = Row(self._device)
+
+    def complete(self, plan: Plan) -> bool:
+        """Whether all that `plan` asks for has been done, the last row included."""
+        passed = self.step >= plan.steps if plan.steps is not None else self.epoch > (plan.epochs or 0)
+        return passed and self.row.steps == 0

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules, and the rank that executes one."""

@@ -1,0 +1,42 @@
+"""A rehearsal: a split model computes alone, with numbers that mean nothing, in the shapes of the real thing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from nbdist.core.comm import Channel, Pending
+from nbdist.core.comm.channel import Done
+from nbdist.core.strategies.tensor.apply import Parallelized
+
+__all__ = ["rehearsed"]
+
+
+class _Mute(Channel):
+    """Stands for a channel, and asks nobody: as if all ranks gave what this one gives."""
+
+    def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
+        return Done()
+
+    def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
+        return Done()
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.clone() for _ in range(self.size)]
+
+
+@contextlib.contextmanager
+def rehearsed(parallelized: Parallelized | None) -> Iterator[None]:
+    """Let one rank run its part of a split model by itself, to record or to time it. Local."""
+    if parallelized is None:
+        yield
+        return
+    axis = parallelized.axis
+    real = axis.channel
+    axis.use(_Mute(real.rank, real.size, real.device))
+    try:
+        yield
+    finally:
+        axis.use(real)

@@ -1,0 +1,193 @@
+"""Whether a split module computes what the whole one does: run both, and compare outputs and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbdist.core.comm import Channel
+from nbdist.core.data.sources import tensors_in
+from nbdist.core.params.table import replace_data
+from nbdist.core.process.rng import kept, seed_torch
+from nbdist.core.strategies.tensor.apply import parallelize
+from nbdist.core.strategies.tensor.auto_plan import as_in_training, drawn, nothing_to_split
+from nbdist.core.strategies.tensor.plan import Group, TensorPlan
+from nbdist.errors import PeerLostError, PlanError
+
+__all__ = ["prove"]
+
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
+_COARSE_TOLERANCE = 5e-2
+_SEED = 1
+
+
+def prove(
+    model: nn.Module, channel: Channel, plan: TensorPlan, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> TensorPlan:
+    """Keep of a plan what leaves outputs and gradients as they are. **Collective** over `channel`.
+
+    The example runs whole and split, in training mode with the same random numbers, and in evaluation mode. Where all
+    together is wrong, groups that are alike are tried by themselves, each in all its ways.
+
+    Args:
+        model: The whole module, with the same weights on every rank; it is left as it was.
+        channel: The ``tp`` axis.
+        plan: From `derive` or `written`.
+        args: An example call's, the same on every rank, with at least two samples.
+        kwargs: The same.
+
+    Raises:
+        PlanError: What the user's own rules split gives another result, or nothing is left to split.
+    """
+    proof = _Proof(model, channel, args, kwargs or {})
+    wrong = proof.objection(plan, plan.groups)
+    if not wrong:
+        return replace(plan, others=())
+    groups, reasons = _selected(proof, plan)
+    if any(group.kind == "own" for group in plan.groups) and reasons.keys() - plan.reasons.keys():
+        name = min(reasons.keys() - plan.reasons.keys())
+        raise PlanError(
+            f"the tensor plan changes what {type(model).__name__} computes: {name} {reasons[name]}. "
+            "Leave it away, or name the 'row' layer that takes what a 'column' gives, or split it as 'column_gather'."
+        )
+    if not groups:
+        raise nothing_to_split(model, plan.size, reasons)
+    return TensorPlan(size=plan.size, groups=groups, reasons=reasons)
+
+
+def _selected(proof: _Proof, plan: TensorPlan) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """The groups that are right, each by itself and all together; and why layers stay whole."""
+    reasons = dict(plan.reasons)
+    chosen: list[Group] = []
+    for key in dict.fromkeys(group.key for group in plan.groups):
+        first_objection = ""
+        for way in _ways(plan, key):
+            objection = proof.objection(plan, [*chosen, *way]) if any(group.layers for group in way) else "nothing left"
+            if not objection:
+                chosen += way
+                reasons |= {
+                    group.block: f"is split layer by layer, not as a whole: {first_objection}"
+                    for group in way
+                    if group.kind == "linear" and first_objection
+                }
+                break
+            first_objection = first_objection or objection
+        left = {name for group in plan.groups if group.key == key for name in group.layers}
+        left -= {name for group in chosen for name in group.layers}
+        reasons |= dict.fromkeys(sorted(left), f"does not stand being split as {key.split(':')[0]}: {first_objection}")
+    return tuple(group for group in chosen if group.layers), reasons
+
+
+def _ways(plan: TensorPlan, key: str) -> Iterator[list[Group]]:
+    """All groups of a key, first in their first way, then in their second, ..."""
+    by_block = [
+        [group, *(other for other in plan.others if (other.key, other.block) == (key, group.block))]
+        for group in plan.groups
+        if group.key == key
+    ]
+    for number in range(max(map(len, by_block))):
+        yield [ways[min(number, len(ways) - 1)] for ways in by_block]
+
+
+class _Proof:
+    def __init__(self, model: nn.Module, channel: Channel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._model, self._channel = model, channel
+        self._args, self._kwargs = args, kwargs
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gradients = [(p, p.grad) for p in model.parameters()]
+        self._expected = self._results()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+    def objection(self, plan: TensorPlan, groups: Iterable[Group]) -> str:
+        """What is wrong with splitting these, as the ranks agree; an empty string if nothing is. **Collective**."""
+        found = self._own_objection(replace(plan, groups=tuple(groups)))
+        objections = torch.tensor([float(bool(found))], device=self._channel.device)
+        self._channel.all_reduce_(objections)
+        return found or ("another rank got another result" if objections.item() else "")
+
+    def _own_objection(self, plan: TensorPlan) -> str:
+        gradients = [(p, p.grad) for p in self._model.parameters()]
+        wholes = [(p, p.data) for p in self._model.parameters()]
+        split = parallelize(self._model, self._channel, plan)
+        try:
+            actual = self._results()
+        except PeerLostError:
+            raise
+        except Exception as error:  # whatever the module's own code objects to: then it stays whole
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        finally:
+            split.restore()
+            for parameter, whole in wholes:
+                if parameter.shape != whole.shape:
+                    replace_data(parameter, whole)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+        rank, size = self._channel.rank, self._channel.size
+        expected = dict(self._expected)
+        for name, cut in split.cuts.items():
+            if (gradient := expected.get(f"gradient of {name}")) is not None:
+                expected[f"gradient of {name}"] = cut.piece(gradient, rank, size)
+        return _difference(expected, actual)
+
+    def _results(self) -> dict[str, torch.Tensor]:
+        """Outputs and gradients by name."""
+        device = drawn(self._model)
+        with as_in_training(self._model), kept(device):
+            seed_torch(_SEED, device)
+            with torch.enable_grad():
+                outputs = _floats(self._model(*self._args, **self._kwargs))
+                gradients = self._gradients(outputs)
+            results = {f"output {number} in training": out.detach() for number, out in enumerate(outputs)}
+            results |= {f"gradient of {name}": g for name, g in gradients.items()}
+            self._model.eval()
+            with torch.no_grad():
+                evaluated = _floats(self._model(*self._args, **self._kwargs))
+        return results | {f"output {number} in evaluation": out for number, out in enumerate(evaluated)}
+
+    def _gradients(self, outputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        differentiable = [out for out in outputs if out.requires_grad]
+        if not differentiable or not self._trainable:
+            return {}
+        # Weights that differ from element to element: the plain sum of a softmax, say, has no gradient.
+        loss = sum(
+            (out * torch.arange(out.numel(), device=out.device).cos().view_as(out)).sum() for out in differentiable
+        )
+        # Not `torch.autograd.grad`, which reentrant checkpointing forbids.
+        for parameter in self._trainable.values():
+            parameter.grad = None
+        loss.backward()  # type: ignore[union-attr]
+        found = {name: p.grad for name, p in self._trainable.items() if p.grad is not None}
+        for parameter in self._trainable.values():
+            parameter.grad = None
+        return found
+
+
+def _floats(output: Any) -> list[torch.Tensor]:
+    known = isinstance(output, (torch.Tensor, tuple, list, dict))
+    return [out for out in tensors_in(output if known else vars(output)) if out.is_floating_point()]
+
+
+def _difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> str:
+    """The first result that is another one, or an empty string."""
+    if expected.keys() != actual.keys():
+        return f"there is no {min(expected.keys() ^ actual.keys())}"
+    largest = max(
+        (g.abs().max().item() for name, g in expected.items() if "gradient" in name and g.numel()), default=0.0
+    )
+    for name, right in expected.items():
+        got = actual[name]
+        if got.shape != right.shape:
+            return f"{name} has shape {tuple(got.shape)}, not {tuple(right.shape)}"
+        if not right.numel():
+            continue
+        off = (got.nan_to_num() - right.nan_to_num()).abs().max().item()
+        # Gradients that are nothing but rounding, those of a bias of keys, say, are measured by the others.
+        scale = max(right.nan_to_num().abs().max().item(), 0.01 * largest if "gradient" in name else 0.0)
+        if off > _TOLERANCE.get(right.dtype, _COARSE_TOLERANCE) * scale:
+            return f"{name} is off by {off:.2g} of {scale:.2g}"
+    return ""

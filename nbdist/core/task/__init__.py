@@ -1,0 +1,1 @@
+"""What the user supplies: model, data, loss or step, metrics."""

@@ -1,0 +1,329 @@
+"""The task: what the user supplies, checked before anything else is touched."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbdist.core.data.reader import Slice
+from nbdist.core.data.sources import Source
+from nbdist.core.optim.lr_schedulers import Scheduler, check_scheduler
+from nbdist.core.optim.optimizers import make_optimizer, optimizer_name
+from nbdist.core.optim.state import move_state_
+from nbdist.core.sync.loss_forms import LossForms
+from nbdist.core.task.loss_graph import Outline
+from nbdist.core.task.loss_weight import mean_over
+from nbdist.core.task.losses import ClassLoss, Loss, find_loss, is_torch_own, loss_name
+from nbdist.core.task.metrics import Metric, find_metric
+from nbdist.errors import PlanError, TaskError
+
+__all__ = ["ModelLossStep", "Step", "SupervisedStep", "Task"]
+
+Step = Callable[[nn.Module, Any], Any]
+"""``step(model, batch)``: one training step's loss, a mean over samples, or ``(loss, weight)`` with what it is over."""
+
+_Context = contextlib.AbstractContextManager[Any]
+
+NO_LOSS = "no loss: name one (--loss mse, or loss='mse'), or write the step (a %%dist_train cell's body, or step=...)."
+UNKNOWN_MEAN = (
+    "{loss} is no mean of which can be seen what it is over (a sum, a ratio, or several means over different numbers), "
+    "so slices could not be averaged exactly: {cure}."
+)
+_OF_MODEL = (
+    "write the step (a %%dist_train cell's body, or step=...) and assign loss and weight, the number that the mean is "
+    "over, as in `weight = (labels != -100).sum()`"
+)
+_OF_CALLABLE = (
+    "return with it the number that the mean is over, as in `return loss, (target != -100).sum()`, or `return loss, "
+    "len(target)` for samples; of a sum, return the mean"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Model, data, step, optimizer, and what is measured. It travels to the engines as one value.
+
+    Args:
+        model: The module as the user made it.
+        data: Training data.
+        step: The training step.
+        optimizer: Over parameters of `model`.
+        val: Validation data, or None.
+        metric: Measured on `val` beside the loss, or None.
+        own_optimizer: Whether the user made the optimizer, and so gets its state back.
+        scheduler: Makes a torch scheduler from the optimizer, or None.
+        options: The Plan options that follow from what was supplied: names, batch size, shuffle.
+        forms: What the losses of a step have in common, where nobody says what they are means over.
+    """
+
+    model: nn.Module
+    data: Source
+    step: Step
+    optimizer: torch.optim.Optimizer
+    val: Source | None
+    metric: Metric | None
+    own_optimizer: bool
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    options: dict[str, Any]
+    forms: LossForms = field(default_factory=LossForms)
+
+    @classmethod
+    def create(
+        cls, model: Any, data: Any, *, loss: Any = None, step: Step | None = None, optimizer: Any = "adamw",
+        lr: float | None = None, lr_scheduler: Any = None, val: Any = None, metric: Any = None,
+        batch_size: int | None = None,
+        shuffle: bool | None = None, names: tuple[str, str] = ("model", "data"),
+    ) -> Task:  # fmt: skip
+        """Check what a person supplied and bring it to one form. Local; nothing is changed.
+
+        Args:
+            model: An ``nn.Module`` with something to train.
+            data: See `Source`.
+            loss: A name, or a callable ``loss(output, target)``; the step is then ``loss(model(x), y)``.
+            step: A callable ``step(model, batch)`` in place of `loss`.
+            optimizer: See `make_optimizer`.
+            lr: Learning rate.
+            lr_scheduler: A callable that makes a torch scheduler from an optimizer.
+            val: Validation data, in the same forms as `data`.
+            metric: A name, or a callable ``metric(output, target)``.
+            batch_size: Global batch size, if the person gave one.
+            shuffle: Whether to shuffle, if the person said so.
+            names: What the person calls `model` and `data`.
+
+        Raises:
+            TaskError: Something cannot be used.
+            PlanError: An option contradicts what the data brings with it.
+        """
+        _check_model(model, names[0])
+        source = Source.of(data, names[1])
+        own_loss = loss is None and step is None and isinstance(source.first(), Mapping)
+        if own_loss:
+            step = ModelLossStep()
+        elif (loss is None) == (step is None):
+            raise TaskError(NO_LOSS if loss is None else "give loss=... or step=..., not both.")
+        if step is not None and not callable(step):
+            raise TaskError(f"step must be a callable step(model, batch), not {step!r}.")
+        if metric is not None and val is None:
+            raise TaskError(f"metric {_name(metric)} has nothing to be measured on: give val=... too.")
+        # every validation sample counts, whatever the loader would drop
+        val_source = None if val is None else replace(Source.of(val, "val"), drop_last=False)
+        supervised = [("loss", source)] if step is None else []
+        for what, needs_target in [*supervised, *([("metric", val_source)] if metric is not None else [])]:
+            _check_pairs(needs_target, what)
+        _check_agree("batch_size", batch_size, source.batch_size, names[1])
+        _check_agree("shuffle", shuffle, source.shuffle, names[1])
+        made = make_optimizer(optimizer, model, lr)
+        if lr_scheduler is not None:
+            check_scheduler(lr_scheduler, made)
+        return cls(
+            model=model,
+            data=source,
+            step=step or SupervisedStep(find_loss(loss)),
+            optimizer=made,
+            scheduler=lr_scheduler,
+            val=val_source,
+            metric=None if metric is None else find_metric(metric),
+            own_optimizer=isinstance(optimizer, torch.optim.Optimizer),
+            options={
+                "loss": "the model's own" if own_loss else loss_name(loss) if step is None else "step",
+                "lr_scheduler": "" if lr_scheduler is None else _name(lr_scheduler),
+                "optimizer": optimizer_name(optimizer),
+                "lr": lr,
+                "metric": "" if metric is None else _name(metric),
+                "batch_size": source.batch_size if batch_size is None else batch_size,
+                "shuffle": source.shuffle if shuffle is None else shuffle,
+            },
+        )
+
+    @property
+    def title(self) -> str:
+        """The model's class and number of parameters, for people."""
+        count = sum(p.numel() for p in self.model.parameters())
+        scale, unit = next((s, u) for s, u in ((1_000_000, " M"), (1_000, " k"), (1, "")) if count >= s)
+        return f"{type(self.model).__name__} ({count / scale:.3g}{unit} parameters)"
+
+    def make_scheduler(self, optimizer: torch.optim.Optimizer) -> Scheduler:
+        """What sets the learning rate from step to step. Local."""
+        return Scheduler(self.scheduler, optimizer)
+
+    @property
+    def own_mean(self) -> bool:
+        """Whether the loss is computed where nobody sees what it is a mean over: by the model, or by a callable."""
+        if isinstance(self.step, SupervisedStep):
+            return self.step.own_mean
+        return isinstance(self.step, ModelLossStep)
+
+    @property
+    def weighs_samples(self) -> bool:
+        """Whether a slice weighs as much as it has samples, whatever the batch."""
+        return isinstance(self.step, SupervisedStep) and not (self.own_mean or isinstance(self.step.loss, ClassLoss))
+
+    def loss_and_weight(self, batch: Any, part: Slice) -> tuple[torch.Tensor, Any]:
+        """Run the step on one slice.
+
+        Args:
+            batch: Of the slice, on the device.
+            part: The slice; where it was read, its targets can be counted without waiting for a GPU.
+
+        Returns:
+            The loss, a scalar mean, and its weight: a number, or on a GPU a scalar tensor in float64.
+
+        Raises:
+            TaskError: The step gave something else.
+        """
+        outline = Outline() if self.own_mean and not torch.is_grad_enabled() else None
+        if isinstance(self.step, SupervisedStep):
+            given = self.step(self.model, batch, part, outline)
+        elif isinstance(self.step, ModelLossStep):
+            given = self.step(self.model, batch, outline)
+        else:
+            given = self.step(self.model, batch)
+        loss, weight = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(type(loss))
+            raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {what}.")
+        if weight is None and self.own_mean:
+            mean = mean_over(loss if outline is None else outline.of(loss), part.samples, self._constants)
+            if mean is not None:
+                weight = mean.over
+            if part.of > 1 and part.samples:  # a batch that is not cut is the mean of nothing else
+                if mean is None:
+                    raise TaskError(self._unknown_mean)
+                self.forms.add(mean.form)
+        if weight is None:
+            weight = part.samples
+        elif isinstance(weight, torch.Tensor):  # read it where that costs nothing, else do not wait for it
+            weight = weight.item() if weight.device.type == "cpu" else weight.double()
+        return loss.reshape(()), weight
+
+    def _constants(self) -> Iterator[torch.Tensor]:
+        """What depends on no batch: the model's tensors, and those that a callable has in itself."""
+        loss = getattr(self.step, "loss", None)
+        for module in (self.model, *([loss] if isinstance(loss, nn.Module) else [])):
+            yield from module.parameters()
+            yield from module.buffers()
+        seen = inspect.getclosurevars(loss) if inspect.isfunction(loss) else None
+        values = [
+            *getattr(loss, "__dict__", {}).values(),
+            *({**seen.globals, **seen.nonlocals}.values() if seen else ()),
+        ]
+        yield from (value for value in values if isinstance(value, torch.Tensor))
+
+    @property
+    def _unknown_mean(self) -> str:
+        if isinstance(self.step, SupervisedStep):
+            return UNKNOWN_MEAN.format(loss=f"loss {loss_name(self.step.loss)}", cure=_OF_CALLABLE)
+        return UNKNOWN_MEAN.format(loss=f"the loss that {type(self.model).__name__} computes", cure=_OF_MODEL)
+
+
+class SupervisedStep:
+    """The step of supervised training: the last element of a batch is the target, the others go to the model."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+        self.own_mean = not (isinstance(loss, ClassLoss) or is_torch_own(loss))
+
+    def __call__(self, model: nn.Module, batch: Any, part: Slice | None = None, around: _Context | None = None) -> Any:
+        """Return ``loss(model(*inputs), target)``, with its weight where that is known.
+
+        Args:
+            model: The model.
+            batch: Inputs and target, on the device.
+            part: The slice that the batch is of, whose target can be counted without waiting for a GPU.
+            around: The loss.
+        """
+        *inputs, target = batch
+        output = model(*inputs)
+        with around or contextlib.nullcontext():
+            mean = self.loss(output, target)
+        if not isinstance(self.loss, ClassLoss):
+            return mean
+        if part is not None:
+            target = part.batch[-1] if part.target is None else part.target()
+        return mean, self.loss.weight(target)
+
+
+class ModelLossStep:
+    """The step of a model that takes a batch as keywords and computes its loss itself, as those of transformers do."""
+
+    def __call__(self, model: nn.Module, batch: Any, around: _Context | None = None) -> Any:
+        """Return the loss in ``model(**batch)``: an attribute or key ``loss``."""
+        with around or contextlib.nullcontext():
+            output = model(**batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if loss is None:
+            raise TaskError(
+                f"the batch is a dict, so the model computes the loss itself, but model(**batch) gave "
+                f"{type(output).__name__} without a loss: add labels to the batch, name a loss, or write the step."
+            )
+        return loss
+
+
+def _name(thing: Any) -> str:
+    return thing if isinstance(thing, str) else getattr(thing, "__name__", None) or type(thing).__name__
+
+
+def _check_model(model: Any, name: str) -> None:
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TaskError(f"{name} is a class, not a model: write {model.__name__}().")
+    if not isinstance(model, nn.Module):
+        raise TaskError(f"{name} is a value of type {type(model).__name__}, not a torch.nn.Module.")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TaskError(f"{name} is wrapped in {type(model).__name__}: pass the module inside, {name}.module.")
+    parameters = list(model.named_parameters())
+    every = [*parameters, *model.named_buffers()]
+    lazy = [n for n, t in every if isinstance(t, (nn.UninitializedParameter, nn.UninitializedBuffer))]
+    if lazy:
+        raise TaskError(f"{lazy[0]} of {name} has no shape yet: run one batch through {name} first.")
+    for path, tensor in every:
+        if tensor.is_meta:
+            raise TaskError(
+                f"{path} of {name} is on the meta device, without values: let {name}.to_empty(device='cpu') make room "
+                "for some, and set or load them."
+            )
+    if not any(p.requires_grad for _, p in parameters):
+        raise TaskError(f"{name} has no parameters to train" + (": all are frozen." if parameters else "."))
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise TaskError(f"{path or name} makes sparse gradients, which cannot be summed flat: use sparse=False.")
+
+
+def _check_pairs(source: Source | None, what: str) -> None:
+    first = None if source is None else source.first()
+    if first is not None and not (isinstance(first, (tuple, list)) and len(first) >= 2):
+        shape = "a dict" if isinstance(first, dict) else "a single value"
+        raise TaskError(
+            f"{what} compares the model's output with the last element of a batch (x, y), but a batch here is {shape}: "
+            "give (x, y) data, or write the step yourself."
+        )
+
+
+def _check_agree(option: str, given: Any, brought: Any, name: str) -> None:
+    if given is not None and brought is not None and given != brought:
+        raise PlanError(
+            f"{option}={given} contradicts the DataLoader {name}, which says {brought}: leave one of them away."
+        )
+
+
+@contextlib.contextmanager
+def on_device(task: Task, device: torch.device) -> Iterator[None]:
+    """Have the model and its optimizer's state on a device meanwhile. Local."""
+    before = next(task.model.parameters()).device
+    _move(task, before, device)
+    try:
+        yield
+    finally:
+        _move(task, device, before)
+
+
+def _move(task: Task, source: torch.device, target: torch.device) -> None:
+    if source == target:
+        return
+    task.model.to(target)
+    move_state_(task.optimizer)

@@ -1,0 +1,1 @@
+"""Objects between processes: payloads in shared memory."""

@@ -1,0 +1,98 @@
+"""Run a controller or an engine that ends when its owner does, however the owner ended.
+
+Started as ``python -m nbdist.engine.parent_watch controller|engine ARGS...`` by the local launcher. The owner is a
+process of this host, named by `OWNER_VARIABLE`. (The kernel's own parent-death signal is tied to the thread that
+forked, so it would fire when a notebook's worker thread ends.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+
+import psutil
+
+__all__ = ["FOLDER_VARIABLE", "OWNER_VARIABLE", "alive", "ends", "main", "owner_mark"]
+
+OWNER_VARIABLE = "NBDIST_OWNER"
+FOLDER_VARIABLE = "NBDIST_FOLDER"
+_LOOK_S = 0.5  # psutil before 7.2 does not say that a process has become a zombie
+_GRACE_S = 2.0
+
+
+def owner_mark(pid: int) -> str:
+    """Names a process beyond reuse of its number: ``pid:created``."""
+    return f"{pid}:{psutil.Process(pid).create_time():.2f}"
+
+
+def alive(mark: str) -> bool:
+    """Whether the process that `mark` names still runs."""
+    try:
+        process = psutil.Process(int(mark.partition(":")[0]))
+        return owner_mark(process.pid) == mark and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def ends(mark: str, within_s: float = math.inf) -> bool:
+    """Wait until the process that `mark` names has ended, but not longer than `within_s`; returns whether it has."""
+    deadline = time.monotonic() + within_s
+    while alive(mark):
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return False
+        with contextlib.suppress(psutil.Error):  # it is gone, or the time is over
+            psutil.Process(int(mark.partition(":")[0])).wait(min(left_s, _LOOK_S))
+    return True
+
+
+def _watch(mark: str, folder: str | None) -> None:
+    ends(mark)
+    if folder is None:  # an engine: whatever it is doing, it has a moment to leave in good order
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_S)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    if folder:  # the controller tidies up what the owner no longer can, after the engines have gone
+        shutil.rmtree(folder, ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _end_with_controller() -> None:
+    """In a child that the controller has forked, a scheduler: without a controller it is of no use."""
+    mark = owner_mark(os.getppid())
+
+    def watch() -> None:
+        ends(mark)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="nbdist-owner-guard").start()
+
+
+def main() -> None:
+    """Start the guard's thread, then become ipyparallel's controller or engine."""
+    kind = sys.argv.pop(1)
+    mark = os.environ.get(OWNER_VARIABLE)
+    if mark:
+        folder = os.environ.get(FOLDER_VARIABLE) if kind == "controller" else None
+        threading.Thread(target=_watch, args=(mark, folder), daemon=True, name="nbdist-owner-guard").start()
+    # A shell's background job ignores interrupts, and its children inherit that; an engine must not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if kind == "engine":
+        from ipyparallel.engine.app import main as run
+    else:
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_end_with_controller)
+        from ipyparallel.controller.app import main as run
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

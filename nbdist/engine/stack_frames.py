@@ -1,0 +1,67 @@
+"""One frame of a stack, for people: whose it is, where, and what stands there."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import linecache
+import site
+import sysconfig
+import traceback
+from pathlib import Path
+
+from nbdist.engine.cell_sources import label_of
+
+__all__ = ["frame_text", "is_ours", "is_plumbing", "is_users", "place_of"]
+
+_OWN_FOLDER = str(Path(__file__).parents[1])
+_PACKAGES = ("torch", "numpy", "IPython", "ipykernel", "ipyparallel", "tornado", "traitlets", "zmq")
+_CONTEXT = 2
+
+
+def is_ours(frame: traceback.FrameSummary) -> bool:
+    """Whether it is in this package."""
+    return frame.filename.startswith(_OWN_FOLDER)
+
+
+def is_users(frame: traceback.FrameSummary) -> bool:
+    """Whether it is in a cell, or in a file that belongs to no library."""
+    if label_of(frame.filename):
+        return True
+    return not frame.filename.startswith((*_libraries(), "<")) and not is_ours(frame)
+
+
+@functools.cache
+def _libraries() -> tuple[str, ...]:
+    """Where libraries lie: Python's own folders, the user's, and what we stand on wherever it was installed."""
+    folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    folders |= {site.getusersitepackages(), *site.getsitepackages()}
+    for package in _PACKAGES:
+        found = importlib.util.find_spec(package)
+        if found is not None and found.origin:
+            folders.add(str(Path(found.origin).parent))
+    return tuple(f"{folder}/" for folder in folders)
+
+
+def is_plumbing(frame: traceback.FrameSummary) -> bool:
+    """Whether a frame is the call machinery of ``nn.Module``, which says nothing and stands everywhere."""
+    return frame.filename.endswith("torch/nn/modules/module.py") and frame.name.endswith("call_impl")
+
+
+def place_of(frame: traceback.FrameSummary) -> str:
+    """Where, such as ``Cell In[5], line 3``."""
+    file = label_of(frame.filename) or frame.filename.rpartition("/site-packages/")[2]
+    return f"{file}, line {frame.lineno}"
+
+
+def frame_text(frame: traceback.FrameSummary) -> str:
+    """Where and in which function, with the source line; a cell's with those around it."""
+    header = f"{place_of(frame)}, in {frame.name}"
+    number = frame.lineno or 0
+    around = _CONTEXT if label_of(frame.filename) else 0
+    lines = []
+    for i in range(max(1, number - around), number + around + 1):
+        line = linecache.getline(frame.filename, i)
+        if line:
+            lines.append(f"{'---->' if i == number else '     '} {i:>3} {line.rstrip()}")
+    return "\n".join([header, *lines])

@@ -1,0 +1,199 @@
+"""A run that hangs is explained, and then mended or ended."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import json
+import os
+import re
+import signal
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from shared_cluster import until
+from tasks import classes, copied, same
+from torch import nn
+
+from nbdist.cluster.diagnose.hangs import Hangs
+from nbdist.errors import EngineError, PlanError
+from nbdist.telemetry.record import records
+
+pytestmark = pytest.mark.engines
+
+HERE = re.escape(os.path.abspath(__file__))
+
+
+class Net(nn.Module):
+    """On rank 1 its 40th forward hangs, unless the file `mark` is there: in Python, in C, or stopped by a signal."""
+
+    def __init__(self, mark="", how=""):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Linear(16, 3))
+        self.mark, self.how, self.calls = mark, how, 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.how and self.calls == 40 and os.environ.get("RANK") == "1" and not os.path.exists(self.mark):
+            Path(self.mark).touch()
+            if self.how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            while self.how == "in C":
+                ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
+            time.sleep(1000)
+        return self.layers(x)
+
+
+OPTIONS = {"loss": "cross_entropy", "batch_size": 16, "epochs": 20, "threads": 1}
+LINES, FIRST = inspect.getsourcelines(Net)
+
+
+def line_of(words):
+    return FIRST + next(i for i, line in enumerate(LINES) if words in line)
+
+
+IN_PYTHON = f"rank 1 is at {HERE}, line {line_of('time.sleep')}, in forward"
+SAID = {
+    "in Python": IN_PYTHON,
+    "in C": f"rank 1 is at {HERE}, line {line_of('PyDLL')}, in forward",
+    "stopped": r"rank 1 does nothing, for its process is stopped \(SIGSTOP\)",
+}
+
+
+class Clock:
+    """The one by which hangs are measured: it stands still until the test lets time pass."""
+
+    def __init__(self):
+        self.now_s, self.looks = 0.0, 0
+
+    def monotonic(self):
+        self.looks += 1
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("nbdist.cluster.diagnose.hangs.time", types.SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+def hung(cluster, run, clock, said):
+    """Wait until the ranks stand as they will for ever, and let time pass until that is noticed.
+
+    More than once: the ranks' last words may be later than they stood still, and the time counts from then.
+    """
+
+    def noticed():
+        return run.ended or run.progress.notes
+
+    while not noticed():
+        until(lambda: noticed() or re.match(said, cluster.where().verdict))
+        clock.now_s, looks = clock.now_s + 1.0, clock.looks
+        until(lambda looks=looks: noticed() or clock.looks > looks + 3)
+    return run
+
+
+def train(cluster, model, **options):
+    return cluster.train(model, classes(), background=True, **OPTIONS, **options)
+
+
+def rows(run):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in run.history]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def replaced(shared_cluster):
+    """Engines that took others' places were born in the surroundings of another test: they end with this module."""
+    yield
+    shared_cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def calm(shared_cluster):
+    """The weights and the history of a run that nothing happens to."""
+    model = Net()
+    run = train(shared_cluster.ready(), model)
+    run.wait()
+    return copied(model), rows(run)
+
+
+@pytest.mark.parametrize("how", SAID)
+def test_a_rank_that_hangs_is_replaced_and_no_bit_changes(cluster, calm, clock, tmp_path, how):
+    """In Python, in C with the interpreter's lock held, or as a whole; the run and its record say on which line."""
+    model, pids = Net(str(tmp_path / "hung"), how), [engine.pid for engine in cluster.engines]
+    run = train(cluster, model, hang_timeout=0.5)
+    hung(cluster, run, clock, f"{SAID[how]}; rank 0 waits for it in ").wait()
+    assert "finished" == run.state
+    assert same(model, calm[0])
+    assert calm[1] == rows(run)
+    assert [False, True] == [engine.pid != pid for engine, pid in zip(cluster.engines, pids, strict=True)]
+    said = f"no step for 0.5 s: {SAID[how]}; rank 0 waits for it in "
+    explained, recovered = run.progress.notes
+    assert re.match(said, explained)
+    assert re.match(rf"rank 1 lost \({said}.*\), replaced in .* s; all go on from step \d+", recovered)
+    told = [json.loads(line) for line in (records() / run.run_id / "cluster.jsonl").read_text().splitlines()]
+    assert [explained, recovered] == [event["text"] for event in told if event["event"] == "Noted"]
+
+
+def test_on_hang_stop_ends_the_run_and_keeps_its_state(cluster, calm, clock, tmp_path):
+    """The error says who hung where; `resume` goes on without changing a bit."""
+    model = Net(str(tmp_path / "hung"), "in Python")
+    run = train(cluster, model, hang_timeout=0.5, on_hang="stop")
+    said = f"{IN_PYTHON}; rank 0 waits for it in "
+    with pytest.raises(EngineError, match=f"no step for 0.5 s: {said}") as failed:
+        hung(cluster, run, clock, said).wait()
+    assert "The model holds the weights after step" in str(failed.value)
+    again = cluster.resume()
+    assert "finished" == again.state
+    assert same(model, calm[0])
+    assert calm[1] == rows(again)
+
+
+def test_a_hang_that_no_rank_is_to_blame_for_ends_the_run(cluster, clock):
+    """All are in the same function: to replace them all would not help."""
+
+    def loss(output, target):
+        import time
+
+        time.sleep(1000)
+
+    run = cluster.train(Net(), classes(), background=True, **{**OPTIONS, "loss": loss}, hang_timeout=0.5)
+    said = r"no rank waits for another; rank 0 is at .*, in loss, rank 1 is at .*, in loss"
+    with pytest.raises(EngineError, match=f"no step for 0.5 s: {said}"):
+        hung(cluster, run, clock, said).wait()
+
+
+def test_a_paused_run_does_not_hang(cluster, clock):
+    """However long it rests."""
+    run = cluster.train(Net(), classes(), background=True, **{**OPTIONS, "epochs": 10**6}, hang_timeout=0.5)
+    run.pause()
+    until(lambda: run.state == "paused")
+    step, looks = run.progress.step, clock.looks
+    clock.now_s += 1000.0
+    until(lambda: clock.looks > looks + 3)
+    run.resume()
+    until(lambda: run.progress.step > step)
+    run.stop()
+    assert "stopped" == run.wait().state
+    assert [] == run.progress.notes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hang_timeout": 0}, "a hang timeout of 0 is not possible: use seconds, more than 0."),
+        ({"hang_timeout": "soon"}, "a hang timeout of 'soon' is not possible: use seconds, more than 0."),
+        ({"on_hang": "stopp"}, "unknown on_hang 'stopp': use replace or stop. Did you mean 'stop'?"),
+    ],
+)
+def test_what_is_not_possible(options, message):
+    """It is said before anything begins."""
+    with pytest.raises(PlanError) as refused:
+        Hangs(**{"timeout_s": options.pop("hang_timeout", None), "on_hang": "stop", "where": None, **options})
+    assert message == str(refused.value)

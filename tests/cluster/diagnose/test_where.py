@@ -1,0 +1,145 @@
+"""Where ranks stand: the right rank and line, whatever it is that they hang on."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from gate import Gate
+from shared_cluster import ENGINES, until
+from tasks import classes, net
+
+from nbdist.cluster.cells import cell_run
+from nbdist.errors import EngineError
+
+IMPORTS = "import threading, time, torch, torch.distributed as dist\n"
+
+
+def begun(cluster, source, **options):
+    """A cell that was begun, and is known as In[7]."""
+    return cluster.execute(source, number=7, **options)
+
+
+def verdict(cluster, words):
+    """What is said of the ranks, once it contains `words`."""
+    return until(lambda: said if words in (said := cluster.where().verdict) else "")
+
+
+@pytest.fixture
+def hanging(shared_cluster):
+    """A cluster that ends with the test: torch's own collectives hear no interrupt."""
+    yield shared_cluster.ready()
+    shared_cluster.stop()
+
+
+def test_ranks_with_nothing_to_do(cluster):
+    """They are idle, and say so as often as they are asked."""
+    assert [f"all {ENGINES} ranks are idle"] * 3 == [str(cluster.where()) for _ in range(3)]
+
+
+def test_a_rank_that_is_late_for_a_collective(hanging):
+    """Its innermost line in the cell, with the source, and who waits for it where."""
+    begun(
+        hanging, f"{IMPORTS}def slow():\n    time.sleep(1e4)\nif rank == 1:\n    slow()\ndist.all_reduce(torch.ones(1))"
+    )
+    said = verdict(hanging, "in slow; rank 0 waits")
+    assert said == "rank 1 is at Cell In[7], line 3, in slow; rank 0 waits for it in all_reduce (Cell In[7], line 6)"
+    assert "---->   3     time.sleep(1e4)" in hanging.where().ranks[1].text
+
+
+def test_ranks_in_different_collectives(hanging, monkeypatch):
+    """Each with its line; the cell that waits for them says it by itself."""
+    monkeypatch.setattr(cell_run, "_LOOK_S", 0.1)
+    cell = begun(hanging, f"{IMPORTS}if rank == 0:\n    dist.barrier()\nelse:\n    dist.all_reduce(torch.ones(1))")
+    said = (
+        "the ranks are in different collectives, and wait for ever if they stay there: "
+        "rank 0 in barrier (Cell In[7], line 3), rank 1 in all_reduce (Cell In[7], line 5)"
+    )
+    assert said == verdict(hanging, "different")
+    waited = []
+
+    def watch():
+        if not waited and cell._where is None:  # it has been said
+            waited.append(os.kill(hanging.engines[0].pid, signal.SIGKILL))
+
+    with pytest.warns(UserWarning, match="this cell hangs") as warned, pytest.raises(EngineError):
+        cell.wait(watch)
+    assert [f"this cell hangs: {said}. Interrupt it (■)."] == [str(warning.message) for warning in warned]
+
+
+def test_a_rank_with_more_data_than_the_others(hanging):
+    """It waits in a collective for one that has ended the cell."""
+    begun(hanging, f"{IMPORTS}for _ in range(3 + rank):\n    dist.all_reduce(torch.ones(1))")
+    said = verdict(hanging, "nothing; rank 1 waits")
+    assert said == "rank 0 does nothing; rank 1 waits for it in all_reduce (Cell In[7], line 3)"
+    assert hanging.where().hopeless
+
+
+def test_a_deadlock_in_a_function_of_an_earlier_cell(hanging):
+    """The line is that of the cell that defined it."""
+    hanging.execute(f"{IMPORTS}lock = threading.Lock()\ndef locked():\n    with lock:\n        pass", number=3).wait()
+    begun(hanging, "if rank == 0:\n    lock.acquire()\n    locked()")
+    said = verdict(hanging, "in locked, rank 1 does nothing")
+    assert said == "no rank waits for another; rank 0 is at Cell In[3], line 4, in locked, rank 1 does nothing"
+
+
+def test_a_rank_whose_process_is_stopped(hanging):
+    """In the middle of a training; the others wait for it, after a step that is said."""
+    x, y = classes()
+    run = hanging.train(net(), (x, y), loss="cross_entropy", epochs=10**6, batch_size=16, background=True)
+    until(lambda: run.progress.ranks[0].step > 1)
+    os.kill(hanging.engines[1].pid, signal.SIGSTOP)
+    said = verdict(hanging, "(SIGSTOP); rank 0 waits")
+    assert said.startswith("rank 1 does nothing, for its process is stopped (SIGSTOP); rank 0 waits for it in ")
+    assert hanging.where().ranks[0].step > 1
+    run.stop(now=True)
+    run.wait()
+
+
+def test_a_rank_that_reads_data_for_ever(cluster):
+    """The line of the user's own data set, in a training: the others wait for it."""
+    mark = os.path.abspath(__file__)
+
+    def loss(output, target):
+        import time
+
+        import torch.distributed as dist
+
+        if dist.get_rank() == 1:
+            time.sleep(1e4)
+        return (output.sum(1) - target).square().mean()
+
+    line = loss.__code__.co_firstlineno + 6
+    x, y = classes()
+    run = cluster.train(net(), (x, y.float()), loss=loss, epochs=1, batch_size=16, background=True)
+    said = verdict(cluster, "in loss; rank 0 waits")
+    assert said.startswith(f"rank 1 is at {mark}, line {line}, in loss; rank 0 waits for it in ")
+    run.stop(now=True)
+    run.wait()
+
+
+def test_ranks_that_work_are_not_disturbed(cluster, tmp_path):
+    """A training that is asked all the time gives the same numbers."""
+    (x, y), gate = classes(), Gate(tmp_path, 5)
+
+    def train():
+        return cluster.train(net(), (x, y), loss="cross_entropy", epochs=30, batch_size=16, background=True,
+                             lr_scheduler=gate)  # fmt: skip
+
+    run = train()
+    gate.wait(5, run=run)
+    assert ENGINES == len(cluster.where().ranks)
+    gate.open(5)
+    while not run.ended:
+        cluster.where()
+    quiet = train()
+    quiet.wait()
+    assert [row["loss"] for row in run.history] == [row["loss"] for row in quiet.history]
+
+
+def test_lost_ranks(hanging):
+    """They are named, and nobody is asked in vain."""
+    os.kill(hanging.engines[1].pid, signal.SIGKILL)
+    until(lambda: hanging.engines[1].state == "lost")
+    assert hanging.where().verdict == "rank 0 does nothing, rank 1 is lost (its process has ended)"

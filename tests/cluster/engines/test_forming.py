@@ -1,0 +1,138 @@
+"""Worlds are formed again and again in the same processes, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+
+import psutil
+import pytest
+from shared_cluster import HUNG_S, until
+
+from nbdist.cluster.engines import forming
+from nbdist.cluster.engines.forming import Forming
+from nbdist.cluster.engines.starting import start_engines
+from nbdist.errors import ClusterError, EngineError
+
+KILLS = 8
+GENERATIONS, WARM_UP = 100, 20
+MIB = 2**20
+STOPPED: set[int] = set()  # processes that `stop` has stopped
+SPARE = {"shared_memory": 1, "process_group": 0}
+
+
+@pytest.fixture(params=["shared_memory", "process_group"])
+def three(request, shared_cluster, monkeypatch):
+    """Three engines of the test's own that talk through either kind of channel."""
+    monkeypatch.setenv("NBDIST_CHANNEL", request.param)
+    engines = start_engines(3, "cpu", HUNG_S, lambda words: None, SPARE[request.param])
+    give_up = Forming.give_up
+
+    def patiently(forming):
+        """Ranks that are freed get the time that a loaded machine takes for it; those that are stopped never notice."""
+        forming.release()
+        until(lambda: all(call.done() or stopped(engines, rank) for rank, call in forming.calls.items()))
+        give_up(forming)
+
+    monkeypatch.setattr(Forming, "give_up", patiently)
+    monkeypatch.setattr(forming, "_LET_GO_WITHIN_S", 0.0)  # all that can be free are
+    yield engines
+    engines.end()
+
+
+def stop(engines, rank):
+    """Stop a rank's process, which notices nothing from now on."""
+    pid = engines.records()[rank].pid
+    os.kill(pid, signal.SIGSTOP)
+    STOPPED.add(pid)
+
+
+def stopped(engines, rank):
+    return engines.records()[rank].pid in STOPPED
+
+
+def meanwhile(monkeypatch, act):
+    """Do something once while the ranks meet."""
+    wait, pending = Forming.wait, [act]
+
+    def acting(forming):
+        if pending:
+            pending.pop()()
+        return wait(forming)
+
+    monkeypatch.setattr(Forming, "wait", acting)
+
+
+def test_forming_survives_a_kill_at_any_moment(three):
+    """Nobody waits, only the killed rank is lost, and all meet as soon as it is replaced."""
+    chance = random.Random(1)
+    for _ in range(KILLS):
+        before = [engine.pid for engine in three.records()]
+        victim = chance.randrange(3)
+        killing = threading.Timer(chance.random() * 0.06, os.kill, (before[victim], signal.SIGKILL))
+        killing.start()
+        with contextlib.suppress(EngineError):
+            three.form()
+        killing.join()
+        until(lambda: three.lost)
+        assert [victim] == three.replace_lost()
+        three.form()
+        after = [engine.pid for engine in three.records()]
+        assert [victim] == [rank for rank in range(3) if before[rank] != after[rank]]
+        assert dict(enumerate(after)) == three.call(range(3), os.getpid)
+
+
+def test_a_rank_that_never_comes_is_killed_and_named(three):
+    """The others are freed, keep their processes, and meet again when it is replaced."""
+    before = [engine.pid for engine in three.records()]
+    stop(three, 1)
+    three.timeout_s = 1.0
+    with pytest.raises(ClusterError, match=r"did not meet the others within 1 s"):
+        three.form()
+    assert (False, [1]) == (three.formed, three.lost)
+    three.timeout_s = HUNG_S
+    three.replace_lost()
+    three.form()
+    assert [before[0], before[2]] == [three.records()[rank].pid for rank in (0, 2)]
+
+
+def test_an_interrupt_ends_forming(three, monkeypatch):
+    """Although a rank does not come; that one has to be replaced then."""
+    stop(three, 1)
+    meanwhile(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        three.form()
+    assert [1] == three.replace_lost()
+    three.form()
+
+
+def test_a_release_frees_ranks_that_wait_for_others(three, monkeypatch):
+    """With the echo of a loss, and alive, although torch itself would let them wait for minutes."""
+    before = [engine.pid for engine in three.records()]
+    stop(three, 2)
+    meanwhile(monkeypatch, three.release)
+    with pytest.raises(EngineError, match=r"PeerLostError: the ranks were released|rank 2: the process ended"):
+        three.form()
+    assert [2] == three.replace_lost()
+    three.form()
+    assert before[:2] == [engine.pid for engine in three.records()][:2]
+
+
+def test_hundreds_of_generations_leak_nothing(three):
+    """Neither sockets nor threads nor memory, in the ranks and here."""
+    processes = [psutil.Process(), *(psutil.Process(engine.pid) for engine in three.records())]
+
+    def held():
+        return [(process.num_fds(), process.num_threads()) for process in processes]
+
+    for _ in range(WARM_UP):
+        three.form()
+    before, memory = held(), [process.memory_info().rss for process in processes]
+    for _ in range(GENERATIONS - WARM_UP):
+        three.form()
+    until(lambda: all(now[0] <= then[0] and now[1] <= then[1] for now, then in zip(held(), before, strict=True)))
+    grown = [process.memory_info().rss - then for process, then in zip(processes, memory, strict=True)]
+    assert max(grown) < 4 * MIB, grown

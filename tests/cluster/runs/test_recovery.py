@@ -1,0 +1,295 @@
+"""A run survives: engines that are killed, errors, stops; and goes on to the bits of one that was left alone."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from gate import Gate
+from shared_cluster import until
+from torch import nn
+
+import nbdist
+from nbdist.cluster.runs.dispatch import Training
+from nbdist.cluster.runs.monitor import Relay
+from nbdist.errors import EngineError, PlanError
+from nbdist.telemetry.record import records
+
+pytestmark = pytest.mark.engines
+
+SAMPLES, BATCH, EPOCHS = 320, 16, 3
+HELD, TRAPPED = 15, 30  # after which step a run is held, and in which one its trap is; it has 60
+
+
+class Net(nn.Module):
+    """On `trap` = (rank, forward) it leaves a `mark` and does what `how` says."""
+
+    def __init__(self, trap=(), how="", mark=os.devnull):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 3))
+        self.trap, self.how, self.mark, self.calls = trap, how, mark, 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.training and self.trap == (int(os.environ.get("RANK", 0)), self.calls):
+            Path(self.mark).touch()
+            if self.how == "raise":
+                raise ValueError("torn")
+            if self.how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "sleep":
+                time.sleep(1000)
+            while self.how == "in C":
+                ctypes.CDLL(None).sleep(1000)
+        return self.layers(x)
+
+
+def net(*trap):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net(*trap)
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(SAMPLES, 6, generator=generator), torch.randint(3, (SAMPLES,), generator=generator)
+
+
+def falling(optimizer):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=500)
+
+
+OPTIONS = {"loss": "cross_entropy", "batch_size": BATCH, "epochs": EPOCHS, "lr_scheduler": falling, "threads": 1}
+
+
+def bits(model):
+    return [tensor.numpy().tobytes() for tensor in model.state_dict().values()]
+
+
+def rows(run):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in run.history]
+
+
+@pytest.fixture(scope="module")
+def calm(shared_cluster):
+    """The weights and the history of a run that nothing happens to."""
+    cluster = shared_cluster.ready()
+    model = net()
+    run = cluster.train(model, data(), **OPTIONS)
+    return bits(model), rows(run)
+
+
+@pytest.mark.parametrize("victims", [[0], [1], [0, 1]])
+def test_killed_engines_change_no_bit(cluster, calm, tmp_path, victims):
+    """The run goes on by itself, on other engines; it and its record say what happened."""
+    model, pids, gate = net(), [engine.pid for engine in cluster.engines], Gate(tmp_path, HELD, scheduler=falling)
+    run = cluster.train(model, data(), background=True, **OPTIONS | {"lr_scheduler": gate})
+    gate.wait(HELD, run=run)
+    for rank in victims:
+        os.kill(pids[rank], signal.SIGKILL)
+    gate.open(HELD)
+    assert "finished" == run.wait().state
+    assert calm == (bits(model), rows(run))
+    assert victims == [rank for rank, engine in enumerate(cluster.engines) if engine.pid != pids[rank]]
+    (note,) = run.progress.notes
+    assert "lost (its process ended), replaced in" in note
+    assert note in repr(run)
+    told = [json.loads(line) for line in (records() / run.run_id / "cluster.jsonl").read_text().splitlines()]
+    assert [*("Recovered" for _ in victims), "Noted"] == [event["event"] for event in told]
+    assert victims == [event["rank"] for event in told if event["event"] == "Recovered"]
+
+
+def test_an_engine_that_dies_at_the_same_place_again_and_again(cluster):
+    """It is given up, with a sentence that says where; the engines are ready again."""
+    with pytest.raises(EngineError, match=r"^rank 1: the process ended 5 times at step 1 or before: .* not suffice"):
+        cluster.train(net((1, 1), "die"), data(), **OPTIONS)
+    assert "finished" == cluster.train(net(), data(), **OPTIONS | {"epochs": 1}).state
+
+
+def test_an_engine_lost_between_runs(cluster, calm):
+    """The next training replaces it and says so."""
+    os.kill(cluster.engines[1].pid, signal.SIGKILL)
+    until(lambda: cluster.engines[1].state == "lost")
+    model = net()
+    run = cluster.train(model, data(), **OPTIONS)
+    assert calm == (bits(model), rows(run))
+    assert ["rank 1 had been lost and was replaced"] == run.progress.notes
+
+
+def test_after_an_error_the_last_complete_step_is_there(cluster, calm):
+    """And the same line goes on from it, to the bits of a run without the error."""
+    model, pids = net((1, TRAPPED), "raise"), [engine.pid for engine in cluster.engines]
+    said = rf"rank 1: ValueError: torn .*\nThe model holds the weights after step {TRAPPED - 1}, "
+    with pytest.raises(EngineError, match=said):
+        cluster.train(model, data(), **OPTIONS)
+    assert pids == [engine.pid for engine in cluster.engines]
+    held = [parameter.detach().clone() for parameter in model.parameters()]
+    model.trap = ()
+    run = cluster.train(model, data(), resume=True, **OPTIONS)
+    assert calm == (bits(model), rows(run))
+    expected = net()
+    cluster.train(expected, data(), **OPTIONS | {"epochs": None, "steps": TRAPPED - 1})
+    for (name, tensor), other in zip(expected.named_parameters(), held, strict=True):
+        assert torch.equal(tensor, other), name
+
+
+@pytest.mark.parametrize("how", ["", "sleep", "in C"])
+def test_stopped_and_gone_on(cluster, calm, tmp_path, how):
+    """After its step, or at once in a function that hangs, even in C; then `resume` changes no bit."""
+    mark, gate = tmp_path / "hangs", Gate(tmp_path, HELD, scheduler=falling)
+    model = net((1, TRAPPED), how, str(mark)) if how else net()
+    run = cluster.train(model, data(), background=True, **OPTIONS | {"lr_scheduler": gate})
+    gate.wait(HELD, run=run)
+    if how:
+        gate.open(HELD)
+        until(mark.exists)
+    run.stop(now=bool(how))
+    gate.open(HELD)
+    assert "stopped" == run.wait().state
+    model.trap = ()
+    before = bits(model)
+    if how:
+        assert run.progress.step in range(1, TRAPPED)
+    again = cluster.resume()
+    assert bits(model) != before
+    assert calm[0] == bits(model)
+    assert calm[1] == rows(again)
+    with pytest.raises(PlanError, match=rf"has done {EPOCHS} epochs already: ask for more .*--epochs {EPOCHS + 1}"):
+        cluster.resume()
+
+
+def test_a_killed_stage_of_a_pipeline_changes_no_bit(cluster, tmp_path):
+    """What one rank alone holds outlives it too."""
+    options = OPTIONS | {"strategy": "pipeline", "microbatches": 2}
+    expected, model, gate = net(), net(), Gate(tmp_path, HELD, scheduler=falling)
+    cluster.train(expected, data(), **options)
+    run = cluster.train(model, data(), background=True, **options | {"lr_scheduler": gate})
+    gate.wait(HELD, run=run)
+    os.kill(cluster.engines[1].pid, signal.SIGKILL)
+    gate.open(HELD)
+    assert "finished" == run.wait().state
+    assert bits(expected) == bits(model)
+    assert run.progress.notes
+
+
+def test_the_last_run_is_gone_on_with_on_another_number_of_engines(cluster, tmp_path):
+    """Its snapshot belongs to the notebook, not to the engines."""
+    model, gate = net(), Gate(tmp_path, HELD, scheduler=falling)
+    run = cluster.train(model, data(), background=True, **OPTIONS | {"accumulate": 1, "lr_scheduler": gate})
+    gate.wait(HELD, run=run)
+    run.stop()
+    gate.open(HELD)
+    run.wait()
+    assert nbdist.last_run() is run
+    step = run.progress.step
+    again = cluster.train(model, data(), resume=True, strategy="tensor", **OPTIONS)
+    assert (SAMPLES // BATCH * EPOCHS, "finished") == (again.progress.step, again.state)
+    assert step < again.progress.step
+    assert [SAMPLES] * EPOCHS == [row["samples"] for row in again.history]
+
+
+def test_a_stop_at_once_that_comes_too_late_frees_nobody(cluster, monkeypatch):
+    """When every rank has answered, their world is whole, and they can meet in it."""
+    draw = Relay._draw
+
+    def late(relay):
+        concurrent.futures.wait(relay._calls)
+        relay._run.stop(now=True)
+        draw(relay)
+
+    monkeypatch.setattr(Relay, "_draw", late)
+    run = cluster.train(net(), data(), **{**OPTIONS, "epochs": 1})
+    monkeypatch.undo()
+    assert run.abandoned
+    assert run.state == "finished"
+    waiting = "from nbdist.cluster import entry; entry._engine.world.store.check(['what no rank has written'])"
+    cluster.execute(waiting).wait()  # raises where ranks were released
+
+
+class Unkept(torch.optim.SGD):
+    """No snapshots are taken of it: its state holds an object."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["note"] = object()
+
+
+def dying(marks, at):
+    """A loss in which rank 1 dies, each time a step of `at` later; without an end where they are all the same."""
+
+    def loss(output, target):
+        import os
+        import signal
+        from pathlib import Path
+
+        from torch.nn import functional
+
+        loss.steps += 1
+        tries = len(list(Path(marks).iterdir()))
+        if os.environ.get("RANK") == "1" and tries < len(at) and loss.steps == at[tries]:
+            Path(marks, str(tries)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return functional.cross_entropy(output, target)
+
+    loss.steps = 0
+    return loss
+
+
+def unkept(parameters):
+    return Unkept(parameters, lr=0.1)
+
+
+def test_losses_without_a_snapshot_are_forgotten_when_a_run_gets_further(cluster, tmp_path):
+    """Seven of them, each at a later step: it has got on each time, and so it ends well."""
+    options = OPTIONS | {"loss": dying(str(tmp_path), [3, 4, 5, 6, 7, 8, 9]), "optimizer": unkept, "lr_scheduler": None}
+    run = cluster.train(net(), data(), **options | {"epochs": None, "steps": 12})
+    assert ("finished", 12) == (run.state, run.progress.step)
+    assert 7 == len(list(tmp_path.iterdir()))
+
+
+def test_a_run_without_a_snapshot_that_gets_no_further_ends(cluster, tmp_path):
+    """Though it does some steps each time."""
+    options = OPTIONS | {"loss": dying(str(tmp_path), [4] * 99), "optimizer": unkept, "lr_scheduler": None}
+    with pytest.raises(EngineError, match=r"^rank 1: the process ended 5 times at step 4 or before: "):
+        cluster.train(net(), data(), **options)
+    assert 5 == len(list(tmp_path.iterdir()))
+
+
+def test_a_run_without_a_snapshot_is_scaled_up_and_down_again(cluster, tmp_path, monkeypatch):
+    """It is begun twice more, from its first step on, and ends on as many engines as were asked for last."""
+    begun, begin = [], Training.begin
+
+    def counted(training, **how):
+        begun.append(training.engines.size)
+        return begin(training, **how)
+
+    monkeypatch.setattr(Training, "begin", counted)
+    gate = Gate(tmp_path, 3, 6)
+    options = OPTIONS | {"optimizer": unkept, "lr_scheduler": gate, "epochs": None, "steps": 9}
+    run = cluster.train(net(), data(), background=True, **options)
+    try:
+        gate.wait(3, run=run)
+        cluster.scale(3)
+        gate.open(3)
+        gate.wait(6, ranks=3, run=run)
+        cluster.scale(2)
+        gate.open(6)
+        until(lambda: run.ended or len(begun) > 3)
+        assert ([2, 3, 2], "finished", 9) == (begun, run.state, run.progress.step)
+    finally:
+        gate.open()
+        if not run.ended:
+            run.stop(now=True)
+        run.wait()
+        if cluster.size != 2:
+            cluster.scale(2)
+    orders = [happening.text for happening in run.progress.happenings if happening.kind == "order"]
+    assert ["scaled to 3 after step 4", "scaled to 2 after step 7"] == orders

@@ -1,0 +1,228 @@
+"""The queue of runs and the run itself, as several threads see them: each is held where it would do harm."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+import warnings
+
+import pytest
+from shared_cluster import ENGINES, HUNG_S, until
+from tasks import classes, net
+
+from nbdist.cluster.engines import engines as engines_module
+from nbdist.cluster.runs.run_queue import Trainings
+from nbdist.errors import ClusterError
+
+pytestmark = pytest.mark.engines
+
+LONG = 10**9
+SHORT = {"loss": "cross_entropy", "steps": 1, "batch_size": 16, "threads": 1, "background": True}
+
+
+class Gate:
+    """Where a thread is held, from when it has come until it may go on."""
+
+    def __init__(self):
+        self.came, self.opened = threading.Event(), threading.Event()
+
+    def hold(self):
+        self.came.set()
+        assert self.opened.wait(HUNG_S), "nobody has opened the gate"
+
+
+@pytest.fixture
+def gate():
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+
+
+def held(folder):
+    """A loss that waits in its first step until a file is there, and the file that says so."""
+    begun, goes_on = folder / "begun", folder / "goes on"
+
+    def loss(output, target):
+        begun.touch()
+        while not goes_on.exists():
+            time.sleep(0.005)
+        return output.square().mean()
+
+    return loss, begun, goes_on
+
+
+@pytest.fixture
+def second_held(cluster, monkeypatch, gate, tmp_path):
+    """Three runs: the first has ended, the second, which never would, is held while it begins, the third waits."""
+    begin, runs = Trainings._begin, []
+
+    def held_begin(self, turn):
+        if len(runs) > 1 and turn.run is runs[1]:
+            gate.hold()
+        begin(self, turn)
+
+    monkeypatch.setattr(Trainings, "_begin", held_begin)
+    loss, begun, goes_on = held(tmp_path)
+    runs.append(cluster.train(net(), classes(), **{**SHORT, "loss": loss}))
+    until(begun.exists)
+    runs += [cluster.train(net(), classes(), **{**SHORT, "steps": steps}) for steps in (LONG, 1)]
+    goes_on.touch()
+    assert gate.came.wait(HUNG_S)
+    return runs
+
+
+def test_a_stop_that_comes_with_the_end_comes_before_it_or_after(cluster, monkeypatch, gate, tmp_path):
+    """A run that has ended does not go on stopping for ever."""
+    order = Trainings._order
+
+    def held_order(self, run, kind, value):
+        gate.hold()
+        order(self, run, kind, value)
+
+    monkeypatch.setattr(Trainings, "_order", held_order)
+    loss, begun, goes_on = held(tmp_path)
+    run = cluster.train(net(), classes(), **{**SHORT, "loss": loss})
+    until(begun.exists)
+    stopping = threading.Thread(target=run.stop)
+    stopping.start()
+    assert gate.came.wait(HUNG_S)
+    goes_on.touch()
+    until(lambda: run.ended or follower_waits())
+    gate.opened.set()
+    stopping.join()
+    run.wait()
+    assert ("finished", None) == (run.state, cluster.current_run)
+
+
+def follower_waits():
+    """Whether the thread that follows the run waits for whoever asks something of it."""
+    threads = [thread for thread in threading.enumerate() if thread.name == "nbdist-relay"]
+    frames = [sys._current_frames().get(thread.ident) for thread in threads]
+    return any(frame is not None and frame.f_code.co_name in ("_merge", "_end") for frame in frames)
+
+
+def test_a_run_that_begins_is_the_current_one(cluster, second_held, gate):
+    """Nothing else may begin meanwhile, and those behind it wait."""
+    _, second, third = second_held
+    assert (second, [third]) == (cluster.current_run, cluster.queued)
+    third.stop()
+    with pytest.raises(ClusterError, match=f"run {second.run_id} is going on"):
+        cluster.check_ready()
+    late = cluster.train(net(), classes(), **SHORT)
+    assert [late] == cluster.queued
+    second.stop()
+    gate.opened.set()
+    assert ["stopped", "finished"] == [run.wait().state for run in (second, late)]
+
+
+def test_the_engines_may_be_stopped_while_a_run_begins(cluster, second_held, gate):
+    """Who stops them does not wait for it; the run fails, and the others never begin."""
+    _, second, third = second_held
+    cluster.stop()
+    assert ("stopped", ["the engines were stopped before it could begin"]) == (third.state, third.progress.notes)
+    gate.opened.set()
+    with pytest.raises(ClusterError):
+        second.wait()
+
+
+def test_a_stop_is_heard_while_the_run_begins(cluster, second_held, gate):
+    """It ends after its first step."""
+    _, second, third = second_held
+    second.stop()
+    gate.opened.set()
+    assert ["stopped", "finished"] == [run.wait().state for run in (second, third)]
+    assert 1 == second.progress.step
+
+
+def test_a_picture_that_fails_holds_nobody(cluster, monkeypatch, tmp_path):
+    """A queued run that is stopped, or cannot begin, has ended, and those behind it begin."""
+    begin, runs = Trainings._begin, []
+
+    def failing(self, turn):
+        if len(runs) > 2 and turn.run is runs[2]:
+            raise OSError("not today")
+        begin(self, turn)
+
+    def watch(run):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Trainings, "_begin", failing)
+    loss, begun, goes_on = held(tmp_path)
+    runs.append(cluster.train(net(), classes(), **{**SHORT, "loss": loss}))
+    until(begun.exists)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        runs += [cluster.train(net(), classes(), watch=watch, **SHORT) for _ in range(2)]
+        runs.append(cluster.train(net(), classes(), **SHORT))
+        runs[1].stop()
+        assert ("stopped", True) == (runs[1].state, runs[1].ended)
+        goes_on.touch()
+        with pytest.raises(ClusterError, match="not today"):
+            runs[2].wait()
+    assert "finished" == runs[3].wait().state
+
+
+def test_whatever_keeps_a_run_from_beginning_ends_it(cluster, monkeypatch, tmp_path):
+    """Nobody waits for it for ever, and those behind it begin."""
+    begin, runs = Trainings._begin, []
+
+    def failing(self, turn):
+        if len(runs) > 1 and turn.run is runs[1]:
+            raise OSError("not today")
+        begin(self, turn)
+
+    monkeypatch.setattr(Trainings, "_begin", failing)
+    loss, begun, goes_on = held(tmp_path)
+    runs.append(cluster.train(net(), classes(), **{**SHORT, "loss": loss}))
+    until(begun.exists)
+    runs += [cluster.train(net(), classes(), **SHORT) for _ in range(2)]
+    goes_on.touch()
+    with pytest.raises(ClusterError, match=r"the run could not begin: OSError\('not today'\)"):
+        runs[1].wait(60)
+    assert "finished" == runs[2].wait(60).state
+
+
+@pytest.fixture
+def scaled(cluster):
+    """The running cluster, which has its two engines again afterwards."""
+    yield cluster
+    if cluster.size != ENGINES:
+        cluster.scale(ENGINES)
+
+
+def test_engines_are_listed_while_some_leave(scaled, monkeypatch):
+    """All of them, or those that stay; at any moment of the change."""
+    replace, seen, looking = engines_module.replace, [], []
+
+    def probed(record, **changes):
+        if not looking:
+            looking.append(True)
+            with contextlib.suppress(ClusterError):
+                seen.append(len(scaled.engines))
+            looking.clear()
+        return replace(record, **changes)
+
+    monkeypatch.setattr(engines_module, "replace", probed)
+    scaled.scale(1)
+    monkeypatch.undo()
+    assert {1, 2} >= set(seen)
+    assert seen
+
+
+def test_of_two_numbers_of_engines_before_a_step_ends_the_last_one_counts(scaled, tmp_path):
+    """The run goes on on so many, and both stand in its record."""
+    loss, begun, goes_on = held(tmp_path)
+    run = scaled.train(net(), classes(), **{**SHORT, "loss": loss, "steps": 10**9})
+    until(begun.exists)
+    scaled.scale(1)
+    scaled.scale(3)
+    goes_on.touch()
+    until(lambda: "running" == run.state and len(run.progress.ranks) == 3)
+    until(lambda: [h for h in run.progress.happenings if h.kind == "recovered"])
+    scaled_to = [h.text.partition(" after")[0] for h in run.progress.happenings if h.kind == "order"]
+    run.stop()
+    run.wait()
+    assert (["scaled to 1", "scaled to 3"], "stopped", 3) == (scaled_to, run.state, scaled.size)
+    assert ["3 instead of 2 engines"] == [note.partition(";")[0] for note in run.progress.notes]

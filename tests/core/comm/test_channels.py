@@ -1,0 +1,262 @@
+"""Collectives on each kind of channel: the bits of a sum, broadcasts, and what happens when a rank goes away."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import struct
+import threading
+
+import pytest
+import torch
+
+from nbdist.core.comm import SoloChannel
+from nbdist.errors import PeerLostError
+
+KIB = 1024 // 4  # float32 elements
+TCPI_BYTES_RECEIVED = 128  # where it lies in Linux's `tcp_info`
+LENGTHS = {
+    "one": 1,
+    "tiny": 1000,
+    "at the limit": 256 * KIB,
+    "above it": 256 * KIB + 12,
+    "above it, divisible by no size": 256 * KIB + 1,
+}
+
+
+def mixed(rank, length, dtype=torch.float32):
+    """Numbers of very different size, so that every other order of summing shows in the bits."""
+    generator = torch.Generator().manual_seed(rank)
+    exponents = torch.randint(-12, 12, (length,), generator=generator)
+    return (torch.randn(length, generator=generator) * 2.0**exponents).to(dtype)
+
+
+def sums(world):
+    results = {}
+    for name, length in LENGTHS.items():
+        results[name] = mixed(world.rank, length)
+        world.channel().all_reduce_(results[name])
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_sum_is_taken_in_rank_order(run_on_each_channel, size):
+    """Every rank gets ((t0 + t1) + t2) + t3 bit for bit, on each of the three ways a sum can take."""
+    ranks = run_on_each_channel(size, sums)
+    for name, length in LENGTHS.items():
+        parts = [mixed(rank, length) for rank in range(size)]
+        expected = parts[0].clone()
+        for part in parts[1:]:
+            expected += part
+        for results in ranks:
+            assert torch.equal(expected, results[name]), name
+    if size > 2:  # otherwise the numbers could not tell one order from another
+        backwards = sum(reversed(parts[:-1]), start=parts[-1])
+        assert not torch.equal(expected, backwards)
+
+
+DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
+
+
+def broadcasts(world):
+    channel = world.channel()
+    tensors = [torch.full((3,), world.rank).to(dtype) for dtype in DTYPES]
+    for tensor in tensors:
+        channel.broadcast_(tensor, source=1)
+    words = channel.broadcast_bytes(f"rank {world.rank}".encode()), channel.broadcast_bytes(b"", source=1)
+    return tensors, words
+
+
+def test_a_broadcast_gives_everyone_the_source(run_on_each_channel):
+    """Tensors of any dtype, and bytes, empty ones too, come from the source rank."""
+    for tensors, words in run_on_each_channel(3, broadcasts):
+        assert [torch.ones(3).to(dtype).tolist() for dtype in DTYPES] == [t.tolist() for t in tensors]
+        assert (b"rank 0", b"") == words
+
+
+def several_at_once(world):
+    channel = world.channel()
+    tensors = [torch.full((4,), float(world.rank + i)) for i in range(5)]
+    pending = [channel.start_all_reduce_(tensor) for tensor in tensors]
+    for one in pending:
+        one.wait()
+    return [tensor[0].item() for tensor in tensors]
+
+
+def test_collectives_may_be_under_way_together(run_on_each_channel):
+    """Sums that were started in one order are all right when they have been waited for."""
+    assert [[3.0 + 3 * i for i in range(5)]] * 3 == run_on_each_channel(3, several_at_once)
+
+
+def lose_rank_one(world, length):
+    if world.rank == 1:
+        os._exit(7)  # as a kill would
+    try:
+        world.channel().all_reduce_(torch.ones(length))
+    except PeerLostError:
+        return "released"
+
+
+@pytest.mark.parametrize("length", [1, 300 * KIB])
+def test_a_lost_rank_releases_the_others(run_on_each_channel, length):
+    """A rank that dies ends the others' collective with an error instead of leaving them to wait."""
+    with pytest.raises(RuntimeError, match="rank 1 died without a word"):
+        run_on_each_channel(3, lose_rank_one, length)
+
+
+def fail_on_rank_one(world):
+    if world.rank == 1:
+        raise ZeroDivisionError("the cause")
+    world.channel().all_reduce_(torch.ones(1))
+
+
+def test_an_error_on_a_rank_is_the_one_that_is_seen(run_on_each_channel):
+    """A rank that leaves with an error releases its peers; their `PeerLostError` is an echo and hides nothing."""
+    with pytest.raises(ZeroDivisionError, match="the cause"):
+        run_on_each_channel(2, fail_on_rank_one)
+
+
+def test_three_hosts_sum_in_rank_order(run_ranks):
+    """A host between two others passes the sum on; hosts of one rank and of two give the bits of ranks on one host."""
+    expected = run_ranks(4, sums, channel="shared memory")[0]
+    for results in run_ranks(4, sums, channel="three hosts"):
+        assert all(torch.equal(expected[name], results[name]) for name in LENGTHS)
+
+
+def scattered_and_gathered(world):
+    channel, tensor = world.channel(), mixed(world.rank, 12 * KIB)
+    part = channel.reduce_scatter(tensor)
+    channel.all_reduce_(tensor)
+    return torch.equal(torch.cat(channel.all_gather(part)), tensor)
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_parts_of_a_sum_are_gathered_to_the_sum(run_on_each_channel, size):
+    """With the same bits, also where the hosts have different numbers of ranks."""
+    assert run_on_each_channel(size, scattered_and_gathered) == [True] * size
+
+
+def test_parts_of_a_sum_over_three_hosts_are_gathered_to_the_sum(run_ranks):
+    """With the same bits, also for the host in the middle."""
+    assert run_ranks(4, scattered_and_gathered, channel="three hosts") == [True] * 4
+
+
+def broadcast_from_the_last(world):
+    number = torch.tensor([world.rank])
+    world.channel().broadcast_(number, source=world.size - 1)
+    return number.item(), world.transport
+
+
+def test_a_broadcast_may_come_from_any_host(run_ranks):
+    """From a rank that leads no host too; and what the ranks talk over has a name."""
+    assert run_ranks(4, broadcast_from_the_last, channel="two hosts") == [(3, "shared memory and gloo")] * 4
+    assert run_ranks(4, broadcast_from_the_last, channel="shared memory") == [(3, "shared memory")] * 4
+
+
+def lose_rank_one_but_not_its_child(world):
+    if world.rank == 1:
+        child = multiprocessing.get_context("fork").Process(target=threading.Event().wait, args=(3600,), daemon=True)
+        child.start()
+        world.store.set("child", str(child.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        world.channel().all_reduce_(torch.ones(1))
+    except PeerLostError:
+        child = int(world.store.get("child"))
+        lives = os.path.exists(f"/proc/{child}")
+        if world.rank == 0:
+            os.kill(child, signal.SIGKILL)
+        raise ZeroDivisionError(lives) from None
+
+
+def test_a_child_of_a_killed_rank_does_not_hold_the_others(run_ranks):
+    """A data-loading process has the sockets of its rank, but closes them: the peers are free while it still lives."""
+    with pytest.raises(ZeroDivisionError, match="True"):
+        run_ranks(2, lose_rank_one_but_not_its_child)
+
+
+def received() -> int:
+    """Bytes that have come in by this process's TCP connections, as the kernel counts them."""
+    total = 0
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            copy = socket.socket(fileno=os.dup(int(number)))
+        except OSError:  # no socket, or closed by now
+            continue
+        with copy:
+            if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
+                about = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                total += struct.unpack_from("Q", about, TCPI_BYTES_RECEIVED)[0]
+    return total
+
+
+def bytes_moved(world):
+    channel, tensor = world.channel(), torch.ones(world.size, 300 * KIB)
+    channel.all_reduce_(torch.ones(1))
+    moved = []
+    for collective in (
+        lambda: channel.all_gather(tensor[0]),
+        lambda: channel.reduce_scatter(tensor.view(-1)),
+        lambda: channel.all_reduce_(tensor),
+    ):
+        before = received()
+        collective()
+        moved.append(received() - before)
+        channel.all_reduce_(torch.ones(1))  # nobody counts what is of the next one
+    return torch.tensor(moved) / tensor[0].nbytes
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="the kernel does not count")
+def test_a_gather_and_a_scatter_move_what_they_must(run_ranks):
+    """Over gloo each rank gets one part of each other rank, half of what an all-reduce moves."""
+    for moved in run_ranks(4, bytes_moved, channel="process group"):
+        torch.testing.assert_close(moved, torch.tensor([3.0, 3.0, 6.0]), rtol=0.02, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="the kernel does not count")
+def test_between_two_hosts_a_gather_and_a_scatter_move_what_they_must(run_ranks):
+    """Of four parts the first host gets the other's two, and its own two of a sum that the second has to see whole."""
+    moved = torch.stack(run_ranks(4, bytes_moved, channel="two hosts"))
+    expected = torch.tensor([[2.0, 2.0, 4.0], [0.0, 0.0, 0.0], [2.0, 4.0, 4.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(moved, expected, rtol=0.02, atol=0.01)
+
+
+def gathered(world):
+    channel = world.channel()
+    tensors = [torch.full(shape, world.rank).to(dtype) for dtype in DTYPES for shape in ((), (2, 3), (0,))]
+    return [torch.stack(channel.all_gather(tensor)) for tensor in tensors]
+
+
+def test_a_gather_gives_everyone_all(run_on_each_channel):
+    """Tensors of any dtype and shape, in rank order."""
+    shapes = [(dtype, shape) for dtype in DTYPES for shape in ((), (2, 3), (0,))]
+    expected = [torch.stack([torch.full(shape, rank).to(dtype) for rank in range(3)]) for dtype, shape in shapes]
+    for found in run_on_each_channel(3, gathered):
+        assert all(torch.equal(e, f) for e, f in zip(expected, found, strict=True))
+
+
+def lose_rank_one_in(world, name):
+    if world.rank == 1:
+        os._exit(7)
+    try:
+        getattr(world.channel(), name)(torch.ones(3 * 100 * KIB))
+    except PeerLostError:
+        return "released"
+
+
+@pytest.mark.parametrize("name", ["all_gather", "reduce_scatter"])
+def test_a_lost_rank_ends_a_gather_and_a_scatter(run_on_each_channel, name):
+    """With an error for the others, as in a sum."""
+    with pytest.raises(RuntimeError, match="rank 1 died without a word"):
+        run_on_each_channel(3, lose_rank_one_in, name)
+
+
+def test_a_rank_alone_sums_and_broadcasts_to_itself():
+    """On one rank every collective is the identity."""
+    channel, tensor = SoloChannel(torch.device("cpu")), torch.arange(3.0)
+    channel.all_reduce_(tensor)
+    channel.broadcast_(tensor)
+    assert [0.0, 1.0, 2.0] == tensor.tolist()
+    assert b"word" == channel.broadcast_bytes(b"word")

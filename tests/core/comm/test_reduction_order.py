@@ -1,0 +1,47 @@
+"""The order in which terms are added, whoever has them."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbdist.core.comm.reduction_order import SumOrder
+
+
+def added(order):
+    """How the terms are associated, in brackets."""
+
+    def plus(left, right):
+        return f"({left}{right})"
+
+    values = []
+    for share in order.shares:
+        held = []
+        for term in share:
+            order.add(held, (term, term + 1), "abcdefghijklmnopqrstuvwxyz"[term], plus)
+        values.append([value for _, value in held])
+    return order.total(values, plus)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 5, 7, 8, 12, 16, 24])
+def test_a_tree_is_the_same_for_every_number_of_ranks(terms):
+    """Terms stay in their order, and brackets stay where they are."""
+    (one,) = {added(SumOrder.tree(terms, ranks)) for ranks in range(1, terms + 1)}
+    assert "abcdefghijklmnopqrstuvwxyz"[:terms] == one.replace("(", "").replace(")", "")
+
+
+def test_twelve_terms_fit_many_numbers_of_ranks():
+    """1, 2 or 4 ranks sum one node each, 3 or 6 two at most."""
+    assert [1, 1, 2, 1, 2] == [SumOrder.tree(12, ranks).rows for ranks in (1, 2, 3, 4, 6)]
+
+
+def test_a_chain_adds_one_rank_after_the_other():
+    """As ranks are summed where nothing else is asked for."""
+    assert "(((ab)c)d)" == added(SumOrder.chain(4))
+    assert SumOrder.chain(4).rows == 1
+
+
+def test_shares_are_neighbours_and_about_equal():
+    """Every term has one rank."""
+    shares = SumOrder.tree(12, 5).shares
+    assert list(range(12)) == [term for share in shares for term in share]
+    assert {2, 3} == set(map(len, shares))

@@ -1,0 +1,281 @@
+"""Steering: what is asked of a training while it goes on, done on all ranks after the same step."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+
+import pytest
+import torch
+from problems import ADAMW, SGD, Given, alone, assert_same_bits, classes, mlp, train
+from torch.optim import lr_scheduler
+
+from nbdist.core.control.commands import Order
+from nbdist.core.optim.lr_schedulers import Scheduler
+from nbdist.core.state.snapshot import Vaults
+from nbdist.telemetry import Checkpointed, EpochFinished, ListSink, Noted, Ordered, Progress
+
+DATA = classes(24)
+OPTIONS = {"batch_size": 6, "shuffle": False}
+
+
+def on(run_ranks, ranks, function, *args, **options):
+    return run_ranks(ranks, functools.partial(function, **options), *args)
+
+
+def ordered(events):
+    return [(event.order, event.value, event.step) for event in events if isinstance(event, Ordered)]
+
+
+def steered(world, by_step, optimizer=SGD, **options):
+    sink = ListSink()
+    orders = Given(by_step if world.rank == 0 else {})
+    result, trained = train(world, mlp(), DATA, optimizer=optimizer, orders=orders, sinks=[sink], **OPTIONS, **options)
+    return result, trained, sink.events, orders.stamps
+
+
+def by_hand(rates):
+    """Plain torch: the learning rate of each step."""
+    model = mlp()
+    optimizer = SGD(model.parameters())
+    x, y = DATA
+    for step, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        rows = slice(6 * (step % 4), 6 * (step % 4) + 6)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_new_rate_counts_from_the_next_step(run_ranks, ranks):
+    """The same as by hand; every rank tells of it, and of the rate that it has then."""
+    rates = [0.05, 0.05, 0.2, 0.2, 0.2, 0.1]
+    for _, trained, events, stamps in on(run_ranks, ranks, steered, {2: [("lr", 0.2)], 5: [("lr", 0.1)]}, steps=6):
+        torch.testing.assert_close(trained, by_hand(rates), rtol=1e-12, atol=1e-12)
+        assert [("lr", 0.2, 2), ("lr", 0.1, 5)] == ordered(events)
+        assert pytest.approx(0.1) == [event.lr for event in events if isinstance(event, Progress)][-1]
+        assert stamps in ([(0, 2), (1, 5)], [])
+
+
+def hurried(optimizer):
+    return lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=40)
+
+
+def warmed(optimizer):
+    warm = lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=5)
+    return lr_scheduler.SequentialLR(optimizer, [warm, lr_scheduler.CosineAnnealingLR(optimizer, 30)], milestones=[5])
+
+
+SCHEDULERS = {
+    "step": functools.partial(lr_scheduler.StepLR, step_size=7, gamma=0.5),
+    "exponential": functools.partial(lr_scheduler.ExponentialLR, gamma=0.9),
+    "lambda": functools.partial(lr_scheduler.LambdaLR, lr_lambda=lambda step: 1 / (1 + step)),
+    "cosine": functools.partial(lr_scheduler.CosineAnnealingLR, T_max=30),
+    "one cycle": hurried,
+    "warm-up, then cosine": warmed,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_scheduler_goes_on_from_a_new_rate(name, tensor):
+    """All later rates of all groups are what they would have been, times the same factor."""
+
+    def rates_of(change_at):
+        first, second = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+        rate = torch.tensor(0.05) if tensor else 0.05
+        groups = [{"params": [first], "lr": rate}, {"params": [second], "lr": rate / 2}]
+        optimizer = torch.optim.AdamW(groups, lr=rate, capturable=False, foreach=False)
+        scheduler = Scheduler(SCHEDULERS[name], optimizer)
+        rates = []
+        for step in range(30):
+            if step == change_at:
+                scheduler.set_rate(optimizer, 3 * float(optimizer.param_groups[0]["lr"]))
+            rates.append([float(group["lr"]) for group in optimizer.param_groups])
+            optimizer.step()
+            scheduler.step()
+        return torch.tensor(rates)
+
+    plain, changed = rates_of(None), rates_of(12)
+    assert torch.equal(plain[:12], changed[:12])
+    torch.testing.assert_close(3 * plain[12:], changed[12:], rtol=1e-5, atol=1e-12)
+
+
+def test_a_rate_of_zero_may_be_left():
+    """Without a scheduler there is no factor: all groups get the rate."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [parameter], "lr": 0.0}])
+    Scheduler(None, optimizer).set_rate(optimizer, 0.5)
+    assert 0.5 == optimizer.param_groups[0]["lr"]
+
+
+class Late(Given):
+    """Lets a training rest for a while before it goes on; counted from within the rest."""
+
+    def __init__(self, pause_at, then, seconds):
+        super().__init__({pause_at: ["pause"]})
+        self.then, self.seconds = then, seconds
+        self.timer, self.rests = None, False
+        self.said = threading.Event()
+
+    def new(self):
+        given = super().new()
+        if self.rests and self.timer is None:
+            self.timer = threading.Timer(self.seconds, self.said.set)
+            self.timer.start()
+        self.rests = self.rests or bool(given)
+        if self.said.is_set() and self.then:
+            then, self.then = self.then, []
+            given = [Order(kind, value) for kind, value in then]
+        return given
+
+
+def rested(world, pause_at, then, seconds, **options):
+    sink = ListSink()
+    began_s = time.perf_counter()
+    result, trained = train(
+        world, mlp(), DATA, optimizer=ADAMW, orders=Late(pause_at, then, seconds), sinks=[sink], **OPTIONS, **options
+    )
+    return result, trained, sink.events, time.perf_counter() - began_s
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_pause_changes_no_bit_and_takes_no_time(run_ranks, ranks):
+    """All rest until they may go on; a row's seconds are those of training."""
+    expected = on(run_ranks, ranks, steered, {}, ADAMW, epochs=2)[0][1]
+    for result, trained, events, seconds in on(run_ranks, ranks, rested, 3, [("resume", None)], 0.5, epochs=2):
+        assert_same_bits(expected, trained)
+        assert [("pause", None, 3), ("resume", None, 3)] == ordered(events)
+        assert seconds > 0.5
+        assert sum(row["seconds"] for row in result.history) < seconds - 0.5
+
+
+def test_a_paused_training_is_steered(run_ranks, tmp_path):
+    """It takes another rate, writes a checkpoint, and stops: nothing else happens in between."""
+    then = [("lr", 0.5), ("checkpoint", str(tmp_path)), ("stop", None)]
+    for result, _, events, _ in on(run_ranks, 2, rested, 3, then, 0.1, epochs=2):
+        assert ("stopped", 3) == (result.state, result.history[-1]["steps"])
+        assert [("pause", None, 3), *((kind, value, 3) for kind, value in then)] == ordered(events)
+    assert [3] == [event.step for event in events if isinstance(event, Checkpointed)] or events[0].rank == 1
+    _, trained = alone(mlp(), DATA, optimizer=ADAMW, resume=str(tmp_path), epochs=2, **OPTIONS)
+    assert trained
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_checkpoint_that_was_asked_for_is_enough_to_go_on_from(run_ranks, tmp_path, ranks, planned):
+    """With or without checkpoints of the run's own; it is told when it lies there, and changes no bit."""
+    own = {"checkpoint": str(tmp_path / "own"), "checkpoint_every": 2} if planned else {}
+    folder = str(tmp_path / "asked")
+    plain = on(run_ranks, ranks, steered, {}, ADAMW, epochs=2)[0]
+    outcomes = on(run_ranks, ranks, steered, {3: [("checkpoint", folder)]}, ADAMW, epochs=2, **own)
+    for _, trained, events, _ in outcomes:
+        assert_same_bits(plain[1], trained)
+        assert [("checkpoint", folder, 3)] == ordered(events)
+    told = [event for event in outcomes[0][2] if isinstance(event, Checkpointed) and event.path.startswith(folder)]
+    assert [3] == [event.step for event in told]
+    resumed = on(run_ranks, ranks, steered, {}, ADAMW, epochs=2, resume=folder)
+    assert_same_bits(plain[1], resumed[0][1])
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_nothing(run_ranks, tmp_path):
+    """The person is told why."""
+    (tmp_path / "file").write_text("")
+    folder = str(tmp_path / "file" / "below")
+    for result, _, events, _ in on(run_ranks, 2, steered, {2: [("checkpoint", folder)]}, steps=4):
+        assert "finished" == result.state
+        (note,) = {event.text for event in events if isinstance(event, Noted)}
+        assert note.startswith("no checkpoint was written, the run goes on: rank 0 cannot write to")
+
+
+class Log(Given):
+    """What an earlier attempt has carried out, after these steps."""
+
+    def __init__(self, orders):
+        super().__init__({})
+        self.orders = orders
+
+    def new(self):
+        orders, self.orders = self.orders, []
+        return orders
+
+
+def again(world, paths, orders, go_on, **options):
+    sink = ListSink()
+    result, trained = train(
+        world, mlp(), DATA, optimizer=ADAMW, orders=Log(orders), run_id="r", vaults=paths, go_on=go_on, sinks=[sink],
+        **OPTIONS, **options,
+    )  # fmt: skip
+    return result, trained, sink.events
+
+
+@pytest.mark.parametrize("at", [2, 3, 4, 5])
+def test_what_was_carried_out_is_carried_out_again(run_ranks, at):
+    """From a snapshot before, at, or after an order: the same bits, whichever step ranks were lost in."""
+    orders = [Order("lr", 0.03, 3), Order("pause", None, 4), Order("resume", None, 4), Order("lr", 0.02, 4)]
+    vaults = Vaults(2)
+    expected = on(run_ranks, 2, again, [], orders, False, steps=7)[0][1]
+    on(
+        run_ranks,
+        2,
+        again,
+        vaults.paths,
+        [*(o for o in orders if o.step <= at), Order("stop", None, at)],
+        False,
+        steps=7,
+    )
+    # The snapshot holds that a stop was carried out, which came after these.
+    for _, trained, _ in run_ranks(2, resumed_without_stop, vaults.paths, orders, at):
+        assert_same_bits(expected, trained)
+    vaults.close()
+
+
+def resumed_without_stop(world, paths, orders, at):
+    """Go on as if the stop had not been among what was carried out."""
+    before = [order for order in orders if order.step <= at]
+    later = [order for order in orders if order.step > at]
+    return again(world, paths, [*before, Order("resume", None, at), *later], True, steps=7)
+
+
+def test_a_stop_outlives_the_ranks(run_ranks):
+    """Where the snapshot was taken after the stop had been heard, nothing more is done."""
+    vaults = Vaults(2)
+    orders = [Order("stop", None, 3)]
+    first = on(run_ranks, 2, again, vaults.paths, orders, False, epochs=2)
+    for result, trained, events in on(run_ranks, 2, again, vaults.paths, orders, True, epochs=2):
+        assert "stopped" == result.state
+        assert_same_bits(first[0][1], trained)
+        assert 3 == sum(event.row["steps"] for event in events if isinstance(event, EpochFinished))
+    vaults.close()
+
+
+@pytest.mark.parametrize(
+    ("orders", "state", "ranks"),
+    [
+        ([("scale", 3), ("scale", 4)], "scaled", 4),
+        ([("scale", 3), ("scale", 2)], "finished", 0),
+        ([("scale", 2)], "finished", 0),
+        ([("scale", 3), "stop"], "stopped", 0),
+        (["stop", ("scale", 3)], "stopped", 0),
+    ],
+)
+def test_the_last_number_that_was_asked_for_counts(run_ranks, orders, state, ranks):
+    """Of several before one boundary; not where a stop was asked for too. Each of them is told of."""
+    for result, _, events, _ in on(run_ranks, 2, steered, {2: orders}, steps=5):
+        assert (state, ranks) == (result.state, result.ranks)
+        assert [(o, None, 2) if isinstance(o, str) else (*o, 2) for o in orders] == ordered(events)
+
+
+def scaled_before(world):
+    """Begun anew without a snapshot, on as many ranks as were asked for last."""
+    return again(world, [], [Order("scale", 3, 2), Order("lr", 0.03, 3), Order("scale", 2, 4)], True, steps=6)
+
+
+def test_a_number_after_which_another_was_asked_for_is_not_carried_out_again(run_ranks):
+    """Else the two would send the training to and fro for ever. It is told of all the same."""
+    for result, _, events in run_ranks(2, scaled_before):
+        assert ("finished", 0) == (result.state, result.ranks)
+        assert [("scale", 3, 2), ("lr", 0.03, 3), ("scale", 2, 4)] == ordered(events)

@@ -1,0 +1,47 @@
+"""The table of parameters and buffers."""
+
+from __future__ import annotations
+
+import torch
+from problems import mlp
+from torch import nn
+
+from nbdist.core.params.table import ParamTable
+
+
+def model():
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    net[2].weight = net[0].weight
+    net[2].bias.requires_grad_(False)
+    net.register_buffer("scratch", torch.zeros(1), persistent=False)
+    return net
+
+
+def test_everything_stands_in_the_table_once():
+    """A tied parameter under its first name; frozen parameters and passing buffers too."""
+    table = ParamTable.of(model())
+    assert ["0.weight", "0.bias", "1.weight", "1.bias", "2.bias"] == list(table.parameters)
+    assert ["0.weight", "0.bias", "1.weight", "1.bias"] == list(table.trainable)
+    assert ["scratch", "1.running_mean", "1.running_var", "1.num_batches_tracked"] == list(table.buffers)
+    assert list(table.tensors) == [*table.parameters, *table.buffers]
+
+
+def test_weights_come_home_in_place():
+    """Loading fills the very tensors of the model, so that every reference to them sees it; ties hold."""
+    home, away = model(), model()
+    parameters = list(home.parameters())
+    with torch.no_grad():
+        for tensor in [*away.parameters(), *away.buffers()]:
+            tensor.add_(1)
+    ParamTable.of(home).load_(ParamTable.of(away).tensors)
+    assert all(torch.equal(a, b) for a, b in zip(home.buffers(), away.buffers(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(parameters, away.parameters(), strict=True))
+    assert home[2].weight is home[0].weight is parameters[0]
+
+
+def test_what_is_read_is_not_copied():
+    """The tensors of the table are the model's own memory, detached."""
+    net = mlp()
+    tensor = ParamTable.of(net).tensors["0.weight"]
+    assert net[0].weight.data_ptr() == tensor.data_ptr()
+    assert not tensor.requires_grad

@@ -1,0 +1,130 @@
+"""Pages that stay while training, and go afterwards."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import traceback
+import weakref
+
+import pytest
+import torch
+
+from nbdist.core.process.memory import let_go_after
+
+STEPS = """
+import platform, resource, sys
+import psutil, torch
+from nbdist.core.process.memory import pages_kept
+torch.set_num_threads(1)
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):  # as a step frees its activations: the last block first, then the one below it
+        blocks = [torch.ones(2**18) for _ in range(8)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+with pages_kept():
+    faults()
+    kept = faults()
+    held = psutil.Process().memory_info().rss
+    large = torch.ones(2**24)
+    del large
+    grown = psutil.Process().memory_info().rss
+print(platform.libc_ver()[0], faults(), kept, grown - held, grown - psutil.Process().memory_info().rss)
+"""
+
+
+def test_freed_memory_stays_for_the_next_step_and_goes_in_the_end():
+    """No page fault a step inside, thousands without; what was kept is given back to the system."""
+    done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
+    libc, outside, inside, grown, given_back = done.stdout.split()
+    if libc != "glibc":
+        pytest.skip("another C library keeps its own counsel")
+    mib = 2**20
+    assert int(inside) < 100
+    assert int(outside) > 10 * max(1, int(inside))
+    assert int(grown) > 50 * mib, "64 MiB that were freed are kept inside"
+    assert int(given_back) > 50 * mib
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def test_objects_that_stay_are_not_looked_at_meanwhile():
+    """They are set aside and come back, by the outermost run; where they were set aside before, nothing changes."""
+    code = """
+import gc
+from nbdist.core.process.memory import objects_set_aside
+with objects_set_aside():
+    inside = gc.get_freeze_count()
+print(inside > 10_000, gc.get_freeze_count())
+with objects_set_aside():
+    with objects_set_aside():
+        pass
+    print(gc.get_freeze_count() > 10_000)
+print(gc.get_freeze_count())
+with objects_set_aside():
+    print(gc.get_freeze_count() > 10_000)
+gc.freeze()
+with objects_set_aside():
+    pass
+print(gc.get_freeze_count() > 10_000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ["True", "0", "True", "0", "True", "True"] == done.stdout.split()
+
+
+class Large:
+    """Stands for a model."""
+
+
+def failing(error):
+    """Raise while a frame holds something; returns the error and whether the thing is still there."""
+
+    def step(model):
+        raise error
+
+    model = Large()
+    there = weakref.ref(model)
+    try:
+        step(model)
+    except type(error) as caught:
+        del model
+        return caught, there
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("can't start new thread"),
+    ],
+    ids=["MemoryError", "cuda", "cpu", "thread"],
+)
+def test_frames_of_an_error_hold_nothing_once_memory_has_run_out(error):
+    """Where it happened can still be read."""
+    caught, there = failing(error)
+    assert there() is not None
+    let_go_after(caught)
+    assert there() is None
+    assert traceback.extract_tb(caught.__traceback__)[-1].name == "step"
+
+
+def test_the_cause_of_an_error_holds_nothing_either():
+    """User code often raises something of its own about it."""
+    cause, there = failing(MemoryError())
+    error = ValueError("too large")
+    error.__cause__ = cause
+    let_go_after(error)
+    assert there() is None
+
+
+def test_other_errors_keep_their_variables_for_a_debugger():
+    """Only memory is worth them."""
+    caught, there = failing(RuntimeError("no"))
+    let_go_after(caught)
+    assert there() is not None

@@ -1,0 +1,233 @@
+"""Mishaps while a checkpoint is being written: the one before it is whole, and the training goes on."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from kept import mounted, newest
+from problems import SGD, alone, assert_same_bits, classes, mlp, train, weights
+from torch import nn
+from torch.nn import functional as F
+
+import nbdist
+from nbdist.core.state.checkpoint_reader import ABOUT, NEWEST, Saved, checkpoints
+from nbdist.core.state.checkpoint_writer import THREAD
+from nbdist.telemetry import Noted
+
+KILLS = 15
+
+
+class Counting(nn.Module):
+    """Each step of SGD with a rate of 1 adds one to all of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = nn.Parameter(torch.zeros(200_000))
+        self.register_buffer("seen", torch.zeros(50_000))
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+        return self.count.sum() * x.mean() - self.count.sum()
+
+
+def count(folder, steps, begun=lambda: None):
+    """Train with as many checkpoints as can be written."""
+
+    def step(model, x):
+        begun()
+        return model(x)
+
+    return alone(
+        Counting(), torch.zeros(64, 1), step=step, optimizer="sgd", lr=1.0, batch_size=8,
+        steps=steps, checkpoint=folder, checkpoint_every=1, resume=True,
+    )  # fmt: skip
+
+
+def count_forever(folder, ready):
+    torch.set_num_threads(1)
+    steps = itertools.count()
+    count(folder, 10**6, lambda: next(steps) or ready.send_bytes(b"here"))
+
+
+def test_whenever_it_is_killed_the_newest_checkpoint_is_whole(run_ranks, tmp_path):
+    """kill -9 of a real training at any moment: what is loaded is whole, and has the weights of its step."""
+    context, moments, last = multiprocessing.get_context("forkserver"), random.Random(0), 0
+    for _ in range(KILLS):
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=count_forever, args=(str(tmp_path), there))
+        process.start()
+        here.recv_bytes()
+        process.join(moments.random() * 0.15)
+        process.kill()
+        process.join()
+        process.close()
+        here.close()
+        there.close()
+        if checkpoints(tmp_path):
+            step = step_of(tmp_path)
+            assert step >= last
+            last = step
+    assert last > 1
+    count(str(tmp_path), last + 1)
+    assert last + 1 == step_of(tmp_path)
+    assert {NEWEST, *checkpoints(tmp_path)} == {path.name for path in tmp_path.iterdir() if path.name[0] != "."}
+
+
+def step_of(folder):
+    """The step of the newest checkpoint, all of whose numbers have been looked at, without a warning."""
+    model = Counting()
+    optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
+    nbdist.load_checkpoint(str(folder), model, optimizer)
+    step = Saved.in_folder(str(folder)).ranks[0]["position"]["step"]
+    assert (model.count == step).all()
+    assert (model.seen == step).all()
+    assert 1.0 == optimizer.param_groups[0]["lr"]
+    return step
+
+
+def notes_of(folder, mishap, loss=F.cross_entropy, **options):
+    """Train three epochs of five steps, with `mishap(step)` before each step; how it ended, and what was noted."""
+    notes, steps = [], iter(range(1, 99))
+
+    class Sink:
+        def emit(self, event):
+            if isinstance(event, Noted):
+                notes.append(event.text)
+
+    def noticed(output, target):
+        for thread in threading.enumerate():
+            if thread.name == THREAD:
+                thread.join()
+        mishap(next(steps))
+        return loss(output, target)
+
+    result, after = alone(
+        mlp(), classes(40), optimizer=SGD, batch_size=8, epochs=3, loss=noticed, checkpoint=str(folder),
+        checkpoint_every=2, sinks=[Sink()], **options,
+    )  # fmt: skip
+    return result, after, notes
+
+
+def test_a_folder_that_is_removed_in_mid_run(tmp_path):
+    """The run ends finished with the same bits, and each time says that it could not write."""
+    folder = tmp_path / "folder"
+    result, after, notes = notes_of(folder, lambda step: step == 6 and shutil.rmtree(folder))
+    assert "finished" == result.state
+    assert_same_bits(alone(mlp(), classes(40), optimizer=SGD, batch_size=8, epochs=3)[1], after)
+    assert len(notes) >= 3
+    assert all("could not be written (No such file or directory): the run goes on" in note for note in notes)
+    assert "the checkpoint of step 15 " in notes[-1]
+    assert not folder.exists()
+
+
+def test_a_folder_that_comes_back(tmp_path):
+    """What can be written again is."""
+    folder = tmp_path / "folder"
+
+    def mishap(step):
+        if step == 4:
+            folder.rename(tmp_path / "away")
+        elif step == 8:
+            (tmp_path / "away").rename(folder)
+
+    result, after, notes = notes_of(folder, mishap)
+    assert ("finished", True) == (result.state, 1 <= len(notes) <= 2)
+    again = mlp()
+    nbdist.load_checkpoint(str(folder), again)
+    assert_same_bits(after, weights(again))
+    assert {NEWEST, *checkpoints(folder)} == {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+def test_no_room_for_the_account(tmp_path):
+    """A checkpoint that cannot be let count is removed, and the one before it stays the newest."""
+
+    def mishap(step):
+        if step == 6:
+            (tmp_path / f".{NEWEST}").symlink_to("/dev/full")
+
+    result, _, notes = notes_of(tmp_path, mishap)
+    assert "finished" == result.state
+    assert "the checkpoint of step 15 could not be written (No space left on device)" in notes[-1]
+    assert 4 == Saved.in_folder(str(tmp_path)).ranks[0]["position"]["step"]
+    assert {NEWEST, f".{NEWEST}", *checkpoints(tmp_path)} == {path.name for path in tmp_path.iterdir()}
+
+
+def on_a_full_disk(_world, folder):
+    """A disk of 200 KiB that is filled up in step 6: what there was to note."""
+    if not mounted(folder, b"size=200k"):
+        return None
+
+    def mishap(step):
+        if step == 6:
+            with open(f"{folder}/full", "wb", buffering=0) as file:
+                while True:
+                    try:
+                        file.write(b"0" * 4096)
+                    except OSError:
+                        return
+        elif step == 10:
+            os.unlink(f"{folder}/full")
+
+    result, after, notes = notes_of(folder, mishap)
+    again = mlp()
+    nbdist.load_checkpoint(folder, again)
+    assert_same_bits(after, weights(again))
+    assert {NEWEST, *checkpoints(Path(folder))} == {path.name for path in Path(folder).iterdir()}
+    return result.state, notes
+
+
+def test_a_disk_that_is_full_for_a_while(run_ranks, tmp_path):
+    """The run goes on and says so, and writes again when there is room."""
+    outcome = run_ranks(1, on_a_full_disk, str(tmp_path))[0]
+    if outcome is None:
+        pytest.skip("no disk can be made here")
+    state, notes = outcome
+    assert "finished" == state
+    assert notes
+    assert all("could not be written (No space left on device): the run goes on, the ch" in note for note in notes)
+
+
+def hidden_from_one(world, folder):
+    """Rank 1 sees another disk under the same name."""
+    refused = world.rank == 1 and not mounted(folder, None)
+    notes = []
+    sink = type("Sink", (), {"emit": lambda _, event: isinstance(event, Noted) and notes.append(event.text)})()
+    result, _ = train(world, mlp(), classes(16), optimizer="sgd", batch_size=8, checkpoint=folder, sinks=[sink])
+    return result.state, notes, refused
+
+
+def test_a_folder_that_not_all_ranks_see(run_ranks, tmp_path):
+    """What lacks a rank's share does not count."""
+    (state, notes, _), (_, _, refused) = run_ranks(2, hidden_from_one, str(tmp_path))
+    if refused:
+        pytest.skip("no disk can be made here")
+    assert "finished" == state
+    assert ["the file of rank 1 is not there: all ranks have to see the folder" in note for note in notes] == [True]
+    assert [] == checkpoints(tmp_path)
+
+
+def test_threads_that_fail_for_any_reason_do_not_count(tmp_path, monkeypatch):
+    """An error that is none of the disk's is told too, and what was not written is not taken for a checkpoint."""
+
+    def broken(*_args):
+        raise MemoryError("no room")
+
+    def mishap(step):
+        if step == 5:
+            monkeypatch.setattr("nbdist.core.state.checkpoint_writer.write_file", broken)
+
+    result, _, notes = notes_of(tmp_path, mishap)
+    assert "finished" == result.state
+    assert "could not be written (MemoryError: no room)" in notes[-1]
+    assert 4 == Saved.in_folder(str(tmp_path)).ranks[0]["position"]["step"]
+    assert (newest(tmp_path) / ABOUT).exists()

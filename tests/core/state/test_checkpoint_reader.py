@@ -1,0 +1,290 @@
+"""What was kept on disk: whole or refused, whoever has changed it, and whatever it was changed to."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from kept import fused, keep, loaded, net, newest, over, reseal
+from problems import assert_same_bits, mlp, weights
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import nbdist
+from nbdist.core.state.checkpoint_reader import ABOUT, NEWEST, Saved, checkpoints, sealed
+from nbdist.errors import PlanError, TaskError
+
+FILE = "rank0.safetensors"
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A folder with two checkpoints, of steps 2 and 3."""
+    keep(tmp_path, net(), fused, steps=2)
+    keep(tmp_path, net(), fused, steps=3)
+    return tmp_path
+
+
+def steps_of(folder):
+    """The step that is loaded from a folder of several; None where nothing is. An older one comes with a warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            step = Saved.in_folder(str(folder)).ranks[0]["position"]["step"]
+        except PlanError:
+            return None
+    assert (step == 2) == any("The one before it is taken" in str(warning.message) for warning in caught)
+    return step
+
+
+def damaged(content, sample):
+    """A file with a byte changed, and cut, at `sample` places: at all of them for None."""
+    places = range(len(content)) if sample is None else sorted({*range(0, len(content), len(content) // sample)})
+    for place in places:
+        yield content[:place]
+        yield content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    yield content[:-1]
+    yield content + b" "
+
+
+@pytest.mark.parametrize("name", [FILE, "rank0-frozen.safetensors", ABOUT])
+def test_a_byte_more_or_less_is_seen(two, name):
+    """Cut or changed anywhere, the one before it is taken, and it is never loaded as whole itself."""
+    assert 3 == steps_of(two)
+    file = newest(two) / name
+    content = file.read_bytes()
+    for changed in damaged(content, None if name == ABOUT else 40):
+        file.write_bytes(changed)
+        assert 2 == steps_of(two)
+        with pytest.raises(PlanError, match=r"is not whole|none that nbdist wrote|has format"):
+            Saved.in_folder(str(file.parent))
+    file.unlink()
+    assert 2 == steps_of(two)
+    file.write_bytes(content)
+    assert 3 == steps_of(two)
+
+
+def test_an_account_of_checkpoints_that_was_changed_is_refused(two):
+    """At any of its bytes: it says which one is the newest."""
+    content = (two / NEWEST).read_bytes()
+    for changed in damaged(content, None):
+        (two / NEWEST).write_bytes(changed)
+        assert steps_of(two) is None
+    (two / NEWEST).write_bytes(content)
+    assert 3 == steps_of(two)
+
+
+def test_where_none_is_whole_the_error_is_of_the_oldest(two):
+    """Two warnings of nothing to take would be one too many."""
+    for name in checkpoints(two):
+        (two / name / FILE).unlink()
+    with pytest.warns(UserWarning, match="step00000003.* is not there"), pytest.raises(PlanError, match="step00000002"):
+        Saved.in_folder(str(two))
+
+
+def header_of(content):
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def with_header(header, data):
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+class Trap:
+    """Unpickled, it leaves a trace."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return Path.write_text, (Path(self.trace), "caught")
+
+
+def offsets(content, change):
+    header, data = header_of(content)
+    name = next(key for key in header if key.startswith("first.weight||"))
+    header[name]["data_offsets"] = [number + change for number in header[name]["data_offsets"]]
+    return with_header(header, data)
+
+
+HOSTILE_FILES = {
+    "a pickle": lambda content, trace: pickle.dumps(Trap(trace)),
+    "a pickle in a header": lambda content, trace: struct.pack("<Q", 80) + pickle.dumps(Trap(trace)).ljust(100),
+    "another file": lambda content, trace: Path(__file__).read_bytes(),
+    "nothing": lambda content, trace: b"",
+    "offsets behind the end": lambda content, trace: offsets(content, 10**9),
+    "offsets that overlap": lambda content, trace: offsets(content, -8),
+    "offsets below zero": lambda content, trace: offsets(content, -(10**9)),
+    "a header of 2**60 bytes": lambda content, trace: struct.pack("<Q", 2**60) + content[8:],
+    "a header of 2**64 bytes": lambda content, trace: b"\xff" * 8 + content[8:],
+    "a header that is no JSON": lambda content, trace: content[:8] + b"\x80" * (len(content) - 8),
+    "a header that is deep": lambda content, trace: struct.pack("<Q", 10**5) + b"[" * 10**5,
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE_FILES)
+def test_a_file_that_is_none_of_ours(tmp_path, what):
+    """With the right checksum: refused, no code is run, and the model stays as it is."""
+    keep(tmp_path, net(), fused)
+    place = newest(tmp_path)
+    (place / FILE).write_bytes(HOSTILE_FILES[what]((place / FILE).read_bytes(), tmp_path / "trace"))
+    reseal(place)
+    model = net()
+    before = weights(model)
+    with pytest.raises(PlanError, match=r"is not whole, rank0.safetensors cannot be read"):
+        nbdist.load_checkpoint(str(tmp_path), model)
+    assert_same_bits(before, weights(model))
+    assert not (tmp_path / "trace").exists()
+
+
+TEXTS = [
+    "", "{", "null", "[]", '"text"', "3", "[" * 10**5, "9" * 10**5, "{}", '{"format": 2}', '{"format": [2]}',
+    sealed({"format": 2}), sealed({"format": 2, "files": []}), sealed({"format": 2, "files": {}}),
+    sealed({"format": 2, "files": {FILE: 3}}), sealed({"format": 2, "files": {FILE: []}}),
+    sealed({"format": 2, "files": {"..": [1, ""]}}), sealed({"format": 2, "files": {"": [1, ""]}}),
+    sealed({"format": 2, "files": {"a\0b": [1, ""]}}), sealed({"checkpoints": []}), sealed({"checkpoints": 3}),
+    sealed({"checkpoints": [3]}), sealed({"checkpoints": [".."]}), sealed({"checkpoints": [""]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [ABOUT, NEWEST])
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_json_of_any_kind(tmp_path, name, text):
+    """Sealed or not, it is refused in a sentence."""
+    keep(tmp_path, mlp(), "sgd")
+    place = newest(tmp_path) if name == ABOUT else tmp_path
+    (place / name).write_text(text)
+    with pytest.raises(PlanError, match=r"none that nbdist wrote|is not whole|holds no checkpoint|has format \["):
+        Saved.in_folder(str(tmp_path))
+
+
+def test_another_format_is_named(tmp_path):
+    """Of a later nbdist, say."""
+    keep(tmp_path, mlp(), "sgd")
+    place = newest(tmp_path)
+    (place / ABOUT).write_text(json.dumps({"format": 99, "more": {}}))
+    with pytest.raises(PlanError, match="has format 99: this nbdist reads format 2"):
+        Saved.in_folder(str(place))
+
+
+@pytest.mark.parametrize("kind", ["files", "checkpoints"])
+@pytest.mark.parametrize("way", ["../{}", "inside/../../{}", "{absolute}"])
+def test_nothing_outside_the_folder_is_read(tmp_path, kind, way):
+    """A name that leads out of it is refused, though what lies there is whole."""
+    keep(tmp_path / "good", mlp(), "sgd")
+    keep(tmp_path / "bad", mlp(), "sgd")
+    outside, bad = newest(tmp_path / "good"), newest(tmp_path / "bad")
+    if kind == "files":
+        outside = outside / FILE
+        told = json.loads((bad / ABOUT).read_text())["files"][FILE]
+        name = way.format(f"../good/{outside.parent.name}/{FILE}", absolute=outside)
+        (bad / ABOUT).write_text(sealed({"format": 2, "files": {name: told}}))
+    else:
+        name = way.format(f"good/{outside.name}", absolute=outside)
+        (tmp_path / "bad" / NEWEST).write_text(sealed({"checkpoints": [name]}))
+    with pytest.raises(PlanError, match="none that nbdist wrote"):
+        Saved.in_folder(str(tmp_path / "bad"))
+
+
+def rewritten(place, change):
+    """Change what rank 0 tells, or its tensors, and write both again."""
+    with safe_open(place / FILE, framework="pt") as file:
+        told = json.loads(file.metadata()["nbdist"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+    change(told, tensors)
+    save_file(tensors, place / FILE, metadata={"nbdist": json.dumps(told)})
+    reseal(place)
+
+
+def put(*path):
+    """A change of what is told: all but the last say where, the last one what."""
+
+    def change(told, _tensors):
+        *way, name, value = path
+        for step in way:
+            told = told[step]
+        told[name] = value
+
+    return change
+
+
+HOSTILE_TELLING = {
+    "no rank": lambda told, _: told.clear(),
+    "another rank": put("rank", 5),
+    "a rank in words": put("rank", "0"),
+    "a position below zero": put("position", "step", -1),
+    "a position in words": put("position", "epoch", "1"),
+    "rows that are none": put("position", "history", [3]),
+    "half a loss": put("position", "row", "loss", [1.0]),
+    "another mesh": put("mesh", 3),
+    "a plan without a seed": put("plan", {}),
+    "groups that are none": put("groups", None),
+    "groups of no parameters": put("groups", [{}]),
+    "values that are none": put("values", [1]),
+    "tensors that are none": put("tensors", []),
+    "a shape below zero": put("tensors", "first.weight", "shape", [-8, 6]),
+    "a shape of words": put("tensors", "first.weight", "shape", ["a"]),
+    "a dtype that is code": put("tensors", "first.weight", "dtype", "load"),
+    "a cut of a dim that is not there": put("tensors", "first.weight", "cut", {"dim": 7, "sections": [8]}),
+    "a cut that does not add up": put("tensors", "first.weight", "cut", {"dim": 0, "sections": [9]}),
+    "no ranks to cut over": put("tensors", "first.weight", "tp", 0),
+    "a scheduler that is missing": lambda told, _: told.pop("scheduler"),
+    "a tensor of nothing": lambda _, tensors: tensors.update({"other||whole|0|0": torch.zeros(1)}),
+    "a key of another form": lambda _, tensors: tensors.update({"first.weight": torch.zeros(1)}),
+    "another shape than told": lambda _, tensors: tensors.update({"first.weight||whole|0|0": torch.zeros(3)}),
+    "one part of a billion": lambda told, tensors: (
+        told["tensors"]["first.weight"].update(shard=10**9),
+        tensors.update({"first.weight||part|0|0": torch.zeros(1)}),
+        tensors.pop("first.weight||whole|0|0"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE_TELLING)
+def test_a_rank_that_tells_nonsense(tmp_path, what):
+    """Of itself or of its tensors: refused, and nothing is touched."""
+    keep(tmp_path, net(), fused)
+    rewritten(newest(tmp_path), HOSTILE_TELLING[what])
+    model = net()
+    before = weights(model)
+    with pytest.raises(PlanError, match=r"none that nbdist wrote: .* is not as it writes it"):
+        nbdist.load_checkpoint(str(tmp_path), model, over(fused, model))
+    assert_same_bits(before, weights(model))
+
+
+def test_a_file_without_a_rank(tmp_path):
+    """All tensors, and nobody who tells of them."""
+    keep(tmp_path, mlp(), "sgd")
+    save_file({"0.weight||whole|0|0": torch.zeros(8, 6)}, newest(tmp_path) / FILE)
+    reseal(newest(tmp_path))
+    with pytest.raises(PlanError, match="a rank's account of itself is not as it writes it"):
+        Saved.in_folder(str(tmp_path))
+
+
+def test_values_that_are_left_out(tmp_path):
+    """A parameter that is told of and not there is missed before the others are loaded."""
+    keep(tmp_path, net(), fused)
+    for begin in ("last.bias||", "last.bias"):  # with and without a state that is there
+        rewritten(newest(tmp_path), lambda _, ts: [ts.pop(key) for key in [*ts] if key.startswith(begin)])  # noqa: B023
+        with pytest.raises(TaskError, match=r"is not whole: the values of last.bias are not in it"):
+            loaded(tmp_path, fused)
+
+
+def test_settings_of_another_kind(tmp_path):
+    """They would end the first step, without a word of the checkpoint."""
+    keep(tmp_path, net(), fused)
+    for key, value in [("lr", "fast"), ("lr", None), ("betas", [0.9]), ("betas", ["a", "b"]), ("foreach", 3.5)]:
+        rewritten(newest(tmp_path), put("groups", 0, key, value))
+        if key == "foreach":  # what begins as None may be anything
+            loaded(tmp_path, fused)
+            continue
+        with pytest.raises(TaskError, match=f"has {key}=.*, where the optimizer has {key}=.*: build it as it was"):
+            loaded(tmp_path, fused)
+        rewritten(newest(tmp_path), put("groups", 0, key, {"lr": 0.01, "betas": [0.9, 0.999]}[key]))

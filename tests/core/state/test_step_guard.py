@@ -1,0 +1,265 @@
+"""After an error, the last complete step is there: on the rank that has it, and on those that waited for that one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from problems import ADAMW, assert_same_bits, seeded, stop_after, train, weights
+from test_snapshotter import SAMPLES, Items, Net, options_of, tensors
+from torch import nn
+from torch.nn import functional as F
+
+from nbdist.core.state.checkpoint_reader import Saved
+from nbdist.core.state.restore import load_whole
+from nbdist.core.state.snapshot import Vaults, newest, read
+from nbdist.errors import PeerLostError, TaskError
+
+
+class Failing:
+    """Raises on one rank, in one of its calls, in some place of a training.
+
+    Args:
+        where: Which place.
+        rank: Which rank.
+        call: Which call, counted from 1.
+    """
+
+    def __init__(self, where, rank, call):
+        self.where, self.rank, self.call, self.calls = where, rank, call, 0
+
+    def options(self, options):
+        """The options of a training, with the failure in them."""
+        make = getattr(self, self.where, None)
+        return options if make is None else {**options, self.where: make(options)}
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls == self.call:
+            raise ZeroDivisionError(f"in {self.where}")
+
+    def metric(self, _options):
+        return lambda output, target: self() or (output.argmax(1) == target).float().mean()
+
+    def loss(self, _options):
+        return lambda output, target: self() or F.cross_entropy(output, target)
+
+    def lr_scheduler(self, _options):
+        return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self() or 1.0)
+
+    def optimizer(self, options):
+        def make(parameters):
+            optimizer = options["optimizer"](parameters)
+            optimizer.register_step_pre_hook(lambda *_: self())
+            optimizer.register_step_post_hook(lambda *_: self())
+            return optimizer
+
+        return make
+
+
+class Raises(torch.autograd.Function):
+    """Backward fails."""
+
+    @staticmethod
+    def forward(ctx, x, failing):
+        ctx.failing = failing
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.failing()
+        return gradient, None
+
+
+class FailingNet(Net):
+    """Raises in the middle of forward, when its statistics have been written, or in backward."""
+
+    failing = None
+    rarely = 10**6
+
+    def forward(self, x):
+        output = super().forward(x)
+        if self.failing is not None and self.training:
+            if self.failing.where == "forward":
+                self.failing()
+            if self.failing.where == "backward":
+                return Raises.apply(output, self.failing)
+        return output
+
+
+class FailingItems(Items):
+    """Raises for a sample that is read in the second epoch, before any draw."""
+
+    failing = None
+
+    def __getitem__(self, i):
+        if self.failing is not None:
+            self.failing()
+        return super().__getitem__(i)
+
+
+def fail(world, where, rank, call, paths, options):
+    """Train until rank `rank` fails; what each rank sees."""
+    failing = Failing(where, rank, call)
+    model, data = seeded(FailingNet), FailingItems()
+    if world.rank == rank:
+        options = failing.options(options)
+        model.failing = failing
+        data.failing = failing if where == "data" else None
+    elif where in ("optimizer", "lr_scheduler"):  # the same kind on all ranks
+        options = Failing(where, rank, -1).options(options)
+    try:
+        train(world, model, data, vaults=paths, **options)
+    except (ZeroDivisionError, PeerLostError) as error:
+        return type(error).__name__
+
+
+def kept_of(paths, make=FailingNet):
+    """The newest snapshot in an ordinary model and optimizer: its step, weights and buffers, and state."""
+    step, slots = newest(paths)
+    model = seeded(make)
+    optimizer = ADAMW([p for p in model.parameters() if p.requires_grad])
+    saved = Saved.in_memory(read(slots))
+    load_whole(saved, model, optimizer)
+    names = {id(p): name for name, p in model.named_parameters()}
+    state = {f"{names[id(p)]}/{k}": v.clone() for p, own in optimizer.state.items() for k, v in own.items()}
+    return step, saved.ranks[0]["position"], weights(model) | state
+
+
+def stopped_run(world, paths, at, options):
+    train(world, seeded(FailingNet), FailingItems(), vaults=paths, orders=stop_after(at), **options)
+
+
+def counts(position):
+    """A position without what a clock has said."""
+    return [position[name] for name in ("epoch", "batch", "step", "samples")], position["row"]["loss"], [
+        {**row, "seconds": 0} for row in position["history"]
+    ]  # fmt: skip
+
+
+PLACES = {  # the call that fails, and the last complete step; None where the update itself is not complete
+    "forward": (2 * 7 + 2, 7),
+    "backward": (2 * 7 + 1, 7),
+    "loss": (2 * 7 + 2, 7),
+    "data": (SAMPLES // 2 + 8 * 2 + 3, 7),
+    "metric": (1, 5),
+    "optimizer": (2 * 7 + 2, None),
+    "lr_scheduler": (2 + 8, None),
+}
+
+
+@pytest.mark.parametrize(("where", "rank"), [(where, i % 2) for i, where in enumerate(PLACES)])
+def test_after_an_error_the_last_complete_step_is_there(run_on_each_channel, where, rank):
+    """Bit for bit, weights, statistics and state, and where it stood; where an update was cut off, one before it."""
+    call, expected_step = PLACES[where]
+    options = options_of() if where == "metric" else options_of(val=None, metric=None)
+    vaults, other = Vaults(2), Vaults(2)
+    outcomes = run_on_each_channel(2, fail, where, rank, call, vaults.paths, options)
+    assert "ZeroDivisionError" == outcomes[rank]
+    step, position, kept = kept_of(vaults.paths)
+    assert step == expected_step or (expected_step is None and 1 <= step <= 8)
+    run_on_each_channel(2, stopped_run, other.paths, step, options)
+    expected = kept_of(other.paths)
+    assert (step, counts(position)) == (expected[0], counts(expected[1]))
+    assert_same_bits(expected[2], kept)
+    vaults.close()
+    other.close()
+
+
+def explode(world, paths, stop):
+    """A loss that is not finite in the fourth step: the error, and the weights that are left."""
+    calls, model = iter(range(1, 99)), seeded(Net)
+    options = options_of(val=None, metric=None, accumulate=1, loss=lambda output, y: (
+        F.cross_entropy(output, y) * (float("nan") if next(calls) == 4 else 1.0)))  # fmt: skip
+    try:
+        train(world, model, tensors(), vaults=paths, stop_on_nan=stop, **options)
+    except TaskError as error:
+        return str(error), weights(model)
+    return "", weights(model)
+
+
+def test_stop_on_nan(run_ranks):
+    """It ends with an error before the weights are touched, on all ranks; without it, the weights are lost."""
+    vaults, other = Vaults(1), Vaults(1)
+    ((text, left),) = run_ranks(1, explode, vaults.paths, True)
+    assert "the loss is nan in step 4: lower the learning rate" in text
+    assert all(tensor.isfinite().all() for tensor in left.values())
+    step, _, kept = kept_of(vaults.paths, Net)
+    assert 3 == step
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    ((text, left),) = run_ranks(1, explode, other.paths, False)
+    assert ("", True) == (text, bool(left["first.weight"].isnan().any()))
+    vaults.close()
+    other.close()
+
+
+def layers():
+    """What every mesh can split, with statistics."""
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+    )
+
+
+def fail_on_mesh(world, mesh, where, paths):
+    """The last rank fails in the loss after seven steps, or in its eighth update; what each rank sees."""
+    steps = []
+
+    def rates(optimizer):
+        optimizer.register_step_post_hook(lambda *_: steps.append(1))
+        optimizer.register_step_pre_hook(lambda *_: rarely() if where == "update" else None)
+
+        class Still:
+            """A scheduler that changes and keeps nothing."""
+
+            def step(self):
+                pass
+
+            def state_dict(self):
+                return {}
+
+            def load_state_dict(self, state):
+                pass
+
+        return Still()
+
+    def rarely():
+        if len(steps) == 7 and world.rank == world.size - 1:
+            raise ZeroDivisionError(f"in {where}")
+
+    def loss(output, target):
+        if where == "loss":
+            rarely()
+        return F.cross_entropy(output, target)
+
+    try:
+        options = {"optimizer": ADAMW, "lr_scheduler": rates, "loss": loss, **ON_MESH, "strategy": mesh}
+        train(world, seeded(layers), tensors(), vaults=paths, **options)
+    except (ZeroDivisionError, PeerLostError) as error:
+        return type(error).__name__
+
+
+def stopped_on_mesh(world, mesh, at, paths):
+    stop = stop_after(at)
+    train(world, seeded(layers), tensors(), vaults=paths, optimizer=ADAMW, orders=stop, **ON_MESH, strategy=mesh)
+
+
+ON_MESH = {"batch_size": 16, "epochs": 3, "accumulate": 2, "seed": 4}
+
+
+@pytest.mark.parametrize("where", ["loss", "update"])
+@pytest.mark.parametrize("mesh", ["shard=2", "pp=2", "tp=2", "dp=2,shard=2", "shard=2,pp=2", "pp=2,tp=2"])
+def test_so_it_is_where_the_model_is_in_parts(run_ranks, mesh, where):
+    """Wherever a rank was: in the middle of a gathered block, or with others that wait in a stage."""
+    size = math.prod(int(part[-1]) for part in mesh.split(","))
+    vaults, other = Vaults(size), Vaults(size)
+    outcomes = run_ranks(size, fail_on_mesh, mesh, where, vaults.paths)
+    assert "ZeroDivisionError" == outcomes[-1]
+    step, position, kept = kept_of(vaults.paths, layers)
+    assert step == 7 if where == "loss" else 1 <= step <= 7
+    run_ranks(size, stopped_on_mesh, mesh, step, other.paths)
+    expected = kept_of(other.paths, layers)
+    assert (step, counts(position)) == (expected[0], counts(expected[1]))
+    assert_same_bits(expected[2], kept)
+    vaults.close()
+    other.close()

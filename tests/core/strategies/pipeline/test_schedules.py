@@ -1,0 +1,256 @@
+"""The order of work in a pipeline, and a backward in two halves."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from nbdist.core.strategies.pipeline import schedules
+from nbdist.core.strategies.pipeline.schedules import Action, backward_input, order, scalar, stages_per_rank
+from nbdist.errors import PlanError
+from nbdist.plan.plan import SCHEDULES
+
+SIZES = [(ranks, microbatches) for ranks in range(1, 7) for microbatches in range(1, 20)]
+KINDS = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}
+CLASSES = {
+    "gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B", "interleaved": "ScheduleInterleaved1F1B",
+    "zero-bubble": "ScheduleInterleavedZeroBubble",
+}  # fmt: skip
+
+
+def check(orders, stages, microbatches):
+    """Work through `orders` with sends that never wait; raise where a rank waits for ever or something is amiss."""
+    done: list[tuple[str, int, int]] = []
+    left = [list(actions) for actions in orders]
+    while any(left):
+        before = len(done)
+        for actions in left:
+            while actions and needs(actions[0], stages) <= set(done):
+                done += facts(actions.pop(0))
+        assert len(done) > before, f"deadlock: the ranks wait at {[actions[:1] for actions in left]}"
+    assert all(action.stage % len(orders) == rank for rank, actions in enumerate(orders) for action in actions)
+    expected = [(k, s, m) for k in ("forward", "input", "weight") for s in range(stages) for m in range(microbatches)]
+    assert sorted(expected) == sorted(done), "each once"
+
+
+def facts(action):
+    """What is done when `action` is."""
+    parts = {"forward": ["forward"], "backward": ["input", "weight"], "backward_input": ["input"],
+             "backward_weight": ["weight"]}[action.kind]  # fmt: skip
+    return [(part, action.stage, action.microbatch) for part in parts]
+
+
+def needs(action, stages):
+    """What must have been done before `action`."""
+    kind, stage, microbatch = action
+    if kind == "forward":
+        return {("forward", stage - 1, microbatch)} if stage else set()
+    if kind == "backward_weight":
+        return {("input", stage, microbatch)}
+    after = {("input", stage + 1, microbatch)} if stage + 1 < stages else set()
+    return {("forward", stage, microbatch)} | after
+
+
+def torchs_order(schedule, ranks, microbatches):
+    """What torch plans, from its own classes over stages that are none."""
+    import torch.distributed.pipelining.schedules as theirs
+
+    local = stages_per_rank(schedule)
+    stages = [
+        SimpleNamespace(num_stages=ranks * local, group_size=ranks, group_rank=0, stage_index=i * ranks,
+                        is_first=i == 0, is_last=ranks * (i + 1) == ranks * local, submod=nn.Identity(),
+                        has_backward=True)
+        for i in range(local)
+    ]  # fmt: skip
+    planned = getattr(theirs, CLASSES[schedule])(stages if local > 1 else stages[0], microbatches, loss_fn=max)
+    return [
+        [Action(KINDS[a.computation_type.value], a.stage_index, a.microbatch_index)
+         for a in planned.pipeline_order[rank] if a is not None and a.computation_type.value in KINDS]
+        for rank in range(ranks)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_order_can_be_worked_through(schedule):
+    """Nobody waits for ever; all is done once, after what it needs; with any number of microbatches."""
+    for ranks, microbatches in SIZES:
+        orders = order(schedule, ranks, microbatches)
+        assert ranks == len(orders)
+        check(orders, ranks * stages_per_rank(schedule), microbatches)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_order_is_torchs(schedule):
+    """Action by action, wherever torch has one."""
+    compared = 0
+    for ranks, microbatches in SIZES:
+        try:
+            theirs = torchs_order(schedule, ranks, microbatches)
+        except ValueError:  # torch's schedule does not do this number
+            continue
+        if schedule == "1f1b":  # what torch plans for the last rank begins at microbatch 1; what it runs, at 0
+            theirs[-1] = [a._replace(microbatch=a.microbatch - (a.kind == "forward")) for a in theirs[-1]]
+        assert theirs == order(schedule, ranks, microbatches), (ranks, microbatches)
+        compared += 1
+    assert compared > len(SIZES) / 2
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_fewer_microbatches_leave_the_others_where_they_were(schedule):
+    """Where torch has no order for a number, it is the next larger one's without what is not there."""
+    for ranks, microbatches in SIZES:
+        full = -(-microbatches // ranks) * ranks
+        if microbatches > ranks and microbatches % (microbatches // ranks):
+            larger = next(n for n in range(microbatches, full + 1) if n % (n // ranks) == 0)
+            expected = [
+                [a for a in actions if a.microbatch < microbatches] for actions in order(schedule, ranks, larger)
+            ]
+            assert expected == order(schedule, ranks, microbatches)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_messages_arrive_in_the_order_in_which_they_are_awaited(schedule):
+    """Between any two ranks, activations and gradients each: a transport needs no tags."""
+    for ranks, microbatches in SIZES:
+        last = ranks * stages_per_rank(schedule) - 1
+        sent, awaited = defaultdict(list), defaultdict(list)
+        for rank, actions in enumerate(order(schedule, ranks, microbatches)):
+            for kind, stage, microbatch in actions:
+                step = {"forward": 1, "backward_weight": 0}.get(kind, -1)
+                if step and 0 <= stage + step <= last:
+                    sent[rank, (stage + step) % ranks, step].append((stage + step, microbatch))
+                if step and 0 <= stage - step <= last:
+                    awaited[(stage - step) % ranks, rank, step].append((stage, microbatch))
+        assert sent == awaited, (ranks, microbatches)
+
+
+def test_memory_of_1f1b():
+    """A rank never holds more microbatches than there are ranks behind it, itself included; with gpipe, all."""
+    for schedule, most in [("1f1b", [4, 3, 2, 1]), ("gpipe", [16] * 4)]:
+        for rank, actions in enumerate(order(schedule, 4, 16)):
+            held, highest = 0, 0
+            for action in actions:
+                held += 1 if action.kind == "forward" else -1
+                highest = max(highest, held)
+            assert most[rank] == highest
+
+
+def test_the_check_finds_what_is_wrong():
+    """A deadlock, and a microbatch left out."""
+    orders = order("1f1b", 2, 2)
+    with pytest.raises(AssertionError, match="deadlock"):
+        check([orders[0][::-1], orders[1]], 2, 2)
+    with pytest.raises(AssertionError, match="each once"):
+        check([actions[:-1] for actions in orders], 2, 2)
+
+
+def test_mistakes():
+    """Each names what was given and what to use."""
+    with pytest.raises(PlanError, match=r"unknown schedule '1f1': use gpipe, .* Did you mean '1f1b'\?"):
+        order("1f1", 2, 2)
+    with pytest.raises(PlanError, match="0 ranks with 2 microbatches: use 1 or more"):
+        order("gpipe", 0, 2)
+
+
+def test_torchs_schedules_are_not_loaded():
+    """Neither for an order nor for a backward: they bring the compiler."""
+    code = (
+        "import sys, torch; from nbdist.core.strategies.pipeline.schedules import *; order('zero-bubble', 2, 4)\n"
+        "x = torch.ones(2, requires_grad=True); p = torch.nn.Parameter(torch.ones(2))\n"
+        "scalar([x * p], [torch.ones(2)]).backward(); assert 'sympy' not in sys.modules\n"
+        "backward_input(scalar([x * p], [torch.ones(2)]), [x], [p])()\n"
+        "assert not {'torch._dynamo', 'torch.distributed.pipelining'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Branches(nn.Module):
+    """A stage with everything that is hard to halve: two outputs, a tied weight, a weight beside the input, a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.LayerNorm(6)
+        self.second.weight = self.first.weight
+        self.beside = nn.Parameter(torch.randn(6))
+        self.unused = nn.Parameter(torch.randn(6))
+        self.frozen = nn.Parameter(torch.randn(6), requires_grad=False)
+
+    def forward(self, x, y):
+        h = self.norm(torch.relu(self.first(x)) + y * self.frozen)
+        return self.second(h).view(2, -1), (self.beside * 2).exp()
+
+
+def gradients(model, tensors):
+    return [tensor.grad for tensor in [*model.parameters(), *tensors]]
+
+
+def stage():
+    torch.manual_seed(0)
+    model = Branches().double()
+    tensors = [torch.randn(4, 6, dtype=torch.float64, requires_grad=wanted) for wanted in (True, True)]
+    return model, tensors, [torch.randn(2, 12, dtype=torch.float64), torch.randn(6, dtype=torch.float64)]
+
+
+@pytest.fixture(params=["torch's halves", "without them"])
+def halves(request, monkeypatch):
+    if request.param == "without them":
+        monkeypatch.setattr(schedules, "_halves", lambda: None)
+    return request.param
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["inputs want gradients", "first stage"])
+def test_two_halves_make_a_backward(halves, wanted):
+    """The gradients of parameters and inputs are those of one backward, and add up over microbatches."""
+    model, tensors, seeds = stage()
+    tensors = [tensor.requires_grad_(wanted) for tensor in tensors]
+    reference = copy.deepcopy(model)
+    copies = [tensor.detach().clone().requires_grad_(wanted) for tensor in tensors]
+    for _ in range(2):
+        torch.autograd.backward(reference(*copies), seeds)
+        weights = backward_input(scalar(model(*tensors), seeds), tensors, model.parameters())
+        weights()
+    for theirs, ours in zip(gradients(reference, copies), gradients(model, tensors), strict=True):
+        assert (theirs is None) == (ours is None)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_first_half_leaves_the_weights_alone():
+    """Inputs have their gradients before any weight has."""
+    model, tensors, seeds = stage()
+    weights = backward_input(scalar(model(*tensors), seeds), tensors, model.parameters())
+    assert all(tensor.grad is not None for tensor in tensors)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    weights()
+    assert model.first.weight.grad is not None
+
+
+def test_gradients_are_added_in_place():
+    """Where a buffer stands for `grad`, it stays."""
+    model, tensors, seeds = stage()
+    buffers = {parameter: torch.zeros_like(parameter) for parameter in model.parameters()}
+    for parameter, buffer in buffers.items():
+        parameter.grad = buffer
+    backward_input(scalar(model(*tensors), seeds), tensors, model.parameters())()
+    assert all(parameter.grad is buffer for parameter, buffer in buffers.items())
+    assert model.beside.grad.abs().sum() > 0
+
+
+def test_a_scalar_stands_for_all_outputs(halves):
+    """To the bit; and where nothing comes back, nothing is left to do."""
+    model, tensors, seeds = stage()
+    torch.autograd.backward(model(*tensors), seeds)
+    expected = gradients(model, tensors)
+    model, tensors, seeds = stage()
+    scalar(model(*tensors), seeds).backward()
+    assert all(a is b or torch.equal(a, b) for a, b in zip(expected, gradients(model, tensors), strict=True))
+
+    model, tensors, _ = stage()
+    backward_input(scalar(model(*tensors), [None, None]), tensors, model.parameters())()
+    assert [None] * len(expected) == gradients(model, tensors)

@@ -1,0 +1,144 @@
+"""Losses by name, and that their means average exactly over slices of any kind."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from problems import CLASSES, FEATURES, SGD, classes, mlp, train, weights
+from torch import nn
+from torch.nn import functional as F
+
+from nbdist.core.task.losses import LOSSES, find_loss, loss_name
+from nbdist.errors import TaskError
+
+IGNORED = -100
+LENGTH = 5
+
+
+def tokens(ignore):
+    """Sequences of very uneven length: a sample's ignored tokens are its padding; the first two hold nothing else."""
+    x = torch.randn(12, LENGTH, FEATURES, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    y = torch.randint(CLASSES, (12, LENGTH), generator=torch.Generator().manual_seed(4))
+    for i in range(12):
+        y[i, (i // 2) % (LENGTH + 1) :] = ignore
+    return x, y
+
+
+def flat_cross_entropy(output, target):
+    return F.cross_entropy(output.flatten(0, 1), target.flatten()), (target != IGNORED).sum()
+
+
+def token_step(model, batch):
+    x, y = batch
+    return flat_cross_entropy(model(x), y)
+
+
+class Swap(nn.Module):
+    """For losses that want ``(batch, classes, length)``."""
+
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+def class_weights():
+    return torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+
+
+# What nbdist is given, the mean for plain torch if that is another function, and the target that is not counted.
+LOSS_CASES = {
+    "cross_entropy by name": ("cross_entropy", F.cross_entropy, IGNORED),
+    "F.cross_entropy": (F.cross_entropy, F.cross_entropy, IGNORED),
+    "class weights": (nn.CrossEntropyLoss(class_weights()), None, IGNORED),
+    "own ignored class": (nn.CrossEntropyLoss(class_weights(), ignore_index=1, label_smoothing=0.1), None, 1),
+    "nll": (nn.NLLLoss(class_weights()), None, IGNORED),
+    "a callable with its weight": (flat_cross_entropy, lambda o, t: flat_cross_entropy(o, t)[0], IGNORED),
+    "a step with its weight": (token_step, lambda o, t: flat_cross_entropy(o, t)[0], IGNORED),
+}
+
+
+def task_of(case):
+    loss, plain, ignore = LOSS_CASES[case]
+    model = mlp()
+    if not case.endswith("with its weight"):
+        model.append(Swap())
+    return model, loss, plain or loss, tokens(ignore)
+
+
+def train_tokens(world, case):
+    model, loss, _, data = task_of(case)
+    how = {"step": loss} if "step" in case else {"loss": loss}
+    result, trained = train(world, model, data, **how, optimizer=SGD, batch_size=12, shuffle=False, epochs=3)
+    return [row["loss"] for row in result.history], trained
+
+
+@pytest.mark.parametrize("case", LOSS_CASES)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_means_over_tokens_average_exactly(run_ranks, ranks, case):
+    """Ignored tokens, class weights and slices with nothing to count: ranks train as torch does on the whole batch."""
+    model, _, plain, (x, y) = task_of(case)
+    optimizer, history = SGD(model.parameters()), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        value = plain(model(x), y)
+        value.backward()
+        optimizer.step()
+        history.append(value.item())
+    for losses, trained in run_ranks(ranks, train_tokens, case):
+        torch.testing.assert_close(losses, history, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(trained, weights(model), rtol=1e-12, atol=1e-12)
+
+
+def train_on_nothing(world):
+    x, y = classes(12)
+    result, trained = train(world, mlp(), (x, torch.full_like(y, IGNORED)), optimizer=SGD, batch_size=6)
+    return result.history[0], trained
+
+
+def test_a_batch_with_nothing_to_count_moves_nothing(run_ranks):
+    """Where every target of a batch is ignored, no rank steps: no momentum, no decay, no nan in the weights."""
+    for row, trained in run_ranks(2, train_on_nothing):
+        assert (2, 12) == (row["steps"], row["samples"])
+        assert row["loss"] != row["loss"], "the mean over nothing is not a number"
+        torch.testing.assert_close(trained, weights(mlp()), rtol=0, atol=0)
+
+
+TARGETS = {
+    "bce": torch.tensor([[0.0, 1.0, 1.0]]),
+    "cross_entropy": torch.tensor([2]),
+    "kl_div": torch.tensor([[0.5, 0.25, 0.25]]),
+    "nll": torch.tensor([2]),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_has_a_gradient(name):
+    """Each well-known name is a differentiable mean of (output, target)."""
+    output = torch.tensor([[0.1, 0.2, 0.3]], requires_grad=True)
+    find_loss(name)(output, TARGETS.get(name, torch.zeros(1, 3))).backward()
+    assert output.grad.isfinite().all()
+    assert name == loss_name(name)
+
+
+def test_probabilities_of_classes_count_samples():
+    """With probabilities as targets the mean is over positions, and so is its weight."""
+    output, target = torch.randn(4, 3, 5), torch.rand(4, 3, 5)
+    loss = find_loss("cross_entropy")
+    assert (F.cross_entropy(output, target), 20) == (loss(output, target), loss.weight(target))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("cross_entrpy", r"unknown loss 'cross_entrpy': use bce, .*, or a callable\. Did you mean 'cross_entropy'\?"),
+        (3, "loss must be a name or a callable, not 3"),
+        (nn.MSELoss, r"loss MSELoss is a class, not a loss: write MSELoss\(\)"),
+        (nn.MSELoss(reduction="sum"), "loss MSELoss has reduction='sum': use reduction='mean'"),
+        (functools.partial(F.mse_loss, reduction="sum"), "loss mse_loss has reduction='sum': use reduction='mean'"),
+    ],
+)
+def test_what_is_no_loss_is_refused(loss, message):
+    """The error names the value and the cure."""
+    with pytest.raises(TaskError, match=message):
+        find_loss(loss)

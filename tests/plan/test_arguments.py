@@ -1,0 +1,111 @@
+"""Options of magics and the command line: the same table as the Plan's."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbdist.errors import PlanError
+from nbdist.plan.arguments import OptionParser, add_plan_options, plan_options, split_line
+from nbdist.plan.plan import OPTIONS, Plan
+
+
+def parser():
+    made = OptionParser("%train", "Train.")
+    made.add_argument("model")
+    add_plan_options(made)
+    return made
+
+
+WORDS = {
+    "strategy": ("dp=2", "dp=2"), "loss": ("mse", "mse"), "optimizer": ("sgd", "sgd"), "lr": ("1e-3", 0.001),
+    "epochs": ("3", 3), "steps": ("7", 7), "batch_size": ("64", 64), "accumulate": ("2", 2), "clip_norm": ("1", 1.0),
+    "metric": ("mae", "mae"), "shuffle": ("no", False), "seed": ("-5", -5), "threads": ("2", 2),
+    "bucket_mib": ("0.5", 0.5), "lr_scheduler": ("warm", "warm"), "precision": ("bf16", "bf16"),
+    "sync_batchnorm": ("yes", True), "reproducible": ("8", 8), "microbatches": ("4", 4), "schedule": ("gpipe", "gpipe"),
+    "split_at": ("blocks.2", ("blocks.2",)), "tensor_plan": ("rules", "rules"), "gather": ("no", False),
+    "checkpoint": ("/tmp/here", "/tmp/here"), "checkpoint_every": ("5min", "5min"), "checkpoint_keep": ("2", 2),
+    "resume": ("/tmp/here", "/tmp/here"), "stop_on_nan": ("yes", True), "tensorboard": ("/tmp/here", "/tmp/here"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_can_be_given(name):
+    """As ``--name value``; what was not given is not there; the value is one that the Plan takes."""
+    word, value = WORDS[name]
+    given = plan_options(parser().parse(["net", "--" + name.replace("_", "-"), word]))
+    assert {name: value if name != "split_at" else [*value]} == given
+    if name == "tensor_plan":  # a magic evaluates it
+        given["tensor_plan"] = value = {"*.up": "column"}
+    mesh = {"microbatches": "pp", "split_at": "pp", "tensor_plan": "tp"}.get(name)
+    options = given if mesh is None else given | {"strategy": mesh}
+    if name == "checkpoint_every":
+        options["checkpoint"] = "/tmp/here"
+    assert value == getattr(Plan.create(ranks=2, cores=2, **options), name)
+
+
+def test_the_help_shows_every_option():
+    """With its sentence, its placeholder and its default."""
+    text = " ".join(parser().format_help().split())
+    for name, option in OPTIONS.items():
+        more = f" [{option.metavar} ...]" if option.many else ""
+        metavar = f"[{option.metavar}]" if option.bare else option.metavar
+        assert f"--{name.replace('_', '-')} {metavar}{more} {option.help}" in text
+        assert not option.default or f"{option.help} Default: {option.default}." in text
+
+
+@pytest.mark.parametrize("line", ["net --resume", "net --resume --epochs 3", "--resume --epochs 3 net"])
+def test_an_option_that_may_stand_alone(line):
+    """It means yes then; with a word, the word."""
+    assert plan_options(parser().parse(split_line(line)))["resume"] is True
+    assert "here" == plan_options(parser().parse(split_line("net --resume here")))["resume"]
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("yes", True), ("True", True), ("1", True), ("no", False), ("FALSE", False), ("0", False)]
+)
+def test_yes_and_no(word, value):
+    """A switch is given in words."""
+    assert value is parser().parse(["net", "--shuffle", word]).shuffle
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("net --epoch 3", r"%train: unknown argument '--epoch'\. Did you mean '--epochs'\?"),
+        ("net --batchsize 3", r"unknown argument '--batchsize'\. Did you mean '--batch-size'\?"),
+        ("net other", r"%train: unknown argument 'other'\."),
+        ("net --epochs", "%train: argument --epochs: expected one argument"),
+        ("net --epochs many", "%train: argument --epochs: invalid int value: 'many'"),
+        ("net --shuffle maybe", "%train: argument --shuffle: 'maybe' is neither yes nor no"),
+        ("", "%train: the following arguments are required: model"),
+    ],
+)
+def test_a_mistake_is_a_plan_error(line, message):
+    """Never an exit, and an unknown option comes with the nearest known one."""
+    with pytest.raises(PlanError, match=message):
+        parser().parse(split_line(line))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", []),
+        ("  model   data ", ["model", "data"]),
+        ("model (X, y) --loss mse", ["model", "(X, y)", "--loss", "mse"]),
+        ("m f(a, [1, 2])[0] {'k': (1, 2)}", ["m", "f(a, [1, 2])[0]", "{'k': (1, 2)}"]),
+        ("m d['a b'] \"x y\"", ["m", "d['a b']", '"x y"']),
+        ("m f(')', \"it's\") -o r", ["m", "f(')', \"it's\")", "-o", "r"]),
+    ],
+)
+def test_a_line_is_split_as_python_reads_it(line, words):
+    """Brackets and quotes hold together what stands in them, and stay."""
+    assert words == split_line(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "missing"), [("m (X, y", r"'\)'"), ("m f([1, 2)", "']'"), ("m 'data", '"\'"'), ('m f("x)', "'\"'")]
+)
+def test_what_is_not_closed_is_named(line, missing):
+    """The error says which bracket or quote is missing, and where."""
+    with pytest.raises(PlanError, match=f"{missing} is missing in: m "):
+        split_line(line)

@@ -1,0 +1,51 @@
+"""The curve: few points for any number of steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbdist.telemetry import Losses, Point
+from nbdist.telemetry.loss_curve import POINTS, extended
+
+
+def at(step, loss):
+    return Point(step, 1, loss, loss, loss)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 31, 32, 33, 100, 1000])
+def test_no_step_is_lost_and_points_are_few(steps):
+    """The points are in order, count every step once, and keep the mean, the least and the greatest loss."""
+    curve = ()
+    for step in range(1, steps + 1):
+        curve = extended(curve, [at(step, float(step % 10))], 32)
+    assert len(curve) < 32
+    assert steps == sum(point.steps for point in curve)
+    ends = [sum(point.steps for point in curve[: i + 1]) for i in range(len(curve))]
+    assert ends == [point.step for point in curve]
+    mean = sum(point.mean * point.steps for point in curve) / steps
+    assert sum(step % 10 for step in range(1, steps + 1)) / steps == pytest.approx(mean)
+    losses = [float(step % 10) for step in range(1, steps + 1)]
+    assert (min(losses), max(losses)) == (min(p.low for p in curve), max(p.high for p in curve))
+
+
+def test_points_stand_for_as_many_steps_each():
+    """The beginning of a long training is drawn as finely as its end."""
+    curve = ()
+    for step in range(1, 200_001, 50):
+        curve = extended(curve, [Point(step + 49, 50, 1.0, 0.5, 2.0)])
+    assert POINTS / 2 - 1 <= len(curve) < POINTS
+    assert 1 == len({point.steps for point in curve[:-1]})
+
+
+def test_losses_are_told_once():
+    """What was added since the last time, in few points however many steps there were."""
+    losses = Losses()
+    assert () == losses.take()
+    for step in range(1, 4):
+        losses.add(step, 1.0 / step)
+    assert [at(1, 1.0), at(2, 0.5), at(3, 1.0 / 3)] == list(losses.take())
+    for step in range(4, 1004):
+        losses.add(step, 0.25)
+    told = losses.take()
+    assert (1000, 1003, True) == (sum(point.steps for point in told), told[-1].step, len(told) < 32)
+    assert () == losses.take()

@@ -1,0 +1,101 @@
+"""Charts: what a picture of a run shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from told import FAST, ROW, SLOW, run_of
+
+from nbdist.telemetry import Point
+from nbdist.telemetry.loss_curve import POINTS, extended
+from nbdist.telemetry.svg_chart import loss_chart, metric_chart
+
+
+def curve_of(losses):
+    return extended((), [Point(step, 1, loss, loss, loss) for step, loss in enumerate(losses, 1)])
+
+
+def run_with(losses, history=(), **changes):
+    return run_of(dataclasses.replace(FAST, curve=curve_of(losses), history=tuple(history), **changes), SLOW)
+
+
+def parsed(svg):
+    root = ElementTree.fromstring(svg)
+    return root, {kind: root.findall(f".//*[@class='nbdist-{kind}']") for kind in ("train", "val", "band", "axis")}
+
+
+def places(path):
+    return [tuple(map(float, pair.split(","))) for pair in path.attrib["d"][1:].rstrip("Z").split("L")]
+
+
+def test_nothing_is_drawn_of_nothing():
+    """A run that has not lost anything yet has no chart, nor one without a metric."""
+    assert "" == loss_chart(run_with([]))
+    assert "" == loss_chart(run_with([math.nan, math.inf]))
+    assert "" == metric_chart(run_with([1.0], [ROW]))
+
+
+def test_the_line_goes_where_the_loss_went():
+    """To the right with the steps, down with the loss; what it shows stands in words too."""
+    root, found = parsed(loss_chart(run_with([4.0, 2.0, 1.0])))
+    assert "Loss over 3 steps: from 4 to 1" == root.attrib["aria-label"]
+    (line,) = (element for element in found["train"] if element.tag.endswith("path"))
+    xs, ys = zip(*places(line), strict=True)
+    assert sorted(xs) == list(xs)
+    assert sorted(ys) == list(ys)
+    assert 640 - 86 == xs[-1], "it fills the picture"
+
+
+def test_a_bad_beginning_does_not_flatten_the_rest():
+    """A few losses far above all others leave the picture at its top."""
+    losses = [1e6, *(1 + 1 / step for step in range(1, 400))]
+    (line,) = (e for e in parsed(loss_chart(run_with(losses)))[1]["train"] if e.tag.endswith("path"))
+    ys = [y for _, y in places(line)]
+    assert 10 == min(ys)
+    assert max(ys) - min(ys[1:]) > 100
+
+
+def test_where_points_stand_for_many_steps_a_band_shows_their_spread():
+    """From the least to the greatest; one step alone has none."""
+    assert not parsed(loss_chart(run_with([2.0, 1.0])))[1]["band"]
+    _, found = parsed(loss_chart(run_with([1.0 + step % 2 for step in range(2000)])))
+    (band,) = found["band"]
+    assert len(places(band)) > POINTS / 2
+
+
+def test_validation_stands_at_the_ends_of_epochs():
+    """A point an epoch that measured it, with its last value in words; a metric has a chart of its own."""
+    rows = [{**ROW, "val_loss": 0.9, "val_accuracy": 0.5}, {**ROW, "val_loss": math.nan}, {**ROW, "val_loss": 0.7}]
+    run = run_with([2.0] * 15 + [1.0] * 15, rows, steps_total=30)
+    root, found = parsed(loss_chart(run))
+    assert 2 == sum(element.tag.endswith("circle") for element in found["val"])
+    assert root.attrib["aria-label"].endswith("on the validation data 0.7")
+    root, found = parsed(metric_chart(run))
+    assert "accuracy on the validation data: from 0.5 to 0.5" == root.attrib["aria-label"]
+    assert "accuracy 0.5" in [element.text for element in found["val"]]
+
+
+def test_a_run_without_a_curve_shows_its_epochs():
+    """Such as one of another version, or whose rank 0 was never heard of."""
+    root, _ = parsed(loss_chart(run_with([], [ROW, {**ROW, "loss": 0.25}])))
+    assert root.attrib["aria-label"].startswith("Loss over 20 steps: from 0.5 to 0.25")
+
+
+@pytest.mark.parametrize("losses", [[0.0], [0.0, 0.0], [-5.0, -5.0], [1e-12, 3e-12], [1e300, 1e299], [1.0] * 3])
+def test_any_range_has_an_axis(losses):
+    """One value, nothing but zeros, the very small and the very large."""
+    _, found = parsed(loss_chart(run_with(losses)))
+    texts = [element.text for element in found["axis"] if element.tag.endswith("text")]
+    assert len(texts) >= 3
+
+
+def test_it_stays_small_and_names_are_text():
+    """However many steps there were; and whatever a metric is called."""
+    losses = [2 / (1 + step / 1e4) + 0.1 * math.sin(step) for step in range(100_000)]
+    assert len(loss_chart(run_with(losses, steps_total=100_000))) < 20_000
+    name = 'val_<b> & "x"'
+    assert "<b>" not in metric_chart(run_with([1.0], [{**ROW, name: 0.5}]))
+    parsed(metric_chart(run_with([1.0], [{**ROW, name: 0.5}])))
