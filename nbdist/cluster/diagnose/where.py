@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
 import traceback
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbdist.cluster.engines.engine import Engine
-from nbdist.engine import stack_dump
+from nbdist.cluster.launch import fork_server
+from nbdist.engine import parent_watch, stack_dump
 from nbdist.engine.cell_sources import News, install
 from nbdist.engine.stack_frames import frame_text, is_ours, is_users, place_of
 from nbdist.errors import ranks_text
@@ -21,13 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["RankWhere", "Where"]
 
-_CHANNELS = f"{os.sep}nbdist{os.sep}core{os.sep}channels{os.sep}"
 _TORCHS = os.path.join("torch", "distributed", "distributed_c10d.py")
 _WRAPS = os.path.join("torch", "nn", "parallel", "distributed.py")
-_COLLECTIVES = {"wait": "a collective", "meet": "a meeting at the store"}
 _PAIRS = {"send", "recv", "receive", "isend", "irecv", "batch_isend_irecv"}
 """What meets another one of these, and no equal."""
-_STARTS = tuple(os.path.join("nbdist", "cluster", name) for name in ("forks.py", "owner_guard.py"))
+_STARTS = (fork_server.__file__, parent_watch.__file__)
 """What stands below everything that an engine does."""
 
 
@@ -184,7 +184,7 @@ def _asked(engine: Engine, here: str, step: int | None, cells: Mapping[str, tupl
     install(News(sources=sources, path=[]))
     for frame in answer:
         linecache.checkcache(frame.filename)
-    if not any(is_users(frame) or (is_ours(frame) and not frame.filename.endswith(_STARTS)) for frame in answer):
+    if not any(is_users(frame) or (is_ours(frame) and frame.filename not in _STARTS) for frame in answer):
         return RankWhere(rank=rank, state="idle", step=step)
     collective = next(filter(None, map(_collective, answer)), "")
     return RankWhere(
@@ -198,6 +198,12 @@ def _collective(frame: traceback.FrameSummary) -> str:
         return frame.name
     if frame.filename.endswith(_WRAPS):
         return "DistributedDataParallel"
-    if _CHANNELS in frame.filename:
-        return _COLLECTIVES.get(frame.name, frame.name.removeprefix("start_").strip("_"))
-    return ""
+    return _waiting_calls().get((frame.filename, frame.name), "")
+
+
+@functools.cache
+def _waiting_calls() -> dict[tuple[str, str], str]:
+    """See there; it stands on torch, which is loaded where engines run, and not where this module is."""
+    from nbdist.core.comm.waiting import waiting_calls
+
+    return waiting_calls()
