@@ -95,7 +95,7 @@ def train(
         reproducible: Whether the bits may not depend on the number of ranks; True, or into how many slices every batch
             is cut for that (12). For the strategy data; `threads` is 1 then, unless given.
         microbatches: Microbatches in flight through a pipeline, for each one of `accumulate`.
-        schedule: Order of work in a pipeline: "1f1b" by default, "gpipe", "interleaved" or "zero-bubble".
+        schedule: Order of work in a pipeline: "1f1b" by default, "gpipe" or "interleaved".
         split_at: Names of the modules that begin a stage of a pipeline; by default it is cut by measured time.
         tensor_plan: How tensor parallelism splits layers: names or patterns to "column", "row", ...; else found out.
         gather: Whether the model ends whole, on every rank; without it see `nbdist.gather`, or `checkpoint`.

@@ -23,7 +23,7 @@ PRECISIONS = ("full", "bf16", "fp16")
 SLICES = 4
 """Slices of a reproducible batch, where nobody says: twelve would suit 3 ranks too, but cost up to half a step."""
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
-SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero-bubble": 2}
+SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 """Orders of work in a pipeline, and how many stages each gives a rank."""
 
 
@@ -91,7 +91,7 @@ class Plan:
     )
     schedule: str = option(
         "1f1b",
-        "Order of work in a pipeline: gpipe, 1f1b, interleaved or zero-bubble (the last two: two stages a rank).",
+        "Order of work in a pipeline: gpipe, 1f1b or interleaved (two stages a rank).",
         metavar="WORD",
     )
     split_at: tuple[str, ...] = option(

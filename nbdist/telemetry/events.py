@@ -133,7 +133,7 @@ class Work(NamedTuple):
     """One piece of work in a pipeline.
 
     Args:
-        kind: "forward", "backward", or its halves "backward_input" and "backward_weight".
+        kind: "forward" or "backward".
         stage: Of which stage of the pipeline.
         microbatch: Of which microbatch of the step.
         start_s: When it began, in seconds since 1970: comparable over the ranks of a host.

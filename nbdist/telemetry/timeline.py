@@ -16,12 +16,10 @@ from nbdist.telemetry.record import records
 
 __all__ = ["Timeline", "bubble"]
 
-_LETTERS = {"forward": "F", "backward": "B", "backward_input": "I", "backward_weight": "W"}
+_LETTERS = {"forward": "F", "backward": "B"}
 _COLOURS = {  # by kind, for a rank's first stage (white on it) and its second (black on it); they read on any theme
     "forward": ("#1976d2", "#90caf9"),
     "backward": ("#2e7d32", "#a5d6a7"),
-    "backward_input": ("#2e7d32", "#a5d6a7"),
-    "backward_weight": ("#b45309", "#fcc982"),
 }
 _TEXT_COLUMNS = 66
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW, _GAP = 900, 64, 84, 54, 28, 6
@@ -35,7 +33,7 @@ _STYLE = (  # greys that read on white and on black: a picture does not know the
 def bubble(ranks: int, microbatches: int, stages_per_rank: int = 1) -> float:
     """The part of a step for which a pipeline must stand still where all work is equal: (p - 1) / (v m + p - 1).
 
-    For gpipe and 1f1b v is 1, for interleaved it is `stages_per_rank`; zero-bubble can stay below.
+    For gpipe and 1f1b v is 1, for interleaved it is `stages_per_rank`.
     """
     return (ranks - 1) / (stages_per_rank * microbatches + ranks - 1)
 
@@ -139,7 +137,7 @@ class Timeline:
             f"rank {rank:<2}|{self._text_row(items)}| idle {self.idle_by_rank[rank]:.0%}"
             for rank, items in self.work.items()
         ]
-        kinds = ", ".join(f"{_LETTERS[kind]} {_words(kind)}" for kind in self._kinds)
+        kinds = ", ".join(f"{_LETTERS[kind]} {kind}" for kind in self._kinds)
         return "\n".join([self._headline, *rows, f"{kinds}; then the microbatch"])
 
     def _text_row(self, items: list[Work]) -> str:
@@ -189,7 +187,7 @@ class Timeline:
             for shade in shades:
                 parts.append(f'<rect x="{x}" y="27" width="12" height="12" rx="2" fill="{_COLOURS[kind][shade]}"/>')
                 x += 14
-            parts.append(f'<text x="{x + 3}" y="38">{_words(kind)}</text>')
+            parts.append(f'<text x="{x + 3}" y="38">{kind}</text>')
             x += 24 + 8 * len(kind)
         note = "number: microbatch" + ("; light: second stage of the rank" if len(shades) > 1 else "")
         return "".join(parts) + f'<text x="{x}" y="38">{note}</text>'
@@ -217,7 +215,7 @@ class Timeline:
         x, end = self._x(item.start_s), self._x(item.end_s)
         width = round(max(end - x - 0.6, 0.6), 1)  # a hair between neighbours
         took = f"{(item.end_s - item.start_s) * 1e3:.3g} ms"
-        title = f"{_words(item.kind)}, microbatch {item.microbatch}, stage {item.stage}: {took}"
+        title = f"{item.kind}, microbatch {item.microbatch}, stage {item.stage}: {took}"
         box = (
             f'<rect x="{x}" y="{top}" width="{width}" height="{_ROW}" rx="2" fill="{_COLOURS[item.kind][shade]}">'
             f"<title>{title}</title></rect>"
@@ -234,10 +232,6 @@ class Timeline:
 
 def _start(item: Work) -> float:
     return item.start_s
-
-
-def _words(kind: str) -> str:
-    return kind.replace("_", " ")
 
 
 def _shades(items: Iterable[Work]) -> dict[int, int]:

@@ -19,7 +19,7 @@ from nbdist.errors import PlanError
 from nbdist.plan import Mesh
 
 MESHES = ["dp=2", "pp=2", "tp=2", "shard=2", "dp=2,pp=2", "pp=2,tp=2", "shard=2,pp=2", "dp=2,shard=2", "dp=2,tp=2"]
-SCHEDULES = ["gpipe", "interleaved", "zero-bubble"]  # beside the usual one
+SCHEDULES = ["gpipe", "interleaved"]  # beside the usual one
 SAMPLES, BATCH = 42, 16  # the last batch of an epoch holds 10
 TOLERANCE = 1e-9
 
@@ -250,7 +250,7 @@ def half_frozen(world, options):
     "options",
     [
         {"strategy": "pp=2"},
-        {"strategy": "pp=2", "schedule": "zero-bubble", "precision": "fp16"},
+        {"strategy": "pp=2", "schedule": "interleaved", "precision": "fp16"},
         {"strategy": "shard=2"},
     ],
 )

@@ -91,7 +91,7 @@ def test_numbers_of_other_libraries_become_pythons():
         ({"shuffle": "no"}, "shuffle must be True or False, not 'no'"),
         ({"batchsize": 3}, r"unknown option 'batchsize'\. Did you mean 'batch_size'\?"),
         ({"precision": "bf8"}, "unknown precision 'bf8': use full, bf16, fp16"),
-        ({"schedule": "1f2b", "strategy": "pp"}, "unknown schedule '1f2b': use gpipe, 1f1b, interleaved, zero-bubble"),
+        ({"schedule": "1f2b", "strategy": "pp"}, "unknown schedule '1f2b': use gpipe, 1f1b, interleaved"),
         ({"microbatches": 4}, "microbatches is given, but mesh dp=2 has no pp: use --strategy pipeline"),
         ({"split_at": "a"}, "split_at is given, but mesh dp=2 has no pp"),
         ({"split_at": "a b", "strategy": "pp"}, "split_at names 2 modules, but 2 stages have 1 cuts between them"),

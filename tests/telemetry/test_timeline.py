@@ -31,8 +31,8 @@ TIMELINE = Timeline(7, {1: LAST, 0: FIRST[::-1]})
 SPLIT = Timeline(
     8,
     {0: [
-        at("forward", 0, 0, 1), at("forward", 10, 1, 30, 1), at("backward_input", 0, 30, 60),
-        at("backward_weight", 0, 60, 90, 1),
+        at("forward", 0, 0, 1), at("forward", 10, 1, 30, 1), at("backward", 0, 30, 60),
+        at("backward", 10, 60, 90, 1),
     ]},
 )  # fmt: skip
 
@@ -68,8 +68,8 @@ def test_as_text():
     assert "F forward, B backward; then the microbatch" == legend
     row = repr(SPLIT).splitlines()[1]
     assert row.startswith("rank 0 |FF10-----")
-    assert "I0-" in row
-    assert "W0-" in row
+    assert "B0-" in row
+    assert "B10-" in row
     assert max(map(len, repr(SPLIT).splitlines())) <= 88
 
 

@@ -18,20 +18,19 @@ _NO_COLLECTIVES = {"zeros", "free", "close"}
 
 def waiting_calls() -> dict[tuple[str, str], str]:
     """What a rank waits in while it runs a function, by the function's file and name. Local."""
-    words = {}
+    calls: dict[tuple[str, str], str] = {}
     for base in (Channel, Link):
         offered = {name for name, value in vars(base).items() if callable(value) and name[0] != "_"} - _NO_COLLECTIVES
         for kind in _kinds(base):
-            words |= {
-                _place(vars(kind)[name]): name.removeprefix("start_").strip("_") for name in offered & {*vars(kind)}
-            }
+            for name in offered & set(vars(kind)):
+                calls[_place(vars(kind)[name])] = name.removeprefix("start_").strip("_")
     for kind in _kinds(Pending):
-        words |= {_place(value): "a collective" for name, value in vars(kind).items() if name.startswith("wait")}
-    at_store = [meet, start_group, *(value for name, value in vars(GenerationStore).items() if name in ("get", "wait"))]
-    return words | {_place(function): "a meeting at the store" for function in at_store}
+        calls |= {_place(value): "a collective" for name, value in vars(kind).items() if name.startswith("wait")}
+    at_store = meet, start_group, GenerationStore.get, GenerationStore.wait
+    return calls | {_place(function): "a meeting at the store" for function in at_store}
 
 
-def _kinds(base: type) -> Iterator[type]:
+def _kinds(base: Any) -> Iterator[type]:
     """`base` and what derives from it in this room; elsewhere stand channels that do not wait."""
     yield base
     for kind in base.__subclasses__():

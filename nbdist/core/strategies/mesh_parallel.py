@@ -163,8 +163,6 @@ class Composed(Strategy):
                     self._reach.leave_out(parameter)
 
     def _deal_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.plan.schedule == "zero-bubble" and self._split is not None:
-            raise PlanError("zero-bubble keeps weights in use between two halves of a backward: with shard use 1f1b.")
         modules: list[nn.Module] = []
         if self._split is None:
             chosen = json.dumps(blocks_of(self.task.model, args, kwargs)).encode()
@@ -309,7 +307,6 @@ class Composed(Strategy):
         """The parameters that have got a gradient on this rank."""
         seen = {name for name, hit in zip(self._held, self._gradients.used, strict=True) if hit}
         ids = set() if self._shards is None else self._shards.used
-        ids |= set() if self._pipeline is None else self._pipeline.used
         return seen | {name for name, parameter in self._held.items() if id(parameter) in ids}
 
     def clip_(self, largest: float) -> None:

@@ -203,8 +203,8 @@ def fail_to_begin(world, mesh, options):
 
 @pytest.mark.parametrize(
     ("mesh", "options"),
-    [(Mesh(pp=2, tp=2), {"split_at": ("nowhere",)}), (Mesh(shard=2, pp=2), {"schedule": "zero-bubble"})],
-    ids=["a wrong cut", "a wrong schedule"],
+    [(Mesh(pp=2, tp=2), {"split_at": ("nowhere",)}), (Mesh(shard=2, pp=2), {"split_at": ("nowhere",)})],
+    ids=["tensor", "shard"],
 )
 def test_after_a_wrong_beginning_nothing_of_us_is_left(run_ranks, mesh, options):
     """Layers that were split already are put back."""

@@ -82,7 +82,7 @@ def test_ranks_equal_one_process_with_the_whole_batch(run_ranks, mesh, channel):
         torch.testing.assert_close(rank, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero-bubble"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
 def test_in_a_pipeline(run_ranks, schedule):
     """Each microbatch is measured over the replicas."""
     settings = {"schedule": schedule, "microbatches": 1}

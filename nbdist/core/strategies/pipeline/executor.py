@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from nbdist.core.comm import Link
 from nbdist.core.data.reader import Slice, to_device
@@ -21,7 +20,7 @@ from nbdist.core.optim.precision import Precision
 from nbdist.core.process import rng
 from nbdist.core.strategies.pipeline.model_call import call_of, forward_replaced
 from nbdist.core.strategies.pipeline.partition import Call, Split
-from nbdist.core.strategies.pipeline.schedules import Action, backward_input, order, scalar
+from nbdist.core.strategies.pipeline.schedules import Action, order, scalar
 from nbdist.core.strategies.shard.fully_sharded import Shards
 from nbdist.core.sync.sync_batchnorm import BatchNorms, buffers_kept_if_empty
 from nbdist.core.task.task import Task
@@ -41,7 +40,6 @@ class _Passage:
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
     silent: bool = False  # its gradient counts for nothing, but others wait for it to be computed
-    weigh: Callable[[], None] | None = None
 
 
 class Pipeline:
@@ -100,7 +98,6 @@ class Pipeline:
         self._last = plan.stages - 1
         self._orders = order(plan.schedule, plan.mesh.pp, plan.slices_per_rank)[rank]
         self._passages: dict[tuple[int, int], _Passage] = {}
-        self.used: set[int] = set()
         self.work: list[Work] = []
 
     def forward_backward(
@@ -108,7 +105,6 @@ class Pipeline:
     ) -> tuple[Any, list[tuple[torch.Tensor, Any]]]:
         """Run the schedule over this step's microbatches; gradients add up. **Collective** over a replica."""
         self.work = []
-        self.used.clear()
         total: Any = 0
         losses: list[tuple[torch.Tensor, Any]] = []
         for action in self._orders:
@@ -201,13 +197,6 @@ class Pipeline:
 
     def _backward(self, action: Action) -> None:
         passage = self._passages[action.stage, action.microbatch]
-        if action.kind == "backward_weight":
-            assert passage.weigh is not None
-            start_s = time.time()
-            self._weigh(passage.weigh, self._parameters[action.stage])
-            self._note(action.kind, action, start_s)
-            del self._passages[action.stage, action.microbatch]
-            return
         if action.stage == self._last:
             total = passage.outputs[0]
             start_s = time.time()
@@ -215,13 +204,7 @@ class Pipeline:
             passage.silent, (gradients, _) = self._receive("backward", action, action.stage + 1)
             start_s = time.time()
             total = scalar(passage.outputs, gradients)
-        if action.kind == "backward_input":
-            if passage.silent:
-                passage.weigh = _nothing
-            else:
-                # Of a copy: torch lets go of the graph in place, as nobody can of a view.
-                passage.weigh = backward_input(total.clone(), passage.inputs, self._parameters[action.stage])
-        elif self._shards is not None:  # all of its ranks compute, whether it counts or not
+        if self._shards is not None:  # all of its ranks compute, whether it counts or not
             self._shards.silent = passage.silent
             for block in self._blocks[action.stage]:
                 self._shards.begin_backward(block)
@@ -231,11 +214,10 @@ class Pipeline:
         elif total.requires_grad and not passage.silent:
             total.backward()
         passage.outputs = []
-        self._note(action.kind, action, start_s)
+        self._note("backward", action, start_s)
         if action.stage > 0:
             self._send("backward", action, -1, passage.silent, [tensor.grad for tensor in passage.inputs], [])
-        if action.kind == "backward":
-            del self._passages[action.stage, action.microbatch]
+        del self._passages[action.stage, action.microbatch]
 
     def _seed(self, part: Slice, path: tuple[Any, ...]) -> None:
         rng.seed_torch(rng.derive(self._plan.seed, *path, part.index), self._device)
@@ -243,19 +225,6 @@ class Pipeline:
     def _note(self, kind: str, action: Action, start_s: float) -> None:
         if torch.is_grad_enabled():  # an evaluation is no part of the step
             self.work.append(Work(kind, action.stage, action.microbatch, start_s, time.time()))
-
-    def _weigh(self, weigh: Callable[[], None], parameters: list[nn.Parameter]) -> None:
-        """Run the second half of a backward, which no hook of a parameter sees, and note whose gradient it made."""
-        places = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        weigh()
-        for parameter, place in zip(parameters, places, strict=True):
-            gradient, parameter.grad = parameter.grad, place
-            if gradient is not None:
-                self.used.add(id(parameter))
-                assert place is not None
-                place.add_(gradient)
 
     @contextlib.contextmanager
     def _present(self, stage: int) -> Iterator[None]:
@@ -295,7 +264,3 @@ class _Mailbox:
             self._waiting[other] = note, tensors
         found: tuple[Any, list[Any]] = self._waiting.pop(head)
         return found
-
-
-def _nothing() -> None:
-    pass

@@ -1,8 +1,7 @@
-"""The order of work in a pipeline, and a backward in two halves."""
+"""The order of work in a pipeline, and what a backward starts from."""
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from collections import defaultdict
@@ -12,16 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from nbdist.core.strategies.pipeline import schedules
-from nbdist.core.strategies.pipeline.schedules import Action, backward_input, order, scalar, stages_per_rank
+from nbdist.core.strategies.pipeline.schedules import Action, order, scalar, stages_per_rank
 from nbdist.errors import PlanError
 from nbdist.plan.plan import SCHEDULES
 
 SIZES = [(ranks, microbatches) for ranks in range(1, 7) for microbatches in range(1, 20)]
-KINDS = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}
+KINDS = {"F": "forward", "B": "backward"}
 CLASSES = {
     "gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B", "interleaved": "ScheduleInterleaved1F1B",
-    "zero-bubble": "ScheduleInterleavedZeroBubble",
 }  # fmt: skip
 
 
@@ -36,15 +33,13 @@ def check(orders, stages, microbatches):
                 done += facts(actions.pop(0))
         assert len(done) > before, f"deadlock: the ranks wait at {[actions[:1] for actions in left]}"
     assert all(action.stage % len(orders) == rank for rank, actions in enumerate(orders) for action in actions)
-    expected = [(k, s, m) for k in ("forward", "input", "weight") for s in range(stages) for m in range(microbatches)]
+    expected = [(k, s, m) for k in ("forward", "backward") for s in range(stages) for m in range(microbatches)]
     assert sorted(expected) == sorted(done), "each once"
 
 
 def facts(action):
     """What is done when `action` is."""
-    parts = {"forward": ["forward"], "backward": ["input", "weight"], "backward_input": ["input"],
-             "backward_weight": ["weight"]}[action.kind]  # fmt: skip
-    return [(part, action.stage, action.microbatch) for part in parts]
+    return [tuple(action)]
 
 
 def needs(action, stages):
@@ -52,9 +47,7 @@ def needs(action, stages):
     kind, stage, microbatch = action
     if kind == "forward":
         return {("forward", stage - 1, microbatch)} if stage else set()
-    if kind == "backward_weight":
-        return {("input", stage, microbatch)}
-    after = {("input", stage + 1, microbatch)} if stage + 1 < stages else set()
+    after = {("backward", stage + 1, microbatch)} if stage + 1 < stages else set()
     return {("forward", stage, microbatch)} | after
 
 
@@ -123,7 +116,7 @@ def test_messages_arrive_in_the_order_in_which_they_are_awaited(schedule):
         sent, awaited = defaultdict(list), defaultdict(list)
         for rank, actions in enumerate(order(schedule, ranks, microbatches)):
             for kind, stage, microbatch in actions:
-                step = {"forward": 1, "backward_weight": 0}.get(kind, -1)
+                step = 1 if kind == "forward" else -1
                 if step and 0 <= stage + step <= last:
                     sent[rank, (stage + step) % ranks, step].append((stage + step, microbatch))
                 if step and 0 <= stage - step <= last:
@@ -162,17 +155,16 @@ def test_mistakes():
 def test_torchs_schedules_are_not_loaded():
     """Neither for an order nor for a backward: they bring the compiler."""
     code = (
-        "import sys, torch; from nbdist.core.strategies.pipeline.schedules import *; order('zero-bubble', 2, 4)\n"
+        "import sys, torch; from nbdist.core.strategies.pipeline.schedules import *; order('interleaved', 2, 4)\n"
         "x = torch.ones(2, requires_grad=True); p = torch.nn.Parameter(torch.ones(2))\n"
         "scalar([x * p], [torch.ones(2)]).backward(); assert 'sympy' not in sys.modules\n"
-        "backward_input(scalar([x * p], [torch.ones(2)]), [x], [p])()\n"
         "assert not {'torch._dynamo', 'torch.distributed.pipelining'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class Branches(nn.Module):
-    """A stage with everything that is hard to halve: two outputs, a tied weight, a weight beside the input, a view."""
+    """A stage with two outputs, a tied weight, a weight beside the input, a view."""
 
     def __init__(self):
         super().__init__()
@@ -198,51 +190,7 @@ def stage():
     return model, tensors, [torch.randn(2, 12, dtype=torch.float64), torch.randn(6, dtype=torch.float64)]
 
 
-@pytest.fixture(params=["torch's halves", "without them"])
-def halves(request, monkeypatch):
-    if request.param == "without them":
-        monkeypatch.setattr(schedules, "_halves", lambda: None)
-    return request.param
-
-
-@pytest.mark.parametrize("wanted", [True, False], ids=["inputs want gradients", "first stage"])
-def test_two_halves_make_a_backward(halves, wanted):
-    """The gradients of parameters and inputs are those of one backward, and add up over microbatches."""
-    model, tensors, seeds = stage()
-    tensors = [tensor.requires_grad_(wanted) for tensor in tensors]
-    reference = copy.deepcopy(model)
-    copies = [tensor.detach().clone().requires_grad_(wanted) for tensor in tensors]
-    for _ in range(2):
-        torch.autograd.backward(reference(*copies), seeds)
-        weights = backward_input(scalar(model(*tensors), seeds), tensors, model.parameters())
-        weights()
-    for theirs, ours in zip(gradients(reference, copies), gradients(model, tensors), strict=True):
-        assert (theirs is None) == (ours is None)
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-def test_the_first_half_leaves_the_weights_alone():
-    """Inputs have their gradients before any weight has."""
-    model, tensors, seeds = stage()
-    weights = backward_input(scalar(model(*tensors), seeds), tensors, model.parameters())
-    assert all(tensor.grad is not None for tensor in tensors)
-    assert all(parameter.grad is None for parameter in model.parameters())
-    weights()
-    assert model.first.weight.grad is not None
-
-
-def test_gradients_are_added_in_place():
-    """Where a buffer stands for `grad`, it stays."""
-    model, tensors, seeds = stage()
-    buffers = {parameter: torch.zeros_like(parameter) for parameter in model.parameters()}
-    for parameter, buffer in buffers.items():
-        parameter.grad = buffer
-    backward_input(scalar(model(*tensors), seeds), tensors, model.parameters())()
-    assert all(parameter.grad is buffer for parameter, buffer in buffers.items())
-    assert model.beside.grad.abs().sum() > 0
-
-
-def test_a_scalar_stands_for_all_outputs(halves):
+def test_a_scalar_stands_for_all_outputs():
     """To the bit; and where nothing comes back, nothing is left to do."""
     model, tensors, seeds = stage()
     torch.autograd.backward(model(*tensors), seeds)
@@ -252,5 +200,5 @@ def test_a_scalar_stands_for_all_outputs(halves):
     assert all(a is b or torch.equal(a, b) for a, b in zip(expected, gradients(model, tensors), strict=True))
 
     model, tensors, _ = stage()
-    backward_input(scalar(model(*tensors), [None, None]), tensors, model.parameters())()
+    assert not scalar(model(*tensors), [None, None]).requires_grad
     assert [None] * len(expected) == gradients(model, tensors)
