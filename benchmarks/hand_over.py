@@ -16,7 +16,7 @@ import torch
 from pairs import Comparison, arguments, report
 
 import nbdist
-from nbdist.core.transfer.payload import Outbox, pack
+from nbdist.core.transfer.payload import SegmentCache, pack
 
 BYTES = 100_000_000
 ENGINES = (1, 2, 4)
@@ -33,14 +33,14 @@ def main() -> None:
     """Measure and print."""
     options = arguments(__doc__, pairs=9).parse_args()
     weights = torch.randn(BYTES // 4)
-    outbox = Outbox()
+    segment_cache = SegmentCache()
 
     def copy() -> float:
         return 1000 * seconds(weights.clone)
 
     def again() -> None:
-        _, segment = pack({"weights": weights}, outbox=outbox)
-        outbox.give_back(segment, lambda: True)
+        _, segment = pack({"weights": weights}, segment_cache=segment_cache)
+        segment_cache.give_back(segment, lambda: True)
 
     comparisons = []
     for engines in ENGINES:

@@ -21,7 +21,7 @@ STEPS = 40
 def measure(pairs: int) -> list[tuple[float, float]]:
     """Milliseconds a step with and without snapshots, by pair. Runs on each rank."""
     from nbdist.core.comm.world import World
-    from nbdist.core.state.snapshot import Vaults
+    from nbdist.core.state.snapshot import SnapshotStore
     from nbdist.core.task.task import Task
     from nbdist.core.train import fit
     from nbdist.plan import Plan
@@ -32,9 +32,9 @@ def measure(pairs: int) -> list[tuple[float, float]]:
             model, x, y, batch_size, _ = work(CASE)
             task = Task.create(model, (x, y), loss="cross_entropy", optimizer="adamw", lr=1e-3, batch_size=batch_size)
             plan = Plan.create(ranks=world.size, cores=world.size, steps=STEPS, **task.options)
-            own = Vaults(world.size) if kept and world.rank == 0 else None  # held outside of the ranks, else
+            own = SnapshotStore(world.size) if kept and world.rank == 0 else None  # held outside of the ranks, else
             told = json.dumps([] if own is None else own.paths).encode()
-            result = fit(task, plan, world, vaults=json.loads(world.channel().broadcast_bytes(told)))
+            result = fit(task, plan, world, snapshot_paths=json.loads(world.channel().broadcast_bytes(told)))
             if own is not None:
                 own.close()
             return 1000 * float(result.history[0]["seconds"]) / STEPS

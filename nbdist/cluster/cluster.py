@@ -22,7 +22,7 @@ from nbdist.errors import ClusterError, PlanError
 
 if TYPE_CHECKING:
     from nbdist.cluster.engines.engines import Engines
-    from nbdist.cluster.runs.run_queue import Trainings
+    from nbdist.cluster.runs.run_queue import RunQueue
 
 __all__ = ["Cluster"]
 
@@ -59,7 +59,7 @@ class Cluster:
             check_detach(detach)
         self._size = choose_size(engines, device, warm_up=session.current_cluster() is None)
         self._up: Engines | None = None
-        self._trainings: Trainings | None = None
+        self._trainings: RunQueue | None = None
         self.device = device
         self.timeout_s = timeout_s
         self.spares = int(fork_client.can_fork()) if spares is None else spares
@@ -190,14 +190,14 @@ class Cluster:
         session.set_cluster(cluster)
         return cluster
 
-    def _drive(self, engines: Engines) -> Trainings:
+    def _drive(self, engines: Engines) -> RunQueue:
         """Begin to use engines. What drives them stands on torch, which ``%load_ext`` must not wait for."""
         from nbdist.cluster.cells.replay import Replay
-        from nbdist.cluster.runs.run_queue import Trainings
+        from nbdist.cluster.runs.run_queue import RunQueue
 
         self._up = engines
         self._replay = self._replay or Replay()
-        self._trainings = Trainings(engines, self._sources, session.last_run, session.note_run)
+        self._trainings = RunQueue(engines, self._sources, session.last_run, session.note_run)
         return self._trainings
 
     def scale(self, engines: int) -> None:
@@ -264,9 +264,9 @@ class Cluster:
         """
         (engines := self._running()).check_alive()
         self._refuse_while_busy()
-        engines.make_ready()
+        engines.ensure_ready()
         if self._replay.catch_up():
-            engines.make_ready()
+            engines.ensure_ready()
 
     def _refuse_while_busy(self) -> None:
         if self._trainings is not None:

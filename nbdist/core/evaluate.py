@@ -11,9 +11,9 @@ from torch import nn
 
 from nbdist.core.data.reader import Reader, Slice
 from nbdist.core.strategies.strategy import Strategy
-from nbdist.core.sync.gradient_sync import Signals
+from nbdist.core.sync.gradient_sync import ControlFlags
 from nbdist.core.sync.loss_forms import check_one_form
-from nbdist.core.sync.running_mean import WeightedMean
+from nbdist.core.sync.running_mean import RunningMean
 from nbdist.core.task.task import Task
 from nbdist.errors import PlanError, TaskError
 
@@ -60,16 +60,16 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
                 for part in slices:
                     outputs.clear()
                     measured = strategy.forward(part, ("val", step), measure)
-                    if measured is not None and part.samples and strategy.axes.speaks:
+                    if measured is not None and part.samples and strategy.axes.reports_loss:
                         place = (step, part.index) if by_slice else (0, 0)
                         seen.setdefault(place, _Seen(device)).add(part.samples, *measured)
     finally:
         hook.remove()
     world = strategy.axes.world
     if task.own_mean:
-        said = torch.tensor(task.forms.signals(Signals(), 0), device=device)
+        said = torch.tensor(task.forms.signals(ControlFlags(), 0), device=device)
         world.all_reduce_(said)
-        check_one_form(Signals(*said.tolist()))
+        check_one_form(ControlFlags(*said.tolist()))
     if by_slice:  # streams may have ended on one rank before others
         steps = int(torch.stack(world.all_gather(torch.tensor([steps], device=device))).max())
     table = torch.zeros((steps, strategy.plan.slices if by_slice else 1, 5), dtype=torch.float64, device=device)
@@ -89,7 +89,7 @@ class _Seen:
     """Sums over samples: of their losses and metrics, with the weights, and how many they are."""
 
     def __init__(self, device: torch.device) -> None:
-        self._means = WeightedMean(device), WeightedMean(device)
+        self._means = RunningMean(device), RunningMean(device)
         self._samples = 0
 
     def add(self, samples: int, loss: tuple[Any, Any], metric: tuple[Any, Any]) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from nbdist.core.comm import spent
+from nbdist.core.comm import comm_timer
 from nbdist.core.comm.world import World
-from nbdist.core.state.progress import Position
+from nbdist.core.state.progress import TrainProgress
 from nbdist.core.sync.gradient_sync import Totals
-from nbdist.core.sync.running_mean import WeightedMean
+from nbdist.core.sync.running_mean import RunningMean
 from nbdist.telemetry import Event, Losses, Meter, Progress, Shares
 
 __all__ = ["Reporter", "rate_of"]
@@ -36,7 +36,7 @@ class Reporter:
     """
 
     def __init__(
-        self, world: World, at: Position, optimizer: torch.optim.Optimizer, tell: Callable[[Event], None]
+        self, world: World, at: TrainProgress, optimizer: torch.optim.Optimizer, tell: Callable[[Event], None]
     ) -> None:
         self._rank, self._device = world.rank, world.device
         self._optimizer = optimizer
@@ -45,7 +45,7 @@ class Reporter:
         self._losses = Losses()
         self._process = psutil.Process()
         self._memory, self._memory_due_s = 0, 0.0
-        self._spent = spent.idle, spent.communication, spent.data
+        self._spent = comm_timer.idle, comm_timer.communication, comm_timer.data
 
     def hear(self, totals: Totals, step: int) -> None:
         """All ranks have added up what they lost in `step`."""
@@ -57,17 +57,17 @@ class Reporter:
         """The training has rested for so long."""
         self._meter.leave_out(seconds)
 
-    def resume(self, at: Position) -> None:
+    def resume(self, at: TrainProgress) -> None:
         """Training goes on: what was spent since the last event is none."""
         self._meter.read(at.samples, at.step)
-        self._spent = spent.idle, spent.communication, spent.data
+        self._spent = comm_timer.idle, comm_timer.communication, comm_timer.data
 
-    def tell_if_due(self, at: Position, loss: WeightedMean) -> None:
+    def tell_if_due(self, at: TrainProgress, loss: RunningMean) -> None:
         """Tell where the rank stands, if it has not lately."""
         if self._meter.due():
             self.tell(at, loss.value)
 
-    def tell(self, at: Position, loss: float | None, samples_per_s: float | None = None) -> None:
+    def tell(self, at: TrainProgress, loss: float | None, samples_per_s: float | None = None) -> None:
         """Tell where the rank stands.
 
         Args:
@@ -76,7 +76,7 @@ class Reporter:
             samples_per_s: Its speed; by default that since the last event.
         """
         speed, step_s, seconds = self._meter.read(at.samples, at.step)
-        now = spent.idle, spent.communication, spent.data
+        now = comm_timer.idle, comm_timer.communication, comm_timer.data
         idle, communication, data = ((n - b) / seconds for n, b in zip(now, self._spent, strict=True))
         self._spent = now
         shares = Shares(max(0.0, 1.0 - idle - communication - data), communication, data, idle)

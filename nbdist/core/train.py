@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from nbdist.core.comm import spent
+from nbdist.core.comm import comm_timer
 from nbdist.core.comm.world import World
-from nbdist.core.control.commands import Orders
-from nbdist.core.control.step_control import Steering
+from nbdist.core.control.commands import Commands
+from nbdist.core.control.step_control import StepControl
 from nbdist.core.data.reader import Reader
 from nbdist.core.data.sources import Source
 from nbdist.core.evaluate import evaluate, switched
@@ -22,17 +22,17 @@ from nbdist.core.process import rng
 from nbdist.core.process.memory import objects_set_aside, pages_kept
 from nbdist.core.process.settings import deterministic, threads, uninterrupted
 from nbdist.core.reporter import Reporter, rate_of
-from nbdist.core.state.checkpoint_reader import Saved
+from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoint_of_run, prepare, resumed_folder
-from nbdist.core.state.progress import Position
+from nbdist.core.state.progress import TrainProgress
 from nbdist.core.state.restore import load, opened_by_all, position_of, same_mesh
-from nbdist.core.state.snapshot import Vault, newest, read
-from nbdist.core.state.snapshotter import Keeper
+from nbdist.core.state.snapshot import RankSnapshots, newest, read
+from nbdist.core.state.snapshotter import Snapshotter
 from nbdist.core.strategies import choice
 from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
 from nbdist.core.sync.gradient_sync import Totals
 from nbdist.core.sync.loss_forms import check_one_form
-from nbdist.core.sync.running_mean import WeightedMean
+from nbdist.core.sync.running_mean import RunningMean
 from nbdist.core.task.task import Task, on_device
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
@@ -81,9 +81,9 @@ def fit(
     *,
     run_id: str = "",
     sinks: Sequence[Sink] = (),
-    orders: Orders | None = None,
+    orders: Commands | None = None,
     home: bool = True,
-    vaults: Sequence[Sequence[str]] = (),
+    snapshot_paths: Sequence[Sequence[str]] = (),
     go_on: bool = False,
 ) -> Result:
     """Train. **Collective**: all ranks of `world`, with equal plans and data.
@@ -96,7 +96,7 @@ def fit(
         sinks: Who receives this rank's events.
         orders: What a person asks for while it goes on; given on all ranks or on none, rank 0's are read.
         home: Whether the model ends whole on every rank, or on rank 0 alone.
-        vaults: The slots for each rank's snapshots, see `Vaults`; without them none are taken.
+        snapshot_paths: The slots for each rank's snapshots, see `SnapshotStore`; without them none are taken.
         go_on: Whether to go on from the newest snapshot in there, if there is one, or this run's last checkpoint.
     """
     model, device = task.model, world.device
@@ -131,9 +131,9 @@ def fit(
         cleanup.callback(strategy.close)
         axes, optimizer = strategy.axes, task.optimizer
         scheduler = task.make_scheduler(optimizer)
-        at, restored = Position(device), set[str]()
+        at, restored = TrainProgress(device), set[str]()
         rng.seed_all(rng.derive(plan.seed, "start", axes.data.rank))
-        for saved in _kept(plan, world, vaults, run_id, go_on):
+        for saved in _kept(plan, world, snapshot_paths, run_id, go_on):
             load(saved, strategy.table, optimizer, axes)
             scheduler.go_on(saved.ranks[0]["scheduler"])
             strategy.precision.go_on(saved.ranks[0]["precision"])
@@ -156,12 +156,12 @@ def fit(
         reader = reader_of(task.data, plan.slices, plan.shuffle)
         val_reader = reader_of(task.val, plan.reproducible, False) if task.val is not None else None
         steps_total = _steps_total(plan, reader)
-        keeper = Keeper(
-            strategy, plan, scheduler, Vault(vaults[world.rank]) if vaults else None, tell, run_id, lease,
+        snapshotter = Snapshotter(
+            strategy, plan, scheduler, RankSnapshots(snapshot_paths[world.rank]) if snapshot_paths else None, tell, run_id, lease,
             changed=restored,
         )  # fmt: skip
-        cleanup.callback(keeper.close)
-        steering = Steering(orders, run_id, strategy, scheduler, keeper, tell)
+        cleanup.callback(snapshotter.close)
+        steering = StepControl(orders, run_id, strategy, scheduler, snapshotter, tell)
 
         def is_stopped() -> bool:  # after its last step a training ends as it would have
             return steering.stopped and not _complete(plan, at.step, steps_total)
@@ -176,7 +176,7 @@ def fit(
         reporter = Reporter(world, at, optimizer, tell)
         latest: Totals | None = None
 
-        with _rescuing(keeper, at, world):
+        with _rescuing(snapshotter, at, world):
             steering.begin(at)
             at.row.leave_out(rested_s := steering.rest(at))
             reporter.leave_out(rested_s)
@@ -191,7 +191,7 @@ def fit(
                     if plan.stop_on_nan:
                         _check_finite(losses, at)
 
-                    said = keeper.signals(at)._replace(orders=steering.asked(at), exhausted=slices is None)
+                    said = snapshotter.signals(at)._replace(orders=steering.asked(at), exhausted=slices is None)
                     said = task.forms.signals(said, at.step)
                     loss = _mean(losses, device)
                     totals = strategy.sync(step_weight, said, loss.parts)
@@ -199,7 +199,7 @@ def fit(
                         break
                     if latest is None or not strategy.lag:  # later a GPU is not waited for
                         check_one_form(totals.signals)
-                    keeper.leave_boundary()
+                    snapshotter.leave_boundary()
                     # A rank that had data knows that there was some, without waiting for its GPU.
                     if (not isinstance(step_weight, torch.Tensor) and step_weight > 0) or totals.weight:
                         updated = strategy.update(optimizer, hooks)
@@ -210,8 +210,8 @@ def fit(
                     heard, latest = latest if strategy.lag else totals, totals
                     signals = None if heard is None else heard.signals
                     check_one_form(signals)
-                    steering.obey(at, signals)
-                    keeper.reach_boundary(at, signals)
+                    steering.apply_agreed(at, signals)
+                    snapshotter.reach_boundary(at, signals)
                     if heard is not None:
                         reporter.hear(heard, at.step - (heard is not totals))
                     reporter.tell_if_due(at, loss)
@@ -232,7 +232,7 @@ def fit(
                     at.next_epoch(None)  # `steps` wraps round the data
                     continue
                 if stopped:
-                    keeper.finish(at)  # as it is in the middle of an epoch, to go on from
+                    snapshotter.finish(at)  # as it is in the middle of an epoch, to go on from
 
                 seconds = at.row.seconds  # before evaluation: a row counts training only
                 strategy.share_buffers()
@@ -241,22 +241,22 @@ def fit(
                 if val_reader is not None and not stopped:
                     tell(Evaluating(rank=world.rank))
                     measured = evaluate(task, strategy, val_reader, metric=plan.metric)
-                row = at.row.close(axes.world, axes.speaks, len(at.history) + 1, seconds) | measured
+                row = at.row.close(axes.world, axes.reports_loss, len(at.history) + 1, seconds) | measured
                 tell(EpochFinished(rank=world.rank, row=row))
-                keeper.leave_boundary()
+                snapshotter.leave_boundary()
                 if not scheduler.every_step:
                     scheduler.step(measured.get("val_loss", row["loss"]))
                 if plan.epochs is not None and not stopped:
                     at.next_epoch(row)
                 else:
                     at.close(row)
-                keeper.reach_boundary(at, None)
+                snapshotter.reach_boundary(at, None)
                 reporter.resume(at)
                 if ended:
                     break
 
             if not stopped:
-                keeper.finish(at)
+                snapshotter.finish(at)
         if plan.gather:
             strategy.gather(keep=home or world.rank == 0)
         else:
@@ -267,12 +267,14 @@ def fit(
         return Result(state=state, history=at.history, plan=plan, ranks=steering.scaling)
 
 
-def _kept(plan: Plan, world: World, vaults: Sequence[Sequence[str]], run_id: str, go_on: bool) -> Iterator[Saved]:
+def _kept(
+    plan: Plan, world: World, snapshot_paths: Sequence[Sequence[str]], run_id: str, go_on: bool
+) -> Iterator[CheckpointReader]:
     """What to go on from, on all ranks the same: a checkpoint, then a snapshot, without what never changes.
 
     Where there is no snapshot of this run, the checkpoint is its own last one, if it has written any. **Collective**.
     """
-    found = newest(vaults) if go_on else None
+    found = newest(snapshot_paths) if go_on else None
     if plan.resume or (go_on and plan.checkpoint):
         folder = ""
         if world.rank == 0:
@@ -282,11 +284,11 @@ def _kept(plan: Plan, world: World, vaults: Sequence[Sequence[str]], run_id: str
         if folder:
             yield opened_by_all(folder, world)
     if found is not None:
-        yield Saved.in_memory(read(found[1]))
+        yield CheckpointReader.in_memory(read(found[1]))
 
 
 @contextlib.contextmanager
-def _rescuing(keeper: Keeper, at: Position, world: World) -> Iterator[None]:
+def _rescuing(snapshotter: Snapshotter, at: TrainProgress, world: World) -> Iterator[None]:
     """After an error, release the peers that wait for this rank at once, and then keep what it has achieved."""
     try:
         yield
@@ -294,11 +296,11 @@ def _rescuing(keeper: Keeper, at: Position, world: World) -> Iterator[None]:
         with uninterrupted():
             if world.store is not None:  # a world of somebody else's is theirs to leave
                 world.leave()
-            keeper.rescue(at)
+            snapshotter.rescue(at)
         raise
 
 
-def _check_finite(losses: list[tuple[torch.Tensor, Any]], at: Position) -> None:
+def _check_finite(losses: list[tuple[torch.Tensor, Any]], at: TrainProgress) -> None:
     for loss, _ in losses:
         if not torch.isfinite(loss):
             raise TaskError(
@@ -319,8 +321,8 @@ def _complete(plan: Plan, step: int, steps_total: int | None) -> bool:
     return steps_total is not None and step >= steps_total
 
 
-def _mean(losses: list[tuple[torch.Tensor, Any]], device: torch.device) -> WeightedMean:
-    mean = WeightedMean(device)
+def _mean(losses: list[tuple[torch.Tensor, Any]], device: torch.device) -> RunningMean:
+    mean = RunningMean(device)
     for loss, weight in losses:
         mean.add(loss, weight)
     return mean
@@ -330,7 +332,7 @@ def _awaited(batches: Iterable[T]) -> Iterator[T]:
     """Take count of the time for which a batch is waited for."""
     iterator = iter(batches)
     while True:
-        with spent.reading():
+        with comm_timer.reading():
             batch = next(iterator, _END)
         if batch is _END:
             return

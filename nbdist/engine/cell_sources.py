@@ -13,7 +13,7 @@ import cloudpickle.cloudpickle as cloudpickle_internals
 
 __all__ = [
     "CellSources",
-    "News",
+    "NotebookUpdate",
     "cell_file",
     "class_marks",
     "install",
@@ -27,7 +27,7 @@ _labels: dict[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class News:
+class NotebookUpdate:
     """What engines need to know of the notebook before they run something of it.
 
     Args:
@@ -45,7 +45,7 @@ class CellSources:
 
     sent: set[str] = field(default_factory=set)
 
-    def new(self) -> News:
+    def new(self) -> NotebookUpdate:
         """The cells that were not returned before, and where modules are found now."""
         fresh = {
             name: (_cell_label(name), "".join(entry[2]))
@@ -54,9 +54,9 @@ class CellSources:
             if len(entry) == 4 and entry[1] is None and name not in self.sent
         }
         self.sent.update(fresh)
-        return News(sources=fresh, path=search_path())
+        return NotebookUpdate(sources=fresh, path=search_path())
 
-    def all(self) -> News:
+    def all(self) -> NotebookUpdate:
         """All cells, for engines that may know none."""
         self.sent.clear()
         return self.new()
@@ -78,7 +78,7 @@ def cell_file(source: str) -> str:
     return os.path.basename(get_file_name(source))
 
 
-def install(news: News) -> None:
+def install(news: NotebookUpdate) -> None:
     """Make cells known to this process's tracebacks, and find modules where the notebook does."""
     for name, (label, source) in news.sources.items():
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)

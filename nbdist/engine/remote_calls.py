@@ -19,14 +19,14 @@ from IPython import get_ipython
 
 from nbdist.core.comm.rendezvous import reach_store
 from nbdist.core.comm.world import World
-from nbdist.core.control.command_log import OrderLog
-from nbdist.core.optim.notebook_optimizer import OptimizerHome
+from nbdist.core.control.command_log import CommandLog
+from nbdist.core.optim.notebook_optimizer import TrainedOptimizer
 from nbdist.core.params.table import ParamTable
-from nbdist.core.process.memory import give_back, let_go_after
+from nbdist.core.process.memory import free_frames, give_back
 from nbdist.core.train import fit
-from nbdist.core.transfer.payload import Outbox, let_go, pack, unpack
+from nbdist.core.transfer.payload import SegmentCache, is_released, pack, unpack
 from nbdist.engine import checked_collectives
-from nbdist.engine.cell_sources import News, install, tie_classes
+from nbdist.engine.cell_sources import NotebookUpdate, install, tie_classes
 from nbdist.engine.debug_server import serve
 from nbdist.engine.failure import Failure
 from nbdist.engine.outcome import Outcome
@@ -40,13 +40,13 @@ from nbdist.telemetry.record import record_path
 __all__ = [
     "complete",
     "debug",
+    "describe",
     "expect_cell",
-    "has_let_go",
-    "hear",
-    "hello",
+    "has_released",
     "join",
     "leave",
     "outcome_of",
+    "ping",
     "pull",
     "push",
     "tie",
@@ -77,12 +77,12 @@ def _namespace() -> dict[str, Any]:
     return get_ipython().user_ns
 
 
-def hear() -> int:
+def ping() -> int:
     """Answer, with the number of this process."""
     return os.getpid()
 
 
-def hello(name: str, secret: str) -> dict[str, Any]:
+def describe(name: str, secret: str) -> dict[str, Any]:
     """Load torch, before anything can interrupt its import, reach the store, and say where this engine lives."""
     _engine.store = reach_store(name, secret)
     return {
@@ -131,10 +131,10 @@ def leave() -> None:
         _engine.world = None
 
 
-def push(parcel: Any, news: News) -> None:
+def push(payload: Any, news: NotebookUpdate) -> None:
     """Put the values of a packed dict into the namespace of this engine's cells."""
     install(news)
-    _namespace().update(unpack(parcel))
+    _namespace().update(unpack(payload))
 
 
 def pull(name: str, inline: bool) -> Any:
@@ -142,8 +142,8 @@ def pull(name: str, inline: bool) -> Any:
     namespace = _namespace()
     if name not in namespace:
         raise NameError(name)
-    parcel, _engine.outgoing = pack(namespace[name], inline=inline)
-    return parcel
+    payload, _engine.outgoing = pack(namespace[name], inline=inline)
+    return payload
 
 
 def complete(source: str) -> tuple[str, list[str]]:
@@ -155,7 +155,7 @@ def complete(source: str) -> tuple[str, list[str]]:
     return word, list(found)
 
 
-def expect_cell(news: News, number: int | None, alone: list[int] | None = None) -> None:
+def expect_cell(news: NotebookUpdate, number: int | None, alone: list[int] | None = None) -> None:
     """A cell follows.
 
     Args:
@@ -184,18 +184,18 @@ def tie(marks: dict[str, str]) -> None:
     tie_classes(marks, _namespace())
 
 
-def has_let_go(path: str) -> bool:
+def has_released(path: str) -> bool:
     """Whether nothing here lies in the segment of the last parcel from `path` any more."""
-    return let_go(path)
+    return is_released(path)
 
 
 def train(
-    parcel: Any,
+    payload: Any,
     run_id: str,
-    news: News,
+    news: NotebookUpdate,
     inline: bool,
     home_free: bool,
-    vaults: list[list[str]],
+    snapshot_paths: list[list[str]],
     go_on: bool,
     boards: list[str],
     records: str,
@@ -203,12 +203,12 @@ def train(
     """Run one rank of a training.
 
     Args:
-        parcel: Task and plan.
+        payload: Task and plan.
         run_id: Its name in the record.
         news: Of the notebook.
         inline: Whether the notebook is on another host.
         home_free: Whether the notebook has let go of the last weights from here.
-        vaults: Where snapshots go.
+        snapshot_paths: Where snapshots go.
         go_on: Whether to go on from the newest one.
         boards: Where each rank says how far it is; none where the notebook is on another host.
         records: The notebook's folder of records; empty for this host's own.
@@ -231,7 +231,7 @@ def train(
     give_back()  # what a run before has left in cycles may be as large as what this one needs
     with contextlib.ExitStack() as cleanup:
         try:
-            task, plan = unpack(parcel)
+            task, plan = unpack(payload)
             record = JsonlSink(record_path(run_id, world.rank, Path(records) if records else None))
             cleanup.callback(record.close)
             result = fit(
@@ -240,20 +240,20 @@ def train(
                 world,
                 run_id=run_id,
                 sinks=[record, snapshots],
-                orders=OrderLog(_engine.store, run_id),
+                orders=CommandLog(_engine.store, run_id),
                 home=False,
-                vaults=vaults,
+                snapshot_paths=snapshot_paths,
                 go_on=go_on,
             )
             home = None
             if world.rank == 0 and plan.gather:
                 table = ParamTable.of(task.model)
-                optimizer = OptimizerHome(task.optimizer, table.objects) if task.own_optimizer else None
+                optimizer = TrainedOptimizer(task.optimizer, table.objects) if task.own_optimizer else None
                 trained = (table.tensors, optimizer)
-                outbox = Outbox()
+                segment_cache = SegmentCache()
                 if _engine.home is not None and home_free:
-                    outbox.give_back(_engine.home, lambda: True)
-                home, _engine.home = pack(trained, inline=inline, outbox=outbox)
+                    segment_cache.give_back(_engine.home, lambda: True)
+                home, _engine.home = pack(trained, inline=inline, segment_cache=segment_cache)
             _answer_undisturbed()
             outcome = Outcome(
                 rank=world.rank, state=result.state, snapshot=snapshots.state, home=home, ranks=result.ranks
@@ -266,7 +266,7 @@ def train(
             snapshot = replace(snapshots.state, state="failed")
             outcome = Outcome(rank=world.rank, state="failed", snapshot=snapshot, failure=failure)
             task = None
-            let_go_after(error)
+            free_frames(error)
     if world.device.type == "cuda":
         give_back()  # what torch keeps for the next time, nobody else can have: the notebook itself, say
     _engine.outcome = run_id, outcome

@@ -21,7 +21,7 @@ from shared_cluster import until
 from traps import Traps
 
 import nbdist
-from nbdist.core.state.checkpoint_reader import Saved
+from nbdist.core.state.checkpoint_reader import CheckpointReader
 
 LOOKS = range(20, 200, 20)
 """After which steps a run is held until somebody has looked whether its first checkpoint is on the disk."""
@@ -75,7 +75,7 @@ def disk(folder: str) -> None:
             gate.open()
             run.wait()
             results.append((workloads.digest(model.state_dict()), workloads.told(run), run.state))
-    step = Saved.in_folder(str(place)).ranks[0]["position"]["step"]
+    step = CheckpointReader.in_folder(str(place)).ranks[0]["position"]["step"]
     print("equal" if results[0] == results[1] else f"not equal: {results}")
     print("told" if any("could not be" in note for note in run.progress.notes) else f"not told: {run.progress.notes}")
     print("whole" if 0 < step < 200 else f"another checkpoint than the last that fitted: step {step}")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from traps import Rates, Traps
 
-from nbdist.core.state.checkpoint_reader import Saved
+from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.snapshot import newest, read
 
 STEPS = 20
@@ -122,7 +122,7 @@ def optimizer_digest(run: Any, options: dict[str, Any]) -> str:
         groups = json.dumps(state["param_groups"])
         tensors = {f"{i} {key}": value for i, entry in state["state"].items() for key, value in entry.items()}
         return digest({**tensors, groups: torch.ones(1)})
-    saved = Saved.in_folder(options["checkpoint"]) if "checkpoint" in options else kept(run)
+    saved = CheckpointReader.in_folder(options["checkpoint"]) if "checkpoint" in options else kept(run)
     values = json.dumps([saved.values, saved.groups], sort_keys=True)
     tensors = {f"{name} {entry}": saved.whole(name, entry) for name in saved.names for entry in saved.entries(name)}
     for name in saved.names:  # buffers that other ranks have alike count once, however many they are at the end
@@ -132,11 +132,11 @@ def optimizer_digest(run: Any, options: dict[str, Any]) -> str:
     return digest({**tensors, values: torch.ones(1)})
 
 
-def kept(run: Any) -> Saved:
+def kept(run: Any) -> CheckpointReader:
     """The last snapshot of a run."""
-    found = newest(run.vaults.paths)
+    found = newest(run.snapshot_store.paths)
     assert found is not None, "no snapshot was kept"
-    return Saved.in_memory(read(found[1]))
+    return CheckpointReader.in_memory(read(found[1]))
 
 
 def told(run: Any) -> list[dict[str, Any]]:

@@ -254,9 +254,9 @@ def test_large_values_do_not_pass_through_the_controller(cluster):
                   loss="cross_entropy", steps=2)  # fmt: skip
     assert sum(p.memory_info().rss for p in controllers(cluster)) - before < 20 * MIB
 
-    parcel, segment = pack(big)
+    payload, segment = pack(big)
     with contextlib.closing(segment):
-        assert len(pickle.dumps(parcel)) < 1000
+        assert len(pickle.dumps(payload)) < 1000
 
 
 def test_all_listeners_are_on_loopback(cluster):

@@ -11,7 +11,7 @@ import torch
 from tasks import copied
 
 import nbdist
-from nbdist.core.state.checkpoint_reader import Saved
+from nbdist.core.state.checkpoint_reader import CheckpointReader
 
 SETUP = """
 import torch
@@ -147,7 +147,7 @@ def test_one_process_goes_on_with_a_job_of_torchrun_and_the_other_way_round(tmp_
     nbdist.train(expected, data, epochs=3, **options)
     nbdist.train(begin(), data, steps=6, checkpoint=str(tmp_path / "one"), **options)
     torchrun(BOTH_WAYS, tmp_path)
-    assert 2 == len(Saved.in_folder(str(tmp_path / "two")).ranks)
+    assert 2 == len(CheckpointReader.in_folder(str(tmp_path / "two")).ranks)
     result = nbdist.train(actual, data, epochs=3, resume=str(tmp_path / "two"), **options)
     assert [6, 2, 4] == [row["steps"] for row in result.history]  # the first run's row, then one an epoch
     for state in (actual.state_dict(), *(torch.load(tmp_path / f"{rank}.pt") for rank in range(2))):

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from nbdist.core import Result, fit
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.world import World
-from nbdist.core.control.commands import Order, Orders
+from nbdist.core.control.commands import Command, Commands
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 
@@ -44,7 +44,7 @@ def mlp(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> nn.Module:
     )
 
 
-class Given(Orders):
+class Given(Commands):
     """Orders that are given in certain steps, counted from 1; remembered as they are carried out.
 
     Args:
@@ -56,14 +56,14 @@ class Given(Orders):
         self.asked = 0
         self.stamps: list[tuple[int, int]] = []
 
-    def new(self) -> list[Order]:
-        """See `Orders`."""
+    def new(self) -> list[Command]:
+        """See `Commands`."""
         given = self.by_step.get(self.asked, [])
         self.asked += 1
-        return [Order(order) if isinstance(order, str) else Order(*order) for order in given]
+        return [Command(order) if isinstance(order, str) else Command(*order) for order in given]
 
     def stamp(self, number: int, step: int) -> None:
-        """See `Orders`."""
+        """See `Commands`."""
         self.stamps.append((number, step))
 
 
@@ -83,7 +83,7 @@ def train(world: World, model: nn.Module, data: Any, **options: Any) -> tuple[Re
     if "step" not in options:
         options.setdefault("loss", "cross_entropy")
     task = Task.create(model, data, **{k: v for k, v in options.items() if k in supplied})
-    passed = {"sinks", "orders", "run_id", "vaults", "go_on"}
+    passed = {"sinks", "orders", "run_id", "snapshot_store", "go_on"}
     rest = {k: v for k, v in options.items() if k not in supplied and k not in passed}
     plan = Plan.create(ranks=world.size, cores=1, threads=1, **rest, **task.options)
     also = {k: v for k, v in options.items() if k in passed}
@@ -100,7 +100,7 @@ def strategy_of(kind: Any, world: World, model: nn.Module, full_batch: int = 1, 
     bucket_mib = options.pop("bucket_mib", None)
     task = Task.create(model, classes(full_batch * world.size), loss="cross_entropy", optimizer="sgd")
     plan = Plan.create(ranks=world.size, cores=1, bucket_mib=bucket_mib, **task.options | {"batch_size": world.size})
-    return kind(task, replace(plan, batch_size=max(full_batch, world.size)), Axes(world, plan.mesh), **options)
+    return kind(task, replace(plan, batch_size=max(full_batch, world.size)), MeshChannels(world, plan.mesh), **options)
 
 
 def losses(result: Result) -> list[float]:

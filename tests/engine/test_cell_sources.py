@@ -7,7 +7,15 @@ import linecache
 import cloudpickle
 import pytest
 
-from nbdist.engine.cell_sources import CellSources, News, class_marks, install, label_of, search_path, tie_classes
+from nbdist.engine.cell_sources import (
+    CellSources,
+    NotebookUpdate,
+    class_marks,
+    install,
+    label_of,
+    search_path,
+    tie_classes,
+)
 
 
 @pytest.fixture
@@ -32,7 +40,7 @@ def test_each_cell_is_sent_once(cell):
 
 def test_an_installed_cell_has_lines_and_a_label():
     """Tracebacks of that process can then show it; other files have no label."""
-    install(News(sources={"<far>": ("Cell In[9]", "a = 1\nb = 2\n")}, path=[]))
+    install(NotebookUpdate(sources={"<far>": ("Cell In[9]", "a = 1\nb = 2\n")}, path=[]))
     assert linecache.getline("<far>", 2) == "b = 2\n"
     assert label_of("<far>") == "Cell In[9]"
     assert label_of(__file__) is None
@@ -43,7 +51,7 @@ def test_modules_are_found_where_the_notebook_finds_them(monkeypatch):
     """What the notebook has added to its path is added here, behind what is found already, and once."""
     monkeypatch.setattr("sys.path", ["", "/own"])
     for _ in range(2):
-        install(News(sources={}, path=["/own", "/added"]))
+        install(NotebookUpdate(sources={}, path=["/own", "/added"]))
     assert [*search_path()[:2], "/added"] == search_path()
 
 

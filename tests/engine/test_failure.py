@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nbdist.engine.cell_sources import News, install
+from nbdist.engine.cell_sources import NotebookUpdate, install
 from nbdist.engine.failure import Failure, as_error
 from nbdist.engine.stack_frames import is_users
 from nbdist.errors import EngineError, PeerLostError, PlanError, TaskError, ranks_text
@@ -73,7 +73,7 @@ def raised(source, file_name="<cell>"):
 def test_a_failure_names_the_cell_and_shows_its_lines():
     """The innermost line of a cell is the place, though the error was raised deeper, in a library."""
     source = "import json\ndef read(text):\n    return json.loads(text)\n\nread('torn')\n"
-    install(News(sources={"<cell>": ("Cell In[4]", source)}, path=[]))
+    install(NotebookUpdate(sources={"<cell>": ("Cell In[4]", source)}, path=[]))
     failed = raised(source)
     linecache.cache.pop("<cell>")
     assert (failed.rank, failed.kind, failed.place, failed.echo) == (1, "JSONDecodeError", "Cell In[4], line 3", False)

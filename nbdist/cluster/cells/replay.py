@@ -13,8 +13,8 @@ from typing import Any
 from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engines import Engines
-from nbdist.core.transfer.payload import Outbox, Segment, pack, unpack
-from nbdist.engine.cell_sources import News, cell_file, search_path
+from nbdist.core.transfer.payload import Segment, SegmentCache, pack, unpack
+from nbdist.engine.cell_sources import NotebookUpdate, cell_file, search_path
 from nbdist.errors import ClusterError, EngineError
 
 __all__ = ["Replay"]
@@ -24,7 +24,7 @@ _PUSHED_BYTES, _PUSHES = 1 << 30, 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Told:
+class _Entry:
     """Something that ranks were told.
 
     Args:
@@ -61,7 +61,7 @@ class Replay:
 
     def __init__(self) -> None:
         self._engines: Engines
-        self._told: list[_Told] = []
+        self._told: list[_Entry] = []
         self._knowing: dict[int, tuple[str, int, float]] = {}
         self.cells: dict[str, tuple[str, str]] = {}
 
@@ -75,8 +75,8 @@ class Replay:
         name = f"the cell {first_line!r}" if number is None else f"Cell In[{number}]"
         alone = ranks if len(ranks) < self._engines.size else None
         self.cells[cell_file(source)] = name, source
-        announced = "expect_cell", (News(sources={}, path=search_path()), number, alone)
-        told, size = _Told(name=name, ranks=frozenset(ranks), call=announced, cell=source), self._engines.size
+        announced = "expect_cell", (NotebookUpdate(sources={}, path=search_path()), number, alone)
+        told, size = _Entry(name=name, ranks=frozenset(ranks), call=announced, cell=source), self._engines.size
 
         def note(done: list[int]) -> None:
             if done:
@@ -84,22 +84,22 @@ class Replay:
 
         return self._follow({rank: told.begin(self._engines, rank) for rank in ranks}, note)
 
-    def push(self, values: dict[str, Any], news: News) -> None:
+    def push(self, values: dict[str, Any], news: NotebookUpdate) -> None:
         """Put values into the namespace of the cells of all ranks; tensors travel through one shared copy."""
         engines = self._engines
         ranks, names = frozenset(range(engines.size)), frozenset(values)
-        parcel, segment = pack(values, name="value", inline=engines.remote, outbox=Outbox(engines.anchor))
+        payload, segment = pack(values, name="value", inline=engines.remote, segment_cache=SegmentCache(engines.anchor))
         try:
-            engines.call(ranks, "push", (parcel, news))
+            engines.call(ranks, "push", (payload, news))
         except BaseException:
             segment.close()
             raise
         name = f"the push of {', '.join(values)}"
         self._keep(
-            _Told(
+            _Entry(
                 name=name,
                 ranks=ranks,
-                call=("push", (parcel, news)),
+                call=("push", (payload, news)),
                 everyone=True,
                 names=names,
                 segment=segment,
@@ -127,7 +127,7 @@ class Replay:
         """Give classes of the cells the marks that they have in the notebook."""
         self._engines.call(ranks, "tie", (marks,))
         everyone = len(ranks) == self._engines.size
-        self._keep(_Told(name="the classes", ranks=frozenset(ranks), call=("tie", (marks,)), everyone=everyone))
+        self._keep(_Entry(name="the classes", ranks=frozenset(ranks), call=("tie", (marks,)), everyone=everyone))
 
     def take_over(self, engines: Engines) -> None:
         """Know what another kernel has told these engines."""
@@ -137,7 +137,7 @@ class Replay:
         self._engines = engines
         self._told = [replace(each, segment=each.segment and Segment(1, anchor, each.segment)) for each in told]
 
-    def _keep(self, told: _Told) -> None:
+    def _keep(self, told: _Entry) -> None:
         self._told.append(told)
         self._note()
 
@@ -203,7 +203,7 @@ class Replay:
         sizes = [told.segment.size for told in self._told if told.segment is not None]
         return len(sizes) > _PUSHES or sum(sizes) > _PUSHED_BYTES
 
-    def _superseded(self) -> _Told | None:
+    def _superseded(self) -> _Entry | None:
         """The oldest push all of whose names were pushed again later."""
         for number, told in enumerate(self._told):
             later = frozenset[str]().union(*(after.names for after in self._told[number + 1 :]))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nbdist.cluster.engines.engine import Engine
 from nbdist.cluster.launch import fork_server
 from nbdist.engine import parent_watch, stack_dump
-from nbdist.engine.cell_sources import News, install
+from nbdist.engine.cell_sources import NotebookUpdate, install
 from nbdist.engine.stack_frames import frame_text, is_ours, is_users, place_of
 from nbdist.errors import ranks_text
 from nbdist.telemetry.host import host_id
@@ -181,7 +181,7 @@ def _asked(engine: Engine, here: str, step: int | None, cells: Mapping[str, tupl
     if answer is None:
         return RankWhere(rank=rank, state="stopped" if stack_dump.is_stopped(engine.pid) else "silent", step=step)
     sources = {f.filename: cells[name] for f in answer if (name := os.path.basename(f.filename)) in cells}
-    install(News(sources=sources, path=[]))
+    install(NotebookUpdate(sources=sources, path=[]))
     for frame in answer:
         linecache.checkcache(frame.filename)
     if not any(is_users(frame) or (is_ours(frame) and frame.filename not in _STARTS) for frame in answer):

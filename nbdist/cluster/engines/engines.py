@@ -23,7 +23,7 @@ from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.launcher import CONTROLLER_ENDED, STORE_ENDED, Launch
 from nbdist.core.comm.rendezvous import GenerationStore
 from nbdist.core.comm.world import SHARED_GPU
-from nbdist.core.control.command_log import OrderLog
+from nbdist.core.control.command_log import CommandLog
 from nbdist.engine import trampoline
 from nbdist.errors import ClusterError, EngineError, PeerLostError, ranks_text
 from nbdist.telemetry.host import host_id
@@ -173,9 +173,9 @@ class Engines:
         return any(record.host_id != self.host_id for record in self._records)
 
     def orders(self, run_id: str) -> Any:
-        """The log of what is asked of a run, an `OrderLog`; rank 0 reads it. None where nobody can any more."""
+        """The log of what is asked of a run, an `CommandLog`; rank 0 reads it. None where nobody can any more."""
         store = self._store
-        return OrderLog(store, run_id) if store is not None and store.lives else None
+        return CommandLog(store, run_id) if store is not None and store.lives else None
 
     def release(self) -> None:
         """Release the ranks of the present world: each that waits at the store for others gets an error at once."""
@@ -217,7 +217,7 @@ class Engines:
         if formed[0]["shares_gpu"]:
             warnings.warn(SHARED_GPU, stacklevel=1)  # as from here, so that Python shows it once
 
-    def make_ready(self) -> None:
+    def ensure_ready(self) -> None:
         """Make sure that all engines live and listen; form a new world if the last one broke.
 
         Raises:

@@ -113,10 +113,10 @@ def introduce(
     """
     deadline = time.monotonic() + timeout_s
     for rank in range(size):
-        heard = start_call(rank, "hear")
+        heard = start_call(rank, "ping")
         while not heard.wait(_ASK_AGAIN_S):
             if time.monotonic() > deadline:
                 raise ClusterError(f"rank {rank} did not answer within {timeout_s:g} s of its start.")
-            heard = start_call(rank, "hear")
-    facts = call(range(size), "hello", store, timeout_s=timeout_s)
+            heard = start_call(rank, "ping")
+    facts = call(range(size), "describe", store, timeout_s=timeout_s)
     return [Engine(rank=rank, device="", **fact) for rank, fact in facts.items()]

@@ -69,7 +69,7 @@ class Spares:
                 self._hear(engine_id, call)
             elif time.monotonic() - asked_s > _ASK_AGAIN_S:
                 with contextlib.suppress(IndexError):  # it has just ended
-                    again = self._launch.client[engine_id].apply_async(trampoline.run, "hello", *self._store)
+                    again = self._launch.client[engine_id].apply_async(trampoline.run, "describe", *self._store)
                     self._calls[engine_id] = again, time.monotonic()
         return dict(self._facts)
 

@@ -44,17 +44,17 @@ def start_engines(
     hosted: list[Any] = []
     loading = threading.Thread(target=_load_and_host, args=(hosted, patience_s is None, cold), daemon=True)
     loading.start()  # here too, while the engines start
-    begun: Launch | Engines = (launch := Launch(size, patience_s))
+    handoff: Launch | Engines = (launch := Launch(size, patience_s))
     try:
         launch.wait_for(size, timeout_s, tell)
         loading.join()
-        engines = begun = _engines(
+        engines = handoff = _engines(
             launch, hosted.pop() if hosted else _store_of(launch.anchor), size, device, timeout_s, spares
         )
         tell("forming the world")
         engines.meet()
     except BaseException:
-        begun.end()
+        handoff.end()
         loading.join()
         hosted.clear()  # the traceback would keep the store, and its process
         raise

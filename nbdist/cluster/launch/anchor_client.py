@@ -160,14 +160,14 @@ class Anchor:
         """Let it make shared memory and hold it; returns the path."""
         return str(self._ask("hold"))
 
-    def let_go(self, path: str) -> None:
+    def is_released(self, path: str) -> None:
         """The memory is not needed any more; nothing happens once this kernel has left."""
         self.let_go_later(path)
         with contextlib.suppress(ClusterError):
             self._let_go_of_unneeded()
 
     def let_go_later(self, path: str) -> None:
-        """`let_go` with whatever is said next: for finalizers, which may run in the middle of an exchange."""
+        """`is_released` with whatever is said next: for finalizers, which may run in the middle of an exchange."""
         self._unneeded.append(path)
 
     def leave(self) -> None:
@@ -189,7 +189,7 @@ class Anchor:
     def _let_go_of_unneeded(self) -> None:
         with self._one_at_a_time:
             while self._unneeded:
-                self._exchange("let_go", self._unneeded.popleft())
+                self._exchange("is_released", self._unneeded.popleft())
 
     def _exchange(self, *words: Any) -> Any:
         try:

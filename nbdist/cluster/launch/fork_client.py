@@ -19,7 +19,7 @@ from multiprocessing.connection import Pipe
 from nbdist.engine import parent_watch
 from nbdist.errors import ClusterError
 
-__all__ = ["FORK_VARIABLE", "ForkServer", "Order", "can_fork", "current_server", "end_server", "require_server"]
+__all__ = ["FORK_VARIABLE", "ForkRequest", "ForkServer", "can_fork", "current_server", "end_server", "require_server"]
 
 FORK_VARIABLE = "NBDIST_FORK"
 """Set to "off", it keeps the fork server out: every engine is then a process of its own from the start."""
@@ -32,7 +32,7 @@ _READ_WHEN_LOADED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class ForkRequest:
     """What a child of the server is to become.
 
     Args:
@@ -84,7 +84,7 @@ class ForkServer:
         """Whether it runs and has not failed to fork."""
         return self.alive and not self._broken
 
-    def fork(self, order: Order) -> int:
+    def fork(self, order: ForkRequest) -> int:
         """Let it fork a process; returns the number of that process. The first engine waits for torch.
 
         Raises:
@@ -104,7 +104,7 @@ class ForkServer:
         """
         self._ask(folder)
 
-    def _ask(self, order: Order | str) -> tuple[int, str]:
+    def _ask(self, order: ForkRequest | str) -> tuple[int, str]:
         try:
             with self._one_at_a_time:
                 self._orders += 1

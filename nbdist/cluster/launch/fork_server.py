@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from nbdist.cluster.launch.fork_client import Order
+from nbdist.cluster.launch.fork_client import ForkRequest
 from nbdist.engine import parent_watch
 
 __all__ = ["main", "serve"]
@@ -41,7 +41,7 @@ _ENGINE = [
 ]  # fmt: skip
 
 
-class _Brood:
+class _ChildProcesses:
     """The processes that were forked, held so that a number which is another one's by now is never hit."""
 
     def __init__(self) -> None:
@@ -107,14 +107,14 @@ def _over(held: int, timeout_s: float = 0.0) -> bool:
 
 def serve(pipe: Connection, owner: str) -> None:
     """The server's loop: fork what is ordered, until the pipe closes or the owner is gone."""
-    brood = _Brood()
+    brood = _ChildProcesses()
     _serve(pipe, owner, brood)
     if parent_watch.ends(owner, _POLL_S):  # else it ends us in good order, now
         brood.wait(_GRACE_S)
         brood.end_orphans()
 
 
-def _serve(pipe: Connection, owner: str, brood: _Brood) -> None:
+def _serve(pipe: Connection, owner: str, brood: _ChildProcesses) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _load(_CONTROL_PLANE)
@@ -163,7 +163,7 @@ def _load(modules: list[str]) -> str:
     return ""
 
 
-def _become(order: Order) -> NoReturn:
+def _become(order: ForkRequest) -> NoReturn:
     """Turn this fork into what was ordered; never returns."""
     code = 1
     try:

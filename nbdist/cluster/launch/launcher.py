@@ -230,7 +230,7 @@ class _Forked(launcher.LocalProcessLauncher):
         if not server.forks:
             super().start()
             return
-        order = fork_client.Order(
+        order = fork_client.ForkRequest(
             arguments=self.args[len(_GUARD) :], environment={**os.environ, **self.get_env()},
             folder=os.path.abspath(self.work_dir), log=self.output_file, cores=os.sched_getaffinity(0),
         )  # fmt: skip

@@ -12,13 +12,13 @@ from typing import Any
 
 from nbdist.cluster.cells.cell_run import LostCall, printed
 from nbdist.cluster.engines.engines import Engines
-from nbdist.cluster.runs.run import Begun, Run
+from nbdist.cluster.runs.run import Run, RunHandoff
 from nbdist.core.params.table import ParamTable
-from nbdist.core.state.checkpoint_reader import Saved
+from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoint_of_run, resumed_folder
 from nbdist.core.state.restore import load_whole
 from nbdist.core.state.snapshot import read
-from nbdist.core.transfer.payload import Segment, let_go, pack, unpack
+from nbdist.core.transfer.payload import Segment, is_released, pack, unpack
 from nbdist.engine.cell_sources import CellSources
 from nbdist.engine.status_board import BOARD_BYTES, Board
 from nbdist.errors import ClusterError, EngineError, PlanError
@@ -26,12 +26,12 @@ from nbdist.plan import Plan
 from nbdist.telemetry import RankState
 from nbdist.telemetry.record import records
 
-__all__ = ["Training"]
+__all__ = ["RunDispatch"]
 
 _SETTLED_WITHIN_S = 10.0
 
 
-class Training:
+class RunDispatch:
     """What is needed to begin a run on the engines, to begin it again, and to bring its weights home.
 
     Args:
@@ -40,9 +40,9 @@ class Training:
         task: What is trained; its model receives the weights in place, and the user's own optimizer its state.
         plan: How.
         packed: The parcel of both, and its segment.
-        outbox: Where the segment goes back to.
+        segment_cache: Where the segment goes back to.
         cells: The cells of the notebook that the engines know.
-        begun: What another kernel has to know of it.
+        handoff: What another kernel has to know of it.
         into: Another model that receives the weights too, when they come home.
 
     Attributes:
@@ -56,9 +56,9 @@ class Training:
         task: Any,
         plan: Plan,
         packed: tuple[Any, Any],
-        outbox: Any,
+        segment_cache: Any,
         cells: CellSources,
-        begun: Begun,
+        handoff: RunHandoff,
         into: Any = None,
     ) -> None:
         self.run = run
@@ -66,9 +66,9 @@ class Training:
         self._task = task
         self._plan = plan
         self._parcel, self._segment = packed
-        self._outbox = outbox
+        self._outbox = segment_cache
         self._cells = cells
-        self._begun = begun
+        self._begun = handoff
         self._into = into
         self._segments: list[Any] = []
         self._boards: list[Board] = []
@@ -85,21 +85,31 @@ class Training:
         engines, run = self.engines, self.run
         if engines.suspected:
             engines.form()
-        if again and run.vaults is not None:
-            run.vaults.trim()  # newer ones of some ranks would hold a slot each until the run gets there again
+        if again and run.snapshot_store is not None:
+            run.snapshot_store.trim()  # newer ones of some ranks would hold a slot each until the run gets there again
         news = self._cells.all() if again else self._cells.new()
-        vaults = [] if run.vaults is None else run.vaults.paths
+        snapshot_store = [] if run.snapshot_store is None else run.snapshot_store.paths
         for segment in self._segments:
             segment.close()
         segments = [] if engines.remote else [Segment(BOARD_BYTES, engines.anchor) for _ in range(engines.size)]
         paths = [segment.path for segment in segments]
         self._listen(segments)
         if engines.anchor is not None:
-            begun = replace(self._begun, parcel=self._parcel, vaults=tuple(vaults))
+            handoff = replace(self._begun, payload=self._parcel, snapshot_store=tuple(snapshot_store))
             engines.anchor.note("ended", ("running", ""))
-            engines.anchor.note("run", begun)
+            engines.anchor.note("run", handoff)
         folder = "" if engines.remote else str(records().resolve())
-        arguments = self._parcel, run.run_id, news, engines.remote, let_go(engines.home), vaults, go_on, paths, folder
+        arguments = (
+            self._parcel,
+            run.run_id,
+            news,
+            engines.remote,
+            is_released(engines.home),
+            snapshot_store,
+            go_on,
+            paths,
+            folder,
+        )
         return self._followed([engines.start_call(rank, "train", *arguments) for rank in range(engines.size)])
 
     def take_over(self, boards: list[str]) -> list[Any]:
@@ -158,11 +168,11 @@ class Training:
             self._plan = run.replan.of(self._plan, size)
             self._segment.close()
             what = f"{self._begun.names[0]} or {self._begun.names[1]}"
-            packed = pack((self._task, self._plan), name=what, inline=engines.remote, outbox=self._outbox)
+            packed = pack((self._task, self._plan), name=what, inline=engines.remote, segment_cache=self._outbox)
             self._parcel, self._segment = packed
             run.stand_on(self._plan)
-            if run.vaults is not None:
-                run.vaults.grow(size)
+            if run.snapshot_store is not None:
+                run.snapshot_store.grow(size)
         engines.form()
 
     def _have_ranks(self, size: int) -> None:
@@ -170,7 +180,7 @@ class Training:
         self.engines.resize(size)
         self._cells.sent.clear()
 
-    def bring_home(self, home: Any) -> None:
+    def load_result(self, home: Any) -> None:
         """Take the trained tensors in; nothing where `gather` is off."""
         if home is None:
             return
@@ -184,26 +194,26 @@ class Training:
 
     def kept_step(self) -> int:
         """The step from which the run goes on if it is begun again now."""
-        found = None if self.run.vaults is None else self.run.vaults.newest
+        found = None if self.run.snapshot_store is None else self.run.snapshot_store.newest
         if found is not None:
             return int(found[0])
         saved = checkpoint_of_run(self._plan, self.run.run_id)
         with contextlib.suppress(PlanError):  # the ranks say it
             if saved is None and self._plan.resume and (folder := resumed_folder(self._plan)):
-                saved = Saved.in_folder(folder, hashed=False)
+                saved = CheckpointReader.in_folder(folder, hashed=False)
         return 0 if saved is None else int(saved.ranks[0]["position"]["step"])
 
     def rescue(self) -> int | None:
         """Take in the newest snapshot that all ranks have; returns its step, None where the model stays as it was."""
-        found = None if self.run.vaults is None else self.run.vaults.newest
+        found = None if self.run.snapshot_store is None else self.run.snapshot_store.newest
         if found is None or not self._plan.gather:
             return None
         step, slots = found
         optimizer = self._task.optimizer if self._task.own_optimizer else None
         folder = resumed_folder(self._plan) if self._plan.resume else ""
         if folder:  # what never changes is in there alone
-            load_whole(Saved.in_folder(folder), self._task.model, optimizer)
-        load_whole(Saved.in_memory(read(slots)), self._task.model, optimizer)
+            load_whole(CheckpointReader.in_folder(folder), self._task.model, optimizer)
+        load_whole(CheckpointReader.in_memory(read(slots)), self._task.model, optimizer)
         self._hand_on()
         return step
 
@@ -228,12 +238,12 @@ class Training:
                     self._have_ranks(wanted)
                 except ClusterError as error:
                     self.refusal = str(error)
-            answers = [engines.start_call(rank, "has_let_go", self._parcel.path) for rank in range(engines.size)]
+            answers = [engines.start_call(rank, "has_released", self._parcel.path) for rank in range(engines.size)]
             self._outbox.give_back(
                 self._segment, lambda: all(a.ready() and a.successful() and a.get() for a in answers)
             )
-        if run.vaults is not None:
-            run.vaults.trim()
+        if run.snapshot_store is not None:
+            run.snapshot_store.trim()
         if engines.anchor is not None:
             engines.anchor.note("ended", (run.progress.state, run.progress.error))
         deadline = time.monotonic() + _SETTLED_WITHIN_S

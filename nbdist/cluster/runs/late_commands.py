@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from nbdist.cluster.runs.run import Run
-from nbdist.core.control.commands import Order
+from nbdist.core.control.commands import Command
 
-__all__ = ["late_order_text"]
+__all__ = ["late_command_text"]
 
 
-def late_order_text(order: Order, run: Run, engines: int, refusal: str = "") -> str:
+def late_command_text(order: Command, run: Run, engines: int, refusal: str = "") -> str:
     """What has become of an order that no step has heard, in a sentence.
 
     Args:

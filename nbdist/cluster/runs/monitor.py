@@ -16,8 +16,8 @@ import ipyparallel.error
 
 from nbdist.cluster.cells.cell_run import settle
 from nbdist.cluster.diagnose.hangs import Hangs
-from nbdist.cluster.runs.dispatch import Training
-from nbdist.cluster.runs.late_commands import late_order_text
+from nbdist.cluster.runs.dispatch import RunDispatch
+from nbdist.cluster.runs.late_commands import late_command_text
 from nbdist.cluster.runs.run import Run
 from nbdist.engine.failure import LOST, PROCESS_ENDED, Failure, as_error
 from nbdist.engine.outcome import Outcome
@@ -25,7 +25,7 @@ from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, ran
 from nbdist.telemetry import Event, JsonlSink, Noted, Recovered
 from nbdist.telemetry.record import cluster_record_path
 
-__all__ = ["Relay", "draw"]
+__all__ = ["RunMonitor", "draw"]
 
 _INTERVAL_S = 0.2  # as often as ranks tell
 _NOT_ENOUGH = "what runs there, or its memory, does not suffice"
@@ -37,7 +37,7 @@ _TRIES = 5
 """How often in succession ranks may be lost before the run has got any further."""
 
 
-class Relay:
+class RunMonitor:
     """A thread that follows one training on the engines.
 
     Args:
@@ -50,7 +50,7 @@ class Relay:
     """
 
     def __init__(
-        self, training: Training, calls: list[Any], *, hangs: Hangs, watch: Callable[[Run], None] | None,
+        self, training: RunDispatch, calls: list[Any], *, hangs: Hangs, watch: Callable[[Run], None] | None,
         then: Callable[[], None], context: contextvars.Context,
     ) -> None:  # fmt: skip
         self._training = training
@@ -97,7 +97,7 @@ class Relay:
         run = self._run
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         if not failures:
-            self._training.bring_home(outcomes[0].home)
+            self._training.load_result(outcomes[0].home)
             run.wanted = run.wanted or outcomes[0].ranks  # asked for in the last step, perhaps by another kernel
             run._end(outcomes[0].state)
         elif run.abandoned:
@@ -116,7 +116,7 @@ class Relay:
         run = self._run
         orders = self._engines.orders(run.run_id)
         left = [] if orders is None else orders.left()
-        texts = [late_order_text(order, run, self._engines.size, self._training.refusal) for order in left]
+        texts = [late_command_text(order, run, self._engines.size, self._training.refusal) for order in left]
         for text in texts:
             run.progress.note(text)
         if texts:
@@ -221,7 +221,7 @@ class Relay:
             run.progress.begin_again()
             # Another number may be asked for meanwhile.
             wanted, run.wanted = run.wanted or max(outcome.ranks for outcome in outcomes), 0
-        reached = run.progress.step if run.vaults is None else run.vaults.reached
+        reached = run.progress.step if run.snapshot_store is None else run.snapshot_store.reached
         if reached > self._reached:  # not just another one: without snapshots it has to come back here first
             self._reached, self._tries = reached, 0
         replaced = set(lost)

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from nbdist.cluster.engines.engines import Engines
-from nbdist.cluster.runs.dispatch import Training
-from nbdist.cluster.runs.run import Begun, Run
-from nbdist.core.state.snapshot import Vaults
+from nbdist.cluster.runs.dispatch import RunDispatch
+from nbdist.cluster.runs.run import Run, RunHandoff
+from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.transfer.payload import Segment, unpack
 from nbdist.engine.cell_sources import CellSources
 from nbdist.errors import ClusterError, EngineError, PlanError
@@ -21,8 +21,12 @@ __all__ = ["take_over"]
 
 
 def take_over(
-    engines: Engines, namespace: dict[str, Any], order: Callable[[Run, str, Any], None], outbox: Any, cells: CellSources
-) -> tuple[Training, Begun, list[str] | None] | None:
+    engines: Engines,
+    namespace: dict[str, Any],
+    order: Callable[[Run, str, Any], None],
+    segment_cache: Any,
+    cells: CellSources,
+) -> tuple[RunDispatch, RunHandoff, list[str] | None] | None:
     """Take over the newest run on engines of an anchor, and bring its weights home if it has ended.
 
     Its model stands in `namespace` afterwards, under its name; where one like it is there, that gets the weights.
@@ -31,8 +35,8 @@ def take_over(
         engines: Where it runs.
         namespace: The notebook's.
         order: See `Run`.
-        outbox: See `Training`.
-        cells: See `Training`.
+        segment_cache: See `RunDispatch`.
+        cells: See `RunDispatch`.
 
     Returns:
         The training, what was known of it, and the boards of its ranks if they have not told how it ended; None where
@@ -45,36 +49,38 @@ def take_over(
     notes = engines.anchor.look()["notes"]
     if "run" not in notes:
         return None
-    begun: Begun = notes["run"]
+    handoff: RunHandoff = notes["run"]
     try:
-        task, plan = unpack(begun.parcel)
+        task, plan = unpack(handoff.payload)
     except Exception as error:
-        raise ClusterError(f"the model of run {begun.run_id} cannot be made here: {error!r}.") from error
-    run = Run(begun.run_id, plan, _recorded(begun, plan, engines), order, None, begun.replan, begun.on_failure)
-    run.vaults = Vaults(engines.size, engines.anchor, begun.vaults) if begun.vaults else None
-    name = begun.names[0] if begun.names[0].isidentifier() else "model"
+        raise ClusterError(f"the model of run {handoff.run_id} cannot be made here: {error!r}.") from error
+    run = Run(handoff.run_id, plan, _recorded(handoff, plan, engines), order, None, handoff.replan, handoff.on_failure)
+    run.snapshot_store = (
+        SnapshotStore(engines.size, engines.anchor, handoff.snapshot_store) if handoff.snapshot_store else None
+    )
+    name = handoff.names[0] if handoff.names[0].isidentifier() else "model"
     mine = namespace.get(name)
     like = _alike(mine, task.model)
     if not like:
         namespace[name] = task.model
-    segment = Segment(1, engines.anchor, begun.parcel.path)
+    segment = Segment(1, engines.anchor, handoff.payload.path)
     into = mine if like else None
-    training = Training(run, engines, task, plan, (begun.parcel, segment), outbox, cells, begun, into)
+    training = RunDispatch(run, engines, task, plan, (handoff.payload, segment), segment_cache, cells, handoff, into)
     state, why = notes["ended"]
     if state == "running":
-        return training, begun, notes["boards"]
+        return training, handoff, notes["boards"]
     training.rescue()
     run._end(state, EngineError(why) if state == "failed" else None)
     run._release()
-    return training, begun, None
+    return training, handoff, None
 
 
-def _recorded(begun: Begun, plan: Plan, engines: Engines) -> RunState:
+def _recorded(handoff: RunHandoff, plan: Plan, engines: Engines) -> RunState:
     """What the record says of a run that another kernel has begun, as of one that goes on."""
     try:
-        progress = past_run(begun.run_id).progress
+        progress = past_run(handoff.run_id).progress
     except PlanError:  # it has only just begun
-        progress = RunState(title=begun.title, plan=plan.to_dict(), ranks={})
+        progress = RunState(title=handoff.title, plan=plan.to_dict(), ranks={})
     for r in engines.records():
         progress.ranks.setdefault(r.rank, RankState(rank=r.rank, host=r.host, device=r.device))
     progress.state, progress.error, progress.ended_s = "running", "", None

@@ -7,7 +7,7 @@ from typing import Any
 
 from nbdist.cluster.runs.run import Run
 from nbdist.core.params.table import ParamTable
-from nbdist.core.state.checkpoint_reader import Saved
+from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import check_resume
 from nbdist.core.state.restore import check_goes_on, check_same
 from nbdist.core.state.snapshot import read
@@ -29,14 +29,14 @@ def resumed(plan: Plan, task: Any, last: Run | None) -> tuple[Plan, Any]:
     if plan.resume is not True or plan.checkpoint:
         check_resume(plan, task.model, task.optimizer)
         return plan, None
-    vaults = None if last is None else last.vaults
-    found = None if vaults is None else vaults.newest
+    snapshot_store = None if last is None else last.snapshot_store
+    found = None if snapshot_store is None else snapshot_store.newest
     if found is None:
         raise PlanError(
             "there is no run to go on with: the last one of this notebook left no snapshot. Name a folder: "
             "--resume DIR."
         )
-    saved = Saved.in_memory(read(found[1]))
+    saved = CheckpointReader.in_memory(read(found[1]))
     check_same(saved, ParamTable.of(task.model), task.optimizer)
     check_goes_on(saved, plan)
-    return replace(plan, resume=""), vaults
+    return replace(plan, resume=""), snapshot_store

@@ -16,7 +16,7 @@ from nbdist.errors import ClusterError, NbdistError, PlanError, interrupted
 from nbdist.plan import Plan
 from nbdist.telemetry import Report, RunState, Timeline
 
-__all__ = ["ON_FAILURE", "Begun", "Run", "asked_again", "attend"]
+__all__ = ["ON_FAILURE", "Run", "RunHandoff", "asked_again", "attend"]
 
 ON_FAILURE = ("replace", "shrink", "stop")
 _POLL_S = 0.02
@@ -42,7 +42,7 @@ class Run(Report):
 
     Attributes:
         error: Why it failed, if it did.
-        vaults: Where the ranks keep their snapshots; None where no memory is shared with them.
+        snapshot_store: Where the ranks keep their snapshots; None where no memory is shared with them.
         abandoned: Whether it is to stop at once.
         wanted: How many engines it is to go on with; 0 for as many as there are.
         changing: Held while something is asked of it, told of it, or while it ends: it comes before its end, or never.
@@ -57,7 +57,7 @@ class Run(Report):
         self._plan = plan
         self._progress = progress
         self.error: BaseException | None = None
-        self.vaults: Any = None
+        self.snapshot_store: Any = None
         self.asked = asked or {}
         self.replan = replan
         self.on_failure = on_failure
@@ -221,9 +221,9 @@ class Run(Report):
 
     def forget(self, but: Run) -> None:
         """Let go of what is needed to go on from here; the snapshots may be those of another run by now. Local."""
-        if self.vaults is not None and self.vaults is not but.vaults:
-            self.vaults.close()
-        self.vaults, self.asked = None, {}
+        if self.snapshot_store is not None and self.snapshot_store is not but.snapshot_store:
+            self.snapshot_store.close()
+        self.snapshot_store, self.asked = None, {}
 
     def _end(self, state: str, error: NbdistError | None = None) -> None:
         """Called by the relay, once, after the weights are home."""
@@ -237,28 +237,28 @@ class Run(Report):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begun:
+class RunHandoff:
     """What another kernel has to know of a run.
 
     Args:
         run_id: Its name in the record.
         title: What is trained, for people.
-        parcel: Task and plan.
+        payload: Task and plan.
         names: What the person calls model and data.
         hangs: When it hangs, and what is done then.
         replan: See `Run`.
         on_failure: See `Run`.
-        vaults: Where the ranks keep their snapshots.
+        snapshot_store: Where the ranks keep their snapshots.
     """
 
     run_id: str
     title: str
-    parcel: Any
+    payload: Any
     names: tuple[str, str]
     hangs: tuple[float | None, str]
     replan: Replan | None
     on_failure: str
-    vaults: tuple[list[str], ...] = ()
+    snapshot_store: tuple[list[str], ...] = ()
 
 
 def asked_again(last: Run | None, options: dict[str, Any]) -> dict[str, Any]:

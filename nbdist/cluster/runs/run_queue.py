@@ -13,17 +13,17 @@ from typing import Any
 from nbdist.cluster.diagnose.hangs import Hangs
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engines import Engines
-from nbdist.cluster.runs.dispatch import Training
-from nbdist.cluster.runs.monitor import Relay, draw
+from nbdist.cluster.runs.dispatch import RunDispatch
+from nbdist.cluster.runs.monitor import RunMonitor, draw
 from nbdist.cluster.runs.reattach import take_over
 from nbdist.cluster.runs.replan import Replan
 from nbdist.cluster.runs.resume import resumed
-from nbdist.cluster.runs.run import ON_FAILURE, Begun, Run
+from nbdist.cluster.runs.run import ON_FAILURE, Run, RunHandoff
 from nbdist.core.state.checkpoint_writer import check_free
-from nbdist.core.state.snapshot import Vaults
+from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.sync.gradient_hooks import check_hooks
 from nbdist.core.task.task import Task
-from nbdist.core.transfer.payload import Outbox, pack
+from nbdist.core.transfer.payload import SegmentCache, pack
 from nbdist.engine.cell_sources import CellSources
 from nbdist.errors import ClusterError, NbdistError, PeerLostError, PlanError, ranks_text, suggest
 from nbdist.plan import Plan
@@ -31,13 +31,13 @@ from nbdist.plan.plan import OPTIONS
 from nbdist.telemetry import RankState, RunState
 from nbdist.telemetry.record import new_run_id
 
-__all__ = ["Trainings"]
+__all__ = ["RunQueue"]
 
 _TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "lr_scheduler", "val", "metric", "batch_size", "shuffle")
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _QueuedRun:
     """A run that has yet to begin, and what it needs for that."""
 
     run: Run
@@ -49,7 +49,7 @@ class _Turn:
     context: contextvars.Context
 
 
-class Trainings:
+class RunQueue:
     """Begins trainings on engines, one at a time.
 
     Args:
@@ -68,7 +68,7 @@ class Trainings:
         self._last_run = last_run
         self._note_run = note_run
         self._run: Run | None = None
-        self._waiting: collections.deque[_Turn] = collections.deque()
+        self._waiting: collections.deque[_QueuedRun] = collections.deque()
         self._queueing = threading.Lock()  # held to look at the two above, and never while engines are waited for
         self._outbox: Any = None
 
@@ -138,7 +138,7 @@ class Trainings:
         ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in self._engines.records()}
         progress = RunState(title=task.title, plan=plan.to_dict(), ranks=ranks)
         run = Run(new_run_id(), plan, progress, self._order, asked, replan, on_failure)
-        turn = _Turn(run, task, plan, watch, names, hangs, contextvars.copy_context())
+        turn = _QueuedRun(run, task, plan, watch, names, hangs, contextvars.copy_context())
         with self._queueing:
             before, waits = self._run, self._is_busy()
             if waits:
@@ -163,39 +163,39 @@ class Trainings:
         for run in self.queued:
             self._leave(run, "the engines were stopped before it could begin")
 
-    def _begin(self, turn: _Turn) -> None:
+    def _begin(self, turn: _QueuedRun) -> None:
         """Send a task to every engine and follow it to its end, in a thread."""
         engines, run = self._engines, turn.run
         engines.check_alive()
         replaced = engines.replace_lost()  # a training brings with it all that it needs
         if replaced:
             self._sources.sent.clear()
-        engines.make_ready()
+        engines.ensure_ready()
         plan = turn.plan
         if plan.mesh.size != engines.size and run.replan is not None:  # there were others when it was asked for
             plan = run.replan.of(plan, engines.size)
             run.stand_on(plan)
-        plan, vaults = resumed(plan, turn.task, self._last_run())
+        plan, snapshot_store = resumed(plan, turn.task, self._last_run())
         if plan.checkpoint:
             check_free(plan.checkpoint, run.run_id)
-        self._outbox = self._outbox or Outbox(engines.anchor)
+        self._outbox = self._outbox or SegmentCache(engines.anchor)
         what = f"{turn.names[0]} or {turn.names[1]}"
-        packed = pack((turn.task, plan), name=what, inline=engines.remote, outbox=self._outbox)
-        go_on = vaults is not None
+        packed = pack((turn.task, plan), name=what, inline=engines.remote, segment_cache=self._outbox)
+        go_on = snapshot_store is not None
         if go_on:
-            vaults.grow(engines.size)
+            snapshot_store.grow(engines.size)
         elif not engines.remote:
-            vaults = Vaults(engines.size, engines.anchor)
-        run.vaults = vaults
+            snapshot_store = SnapshotStore(engines.size, engines.anchor)
+        run.snapshot_store = snapshot_store
         with run.changing:
             run.progress.begin()
-        begun = Begun(
-            run_id=run.run_id, parcel=packed[0], names=turn.names, title=run.progress.title, hangs=turn.hangs.asked,
+        handoff = RunHandoff(
+            run_id=run.run_id, payload=packed[0], names=turn.names, title=run.progress.title, hangs=turn.hangs.asked,
             replan=run.replan, on_failure=run.on_failure,
         )  # fmt: skip
-        training = Training(run, engines, turn.task, plan, packed, self._outbox, self._sources, begun)
+        training = RunDispatch(run, engines, turn.task, plan, packed, self._outbox, self._sources, handoff)
         calls = training.begin(go_on=go_on)
-        relay = Relay(training, calls, hangs=turn.hangs, watch=turn.watch, then=self._next, context=turn.context)
+        relay = RunMonitor(training, calls, hangs=turn.hangs, watch=turn.watch, then=self._next, context=turn.context)
         if replaced:
             run.progress.note(f"{ranks_text(replaced)} had been lost and was replaced", "lost")
         self._note_run(run)
@@ -205,17 +205,17 @@ class Trainings:
         self, namespace: dict[str, Any], watch: Callable[[Run], None] | None, where: Callable[[], Where]
     ) -> Run | None:
         """Go on following the run that another kernel has begun, or bring home what it has left; see `take_over`."""
-        self._outbox = Outbox(self._engines.anchor)
+        self._outbox = SegmentCache(self._engines.anchor)
         taken = take_over(self._engines, namespace, self._order, self._outbox, self._sources)
         if taken is None:
             return None
-        training, begun, boards = taken
+        training, handoff, boards = taken
         self._run = run = training.run
         self._note_run(run)
         if boards is not None:
-            calls, hangs = training.take_over(boards), Hangs(*begun.hangs, where)
+            calls, hangs = training.take_over(boards), Hangs(*handoff.hangs, where)
             context = contextvars.copy_context()
-            Relay(training, calls, hangs=hangs, watch=watch, then=self._next, context=context).start()
+            RunMonitor(training, calls, hangs=hangs, watch=watch, then=self._next, context=context).start()
         return run
 
     def _next(self) -> None:

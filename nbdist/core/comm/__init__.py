@@ -1,8 +1,8 @@
 """Channels: collectives along one mesh axis; links: messages between two ranks. Always polled, so interruptible."""
 
 from nbdist.core.comm.channel import Channel, Pending, SoloChannel
-from nbdist.core.comm.comm_timer import spent
-from nbdist.core.comm.hierarchical import HostsChannel
+from nbdist.core.comm.comm_timer import comm_timer
+from nbdist.core.comm.hierarchical import HierarchicalChannel
 from nbdist.core.comm.p2p import Link, Message, ProcessGroupLink
 from nbdist.core.comm.p2p_shared_memory import SharedMemoryLink
 from nbdist.core.comm.process_group import ProcessGroupChannel
@@ -10,7 +10,7 @@ from nbdist.core.comm.shared_memory import SharedMemoryChannel
 
 __all__ = [
     "Channel",
-    "HostsChannel",
+    "HierarchicalChannel",
     "Link",
     "Message",
     "Pending",
@@ -19,5 +19,5 @@ __all__ = [
     "SharedMemoryChannel",
     "SharedMemoryLink",
     "SoloChannel",
-    "spent",
+    "comm_timer",
 ]

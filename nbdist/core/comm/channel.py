@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from nbdist.core.comm.reduction_order import SumOrder
+from nbdist.core.comm.reduction_order import ReductionTree
 
 __all__ = ["Channel", "Done", "Pending", "SoloChannel"]
 
@@ -83,7 +83,7 @@ class Channel(ABC):
         self.all_reduce_(total)
         return total.view(self.size, -1)[self.rank]
 
-    def sum_in_order_(self, rows: torch.Tensor, order: SumOrder) -> None:
+    def sum_in_order_(self, rows: torch.Tensor, order: ReductionTree) -> None:
         """Replace the first of `rows` by the sum of all ranks' rows in the order of a tree; the others are used up.
 
         Args:

@@ -6,10 +6,10 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-__all__ = ["Spent", "spent"]
+__all__ = ["CommTimer", "comm_timer"]
 
 
-class Spent:
+class CommTimer:
     """Seconds since the process began, each counted once: what waits inside a communication is waiting.
 
     Attributes:
@@ -45,5 +45,5 @@ class Spent:
             self.data += time.perf_counter() - began_s - (self.total - before)
 
 
-spent = Spent()
+comm_timer = CommTimer()
 """This process's. On a GPU only `data` is told right: nobody waits there for what the device does."""

@@ -20,10 +20,10 @@ from nbdist.core.comm.process_group import Work
 from nbdist.core.comm.rendezvous import start_group
 from nbdist.core.comm.shared_memory import SharedMemoryChannel
 
-__all__ = ["HostsChannel"]
+__all__ = ["HierarchicalChannel"]
 
 
-class HostsChannel(Channel):
+class HierarchicalChannel(Channel):
     """Ranks of several hosts, in a world with a process group. **Collective**: all of them construct it.
 
     Args:

@@ -6,10 +6,10 @@ from nbdist.core.comm import Channel
 from nbdist.core.comm.world import World
 from nbdist.plan import Mesh
 
-__all__ = ["Axes"]
+__all__ = ["MeshChannels"]
 
 
-class Axes:
+class MeshChannels:
     """The channels of one rank. **Collective** over the world: all ranks construct it, with the same mesh.
 
     Args:
@@ -34,7 +34,7 @@ class Axes:
         self.replica = self.world if mesh.dp == 1 else along("pp", "shard", "tp")
 
     @property
-    def speaks(self) -> bool:
+    def reports_loss(self) -> bool:
         """Whether this rank speaks for its share of the data: it has the loss, and no other rank tells the same."""
         return self.pp.rank == self.pp.size - 1 and self.tp.rank == 0
 

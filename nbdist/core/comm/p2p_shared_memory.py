@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nbdist.core.comm.comm_timer import spent
+from nbdist.core.comm.comm_timer import comm_timer
 from nbdist.core.comm.p2p import Link, Message, Place, dtype_named, pack_note, unpack_note
 from nbdist.core.comm.shared_memory import SPIN_S, connect, open_sockets, receive_exactly, receive_file
 from nbdist.core.transfer.payload import Segment
@@ -52,7 +52,7 @@ class SharedMemoryLink(Link):
         self._inbox: list[bytes] = []
         self._maps: dict[int, torch.Tensor] = {}
 
-    @spent.communicating()
+    @comm_timer.communicating()
     def send(self, note: Any, tensors: list[torch.Tensor | None]) -> None:
         """See `Link`."""
         end = 0
@@ -73,13 +73,13 @@ class SharedMemoryLink(Link):
                     _at(memory, place).copy_(tensor.detach())
         self._write(b"D", pack_note([note, where, places]))
 
-    @spent.communicating()
+    @comm_timer.communicating()
     def receive(self) -> Message:
         """See `Link`."""
         began_s = time.perf_counter()
         while not self._inbox:
             self._read()
-        spent.idle += time.perf_counter() - began_s
+        comm_timer.idle += time.perf_counter() - began_s
         note, where, places = unpack_note(self._inbox.pop(0))
         memory = torch.empty(0, dtype=torch.uint8) if where is None else self._maps[where]
         tensors = [None if place is None else _at(memory, place).clone() for place in places]

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from nbdist.core.comm.channel import Channel, Pending
-from nbdist.core.comm.comm_timer import spent
-from nbdist.core.comm.reduction_order import SumOrder
+from nbdist.core.comm.comm_timer import comm_timer
+from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.errors import PeerLostError
 
 __all__ = ["ProcessGroupChannel", "Work"]
@@ -61,7 +61,7 @@ class Work(Pending):
         """Whether it has ended, well or not."""
         return bool(self._work.is_completed())
 
-    @spent.communicating()
+    @comm_timer.communicating()
     def wait(self) -> None:
         """See `Pending`. What waits for other ranks counts as communication here: the two cannot be told apart."""
         try:
@@ -125,7 +125,7 @@ class ProcessGroupChannel(Channel):
         ranks, group = self._ranks, self._group
         return Work.launch(lambda: dist.broadcast(tensor, src=ranks[source], group=group, async_op=True))
 
-    @spent.communicating()
+    @comm_timer.communicating()
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """See `Channel`; as bytes, for gloo does not gather every dtype."""
         group = self._group
@@ -134,7 +134,7 @@ class ProcessGroupChannel(Channel):
         self._finish(lambda: _all_gather(received, sent, group))
         return list(gathered)
 
-    @spent.communicating()
+    @comm_timer.communicating()
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Channel`. On CPU the order of the sum is ours; on a GPU it is the backend's, fixed for one topology."""
         group = self._group
@@ -153,8 +153,8 @@ class ProcessGroupChannel(Channel):
     def _finish(self, start: Callable[[], Any]) -> None:
         Work.launch(start, streamed=self._streamed).wait_on_device()
 
-    @spent.communicating()
-    def sum_in_order_(self, rows: torch.Tensor, order: SumOrder) -> None:
+    @comm_timer.communicating()
+    def sum_in_order_(self, rows: torch.Tensor, order: ReductionTree) -> None:
         """See `Channel`. Each rank sums a part of the columns, on a GPU too."""
         group, size, length = self._group, self.size, -(-rows.shape[1] // self.size)
         sent = rows.new_zeros((len(rows), length * size))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-__all__ = ["Node", "SumOrder"]
+__all__ = ["Node", "ReductionTree"]
 
 T = TypeVar("T")
 Node = tuple[int, int]
 """The terms ``start ... stop - 1``, summed."""
 
 
-class SumOrder:
+class ReductionTree:
     """A binary tree over terms in a row, of which every rank has some neighbours.
 
     A rank sums the largest nodes of the tree that lie within its terms by itself, and the ranks sum those. Each node is
@@ -44,12 +44,12 @@ class SumOrder:
         return range(rank * terms // ranks, (rank + 1) * terms // ranks)
 
     @classmethod
-    def chain(cls, ranks: int) -> SumOrder:
+    def chain(cls, ranks: int) -> ReductionTree:
         """One term a rank, added one after the other: ((t0 + t1) + t2) + ..."""
         return cls(ranks, ranks, lambda _start, stop: stop - 1)
 
     @classmethod
-    def tree(cls, terms: int, ranks: int) -> SumOrder:
+    def tree(cls, terms: int, ranks: int) -> ReductionTree:
         """Halves of halves. An odd number is cut at an even place, so that other shares than halves fit too.
 
         Of twelve terms, 1, 2 or 4 ranks sum one node each, and 3 or 6 two at most.

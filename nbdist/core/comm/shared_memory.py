@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from nbdist.core.comm.channel import Channel, Done, Pending
-from nbdist.core.comm.comm_timer import spent
-from nbdist.core.comm.reduction_order import SumOrder
+from nbdist.core.comm.comm_timer import comm_timer
+from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.rendezvous import echoes
 from nbdist.core.transfer.payload import Segment
 from nbdist.errors import PeerLostError
@@ -124,7 +124,7 @@ class SharedMemoryChannel(Channel):
         """See `Channel.free`."""
         self._arenas = [arena for arena in self._arenas if arena.start != tensor.data_ptr()]
 
-    @spent.communicating()
+    @comm_timer.communicating()
     def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
         """See `Channel`; done on return."""
         arena = self._arena_of(tensor)
@@ -137,7 +137,7 @@ class SharedMemoryChannel(Channel):
             piece.copy_(staged[self.rank])
         return Done()
 
-    @spent.communicating()
+    @comm_timer.communicating()
     def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
         """See `Channel`; done on return."""
         for piece, staged in self._pieces(tensor):
@@ -149,7 +149,7 @@ class SharedMemoryChannel(Channel):
             self.meet()
         return Done()
 
-    @spent.communicating()
+    @comm_timer.communicating()
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """See `Channel`."""
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -164,7 +164,7 @@ class SharedMemoryChannel(Channel):
             start += len(piece)
         return gathered
 
-    @spent.communicating()
+    @comm_timer.communicating()
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Channel`."""
         rows = tensor.view(self.size, -1)
@@ -183,8 +183,8 @@ class SharedMemoryChannel(Channel):
             self.meet()
         return total
 
-    @spent.communicating()
-    def sum_in_order_(self, rows: torch.Tensor, order: SumOrder) -> None:
+    @comm_timer.communicating()
+    def sum_in_order_(self, rows: torch.Tensor, order: ReductionTree) -> None:
         """See `Channel`."""
         arena = self._arena_of(rows)
         if arena is None:
@@ -231,7 +231,7 @@ class SharedMemoryChannel(Channel):
                     raise PeerLostError("a collective ended early, another rank is gone (its socket closed).")
         except OSError as error:
             raise PeerLostError(f"a collective ended early, another rank is gone ({error}).") from error
-        spent.idle += time.perf_counter() - began_s
+        comm_timer.idle += time.perf_counter() - began_s
 
     def _hear(self, peer: socket.socket) -> bytes:
         """Receive a byte, or nothing where the peer has gone."""

@@ -23,7 +23,7 @@ import torch.distributed.nn.functional
 
 from nbdist.core.comm import (
     Channel,
-    HostsChannel,
+    HierarchicalChannel,
     Link,
     ProcessGroupChannel,
     ProcessGroupLink,
@@ -109,8 +109,8 @@ class World:
                 shared = undo.enter_context(contextlib.closing(SharedMemoryChannel(rank, size, names, "memory")))
             start_group(names, functools.partial(_init_group, chosen, backend, names, rank, size))
             meet(names, "group", rank, size)  # or one of us would sum already, and could not take it back
-            if shared is None and len(HostsChannel.groups(list(hosts))) < len(hosts):
-                shared = undo.enter_context(contextlib.closing(HostsChannel(list(hosts), rank, names, "memory")))
+            if shared is None and len(HierarchicalChannel.groups(list(hosts))) < len(hosts):
+                shared = undo.enter_context(contextlib.closing(HierarchicalChannel(list(hosts), rank, names, "memory")))
             world = cls(
                 generation=generation,
                 rank=rank,
@@ -236,7 +236,7 @@ class World:
     @property
     def transport(self) -> str:
         """What the ranks' gradients travel over, for people."""
-        between = [self.backend] if self.shared is None or isinstance(self.shared, HostsChannel) else []
+        between = [self.backend] if self.shared is None or isinstance(self.shared, HierarchicalChannel) else []
         return " and ".join([*(["shared memory"] if self.shared else []), *between])
 
     def leave(self) -> None:

@@ -8,15 +8,15 @@ import time
 from typing import Any
 
 from nbdist.core.comm.rendezvous import echoes
-from nbdist.core.control.commands import Order, Orders
+from nbdist.core.control.commands import Command, Commands
 from nbdist.errors import PeerLostError
 
-__all__ = ["OrderLog"]
+__all__ = ["CommandLog"]
 
 _POLL_S = 0.05
 
 
-class OrderLog(Orders):
+class CommandLog(Commands):
     """Orders to one run. They outlive the ranks that carry them out, for the notebook hosts the store.
 
     They are the lines of one value, which the store appends to as a whole or not at all: whoever dies while it gives an
@@ -42,8 +42,8 @@ class OrderLog(Orders):
         with echoes():
             self._store.append(self._name, json.dumps([kind, value]) + "\n")
 
-    def new(self) -> list[Order]:
-        """See `Orders`; the store is looked at a few times a second.
+    def new(self) -> list[Command]:
+        """See `Commands`; the store is looked at a few times a second.
 
         Raises:
             PeerLostError: The store is gone.
@@ -58,18 +58,18 @@ class OrderLog(Orders):
                 kind, value = json.loads(line)
                 stamped = self._store.check([key := f"{self._name}/{self._read}/step"])
                 step = int(self._store.get(key)) if stamped else None
-                orders.append(Order(kind, value, step))
+                orders.append(Command(kind, value, step))
                 self._read += 1
         return orders
 
-    def left(self) -> list[Order]:
+    def left(self) -> list[Command]:
         """Those that no step has heard; nothing where the store is gone. The notebook's side, once a run has ended."""
         with contextlib.suppress(PeerLostError):
             return [order for order in self.new() if order.step is None]
         return []
 
     def stamp(self, number: int, step: int) -> None:
-        """See `Orders`.
+        """See `Commands`.
 
         Raises:
             PeerLostError: The store is gone.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["KINDS", "Order", "Orders"]
+__all__ = ["KINDS", "Command", "Commands"]
 
 KINDS = ("stop", "pause", "resume", "checkpoint", "lr", "scale")
 
 
-class Order(NamedTuple):
+class Command(NamedTuple):
     """One thing that is asked for.
 
     Args:
@@ -24,14 +24,14 @@ class Order(NamedTuple):
     step: int | None = None
 
 
-class Orders:
+class Commands:
     """The orders to one run, in the order in which they were given; this one has none.
 
     Rank 0 reads them. Whoever keeps them remembers after which step each was carried out, so that a training that goes
     on from a snapshot does the same again at the same place.
     """
 
-    def new(self) -> list[Order]:
+    def new(self) -> list[Command]:
         """Those that were given since the last call. Asked before each step: it has to be cheap."""
         return []
 

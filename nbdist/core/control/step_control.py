@@ -7,23 +7,23 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nbdist.core.control.commands import Order, Orders
+from nbdist.core.control.commands import Command, Commands
 from nbdist.core.optim.lr_schedulers import Scheduler
-from nbdist.core.sync.gradient_sync import Signals
+from nbdist.core.sync.gradient_sync import ControlFlags
 from nbdist.telemetry import Event, Ordered
 
 if TYPE_CHECKING:
-    from nbdist.core.state.progress import Position
-    from nbdist.core.state.snapshotter import Keeper
+    from nbdist.core.state.progress import TrainProgress
+    from nbdist.core.state.snapshotter import Snapshotter
     from nbdist.core.strategies.strategy import Strategy
 
-__all__ = ["Steering"]
+__all__ = ["StepControl"]
 
 _LISTEN_S = 0.1
 _NAP_S = 0.01
 
 
-class Steering:
+class StepControl:
     """Rank 0 hears orders and says in a step's gradient sync that there are some; then it tells all of them.
 
     A snapshot holds how many orders to its run have been carried out. Those that came later are carried out again,
@@ -34,7 +34,7 @@ class Steering:
         run_id: Of which run.
         strategy: What is trained.
         scheduler: Of its learning rates.
-        keeper: Writes checkpoints.
+        snapshotter: Writes checkpoints.
         tell: Called with what is carried out.
 
     Attributes:
@@ -43,7 +43,7 @@ class Steering:
     """
 
     def __init__(
-        self, orders: Orders | None, run_id: str, strategy: Strategy, scheduler: Scheduler, keeper: Keeper,
+        self, orders: Commands | None, run_id: str, strategy: Strategy, scheduler: Scheduler, snapshotter: Snapshotter,
         tell: Callable[[Event], None],
     ) -> None:  # fmt: skip
         self._orders = orders
@@ -52,15 +52,15 @@ class Steering:
         self._first = self._channel.rank == 0
         self._optimizer = strategy.task.optimizer
         self._scheduler = scheduler
-        self._keeper = keeper
+        self._keeper = snapshotter
         self._tell = tell
         self._lag = strategy.lag
-        self._log: list[Order] = []
+        self._log: list[Command] = []
         self._checkpoints: list[str] = []
         self._paused = self.stopped = False
         self.scaling = 0
 
-    def begin(self, at: Position) -> None:
+    def begin(self, at: TrainProgress) -> None:
         """Before the first step: be as all were at `at`, paused too. **Collective** over the world."""
         if at.orders[0] != self._run_id:
             at.orders = (self._run_id, 0)
@@ -78,19 +78,19 @@ class Steering:
             self._tell(Ordered(rank=self._channel.rank, order="pause", value=None, step=at.step, number=number))
         self._hear(at, again=True)
 
-    def asked(self, at: Position) -> bool:
+    def asked(self, at: TrainProgress) -> bool:
         """Whether there is something to do at the end of the step that begins at `at`, or soon after. Local."""
         if self._orders is None or not self._first:
             return False
         self._log += self._orders.new()
         return bool(self._due(at, at.step + 1 + self._lag))
 
-    def obey(self, at: Position, heard: Signals | None) -> None:
+    def apply_agreed(self, at: TrainProgress, heard: ControlFlags | None) -> None:
         """A step is complete; do what changes its state. **Collective** where ranks have `heard` of orders."""
         if heard is not None and heard.orders:
             self._hear(at)
 
-    def rest(self, at: Position) -> float:
+    def rest(self, at: TrainProgress) -> float:
         """Write the checkpoints that were asked for, and wait while paused. **Collective** over the world.
 
         Returns:
@@ -111,7 +111,7 @@ class Steering:
             self._write(at, True)
         return time.perf_counter() - began_s
 
-    def _due(self, at: Position, step: int) -> list[Order]:
+    def _due(self, at: TrainProgress, step: int) -> list[Command]:
         due = []
         for order in self._log[at.orders[1] :]:
             if order.step is not None and order.step > step:
@@ -119,7 +119,7 @@ class Steering:
             due.append(order)
         return due
 
-    def _hear(self, at: Position, again: bool = False) -> None:
+    def _hear(self, at: TrainProgress, again: bool = False) -> None:
         orders: list[Any] = []
         if self._first and self._orders is not None:
             for number, order in enumerate(self._due(at, at.step), at.orders[1]):
@@ -154,7 +154,7 @@ class Steering:
             case "checkpoint":
                 self._checkpoints.append(value)
 
-    def _write(self, at: Position, wait: bool) -> None:
+    def _write(self, at: TrainProgress, wait: bool) -> None:
         folders, self._checkpoints = self._checkpoints, []
         for folder in dict.fromkeys(folders):
             self._keeper.write_checkpoint(at, folder)

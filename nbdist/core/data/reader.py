@@ -12,7 +12,7 @@ import torch
 from torch.utils import data as torch_data
 
 from nbdist.core.comm import Channel
-from nbdist.core.comm.reduction_order import SumOrder
+from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.data.sources import Source, map_tensors, tensors_in
 from nbdist.core.data.workers import EndsWithRank
 from nbdist.core.process import rng
@@ -77,7 +77,7 @@ class Reader:
         self._even = even
         self._batch_size = batch_size
         self._slices = slices or channel.size
-        self._share = SumOrder.share(self._slices, channel.rank, channel.size)
+        self._share = ReductionTree.share(self._slices, channel.rank, channel.size)
         self._dealt_by_slice = dealt_by_slice
         self._seed = seed
         self._shuffle = shuffle

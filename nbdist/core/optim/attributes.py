@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nbdist.core.optim.json_value import plain
-from nbdist.core.optim.references import References
+from nbdist.core.optim.references import TensorReferences
 from nbdist.core.transfer.pickler import attributes
 from nbdist.errors import TaskError
 
@@ -28,7 +28,7 @@ class OwnAttributes:
         references: To the model's tensors, which are kept as such.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, references: References) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, references: TensorReferences) -> None:
         self._optimizer = optimizer
         self._references = references
         self._at_first = {name: self._trace(value, {}) for name, value in _own(optimizer).items()}
@@ -71,7 +71,7 @@ class OwnAttributes:
             return id(value)
 
 
-def put_attributes(optimizer: torch.optim.Optimizer, told: dict[str, Any], references: References) -> None:
+def put_attributes(optimizer: torch.optim.Optimizer, told: dict[str, Any], references: TensorReferences) -> None:
     """Let an optimizer keep what was told, but nothing that its class knows. Local."""
     mine = attributes(optimizer)
     of_all = told.get("state")

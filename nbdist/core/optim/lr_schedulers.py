@@ -138,11 +138,11 @@ def check_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> None:
             f"{type(make).__name__}: write lambda optimizer: ..."
         )
     groups = [{**group, "params": [torch.zeros(1)]} for group in optimizer.param_groups]
-    stand_in = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-    stand_in.param_groups = groups
-    stand_in.defaults = optimizer.defaults
+    dummy = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    dummy.param_groups = groups
+    dummy.defaults = optimizer.defaults
     try:
-        made = make(stand_in)
+        made = make(dummy)
     except Exception as error:  # whatever the factory raises
         raise TaskError(f"lr_scheduler {name} cannot make a scheduler: {type(error).__name__}: {error}.") from error
     if not callable(getattr(made, "step", None)):

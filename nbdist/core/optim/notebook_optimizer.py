@@ -15,7 +15,7 @@ from torch import nn
 from nbdist.core.optim.state import move_state_
 from nbdist.core.transfer.pickler import attributes
 
-__all__ = ["OptimizerHome"]
+__all__ = ["TrainedOptimizer"]
 
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
@@ -60,7 +60,7 @@ class _Nested:
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
-class OptimizerHome:
+class TrainedOptimizer:
     """All that an optimizer holds: its state, its groups and what it keeps itself, with the model's tensors by name.
 
     Values, tensors, arrays, containers of them and what is in an optimizer that it wraps come home; other objects stay

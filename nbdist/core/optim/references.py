@@ -11,12 +11,12 @@ from nbdist.core.optim.json_value import plain
 from nbdist.core.params.placeholder import detached
 from nbdist.errors import TaskError
 
-__all__ = ["References", "is_name"]
+__all__ = ["TensorReferences", "is_name"]
 
 _NAME = "|tensor"
 
 
-class References:
+class TensorReferences:
     """Tells of values that may be, or contain, tensors of the model.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.optim.json_value import plain
 from nbdist.core.params.table import ParamTable
 from nbdist.errors import TaskError
@@ -51,7 +51,7 @@ def move_state_(optimizer: torch.optim.Optimizer) -> None:
 
 
 @torch.no_grad()
-def cut_state_(optimizer: torch.optim.Optimizer, table: ParamTable, axes: Axes) -> None:
+def cut_state_(optimizer: torch.optim.Optimizer, table: ParamTable, axes: MeshChannels) -> None:
     """Keep this rank's parts of a state that was made with whole parameters. Local."""
     for name, placement in table.placements.items():
         state = optimizer.state.get(table.parameters[name]) if name in table.parameters else None
@@ -66,7 +66,7 @@ def cut_state_(optimizer: torch.optim.Optimizer, table: ParamTable, axes: Axes) 
 
 
 @torch.no_grad()
-def gather_state_(optimizer: torch.optim.Optimizer, table: ParamTable, axes: Axes, *, keep: bool) -> None:
+def gather_state_(optimizer: torch.optim.Optimizer, table: ParamTable, axes: MeshChannels, *, keep: bool) -> None:
     """Make the state whole again, where `keep` says so; before the parameters are. **Collective** over the replica.
 
     Raises:

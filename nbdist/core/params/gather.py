@@ -6,7 +6,7 @@ import weakref
 
 from torch import nn
 
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.world import World
 from nbdist.core.params.placement import Placement
 from nbdist.core.params.table import ParamTable
@@ -56,7 +56,7 @@ def gather(model: nn.Module, *, device: str = "auto") -> nn.Module:
             raise TaskError(f"the model lies in parts on mesh {mesh}, but there are {world.size} ranks: start as many.")
         if not world.channel().broadcast_bytes(b"in parts" if placements else b""):
             return model  # rank 0 has it, perhaps trained on
-        axes = Axes(world, mesh)
+        axes = MeshChannels(world, mesh)
         table = ParamTable.of(model)
         table.placements.update(placements)
         try:

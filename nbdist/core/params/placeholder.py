@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from nbdist.errors import PlanError
 
-__all__ = ["Placeholders", "detached", "is_placeholder", "reveal", "stand_in"]
+__all__ = ["Placeholders", "detached", "dummy", "is_placeholder", "reveal"]
 
 _METADATA = {
     "__len__", "dim", "element_size", "empty_like", "full_like", "get_device", "is_complex", "is_contiguous",
@@ -100,7 +100,7 @@ def detached(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach()
 
 
-def stand_in(layout: torch.Tensor, device: torch.device) -> torch.Tensor:
+def dummy(layout: torch.Tensor, device: torch.device) -> torch.Tensor:
     """What a parameter holds where its values are not: its shape without memory. Read by mistake, it shows as NaN."""
     fill = float("nan") if layout.is_floating_point() or layout.is_complex() else 0
     return torch.full((), fill, dtype=layout.dtype, device=device).expand(layout.shape)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 
 __all__ = ["Cut", "Placement", "shard_of"]
 
@@ -57,22 +57,22 @@ class Placement:
         """Whether every rank has all of it."""
         return self.stages is None and self.cut is None and not self.sharded
 
-    def held(self, axes: Axes) -> bool:
+    def held(self, axes: MeshChannels) -> bool:
         """Whether this rank holds a part."""
         return self.stages is None or axes.pp.rank in self.stages
 
-    def copies(self, axes: Axes) -> int:
+    def copies(self, axes: MeshChannels) -> int:
         """How many ranks of a replica hold the same part."""
         stages = 1 if axes.pp.size == 1 else axes.pp.size if self.stages is None else len(self.stages)
         return stages * (1 if self.cut else axes.tp.size) * (1 if self.sharded else axes.shard.size)
 
-    def piece(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
+    def piece(self, tensor: torch.Tensor, axes: MeshChannels) -> torch.Tensor:
         """This rank's part of a whole tensor, in memory of its own. Local."""
         if self.cut is not None:
             tensor = self.cut.piece(tensor, axes.tp.rank, axes.tp.size)
         return shard_of(tensor, axes.shard.rank, axes.shard.size) if self.sharded else tensor.clone()
 
-    def gather(self, part: torch.Tensor | None, axes: Axes) -> torch.Tensor:
+    def gather(self, part: torch.Tensor | None, axes: MeshChannels) -> torch.Tensor:
         """The whole tensor of its parts, on every rank. **Collective** over the replica; ranks without one give None.
 
         `part` may be any tensor that is split as this one is: a parameter, or an optimizer's state of it.
@@ -102,7 +102,7 @@ class Placement:
         home = torch.empty_strided(self.layout.shape, strides, dtype=whole.dtype, device=whole.device)
         return home.copy_(whole)
 
-    def _local_shape(self, axes: Axes) -> torch.Size:
+    def _local_shape(self, axes: MeshChannels) -> torch.Size:
         shape = list(self.layout.shape)
         if self.cut is not None:
             shape[self.cut.dim] //= axes.tp.size

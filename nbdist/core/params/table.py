@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nbdist.core.comm import Channel
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.params.placeholder import detached, reveal
 from nbdist.core.params.placement import Placement
 
@@ -61,11 +61,11 @@ class ParamTable:
         tensor = self.parameters[name] if name in self.parameters else self.buffers[name]
         return Placement(layout=torch.empty_like(tensor, device="meta"))
 
-    def is_updated(self, name: str, axes: Axes) -> bool:
+    def is_updated(self, name: str, axes: MeshChannels) -> bool:
         """Whether this rank's optimizer updates a parameter, of which it holds a part."""
         return self.owners.get(name, axes.dp.rank) == axes.dp.rank
 
-    def held(self, axes: Axes) -> dict[str, nn.Parameter]:
+    def held(self, axes: MeshChannels) -> dict[str, nn.Parameter]:
         """The trainable parameters of which this rank holds a part."""
         return {name: p for name, p in self.trainable.items() if self.placement(name).held(axes)}
 
@@ -82,7 +82,7 @@ class ParamTable:
                 tensor.copy_(told)
 
     @torch.no_grad()
-    def gather_(self, axes: Axes, *, keep: bool = True) -> None:
+    def gather_(self, axes: MeshChannels, *, keep: bool = True) -> None:
         """Make every tensor whole again, one by one, where `keep` says so. **Collective** over the replica."""
         for name, placement in self.placements.items():
             held = placement.held(axes)
@@ -98,7 +98,7 @@ class ParamTable:
             self.placements.clear()
 
     @torch.no_grad()
-    def average_buffers_(self, channel: Channel, axes: Axes | None = None) -> None:
+    def average_buffers_(self, channel: Channel, axes: MeshChannels | None = None) -> None:
         """Give every rank the mean of the floating-point buffers, and rank 0's other ones. **Collective**.
 
         Running statistics (BatchNorm) see only the local part of the data; their mean over the replicas is what the

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["give_back", "let_go_after", "objects_set_aside", "pages_kept"]
+__all__ = ["free_frames", "give_back", "objects_set_aside", "pages_kept"]
 
 # From malloc.h, see mallopt(3).
 _M_TRIM_THRESHOLD = -1
@@ -57,7 +57,7 @@ def give_back() -> None:
         library.malloc_trim(0)
 
 
-def let_go_after(error: BaseException) -> None:
+def free_frames(error: BaseException) -> None:
     """If memory has run out, give back what the frames of the error hold: a model, its gradients. Local.
 
     Nothing more could be done here otherwise, not even a thread started. The frames stay, but without their variables.

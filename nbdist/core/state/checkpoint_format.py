@@ -17,7 +17,7 @@ _TENSOR = {"shape": [int], "dtype": str, "cut": object, "tp": int, "shard": int}
 RANK = {
     "rank": int,
     "mesh": str,
-    "speaks": bool,
+    "reports_loss": bool,
     "plan": {"batch_size": int, "seed": int, "shuffle": bool},
     "position": _POSITION,
     "precision": (float, int),

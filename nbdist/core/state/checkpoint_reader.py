@@ -17,10 +17,10 @@ from nbdist.core.params.placement import Cut
 from nbdist.core.state.checked_files import checksum
 from nbdist.core.state.checkpoint_format import RANK, cut_of, fits
 from nbdist.core.state.shard_plan import key_of, own_entry
-from nbdist.core.state.tensor_buffer import Image
+from nbdist.core.state.tensor_buffer import TensorBuffer
 from nbdist.errors import PlanError
 
-__all__ = ["ABOUT", "FORMAT", "NEWEST", "Saved", "candidates", "checkpoints", "sealed"]
+__all__ = ["ABOUT", "FORMAT", "NEWEST", "CheckpointReader", "candidates", "checkpoints", "sealed"]
 
 ABOUT = "checkpoint.json"
 """In the folder of one checkpoint: its files and their checksums."""
@@ -43,7 +43,7 @@ class _Part(Protocol):
     def read(self, key: str) -> torch.Tensor: ...
 
 
-class Saved:
+class CheckpointReader:
     """Reads whole tensors out of what the ranks of a training have kept.
 
     Args:
@@ -51,7 +51,7 @@ class Saved:
         parts: What each rank has kept.
 
     Attributes:
-        ranks: What each rank said: `position`, `scheduler`, `scale`, `speaks`, and what it trained on.
+        ranks: What each rank said: `position`, `scheduler`, `scale`, `reports_loss`, and what it trained on.
         tensors: What is known of the model's tensors, by name.
         groups: The settings of the optimizer's groups, their parameters by name.
         attributes: What it keeps under names of its own; older checkpoints do not say.
@@ -102,12 +102,12 @@ class Saved:
                 self._check(of, entry)
 
     @classmethod
-    def in_memory(cls, images: Sequence[Image]) -> Saved:
+    def in_memory(cls, images: Sequence[TensorBuffer]) -> CheckpointReader:
         """The snapshot in these images."""
         return cls("the last snapshot", images)
 
     @classmethod
-    def in_folder(cls, folder: str, *, hashed: bool = True) -> Saved:
+    def in_folder(cls, folder: str, *, hashed: bool = True) -> CheckpointReader:
         """The checkpoint in a folder; of several the newest that is whole, with a warning if that is an older one.
 
         Args:
@@ -131,7 +131,7 @@ class Saved:
         raise AssertionError
 
     @classmethod
-    def of(cls, place: Path) -> Saved:
+    def of(cls, place: Path) -> CheckpointReader:
         """One checkpoint, by its folder, whose files have the right lengths and headers.
 
         Raises:

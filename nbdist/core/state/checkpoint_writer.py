@@ -24,12 +24,12 @@ from nbdist.core.comm import Channel
 from nbdist.core.optim.json_value import plain
 from nbdist.core.params.table import ParamTable
 from nbdist.core.state.checked_files import SUM, hashed, replace_file, write_file, write_sum
-from nbdist.core.state.checkpoint_reader import ABOUT, FORMAT, NEWEST, Saved, checkpoints, sealed
+from nbdist.core.state.checkpoint_reader import ABOUT, FORMAT, NEWEST, CheckpointReader, checkpoints, sealed
 from nbdist.core.state.folder_lease import Lease
 from nbdist.core.state.restore import check_goes_on, check_same, load_whole
-from nbdist.core.state.shard_plan import Pieces, from_all
-from nbdist.core.state.snapshot import Slot
-from nbdist.core.state.tensor_buffer import Layout
+from nbdist.core.state.shard_plan import ShardPlan, from_all
+from nbdist.core.state.snapshot import SnapshotBuffer
+from nbdist.core.state.tensor_buffer import TensorLayout
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
 
@@ -102,7 +102,7 @@ def check_resume(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer)
     """
     folder = resumed_folder(plan)
     if folder:
-        saved = Saved.in_folder(folder, hashed=False)
+        saved = CheckpointReader.in_folder(folder, hashed=False)
         check_same(saved, ParamTable.of(model), optimizer)
         check_goes_on(saved, plan)
 
@@ -120,12 +120,12 @@ def resumed_folder(plan: Plan) -> str:
     return plan.checkpoint if checkpoints(Path(plan.checkpoint)) else ""
 
 
-def checkpoint_of_run(plan: Plan, run_id: str) -> Saved | None:
+def checkpoint_of_run(plan: Plan, run_id: str) -> CheckpointReader | None:
     """The newest checkpoint that a run has written to its own folder, by its lengths and headers. Local."""
     if not (plan.checkpoint and run_id):
         return None
     with contextlib.suppress(PlanError):
-        saved = Saved.in_folder(plan.checkpoint, hashed=False)
+        saved = CheckpointReader.in_folder(plan.checkpoint, hashed=False)
         if (saved.ranks[0]["position"].get("orders") or [""])[0] == run_id:
             return saved
     return None
@@ -143,7 +143,7 @@ def load_checkpoint(folder: str, model: nn.Module, optimizer: torch.optim.Optimi
         PlanError: There is no checkpoint.
         TaskError: It is another model's or another optimizer's; nothing has been changed.
     """
-    load_whole(Saved.in_folder(folder), model, optimizer)
+    load_whole(CheckpointReader.in_folder(folder), model, optimizer)
 
 
 class CheckpointWriter:
@@ -170,7 +170,7 @@ class CheckpointWriter:
         self._ranks = ranks
         self._lease = lease
         self._thread: threading.Thread | None = None
-        self._slot: Slot | None = None
+        self._slot: SnapshotBuffer | None = None
         self._step = -1
         self._name = ""
         self.failed = False
@@ -194,7 +194,7 @@ class CheckpointWriter:
         """Whether this rank's share of the one under way has been written, or could not be."""
         return self._slot is not None and (self._thread is None or not self._thread.is_alive())
 
-    def begin(self, slot: Slot, step: int, pieces: Pieces) -> None:
+    def begin(self, slot: SnapshotBuffer, step: int, pieces: ShardPlan) -> None:
         """Begin to write what `slot` holds, and what of `pieces` is frozen. Local."""
         self.wait()
         slot.pinned = True
@@ -231,7 +231,7 @@ class CheckpointWriter:
         if self._rank == 0:
             self._start(self._count if whole else self._forget)
 
-    def _write(self, slot: Slot, frozen: dict[str, torch.Tensor], moved: Callable[[], bool]) -> None:
+    def _write(self, slot: SnapshotBuffer, frozen: dict[str, torch.Tensor], moved: Callable[[], bool]) -> None:
         place = self._folder / self._name
         place.mkdir(exist_ok=True)
         write_file(place / f"rank{self._rank}.safetensors", [slot.image])
@@ -244,7 +244,7 @@ class CheckpointWriter:
         A link, so that each checkpoint stays whole when others are removed and when it is copied elsewhere. That they
         have not changed is seen from all of their bytes.
         """
-        layout = Layout(frozen)
+        layout = TensorLayout(frozen)
 
         def blocks() -> Iterator[torch.Tensor]:
             yield torch.frombuffer(bytearray(layout.header("")), dtype=torch.uint8)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from nbdist.core.comm import Channel
-from nbdist.core.sync.running_mean import WeightedMean
+from nbdist.core.sync.running_mean import RunningMean
 from nbdist.plan import Plan
 
-__all__ = ["Position", "Row"]
+__all__ = ["Row", "TrainProgress"]
 
 
 class Row:
@@ -26,7 +26,7 @@ class Row:
         told = told or {"steps": 0, "samples": 0, "loss": (0.0, 0.0), "seconds": 0.0}
         self.steps: int = told["steps"]
         self.samples: int = told["samples"]
-        self.loss = WeightedMean(device, tuple(told["loss"]))
+        self.loss = RunningMean(device, tuple(told["loss"]))
         self._started_s: float = time.perf_counter() - told["seconds"]
 
     @property
@@ -44,16 +44,16 @@ class Row:
             "steps": self.steps, "samples": self.samples, "loss": self.loss.sums.tolist(), "seconds": self.seconds,
         }  # fmt: skip
 
-    def close(self, channel: Channel, speaks: bool, epoch: int, seconds: float) -> dict[str, Any]:
+    def close(self, channel: Channel, reports_loss: bool, epoch: int, seconds: float) -> dict[str, Any]:
         """The row over all ranks, the same on each. **Collective** over all of them.
 
         Args:
             channel: Over all ranks.
-            speaks: Whether this rank counts: of those that read the same samples, one does.
+            reports_loss: Whether this rank counts: of those that read the same samples, one does.
             epoch: What the row is called.
             seconds: How long it took; rank 0's are taken.
         """
-        counted = [self.samples if speaks else 0, seconds if channel.rank == 0 else 0.0]
+        counted = [self.samples if reports_loss else 0, seconds if channel.rank == 0 else 0.0]
         sums = torch.cat([self.loss.sums, torch.tensor(counted, dtype=torch.float64, device=channel.device)])
         channel.all_reduce_(sums)
         loss_sum, weight, samples, seconds = sums.tolist()
@@ -66,7 +66,7 @@ class Row:
         }
 
 
-class Position:
+class TrainProgress:
     """The place of one rank in a training: it changes when a step is complete, and not before.
 
     Args:
@@ -79,7 +79,7 @@ class Position:
         samples: Samples this rank has read.
         history: The rows so far.
         row: The one that is being counted.
-        orders: Of which run orders have been carried out, and how many; see `Steering`.
+        orders: Of which run orders have been carried out, and how many; see `StepControl`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -102,7 +102,7 @@ class Position:
         }  # fmt: skip
 
     @classmethod
-    def of(cls, told: dict[str, Any], device: torch.device) -> Position:
+    def of(cls, told: dict[str, Any], device: torch.device) -> TrainProgress:
         """The position that `told` describes."""
         position = cls(device)
         position.epoch, position.batch, position.step = told["epoch"], told["batch"], told["step"]

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.world import World
 from nbdist.core.optim.attributes import put_attributes
-from nbdist.core.optim.references import References, is_name
+from nbdist.core.optim.references import TensorReferences, is_name
 from nbdist.core.optim.state import device_of_entry, is_split
 from nbdist.core.params.table import ParamTable
-from nbdist.core.state.checkpoint_reader import Saved, candidates
-from nbdist.core.state.progress import Position
+from nbdist.core.state.checkpoint_reader import CheckpointReader, candidates
+from nbdist.core.state.progress import TrainProgress
 from nbdist.core.state.shard_plan import from_all
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Mesh, Plan
@@ -28,7 +28,7 @@ ORDER = ("batch_size", "seed", "shuffle")
 """The options that decide which samples a batch holds."""
 
 
-def opened_by_all(folder: str, world: World) -> Saved:
+def opened_by_all(folder: str, world: World) -> CheckpointReader:
     """The newest checkpoint in a folder that is whole, on all ranks the same one. **Collective**.
 
     Rank 0 names it, by what its files have to be; the ranks of a host share the reading that shows that they are.
@@ -51,7 +51,7 @@ def opened_by_all(folder: str, world: World) -> Saved:
     for place in named:
         saved, seal, problem = None, "", ""
         try:
-            saved = Saved.of(Path(place))
+            saved = CheckpointReader.of(Path(place))
             seal = saved.seal
             saved.hash_files(world.local_rank, world.local_size)
         except PlanError as error:
@@ -73,7 +73,9 @@ def opened_by_all(folder: str, world: World) -> Saved:
     raise PlanError(problem)
 
 
-def load(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer | None, axes: Axes) -> None:
+def load(
+    saved: CheckpointReader, table: ParamTable, optimizer: torch.optim.Optimizer | None, axes: MeshChannels
+) -> None:
     """Put weights, buffers and the optimizer's state back, whatever mesh either is on. Local.
 
     Args:
@@ -98,7 +100,7 @@ def load(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer | Non
             elif table.is_updated(name, axes) or not table.parameters[name].requires_grad:
                 tensor.copy_(placement.piece(saved.whole(name).to(tensor.device), axes))
         if optimizer is not None:
-            references = References(table.objects)
+            references = TensorReferences(table.objects)
             _load_settings(saved, optimizer, references)
             put_attributes(optimizer, saved.attributes, references)
             for name in table.parameters:
@@ -106,12 +108,12 @@ def load(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer | Non
                     _load_state(saved, name, table, optimizer, axes)
 
 
-def load_whole(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+def load_whole(saved: CheckpointReader, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """`load` into an ordinary model, in place. Local."""
-    load(saved, ParamTable.of(model), optimizer, Axes(World(), Mesh()))
+    load(saved, ParamTable.of(model), optimizer, MeshChannels(World(), Mesh()))
 
 
-def check_same(saved: Saved, table: ParamTable, optimizer: torch.optim.Optimizer | None) -> None:
+def check_same(saved: CheckpointReader, table: ParamTable, optimizer: torch.optim.Optimizer | None) -> None:
     """Raise `TaskError` where what was kept is another model's or another optimizer's. Local."""
     shapes = {name: list(table.placement(name).layout.shape) for name in table.tensors}
     for name in {**shapes, **saved.tensors}:
@@ -156,7 +158,7 @@ def _alike(fresh: Any, told: Any) -> bool:
     return fresh is None or isinstance(told, type(fresh))
 
 
-def check_goes_on(saved: Saved, plan: Plan) -> None:
+def check_goes_on(saved: CheckpointReader, plan: Plan) -> None:
     """Raise `PlanError` where `plan` cannot go on from there. Local."""
     told = saved.ranks[0]
     position = told["position"]
@@ -168,7 +170,7 @@ def check_goes_on(saved: Saved, plan: Plan) -> None:
                     f"{name}={told['plan'][name]}, but {name}={getattr(plan, name)} is asked for: give the same, or a "
                     "checkpoint from the end of an epoch."
                 )
-    if Position.of(position, torch.device("cpu")).complete(plan):
+    if TrainProgress.of(position, torch.device("cpu")).complete(plan):
         done, word = (position["step"], "steps") if plan.steps is not None else (position["epoch"] - 1, "epochs")
         raise PlanError(
             f"checkpoint {saved.name} has done {done} {word} already: ask for more than that in all "
@@ -176,29 +178,29 @@ def check_goes_on(saved: Saved, plan: Plan) -> None:
         )
 
 
-def same_mesh(saved: Saved, axes: Axes) -> bool:
+def same_mesh(saved: CheckpointReader, axes: MeshChannels) -> bool:
     """Whether each rank takes the place of the one that kept it: as many may be laid out otherwise. Local."""
     return len(saved.ranks) == axes.world.size and bool(saved.ranks[0]["mesh"] == str(axes.mesh))
 
 
-def position_of(saved: Saved, axes: Axes, device: torch.device) -> Position:
+def position_of(saved: CheckpointReader, axes: MeshChannels, device: torch.device) -> TrainProgress:
     """Where this rank goes on; on other ranks than it was kept by, rank 0 counts for all that were. Local."""
     ranks, world = saved.ranks, axes.world
     if same_mesh(saved, axes):
-        return Position.of(ranks[world.rank]["position"], device)
+        return TrainProgress.of(ranks[world.rank]["position"], device)
     told: dict[str, Any] = dict(ranks[0]["position"])
-    speaking = [rank["position"] for rank in ranks if rank["speaks"]]
-    first = world.rank == 0 or (axes.speaks and axes.data.rank == 0)
+    speaking = [rank["position"] for rank in ranks if rank["reports_loss"]]
+    first = world.rank == 0 or (axes.reports_loss and axes.data.rank == 0)
     told["samples"] = sum(position["samples"] for position in speaking) if first else 0
     told["row"] = {
         **told["row"],
-        "samples": sum(position["row"]["samples"] for position in speaking) if first and axes.speaks else 0,
-        "loss": [sum(p["row"]["loss"][i] for p in speaking) if first and axes.speaks else 0.0 for i in range(2)],
+        "samples": sum(position["row"]["samples"] for position in speaking) if first and axes.reports_loss else 0,
+        "loss": [sum(p["row"]["loss"][i] for p in speaking) if first and axes.reports_loss else 0.0 for i in range(2)],
     }
-    return Position.of(told, device)
+    return TrainProgress.of(told, device)
 
 
-def _load_settings(saved: Saved, optimizer: torch.optim.Optimizer, references: References) -> None:
+def _load_settings(saved: CheckpointReader, optimizer: torch.optim.Optimizer, references: TensorReferences) -> None:
     for group, values in zip(optimizer.param_groups, saved.groups, strict=True):
         for key, value in values.items():
             if key == "params" or key not in group:
@@ -209,7 +211,9 @@ def _load_settings(saved: Saved, optimizer: torch.optim.Optimizer, references: R
                 group[key] = references.put(group[key], value)
 
 
-def _load_state(saved: Saved, name: str, table: ParamTable, optimizer: torch.optim.Optimizer, axes: Axes) -> None:
+def _load_state(
+    saved: CheckpointReader, name: str, table: ParamTable, optimizer: torch.optim.Optimizer, axes: MeshChannels
+) -> None:
     parameter, placement = table.parameters[name], table.placement(name)
     optimizer.state.pop(parameter, None)
     if not (placement.held(axes) and table.is_updated(name, axes)):

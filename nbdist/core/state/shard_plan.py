@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from nbdist.core.comm import Channel
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.optim.attributes import OwnAttributes
 from nbdist.core.optim.json_value import plain
-from nbdist.core.optim.references import References
+from nbdist.core.optim.references import TensorReferences
 from nbdist.core.optim.state import is_split
 from nbdist.core.params.data_watch import DataWatch
 from nbdist.core.params.placement import Placement
 from nbdist.core.params.table import ParamTable
 from nbdist.errors import TaskError
 
-__all__ = ["SMALL_BYTES", "Pieces", "check_state", "from_all", "key_of", "own_entry"]
+__all__ = ["SMALL_BYTES", "ShardPlan", "check_state", "from_all", "key_of", "own_entry"]
 
 SMALL_BYTES = 1 << 16
 """Buffers up to this are taken to change in every step: BatchNorm writes its own without telling torch."""
@@ -30,7 +30,7 @@ _TRACED = 16
 """So many values of a frozen parameter tell whether it moves."""
 
 
-class Pieces:
+class ShardPlan:
     """What this rank keeps. **Collective** over the world: what several ranks hold alike, one of them keeps.
 
     Args:
@@ -43,7 +43,7 @@ class Pieces:
     """
 
     def __init__(
-        self, model: nn.Module, table: ParamTable, optimizer: torch.optim.Optimizer, axes: Axes,
+        self, model: nn.Module, table: ParamTable, optimizer: torch.optim.Optimizer, axes: MeshChannels,
         changed: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._model = model
@@ -66,7 +66,7 @@ class Pieces:
         # Under shard a write through data is refused, and between steps there are parts only.
         watched = {} if axes.shard.size > 1 else {i: table.parameters[name] for i, name in enumerate(self._frozen)}
         self._watch = DataWatch(watched.values(), self._take)
-        self._references = References(table.objects)
+        self._references = TensorReferences(table.objects)
         self._attributes = OwnAttributes(optimizer, self._references)
         self.described = {name: _described(table.placement(name), axes) for name in table.tensors}
 
@@ -198,7 +198,7 @@ def key_of(name: str, entry: str, tp: int | None, shard: int | None) -> str:
     return f"{name}|{entry}|{kind}|{tp or 0}|{shard or 0}"
 
 
-def _key(name: str, entry: str, placement: Placement, axes: Axes) -> str:
+def _key(name: str, entry: str, placement: Placement, axes: MeshChannels) -> str:
     return key_of(
         name,
         entry,
@@ -223,7 +223,7 @@ def _keepers(told: list[list[tuple[str, int]]]) -> dict[str, int]:
     return keepers
 
 
-def _values(table: ParamTable, optimizer: torch.optim.Optimizer, references: References) -> dict[str, Any]:
+def _values(table: ParamTable, optimizer: torch.optim.Optimizer, references: TensorReferences) -> dict[str, Any]:
     names = {id(parameter): name for name, parameter in table.parameters.items()}
     groups = [
         {
@@ -240,7 +240,7 @@ def _values(table: ParamTable, optimizer: torch.optim.Optimizer, references: Ref
     return {"groups": groups, "values": values}
 
 
-def _described(placement: Placement, axes: Axes) -> dict[str, Any]:
+def _described(placement: Placement, axes: MeshChannels) -> dict[str, Any]:
     cut = placement.cut
     return {
         "shape": list(placement.layout.shape),

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nbdist.core.state.tensor_buffer import Image, Layout
+from nbdist.core.state.tensor_buffer import TensorBuffer, TensorLayout
 from nbdist.core.transfer.payload import Holder, Segment, open_segment
 
-__all__ = ["SLOTS", "Slot", "Vault", "Vaults", "newest", "read"]
+__all__ = ["SLOTS", "RankSnapshots", "SnapshotBuffer", "SnapshotStore", "newest", "read"]
 
 SLOTS = 3
 """Of each rank: two in turn, and one more while another is being written to disk."""
@@ -48,7 +48,7 @@ class Head(NamedTuple):
 _EMPTY = Head(_NOTHING, 0, 0, 0)
 
 
-class Slot:
+class SnapshotBuffer:
     """Shared memory for one snapshot of one rank.
 
     Args:
@@ -59,7 +59,7 @@ class Slot:
         self.path = path
         self._memory: Any = None
         self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._layout: Layout | None = None
+        self._layout: TensorLayout | None = None
         self._start = 0
         self._views: list[torch.Tensor] = []
         self.pinned = False
@@ -77,12 +77,12 @@ class Slot:
         return self._bytes[_HEAD_BYTES : _HEAD_BYTES + self.head.nbytes]
 
     def write(
-        self, moment: tuple[int, int], ranks: int, layout: Layout, tensors: Mapping[str, torch.Tensor], text: str
+        self, moment: tuple[int, int], ranks: int, layout: TensorLayout, tensors: Mapping[str, torch.Tensor], text: str
     ) -> None:
         """Write a snapshot; until that is done the slot holds none. Local.
 
         Args:
-            moment: When, see `Position.moment`.
+            moment: When, see `TrainProgress.moment`.
             ranks: How many ranks write one.
             layout: Of `tensors`.
             tensors: What is to be kept.
@@ -137,7 +137,7 @@ class Slot:
         return True
 
 
-class Vault:
+class RankSnapshots:
     """The slots of one rank, which alone writes them.
 
     Args:
@@ -145,12 +145,12 @@ class Vault:
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self._slots = [Slot(path) for path in paths]
+        self._slots = [SnapshotBuffer(path) for path in paths]
 
     def write(
-        self, moment: tuple[int, int], ranks: int, layout: Layout, tensors: Mapping[str, torch.Tensor], text: str
-    ) -> Slot:
-        """Write a snapshot over the older of two, or over that of the same moment; returns where. See `Slot.write`.
+        self, moment: tuple[int, int], ranks: int, layout: TensorLayout, tensors: Mapping[str, torch.Tensor], text: str
+    ) -> SnapshotBuffer:
+        """Write a snapshot over the older of two, or over that of the same moment; returns where. See `SnapshotBuffer.write`.
 
         The same moment may be kept twice without a word from the other ranks in between: the one before it stays.
         """
@@ -161,7 +161,7 @@ class Vault:
         return slot
 
     def note(self, step: int) -> None:
-        """Write down that a step is done; see `Vaults.reached`. Local."""
+        """Write down that a step is done; see `SnapshotStore.reached`. Local."""
         self._slots[0].note(step)
 
     def narrow(self) -> None:
@@ -172,7 +172,7 @@ class Vault:
         del self._slots[1:]
 
 
-class Vaults:
+class SnapshotStore:
     """The memory of all ranks' snapshots. Made by who starts the ranks, on their host; the memory goes when this does.
 
     Args:
@@ -196,10 +196,10 @@ class Vaults:
     @property
     def reached(self) -> int:
         """The last step that any rank has done; -1 for none."""
-        return max(Slot(path).reached for own in self.paths for path in own)
+        return max(SnapshotBuffer(path).reached for own in self.paths for path in own)
 
     @property
-    def newest(self) -> tuple[int, list[Slot]] | None:
+    def newest(self) -> tuple[int, list[SnapshotBuffer]] | None:
         """The newest step of which every rank has a snapshot, and where; see `newest`."""
         return newest(self.paths)
 
@@ -218,13 +218,13 @@ class Vaults:
                 segment.close()
 
 
-def newest(paths: Sequence[Sequence[str]]) -> tuple[int, list[Slot]] | None:
+def newest(paths: Sequence[Sequence[str]]) -> tuple[int, list[SnapshotBuffer]] | None:
     """The newest step of which every rank has a complete snapshot, and where each rank's lies; None without one.
 
     Args:
         paths: The slots of each rank, on this host.
     """
-    slots = [{slot.head[:3]: slot for slot in map(Slot, own)} for own in paths]
+    slots = [{slot.head[:3]: slot for slot in map(SnapshotBuffer, own)} for own in paths]
     complete = [
         (step, ended, ranks)
         for step, ended, ranks in (slots[0] if slots else {})
@@ -236,6 +236,6 @@ def newest(paths: Sequence[Sequence[str]]) -> tuple[int, list[Slot]] | None:
     return latest[0], [own[latest] for own in slots[: latest[2]]]
 
 
-def read(slots: Sequence[Slot]) -> list[Image]:
+def read(slots: Sequence[SnapshotBuffer]) -> list[TensorBuffer]:
     """The images in slots."""
-    return [Image(slot.image) for slot in slots]
+    return [TensorBuffer(slot.image) for slot in slots]

@@ -13,24 +13,24 @@ from typing import Any
 
 import torch
 
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.optim.lr_schedulers import Scheduler
 from nbdist.core.process import rng
 from nbdist.core.state.checkpoint_writer import CheckpointWriter, prepare
 from nbdist.core.state.folder_lease import Lease
-from nbdist.core.state.progress import Position
+from nbdist.core.state.progress import TrainProgress
 from nbdist.core.state.restore import ORDER
-from nbdist.core.state.shard_plan import Pieces, check_state, from_all
-from nbdist.core.state.snapshot import Slot, Vault, Vaults
-from nbdist.core.state.step_guard import Boundary
-from nbdist.core.state.tensor_buffer import Layout
+from nbdist.core.state.shard_plan import ShardPlan, check_state, from_all
+from nbdist.core.state.snapshot import RankSnapshots, SnapshotBuffer, SnapshotStore
+from nbdist.core.state.step_guard import StepGuard
+from nbdist.core.state.tensor_buffer import TensorLayout
 from nbdist.core.strategies.strategy import Strategy
-from nbdist.core.sync.gradient_sync import Signals
+from nbdist.core.sync.gradient_sync import ControlFlags
 from nbdist.errors import NbdistError, TaskError
 from nbdist.plan import Plan, available_bytes
 from nbdist.telemetry import Checkpointed, Event, Noted
 
-__all__ = ["Keeper"]
+__all__ = ["Snapshotter"]
 
 _SHARE = 200
 """A snapshot is taken when the training has gone on this many times as long as the last one took."""
@@ -38,7 +38,7 @@ _MEMORY_SHARE = 0.5
 """Of the free memory that snapshots of all ranks may take."""
 
 
-class Keeper:
+class Snapshotter:
     """Keeps what this rank has to keep. **Collective** over the world: the constructor.
 
     Rank 0 says when: it asks for a snapshot or a checkpoint in the gradient sync of a step, so all ranks keep the
@@ -48,72 +48,72 @@ class Keeper:
         strategy: What is trained, placed.
         plan: How; its `checkpoint` options.
         scheduler: Kept too.
-        vault: Where snapshots go; None where none are taken. A checkpoint is written from one.
+        rank_snapshots: Where snapshots go; None where none are taken. A checkpoint is written from one.
         tell: Called with what a person should know.
         run_id: Of which run.
         lease: Of the planned folder, on rank 0.
-        changed: See `Pieces`.
+        changed: See `ShardPlan`.
     """
 
     def __init__(
-        self, strategy: Strategy, plan: Plan, scheduler: Scheduler, vault: Vault | None, tell: Callable[[Event], None],
+        self, strategy: Strategy, plan: Plan, scheduler: Scheduler, rank_snapshots: RankSnapshots | None, tell: Callable[[Event], None],
         run_id: str = "", lease: Lease | None = None, changed: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._strategy = strategy
         self._plan = plan
         self._scheduler = scheduler
-        self._vault = vault
-        self._notes = vault  # of each step that is done, whether snapshots are taken or not
-        self._spool = vault  # what is written to disk passes through memory, of its own if need be
+        self._vault = rank_snapshots
+        self._notes = rank_snapshots  # of each step that is done, whether snapshots are taken or not
+        self._spool = rank_snapshots  # what is written to disk passes through memory, of its own if need be
         self._tell = tell
         self._changed = changed
         self._run_id = run_id
         self._leases: dict[str, Lease | None] = {}  # of the folders that a person has named, until the end of the run
-        self._axes: Axes = strategy.axes
+        self._axes: MeshChannels = strategy.axes
         self._rank, self._ranks = strategy.axes.world.rank, strategy.axes.world.size
-        self._pieces: Pieces | None = None
-        self._own: Vaults | None = None
+        self._pieces: ShardPlan | None = None
+        self._own: SnapshotStore | None = None
         self._writer: CheckpointWriter | None = None  # the one that wrote last
         self._planned: CheckpointWriter | None = None
-        if vault is not None or plan.checkpoint:
+        if rank_snapshots is not None or plan.checkpoint:
             self._open()
         if plan.checkpoint:
             self._writer = self._planned = self._make_writer(plan.checkpoint, plan.checkpoint_keep, lease)
         self._checked = False
-        self._layouts: list[Layout] = []
+        self._layouts: list[TensorLayout] = []
         self._kept_at = -1
         self._snapshot_due_s = 0.0
         self._every_steps, self._every_s = plan.checkpoint_cadence
         self._checkpoint_due_s = time.monotonic() + (self._every_s or 0.0)
         self._checkpoint_due = False
-        self._boundary = Boundary(strategy.task.model) if vault is not None else None
+        self._boundary = StepGuard(strategy.task.model) if rank_snapshots is not None else None
 
     def _open(self) -> None:
         """Find out what this rank has to keep, and where. **Collective** over the world."""
         if self._pieces is None:
             task, strategy = self._strategy.task, self._strategy
-            self._pieces = Pieces(task.model, strategy.table, task.optimizer, strategy.axes, self._changed)
+            self._pieces = ShardPlan(task.model, strategy.table, task.optimizer, strategy.axes, self._changed)
             self._described = json.dumps(self._pieces.described)
         if self._spool is None:
-            self._own = Vaults(1)
-            self._spool = Vault(self._own.paths[0])
+            self._own = SnapshotStore(1)
+            self._spool = RankSnapshots(self._own.paths[0])
 
     def _make_writer(self, folder: str, keep: int, lease: Lease | None) -> CheckpointWriter:
         mark = self._axes.world.broadcast_bytes(secrets.token_hex(4).encode()).decode()
         return CheckpointWriter(folder, keep, mark, self._rank, self._ranks, lease)
 
-    def signals(self, position: Position) -> Signals:
+    def signals(self, position: TrainProgress) -> ControlFlags:
         """What this rank has to say at the end of the step that begins at `position`; some signals are not its.
 
         Local.
         """
         writer = self._writer
         if self._vault is None and writer is None:
-            return Signals()
+            return ControlFlags()
         self._report()
         done = writer is not None and writer.done
         failed = writer is not None and writer.failed
-        said = Signals(written=done and not failed, unwritten=done and failed)
+        said = ControlFlags(written=done and not failed, unwritten=done and failed)
         if self._rank:
             return said
         now = time.monotonic()
@@ -130,7 +130,7 @@ class Keeper:
         if self._boundary is not None:
             self._boundary.leave()
 
-    def reach_boundary(self, position: Position, heard: Signals | None) -> None:
+    def reach_boundary(self, position: TrainProgress, heard: ControlFlags | None) -> None:
         """A step is complete, or an epoch; `heard` is what all ranks have said in it. Local, at once on all ranks."""
         if self._boundary is not None:
             self._boundary.reach()
@@ -151,7 +151,7 @@ class Keeper:
         elif heard.snapshot and self._vault is not None:
             self._keep(position)
 
-    def write_checkpoint(self, position: Position, folder: str) -> None:
+    def write_checkpoint(self, position: TrainProgress, folder: str) -> None:
         """Begin to write the state to a folder, because a person asks for it; who cannot says why. **Collective**."""
         world = self._axes.world
         self.settle()
@@ -191,7 +191,7 @@ class Keeper:
         self._writer.wait()
         self._report()
 
-    def finish(self, position: Position) -> None:
+    def finish(self, position: TrainProgress) -> None:
         """Keep the last state, on disk too if there is a folder. **Collective** over the world."""
         self.settle()
         if self._planned is not None:
@@ -203,7 +203,7 @@ class Keeper:
         if self._writer is not None:
             self._axes.world.all_reduce_(torch.ones(1, device=self._strategy.device))  # it can be read from here on
 
-    def rescue(self, position: Position) -> None:
+    def rescue(self, position: TrainProgress) -> None:
         """After an error: keep the state of the last complete step, if this rank still has it. Local."""
         moved = self._pieces is not None and self._pieces.moved()  # maybe in the step that has failed, too
         if self._boundary is not None and position.step and self._boundary.intact and not moved:
@@ -245,7 +245,7 @@ class Keeper:
             step, path, seconds = writer.counted.pop(0)
             self._tell(Checkpointed(rank=self._rank, step=step, path=path, seconds=seconds))
 
-    def _write(self, writer: CheckpointWriter, position: Position) -> None:
+    def _write(self, writer: CheckpointWriter, position: TrainProgress) -> None:
         """Begin to write the state to the planned folder. Local, at once on all ranks."""
         slot = self._keep(position, everything=True)
         if slot is not None and self._pieces is not None:
@@ -259,8 +259,8 @@ class Keeper:
         self._checked = True
 
     def _keep(
-        self, position: Position, buffers: dict[str, torch.Tensor] | None = None, *, everything: bool = False
-    ) -> Slot | None:
+        self, position: TrainProgress, buffers: dict[str, torch.Tensor] | None = None, *, everything: bool = False
+    ) -> SnapshotBuffer | None:
         """Take a snapshot of this rank's share; where that cannot be, none are taken any more."""
         try:
             if not self._layouts and self._vault is not None and buffers is None:
@@ -297,8 +297,8 @@ class Keeper:
             self._forgo(f"they need {needed / 2**20:,.0f} MiB{free_text}.")
 
     def _take(
-        self, position: Position, buffers: dict[str, torch.Tensor] | None = None, *, everything: bool = False
-    ) -> Slot:
+        self, position: TrainProgress, buffers: dict[str, torch.Tensor] | None = None, *, everything: bool = False
+    ) -> SnapshotBuffer:
         """Take a snapshot of this rank's share; returns where it lies.
 
         Raises:
@@ -321,20 +321,20 @@ class Keeper:
         self._snapshot_due_s = now + _SHARE * (now - started_s)
         return slot
 
-    def _layout_of(self, tensors: dict[str, torch.Tensor]) -> Layout:
+    def _layout_of(self, tensors: dict[str, torch.Tensor]) -> TensorLayout:
         layout = next((known for known in self._layouts if known.fits(tensors)), None)
         if layout is not None:
             return layout
-        layout = Layout(tensors)
+        layout = TensorLayout(tensors)
         self._layouts = [*self._layouts[-1:], layout]
         return layout
 
-    def _text(self, position: Position, generators: list[Any] | None, pieces: Pieces) -> str:
+    def _text(self, position: TrainProgress, generators: list[Any] | None, pieces: ShardPlan) -> str:
         strategy, plan = self._strategy, self._plan
         told: dict[str, Any] = {
             "rank": self._rank,
             "mesh": str(plan.mesh),
-            "speaks": self._axes.speaks,
+            "reports_loss": self._axes.reports_loss,
             "plan": {name: getattr(plan, name) for name in ORDER},
             "position": position.told(),
             "scheduler": self._scheduler.told(),

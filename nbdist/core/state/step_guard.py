@@ -7,10 +7,10 @@ from torch import nn
 
 from nbdist.core.state.shard_plan import SMALL_BYTES
 
-__all__ = ["Boundary"]
+__all__ = ["StepGuard"]
 
 
-class Boundary:
+class StepGuard:
     """The state between two steps: whether weights and buffers are what they were after the last one.
 
     A forward that fails has changed running statistics, so their values at the boundary are kept beside them.

@@ -11,7 +11,7 @@ import torch
 
 from nbdist.errors import TaskError
 
-__all__ = ["Image", "Layout"]
+__all__ = ["TensorBuffer", "TensorLayout"]
 
 _LENGTH = struct.Struct("<Q")
 _TEXT = "nbdist"
@@ -25,7 +25,7 @@ _DTYPES = {
 _DTYPE_OF = {word: dtype for dtype, word in _DTYPES.items()}
 
 
-class Layout:
+class TensorLayout:
     """Where tensors lie in an image.
 
     Args:
@@ -67,7 +67,7 @@ class Layout:
         return _LENGTH.pack(padded) + content.ljust(padded)
 
 
-class Image:
+class TensorBuffer:
     """Reads an image out of memory, where its tensors stay.
 
     Args:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from nbdist.core.comm import SharedMemoryChannel
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.world import World
 from nbdist.core.optim.optimizers import OPTIMIZERS
-from nbdist.core.strategies.data_parallel import Replicate
-from nbdist.core.strategies.mesh_parallel import Composed
+from nbdist.core.strategies.data_parallel import DataParallel
+from nbdist.core.strategies.mesh_parallel import MeshParallel
 from nbdist.core.strategies.shared_weights import SharedWeights
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.task.task import Task
@@ -23,18 +23,18 @@ SHARED_ABOVE = 100_000
 
 def apply(task: Task, plan: Plan, world: World) -> Strategy:
     """Make the strategy for `plan.mesh`. **Collective** over the world."""
-    strategy = _chosen(task, plan, Axes(world, plan.mesh), world)
+    strategy = _chosen(task, plan, MeshChannels(world, plan.mesh), world)
     if strategy.batch_norms is not None:
         strategy.batch_norms.install()
     return strategy
 
 
-def _chosen(task: Task, plan: Plan, axes: Axes, world: World) -> Strategy:
+def _chosen(task: Task, plan: Plan, axes: MeshChannels, world: World) -> Strategy:
     if plan.mesh.size > plan.mesh.dp:
-        return Composed(task, plan, axes, world)
+        return MeshParallel(task, plan, axes, world)
     if isinstance(axes.dp, SharedMemoryChannel) and _divisible(task, plan):
         return SharedWeights(task, plan, axes)
-    return Replicate(task, plan, axes)
+    return DataParallel(task, plan, axes)
 
 
 def _divisible(task: Task, plan: Plan) -> bool:

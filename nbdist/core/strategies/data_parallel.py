@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.strategies.strategy import Strategy
-from nbdist.core.sync.deterministic_sync import OrderedSync
-from nbdist.core.sync.gradient_sync import GradientSync, Signals, Totals
+from nbdist.core.sync.deterministic_sync import DeterministicSync
+from nbdist.core.sync.gradient_sync import ControlFlags, GradientSync, Totals
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 
-__all__ = ["Replicate"]
+__all__ = ["DataParallel"]
 
 
-class Replicate(Strategy):
+class DataParallel(Strategy):
     """Replicas along one channel, kept equal by summing gradients. The module is not wrapped.
 
     **Collective**: the constructor gives every rank the weights and buffers of rank 0.
@@ -28,14 +28,14 @@ class Replicate(Strategy):
         overlap: See `GradientSync`.
     """
 
-    def __init__(self, task: Task, plan: Plan, axes: Axes, *, overlap: bool | None = None) -> None:
+    def __init__(self, task: Task, plan: Plan, axes: MeshChannels, *, overlap: bool | None = None) -> None:
         super().__init__(task, plan, axes)
         self.table.broadcast_(axes.world)
         parameters = list(self.table.trainable.values())
-        self._gradients: GradientSync | OrderedSync = (
+        self._gradients: GradientSync | DeterministicSync = (
             GradientSync(parameters, axes.dp, full_batch=plan.batch_size, bucket_mib=plan.bucket_mib, overlap=overlap)
             if self.sums is None
-            else OrderedSync(parameters, axes.dp, self.sums, full_batch=plan.batch_size)
+            else DeterministicSync(parameters, axes.dp, self.sums, full_batch=plan.batch_size)
         )
 
     def begin_step(self) -> None:
@@ -48,7 +48,7 @@ class Replicate(Strategy):
             self._gradients.arm()
         super().backward(loss, weight, last=last)
 
-    def sync(self, weight: Any, signals: Signals, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
+    def sync(self, weight: Any, signals: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """See `Strategy`."""
         return self._gradients.finish(weight, signals, loss=loss)
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nbdist.core.comm import Channel
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.optimizers import check_may_be_cut
@@ -27,21 +27,21 @@ from nbdist.core.strategies import tensor as tensor_parallel
 from nbdist.core.strategies.pipeline import partition
 from nbdist.core.strategies.pipeline.executor import Pipeline
 from nbdist.core.strategies.pipeline.model_call import call_of
-from nbdist.core.strategies.readable_params import Reach
+from nbdist.core.strategies.readable_params import ReadableParams
 from nbdist.core.strategies.shard.block_choice import blocks_of
-from nbdist.core.strategies.shard.fully_sharded import Shards
+from nbdist.core.strategies.shard.fully_sharded import FullySharded
 from nbdist.core.strategies.strategy import Computed, Strategy
-from nbdist.core.sync.gradient_sync import COUNTS, GradientSync, Signals, Totals
+from nbdist.core.sync.gradient_sync import COUNTS, ControlFlags, GradientSync, Totals
 from nbdist.core.task.task import Task
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
 
-__all__ = ["Composed"]
+__all__ = ["MeshParallel"]
 
 T = TypeVar("T")
 
 
-class Composed(Strategy):
+class MeshParallel(Strategy):
     """A strategy for every mesh.
 
     **Collective**: the constructor gives every rank its parts of rank 0's weights and buffers.
@@ -57,15 +57,15 @@ class Composed(Strategy):
         TaskError: Its forward cannot be recorded.
     """
 
-    def __init__(self, task: Task, plan: Plan, axes: Axes, world: World) -> None:
+    def __init__(self, task: Task, plan: Plan, axes: MeshChannels, world: World) -> None:
         super().__init__(task, plan, axes)
         check_may_be_cut(task.optimizer, plan.mesh, comes_home=task.own_optimizer and plan.gather)
         self.even |= axes.shard.size > 1
         self._parallelized: tensor_parallel.Parallelized | None = None
         self._pipeline: Pipeline | None = None
         self._split: partition.Split | None = None
-        self._shards: Shards | None = None
-        self._reach = Reach(self.table.parameters, plan)
+        self._shards: FullySharded | None = None
+        self._reach = ReadableParams(self.table.parameters, plan)
         self._cleanup = contextlib.ExitStack()
         self._cleanup.callback(axes.close)
         self._cleanup.callback(super().close)
@@ -124,7 +124,7 @@ class Composed(Strategy):
         """Rank 0 measures and decides, for times differ from rank to rank."""
         model, plan, world = self.task.model, self.plan, self.axes.world
         told: Any = None
-        with tensor_parallel.rehearsed(self._parallelized):
+        with tensor_parallel.dry_run(self._parallelized):
             if world.rank == 0:
                 try:
                     # What torch.export records has lost the layers that would measure together.
@@ -179,7 +179,7 @@ class Composed(Strategy):
                 blocks.append([p for name, p in self.table.parameters.items() if name in new])
         for name in self.table.parameters:  # those of other stages too: all ranks know where everything lies
             self.table.placements[name] = replace(self.table.placement(name), sharded=True)
-        self._shards = Shards(blocks, self.axes.shard, self._reach.names, self._reach.check)
+        self._shards = FullySharded(blocks, self.axes.shard, self._reach.names, self._reach.check)
         self._cleanup.callback(self._shards.close)
         if modules:
             self._shards.hook(modules)
@@ -209,7 +209,7 @@ class Composed(Strategy):
             self._cleanup.callback(link.close)
         return Pipeline(
             self.task, self.plan, split, here, before, after, self.device, self.precision, scaled=self.scaled,
-            units=self.units, shards=self._shards, batch_norms=self.batch_norms, rehearsed=self._rehearsed,
+            units=self.units, shards=self._shards, batch_norms=self.batch_norms, dry_run=self._rehearsed,
             guarded=self._reach.guarded,
         )  # fmt: skip
 
@@ -217,7 +217,7 @@ class Composed(Strategy):
     def _rehearsed(self) -> Iterator[None]:
         """Around what one rank computes by itself, of whose values nothing is asked."""
         together = contextlib.nullcontext() if self.batch_norms is None else self.batch_norms.alone()
-        with tensor_parallel.rehearsed(self._parallelized), together, self._reach.shown():
+        with tensor_parallel.dry_run(self._parallelized), together, self._reach.shown():
             yield
 
     # What a step does.
@@ -247,7 +247,7 @@ class Composed(Strategy):
         with self._reach.guarded():
             return super().compute(part, path, function)
 
-    def _forward_backward_sharded(self, step: int, slices: list[Slice], shards: Shards) -> Computed:
+    def _forward_backward_sharded(self, step: int, slices: list[Slice], shards: FullySharded) -> Computed:
         """As `Strategy.forward_backward`; what counts for nothing is computed too, for others wait for it."""
         total: Any = 0
         losses: list[tuple[torch.Tensor, Any]] = []
@@ -279,7 +279,7 @@ class Composed(Strategy):
                 self._shards.show()
 
     @torch.no_grad()
-    def sync(self, weight: Any, signals: Signals, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
+    def sync(self, weight: Any, signals: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """See `Strategy`."""
         for channel, names in self._tied:
             for name in names:
@@ -289,10 +289,10 @@ class Composed(Strategy):
                 channel.all_reduce_(total)
                 if total is not gradient:
                     gradient.copy_(total)
-        speaks = self.axes.speaks
+        reports_loss = self.axes.reports_loss
         used = self._used()
-        signals = signals._replace(exhausted=float(signals.exhausted and speaks))
-        told = [float(weight) * speaks, *map(float, loss), *signals]
+        signals = signals._replace(exhausted=float(signals.exhausted and reports_loss))
+        told = [float(weight) * reports_loss, *map(float, loss), *signals]
         counts = torch.tensor([*told, *(name in used for name in self.table.trainable)], dtype=torch.float64)
         counts = counts.to(self.device)
         self.axes.replica.all_reduce_(counts)
@@ -301,7 +301,7 @@ class Composed(Strategy):
         hits = sums[COUNTS:]
         counted = dict(zip(self.table.trainable, hits, strict=True))
         used_here = [counted[name] > 0 for name in self._held]
-        return self._gradients.finish(total_weight, Signals(*said), loss=(lost, lost_weight), used=used_here)
+        return self._gradients.finish(total_weight, ControlFlags(*said), loss=(lost, lost_weight), used=used_here)
 
     def _used(self) -> set[str]:
         """The parameters that have got a gradient on this rank."""

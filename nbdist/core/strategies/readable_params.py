@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from nbdist.core.params.placeholder import Placeholders, is_placeholder, reveal, stand_in
+from nbdist.core.params.placeholder import Placeholders, dummy, is_placeholder, reveal
 from nbdist.core.strategies.tensor import Guard, Parallelized
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
 
-__all__ = ["Reach"]
+__all__ = ["ReadableParams"]
 
 
-class Reach:
+class ReadableParams:
     """Refuses whoever reads a parameter that is not here, or that is a part of one.
 
     Args:
@@ -35,7 +35,7 @@ class Reach:
 
     def leave_out(self, parameter: nn.Parameter) -> None:
         """Its values lie on other ranks. Local."""
-        parameter.data = stand_in(parameter, parameter.device)
+        parameter.data = dummy(parameter, parameter.device)
         self._placeholders.hide(parameter)
         self._absent.append(parameter)
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from nbdist.core.comm import SharedMemoryChannel
-from nbdist.core.comm.mesh_channels import Axes
-from nbdist.core.comm.reduction_order import SumOrder
+from nbdist.core.comm.mesh_channels import MeshChannels
+from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.params.data_watch import DataWatch, put_data, unwatched
 from nbdist.core.params.table import copy_or_zero_, laid_out_like
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.sync.gradient_hooks import GradientHooks
-from nbdist.core.sync.gradient_sync import COUNTS, Signals, Totals, tail_dtype
+from nbdist.core.sync.gradient_sync import COUNTS, ControlFlags, Totals, tail_dtype
 from nbdist.core.task.task import Task
 from nbdist.errors import TaskError
 from nbdist.plan import Plan
@@ -26,7 +26,7 @@ _ALIGNMENT = 16  # elements: each parameter begins a cache line, as one of its o
 
 
 class SharedWeights(Strategy):
-    """What `Replicate` does, to the same bits, where all ranks map the same memory.
+    """What `DataParallel` does, to the same bits, where all ranks map the same memory.
 
     The trainable parameters lie in memory that all ranks read. Every parameter has an owner: the rank that sums its
     gradient, keeps its optimizer state and writes it. The others put their gradient of it into their slab, where the
@@ -49,7 +49,7 @@ class SharedWeights(Strategy):
         axes: See `Strategy`.
     """
 
-    def __init__(self, task: Task, plan: Plan, axes: Axes) -> None:
+    def __init__(self, task: Task, plan: Plan, axes: MeshChannels) -> None:
         super().__init__(task, plan, axes)
         channel = axes.dp
         assert isinstance(channel, SharedMemoryChannel)
@@ -66,7 +66,7 @@ class SharedWeights(Strategy):
         self._taken: set[int] = set()  # of that, whose data somebody has taken
         self._versions: list[int] = []  # of all, when this rank last was to write to them
         self._updated = False  # whether owners have written since all have met
-        self._order = SumOrder.chain(channel.size) if self.sums is None else self.sums.order
+        self._order = ReductionTree.chain(channel.size) if self.sums is None else self.sums.order
         # The places of each parameter's gradients in the slab of each rank: one for each node of the order.
         self._slabs: list[list[dict[int, torch.Tensor]]] = [
             [{} for _ in range(self._order.rows)] for _ in range(channel.size)
@@ -114,7 +114,7 @@ class SharedWeights(Strategy):
             parameter.grad = None
 
     @torch.no_grad()
-    def sync(self, weight: Any, signals: Signals, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
+    def sync(self, weight: Any, signals: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """See `Strategy`. A rank then has gradients of what it owns only; an optimizer leaves alone what has none."""
         parameters, channel = self._parameters, self._channel
         self._look_for_writes()

@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.precision import Precision
 from nbdist.core.params.table import ParamTable
 from nbdist.core.process import rng
 from nbdist.core.process.lazy_dynamo import eager
 from nbdist.core.sync.gradient_hooks import GradientHooks
-from nbdist.core.sync.gradient_sync import Signals, Totals
-from nbdist.core.sync.slice_accumulator import SliceSums
+from nbdist.core.sync.gradient_sync import ControlFlags, Totals
+from nbdist.core.sync.slice_accumulator import SliceAccumulator
 from nbdist.core.sync.sync_batchnorm import BatchNorms, buffers_kept_if_empty
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
@@ -50,7 +50,7 @@ class Strategy(ABC):
         sums: What adds up slices in the same order on any number of ranks, or None.
     """
 
-    def __init__(self, task: Task, plan: Plan, axes: Axes) -> None:
+    def __init__(self, task: Task, plan: Plan, axes: MeshChannels) -> None:
         self.task = task
         self.plan = plan
         self.axes = axes
@@ -65,10 +65,10 @@ class Strategy(ABC):
             norms = BatchNorms(task.model, axes.data)
             self.batch_norms = norms if norms.layers else None
         self.even = self.batch_norms is not None
-        self.sums: SliceSums | None = None
+        self.sums: SliceAccumulator | None = None
         if plan.reproducible:
             trainable, buffers = list(self.table.trainable.values()), list(self.table.buffers.values())
-            self.sums = SliceSums(trainable, buffers, axes.data, plan.slices)
+            self.sums = SliceAccumulator(trainable, buffers, axes.data, plan.slices)
         self._samples_a_weight = 1.0
         self._agreed = task.weighs_samples
 
@@ -160,7 +160,7 @@ class Strategy(ABC):
         return loss if isinstance(share, float) and share == 1.0 else loss * share
 
     @abstractmethod
-    def sync(self, weight: Any, signals: Signals, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
+    def sync(self, weight: Any, signals: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """Make every gradient the weighted mean over all ranks. **Collective**; see `GradientSync.finish`."""
 
     def counted(self, losses: list[tuple[Any, Any]], totals: Totals) -> list[tuple[Any, Any]]:

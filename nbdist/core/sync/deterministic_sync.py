@@ -9,13 +9,13 @@ from torch import nn
 
 from nbdist.core.comm import Channel
 from nbdist.core.params.table import copy_or_zero_, laid_out_like
-from nbdist.core.sync.gradient_sync import Signals, Totals, tail_dtype
-from nbdist.core.sync.slice_accumulator import SliceSums
+from nbdist.core.sync.gradient_sync import ControlFlags, Totals, tail_dtype
+from nbdist.core.sync.slice_accumulator import SliceAccumulator
 
-__all__ = ["OrderedSync"]
+__all__ = ["DeterministicSync"]
 
 
-class OrderedSync:
+class DeterministicSync:
     """What `GradientSync` does, for slices whose gradients are summed in a fixed order.
 
     Args:
@@ -25,7 +25,9 @@ class OrderedSync:
         full_batch: See `GradientSync`.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], channel: Channel, sums: SliceSums, *, full_batch: float) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], channel: Channel, sums: SliceAccumulator, *, full_batch: float
+    ) -> None:
         self._parameters = parameters
         self._channel = channel
         self._sums = sums
@@ -54,7 +56,7 @@ class OrderedSync:
         """The sum waits for all slices. Local."""
 
     @torch.no_grad()
-    def finish(self, weight: Any, signals: Signals, *, loss: tuple[Any, Any]) -> Totals:
+    def finish(self, weight: Any, signals: ControlFlags, *, loss: tuple[Any, Any]) -> Totals:
         """See `GradientSync.finish`; what it is told of weight and loss, the sums know. **Collective**."""
         del weight, loss
         nodes = self._sums.sums()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.params.placement import Placement
 from nbdist.core.params.table import ParamTable
 from nbdist.errors import PlanError
@@ -37,7 +37,7 @@ class GradientHooks:
                 # None would leave torch running the latter; of an empty dict there is nothing to run.
                 _put(parameter, before and OrderedDict(), after and OrderedDict())
 
-    def run(self, table: ParamTable, axes: Axes) -> None:
+    def run(self, table: ParamTable, axes: MeshChannels) -> None:
         """Let them have the gradients that this rank holds. **Collective** over the replica."""
         if self._taken:  # to set gradients aside costs more than to look
             with torch.no_grad():
@@ -45,7 +45,7 @@ class GradientHooks:
                     if parameter.grad is not None:  # else it was not used, or lies elsewhere
                         self._run(parameter, before, after, table.placement(name), axes)
 
-    def _run(self, parameter: nn.Parameter, before: Any, after: Any, placement: Placement, axes: Axes) -> None:
+    def _run(self, parameter: nn.Parameter, before: Any, after: Any, placement: Placement, axes: MeshChannels) -> None:
         place: Any = parameter.grad
         placement = replace(placement, stages=None)  # who holds it on this stage has to agree, and nobody else
         gradient = place if placement.whole or not before else placement.gather(place, axes)

@@ -14,16 +14,16 @@ from torch import nn
 from nbdist.core.comm import Channel, Pending
 from nbdist.core.params.table import copy_or_zero_, laid_out_like
 
-__all__ = ["COUNTS", "GradientSync", "Signals", "Totals", "tail_dtype"]
+__all__ = ["COUNTS", "ControlFlags", "GradientSync", "Totals", "tail_dtype"]
 
 _NAP_S = 5e-5
 
 
-class Signals(NamedTuple):
+class ControlFlags(NamedTuple):
     """What a rank says at the end of a step, as zeros and ones; of all ranks, how many say it.
 
     Args:
-        orders: It has orders for all, see `Steering`.
+        orders: It has orders for all, see `StepControl`.
         exhausted: It has no data left.
         snapshot: It asks all to keep the state after this step.
         checkpoint: It asks all to write the state after this step to disk.
@@ -45,9 +45,9 @@ class Signals(NamedTuple):
     form_squared: float = 0
 
 
-_SILENT = Signals()
+_SILENT = ControlFlags()
 _SUMS = 3
-COUNTS = _SUMS + len(Signals._fields)
+COUNTS = _SUMS + len(ControlFlags._fields)
 """Numbers that ride behind the gradients: the weight, the loss times its weight, that weight, and the signals."""
 _NOTHING = (0.0, 0.0)
 
@@ -92,9 +92,9 @@ class Totals:
         return total / weight if weight else None
 
     @property
-    def signals(self) -> Signals:
+    def signals(self) -> ControlFlags:
         """How many ranks say what."""
-        return Signals(*self._numbers[_SUMS:])
+        return ControlFlags(*self._numbers[_SUMS:])
 
 
 def tail_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -244,7 +244,7 @@ class GradientSync:
     def finish(
         self,
         weight: Any,
-        signals: Signals = _SILENT,
+        signals: ControlFlags = _SILENT,
         *,
         loss: tuple[Any, Any] = _NOTHING,
         used: list[bool] | None = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 
-from nbdist.core.sync.gradient_sync import Signals
+from nbdist.core.sync.gradient_sync import ControlFlags
 from nbdist.errors import TaskError
 
 __all__ = ["LossForms", "check_one_form"]
@@ -42,7 +42,7 @@ class LossForms:
         elif self._form != form:
             raise TaskError(MANY_FORMS)
 
-    def signals(self, said: Signals, step: int) -> Signals:
+    def signals(self, said: ControlFlags, step: int) -> ControlFlags:
         """What this rank says, with the form that it has seen. Local."""
         if self._form is None:
             return said
@@ -51,7 +51,7 @@ class LossForms:
         return said._replace(losses=1, form=number, form_squared=number**2)
 
 
-def check_one_form(heard: Signals | None) -> None:
+def check_one_form(heard: ControlFlags | None) -> None:
     """Check that all ranks have seen the same, as far as it is known. Local.
 
     Raises:

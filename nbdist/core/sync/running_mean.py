@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["WeightedMean"]
+__all__ = ["RunningMean"]
 
 
-class WeightedMean:
+class RunningMean:
     """Adds up ``value * weight`` and ``weight`` in float64. On a GPU nothing waits for a value until `sums` are read.
 
     Args:

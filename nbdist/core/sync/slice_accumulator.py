@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from nbdist.core.comm import Channel
-from nbdist.core.comm.reduction_order import Node, SumOrder
-from nbdist.core.sync.gradient_sync import Signals, Totals
+from nbdist.core.comm.reduction_order import Node, ReductionTree
+from nbdist.core.sync.gradient_sync import ControlFlags, Totals
 
-__all__ = ["SliceSums"]
+__all__ = ["SliceAccumulator"]
 
 _UNTOLD = 2**16
 """Largest buffer that is looked at although autograd knows of no change: F.batch_norm changes its own unseen."""
 _Tensors = list[torch.Tensor | None]
 
 
-class SliceSums:
+class SliceAccumulator:
     """Takes the gradients of one slice after the other and sums them in the order of a tree.
 
     Buffers that a slice changes, such as running statistics, it finds as they were before the step; afterwards they
@@ -40,7 +40,7 @@ class SliceSums:
     def __init__(
         self, parameters: list[nn.Parameter], buffers: list[torch.Tensor], channel: Channel, slices: int
     ) -> None:
-        self.order = SumOrder.tree(slices, channel.size)
+        self.order = ReductionTree.tree(slices, channel.size)
         self._parameters = parameters
         self._buffers = buffers
         self._channel = channel
@@ -55,7 +55,7 @@ class SliceSums:
     @property
     def told(self) -> int:
         """Length of what `tell` gives."""
-        return 2 * self.order.terms + len(Signals._fields) + len(self._parameters) + len(self._buffers)
+        return 2 * self.order.terms + len(ControlFlags._fields) + len(self._parameters) + len(self._buffers)
 
     def begin(self) -> None:
         """A step begins. Local."""
@@ -106,7 +106,7 @@ class SliceSums:
         self._pass_to(self._share.stop)
         return [found[: len(self._parameters)] for _, found in self._held]
 
-    def tell(self, signals: Signals, out: torch.Tensor) -> None:
+    def tell(self, signals: ControlFlags, out: torch.Tensor) -> None:
         """Write what is to be summed over the ranks, in any order: all but one have zeros, or it is a count. Local.
 
         Args:
@@ -125,7 +125,7 @@ class SliceSums:
         Args:
             sums: What all have told, added up.
         """
-        ends = 2 * self.order.terms, len(Signals._fields), len(self._parameters), len(self._buffers)
+        ends = 2 * self.order.terms, len(ControlFlags._fields), len(self._parameters), len(self._buffers)
         rows, signals, used, moved = sums.double().split(ends)
         losses, weights = rows.view(-1, 2).unbind(1)
         loss = torch.where(weights == 0, 0.0, losses * weights).sum()

@@ -10,10 +10,10 @@ from torch.overrides import TorchFunctionMode
 
 from nbdist.core.task.loss_weight import is_constant
 
-__all__ = ["Outline"]
+__all__ = ["LossGraph"]
 
 
-class Outline(TorchFunctionMode):
+class LossGraph(TorchFunctionMode):
     """Records the graph of scalars beside what is computed, which it leaves alone.
 
     Each function that gives a scalar is called once more, on the side and with gradients; no memory is kept for a

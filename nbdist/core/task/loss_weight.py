@@ -70,7 +70,7 @@ def mean_over(loss: torch.Tensor, samples: int, constants: Callable[[], Iterable
     """How `loss` averages exactly with those of other slices. Local.
 
     Args:
-        loss: A scalar; its graph is there, with gradients enabled or from an `Outline`.
+        loss: A scalar; its graph is there, with gradients enabled or from an `LossGraph`.
         samples: In the slice.
         constants: Tensors that depend on no batch; parameters need not be among them.
 

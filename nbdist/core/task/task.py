@@ -17,7 +17,7 @@ from nbdist.core.optim.lr_schedulers import Scheduler, check_scheduler
 from nbdist.core.optim.optimizers import make_optimizer, optimizer_name
 from nbdist.core.optim.state import move_state_
 from nbdist.core.sync.loss_forms import LossForms
-from nbdist.core.task.loss_graph import Outline
+from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
 from nbdist.core.task.losses import ClassLoss, Loss, find_loss, is_torch_own, loss_name
 from nbdist.core.task.metrics import Metric, find_metric
@@ -177,7 +177,7 @@ class Task:
         Raises:
             TaskError: The step gave something else.
         """
-        outline = Outline() if self.own_mean and not torch.is_grad_enabled() else None
+        outline = LossGraph() if self.own_mean and not torch.is_grad_enabled() else None
         if isinstance(self.step, SupervisedStep):
             given = self.step(self.model, batch, part, outline)
         elif isinstance(self.step, ModelLossStep):

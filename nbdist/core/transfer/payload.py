@@ -27,7 +27,7 @@ import torch
 from nbdist.core.transfer import pickler
 from nbdist.errors import ClusterError, TaskError
 
-__all__ = ["Holder", "Outbox", "Parcel", "Segment", "let_go", "open_segment", "pack", "unpack"]
+__all__ = ["Holder", "Payload", "Segment", "SegmentCache", "is_released", "open_segment", "pack", "unpack"]
 
 _ALIGNMENT = 64
 _APART_BYTES = 1 << 20  # what is larger is mapped by itself, so that its memory goes when it does
@@ -45,7 +45,7 @@ class Holder(Protocol):
     def hold(self) -> str:
         """New memory; returns its path."""
 
-    def let_go(self, path: str) -> None:
+    def is_released(self, path: str) -> None:
         """The memory is not needed any more."""
 
     def let_go_later(self, path: str) -> None:
@@ -137,7 +137,7 @@ class Segment:
     def close(self) -> None:
         """Let go of the segment; processes that have mapped it keep it. Twice is fine."""
         if self._closed() and self._holder is not None:
-            self._holder.let_go(self.path)
+            self._holder.is_released(self.path)
 
     def _closed(self) -> bool:
         """Close it here; returns whether it was open and is this process's to let go of."""
@@ -157,7 +157,7 @@ class Segment:
             self._holder.let_go_later(self.path)
 
 
-class Outbox:
+class SegmentCache:
     """Makes segments, and makes one again of a segment that came back: its pages are there already.
 
     Only when nobody maps it any more may a segment be written anew, for a private mapping shows what is written until
@@ -192,7 +192,7 @@ class Outbox:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parcel:
+class Payload:
     """Where a packed object lies. Small and picklable; valid while the packer keeps the segment.
 
     The segment holds the pickle, then each tensor storage and array, then the table of their places.
@@ -213,8 +213,8 @@ class Parcel:
 
 
 def pack(
-    value: Any, *, name: str = "", inline: bool = False, outbox: Outbox | None = None
-) -> tuple[Parcel, Segment]:  # fmt: skip
+    value: Any, *, name: str = "", inline: bool = False, segment_cache: SegmentCache | None = None
+) -> tuple[Payload, Segment]:  # fmt: skip
     """Pack `value` by value: classes and functions of a notebook travel with it, tensors and arrays beside it.
 
     Tensors that share memory share it still on the other side, so tied weights stay tied. They arrive on the CPU.
@@ -223,7 +223,7 @@ def pack(
         value: Anything that can be pickled.
         name: What the user calls it, for errors.
         inline: Whether the parcel holds the bytes too, for receivers on other hosts.
-        outbox: Where the segment comes from; by default it is new.
+        segment_cache: Where the segment comes from; by default it is new.
 
     Returns:
         The parcel, and the segment to keep until every receiver has unpacked.
@@ -240,23 +240,23 @@ def pack(
     regions, starts, written = _laid_out(views, len(code))
     end = sum(regions[-1])
     table = pickle.dumps((regions, [(start, len(view)) for start, view in zip(starts, views, strict=True)]))
-    segment = (outbox or Outbox()).segment(end + len(table))
+    segment = (segment_cache or SegmentCache()).segment(end + len(table))
     segment.fill([(0, memoryview(code)), *((starts[i], views[i]) for i in written), (end, memoryview(table))])
     for view in views:
         view.release()  # before the garbage collector meets them in the pickler's cycles
     for buffer in buffers:
         buffer.release()
-    parcel = Parcel(
+    payload = Payload(
         path=segment.path, inline=segment.buffer[:] if inline else None, code_bytes=len(code), table_start=end,
         nbytes=end + len(table),
     )  # fmt: skip
-    return parcel, segment
+    return payload, segment
 
 
-def unpack(parcel: Parcel) -> Any:
+def unpack(payload: Payload) -> Any:
     """Unpack a parcel. Tensors and arrays lie in a private mapping of the segment: writing is safe, and not seen."""
-    map_ = _in_memory(parcel.inline) if parcel.inline is not None else _in_segment(parcel)
-    table: Any = map_(parcel.table_start, parcel.nbytes - parcel.table_start)
+    map_ = _in_memory(payload.inline) if payload.inline is not None else _in_segment(payload)
+    table: Any = map_(payload.table_start, payload.nbytes - payload.table_start)
     regions, places = pickle.loads(table)
     memory = [map_(start, size) for start, size in regions]
     firsts = [start for start, _ in regions]
@@ -264,7 +264,7 @@ def unpack(parcel: Parcel) -> Any:
     for start, size in places:
         i = bisect.bisect(firsts, start) - 1
         buffers.append(memory[i][start - firsts[i] : start - firsts[i] + size])
-    return pickler.load(memory[0][: parcel.code_bytes], buffers)
+    return pickler.load(memory[0][: payload.code_bytes], buffers)
 
 
 def _laid_out(views: list[memoryview], start: int) -> tuple[list[tuple[int, int]], list[int], list[int]]:
@@ -308,14 +308,14 @@ def _in_memory(content: bytes) -> Callable[[int, int], Any]:
     return lambda start, length: memory[start : start + length]
 
 
-def _in_segment(parcel: Parcel) -> Callable[[int, int], Any]:
+def _in_segment(payload: Payload) -> Callable[[int, int], Any]:
     """Maps parts of a segment privately: each as NumPy memory, whose slices are buffers and keep the mapping alive."""
     maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
-    _mapped[parcel.path] = maps
+    _mapped[payload.path] = maps
 
     def map_(start: int, length: int) -> Any:
         before = start % mmap.ALLOCATIONGRANULARITY
-        with os.fdopen(open_segment(parcel.path), "rb") as file:
+        with os.fdopen(open_segment(payload.path), "rb") as file:
             mapping = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before)
         maps.add(mapping)
         return np.frombuffer(mapping, dtype=np.uint8)[before:]
@@ -323,7 +323,7 @@ def _in_segment(parcel: Parcel) -> Callable[[int, int], Any]:
     return map_
 
 
-def let_go(path: str) -> bool:
+def is_released(path: str) -> bool:
     """Whether nothing in this process lies any more in the segment that was last unpacked from `path`."""
     if _mapped.get(path):
         gc.collect()

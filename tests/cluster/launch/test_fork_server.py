@@ -18,7 +18,7 @@ from shared_cluster import ENGINES, until
 from tasks import classes, copied, net, same
 
 import nbdist
-from nbdist.cluster.launch.fork_client import ForkServer, Order, current_server, end_server, require_server
+from nbdist.cluster.launch.fork_client import ForkRequest, ForkServer, current_server, end_server, require_server
 from nbdist.engine.parent_watch import FOLDER_VARIABLE
 from nbdist.errors import ClusterError
 
@@ -239,7 +239,9 @@ def test_the_process_of_an_interrupted_order_is_killed(forks, tmp_path):
 
     def order(kind, argument):
         log = str(tmp_path / kind)
-        return Order(arguments=[kind, argument], environment=dict(os.environ), folder=str(tmp_path), log=log, cores={0})
+        return ForkRequest(
+            arguments=[kind, argument], environment=dict(os.environ), folder=str(tmp_path), log=log, cores={0}
+        )
 
     def interrupt():
         until(lambda: "libtorch" in Path(f"/proc/{forks.pid}/maps").read_text())
@@ -267,7 +269,7 @@ def test_what_was_forked_for_a_cluster_ends_with_its_folder(forks, tmp_path):
         os.makedirs(folder)
         environment = {**os.environ, FOLDER_VARIABLE: folder}
         arguments = ["engine", f"--profile-dir={folder}/profile"]  # waits for a controller
-        order = Order(arguments=arguments, environment=environment, folder=folder, log=os.devnull, cores={0})
+        order = ForkRequest(arguments=arguments, environment=environment, folder=folder, log=os.devnull, cores={0})
         processes.append(psutil.Process(forks.fork(order)))
     forks.end_cluster(folders[0])
     until(lambda: [True, False] == [ended(process) for process in processes])
@@ -282,7 +284,9 @@ def test_a_server_that_was_ended_forks_no_more(forks, tmp_path):
     forks.end()
     assert not psutil.pid_exists(forks.pid)
     with pytest.raises(ClusterError, match="the fork server has ended"):
-        forks.fork(Order(arguments=["controller"], environment={}, folder=str(tmp_path), log=os.devnull, cores={0}))
+        forks.fork(
+            ForkRequest(arguments=["controller"], environment={}, folder=str(tmp_path), log=os.devnull, cores={0})
+        )
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])

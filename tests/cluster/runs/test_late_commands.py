@@ -12,7 +12,7 @@ from tasks import classes, net
 
 import nbdist
 from nbdist.cluster.engines.standby import Spares
-from nbdist.cluster.runs.dispatch import Training
+from nbdist.cluster.runs.dispatch import RunDispatch
 from nbdist.errors import ClusterError, EngineError
 
 pytestmark = pytest.mark.engines
@@ -160,14 +160,14 @@ def test_they_are_there_though_the_run_failed(scaled, gate, tmp_path):
 def test_an_order_while_the_weights_come_home_is_accounted_for(cluster, monkeypatch):
     """All ranks have answered by then; what comes later is refused."""
     coming, goes_on = threading.Event(), threading.Event()
-    bring_home = Training.bring_home
+    load_result = RunDispatch.load_result
 
     def held(self, home):
         coming.set()
         assert goes_on.wait(HUNG_S)
-        bring_home(self, home)
+        load_result(self, home)
 
-    monkeypatch.setattr(Training, "bring_home", held)
+    monkeypatch.setattr(RunDispatch, "load_result", held)
     run = cluster.train(net(), classes(), background=True, **OPTIONS)
     try:
         assert coming.wait(HUNG_S)

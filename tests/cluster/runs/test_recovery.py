@@ -17,8 +17,8 @@ from shared_cluster import until
 from torch import nn
 
 import nbdist
-from nbdist.cluster.runs.dispatch import Training
-from nbdist.cluster.runs.monitor import Relay
+from nbdist.cluster.runs.dispatch import RunDispatch
+from nbdist.cluster.runs.monitor import RunMonitor
 from nbdist.errors import EngineError, PlanError
 from nbdist.telemetry.record import records
 
@@ -197,14 +197,14 @@ def test_the_last_run_is_gone_on_with_on_another_number_of_engines(cluster, tmp_
 
 def test_a_stop_at_once_that_comes_too_late_frees_nobody(cluster, monkeypatch):
     """When every rank has answered, their world is whole, and they can meet in it."""
-    draw = Relay._draw
+    draw = RunMonitor._draw
 
     def late(relay):
         concurrent.futures.wait(relay._calls)
         relay._run.stop(now=True)
         draw(relay)
 
-    monkeypatch.setattr(Relay, "_draw", late)
+    monkeypatch.setattr(RunMonitor, "_draw", late)
     run = cluster.train(net(), data(), **{**OPTIONS, "epochs": 1})
     monkeypatch.undo()
     assert run.abandoned
@@ -265,13 +265,13 @@ def test_a_run_without_a_snapshot_that_gets_no_further_ends(cluster, tmp_path):
 
 def test_a_run_without_a_snapshot_is_scaled_up_and_down_again(cluster, tmp_path, monkeypatch):
     """It is begun twice more, from its first step on, and ends on as many engines as were asked for last."""
-    begun, begin = [], Training.begin
+    begun, begin = [], RunDispatch.begin
 
     def counted(training, **how):
         begun.append(training.engines.size)
         return begin(training, **how)
 
-    monkeypatch.setattr(Training, "begin", counted)
+    monkeypatch.setattr(RunDispatch, "begin", counted)
     gate = Gate(tmp_path, 3, 6)
     options = OPTIONS | {"optimizer": unkept, "lr_scheduler": gate, "epochs": None, "steps": 9}
     run = cluster.train(net(), data(), background=True, **options)

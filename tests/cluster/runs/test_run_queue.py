@@ -13,7 +13,7 @@ from shared_cluster import ENGINES, HUNG_S, until
 from tasks import classes, net
 
 from nbdist.cluster.engines import engines as engines_module
-from nbdist.cluster.runs.run_queue import Trainings
+from nbdist.cluster.runs.run_queue import RunQueue
 from nbdist.errors import ClusterError
 
 pytestmark = pytest.mark.engines
@@ -56,14 +56,14 @@ def held(folder):
 @pytest.fixture
 def second_held(cluster, monkeypatch, gate, tmp_path):
     """Three runs: the first has ended, the second, which never would, is held while it begins, the third waits."""
-    begin, runs = Trainings._begin, []
+    begin, runs = RunQueue._begin, []
 
     def held_begin(self, turn):
         if len(runs) > 1 and turn.run is runs[1]:
             gate.hold()
         begin(self, turn)
 
-    monkeypatch.setattr(Trainings, "_begin", held_begin)
+    monkeypatch.setattr(RunQueue, "_begin", held_begin)
     loss, begun, goes_on = held(tmp_path)
     runs.append(cluster.train(net(), classes(), **{**SHORT, "loss": loss}))
     until(begun.exists)
@@ -75,13 +75,13 @@ def second_held(cluster, monkeypatch, gate, tmp_path):
 
 def test_a_stop_that_comes_with_the_end_comes_before_it_or_after(cluster, monkeypatch, gate, tmp_path):
     """A run that has ended does not go on stopping for ever."""
-    order = Trainings._order
+    order = RunQueue._order
 
     def held_order(self, run, kind, value):
         gate.hold()
         order(self, run, kind, value)
 
-    monkeypatch.setattr(Trainings, "_order", held_order)
+    monkeypatch.setattr(RunQueue, "_order", held_order)
     loss, begun, goes_on = held(tmp_path)
     run = cluster.train(net(), classes(), **{**SHORT, "loss": loss})
     until(begun.exists)
@@ -138,7 +138,7 @@ def test_a_stop_is_heard_while_the_run_begins(cluster, second_held, gate):
 
 def test_a_picture_that_fails_holds_nobody(cluster, monkeypatch, tmp_path):
     """A queued run that is stopped, or cannot begin, has ended, and those behind it begin."""
-    begin, runs = Trainings._begin, []
+    begin, runs = RunQueue._begin, []
 
     def failing(self, turn):
         if len(runs) > 2 and turn.run is runs[2]:
@@ -148,7 +148,7 @@ def test_a_picture_that_fails_holds_nobody(cluster, monkeypatch, tmp_path):
     def watch(run):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Trainings, "_begin", failing)
+    monkeypatch.setattr(RunQueue, "_begin", failing)
     loss, begun, goes_on = held(tmp_path)
     runs.append(cluster.train(net(), classes(), **{**SHORT, "loss": loss}))
     until(begun.exists)
@@ -166,14 +166,14 @@ def test_a_picture_that_fails_holds_nobody(cluster, monkeypatch, tmp_path):
 
 def test_whatever_keeps_a_run_from_beginning_ends_it(cluster, monkeypatch, tmp_path):
     """Nobody waits for it for ever, and those behind it begin."""
-    begin, runs = Trainings._begin, []
+    begin, runs = RunQueue._begin, []
 
     def failing(self, turn):
         if len(runs) > 1 and turn.run is runs[1]:
             raise OSError("not today")
         begin(self, turn)
 
-    monkeypatch.setattr(Trainings, "_begin", failing)
+    monkeypatch.setattr(RunQueue, "_begin", failing)
     loss, begun, goes_on = held(tmp_path)
     runs.append(cluster.train(net(), classes(), **{**SHORT, "loss": loss}))
     until(begun.exists)

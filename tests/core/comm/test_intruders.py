@@ -20,7 +20,7 @@ from nbdist.core.comm.guarded_store import GuardedStore, host_store
 from nbdist.core.comm.p2p import pack_note, unpack_note
 from nbdist.core.comm.rendezvous import GenerationStore
 from nbdist.core.comm.shared_memory import connect
-from nbdist.core.control.command_log import OrderLog
+from nbdist.core.control.command_log import CommandLog
 from nbdist.core.transfer.payload import Segment
 from nbdist.telemetry.sinks import JsonlSink
 
@@ -48,7 +48,7 @@ def test_the_store_gives_and_takes_nothing(ask):
     store = host_store()
     told = as_other_user(ask, *store.address[: 1 if ask is ask_unproved else 2])
     assert told in ("", "ConnectionError", "ConnectionResetError", "BrokenPipeError")
-    assert [] == OrderLog(store, "run").new()
+    assert [] == CommandLog(store, "run").new()
     assert not store.check(["orders/run/0"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nbdist.core.comm.reduction_order import SumOrder
+from nbdist.core.comm.reduction_order import ReductionTree
 
 
 def added(order):
@@ -25,23 +25,23 @@ def added(order):
 @pytest.mark.parametrize("terms", [1, 2, 5, 7, 8, 12, 16, 24])
 def test_a_tree_is_the_same_for_every_number_of_ranks(terms):
     """Terms stay in their order, and brackets stay where they are."""
-    (one,) = {added(SumOrder.tree(terms, ranks)) for ranks in range(1, terms + 1)}
+    (one,) = {added(ReductionTree.tree(terms, ranks)) for ranks in range(1, terms + 1)}
     assert "abcdefghijklmnopqrstuvwxyz"[:terms] == one.replace("(", "").replace(")", "")
 
 
 def test_twelve_terms_fit_many_numbers_of_ranks():
     """1, 2 or 4 ranks sum one node each, 3 or 6 two at most."""
-    assert [1, 1, 2, 1, 2] == [SumOrder.tree(12, ranks).rows for ranks in (1, 2, 3, 4, 6)]
+    assert [1, 1, 2, 1, 2] == [ReductionTree.tree(12, ranks).rows for ranks in (1, 2, 3, 4, 6)]
 
 
 def test_a_chain_adds_one_rank_after_the_other():
     """As ranks are summed where nothing else is asked for."""
-    assert "(((ab)c)d)" == added(SumOrder.chain(4))
-    assert SumOrder.chain(4).rows == 1
+    assert "(((ab)c)d)" == added(ReductionTree.chain(4))
+    assert ReductionTree.chain(4).rows == 1
 
 
 def test_shares_are_neighbours_and_about_equal():
     """Every term has one rank."""
-    shares = SumOrder.tree(12, 5).shares
+    shares = ReductionTree.tree(12, 5).shares
     assert list(range(12)) == [term for share in shares for term in share]
     assert {2, 3} == set(map(len, shares))

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from nbdist.core.comm import HostsChannel, ProcessGroupChannel, SharedMemoryChannel
+from nbdist.core.comm import HierarchicalChannel, ProcessGroupChannel, SharedMemoryChannel
 from nbdist.core.comm.channel import Channel
 from nbdist.core.comm.waiting import waiting_calls
 
 
-@pytest.mark.parametrize("kind", [SharedMemoryChannel, ProcessGroupChannel, HostsChannel])
+@pytest.mark.parametrize("kind", [SharedMemoryChannel, ProcessGroupChannel, HierarchicalChannel])
 def test_the_collectives_of_every_channel_are_known(kind):
     """By their own names, wherever they are decorated."""
     known = {name for file, name in waiting_calls() if file == sys.modules[kind.__module__].__file__}

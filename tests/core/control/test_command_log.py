@@ -6,8 +6,8 @@ import pytest
 
 from nbdist.core.comm.rendezvous import reach_store
 from nbdist.core.comm.world import host_store
-from nbdist.core.control.command_log import OrderLog
-from nbdist.core.control.commands import Order
+from nbdist.core.control.command_log import CommandLog
+from nbdist.core.control.commands import Command
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,11 @@ class Dying:
 
 def test_orders_are_heard_in_the_order_in_which_they_were_given(store, run_id):
     """From several writers, and each once."""
-    here, there, heard = OrderLog(store, run_id), OrderLog(store, run_id), OrderLog(store, run_id)
+    here, there, heard = CommandLog(store, run_id), CommandLog(store, run_id), CommandLog(store, run_id)
     here.give("lr", 0.5)
     there.give("checkpoint", "/tmp/a\nb")
     here.give("stop", None)
-    assert [Order("lr", 0.5), Order("checkpoint", "/tmp/a\nb"), Order("stop")] == heard.new()
+    assert [Command("lr", 0.5), Command("checkpoint", "/tmp/a\nb"), Command("stop")] == heard.new()
     heard._next_s = 0.0
     assert [] == heard.new()
 
@@ -48,28 +48,28 @@ def test_orders_are_heard_in_the_order_in_which_they_were_given(store, run_id):
 @pytest.mark.parametrize("words", [0, 1])
 def test_a_writer_that_dies_leaves_no_hole(store, run_id, words):
     """Whenever it died, its order was given or was not, and those after it are heard."""
-    dying = OrderLog(Dying(store, words), run_id)
+    dying = CommandLog(Dying(store, words), run_id)
     try:
         dying.give("pause", None)
     except EOFError:
         assert words == 0
-    OrderLog(store, run_id).give("stop", None)
-    expected = [Order("pause")] * words + [Order("stop")]
-    assert expected == OrderLog(store, run_id).new()
+    CommandLog(store, run_id).give("stop", None)
+    expected = [Command("pause")] * words + [Command("stop")]
+    assert expected == CommandLog(store, run_id).new()
 
 
 def test_what_was_carried_out_is_known_from_the_log(store, run_id):
     """After which step; by a rank that reads it anew."""
-    log = OrderLog(store, run_id)
+    log = CommandLog(store, run_id)
     for kind in ("pause", "resume", "stop"):
         log.give(kind, None)
     log.stamp(1, 7)
-    assert [None, 7, None] == [order.step for order in OrderLog(store, run_id).new()]
+    assert [None, 7, None] == [order.step for order in CommandLog(store, run_id).new()]
 
 
 def test_another_process_reaches_the_same_log(store, run_id):
     """Through a connection of its own, as rank 0 does."""
-    OrderLog(store, run_id).give("pause", None)
+    CommandLog(store, run_id).give("pause", None)
     other = reach_store(*store.address)
-    assert [Order("pause")] == OrderLog(other, run_id).new()
-    assert [] == OrderLog(other, "another").new()
+    assert [Command("pause")] == CommandLog(other, run_id).new()
+    assert [] == CommandLog(other, "another").new()

@@ -11,9 +11,9 @@ import torch
 from problems import ADAMW, SGD, Given, alone, assert_same_bits, classes, mlp, train
 from torch.optim import lr_scheduler
 
-from nbdist.core.control.commands import Order
+from nbdist.core.control.commands import Command
 from nbdist.core.optim.lr_schedulers import Scheduler
-from nbdist.core.state.snapshot import Vaults
+from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.telemetry import Checkpointed, EpochFinished, ListSink, Noted, Ordered, Progress
 
 DATA = classes(24)
@@ -129,7 +129,7 @@ class Late(Given):
         self.rests = self.rests or bool(given)
         if self.said.is_set() and self.then:
             then, self.then = self.then, []
-            given = [Order(kind, value) for kind, value in then]
+            given = [Command(kind, value) for kind, value in then]
         return given
 
 
@@ -206,7 +206,7 @@ class Log(Given):
 def again(world, paths, orders, go_on, **options):
     sink = ListSink()
     result, trained = train(
-        world, mlp(), DATA, optimizer=ADAMW, orders=Log(orders), run_id="r", vaults=paths, go_on=go_on, sinks=[sink],
+        world, mlp(), DATA, optimizer=ADAMW, orders=Log(orders), run_id="r", snapshot_paths=paths, go_on=go_on, sinks=[sink],
         **OPTIONS, **options,
     )  # fmt: skip
     return result, trained, sink.events
@@ -215,41 +215,41 @@ def again(world, paths, orders, go_on, **options):
 @pytest.mark.parametrize("at", [2, 3, 4, 5])
 def test_what_was_carried_out_is_carried_out_again(run_ranks, at):
     """From a snapshot before, at, or after an order: the same bits, whichever step ranks were lost in."""
-    orders = [Order("lr", 0.03, 3), Order("pause", None, 4), Order("resume", None, 4), Order("lr", 0.02, 4)]
-    vaults = Vaults(2)
+    orders = [Command("lr", 0.03, 3), Command("pause", None, 4), Command("resume", None, 4), Command("lr", 0.02, 4)]
+    snapshot_store = SnapshotStore(2)
     expected = on(run_ranks, 2, again, [], orders, False, steps=7)[0][1]
     on(
         run_ranks,
         2,
         again,
-        vaults.paths,
-        [*(o for o in orders if o.step <= at), Order("stop", None, at)],
+        snapshot_store.paths,
+        [*(o for o in orders if o.step <= at), Command("stop", None, at)],
         False,
         steps=7,
     )
     # The snapshot holds that a stop was carried out, which came after these.
-    for _, trained, _ in run_ranks(2, resumed_without_stop, vaults.paths, orders, at):
+    for _, trained, _ in run_ranks(2, resumed_without_stop, snapshot_store.paths, orders, at):
         assert_same_bits(expected, trained)
-    vaults.close()
+    snapshot_store.close()
 
 
 def resumed_without_stop(world, paths, orders, at):
     """Go on as if the stop had not been among what was carried out."""
     before = [order for order in orders if order.step <= at]
     later = [order for order in orders if order.step > at]
-    return again(world, paths, [*before, Order("resume", None, at), *later], True, steps=7)
+    return again(world, paths, [*before, Command("resume", None, at), *later], True, steps=7)
 
 
 def test_a_stop_outlives_the_ranks(run_ranks):
     """Where the snapshot was taken after the stop had been heard, nothing more is done."""
-    vaults = Vaults(2)
-    orders = [Order("stop", None, 3)]
-    first = on(run_ranks, 2, again, vaults.paths, orders, False, epochs=2)
-    for result, trained, events in on(run_ranks, 2, again, vaults.paths, orders, True, epochs=2):
+    snapshot_store = SnapshotStore(2)
+    orders = [Command("stop", None, 3)]
+    first = on(run_ranks, 2, again, snapshot_store.paths, orders, False, epochs=2)
+    for result, trained, events in on(run_ranks, 2, again, snapshot_store.paths, orders, True, epochs=2):
         assert "stopped" == result.state
         assert_same_bits(first[0][1], trained)
         assert 3 == sum(event.row["steps"] for event in events if isinstance(event, EpochFinished))
-    vaults.close()
+    snapshot_store.close()
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_the_last_number_that_was_asked_for_counts(run_ranks, orders, state, ran
 
 def scaled_before(world):
     """Begun anew without a snapshot, on as many ranks as were asked for last."""
-    return again(world, [], [Order("scale", 3, 2), Order("lr", 0.03, 3), Order("scale", 2, 4)], True, steps=6)
+    return again(world, [], [Command("scale", 3, 2), Command("lr", 0.03, 3), Command("scale", 2, 4)], True, steps=6)
 
 
 def test_a_number_after_which_another_was_asked_for_is_not_carried_out_again(run_ranks):

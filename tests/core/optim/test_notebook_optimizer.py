@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nbdist.core.optim.notebook_optimizer import OptimizerHome
+from nbdist.core.optim.notebook_optimizer import TrainedOptimizer
 from nbdist.core.params.table import ParamTable
 from nbdist.core.transfer.payload import pack, unpack
 
@@ -74,13 +74,13 @@ def stepped(optimizer):
 
 def home(model, optimizer, steps=2):
     """Step an optimizer elsewhere, and bring it home into this one."""
-    parcel, segment = pack((model, optimizer))
-    there, arrived = unpack(parcel)
+    payload, segment = pack((model, optimizer))
+    there, arrived = unpack(payload)
     segment.close()
     for _ in range(steps):
         stepped(arrived)
-    parcel, segment = pack(OptimizerHome(arrived, ParamTable.of(there).objects))
-    told = unpack(parcel)
+    payload, segment = pack(TrainedOptimizer(arrived, ParamTable.of(there).objects))
+    told = unpack(payload)
     segment.close()
     told.put_into(optimizer, ParamTable.of(model).objects)
 

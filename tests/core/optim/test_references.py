@@ -10,7 +10,7 @@ from problems import alone
 from torch import nn
 from torch.nn import functional as F
 
-from nbdist.core.optim.references import References
+from nbdist.core.optim.references import TensorReferences
 from nbdist.errors import TaskError
 
 
@@ -21,7 +21,7 @@ def module():
 
 
 def over(model):
-    return References({**dict(model.named_parameters()), **dict(model.named_buffers())})
+    return TensorReferences({**dict(model.named_parameters()), **dict(model.named_buffers())})
 
 
 @pytest.mark.parametrize(

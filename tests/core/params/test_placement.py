@@ -9,9 +9,9 @@ import torch
 from problems import assert_same_bits
 from torch import nn
 
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.optim.state import cut_state_, gather_state_
-from nbdist.core.params.placeholder import stand_in
+from nbdist.core.params.placeholder import dummy
 from nbdist.core.params.placement import Cut, Placement, shard_of
 from nbdist.core.params.table import ParamTable
 from nbdist.plan import Mesh
@@ -53,7 +53,7 @@ def test_shards_have_memory_of_their_own():
     """Also where one rank holds all."""
     whole = numbers((4,))
     shard_of(whole, 0, 1).zero_()
-    Placement(layout=whole.to("meta")).piece(whole, Axes(_solo(), Mesh())).zero_()
+    Placement(layout=whole.to("meta")).piece(whole, MeshChannels(_solo(), Mesh())).zero_()
     assert torch.equal(numbers((4,)), whole)
 
 
@@ -79,7 +79,7 @@ def placements(shape, mesh, layout):
 
 def part_and_gather(world, mesh):
     """How many placements bring every tensor back, on this rank."""
-    axes, counted = Axes(world, mesh), 0
+    axes, counted = MeshChannels(world, mesh), 0
     wholes = [numbers(shape, dtype) for shape in SHAPES for dtype in (DTYPES if shape == SHAPES[0] else DTYPES[:1])]
     wholes += [
         numbers((), torch.float32),
@@ -146,7 +146,7 @@ class Tied(nn.Module):
 def table_there_and_back(world, mesh):
     """Cut a model and its optimizer's state, gather both; what they were and are."""
     torch.manual_seed(0)
-    model, axes = Tied(), Axes(world, mesh)
+    model, axes = Tied(), MeshChannels(world, mesh)
     optimizer = torch.optim.NAdam([p for p in model.parameters() if p.requires_grad])
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.randn_like(parameter)
@@ -174,7 +174,7 @@ def table_there_and_back(world, mesh):
         elif name in table.parameters:
             parameter = table.parameters[name]
             whole = parameter.detach().clone()
-            parameter.data = placement.piece(whole, axes) if held else stand_in(whole, whole.device)
+            parameter.data = placement.piece(whole, axes) if held else dummy(whole, whole.device)
     gather_state_(optimizer, table, axes, keep=True)
     table.gather_(axes)
     axes.close()

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-from nbdist.core.process.memory import let_go_after
+from nbdist.core.process.memory import free_frames
 
 STEPS = """
 import platform, resource, sys
@@ -109,7 +109,7 @@ def test_frames_of_an_error_hold_nothing_once_memory_has_run_out(error):
     """Where it happened can still be read."""
     caught, there = failing(error)
     assert there() is not None
-    let_go_after(caught)
+    free_frames(caught)
     assert there() is None
     assert traceback.extract_tb(caught.__traceback__)[-1].name == "step"
 
@@ -119,12 +119,12 @@ def test_the_cause_of_an_error_holds_nothing_either():
     cause, there = failing(MemoryError())
     error = ValueError("too large")
     error.__cause__ = cause
-    let_go_after(error)
+    free_frames(error)
     assert there() is None
 
 
 def test_other_errors_keep_their_variables_for_a_debugger():
     """Only memory is worth them."""
     caught, there = failing(RuntimeError("no"))
-    let_go_after(caught)
+    free_frames(caught)
     assert there() is not None

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nbdist
-from nbdist.core.state.checkpoint_reader import ABOUT, NEWEST, Saved, checkpoints
+from nbdist.core.state.checkpoint_reader import ABOUT, NEWEST, CheckpointReader, checkpoints
 from nbdist.core.state.checkpoint_writer import THREAD
 from nbdist.telemetry import Noted
 
@@ -87,7 +87,7 @@ def step_of(folder):
     model = Counting()
     optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
     nbdist.load_checkpoint(str(folder), model, optimizer)
-    step = Saved.in_folder(str(folder)).ranks[0]["position"]["step"]
+    step = CheckpointReader.in_folder(str(folder)).ranks[0]["position"]["step"]
     assert (model.count == step).all()
     assert (model.seen == step).all()
     assert 1.0 == optimizer.param_groups[0]["lr"]
@@ -158,7 +158,7 @@ def test_no_room_for_the_account(tmp_path):
     result, _, notes = notes_of(tmp_path, mishap)
     assert "finished" == result.state
     assert "the checkpoint of step 15 could not be written (No space left on device)" in notes[-1]
-    assert 4 == Saved.in_folder(str(tmp_path)).ranks[0]["position"]["step"]
+    assert 4 == CheckpointReader.in_folder(str(tmp_path)).ranks[0]["position"]["step"]
     assert {NEWEST, f".{NEWEST}", *checkpoints(tmp_path)} == {path.name for path in tmp_path.iterdir()}
 
 
@@ -229,5 +229,5 @@ def test_threads_that_fail_for_any_reason_do_not_count(tmp_path, monkeypatch):
     result, _, notes = notes_of(tmp_path, mishap)
     assert "finished" == result.state
     assert "could not be written (MemoryError: no room)" in notes[-1]
-    assert 4 == Saved.in_folder(str(tmp_path)).ranks[0]["position"]["step"]
+    assert 4 == CheckpointReader.in_folder(str(tmp_path)).ranks[0]["position"]["step"]
     assert (newest(tmp_path) / ABOUT).exists()

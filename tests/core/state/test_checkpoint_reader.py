@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import nbdist
-from nbdist.core.state.checkpoint_reader import ABOUT, NEWEST, Saved, checkpoints, sealed
+from nbdist.core.state.checkpoint_reader import ABOUT, NEWEST, CheckpointReader, checkpoints, sealed
 from nbdist.errors import PlanError, TaskError
 
 FILE = "rank0.safetensors"
@@ -35,7 +35,7 @@ def steps_of(folder):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            step = Saved.in_folder(str(folder)).ranks[0]["position"]["step"]
+            step = CheckpointReader.in_folder(str(folder)).ranks[0]["position"]["step"]
         except PlanError:
             return None
     assert (step == 2) == any("The one before it is taken" in str(warning.message) for warning in caught)
@@ -62,7 +62,7 @@ def test_a_byte_more_or_less_is_seen(two, name):
         file.write_bytes(changed)
         assert 2 == steps_of(two)
         with pytest.raises(PlanError, match=r"is not whole|none that nbdist wrote|has format"):
-            Saved.in_folder(str(file.parent))
+            CheckpointReader.in_folder(str(file.parent))
     file.unlink()
     assert 2 == steps_of(two)
     file.write_bytes(content)
@@ -84,7 +84,7 @@ def test_where_none_is_whole_the_error_is_of_the_oldest(two):
     for name in checkpoints(two):
         (two / name / FILE).unlink()
     with pytest.warns(UserWarning, match="step00000003.* is not there"), pytest.raises(PlanError, match="step00000002"):
-        Saved.in_folder(str(two))
+        CheckpointReader.in_folder(str(two))
 
 
 def header_of(content):
@@ -162,7 +162,7 @@ def test_json_of_any_kind(tmp_path, name, text):
     place = newest(tmp_path) if name == ABOUT else tmp_path
     (place / name).write_text(text)
     with pytest.raises(PlanError, match=r"none that nbdist wrote|is not whole|holds no checkpoint|has format \["):
-        Saved.in_folder(str(tmp_path))
+        CheckpointReader.in_folder(str(tmp_path))
 
 
 def test_another_format_is_named(tmp_path):
@@ -171,7 +171,7 @@ def test_another_format_is_named(tmp_path):
     place = newest(tmp_path)
     (place / ABOUT).write_text(json.dumps({"format": 99, "more": {}}))
     with pytest.raises(PlanError, match="has format 99: this nbdist reads format 2"):
-        Saved.in_folder(str(place))
+        CheckpointReader.in_folder(str(place))
 
 
 @pytest.mark.parametrize("kind", ["files", "checkpoints"])
@@ -190,7 +190,7 @@ def test_nothing_outside_the_folder_is_read(tmp_path, kind, way):
         name = way.format(f"good/{outside.name}", absolute=outside)
         (tmp_path / "bad" / NEWEST).write_text(sealed({"checkpoints": [name]}))
     with pytest.raises(PlanError, match="none that nbdist wrote"):
-        Saved.in_folder(str(tmp_path / "bad"))
+        CheckpointReader.in_folder(str(tmp_path / "bad"))
 
 
 def rewritten(place, change):
@@ -265,7 +265,7 @@ def test_a_file_without_a_rank(tmp_path):
     save_file({"0.weight||whole|0|0": torch.zeros(8, 6)}, newest(tmp_path) / FILE)
     reseal(newest(tmp_path))
     with pytest.raises(PlanError, match="a rank's account of itself is not as it writes it"):
-        Saved.in_folder(str(tmp_path))
+        CheckpointReader.in_folder(str(tmp_path))
 
 
 def test_values_that_are_left_out(tmp_path):

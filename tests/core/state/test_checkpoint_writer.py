@@ -91,9 +91,9 @@ def ranks_of(mesh):
 
 def test_the_strategies_are_all_there(chain):
     """The chain goes through each kind."""
-    assert [{"Replicate"}, {"SharedWeights"}] == chain[1][:2]
-    assert {"Replicate"} == chain[1][8]
-    assert {"Composed"} == set.union(*chain[1][2:8])
+    assert [{"DataParallel"}, {"SharedWeights"}] == chain[1][:2]
+    assert {"DataParallel"} == chain[1][8]
+    assert {"MeshParallel"} == set.union(*chain[1][2:8])
 
 
 @pytest.mark.parametrize("link", LINKS, ids=NAMES)

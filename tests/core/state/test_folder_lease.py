@@ -16,7 +16,7 @@ from problems import Given, alone, classes, mlp
 from torch.nn import functional as F
 
 from nbdist.core.state import folder_lease
-from nbdist.core.state.checkpoint_reader import NEWEST, Saved, checkpoints
+from nbdist.core.state.checkpoint_reader import NEWEST, CheckpointReader, checkpoints
 from nbdist.core.state.checkpoint_writer import THREAD
 from nbdist.core.state.folder_lease import Lease
 from nbdist.errors import PlanError
@@ -100,7 +100,7 @@ def test_a_second_run_is_refused(writer, tmp_path, host):
     assert {name.partition("-")[0] for name in half} == {name.partition("-")[0] for name in names}
     assert {NEWEST, *names} == {path.name for path in (tmp_path / "run").iterdir()}
     mine(tmp_path / "run", steps=9, resume=True)
-    assert 9 == Saved.in_folder(str(tmp_path / "run")).ranks[0]["position"]["step"]
+    assert 9 == CheckpointReader.in_folder(str(tmp_path / "run")).ranks[0]["position"]["step"]
 
 
 def test_a_run_that_was_killed_on_this_host_is_followed_at_once(writer, tmp_path, monkeypatch):

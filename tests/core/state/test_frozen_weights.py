@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import nbdist
 from nbdist.core.state.checkpoint_reader import checkpoints
 from nbdist.core.state.checkpoint_writer import THREAD
-from nbdist.core.state.snapshot import Vaults
+from nbdist.core.state.snapshot import SnapshotStore
 
 FILE = "rank0-frozen.safetensors"
 
@@ -135,18 +135,18 @@ class Followed(nn.Module):
 def stopped_and_gone_on(world, paths):
     options = {"optimizer": SGD, "batch_size": 16, "epochs": 2}
     expected = train(world, seeded(Followed), classes(80, torch.float32), **options)
-    train(world, seeded(Followed), classes(80, torch.float32), vaults=paths, orders=stop_after(3), **options)
-    actual = train(world, seeded(Followed), classes(80, torch.float32), vaults=paths, go_on=True, **options)
+    train(world, seeded(Followed), classes(80, torch.float32), snapshot_paths=paths, orders=stop_after(3), **options)
+    actual = train(world, seeded(Followed), classes(80, torch.float32), snapshot_paths=paths, go_on=True, **options)
     return expected[1], actual[1]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_teacher_is_in_the_snapshot(run_ranks, ranks):
     """A run that goes on from memory has it as it was, and not as it began."""
-    vaults = Vaults(ranks)
-    for expected, actual in run_ranks(ranks, stopped_and_gone_on, vaults.paths):
+    snapshot_store = SnapshotStore(ranks)
+    for expected, actual in run_ranks(ranks, stopped_and_gone_on, snapshot_store.paths):
         assert_same_bits(expected, actual)
-    vaults.close()
+    snapshot_store.close()
 
 
 @pytest.mark.parametrize("unseen", [False, True, "a row"])
@@ -170,10 +170,10 @@ def test_a_teacher_is_in_each_checkpoint_as_it_was(tmp_path, unseen):
 
 def test_an_error_in_a_step_that_has_moved_a_teacher(run_ranks):
     """The state after the last complete step is no more to be had, so the snapshot before it is taken."""
-    vaults = Vaults(1)
-    told = run_ranks(1, torn, vaults.paths)[0]
+    snapshot_store = SnapshotStore(1)
+    told = run_ranks(1, torn, snapshot_store.paths)[0]
     assert told
-    vaults.close()
+    snapshot_store.close()
 
 
 def torn(world, paths):
@@ -186,13 +186,13 @@ def torn(world, paths):
             raise ValueError("torn")
         return F.cross_entropy(output, target)
 
-    from nbdist.core.state.checkpoint_reader import Saved
+    from nbdist.core.state.checkpoint_reader import CheckpointReader
     from nbdist.core.state.restore import load_whole
     from nbdist.core.state.snapshot import newest, read
 
     with pytest.raises(ValueError, match="torn"):
-        train(world, model, classes(80, torch.float32), optimizer=SGD, loss=noted, batch_size=16, vaults=paths)
+        train(world, model, classes(80, torch.float32), optimizer=SGD, loss=noted, batch_size=16, snapshot_paths=paths)
     step, slots = newest(paths)
     again = seeded(Followed)
-    load_whole(Saved.in_memory(read(slots)), again)
+    load_whole(CheckpointReader.in_memory(read(slots)), again)
     return torch.equal(seen[step - 1], again.teacher.weight)

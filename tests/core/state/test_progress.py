@@ -9,7 +9,7 @@ import torch
 from problems import classes, mlp, train
 
 from nbdist.core.comm.world import World
-from nbdist.core.state.progress import Position, Row
+from nbdist.core.state.progress import Row, TrainProgress
 from nbdist.plan import Plan
 
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def somewhere():
     """In the middle of the second epoch."""
-    at = Position(CPU)
+    at = TrainProgress(CPU)
     for epoch in (1, 2):
         for _ in range(3):
             at.advance(8, [(torch.tensor(0.1), 5.0), (torch.tensor(0.7), torch.tensor(3.0))])
@@ -33,7 +33,7 @@ def without_seconds(told):
 def test_it_goes_through_json():
     """To the last bit of the sums."""
     at = somewhere()
-    again = Position.of(json.loads(json.dumps(at.told())), CPU)
+    again = TrainProgress.of(json.loads(json.dumps(at.told())), CPU)
     assert without_seconds(at.told()) == without_seconds(again.told())
     assert at.moment == again.moment
     assert at.row.loss.sums.tolist() == again.row.loss.sums.tolist()
@@ -43,7 +43,7 @@ def test_what_was_told_is_not_what_goes_on():
     """A position made of a telling leaves it as it is."""
     told = json.loads(json.dumps(somewhere().told()))
     before = json.dumps(told)
-    again = Position.of(told, CPU)
+    again = TrainProgress.of(told, CPU)
     again.advance(8, [(torch.tensor(1.0), 1.0)])
     again.next_epoch({"epoch": 2})
     assert before == json.dumps(told)
@@ -51,7 +51,7 @@ def test_what_was_told_is_not_what_goes_on():
 
 def test_counts_go_on():
     """Steps, batches, samples, and the sums of the row."""
-    at = Position.of(somewhere().told(), CPU)
+    at = TrainProgress.of(somewhere().told(), CPU)
     at.advance(4, [(torch.tensor(2.0), 4.0)])
     assert (2, 4, 7, 52) == (at.epoch, at.batch, at.step, at.samples)
     assert (4, 28) == (at.row.steps, at.row.samples)
@@ -67,7 +67,7 @@ def test_seconds_go_on():
 
 def test_each_change_is_another_moment():
     """So that no two states of a training are taken for each other, the end of an epoch with no step in it included."""
-    at, moments = Position(CPU), []
+    at, moments = TrainProgress(CPU), []
     moments.append(at.moment)
     for change in (
         lambda: at.advance(1, []), lambda: at.next_epoch({"epoch": 1}), lambda: at.advance(1, []),
@@ -96,7 +96,7 @@ def test_each_change_is_another_moment():
 )
 def test_what_is_complete(options, changes, expected):
     """All steps or epochs, and the last row."""
-    at = Position(CPU)
+    at = TrainProgress(CPU)
     for change in changes:
         if change == "step":
             at.advance(1, [])

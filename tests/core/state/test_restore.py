@@ -17,11 +17,11 @@ from test_shard_plan import Noting
 from torch import nn
 
 import nbdist
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.optim.optimizers import OPTIMIZERS
 from nbdist.core.params.table import ParamTable
 from nbdist.core.state import checkpoint_reader
-from nbdist.core.state.checkpoint_reader import NEWEST, Saved
+from nbdist.core.state.checkpoint_reader import NEWEST, CheckpointReader
 from nbdist.core.state.restore import load, load_whole, opened_by_all
 from nbdist.errors import PeerLostError, PlanError, TaskError
 from nbdist.plan import Mesh
@@ -371,7 +371,7 @@ def stopped_in_mid_epoch(world, folder, strategy):
 
 def statistics(world, folder, mesh):
     model = normed()
-    load(Saved.in_folder(folder), ParamTable.of(model), None, Axes(world, mesh))
+    load(CheckpointReader.in_folder(folder), ParamTable.of(model), None, MeshChannels(world, mesh))
     return model[1].running_mean
 
 
@@ -380,6 +380,6 @@ def test_statistics_on_another_mesh_of_as_many_ranks(run_ranks, tmp_path, kept, 
     """Every rank gets the mean over all that were kept, as one process does, and not those of some other rank."""
     run_ranks(4, stopped_in_mid_epoch, str(tmp_path), kept)
     whole = normed()
-    load_whole(Saved.in_folder(str(tmp_path)), whole)
+    load_whole(CheckpointReader.in_folder(str(tmp_path)), whole)
     for found in run_ranks(4, statistics, str(tmp_path), then):
         torch.testing.assert_close(found, whole[1].running_mean, rtol=0, atol=0)

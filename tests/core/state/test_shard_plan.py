@@ -11,12 +11,12 @@ from kept import Net, adamw, net, over
 from problems import alone, classes, mlp, train
 from torch.nn import functional as F
 
-from nbdist.core.comm.mesh_channels import Axes
+from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.world import World
 from nbdist.core.optim.json_value import plain
 from nbdist.core.params.placement import Placement
 from nbdist.core.params.table import ParamTable
-from nbdist.core.state.shard_plan import Pieces, check_state, from_all, key_of, own_entry
+from nbdist.core.state.shard_plan import ShardPlan, check_state, from_all, key_of, own_entry
 from nbdist.errors import TaskError
 from nbdist.plan import Mesh
 
@@ -24,7 +24,7 @@ from nbdist.plan import Mesh
 def pieces_of(model, optimizer=None, world=None, changed=()):
     world = world or World()
     made = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
-    return Pieces(model, ParamTable.of(model), made, Axes(world, Mesh(dp=world.size)), changed)
+    return ShardPlan(model, ParamTable.of(model), made, MeshChannels(world, Mesh(dp=world.size)), changed)
 
 
 def names(pieces):

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from nbdist.core.state import snapshotter
-from nbdist.core.state.checkpoint_reader import Saved
+from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoints, load_checkpoint
-from nbdist.core.state.snapshot import Slot, Vaults, newest, read
+from nbdist.core.state.snapshot import SnapshotBuffer, SnapshotStore, newest, read
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.errors import TaskError
 from nbdist.telemetry import Checkpointed, Noted, RunStarted
@@ -77,10 +77,10 @@ def tensors():
 def whole_and_halves(world, make, data, paths, folder, at, options):
     """The weights and history of a run, and of one that stopped and went on, in memory or from disk."""
     expected = train(world, seeded(make), data(), **options)
-    first = {"vaults": paths} if folder is None else {"checkpoint": folder}
+    first = {"snapshot_paths": paths} if folder is None else {"checkpoint": folder}
     stopped, _ = train(world, seeded(make), data(), orders=stop_after(at), **first, **options)
     assert stopped.state == "stopped"
-    then = {"vaults": paths, "go_on": True} if folder is None else {"resume": folder}
+    then = {"snapshot_paths": paths, "go_on": True} if folder is None else {"resume": folder}
     model = seeded(make)
     if folder is not None:
         nn.init.zeros_(model.frozen.weight)
@@ -100,20 +100,20 @@ def assert_same(outcomes):
 @pytest.mark.parametrize("at", [1, 5, 8, 14])
 def test_a_stop_changes_no_bit(run_ranks, tmp_path, where, scheduler, at):
     """Dropout, statistics, schedulers, draws of NumPy: in the middle of an epoch, and at its end."""
-    vaults = Vaults(2)
+    snapshot_store = SnapshotStore(2)
     folder = str(tmp_path) if where == "disk" else None
     options = options_of(lr_scheduler=scheduler)
-    assert_same(run_ranks(2, whole_and_halves, Net, tensors, vaults.paths, folder, at, options))
-    vaults.close()
+    assert_same(run_ranks(2, whole_and_halves, Net, tensors, snapshot_store.paths, folder, at, options))
+    snapshot_store.close()
 
 
 @pytest.mark.parametrize(("make", "where"), [(Net, "disk"), (wide, "memory")])
 def test_over_each_channel(run_on_each_channel, tmp_path, make, where):
     """Ranks that share their weights, and those that do not: each has kept its own part."""
-    vaults = Vaults(3)
+    snapshot_store = SnapshotStore(3)
     folder = str(tmp_path) if where == "disk" else None
-    assert_same(run_on_each_channel(3, whole_and_halves, make, tensors, vaults.paths, folder, 8, options_of()))
-    vaults.close()
+    assert_same(run_on_each_channel(3, whole_and_halves, make, tensors, snapshot_store.paths, folder, 8, options_of()))
+    snapshot_store.close()
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -154,20 +154,20 @@ def sampled():
 @pytest.mark.parametrize("data", [Stream, Items, workers, sampled])
 def test_every_kind_of_data(run_ranks, tmp_path, data, at, ranks):
     """Streams, items, workers, samplers: the same samples, with the same random draws in them."""
-    vaults = Vaults(ranks)
-    assert_same(run_ranks(ranks, whole_and_halves, Net, data, vaults.paths, None, at, options_of()))
-    assert_same(run_ranks(ranks, whole_and_halves, Net, data, vaults.paths, str(tmp_path), at, options_of()))
-    vaults.close()
+    snapshot_store = SnapshotStore(ranks)
+    assert_same(run_ranks(ranks, whole_and_halves, Net, data, snapshot_store.paths, None, at, options_of()))
+    assert_same(run_ranks(ranks, whole_and_halves, Net, data, snapshot_store.paths, str(tmp_path), at, options_of()))
+    snapshot_store.close()
 
 
 @pytest.mark.parametrize("data", [tensors, Stream])
 @pytest.mark.parametrize("at", [4, 5, 6, 12])
 def test_steps_that_wrap_round_the_data(run_ranks, data, at):
     """In the first pass, at its end, and in a later one."""
-    vaults = Vaults(2)
+    snapshot_store = SnapshotStore(2)
     options = options_of(epochs=None, steps=13)
-    assert_same(run_ranks(2, whole_and_halves, Net, data, vaults.paths, None, at, options))
-    vaults.close()
+    assert_same(run_ranks(2, whole_and_halves, Net, data, snapshot_store.paths, None, at, options))
+    snapshot_store.close()
 
 
 class Own(torch.optim.SGD):
@@ -211,10 +211,12 @@ OPTIMIZERS = [
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=["own", "clip", "attributes"])
 def test_an_optimizer_that_is_not_divided(run_ranks, tmp_path, options):
     """Its state is kept too, numbers included, and what it keeps under names of its own."""
-    vaults = Vaults(2)
+    snapshot_store = SnapshotStore(2)
     for folder in (None, str(tmp_path)):
-        assert_same(run_ranks(2, whole_and_halves, wide, tensors, vaults.paths, folder, 8, options_of(**options)))
-    vaults.close()
+        assert_same(
+            run_ranks(2, whole_and_halves, wide, tensors, snapshot_store.paths, folder, 8, options_of(**options))
+        )
+    snapshot_store.close()
 
 
 def overflowing(output, target):
@@ -223,23 +225,23 @@ def overflowing(output, target):
 
 
 def scale_after(paths):
-    return Saved.in_memory(read(newest(paths)[1])).ranks[0]["precision"]
+    return CheckpointReader.in_memory(read(newest(paths)[1])).ranks[0]["precision"]
 
 
 def test_the_scale_of_fp16_goes_on(run_ranks):
     """As it was learnt, and how many steps it has held."""
-    vaults, other = Vaults(2), Vaults(2)
+    snapshot_store, other = SnapshotStore(2), SnapshotStore(2)
     options = options_of(precision="fp16", loss=overflowing)
-    assert_same(run_ranks(2, whole_and_halves, Net, tensors, vaults.paths, None, 8, options))
+    assert_same(run_ranks(2, whole_and_halves, Net, tensors, snapshot_store.paths, None, 8, options))
     run_ranks(2, whole_run, Net, other.paths, options)
-    assert scale_after(other.paths) == scale_after(vaults.paths)
-    assert scale_after(vaults.paths)[0] < 2.0**16
-    vaults.close()
+    assert scale_after(other.paths) == scale_after(snapshot_store.paths)
+    assert scale_after(snapshot_store.paths)[0] < 2.0**16
+    snapshot_store.close()
     other.close()
 
 
 def whole_run(world, make, paths, options):
-    train(world, seeded(make), tensors(), vaults=paths, **options)
+    train(world, seeded(make), tensors(), snapshot_paths=paths, **options)
 
 
 class Noting(torch.optim.SGD):
@@ -279,7 +281,7 @@ def note(world, paths, folder, kind):
     sink = type("Sink", (), {"emit": lambda _, event: isinstance(event, Noted) and notes.append(event.text)})()
     options = options_of(optimizer=functools.partial(kind, lr=0.1), sinks=[sink])
     try:
-        result, _ = train(world, seeded(Net), tensors(), vaults=paths, checkpoint=folder, **options)
+        result, _ = train(world, seeded(Net), tensors(), snapshot_paths=paths, checkpoint=folder, **options)
     except TaskError as error:
         return str(error), notes
     return result.state, notes
@@ -291,15 +293,15 @@ UNFIT = [(Noting, "note is a object"), (Wrapping, "inner is a Adam"), (Averaging
 @pytest.mark.parametrize(("kind", "what"), UNFIT)
 def test_what_a_snapshot_cannot_hold(run_ranks, tmp_path, kind, what):
     """No snapshots are taken, which is said once a rank; where a checkpoint is asked for, it is an error."""
-    vaults = Vaults(2)
-    for state, notes in run_ranks(2, note, vaults.paths, None, kind):
+    snapshot_store = SnapshotStore(2)
+    for state, notes in run_ranks(2, note, snapshot_store.paths, None, kind):
         assert "finished" == state
         (text,) = notes
         assert text.startswith(f"no snapshots are taken, so a lost rank means to begin anew: the optimizer's {what}")
-    assert newest(vaults.paths) is None
-    for text, _ in run_ranks(2, note, vaults.paths, str(tmp_path), kind):
+    assert newest(snapshot_store.paths) is None
+    for text, _ in run_ranks(2, note, snapshot_store.paths, str(tmp_path), kind):
         assert f"the optimizer's {what}, which a checkpoint cannot hold" in text
-    vaults.close()
+    snapshot_store.close()
 
 
 def late(world, function, *args):
@@ -318,10 +320,10 @@ def late(world, function, *args):
 @pytest.mark.parametrize("at", [1, 4, 12])
 def test_a_stop_that_is_heard_late_changes_no_bit(run_ranks, tmp_path, where, at):
     """It goes on from the step after which all have heard of it."""
-    vaults = Vaults(2)
+    snapshot_store = SnapshotStore(2)
     folder = str(tmp_path) if where == "disk" else None
-    assert_same(run_ranks(2, late, whole_and_halves, Net, tensors, vaults.paths, folder, at, options_of()))
-    vaults.close()
+    assert_same(run_ranks(2, late, whole_and_halves, Net, tensors, snapshot_store.paths, folder, at, options_of()))
+    snapshot_store.close()
 
 
 def often(world, paths, folder, orders):
@@ -329,16 +331,16 @@ def often(world, paths, folder, orders):
     told = []
     sink = type("Sink", (), {"emit": lambda _, e: isinstance(e, (Noted, Checkpointed)) and told.append(e)})()
     options = options_of(checkpoint=folder, checkpoint_every=2, checkpoint_keep=100, epochs=12, sinks=[sink])
-    train(world, seeded(Net), tensors(), vaults=paths, orders=Given(orders), **options)
+    train(world, seeded(Net), tensors(), snapshot_paths=paths, orders=Given(orders), **options)
     return told
 
 
 @pytest.mark.parametrize("lags", [False, True])
 def test_checkpoints_one_after_the_other(run_ranks, tmp_path, lags):
     """Each one is begun once and is whole when it counts, however soon the next one is asked for, or ordered."""
-    vaults = Vaults(2)
+    snapshot_store = SnapshotStore(2)
     orders = {step: [("checkpoint", str(tmp_path / "ordered"))] for step in (3, 4, 30, 31)}
-    told, none = run_ranks(2, *([late] if lags else []), often, vaults.paths, str(tmp_path / "planned"), orders)
+    told, none = run_ranks(2, *([late] if lags else []), often, snapshot_store.paths, str(tmp_path / "planned"), orders)
     assert all(isinstance(event, Checkpointed) for event in [*told, *none]), told
     assert [] == none
     for name, least in ("planned", 3), ("ordered", 2):
@@ -348,7 +350,7 @@ def test_checkpoints_one_after_the_other(run_ranks, tmp_path, lags):
         assert len(set(steps)) == len(checkpoints(tmp_path / name))  # the last one takes the place of one of its step
         for each in checkpoints(tmp_path / name):
             load_checkpoint(str(tmp_path / name / each), Net())
-    vaults.close()
+    snapshot_store.close()
 
 
 def test_a_folder_goes_by_any_of_its_names(run_ranks, tmp_path):
@@ -373,40 +375,40 @@ def with_little_memory(world, paths, folder, short):
     with pytest.MonkeyPatch.context() as patch:
         if world.rank in short:
             patch.setattr(snapshotter, "available_bytes", lambda: 1000)
-        train(world, seeded(Net), tensors(), vaults=paths, checkpoint=folder, sinks=[sink], **options_of())
-    return notes, [Slot(path).head.step for path in paths[world.rank]]
+        train(world, seeded(Net), tensors(), snapshot_paths=paths, checkpoint=folder, sinks=[sink], **options_of())
+    return notes, [SnapshotBuffer(path).head.step for path in paths[world.rank]]
 
 
 @pytest.mark.parametrize("short", [[1], [0, 1]], ids=["on one rank", "on all"])
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 def test_too_little_memory_for_snapshots(run_ranks, tmp_path, disk, short):
     """No rank takes any, and all say so; what goes to disk passes through one slot."""
-    vaults = Vaults(2)
+    snapshot_store = SnapshotStore(2)
     folder = str(tmp_path) if disk else None
     instead = "go on from the last checkpoint" if disk else "begin anew"
-    for notes, steps in run_ranks(2, with_little_memory, vaults.paths, folder, short):
+    for notes, steps in run_ranks(2, with_little_memory, snapshot_store.paths, folder, short):
         (note,) = notes
         assert note.startswith(f"no snapshots are taken, so a lost rank means to {instead}: they need ")
         assert ([15, -1, -1] if disk else [-1, -1, -1]) == steps
     assert disk == bool(folder and checkpoints(tmp_path))
-    vaults.close()
+    snapshot_store.close()
 
 
 def begun_again(world, folder, paths, run_id):
     """Where a run begins that goes on without a snapshot, and what it comes to."""
     begun = []
     sink = type("Sink", (), {"emit": lambda _, event: isinstance(event, RunStarted) and begun.append(event.step)})()
-    options = options_of(checkpoint=folder, vaults=paths, sinks=[sink])
+    options = options_of(checkpoint=folder, snapshot_paths=paths, sinks=[sink])
     train(world, seeded(Net), tensors(), run_id="mine", orders=stop_after(6), **options)
     model = seeded(Net)
-    _, after = train(world, model, tensors(), run_id=run_id, go_on=True, **options | {"vaults": ()})
+    _, after = train(world, model, tensors(), run_id=run_id, go_on=True, **options | {"snapshot_paths": ()})
     return begun, after
 
 
 def test_without_a_snapshot_a_run_goes_on_from_its_own_checkpoint(run_ranks, tmp_path):
     """And never from that of another run in the same folder."""
     for run_id, step in [("mine", 6), ("another", 0)]:
-        vaults = Vaults(2)
-        outcomes = run_ranks(2, begun_again, str(tmp_path / run_id), vaults.paths, run_id)
+        snapshot_store = SnapshotStore(2)
+        outcomes = run_ranks(2, begun_again, str(tmp_path / run_id), snapshot_store.paths, run_id)
         assert [[0, step]] * 2 == [begun for begun, _ in outcomes]
-        vaults.close()
+        snapshot_store.close()

@@ -11,9 +11,9 @@ from test_snapshotter import SAMPLES, Items, Net, options_of, tensors
 from torch import nn
 from torch.nn import functional as F
 
-from nbdist.core.state.checkpoint_reader import Saved
+from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.restore import load_whole
-from nbdist.core.state.snapshot import Vaults, newest, read
+from nbdist.core.state.snapshot import SnapshotStore, newest, read
 from nbdist.errors import PeerLostError, TaskError
 
 
@@ -110,7 +110,7 @@ def fail(world, where, rank, call, paths, options):
     elif where in ("optimizer", "lr_scheduler"):  # the same kind on all ranks
         options = Failing(where, rank, -1).options(options)
     try:
-        train(world, model, data, vaults=paths, **options)
+        train(world, model, data, snapshot_paths=paths, **options)
     except (ZeroDivisionError, PeerLostError) as error:
         return type(error).__name__
 
@@ -120,7 +120,7 @@ def kept_of(paths, make=FailingNet):
     step, slots = newest(paths)
     model = seeded(make)
     optimizer = ADAMW([p for p in model.parameters() if p.requires_grad])
-    saved = Saved.in_memory(read(slots))
+    saved = CheckpointReader.in_memory(read(slots))
     load_whole(saved, model, optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     state = {f"{names[id(p)]}/{k}": v.clone() for p, own in optimizer.state.items() for k, v in own.items()}
@@ -128,7 +128,7 @@ def kept_of(paths, make=FailingNet):
 
 
 def stopped_run(world, paths, at, options):
-    train(world, seeded(FailingNet), FailingItems(), vaults=paths, orders=stop_after(at), **options)
+    train(world, seeded(FailingNet), FailingItems(), snapshot_paths=paths, orders=stop_after(at), **options)
 
 
 def counts(position):
@@ -154,16 +154,16 @@ def test_after_an_error_the_last_complete_step_is_there(run_on_each_channel, whe
     """Bit for bit, weights, statistics and state, and where it stood; where an update was cut off, one before it."""
     call, expected_step = PLACES[where]
     options = options_of() if where == "metric" else options_of(val=None, metric=None)
-    vaults, other = Vaults(2), Vaults(2)
-    outcomes = run_on_each_channel(2, fail, where, rank, call, vaults.paths, options)
+    snapshot_store, other = SnapshotStore(2), SnapshotStore(2)
+    outcomes = run_on_each_channel(2, fail, where, rank, call, snapshot_store.paths, options)
     assert "ZeroDivisionError" == outcomes[rank]
-    step, position, kept = kept_of(vaults.paths)
+    step, position, kept = kept_of(snapshot_store.paths)
     assert step == expected_step or (expected_step is None and 1 <= step <= 8)
     run_on_each_channel(2, stopped_run, other.paths, step, options)
     expected = kept_of(other.paths)
     assert (step, counts(position)) == (expected[0], counts(expected[1]))
     assert_same_bits(expected[2], kept)
-    vaults.close()
+    snapshot_store.close()
     other.close()
 
 
@@ -173,7 +173,7 @@ def explode(world, paths, stop):
     options = options_of(val=None, metric=None, accumulate=1, loss=lambda output, y: (
         F.cross_entropy(output, y) * (float("nan") if next(calls) == 4 else 1.0)))  # fmt: skip
     try:
-        train(world, model, tensors(), vaults=paths, stop_on_nan=stop, **options)
+        train(world, model, tensors(), snapshot_paths=paths, stop_on_nan=stop, **options)
     except TaskError as error:
         return str(error), weights(model)
     return "", weights(model)
@@ -181,16 +181,16 @@ def explode(world, paths, stop):
 
 def test_stop_on_nan(run_ranks):
     """It ends with an error before the weights are touched, on all ranks; without it, the weights are lost."""
-    vaults, other = Vaults(1), Vaults(1)
-    ((text, left),) = run_ranks(1, explode, vaults.paths, True)
+    snapshot_store, other = SnapshotStore(1), SnapshotStore(1)
+    ((text, left),) = run_ranks(1, explode, snapshot_store.paths, True)
     assert "the loss is nan in step 4: lower the learning rate" in text
     assert all(tensor.isfinite().all() for tensor in left.values())
-    step, _, kept = kept_of(vaults.paths, Net)
+    step, _, kept = kept_of(snapshot_store.paths, Net)
     assert 3 == step
     assert all(tensor.isfinite().all() for tensor in kept.values())
     ((text, left),) = run_ranks(1, explode, other.paths, False)
     assert ("", True) == (text, bool(left["first.weight"].isnan().any()))
-    vaults.close()
+    snapshot_store.close()
     other.close()
 
 
@@ -234,14 +234,16 @@ def fail_on_mesh(world, mesh, where, paths):
 
     try:
         options = {"optimizer": ADAMW, "lr_scheduler": rates, "loss": loss, **ON_MESH, "strategy": mesh}
-        train(world, seeded(layers), tensors(), vaults=paths, **options)
+        train(world, seeded(layers), tensors(), snapshot_paths=paths, **options)
     except (ZeroDivisionError, PeerLostError) as error:
         return type(error).__name__
 
 
 def stopped_on_mesh(world, mesh, at, paths):
     stop = stop_after(at)
-    train(world, seeded(layers), tensors(), vaults=paths, optimizer=ADAMW, orders=stop, **ON_MESH, strategy=mesh)
+    train(
+        world, seeded(layers), tensors(), snapshot_paths=paths, optimizer=ADAMW, orders=stop, **ON_MESH, strategy=mesh
+    )
 
 
 ON_MESH = {"batch_size": 16, "epochs": 3, "accumulate": 2, "seed": 4}
@@ -252,14 +254,14 @@ ON_MESH = {"batch_size": 16, "epochs": 3, "accumulate": 2, "seed": 4}
 def test_so_it_is_where_the_model_is_in_parts(run_ranks, mesh, where):
     """Wherever a rank was: in the middle of a gathered block, or with others that wait in a stage."""
     size = math.prod(int(part[-1]) for part in mesh.split(","))
-    vaults, other = Vaults(size), Vaults(size)
-    outcomes = run_ranks(size, fail_on_mesh, mesh, where, vaults.paths)
+    snapshot_store, other = SnapshotStore(size), SnapshotStore(size)
+    outcomes = run_ranks(size, fail_on_mesh, mesh, where, snapshot_store.paths)
     assert "ZeroDivisionError" == outcomes[-1]
-    step, position, kept = kept_of(vaults.paths, layers)
+    step, position, kept = kept_of(snapshot_store.paths, layers)
     assert step == 7 if where == "loss" else 1 <= step <= 7
     run_ranks(size, stopped_on_mesh, mesh, step, other.paths)
     expected = kept_of(other.paths, layers)
     assert (step, counts(position)) == (expected[0], counts(expected[1]))
     assert_same_bits(expected[2], kept)
-    vaults.close()
+    snapshot_store.close()
     other.close()

@@ -9,8 +9,8 @@ import torch
 from problems import assert_same_bits
 from safetensors.torch import load
 
-from nbdist.core.state.snapshot import Slot, Vaults
-from nbdist.core.state.tensor_buffer import Image, Layout
+from nbdist.core.state.snapshot import SnapshotBuffer, SnapshotStore
+from nbdist.core.state.tensor_buffer import TensorBuffer, TensorLayout
 from nbdist.errors import TaskError
 
 DTYPES = [
@@ -23,14 +23,14 @@ DTYPES = [
 @pytest.fixture
 def slot():
     """Memory that an image can lie in."""
-    vaults = Vaults(1)
-    yield Slot(vaults.paths[0][0])
-    vaults.close()
+    snapshot_store = SnapshotStore(1)
+    yield SnapshotBuffer(snapshot_store.paths[0][0])
+    snapshot_store.close()
 
 
 def put(slot, tensors, text="text"):
     """Lay tensors out in a slot; the image of them."""
-    slot.write((1, 0), 1, Layout(tensors), tensors, text)
+    slot.write((1, 0), 1, TensorLayout(tensors), tensors, text)
     return slot.image
 
 
@@ -52,7 +52,7 @@ def test_every_dtype_comes_back(slot):
     """To the bit, from memory and through safetensors' own reader, under names of any kind."""
     tensors = some()
     image = put(slot, tensors)
-    there = Image(image)
+    there = TensorBuffer(image)
     assert "text" == there.text
     assert {*tensors} == {*there.keys}
     assert_same_bits(bits(tensors), bits({key: there.read(key) for key in there.keys}))
@@ -66,13 +66,13 @@ def test_shapes_and_layouts_come_back(slot):
         "scalar": torch.tensor(3.5), "none": torch.empty(0, 4), "turned": torch.arange(6).view(2, 3).t(),
         "same": torch.tensor([1.0]).expand(3, 2), "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     }  # fmt: skip
-    there = Image(put(slot, tensors))
+    there = TensorBuffer(put(slot, tensors))
     assert_same_bits(tensors, {key: there.read(key) for key in there.keys})
 
 
 def test_nothing_but_a_text(slot):
     """A rank that keeps no tensor still tells what it knows."""
-    there = Image(put(slot, {}, text='"quotes" and é'))
+    there = TensorBuffer(put(slot, {}, text='"quotes" and é'))
     assert ([], '"quotes" and é') == (there.keys, there.text)
 
 
@@ -83,14 +83,14 @@ def test_what_it_holds_stays_where_it_is_as_the_text_grows(slot):
     for words in range(0, 3000, 100):
         image = put(slot, tensors, text="x" * words)
         lengths.add(len(image))
-        assert_same_bits(tensors, {"a": Image(image).read("a")})
+        assert_same_bits(tensors, {"a": TensorBuffer(image).read("a")})
     assert {0} == {(length - 80) % 4096 for length in lengths}
     assert len(lengths) <= 2
 
 
 def test_a_layout_fits_the_same_shapes_only():
     """Of the same keys, in the same order."""
-    layout = Layout({"a": torch.zeros(2), "b": torch.zeros(3)})
+    layout = TensorLayout({"a": torch.zeros(2), "b": torch.zeros(3)})
     assert layout.fits({"a": torch.ones(2), "b": torch.ones(3)})
     for other in (
         {"a": torch.zeros(2)}, {"b": torch.zeros(3), "a": torch.zeros(2)}, {"a": torch.zeros(3), "b": torch.zeros(3)},
@@ -102,12 +102,12 @@ def test_a_layout_fits_the_same_shapes_only():
 def test_a_dtype_that_cannot_be_kept():
     """It is named with the tensor."""
     with pytest.raises(TaskError, match=r"first.weight is of torch.complex128, which cannot be kept"):
-        Layout({"first.weight||whole|0|0": torch.zeros(1, dtype=torch.complex128)})
+        TensorLayout({"first.weight||whole|0|0": torch.zeros(1, dtype=torch.complex128)})
 
 
 def test_the_header_is_json_behind_its_length():
     """As safetensors has it."""
-    header = Layout({"a": torch.zeros(2, 3)}).header("text")
+    header = TensorLayout({"a": torch.zeros(2, 3)}).header("text")
     length = int.from_bytes(header[:8], "little")
     assert len(header) == 8 + length
     assert {"__metadata__": {"nbdist": "text"}, "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}} == (

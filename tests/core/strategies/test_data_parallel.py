@@ -10,7 +10,7 @@ from problems import FEATURES, SGD, alone, assert_same_bits, classes, seeded, st
 from torch import nn
 
 from nbdist.core.comm.world import World
-from nbdist.core.strategies.data_parallel import Replicate
+from nbdist.core.strategies.data_parallel import DataParallel
 
 NEVER = torch.finfo(torch.float32).min
 
@@ -33,7 +33,7 @@ def differing(world):
     model = seeded(Normed)
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.detach().add_(world.rank)
-    strategy_of(Replicate, world, model).close()
+    strategy_of(DataParallel, world, model).close()
     return weights(model), model.steps
 
 

@@ -34,10 +34,10 @@ class Normed(nn.Module):
 CASES = {
     "a named optimizer": (mlp, {"optimizer": "adamw"}, {}, "SharedWeights"),
     "a factory of torch's": (mlp, {"optimizer": ADAMW}, {}, "SharedWeights"),
-    "a ready optimizer": (mlp, {"optimizer": None}, {}, "Replicate"),
-    "an optimizer of their own": (mlp, {"optimizer": functools.partial(Mine, lr=0.1)}, {}, "Replicate"),
-    "clipping": (mlp, {"optimizer": "adamw"}, {"clip_norm": 1.0}, "Replicate"),
-    "an embedding that writes": (Normed, {"optimizer": "adamw"}, {}, "Replicate"),
+    "a ready optimizer": (mlp, {"optimizer": None}, {}, "DataParallel"),
+    "an optimizer of their own": (mlp, {"optimizer": functools.partial(Mine, lr=0.1)}, {}, "DataParallel"),
+    "clipping": (mlp, {"optimizer": "adamw"}, {"clip_norm": 1.0}, "DataParallel"),
+    "an embedding that writes": (Normed, {"optimizer": "adamw"}, {}, "DataParallel"),
 }
 
 
@@ -58,8 +58,8 @@ def choose(world, above):
 def test_weights_are_shared_where_the_update_can_be_split(run_ranks):
     """By parameters: not where somebody needs all gradients, or the optimizer's whole state; nor where it is small."""
     assert run_ranks(2, choose, 0) == [{name: expected for name, (*_, expected) in CASES.items()}] * 2
-    assert run_ranks(2, choose, choice.SHARED_ABOVE) == [dict.fromkeys(CASES, "Replicate")] * 2
-    assert run_ranks(2, choose, 0, channel="process group") == [dict.fromkeys(CASES, "Replicate")] * 2
+    assert run_ranks(2, choose, choice.SHARED_ABOVE) == [dict.fromkeys(CASES, "DataParallel")] * 2
+    assert run_ranks(2, choose, 0, channel="process group") == [dict.fromkeys(CASES, "DataParallel")] * 2
 
 
 def one_copy(world):

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from nbdist.core.comm import SoloChannel
 from nbdist.core.comm.world import World
-from nbdist.core.strategies.data_parallel import Replicate
-from nbdist.core.sync.gradient_sync import GradientSync, Signals
+from nbdist.core.strategies.data_parallel import DataParallel
+from nbdist.core.sync.gradient_sync import ControlFlags, GradientSync
 
 TINY_MIB = 2**-16  # 16 bytes: nearly every parameter has a bucket to itself
 
@@ -37,7 +37,7 @@ def told(totals):
 def gradients(world, overlap, bucket_mib, accumulate):
     """Gradients and totals of two steps, the second with a rank that has no data."""
     model = seeded(Branches)
-    strategy = strategy_of(Replicate, world, model, full_batch=4, bucket_mib=bucket_mib, overlap=overlap)
+    strategy = strategy_of(DataParallel, world, model, full_batch=4, bucket_mib=bucket_mib, overlap=overlap)
     outcomes = []
     for step in range(2):
         strategy.begin_step()
@@ -45,7 +45,7 @@ def gradients(world, overlap, bucket_mib, accumulate):
         for i in slices:
             x = torch.full((2, FEATURES), 0.1 * (world.rank + 1) + i + step)
             strategy.backward(model(x, world.rank).square().mean(), 2, last=i == accumulate - 1)
-        totals = strategy.sync(2 * len(slices), Signals(orders=world.rank == 1, exhausted=not slices))
+        totals = strategy.sync(2 * len(slices), ControlFlags(orders=world.rank == 1, exhausted=not slices))
         outcomes.append(({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}, totals))
     strategy.close()
     return outcomes

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from nbdist.core.sync.running_mean import WeightedMean
+from nbdist.core.sync.running_mean import RunningMean
 
 CPU = torch.device("cpu")
 
 
 def test_values_count_by_their_weight():
     """Tensors and numbers alike; the sums are float64 and may be added over ranks."""
-    mean = WeightedMean(CPU)
+    mean = RunningMean(CPU)
     mean.add(torch.tensor(1.0), 3)
     mean.add(5.0, torch.tensor(1))
     assert mean.value == 2.0
@@ -23,7 +23,7 @@ def test_values_count_by_their_weight():
 
 def test_a_mean_over_nothing_counts_nothing():
     """Not even where it is not a number, as a loss over ignored targets only."""
-    mean = WeightedMean(CPU)
+    mean = RunningMean(CPU)
     assert mean.value is None
     mean.add(torch.tensor(math.nan), 0)
     assert mean.value is None
@@ -33,7 +33,7 @@ def test_a_mean_over_nothing_counts_nothing():
 
 def test_many_small_values_are_not_lost():
     """Summed in float32, the last of these would not count."""
-    mean = WeightedMean(CPU)
+    mean = RunningMean(CPU)
     mean.add(torch.tensor(1.0), 2**24)
     for _ in range(100):
         mean.add(torch.tensor(1.0), 1)
@@ -43,7 +43,7 @@ def test_many_small_values_are_not_lost():
 @pytest.mark.parametrize("weight", [4, torch.tensor(4.0), torch.tensor(0.0)])
 def test_on_a_device_nothing_is_read_before_it_is_asked_for(weight):
     """There the sums are made of operations on tensors only: reading one on the meta device would fail."""
-    mean = WeightedMean(torch.device("meta"))
+    mean = RunningMean(torch.device("meta"))
     mean.add(torch.ones((), device="meta"), weight if isinstance(weight, int) else weight.to("meta"))
     assert mean.sums.device.type == "meta"
     assert mean.sums.dtype == torch.float64

@@ -12,7 +12,7 @@ from problems import SGD, alone, seeded, train, weights
 from torch import nn
 from torch.nn import functional as F
 
-from nbdist.core.task.loss_graph import Outline
+from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
 from nbdist.errors import TaskError
 
@@ -104,7 +104,7 @@ def test_the_number_that_a_mean_is_over(name):
 def test_the_number_that_a_mean_is_over_in_evaluation(name):
     """Where nothing but scalars is recorded, of a loss that has a number there is the same one."""
     loss, expected = LOSSES[name]
-    with torch.no_grad(), Outline() as outline:
+    with torch.no_grad(), LossGraph() as outline:
         value = loss(OUTPUT)
     assert not value.requires_grad
     assert expected == over(outline.of(value))
@@ -127,11 +127,11 @@ def test_what_slices_have_to_share(name):
 
 def test_what_is_recorded_keeps_no_activations():
     """What backward would need is let go of."""
-    with torch.no_grad(), Outline() as outline:
+    with torch.no_grad(), LossGraph() as outline:
         value = torch.ones(32, 64).abs().square().mean().sqrt()
     node = outline.of(value).grad_fn
     assert ("SqrtBackward0", "MeanBackward0") == (node.name(), node.next_functions[0][0].name())
-    with torch.no_grad(), Outline() as outline:
+    with torch.no_grad(), LossGraph() as outline:
         value = F.mse_loss(torch.ones(32, 64), torch.zeros(32, 64))
     assert "meta" == outline.of(value).grad_fn._saved_self.device.type
 

@@ -14,15 +14,15 @@ from problems import SGD, classes, mlp, weights
 from torch import nn
 from torch.nn import functional as F
 
-from nbdist.core.state.snapshot import Slot
-from nbdist.core.transfer.payload import Outbox, Parcel, Segment, let_go, pack, unpack
+from nbdist.core.state.snapshot import SnapshotBuffer
+from nbdist.core.transfer.payload import Payload, Segment, SegmentCache, is_released, pack, unpack
 from nbdist.errors import ClusterError, TaskError
 
 
 def there_and_back(value, **how):
-    parcel, segment = pack(value, **how)
+    payload, segment = pack(value, **how)
     try:
-        return unpack(parcel)
+        return unpack(payload)
     finally:
         segment.close()
 
@@ -75,12 +75,12 @@ def test_arrays_arrive():
 def test_what_shares_memory_shares_it_still():
     """Views of one tensor, and tied weights, are one memory on the other side too, and travel once."""
     base = torch.zeros(1000)
-    parcel, segment = pack([base, base[10:20], {"again": base}])
-    whole, part, again = unpack(parcel)
+    payload, segment = pack([base, base[10:20], {"again": base}])
+    whole, part, again = unpack(payload)
     segment.close()
     whole[10] = 7
     assert (7, 7) == (part[0], again["again"][10])
-    assert parcel.nbytes < 2 * base.nbytes
+    assert payload.nbytes < 2 * base.nbytes
 
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
@@ -131,8 +131,8 @@ class Net(Base):
 """
 
 
-def call_arrived(_world, parcel):
-    net, lambda_ = unpack(parcel)
+def call_arrived(_world, payload):
+    net, lambda_ = unpack(payload)
     return net(torch.ones(2)).item(), lambda_(1), type(net).__name__
 
 
@@ -140,13 +140,13 @@ def test_what_a_cell_defined_travels_by_value(run_ranks):
     """Classes with ``super()``, closures and globals of a notebook work in a process that never saw the cell."""
     cell = {"__name__": "__main__"}
     exec(CELL, cell)
-    parcel, segment = pack((cell["Net"](cell["factor"](2)), lambda x: x + cell["SCALE"]))
-    assert [(12.0, 4.0, "Net")] == run_ranks(1, call_arrived, parcel)
+    payload, segment = pack((cell["Net"](cell["factor"](2)), lambda x: x + cell["SCALE"]))
+    assert [(12.0, 4.0, "Net")] == run_ranks(1, call_arrived, payload)
     segment.close()
 
 
-def write_on_rank_zero(world, parcel):
-    tensor, array = unpack(parcel)
+def write_on_rank_zero(world, payload):
+    tensor, array = unpack(payload)
     if world.rank == 0:
         tensor.fill_(5)
         array[:] = 5
@@ -157,20 +157,20 @@ def write_on_rank_zero(world, parcel):
 def test_a_write_stays_with_the_writer(run_ranks):
     """Everyone maps the same memory; nobody sees what another one writes, the packer included."""
     tensor, array = torch.ones(100), np.ones(100)
-    parcel, segment = pack((tensor, array))
-    assert [(500.0, 500.0), (100.0, 100.0)] == run_ranks(2, write_on_rank_zero, parcel)
-    assert 100.0 == unpack(parcel)[0].sum() == tensor.sum()
+    payload, segment = pack((tensor, array))
+    assert [(500.0, 500.0), (100.0, 100.0)] == run_ranks(2, write_on_rank_zero, payload)
+    assert 100.0 == unpack(payload)[0].sum() == tensor.sum()
     segment.close()
 
 
 def test_a_closed_segment_is_gone_but_for_those_who_have_it():
     """After close nobody can open it any more; what was unpacked stays valid, and closing twice is fine."""
-    parcel, segment = pack(torch.arange(100_000))
-    arrived = unpack(parcel)
+    payload, segment = pack(torch.arange(100_000))
+    arrived = unpack(payload)
     segment.close()
     segment.close()
     with pytest.raises(ClusterError, match="is gone"):
-        unpack(parcel)
+        unpack(payload)
     del segment
     assert 99_999 == arrived[-1]
 
@@ -201,53 +201,53 @@ def test_what_cannot_be_pickled_is_a_task_error(value):
         pack(value)
 
 
-def send(outbox, value, free=lambda: True):
+def send(segment_cache, value, free=lambda: True):
     """Pack, unpack and give the segment back; returns its path and what arrived."""
-    parcel, segment = pack(value, outbox=outbox)
-    arrived = unpack(parcel)
-    outbox.give_back(segment, free)
-    return parcel.path, arrived
+    payload, segment = pack(value, segment_cache=segment_cache)
+    arrived = unpack(payload)
+    segment_cache.give_back(segment, free)
+    return payload.path, arrived
 
 
 @pytest.mark.parametrize("numbers", [10, 2**19])
 def test_a_segment_that_came_back_is_used_again(numbers):
     """For what fits into it, whole or in part; the second content arrives, not the first."""
-    outbox = Outbox()
-    first, arrived = send(outbox, torch.zeros(numbers))
+    segment_cache = SegmentCache()
+    first, arrived = send(segment_cache, torch.zeros(numbers))
     del arrived
-    again, arrived = send(outbox, torch.ones(numbers))
+    again, arrived = send(segment_cache, torch.ones(numbers))
     assert first == again
     assert torch.equal(torch.ones(numbers), arrived)
-    smaller, arrived = send(outbox, torch.full((3,), 2.0))
+    smaller, arrived = send(segment_cache, torch.full((3,), 2.0))
     assert first == smaller
     assert [2.0] * 3 == arrived.tolist()
-    _, arrived = send(outbox, torch.arange(2 * numbers))
+    _, arrived = send(segment_cache, torch.arange(2 * numbers))
     assert torch.equal(torch.arange(2 * numbers), arrived)
-    outbox.give_back(Segment(1), lambda: True)
+    segment_cache.give_back(Segment(1), lambda: True)
 
 
 def test_a_segment_in_which_something_lies_is_not_written_again():
     """What arrived first stays as it is, and the process that holds it says so until it lets go."""
-    outbox = Outbox()
-    path, arrived = send(outbox, torch.zeros(1000), free=lambda: let_go(path))
-    assert not let_go(path)
-    _, second = send(outbox, torch.ones(1000))
+    segment_cache = SegmentCache()
+    path, arrived = send(segment_cache, torch.zeros(1000), free=lambda: is_released(path))
+    assert not is_released(path)
+    _, second = send(segment_cache, torch.ones(1000))
     assert not arrived.any()
     assert second.all()
-    outbox.give_back(Segment(1), lambda: True)
+    segment_cache.give_back(Segment(1), lambda: True)
 
 
 def test_who_holds_a_part_has_not_let_go():
     """A view of one tensor is enough; a cycle that only the garbage collector finds is not."""
-    parcel, segment = pack([torch.zeros(10), torch.ones(10)])
-    arrived = unpack(parcel)
+    payload, segment = pack([torch.zeros(10), torch.ones(10)])
+    arrived = unpack(payload)
     row = arrived[1][2:4]
     del arrived
-    assert not let_go(parcel.path)
+    assert not is_released(payload.path)
     knot = [row]
     knot.append(knot)
     del row, knot
-    assert let_go(parcel.path)
+    assert is_released(payload.path)
     segment.close()
 
 
@@ -255,14 +255,14 @@ def test_a_path_leads_to_its_segment_or_nowhere():
     """Though the number of its descriptor is another file's by now, a segment's or not."""
     first = Segment(10)
     path, number = first.path, int(first.path.partition("/fd/")[2].partition(":")[0])
-    parcel = Parcel(path=path, inline=None, code_bytes=1, table_start=5, nbytes=10)
+    payload = Payload(path=path, inline=None, code_bytes=1, table_start=5, nbytes=10)
     first.close()
     with pytest.raises(ClusterError, match=f"the shared memory /proc/{os.getpid()}/fd/{number} is gone"):
-        unpack(parcel)
+        unpack(payload)
     other = os.memfd_create("other")
     os.dup2(other, number)
     try:
-        for late in (lambda: unpack(parcel), lambda: Segment(1, path=path), lambda: Slot(path).head):
+        for late in (lambda: unpack(payload), lambda: Segment(1, path=path), lambda: SnapshotBuffer(path).head):
             with pytest.raises(ClusterError, match=f"fd/{number} is gone"):
                 late()
     finally:
@@ -281,7 +281,7 @@ class Holding:
         self.held.append(Segment(1))
         return self.held[-1].path
 
-    def let_go(self, path):
+    def is_released(self, path):
         self.told.write_text(path)
 
 

@@ -20,9 +20,9 @@ from nbdist.errors import TaskError
 
 
 def there_and_back(value):
-    parcel, segment = pack(value)
+    payload, segment = pack(value)
     try:
-        return unpack(parcel)
+        return unpack(payload)
     finally:
         segment.close()
 
@@ -135,13 +135,13 @@ def test_what_shares_memory_with_a_tensor_does_so_still(share, numbers):
     """Buffers, parameters, subclasses, views and arrays, small and large: written once, and seen by the other."""
     base = torch.zeros(3, numbers // 3)
     sent = (share(base), base)
-    parcel, segment = pack(sent)
-    other, arrived = unpack(parcel)
+    payload, segment = pack(sent)
+    other, arrived = unpack(payload)
     segment.close()
     with torch.no_grad():
         arrived.fill_(7)
     assert bool((other == 7).all())
-    assert parcel.nbytes < 1.5 * base.nbytes + 4096
+    assert payload.nbytes < 1.5 * base.nbytes + 4096
     assert not base.any()
 
 
@@ -214,9 +214,9 @@ def test_a_hook_that_is_registered_over_there_takes_no_other_ones_place(monkeypa
     """Hooks are known by numbers of the process; those that arrive keep theirs."""
     parameter = nn.Parameter(torch.zeros(1))
     parameter.register_hook(twice)
-    parcel, segment = pack(parameter)
+    payload, segment = pack(parameter)
     monkeypatch.setattr(RemovableHandle, "next_id", RemovableHandle.next_id - 1)  # a process with fewer hooks
-    arrived = unpack(parcel)
+    arrived = unpack(payload)
     segment.close()
     arrived.register_hook(lambda gradient: gradient + 1)
     assert [7.0] == gradient_of(arrived).tolist()
@@ -427,9 +427,9 @@ def test_a_stream_of_the_process_is_the_other_processs_own(monkeypatch, name):
     def say(text, file=stream):
         print(text, file=file)
 
-    parcel, segment = pack([stream, say])
+    payload, segment = pack([stream, say])
     monkeypatch.setattr(sys, name, there := io.StringIO())
-    arrived, say_there = unpack(parcel)
+    arrived, say_there = unpack(payload)
     segment.close()
     say_there("here")
     assert arrived is there

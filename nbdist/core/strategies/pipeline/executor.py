@@ -21,7 +21,7 @@ from nbdist.core.process import rng
 from nbdist.core.strategies.pipeline.model_call import call_of, forward_replaced
 from nbdist.core.strategies.pipeline.partition import Call, Split
 from nbdist.core.strategies.pipeline.schedules import Action, order, scalar
-from nbdist.core.strategies.shard.fully_sharded import Shards
+from nbdist.core.strategies.shard.fully_sharded import FullySharded
 from nbdist.core.sync.sync_batchnorm import BatchNorms, buffers_kept_if_empty
 from nbdist.core.task.task import Task
 from nbdist.errors import TaskError
@@ -74,15 +74,15 @@ class Pipeline:
         *,
         scaled: Callable[[torch.Tensor, Any], torch.Tensor],
         units: Callable[..., Any],
-        shards: Shards | None = None,
+        shards: FullySharded | None = None,
         batch_norms: BatchNorms | None = None,
-        rehearsed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        dry_run: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         guarded: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self._task, self._plan, self._split = task, plan, split
         self._device, self._precision, self._shards = device, precision, shards
         self._scaled, self._units = scaled, units
-        self._batch_norms, self._rehearsed, self._guarded = batch_norms, rehearsed, guarded
+        self._batch_norms, self._rehearsed, self._guarded = batch_norms, dry_run, guarded
         self._stages = range(rank, plan.stages, plan.mesh.pp)
         self._parameters = {
             stage: [p for name, p in task.model.named_parameters() if stage in split.holders[name]]

@@ -7,7 +7,7 @@ from torch import nn
 
 from nbdist.core.comm import Channel
 from nbdist.core.params.data_watch import put_data
-from nbdist.core.params.placeholder import Placeholders, reveal, stand_in
+from nbdist.core.params.placeholder import Placeholders, dummy, reveal
 from nbdist.core.params.placement import shard_of
 from nbdist.errors import PlanError
 
@@ -51,7 +51,7 @@ class Block:
         self._names = [names[parameter] for parameter in parameters]
         self._placeholders = placeholders
         self._registered = homes
-        self._stand_ins = [stand_in(p, p.device) for p in parameters]
+        self._stand_ins = [dummy(p, p.device) for p in parameters]
         self._lengths = [-(-p.numel() // channel.size) for p in parameters]
         self._homes: list[torch.Tensor] = []
         self._marks: list[tuple[int, int]] = []  # where each one lies and at which version, while they are gathered
@@ -80,7 +80,7 @@ class Block:
             self._placeholders.hide(parameter)
 
     def show(self, summed: bool) -> None:
-        """Let each parameter be this rank's part; see `Shards.show`. Local."""
+        """Let each parameter be this rank's part; see `FullySharded.show`. Local."""
         self._forget()
         self.awaited = self.read = False
         for i, parameter in enumerate(self.parameters):

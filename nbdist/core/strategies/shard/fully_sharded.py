@@ -19,10 +19,10 @@ from nbdist.core.params.data_watch import DataWatch
 from nbdist.core.params.placeholder import Placeholders
 from nbdist.core.strategies.shard.block import Block, written
 
-__all__ = ["Shards"]
+__all__ = ["FullySharded"]
 
 
-class Shards:
+class FullySharded:
     """Parameters dealt out over a channel, in blocks that are gathered together.
 
     While the model computes, a parameter is whole in a gathered block and a placeholder otherwise; one that is read

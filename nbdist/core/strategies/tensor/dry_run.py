@@ -11,10 +11,10 @@ from nbdist.core.comm import Channel, Pending
 from nbdist.core.comm.channel import Done
 from nbdist.core.strategies.tensor.apply import Parallelized
 
-__all__ = ["rehearsed"]
+__all__ = ["dry_run"]
 
 
-class _Mute(Channel):
+class NullChannel(Channel):
     """Stands for a channel, and asks nobody: as if all ranks gave what this one gives."""
 
     def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
@@ -28,14 +28,14 @@ class _Mute(Channel):
 
 
 @contextlib.contextmanager
-def rehearsed(parallelized: Parallelized | None) -> Iterator[None]:
+def dry_run(parallelized: Parallelized | None) -> Iterator[None]:
     """Let one rank run its part of a split model by itself, to record or to time it. Local."""
     if parallelized is None:
         yield
         return
     axis = parallelized.axis
     real = axis.channel
-    axis.use(_Mute(real.rank, real.size, real.device))
+    axis.use(NullChannel(real.rank, real.size, real.device))
     try:
         yield
     finally:

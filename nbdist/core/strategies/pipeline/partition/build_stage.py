@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nbdist.core.strategies.pipeline.partition.crossings import Flow
+from nbdist.core.strategies.pipeline.partition.crossings import Crossings
 
 __all__ = ["build"]
 
 OUTPUT = "nbdist_output"
 
 
-def build(flow: Flow, start: int, stop: int) -> fx.GraphModule:
+def build(flow: Crossings, start: int, stop: int) -> fx.GraphModule:
     """Make a module of the nodes from `start` to `stop` of the body. Local.
 
     It holds the user's own parameters, buffers and modules, under the user's names. It takes what crosses the cut at
@@ -25,7 +25,7 @@ def build(flow: Flow, start: int, stop: int) -> fx.GraphModule:
 
 
 class _Builder:
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Crossings) -> None:
         self.flow = flow
         self.trace = flow.trace
         self.graph = fx.Graph()

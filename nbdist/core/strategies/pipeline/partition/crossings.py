@@ -8,24 +8,24 @@ from functools import cached_property
 
 from torch import fx
 
-from nbdist.core.strategies.pipeline.partition.profiling import Facts
+from nbdist.core.strategies.pipeline.partition.profiling import ValueInfo
 from nbdist.core.strategies.pipeline.partition.tracing import Trace
 
-__all__ = ["Flow"]
+__all__ = ["Crossings"]
 
 BYTES_PER_S = 3e9  # between two ranks of a host
 VALUE_S = 5e-6  # of each value, whatever its size
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flow:
+class Crossings:
     """A trace, what is known of its values, and from there the places to cut.
 
     A cut at position c is before node c of the body.
     """
 
     trace: Trace
-    facts: Facts
+    facts: ValueInfo
 
     @cached_property
     def body(self) -> list[fx.Node]:

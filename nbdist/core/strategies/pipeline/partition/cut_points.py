@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nbdist.core.strategies.pipeline.partition.crossings import Flow
+from nbdist.core.strategies.pipeline.partition.crossings import Crossings
 from nbdist.core.strategies.pipeline.partition.tracing import cannot_split
 from nbdist.errors import PlanError, TaskError, suggest
 
 __all__ = ["follow", "named", "place_at"]
 
 
-def named(flow: Flow, firsts: Sequence[str]) -> list[int]:
+def named(flow: Crossings, firsts: Sequence[str]) -> list[int]:
     """Bounds from the names of the nodes at which the stages begin, as another rank has chosen them.
 
     Raises:
@@ -23,7 +23,7 @@ def named(flow: Flow, firsts: Sequence[str]) -> list[int]:
     return [0, *(flow.positions[name] for name in firsts), len(flow.body)]
 
 
-def place_at(flow: Flow, names: Sequence[str]) -> list[int]:
+def place_at(flow: Crossings, names: Sequence[str]) -> list[int]:
     """Bounds right before the first operations of the modules, or of the parameters, that a person names.
 
     Raises:
@@ -36,7 +36,7 @@ def place_at(flow: Flow, names: Sequence[str]) -> list[int]:
     return [0, *cuts, len(flow.body)]
 
 
-def _before(flow: Flow, name: str) -> int:
+def _before(flow: Crossings, name: str) -> int:
     model = flow.trace.model
     known = {n for n, _ in model.named_modules()} | set(flow.names.values())
     if name not in known or not name:
@@ -60,7 +60,7 @@ def _before(flow: Flow, name: str) -> int:
     return cut
 
 
-def _belongs(flow: Flow, position: int, name: str) -> bool:
+def _belongs(flow: Crossings, position: int, name: str) -> bool:
     """Whether a node is in the module, or works with the parameter, that a person calls `name`."""
     node, place = flow.body[position], flow.place(position)
     if node.op == "call_module" and name.rpartition(".")[0] == place:
@@ -69,7 +69,7 @@ def _belongs(flow: Flow, position: int, name: str) -> bool:
     return any(f"{other}.".startswith(f"{name}.") for other in names)
 
 
-def follow(flow: Flow, firsts: Sequence[str], holders: dict[str, tuple[int, ...]], idle: set[str]) -> list[int]:
+def follow(flow: Crossings, firsts: Sequence[str], holders: dict[str, tuple[int, ...]], idle: set[str]) -> list[int]:
     """Bounds for another recording of the same model, so that each stage needs only what it holds.
 
     Args:
@@ -97,7 +97,7 @@ def follow(flow: Flow, firsts: Sequence[str], holders: dict[str, tuple[int, ...]
     return [*bounds, len(flow.body)]
 
 
-def _needs(flow: Flow, holders: dict[str, tuple[int, ...]], idle: set[str]) -> list[int | None]:
+def _needs(flow: Crossings, holders: dict[str, tuple[int, ...]], idle: set[str]) -> list[int | None]:
     """The stage that each node must be in because of what it holds, or None; never decreasing."""
     needs: list[int | None] = []
     stage = 0

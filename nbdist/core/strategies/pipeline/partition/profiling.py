@@ -14,13 +14,13 @@ from nbdist.core.params.preserve import device_of, untouched
 from nbdist.core.strategies.pipeline.partition.call import leaves_of
 from nbdist.core.strategies.pipeline.partition.tracing import Trace
 
-__all__ = ["Facts", "examine", "measure"]
+__all__ = ["ValueInfo", "examine", "measure"]
 
 PASSES, PASSES_S = 8, 0.5  # runs of the model for a measurement: so many, or for so long
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class ValueInfo:
     """What one run of a graph shows of its values.
 
     Args:
@@ -34,7 +34,7 @@ class Facts:
     walls: tuple[tuple[int, int], ...]
 
 
-def examine(trace: Trace, values: Sequence[torch.Tensor]) -> Facts:
+def examine(trace: Trace, values: Sequence[torch.Tensor]) -> ValueInfo:
     """Run the graph once, with all values kept, and look at them. Local; the model is left as it was.
 
     Args:
@@ -45,7 +45,7 @@ def examine(trace: Trace, values: Sequence[torch.Tensor]) -> Facts:
     with untouched(trace.model), torch.no_grad():
         watcher.run(*(value.clone() for value in values), enable_io_processing=False)
     env: dict[fx.Node, Any] = watcher.env
-    return Facts(
+    return ValueInfo(
         bytes={n: v.numel() * v.element_size() for n, v in env.items() if _plain(v)},
         integers=frozenset(n for n, v in env.items() if type(v) is int and v >= 0),
         walls=tuple(watcher.walls()),
@@ -137,7 +137,7 @@ class _Watcher(_Runner):
         return result
 
     def walls(self) -> Iterator[tuple[int, int]]:
-        """See `Facts`.
+        """See `ValueInfo`.
 
         A value must not be on its way to another stage while it is still written: that stage, or this one, would
         see the old one; and what a stage receives is a leaf, on which autograd allows no writing. A buffer that

@@ -12,7 +12,7 @@ from torch import nn
 from nbdist.core.params.preserve import device_of, untouched
 from nbdist.core.strategies.pipeline.partition.build_stage import build
 from nbdist.core.strategies.pipeline.partition.call import Call
-from nbdist.core.strategies.pipeline.partition.crossings import Flow
+from nbdist.core.strategies.pipeline.partition.crossings import Crossings
 from nbdist.core.strategies.pipeline.partition.cut_points import follow, named, place_at
 from nbdist.core.strategies.pipeline.partition.profiling import examine, measure
 from nbdist.core.strategies.pipeline.partition.tracing import KINDS, Trace, record
@@ -55,7 +55,7 @@ class Split:
     """
 
     def __init__(
-        self, flow: Flow, bounds: Sequence[int], costs: dict[str, float], seconds: Sequence[float] | None = None
+        self, flow: Crossings, bounds: Sequence[int], costs: dict[str, float], seconds: Sequence[float] | None = None
     ) -> None:
         self.model = flow.trace.model
         self.flow = flow
@@ -64,7 +64,7 @@ class Split:
         self.seconds = [_total(flow, costs, a, b) for a, b in self._parts()] if seconds is None else list(seconds)
         self.holders = self._holders()
         self._modules = list(self.model.modules())
-        self._known: list[tuple[Flow, list[int]]] = [(flow, self.bounds)]
+        self._known: list[tuple[Crossings, list[int]]] = [(flow, self.bounds)]
         self._stages: dict[tuple[Call, tuple[bool, ...]], tuple[Callable[[int], nn.Module], dict[int, nn.Module]]] = {}
 
     @property
@@ -134,14 +134,14 @@ class Split:
             made[index] = make(index)
         return made[index]
 
-    def _recorded(self, call: Call, modes: tuple[bool, ...]) -> tuple[Flow, list[int]]:
+    def _recorded(self, call: Call, modes: tuple[bool, ...]) -> tuple[Crossings, list[int]]:
         """A recorded forward that serves this call, cut where this one is."""
         for flow, bounds in self._known:
             if flow.trace.fits(call, modes):
                 return flow, bounds
         values = call.zeros(device_of(self.model))
         trace = record(self.model, call, self.flow.trace.kind)
-        flow = Flow(trace=trace, facts=examine(trace, values))
+        flow = Crossings(trace=trace, facts=examine(trace, values))
         bounds = follow(flow, [self.flow.body[c].name for c in self.bounds[1:-1]], self.holders, self._idle)
         self._known.append((flow, bounds))
         return flow, bounds
@@ -227,12 +227,12 @@ def _called(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> An
     return model(*args, **kwargs)
 
 
-def _prepare(model: nn.Module, call: Call, values: Sequence[torch.Tensor], kind: str) -> Flow:
+def _prepare(model: nn.Module, call: Call, values: Sequence[torch.Tensor], kind: str) -> Crossings:
     trace = record(model, call, kind)
-    return Flow(trace=trace, facts=examine(trace, values))
+    return Crossings(trace=trace, facts=examine(trace, values))
 
 
-def _bounds(flow: Flow, costs: dict[str, float], parts: int, start: int, stop: int) -> list[int]:
+def _bounds(flow: Crossings, costs: dict[str, float], parts: int, start: int, stop: int) -> list[int]:
     possible = 1 + sum(start < c < stop for c in flow.cuts)
     if parts > possible:
         what = type(flow.trace.model).__name__ if (start, stop) == (0, len(flow.body)) else "a stage"
@@ -242,7 +242,7 @@ def _bounds(flow: Flow, costs: dict[str, float], parts: int, start: int, stop: i
     return [start, *(start + c for c in inside), stop]
 
 
-def _total(flow: Flow, costs: dict[str, float], start: int, stop: int) -> float:
+def _total(flow: Crossings, costs: dict[str, float], start: int, stop: int) -> float:
     return sum(costs[node.name] for node in flow.body[start:stop])
 
 

@@ -13,7 +13,7 @@ from nbdist.core.params.preserve import device_of, untouched
 from nbdist.core.process.rng import seed_all, seed_torch
 from nbdist.core.strategies.pipeline.partition.build_stage import build
 from nbdist.core.strategies.pipeline.partition.call import leaves_of
-from nbdist.core.strategies.pipeline.partition.crossings import Flow
+from nbdist.core.strategies.pipeline.partition.crossings import Crossings
 from nbdist.core.strategies.pipeline.partition.tracing import cannot_split
 
 __all__ = ["Answer", "check_agrees"]
@@ -70,7 +70,7 @@ def _sums_of_gradients(loss: Any, parameters: list[nn.Parameter]) -> list[torch.
     return [sums.get(parameter) for parameter in parameters]
 
 
-def check_agrees(flow: Flow, values: Sequence[torch.Tensor], expected: Answer) -> None:
+def check_agrees(flow: Crossings, values: Sequence[torch.Tensor], expected: Answer) -> None:
     """Compare outputs and gradients of the recorded forward with the model's own, for the tensors of a call. Local.
 
     What Python does beside the operations is lost in recording: random numbers of `random`, ``torch.no_grad()`` (in
