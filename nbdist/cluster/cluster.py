@@ -59,7 +59,7 @@ class Cluster:
             check_detach(detach)
         self._size = choose_size(engines, device, warm_up=session.current_cluster() is None)
         self._up: Engines | None = None
-        self._trainings: RunQueue | None = None
+        self._run_queue: RunQueue | None = None
         self.device = device
         self.timeout_s = timeout_s
         self.spares = int(fork_client.can_fork()) if spares is None else spares
@@ -80,18 +80,18 @@ class Cluster:
     @property
     def engines(self) -> list[Engine]:
         """One record an engine, in rank order; empty when the cluster does not run."""
-        busy = (trainings := self._trainings) is not None and trainings.computing
+        busy = (run_queue := self._run_queue) is not None and run_queue.computing
         return [] if (up := self._up) is None else up.records(busy)
 
     @property
     def current_run(self) -> Run | None:
         """The run that the engines work on at the moment."""
-        return None if (trainings := self._trainings) is None else trainings.current
+        return None if (run_queue := self._run_queue) is None else run_queue.current
 
     @property
     def queued(self) -> list[Run]:
         """The runs that wait for those before them to end."""
-        return [] if (trainings := self._trainings) is None else trainings.queued
+        return [] if (run_queue := self._run_queue) is None else run_queue.queued
 
     @property
     def reachable(self) -> bool:
@@ -181,9 +181,9 @@ class Cluster:
         try:
             engines = take_over_engines(anchor)
             cluster = cls(engines.size, device=engines.device, timeout_s=engines.timeout_s, detach=anchor.patience_s)
-            trainings = cluster._drive(engines)
+            run_queue = cluster._drive(engines)
             cluster._replay.take_over(engines)
-            trainings.take_over({} if namespace is None else namespace, watch, cluster.where)
+            run_queue.take_over({} if namespace is None else namespace, watch, cluster.where)
         except BaseException:
             anchor.leave()
             raise
@@ -197,8 +197,8 @@ class Cluster:
 
         self._up = engines
         self._replay = self._replay or Replay()
-        self._trainings = RunQueue(engines, self._sources, session.last_run, session.note_run)
-        return self._trainings
+        self._run_queue = RunQueue(engines, self._sources, session.last_run, session.note_run)
+        return self._run_queue
 
     def scale(self, engines: int) -> None:
         """Have so many engines from now on: some join, or the last ones leave. What the others hold stays.
@@ -231,13 +231,13 @@ class Cluster:
     def _end(self) -> None:
         if self._up is not None and self._up.owner != os.getpid():
             return  # a forked child has no share in them: only who has started them ends them
-        engines, trainings, self._up, self._trainings = self._up, self._trainings, None, None
+        engines, run_queue, self._up, self._run_queue = self._up, self._run_queue, None, None
         if engines is None:
             return
         if session.current_cluster() is self:
             session.set_cluster(None)
-        if trainings is not None:
-            trainings.end()
+        if run_queue is not None:
+            run_queue.end()
         engines.end()
 
     def __enter__(self) -> Cluster:
@@ -269,8 +269,8 @@ class Cluster:
             engines.ensure_ready()
 
     def _refuse_while_busy(self) -> None:
-        if self._trainings is not None:
-            self._trainings.refuse_while_busy()
+        if self._run_queue is not None:
+            self._run_queue.refuse_while_busy()
 
     def execute(self, source: str, ranks: Iterable[int] | None = None, *, number: int | None = None) -> CellRun:
         """Begin to run a cell's source on ranks, all by default; `number` is its In[...] in tracebacks.
@@ -352,9 +352,9 @@ class Cluster:
         self._running().check_alive()
         if not background:
             self._refuse_while_busy()
-        assert self._trainings is not None
+        assert self._run_queue is not None
         hangs = Hangs(hang_timeout, on_hang, self.where)
-        run = self._trainings.add(model, data, names, options, watch, hangs, on_failure)
+        run = self._run_queue.add(model, data, names, options, watch, hangs, on_failure)
         return run if background else attend(run)
 
     def resume(self, **options: Any) -> Run:

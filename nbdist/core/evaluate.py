@@ -67,9 +67,9 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
         hook.remove()
     world = strategy.axes.world
     if task.own_mean:
-        said = torch.tensor(task.forms.signals(ControlFlags(), 0), device=device)
-        world.all_reduce_(said)
-        check_one_form(ControlFlags(*said.tolist()))
+        flags = torch.tensor(task.forms.flags(ControlFlags(), 0), device=device)
+        world.all_reduce_(flags)
+        check_one_form(ControlFlags(*flags.tolist()))
     if by_slice:  # streams may have ended on one rank before others
         steps = int(torch.stack(world.all_gather(torch.tensor([steps], device=device))).max())
     table = torch.zeros((steps, strategy.plan.slices if by_slice else 1, 5), dtype=torch.float64, device=device)

@@ -81,7 +81,7 @@ def fit(
     *,
     run_id: str = "",
     sinks: Sequence[Sink] = (),
-    orders: Commands | None = None,
+    commands: Commands | None = None,
     home: bool = True,
     snapshot_paths: Sequence[Sequence[str]] = (),
     go_on: bool = False,
@@ -161,10 +161,10 @@ def fit(
             changed=restored,
         )  # fmt: skip
         cleanup.callback(snapshotter.close)
-        steering = StepControl(orders, run_id, strategy, scheduler, snapshotter, tell)
+        step_control = StepControl(commands, run_id, strategy, scheduler, snapshotter, tell)
 
         def is_stopped() -> bool:  # after its last step a training ends as it would have
-            return steering.stopped and not _complete(plan, at.step, steps_total)
+            return step_control.stopped and not _complete(plan, at.step, steps_total)
 
         started = RunStarted(
             rank=world.rank, run_id=run_id, title=task.title, plan=plan.to_dict(), steps_total=steps_total,
@@ -177,8 +177,8 @@ def fit(
         latest: Totals | None = None
 
         with _rescuing(snapshotter, at, world):
-            steering.begin(at)
-            at.row.leave_out(rested_s := steering.rest(at))
+            step_control.begin(at)
+            at.row.leave_out(rested_s := step_control.rest(at))
             reporter.leave_out(rested_s)
             stopped = is_stopped()
             # Under `steps`, the whole run is one row, however often it wraps round the data.
@@ -191,15 +191,17 @@ def fit(
                     if plan.stop_on_nan:
                         _check_finite(losses, at)
 
-                    said = snapshotter.signals(at)._replace(orders=steering.asked(at), exhausted=slices is None)
-                    said = task.forms.signals(said, at.step)
+                    own_flags = snapshotter.flags(at)._replace(
+                        commands=step_control.asked(at), exhausted=slices is None
+                    )
+                    own_flags = task.forms.flags(own_flags, at.step)
                     loss = _mean(losses, device)
-                    totals = strategy.sync(step_weight, said, loss.parts)
-                    if slices is None and totals.signals.exhausted == axes.data.size:
+                    totals = strategy.sync(step_weight, own_flags, loss.parts)
+                    if slices is None and totals.flags.exhausted == axes.data.size:
                         break
                     if latest is None or not strategy.lag:  # later a GPU is not waited for
-                        check_one_form(totals.signals)
-                    snapshotter.leave_boundary()
+                        check_one_form(totals.flags)
+                    snapshotter.begin_update()
                     # A rank that had data knows that there was some, without waiting for its GPU.
                     if (not isinstance(step_weight, torch.Tensor) and step_weight > 0) or totals.weight:
                         updated = strategy.update(optimizer, hooks)
@@ -207,24 +209,24 @@ def fit(
                             scheduler.step()
                     at.advance(sum(part.samples for part in slices or ()), strategy.counted(losses, totals))
 
-                    heard, latest = latest if strategy.lag else totals, totals
-                    signals = None if heard is None else heard.signals
-                    check_one_form(signals)
-                    steering.apply_agreed(at, signals)
-                    snapshotter.reach_boundary(at, signals)
-                    if heard is not None:
-                        reporter.hear(heard, at.step - (heard is not totals))
+                    agreed, latest = latest if strategy.lag else totals, totals
+                    flags = None if agreed is None else agreed.flags
+                    check_one_form(flags)
+                    step_control.apply_agreed(at, flags)
+                    snapshotter.end_step(at, flags)
+                    if agreed is not None:
+                        reporter.hear(agreed, at.step - (agreed is not totals))
                     reporter.tell_if_due(at, loss)
                     if strategy.work and at.step & (at.step - 1) == 0:  # at steps 1, 2, 4, 8 ..., on all ranks the same
                         tell(Worked(rank=world.rank, step=at.step, work=tuple(strategy.work)))
-                    if rested_s := steering.rest(at):
+                    if rested_s := step_control.rest(at):
                         at.row.leave_out(rested_s)
                         reporter.leave_out(rested_s)
                     stopped = is_stopped()
                     if stopped or at.step == plan.steps:
                         break
 
-                check_one_form(None if latest is None else latest.signals)
+                check_one_form(None if latest is None else latest.flags)
                 if at.batch == 0 and not stopped:
                     raise PlanError(f"the data gave no batch in epoch {at.epoch}: can it be read only once?")
                 ended = stopped or at.step == plan.steps or at.epoch == plan.epochs
@@ -243,14 +245,14 @@ def fit(
                     measured = evaluate(task, strategy, val_reader, metric=plan.metric)
                 row = at.row.close(axes.world, axes.reports_loss, len(at.history) + 1, seconds) | measured
                 tell(EpochFinished(rank=world.rank, row=row))
-                snapshotter.leave_boundary()
+                snapshotter.begin_update()
                 if not scheduler.every_step:
                     scheduler.step(measured.get("val_loss", row["loss"]))
                 if plan.epochs is not None and not stopped:
                     at.next_epoch(row)
                 else:
                     at.close(row)
-                snapshotter.reach_boundary(at, None)
+                snapshotter.end_step(at, None)
                 reporter.resume(at)
                 if ended:
                     break
@@ -263,8 +265,8 @@ def fit(
             leave_in_parts(model, strategy.table.placements, plan.mesh)
         state = "stopped" if stopped else "finished"
         tell(RunFinished(rank=world.rank, state=state))
-        state = "scaled" if stopped and steering.scaling else state
-        return Result(state=state, history=at.history, plan=plan, ranks=steering.scaling)
+        state = "scaled" if stopped and step_control.scaling else state
+        return Result(state=state, history=at.history, plan=plan, ranks=step_control.scaling)
 
 
 def _kept(

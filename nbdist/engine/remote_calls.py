@@ -240,7 +240,7 @@ def train(
                 world,
                 run_id=run_id,
                 sinks=[record, snapshots],
-                orders=CommandLog(_engine.store, run_id),
+                commands=CommandLog(_engine.store, run_id),
                 home=False,
                 snapshot_paths=snapshot_paths,
                 go_on=go_on,

@@ -223,7 +223,7 @@ _VALUES: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
     "precision": _words(*PRECISIONS),
     "schedule": _words(*SCHEDULES),
     "device": _words("auto", "cpu", "cuda"),
-    "order": _words(*ORDERS),
+    "command": _words(*ORDERS),
     "names": lambda names, word: list(names),
     "name": lambda names, word: _on_engine("", word.rpartition(".")[2])[1] if "." not in word else [],
     "run_id": lambda names, word: [run.run_id for run in past_runs(_LISTED_RUNS)],

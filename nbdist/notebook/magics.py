@@ -312,12 +312,12 @@ class DistMagics(Magics):
     @_documented(parsers.RUN)
     def dist_run(self, line: str) -> Run | None:
         arguments = parsers.RUN.parse(split_line(line))
-        run, order, value = last_run(), arguments.order, arguments.value
+        run, command, value = last_run(), arguments.command, arguments.value
         if run is None:
             raise ClusterError("no run has been started in this notebook: %dist_train starts one.")
-        if (value is not None and order not in ("checkpoint", "lr")) or (order == "lr" and value is None):
+        if (value is not None and command not in ("checkpoint", "lr")) or (command == "lr" and value is None):
             raise PlanError(f"%dist_run {line.strip()}: DIR goes with checkpoint, and RATE with lr.")
-        match order:
+        match command:
             case None:
                 return run
             case "stop":

@@ -25,7 +25,7 @@ def head(run: RunState) -> dict[str, Any]:
         "state": run.state,
         "share": None if not total else min(1.0, run.step / total),
         "lr": "" if run.lr is None else f"{run.lr:.4g}",
-        "orders": sum(happening.kind == "order" for happening in run.happenings),
+        "orders": sum(happening.kind == "command" for happening in run.happenings),
         "facts": [
             ["step", f"{run.step:,}" + ("" if total is None else f" of {total:,}")],
             ["epoch", f"{run.epoch}" + (f" of {epochs}" if epochs else "")],

@@ -156,7 +156,7 @@ def _run_parser() -> OptionParser:
         "last step is not carried out, and the run's notes say so.",
     )
     parser.add_argument(
-        "order", nargs="?", choices=ORDERS, metavar="|".join(ORDERS), help="What to do. Default: show the run."
+        "command", nargs="?", choices=ORDERS, metavar="|".join(ORDERS), help="What to do. Default: show the run."
     )
     parser.add_argument("value", nargs="?", metavar="DIR|RATE", help="Where the checkpoint goes, or the learning rate.")
     return parser

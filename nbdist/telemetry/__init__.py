@@ -2,11 +2,11 @@
 
 from nbdist.telemetry.events import (
     Checkpointed,
+    CommandApplied,
     EpochFinished,
     Evaluating,
     Event,
     Noted,
-    Ordered,
     Point,
     Progress,
     Recovered,
@@ -29,6 +29,7 @@ from nbdist.telemetry.timeline import Timeline
 
 __all__ = [
     "Checkpointed",
+    "CommandApplied",
     "EpochFinished",
     "Evaluating",
     "Event",
@@ -38,7 +39,6 @@ __all__ = [
     "Losses",
     "Meter",
     "Noted",
-    "Ordered",
     "PastRun",
     "Point",
     "Progress",

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "Checkpointed",
+    "CommandApplied",
     "EpochFinished",
     "Evaluating",
     "Event",
     "Noted",
-    "Ordered",
     "Point",
     "Progress",
     "Recovered",
@@ -182,7 +182,7 @@ class RunFailed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ordered(Event):
+class CommandApplied(Event):
     """All ranks have carried out what a person asked for, after the same step.
 
     Args:
@@ -192,7 +192,7 @@ class Ordered(Event):
         number: Which order to the run it is, counted from 0: a run that recovers carries out some of them again.
     """
 
-    order: str
+    command: str
     value: float | str | None
     step: int
     number: int = 0

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from nbdist.telemetry.events import (
     Checkpointed,
+    CommandApplied,
     EpochFinished,
     Evaluating,
     Event,
     Noted,
-    Ordered,
     Point,
     Progress,
     RunFailed,
@@ -142,14 +142,14 @@ def fold(state: RankState, event: Event) -> RankState:
                 shares=event.shares or state.shares, busy_s=_smoothed(state, event),
                 curve=extended(state.curve, event.losses),
             )  # fmt: skip
-        case Ordered(order="pause"):
-            return _with(_after(state, event, "order", _order_text(event)), state="paused", samples_per_s=0.0)
-        case Ordered(order="resume"):
-            return _with(_after(state, event, "order", _order_text(event)), state="running")
-        case Ordered(order="lr", value=float(rate)):
-            return _with(_after(state, event, "order", _order_text(event)), lr=rate)
-        case Ordered():
-            return _after(state, event, "order", _order_text(event, state.steps_total))
+        case CommandApplied(command="pause"):
+            return _with(_after(state, event, "command", _order_text(event)), state="paused", samples_per_s=0.0)
+        case CommandApplied(command="resume"):
+            return _with(_after(state, event, "command", _order_text(event)), state="running")
+        case CommandApplied(command="lr", value=float(rate)):
+            return _with(_after(state, event, "command", _order_text(event)), lr=rate)
+        case CommandApplied():
+            return _after(state, event, "command", _order_text(event, state.steps_total))
         case Checkpointed():
             return _after(state, event, "checkpoint", f"checkpoint of step {event.step:,} in {_short(event.path)}")
         case Noted():
@@ -181,18 +181,18 @@ def _smoothed(state: RankState, event: Progress) -> float:
     return busy_s if not state.busy_s else state.busy_s + _BUSY_SMOOTHING * (busy_s - state.busy_s)
 
 
-def _order_text(event: Ordered, steps_total: int | None = None) -> str:
-    if event.order == "stop" and event.step == steps_total:
+def _order_text(event: CommandApplied, steps_total: int | None = None) -> str:
+    if event.command == "stop" and event.step == steps_total:
         return f"stop came in step {event.step:,}, the last one: the run ends as it would have"
     words = {
         "stop": "stopped", "pause": "paused", "resume": "resumed", "checkpoint": "checkpoint asked for",
         "lr": f"learning rate {event.value:.4g}" if isinstance(event.value, float) else "learning rate changed",
         "scale": f"scaled to {event.value}",
     }  # fmt: skip
-    return f"{words[event.order]} after step {event.step:,}"
+    return f"{words[event.command]} after step {event.step:,}"
 
 
 def _after(state: RankState, event: Event, kind: str, text: str) -> RankState:
-    step, number = (event.step, event.number) if isinstance(event, Ordered) else (state.step, 0)
+    step, number = (event.step, event.number) if isinstance(event, CommandApplied) else (state.step, 0)
     happenings = (*state.happenings, Happening(event.time_s, kind, text, number))
     return _with(state, happenings=happenings[-_KEPT_HAPPENINGS:], step=step)

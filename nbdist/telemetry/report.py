@@ -10,6 +10,7 @@ from nbdist.telemetry.run_state import RunState
 from nbdist.telemetry.run_view import run_html, run_text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from pandas import DataFrame
 
 __all__ = ["Report"]

@@ -121,7 +121,7 @@ class RunState:
     @property
     def notes(self) -> list[str]:
         """The texts of what happened that nobody has asked for."""
-        return [happening.text for happening in self.happenings if happening.kind not in ("order", "checkpoint")]
+        return [happening.text for happening in self.happenings if happening.kind not in ("command", "checkpoint")]
 
     @property
     def elapsed_s(self) -> float:

@@ -113,7 +113,7 @@ def happened(run: RunState) -> list[str]:
     """What went wrong, and the newest of what happened."""
     told = [
         f"{duration(max(0.0, happening.time_s - run.started_s))}: {happening.text}"
-        if happening.kind in ("order", "checkpoint")
+        if happening.kind in ("command", "checkpoint")
         else happening.text
         for happening in run.happenings
     ]

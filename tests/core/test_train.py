@@ -26,9 +26,18 @@ DATA = classes(20)
 
 
 def stopped_run(world, step):
-    orders, sink = Given({step if world.rank == 0 else 1: ["stop"]}), ListSink()
+    commands, sink = Given({step if world.rank == 0 else 1: ["stop"]}), ListSink()
     result, trained = train(
-        world, mlp(), DATA, optimizer=SGD, batch_size=4, epochs=3, val=DATA, shuffle=False, orders=orders, sinks=[sink]
+        world,
+        mlp(),
+        DATA,
+        optimizer=SGD,
+        batch_size=4,
+        epochs=3,
+        val=DATA,
+        shuffle=False,
+        commands=commands,
+        sinks=[sink],
     )
     return result, trained, sink.events
 
@@ -49,7 +58,7 @@ def test_a_stop_stops_all_after_the_same_step(run_ranks, step):
 
 def test_a_stop_after_the_last_step_is_a_finish():
     """Nothing was left to do: the run is finished."""
-    result, _ = alone(mlp(), DATA, optimizer=SGD, batch_size=10, orders=stop_after(2))
+    result, _ = alone(mlp(), DATA, optimizer=SGD, batch_size=10, commands=stop_after(2))
     assert ("finished", 2) == (result.state, result.history[0]["steps"])
 
 
@@ -59,7 +68,7 @@ def test_an_order_in_the_last_step_leaves_the_end_as_it_is(order, ranks, length)
     """The last evaluation included; how many ranks there are to be is told."""
     options = {"optimizer": SGD, "batch_size": 10, "val": classes(7), **length}
     undisturbed, expected = alone(mlp(), DATA, **options)
-    result, trained = alone(mlp(), DATA, orders=Given({4: [order]}), **options)
+    result, trained = alone(mlp(), DATA, commands=Given({4: [order]}), **options)
     assert ("finished", ranks) == (result.state, result.ranks)
     assert_same_bits(expected, trained)
     without = [{key: value for key, value in row.items() if key != "seconds"} for row in undisturbed.history]

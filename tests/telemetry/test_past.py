@@ -61,7 +61,7 @@ def test_a_run_that_lost_a_rank_is_told_once(cluster, tmp_path):
     steps = [point.step for point in past.curve]
     assert sorted(set(steps)) == steps
     assert run.progress.notes == past.notes
-    assert ["recovered", "order"] == [happening.kind for happening in past.happenings]
+    assert ["recovered", "command"] == [happening.kind for happening in past.happenings]
     assert ("stopped", run.progress.step) == (past.state, past.ranks[0].step)  # the spare's home is another test's
 
 

@@ -11,11 +11,11 @@ from told import PROGRESS, ROW, STARTED
 
 from nbdist.telemetry import (
     Checkpointed,
+    CommandApplied,
     EpochFinished,
     Evaluating,
     Event,
     Noted,
-    Ordered,
     RankState,
     Recovered,
     RunFailed,
@@ -27,7 +27,7 @@ from nbdist.telemetry import (
 
 WORKED = Worked(rank=1, step=9, work=(Work("forward", 1, 0, 5.0, 5.5), Work("backward", 1, 0, 5.5, 6.5)))
 
-PAUSED = Ordered(rank=1, time_s=3.0, order="pause", value=None, step=10)
+PAUSED = CommandApplied(rank=1, time_s=3.0, command="pause", value=None, step=10)
 PROGRESSED = {"state": "running", "step": 10, "epoch": 1, "samples": 160, "loss": 0.4, "samples_per_s": 80.0,
               "memory_mib": 300.0}  # fmt: skip
 
@@ -52,15 +52,15 @@ def folded(*events):
         ([EpochFinished(rank=1, row=ROW)] * 2, {"state": "running", "history": (ROW, ROW)}),
         ([Noted(rank=1, text="one", time_s=1.0), Noted(rank=1, text="two", time_s=2.0)],
          {"happenings": ((1.0, "note", "one", 0), (2.0, "note", "two", 0))}),
-        ([PAUSED], {"state": "paused", "step": 10, "happenings": ((3.0, "order", "paused after step 10", 0),)}),
+        ([PAUSED], {"state": "paused", "step": 10, "happenings": ((3.0, "command", "paused after step 10", 0),)}),
         ([PAUSED, PROGRESS],
-         {**PROGRESSED, "state": "paused", "happenings": ((3.0, "order", "paused after step 10", 0),)}),
+         {**PROGRESSED, "state": "paused", "happenings": ((3.0, "command", "paused after step 10", 0),)}),
         ([Checkpointed(rank=1, time_s=4.0, step=1000, path="ck", seconds=0.5)],
          {"happenings": ((4.0, "checkpoint", "checkpoint of step 1,000 in ck", 0),)}),
         ([Checkpointed(rank=1, time_s=4.0, step=1, path="/home/me/checkpoints/run/step1", seconds=0.5)],
          {"happenings": ((4.0, "checkpoint", "checkpoint of step 1 in …/checkpoints/run/step1", 0),)}),
-        ([Ordered(rank=1, time_s=4.0, order="lr", value=0.25, step=7, number=2)],
-         {"lr": 0.25, "step": 7, "happenings": ((4.0, "order", "learning rate 0.25 after step 7", 2),)}),
+        ([CommandApplied(rank=1, time_s=4.0, command="lr", value=0.25, step=7, number=2)],
+         {"lr": 0.25, "step": 7, "happenings": ((4.0, "command", "learning rate 0.25 after step 7", 2),)}),
         ([PROGRESS, EpochFinished(rank=1, row=ROW), dataclasses.replace(STARTED, step=7, history=[ROW])],
          {"state": "running", "step": 7, "epoch": 1, "samples": 160, "loss": 0.4, "samples_per_s": 80.0,
           "memory_mib": 300.0, "history": (ROW,), "steps_total": 20, "host": "h", "pid": 7, "device": "cpu",

@@ -24,7 +24,7 @@ def test_what_is_noted_by_several_ranks_is_said_once():
 
 def test_orders_happen_once_and_are_no_notes():
     """Every rank tells of them; rank 0's word is taken."""
-    run = run_of(noted(FAST, "paused", kind="order"), noted(SLOW, "paused", "late", kind="order"))
+    run = run_of(noted(FAST, "paused", kind="command"), noted(SLOW, "paused", "late", kind="command"))
     assert ["paused"] == [happening.text for happening in run.happenings]
     assert [] == run.notes
 

@@ -172,7 +172,7 @@ class Engines:
         """Whether some engine lives on another host, where our shared memory does not reach."""
         return any(record.host_id != self.host_id for record in self._records)
 
-    def orders(self, run_id: str) -> Any:
+    def commands(self, run_id: str) -> Any:
         """The log of what is asked of a run, an `CommandLog`; rank 0 reads it. None where nobody can any more."""
         store = self._store
         return CommandLog(store, run_id) if store is not None and store.lives else None

@@ -84,13 +84,13 @@ class ForkServer:
         """Whether it runs and has not failed to fork."""
         return self.alive and not self._broken
 
-    def fork(self, order: ForkRequest) -> int:
+    def fork(self, request: ForkRequest) -> int:
         """Let it fork a process; returns the number of that process. The first engine waits for torch.
 
         Raises:
             ClusterError: The server has ended, or cannot fork.
         """
-        pid, error = self._ask(order)
+        pid, error = self._ask(request)
         if error:
             self._broken = True  # it lives on, for what it has forked: nobody else would reap that
             raise ClusterError(f"the fork server cannot fork: {error}.")
@@ -104,11 +104,11 @@ class ForkServer:
         """
         self._ask(folder)
 
-    def _ask(self, order: ForkRequest | str) -> tuple[int, str]:
+    def _ask(self, request: ForkRequest | str) -> tuple[int, str]:
         try:
             with self._one_at_a_time:
                 self._orders += 1
-                self._pipe.send((self._orders, order))
+                self._pipe.send((self._orders, request))
                 while True:
                     number, pid, error = self._pipe.recv()
                     if number == self._orders:

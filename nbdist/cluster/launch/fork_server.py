@@ -123,15 +123,15 @@ def _serve(pipe: Connection, owner: str, brood: _ChildProcesses) -> None:
             while not pipe.poll(_POLL_S):
                 if not parent_watch.alive(owner):
                     return
-            number, order = pipe.recv()
+            number, request = pipe.recv()
         except (EOFError, OSError):
             return
-        if isinstance(order, str):
-            brood.end(order)
+        if isinstance(request, str):
+            brood.end(request)
             with contextlib.suppress(OSError):
                 pipe.send((number, 0, ""))
             continue
-        pid, error = 0, _load(_ENGINE) if order.arguments[0] == "engine" else ""
+        pid, error = 0, _load(_ENGINE) if request.arguments[0] == "engine" else ""
         if not error and threading.active_count() > 1:
             error = "a library has started threads while it was loaded"
         if not error:
@@ -139,8 +139,8 @@ def _serve(pipe: Connection, owner: str, brood: _ChildProcesses) -> None:
             if pid == 0:
                 pipe.close()
                 brood.forget()
-                _become(order)
-            told = order.environment
+                _become(request)
+            told = request.environment
             brood.add(pid, told.get(parent_watch.FOLDER_VARIABLE, ""), told.get(parent_watch.OWNER_VARIABLE, owner))
         try:
             pipe.send((number, pid, error))
@@ -163,22 +163,22 @@ def _load(modules: list[str]) -> str:
     return ""
 
 
-def _become(order: ForkRequest) -> NoReturn:
+def _become(request: ForkRequest) -> NoReturn:
     """Turn this fork into what was ordered; never returns."""
     code = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
-        with open(order.log, "ab") as log:
+        with open(request.log, "ab") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         os.environ.clear()
-        os.environ.update(order.environment)
+        os.environ.update(request.environment)
         time.tzset()
-        os.chdir(order.folder)
-        os.sched_setaffinity(0, order.cores)
-        kind = order.arguments[0]
+        os.chdir(request.folder)
+        os.sched_setaffinity(0, request.cores)
+        kind = request.arguments[0]
         Path("/proc/self/comm").write_text(f"nbdist-{kind}")
         if kind == "controller":
             _hurry_controller()
@@ -186,7 +186,7 @@ def _become(order: ForkRequest) -> NoReturn:
             sys.modules["numpy"].random.seed()  # or all engines would draw the same numbers, as they draw their state
             _prepare_nanny()
         # ipyparallel took the server's folder for the default when it was loaded.
-        sys.argv = ["nbdist", *order.arguments, f"--work-dir={order.folder}"]
+        sys.argv = ["nbdist", *request.arguments, f"--work-dir={request.folder}"]
         parent_watch.main()
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1

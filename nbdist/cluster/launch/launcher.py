@@ -230,12 +230,12 @@ class _Forked(launcher.LocalProcessLauncher):
         if not server.forks:
             super().start()
             return
-        order = fork_client.ForkRequest(
+        request = fork_client.ForkRequest(
             arguments=self.args[len(_GUARD) :], environment={**os.environ, **self.get_env()},
             folder=os.path.abspath(self.work_dir), log=self.output_file, cores=os.sched_getaffinity(0),
         )  # fmt: skip
         try:
-            self.pid = server.fork(order)
+            self.pid = server.fork(request)
         except ClusterError as error:
             warnings.warn(f"{error} Processes start one by one instead, which takes longer.", stacklevel=1)
             super().start()

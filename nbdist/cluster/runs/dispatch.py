@@ -65,10 +65,10 @@ class RunDispatch:
         self.engines = engines
         self._task = task
         self._plan = plan
-        self._parcel, self._segment = packed
-        self._outbox = segment_cache
+        self._payload, self._segment = packed
+        self._segment_cache = segment_cache
         self._cells = cells
-        self._begun = handoff
+        self._handoff = handoff
         self._into = into
         self._segments: list[Any] = []
         self._boards: list[Board] = []
@@ -95,12 +95,12 @@ class RunDispatch:
         paths = [segment.path for segment in segments]
         self._listen(segments)
         if engines.anchor is not None:
-            handoff = replace(self._begun, payload=self._parcel, snapshot_store=tuple(snapshot_store))
+            handoff = replace(self._handoff, payload=self._payload, snapshot_store=tuple(snapshot_store))
             engines.anchor.note("ended", ("running", ""))
             engines.anchor.note("run", handoff)
         folder = "" if engines.remote else str(records().resolve())
         arguments = (
-            self._parcel,
+            self._payload,
             run.run_id,
             news,
             engines.remote,
@@ -167,9 +167,9 @@ class RunDispatch:
         if size != self._plan.mesh.size and run.replan is not None:
             self._plan = run.replan.of(self._plan, size)
             self._segment.close()
-            what = f"{self._begun.names[0]} or {self._begun.names[1]}"
-            packed = pack((self._task, self._plan), name=what, inline=engines.remote, segment_cache=self._outbox)
-            self._parcel, self._segment = packed
+            what = f"{self._handoff.names[0]} or {self._handoff.names[1]}"
+            packed = pack((self._task, self._plan), name=what, inline=engines.remote, segment_cache=self._segment_cache)
+            self._payload, self._segment = packed
             run.stand_on(self._plan)
             if run.snapshot_store is not None:
                 run.snapshot_store.grow(size)
@@ -238,8 +238,8 @@ class RunDispatch:
                     self._have_ranks(wanted)
                 except ClusterError as error:
                     self.refusal = str(error)
-            answers = [engines.start_call(rank, "has_released", self._parcel.path) for rank in range(engines.size)]
-            self._outbox.give_back(
+            answers = [engines.start_call(rank, "has_released", self._payload.path) for rank in range(engines.size)]
+            self._segment_cache.give_back(
                 self._segment, lambda: all(a.ready() and a.successful() and a.get() for a in answers)
             )
         if run.snapshot_store is not None:

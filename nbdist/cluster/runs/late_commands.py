@@ -8,7 +8,7 @@ from nbdist.core.control.commands import Command
 __all__ = ["late_command_text"]
 
 
-def late_command_text(order: Command, run: Run, engines: int, refusal: str = "") -> str:
+def late_command_text(command: Command, run: Run, engines: int, refusal: str = "") -> str:
     """What has become of an order that no step has heard, in a sentence.
 
     Args:
@@ -18,15 +18,15 @@ def late_command_text(order: Command, run: Run, engines: int, refusal: str = "")
         refusal: Why others that were asked for could not be had.
     """
     step = run.progress.step
-    if order.kind == "stop" and run.abandoned and run.state == "stopped":
+    if command.kind == "stop" and run.abandoned and run.state == "stopped":
         return f"stopped at once after step {step:,}"
-    asked = {"lr": f"learning rate {order.value}", "checkpoint": f"checkpoint in {order.value}",
-             "scale": f"scale to {order.value}"}.get(order.kind, order.kind)  # fmt: skip
+    asked = {"lr": f"learning rate {command.value}", "checkpoint": f"checkpoint in {command.value}",
+             "scale": f"scale to {command.value}"}.get(command.kind, command.kind)  # fmt: skip
     outcome = "not carried out"
-    if order.kind == "stop":
+    if command.kind == "stop":
         outcome = f"the run {'had failed' if run.state == 'failed' else 'was over'}"
-    elif order.kind == "scale" and order.value == engines:
+    elif command.kind == "scale" and command.value == engines:
         outcome = f"there are {engines} engines"
-    elif order.kind == "scale" and refusal:
+    elif command.kind == "scale" and refusal:
         outcome += f" ({refusal.rstrip('.')})"
     return f"{asked} came after step {step:,}, the last one: {outcome}"

@@ -50,12 +50,12 @@ class RunMonitor:
     """
 
     def __init__(
-        self, training: RunDispatch, calls: list[Any], *, hangs: Hangs, watch: Callable[[Run], None] | None,
+        self, dispatch: RunDispatch, calls: list[Any], *, hangs: Hangs, watch: Callable[[Run], None] | None,
         then: Callable[[], None], context: contextvars.Context,
     ) -> None:  # fmt: skip
-        self._training = training
-        self._run = training.run
-        self._engines = training.engines
+        self._training = dispatch
+        self._run = dispatch.run
+        self._engines = dispatch.engines
         self._hangs = hangs
         self._hung: EngineError | None = None  # of a run that ends for it
         self._why = PROCESS_ENDED
@@ -114,9 +114,9 @@ class RunMonitor:
     def _tell_late(self) -> None:
         """Say what has become of what was asked for after the last step; nothing more can be asked for by now."""
         run = self._run
-        orders = self._engines.orders(run.run_id)
-        left = [] if orders is None else orders.left()
-        texts = [late_command_text(order, run, self._engines.size, self._training.refusal) for order in left]
+        commands = self._engines.commands(run.run_id)
+        left = [] if commands is None else commands.left()
+        texts = [late_command_text(command, run, self._engines.size, self._training.refusal) for command in left]
         for text in texts:
             run.progress.note(text)
         if texts:

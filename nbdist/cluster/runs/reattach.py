@@ -23,7 +23,7 @@ __all__ = ["take_over"]
 def take_over(
     engines: Engines,
     namespace: dict[str, Any],
-    order: Callable[[Run, str, Any], None],
+    command: Callable[[Run, str, Any], None],
     segment_cache: Any,
     cells: CellSources,
 ) -> tuple[RunDispatch, RunHandoff, list[str] | None] | None:
@@ -54,7 +54,9 @@ def take_over(
         task, plan = unpack(handoff.payload)
     except Exception as error:
         raise ClusterError(f"the model of run {handoff.run_id} cannot be made here: {error!r}.") from error
-    run = Run(handoff.run_id, plan, _recorded(handoff, plan, engines), order, None, handoff.replan, handoff.on_failure)
+    run = Run(
+        handoff.run_id, plan, _recorded(handoff, plan, engines), command, None, handoff.replan, handoff.on_failure
+    )
     run.snapshot_store = (
         SnapshotStore(engines.size, engines.anchor, handoff.snapshot_store) if handoff.snapshot_store else None
     )
@@ -65,14 +67,14 @@ def take_over(
         namespace[name] = task.model
     segment = Segment(1, engines.anchor, handoff.payload.path)
     into = mine if like else None
-    training = RunDispatch(run, engines, task, plan, (handoff.payload, segment), segment_cache, cells, handoff, into)
+    dispatch = RunDispatch(run, engines, task, plan, (handoff.payload, segment), segment_cache, cells, handoff, into)
     state, why = notes["ended"]
     if state == "running":
-        return training, handoff, notes["boards"]
-    training.rescue()
+        return dispatch, handoff, notes["boards"]
+    dispatch.rescue()
     run._end(state, EngineError(why) if state == "failed" else None)
     run._release()
-    return training, handoff, None
+    return dispatch, handoff, None
 
 
 def _recorded(handoff: RunHandoff, plan: Plan, engines: Engines) -> RunState:

@@ -49,7 +49,7 @@ class Run(Report):
     """
 
     def __init__(
-        self, run_id: str, plan: Plan, progress: RunState, order: Callable[[Run, str, Any], None],
+        self, run_id: str, plan: Plan, progress: RunState, command: Callable[[Run, str, Any], None],
         asked: dict[str, Any] | None = None, replan: Replan | None = None,
         on_failure: str = "replace",
     ) -> None:  # fmt: skip
@@ -63,7 +63,7 @@ class Run(Report):
         self.on_failure = on_failure
         self.wanted = 0
         self.abandoned = False
-        self._order = order
+        self._give_command = command
         self._printed: Callable[[str], dict[int, str]] = lambda stream: {}
         self._ended = threading.Event()
         self.changing = threading.RLock()
@@ -100,7 +100,7 @@ class Run(Report):
             if self.progress.running:
                 self.abandoned |= now
                 if self.progress.state != "stopping":
-                    self._order(self, "stop", None)
+                    self._give_command(self, "stop", None)
 
     def pause(self) -> None:
         """Ask all ranks to rest after the step they are in, until `resume` or `stop`. Returns at once.
@@ -166,7 +166,7 @@ class Run(Report):
                 raise ClusterError(f"run {self.run_id} has not begun: it can only be stopped.")
             if not self.progress.running:
                 raise ClusterError(f"run {self.run_id} has {self.progress.state}: start another one.")
-            self._order(self, kind, value)
+            self._give_command(self, kind, value)
 
     def wait(self, timeout_s: float | None = None) -> Run:
         """Wait until the run has ended and the weights are home.

@@ -70,7 +70,7 @@ class RunQueue:
         self._run: Run | None = None
         self._waiting: collections.deque[_QueuedRun] = collections.deque()
         self._queueing = threading.Lock()  # held to look at the two above, and never while engines are waited for
-        self._outbox: Any = None
+        self._segment_cache: Any = None
 
     @property
     def busy(self) -> bool:
@@ -137,7 +137,7 @@ class RunQueue:
         replan = Replan({**rest, **task.options}, cores)
         ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in self._engines.records()}
         progress = RunState(title=task.title, plan=plan.to_dict(), ranks=ranks)
-        run = Run(new_run_id(), plan, progress, self._order, asked, replan, on_failure)
+        run = Run(new_run_id(), plan, progress, self._give_command, asked, replan, on_failure)
         turn = _QueuedRun(run, task, plan, watch, names, hangs, contextvars.copy_context())
         with self._queueing:
             before, waits = self._run, self._is_busy()
@@ -178,9 +178,9 @@ class RunQueue:
         plan, snapshot_store = resumed(plan, turn.task, self._last_run())
         if plan.checkpoint:
             check_free(plan.checkpoint, run.run_id)
-        self._outbox = self._outbox or SegmentCache(engines.anchor)
+        self._segment_cache = self._segment_cache or SegmentCache(engines.anchor)
         what = f"{turn.names[0]} or {turn.names[1]}"
-        packed = pack((turn.task, plan), name=what, inline=engines.remote, segment_cache=self._outbox)
+        packed = pack((turn.task, plan), name=what, inline=engines.remote, segment_cache=self._segment_cache)
         go_on = snapshot_store is not None
         if go_on:
             snapshot_store.grow(engines.size)
@@ -193,29 +193,29 @@ class RunQueue:
             run_id=run.run_id, payload=packed[0], names=turn.names, title=run.progress.title, hangs=turn.hangs.asked,
             replan=run.replan, on_failure=run.on_failure,
         )  # fmt: skip
-        training = RunDispatch(run, engines, turn.task, plan, packed, self._outbox, self._sources, handoff)
-        calls = training.begin(go_on=go_on)
-        relay = RunMonitor(training, calls, hangs=turn.hangs, watch=turn.watch, then=self._next, context=turn.context)
+        dispatch = RunDispatch(run, engines, turn.task, plan, packed, self._segment_cache, self._sources, handoff)
+        calls = dispatch.begin(go_on=go_on)
+        monitor = RunMonitor(dispatch, calls, hangs=turn.hangs, watch=turn.watch, then=self._next, context=turn.context)
         if replaced:
             run.progress.note(f"{ranks_text(replaced)} had been lost and was replaced", "lost")
         self._note_run(run)
-        relay.start()
+        monitor.start()
 
     def take_over(
         self, namespace: dict[str, Any], watch: Callable[[Run], None] | None, where: Callable[[], Where]
     ) -> Run | None:
         """Go on following the run that another kernel has begun, or bring home what it has left; see `take_over`."""
-        self._outbox = SegmentCache(self._engines.anchor)
-        taken = take_over(self._engines, namespace, self._order, self._outbox, self._sources)
+        self._segment_cache = SegmentCache(self._engines.anchor)
+        taken = take_over(self._engines, namespace, self._give_command, self._segment_cache, self._sources)
         if taken is None:
             return None
-        training, handoff, boards = taken
-        self._run = run = training.run
+        dispatch, handoff, boards = taken
+        self._run = run = dispatch.run
         self._note_run(run)
         if boards is not None:
-            calls, hangs = training.take_over(boards), Hangs(*handoff.hangs, where)
+            calls, hangs = dispatch.take_over(boards), Hangs(*handoff.hangs, where)
             context = contextvars.copy_context()
-            RunMonitor(training, calls, hangs=hangs, watch=watch, then=self._next, context=context).start()
+            RunMonitor(dispatch, calls, hangs=hangs, watch=watch, then=self._next, context=context).start()
         return run
 
     def _next(self) -> None:
@@ -236,17 +236,17 @@ class RunQueue:
                 draw(turn.watch, turn.run)
                 turn.run._release()
 
-    def _order(self, run: Run, kind: str, value: Any) -> None:
+    def _give_command(self, run: Run, kind: str, value: Any) -> None:
         if kind == "stop":
             if self._leave(run):
                 return
             run.progress.state = "stopping"
         if kind == "scale":
             run.wanted = 0 if value == self._engines.size else value
-        orders = self._engines.orders(run.run_id)
-        if orders is not None:
+        commands = self._engines.commands(run.run_id)
+        if commands is not None:
             with contextlib.suppress(PeerLostError):  # the store has just ended, and so does the run, which says why
-                orders.give(kind, value)
+                commands.give(kind, value)
 
     def _leave(self, run: Run, note: str = "") -> bool:
         """Take a run out of the queue; returns whether it was there."""

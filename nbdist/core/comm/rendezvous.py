@@ -20,7 +20,7 @@ import torch.distributed as dist
 from nbdist.core.comm.guarded_store import GuardedStore
 from nbdist.errors import PeerLostError
 
-__all__ = ["GenerationStore", "echoes", "meet", "reach_store", "start_group", "untouched"]
+__all__ = ["GenerationStore", "barrier", "echoes", "reach_store", "start_group", "untouched"]
 
 T = TypeVar("T")
 
@@ -134,7 +134,7 @@ class GenerationStore(dist.Store):
         return f"nbdist/{self.generation}/{key}"
 
 
-def meet(store: GenerationStore, name: str, rank: int, size: int, word: str = "") -> list[str]:
+def barrier(store: GenerationStore, name: str, rank: int, size: int, word: str = "") -> list[str]:
     """Wait until every rank is here; returns the `word` of each. **Collective**; `name` is new to the store.
 
     Raises:

@@ -105,7 +105,7 @@ class SharedMemoryChannel(Channel):
         return arena.slabs[self.rank][:nbytes].view(dtype)
 
     def common(self, numel: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A flat tensor that is the same memory on every rank; `meet` between writing and reading. **Collective**.
+        """A flat tensor that is the same memory on every rank; `barrier` between writing and reading. **Collective**.
 
         Beside it that memory as this rank alone sees it: pages to which it writes there become its own, and it does
         not see any more what is written to them elsewhere.
@@ -143,10 +143,10 @@ class SharedMemoryChannel(Channel):
         for piece, staged in self._pieces(tensor):
             if self.rank == source:
                 staged[source].copy_(piece)
-            self.meet()
+            self.barrier()
             if self.rank != source:
                 piece.copy_(staged[source])
-            self.meet()
+            self.barrier()
         return Done()
 
     @comm_timer.communicating()
@@ -157,10 +157,10 @@ class SharedMemoryChannel(Channel):
         start = 0
         for piece, staged in self._pieces(tensor):
             staged[self.rank].copy_(piece)
-            self.meet()
+            self.barrier()
             for flat, slab in zip(flats, staged, strict=True):
                 flat[start : start + len(piece)].copy_(slab)
-            self.meet()
+            self.barrier()
             start += len(piece)
         return gathered
 
@@ -175,12 +175,12 @@ class SharedMemoryChannel(Channel):
             nbytes = piece.numel() * tensor.itemsize
             slabs = [slab[:nbytes].view(tensor.dtype).view(self.size, -1) for slab in self._staging.slabs]
             slabs[self.rank].copy_(piece)
-            self.meet()
+            self.barrier()
             part = total[start : start + width]
             torch.add(slabs[0][self.rank], slabs[1][self.rank], out=part)
             for slab in slabs[2:]:
                 part.add_(slab[self.rank])
-            self.meet()
+            self.barrier()
         return total
 
     @comm_timer.communicating()
@@ -191,13 +191,13 @@ class SharedMemoryChannel(Channel):
             super().sum_in_order_(rows, order)
             return
         slabs = [view.view(rows.shape) for view in arena.views(rows)]
-        self.meet()
+        self.barrier()
         part = self._part(rows.shape[1])
         if part.start < part.stop:
             total = order.total([list(slab[:, part]) for slab in slabs], torch.Tensor.add_)
             for slab in slabs[1:]:
                 slab[0, part].copy_(total)
-        self.meet()
+        self.barrier()
 
     def close(self) -> None:
         """Hang up, which releases peers that wait for this rank. Twice is fine."""
@@ -206,7 +206,7 @@ class SharedMemoryChannel(Channel):
         self._arenas = []
 
     def _sum_(self, slabs: list[torch.Tensor]) -> None:
-        self.meet()
+        self.barrier()
         part = self._part(slabs[0].numel())
         if part.start < part.stop:
             total = slabs[0][part]
@@ -214,13 +214,13 @@ class SharedMemoryChannel(Channel):
                 total.add_(slab[part])
             for slab in slabs[1:]:
                 slab[part].copy_(total)
-        self.meet()
+        self.barrier()
 
     def _part(self, length: int) -> slice:
         """What this rank sums."""
         return slice(self.rank * length // self.size, (self.rank + 1) * length // self.size)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank is here. **Collective**."""
         began_s = time.perf_counter()
         try:
@@ -273,7 +273,7 @@ class SharedMemoryChannel(Channel):
                 descriptor = cleanup.enter_context(receive_file(self._peers[0]))
                 memory = mmap.mmap(descriptor, nbytes)
             own = mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_COPY)
-            self.meet()  # all have mapped it
+            self.barrier()  # all have mapped it
         return torch.frombuffer(memory, dtype=torch.uint8), torch.frombuffer(own, dtype=torch.uint8)
 
 

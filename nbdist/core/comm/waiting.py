@@ -8,7 +8,7 @@ from typing import Any
 
 from nbdist.core.comm.channel import Channel, Pending
 from nbdist.core.comm.p2p import Link
-from nbdist.core.comm.rendezvous import GenerationStore, meet, start_group
+from nbdist.core.comm.rendezvous import GenerationStore, barrier, start_group
 
 __all__ = ["waiting_calls"]
 
@@ -26,7 +26,7 @@ def waiting_calls() -> dict[tuple[str, str], str]:
                 calls[_place(vars(kind)[name])] = name.removeprefix("start_").strip("_")
     for kind in _kinds(Pending):
         calls |= {_place(value): "a collective" for name, value in vars(kind).items() if name.startswith("wait")}
-    at_store = meet, start_group, GenerationStore.get, GenerationStore.wait
+    at_store = barrier, start_group, GenerationStore.get, GenerationStore.wait
     return calls | {_place(function): "a meeting at the store" for function in at_store}
 
 

@@ -32,7 +32,7 @@ from nbdist.core.comm import (
     SoloChannel,
 )
 from nbdist.core.comm.guarded_store import host_store
-from nbdist.core.comm.rendezvous import GenerationStore, meet, start_group, untouched
+from nbdist.core.comm.rendezvous import GenerationStore, barrier, start_group, untouched
 from nbdist.errors import PlanError
 from nbdist.telemetry.host import host_id
 
@@ -99,7 +99,7 @@ class World:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
         chosen = pick_device(device, local_rank)
         names = GenerationStore(store, generation)
-        words = [json.loads(word) for word in meet(names, "rank", rank, size, json.dumps(_whereabouts(chosen)))]
+        words = [json.loads(word) for word in barrier(names, "rank", rank, size, json.dumps(_whereabouts(chosen)))]
         hosts = () if size == 1 or not words[0]["host"] else tuple(word["host"] for word in words)
         backend = "nccl" if chosen.type == "cuda" and len({word["gpu"] for word in words}) == size else "gloo"
         with contextlib.ExitStack() as undo:
@@ -108,7 +108,7 @@ class World:
             if size > 1 and len(set(hosts)) == 1:  # before torch's group, in which a rank is slow to miss another
                 shared = undo.enter_context(contextlib.closing(SharedMemoryChannel(rank, size, names, "memory")))
             start_group(names, functools.partial(_init_group, chosen, backend, names, rank, size))
-            meet(names, "group", rank, size)  # or one of us would sum already, and could not take it back
+            barrier(names, "group", rank, size)  # or one of us would sum already, and could not take it back
             if shared is None and len(HierarchicalChannel.groups(list(hosts))) < len(hosts):
                 shared = undo.enter_context(contextlib.closing(HierarchicalChannel(list(hosts), rank, names, "memory")))
             world = cls(

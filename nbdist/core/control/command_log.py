@@ -51,21 +51,21 @@ class CommandLog(Commands):
         if time.monotonic() < self._next_s:
             return []
         self._next_s = time.monotonic() + _POLL_S
-        orders = []
+        commands = []
         with echoes():
             lines = self._store.get(self._name).splitlines() if self._store.check([self._name]) else []
             for line in lines[self._read :]:
                 kind, value = json.loads(line)
                 stamped = self._store.check([key := f"{self._name}/{self._read}/step"])
                 step = int(self._store.get(key)) if stamped else None
-                orders.append(Command(kind, value, step))
+                commands.append(Command(kind, value, step))
                 self._read += 1
-        return orders
+        return commands
 
     def left(self) -> list[Command]:
         """Those that no step has heard; nothing where the store is gone. The notebook's side, once a run has ended."""
         with contextlib.suppress(PeerLostError):
-            return [order for order in self.new() if order.step is None]
+            return [command for command in self.new() if command.step is None]
         return []
 
     def stamp(self, number: int, step: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nbdist.core.control.commands import Command, Commands
 from nbdist.core.optim.lr_schedulers import Scheduler
 from nbdist.core.sync.gradient_sync import ControlFlags
-from nbdist.telemetry import Event, Ordered
+from nbdist.telemetry import CommandApplied, Event
 
 if TYPE_CHECKING:
     from nbdist.core.state.progress import TrainProgress
@@ -43,16 +43,16 @@ class StepControl:
     """
 
     def __init__(
-        self, orders: Commands | None, run_id: str, strategy: Strategy, scheduler: Scheduler, snapshotter: Snapshotter,
+        self, commands: Commands | None, run_id: str, strategy: Strategy, scheduler: Scheduler, snapshotter: Snapshotter,
         tell: Callable[[Event], None],
     ) -> None:  # fmt: skip
-        self._orders = orders
+        self._commands = commands
         self._run_id = run_id
         self._channel = strategy.axes.world
         self._first = self._channel.rank == 0
         self._optimizer = strategy.task.optimizer
         self._scheduler = scheduler
-        self._keeper = snapshotter
+        self._snapshotter = snapshotter
         self._tell = tell
         self._lag = strategy.lag
         self._log: list[Command] = []
@@ -62,32 +62,34 @@ class StepControl:
 
     def begin(self, at: TrainProgress) -> None:
         """Before the first step: be as all were at `at`, paused too. **Collective** over the world."""
-        if at.orders[0] != self._run_id:
-            at.orders = (self._run_id, 0)
-        if self._orders is None:
+        if at.commands[0] != self._run_id:
+            at.commands = (self._run_id, 0)
+        if self._commands is None:
             return
         done: list[str] = []
         if self._first:
-            self._log += self._orders.new()
-            done = [order.kind for order in self._log[: at.orders[1]]]
+            self._log += self._commands.new()
+            done = [command.kind for command in self._log[: at.commands[1]]]
         done = json.loads(self._channel.broadcast_bytes(json.dumps(done).encode()))
         self.stopped = "stop" in done
         self._paused = [kind for kind in done if kind in ("pause", "resume")][-1:] == ["pause"]
         if self._paused:
             number = max(i for i, kind in enumerate(done) if kind == "pause")
-            self._tell(Ordered(rank=self._channel.rank, order="pause", value=None, step=at.step, number=number))
+            self._tell(
+                CommandApplied(rank=self._channel.rank, command="pause", value=None, step=at.step, number=number)
+            )
         self._hear(at, again=True)
 
     def asked(self, at: TrainProgress) -> bool:
         """Whether there is something to do at the end of the step that begins at `at`, or soon after. Local."""
-        if self._orders is None or not self._first:
+        if self._commands is None or not self._first:
             return False
-        self._log += self._orders.new()
+        self._log += self._commands.new()
         return bool(self._due(at, at.step + 1 + self._lag))
 
-    def apply_agreed(self, at: TrainProgress, heard: ControlFlags | None) -> None:
-        """A step is complete; do what changes its state. **Collective** where ranks have `heard` of orders."""
-        if heard is not None and heard.orders:
+    def apply_agreed(self, at: TrainProgress, agreed: ControlFlags | None) -> None:
+        """A step is complete; do what changes its state. **Collective** where ranks have `agreed` of orders."""
+        if agreed is not None and agreed.commands:
             self._hear(at)
 
     def rest(self, at: TrainProgress) -> float:
@@ -102,8 +104,8 @@ class StepControl:
         self._write(at, self._paused)
         while self._paused and not self.stopped:
             deadline = time.monotonic() + _LISTEN_S
-            while self._first and self._orders is not None and time.monotonic() < deadline:
-                self._log += self._orders.new()
+            while self._first and self._commands is not None and time.monotonic() < deadline:
+                self._log += self._commands.new()
                 if self._due(at, at.step):
                     break
                 time.sleep(_NAP_S)
@@ -113,32 +115,32 @@ class StepControl:
 
     def _due(self, at: TrainProgress, step: int) -> list[Command]:
         due = []
-        for order in self._log[at.orders[1] :]:
-            if order.step is not None and order.step > step:
+        for command in self._log[at.commands[1] :]:
+            if command.step is not None and command.step > step:
                 break
-            due.append(order)
+            due.append(command)
         return due
 
     def _hear(self, at: TrainProgress, again: bool = False) -> None:
-        orders: list[Any] = []
-        if self._first and self._orders is not None:
-            for number, order in enumerate(self._due(at, at.step), at.orders[1]):
-                if order.step is None and again:
+        commands: list[Any] = []
+        if self._first and self._commands is not None:
+            for number, command in enumerate(self._due(at, at.step), at.commands[1]):
+                if command.step is None and again:
                     continue
-                if order.step is None:
-                    self._orders.stamp(number, at.step)
-                orders.append([order.kind, order.value, self._is_past(number)])
-        for kind, value, past in json.loads(self._channel.broadcast_bytes(json.dumps(orders).encode())):
+                if command.step is None:
+                    self._commands.stamp(number, at.step)
+                commands.append([command.kind, command.value, self._is_past(number)])
+        for kind, value, past in json.loads(self._channel.broadcast_bytes(json.dumps(commands).encode())):
             if not past:
                 self._carry_out(kind, value)
-            number = at.orders[1]
-            at.orders = (self._run_id, number + 1)
-            self._tell(Ordered(rank=self._channel.rank, order=kind, value=value, step=at.step, number=number))
+            number = at.commands[1]
+            at.commands = (self._run_id, number + 1)
+            self._tell(CommandApplied(rank=self._channel.rank, command=kind, value=value, step=at.step, number=number))
 
     def _is_past(self, number: int) -> bool:
         """Whether another number of ranks was asked for after this one, and these ranks are what came of that."""
-        order, later = self._log[number], self._log[number + 1 :]
-        return order.kind == "scale" and any(other.kind == "scale" and other.step is not None for other in later)
+        command, later = self._log[number], self._log[number + 1 :]
+        return command.kind == "scale" and any(other.kind == "scale" and other.step is not None for other in later)
 
     def _carry_out(self, kind: str, value: Any) -> None:
         match kind:
@@ -157,6 +159,6 @@ class StepControl:
     def _write(self, at: TrainProgress, wait: bool) -> None:
         folders, self._checkpoints = self._checkpoints, []
         for folder in dict.fromkeys(folders):
-            self._keeper.write_checkpoint(at, folder)
+            self._snapshotter.write_checkpoint(at, folder)
         if wait:
-            self._keeper.settle()
+            self._snapshotter.settle()

@@ -126,7 +126,7 @@ def checkpoint_of_run(plan: Plan, run_id: str) -> CheckpointReader | None:
         return None
     with contextlib.suppress(PlanError):
         saved = CheckpointReader.in_folder(plan.checkpoint, hashed=False)
-        if (saved.ranks[0]["position"].get("orders") or [""])[0] == run_id:
+        if (saved.ranks[0]["position"].get("commands") or [""])[0] == run_id:
             return saved
     return None
 

@@ -86,7 +86,7 @@ class TrainProgress:
         self.epoch, self.batch, self.step, self.samples = 1, 0, 0, 0
         self.history: list[dict[str, Any]] = []
         self.row = Row(device)
-        self.orders: tuple[str, int] = ("", 0)
+        self.commands: tuple[str, int] = ("", 0)
         self._device = device
 
     @property
@@ -98,7 +98,7 @@ class TrainProgress:
         """The position as JSON-able data. Local; waits for the device."""
         return {
             "epoch": self.epoch, "batch": self.batch, "step": self.step, "samples": self.samples,
-            "history": self.history, "row": self.row.told(), "orders": self.orders,
+            "history": self.history, "row": self.row.told(), "commands": self.commands,
         }  # fmt: skip
 
     @classmethod
@@ -108,7 +108,7 @@ class TrainProgress:
         position.epoch, position.batch, position.step = told["epoch"], told["batch"], told["step"]
         position.samples, position.history = told["samples"], list(told["history"])
         position.row = Row(device, told["row"])
-        position.orders = tuple(told.get("orders", position.orders))  # not in checkpoints of 0.1
+        position.commands = tuple(told.get("commands", position.commands))  # not in checkpoints of 0.1
         return position
 
     def advance(self, samples: int, losses: list[tuple[torch.Tensor, Any]]) -> None:

@@ -62,7 +62,7 @@ class Snapshotter:
         self._strategy = strategy
         self._plan = plan
         self._scheduler = scheduler
-        self._vault = rank_snapshots
+        self._rank_snapshots = rank_snapshots
         self._notes = rank_snapshots  # of each step that is done, whether snapshots are taken or not
         self._spool = rank_snapshots  # what is written to disk passes through memory, of its own if need be
         self._tell = tell
@@ -71,7 +71,7 @@ class Snapshotter:
         self._leases: dict[str, Lease | None] = {}  # of the folders that a person has named, until the end of the run
         self._axes: MeshChannels = strategy.axes
         self._rank, self._ranks = strategy.axes.world.rank, strategy.axes.world.size
-        self._pieces: ShardPlan | None = None
+        self._shard_plan: ShardPlan | None = None
         self._own: SnapshotStore | None = None
         self._writer: CheckpointWriter | None = None  # the one that wrote last
         self._planned: CheckpointWriter | None = None
@@ -86,14 +86,14 @@ class Snapshotter:
         self._every_steps, self._every_s = plan.checkpoint_cadence
         self._checkpoint_due_s = time.monotonic() + (self._every_s or 0.0)
         self._checkpoint_due = False
-        self._boundary = StepGuard(strategy.task.model) if rank_snapshots is not None else None
+        self._step_guard = StepGuard(strategy.task.model) if rank_snapshots is not None else None
 
     def _open(self) -> None:
         """Find out what this rank has to keep, and where. **Collective** over the world."""
-        if self._pieces is None:
+        if self._shard_plan is None:
             task, strategy = self._strategy.task, self._strategy
-            self._pieces = ShardPlan(task.model, strategy.table, task.optimizer, strategy.axes, self._changed)
-            self._described = json.dumps(self._pieces.described)
+            self._shard_plan = ShardPlan(task.model, strategy.table, task.optimizer, strategy.axes, self._changed)
+            self._described = json.dumps(self._shard_plan.described)
         if self._spool is None:
             self._own = SnapshotStore(1)
             self._spool = RankSnapshots(self._own.paths[0])
@@ -102,53 +102,53 @@ class Snapshotter:
         mark = self._axes.world.broadcast_bytes(secrets.token_hex(4).encode()).decode()
         return CheckpointWriter(folder, keep, mark, self._rank, self._ranks, lease)
 
-    def signals(self, position: TrainProgress) -> ControlFlags:
+    def flags(self, position: TrainProgress) -> ControlFlags:
         """What this rank has to say at the end of the step that begins at `position`; some signals are not its.
 
         Local.
         """
         writer = self._writer
-        if self._vault is None and writer is None:
+        if self._rank_snapshots is None and writer is None:
             return ControlFlags()
         self._report()
         done = writer is not None and writer.done
         failed = writer is not None and writer.failed
-        said = ControlFlags(written=done and not failed, unwritten=done and failed)
+        flags = ControlFlags(written=done and not failed, unwritten=done and failed)
         if self._rank:
-            return said
+            return flags
         now = time.monotonic()
         if self._planned is not None:
             self._checkpoint_due |= bool(self._every_steps) and (position.step + 1) % self._every_steps == 0
             self._checkpoint_due |= bool(self._every_s) and now >= self._checkpoint_due_s
-        return said._replace(
-            snapshot=self._vault is not None and now >= self._snapshot_due_s,
+        return flags._replace(
+            snapshot=self._rank_snapshots is not None and now >= self._snapshot_due_s,
             checkpoint=self._checkpoint_due and not (writer and writer.working),
         )
 
-    def leave_boundary(self) -> None:
+    def begin_update(self) -> None:
         """Weights and state are about to change. Local."""
-        if self._boundary is not None:
-            self._boundary.leave()
+        if self._step_guard is not None:
+            self._step_guard.leave()
 
-    def reach_boundary(self, position: TrainProgress, heard: ControlFlags | None) -> None:
-        """A step is complete, or an epoch; `heard` is what all ranks have said in it. Local, at once on all ranks."""
-        if self._boundary is not None:
-            self._boundary.reach()
+    def end_step(self, position: TrainProgress, agreed: ControlFlags | None) -> None:
+        """A step is complete, or an epoch; `agreed` is what all ranks have said in it. Local, at once on all ranks."""
+        if self._step_guard is not None:
+            self._step_guard.reach()
         if self._notes is not None:
             self._notes.note(position.step)
-        if heard is None:
+        if agreed is None:
             return
         if self._planned is not None and not self._checked:
             self._check()
         if position.step - self._strategy.lag <= self._kept_at:
             return  # it was said before the last snapshot was taken: what was asked for has been done
-        if self._writer is not None and self._writer.busy and heard.written + heard.unwritten == self._ranks:
-            self._settle(heard.unwritten == 0)
-        if heard.checkpoint and self._planned is not None:
+        if self._writer is not None and self._writer.busy and agreed.written + agreed.unwritten == self._ranks:
+            self._settle(agreed.unwritten == 0)
+        if agreed.checkpoint and self._planned is not None:
             self._checkpoint_due, self._checkpoint_due_s = False, time.monotonic() + (self._every_s or 0.0)
             self._writer = self._planned
             self._write(self._writer, position)
-        elif heard.snapshot and self._vault is not None:
+        elif agreed.snapshot and self._rank_snapshots is not None:
             self._keep(position)
 
     def write_checkpoint(self, position: TrainProgress, folder: str) -> None:
@@ -169,8 +169,8 @@ class Snapshotter:
         except NbdistError as error:
             problem = str(error)
         problems = [told for told in from_all(problem, world) if told]
-        if slot is not None and not problems and self._writer is not None and self._pieces is not None:
-            self._writer.begin(slot, position.step, self._pieces)
+        if slot is not None and not problems and self._writer is not None and self._shard_plan is not None:
+            self._writer.begin(slot, position.step, self._shard_plan)
         for told in problems[:1]:
             self._tell(Noted(rank=self._rank, text=f"no checkpoint was written, the run goes on: {told}"))
 
@@ -198,17 +198,17 @@ class Snapshotter:
             self._writer = self._planned
             self._write(self._writer, position)
             self.settle()
-        elif self._vault is not None:
+        elif self._rank_snapshots is not None:
             self._keep(position)
         if self._writer is not None:
             self._axes.world.all_reduce_(torch.ones(1, device=self._strategy.device))  # it can be read from here on
 
     def rescue(self, position: TrainProgress) -> None:
         """After an error: keep the state of the last complete step, if this rank still has it. Local."""
-        moved = self._pieces is not None and self._pieces.moved()  # maybe in the step that has failed, too
-        if self._boundary is not None and position.step and self._boundary.intact and not moved:
+        moved = self._shard_plan is not None and self._shard_plan.moved()  # maybe in the step that has failed, too
+        if self._step_guard is not None and position.step and self._step_guard.intact and not moved:
             self._strategy.come_back()
-            self._keep(position, self._boundary.buffers)
+            self._keep(position, self._step_guard.buffers)
 
     def close(self) -> None:
         """Let what is being written come to its end. Local, twice is fine."""
@@ -219,8 +219,8 @@ class Snapshotter:
                 lease.release()
         if self._own is not None:
             self._own.close()
-        if self._pieces is not None:
-            self._pieces.close()
+        if self._shard_plan is not None:
+            self._shard_plan.close()
 
     def _settle_together(self) -> None:
         """Wait until the checkpoint under way has been written everywhere, or could not be. **Collective**."""
@@ -248,14 +248,14 @@ class Snapshotter:
     def _write(self, writer: CheckpointWriter, position: TrainProgress) -> None:
         """Begin to write the state to the planned folder. Local, at once on all ranks."""
         slot = self._keep(position, everything=True)
-        if slot is not None and self._pieces is not None:
-            writer.begin(slot, position.step, self._pieces)
+        if slot is not None and self._shard_plan is not None:
+            writer.begin(slot, position.step, self._shard_plan)
 
     def _check(self) -> None:
         """Raise `TaskError` where the optimizer keeps what cannot be kept; known after its first step. Local."""
         check_state(self._strategy.table, self._strategy.task.optimizer)
-        if self._pieces is not None:
-            self._pieces.values()
+        if self._shard_plan is not None:
+            self._shard_plan.values()
         self._checked = True
 
     def _keep(
@@ -263,9 +263,9 @@ class Snapshotter:
     ) -> SnapshotBuffer | None:
         """Take a snapshot of this rank's share; where that cannot be, none are taken any more."""
         try:
-            if not self._layouts and self._vault is not None and buffers is None:
+            if not self._layouts and self._rank_snapshots is not None and buffers is None:
                 self._weigh()
-            if self._vault is None and not everything:
+            if self._rank_snapshots is None and not everything:
                 return None
             return self._take(position, buffers, everything=everything)
         except TaskError as error:
@@ -276,23 +276,23 @@ class Snapshotter:
 
     def _forgo(self, reason: str) -> None:
         """Take no snapshots any more, but for those that go to disk."""
-        self._vault = self._boundary = None
+        self._rank_snapshots = self._step_guard = None
         instead = "go on from the last checkpoint" if self._plan.checkpoint else "begin anew"
         text = f"no snapshots are taken, so a lost rank means to {instead}: {reason}"
         self._tell(Noted(rank=self._rank, text=text))
 
     def _weigh(self) -> None:
         """Before the first snapshot: see whether there is memory for those of all ranks. **Collective**."""
-        assert self._pieces is not None
-        nbytes = sum(tensor.nbytes for tensor in self._pieces.changing().values())
+        assert self._shard_plan is not None
+        nbytes = sum(tensor.nbytes for tensor in self._shard_plan.changing().values())
         told = torch.tensor([float(nbytes)], dtype=torch.float64, device=self._strategy.device)
         self._axes.world.all_reduce_(told)
         needed, free = 2 * told.item(), available_bytes()
         told.fill_(float(free is not None and needed > free * _MEMORY_SHARE))
         self._axes.world.all_reduce_(told)  # one that takes none is enough for those of the others to be in vain
         if told.item():
-            if self._vault is not None:
-                self._vault.narrow()
+            if self._rank_snapshots is not None:
+                self._rank_snapshots.narrow()
             free_text = "" if free is None else f", of {free / 2**20:,.0f} MiB that are free"
             self._forgo(f"they need {needed / 2**20:,.0f} MiB{free_text}.")
 
@@ -305,14 +305,14 @@ class Snapshotter:
             TaskError: It holds what cannot be kept.
         """
         assert self._spool is not None
-        assert self._pieces is not None
+        assert self._shard_plan is not None
         started_s = time.monotonic()
         if not self._checked:
             self._check()
-        tensors = self._pieces.changing(buffers=everything)
+        tensors = self._shard_plan.changing(buffers=everything)
         layout = self._layout_of(tensors)
         generators = rng.told() if buffers is None else None  # after an error nobody knows
-        text = self._text(position, generators, self._pieces)
+        text = self._text(position, generators, self._shard_plan)
         if buffers is not None:
             tensors = {key: buffers.get(key.rsplit("|", 4)[0], tensor) for key, tensor in tensors.items()}
         slot = self._spool.write(position.moment, self._ranks, layout, tensors, text)

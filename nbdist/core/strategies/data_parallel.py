@@ -48,9 +48,9 @@ class DataParallel(Strategy):
             self._gradients.arm()
         super().backward(loss, weight, last=last)
 
-    def sync(self, weight: Any, signals: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
+    def sync(self, weight: Any, flags: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """See `Strategy`."""
-        return self._gradients.finish(weight, signals, loss=loss)
+        return self._gradients.finish(weight, flags, loss=loss)
 
     def close(self) -> None:
         """See `Strategy`."""

@@ -279,7 +279,7 @@ class MeshParallel(Strategy):
                 self._shards.show()
 
     @torch.no_grad()
-    def sync(self, weight: Any, signals: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
+    def sync(self, weight: Any, flags: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """See `Strategy`."""
         for channel, names in self._tied:
             for name in names:
@@ -291,17 +291,17 @@ class MeshParallel(Strategy):
                     gradient.copy_(total)
         reports_loss = self.axes.reports_loss
         used = self._used()
-        signals = signals._replace(exhausted=float(signals.exhausted and reports_loss))
-        told = [float(weight) * reports_loss, *map(float, loss), *signals]
+        flags = flags._replace(exhausted=float(flags.exhausted and reports_loss))
+        told = [float(weight) * reports_loss, *map(float, loss), *flags]
         counts = torch.tensor([*told, *(name in used for name in self.table.trainable)], dtype=torch.float64)
         counts = counts.to(self.device)
         self.axes.replica.all_reduce_(counts)
         sums = counts.tolist()
-        total_weight, lost, lost_weight, *said = sums[:COUNTS]
+        total_weight, lost, lost_weight, *agreed = sums[:COUNTS]
         hits = sums[COUNTS:]
         counted = dict(zip(self.table.trainable, hits, strict=True))
         used_here = [counted[name] > 0 for name in self._held]
-        return self._gradients.finish(total_weight, ControlFlags(*said), loss=(lost, lost_weight), used=used_here)
+        return self._gradients.finish(total_weight, ControlFlags(*agreed), loss=(lost, lost_weight), used=used_here)
 
     def _used(self) -> set[str]:
         """The parameters that have got a gradient on this rank."""

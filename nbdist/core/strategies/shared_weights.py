@@ -81,7 +81,7 @@ class SharedWeights(Strategy):
         length = COUNTS + len(self._parameters) if self.sums is None else self.sums.told
         self._tail = channel.zeros(length, tail_dtype(dtypes))
         self._arenas.append(self._tail)
-        channel.meet()  # rank 0's weights are in place
+        channel.barrier()  # rank 0's weights are in place
         self._watch = DataWatch(self._parameters, self._take)
 
     def _lay_out(self, dtype: torch.dtype) -> None:
@@ -114,22 +114,22 @@ class SharedWeights(Strategy):
             parameter.grad = None
 
     @torch.no_grad()
-    def sync(self, weight: Any, signals: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
+    def sync(self, weight: Any, flags: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """See `Strategy`. A rank then has gradients of what it owns only; an optimizer leaves alone what has none."""
         parameters, channel = self._parameters, self._channel
         self._look_for_writes()
         if self.sums is None:
             nodes = [[parameter.grad for parameter in parameters]]
             used = [gradient is not None for gradient in nodes[0]]
-            self._tail.copy_(torch.tensor([float(weight), *loss, *signals, *used], dtype=self._tail.dtype))
+            self._tail.copy_(torch.tensor([float(weight), *loss, *flags, *used], dtype=self._tail.dtype))
         else:
             nodes = self.sums.sums()
-            self.sums.tell(signals, self._tail)
+            self.sums.tell(flags, self._tail)
         for mine, gradients in zip(self._slabs[channel.rank], nodes, strict=False):
             copy_or_zero_([mine[i] for i in self._foreign], [gradients[i] for i in self._foreign])
         for i in self._foreign:
             parameters[i].grad = None
-        channel.meet()  # everybody's gradients are in place
+        channel.barrier()  # everybody's gradients are in place
 
         first, *others = channel.slabs(self._tail)
         tail = functools.reduce(torch.add, others, first)
@@ -187,7 +187,7 @@ class SharedWeights(Strategy):
 
     def _meet(self) -> None:
         """Wait for what owners write; what lies in memory of this rank's own follows it. **Collective**."""
-        self._channel.meet()
+        self._channel.barrier()
         if self._updated:
             for i in self._own.intersection(self._foreign):
                 unwatched(self._parameters[i]).copy_(self._homes[i])

@@ -160,7 +160,7 @@ class Strategy(ABC):
         return loss if isinstance(share, float) and share == 1.0 else loss * share
 
     @abstractmethod
-    def sync(self, weight: Any, signals: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
+    def sync(self, weight: Any, flags: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
         """Make every gradient the weighted mean over all ranks. **Collective**; see `GradientSync.finish`."""
 
     def counted(self, losses: list[tuple[Any, Any]], totals: Totals) -> list[tuple[Any, Any]]:

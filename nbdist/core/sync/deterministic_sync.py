@@ -56,11 +56,11 @@ class DeterministicSync:
         """The sum waits for all slices. Local."""
 
     @torch.no_grad()
-    def finish(self, weight: Any, signals: ControlFlags, *, loss: tuple[Any, Any]) -> Totals:
+    def finish(self, weight: Any, flags: ControlFlags, *, loss: tuple[Any, Any]) -> Totals:
         """See `GradientSync.finish`; what it is told of weight and loss, the sums know. **Collective**."""
         del weight, loss
         nodes = self._sums.sums()
-        self._sums.tell(signals, self._tail)
+        self._sums.tell(flags, self._tail)
         self._channel.all_reduce_(self._tail)
         totals, counts = self._sums.hear(self._tail)
         used = [i for i, count in enumerate(counts) if count]

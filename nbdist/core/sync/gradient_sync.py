@@ -34,7 +34,7 @@ class ControlFlags(NamedTuple):
         form_squared: And the square of it.
     """
 
-    orders: float = 0
+    commands: float = 0
     exhausted: float = 0
     snapshot: float = 0
     checkpoint: float = 0
@@ -92,7 +92,7 @@ class Totals:
         return total / weight if weight else None
 
     @property
-    def signals(self) -> ControlFlags:
+    def flags(self) -> ControlFlags:
         """How many ranks say what."""
         return ControlFlags(*self._numbers[_SUMS:])
 
@@ -244,7 +244,7 @@ class GradientSync:
     def finish(
         self,
         weight: Any,
-        signals: ControlFlags = _SILENT,
+        flags: ControlFlags = _SILENT,
         *,
         loss: tuple[Any, Any] = _NOTHING,
         used: list[bool] | None = None,
@@ -261,7 +261,7 @@ class GradientSync:
             self.arm()
         self._armed = False
         used = self.used if used is None else used
-        self._tell([weight, *_NOTHING, *signals, *used], loss)
+        self._tell([weight, *_NOTHING, *flags, *used], loss)
         self._start_ready(everything=True)
         for bucket in self._buckets:
             assert bucket.pending is not None

@@ -42,20 +42,20 @@ class LossForms:
         elif self._form != form:
             raise TaskError(MANY_FORMS)
 
-    def signals(self, said: ControlFlags, step: int) -> ControlFlags:
+    def flags(self, flags: ControlFlags, step: int) -> ControlFlags:
         """What this rank says, with the form that it has seen. Local."""
         if self._form is None:
-            return said
+            return flags
         # Another number in each step: what two forms have in common in one they have not in the next.
         number = 1 + zlib.crc32(repr((step, self._form)).encode()) % _NUMBERS if self._form else 0
-        return said._replace(losses=1, form=number, form_squared=number**2)
+        return flags._replace(losses=1, form=number, form_squared=number**2)
 
 
-def check_one_form(heard: ControlFlags | None) -> None:
+def check_one_form(agreed: ControlFlags | None) -> None:
     """Check that all ranks have seen the same, as far as it is known. Local.
 
     Raises:
         TaskError: They have not.
     """
-    if heard is not None and heard.losses * heard.form_squared != heard.form**2:
+    if agreed is not None and agreed.losses * agreed.form_squared != agreed.form**2:
         raise TaskError(MANY_FORMS)

@@ -106,7 +106,7 @@ class SliceAccumulator:
         self._pass_to(self._share.stop)
         return [found[: len(self._parameters)] for _, found in self._held]
 
-    def tell(self, signals: ControlFlags, out: torch.Tensor) -> None:
+    def tell(self, flags: ControlFlags, out: torch.Tensor) -> None:
         """Write what is to be summed over the ranks, in any order: all but one have zeros, or it is a count. Local.
 
         Args:
@@ -117,7 +117,7 @@ class SliceAccumulator:
         for index, loss, weight in self._measured:
             rows[2 * index : 2 * index + 2] = float(loss), float(weight)
         used = [any(found[i] is not None for _, found in self._held) for i in range(len(self._parameters))]
-        out.copy_(torch.tensor([*rows, *signals, *used, *self._moved], dtype=out.dtype))
+        out.copy_(torch.tensor([*rows, *flags, *used, *self._moved], dtype=out.dtype))
 
     def hear(self, sums: torch.Tensor) -> tuple[Totals, list[float]]:
         """The step's totals, and by how many ranks each parameter was used. **Collective** where buffers have moved.
@@ -126,14 +126,14 @@ class SliceAccumulator:
             sums: What all have told, added up.
         """
         ends = 2 * self.order.terms, len(ControlFlags._fields), len(self._parameters), len(self._buffers)
-        rows, signals, used, moved = sums.double().split(ends)
+        rows, flags, used, moved = sums.double().split(ends)
         losses, weights = rows.view(-1, 2).unbind(1)
         loss = torch.where(weights == 0, 0.0, losses * weights).sum()
         weight = weights.sum()
         counts = moved.tolist()
         if any(counts):
             self._move_buffers(counts)
-        return Totals(torch.cat([torch.stack([weight * self.units, loss, weight]), signals])), used.tolist()
+        return Totals(torch.cat([torch.stack([weight * self.units, loss, weight]), flags])), used.tolist()
 
     @torch.no_grad()
     def _move_buffers(self, counts: list[float]) -> None:

@@ -237,7 +237,7 @@ def test_a_variable_that_libraries_read_when_loaded_needs_a_new_server(monkeypat
 def test_the_process_of_an_interrupted_order_is_killed(forks, tmp_path):
     """By the next order, which gets a process of its own."""
 
-    def order(kind, argument):
+    def request(kind, argument):
         log = str(tmp_path / kind)
         return ForkRequest(
             arguments=[kind, argument], environment=dict(os.environ), folder=str(tmp_path), log=log, cores={0}
@@ -250,12 +250,12 @@ def test_the_process_of_an_interrupted_order_is_killed(forks, tmp_path):
     pressing = threading.Thread(target=interrupt)
     pressing.start()
     with pytest.raises(KeyboardInterrupt):
-        forks.fork(order("engine", f"--profile-dir={tmp_path}"))  # waits for torch, and then for a controller
+        forks.fork(request("engine", f"--profile-dir={tmp_path}"))  # waits for torch, and then for a controller
     pressing.join()
     server = psutil.Process(forks.pid)  # which may have children of a moment too, while it loads torch
     (late,) = until(lambda: [child for child in server.children() if name(child) == "nbdist-engine"])
     nannies = until(late.children)
-    assert late.pid != forks.fork(order("controller", "--version"))
+    assert late.pid != forks.fork(request("controller", "--version"))
     until(lambda: all(map(ended, [late, *nannies])))
     said = tmp_path / "controller"
     until(lambda: said.exists() and f"{ipyparallel.__version__}\n" == said.read_text())
@@ -269,8 +269,8 @@ def test_what_was_forked_for_a_cluster_ends_with_its_folder(forks, tmp_path):
         os.makedirs(folder)
         environment = {**os.environ, FOLDER_VARIABLE: folder}
         arguments = ["engine", f"--profile-dir={folder}/profile"]  # waits for a controller
-        order = ForkRequest(arguments=arguments, environment=environment, folder=folder, log=os.devnull, cores={0})
-        processes.append(psutil.Process(forks.fork(order)))
+        request = ForkRequest(arguments=arguments, environment=environment, folder=folder, log=os.devnull, cores={0})
+        processes.append(psutil.Process(forks.fork(request)))
     forks.end_cluster(folders[0])
     until(lambda: [True, False] == [ended(process) for process in processes])
     assert [False, True] == [os.path.exists(folder) for folder in folders]

@@ -29,7 +29,7 @@ def begin(cluster, model, **options):
 
 def ordered(records, run, rank=0):
     lines = (records / run.run_id / f"rank{rank}.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == "Ordered"]
+    return [event for event in map(json.loads, lines) if event["event"] == "CommandApplied"]
 
 
 def test_every_control_works_and_is_in_the_record(cluster, records, tmp_path):
@@ -53,7 +53,7 @@ def test_every_control_works_and_is_in_the_record(cluster, records, tmp_path):
     assert "stopped" == run.state
     kinds = ["pause", "lr", "checkpoint", "resume", "stop"]
     for rank in range(2):
-        assert kinds == [event["order"] for event in ordered(records, run, rank)]
+        assert kinds == [event["command"] for event in ordered(records, run, rank)]
     assert ordered(records, run, 0)[1]["value"] == 0.25
     assert [e["step"] for e in ordered(records, run, 0)] == [e["step"] for e in ordered(records, run, 1)]
     assert not same(model, copied(kept))

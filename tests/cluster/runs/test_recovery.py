@@ -199,10 +199,10 @@ def test_a_stop_at_once_that_comes_too_late_frees_nobody(cluster, monkeypatch):
     """When every rank has answered, their world is whole, and they can meet in it."""
     draw = RunMonitor._draw
 
-    def late(relay):
-        concurrent.futures.wait(relay._calls)
-        relay._run.stop(now=True)
-        draw(relay)
+    def late(monitor):
+        concurrent.futures.wait(monitor._calls)
+        monitor._run.stop(now=True)
+        draw(monitor)
 
     monkeypatch.setattr(RunMonitor, "_draw", late)
     run = cluster.train(net(), data(), **{**OPTIONS, "epochs": 1})
@@ -291,5 +291,5 @@ def test_a_run_without_a_snapshot_is_scaled_up_and_down_again(cluster, tmp_path,
         run.wait()
         if cluster.size != 2:
             cluster.scale(2)
-    orders = [happening.text for happening in run.progress.happenings if happening.kind == "order"]
-    assert ["scaled to 3 after step 4", "scaled to 2 after step 7"] == orders
+    commands = [happening.text for happening in run.progress.happenings if happening.kind == "command"]
+    assert ["scaled to 3 after step 4", "scaled to 2 after step 7"] == commands

@@ -75,11 +75,11 @@ def second_held(cluster, monkeypatch, gate, tmp_path):
 
 def test_a_stop_that_comes_with_the_end_comes_before_it_or_after(cluster, monkeypatch, gate, tmp_path):
     """A run that has ended does not go on stopping for ever."""
-    order = RunQueue._order
+    command = RunQueue._order
 
     def held_order(self, run, kind, value):
         gate.hold()
-        order(self, run, kind, value)
+        command(self, run, kind, value)
 
     monkeypatch.setattr(RunQueue, "_order", held_order)
     loss, begun, goes_on = held(tmp_path)
@@ -221,7 +221,7 @@ def test_of_two_numbers_of_engines_before_a_step_ends_the_last_one_counts(scaled
     goes_on.touch()
     until(lambda: "running" == run.state and len(run.progress.ranks) == 3)
     until(lambda: [h for h in run.progress.happenings if h.kind == "recovered"])
-    scaled_to = [h.text.partition(" after")[0] for h in run.progress.happenings if h.kind == "order"]
+    scaled_to = [h.text.partition(" after")[0] for h in run.progress.happenings if h.kind == "command"]
     run.stop()
     run.wait()
     assert (["scaled to 1", "scaled to 3"], "stopped", 3) == (scaled_to, run.state, scaled.size)

@@ -36,13 +36,13 @@ class Dying:
 
 def test_orders_are_heard_in_the_order_in_which_they_were_given(store, run_id):
     """From several writers, and each once."""
-    here, there, heard = CommandLog(store, run_id), CommandLog(store, run_id), CommandLog(store, run_id)
+    here, there, agreed = CommandLog(store, run_id), CommandLog(store, run_id), CommandLog(store, run_id)
     here.give("lr", 0.5)
     there.give("checkpoint", "/tmp/a\nb")
     here.give("stop", None)
-    assert [Command("lr", 0.5), Command("checkpoint", "/tmp/a\nb"), Command("stop")] == heard.new()
-    heard._next_s = 0.0
-    assert [] == heard.new()
+    assert [Command("lr", 0.5), Command("checkpoint", "/tmp/a\nb"), Command("stop")] == agreed.new()
+    agreed._next_s = 0.0
+    assert [] == agreed.new()
 
 
 @pytest.mark.parametrize("words", [0, 1])
@@ -64,7 +64,7 @@ def test_what_was_carried_out_is_known_from_the_log(store, run_id):
     for kind in ("pause", "resume", "stop"):
         log.give(kind, None)
     log.stamp(1, 7)
-    assert [None, 7, None] == [order.step for order in CommandLog(store, run_id).new()]
+    assert [None, 7, None] == [command.step for command in CommandLog(store, run_id).new()]
 
 
 def test_another_process_reaches_the_same_log(store, run_id):

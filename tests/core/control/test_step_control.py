@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 from nbdist.core.control.commands import Command
 from nbdist.core.optim.lr_schedulers import Scheduler
 from nbdist.core.state.snapshot import SnapshotStore
-from nbdist.telemetry import Checkpointed, EpochFinished, ListSink, Noted, Ordered, Progress
+from nbdist.telemetry import Checkpointed, CommandApplied, EpochFinished, ListSink, Noted, Progress
 
 DATA = classes(24)
 OPTIONS = {"batch_size": 6, "shuffle": False}
@@ -25,14 +25,16 @@ def on(run_ranks, ranks, function, *args, **options):
 
 
 def ordered(events):
-    return [(event.order, event.value, event.step) for event in events if isinstance(event, Ordered)]
+    return [(event.command, event.value, event.step) for event in events if isinstance(event, CommandApplied)]
 
 
 def steered(world, by_step, optimizer=SGD, **options):
     sink = ListSink()
-    orders = Given(by_step if world.rank == 0 else {})
-    result, trained = train(world, mlp(), DATA, optimizer=optimizer, orders=orders, sinks=[sink], **OPTIONS, **options)
-    return result, trained, sink.events, orders.stamps
+    commands = Given(by_step if world.rank == 0 else {})
+    result, trained = train(
+        world, mlp(), DATA, optimizer=optimizer, commands=commands, sinks=[sink], **OPTIONS, **options
+    )
+    return result, trained, sink.events, commands.stamps
 
 
 def by_hand(rates):
@@ -137,7 +139,7 @@ def rested(world, pause_at, then, seconds, **options):
     sink = ListSink()
     began_s = time.perf_counter()
     result, trained = train(
-        world, mlp(), DATA, optimizer=ADAMW, orders=Late(pause_at, then, seconds), sinks=[sink], **OPTIONS, **options
+        world, mlp(), DATA, optimizer=ADAMW, commands=Late(pause_at, then, seconds), sinks=[sink], **OPTIONS, **options
     )
     return result, trained, sink.events, time.perf_counter() - began_s
 
@@ -194,19 +196,19 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing(run_ranks, tmp_path):
 class Log(Given):
     """What an earlier attempt has carried out, after these steps."""
 
-    def __init__(self, orders):
+    def __init__(self, commands):
         super().__init__({})
-        self.orders = orders
+        self.commands = commands
 
     def new(self):
-        orders, self.orders = self.orders, []
-        return orders
+        commands, self.commands = self.commands, []
+        return commands
 
 
-def again(world, paths, orders, go_on, **options):
+def again(world, paths, commands, go_on, **options):
     sink = ListSink()
     result, trained = train(
-        world, mlp(), DATA, optimizer=ADAMW, orders=Log(orders), run_id="r", snapshot_paths=paths, go_on=go_on, sinks=[sink],
+        world, mlp(), DATA, optimizer=ADAMW, commands=Log(commands), run_id="r", snapshot_paths=paths, go_on=go_on, sinks=[sink],
         **OPTIONS, **options,
     )  # fmt: skip
     return result, trained, sink.events
@@ -215,37 +217,37 @@ def again(world, paths, orders, go_on, **options):
 @pytest.mark.parametrize("at", [2, 3, 4, 5])
 def test_what_was_carried_out_is_carried_out_again(run_ranks, at):
     """From a snapshot before, at, or after an order: the same bits, whichever step ranks were lost in."""
-    orders = [Command("lr", 0.03, 3), Command("pause", None, 4), Command("resume", None, 4), Command("lr", 0.02, 4)]
+    commands = [Command("lr", 0.03, 3), Command("pause", None, 4), Command("resume", None, 4), Command("lr", 0.02, 4)]
     snapshot_store = SnapshotStore(2)
-    expected = on(run_ranks, 2, again, [], orders, False, steps=7)[0][1]
+    expected = on(run_ranks, 2, again, [], commands, False, steps=7)[0][1]
     on(
         run_ranks,
         2,
         again,
         snapshot_store.paths,
-        [*(o for o in orders if o.step <= at), Command("stop", None, at)],
+        [*(o for o in commands if o.step <= at), Command("stop", None, at)],
         False,
         steps=7,
     )
     # The snapshot holds that a stop was carried out, which came after these.
-    for _, trained, _ in run_ranks(2, resumed_without_stop, snapshot_store.paths, orders, at):
+    for _, trained, _ in run_ranks(2, resumed_without_stop, snapshot_store.paths, commands, at):
         assert_same_bits(expected, trained)
     snapshot_store.close()
 
 
-def resumed_without_stop(world, paths, orders, at):
+def resumed_without_stop(world, paths, commands, at):
     """Go on as if the stop had not been among what was carried out."""
-    before = [order for order in orders if order.step <= at]
-    later = [order for order in orders if order.step > at]
+    before = [command for command in commands if command.step <= at]
+    later = [command for command in commands if command.step > at]
     return again(world, paths, [*before, Command("resume", None, at), *later], True, steps=7)
 
 
 def test_a_stop_outlives_the_ranks(run_ranks):
     """Where the snapshot was taken after the stop had been heard, nothing more is done."""
     snapshot_store = SnapshotStore(2)
-    orders = [Command("stop", None, 3)]
-    first = on(run_ranks, 2, again, snapshot_store.paths, orders, False, epochs=2)
-    for result, trained, events in on(run_ranks, 2, again, snapshot_store.paths, orders, True, epochs=2):
+    commands = [Command("stop", None, 3)]
+    first = on(run_ranks, 2, again, snapshot_store.paths, commands, False, epochs=2)
+    for result, trained, events in on(run_ranks, 2, again, snapshot_store.paths, commands, True, epochs=2):
         assert "stopped" == result.state
         assert_same_bits(first[0][1], trained)
         assert 3 == sum(event.row["steps"] for event in events if isinstance(event, EpochFinished))
@@ -253,7 +255,7 @@ def test_a_stop_outlives_the_ranks(run_ranks):
 
 
 @pytest.mark.parametrize(
-    ("orders", "state", "ranks"),
+    ("commands", "state", "ranks"),
     [
         ([("scale", 3), ("scale", 4)], "scaled", 4),
         ([("scale", 3), ("scale", 2)], "finished", 0),
@@ -262,11 +264,11 @@ def test_a_stop_outlives_the_ranks(run_ranks):
         (["stop", ("scale", 3)], "stopped", 0),
     ],
 )
-def test_the_last_number_that_was_asked_for_counts(run_ranks, orders, state, ranks):
+def test_the_last_number_that_was_asked_for_counts(run_ranks, commands, state, ranks):
     """Of several before one boundary; not where a stop was asked for too. Each of them is told of."""
-    for result, _, events, _ in on(run_ranks, 2, steered, {2: orders}, steps=5):
+    for result, _, events, _ in on(run_ranks, 2, steered, {2: commands}, steps=5):
         assert (state, ranks) == (result.state, result.ranks)
-        assert [(o, None, 2) if isinstance(o, str) else (*o, 2) for o in orders] == ordered(events)
+        assert [(o, None, 2) if isinstance(o, str) else (*o, 2) for o in commands] == ordered(events)
 
 
 def scaled_before(world):

@@ -196,8 +196,8 @@ def test_a_checkpoint_that_a_person_asks_for_goes_into_no_folder_of_another_run(
     theirs, own = str(tmp_path / "run"), tmp_path / "own"
     before, notes = checkpoints(tmp_path / "run"), []
     sink = type("Sink", (), {"emit": lambda _, event: isinstance(event, Noted) and notes.append(event.text)})()
-    orders = Given({1: [("checkpoint", theirs)], 2: [("checkpoint", str(own))], 3: [("checkpoint", str(own))]})
-    result, _ = alone(mlp(), classes(40), optimizer="sgd", batch_size=8, epochs=1, orders=orders, sinks=[sink])
+    commands = Given({1: [("checkpoint", theirs)], 2: [("checkpoint", str(own))], 3: [("checkpoint", str(own))]})
+    result, _ = alone(mlp(), classes(40), optimizer="sgd", batch_size=8, epochs=1, commands=commands, sinks=[sink])
     assert ("finished", 1) == (result.state, len(notes))
     assert (
         f"no checkpoint was written, the run goes on: checkpoint={theirs!r} is being written by run theirs" in notes[0]

@@ -239,7 +239,7 @@ def test_counts_go_on_with_another_number_of_ranks(run_ranks, tmp_path):
     expected, _ = alone(mlp(), classes(40), optimizer="sgd", batch_size=8, epochs=1)
     options = {"optimizer": "sgd", "batch_size": 8}
 
-    alone(mlp(), classes(40), epochs=1, checkpoint=str(tmp_path), orders=stop_after(2), **options)
+    alone(mlp(), classes(40), epochs=1, checkpoint=str(tmp_path), commands=stop_after(2), **options)
     for row in run_ranks(2, epoch_on, str(tmp_path)):
         assert {**expected.history[0], "seconds": 0} == {**row, "seconds": 0, "loss": pytest.approx(row["loss"])}
 
@@ -365,7 +365,7 @@ def normed():
 
 
 def stopped_in_mid_epoch(world, folder, strategy):
-    options = {"optimizer": "sgd", "batch_size": 8, "epochs": 2, "orders": stop_after(2)}
+    options = {"optimizer": "sgd", "batch_size": 8, "epochs": 2, "commands": stop_after(2)}
     train(world, normed(), classes(40), checkpoint=folder, strategy=strategy, **options)
 
 

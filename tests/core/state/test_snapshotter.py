@@ -78,7 +78,7 @@ def whole_and_halves(world, make, data, paths, folder, at, options):
     """The weights and history of a run, and of one that stopped and went on, in memory or from disk."""
     expected = train(world, seeded(make), data(), **options)
     first = {"snapshot_paths": paths} if folder is None else {"checkpoint": folder}
-    stopped, _ = train(world, seeded(make), data(), orders=stop_after(at), **first, **options)
+    stopped, _ = train(world, seeded(make), data(), commands=stop_after(at), **first, **options)
     assert stopped.state == "stopped"
     then = {"snapshot_paths": paths, "go_on": True} if folder is None else {"resume": folder}
     model = seeded(make)
@@ -326,12 +326,12 @@ def test_a_stop_that_is_heard_late_changes_no_bit(run_ranks, tmp_path, where, at
     snapshot_store.close()
 
 
-def often(world, paths, folder, orders):
+def often(world, paths, folder, commands):
     """Train with a checkpoint every second step, and those ordered; what was told of them."""
     told = []
     sink = type("Sink", (), {"emit": lambda _, e: isinstance(e, (Noted, Checkpointed)) and told.append(e)})()
     options = options_of(checkpoint=folder, checkpoint_every=2, checkpoint_keep=100, epochs=12, sinks=[sink])
-    train(world, seeded(Net), tensors(), snapshot_paths=paths, orders=Given(orders), **options)
+    train(world, seeded(Net), tensors(), snapshot_paths=paths, commands=Given(commands), **options)
     return told
 
 
@@ -339,8 +339,10 @@ def often(world, paths, folder, orders):
 def test_checkpoints_one_after_the_other(run_ranks, tmp_path, lags):
     """Each one is begun once and is whole when it counts, however soon the next one is asked for, or ordered."""
     snapshot_store = SnapshotStore(2)
-    orders = {step: [("checkpoint", str(tmp_path / "ordered"))] for step in (3, 4, 30, 31)}
-    told, none = run_ranks(2, *([late] if lags else []), often, snapshot_store.paths, str(tmp_path / "planned"), orders)
+    commands = {step: [("checkpoint", str(tmp_path / "ordered"))] for step in (3, 4, 30, 31)}
+    told, none = run_ranks(
+        2, *([late] if lags else []), often, snapshot_store.paths, str(tmp_path / "planned"), commands
+    )
     assert all(isinstance(event, Checkpointed) for event in [*told, *none]), told
     assert [] == none
     for name, least in ("planned", 3), ("ordered", 2):
@@ -359,8 +361,8 @@ def test_a_folder_goes_by_any_of_its_names(run_ranks, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / f"{name} too").symlink_to(tmp_path / name)
     names = ["planned too", "ordered", "ordered too", "ordered", "planned too"]
-    orders = {3 + 4 * i: [("checkpoint", str(tmp_path / name))] for i, name in enumerate(names)}
-    told, none = run_ranks(2, often, [], str(tmp_path / "planned"), orders)
+    commands = {3 + 4 * i: [("checkpoint", str(tmp_path / name))] for i, name in enumerate(names)}
+    told, none = run_ranks(2, often, [], str(tmp_path / "planned"), commands)
     assert all(isinstance(event, Checkpointed) for event in told), told
     assert [] == none
     assert 3 == len(checkpoints(tmp_path / "ordered"))
@@ -399,7 +401,7 @@ def begun_again(world, folder, paths, run_id):
     begun = []
     sink = type("Sink", (), {"emit": lambda _, event: isinstance(event, RunStarted) and begun.append(event.step)})()
     options = options_of(checkpoint=folder, snapshot_paths=paths, sinks=[sink])
-    train(world, seeded(Net), tensors(), run_id="mine", orders=stop_after(6), **options)
+    train(world, seeded(Net), tensors(), run_id="mine", commands=stop_after(6), **options)
     model = seeded(Net)
     _, after = train(world, model, tensors(), run_id=run_id, go_on=True, **options | {"snapshot_paths": ()})
     return begun, after

@@ -128,7 +128,7 @@ def kept_of(paths, make=FailingNet):
 
 
 def stopped_run(world, paths, at, options):
-    train(world, seeded(FailingNet), FailingItems(), snapshot_paths=paths, orders=stop_after(at), **options)
+    train(world, seeded(FailingNet), FailingItems(), snapshot_paths=paths, commands=stop_after(at), **options)
 
 
 def counts(position):
@@ -242,7 +242,7 @@ def fail_on_mesh(world, mesh, where, paths):
 def stopped_on_mesh(world, mesh, at, paths):
     stop = stop_after(at)
     train(
-        world, seeded(layers), tensors(), snapshot_paths=paths, optimizer=ADAMW, orders=stop, **ON_MESH, strategy=mesh
+        world, seeded(layers), tensors(), snapshot_paths=paths, optimizer=ADAMW, commands=stop, **ON_MESH, strategy=mesh
     )
 
 

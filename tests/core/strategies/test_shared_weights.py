@@ -68,17 +68,17 @@ def one_copy(world):
         nn.init.zeros_(model[0].weight)  # what rank 0 has is what counts
     strategy = strategy_of(SharedWeights, world, model)
     began = weights(model)
-    world.channel().meet()
+    world.channel().barrier()
     if world.rank == 1:
         with torch.no_grad():
             model[0].weight.fill_(7.0)
-    world.channel().meet()
+    world.channel().barrier()
     during = model[0].weight.detach().clone()
-    world.channel().meet()
+    world.channel().barrier()
     strategy.close()
     with torch.no_grad():
         model[0].weight.fill_(float(world.rank))
-    world.channel().meet()
+    world.channel().barrier()
     return began, during, model[0].weight.detach().clone()
 
 

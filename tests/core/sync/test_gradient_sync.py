@@ -31,7 +31,7 @@ class Branches(nn.Module):
 
 
 def told(totals):
-    return totals.weight, totals.signals.orders, totals.signals.exhausted
+    return totals.weight, totals.flags.commands, totals.flags.exhausted
 
 
 def gradients(world, overlap, bucket_mib, accumulate):
@@ -45,7 +45,7 @@ def gradients(world, overlap, bucket_mib, accumulate):
         for i in slices:
             x = torch.full((2, FEATURES), 0.1 * (world.rank + 1) + i + step)
             strategy.backward(model(x, world.rank).square().mean(), 2, last=i == accumulate - 1)
-        totals = strategy.sync(2 * len(slices), ControlFlags(orders=world.rank == 1, exhausted=not slices))
+        totals = strategy.sync(2 * len(slices), ControlFlags(commands=world.rank == 1, exhausted=not slices))
         outcomes.append(({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}, totals))
     strategy.close()
     return outcomes
