@@ -94,7 +94,7 @@ def fit(
         world: Where.
         run_id: Name of the run in the record.
         sinks: Who receives this rank's events.
-        orders: What a person asks for while it goes on; given on all ranks or on none, rank 0's are read.
+        commands: What a person asks for while it goes on; given on all ranks or on none, rank 0's are read.
         home: Whether the model ends whole on every rank, or on rank 0 alone.
         snapshot_paths: The slots for each rank's snapshots, see `SnapshotStore`; without them none are taken.
         go_on: Whether to go on from the newest snapshot in there, if there is one, or this run's last checkpoint.
@@ -157,8 +157,8 @@ def fit(
         val_reader = reader_of(task.val, plan.reproducible, False) if task.val is not None else None
         steps_total = _steps_total(plan, reader)
         snapshotter = Snapshotter(
-            strategy, plan, scheduler, RankSnapshots(snapshot_paths[world.rank]) if snapshot_paths else None, tell, run_id, lease,
-            changed=restored,
+            strategy, plan, scheduler, RankSnapshots(snapshot_paths[world.rank]) if snapshot_paths else None,
+            tell, run_id, lease, changed=restored,
         )  # fmt: skip
         cleanup.callback(snapshotter.close)
         step_control = StepControl(commands, run_id, strategy, scheduler, snapshotter, tell)

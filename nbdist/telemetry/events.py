@@ -186,7 +186,7 @@ class CommandApplied(Event):
     """All ranks have carried out what a person asked for, after the same step.
 
     Args:
-        order: "stop", "pause", "resume", "checkpoint", "lr" or "scale".
+        command: "stop", "pause", "resume", "checkpoint", "lr" or "scale".
         value: The new learning rate of the first group, the folder of the checkpoint, or how many engines; else None.
         step: Optimizer steps that were done.
         number: Which order to the run it is, counted from 0: a run that recovers carries out some of them again.

@@ -12,7 +12,7 @@ def late_command_text(command: Command, run: Run, engines: int, refusal: str = "
     """What has become of an order that no step has heard, in a sentence.
 
     Args:
-        order: Which.
+        command: Which.
         run: That has ended.
         engines: How many there are now.
         refusal: Why others that were asked for could not be had.

@@ -34,7 +34,7 @@ def take_over(
     Args:
         engines: Where it runs.
         namespace: The notebook's.
-        order: See `Run`.
+        command: See `Run`.
         segment_cache: See `RunDispatch`.
         cells: See `RunDispatch`.
 

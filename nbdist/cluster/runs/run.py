@@ -35,7 +35,7 @@ class Run(Report):
         run_id: Its name in the record.
         plan: What is run.
         progress: What is known of it; kept up to date by the relay.
-        order: Tells the ranks what is asked of them: a word, and its value.
+        command: Gives the ranks a command: its name, and its value.
         asked: What the person asked for, to ask for more of it.
         replan: Makes its plan for another number of engines.
         on_failure: What is done when engines are lost: "replace" them, "shrink" to those that are left, or "stop".

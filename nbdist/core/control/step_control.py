@@ -30,7 +30,7 @@ class StepControl:
     after the same step as before; of numbers of ranks the last one, for the ranks are begun anew after each.
 
     Args:
-        orders: To this run; the same on all ranks whether there are any at all. Rank 0's are read.
+        commands: To this run; the same on all ranks whether there are any at all. Rank 0's are read.
         run_id: Of which run.
         strategy: What is trained.
         scheduler: Of its learning rates.
@@ -43,8 +43,8 @@ class StepControl:
     """
 
     def __init__(
-        self, commands: Commands | None, run_id: str, strategy: Strategy, scheduler: Scheduler, snapshotter: Snapshotter,
-        tell: Callable[[Event], None],
+        self, commands: Commands | None, run_id: str, strategy: Strategy, scheduler: Scheduler,
+        snapshotter: Snapshotter, tell: Callable[[Event], None],
     ) -> None:  # fmt: skip
         self._commands = commands
         self._run_id = run_id

@@ -79,7 +79,7 @@ class TrainProgress:
         samples: Samples this rank has read.
         history: The rows so far.
         row: The one that is being counted.
-        orders: Of which run orders have been carried out, and how many; see `StepControl`.
+        commands: Of which run commands have been applied, and how many; see `StepControl`.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -150,7 +150,7 @@ class RankSnapshots:
     def write(
         self, moment: tuple[int, int], ranks: int, layout: TensorLayout, tensors: Mapping[str, torch.Tensor], text: str
     ) -> SnapshotBuffer:
-        """Write a snapshot over the older of two, or over that of the same moment; returns where. See `SnapshotBuffer.write`.
+        """Write a snapshot over the older of two, or over that of the same moment; returns where.
 
         The same moment may be kept twice without a word from the other ranks in between: the one before it stays.
         """

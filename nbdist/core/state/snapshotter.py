@@ -56,8 +56,8 @@ class Snapshotter:
     """
 
     def __init__(
-        self, strategy: Strategy, plan: Plan, scheduler: Scheduler, rank_snapshots: RankSnapshots | None, tell: Callable[[Event], None],
-        run_id: str = "", lease: Lease | None = None, changed: Collection[str] = (),
+        self, strategy: Strategy, plan: Plan, scheduler: Scheduler, rank_snapshots: RankSnapshots | None,
+        tell: Callable[[Event], None], run_id: str = "", lease: Lease | None = None, changed: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._strategy = strategy
         self._plan = plan

@@ -23,7 +23,7 @@ class ControlFlags(NamedTuple):
     """What a rank says at the end of a step, as zeros and ones; of all ranks, how many say it.
 
     Args:
-        orders: It has orders for all, see `StepControl`.
+        commands: It has commands for all, see `StepControl`.
         exhausted: It has no data left.
         snapshot: It asks all to keep the state after this step.
         checkpoint: It asks all to write the state after this step to disk.
@@ -253,7 +253,7 @@ class GradientSync:
 
         Args:
             weight: Sum of this rank's slice weights, a number or a scalar tensor.
-            signals: What this rank says, or the sums of the ranks that it speaks for.
+            flags: What this rank says, or the sums of the ranks that it speaks for.
             loss: Sum of its losses times their weights, and of those weights; numbers or scalar tensors.
             used: Which parameters were used, where this rank was told; by default it has seen it itself.
         """

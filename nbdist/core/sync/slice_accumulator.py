@@ -110,7 +110,7 @@ class SliceAccumulator:
         """Write what is to be summed over the ranks, in any order: all but one have zeros, or it is a count. Local.
 
         Args:
-            signals: What this rank says.
+            flags: What this rank says.
             out: ``(told,)``.
         """
         rows = [0.0] * (2 * self.order.terms)

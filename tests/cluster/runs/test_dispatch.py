@@ -210,7 +210,7 @@ def test_a_rank_that_does_not_notice_a_failure_is_interrupted(cluster):
             pass
         raise ValueError("torn")
 
-    with pytest.raises(EngineError, match=r"^rank 1: ValueError: torn \(.*test_training.py, line \d+\)"):
+    with pytest.raises(EngineError, match=r"^rank 1: ValueError: torn \(.*test_dispatch.py, line \d+\)"):
         cluster.train(net(), classes(), loss=one_fails)
     assert cluster.train(net(), classes(), loss="cross_entropy").state == "finished"
 

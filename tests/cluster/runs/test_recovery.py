@@ -209,7 +209,9 @@ def test_a_stop_at_once_that_comes_too_late_frees_nobody(cluster, monkeypatch):
     monkeypatch.undo()
     assert run.abandoned
     assert run.state == "finished"
-    waiting = "from nbdist.cluster import entry; entry._engine.world.store.check(['what no rank has written'])"
+    waiting = (
+        "from nbdist.engine import remote_calls; remote_calls._engine.world.store.check(['what no rank has written'])"
+    )
     cluster.execute(waiting).wait()  # raises where ranks were released
 
 

@@ -75,13 +75,13 @@ def second_held(cluster, monkeypatch, gate, tmp_path):
 
 def test_a_stop_that_comes_with_the_end_comes_before_it_or_after(cluster, monkeypatch, gate, tmp_path):
     """A run that has ended does not go on stopping for ever."""
-    command = RunQueue._order
+    command = RunQueue._give_command
 
     def held_order(self, run, kind, value):
         gate.hold()
         command(self, run, kind, value)
 
-    monkeypatch.setattr(RunQueue, "_order", held_order)
+    monkeypatch.setattr(RunQueue, "_give_command", held_order)
     loss, begun, goes_on = held(tmp_path)
     run = cluster.train(net(), classes(), **{**SHORT, "loss": loss})
     until(begun.exists)

@@ -208,8 +208,8 @@ class Log(Given):
 def again(world, paths, commands, go_on, **options):
     sink = ListSink()
     result, trained = train(
-        world, mlp(), DATA, optimizer=ADAMW, commands=Log(commands), run_id="r", snapshot_paths=paths, go_on=go_on, sinks=[sink],
-        **OPTIONS, **options,
+        world, mlp(), DATA, optimizer=ADAMW, commands=Log(commands), run_id="r", snapshot_paths=paths, go_on=go_on,
+        sinks=[sink], **OPTIONS, **options,
     )  # fmt: skip
     return result, trained, sink.events
 

@@ -20,11 +20,22 @@ from nbdist.core.state.shard_plan import ShardPlan, check_state, from_all, key_o
 from nbdist.errors import TaskError
 from nbdist.plan import Mesh
 
+made_plans = []
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    """What a test has made, which watches the data of frozen parameters, ends with it."""
+    yield
+    while made_plans:
+        made_plans.pop().close()
+
 
 def pieces_of(model, optimizer=None, world=None, changed=()):
     world = world or World()
     made = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
-    return ShardPlan(model, ParamTable.of(model), made, MeshChannels(world, Mesh(dp=world.size)), changed)
+    made_plans.append(ShardPlan(model, ParamTable.of(model), made, MeshChannels(world, Mesh(dp=world.size)), changed))
+    return made_plans[-1]
 
 
 def names(pieces):
