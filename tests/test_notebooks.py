@@ -163,7 +163,7 @@ def patient_threads(monkeypatch):
 
 
 def nbval(report: Path, *options: str) -> int:
-    """Run pytest as a person would; returns how many cells passed."""
+    """Run pytest as a user would; returns how many cells passed."""
     command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *options, f"--junit-xml={report}"]
     done = subprocess.run([*command, f"--nbval-cell-timeout={HUNG_S:g}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

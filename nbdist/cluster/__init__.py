@@ -1,4 +1,4 @@
-"""WHERE the ranks live: ipyparallel engines, launchers, definitions, relay, remote errors."""
+"""WHERE the ranks live: ipyparallel engines, launchers, definitions, monitor, remote errors."""
 
 from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.cluster import Cluster

@@ -1,4 +1,4 @@
-"""The cluster: what a person does with the engines."""
+"""The cluster: what a user does with the engines."""
 
 from __future__ import annotations
 
@@ -339,7 +339,7 @@ class Cluster:
             on_failure: What is done when engines are lost: "replace" them, "shrink" to those that are left, with the
                 same global batch, or "stop" with an error and the state kept.
             watch: Called with the run several times a second, and once after its end.
-            names: What the person calls `model` and `data`, for errors.
+            names: What the user calls `model` and `data`, for errors.
             **options: `loss` or `step`, `optimizer`, `val`, `metric` and every option of a Plan. ``resume=True``
                 without `checkpoint` goes on where the last run of this notebook ended.
 

@@ -1,4 +1,4 @@
-"""What a person at rank 0's terminal sees of all ranks."""
+"""What a user at rank 0's terminal sees of all ranks."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Reporter:
         self._memory, self._memory_due_s = 0, 0.0
         self._spent = comm_timer.idle, comm_timer.communication, comm_timer.data
 
-    def hear(self, totals: Totals, step: int) -> None:
+    def report(self, totals: Totals, step: int) -> None:
         """All ranks have added up what they lost in `step`."""
         loss = totals.loss if self._rank == 0 else None
         if loss is not None:

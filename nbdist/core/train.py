@@ -82,9 +82,9 @@ def fit(
     run_id: str = "",
     sinks: Sequence[Sink] = (),
     commands: Commands | None = None,
-    home: bool = True,
+    on_every_rank: bool = True,
     snapshot_paths: Sequence[Sequence[str]] = (),
-    go_on: bool = False,
+    from_snapshot: bool = False,
 ) -> Result:
     """Train. **Collective**: all ranks of `world`, with equal plans and data.
 
@@ -94,10 +94,10 @@ def fit(
         world: Where.
         run_id: Name of the run in the record.
         sinks: Who receives this rank's events.
-        commands: What a person asks for while it goes on; given on all ranks or on none, rank 0's are read.
-        home: Whether the model ends whole on every rank, or on rank 0 alone.
+        commands: What a user asks for while it goes on; given on all ranks or on none, rank 0's are read.
+        on_every_rank: Whether the model ends whole on every rank, or on rank 0 alone.
         snapshot_paths: The slots for each rank's snapshots, see `SnapshotStore`; without them none are taken.
-        go_on: Whether to go on from the newest snapshot in there, if there is one, or this run's last checkpoint.
+        from_snapshot: Whether to resume from the newest snapshot, if there is one, or from this run's last checkpoint.
     """
     model, device = task.model, world.device
 
@@ -133,16 +133,16 @@ def fit(
         scheduler = task.make_scheduler(optimizer)
         at, restored = TrainProgress(device), set[str]()
         rng.seed_all(rng.derive(plan.seed, "start", axes.data.rank))
-        for saved in _kept(plan, world, snapshot_paths, run_id, go_on):
+        for saved in _kept(plan, world, snapshot_paths, run_id, from_snapshot):
             load(saved, strategy.table, optimizer, axes)
-            scheduler.go_on(saved.ranks[0]["scheduler"])
-            strategy.precision.go_on(saved.ranks[0]["precision"])
+            scheduler.load_state_dict(saved.ranks[0]["scheduler"])
+            strategy.precision.load_state_dict(saved.ranks[0]["precision"])
             at, restored = position_of(saved, axes, device), saved.names
             if saved.complete:  # a rank that is lost goes on from there again, before it takes a snapshot
                 restored = restored & {*strategy.table.buffers}
             rng.seed_all(rng.derive(plan.seed, "start", axes.data.rank, at.step))
             if same_mesh(saved, axes) and saved.ranks[world.rank]["generators"]:
-                rng.go_on(saved.ranks[world.rank]["generators"])
+                rng.load_state_dict(saved.ranks[world.rank]["generators"])
             axes.world.all_reduce_(torch.ones(1, device=device))  # where weights are shared, everybody's are there
 
         def reader_of(source: Source, slices: int, shuffle: bool) -> Reader:
@@ -178,7 +178,7 @@ def fit(
 
         with _rescuing(snapshotter, at, world):
             step_control.begin(at)
-            at.row.leave_out(rested_s := step_control.rest(at))
+            at.row.leave_out(rested_s := step_control.pause_point(at))
             reporter.leave_out(rested_s)
             stopped = is_stopped()
             # Under `steps`, the whole run is one row, however often it wraps round the data.
@@ -192,7 +192,7 @@ def fit(
                         _check_finite(losses, at)
 
                     own_flags = snapshotter.flags(at)._replace(
-                        commands=step_control.asked(at), exhausted=slices is None
+                        commands=step_control.pending(at), exhausted=slices is None
                     )
                     own_flags = task.forms.flags(own_flags, at.step)
                     loss = _mean(losses, device)
@@ -215,11 +215,11 @@ def fit(
                     step_control.apply_agreed(at, flags)
                     snapshotter.end_step(at, flags)
                     if agreed is not None:
-                        reporter.hear(agreed, at.step - (agreed is not totals))
+                        reporter.report(agreed, at.step - (agreed is not totals))
                     reporter.tell_if_due(at, loss)
                     if strategy.work and at.step & (at.step - 1) == 0:  # at steps 1, 2, 4, 8 ..., on all ranks the same
                         tell(Worked(rank=world.rank, step=at.step, work=tuple(strategy.work)))
-                    if rested_s := step_control.rest(at):
+                    if rested_s := step_control.pause_point(at):
                         at.row.leave_out(rested_s)
                         reporter.leave_out(rested_s)
                     stopped = is_stopped()
@@ -260,7 +260,7 @@ def fit(
             if not stopped:
                 snapshotter.finish(at)
         if plan.gather:
-            strategy.gather(keep=home or world.rank == 0)
+            strategy.gather(keep=on_every_rank or world.rank == 0)
         else:
             leave_in_parts(model, strategy.table.placements, plan.mesh)
         state = "stopped" if stopped else "finished"
@@ -270,17 +270,17 @@ def fit(
 
 
 def _kept(
-    plan: Plan, world: World, snapshot_paths: Sequence[Sequence[str]], run_id: str, go_on: bool
+    plan: Plan, world: World, snapshot_paths: Sequence[Sequence[str]], run_id: str, from_snapshot: bool
 ) -> Iterator[CheckpointReader]:
     """What to go on from, on all ranks the same: a checkpoint, then a snapshot, without what never changes.
 
     Where there is no snapshot of this run, the checkpoint is its own last one, if it has written any. **Collective**.
     """
-    found = newest(snapshot_paths) if go_on else None
-    if plan.resume or (go_on and plan.checkpoint):
+    found = newest(snapshot_paths) if from_snapshot else None
+    if plan.resume or (from_snapshot and plan.checkpoint):
         folder = ""
         if world.rank == 0:
-            own = go_on and found is None and checkpoint_of_run(plan, run_id) is not None
+            own = from_snapshot and found is None and checkpoint_of_run(plan, run_id) is not None
             folder = plan.checkpoint if own else resumed_folder(plan) if plan.resume else ""
         folder = world.channel().broadcast_bytes(folder.encode()).decode()
         if folder:

@@ -1,4 +1,4 @@
-"""The debugger of one rank: pdb on its engine, which reads from a socket what a person types in the notebook."""
+"""The debugger of one rank: pdb on its engine, which reads from a socket what a user types in the notebook."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["serve"]
 
 
 def serve(path: str, rank: int, prompt: str, error: BaseException | None) -> None:
-    """Run the debugger for whoever listens at `path`. Runs on an engine, until that person leaves it.
+    """Run the debugger for whoever listens at `path`. Runs on an engine, until that user leaves it.
 
     Args:
         path: Of the socket.
@@ -53,7 +53,7 @@ class _Debugger(pdb.Pdb):
 
 
 def _above_users(tb: types.TracebackType) -> int:
-    """How many frames lie above the person's own innermost one; 0 where there is none."""
+    """How many frames lie above the user's own innermost one; 0 where there is none."""
     stack = [_summary(frame, line) for frame, line in traceback.walk_tb(tb)]
     mine = [i for i, frame in enumerate(stack) if is_users(frame)]
     return len(stack) - 1 - mine[-1] if mine else 0

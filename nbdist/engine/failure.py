@@ -47,10 +47,10 @@ class Failure:
     @classmethod
     def lost(cls, rank: int) -> Failure:
         """Of a rank that is not there any more; nothing but an echo of that."""
-        return replace(cls.told(rank, LOST, PROCESS_ENDED), echo=True)
+        return replace(cls.reported(rank, LOST, PROCESS_ENDED), echo=True)
 
     @classmethod
-    def told(cls, rank: int, kind: str, message: str) -> Failure:
+    def reported(cls, rank: int, kind: str, message: str) -> Failure:
         """Of which no more is known than a word and a text."""
         return cls(rank=rank, time_s=time.time(), kind=kind, message=message, place="", traceback="", echo=False)
 
@@ -80,7 +80,7 @@ class Failure:
 
 
 def as_error(failures: Iterable[Failure]) -> EngineError:
-    """The one error that a person gets for the failures of several ranks.
+    """The one error that a user gets for the failures of several ranks.
 
     The earliest real failure is the cause; ranks that failed in the same way are named with it, echoes are left out.
     What an engine refused is a PlanError or a TaskError too, as if it had been found before.

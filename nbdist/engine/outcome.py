@@ -19,7 +19,7 @@ class Outcome:
         rank: Which.
         state: "finished", "stopped", "scaled" or "failed".
         snapshot: The rank's last state; published ones may arrive late.
-        home: The parcel of trained tensors, from rank 0.
+        home: The payload of trained tensors, from rank 0.
         failure: What went wrong.
         ranks: How many there are to be from here on, where that was asked for; else 0.
     """
@@ -27,6 +27,6 @@ class Outcome:
     rank: int
     state: str
     snapshot: RankState | None = None
-    home: Any = None
+    result: Any = None
     failure: Failure | None = None
     ranks: int = 0

@@ -185,7 +185,7 @@ def tie(marks: dict[str, str]) -> None:
 
 
 def has_released(path: str) -> bool:
-    """Whether nothing here lies in the segment of the last parcel from `path` any more."""
+    """Whether nothing here lies in the segment of the last payload from `path` any more."""
     return is_released(path)
 
 
@@ -196,7 +196,7 @@ def train(
     inline: bool,
     home_free: bool,
     snapshot_paths: list[list[str]],
-    go_on: bool,
+    from_snapshot: bool,
     boards: list[str],
     records: str,
 ) -> Outcome:
@@ -209,7 +209,7 @@ def train(
         inline: Whether the notebook is on another host.
         home_free: Whether the notebook has let go of the last weights from here.
         snapshot_paths: Where snapshots go.
-        go_on: Whether to go on from the newest one.
+        from_snapshot: Whether to go on from the newest one.
         boards: Where each rank says how far it is; none where the notebook is on another host.
         records: The notebook's folder of records; empty for this host's own.
     """
@@ -241,9 +241,9 @@ def train(
                 run_id=run_id,
                 sinks=[record, snapshots],
                 commands=CommandLog(_engine.store, run_id),
-                home=False,
+                on_every_rank=False,
                 snapshot_paths=snapshot_paths,
-                go_on=go_on,
+                from_snapshot=from_snapshot,
             )
             home = None
             if world.rank == 0 and plan.gather:
@@ -256,7 +256,7 @@ def train(
                 home, _engine.home = pack(trained, inline=inline, segment_cache=segment_cache)
             _answer_undisturbed()
             outcome = Outcome(
-                rank=world.rank, state=result.state, snapshot=snapshots.state, home=home, ranks=result.ranks
+                rank=world.rank, state=result.state, snapshot=snapshots.state, result=home, ranks=result.ranks
             )
         except BaseException as error:
             _answer_undisturbed()

@@ -87,7 +87,7 @@ class LineDashboard:
             print(f"nbdist: run {run.run_id} is queued, it begins when the one before has ended", flush=True)
 
     def update(self, run: Run) -> None:
-        """Called by the relay, from its thread."""
+        """Called by the monitor, from its thread."""
         for row in run.history[self._rows :]:
             print(f"nbdist: {epoch_text(row)}", flush=True)
             self._rows += 1
@@ -105,7 +105,7 @@ class TerminalDashboard:
         """Called by the cell that asks for the run."""
 
     def update(self, run: Run) -> None:
-        """Called by the relay, from its thread."""
+        """Called by the monitor, from its thread."""
         self._view.draw(run.progress)
 
 
@@ -115,7 +115,7 @@ class PanelDashboard:
     def __init__(self) -> None:
         self._widget: Any = None
         self._displays: list[str] = []
-        self._lock = threading.RLock()  # the relay's thread and the cell's
+        self._lock = threading.RLock()  # the monitor's thread and the cell's
         self._charts_due_s = 0.0
         self._keep_due_s = time.monotonic() + _KEEP_EVERY_S
         self._kept = 0
@@ -130,7 +130,7 @@ class PanelDashboard:
                 self.show(run)
 
     def update(self, run: Run) -> None:
-        """Called by the relay, from its thread, several times a second."""
+        """Called by the monitor, from its thread, several times a second."""
         with self._lock:
             if self._over:
                 return
@@ -206,7 +206,7 @@ def _make_widget(run: Run) -> Any:
 
 
 def _hear(panel: Any, run: Run, content: dict[str, Any]) -> None:
-    """A person pressed something; what is wrong with it is said in the panel."""
+    """A user pressed something; what is wrong with it is said in the panel."""
     command, value = content.get("command"), content.get("value")
     panel.heard += 1
     text = ""

@@ -198,7 +198,7 @@ PARSERS: dict[str, OptionParser] = {
     parser.prog: parser
     for parser in (START, TRAIN, RUN, RUNS, DIST, PUSH, PULL, STATUS, SCALE, WHERE, DEBUG, ATTACH, CLUSTERS, STOP, HELP)
 } | {"%%dist_train": TRAIN}
-"""By the word that begins the line, in the order in which a person meets them."""
+"""By the word that begins the line, in the order in which a user meets them."""
 
 
 def parse_ranks(text: str, size: int) -> list[int]:

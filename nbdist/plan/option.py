@@ -16,7 +16,7 @@ class Option:
         help: One sentence, with the unit.
         parse: Turns the word on a command line into a value.
         metavar: The placeholder shown in help.
-        default: The default as a person reads it; the value itself is the Plan field's.
+        default: The default as a user reads it; the value itself is the Plan field's.
         many: Whether it takes several words.
         bare: Whether it may stand without a word, which then means True.
     """

@@ -250,7 +250,7 @@ class Plan:
 
     @classmethod
     def create(cls, *, ranks: int, cores: int, **options: Any) -> Plan:
-        """Make a Plan from options given by a person; None means not given.
+        """Make a Plan from options given by a user; None means not given.
 
         Args:
             ranks: Ranks in the world.

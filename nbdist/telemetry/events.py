@@ -183,7 +183,7 @@ class RunFailed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CommandApplied(Event):
-    """All ranks have carried out what a person asked for, after the same step.
+    """All ranks have carried out what a user asked for, after the same step.
 
     Args:
         command: "stop", "pause", "resume", "checkpoint", "lr" or "scale".
@@ -215,7 +215,7 @@ class Checkpointed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Noted(Event):
-    """Something that a person should know, in a sentence; the run goes on."""
+    """Something that a user should know, in a sentence; the run goes on."""
 
     text: str
 

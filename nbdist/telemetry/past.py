@@ -28,7 +28,7 @@ _KINDS = {
 
 
 def past_runs(count: int | None = None) -> list[PastRun]:
-    """The runs of this person that have a record, the newest first; from any notebook, script or kernel. Local.
+    """The runs of this user that have a record, the newest first; from any notebook, script or kernel. Local.
 
     Args:
         count: How many at most; all by default.

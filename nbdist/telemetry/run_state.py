@@ -36,7 +36,7 @@ class RunState:
         state: "queued", "starting", "running", "paused", "recovering", "stopping", "finished", "stopped" or "failed";
             of a record that does not say how it ended "lost".
         error: One line about what went wrong, if anything did.
-        happenings: What else a person should know, in order of time: checkpoints, orders, ranks that were lost and
+        happenings: What else a user should know, in order of time: checkpoints, orders, ranks that were lost and
             replaced.
     """
 
@@ -71,7 +71,7 @@ class RunState:
         self._mark(before)
 
     def note(self, text: str, kind: str = "note") -> None:
-        """Something happened that a person should know; see `Happening`."""
+        """Something happened that a user should know; see `Happening`."""
         self._add(Happening(time.time(), kind, text))
 
     def begin(self) -> None:

@@ -96,7 +96,7 @@ class SnapshotSink(Sink):
         rank: Whose events come.
         publish: Called with what `RankState.from_dict` takes.
         interval_s: Least seconds between two that tell of nothing but progress.
-        whole_every_s: Seconds between two that are whole; what a person asked for, or has to know, makes one at once.
+        whole_every_s: Seconds between two that are whole; what a user asked for, or has to know, makes one at once.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class TextSink(Sink):
         self._total: int | None = None
 
     def emit(self, event: Event) -> None:
-        """Print what a person wants to know."""
+        """Print what a user wants to know."""
         match event:
             case RunStarted():
                 self._total = event.steps_total

@@ -1,4 +1,4 @@
-"""A kernel is killed in the middle of a training, as a person sees it; another notebook takes the training over."""
+"""A kernel is killed in the middle of a training, as a user sees it; another notebook takes the training over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The panel as a person sees it: in a real browser, beside a real kernel with real engines."""
+"""The panel as a user sees it: in a real browser, beside a real kernel with real engines."""
 
 from __future__ import annotations
 

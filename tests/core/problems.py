@@ -83,7 +83,7 @@ def train(world: World, model: nn.Module, data: Any, **options: Any) -> tuple[Re
     if "step" not in options:
         options.setdefault("loss", "cross_entropy")
     task = Task.create(model, data, **{k: v for k, v in options.items() if k in supplied})
-    passed = {"sinks", "commands", "run_id", "snapshot_paths", "go_on"}
+    passed = {"sinks", "commands", "run_id", "snapshot_paths", "from_snapshot"}
     rest = {k: v for k, v in options.items() if k not in supplied and k not in passed}
     plan = Plan.create(ranks=world.size, cores=1, threads=1, **rest, **task.options)
     also = {k: v for k, v in options.items() if k in passed}

@@ -73,7 +73,7 @@ def held(world, mesh):
 
 @pytest.mark.parametrize("mesh", EXPECTED)
 def test_a_rank_holds_what_the_formula_says(run_ranks, mesh):
-    """Parameters, gradients and Adam's moments, to the number; eight stand-ins of one number each may be among them."""
+    """Parameters, gradients and Adam's moments, to the number; eight dummies of one number each may be among them."""
     size = torch.tensor([int(part[-1]) for part in mesh.split(",")]).prod().item()
     for most, gathered in run_ranks(size, held, mesh):
         assert EXPECTED[mesh][0] <= most <= EXPECTED[mesh][0] + LAYERS

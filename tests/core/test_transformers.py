@@ -160,7 +160,7 @@ def test_a_pipeline_evaluates_and_reads_rows(run_ranks, name):
 @pytest.mark.parametrize("mesh", ["pp=2", "shard=2"])
 @pytest.mark.parametrize("change", [with_checkpointing, without_mask])
 def test_what_a_model_can_be_set_to(run_ranks, change, mesh):
-    """Its ways to compute are the person's."""
+    """Its ways to compute are the user's."""
     count, cut = slices(mesh)
     expected = trained(None, "GPT-2", change, accumulate=count)
     assert_equal(expected, run_ranks(2, functools.partial(trained, strategy=mesh, **cut), "GPT-2", change)[0])

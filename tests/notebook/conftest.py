@@ -11,7 +11,7 @@ from shells import running_shell
 
 
 class Notebook:
-    """Runs cells in order, as a person does."""
+    """Runs cells in order, as a user does."""
 
     def __init__(self, shell: InteractiveShell, capsys: pytest.CaptureFixture[str]) -> None:
         self.shell = shell

@@ -133,6 +133,6 @@ class Kernel:
         self._client.stop_channels()
 
     def shut_down(self) -> None:
-        """As Jupyter does it when a person closes the notebook."""
+        """As Jupyter does it when a user closes the notebook."""
         self._client.stop_channels()
         self._manager.shutdown_kernel()

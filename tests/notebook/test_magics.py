@@ -148,7 +148,7 @@ def test_ranks_that_do_not_exist_are_refused(notebook, ranks, message):
 
 
 def test_a_cell_that_fails_shows_the_engines_lines_and_fails(notebook):
-    """The traceback is the engine's, with the cell's number and the line as the person counts it; none of ours."""
+    """The traceback is the engine's, with the cell's number and the line as the user counts it; none of ours."""
     number = notebook.shell.execution_count
     error, shown = notebook.fails("%%dist\nprint('before')\nz = 1\nz / (rank - 1)")
     assert isinstance(error, EngineError)

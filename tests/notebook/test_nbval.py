@@ -1,4 +1,4 @@
-"""A notebook of a person's own, under strict nbval with the file that nbdist ships."""
+"""A notebook of a user's own, under strict nbval with the file that nbdist ships."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_one_line_trains_the_notebooks_own_model(notebook):
 
 
 def test_every_option_reaches_the_plan(notebook, tmp_path):
-    """As a person writes it, by its own name; a path takes names of the notebook in braces."""
+    """As a user writes it, by its own name; a path takes names of the notebook in braces."""
     notebook.names.update(folder=tmp_path, deep=nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)))
     run = notebook(
         "%dist_train deep train_set --loss cross_entropy --optimizer sgd --lr 0.1 --steps 3 --batch-size 16 "
@@ -186,7 +186,7 @@ def test_a_weight_says_what_the_mean_is_over(notebook):
 
 
 def test_an_error_in_the_step_is_shown_with_its_cell_and_line(notebook):
-    """The rank, the line of the cell as the person sees it, and its source; the model is as it was."""
+    """The rank, the line of the cell as the user sees it, and its source; the model is as it was."""
     before = weights(notebook)
     number = notebook.shell.execution_count
     error, shown = notebook.fails(

@@ -28,7 +28,7 @@ def test_defaults_depend_on_ranks_and_cores():
 
 
 def test_none_means_not_given():
-    """Options that a person left away keep their default."""
+    """Options that a user left away keep their default."""
     assert create() == create(**dict.fromkeys(OPTIONS))
 
 

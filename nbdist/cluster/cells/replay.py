@@ -28,7 +28,7 @@ class _Entry:
     """Something that ranks were told.
 
     Args:
-        name: What a person calls it.
+        name: What a user calls it.
         ranks: Which have done it.
         call: The function of an engine that does it, or comes before the cell, and its arguments.
         cell: The cell's source, if it is one.
@@ -56,7 +56,7 @@ class Replay:
     """Tells ranks what cells and pushes say, and keeps it for engines that take their places.
 
     Attributes:
-        cells: What a person calls each cell that ran on engines, and its source, by the name of its file there.
+        cells: What a user calls each cell that ran on engines, and its source, by the name of its file there.
     """
 
     def __init__(self) -> None:

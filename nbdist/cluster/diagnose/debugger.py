@@ -1,4 +1,4 @@
-"""A debugger on what failed on one rank: pdb runs on the engine, and reads what a person types in the notebook."""
+"""A debugger on what failed on one rank: pdb runs on the engine, and reads what a user types in the notebook."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _LOOK_S = 0.1
 
 
 def debug(engines: Engines, rank: int, ask: Callable[[str], str], tell: Callable[[str], None]) -> None:
-    """Let a person look at what failed last on a rank, until they leave it. The other ranks are free meanwhile.
+    """Let a user look at what failed last on a rank, until they leave it. The other ranks are free meanwhile.
 
     Args:
         engines: Which are idle.
         rank: Where it failed.
-        ask: Shows a prompt and returns what the person types.
+        ask: Shows a prompt and returns what the user types.
         tell: Shows what the debugger says.
 
     Raises:
         ClusterError: Nothing has failed there, or it is on another host.
-        KeyboardInterrupt: The person has interrupted it; the rank is free again.
+        KeyboardInterrupt: The user has interrupted it; the rank is free again.
     """
     where = engines.records()[rank]
     if where.host_id != engines.host_id:

@@ -91,7 +91,7 @@ class Where:
         Args:
             engines: Which.
             run: The run that they work on, if there is one.
-            cells: What a person calls each cell that ran on engines, and its source, by the name of its file there.
+            cells: What a user calls each cell that ran on engines, and its source, by the name of its file there.
         """
         here = host_id()
         found = []

@@ -204,7 +204,7 @@ class Anchor:
 
 
 def detached_clusters() -> list[Detached]:
-    """The clusters of this person on this host that were started to outlive their kernels, and live. Local."""
+    """The clusters of this user on this host that were started to outlive their kernels, and live. Local."""
     found = []
     for name, entry in _living()[0].items():
         with contextlib.suppress(ClusterError):

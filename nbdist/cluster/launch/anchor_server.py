@@ -1,6 +1,6 @@
 """What an anchor runs: it holds for a cluster what has to outlive a kernel, and ends with it.
 
-It holds the store in which ranks meet, the memory of snapshots, boards and parcels, and what another kernel has to
+It holds the store in which ranks meet, the memory of snapshots, boards and payloads, and what another kernel has to
 know. Controller and engines are tied to it, as they else are to a kernel; see `owner_guard`.
 """
 

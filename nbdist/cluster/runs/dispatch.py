@@ -39,7 +39,7 @@ class RunDispatch:
         engines: Idle engines with a world.
         task: What is trained; its model receives the weights in place, and the user's own optimizer its state.
         plan: How.
-        packed: The parcel of both, and its segment.
+        packed: The payload of both, and its segment.
         segment_cache: Where the segment goes back to.
         cells: The cells of the notebook that the engines know.
         handoff: What another kernel has to know of it.
@@ -75,11 +75,11 @@ class RunDispatch:
         self._printed: list[Callable[[str], dict[int, str]]] = []
         self.refusal = ""
 
-    def begin(self, *, go_on: bool, again: bool = False) -> list[Any]:
+    def begin(self, *, from_snapshot: bool, again: bool = False) -> list[Any]:
         """Let every rank begin; returns ipyparallel's result of each.
 
         Args:
-            go_on: Whether from the newest snapshot.
+            from_snapshot: Whether from the newest snapshot.
             again: Whether some engine may be a new one, that knows nothing of the notebook.
         """
         engines, run = self.engines, self.run
@@ -106,7 +106,7 @@ class RunDispatch:
             engines.remote,
             is_released(engines.home),
             snapshot_store,
-            go_on,
+            from_snapshot,
             paths,
             folder,
         )
@@ -140,7 +140,7 @@ class RunDispatch:
         self.run._printed = functools.partial(_all_printed, self._printed)
         return calls
 
-    def told(self, rank: int, call: Any) -> list[RankState]:
+    def poll_states(self, rank: int, call: Any) -> list[RankState]:
         """What a rank has said of itself since the last time, if anything; the newest last.
 
         Args:

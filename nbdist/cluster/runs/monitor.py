@@ -1,4 +1,4 @@
-"""The relay: follows a training to its end. It carries snapshots to a Run, and begins anew where a rank is lost."""
+"""The monitor: follows a training to its end. It carries snapshots to a Run, and begins anew where a rank is lost."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class RunMonitor:
         self._reached, self._tries = -1, 0
         self._then = then
         self._calls = calls
-        self._thread = threading.Thread(target=context.run, args=(self._follow,), daemon=True, name="nbdist-relay")
+        self._thread = threading.Thread(target=context.run, args=(self._follow,), daemon=True, name="nbdist-monitor")
 
     def start(self) -> None:
         """Start following."""
@@ -79,7 +79,7 @@ class RunMonitor:
             failed = self._end(outcomes)
         except NbdistError as error:
             run._end("failed", self._rescued(error))
-        except Exception as error:  # a defect of ours must not leave a person waiting for ever
+        except Exception as error:  # a defect of ours must not leave a user waiting for ever
             run._end("failed", ClusterError(f"the run could not be followed to its end: {error!r}"))
             raise
         finally:
@@ -97,7 +97,7 @@ class RunMonitor:
         run = self._run
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         if not failures:
-            self._training.load_result(outcomes[0].home)
+            self._training.load_result(outcomes[0].result)
             run.wanted = run.wanted or outcomes[0].ranks  # asked for in the last step, perhaps by another kernel
             run._end(outcomes[0].state)
         elif run.abandoned:
@@ -190,7 +190,7 @@ class RunMonitor:
                 settle(self._calls[rank])
         elif isinstance(error, ipyparallel.error.RemoteError):
             lost = error.ename == "EngineError"  # ipyparallel's word for an engine that died
-            failure = Failure.lost(rank) if lost else Failure.told(rank, error.ename, error.evalue)
+            failure = Failure.lost(rank) if lost else Failure.reported(rank, error.ename, error.evalue)
             snapshot = dataclasses.replace(self._run.progress.ranks[rank], state="lost" if lost else "failed")
             outcome = Outcome(rank=rank, state="failed", snapshot=snapshot, failure=failure)
         else:
@@ -239,7 +239,7 @@ class RunMonitor:
                 self._training.gather_ranks(wanted or self._size())
                 self._show(dict.fromkeys(replaced, "recovering"))
                 step = self._training.kept_step()
-                self._calls = self._training.begin(go_on=True, again=True)
+                self._calls = self._training.begin(from_snapshot=True, again=True)
                 break
             except ClusterError as error:
                 if self._engines.ended:
@@ -289,7 +289,7 @@ class RunMonitor:
         with self._run.changing:
             for rank, call in enumerate(self._calls):
                 if rank not in outcomes:
-                    for state in self._training.told(rank, call):
+                    for state in self._training.poll_states(rank, call):
                         self._run.progress.merge(state)
                 elif (last := outcomes[rank].snapshot) is not None:
                     self._run.progress.merge(last)

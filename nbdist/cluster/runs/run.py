@@ -1,4 +1,4 @@
-"""The Run: the handle that a person holds on one training."""
+"""The Run: the handle that a user holds on one training."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Run(Report):
     Args:
         run_id: Its name in the record.
         plan: What is run.
-        progress: What is known of it; kept up to date by the relay.
+        progress: What is known of it; kept up to date by the monitor.
         command: Gives the ranks a command: its name, and its value.
-        asked: What the person asked for, to ask for more of it.
+        asked: What the user asked for, to ask for more of it.
         replan: Makes its plan for another number of engines.
         on_failure: What is done when engines are lost: "replace" them, "shrink" to those that are left, or "stop".
 
@@ -76,7 +76,7 @@ class Run(Report):
 
     @property
     def progress(self) -> RunState:
-        """What is known of it; kept up to date by the relay."""
+        """What is known of it; kept up to date by the monitor."""
         return self._progress
 
     @property
@@ -215,7 +215,7 @@ class Run(Report):
         return self._ended.is_set()
 
     def stand_on(self, plan: Plan) -> None:
-        """It goes on on other ranks. Called by the relay."""
+        """It goes on on other ranks. Called by the monitor."""
         self._plan, self.progress.plan = plan, plan.to_dict()
         self.progress.have_ranks(plan.mesh.size)
 
@@ -226,13 +226,13 @@ class Run(Report):
         self.snapshot_store, self.asked = None, {}
 
     def _end(self, state: str, error: NbdistError | None = None) -> None:
-        """Called by the relay, once, after the weights are home."""
+        """Called by the monitor, once, after the weights are home."""
         with self.changing:
             self.error = error
             self.progress.end(state, "" if error is None else str(error).partition("\n")[0])
 
     def _release(self) -> None:
-        """Called by the relay when everything about the end is done and drawn."""
+        """Called by the monitor when everything about the end is done and drawn."""
         self._ended.set()
 
 
@@ -244,7 +244,7 @@ class RunHandoff:
         run_id: Its name in the record.
         title: What is trained, for people.
         payload: Task and plan.
-        names: What the person calls model and data.
+        names: What the user calls model and data.
         hangs: When it hangs, and what is done then.
         replan: See `Run`.
         on_failure: See `Run`.

@@ -181,8 +181,8 @@ class RunQueue:
         self._segment_cache = self._segment_cache or SegmentCache(engines.anchor)
         what = f"{turn.names[0]} or {turn.names[1]}"
         packed = pack((turn.task, plan), name=what, inline=engines.remote, segment_cache=self._segment_cache)
-        go_on = snapshot_store is not None
-        if go_on:
+        from_snapshot = snapshot_store is not None
+        if from_snapshot:
             snapshot_store.grow(engines.size)
         elif not engines.remote:
             snapshot_store = SnapshotStore(engines.size, engines.anchor)
@@ -194,7 +194,7 @@ class RunQueue:
             replan=run.replan, on_failure=run.on_failure,
         )  # fmt: skip
         dispatch = RunDispatch(run, engines, turn.task, plan, packed, self._segment_cache, self._sources, handoff)
-        calls = dispatch.begin(go_on=go_on)
+        calls = dispatch.begin(from_snapshot=from_snapshot)
         monitor = RunMonitor(dispatch, calls, hangs=turn.hangs, watch=turn.watch, then=self._next, context=turn.context)
         if replaced:
             run.progress.note(f"{ranks_text(replaced)} had been lost and was replaced", "lost")

@@ -1,4 +1,4 @@
-"""Orders: what a person asks of a training while it goes on."""
+"""Orders: what a user asks of a training while it goes on."""
 
 from __future__ import annotations
 

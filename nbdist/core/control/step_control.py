@@ -1,4 +1,4 @@
-"""Steering: all ranks carry out what a person asks for, after the same step."""
+"""Steering: all ranks carry out what a user asks for, after the same step."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ class StepControl:
             self._tell(
                 CommandApplied(rank=self._channel.rank, command="pause", value=None, step=at.step, number=number)
             )
-        self._hear(at, again=True)
+        self._receive(at, again=True)
 
-    def asked(self, at: TrainProgress) -> bool:
+    def pending(self, at: TrainProgress) -> bool:
         """Whether there is something to do at the end of the step that begins at `at`, or soon after. Local."""
         if self._commands is None or not self._first:
             return False
@@ -90,9 +90,9 @@ class StepControl:
     def apply_agreed(self, at: TrainProgress, agreed: ControlFlags | None) -> None:
         """A step is complete; do what changes its state. **Collective** where ranks have `agreed` of orders."""
         if agreed is not None and agreed.commands:
-            self._hear(at)
+            self._receive(at)
 
-    def rest(self, at: TrainProgress) -> float:
+    def pause_point(self, at: TrainProgress) -> float:
         """Write the checkpoints that were asked for, and wait while paused. **Collective** over the world.
 
         Returns:
@@ -109,7 +109,7 @@ class StepControl:
                 if self._due(at, at.step):
                     break
                 time.sleep(_NAP_S)
-            self._hear(at)  # nothing, mostly; who waits for it sees whether rank 0 lives, and rank 0 whether all do
+            self._receive(at)  # nothing, mostly; who waits for it sees whether rank 0 lives, and rank 0 whether all do
             self._write(at, True)
         return time.perf_counter() - began_s
 
@@ -121,7 +121,7 @@ class StepControl:
             due.append(command)
         return due
 
-    def _hear(self, at: TrainProgress, again: bool = False) -> None:
+    def _receive(self, at: TrainProgress, again: bool = False) -> None:
         commands: list[Any] = []
         if self._first and self._commands is not None:
             for number, command in enumerate(self._due(at, at.step), at.commands[1]):

@@ -1,4 +1,4 @@
-"""What can be read: the forms of DATA that a person may give, brought to one."""
+"""What can be read: the forms of DATA that a user may give, brought to one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Source:
 
     @classmethod
     def of(cls, data: Any, name: str = "data") -> Source:
-        """Read the form of `data`, which the person calls `name`.
+        """Read the form of `data`, which the user calls `name`.
 
         Raises:
             TaskError: It is none of the forms, is empty, or uses a sampler that cannot be dealt out.

@@ -33,21 +33,21 @@ class OwnAttributes:
         self._references = references
         self._at_first = {name: self._trace(value, {}) for name, value in _own(optimizer).items()}
 
-    def told(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts of them. Local.
 
         Raises:
             TaskError: Something else has changed since the beginning, so far as that can be seen.
         """
-        told = {}
+        state_dict = {}
         for name, value in _own(self._optimizer).items():
             what = f"the optimizer's {name}"
             try:
-                told[name] = self._references.told(value, what)
+                state_dict[name] = self._references.to_json(value, what)
             except TaskError:
                 if self._trace(value, {}) != self._at_first.get(name):
                     raise
-        return told
+        return state_dict
 
     def _trace(self, value: Any, seen: dict[int, Any]) -> Any:
         """Something that is another thing when the value has changed."""
@@ -71,16 +71,16 @@ class OwnAttributes:
             return id(value)
 
 
-def put_attributes(optimizer: torch.optim.Optimizer, told: dict[str, Any], references: TensorReferences) -> None:
+def put_attributes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], references: TensorReferences) -> None:
     """Let an optimizer keep what was told, but nothing that its class knows. Local."""
     mine = attributes(optimizer)
-    of_all = told.get("state")
+    of_all = state_dict.get("state")
     for key, value in of_all.items() if isinstance(of_all, dict) else ():
-        optimizer.state[key] = references.put(optimizer.state.get(key), value)
-    for name, value in told.items():
+        optimizer.state[key] = references.from_json(optimizer.state.get(key), value)
+    for name, value in state_dict.items():
         if name in _TORCHS or name.startswith("_optimizer_") or (name not in mine and hasattr(type(optimizer), name)):
             continue
-        setattr(optimizer, name, references.put(mine.get(name), value))
+        setattr(optimizer, name, references.from_json(mine.get(name), value))
 
 
 def _own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

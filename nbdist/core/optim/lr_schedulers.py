@@ -52,7 +52,7 @@ class Scheduler:
         if now:
             _put(groups[0], "lr", rate)  # exactly
 
-    def told(self) -> Any:
+    def state_dict(self) -> Any:
         """Where the scheduler stands, as JSON-able data; None without one. Local.
 
         Raises:
@@ -60,17 +60,17 @@ class Scheduler:
         """
         return None if self._scheduler is None else _told(self._scheduler.state_dict())
 
-    def go_on(self, told: Any) -> None:
-        """Go on from where `told` says; what it says of rates is the optimizer's to know. Local.
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Go on from where `state_dict` says; what it says of rates is the optimizer's to know. Local.
 
         Raises:
             TaskError: It was said of another scheduler.
         """
-        if self._scheduler is None or told is None:
+        if self._scheduler is None or state_dict is None:
             return
         own, state = self._scheduler.state_dict(), None
         with contextlib.suppress(TypeError, ValueError, KeyError):
-            state = _like(own, told)
+            state = _like(own, state_dict)
         if not (isinstance(state, dict) and own.keys() <= state.keys()):
             raise TaskError(
                 "what was kept is of another lr_scheduler: give the same one, or none to keep the rates as they are."
@@ -112,21 +112,21 @@ def _told(value: Any) -> Any:
     )
 
 
-def _like(fresh: Any, told: Any) -> Any:
+def _like(fresh: Any, state_dict: Any) -> Any:
     """What was told, in the types of a scheduler's own state."""
-    if isinstance(told, dict):
+    if isinstance(state_dict, dict):
         known = fresh if isinstance(fresh, dict) else {}
-        items = {key: _like(known.get(key), value) for key, value in told["pairs"]}
+        items = {key: _like(known.get(key), value) for key, value in state_dict["pairs"]}
         return type(known)(items)
-    if isinstance(told, list):
+    if isinstance(state_dict, list):
         own = fresh if isinstance(fresh, (list, tuple)) else []
-        values = [_like(a, b) for a, b in itertools.zip_longest(own, told)][: len(told)]
+        values = [_like(a, b) for a, b in itertools.zip_longest(own, state_dict)][: len(state_dict)]
         return tuple(values) if isinstance(fresh, tuple) else values
-    return torch.tensor(told).to(fresh) if isinstance(fresh, torch.Tensor) else told
+    return torch.tensor(state_dict).to(fresh) if isinstance(fresh, torch.Tensor) else state_dict
 
 
 def check_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Make a scheduler for a stand-in of `optimizer`, which is left as it is. Local.
+    """Make a scheduler for a dummy of `optimizer`, which is left as it is. Local.
 
     Raises:
         TaskError: It cannot be made.

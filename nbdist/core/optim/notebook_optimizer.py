@@ -1,4 +1,4 @@
-"""How an optimizer of the person's own comes home: what a run has made of it is put into the very same object."""
+"""How an optimizer of the user's own comes home: what a run has made of it is put into the very same object."""
 
 from __future__ import annotations
 

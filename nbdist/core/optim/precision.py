@@ -53,11 +53,11 @@ class Precision:
         elif self._steps % _GROWTH_STEPS == 0:
             self.scale *= 2
 
-    def told(self) -> list[float]:
+    def state_dict(self) -> list[float]:
         """Where the scale stands, as JSON-able data."""
         return [self.scale, self._steps]
 
-    def go_on(self, told: list[float]) -> None:
-        """Go on from where `told` says, where losses are scaled."""
+    def load_state_dict(self, state_dict: list[float]) -> None:
+        """Go on from where `state_dict` says, where losses are scaled."""
         if self.scales:
-            self.scale, self._steps = told[0], int(told[1])
+            self.scale, self._steps = state_dict[0], int(state_dict[1])

@@ -39,7 +39,7 @@ class TensorReferences:
     def _memories(self) -> set[int]:
         return {_memory(tensor) for tensor in self._tensors.values() if tensor.layout is torch.strided} - {0}
 
-    def told(self, value: Any, what: str) -> Any:
+    def to_json(self, value: Any, what: str) -> Any:
         """A value as `plain` has it, but with the names of the model's tensors.
 
         Raises:
@@ -48,14 +48,14 @@ class TensorReferences:
         if id(value) in self._names:
             return {_NAME: self._names[id(value)]}
         if isinstance(value, (list, tuple)):
-            return [self.told(item, what) for item in value]
+            return [self.to_json(item, what) for item in value]
         if isinstance(value, dict) and all(isinstance(key, str) and key != _NAME for key in value):
-            return {key: self.told(item, what) for key, item in value.items()}
+            return {key: self.to_json(item, what) for key, item in value.items()}
         if isinstance(value, torch.Tensor) and value.numel() == 1 and self.refers(value):
             raise TaskError(f"{what} lies in the memory of a tensor of the model, which a checkpoint cannot hold.")
         return plain(value, what)
 
-    def put(self, here: Any, told: Any) -> Any:
+    def from_json(self, here: Any, told: Any) -> Any:
         """What stands for `told` where `here` has been: a tensor of the model stays one."""
         if is_name(told):
             return self._tensors.get(told[_NAME], here)
@@ -63,11 +63,11 @@ class TensorReferences:
             return here if self.refers(here) else torch.full_like(here, told)
         if isinstance(told, list):
             alike = isinstance(here, (list, tuple)) and len(here) == len(told)
-            items = [self.put(old, item) for old, item in zip(here if alike else told, told, strict=True)]
+            items = [self.from_json(old, item) for old, item in zip(here if alike else told, told, strict=True)]
             return tuple(items) if isinstance(here, tuple) else items
         if isinstance(told, dict):
             before = here if isinstance(here, dict) else {}
-            return {key: self.put(before.get(key), item) for key, item in told.items()}
+            return {key: self.from_json(before.get(key), item) for key, item in told.items()}
         return told
 
 

@@ -23,7 +23,7 @@ class ParamTable:
 
     Args:
         parameters: Every parameter, frozen ones included. They are the model's own objects all the time; what changes
-            is their data: this rank's part, or a stand-in where it holds none.
+            is their data: this rank's part, or a dummy where it holds none.
         buffers: Every buffer, those left out of ``state_dict`` included.
         placements: Which part of each tensor lies where; those that are not named lie whole on every rank.
         owners: The rank on ``dp`` that alone updates a parameter, where ranks share the weights.

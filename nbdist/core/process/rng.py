@@ -13,7 +13,7 @@ import torch
 
 from nbdist.errors import PlanError
 
-__all__ = ["derive", "go_on", "kept", "seed_all", "seed_torch", "set_state", "state", "told"]
+__all__ = ["derive", "kept", "load_state_dict", "seed_all", "seed_torch", "set_state", "state", "state_dict"]
 
 
 def derive(*path: int | str) -> int:
@@ -52,10 +52,10 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
 
 
-def told() -> list[Any]:
+def state_dict() -> list[Any]:
     """Where NumPy's legacy generator and `random` stand, as JSON-able data. Local.
 
-    A step of the person's may draw from them. To seed them in every step, as torch's generators are, would cost 20 us.
+    A step of the user's may draw from them. To seed them in every step, as torch's generators are, would cost 20 us.
     """
     name, keys, *rest = np.random.get_state()
     version, words, gauss = random.getstate()
@@ -65,14 +65,14 @@ def told() -> list[Any]:
     ]
 
 
-def go_on(told: list[Any]) -> None:
-    """Let them stand where `told` says. Local.
+def load_state_dict(state_dict: list[Any]) -> None:
+    """Let them stand where `state_dict` says. Local.
 
     Raises:
         PlanError: They cannot stand there.
     """
     try:
-        (name, keys, *rest), (version, words, gauss) = told
+        (name, keys, *rest), (version, words, gauss) = state_dict
         np.random.set_state((name, np.frombuffer(bytes.fromhex(keys), np.uint32), *rest))
         random.setstate((version, tuple(np.frombuffer(bytes.fromhex(words), np.uint32).tolist()), gauss))
     except (TypeError, ValueError, LookupError, OverflowError) as error:

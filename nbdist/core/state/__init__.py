@@ -19,25 +19,25 @@ answer, to go back to a state that all ranks have, and go on.
   syncs too. After an exception a rank keeps the *boundary*, the state after the last complete step, if nothing has
   touched it since; where a model is in parts, its part.
 - **Going on.** A rank that is killed closes its sockets: the others leave their collective with `PeerLostError`, an
-  echo, and come home from `entry.train`. The relay (`cluster/runs/monitor.py`) sees that nothing but processes was
+  echo, and come home from `entry.train`. The monitor (`cluster/runs/monitor.py`) sees that nothing but processes was
   lost, lets spares take the ranks, lets all form a world of the next *generation*, and calls `entry.train` again.
-  There the ranks unpack the same parcel, read the newest snapshot (`core/state/restore.py`) and run the same loop.
+  There the ranks unpack the same payload, read the newest snapshot (`core/state/restore.py`) and run the same loop.
   Nothing of the old world is touched.
 - **Definitions.** What `%%dist` cells and pushes put on a rank is told again to the engine that takes its place
   (`cluster/cells/replay.py`), before the next cell: no training waits for it, for a training brings all it needs.
-- **Hangs.** Without a step for `--hang-timeout`, the relay asks all ranks where they stand
+- **Hangs.** Without a step for `--hang-timeout`, the monitor asks all ranks where they stand
   (`cluster/diagnose/hangs.py`, `cluster/diagnose/where.py`) and kills those that the others wait for; they are lost
   then, like any.
-- **Scaled.** `%dist_scale N` is an order like *stop*, after which the relay has other ranks take the snapshot: the
+- **Scaled.** `%dist_scale N` is an order like *stop*, after which the monitor has other ranks take the snapshot: the
   engines are reseated (`Engines.resize`), the plan is made again for so many (`cluster/runs/replan.py`), and the run
   begins anew from its newest snapshot, as after a loss. Ranks on another mesh read what the others kept, as from a
   checkpoint. `--on-failure shrink` is the same without the order.
 - **Detached.** With `--detach` controller and engines are tied to an **anchor** (`cluster/launch/anchor_client.py`,
   `anchor_server.py`) in place of the kernel. It holds the store, all shared memory, and notes: processes, ranks, what
-  cells and pushes told, the run's parcel. Training needs nobody else. A kernel that attaches reads the notes, asks
-  each engine for the outcome of the run, an answer that comes when the run has ended, and its relay goes on as if it
+  cells and pushes told, the run's payload. Training needs nobody else. A kernel that attaches reads the notes, asks
+  each engine for the outcome of the run, an answer that comes when the run has ended, and its monitor goes on as if it
   had begun it (`cluster/runs/reattach.py`).
-- **Giving up.** An exception of the person's ends the run: the notebook itself reads the newest snapshot into its
+- **Giving up.** An exception of the user's ends the run: the notebook itself reads the newest snapshot into its
   model. A process that dies five times before the run has got any further ends it too.
 - **Forming.** Ranks that meet do nothing that waits without looking at the store (`core/comm/rendezvous.py`); torch's
   own waiting is done by a thread that can be left behind. If a rank dies meanwhile, the notebook writes a word into

@@ -19,15 +19,15 @@ class Row:
 
     Args:
         device: Where the losses are.
-        told: What `told` gave, to go on from there.
+        told: What `state_dict` gave, to go on from there.
     """
 
-    def __init__(self, device: torch.device, told: dict[str, Any] | None = None) -> None:
-        told = told or {"steps": 0, "samples": 0, "loss": (0.0, 0.0), "seconds": 0.0}
-        self.steps: int = told["steps"]
-        self.samples: int = told["samples"]
-        self.loss = RunningMean(device, tuple(told["loss"]))
-        self._started_s: float = time.perf_counter() - told["seconds"]
+    def __init__(self, device: torch.device, state_dict: dict[str, Any] | None = None) -> None:
+        state_dict = state_dict or {"steps": 0, "samples": 0, "loss": (0.0, 0.0), "seconds": 0.0}
+        self.steps: int = state_dict["steps"]
+        self.samples: int = state_dict["samples"]
+        self.loss = RunningMean(device, tuple(state_dict["loss"]))
+        self._started_s: float = time.perf_counter() - state_dict["seconds"]
 
     @property
     def seconds(self) -> float:
@@ -38,7 +38,7 @@ class Row:
         """The training has rested for so long."""
         self._started_s += seconds
 
-    def told(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The counts as JSON-able data. Waits for the device."""
         return {
             "steps": self.steps, "samples": self.samples, "loss": self.loss.sums.tolist(), "seconds": self.seconds,
@@ -94,21 +94,21 @@ class TrainProgress:
         """Steps that are done, and what has ended, epochs or rows: greater after each change, the same on all ranks."""
         return self.step, self.epoch + len(self.history)
 
-    def told(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The position as JSON-able data. Local; waits for the device."""
         return {
             "epoch": self.epoch, "batch": self.batch, "step": self.step, "samples": self.samples,
-            "history": self.history, "row": self.row.told(), "commands": self.commands,
+            "history": self.history, "row": self.row.state_dict(), "commands": self.commands,
         }  # fmt: skip
 
     @classmethod
-    def of(cls, told: dict[str, Any], device: torch.device) -> TrainProgress:
-        """The position that `told` describes."""
+    def of(cls, state_dict: dict[str, Any], device: torch.device) -> TrainProgress:
+        """The position that `state_dict` describes."""
         position = cls(device)
-        position.epoch, position.batch, position.step = told["epoch"], told["batch"], told["step"]
-        position.samples, position.history = told["samples"], list(told["history"])
-        position.row = Row(device, told["row"])
-        position.commands = tuple(told.get("commands", position.commands))  # not in checkpoints of 0.1
+        position.epoch, position.batch, position.step = state_dict["epoch"], state_dict["batch"], state_dict["step"]
+        position.samples, position.history = state_dict["samples"], list(state_dict["history"])
+        position.row = Row(device, state_dict["row"])
+        position.commands = tuple(state_dict.get("commands", position.commands))  # not in checkpoints of 0.1
         return position
 
     def advance(self, samples: int, losses: list[tuple[torch.Tensor, Any]]) -> None:

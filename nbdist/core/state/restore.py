@@ -208,7 +208,7 @@ def _load_settings(saved: CheckpointReader, optimizer: torch.optim.Optimizer, re
             if isinstance(group[key], torch.Tensor) and not is_name(value):
                 group[key].fill_(value)
             else:
-                group[key] = references.put(group[key], value)
+                group[key] = references.from_json(group[key], value)
 
 
 def _load_state(

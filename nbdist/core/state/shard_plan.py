@@ -147,7 +147,7 @@ class ShardPlan:
         Raises:
             TaskError: It keeps something else.
         """
-        return {**_values(self._table, self._optimizer, self._references), "attributes": self._attributes.told()}
+        return {**_values(self._table, self._optimizer, self._references), "attributes": self._attributes.state_dict()}
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The buffers to keep on this rank: of ranks that read the same data, one does."""
@@ -227,7 +227,9 @@ def _values(table: ParamTable, optimizer: torch.optim.Optimizer, references: Ten
     names = {id(parameter): name for name, parameter in table.parameters.items()}
     groups = [
         {
-            key: [names[id(p)] for p in value] if key == "params" else references.told(value, f"the optimizer's {key}")
+            key: [names[id(p)] for p in value]
+            if key == "params"
+            else references.to_json(value, f"the optimizer's {key}")
             for key, value in group.items()
         }
         for group in optimizer.param_groups

@@ -49,7 +49,7 @@ class Snapshotter:
         plan: How; its `checkpoint` options.
         scheduler: Kept too.
         rank_snapshots: Where snapshots go; None where none are taken. A checkpoint is written from one.
-        tell: Called with what a person should know.
+        tell: Called with what a user should know.
         run_id: Of which run.
         lease: Of the planned folder, on rank 0.
         changed: See `ShardPlan`.
@@ -68,7 +68,7 @@ class Snapshotter:
         self._tell = tell
         self._changed = changed
         self._run_id = run_id
-        self._leases: dict[str, Lease | None] = {}  # of the folders that a person has named, until the end of the run
+        self._leases: dict[str, Lease | None] = {}  # of the folders that a user has named, until the end of the run
         self._axes: MeshChannels = strategy.axes
         self._rank, self._ranks = strategy.axes.world.rank, strategy.axes.world.size
         self._shard_plan: ShardPlan | None = None
@@ -152,7 +152,7 @@ class Snapshotter:
             self._keep(position)
 
     def write_checkpoint(self, position: TrainProgress, folder: str) -> None:
-        """Begin to write the state to a folder, because a person asks for it; who cannot says why. **Collective**."""
+        """Begin to write the state to a folder, because a user asks for it; who cannot says why. **Collective**."""
         world = self._axes.world
         self.settle()
         problem, slot = "", None
@@ -207,7 +207,7 @@ class Snapshotter:
         """After an error: keep the state of the last complete step, if this rank still has it. Local."""
         moved = self._shard_plan is not None and self._shard_plan.moved()  # maybe in the step that has failed, too
         if self._step_guard is not None and position.step and self._step_guard.intact and not moved:
-            self._strategy.come_back()
+            self._strategy.restore_shards()
             self._keep(position, self._step_guard.buffers)
 
     def close(self) -> None:
@@ -311,7 +311,7 @@ class Snapshotter:
             self._check()
         tensors = self._shard_plan.changing(buffers=everything)
         layout = self._layout_of(tensors)
-        generators = rng.told() if buffers is None else None  # after an error nobody knows
+        generators = rng.state_dict() if buffers is None else None  # after an error nobody knows
         text = self._text(position, generators, self._shard_plan)
         if buffers is not None:
             tensors = {key: buffers.get(key.rsplit("|", 4)[0], tensor) for key, tensor in tensors.items()}
@@ -336,9 +336,9 @@ class Snapshotter:
             "mesh": str(plan.mesh),
             "reports_loss": self._axes.reports_loss,
             "plan": {name: getattr(plan, name) for name in ORDER},
-            "position": position.told(),
-            "scheduler": self._scheduler.told(),
-            "precision": strategy.precision.told(),
+            "position": position.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "precision": strategy.precision.state_dict(),
             "generators": generators,
             **pieces.values(),
         }

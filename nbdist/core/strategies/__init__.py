@@ -5,8 +5,8 @@
 clipping, update, home-coming (`table.gather_`) and checkpoints (`core/state/checkpoint_writer.py`) read that table,
 and nothing else knows of the mesh.
 
-- The model's own `nn.Parameter` objects stay: only their data change, to this rank's part, or to a **stand-in** (NaN
-  without memory) where it has none. So the person's optimizer, built over whole parameters, goes on working with its
+- The model's own `nn.Parameter` objects stay: only their data change, to this rank's part, or to a **dummy** (NaN
+  without memory) where it has none. So the user's optimizer, built over whole parameters, goes on working with its
   groups. One whose values are not here is a **placeholder** (`core/params/placeholder.py`): it lends itself a class
   whose every operation asks the strategy first, which gathers it (shard) or refuses
   (`core/strategies/readable_params.py`).
@@ -15,7 +15,7 @@ and nothing else knows of the mesh.
 - **tp** (`core/tensor_parallel/`): single layers get another `forward`, as an attribute of the instance.
 - **pp** (`core/splitting/`): the forward is recorded, measured and cut into **stages**;
   `core/strategies/pipeline/executor.py` works through a **schedule** (`core/strategies/pipeline/schedules.py`) over
-  **links** (`core/comm/p2p.py`). The step of the person runs on the first stage up to its call of the model, and on
+  **links** (`core/comm/p2p.py`). The step of the user runs on the first stage up to its call of the model, and on
   the last one from there on.
 - **shard** (`core/strategies/shard/fully_sharded.py`): **blocks** are gathered while they compute, each time into new
   memory; of that autograd keeps only where to find it again, so a view that somebody keeps stays what it is.

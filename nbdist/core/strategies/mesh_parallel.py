@@ -156,7 +156,7 @@ class MeshParallel(Strategy):
             if name in self.table.parameters:
                 parameter = self.table.parameters[name]
                 parameter.grad = None
-                # In memory of its own: the parcel that brought the whole model is let go of.
+                # In memory of its own: the payload that brought the whole model is let go of.
                 if placement.held(self.axes):
                     parameter.data = parameter.data.clone()
                 else:
@@ -326,7 +326,7 @@ class MeshParallel(Strategy):
 
     # What is done at the end.
 
-    def come_back(self) -> None:
+    def restore_shards(self) -> None:
         """See `Strategy`."""
         if self._shards is not None:
             self._shards.show()

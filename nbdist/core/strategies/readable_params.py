@@ -44,7 +44,7 @@ class ReadableParams:
         self._guard = Guard(parallelized, self._refuse_split)
 
     def guarded(self) -> contextlib.AbstractContextManager[None]:
-        """Around what the person's step computes beside the model's forward."""
+        """Around what the user's step computes beside the model's forward."""
         return contextlib.nullcontext() if self._guard is None else self._guard.up()
 
     def check(self, parameters: list[nn.Parameter]) -> None:

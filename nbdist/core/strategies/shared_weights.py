@@ -78,7 +78,7 @@ class SharedWeights(Strategy):
             dtypes = list(dict.fromkeys(parameter.dtype for parameter in self._parameters))
             for dtype in dtypes:
                 self._lay_out(dtype)
-        length = COUNTS + len(self._parameters) if self.sums is None else self.sums.told
+        length = COUNTS + len(self._parameters) if self.sums is None else self.sums.numel
         self._tail = channel.zeros(length, tail_dtype(dtypes))
         self._arenas.append(self._tail)
         channel.barrier()  # rank 0's weights are in place
@@ -124,7 +124,7 @@ class SharedWeights(Strategy):
             self._tail.copy_(torch.tensor([float(weight), *loss, *flags, *used], dtype=self._tail.dtype))
         else:
             nodes = self.sums.sums()
-            self.sums.tell(flags, self._tail)
+            self.sums.pack(flags, self._tail)
         for mine, gradients in zip(self._slabs[channel.rank], nodes, strict=False):
             copy_or_zero_([mine[i] for i in self._foreign], [gradients[i] for i in self._foreign])
         for i in self._foreign:
@@ -136,7 +136,7 @@ class SharedWeights(Strategy):
         if self.sums is None:
             totals, counts = Totals(tail[:COUNTS]), tail[COUNTS:].tolist() if not all(used) else [1.0] * len(used)
         else:
-            totals, counts = self.sums.hear(tail)
+            totals, counts = self.sums.unpack(tail)
         owned = [i for i in self._owned if counts[i]]
         if owned:
             sums = self._sums(owned, nodes)

@@ -127,7 +127,7 @@ class Strategy(ABC):
         """Call ``function(batch, part)`` on a slice, under its own random numbers and the plan's precision."""
         seed = rng.derive(self.plan.seed, *path, part.index)
         if self.sums is not None:
-            rng.seed_all(seed)  # a step of the person's may draw from other generators too
+            rng.seed_all(seed)  # a step of the user's may draw from other generators too
         rng.seed_torch(seed, self.device)
         batch = to_device(part.batch, self.device)
         if part.samples and self.batch_norms is None and self.precision.full:  # spares a small step the contexts
@@ -174,7 +174,7 @@ class Strategy(ABC):
 
         Args:
             optimizer: Whose step it is.
-            hooks: The person's; in fp16 they see what is unscaled, and nothing of an overflow.
+            hooks: The user's; in fp16 they see what is unscaled, and nothing of an overflow.
 
         Returns:
             Whether it did: not after an overflow in fp16.
@@ -215,7 +215,7 @@ class Strategy(ABC):
         """Make buffers such as running statistics the same on every replica: their mean. **Collective**."""
         self.table.average_buffers_(self.axes.data, self.axes)
 
-    def come_back(self) -> None:  # noqa: B027 - most hold them all the time
+    def restore_shards(self) -> None:  # noqa: B027 - most hold them all the time
         """After an error, wherever it was: let every parameter be the part that this rank holds. Local."""
 
     def gather(self, *, keep: bool = True) -> None:

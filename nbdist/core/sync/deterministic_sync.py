@@ -37,7 +37,7 @@ class DeterministicSync:
         dtypes = list(dict.fromkeys(parameter.dtype for parameter in parameters))
         for dtype in dtypes:
             self._lay_out([i for i, parameter in enumerate(parameters) if parameter.dtype is dtype], dtype)
-        self._tail = channel.zeros(sums.told, tail_dtype(dtypes))
+        self._tail = channel.zeros(sums.numel, tail_dtype(dtypes))
 
     def _lay_out(self, members: list[int], dtype: torch.dtype) -> None:
         rows, length = self._sums.order.rows, sum(self._parameters[i].numel() for i in members)
@@ -60,9 +60,9 @@ class DeterministicSync:
         """See `GradientSync.finish`; what it is told of weight and loss, the sums know. **Collective**."""
         del weight, loss
         nodes = self._sums.sums()
-        self._sums.tell(flags, self._tail)
+        self._sums.pack(flags, self._tail)
         self._channel.all_reduce_(self._tail)
-        totals, counts = self._sums.hear(self._tail)
+        totals, counts = self._sums.unpack(self._tail)
         used = [i for i, count in enumerate(counts) if count]
         for row, gradients in enumerate(nodes):
             copy_or_zero_([self._views[i][row] for i in used], [gradients[i] for i in used])

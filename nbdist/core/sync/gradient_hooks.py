@@ -1,4 +1,4 @@
-"""Hooks of the person's on parameters: run once a step, on the gradient of the whole batch, as in one process.
+"""Hooks of the user's on parameters: run once a step, on the gradient of the whole batch, as in one process.
 
 In backward they would see a slice's share of it, or a part of it: a clamp of shares is no share of a clamp.
 """

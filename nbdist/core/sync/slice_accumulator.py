@@ -53,7 +53,7 @@ class SliceAccumulator:
         self.units = 1.0
 
     @property
-    def told(self) -> int:
+    def numel(self) -> int:
         """Length of what `tell` gives."""
         return 2 * self.order.terms + len(ControlFlags._fields) + len(self._parameters) + len(self._buffers)
 
@@ -106,7 +106,7 @@ class SliceAccumulator:
         self._pass_to(self._share.stop)
         return [found[: len(self._parameters)] for _, found in self._held]
 
-    def tell(self, flags: ControlFlags, out: torch.Tensor) -> None:
+    def pack(self, flags: ControlFlags, out: torch.Tensor) -> None:
         """Write what is to be summed over the ranks, in any order: all but one have zeros, or it is a count. Local.
 
         Args:
@@ -119,7 +119,7 @@ class SliceAccumulator:
         used = [any(found[i] is not None for _, found in self._held) for i in range(len(self._parameters))]
         out.copy_(torch.tensor([*rows, *flags, *used, *self._moved], dtype=out.dtype))
 
-    def hear(self, sums: torch.Tensor) -> tuple[Totals, list[float]]:
+    def unpack(self, sums: torch.Tensor) -> tuple[Totals, list[float]]:
         """The step's totals, and by how many ranks each parameter was used. **Collective** where buffers have moved.
 
         Args:

@@ -80,7 +80,7 @@ class Task:
         batch_size: int | None = None,
         shuffle: bool | None = None, names: tuple[str, str] = ("model", "data"),
     ) -> Task:  # fmt: skip
-        """Check what a person supplied and bring it to one form. Local; nothing is changed.
+        """Check what a user supplied and bring it to one form. Local; nothing is changed.
 
         Args:
             model: An ``nn.Module`` with something to train.
@@ -92,9 +92,9 @@ class Task:
             lr_scheduler: A callable that makes a torch scheduler from an optimizer.
             val: Validation data, in the same forms as `data`.
             metric: A name, or a callable ``metric(output, target)``.
-            batch_size: Global batch size, if the person gave one.
-            shuffle: Whether to shuffle, if the person said so.
-            names: What the person calls `model` and `data`.
+            batch_size: Global batch size, if the user gave one.
+            shuffle: Whether to shuffle, if the user said so.
+            names: What the user calls `model` and `data`.
 
         Raises:
             TaskError: Something cannot be used.

@@ -1,6 +1,6 @@
 """Handing objects over to other processes, their tensors through one shared-memory copy.
 
-A *parcel* is a pickled object whose tensors and arrays lie beside the pickle in one *segment*. On one host the segment
+A *payload* is a pickled object whose tensors and arrays lie beside the pickle in one *segment*. On one host the segment
 is anonymous shared memory that every process maps privately: nobody copies, a write stays with the writer, and the
 memory is free when the last one lets go, however it died. To another host the segment travels as bytes.
 """
@@ -222,11 +222,11 @@ def pack(
     Args:
         value: Anything that can be pickled.
         name: What the user calls it, for errors.
-        inline: Whether the parcel holds the bytes too, for receivers on other hosts.
+        inline: Whether the payload holds the bytes too, for receivers on other hosts.
         segment_cache: Where the segment comes from; by default it is new.
 
     Returns:
-        The parcel, and the segment to keep until every receiver has unpacked.
+        The payload, and the segment to keep until every receiver has unpacked.
 
     Raises:
         TaskError: Something in `value` cannot be pickled.
@@ -254,7 +254,7 @@ def pack(
 
 
 def unpack(payload: Payload) -> Any:
-    """Unpack a parcel. Tensors and arrays lie in a private mapping of the segment: writing is safe, and not seen."""
+    """Unpack a payload. Tensors and arrays lie in a private mapping of the segment: writing is safe, and not seen."""
     map_ = _in_memory(payload.inline) if payload.inline is not None else _in_segment(payload)
     table: Any = map_(payload.table_start, payload.nbytes - payload.table_start)
     regions, places = pickle.loads(table)

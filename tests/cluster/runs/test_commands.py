@@ -61,7 +61,7 @@ def test_every_control_works_and_is_in_the_record(cluster, records, tmp_path):
 
 @pytest.mark.parametrize(("asked", "place"), [(None, "checkpoints/{}"), ("~/asked", "asked")])
 def test_a_checkpoint_has_a_place_of_its_own(cluster, tmp_path, monkeypatch, asked, place):
-    """Without a folder it lies below where the notebook is, under the run's name; ~ is the person's home."""
+    """Without a folder it lies below where the notebook is, under the run's name; ~ is the user's home."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     run = begin(cluster, net())

@@ -98,7 +98,7 @@ def test_a_stop_that_comes_with_the_end_comes_before_it_or_after(cluster, monkey
 
 def follower_waits():
     """Whether the thread that follows the run waits for whoever asks something of it."""
-    threads = [thread for thread in threading.enumerate() if thread.name == "nbdist-relay"]
+    threads = [thread for thread in threading.enumerate() if thread.name == "nbdist-monitor"]
     frames = [sys._current_frames().get(thread.ident) for thread in threads]
     return any(frame is not None and frame.f_code.co_name in ("_merge", "_end") for frame in frames)
 

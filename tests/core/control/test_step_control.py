@@ -184,7 +184,7 @@ def test_a_checkpoint_that_was_asked_for_is_enough_to_go_on_from(run_ranks, tmp_
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_nothing(run_ranks, tmp_path):
-    """The person is told why."""
+    """The user is told why."""
     (tmp_path / "file").write_text("")
     folder = str(tmp_path / "file" / "below")
     for result, _, events, _ in on(run_ranks, 2, steered, {2: [("checkpoint", folder)]}, steps=4):
@@ -205,11 +205,11 @@ class Log(Given):
         return commands
 
 
-def again(world, paths, commands, go_on, **options):
+def again(world, paths, commands, from_snapshot, **options):
     sink = ListSink()
     result, trained = train(
-        world, mlp(), DATA, optimizer=ADAMW, commands=Log(commands), run_id="r", snapshot_paths=paths, go_on=go_on,
-        sinks=[sink], **OPTIONS, **options,
+        world, mlp(), DATA, optimizer=ADAMW, commands=Log(commands), run_id="r", snapshot_paths=paths,
+        from_snapshot=from_snapshot, sinks=[sink], **OPTIONS, **options,
     )  # fmt: skip
     return result, trained, sink.events
 

@@ -64,7 +64,7 @@ def test_one_that_follows_a_value_steps_after_an_epoch():
     ],
 )
 def test_the_check_leaves_the_optimizer_alone(make):
-    """It is tried on a stand-in with as many groups."""
+    """It is tried on a dummy with as many groups."""
     sgd = optimizer()
     before = sgd.state_dict()
     step, groups = sgd.step, [dict(group) for group in sgd.param_groups]

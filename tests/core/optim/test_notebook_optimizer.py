@@ -1,4 +1,4 @@
-"""An optimizer comes home into the person's own object, as one process would have left it."""
+"""An optimizer comes home into the user's own object, as one process would have left it."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def over(model):
 def test_what_is_the_models_is_the_models_again(of):
     """Another model's tensors of the same names, however deep they lie."""
     left, right = module(), module()
-    put = over(right).put(of(right), json.loads(json.dumps(over(left).told(of(left), "it"))))
+    put = over(right).from_json(of(right), json.loads(json.dumps(over(left).to_json(of(left), "it"))))
     expected = of(right)
     assert type(expected) is type(put)
     assert flat(expected) == flat(put)
@@ -58,15 +58,15 @@ def test_what_lies_in_the_memory_of_a_parameter_has_no_value_of_its_own():
     model = module()
     view = model.bias.detach()
     with pytest.raises(TaskError, match="it lies in the memory of a tensor of the model"):
-        over(model).told([view], "it")
-    assert view is over(model).put(view, 7.0)
-    assert model.bias is over(model).put(model.bias, 7.0)
+        over(model).to_json([view], "it")
+    assert view is over(model).from_json(view, 7.0)
+    assert model.bias is over(model).from_json(model.bias, 7.0)
 
 
 def test_a_tensor_of_the_optimizers_own_is_a_tensor_again():
     """With the value that was told, in a list as well."""
     own = torch.tensor(2.0)
-    put = over(module()).put([torch.tensor(0.0)], over(module()).told([own], "it"))
+    put = over(module()).from_json([torch.tensor(0.0)], over(module()).to_json([own], "it"))
     torch.testing.assert_close([own], put)
 
 

@@ -144,7 +144,7 @@ def train_in_parts(world, mesh):
 def test_a_model_is_left_in_parts_and_gathered(run_ranks, mesh, channel):
     """A rank holds its parts only; gathered on rank 0 the model is what it would have been."""
     fractions = run_ranks(mesh.size, train_in_parts, mesh, channel=channel)
-    # Both stages hold the tied matrix, ranks of tp each the small layers that are not split; stand-ins weigh nothing.
+    # Both stages hold the tied matrix, ranks of tp each the small layers that are not split; dummies weigh nothing.
     # Of a model as small as this one the 16 numbers before each block are a fifth.
     assert 0.98 < sum(fractions) < 1.25 if mesh == Mesh(shard=2) else 0.98 < sum(fractions) < 1.5
     assert max(fractions) < 0.9

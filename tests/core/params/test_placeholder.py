@@ -78,7 +78,7 @@ def test_what_it_is_shaped_like_is_no_secret():
 
 
 def test_revealed_it_is_what_it_was():
-    """The class is its own again, a subclass of the person's too; what a reader is given it computes with."""
+    """The class is its own again, a subclass of the user's too; what a reader is given it computes with."""
 
     class Special(nn.Parameter):
         pass

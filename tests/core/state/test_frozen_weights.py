@@ -136,7 +136,9 @@ def stopped_and_gone_on(world, paths):
     options = {"optimizer": SGD, "batch_size": 16, "epochs": 2}
     expected = train(world, seeded(Followed), classes(80, torch.float32), **options)
     train(world, seeded(Followed), classes(80, torch.float32), snapshot_paths=paths, commands=stop_after(3), **options)
-    actual = train(world, seeded(Followed), classes(80, torch.float32), snapshot_paths=paths, go_on=True, **options)
+    actual = train(
+        world, seeded(Followed), classes(80, torch.float32), snapshot_paths=paths, from_snapshot=True, **options
+    )
     return expected[1], actual[1]
 
 

@@ -26,32 +26,32 @@ def somewhere():
     return at
 
 
-def without_seconds(told):
-    return {**told, "row": {key: value for key, value in told["row"].items() if key != "seconds"}}
+def without_seconds(state_dict):
+    return {**state_dict, "row": {key: value for key, value in state_dict["row"].items() if key != "seconds"}}
 
 
 def test_it_goes_through_json():
     """To the last bit of the sums."""
     at = somewhere()
-    again = TrainProgress.of(json.loads(json.dumps(at.told())), CPU)
-    assert without_seconds(at.told()) == without_seconds(again.told())
+    again = TrainProgress.of(json.loads(json.dumps(at.state_dict())), CPU)
+    assert without_seconds(at.state_dict()) == without_seconds(again.state_dict())
     assert at.moment == again.moment
     assert at.row.loss.sums.tolist() == again.row.loss.sums.tolist()
 
 
 def test_what_was_told_is_not_what_goes_on():
     """A position made of a telling leaves it as it is."""
-    told = json.loads(json.dumps(somewhere().told()))
-    before = json.dumps(told)
-    again = TrainProgress.of(told, CPU)
+    state_dict = json.loads(json.dumps(somewhere().state_dict()))
+    before = json.dumps(state_dict)
+    again = TrainProgress.of(state_dict, CPU)
     again.advance(8, [(torch.tensor(1.0), 1.0)])
     again.next_epoch({"epoch": 2})
-    assert before == json.dumps(told)
+    assert before == json.dumps(state_dict)
 
 
 def test_counts_go_on():
     """Steps, batches, samples, and the sums of the row."""
-    at = TrainProgress.of(somewhere().told(), CPU)
+    at = TrainProgress.of(somewhere().state_dict(), CPU)
     at.advance(4, [(torch.tensor(2.0), 4.0)])
     assert (2, 4, 7, 52) == (at.epoch, at.batch, at.step, at.samples)
     assert (4, 28) == (at.row.steps, at.row.samples)

@@ -80,7 +80,7 @@ def whole_and_halves(world, make, data, paths, folder, at, options):
     first = {"snapshot_paths": paths} if folder is None else {"checkpoint": folder}
     stopped, _ = train(world, seeded(make), data(), commands=stop_after(at), **first, **options)
     assert stopped.state == "stopped"
-    then = {"snapshot_paths": paths, "go_on": True} if folder is None else {"resume": folder}
+    then = {"snapshot_paths": paths, "from_snapshot": True} if folder is None else {"resume": folder}
     model = seeded(make)
     if folder is not None:
         nn.init.zeros_(model.frozen.weight)
@@ -171,7 +171,7 @@ def test_steps_that_wrap_round_the_data(run_ranks, data, at):
 
 
 class Own(torch.optim.SGD):
-    """An optimizer of the person's, which counts its steps in a number."""
+    """An optimizer of the user's, which counts its steps in a number."""
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -183,7 +183,7 @@ class Own(torch.optim.SGD):
 
 
 class Counting(torch.optim.SGD):
-    """An optimizer of the person's, whose rate follows from what it keeps itself, some of it since its first step."""
+    """An optimizer of the user's, whose rate follows from what it keeps itself, some of it since its first step."""
 
     def __init__(self, params, lr):
         super().__init__(params, lr)
@@ -403,7 +403,7 @@ def begun_again(world, folder, paths, run_id):
     options = options_of(checkpoint=folder, snapshot_paths=paths, sinks=[sink])
     train(world, seeded(Net), tensors(), run_id="mine", commands=stop_after(6), **options)
     model = seeded(Net)
-    _, after = train(world, model, tensors(), run_id=run_id, go_on=True, **options | {"snapshot_paths": ()})
+    _, after = train(world, model, tensors(), run_id=run_id, from_snapshot=True, **options | {"snapshot_paths": ()})
     return begun, after
 
 

@@ -151,7 +151,7 @@ def test_threads_are_part_of_the_arithmetic():
 
 
 def test_torch_is_as_before_afterwards(home):
-    """Deterministic while it trains, and then as the person had it."""
+    """Deterministic while it trains, and then as the user had it."""
     seen = []
 
     def step(model, batch):

@@ -149,7 +149,7 @@ def hook_of_the_optimizer(world, mesh):
 
 @pytest.mark.parametrize("mesh", ["shard=2", "tp=2", "pp=2"])
 def test_a_hook_of_the_optimizer_that_would_see_some_is_refused(run_ranks, mesh):
-    """It might look at all parameters together; a step of the person's own can be tried, a hook cannot."""
+    """It might look at all parameters together; a step of the user's own can be tried, a hook cannot."""
     with pytest.raises(PlanError, match="the optimizer has hooks around its step"):
         run_ranks(2, hook_of_the_optimizer, mesh)
 

@@ -314,7 +314,7 @@ def by_a_callable(world):
 
 
 def test_a_callables_mean_averages_exactly(run_ranks):
-    """What a function of the person's leaves out weighs nothing."""
+    """What a function of the user's leaves out weighs nothing."""
     for loss, x, y in run_ranks(2, by_a_callable):
         expected = half_ignored(torch.tensor(x, dtype=torch.float64), torch.tensor(y)).item()
         assert expected == pytest.approx(loss, rel=1e-9)

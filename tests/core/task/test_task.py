@@ -1,4 +1,4 @@
-"""What a person supplies: checked before anything is touched, with errors that name the value and the cure."""
+"""What a user supplies: checked before anything is touched, with errors that name the value and the cure."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MODELS = {
 
 @pytest.mark.parametrize("case", MODELS)
 def test_what_is_no_model_to_train_is_refused(case):
-    """By the name that the person calls it."""
+    """By the name that the user calls it."""
     model, message = MODELS[case]
     with pytest.raises(TaskError, match=message):
         Task.create(model, DATA, loss="mse", names=("net", "train_set"))

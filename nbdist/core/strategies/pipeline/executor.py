@@ -58,7 +58,7 @@ class Pipeline:
         shards: What deals this rank's parameters out, no block over two ranks' stages; None where nothing does.
         batch_norms: What lets BatchNorm see the slices of all replicas; None where nothing does.
         rehearsed: Around the recording of a stage, in which other ranks take no part.
-        guarded: Around the person's step.
+        guarded: Around the user's step.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ __all__ = ["call_of", "forward_replaced"]
 
 
 class _Called(BaseException):
-    """Ends a step at its call of the model; no `except Exception` of the person's stops it."""
+    """Ends a step at its call of the model; no `except Exception` of the user's stops it."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Tensor parallelism: single layers are split, and the ranks of the `tp` axis compute them together.
 
-`derive` proposes a plan (or `written` reads one that a person wrote), `prove` keeps of it what leaves results as they
+`derive` proposes a plan (or `written` reads one that a user wrote), `prove` keeps of it what leaves results as they
 are, and `parallelize` applies it.
 """
 

@@ -1,4 +1,4 @@
-"""A rehearsal: a split model computes alone, with numbers that mean nothing, in the shapes of the real thing."""
+"""A dry run: a split model computes alone, with numbers that mean nothing, in the shapes of the real thing."""
 
 from __future__ import annotations
 

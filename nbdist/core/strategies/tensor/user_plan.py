@@ -1,4 +1,4 @@
-"""A tensor plan that a person wrote: patterns of names, and how what they match is split."""
+"""A tensor plan that a user wrote: patterns of names, and how what they match is split."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HEADS = "heads"
 def written(
     model: nn.Module, size: int, rules: Mapping[str, str], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> TensorPlan:
-    """Read a person's rules; `prove` then tells whether they are right. Local; `model` is left as it was.
+    """Read a user's rules; `prove` then tells whether they are right. Local; `model` is left as it was.
 
     Args:
         model: The whole module.

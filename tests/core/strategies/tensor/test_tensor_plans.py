@@ -1,4 +1,4 @@
-"""What is proposed to be split, what a person may write, and that nothing wrong gets through."""
+"""What is proposed to be split, what a user may write, and that nothing wrong gets through."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Crossings:
         return next(filter(None, map(self.place, range(position, end, step))), self.body[position].name)
 
     def place(self, position: int) -> str:
-        """What a person calls the place of a node: the path of its module, or "" in the model's own forward."""
+        """What a user calls the place of a node: the path of its module, or "" in the model's own forward."""
         node = self.body[position]
         if node.op == "call_module":
             return str(node.target)

@@ -1,4 +1,4 @@
-"""Where the cuts go without measuring: by a person's names, by another rank's, or by what each stage holds."""
+"""Where the cuts go without measuring: by a user's names, by another rank's, or by what each stage holds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def named(flow: Crossings, firsts: Sequence[str]) -> list[int]:
 
 
 def place_at(flow: Crossings, names: Sequence[str]) -> list[int]:
-    """Bounds right before the first operations of the modules, or of the parameters, that a person names.
+    """Bounds right before the first operations of the modules, or of the parameters, that a user names.
 
     Raises:
         PlanError: A name is not there, is never used, out of order, or nothing can be cut before it.
@@ -61,7 +61,7 @@ def _before(flow: Crossings, name: str) -> int:
 
 
 def _belongs(flow: Crossings, position: int, name: str) -> bool:
-    """Whether a node is in the module, or works with the parameter, that a person calls `name`."""
+    """Whether a node is in the module, or works with the parameter, that a user calls `name`."""
     node, place = flow.body[position], flow.place(position)
     if node.op == "call_module" and name.rpartition(".")[0] == place:
         return name in flow.held(node)
