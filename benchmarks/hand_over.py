@@ -1,9 +1,9 @@
-"""How long do 100 MB of weights take to the engines, and back home? Beside one copy of the same bytes.
+"""How long do 100 MB of weights take to the engines, and back? Beside one copy of the same bytes.
 
     python benchmarks/hand_over.py [--pairs 9] [--json]
 
 A model of 100 MB is pushed to 1, 2 and 4 engines, until each of them has read a byte of every page of it, and pulled
-back. The peer copies the same bytes into fresh pages. A training uses its segments again: `again` is the packing of the
+back. The peer copies the same bytes into fresh pages. A training reuses its segments: `again` is the packing of the
 same model into a segment that came back, as from the second `%dist_train` on.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
 
     def again() -> None:
         _, segment = pack({"weights": weights}, segment_cache=segment_cache)
-        segment_cache.give_back(segment, lambda: True)
+        segment_cache.recycle(segment, lambda: True)
 
     comparisons = []
     for engines in ENGINES:
@@ -55,7 +55,7 @@ def main() -> None:
         name, target = f"{engines} engine{'s' if engines > 1 else ''}", "at most 2"
         comparisons += [
             Comparison(name=f"100 MB to {name}", unit="ms", ours=there, peer=peer, target=target),
-            Comparison(name=f"and back home from one of {name}", unit="ms", ours=back, peer=peer, target=target),
+            Comparison(name=f"and back from one of {name}", unit="ms", ours=back, peer=peer, target=target),
         ]
     again()
     ours, peer = zip(*[(1000 * seconds(again), copy()) for _ in range(options.pairs)], strict=True)

@@ -27,7 +27,7 @@ LONG = LINE.replace(f"--steps {SHORT}", f"--steps {STEPS}")
 COUNT = """
 import time
 from nbdist.core.reporter import Reporter
-real, told_s, empty_s = (Reporter.tell_if_due, Reporter.hear), 0.0, 0.0
+real, told_s, empty_s = (Reporter.report_if_due, Reporter.add_loss), 0.0, 0.0
 def counted(function):
     def count(*arguments):
         global told_s
@@ -42,7 +42,7 @@ for _ in range(10000):
     counting()
 empty_s, told_s = told_s / 10000, 0.0
 def silence(silent):
-    Reporter.tell_if_due, Reporter.hear = [(lambda *none: None) if silent else counted(function) for function in real]
+    Reporter.report_if_due, Reporter.add_loss = [(lambda *none: None) if silent else counted(function) for function in real]
 """
 DRAW = """
 import nbdist

@@ -29,8 +29,8 @@ __all__ = [
     "train",
 ]
 
-# Looked up on first use: `%load_ext nbdist` must not import torch, nor a script under torchrun IPython.
-_HOMES = {
+# Imported on first use: `%load_ext nbdist` must not import torch, a script under torchrun must not import IPython.
+_MODULES = {
     "Cluster": "nbdist.cluster",
     "Mesh": "nbdist.plan",
     "Plan": "nbdist.plan",
@@ -46,13 +46,13 @@ _HOMES = {
 
 try:
     __version__ = version("nbdist")
-except PackageNotFoundError:  # run from a source tree that was never installed
+except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'nbdist' has no attribute {name!r}")
 
 

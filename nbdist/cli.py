@@ -1,4 +1,4 @@
-"""The way in without a notebook: ``nbdist demo``, ``nbdist doctor`` and their like."""
+"""The command line: ``nbdist demo``, ``nbdist doctor``, ``nbdist version``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DEMO = Path("notebooks") / "00_quickstart.ipynb"
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 well, 1 something is wrong, 2 the command line is."""
+    """Run a command; returns the exit status: 0 for success, 1 for an error, 2 for a wrong command line."""
     commands: dict[str, Callable[[list[str]], int]] = {
         "demo": _demo,
         "version": _version,
@@ -52,25 +52,27 @@ def main(words: list[str] | None = None) -> int:
 
 
 _USAGE = """usage: nbdist demo [-n N] [NOTEBOOK]    train on real data from a notebook, here and now
-       nbdist doctor [-n N] [OPTIONS]   check that engines start, meet and train on this machine
-       nbdist version                   say which version this is
+       nbdist doctor [-n N] [OPTIONS]   check that engines start, communicate and train on this machine
+       nbdist version                   print the version
        nbdist nbval-sanitize            print the file for pytest --nbval --nbval-sanitize-with FILE"""
 
 
 def _version(words: list[str]) -> int:
-    OptionParser("nbdist version", "Say which version this is.").parse(words)
+    OptionParser("nbdist version", "Print the version.").parse(words)
     print(f"nbdist {nbdist.__version__}")
     return 0
 
 
 def _nbval_sanitize(words: list[str]) -> int:
-    OptionParser("nbdist nbval-sanitize", "Print where the file lies that hides from nbval what differs.").parse(words)
+    OptionParser("nbdist nbval-sanitize", "Print the path of the file that hides varying output from nbval.").parse(
+        words
+    )
     print(Path(__file__).parent / "notebook" / "nbval_sanitize.cfg")
     return 0
 
 
 def _doctor(words: list[str]) -> int:
-    parser = OptionParser("nbdist doctor", "Check that engines start, meet and train on this machine.")
+    parser = OptionParser("nbdist doctor", "Check that engines start, communicate and train on this machine.")
     parser.add_argument("-n", type=int, metavar="N", help="Engines.")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="What ranks compute on.")
     add_plan_options(parser, [name for name in OPTIONS if name not in ("loss", "metric")])
@@ -85,7 +87,9 @@ def _doctor(words: list[str]) -> int:
     gpus = torch.cuda.device_count()
     print(f"  {available_cores()} cores, {gpus} GPU{'' if gpus == 1 else 's'}")
     with Cluster(arguments.n, device=arguments.device) as cluster:
-        print(f"{cluster.size} engines started and met in a collective in {cluster.start_seconds:.1f} s: {cluster!r}")
+        print(
+            f"{cluster.size} engines started and completed a collective in {cluster.start_seconds:.1f} s: {cluster!r}"
+        )
         layer, data = torch.nn.Linear(4, 1), (torch.randn(256, 4), torch.randn(256, 1))
         run = cluster.train(layer, data, loss="mse", **plan_options(arguments))
         print(f"a training of {run.history[-1]['steps']} steps {run.state}: all is well")
@@ -93,7 +97,7 @@ def _doctor(words: list[str]) -> int:
 
 
 def _demo(words: list[str]) -> int:
-    parser = OptionParser("nbdist demo", "Run a notebook and print what came out.")
+    parser = OptionParser("nbdist demo", "Run a notebook and print its results.")
     parser.add_argument("notebook", nargs="?", type=Path, default=_DEMO)
     parser.add_argument("-n", type=int, metavar="N", help="Engines.")
     arguments = parser.parse(words)

@@ -1,4 +1,4 @@
-"""The demo: run a notebook from a terminal, show its trainings while they go on, and print what came out."""
+"""``nbdist demo``: run a notebook from a terminal, print its trainings live, and its summary at the end."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _ALREADY_SHOWN = "nbdist: "
 
 
 def run_demo(path: Path, engines: int | None = None) -> int:
-    """Execute a notebook and print the output of its cell tagged "summary" in the end.
+    """Execute a notebook and print the output of its cell tagged "summary" at the end.
 
     Args:
-        path: The notebook; it is left as it is, the executed one is written to a new temporary folder.
-        engines: Told to the notebook as ``$NBDIST_DEMO_ENGINES``.
+        path: The notebook; the executed copy is written to a new temporary folder.
+        engines: Passed to the notebook as ``$NBDIST_DEMO_ENGINES``.
 
     Returns:
         The exit status.
 
     Raises:
-        PlanError: There is no such notebook, or what runs one is not installed.
+        PlanError: There is no such notebook, or nbclient is not installed.
     """
     if not path.is_file():
         raise PlanError(f"there is no {path} here: run it in a checkout, or name a notebook.")
@@ -74,7 +74,7 @@ def run_demo(path: Path, engines: int | None = None) -> int:
 
 
 class _Cells:
-    """Says which cell runs, and prints its output when it is done."""
+    """Prints the running cell's first line, and its output when it is done."""
 
     def __init__(self, notebook: Any, epochs: _Epochs) -> None:
         self._epochs = epochs
@@ -117,7 +117,7 @@ class _Epochs:
         self._thread.join()
 
     def show_new(self) -> None:
-        """Print what has not been printed yet."""
+        """Print the new epochs."""
         with self._lock:
             for path in sorted(records().glob("*/rank0.jsonl")):
                 for line in path.read_text(encoding="utf-8").splitlines(keepends=True)[self._read.get(path, 0) :]:

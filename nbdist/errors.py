@@ -6,10 +6,10 @@ NbdistError                      shown in a notebook as one sentence, without a 
 ├── TaskError    (TypeError, ValueError)  a model, data, loss, step, optimizer or metric that cannot be used
 ├── ClusterError (RuntimeError)  engines that are missing, busy, dead or cannot be started
 │   └── EngineError              something failed on an engine; carries the engine's own traceback
-└── PeerLostError (RuntimeError) a collective ended because another rank is gone: an echo, never the cause
+└── PeerLostError (RuntimeError) a collective ended because another rank is gone: a secondary failure
 ```
 
-Messages carry the value that is wrong and, in the second half, the cure.
+A message names the wrong value and, in its second half, the cure.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class NbdistError(Exception):
     """The root of the tree above."""
 
     def add(self, sentence: str) -> None:
-        """Say one thing more, on a line of its own."""
+        """Append a sentence to the message, on a line of its own."""
         self.args = (f"{self}\n{sentence}", *self.args[1:])
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython prints instead of a traceback."""
+        """The lines that IPython prints instead of a traceback."""
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -75,7 +75,7 @@ class EngineError(ClusterError):
 
 
 class PeerLostError(NbdistError, RuntimeError):
-    """A collective ended because another rank is gone: an echo, never the cause."""
+    """A collective ended because another rank is gone: a secondary failure, never the cause."""
 
 
 def interrupted(message: str) -> KeyboardInterrupt:
@@ -92,7 +92,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
-    """Ranks for people: "rank 3", "ranks 0-2,5"."""
+    """Ranks for display: "rank 3", "ranks 0-2,5"."""
     ordered = sorted(set(ranks))
     groups = []
     for _, run in itertools.groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0]):

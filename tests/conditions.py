@@ -1,14 +1,13 @@
-"""Runs tests as on other machines: no test may depend on how long anything lasts.
+"""Run the tests as on slower machines: no test may depend on durations.
 
     python tests/conditions.py [CONDITION ...] [-- ARGUMENTS OF PYTEST]
 
-    plain   as it is
+    plain   unchanged
     busy    beside two busy loops a core
     one     on one core
-    half    on half of one core: by a quota where cgroups let us set one, else the tests and all that they start are
-            stopped in every other tenth of a second, and a few tests see that their processes are
-    late    each test comes back from what it waits for, and from beginning a run, two seconds late: whatever is not
-            held is over by then
+    half    on half of one core: by a cgroup quota where that is allowed, else the tests and their processes are stopped
+            in every other tenth of a second, which a few tests notice
+    late    each wait of a test, and each start of a run, returns two seconds late: whatever is not held is over then
 
 ``make test-conditions`` runs all of them.
 """
@@ -34,7 +33,7 @@ TESTS = ["-m", "not hf and not browser and not notebooks and not gpu"]
 
 @contextlib.contextmanager
 def busy_loops() -> Iterator[None]:
-    """Two for each core, while this lasts."""
+    """Two busy loops per core, during the block."""
     count = BUSY_LOOPS_A_CORE * len(os.sched_getaffinity(0))
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
@@ -46,9 +45,9 @@ def busy_loops() -> Iterator[None]:
 
 
 def halved(pytest: subprocess.Popen[bytes]) -> None:
-    """Stop and continue a process and all that descend from it, in turn, until it ends.
+    """Stop and continue a process and its descendants, in turn, until it ends.
 
-    What a test has stopped itself stays so.
+    Processes that a test has stopped itself stay stopped.
     """
     never, root = threading.Event(), psutil.Process(pytest.pid)
     while pytest.poll() is None:
@@ -62,7 +61,7 @@ def halved(pytest: subprocess.Popen[bytes]) -> None:
                     stopped.append(process)
         try:
             never.wait(SLICE_S)
-        finally:  # also where this is interrupted
+        finally:  # also after an interrupt
             for process in stopped:
                 with contextlib.suppress(psutil.Error):
                     process.resume()
@@ -71,13 +70,13 @@ def halved(pytest: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def quota() -> Iterator[Path | None]:
-    """A control group, of version 1 or 2, whose processes have half a core; None where we may not make one."""
+    """A control group, of version 1 or 2, whose processes have half a core; None if that is not allowed."""
     for parent, name, value in (("cpu", "cpu.cfs_quota_us", "50000"), ("", "cpu.max", "50000 100000")):
         group = Path("/sys/fs/cgroup", parent, f"nbdist-{os.getpid()}")
         try:
             group.mkdir()
             limit = group / name
-            if not limit.exists():  # a folder like any other
+            if not limit.exists():  # not a cgroup filesystem
                 group.rmdir()
                 continue
             limit.write_text(value)
@@ -112,7 +111,7 @@ def run(condition: str, arguments: list[str]) -> int:
 
 
 def main() -> int:
-    """Run what is asked for; returns how many conditions failed."""
+    """Run the given conditions; returns how many failed."""
     given = sys.argv[1:]
     cut = given.index("--") if "--" in given else len(given)
     conditions, arguments = given[:cut] or ["plain", "busy", "one", "half", "late"], given[cut + 1 :] or TESTS

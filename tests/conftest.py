@@ -1,4 +1,4 @@
-"""Fixtures for all tests: ranks as real processes, a home of its own for every test, and guards against leaks."""
+"""Fixtures for all tests: ranks as real processes, a separate ``$NBDIST_HOME`` for every test, and leak checks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OTHERS_VARIABLES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPL
 
 
 def pytest_collection_modifyitems(items):
-    """Tests with the shared cluster need engines, whatever else they use."""
+    """Tests with the shared cluster get the marker `engines`."""
     for item in items:
         if "shared_cluster" in item.fixturenames:
             item.add_marker("engines")
@@ -52,7 +52,7 @@ def run_on_each_channel(request, run_ranks):
 def _session_home(tmp_path_factory):
     """Records of processes that outlive one test go to a folder of the session."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell would ignore interrupts
-    resource_tracker.ensure_running()  # a process of Python's own, which must not look like a leak of some test
+    resource_tracker.ensure_running()  # started here, so that it does not look like a leak of some test
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NBDIST_HOME", str(tmp_path_factory.mktemp("home")))
         yield
@@ -60,7 +60,7 @@ def _session_home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory):
-    """``$NBDIST_HOME`` of this test, an empty folder; and the guard that the test leaves nothing behind."""
+    """``$NBDIST_HOME`` of this test, an empty folder; and the check that the test leaks nothing."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("home")
         patch.setenv("NBDIST_HOME", str(folder))
@@ -70,7 +70,7 @@ def home(tmp_path_factory):
 
 
 class _Surroundings:
-    """What a test must leave as it was. Fixtures of a wider scope are set up before the first look."""
+    """What a test must not change. Fixtures of a wider scope are set up before it is recorded."""
 
     def __init__(self) -> None:
         self.processes = set(psutil.Process().children(recursive=True))
@@ -81,7 +81,7 @@ class _Surroundings:
         self.torch_threads = _torch_threads()
 
     def check(self) -> None:
-        # One that is just being forked does not show yet that it belongs to the shared cluster.
+        # A process that is just being forked is not yet recognized as the shared cluster's.
         left = _lasting(lambda: [p for p in self._new_processes() if not _of_shared_cluster(p)])
         assert not left, f"left running: {left}"
         threads = [t for t in threading.enumerate() if t not in self.threads and not (t.daemon or _of_pool(t))]
@@ -104,7 +104,7 @@ class _Surroundings:
 
 
 def _of_browsers(processes: set[psutil.Process]) -> set[psutil.Process]:
-    """The children of browsers that were there before: they start and end them as they see fit."""
+    """The children of browsers that ran before: browsers start and end them at any time."""
     children: set[psutil.Process] = set()
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -114,7 +114,7 @@ def _of_browsers(processes: set[psutil.Process]) -> set[psutil.Process]:
 
 
 def _of_pool(thread: threading.Thread) -> bool:
-    """Whether a thread is one of an event loop's own, of Playwright's for all browser tests: they stay for the next."""
+    """Whether a thread is of an event loop's pool: Playwright's stays for all browser tests."""
     return thread.name.startswith("asyncio_")
 
 
@@ -128,13 +128,13 @@ def _files() -> set[str]:
 
 
 def _left_files(before: set[str]) -> set[str]:
-    """New files that stay: others of this machine come and go, whoever runs beside us."""
+    """New files that stay; other programs' files come and go."""
     first = _files() - before
     return _lasting(lambda: first & _files())
 
 
 def _lasting(look: Callable[[], Any]) -> Any:
-    """What is left of something that is about to go."""
+    """What `look` still returns after a grace period."""
     deadline = time.monotonic() + _GONE_WITHIN_S
     while (left := look()) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
@@ -152,7 +152,7 @@ def _torch_threads() -> int | None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _late():
-    """Under `conditions.py late`, a test comes back from beginning a run when all that is not held is over."""
+    """Under `conditions.py late`, `Cluster.train` returns late: a background run that is not held is over."""
     late_s = float(os.environ.get("NBDIST_TEST_LATE_S", "0"))
     if not late_s:
         yield
@@ -180,7 +180,7 @@ def _command(process: psutil.Process) -> str:
 
 @pytest.fixture(scope="session")
 def shared_cluster(tmp_path_factory):
-    """The one cluster of this process, see `cluster`; and the guard that no cluster of any test leaves a trace."""
+    """The one cluster of this process, see `cluster`; and the check that no cluster of any test leaks anything."""
     import tempfile
 
     from shared_cluster import MARK, SharedCluster, marked
@@ -192,7 +192,7 @@ def shared_cluster(tmp_path_factory):
         patch.setenv("TMPDIR", str(temporary))
         patch.setattr(tempfile, "tempdir", str(temporary))
         shared = SharedCluster()
-        shared.ready()  # here, so that the engines keep their records in the session's home
+        shared.ready()  # here, so that the engines write their records into the session's home
         yield shared
         shared.end()
 
@@ -215,6 +215,6 @@ def cluster(shared_cluster):
 
 
 def _of_shared_cluster(process: psutil.Process) -> bool:
-    """Whether a process is an engine that a test let the shared cluster start anew, or belongs to one."""
+    """Whether a process belongs to the shared cluster, such as a replaced engine."""
     module = sys.modules.get("shared_cluster")
     return module is not None and module.SharedCluster().owns(process)

@@ -1,7 +1,7 @@
-"""A gate: ranks wait there until the test opens it, so that a test acts on a run that is where it should be.
+"""A gate: ranks wait at it until the test opens it, so that a test acts on a run at a known step.
 
-A test that acts on a training holds it first. No test counts on a run being slow enough to be met in the middle, or
-fast enough to be over.
+A test that acts on a run holds it first. No test relies on a run being slow enough to be still running, or fast enough
+to be over.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 from shared_cluster import until
 
 _POLL_S = 0.005
-_HELD_S = 0.2  # at least: longer than rank 0 goes between two looks for commands (nbdist/core/control/command_log.py)
+_HELD_S = 0.2  # at least: longer than rank 0's poll interval for commands (nbdist/core/control/command_log.py)
 
 
 class Gate:
-    """Holds the ranks of a run, at places that have names or after steps that have numbers, until it is opened.
+    """Holds the ranks of a run, at named places or after numbered steps, until it is opened.
 
     As ``lr_scheduler=Gate(tmp_path, 5, 9)`` it holds every rank after its 5th and its 9th update, on any mesh: the
-    count is the scheduler's, which snapshots keep, so it stays right on ranks that begin again. Elsewhere a function of
-    the test calls `hold`. Commands given while ranks are held are heard in the next step.
+    count is the scheduler's, which snapshots save, so it stays right on ranks that resume. Elsewhere a function of the
+    test calls `hold`. Commands given while ranks are held are applied in the next step.
 
     Args:
-        folder: Where the ranks and the test meet.
+        folder: Shared by the ranks and the test, for marker files.
         *steps: After which steps to hold.
-        scheduler: The factory of the scheduler to use; by default one that leaves the rates alone.
+        scheduler: The factory of the scheduler to use; by default one that does not change the rates.
     """
 
     def __init__(self, folder: Path, *steps: int, scheduler: Callable[[Any], Any] | None = None) -> None:
@@ -51,7 +51,7 @@ class Gate:
         return scheduler
 
     def hold(self, place: int | str) -> None:
-        """Wait here until the gate is opened; at once where it is open. Called by ranks."""
+        """Wait until the gate is opened; returns at once if it is open. Called by ranks."""
         arrived_s = time.monotonic()
         if self._opened(place):
             return
@@ -61,27 +61,27 @@ class Gate:
         time.sleep(max(0.0, arrived_s + _HELD_S - time.monotonic()))
 
     def wait(self, place: int | str, *, ranks: int = 2, run: Any = None) -> None:
-        """Wait until so many ranks are held at a place. Called by the test.
+        """Wait until ranks are held at a place. Called by the test.
 
         Args:
-            place: Where.
+            place: The place.
             ranks: How many, from rank 0 on.
-            run: What is to be held: if it ends before, that is said at once.
+            run: The held run: if it ends before, this fails at once.
         """
 
         def held() -> bool:
-            ended = run is not None and run.ended  # asked first: what it did before it ended counts
+            ended = run is not None and run.ended  # read first: a rank held before the end counts
             missing = [rank for rank in range(ranks) if not self._mark(place, rank).exists()]
             assert not (missing and ended), (
                 f"the run has {run.state} at step {run.progress.step}, and rank {missing[0]} was never held at the "
-                f"gate {place!r}: it does not come by there"
+                f"gate {place!r}: it does not pass there"
             )
             return not missing
 
         until(held)
 
     def open(self, *places: int | str) -> None:
-        """Let the ranks go on that are held at these places, or at all of them, now and later. Called by the test."""
+        """Release the ranks held at these places, or at all of them, now and later. Called by the test."""
         for name in map(_file_name, places) if places else ["all"]:
             (self.folder / f"open {name}").touch()
 

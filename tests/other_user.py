@@ -1,4 +1,4 @@
-"""Another user of this host, a real second uid: user nobody, as which root may run a function in a fork."""
+"""Another user of this host, a real second uid: root runs a function in a fork as user nobody."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def as_other_user(act, *args):
         os.setgid(nobody.pw_gid)
         os.setuid(nobody.pw_uid)
         try:
-            told = act(*args)
+            result = act(*args)
         except BaseException as error:
-            told = type(error).__name__
-        os.write(writing, json.dumps(told).encode())
+            result = type(error).__name__
+        os.write(writing, json.dumps(result).encode())
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading, "rb") as told:
-        answer = told.read()
+    with os.fdopen(reading, "rb") as pipe:
+        answer = pipe.read()
     os.waitpid(child, 0)
     return json.loads(answer)
 
 
 @contextlib.contextmanager
 def reachable(folder: Path) -> Iterator[None]:
-    """Let every user come as far as a folder, whose own mode stays: pytest keeps its temporary folders to itself."""
+    """Let every user reach a folder, whose own mode stays: pytest makes its temporary folders private."""
     changed = [(above, above.stat().st_mode & 0o777) for above in folder.parents if not above.stat().st_mode & 0o001]
     for above, mode in changed:
         above.chmod(mode | 0o001)

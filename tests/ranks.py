@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nbdist.core.comm.rendezvous import reach_store
+from nbdist.core.comm.rendezvous import connect_store
 from nbdist.core.comm.world import World, host_store
 from nbdist.core.strategies import choice
 from nbdist.errors import PeerLostError
@@ -22,7 +22,7 @@ HOSTS = {"two hosts": 2, "three hosts": 3}
 
 
 class RemoteTraceback(Exception):
-    """Carries the text of a rank's traceback, as the cause of the error that is raised again here."""
+    """Holds the text of a rank's traceback, as the cause of the error that is raised again here."""
 
     def __str__(self) -> str:
         return "\n" + self.args[0]
@@ -42,14 +42,14 @@ class RankPool:
     ) -> list[Any]:
         """Call ``function(world, *args)`` on `size` ranks that share a world, and return what each one returned.
 
-        They talk through `channel`: "shared memory", "process group", or "two hosts" or "three hosts", that is both.
-        With "shared weights" it is shared memory, and the ranks share the weights however few they are. On `device`
-        "cuda" they share the GPUs that there are, and `channel` says nothing.
+        The `channel` is "shared memory", "process group", or "two hosts" or "three hosts", which is both. "shared
+        weights" is shared memory, and the ranks share the weights however few they are. On `device` "cuda" they share
+        the GPUs, and `channel` has no effect.
 
         Raises:
-            Exception: What a rank raised: the first one that is no echo of another's loss.
+            Exception: What a rank raised: the first one that is not secondary (a PeerLostError).
         """
-        self._generation += 10  # the ranks may form some more, of the numbers behind their world's own
+        self._generation += 10  # a test may form further worlds, of the next generations
         where = self._store.address, self._generation
         job = pickle.dumps((function, args))  # plain pickle: torch's own would go through /dev/shm
         readers, processes = [], []
@@ -90,7 +90,7 @@ def _collect(readers: list[Connection]) -> list[Any]:
             try:
                 outcomes[reader] = pickle.loads(reader.recv_bytes())
             except EOFError:
-                outcomes[reader] = None, RuntimeError(f"rank {readers.index(reader)} died without a word"), ""
+                outcomes[reader] = None, RuntimeError(f"rank {readers.index(reader)} died without a result"), ""
     failures = [(error, text) for _, error, text in map(outcomes.get, readers) if error is not None]
     for error, text in sorted(failures, key=lambda failure: isinstance(failure[0], PeerLostError)):
         raise error from RemoteTraceback(text)
@@ -101,7 +101,7 @@ def _rank_main(
     rank: int, size: int, address: tuple[str, str], generation: int, writer: Connection, job: bytes, channel: str,
     device: str,
 ) -> None:  # fmt: skip
-    multiprocessing.set_start_method(None, force=True)  # for what a rank starts itself: as in any other process
+    multiprocessing.set_start_method(None, force=True)  # so that a rank itself can start processes in any way
     torch.set_num_threads(1)
     os.environ["NBDIST_CHANNEL"] = channel.replace(" ", "_")
     if channel == "shared weights":
@@ -111,7 +111,7 @@ def _rank_main(
     outcome: tuple[Any, BaseException | None, str]
     world = None
     try:
-        store = reach_store(*address)
+        store = connect_store(*address)
         world = World.form(
             store=store, rank=rank, size=size, local_rank=rank, local_size=size, device=device, generation=generation
         )

@@ -1,4 +1,4 @@
-"""One cluster for all tests of this process, since a start takes seconds; and what is known of its processes."""
+"""One cluster for all tests of this process, since a start takes seconds; and helpers for its processes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from nbdist.errors import NbdistError
 
 ENGINES = 2
 MARK = "NBDIST_TEST_SESSION"  # every process that these tests start inherits it, however it was orphaned since
-HUNG_S = 300.0  # the one deadline of the tests: it ends one that hangs, and says nothing about how fast anything is
-LATE_S = float(os.environ.get("NBDIST_TEST_LATE_S", "0"))  # how late each test is for what it waits for: conditions.py
+HUNG_S = 300.0  # the only timeout of the tests: it ends hung ones, and measures nothing
+LATE_S = float(os.environ.get("NBDIST_TEST_LATE_S", "0"))  # a delay after each wait of a test: conditions.py
 _POLL_S = 0.01
 
 
 class SharedCluster:
-    """Two CPU engines, started when first asked for, healed when a test killed or stopped them."""
+    """Two CPU engines, started at the first use, and replaced or restarted after a test killed or stopped them."""
 
     def ready(self) -> Cluster:
-        """The running cluster of this process, with engines that live and have nothing to do."""
+        """The running cluster of this process, with living, idle engines."""
         cluster = current_cluster()
         if cluster is not None and cluster.size != ENGINES:
             cluster.stop()
@@ -40,7 +40,7 @@ class SharedCluster:
             if not run.ended:
                 cluster.stop()
         if cluster._replay is not None:
-            cluster._replay.clear()  # what other tests defined is no affair of this one
+            cluster._replay.clear()  # without the definitions of other tests
         return cluster.start()
 
     def stop(self) -> None:
@@ -55,7 +55,7 @@ class SharedCluster:
         end_server()
 
     def owns(self, process: psutil.Process) -> bool:
-        """Whether a process belongs to the running cluster, or is the fork server that is kept for the next one."""
+        """Whether a process belongs to the running cluster, or is the fork server, which stays for the next one."""
         engines, server = _engines(), current_server()
         if server is not None and process.pid == server.pid:
             return True
@@ -90,13 +90,13 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def folder_of(process: psutil.Process) -> Path | None:
-    """The temporary folder of the cluster that a process belongs to, if it does: it holds the log of one of its kin."""
-    kin_of: list[psutil.Process] = []
+    """The folder of the cluster that a process belongs to, if any: its stdout, or an ancestor's, is a log there."""
+    lineage: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):  # it has just ended
-        kin_of = [process, *process.parents()] if process.is_running() else []
-    for kin in kin_of:
+        lineage = [process, *process.parents()] if process.is_running() else []
+    for relative in lineage:
         with contextlib.suppress(OSError):
-            log = Path(f"/proc/{kin.pid}/fd/1").readlink()
+            log = Path(f"/proc/{relative.pid}/fd/1").readlink()
             if log.parts[-3:-1] == ("profile", "log"):
                 return log.parents[2]
     return None
@@ -119,7 +119,7 @@ def of_cluster(cluster):
 
 
 def kill_controller(cluster):
-    """Its child, a scheduler, has the same name."""
+    """Kill the controller; its child, a scheduler, has the same name."""
     controllers = [process for process in of_cluster(cluster)[0] if "controll" in process.name()]
     (controller,) = [process for process in controllers if process.parent() not in controllers]
     controller.kill()
@@ -127,12 +127,12 @@ def kill_controller(cluster):
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    """Wait until processes have ended, however long the machine takes for that."""
+    """Wait until processes have ended; returns whether they have."""
     return not psutil.wait_procs(processes, timeout=HUNG_S)[1]
 
 
 def until(condition: Callable[[], Any]) -> Any:
-    """Wait for something true, and return it; a test that waits in vain fails."""
+    """Wait until the condition returns something true, and return that; fails after `HUNG_S`."""
     deadline = time.monotonic() + HUNG_S
     never = threading.Event()
     while not (value := condition()):

@@ -1,4 +1,4 @@
-"""The layers: every arrow points down, as read from the imports and as seen in clean processes."""
+"""Imports between rooms match the room table of nbdist/README.md; a fresh process loads no torch too early."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def standard(name):
 
 @pytest.mark.parametrize("layer", ["plan", "telemetry"])
 def test_the_lowest_layers_stand_on_the_standard_library(layer):
-    """plan and telemetry know neither each other nor torch; who asks telemetry for a picture loads what draws it."""
+    """plan and telemetry import neither each other nor torch; telemetry imports drawing libraries in functions."""
     allowed = EVERYWHERE | {f"nbdist.{layer}"}
     drawing = PICTURES if layer == "telemetry" else set()
     found = [i for i in imports(layer) if not standard(i.name) and not within(i.name, allowed)]
@@ -106,7 +106,7 @@ def files_of(room):
 
 @pytest.mark.parametrize("room", rooms())
 def test_a_room_imports_what_the_table_says(room):
-    """Nothing else of nbdist, and nothing less."""
+    """Nothing else of nbdist, and every room in its row."""
     found = {}
     for i in (i for file in files_of(room) for i in imports(file)):
         if within(i.name, {"nbdist"}) and not within(i.name, EVERYWHERE) and room_of(i.name) != room:
@@ -120,12 +120,12 @@ def test_every_folder_is_a_room():
     assert {str(path.parent.relative_to(ROOT)) for path in ROOT.rglob("__init__.py")} - {"."} == set(rooms())
 
 
-def test_the_rooms_form_no_circle():
-    """They can be built one upon another; within a layer on nine floors at most."""
+def test_the_rooms_form_no_cycle():
+    """They can be sorted, with at most nine floors within a layer."""
     table, floors = rooms(), {}
     while len(floors) < len(table):
         ready = [room for room in table if room not in floors and table[room] <= set(floors)]
-        assert ready, f"a circle among {sorted(set(table) - set(floors))}"
+        assert ready, f"a cycle among {sorted(set(table) - set(floors))}"
         for room in ready:
             layer = room.partition("/")[0]
             below = [floors[other] for other in table[room] if other.partition("/")[0] == layer]
@@ -134,18 +134,18 @@ def test_the_rooms_form_no_circle():
 
 
 def test_core_knows_no_notebook():
-    """core runs under torchrun: it imports nothing of the notebook's world."""
+    """core runs under torchrun: it imports no notebook package."""
     assert [] == [str(i) for i in imports("core") if within(i.name, NOTEBOOK_WORLD)]
 
 
 def test_notebook_speaks_to_the_cluster_only():
-    """notebook imports neither torch nor core, nowhere."""
+    """notebook imports neither torch nor core, in functions neither."""
     for i in imports("notebook"):
         assert not within(i.name, {"torch", "nbdist.core", "nbdist.engine", "nbdist.cli"}), i
 
 
 def test_the_command_line_is_a_way_in_of_its_own():
-    """cli and the demo stand on core, plan and telemetry; what needs IPython is imported where it is used."""
+    """cli and the demo use core, plan and telemetry; they import modules that need IPython in functions."""
     allowed = EVERYWHERE | {"nbdist.core", "nbdist.plan", "nbdist.telemetry", "nbdist.cli", "nbdist.demo"}
     for i in (i for file in ("cli.py", "demo.py", "__main__.py") for i in imports(file)):
         if within(i.name, {"nbdist.cluster", "nbdist.engine", "nbdist.notebook"} | NOTEBOOK_WORLD):
@@ -155,7 +155,7 @@ def test_the_command_line_is_a_way_in_of_its_own():
 
 
 def test_every_module_has_a_layer():
-    """What stands at the top of the package is a layer, a way in, or what all layers use."""
+    """Each top-level module is a layer, an entry point, or used by all layers."""
     layers, ways_in = (
         {"plan", "telemetry", "core", "engine", "cluster", "notebook"},
         {"__init__", "__main__", "cli", "demo"},
@@ -165,7 +165,7 @@ def test_every_module_has_a_layer():
 
 
 def test_the_rules_see_what_they_forbid(tmp_path, monkeypatch):
-    """An arrow that runs the wrong way is found in each form that an import can take."""
+    """A forbidden import is found in each of its forms."""
     (tmp_path / "nbdist" / "plan").mkdir(parents=True)
     (tmp_path / "nbdist" / "core.py").touch()
     (tmp_path / "nbdist" / "plan" / "wrong.py").write_text(

@@ -1,4 +1,4 @@
-"""What Binder is told fits what is tested here."""
+"""Binder's configuration matches the tested versions."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_python_build_pack(monkeypatch):
 
 
 def test_kernel_knows_the_cell_of_a_background_thread(pins):
-    """The kernel that Binder brings by itself, 7.0, loses it."""
+    """Binder's default kernel, 7.0, loses it."""
     assert Version("7.1") <= pins["ipykernel"]
 
 
@@ -84,14 +84,14 @@ def test_pins_are_those_of_constraints(pins, python):
 
 
 def test_everything_needed_is_pinned(pins):
-    """postBuild installs nbdist without its dependencies, so all of them must stand in requirements.txt."""
+    """postBuild installs nbdist without its dependencies, so requirements.txt must list all of them."""
     needed = [Requirement(line) for line in requires("nbdist") or []]
     own = {canonicalize_name(requirement.name) for requirement in needed if requirement.marker is None}
     assert own | _NOTEBOOKS_NEED == set(pins)
 
 
 def test_torch_is_the_cpu_build():
-    """The CUDA build would not fit."""
+    """The CUDA build is too large."""
     text = (BINDER / "requirements.txt").read_text()
     assert "--extra-index-url https://download.pytorch.org/whl/cpu" in text
     assert "+cpu" in next(line for line in text.splitlines() if line.startswith("torch=="))

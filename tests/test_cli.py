@@ -1,4 +1,4 @@
-"""The command line. What ``nbdist demo`` runs is run by ``make demo``."""
+"""The command line. ``make demo`` tests ``nbdist demo``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_version_is_that_of_the_package():
 
 @pytest.mark.parametrize("words", [[], ["help"], ["--help"], ["-h"]])
 def test_usage_names_every_command(capsys, words):
-    """Asked for, or with nothing said."""
+    """With --help, or without arguments."""
     assert main(words) == 0
     usage = capsys.readouterr().out
     assert all(f"nbdist {command}" in usage for command in ("demo", "doctor", "version", "nbval-sanitize"))
@@ -47,11 +47,11 @@ def test_mistakes_are_said_in_one_line(capsys, words, message):
 
 
 def test_doctor_starts_meets_and_trains(shared_cluster, capsys):
-    """With the options of a training; it says what it found, and leaves nothing running."""
+    """With the options of a training; it reports its findings, and leaves nothing running."""
     shared_cluster.stop()
     assert main(["doctor", "-n", "2", "--device", "cpu", "--steps", "3", "--optimizer", "sgd"]) == 0
     report = capsys.readouterr().out
-    assert re.search(r"2 engines started and met in a collective in [\d.]+ s: Cluster\(engines=2\)", report)
+    assert re.search(r"2 engines started and completed a collective in [\d.]+ s: Cluster\(engines=2\)", report)
     assert report.endswith("a training of 3 steps finished: all is well\n")
     for package in ("torch", "ipyparallel", "ipykernel"):
         assert re.search(rf"^  {package} +\d", report, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The tutorials: committed executed and tidy, and they run."""
+"""The tutorial notebooks: committed executed and clean, and they run."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_only_announced_errors(path):
 
 @_EACH
 def test_readable_without_a_kernel(path):
-    """Outputs are text and static HTML: no widgets, no warnings, and no tags that GitHub takes away."""
+    """Outputs are text and static HTML: no widgets, no warnings, and no tags that GitHub removes."""
     for cell in code_cells(path):
         for output in cell.outputs:
             assert output.get("name") != "stderr", output
@@ -85,7 +85,7 @@ def test_readable_without_a_kernel(path):
 
 @_EACH
 def test_nothing_of_the_machine_that_ran_it(path):
-    """No widget state, no timestamps, no paths, and the kernel that everybody has."""
+    """No widget state, no timestamps, no paths, and the standard kernel."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
@@ -97,7 +97,7 @@ def test_nothing_of_the_machine_that_ran_it(path):
 
 @_EACH
 def test_frame(path):
-    """Each says first what one learns, and stops its engines."""
+    """Each begins with its learning goals, and stops its engines."""
     notebook = nbformat.read(path, as_version=4)
     first = notebook.cells[0].source
     assert first.startswith("# ")
@@ -109,7 +109,7 @@ def test_frame(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=[path.stem for path in NOTEBOOKS[1:]])
 def test_exercise(path):
-    """Those that explain end with something to do, and its solution."""
+    """Those that explain end with an exercise and its solution."""
     text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
     assert "## Exercise" in text
     assert "<details><summary>Solution</summary>" in text
@@ -183,7 +183,7 @@ def test_strictly_every_output_comes_out_again(path, home, tmp_path):
 @pytest.mark.notebooks
 @pytest.mark.usefixtures("patient_threads")
 def test_laxly_all_of_them_pass(home, tmp_path):
-    """With no flag but --nbval-lax: every cell runs, and what is marked as checked comes out again."""
+    """With --nbval-lax alone: every cell runs, and checked outputs are reproduced."""
     cells = nbval(tmp_path / "report.xml", "--nbval-lax", str(NOTEBOOKS[0].parent))
     assert sum(len(code_cells(path)) for path in NOTEBOOKS) == cells
     assert_nothing_runs(home)

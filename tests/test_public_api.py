@@ -1,4 +1,4 @@
-"""What users see: names, options, signatures. A change here is deliberate, and stands in the changelog."""
+"""The public API: names, options, signatures. A change here is deliberate, and is in the changelog."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_the_public_names():
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_name_is_there_and_says_what_it_is(name):
-    """It is found where it is promised, under one home, and has a docstring."""
+    """It is exported by its module, and has a docstring."""
     value = getattr(nbdist, name)
     assert inspect.getdoc(value)
     assert value.__module__.startswith("nbdist.")
-    assert name in importlib.import_module(nbdist._HOMES[name]).__all__
+    assert name in importlib.import_module(nbdist._MODULES[name]).__all__
 
 
 def test_a_name_that_is_not_there():
@@ -75,7 +75,7 @@ def test_there_is_a_version():
 
 
 def test_the_options_of_dist_train():
-    """Names of magic options are written down in notebooks: they do not change by accident."""
+    """Users' notebooks contain the names of options: they must not change by accident."""
     from nbdist.notebook.parsers import TRAIN
 
     assert TRAIN_OPTIONS == [
@@ -84,7 +84,7 @@ def test_the_options_of_dist_train():
 
 
 def test_the_magics():
-    """Their names, each with a help that says what it does."""
+    """Their names, each with a help text."""
     from nbdist.notebook.magics import DistMagics
 
     registered = DistMagics.magics["line"] | DistMagics.magics["cell"]

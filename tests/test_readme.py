@@ -1,4 +1,4 @@
-"""The README is true: its links lead somewhere, and its code runs."""
+"""The README is correct: its links exist, and its code runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def is_script(block):
-    """Whether a block stands for itself: it imports nbdist and is no cell of the notebook."""
+    """Whether a block is a script of its own: it imports nbdist and is no cell of the notebook."""
     return "import nbdist" in block and not re.search("^%", block, re.MULTILINE)
 
 
@@ -47,7 +47,7 @@ def test_links_lead_somewhere(document):
 
 
 def test_the_notebook_runs(cluster, tmp_path, monkeypatch):
-    """Its cells in order, in one shell, with nothing that `pip install .` does not bring, end as the text says."""
+    """Its cells in order, in one shell, with the packages of `pip install .` alone, end as the text says."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn", None)

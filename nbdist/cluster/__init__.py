@@ -1,4 +1,4 @@
-"""WHERE the ranks live: ipyparallel engines, launchers, definitions, monitor, remote errors."""
+"""Cluster: ipyparallel engines, their launchers, cells, runs and diagnosis, on the kernel's side."""
 
 from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.cluster import Cluster

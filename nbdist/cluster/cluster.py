@@ -1,4 +1,4 @@
-"""The cluster: what a user does with the engines."""
+"""The Cluster: start engines, run cells on them, train, scale and stop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nbdist.cluster.engines.starting import start_engines, take_over_engines
 from nbdist.cluster.launch import fork_client
 from nbdist.cluster.launch.anchor_client import Anchor, check_detach
 from nbdist.cluster.launch.devices import choose_size
-from nbdist.cluster.runs.run import Run, asked_again, attend
+from nbdist.cluster.runs.run import Run, attend, resume_arguments
 from nbdist.engine.cell_sources import CellSources, class_marks
 from nbdist.errors import ClusterError, PlanError
 
@@ -35,16 +35,16 @@ class Cluster:
     A context manager: ``with nbdist.Cluster(engines=2) as cluster: ...``
 
     Args:
-        engines: How many; by default one a GPU, else one a core up to four.
-        device: "auto" (GPUs where there are some), "cpu" or "cuda".
-        timeout_s: How long the start may take, in seconds.
-        spares: How many engines to keep beside them, idle, to take the place of lost ones at once. By default one where
-            engines are forked, for it shares their memory, else none.
-        detach: For how many seconds the engines, and a training, go on without a kernel, however this one ends: another
-            one may `attach` meanwhile. By default they end with this one.
+        engines: How many; by default one per GPU, else one per CPU core, up to four.
+        device: "auto" (GPUs if there are any), "cpu" or "cuda".
+        timeout_s: Timeout of the start, in seconds.
+        spares: How many idle spare engines to hold ready, which replace lost ones at once. By default one where engines
+            are forked (it shares their memory), else none.
+        detach: For how many seconds the engines, and a run, continue without a kernel, however this one ends. Another
+            kernel may `attach` meanwhile. By default they end with this kernel.
 
     Raises:
-        PlanError: A number or the device cannot be meant. No engine is started.
+        PlanError: A number or the device is not possible. No engine is started.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Cluster:
         if timeout_s <= 0:
             raise PlanError(f"timeout {timeout_s:g} s is too short: use a positive number.")
         if spares is not None and (isinstance(spares, bool) or not isinstance(spares, int) or spares < 0):
-            raise PlanError(f"{spares!r} spares cannot be kept: use a whole number, 0 or more.")
+            raise PlanError(f"{spares!r} spares are not possible: use a whole number, 0 or more.")
         if detach is not None:
             check_detach(detach)
         self._size = choose_size(engines, device, warm_up=session.current_cluster() is None)
@@ -65,11 +65,11 @@ class Cluster:
         self.spares = int(fork_client.can_fork()) if spares is None else spares
         self.detach = detach
         self._sources = CellSources()
-        self._replay: Any = None  # a Replay, once there have been engines
+        self._replay: Any = None  # a Replay, once engines have started: importing it loads torch
 
     @property
     def size(self) -> int:
-        """How many ranks there are, or are to be."""
+        """The number of ranks: of the running engines, or those to be started."""
         return self._size if (up := self._up) is None else up.size
 
     def __repr__(self) -> str:
@@ -79,38 +79,38 @@ class Cluster:
 
     @property
     def engines(self) -> list[Engine]:
-        """One record an engine, in rank order; empty when the cluster does not run."""
+        """One record per engine, in rank order; empty when the cluster does not run."""
         busy = (run_queue := self._run_queue) is not None and run_queue.computing
         return [] if (up := self._up) is None else up.records(busy)
 
     @property
     def current_run(self) -> Run | None:
-        """The run that the engines work on at the moment."""
+        """The run that the engines are training."""
         return None if (run_queue := self._run_queue) is None else run_queue.current
 
     @property
     def queued(self) -> list[Run]:
-        """The runs that wait for those before them to end."""
+        """The runs that wait in the queue."""
         return [] if (run_queue := self._run_queue) is None else run_queue.queued
 
     @property
     def reachable(self) -> bool:
-        """Whether the controller lives, through which everything goes; not so where the cluster does not run."""
+        """Whether the cluster runs, and its controller and store, which every call needs, are alive."""
         return (up := self._up) is not None and up.reachable
 
     @property
     def spare_engines(self) -> list[Engine]:
-        """One record a spare, as far as they are ready; their rank is -1."""
+        """One record per spare engine that is ready; their rank is -1."""
         return [] if (up := self._up) is None else up.spares()
 
     @property
     def threads(self) -> int:
-        """CPU threads of a rank by default: its host's cores over the ranks there."""
+        """Default CPU threads per rank: the cores of its host divided by the ranks there."""
         return self._running().threads
 
     @property
     def transport(self) -> str:
-        """What the gradients travel over: "shared memory", "gloo", "nccl", or "shared memory and gloo"."""
+        """What gradients are reduced over: "shared memory", "gloo", "nccl", or "shared memory and gloo"."""
         return self._running().transport
 
     @property
@@ -120,17 +120,17 @@ class Cluster:
 
     @property
     def name(self) -> str:
-        """By which another kernel can `attach` to it; empty where it ends with this one."""
+        """The name for `attach` from another kernel; empty if the cluster ends with this kernel."""
         return "" if (up := self._up) is None or (anchor := up.anchor) is None else anchor.name
 
     def start(self, tell: Callable[[str], None] = lambda words: None) -> Cluster:
-        """Start the engines; ready only after all of them have met in a collective.
+        """Start the engines; returns after all of them have completed a first collective.
 
-        On a running cluster, engines that were lost are replaced, and nothing happens otherwise. One whose controller
-        has ended is started anew. Engines that are new get the cells and pushed values that their ranks had.
+        On a running cluster, lost engines are replaced, and nothing else happens. A cluster whose controller has ended
+        is started again. New engines run the cells and get the pushed values that their ranks had.
 
         Args:
-            tell: Called with what is being done, a few words, several times a second.
+            tell: Progress callback: gets a short status text, several times a second.
 
         Raises:
             ClusterError: Another cluster runs in this kernel, or an engine did not become ready in time.
@@ -142,7 +142,7 @@ class Cluster:
             self._refuse_while_busy()
             self._up.timeout_s = self.timeout_s
             if self._up.replace_lost(tell):
-                self._sources.sent.clear()  # the new ones know no cell yet
+                self._sources.sent.clear()  # new engines have no cell yet
             self._up.keep_spares(self.spares)
             self.check_ready()
             return self
@@ -162,18 +162,18 @@ class Cluster:
         cls, name: str | None = None, *, namespace: dict[str, Any] | None = None,
         watch: Callable[[Run], None] | None = None,
     ) -> Cluster:  # fmt: skip
-        """Take over a detached cluster whose kernel has ended: engines, what they were told, and the newest run.
+        """Attach to a detached cluster whose kernel has ended: its engines, cells, pushed values and newest run.
 
-        That is `last_run` then; when it has ended, or if it has, its weights come home.
+        The run becomes `last_run`; once it has ended, its weights are loaded into the model.
 
         Args:
-            name: Which; not needed where there is only one.
-            namespace: Where its model stands afterwards, under its name; one like it that is there gets the weights.
-            watch: As of `train`.
+            name: The cluster's name; not needed if there is only one.
+            namespace: Gets the run's model under its name; a model of the same shapes under that name gets the weights.
+            watch: See `train`.
 
         Raises:
-            PlanError: There is none of that name, or several without a name.
-            ClusterError: A cluster runs in this kernel, or the other one belongs to a kernel that lives.
+            PlanError: There is none of that name, or several and no name is given.
+            ClusterError: A cluster runs in this kernel, or a living kernel owns the other one.
         """
         if session.current_cluster() is not None:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
@@ -191,7 +191,7 @@ class Cluster:
         return cluster
 
     def _drive(self, engines: Engines) -> RunQueue:
-        """Begin to use engines. What drives them stands on torch, which ``%load_ext`` must not wait for."""
+        """Build queue and replay for engines. Imported here: both load torch, which ``%load_ext`` must not wait for."""
         from nbdist.cluster.cells.replay import Replay
         from nbdist.cluster.runs.run_queue import RunQueue
 
@@ -201,17 +201,17 @@ class Cluster:
         return self._run_queue
 
     def scale(self, engines: int) -> None:
-        """Have so many engines from now on: some join, or the last ones leave. What the others hold stays.
+        """Change the number of engines: new ones join, or the last ones leave. The others keep their state.
 
-        A run that goes on does it after the step it is in, with the same global batch, and this returns at once. Else
-        they are ready when this returns; new ones have run every cell that all ranks have.
+        A current run scales after its current step, with the same global batch, and this returns at once. Otherwise
+        the engines are ready when this returns; new ones have run every cell that all ranks ran.
 
         Raises:
-            PlanError: The machine cannot carry so many, or the run's mesh or batch cannot be laid on them.
+            PlanError: The machine cannot run so many, or the run's mesh or batch cannot be partitioned over them.
             ClusterError: Engines are busy or lost, or new ones were not ready in time.
         """
         if isinstance(engines, bool) or not isinstance(engines, int):
-            raise PlanError(f"{engines!r} engines cannot be had: use a whole number.")
+            raise PlanError(f"{engines!r} engines are not possible: use a whole number.")
         choose_size(engines, self.device, warm_up=False)
         up, run = self._running(), self.current_run
         if run is not None:
@@ -223,14 +223,14 @@ class Cluster:
         self.check_ready()
 
     def stop(self) -> None:
-        """End the engines and everything about them. Twice is fine."""
+        """End the engines, and all that belongs to them. Twice is fine."""
         self._end()
         if self._replay is not None:
             self._replay.clear()
 
     def _end(self) -> None:
         if self._up is not None and self._up.owner != os.getpid():
-            return  # a forked child has no share in them: only who has started them ends them
+            return  # in a forked child: only the process that started the engines may end them
         engines, run_queue, self._up, self._run_queue = self._up, self._run_queue, None, None
         if engines is None:
             return
@@ -247,20 +247,20 @@ class Cluster:
         self.stop()
 
     def interrupt(self, ranks: Iterable[int] | None = None) -> None:
-        """Interrupt what ranks are doing, as Ctrl-C would; all by default."""
+        """Interrupt ranks, as Ctrl-C would; all by default."""
         self._running().interrupt(range(self.size) if ranks is None else ranks)
 
     def where(self) -> Where:
-        """Where every rank stands at the moment, whatever it does, and who waits for whom. Disturbs nobody."""
+        """The stack of every rank now, and which ranks wait for which. Does not disturb them."""
         return Where.of(self._running(), self.current_run, self._replay.cells)
 
     def check_ready(self) -> None:
-        """Refuse to begin anything while the engines are busy or lost; form a new world if the last one broke.
+        """Make sure that engines are idle and alive; create a new process group if the last one failed.
 
-        Engines that took the place of lost ones get the cells and pushed values that their ranks had.
+        Replacements of lost engines run the cells and get the pushed values that their ranks had.
 
         Raises:
-            ClusterError: They are, or the cluster does not run.
+            ClusterError: Engines are busy or lost, or the cluster does not run.
         """
         (engines := self._running()).check_alive()
         self._refuse_while_busy()
@@ -273,7 +273,7 @@ class Cluster:
             self._run_queue.refuse_while_busy()
 
     def execute(self, source: str, ranks: Iterable[int] | None = None, *, number: int | None = None) -> CellRun:
-        """Begin to run a cell's source on ranks, all by default; `number` is its In[...] in tracebacks.
+        """Start to run a cell's source on ranks, all by default; `number` is its In[...] in tracebacks.
 
         Raises:
             ClusterError: The engines are busy or lost.
@@ -284,9 +284,9 @@ class Cluster:
         return self._replay.run_cell(source, number, chosen)
 
     def complete(self, source: str, rank: int = 0) -> tuple[str, list[str]]:
-        """The word at the end of `source`, and what it could become in a cell on one engine.
+        """Tab completion on one engine: the word at the end of `source`, and its completions.
 
-        Returns at once while the engines work, and after a moment where one does not answer.
+        Empty at once while the engines are busy, and after 0.3 s if the engine does not answer.
         """
         if not self.reachable or rank >= self.size or self.engines[rank].state != "idle":
             return "", []
@@ -295,17 +295,17 @@ class Cluster:
         return call.get() if call.ready() and call.successful() else ("", [])
 
     def debug(self, rank: int, ask: Callable[[str], str] = input, tell: Callable[[str], None] = print) -> None:
-        """Look with pdb at what failed last on a rank; see `debugger.debug`."""
+        """Debug the last failure on a rank with pdb, post mortem; see `debugger.debug`."""
         self.check_ready()
         debug(self._running(), self._check_rank(rank), ask, tell)
 
     def push(self, **values: Any) -> None:
-        """Put values into the namespace of every engine's cells; tensors travel through one shared copy."""
+        """Assign values in the namespace of every engine's cells; all ranks map one shared copy of the tensors."""
         self.check_ready()
         self._replay.push(values, self._sources.new())
 
     def pull(self, name: str, rank: int = 0) -> Any:
-        """The value of a name in the namespace of one engine's cells.
+        """Get the value of a name from the namespace of one engine's cells.
 
         Raises:
             ClusterError: The name is not defined there, or cannot be sent.
@@ -314,7 +314,7 @@ class Cluster:
         return self._replay.pull(name, self._check_rank(rank))
 
     def tie_classes(self, namespace: dict[str, Any], ranks: Iterable[int] | None = None) -> None:
-        """Let classes that the same cell defined here and on ranks be one, whichever way an instance travels."""
+        """Make classes that one cell defined here and on ranks identical, so `isinstance` holds after a transfer."""
         self._running()
         self._replay.tie(class_marks(namespace), list(range(self.size) if ranks is None else ranks))
 
@@ -325,27 +325,27 @@ class Cluster:
     ) -> Run:  # fmt: skip
         """Train `model` on all engines; see `nbdist.train` for the options.
 
-        Afterwards `model` itself holds the trained weights and buffers; until then it is untouched. Whatever is wrong
-        with the options is said before an engine is touched. An engine that is lost is replaced, and the run goes on
-        from the last snapshot; after an error `model` holds the weights of the last step that all ranks completed.
+        Afterwards `model` itself holds the trained weights and buffers; until then it is unchanged. Invalid options
+        raise before any engine works. A lost engine is replaced, and the run resumes from the last snapshot; after an
+        error `model` holds the weights of the last step that all ranks completed.
 
         Args:
             model: An ``nn.Module``.
             data: A Dataset, a DataLoader, or a tuple of tensors or NumPy arrays.
-            background: Whether to return at once instead of waiting for the end. While another run goes on, this one
-                is queued, and begins when it has ended.
-            hang_timeout: Seconds without a step, evaluation included, after which the run hangs; see `Hangs`.
-            on_hang: What is done then: "replace" the ranks that the others wait for, or "stop" with an error.
-            on_failure: What is done when engines are lost: "replace" them, "shrink" to those that are left, with the
-                same global batch, or "stop" with an error and the state kept.
+            background: Whether to return at once instead of waiting for the end. While another run is running, this
+                one is queued, and starts when that one has ended.
+            hang_timeout: Seconds without a step, evaluation included, after which the run counts as hung; see `Hangs`.
+            on_hang: Then "replace" the ranks that the others wait for, or "stop" with an error.
+            on_failure: When engines are lost: "replace" them, "shrink" to those that are left, with the same global
+                batch, or "stop" with an error and keep the state.
             watch: Called with the run several times a second, and once after its end.
-            names: What the user calls `model` and `data`, for errors.
+            names: The user's names of `model` and `data`, for errors.
             **options: `loss` or `step`, `optimizer`, `val`, `metric` and every option of a Plan. ``resume=True``
-                without `checkpoint` goes on where the last run of this notebook ended.
+                without `checkpoint` resumes the last run of this notebook.
 
         Raises:
-            PlanError: An option cannot be run.
-            TaskError: Something supplied cannot be used.
+            PlanError: An option is not possible.
+            TaskError: A model, data or function cannot be used.
             ClusterError: The engines are busy or lost.
             EngineError: The run failed.
         """
@@ -358,16 +358,16 @@ class Cluster:
         return run if background else attend(run)
 
     def resume(self, **options: Any) -> Run:
-        """Go on where the last run of this notebook ended: `train` with the same model, data and options.
+        """Resume the last run of this notebook: `train` with the same model, data and options.
 
         Args:
-            **options: What is to be different, such as a larger `epochs`.
+            **options: Changed options, such as a larger `epochs`.
 
         Raises:
-            PlanError: There was no run, or it has done all that is asked for.
+            PlanError: There was no run, or no steps are left.
         """
-        asked = asked_again(session.last_run(), options)
-        return self.train(asked.pop("model"), asked.pop("data"), **asked)
+        arguments = resume_arguments(session.last_run(), options)
+        return self.train(arguments.pop("model"), arguments.pop("data"), **arguments)
 
     def attend(self, run: Run, while_waiting: Callable[[], None] = lambda: None, interrupts: int = 0) -> Run:
         """Wait for a run in the foreground: the first interrupt stops it after its step, a second one at once."""

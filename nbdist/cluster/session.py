@@ -1,4 +1,4 @@
-"""What is current in this process: the running cluster and the newest run."""
+"""Session: the running cluster and the newest run of this kernel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _run: Run | None = None
 
 
 def current_cluster() -> Cluster | None:
-    """The running cluster of this kernel, or None; a fork of the kernel has none."""
+    """The running cluster of this kernel, or None; a forked child has none."""
     return _cluster if _owner == os.getpid() else None
 
 
@@ -49,7 +49,7 @@ def last_run() -> Run | None:
 
 
 def note_run(run: Run) -> None:
-    """Called by a cluster when a run begins; with the one before nobody goes on any more."""
+    """Called by a cluster when a run starts; the run before it can no longer be resumed, and frees its memory."""
     global _run
     if _run is not None:
         _run.forget(but=run)
@@ -57,7 +57,7 @@ def note_run(run: Run) -> None:
 
 
 def stop_at_exit(cluster: Cluster) -> None:
-    """Stop a cluster when this process ends, if it is still there."""
+    """Stop a cluster when this process ends; a weak reference, so as not to keep it alive."""
     atexit.register(_stop_reference, weakref.ref(cluster))
 
 

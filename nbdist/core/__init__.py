@@ -1,4 +1,4 @@
-"""HOW one rank runs: world, channels, parameters, data, strategies, the loop. torch; never IPython or ipyparallel."""
+"""HOW one rank trains: world, channels, parameters, data, strategies, the training loop. torch, never IPython."""
 
 from nbdist.core.api import train
 from nbdist.core.params.gather import gather

@@ -1,4 +1,4 @@
-"""`nbdist.train`: the way in from a script, alone or under torchrun."""
+"""`nbdist.train`: trains a model from a script, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nbdist.core.comm.world import World
-from nbdist.core.console import screen
+from nbdist.core.console import console_sink
 from nbdist.core.params.gather import check_whole
 from nbdist.core.state.checkpoint_writer import check_resume
 from nbdist.core.task.task import Step, Task
@@ -64,11 +64,11 @@ def train(
     record: bool = True,
     verbose: bool = True,
 ) -> Result:
-    """Train `model` on every rank this process belongs to.
+    """Train `model` on all ranks of torchrun, or of an initialised process group; else in this process alone.
 
-    **Collective** under torchrun: every rank calls it with the same arguments. Started with plain ``python`` the one
-    process is the only rank. Before the first step, rank 0's weights and buffers go to all ranks; when it returns,
-    every rank's `model` holds the trained ones, whatever the mesh.
+    **Collective** under torchrun: every rank calls it with the same arguments. Started with plain ``python``, the
+    process is the only rank. Before the first step, rank 0's weights and buffers are sent to all ranks; when it
+    returns, every rank's `model` holds the trained ones, whatever the mesh.
 
     Args:
         model: An ``nn.Module``.
@@ -82,7 +82,7 @@ def train(
         epochs: Passes over the data; 1 unless `steps`.
         steps: Optimizer steps in place of epochs, wrapping round the data.
         batch_size: Global: samples in one optimizer step, over all ranks. 32 by default.
-        accumulate: Microbatches each rank runs in one step.
+        accumulate: Microbatches that each rank runs in one step.
         clip_norm: Largest global L2 norm of the gradient.
         val: Validation data.
         metric: A name such as "accuracy", or ``metric(output, target)``, measured on `val`.
@@ -92,32 +92,33 @@ def train(
         strategy: "data", "shard", "pipeline", "tensor", or a mesh such as "dp=2,pp=2".
         precision: "full", "bf16" or "fp16": what forward and loss compute in.
         sync_batchnorm: Whether BatchNorm sees the whole microbatch of all replicas.
-        reproducible: Whether the bits may not depend on the number of ranks; True, or into how many slices every batch
-            is cut for that (12). For the strategy data; `threads` is 1 then, unless given.
+        reproducible: Whether the bits must not depend on the number of ranks; True, or the number of slices into which
+            each batch is cut for that (12). For the strategy data; `threads` is 1 then, unless given.
         microbatches: Microbatches in flight through a pipeline, for each one of `accumulate`.
-        schedule: Order of work in a pipeline: "1f1b" by default, "gpipe" or "interleaved".
+        schedule: Pipeline schedule: "1f1b" by default, "gpipe" or "interleaved".
         split_at: Names of the modules that begin a stage of a pipeline; by default it is cut by measured time.
-        tensor_plan: How tensor parallelism splits layers: names or patterns to "column", "row", ...; else found out.
-        gather: Whether the model ends whole, on every rank; without it see `nbdist.gather`, or `checkpoint`.
+        tensor_plan: How tensor parallelism splits layers: names or patterns to "column", "row", ...; by default
+            planned automatically.
+        gather: Whether every rank's model ends with all weights; if not, see `nbdist.gather`, or `checkpoint`.
         checkpoint: Folder for checkpoints: one at the end, and in between with `checkpoint_every`.
         checkpoint_every: How often, in steps (200) or time ("90s", "5min").
         checkpoint_keep: How many of the newest stay; 3 by default.
-        resume: Folder of a checkpoint to go on from, made on any mesh, up to `epochs` or `steps` in all; True for the
-            newest one in `checkpoint`, where there is one: so a script that torchrun starts again goes on.
+        resume: Folder of a checkpoint to resume from, saved on any mesh, up to a total of `epochs` or `steps`; True
+            for the newest one in `checkpoint`, if any: a script that torchrun restarts then continues.
         stop_on_nan: Whether to end with an error when a loss is not finite, before it reaches the weights.
         tensorboard: Folder for TensorBoard, in which the run gets its own.
         bucket_mib: Gradient bucket in MiB, where the sync overlaps with backward.
         device: "auto", "cpu" or "cuda".
-        record: Whether to keep a record of the run, one JSON line an event and a file a rank.
-        verbose: Whether rank 0 shows progress on standard error: in a terminal all ranks, live, else a line now and
-            then.
+        record: Whether to keep a record of the run: one file per rank, one JSON line per event.
+        verbose: Whether rank 0 shows progress on standard error: in a terminal all ranks, live; else an occasional
+            line.
 
     Returns:
         The state, the history (one dict an epoch) and the plan.
 
     Raises:
-        PlanError: An option cannot be run.
-        TaskError: Something supplied cannot be used.
+        PlanError: An option is invalid, or impossible here.
+        TaskError: The model, the data or another argument cannot be used.
     """
     task = Task.create(
         model, data, loss=loss, step=step, optimizer=optimizer, lr=lr, lr_scheduler=lr_scheduler, val=val,
@@ -137,12 +138,12 @@ def train(
     if plan.resume:
         check_resume(plan, model, task.optimizer)
     with World.from_environment(device) as world, contextlib.ExitStack() as cleanup:
-        run_id, seen = _agree(plan, world, verbose and sys.stderr.isatty())
+        run_id, live = _agree(plan, world, verbose and sys.stderr.isatty())
         sinks: list[Sink] = []
         if record:
             sinks.append(JsonlSink(record_path(run_id, world.rank)))
-        if verbose and seen:
-            sinks.append(screen(world, run_id))
+        if verbose and live:
+            sinks.append(console_sink(world, run_id))
         elif verbose and world.rank == 0:
             sinks.append(TextSink())
         for sink in sinks:
@@ -151,19 +152,19 @@ def train(
 
 
 def _cores(size: int) -> int:
-    """Cores of all hosts, taken to be alike."""
+    """Cores of all hosts, assuming equal hosts."""
     return available_cores() * size // int(os.environ.get("LOCAL_WORLD_SIZE", size))
 
 
-def _agree(plan: Plan, world: World, seen: bool) -> tuple[str, bool]:
-    """Check that all ranks have rank 0's plan, and return its run id and `seen`. **Collective**."""
-    told = world.channel().broadcast_bytes(json.dumps([new_run_id(), seen, plan.to_dict()]).encode())
-    run_id, seen, plan_of_zero = json.loads(told)
-    mine = json.loads(json.dumps(plan.to_dict()))
-    differing = [name for name in mine if mine[name] != plan_of_zero[name]]
+def _agree(plan: Plan, world: World, live: bool) -> tuple[str, bool]:
+    """Check that all ranks have rank 0's plan; returns rank 0's run id and `live`. **Collective**."""
+    agreed = world.channel().broadcast_bytes(json.dumps([new_run_id(), live, plan.to_dict()]).encode())
+    run_id, live, plan_of_zero = json.loads(agreed)
+    own = json.loads(json.dumps(plan.to_dict()))
+    differing = [name for name in own if own[name] != plan_of_zero[name]]
     if differing:
         name = differing[0]
         raise PlanError(
-            f"rank {world.rank} was given {name}={mine[name]}, rank 0 {plan_of_zero[name]}: all ranks need the same."
+            f"rank {world.rank} was given {name}={own[name]}, rank 0 {plan_of_zero[name]}: all ranks need the same."
         )
-    return str(run_id), seen
+    return str(run_id), live

@@ -1,4 +1,4 @@
-"""What a user at rank 0's terminal sees of all ranks."""
+"""Live progress of all ranks in rank 0's terminal, under torchrun."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from dataclasses import replace
 from typing import Any
 
 from nbdist.core.comm.world import World
-from nbdist.telemetry import Event, RankState, RunFailed, RunFinished, RunStarted, RunState, Sink, SnapshotSink, fold
+from nbdist.telemetry import Event, RankState, RankStateSink, RunFailed, RunFinished, RunStarted, RunState, Sink, fold
 from nbdist.telemetry.terminal import TerminalView
 
-__all__ = ["screen"]
+__all__ = ["console_sink"]
 
-_TOLD_EVERY_S = 1.0
+_PUBLISH_EVERY_S = 1.0
 
 
-def screen(world: World, run_id: str) -> Sink:
-    """A sink that draws all ranks on rank 0's standard error; the others tell it once a second. Local, on all ranks."""
+def console_sink(world: World, run_id: str) -> Sink:
+    """A sink: rank 0 draws all ranks on standard error; other ranks publish their state once a second. Local."""
     if world.rank == 0:
-        return _Screen(world, run_id)
-    told = _Told(world.store, run_id)
-    return SnapshotSink(world.rank, lambda state: told.write(world.rank, state), _TOLD_EVERY_S, math.inf)
+        return _ConsoleSink(world, run_id)
+    published = _PublishedStates(world.store, run_id)
+    return RankStateSink(world.rank, lambda state: published.write(world.rank, state), _PUBLISH_EVERY_S, math.inf)
 
 
-class _Told:
-    """The latest of each rank, in the ranks' store; without one, or when it is gone, nothing is told."""
+class _PublishedStates:
+    """Each rank's latest state, in the ranks' store; without a store, or when it is gone, nothing is published."""
 
     def __init__(self, store: Any, run_id: str) -> None:
         self._store = store
-        self._name = f"screen/{run_id}"
+        self._name = f"console/{run_id}"
 
     def write(self, rank: int, state: dict[str, Any]) -> None:
         with self._tolerant():
@@ -48,16 +48,16 @@ class _Told:
 
     @contextlib.contextmanager
     def _tolerant(self) -> Iterator[None]:
-        """A picture that cannot be drawn must not end a training; whoever sums with the lost rank will say so."""
+        """A failing display must not end a training: a lost peer shows up as an error in the next collective."""
         try:
             yield
         except RuntimeError:
             self._store = None
 
 
-class _Screen(Sink):
+class _ConsoleSink(Sink):
     def __init__(self, world: World, run_id: str) -> None:
-        self._told = _Told(world.store, run_id)
+        self._published = _PublishedStates(world.store, run_id)
         self._others = range(1, world.size if world.store is not None else 1)
         self._state = RankState(rank=0)
         self._run: RunState | None = None
@@ -65,7 +65,7 @@ class _Screen(Sink):
         self._next_s = 0.0
 
     def emit(self, event: Event) -> None:
-        """Take in what rank 0 tells, now and then what the others have told, and draw."""
+        """Fold rank 0's event, once a second merge the other ranks' states, and draw."""
         self._state = fold(self._state, event)
         if isinstance(event, RunStarted):
             ranks = {rank: RankState(rank=rank) for rank in (0, *self._others)}
@@ -75,12 +75,12 @@ class _Screen(Sink):
             return
         run.merge(self._state)
         if time.monotonic() >= self._next_s:
-            self._next_s = time.monotonic() + _TOLD_EVERY_S
+            self._next_s = time.monotonic() + _PUBLISH_EVERY_S
             for rank in self._others:
-                if (state := self._told.read(rank)) is not None:
+                if (state := self._published.read(rank)) is not None:
                     run.merge(state)
         match event:
-            case RunFinished():  # at once on all ranks, after the same step
+            case RunFinished():  # all ranks finish after the same step
                 run.ranks = {
                     rank: replace(state, state=event.state, step=self._state.step) for rank, state in run.ranks.items()
                 }
@@ -90,5 +90,5 @@ class _Screen(Sink):
         self._view.draw(run)
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Restore the terminal."""
         self._view.close()

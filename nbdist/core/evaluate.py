@@ -1,4 +1,4 @@
-"""Evaluation: the validation data dealt out to all ranks, every sample counted exactly once."""
+"""Evaluation: validation loss and metric, with the data distributed over all ranks and each sample counted once."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from nbdist.core.sync.running_mean import RunningMean
 from nbdist.core.task.task import Task
 from nbdist.errors import PlanError, TaskError
 
-__all__ = ["evaluate", "switched"]
+__all__ = ["evaluate", "in_mode"]
 
 
 def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = "") -> dict[str, float]:
     """Measure the model on the validation data. **Collective**.
 
-    The metric sees what the last call of the model returned, and the last element of the batch.
+    The metric is called with the output of the model's last call, and the last element of the batch.
 
     Args:
         task: The task; its model is put in evaluation mode and back.
-        strategy: Where the model lies.
-        reader: Over the validation data.
+        strategy: Runs the forwards.
+        reader: Reads the validation data.
         metric: Name of the metric in the result, or empty for the loss alone.
 
     Returns:
         ``val_loss``, and ``val_<metric>``: weighted means over all samples.
 
     Raises:
-        PlanError: The data gave nothing.
-        TaskError: The metric cannot be measured on what the model or the data gave.
+        PlanError: The data gave no batch.
+        TaskError: The metric cannot be computed from the model's output or the batch.
     """
     device = strategy.device
-    # One sum for all that this rank sees; where bits may not depend on who sees what, one for each slice.
-    by_slice = strategy.sums is not None
-    seen: dict[tuple[int, int], _Seen] = {}
+    # One sum per rank; under `reproducible` one per slice, so that bits do not depend on which rank ran which slice.
+    by_slice = strategy.accumulator is not None
+    sums_by_place: dict[tuple[int, int], _Sums] = {}
     steps = 1
     outputs: list[Any] = []
 
@@ -52,7 +52,7 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
     hook = task.model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     task.forms.begin()
     try:
-        with switched(task.model, training=False), torch.no_grad():
+        with in_mode(task.model, training=False), torch.no_grad():
             for step, slices in enumerate(reader.epoch(1)):
                 if slices is None:
                     break
@@ -62,18 +62,18 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
                     measured = strategy.forward(part, ("val", step), measure)
                     if measured is not None and part.samples and strategy.axes.reports_loss:
                         place = (step, part.index) if by_slice else (0, 0)
-                        seen.setdefault(place, _Seen(device)).add(part.samples, *measured)
+                        sums_by_place.setdefault(place, _Sums(device)).add(part.samples, *measured)
     finally:
         hook.remove()
     world = strategy.axes.world
-    if task.own_mean:
+    if task.infers_weight:
         flags = torch.tensor(task.forms.flags(ControlFlags(), 0), device=device)
         world.all_reduce_(flags)
         check_one_form(ControlFlags(*flags.tolist()))
-    if by_slice:  # streams may have ended on one rank before others
+    if by_slice:  # a stream may end at different steps on different ranks
         steps = int(torch.stack(world.all_gather(torch.tensor([steps], device=device))).max())
     table = torch.zeros((steps, strategy.plan.slices if by_slice else 1, 5), dtype=torch.float64, device=device)
-    for place, one in seen.items():
+    for place, one in sums_by_place.items():
         table[place] = one.sums
     world.all_reduce_(table)
     loss_sum, loss_weight, metric_sum, metric_weight, samples = table.sum((0, 1)).tolist()
@@ -85,8 +85,8 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
     return result
 
 
-class _Seen:
-    """Sums over samples: of their losses and metrics, with the weights, and how many they are."""
+class _Sums:
+    """Weighted sums of losses and metrics, their weights, and the number of samples."""
 
     def __init__(self, device: torch.device) -> None:
         self._means = RunningMean(device), RunningMean(device)
@@ -110,13 +110,13 @@ def _measure(task: Task, outputs: list[Any], batch: Any, samples: int, metric: s
         raise TaskError(f"metric {metric} needs the model's output, but the step never called model(...).")
     if not isinstance(batch, (tuple, list)):
         raise TaskError(f"metric {metric} takes the last element of a batch as target, but a batch is a {type(batch)}.")
-    given = task.metric(outputs[-1], batch[-1])
-    return given if isinstance(given, tuple) else (given, samples)
+    value = task.metric(outputs[-1], batch[-1])
+    return value if isinstance(value, tuple) else (value, samples)
 
 
 @contextlib.contextmanager
-def switched(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put every module in training or evaluation mode, and each one back into the mode it had."""
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put every module in training or evaluation mode, and afterwards each one back into its own."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:

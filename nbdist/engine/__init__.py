@@ -1,1 +1,1 @@
-"""What runs in an engine's process, beside core."""
+"""What runs in an engine's process around core: remote calls, status, failures, stack dumps."""

@@ -1,4 +1,4 @@
-"""Definitions of the notebook on the engines: source lines, where modules are found, one identity for one class."""
+"""Cell sources on the engines, for tracebacks; and the notebook's ``sys.path`` and classes there."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _labels: dict[str, str] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class NotebookUpdate:
-    """What engines need to know of the notebook before they run something of it.
+    """What engines need from the notebook before they run its code.
 
     Args:
-        sources: File name -> (label for people, source) of cells.
-        path: Where the notebook finds modules.
+        sources: File name -> (label such as ``Cell In[5]``, source) of cells.
+        path: The notebook's ``sys.path``.
     """
 
     sources: dict[str, tuple[str, str]]
@@ -41,23 +41,23 @@ class NotebookUpdate:
 
 @dataclass
 class CellSources:
-    """The cells of this notebook that the engines have not been told of yet."""
+    """Tracks which cells of this notebook were sent to the engines."""
 
     sent: set[str] = field(default_factory=set)
 
     def new(self) -> NotebookUpdate:
-        """The cells that were not returned before, and where modules are found now."""
+        """The cells that were not returned before, and the current ``sys.path``."""
         fresh = {
             name: (_cell_label(name), "".join(entry[2]))
             for name, entry in list(linecache.cache.items())
-            # Entries without a modification time are not files: cells of a notebook, put there by IPython or by us.
+            # Entries without a modification time are no files but cells, put there by IPython or by nbdist.
             if len(entry) == 4 and entry[1] is None and name not in self.sent
         }
         self.sent.update(fresh)
         return NotebookUpdate(sources=fresh, path=search_path())
 
     def all(self) -> NotebookUpdate:
-        """All cells, for engines that may know none."""
+        """All cells, for new engines."""
         self.sent.clear()
         return self.new()
 
@@ -65,42 +65,42 @@ class CellSources:
 def _cell_label(name: str) -> str:
     """IPython's own label for the file name that it gave a cell, such as ``Cell In[5]``."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    numbers = getattr(getattr(shell, "compile", None), "_filename_map", {})  # private: a better label, no more
+    numbers = getattr(getattr(shell, "compile", None), "_filename_map", {})  # private: only a better label
     return f"Cell In[{numbers[name]}]" if name in numbers else name
 
 
 def cell_file(source: str) -> str:
-    """The name, without its folder, of the file by which an engine's tracebacks know a cell; empty if unknown."""
+    """The base name of the file that an engine's tracebacks show for a cell; empty if unknown."""
     try:
-        from ipykernel.compiler import get_file_name  # private: better tracebacks of cells that hang, no more
+        from ipykernel.compiler import get_file_name  # private: without it, only tracebacks of hanging cells are worse
     except ImportError:
         return ""
     return os.path.basename(get_file_name(source))
 
 
-def install(news: NotebookUpdate) -> None:
-    """Make cells known to this process's tracebacks, and find modules where the notebook does."""
-    for name, (label, source) in news.sources.items():
+def install(update: NotebookUpdate) -> None:
+    """Add cells to this process's linecache, and the notebook's ``sys.path`` to its own."""
+    for name, (label, source) in update.sources.items():
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
         _labels[name] = label
     known = set(search_path())
-    sys.path += [entry for entry in news.path if entry not in known]
+    sys.path += [entry for entry in update.path if entry not in known]
 
 
 def search_path() -> list[str]:
-    """Where this process finds modules; a cell may have added to it since the engines started."""
+    """This process's ``sys.path``, absolute; a cell may have added to it since the engines started."""
     return [str(Path(entry or ".").resolve()) for entry in sys.path]
 
 
 def labelled(text: str) -> str:
-    """A text in which the files of cells are called as people know them. Runs on an engine."""
+    """Replace the files of cells in a text by their labels. Runs on an engine."""
     for name, label in _labels.items():
         text = text.replace(os.path.basename(name), label)
     return text
 
 
 def label_of(file_name: str) -> str | None:
-    """The label of a cell by its file name, of the notebook or of this process; None for other files."""
+    """The label of a cell of the notebook or of this process, by its file name; None for other files."""
     if file_name in _labels:
         return _labels[file_name]
     own = _cell_label(file_name)
@@ -108,9 +108,9 @@ def label_of(file_name: str) -> str | None:
 
 
 def class_marks(namespace: dict[str, Any]) -> dict[str, str]:
-    """The marks by which cloudpickle knows the classes that a notebook defined, by name.
+    """The ids by which cloudpickle tracks the classes that a notebook defined, by name.
 
-    A class sent by value carries its mark, and a process that knows the mark uses the class it has.
+    A class sent by value carries its id; a process that has a class with that id uses it.
     """
     marks = {}
     for name, value in list(namespace.items()):
@@ -120,9 +120,9 @@ def class_marks(namespace: dict[str, Any]) -> dict[str, str]:
 
 
 def tie_classes(marks: dict[str, str], namespace: dict[str, Any]) -> None:
-    """Give the classes of `namespace` the notebook's marks, after both have run the same definition.
+    """Give the classes of `namespace` the notebook's ids, after both have run the same definition.
 
-    Runs on an engine. Without it, an instance pulled from here would be of a twin of the notebook's class.
+    Runs on an engine. Without it, an instance pulled from here would be of a copy of the notebook's class.
     """
     for name, mark in marks.items():
         value = namespace.get(name)

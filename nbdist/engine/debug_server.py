@@ -1,4 +1,4 @@
-"""The debugger of one rank: pdb on its engine, which reads from a socket what a user types in the notebook."""
+"""Debug server: post-mortem pdb on an engine, whose input and output go to the notebook through a socket."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["serve"]
 
 
 def serve(path: str, rank: int, prompt: str, error: BaseException | None) -> None:
-    """Run the debugger for whoever listens at `path`. Runs on an engine, until that user leaves it.
+    """Run the debugger for the kernel that listens at `path`, until the user quits. Runs on an engine.
 
     Args:
         path: Of the socket.
-        rank: This one's.
-        prompt: What the debugger ends each answer with.
-        error: What failed; None where nothing has.
+        rank: This rank.
+        prompt: The debugger's prompt, which ends each of its answers.
+        error: The failure; None if there is none.
 
     Raises:
         LookupError: Nothing has failed here.
@@ -44,7 +44,7 @@ def serve(path: str, rank: int, prompt: str, error: BaseException | None) -> Non
 
 
 class _Debugger(pdb.Pdb):
-    """pdb that calls cells as people know them."""
+    """pdb that shows a cell's label, such as ``Cell In[5]``, instead of its file name."""
 
     def format_stack_entry(self, frame_lineno: tuple[types.FrameType, int], lprefix: str = ": ") -> str:
         """See `bdb.Bdb`."""
@@ -53,7 +53,7 @@ class _Debugger(pdb.Pdb):
 
 
 def _above_users(tb: types.TracebackType) -> int:
-    """How many frames lie above the user's own innermost one; 0 where there is none."""
+    """How many frames are below the user's innermost one, for pdb's ``up``; 0 if no frame is the user's."""
     stack = [_summary(frame, line) for frame, line in traceback.walk_tb(tb)]
     mine = [i for i, frame in enumerate(stack) if is_users(frame)]
     return len(stack) - 1 - mine[-1] if mine else 0

@@ -1,4 +1,4 @@
-"""What went wrong on the engines: many failures, one cause."""
+"""Failures of ranks: exceptions and tracebacks from engines, merged into one EngineError with its cause."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _LOADING = "/torch/utils/data/"
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """One rank's failure, as it travels home.
+    """One rank's failure, as its engine sends it to the kernel.
 
     Args:
-        rank: Where.
-        time_s: When, in seconds since 1970, for order of arrival is not cause.
-        kind: The exception's class.
+        rank: The rank.
+        time_s: When, in seconds since 1970: the earliest failure is the cause, not the first to arrive.
+        kind: The name of the exception's class.
         message: Its text.
         place: The innermost line of the user's code, such as ``Cell In[5], line 3``; empty if unknown.
-        traceback: With source lines, ours left out.
-        echo: Whether it only says that another rank was gone.
+        traceback: With source lines, without frames of nbdist.
+        secondary: Whether it only reports that another rank is gone (a peer's connection error).
     """
 
     rank: int
@@ -42,24 +42,24 @@ class Failure:
     message: str
     place: str
     traceback: str
-    echo: bool
+    secondary: bool
 
     @classmethod
     def lost(cls, rank: int) -> Failure:
-        """Of a rank that is not there any more; nothing but an echo of that."""
-        return replace(cls.reported(rank, LOST, PROCESS_ENDED), echo=True)
+        """The failure of a rank whose process ended. Secondary: any exception of another rank is the cause."""
+        return replace(cls.reported(rank, LOST, PROCESS_ENDED), secondary=True)
 
     @classmethod
     def reported(cls, rank: int, kind: str, message: str) -> Failure:
-        """Of which no more is known than a word and a text."""
-        return cls(rank=rank, time_s=time.time(), kind=kind, message=message, place="", traceback="", echo=False)
+        """A failure of which only the class name and the text are known."""
+        return cls(rank=rank, time_s=time.time(), kind=kind, message=message, place="", traceback="", secondary=False)
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
         """Describe an exception just caught. Runs on the engine, where the source lines are."""
         frames, message = _unwrapped(error)
         users = [frame for frame in frames if not (is_ours(frame) or is_plumbing(frame))]
-        ours = isinstance(error, NbdistError)  # a sentence for the user: where we raised it is of no interest
+        ours = isinstance(error, NbdistError)  # its text is for the user: frames of nbdist do not help
         shown = users if users or ours else frames
         places = [frame for frame in users if label_of(frame.filename)] or users
         innermost = places[-1] if places else None
@@ -75,40 +75,40 @@ class Failure:
             message=labelled(message) if ours else message,
             place=place_of(innermost) if innermost else "",
             traceback="\n".join(text),
-            echo=isinstance(error, PeerLostError),
+            secondary=isinstance(error, PeerLostError),
         )
 
 
 def as_error(failures: Iterable[Failure]) -> EngineError:
-    """The one error that a user gets for the failures of several ranks.
+    """Merge the failures of several ranks into one error.
 
-    The earliest real failure is the cause; ranks that failed in the same way are named with it, echoes are left out.
-    What an engine refused is a PlanError or a TaskError too, as if it had been found before.
+    The earliest failure that is not secondary is the cause; ranks with the same failure are named with it. A PlanError
+    or TaskError raised on an engine is an instance of that class too, as if the kernel had raised it.
     """
-    ordered = sorted(failures, key=lambda failure: (failure.echo, failure.time_s))
+    ordered = sorted(failures, key=lambda failure: (failure.secondary, failure.time_s))
     cause = ordered[0]
     same = [f for f in ordered if (f.kind, f.message, f.place) == (cause.kind, cause.message, cause.place)]
     where = f" ({cause.place})" if cause.place else ""
     message = f"{ranks_text(f.rank for f in same)}: {cause.kind}: {cause.message}{where}"
-    refused = _REFUSED.get(cause.kind, EngineError)
-    return refused(message, cause.traceback, rank=cause.rank)
+    error_class = _ENGINE_ERRORS.get(cause.kind, EngineError)
+    return error_class(message, cause.traceback, rank=cause.rank)
 
 
-class _PlanRefused(EngineError, PlanError):
-    """An engine found that an option cannot be run."""
+class _EnginePlanError(EngineError, PlanError):
+    """A PlanError that was raised on an engine."""
 
 
-class _TaskRefused(EngineError, TaskError):
-    """An engine found that something supplied cannot be used."""
+class _EngineTaskError(EngineError, TaskError):
+    """A TaskError that was raised on an engine."""
 
 
-_REFUSED: dict[str, type[EngineError]] = {"PlanError": _PlanRefused, "TaskError": _TaskRefused}
-for _kind in _REFUSED.values():
-    _kind.__name__ = EngineError.__name__  # what a notebook shows
+_ENGINE_ERRORS: dict[str, type[EngineError]] = {"PlanError": _EnginePlanError, "TaskError": _EngineTaskError}
+for _class in _ENGINE_ERRORS.values():
+    _class.__name__ = EngineError.__name__  # a notebook shows this name
 
 
 def _unwrapped(error: BaseException) -> tuple[list[traceback.FrameSummary], str]:
-    """The frames of an error and its text. Those of a data-loading worker torch has put into the text."""
+    """The frames of an error, and its text. Torch puts a DataLoader worker's frames into the text: parsed here."""
     text = str(error)
     worker = _FROM_WORKER.match(text)
     if worker is None:

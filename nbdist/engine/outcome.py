@@ -1,4 +1,4 @@
-"""The outcome of a training on one rank, as its engine sends it to the kernel."""
+"""The outcome of a run on one rank, as its engine sends it to the kernel."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["Outcome"]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one rank of a training brings home.
+    """How a run ended on one rank.
 
     Args:
-        rank: Which.
+        rank: The rank.
         state: "finished", "stopped", "scaled" or "failed".
         snapshot: The rank's last state; published ones may arrive late.
-        home: The payload of trained tensors, from rank 0.
-        failure: What went wrong.
-        ranks: How many there are to be from here on, where that was asked for; else 0.
+        result: The payload of trained tensors, from rank 0.
+        failure: What failed, if anything.
+        ranks: The number of ranks to continue with after a scale command; else 0.
     """
 
     rank: int

@@ -1,8 +1,8 @@
-"""Run a controller or an engine that ends when its owner does, however the owner ended.
+"""Parent watchdog: run a controller or an engine that ends when its owner does, however the owner ended.
 
-Started as ``python -m nbdist.engine.parent_watch controller|engine ARGS...`` by the local launcher. The owner is a
-process of this host, named by `OWNER_VARIABLE`. (The kernel's own parent-death signal is tied to the thread that
-forked, so it would fire when a notebook's worker thread ends.)
+The local launcher starts it as ``python -m nbdist.engine.parent_watch controller|engine ARGS...``. The owner is a
+process of this host, named by `OWNER_VARIABLE`. (Linux's parent-death signal is tied to the thread that forked, so it
+would fire when a notebook's worker thread ends.)
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import time
 
 import psutil
 
-__all__ = ["FOLDER_VARIABLE", "OWNER_VARIABLE", "alive", "ends", "main", "owner_mark"]
+__all__ = ["FOLDER_VARIABLE", "OWNER_VARIABLE", "alive", "main", "owner_mark", "wait_for_exit"]
 
 OWNER_VARIABLE = "NBDIST_OWNER"
 FOLDER_VARIABLE = "NBDIST_FOLDER"
-_LOOK_S = 0.5  # psutil before 7.2 does not say that a process has become a zombie
+_LOOK_S = 0.5  # psutil before 7.2 does not wake up when a process becomes a zombie
 _GRACE_S = 2.0
 
 
 def owner_mark(pid: int) -> str:
-    """Names a process beyond reuse of its number: ``pid:created``."""
+    """Names a process uniquely, although pids are reused: ``pid:created``."""
     return f"{pid}:{psutil.Process(pid).create_time():.2f}"
 
 
@@ -40,44 +40,44 @@ def alive(mark: str) -> bool:
         return False
 
 
-def ends(mark: str, within_s: float = math.inf) -> bool:
+def wait_for_exit(mark: str, within_s: float = math.inf) -> bool:
     """Wait until the process that `mark` names has ended, but not longer than `within_s`; returns whether it has."""
     deadline = time.monotonic() + within_s
     while alive(mark):
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             return False
-        with contextlib.suppress(psutil.Error):  # it is gone, or the time is over
+        with contextlib.suppress(psutil.Error):  # it has ended, or the timeout passed
             psutil.Process(int(mark.partition(":")[0])).wait(min(left_s, _LOOK_S))
     return True
 
 
 def _watch(mark: str, folder: str | None) -> None:
-    ends(mark)
-    if folder is None:  # an engine: whatever it is doing, it has a moment to leave in good order
+    wait_for_exit(mark)
+    if folder is None:  # an engine: time to clean up before SIGKILL
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_S)
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
-    if folder:  # the controller tidies up what the owner no longer can, after the engines have gone
+    if folder:  # the controller removes what the owner no longer can; the engines have ended by now
         shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _end_with_controller() -> None:
-    """In a child that the controller has forked, a scheduler: without a controller it is of no use."""
+    """End a child that the controller forked (a scheduler) when the controller ends."""
     mark = owner_mark(os.getppid())
 
     def watch() -> None:
-        ends(mark)
+        wait_for_exit(mark)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name="nbdist-owner-guard").start()
 
 
 def main() -> None:
-    """Start the guard's thread, then become ipyparallel's controller or engine."""
+    """Start the watchdog thread, then run ipyparallel's controller or engine."""
     kind = sys.argv.pop(1)
     mark = os.environ.get(OWNER_VARIABLE)
     if mark:

@@ -1,7 +1,7 @@
-"""Where a process stands, told by itself even while it hangs: what it writes of its threads when it is asked.
+"""Stack dumps of running engines: on a signal, a process writes the stacks of its threads to a file.
 
-Python's `faulthandler` writes it from a signal handler, in C. So a process that waits in C for ever, or holds the
-interpreter's lock, is heard too. Nothing is done until somebody asks.
+Python's `faulthandler` writes them from a signal handler in C, so this works even while the process hangs in C or holds
+the GIL. It costs nothing until a dump is requested.
 """
 
 from __future__ import annotations
@@ -21,62 +21,62 @@ import psutil
 
 from nbdist.engine.parent_watch import FOLDER_VARIABLE
 
-__all__ = ["answer_from", "ask", "is_stopped"]
+__all__ = ["enable", "is_stopped", "request"]
 
 _SIGNAL = getattr(signal, "SIGUSR1", None)
 _POLL_S = 0.005
-_ANSWERED_WITHIN_S = 1.0
+_WRITTEN_WITHIN_S = 1.0
 _THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)[^\n]*\n((?:  [^\n]*\n)+)")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 _one_at_a_time = threading.Lock()
 
 
-class _Answering:
+class _Enabled:
     file: Any = None  # the handler writes to its descriptor, so it has to stay open
 
 
-def answer_from() -> dict[str, Any]:
-    """Be ready to answer; returns what `ask` needs, nothing where this host cannot. Runs on an engine."""
+def enable() -> dict[str, Any]:
+    """Register the signal handler; returns the arguments of `request`, {} without SIGUSR1. Runs on an engine."""
     folder = os.environ.get(FOLDER_VARIABLE, "")
     if _SIGNAL is None or not os.path.isdir(folder):
         return {}
-    if _Answering.file is None:
-        _Answering.file = open(os.path.join(folder, f"stacks-{os.getpid()}"), "ab")  # noqa: SIM115
-        faulthandler.register(_SIGNAL, _Answering.file, all_threads=True, chain=False)
-    return {"stacks": _Answering.file.name, "main_thread": threading.main_thread().ident}
+    if _Enabled.file is None:
+        _Enabled.file = open(os.path.join(folder, f"stacks-{os.getpid()}"), "ab")  # noqa: SIM115
+        faulthandler.register(_SIGNAL, _Enabled.file, all_threads=True, chain=False)
+    return {"stacks": _Enabled.file.name, "main_thread": threading.main_thread().ident}
 
 
-def ask(pid: int, stacks: str, main_thread: int) -> list[FrameSummary] | None:
-    """Where the main thread of a process of this host stands, outermost first.
+def request(pid: int, stacks: str, main_thread: int) -> list[FrameSummary] | None:
+    """Request a stack dump: the frames of the main thread of a process of this host, outermost first.
 
     Args:
-        pid: Which process.
-        stacks: The file that it writes to, see `answer_from`.
+        pid: The process.
+        stacks: The file that it writes to, see `enable`.
         main_thread: Its main thread.
 
     Returns:
-        The frames; None where it does not answer: it is stopped, or has ended.
+        The frames; None if it writes nothing: it is stopped, or has ended.
     """
     with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
         process, file = psutil.Process(pid), Path(stacks)
         if _SIGNAL is None or is_stopped(pid):
             return None
-        with _one_at_a_time:  # or one would take away what another one reads
-            os.truncate(file, 0)  # the process appends, so the file holds one answer, however often it is asked
-            told = b""
+        with _one_at_a_time:  # or one request would truncate the dump that another reads
+            os.truncate(file, 0)  # the process appends; so the file holds only the newest dump
+            previous = b""
             process.send_signal(_SIGNAL)
-            deadline = time.monotonic() + _ANSWERED_WITHIN_S
+            deadline = time.monotonic() + _WRITTEN_WITHIN_S
             while time.monotonic() < deadline:
                 time.sleep(_POLL_S)
                 now = file.read_bytes()
-                if now and now == told:
+                if now and now == previous:  # unchanged, so complete
                     return _frames(now.decode(errors="replace"), main_thread)
-                told = now
+                previous = now
     return None
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process of this host was stopped by a signal, and runs no instruction until it is continued."""
+    """Whether a process of this host is stopped by a signal (SIGSTOP), until SIGCONT."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
     return False

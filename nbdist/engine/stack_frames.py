@@ -1,4 +1,4 @@
-"""One frame of a stack, for people: whose it is, where, and what stands there."""
+"""Stack frames for display: the user's, a library's or nbdist's; file, line and source."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _CONTEXT = 2
 
 
 def is_ours(frame: traceback.FrameSummary) -> bool:
-    """Whether it is in this package."""
+    """Whether it is a frame of nbdist."""
     return frame.filename.startswith(_OWN_FOLDER)
 
 
 def is_users(frame: traceback.FrameSummary) -> bool:
-    """Whether it is in a cell, or in a file that belongs to no library."""
+    """Whether it is in a cell, or in a file of no library."""
     if label_of(frame.filename):
         return True
     return not frame.filename.startswith((*_libraries(), "<")) and not is_ours(frame)
@@ -33,7 +33,7 @@ def is_users(frame: traceback.FrameSummary) -> bool:
 
 @functools.cache
 def _libraries() -> tuple[str, ...]:
-    """Where libraries lie: Python's own folders, the user's, and what we stand on wherever it was installed."""
+    """Folders of libraries: Python's, the user's site-packages, and our dependencies' wherever installed."""
     folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     folders |= {site.getusersitepackages(), *site.getsitepackages()}
     for package in _PACKAGES:
@@ -44,18 +44,18 @@ def _libraries() -> tuple[str, ...]:
 
 
 def is_plumbing(frame: traceback.FrameSummary) -> bool:
-    """Whether a frame is the call machinery of ``nn.Module``, which says nothing and stands everywhere."""
+    """Whether it is the call machinery of ``nn.Module``, which is in every stack and explains nothing."""
     return frame.filename.endswith("torch/nn/modules/module.py") and frame.name.endswith("call_impl")
 
 
 def place_of(frame: traceback.FrameSummary) -> str:
-    """Where, such as ``Cell In[5], line 3``."""
+    """File and line, such as ``Cell In[5], line 3``."""
     file = label_of(frame.filename) or frame.filename.rpartition("/site-packages/")[2]
     return f"{file}, line {frame.lineno}"
 
 
 def frame_text(frame: traceback.FrameSummary) -> str:
-    """Where and in which function, with the source line; a cell's with those around it."""
+    """File, line, function and source line; in a cell, with the lines around it."""
     header = f"{place_of(frame)}, in {frame.name}"
     number = frame.lineno or 0
     around = _CONTEXT if label_of(frame.filename) else 0

@@ -1,7 +1,7 @@
-"""The board: the newest that a rank has to say, in memory that the notebook reads whenever it likes.
+"""The status board: shared memory in which a rank publishes its newest state, and which the notebook polls.
 
-To publish costs the rank a copy, and nobody else anything. A message for each update, as ipyparallel sends them, was
-measured at about a millisecond of processor time in each of three processes.
+Publishing costs the rank one copy, and other processes nothing. An ipyparallel message per update was measured at about
+1 ms of CPU time in each of three processes.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from nbdist.core.transfer.payload import open_segment
 __all__ = ["BOARD_BYTES", "Board"]
 
 BOARD_BYTES = 1 << 20
-"""Pages that are not written take no memory."""
-_HEAD = struct.Struct("=QII")  # which writing this was, the length, the checksum
+"""Pages that are never written take no memory."""
+_HEAD = struct.Struct("=QII")  # count of writes, length in bytes, checksum
 _STARTS = (0, BOARD_BYTES // 8)
 _ENDS = (BOARD_BYTES // 8, BOARD_BYTES)
 
 
 class Board:
-    """One rank's, which alone writes it. It has two places, so that what comes often hides nothing that comes seldom.
+    """One rank's board; only that rank writes. Two places, so that frequent data does not overwrite rare data.
 
     Args:
-        path: Of a segment of `BOARD_BYTES`, which the notebook holds.
+        path: Of a segment of `BOARD_BYTES`, held open by the notebook.
     """
 
     def __init__(self, path: str) -> None:
@@ -36,7 +36,7 @@ class Board:
         self._read = [0, 0]
 
     def write(self, data: bytes, *, seldom: bool = False) -> bool:
-        """Put `data` in the place of what was there; returns whether it fits."""
+        """Replace the data of one place; returns whether it fits. The header is written last, after its data."""
         start, end = _STARTS[seldom], _ENDS[seldom]
         first = start + _HEAD.size
         if first + len(data) > end:
@@ -47,7 +47,7 @@ class Board:
         return True
 
     def read(self) -> list[bytes]:
-        """What was not read before, in the order in which it was written; not what is being written right now."""
+        """Data not read before, oldest first. The checksum rejects data that is being written now."""
         found = []
         for place, start in enumerate(_STARTS):
             first = start + _HEAD.size

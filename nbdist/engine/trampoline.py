@@ -1,4 +1,4 @@
-"""The one function that a kernel sends to an engine: it calls the others by name, so that the kernel loads none."""
+"""The one function that the kernel sends to an engine: it calls the others by name, so the kernel loads none."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ __all__ = ["run"]
 
 
 def run(name: str, *arguments: Any) -> Any:
-    """Call a function of `remote_calls`. Runs on an engine, where torch is loaded, or is by then."""
+    """Call a function of `remote_calls`. Runs on an engine; the import here loads torch if needed."""
     return getattr(importlib.import_module("nbdist.engine.remote_calls"), name)(*arguments)

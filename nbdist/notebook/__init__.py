@@ -1,4 +1,4 @@
-"""WHO asks and who looks: magics and the dashboard. IPython and anywidget; never torch at import."""
+"""What a user types and sees: magics, panel, tables. Uses IPython and anywidget; never imports torch."""
 
 from __future__ import annotations
 

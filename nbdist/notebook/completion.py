@@ -1,4 +1,4 @@
-"""Tab completion: options and values of the magics, and what an engine knows inside a ``%%dist`` cell."""
+"""Tab completion: options and values of the magics, and an engine's names inside a ``%%dist`` cell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from nbdist.cluster import Cluster, current_cluster
 from nbdist.errors import NbdistError
-from nbdist.notebook.parsers import ORDERS, PARSERS
+from nbdist.notebook.parsers import COMMANDS, PARSERS
 from nbdist.plan.arguments import OptionParser, split_line
 from nbdist.plan.mesh import AXES, STRATEGY_WORDS
 from nbdist.plan.names import LOSSES, METRICS, OPTIMIZERS
@@ -25,10 +25,10 @@ _LISTED_RUNS = 20
 
 
 def install(shell: Any) -> None:
-    """Let a shell complete the magics; one whose IPython has not the interface does without."""
+    """Let a shell complete the magics; before IPython 8.6, lines only."""
     try:
         from IPython.core.completer import SimpleCompletion, context_matcher
-    except ImportError:  # before 8.6: lines only, for a completer does not see the cell
+    except ImportError:  # before 8.6 a completer does not see the cell
         shell.set_hook("complete_command", _OldHook(shell), re_key=_LINE.pattern.replace("(.*)$", ""))
         return
 
@@ -49,7 +49,7 @@ def install(shell: Any) -> None:
 
 
 def remove(shell: Any) -> None:
-    """Take it back."""
+    """Undo `install`."""
     matchers = getattr(getattr(shell, "Completer", None), "custom_matchers", [])
     matchers[:] = [matcher for matcher in matchers if getattr(matcher, "__name__", "") != "nbdist_matcher"]
 
@@ -64,16 +64,16 @@ class _OldHook:
 
 
 def complete(shell: Any, text: str, line: int, column: int) -> tuple[str, list[str]] | None:
-    """What could stand at the cursor of a cell.
+    """The completions at the cursor of a cell.
 
     Args:
-        shell: Whose names count.
+        shell: The IPython shell.
         text: The cell.
         line: The cursor's line, from 0.
         column: Its place in the line.
 
     Returns:
-        The beginning that is there, and what it could become; None where it is none of ours.
+        The word at the cursor, and its completions; None where the line is no magic of nbdist.
     """
     lines = text.split("\n")
     first = next((number for number, words in enumerate(lines) if words.strip()), 0)
@@ -84,14 +84,14 @@ def complete(shell: Any, text: str, line: int, column: int) -> tuple[str, list[s
 
 
 def complete_line(line: str, names: dict[str, Any]) -> tuple[str, list[str]] | None:
-    """What could stand at the end of a magic's line; see `complete`."""
+    """The completions at the end of a magic's line; see `complete`."""
     match = _LINE.match(line)
     if match is None or (parser := PARSERS.get(match[1])) is None:
         return None
     given = match[2]
     try:
         words = split_line(given)
-    except NbdistError:  # inside a bracket or a quote it is Python
+    except NbdistError:  # inside a bracket or a quote, Python's own completer is right
         return None
     word = "" if not given or given[-1].isspace() else words.pop()
     token = _TOKEN.search(word)[0]  # type: ignore[index]  # it matches everywhere
@@ -130,7 +130,7 @@ def _candidates(parser: OptionParser, words: list[str], word: str, names: dict[s
 
 
 def _of(*kinds: str) -> Callable[[dict[str, Any], str], list[str]]:
-    """Names of notebook objects whose types are, or derive from, some of torch; nothing of theirs is run."""
+    """Names of notebook objects of some torch types or their subclasses; runs no code of the objects."""
 
     def named(names: dict[str, Any], word: str) -> list[str]:
         return [name for name, value in names.items() if _is(value, *kinds)]
@@ -169,7 +169,7 @@ def _data(names: dict[str, Any], word: str) -> list[str]:
 
 
 def _or_functions(*words: str, kinds: tuple[str, ...] = ()) -> Callable[[dict[str, Any], str], list[str]]:
-    """Well-known words, then the notebook's own functions, and objects of torch."""
+    """Well-known words, then the notebook's own functions and torch objects."""
 
     def named(names: dict[str, Any], word: str) -> list[str]:
         mine = [
@@ -183,7 +183,7 @@ def _or_functions(*words: str, kinds: tuple[str, ...] = ()) -> Callable[[dict[st
 
 
 def _meshes(names: dict[str, Any], word: str) -> list[str]:
-    """Words, and every mesh of as many ranks as there are engines."""
+    """Strategy words, and every mesh of as many ranks as there are engines."""
     cluster = current_cluster()
     size = 0 if cluster is None else cluster.size
     meshes = [",".join(f"{axis}={degree}" for axis, degree in mesh) for mesh in _products(size, AXES)]
@@ -223,7 +223,7 @@ _VALUES: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
     "precision": _words(*PRECISIONS),
     "schedule": _words(*SCHEDULES),
     "device": _words("auto", "cpu", "cuda"),
-    "command": _words(*ORDERS),
+    "command": _words(*COMMANDS),
     "names": lambda names, word: list(names),
     "name": lambda names, word: _on_engine("", word.rpartition(".")[2])[1] if "." not in word else [],
     "run_id": lambda names, word: [run.run_id for run in past_runs(_LISTED_RUNS)],
@@ -233,7 +233,7 @@ _VALUES: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
 
 
 def _on_engine(header: str, source: str) -> tuple[str, list[str]]:
-    """What the first chosen engine makes of the beginning of a cell; nothing while it is busy."""
+    """The completions on the first of the cell's engines; none while it is busy."""
     cluster: Cluster | None = current_cluster()
     ranks = re.search(r"--ranks\s+(\d+)", header)
     if cluster is None:

@@ -1,17 +1,17 @@
-// Draws what panel_view.py says; all texts are made there, here they are only placed.
+// Draws the data of panel_view.py; all texts are made there and only placed here.
 
 const COLUMNS = ["rank", "device", "step", "loss", "samples/s", "memory", "time", "state"];
 const TIMES = ["compute", "communication", "data", "idle"];
 const SHORT = { communication: "comm" };
 const ENDED = ["finished", "stopped", "failed"];
-const FIRST_CALL_MS = 100; // the front end may still be looking for a way past the running cell
-const DEAF_AFTER_MS = 3000;
-const LAST_CALL_MS = 60000;
-const UNHEARD =
+const FIRST_PING_MS = 100; // the front end may still be looking for a subshell beside the running cell
+const UNREACHABLE_AFTER_MS = 3000;
+const LONGEST_PING_MS = 60000;
+const UNREACHABLE =
   "Clicks do not reach the kernel while this cell runs: ■ (interrupt the kernel) stops the run after its step; " +
   "with --background the buttons work everywhere.";
 
-const drafts = new WeakMap(); // what stands in the rate's field, should the output be drawn anew
+const drafts = new WeakMap(); // the text in the learning-rate field, in case the output is redrawn
 
 function element(tag, className, parent, text) {
   const made = document.createElement(tag);
@@ -52,11 +52,11 @@ function controls(parent, model) {
   group.setAttribute("role", "group");
   group.setAttribute("aria-label", "Controls");
   const pending = new Map();
-  let heard = false;
+  let answered = false;
   let late = false;
 
   function send(command, value) {
-    pending.set(command, model.get("head").orders);
+    pending.set(command, model.get("head").commands);
     model.send({ command, value });
     draw();
   }
@@ -72,10 +72,10 @@ function controls(parent, model) {
 
   const rate = () => parseFloat(model.get("head").lr);
   const buttons = {
-    pause: button("Pause", "Let all ranks rest after this step", "pause"),
-    resume: button("Resume", "Let all ranks go on", "resume"),
+    pause: button("Pause", "Pause all ranks after this step", "pause"),
+    resume: button("Resume", "Resume all ranks", "resume"),
     checkpoint: button("Checkpoint", "Write the state after this step to disk", "checkpoint"),
-    stop: button("Stop", "Stop all ranks after this step; the weights come home", "stop"),
+    stop: button("Stop", "Stop all ranks after this step and load the weights into the model", "stop"),
   };
   const label = element("label", "nbdist-rate", group);
   element("span", "", label, "Learning rate");
@@ -92,7 +92,7 @@ function controls(parent, model) {
   const changed = () => field.value !== (field.dataset.shown ?? "");
   field.oninput = () => drafts.set(model, field.value);
   field.onkeydown = (event) => {
-    event.stopPropagation(); // the notebook's own keys
+    event.stopPropagation(); // or the notebook's own shortcuts would see the key
     if (event.key === "Escape") {
       field.value = field.dataset.shown ?? "";
       drafts.delete(model);
@@ -105,19 +105,19 @@ function controls(parent, model) {
   const draft = drafts.get(model);
 
   function draw() {
-    const { state, lr, orders } = model.get("head");
+    const { state, lr, commands } = model.get("head");
     const over = ENDED.includes(state);
-    for (const [command, before] of pending) if (orders > before || over) pending.delete(command);
+    for (const [command, before] of pending) if (commands > before || over) pending.delete(command);
     const waits = state === "queued";
-    const deaf = late && !heard;
+    const unreachable = late && !answered;
     group.hidden = over;
     for (const [name, made] of Object.entries(buttons)) {
-      made.disabled = deaf || pending.has(name) || (waits && name !== "stop") || (name === "stop" && state === "stopping");
+      made.disabled = unreachable || pending.has(name) || (waits && name !== "stop") || (name === "stop" && state === "stopping");
       made.setAttribute("aria-busy", String(pending.has(name)));
     }
     buttons.pause.hidden = state === "paused";
     buttons.resume.hidden = state !== "paused";
-    const noRate = deaf || pending.has("lr") || lr === "";
+    const noRate = unreachable || pending.has("lr") || lr === "";
     for (const made of [field, halve, twice]) made.disabled = noRate;
     if (!pending.has("lr") && !(document.activeElement === field && changed()) && field.dataset.shown !== lr) {
       field.value = lr;
@@ -134,8 +134,8 @@ function controls(parent, model) {
       delete field.dataset.shown;
       draw();
     },
-    isHeard: (yes) => {
-      heard = yes;
+    setAnswered: (yes) => {
+      answered = yes;
       late = !yes;
       draw();
     },
@@ -149,7 +149,7 @@ function render({ model, el }) {
   const title = element("strong", "", name);
   const state = element("span", "nbdist-state", name);
   state.setAttribute("role", "status");
-  const steering = controls(header, model);
+  const buttons = controls(header, model);
 
   const overall = bar(root);
   const progress = root.lastChild;
@@ -204,7 +204,7 @@ function render({ model, el }) {
       }
       put(values.get(key), value);
     }
-    steering.draw();
+    buttons.draw();
   }
 
   function newRow(rank) {
@@ -272,13 +272,13 @@ function render({ model, el }) {
   }
 
   function drawCharts() {
-    pictures.innerHTML = model.get("charts").join(""); // texts in them are escaped where they are made
+    pictures.innerHTML = model.get("charts").join(""); // svg_chart.py has escaped the texts in them
   }
 
   function drawEvents() {
-    const told = model.get("events");
-    while (happened.children.length > told.length) happened.lastChild.remove();
-    told.forEach(([kind, text], i) => {
+    const shown = model.get("events");
+    while (happened.children.length > shown.length) happened.lastChild.remove();
+    shown.forEach(([kind, text], i) => {
       const line = happened.children[i] ?? element("li", "", happened);
       line.className = `nbdist-${kind}`;
       put(line, text);
@@ -288,35 +288,35 @@ function render({ model, el }) {
   function drawReply() {
     const { text } = model.get("reply");
     put(hint, text);
-    if (text) steering.refused();
+    if (text) buttons.refused();
   }
 
   const listeners = { head: drawHead, rows: drawRows, charts: drawCharts, events: drawEvents, reply: drawReply };
   for (const [trait, draw] of Object.entries(listeners)) model.on(`change:${trait}`, draw);
-  // Whether clicks arrive is not known from versions: ask, again and again, until there is an answer.
+  // No version number tells whether clicks reach the kernel: ping it, ever more rarely, until it answers.
   let timer = null;
-  const called = Date.now();
-  const call = (next) => {
+  const started = Date.now();
+  const ping = (next) => {
     if (ENDED.includes(model.get("head").state)) return;
-    if (Date.now() - called > DEAF_AFTER_MS) {
-      steering.isHeard(false);
-      put(hint, UNHEARD);
+    if (Date.now() - started > UNREACHABLE_AFTER_MS) {
+      buttons.setAnswered(false);
+      put(hint, UNREACHABLE);
     }
     model.send({ command: "hello" });
-    timer = setTimeout(call, next, Math.min(2 * next, LAST_CALL_MS));
+    timer = setTimeout(ping, next, Math.min(2 * next, LONGEST_PING_MS));
   };
-  const hear = () => {
+  const stopPinging = () => {
     clearTimeout(timer);
-    steering.isHeard(true);
-    if (hint.textContent === UNHEARD) put(hint, "");
+    buttons.setAnswered(true);
+    if (hint.textContent === UNREACHABLE) put(hint, "");
   };
-  model.on("change:heard", hear);
-  call(FIRST_CALL_MS);
+  model.on("change:received", stopPinging);
+  ping(FIRST_PING_MS);
   for (const draw of Object.values(listeners)) draw();
   return () => {
     clearTimeout(timer);
     for (const [trait, draw] of Object.entries(listeners)) model.off(`change:${trait}`, draw);
-    model.off("change:heard", hear);
+    model.off("change:received", stopPinging);
   };
 }
 

@@ -1,4 +1,4 @@
-"""The dashboard: a run drawn live, in a notebook as a panel, in a terminal as text; at the end what remains of it."""
+"""The dashboard: a run drawn live, as a widget (panel) in a notebook or as text; at the end static HTML and text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _HERE = Path(__file__).parent
 _CHARTS_EVERY_S = 1.0
 _KEEP_EVERY_S = 10.0
-"""How often what remains is put beside the live panel, for a notebook that is saved before the end."""
+"""How often static HTML is put beside the live panel, for a notebook that is saved before the end."""
 _panels: weakref.WeakKeyDictionary[Run, PanelDashboard] = weakref.WeakKeyDictionary()
 
 
@@ -45,21 +45,21 @@ def has_front_end(shell: Any) -> bool:
 
 
 def load_panel() -> None:
-    """Load what a panel consists of, in the background, so that the first run finds it there."""
+    """Import the panel's libraries in the background, so that the first run need not wait for them."""
     threading.Thread(target=_load_panel, daemon=True, name="nbdist-panel").start()
 
 
 def _load_panel() -> None:
-    with contextlib.suppress(Exception):  # who draws meets the error again
+    with contextlib.suppress(Exception):  # drawing the panel raises the error again
         _panel_class()
 
 
 def make_dashboard(shell: Any, background: bool = False) -> LineDashboard | PanelDashboard | TerminalDashboard:
-    """A panel where the shell has a notebook in front of it, a live view in a terminal, else lines.
+    """A panel in a notebook, a live view in a terminal, else lines.
 
     Args:
-        shell: Who asks.
-        background: Whether the terminal is free for something else meanwhile.
+        shell: The IPython shell.
+        background: Whether the user works on in the terminal meanwhile.
     """
     if has_front_end(shell):
         return PanelDashboard()
@@ -67,7 +67,7 @@ def make_dashboard(shell: Any, background: bool = False) -> LineDashboard | Pane
 
 
 def show_run(run: Run) -> None:
-    """Display a run: its live panel once more while it goes on, else what remains of it."""
+    """Display a run: its live panel while it runs, else static HTML and text."""
     panel = _panels.get(run)
     if panel is None or not run.progress.running:
         display(remains(run), raw=True)
@@ -84,7 +84,7 @@ class LineDashboard:
     def begin(self, run: Run) -> None:
         """Called by the cell that asks for the run."""
         if run.state == "queued":
-            print(f"nbdist: run {run.run_id} is queued, it begins when the one before has ended", flush=True)
+            print(f"nbdist: run {run.run_id} is queued, it begins when the run before it has ended", flush=True)
 
     def update(self, run: Run) -> None:
         """Called by the monitor, from its thread."""
@@ -96,7 +96,7 @@ class LineDashboard:
 
 
 class TerminalDashboard:
-    """Draws the run where it stands in the terminal, until it has ended."""
+    """Redraws the run in place in the terminal, until it has ended."""
 
     def __init__(self) -> None:
         self._view = TerminalView()
@@ -110,7 +110,7 @@ class TerminalDashboard:
 
 
 class PanelDashboard:
-    """One widget for one run, replaced at its end by static HTML and text that a saved notebook keeps."""
+    """One widget for one run, replaced at its end by static HTML and text, which a saved notebook shows."""
 
     def __init__(self) -> None:
         self._widget: Any = None
@@ -118,11 +118,11 @@ class PanelDashboard:
         self._lock = threading.RLock()  # the monitor's thread and the cell's
         self._charts_due_s = 0.0
         self._keep_due_s = time.monotonic() + _KEEP_EVERY_S
-        self._kept = 0
+        self._checkpoints = 0
         self._over = False
 
     def begin(self, run: Run) -> None:
-        """Called by the cell that asks for the run: from here on it can be shown in others too."""
+        """Called by the cell that starts the run; afterwards other cells can show the panel too."""
         with self._lock:
             if self._widget is None:
                 self._widget = _make_widget(run)
@@ -141,13 +141,13 @@ class PanelDashboard:
                 self._replace(remains(run))
 
     def show(self, run: Run) -> None:
-        """Display the panel in the cell that runs now."""
+        """Display the panel in the running cell."""
         with self._lock:
             bundle = {**_live(self._widget), **remains(run)} if run.progress.running else remains(run)
             self._displays.append(display(bundle, raw=True, display_id=True).display_id)
 
     def _draw(self, run: Run) -> None:
-        """Send what has changed, in one message."""
+        """Send the changes, in one message."""
         progress, now_s = run.progress, time.monotonic()
         with self._widget.hold_sync():
             self._widget.head = panel_view.head(progress)
@@ -156,9 +156,9 @@ class PanelDashboard:
             if now_s >= self._charts_due_s or not progress.running:
                 self._charts_due_s = now_s + _CHARTS_EVERY_S
                 self._widget.charts = panel_view.charts(progress)
-        kept = sum(happening.kind == "checkpoint" for happening in progress.happenings)
-        if kept > self._kept and now_s >= self._keep_due_s:
-            self._kept, self._keep_due_s = kept, now_s + _KEEP_EVERY_S
+        checkpoints = sum(happening.kind == "checkpoint" for happening in progress.happenings)
+        if checkpoints > self._checkpoints and now_s >= self._keep_due_s:
+            self._checkpoints, self._keep_due_s = checkpoints, now_s + _KEEP_EVERY_S
             self._replace({**_live(self._widget), **remains(run)})
 
     def _replace(self, bundle: dict[str, Any]) -> None:
@@ -167,12 +167,12 @@ class PanelDashboard:
 
 
 def remains(run: Run) -> dict[str, str]:
-    """What needs no kernel: the run as static HTML and as text, by MIME type."""
+    """The run as static HTML and as text, by MIME type; needs no kernel."""
     return {"text/html": run_html(run.progress), "text/plain": run_text(run.progress)}
 
 
 def _live(widget: Any) -> dict[str, Any]:
-    # written out, for widgets of ipywidgets 7 cannot say it themselves
+    # Written out, because widgets of ipywidgets 7 do not build this bundle.
     return {_WIDGET_VIEW: {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}}
 
 
@@ -189,7 +189,7 @@ def _panel_class() -> Any:
         charts: Any = traitlets.List().tag(sync=True)
         events: Any = traitlets.List().tag(sync=True)
         reply = traitlets.Dict().tag(sync=True)
-        heard = traitlets.Int(0).tag(sync=True)
+        received = traitlets.Int(0).tag(sync=True)
 
     return Panel
 
@@ -200,15 +200,15 @@ def _make_widget(run: Run) -> Any:
         head=panel_view.head(view), rows=panel_view.rows(view), charts=panel_view.charts(view),
         events=panel_view.events(view), reply={"number": 0, "text": ""},
     )  # fmt: skip
-    panel.on_msg(lambda widget, content, _buffers: _hear(widget, run, content))
+    panel.on_msg(lambda widget, content, _buffers: _apply_click(widget, run, content))
     _answer_while_busy(panel)
     return panel
 
 
-def _hear(panel: Any, run: Run, content: dict[str, Any]) -> None:
-    """A user pressed something; what is wrong with it is said in the panel."""
+def _apply_click(panel: Any, run: Run, content: dict[str, Any]) -> None:
+    """Send the command of a clicked button to the run; the panel shows an error."""
     command, value = content.get("command"), content.get("value")
-    panel.heard += 1
+    panel.received += 1
     text = ""
     try:
         match command:
@@ -225,7 +225,7 @@ def _hear(panel: Any, run: Run, content: dict[str, Any]) -> None:
     except NbdistError as error:
         text = str(error)
     if text or panel.reply["text"]:
-        panel.reply = {"number": panel.heard, "text": text}
+        panel.reply = {"number": panel.received, "text": text}
 
 
 def _number(text: Any) -> float:
@@ -238,8 +238,8 @@ def _number(text: Any) -> float:
 def _answer_while_busy(widget: Any) -> None:
     """Let clicks arrive while a cell is running.
 
-    ipykernel 7.4 answers on the shell that published last, which is busy with the very cell; the front end's own
-    choice of a free subshell must win. Private, so only where it exists; elsewhere the interrupt button stops a run.
+    ipykernel 7.4 handles a widget's messages on the shell that published last, which is busy with this cell; the
+    front end's choice of a free subshell must win. A private API, so only where it exists; elsewhere ■ stops a run.
     """
     comm = getattr(widget, "comm", None)
     if comm is not None and hasattr(comm, "_reply_subshell_for"):

@@ -1,4 +1,4 @@
-"""The detached clusters, as a table."""
+"""The detached clusters as a table, for ``%dist_clusters``."""
 
 from __future__ import annotations
 

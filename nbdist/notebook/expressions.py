@@ -1,4 +1,4 @@
-"""What a word of a magic's line means in the notebook: a value, a path, a function."""
+"""Evaluates a word of a magic's line in the notebook: to a value, a path, a function."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def path_of(shell: InteractiveShell, text: str | bool) -> str | bool:
 
 
 def callable_of(shell: InteractiveShell, text: str | None) -> Any:
-    """What a --loss, --optimizer or --metric says: the notebook's value, else a well-known name."""
+    """The value of --loss, --optimizer or --metric: the notebook's object, else a well-known name."""
     if text is None:
         return None
     if text.isidentifier():

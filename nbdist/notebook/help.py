@@ -1,4 +1,4 @@
-"""One screen about all magics, and all about one."""
+"""The help of ``%dist_help``: all magics on one screen, or all about one."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ __all__ = ["help_text", "help_text_of"]
 
 _PHRASES = {
     "%dist_start": ("[-n N] [--detach]", "start engines, one rank each"),
-    "%dist_train": ("MODEL DATA [OPTIONS]", "train MODEL on all of them; it ends trained"),
-    "%%dist_train": ("MODEL DATA [OPTIONS]", "the same, the cell being one training step"),
-    "%dist_run": ("[stop|pause|resume|...]", "show the newest run, or steer it"),
+    "%dist_train": ("MODEL DATA [OPTIONS]", "train MODEL on all of them, in place"),
+    "%%dist_train": ("MODEL DATA [OPTIONS]", "the same, the cell is one training step"),
+    "%dist_run": ("[stop|pause|resume|...]", "show the newest run, or send it a command"),
     "%dist_runs": ("[-n N] [RUN_ID]", "list past runs, or show one"),
     "%%dist": ("[--ranks 0,2-3] [--local]", "run the cell on engines"),
     "%dist_push": ("NAME ...", "send values to every engine"),
-    "%dist_pull": ("NAME [--rank R]", "bring a value back"),
-    "%dist_status": ("", "what engines do, where they live"),
+    "%dist_pull": ("NAME [--rank R]", "return a value of one engine"),
+    "%dist_status": ("", "what engines do, and on which host"),
     "%dist_scale": ("N", "have N engines, also in the middle of a run"),
-    "%dist_where": ("", "on which line each rank is, and why"),
-    "%dist_debug": ("RANK", "pdb on what failed there"),
-    "%dist_attach": ("[ID]", "take over what --detach kept alive"),
-    "%dist_clusters": ("", "list what it keeps alive"),
+    "%dist_where": ("", "which line each rank is on, and why"),
+    "%dist_debug": ("RANK", "pdb on the last error there"),
+    "%dist_attach": ("[ID]", "take over a detached cluster"),
+    "%dist_clusters": ("", "list detached clusters"),
     "%dist_stop": ("[--all]", "end the engines"),
-    "%dist_help": ("[MAGIC]", "this, or all about one of them"),
+    "%dist_help": ("[MAGIC]", "this, or all about one magic"),
 }
 _EXAMPLE = """\
   %dist_start -n 2
   %dist_train model train_set --loss cross_entropy --epochs 5 --val test_set
 
-■ stops after the step, a second ■ at once; --resume goes on. Tab completes.
+■ stops after the step, a second ■ at once; --resume continues. Tab completes.
 All options: %dist_help dist_train, or %dist_train? in any notebook."""
 
 

@@ -1,4 +1,4 @@
-"""Interrupts that come while something short is being done, kept for when it is done."""
+"""Defers KeyboardInterrupt (SIGINT) during a short critical section."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import signal
 import threading
 from collections.abc import Iterator
 
-__all__ = ["held"]
+__all__ = ["deferred"]
 
 
 @contextlib.contextmanager
-def held() -> Iterator[list[int]]:
-    """Let no interrupt land; those that come are in the list. Other threads than the main one get none anyway."""
+def deferred() -> Iterator[list[int]]:
+    """Collect interrupts in the list instead of raising them. Only the main thread receives any."""
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield came

@@ -1,4 +1,4 @@
-"""The magics: parse, call, return."""
+"""The IPython magics, such as ``%dist_train``: each parses its line, calls the cluster, and returns or prints."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from nbdist.notebook.dashboard import has_front_end, load_panel, make_dashboard,
 from nbdist.notebook.detached import clusters_bundle
 from nbdist.notebook.expressions import callable_of, evaluate, path_of, value_of
 from nbdist.notebook.help import help_text, help_text_of
-from nbdist.notebook.interrupts import held
+from nbdist.notebook.interrupts import deferred
 from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.past_runs import runs_bundle
-from nbdist.notebook.status import described, engines_text, show_status
+from nbdist.notebook.status import describe_cluster, engines_text, show_status
 from nbdist.notebook.step_cell import compile_step
 from nbdist.plan.arguments import OptionParser, plan_options, split_line
 from nbdist.telemetry import PastRun, past_run, past_runs
@@ -56,17 +56,17 @@ class DistMagics(Magics):
 
     @property
     def _cell_number(self) -> int:
-        """The ``In[...]`` of the running cell; new IPythons have counted on by now, so their own count is no help."""
+        """The ``In[...]`` of the running cell; IPython's own counter is already one further in new versions."""
         return self.shell.displayhook.prompt_count
 
     @property
     def _cell(self) -> Any:
-        """What no other cell has: its number, and, for what is run without one, the message that asked for it."""
+        """Identifies the running cell: its number, and the id of its request, for code that runs without a number."""
         parent: dict[str, Any] = getattr(self.shell, "get_parent", dict)()
         return self._cell_number, parent.get("header", {}).get("msg_id")
 
     def show_run(self, run: Run) -> None:
-        """Display a Run, unless its panel stands in this very cell: as the cell's value it would come twice."""
+        """Display a Run, unless its panel is already in this cell: as the cell's value it would be shown twice."""
         if self._drawn_in_cell != (run, self._cell):
             show_run(run)
 
@@ -93,21 +93,23 @@ class DistMagics(Magics):
                 if arguments.spares is not None:
                     cluster.spares = arguments.spares
                 if not cluster.reachable:
-                    cluster.start(status.tell)
-                    status.end(f"started anew {described(cluster)}, in {duration(cluster.start_seconds)}")
+                    cluster.start(status.report)
+                    status.end(f"restarted {describe_cluster(cluster)}, in {duration(cluster.start_seconds)}")
                     return
                 lost = [engine.rank for engine in cluster.engines if engine.state == "lost"]
-                cluster.start(status.tell)  # replaces them
-                status.end(f"{f'replaced {ranks_text(lost)}' if lost else 'already running'}: {described(cluster)}")
+                cluster.start(status.report)  # replaces the lost engines
+                status.end(
+                    f"{f'replaced {ranks_text(lost)}' if lost else 'already running'}: {describe_cluster(cluster)}"
+                )
                 return
             if cluster is not None:
                 _refuse_while_running(cluster)
                 cluster.stop()
-            wanted.start(status.tell)
-            status.end(f"started {described(wanted)}, in {duration(wanted.start_seconds)}")
+            wanted.start(status.report)
+            status.end(f"started {describe_cluster(wanted)}, in {duration(wanted.start_seconds)}")
             if wanted.detach is not None:
                 alone = f"they live {duration(wanted.detach)} without this kernel"
-                print(f"{alone}: %dist_attach {wanted.name} takes them over in another one")
+                print(f"{alone}: %dist_attach {wanted.name} takes them over in another kernel")
 
     @no_var_expand
     @line_magic
@@ -116,7 +118,7 @@ class DistMagics(Magics):
         arguments = parsers.ATTACH.parse(split_line(line))
         dashboard = make_dashboard(self.shell, background=True)
         cluster = Cluster.attach(arguments.name, namespace=self.shell.user_ns, watch=dashboard.update)
-        print(f"took over cluster {cluster.name}: {described(cluster)}")
+        print(f"took over cluster {cluster.name}: {describe_cluster(cluster)}")
         run = last_run()
         if run is not None and not run.ended:
             dashboard.begin(run)
@@ -157,9 +159,9 @@ class DistMagics(Magics):
         cluster.scale(engines)
         run = cluster.current_run
         if run is not None:
-            print(f"run {run.run_id} goes on with {engines_text(engines)} after the step it is in")
+            print(f"run {run.run_id} continues with {engines_text(engines)} after the current step")
         else:
-            print(f"now {described(cluster)}")
+            print(f"now {describe_cluster(cluster)}")
 
     @no_var_expand
     @line_magic
@@ -201,7 +203,7 @@ class DistMagics(Magics):
             result = self.shell.run_cell(cell, store_history=False)
             if not result.success:
                 raise ClusterError("the cell failed in the notebook, so it was not sent to the engines.")
-        # the magic's own line comes first in the notebook, and so in tracebacks; another cell magic has to be first
+        # Keep the magic's own line as line 1: tracebacks then count as the notebook does; a cell magic must stay first.
         source = cell if cell.startswith("%%") else f"# %%dist {line}\n{cell}"
         cell_run = cluster.execute(source, ranks, number=self._cell_number)
         printer = RankPrinter(cell_run.printed)
@@ -242,7 +244,7 @@ class DistMagics(Magics):
         arguments = parsers.TRAIN.parse(split_line(line))
         cluster = require_cluster()
         if cell is not None and arguments.loss is not None:
-            raise PlanError("--loss and a cell body are two ways to say the same: leave one of them away.")
+            raise PlanError("--loss and a cell body both define the loss: leave one of them out.")
         options = plan_options(arguments) | {
             "loss": callable_of(self.shell, arguments.loss),
             "optimizer": callable_of(self.shell, arguments.optimizer) or "adamw",
@@ -267,7 +269,7 @@ class DistMagics(Magics):
             if arguments.model is not None or arguments.resume is None:
                 missing = "DATA" if arguments.model is not None else "MODEL, DATA"
                 raise PlanError(
-                    f"%dist_train: the following arguments are required: {missing}. --resume alone goes on with the "
+                    f"%dist_train: the following arguments are required: {missing}. --resume alone continues the "
                     "last run."
                 )
             given = {name: value for name, value in options.items() if value is not None and name != "optimizer"}
@@ -278,7 +280,7 @@ class DistMagics(Magics):
             model, data = evaluate(self.shell, arguments.model), evaluate(self.shell, arguments.data)
             names = (arguments.model, arguments.data)
             run = cluster.train(model, data, names=names, background=True, watch=dashboard.update, **options)
-        with held() as interrupts:  # one that landed while the panel is drawn would leave the run to itself
+        with deferred() as interrupts:  # an interrupt while the panel is drawn would leave the run without a cell
             dashboard.begin(run)
             self._drawn_in_cell = (run, self._cell)
             if arguments.output:
@@ -316,7 +318,7 @@ class DistMagics(Magics):
         if run is None:
             raise ClusterError("no run has been started in this notebook: %dist_train starts one.")
         if (value is not None and command not in ("checkpoint", "lr")) or (command == "lr" and value is None):
-            raise PlanError(f"%dist_run {line.strip()}: DIR goes with checkpoint, and RATE with lr.")
+            raise PlanError(f"%dist_run {line.strip()}: checkpoint takes DIR, lr takes RATE, no other command a value.")
         match command:
             case None:
                 return run
@@ -336,4 +338,4 @@ class DistMagics(Magics):
 def _refuse_while_running(cluster: Cluster) -> None:
     run = last_run()
     if run is not None and run.progress.running:
-        raise ClusterError(f"run {run.run_id} is going on: stop it (run.stop()) before the engines change.")
+        raise ClusterError(f"run {run.run_id} is running: stop it (run.stop()) before the engines change.")

@@ -1,4 +1,4 @@
-"""What ranks print, labelled by rank, with identical lines of several ranks said once."""
+"""The output of ranks, labelled by rank; identical lines of several ranks are printed once."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def label(ranks: list[int]) -> str:
 
 
 def merge(texts: dict[int, str]) -> list[str]:
-    """Label the lines of every rank; where all ranks say the same, say it once.
+    """Label the lines of every rank; a line that all ranks printed appears once.
 
     Args:
         texts: Complete lines by rank.
 
     Returns:
-        Labelled lines: runs of lines on which all agree, and in between each group of ranks in turn.
+        Labelled lines: blocks that all ranks share, and in between each group of ranks in turn.
     """
     lines = {rank: [_visible(line) for line in _lines(text)] for rank, text in texts.items()}
     columns = list(itertools.zip_longest(*lines.values()))
@@ -47,31 +47,31 @@ def merge(texts: dict[int, str]) -> list[str]:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines as a terminal knows them: ``str.splitlines`` would end one at each carriage return as well."""
+    """Lines as a terminal shows them: ``str.splitlines`` would also split at each carriage return."""
     return text.removesuffix("\n").split("\n") if text else []
 
 
 def _visible(line: str) -> str:
-    """What a terminal shows of a line that was overwritten by carriage returns, as progress bars do."""
+    """The visible end of a line that carriage returns overwrite, as progress bars do."""
     return line.rstrip("\r").rpartition("\r")[2]
 
 
 class RankPrinter:
-    """Prints what ranks print: at once when they are done, in between every `interval_s` seconds.
+    """Prints the output of ranks: every `interval_s` seconds, and the rest when they are done.
 
     Args:
-        printed: Gives the text of a stream so far, by rank.
-        interval_s: How long lines are collected in the hope that other ranks say the same.
+        printed: Returns the text of a stream so far, by rank.
+        interval_s: How long to collect lines, so that equal lines of other ranks can be merged.
     """
 
     def __init__(self, printed: Printed, interval_s: float = 1.0) -> None:
         self._printed = printed
         self._interval_s = interval_s
-        self._since_s: float | None = None  # when the oldest line that is not yet printed was seen
+        self._since_s: float | None = None  # when the oldest unprinted line was seen
         self._shown: dict[tuple[str, int], int] = {}
 
     def poll(self) -> None:
-        """Print new complete lines, once the others have had their time to say the same."""
+        """Print new complete lines, once other ranks have had `interval_s` to print the same."""
         if not any(self._new(stream, complete=False) for stream in ("stdout", "stderr")):
             return
         if self._since_s is None:
@@ -84,7 +84,7 @@ class RankPrinter:
         """Print what is new.
 
         Args:
-            complete: Whether a last line without its end counts too.
+            complete: Whether to print an unfinished last line too.
         """
         self._flush("stdout", sys.stdout, complete)
         self._flush("stderr", sys.stderr, complete)
@@ -97,7 +97,7 @@ class RankPrinter:
             print(line, file=to)
 
     def _new(self, stream: str, complete: bool) -> dict[int, str]:
-        """What each rank has said that was not printed; nothing for ranks that said nothing."""
+        """The unprinted output of each rank that has any."""
         new = {}
         for rank, text in self._printed(stream).items():
             start = self._shown.get((stream, rank), 0)
@@ -108,7 +108,7 @@ class RankPrinter:
 
 
 def show_rich(results: dict[int, Any], what: str) -> None:
-    """Show MIME bundles of ranks; equal ones once.
+    """Show MIME bundles of ranks; equal bundles once.
 
     Args:
         results: A bundle by rank.
@@ -132,10 +132,10 @@ def show_rich(results: dict[int, Any], what: str) -> None:
 
 
 class StatusLine:
-    """One line that says what is being done, and in the end what was done.
+    """One line that shows the current action, and at the end the result.
 
     Args:
-        live: Whether a front end shows it and can change it; a terminal gets the end only.
+        live: Whether a front end shows it and can change it; a terminal gets the result only.
     """
 
     def __init__(self, live: bool) -> None:
@@ -150,14 +150,14 @@ class StatusLine:
         if kind is not None and self._shown:
             self.end("not started")
 
-    def tell(self, words: str) -> None:
-        """Something is being done."""
+    def report(self, words: str) -> None:
+        """Show what is being done."""
         if self._live and words != self._shown:
             self._show(f"{words} ...")
             self._shown = words
 
     def end(self, words: str) -> None:
-        """It is done."""
+        """Show what was done."""
         if self._live:
             self._show(words)
         else:

@@ -1,4 +1,4 @@
-"""What the panel draws, as JSON-able data: texts are made here, so that the front end only places them."""
+"""The panel's contents as JSON-able data: all texts are made here, the front end only places them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STALLED_S = 5.0
 
 
 def head(run: RunState) -> dict[str, Any]:
-    """The whole run: what, how far, how fast, how long still."""
+    """The whole run: title, state, progress, speed, time left."""
     total, epochs = run.steps_total, run.plan.get("epochs")
     eta = run.eta_s
     return {
@@ -25,7 +25,7 @@ def head(run: RunState) -> dict[str, Any]:
         "state": run.state,
         "share": None if not total else min(1.0, run.step / total),
         "lr": "" if run.lr is None else f"{run.lr:.4g}",
-        "orders": sum(happening.kind == "command" for happening in run.happenings),
+        "commands": sum(happening.kind == "command" for happening in run.happenings),
         "facts": [
             ["step", f"{run.step:,}" + ("" if total is None else f" of {total:,}")],
             ["epoch", f"{run.epoch}" + (f" of {epochs}" if epochs else "")],
@@ -38,9 +38,9 @@ def head(run: RunState) -> dict[str, Any]:
 
 
 def rows(run: RunState) -> dict[str, Any]:
-    """One row for each rank that is shown, in groups; and of many ranks a cell for each.
+    """One row for each rank that is shown, in groups; with many ranks also a cell for each.
 
-    A row is the rank, its standing, its title, where it is, its step, its share of all steps or None, its loss,
+    A row is the rank, its standing, its title, its device, its step, its share of all steps or None, its loss,
     its speed, its memory, and the percents of its time for compute, communication, data and idle.
     """
     shown, others = chosen_ranks(run)
@@ -59,32 +59,32 @@ def rows(run: RunState) -> dict[str, Any]:
 
 
 def charts(run: RunState) -> list[str]:
-    """SVGs of the loss and the metric, as far as there is something to draw."""
+    """SVGs of the loss and the metric, if they have data."""
     return [
         chart for chart in (loss_chart(run, width=450, height=150), metric_chart(run, width=270, height=150)) if chart
     ]
 
 
 def events(run: RunState) -> list[list[str]]:
-    """The newest of what happened, each with its kind; last what is wrong at the moment."""
-    told = [
+    """The newest happenings, each with its kind; last a current error or stall."""
+    lines = [
         [happening.kind, f"{duration(max(0.0, happening.time_s - run.started_s))}  {happening.text}"]
         for happening in run.happenings[-_EVENTS:]
     ]
     if run.error:
-        told.append(["error", run.error])
+        lines.append(["error", run.error])
     stalled_s = run.stalled_s
     if stalled_s > _STALLED_S:
         behind = [rank.rank for _, rank in sorted(run.ranks.items()) if run.standing(rank) != "waiting"]
         who = ", ".join(map(str, behind[:8])) if len(behind) < len(run.ranks) else ""
-        told.append(
+        lines.append(
             ["stalled", f"no step for {stalled_s:.0f} s" + (f": the others wait for rank {who}" if who else "")]
         )
-    return told
+    return lines
 
 
 def _stage(run: RunState, rank: RankState) -> str:
-    """The stage of a pipeline that a rank works on first, and how much of the model that is."""
+    """The stages of a pipeline on a rank, and the modules in each."""
     if not run.stages or not rank.place:
         return ""
     mine = [stage for stage in run.stages if stage["stage"] % run.plan["mesh"].get("pp", 1) == rank.place["pp"]]
@@ -92,7 +92,7 @@ def _stage(run: RunState, rank: RankState) -> str:
 
 
 def _strip(run: RunState) -> list[list[Any]]:
-    """A cell a rank: its number, its standing, and how busy it is beside the busiest, from 0 to 100."""
+    """A cell a rank: its number, its standing, and its busy time relative to the busiest rank, from 0 to 100."""
     busiest = max((rank.busy_s for rank in run.ranks.values()), default=0.0) or 1.0
     usual = statistics.median(rank.busy_s for rank in run.ranks.values())
     low = min(usual, busiest) / 2

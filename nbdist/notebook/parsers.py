@@ -1,4 +1,4 @@
-"""The arguments of each magic."""
+"""The arguments of each magic, as argparse parsers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from nbdist.errors import PlanError
 from nbdist.plan.arguments import OptionParser, add_plan_options
 
 __all__ = [
-    "ATTACH", "CLUSTERS", "DEBUG", "DIST", "HELP", "ORDERS", "PARSERS", "PULL", "PUSH", "RUN", "RUNS", "SCALE", "START",
-    "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
+    "ATTACH", "CLUSTERS", "COMMANDS", "DEBUG", "DIST", "HELP", "PARSERS", "PULL", "PUSH", "RUN", "RUNS", "SCALE",
+    "START", "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
 ]  # fmt: skip
 
 
 def _start_parser() -> OptionParser:
-    parser = OptionParser("%dist_start", "Start engines, one rank each; says what it started. Twice is fine.")
+    parser = OptionParser("%dist_start", "Start engines, one rank each, and report them. Can be called twice.")
     parser.add_argument("-n", type=int, metavar="N", help="Engines. Default: one a GPU, else one a core up to 4.")
     parser.add_argument(
         "--device", default="auto", metavar="auto|cpu|cuda", help="What ranks compute on. Default: auto."
@@ -23,12 +23,12 @@ def _start_parser() -> OptionParser:
         "--timeout", type=float, default=60.0, metavar="S", help="Seconds the start may take. Default: 60."
     )
     parser.add_argument(
-        "--spares", type=int, metavar="N", help="Idle engines to take the place of lost ones at once. Default: 1."
+        "--spares", type=int, metavar="N", help="Spare engines, which replace lost ones at once. Default: 1."
     )
     parser.add_argument(
         "--detach", type=float, nargs="?", const=3600.0, metavar="S",
-        help="Let engines and training outlive this kernel, without one for S seconds (3600 where S is left away), "
-        "until %%dist_attach in another. Default: they end with it.",
+        help="Let engines and training outlive this kernel for S seconds (3600 if S is left out), until %%dist_attach "
+        "in another kernel. Default: they end with it.",
     )  # fmt: skip
     return parser
 
@@ -36,41 +36,41 @@ def _start_parser() -> OptionParser:
 def _attach_parser() -> OptionParser:
     parser = OptionParser(
         "%dist_attach",
-        "Take over a detached cluster whose kernel has ended: engines, what %%dist and %dist_push told them, and the "
-        "newest run with its panel. Its model stands here under its name, or gets the weights if it is here already. "
+        "Take over a detached cluster whose kernel has ended: its engines with all their variables, and the newest run "
+        "with its panel. The model is assigned to its name here, or receives the weights if it exists. "
         "Returns the Run.",
     )
-    parser.add_argument("name", nargs="?", metavar="ID", help="Which; needed where there are several.")
+    parser.add_argument("name", nargs="?", metavar="ID", help="Which cluster; needed if there are several.")
     parser.add_argument("-o", dest="output", metavar="NAME", help="Store the Run under this name too.")
     return parser
 
 
 def _clusters_parser() -> OptionParser:
     return OptionParser(
-        "%dist_clusters", "List the detached clusters that live, and how long each one waits for a kernel."
+        "%dist_clusters", "List the running detached clusters, and how long each still waits for a kernel."
     )
 
 
 def _status_parser() -> OptionParser:
     return OptionParser(
         "%dist_status",
-        "Show the engines (rank, process, host, device, state, memory), the newest run, and what is kept warm.",
+        "Show the engines (rank, process, host, device, state, memory), the newest run, and the fork server.",
     )
 
 
 def _where_parser() -> OptionParser:
     return OptionParser(
         "%dist_where",
-        "Show on which line every rank is, in which collective, and who waits for whom. Disturbs nobody. A run needs "
-        "--background for it, or a subshell, as for any other cell.",
+        "Show the line and the collective that every rank is in, and which rank waits for which. Disturbs no run. "
+        "During a run it needs --background or a subshell, as any other cell does.",
     )
 
 
 def _scale_parser() -> OptionParser:
     parser = OptionParser(
         "%dist_scale",
-        "Have N engines from now on: some join or the last ones leave, the others keep what they hold. A run that goes "
-        "on does it after the step it is in, with the same global batch.",
+        "Scale to N engines: engines are added or the last ones removed, the others keep their variables. A running "
+        "training scales after the current step, with the same global batch.",
     )
     parser.add_argument("n", type=int, metavar="N", help="How many.")
     return parser
@@ -79,25 +79,25 @@ def _scale_parser() -> OptionParser:
 def _debug_parser() -> OptionParser:
     parser = OptionParser(
         "%dist_debug",
-        "Look at what failed last on a rank, a run or a cell, with pdb: it begins on your own line there; up, down, "
-        "p NAME, l, and q to leave. The other ranks are free meanwhile.",
+        "Post-mortem pdb on the last error of a run or a cell on a rank: it begins on your own line; up, down, "
+        "p NAME, l, and q to quit. The other ranks stay free.",
     )
-    parser.add_argument("rank", type=int, metavar="RANK", help="Where it failed.")
+    parser.add_argument("rank", type=int, metavar="RANK", help="The rank that failed.")
     return parser
 
 
 def _stop_parser() -> OptionParser:
-    parser = OptionParser("%dist_stop", "End the engines. Twice is fine.")
+    parser = OptionParser("%dist_stop", "Stop the engines. Can be called twice.")
     parser.add_argument(
-        "--all", action="store_true", help="Also the fork server, which is kept for a quicker next start."
+        "--all", action="store_true", help="Also stop the fork server, which otherwise makes the next start quicker."
     )
     return parser
 
 
 def _dist_parser() -> OptionParser:
     parser = OptionParser("%%dist", "Run the cell on engines, which have `rank`, `world_size` and `device`.")
-    parser.add_argument("--ranks", metavar="0,2-3", help="Where to run. Default: all ranks.")
-    parser.add_argument("--local", action="store_true", help="Run it in the notebook too, first.")
+    parser.add_argument("--ranks", metavar="0,2-3", help="The ranks that run it. Default: all ranks.")
+    parser.add_argument("--local", action="store_true", help="First run it in the notebook too.")
     return parser
 
 
@@ -121,7 +121,7 @@ def _train_parser() -> OptionParser:
         "As a cell magic the body is one training step: it sees `model` and `batch` and assigns `loss`, a mean "
         "(and `weight`, what that mean is over, if that is not samples).",
         usage="%%dist_train MODEL DATA [OPTIONS]\n"
-        "       %%dist_train --resume [OPTIONS]        (goes on with the last run)\n"
+        "       %%dist_train --resume [OPTIONS]        (continues the last run)\n"
         "       %%%%dist_train MODEL DATA [OPTIONS]   (the cell is one step)",
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="A name or expression: a torch.nn.Module.")
@@ -130,18 +130,18 @@ def _train_parser() -> OptionParser:
     )
     parser.add_argument("--val", metavar="DATA", help="Validation data, in the same forms.")
     add_plan_options(parser)
-    parser.add_argument("--background", action="store_true", help="Return at once; the run goes on.")
+    parser.add_argument("--background", action="store_true", help="Return at once; the run continues.")
     parser.add_argument(
         "--hang-timeout", type=float, metavar="S",
-        help="Seconds without a step, evaluation included, after which the run hangs. Default: no limit.",
+        help="Seconds without a step, evaluation included, after which a run counts as hanging. Default: no limit.",
     )  # fmt: skip
     parser.add_argument(
         "--on-hang", choices=ON_HANG, metavar="|".join(ON_HANG),
-        help="What is done then: replace the ranks that the others wait for, or stop. Default: replace.",
+        help="What to do then: replace the ranks that the others wait for, or stop. Default: replace.",
     )  # fmt: skip
     parser.add_argument(
         "--on-failure", choices=ON_FAILURE, metavar="|".join(ON_FAILURE),
-        help="What is done when engines are lost: replace them, shrink to those that are left, or stop. Default: "
+        help="What to do when engines are lost: replace them, shrink to the remaining ones, or stop. Default: "
         "replace.",
     )  # fmt: skip
     parser.add_argument("-o", dest="output", metavar="NAME", help="Store the Run under this name too.")
@@ -151,33 +151,33 @@ def _train_parser() -> OptionParser:
 def _run_parser() -> OptionParser:
     parser = OptionParser(
         "%dist_run",
-        "Show the run that goes on, or ask something of it, which all ranks do after the same step: stop (its weights "
-        "come home), pause, resume, checkpoint [DIR], or lr RATE. Nothing is lost by any of them. What comes after the "
-        "last step is not carried out, and the run's notes say so.",
+        "Show the newest run, or send it a command, which all ranks apply after the same step: stop (and load the "
+        "weights), pause, resume, checkpoint [DIR], or lr RATE. None of them loses a step. A command after the last "
+        "step has no effect, and the run's notes say so.",
     )
     parser.add_argument(
-        "command", nargs="?", choices=ORDERS, metavar="|".join(ORDERS), help="What to do. Default: show the run."
+        "command", nargs="?", choices=COMMANDS, metavar="|".join(COMMANDS), help="The command. Default: show the run."
     )
     parser.add_argument("value", nargs="?", metavar="DIR|RATE", help="Where the checkpoint goes, or the learning rate.")
     return parser
 
 
 def _runs_parser() -> OptionParser:
-    parser = OptionParser(
-        "%dist_runs", "List the runs of which there is a record, the newest first, or show one. Needs no engines."
+    parser = OptionParser("%dist_runs", "List the recorded runs, the newest first, or show one. Needs no engines.")
+    parser.add_argument(
+        "run_id", nargs="?", metavar="RUN_ID", help="The run to show; the beginning of its name is enough."
     )
-    parser.add_argument("run_id", nargs="?", metavar="RUN_ID", help="Which to show; the beginning of its name will do.")
     parser.add_argument("-n", type=int, default=10, metavar="N", help="How many to list. Default: 10.")
     return parser
 
 
 def _help_parser() -> OptionParser:
-    parser = OptionParser("%dist_help", "Show what there is, or all about one of the magics.")
+    parser = OptionParser("%dist_help", "Show all magics, or all about one of them.")
     parser.add_argument("magic", nargs="?", metavar="MAGIC", help="Which, such as dist_train.")
     return parser
 
 
-ORDERS = ("stop", "pause", "resume", "checkpoint", "lr")
+COMMANDS = ("stop", "pause", "resume", "checkpoint", "lr")
 ATTACH = _attach_parser()
 CLUSTERS = _clusters_parser()
 DEBUG = _debug_parser()
@@ -198,7 +198,7 @@ PARSERS: dict[str, OptionParser] = {
     parser.prog: parser
     for parser in (START, TRAIN, RUN, RUNS, DIST, PUSH, PULL, STATUS, SCALE, WHERE, DEBUG, ATTACH, CLUSTERS, STOP, HELP)
 } | {"%%dist_train": TRAIN}
-"""By the word that begins the line, in the order in which a user meets them."""
+"""By the word that begins the line, in the order of a first session."""
 
 
 def parse_ranks(text: str, size: int) -> list[int]:

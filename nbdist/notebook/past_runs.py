@@ -1,4 +1,4 @@
-"""The list of past runs, as a table."""
+"""The list of past runs as a table, for ``%dist_runs``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def runs_bundle(runs: list[PastRun]) -> dict[str, str]:
 
 
 def _row(past: PastRun) -> tuple[str, ...]:
-    run = past.glance
+    run = past.overview
     total = "" if run.steps_total is None else f"/{run.steps_total:,}"
     last = run.history[-1] if run.history else {}
     measured = ", ".join(

@@ -1,4 +1,4 @@
-"""The status: engines, the newest run and what is kept warm, as a small table that follows them while they work."""
+"""The status of engines, the newest run and the fork server, for ``%dist_status``: a table that updates itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nbdist.errors import ranks_text
 from nbdist.telemetry.run_view import html_table, summary, text_table
 from nbdist.telemetry.units import number
 
-__all__ = ["described", "engines_text", "show_status"]
+__all__ = ["describe_cluster", "engines_text", "show_status"]
 
 _COLUMNS = ("rank", "pid", "host", "device", "state", "memory", "works on")
 _EVERY_S = 1.0
@@ -25,7 +25,7 @@ def show_status(*, live: bool) -> None:
     """Display the status.
 
     Args:
-        live: Whether what is displayed can change later: it does then, once a second, until the engines are idle.
+        live: Whether to update the display once a second, until the engines are idle.
     """
     if not live:
         print("\n".join(_text()))
@@ -41,7 +41,7 @@ def show_status(*, live: bool) -> None:
 
 
 class _Newest:
-    """The thread that follows; one that was started earlier ends."""
+    """The thread that updates the display; an earlier one ends."""
 
     thread: threading.Thread | None = None
 
@@ -110,7 +110,7 @@ def _memory(pid: int) -> str:
         return "–"
 
 
-def described(cluster: Cluster) -> str:
+def describe_cluster(cluster: Cluster) -> str:
     """The engines of a cluster in one line."""
     engines = cluster.engines
     devices = ", ".join(sorted({engine.device for engine in engines}))

@@ -17,12 +17,12 @@ _HOW = "the cell body is one training step: it sees `model` and `batch`, and ass
 def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any, Any], Any]:
     """Compile a cell body into ``step(model, batch)``, which returns ``(loss, weight)``.
 
-    It is an ordinary function over the notebook's namespace: names that the body assigns are its own, names that it
-    only reads are the notebook's. Lines in tracebacks are those of the cell.
+    It is an ordinary function over the notebook's namespace: names that the body assigns are local, names that it
+    only reads are the notebook's globals. Tracebacks have the line numbers of the cell.
 
     Args:
         shell: The IPython shell.
-        line: What follows the magic on its line.
+        line: The rest of the magic's line.
         cell: The body.
         number: The cell's ``In[...]``.
 
@@ -48,7 +48,7 @@ def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any
     name = shell.compile.cache(f"%%dist_train {line}\n{cell}", number)
     try:
         code = compile(frame, name, "exec")
-    except SyntaxError as error:  # what only a module may do, such as a star import
+    except SyntaxError as error:  # only a module may contain it, such as a star import
         raise _refusal(error, error.lineno or 0) from None
     built: dict[str, Any] = {}
     exec(code, shell.user_ns, built)

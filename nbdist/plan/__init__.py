@@ -1,4 +1,4 @@
-"""WHAT is to be run: the mesh, the batch sizes, every option; all arithmetic and validation. Standard library only."""
+"""WHAT to run: the mesh, the batch sizes, every option; all arithmetic and validation. Standard library only."""
 
 from nbdist.plan.capacity import available_bytes, available_cores, check_engines, default_engines, may_have_gpus
 from nbdist.plan.mesh import Mesh

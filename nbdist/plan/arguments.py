@@ -1,4 +1,4 @@
-"""Plan fields as command-line options: one table for the magics and the command line."""
+"""Plan fields as argparse options: one table for the magics and the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
 class OptionParser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are `PlanError`s, for magics and the command line alike."""
+    """An argument parser that raises `PlanError`, for magics and the command line alike."""
 
     def __init__(self, prog: str, description: str, usage: str | None = None) -> None:
         super().__init__(
@@ -26,15 +26,15 @@ class OptionParser(argparse.ArgumentParser):
 
     @property
     def arguments(self) -> list[argparse.Action]:
-        """What it knows, in order."""
+        """Its arguments, in order."""
         return list(self._actions)
 
     def error(self, message: str) -> NoReturn:
-        """Raise `PlanError` in place of ending the process."""
+        """Raise `PlanError` instead of ending the process."""
         raise PlanError(f"{self.prog}: {message}.")
 
     def parse(self, words: list[str]) -> argparse.Namespace:
-        """Parse `words`; an unknown option is answered with the nearest known one."""
+        """Parse `words`; the error for an unknown option suggests the nearest known one."""
         namespace, unknown = self.parse_known_args(words)
         if unknown:
             known = [flag for action in self.arguments for flag in action.option_strings]
@@ -69,7 +69,7 @@ def add_plan_options(parser: argparse.ArgumentParser, names: Iterable[str] = tup
 
 
 def plan_options(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The Plan options that were given in a parsed `namespace`."""
+    """The Plan options in a parsed `namespace` that are not None."""
     return {name: value for name, value in vars(namespace).items() if name in OPTIONS and value is not None}
 
 

@@ -1,4 +1,4 @@
-"""What this machine can carry: its cores, and how many engines make sense."""
+"""The machine's capacity: CPU cores, memory, GPUs, and how many engines make sense."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LIMIT_VARIABLE = "NBDIST_MAX_ENGINES"
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use: affinity and the container's quota often allow fewer than the host has."""
+    """CPU cores that this process may use: affinity and the container's quota may allow fewer than the host has."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -28,7 +28,7 @@ def available_cores() -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that can still be had, of the host and within the container's limit; None where that is not known."""
+    """Free memory in bytes, of the host and within the container's limit; None if unknown."""
     free = [found for found in (_free_on_host(), _free_in_container()) if found is not None]
     return min(free, default=None)
 
@@ -46,13 +46,13 @@ def _free_in_container() -> int | None:
     try:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return limit - used + int(counts["inactive_file"])  # files that are kept in memory as long as there is room
+        return limit - used + int(counts["inactive_file"])  # the page cache, which the kernel frees on demand
     except (OSError, ValueError, KeyError):  # no container, or no limit
         return None
 
 
 def may_have_gpus() -> bool:
-    """Whether a driver for GPUs is loaded; only torch can count them, and takes long to load for a count of none."""
+    """Whether a GPU driver is loaded; only torch can count GPUs, and importing it takes long if there are none."""
     return sys.platform == "win32" or any(Path(device).exists() for device in _GPU_DEVICES)
 
 
@@ -62,10 +62,10 @@ def default_engines(cores: int, gpus: int) -> int:
 
 
 def check_engines(engines: int, cores: int, gpus: int) -> None:
-    """Refuse a number of engines that cannot be meant.
+    """Refuse a number of engines that cannot be intended.
 
     Raises:
-        PlanError: It is no whole number, below one, or above what `cores` and `gpus` can carry.
+        PlanError: It is no whole number, below one, or above the limit for `cores` and `gpus`.
     """
     if isinstance(engines, bool) or not isinstance(engines, int):
         raise PlanError(f"engines must be a whole number, not {engines!r}.")
@@ -74,7 +74,7 @@ def check_engines(engines: int, cores: int, gpus: int) -> None:
     limit = _limit(cores, gpus)
     if engines > limit:
         raise PlanError(
-            f"{engines} engines are more than this machine carries ({cores} cores, "
+            f"{engines} engines are more than this machine can run ({cores} cores, "
             f"{gpus} GPU{'' if gpus == 1 else 's'}): use {limit} or fewer."
         )
 

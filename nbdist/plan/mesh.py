@@ -1,4 +1,4 @@
-"""The mesh: ranks laid on a grid of named axes."""
+"""The device mesh: ranks on a grid of named axes (``pp``, ``dp``, ``shard``, ``tp``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nbdist.errors import PlanError, suggest
 __all__ = ["AXES", "STRATEGY_WORDS", "Mesh"]
 
 AXES = ("pp", "dp", "shard", "tp")
-"""The axes, the slowest first: neighbours on ``tp``, which talk most, are neighbouring ranks."""
+"""The axes, the slowest first: neighbours on ``tp``, which communicate most, are neighbouring ranks."""
 
 STRATEGY_WORDS = {
     "data": "dp", "ddp": "dp", "shard": "shard", "fsdp": "shard", "pipeline": "pp", "pp": "pp", "tensor": "tp",
@@ -27,10 +27,10 @@ class Mesh:
     """Degrees of the mesh axes; their product is the number of ranks.
 
     Args:
-        pp: Pipeline: into how many ranks' stages the model is cut.
-        dp: Data: how many replicas of the model train side by side.
-        shard: Data too, but the ranks of a replica share its parameters out among them.
-        tp: Tensor: over how many ranks each large layer is split.
+        pp: Pipeline parallel: over how many ranks the model is cut into stages.
+        dp: Data parallel: how many replicas of the model train side by side.
+        shard: Data parallel too, with the parameters of a replica sharded over its ranks (FSDP).
+        tp: Tensor parallel: over how many ranks each large layer is split.
     """
 
     pp: int = 1
@@ -58,11 +58,11 @@ class Mesh:
 
     @property
     def data(self) -> int:
-        """Over how many ranks a global batch is dealt out."""
+        """Over how many ranks a global batch is distributed."""
         return self.dp * self.shard
 
     def coordinate(self, rank: int, axis: str) -> int:
-        """Where a rank stands on an axis."""
+        """The coordinate of a rank on an axis."""
         return self._coordinates(rank)[AXES.index(axis)]
 
     def groups(self, *axes: str) -> list[list[int]]:

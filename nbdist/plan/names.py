@@ -1,4 +1,4 @@
-"""Well-known names that options take, for help and completion; what they stand for is in core."""
+"""The built-in names of losses, metrics and optimizers, for help and completion; core maps them to functions."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ OPTIMIZERS = (
     "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "muon", "nadam", "radam", "rmsprop", "rprop",
     "sgd",
 )  # fmt: skip
-"""Those of the tested torch; a newer one may have more, which work too."""
+"""Those of the tested torch; new ones of a later torch work too."""

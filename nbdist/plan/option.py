@@ -1,4 +1,4 @@
-"""One option of a plan, as magics, the command line and the Python keywords know it."""
+"""One option of a plan: its help, type and default, for magics, the command line and Python keywords."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["Option", "option"]
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One option: what magics, the command line and the Python keywords know about it.
+    """One option, for magics, the command line and Python keywords.
 
     Args:
         help: One sentence, with the unit.
-        parse: Turns the word on a command line into a value.
+        parse: Converts the word on a command line to a value.
         metavar: The placeholder shown in help.
         default: The default as a user reads it; the value itself is the Plan field's.
         many: Whether it takes several words.
-        bare: Whether it may stand without a word, which then means True.
+        bare: Whether it may come without a word, which then means True.
     """
 
     help: str
@@ -35,6 +35,5 @@ def option(
 ) -> Any:  # fmt: skip
     """A field of a dataclass that carries its `Option`; `value` is the field's default."""
     shown = str(value) if default is None and value is not None else default
-    """A field of a dataclass that carries its `Option`; `value` is the field's default."""
-    told = Option(help=help, parse=parse, metavar=metavar, default=shown, many=many, bare=bare)
-    return field(default=value, metadata={"option": told})
+    described = Option(help=help, parse=parse, metavar=metavar, default=shown, many=many, bare=bare)
+    return field(default=value, metadata={"option": described})

@@ -1,4 +1,4 @@
-"""Cutting a list of costs into contiguous parts, so that the most expensive part is as cheap as can be."""
+"""Balanced partitioning: cut a list of costs into contiguous parts, minimising the most expensive part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nbdist.errors import PlanError
 
 __all__ = ["partition"]
 
-PRECISION = 1e-6  # of the largest part's cost; what is measured is far less exact
+PRECISION = 1e-6  # of the largest part's cost; measured costs are far less exact
 
 
 def partition(
@@ -17,14 +17,14 @@ def partition(
 ) -> list[int]:
     """Cut `costs` into contiguous parts, minimising the cost of the most expensive one.
 
-    A part costs the sum of its `costs` and the `edges` at its two ends. Whether some limit can be kept is a dynamic
-    program, linear in the cut points; the smallest limit is found by bisection. 3000 costs and 16 parts take 0.1 s.
+    A part costs the sum of its `costs` and the `edges` at its two ends. A dynamic program, linear in the cut
+    points, tells whether a limit can be kept; bisection finds the smallest limit. 3000 costs and 16 parts take 0.1 s.
 
     Args:
         costs: One a position, none negative.
         parts: Number of parts, none of them empty.
-        edges: What a cut before position i costs either side, one a position; free by default.
-        allowed: Positions before which may be cut, of 1 to ``len(costs) - 1``; all by default.
+        edges: The cost of a cut before position i, for the part on each side; 0 by default.
+        allowed: Positions before which a cut is allowed, of 1 to ``len(costs) - 1``; all by default.
 
     Returns:
         ``parts - 1`` ascending positions: each part but the first begins at one.

@@ -21,15 +21,15 @@ __all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "SCHEDULES", "SLICES",
 DEFAULT_BATCH_SIZE = 32
 PRECISIONS = ("full", "bf16", "fp16")
 SLICES = 4
-"""Slices of a reproducible batch, where nobody says: twelve would suit 3 ranks too, but cost up to half a step."""
+"""Default slices of a reproducible batch: twelve would divide by 3 ranks too, but cost up to half a step."""
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
-"""Orders of work in a pipeline, and how many stages each gives a rank."""
+"""Pipeline schedules, and how many stages each gives a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be run. Pure data, JSON-able, checked on creation; `Plan.create` fills in what depends on the ranks.
+    """The description of one run. Pure data, JSON-able, checked on creation; `Plan.create` adds defaults.
 
     The sentence beside each field is the help text of the option with the same name.
     """
@@ -91,7 +91,7 @@ class Plan:
     )
     schedule: str = option(
         "1f1b",
-        "Order of work in a pipeline: gpipe, 1f1b or interleaved (two stages a rank).",
+        "Pipeline schedule: gpipe, 1f1b or interleaved (two stages a rank).",
         metavar="WORD",
     )
     split_at: tuple[str, ...] = option(
@@ -100,7 +100,7 @@ class Plan:
     )  # fmt: skip
     tensor_plan: Mapping[str, str] | None = option(
         None,
-        "A dict of the notebook: how tensor parallelism splits layers, by names or patterns. Default: found out.",
+        "A dict of the notebook: how tensor parallelism splits layers, by names or patterns. Default: automatic.",
         default="",
     )
     metric: str = option(
@@ -109,7 +109,7 @@ class Plan:
     shuffle: bool = option(
         True, "Read the training data in a new order each epoch.", parse=bool, metavar="yes|no", default="yes"
     )
-    seed: int = option(0, "Decides the order of samples and the random numbers of every slice.", parse=int, metavar="N")
+    seed: int = option(0, "Determines the sample order and the random numbers of every slice.", parse=int, metavar="N")
     reproducible: int = option(
         0,
         "The same bits on any number of ranks: every batch is cut into N slices (4), as many as there may ever be "
@@ -132,13 +132,13 @@ class Plan:
 
     gather: bool = option(
         True,
-        "Bring the whole model home; no for one too large, which --checkpoint then keeps.",
+        "Gather the whole model into the notebook; no for one too large, which --checkpoint then saves.",
         parse=bool,
         metavar="yes|no",
         default="yes",
     )
     checkpoint: str = option(
-        "", "Folder for checkpoints: one at the end, and in between with --checkpoint-every.", metavar="DIR", default=""
+        "", "Folder for checkpoints: one at the end, more with --checkpoint-every.", metavar="DIR", default=""
     )
     checkpoint_every: str = option(
         "", "How often to write one, in the background: steps (200) or time (90s, 5min).", metavar="N|TIME", default=""
@@ -146,8 +146,8 @@ class Plan:
     checkpoint_keep: int = option(3, "How many of the newest checkpoints stay.", parse=int, metavar="K")
     resume: str | bool = option(
         "",
-        "Go on from a checkpoint, made on any mesh, up to --epochs or --steps in all. Without DIR: where the last run "
-        "of this notebook ended, or from the newest in --checkpoint.",
+        "Resume from a checkpoint of any mesh, up to --epochs or --steps in total. Without DIR: where the last run of "
+        "this notebook ended, or from the newest in --checkpoint.",
         metavar="DIR",
         default="",
         bare=True,
@@ -184,7 +184,7 @@ class Plan:
             raise PlanError(
                 f"tensorboard={self.tensorboard} needs a package that is missing: pip install 'nbdist[tensorboard]'."
             )
-        for name in ("checkpoint", "resume", "tensorboard"):  # ranks may have another working folder
+        for name in ("checkpoint", "resume", "tensorboard"):  # ranks may have another working directory
             if getattr(self, name) not in ("", True, False):
                 object.__setattr__(self, name, os.path.abspath(os.path.expanduser(getattr(self, name))))
         if self.checkpoint_every:
@@ -208,7 +208,7 @@ class Plan:
             )
 
     def _check_reproducible(self) -> None:
-        """Refuse what would make bits depend on the number of ranks."""
+        """Refuse options that would make bits depend on the number of ranks."""
         if self.reproducible is True or self.reproducible is False:
             object.__setattr__(self, "reproducible", SLICES if self.reproducible else 0)
         self._at_least("reproducible", 0)
@@ -250,7 +250,7 @@ class Plan:
 
     @classmethod
     def create(cls, *, ranks: int, cores: int, **options: Any) -> Plan:
-        """Make a Plan from options given by a user; None means not given.
+        """Create a Plan from a user's options; None means not given.
 
         Args:
             ranks: Ranks in the world.
@@ -272,7 +272,7 @@ class Plan:
 
     @property
     def checkpoint_cadence(self) -> tuple[int, float]:
-        """Steps and seconds between checkpoints, of which one or none is set; 0 is never."""
+        """Steps and seconds between checkpoints; at most one is not 0, and 0 is never."""
         if not self.checkpoint_every:
             return 0, 0.0
         found = re.fullmatch(r"(\d{1,18})|(\d{1,18}\.?\d*|\.\d+) ?(s|min|h)", self.checkpoint_every, re.ASCII)
@@ -296,14 +296,14 @@ class Plan:
             return self.accumulate
         if self.microbatches is not None:
             return self.accumulate * self.microbatches
-        # Two samples at least in each, as layers such as BatchNorm need them.
+        # At least two samples in each, because layers such as BatchNorm cannot train on one.
         return self.accumulate * max(
             1, min(2 * self.mesh.pp, self.batch_size // (2 * self.mesh.data * self.accumulate))
         )
 
     @property
     def slices(self) -> int:
-        """Parts a full global batch is cut into: each is one forward and backward with its own random numbers."""
+        """Number of slices of a full global batch: each is one forward and backward with its own random numbers."""
         return self.reproducible or self.mesh.data * self.slices_per_rank
 
     def to_dict(self) -> dict[str, Any]:

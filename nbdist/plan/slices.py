@@ -9,8 +9,8 @@ def slice_bounds(samples: int, slices: int) -> list[tuple[int, int]]:
     """Cut `samples` positions into contiguous, balanced slices.
 
     A full batch always fills every slice. A short last batch fills fewer slices where they would otherwise hold a
-    single sample, because layers such as BatchNorm cannot train on one: what one process can train on, every number
-    of ranks can.
+    single sample, because layers such as BatchNorm cannot train on one: a batch that one process can train on works
+    on every number of ranks.
 
     Args:
         samples: Samples in this global batch.

@@ -1,4 +1,4 @@
-"""WHAT happened: events, the fold of events into state, and sinks. Standard library only."""
+"""WHAT happened in a run: events, their fold into state, sinks, views. Standard library only."""
 
 from nbdist.telemetry.events import (
     Checkpointed,
@@ -24,7 +24,7 @@ from nbdist.telemetry.rank_state import Happening, RankState, fold
 from nbdist.telemetry.report import Report
 from nbdist.telemetry.run_state import RunState
 from nbdist.telemetry.run_view import run_html, run_text
-from nbdist.telemetry.sinks import JsonlSink, ListSink, Sink, SnapshotSink, TextSink
+from nbdist.telemetry.sinks import JsonlSink, ListSink, RankStateSink, Sink, TextSink
 from nbdist.telemetry.timeline import Timeline
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "Point",
     "Progress",
     "RankState",
+    "RankStateSink",
     "Recovered",
     "Report",
     "RunFailed",
@@ -51,7 +52,6 @@ __all__ = [
     "RunState",
     "Shares",
     "Sink",
-    "SnapshotSink",
     "TextSink",
     "Timeline",
     "Work",

@@ -1,4 +1,4 @@
-"""Events: frozen facts about one rank of one run. They know nothing of who draws or stores them."""
+"""Events: frozen facts about one rank of one run, such as progress and metrics; sinks store or draw them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What all events share.
+    """The fields of all events.
 
     Args:
-        rank: The rank that it happened on.
+        rank: The rank on which it happened.
         time_s: When, in seconds since 1970 (UTC).
     """
 
@@ -38,7 +38,7 @@ class Event:
     time_s: float = field(default_factory=time.time)
 
     def to_dict(self) -> dict[str, Any]:
-        """The event as JSON-able data, its kind under ``event``; what lies in it is shared, not copied."""
+        """The event as JSON-able data, its kind under ``event``; nested values are shared, not copied."""
         return {"event": type(self).__name__, **{field.name: getattr(self, field.name) for field in fields(self)}}
 
 
@@ -46,10 +46,9 @@ class Event:
 class RunStarted(Event):
     """The rank is ready for its first step. `steps_total` is None where the data has no length.
 
-    `stages` are those that a pipeline was cut into: of each its number, the names where it begins and ends, the
-    measured seconds of one example's forward, and how many parameters it holds. `place` is where the rank stands on
-    each axis of the mesh. `step`, `history` and the learning rate `lr` are where it goes on, after a rank was lost or
-    from a checkpoint.
+    `stages` describes each stage of a pipeline: its number, its first and last module, the measured seconds of one
+    example's forward, and its number of parameters. `place` is the rank's coordinate on each axis of the mesh. `step`,
+    `history` and the learning rate `lr` are where the run continues from, after a rank was lost or from a checkpoint.
     """
 
     run_id: str
@@ -67,14 +66,14 @@ class RunStarted(Event):
 
 
 class Point(NamedTuple):
-    """The loss over all ranks in some steps in a row.
+    """A point of the loss curve: the loss over all ranks in consecutive steps.
 
     Args:
-        step: The last of them, counted from 1.
-        steps: How many.
+        step: The last of the steps, counted from 1.
+        steps: How many steps.
         mean: The mean of their losses.
-        low: The least of them.
-        high: The greatest.
+        low: The least of their losses.
+        high: The greatest of their losses.
     """
 
     step: int
@@ -85,10 +84,10 @@ class Point(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """What a rank has spent its time on, as parts of one.
+    """How a rank's time splits, as parts of one.
 
     Args:
-        compute: All that is not one of the others.
+        compute: All time that is none of the others.
         communication: Moving and adding tensors of other ranks.
         data: Waiting for the next batch.
         idle: Waiting for other ranks.
@@ -102,19 +101,19 @@ class Shares(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Event):
-    """Where the rank stands, several times a second; counts are since the start of the run.
+    """The rank's progress, several times a second; counts are since the start of the run.
 
     Args:
         step: Optimizer steps done.
         epoch: The epoch being read, from 1.
         samples: Samples this rank has trained on.
         loss: Mean loss of this rank's part of the latest step, None where it had no part.
-        samples_per_s: This rank's speed since the event before.
+        samples_per_s: This rank's speed since the previous event.
         memory_mib: Memory of the device in use by this rank: allocated on a GPU, resident on a CPU.
         lr: Learning rate of the optimizer's first group.
-        step_s: Seconds that a step has taken since the event before, evaluations and pauses left out.
-        shares: On what, on this rank.
-        losses: What the steps since the event before have lost, over all ranks; told by rank 0 alone.
+        step_s: Seconds a step since the previous event, without evaluations and pauses.
+        shares: How that time splits, on this rank.
+        losses: The loss over all ranks in the steps since the previous event; rank 0 alone reports it.
     """
 
     step: int
@@ -130,12 +129,12 @@ class Progress(Event):
 
 
 class Work(NamedTuple):
-    """One piece of work in a pipeline.
+    """One forward or backward of a pipeline stage.
 
     Args:
         kind: "forward" or "backward".
-        stage: Of which stage of the pipeline.
-        microbatch: Of which microbatch of the step.
+        stage: The stage of the pipeline.
+        microbatch: The microbatch of the step.
         start_s: When it began, in seconds since 1970: comparable over the ranks of a host.
         end_s: When it ended.
     """
@@ -149,7 +148,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Worked(Event):
-    """What the rank of a pipeline did in one step, told for one step every few seconds, the same on all ranks."""
+    """What a rank of a pipeline did in one step; reported for one step every few seconds, the same on all ranks."""
 
     step: int
     work: tuple[Work, ...]
@@ -183,13 +182,13 @@ class RunFailed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CommandApplied(Event):
-    """All ranks have carried out what a user asked for, after the same step.
+    """All ranks have applied a user's command, after the same step.
 
     Args:
         command: "stop", "pause", "resume", "checkpoint", "lr" or "scale".
         value: The new learning rate of the first group, the folder of the checkpoint, or how many engines; else None.
         step: Optimizer steps that were done.
-        number: Which order to the run it is, counted from 0: a run that recovers carries out some of them again.
+        number: The command's number in the run, from 0: a recovering run applies some commands again.
     """
 
     command: str
@@ -200,12 +199,12 @@ class CommandApplied(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointed(Event):
-    """A checkpoint lies on the disk, whole.
+    """A complete checkpoint is on disk.
 
     Args:
-        step: Optimizer steps that are done in it.
+        step: Optimizer steps done in it.
         path: Its folder.
-        seconds: How long it took to write, beside the training.
+        seconds: How long it took to write, in the background.
     """
 
     step: int
@@ -215,18 +214,18 @@ class Checkpointed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Noted(Event):
-    """Something that a user should know, in a sentence; the run goes on."""
+    """A note to the user, in a sentence; the run continues."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered(Event):
-    """This rank was lost, and another process has taken its place.
+    """This rank was lost, and another process replaces it.
 
     Args:
-        step: Steps that were done in the snapshot from which all ranks go on.
-        seconds: From the moment that the loss was noticed to the first step after it.
+        step: Steps done in the snapshot from which all ranks resume.
+        seconds: From noticing the loss to the first step after it.
     """
 
     step: int

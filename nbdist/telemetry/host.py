@@ -1,4 +1,4 @@
-"""This host: how it is called, and how it is told from others that share a home folder with it."""
+"""This host: its name, and an id that distinguishes it from hosts that share its home folder."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _VARIABLE = "NBDIST_HOST"
 
 
 def host_name() -> str:
-    """What people call this host, whenever it was started: its name, or ``$NBDIST_HOST``."""
+    """The host's name, the same after a reboot: ``$NBDIST_HOST``, or the network name."""
     return os.environ.get(_VARIABLE) or socket.gethostname()
 
 
 def host_id() -> str:
-    """Names the running system: processes with the same one can map each other's segments, and see each other.
+    """Identifies the running system: processes with equal ids can map each other's segments and see each other's pids.
 
-    ``$NBDIST_HOST`` names it where that cannot be seen from inside, as in containers that share a kernel but no files.
+    Set ``$NBDIST_HOST`` where that cannot be detected, as in containers that share a kernel but no files.
     """
     if os.environ.get(_VARIABLE):
         return os.environ[_VARIABLE]
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # a container has process numbers of its own
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # a container has pids of its own
     except OSError:
         return f"{uuid.getnode():x}"

@@ -1,4 +1,4 @@
-"""The curve of the loss: as many points as a picture shows, however long the training."""
+"""The loss curve, downsampled: no more points than a chart shows, however long the training."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from nbdist.telemetry.events import Point
 __all__ = ["POINTS", "Losses", "extended", "joined"]
 
 POINTS = 256
-"""A curve has fewer points than this; when it gets there, each two neighbours become one."""
-_TOLD = 16  # points of one event
-_KEPT = 32  # of a line of the record
+"""A curve has fewer points than this; when it reaches this number, each two neighbours are joined."""
+_POINTS_PER_EVENT = 16
+_POINTS_PER_LINE = 32  # of the record
 
 
 def extended(curve: tuple[Point, ...], points: Iterable[Point], limit: int = POINTS) -> tuple[Point, ...]:
     """`curve` and then `points`, in fewer than `limit` points of about the same number of steps each.
 
     Args:
-        curve: What came of an earlier call, or nothing.
+        curve: The result of an earlier call, or empty.
         points: Later steps, in order.
         limit: Greater than one.
     """
@@ -34,9 +34,9 @@ def extended(curve: tuple[Point, ...], points: Iterable[Point], limit: int = POI
     return tuple(longer)
 
 
-def joined(told: tuple[Point, ...], more: Iterable[Point]) -> tuple[Point, ...]:
-    """What several events tell, as one event would."""
-    return extended(told, more, _KEPT)
+def joined(points: tuple[Point, ...], more: Iterable[Point]) -> tuple[Point, ...]:
+    """The points of several events, as one event would hold them."""
+    return extended(points, more, _POINTS_PER_LINE)
 
 
 def _joined(left: Point, right: Point) -> Point:
@@ -46,7 +46,7 @@ def _joined(left: Point, right: Point) -> Point:
 
 
 class Losses:
-    """Collects the loss of each step until somebody asks for them."""
+    """Collects the loss of each step until the next `take`."""
 
     def __init__(self) -> None:
         self._fresh: list[tuple[int, float]] = []
@@ -56,12 +56,12 @@ class Losses:
         self._fresh.append((step, loss))
 
     def take(self) -> tuple[Point, ...]:
-        """What was collected since the last call, in few points of as many steps each."""
+        """The losses since the last call, in a few points of equally many steps each."""
         fresh, self._fresh = self._fresh, []
-        size = len(fresh) // (_TOLD - 1) + 1
+        size = len(fresh) // (_POINTS_PER_EVENT - 1) + 1
         return tuple(_point(fresh[first : first + size]) for first in range(0, len(fresh), size))
 
 
-def _point(told: list[tuple[int, float]]) -> Point:
-    losses = [loss for _, loss in told]
-    return Point(told[-1][0], len(told), sum(losses) / len(losses), min(losses), max(losses))
+def _point(steps: list[tuple[int, float]]) -> Point:
+    losses = [loss for _, loss in steps]
+    return Point(steps[-1][0], len(steps), sum(losses) / len(losses), min(losses), max(losses))

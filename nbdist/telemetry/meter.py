@@ -1,4 +1,4 @@
-"""The meter: how fast, and whether it is time to say so."""
+"""The meter: throughput (samples a second), and whether a progress report is due."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Meter:
     """Decides when progress is due and measures speed in between.
 
     Args:
-        samples: Counted before.
-        steps: Done before.
+        samples: Already counted, where a run continues.
+        steps: Already done.
         interval_s: Least time between two reports in seconds.
     """
 
@@ -27,7 +27,7 @@ class Meter:
         return time.perf_counter() >= self._next_s
 
     def leave_out(self, seconds: float) -> None:
-        """The training has rested for so long."""
+        """Exclude `seconds` of pause or evaluation from the speed."""
         self._last_s += seconds
 
     def read(self, samples: int, steps: int) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""Past runs: read back from their records, by whoever comes later."""
+"""Past runs, read back from their records on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nbdist.telemetry import events
 from nbdist.telemetry.events import Event, Noted, Point, RunStarted, Shares, Work
 from nbdist.telemetry.host import host_name
 from nbdist.telemetry.rank_state import Happening, RankState, fold
-from nbdist.telemetry.record import is_held, records
+from nbdist.telemetry.record import is_locked, records
 from nbdist.telemetry.report import Report
 from nbdist.telemetry.run_state import RunState
 
@@ -39,13 +39,13 @@ def past_runs(count: int | None = None) -> list[PastRun]:
     for name in names:
         if count is not None and len(found) >= count:
             break
-        if next(_lines(folder / name / "rank0.jsonl"), None) is not None:  # one that never began says nothing
+        if next(_lines(folder / name / "rank0.jsonl"), None) is not None:  # empty if the run never began
             found.append(PastRun(folder / name))
     return found
 
 
 def past_run(run_id: str) -> PastRun:
-    """The run of that name; the beginning of its name will do. Local.
+    """The run of that name; the beginning of its name is enough. Local.
 
     Raises:
         PlanError: There is none, or several.
@@ -55,12 +55,16 @@ def past_run(run_id: str) -> PastRun:
     if len(found) == 1 or run_id in found:
         return PastRun(records() / (run_id if run_id in found else found[0]))
     if found:
-        raise PlanError(f"{len(found)} runs begin with {run_id!r}, as {' and '.join(found[:2])}: say more of it.")
-    raise PlanError(f"there is no record of a run {run_id!r}: %dist_runs lists what there is.{suggest(run_id, names)}")
+        raise PlanError(
+            f"{len(found)} runs begin with {run_id!r}, as {' and '.join(found[:2])}: give more of the name."
+        )
+    raise PlanError(
+        f"there is no record of a run {run_id!r}: %dist_runs lists the recorded runs.{suggest(run_id, names)}"
+    )
 
 
 class PastRun(Report):
-    """A run as its record tells of it.
+    """A run, read from its record.
 
     Args:
         path: The folder of the record.
@@ -72,26 +76,26 @@ class PastRun(Report):
 
     @property
     def state(self) -> str:
-        """One of "running", "paused", "finished", "stopped" and "failed"; "lost" if nobody was left to tell the end.
+        """One of "running", "paused", "finished", "stopped" and "failed"; "lost" if all processes died before its end.
 
-        Only the host of rank 0 can tell that nobody is: elsewhere such a run is as it last said.
+        Only the host of rank 0 can see that; elsewhere such a run keeps its last state.
         """
-        return self.glance.state
+        return self.overview.state
 
     @functools.cached_property
-    def glance(self) -> RunState:
-        """What the first and the last lines of rank 0 say: enough for a list, however long the run."""
+    def overview(self) -> RunState:
+        """The state from the first and the last lines of rank 0: fast, and enough for a list."""
         path = self.path / "rank0.jsonl"
-        return self._told({0: [_head(path), *_tail(path)]}, [])
+        return self._folded({0: [_head(path), *_tail(path)]}, [])
 
     @functools.cached_property
     def progress(self) -> RunState:
-        """All that the record says."""
+        """The state from the whole record."""
         paths = {int(path.stem.removeprefix("rank")): path for path in self.path.glob("rank*.jsonl")}
         ranks = {rank: _events(_lines(path)) for rank, path in paths.items()}
-        return self._told(ranks, _events(_lines(self.path / "cluster.jsonl")))
+        return self._folded(ranks, _events(_lines(self.path / "cluster.jsonl")))
 
-    def _told(self, ranks: Mapping[int, Iterable[Event]], cluster: Iterable[Event]) -> RunState:
+    def _folded(self, ranks: Mapping[int, Iterable[Event]], cluster: Iterable[Event]) -> RunState:
         run: RunState | None = None
         last_s = 0.0
         for rank in sorted(ranks):
@@ -101,11 +105,11 @@ class PastRun(Report):
                 if isinstance(event, RunStarted):
                     if run is None:
                         run = RunState(title=event.title, plan=event.plan, ranks={0: state}, started_s=event.time_s)
-                    elif state.pid:  # it goes on after a loss
+                    elif state.pid:  # the rank began again after a loss
                         run.merge(state)
                         if rank == 0:
-                            run.begin_again()
-                            run.plan = event.plan  # it may go on on other ranks
+                            run.restart_ranks()
+                            run.plan = event.plan  # it may have another number of ranks now
                     state = RankState(rank=rank)
                 state = fold(state, event)
             if run is not None:
@@ -113,9 +117,9 @@ class PastRun(Report):
         if run is None:
             raise PlanError(f"run {self.run_id} has no record of its beginning.")
         size = math.prod(run.plan["mesh"].values())
-        run.ranks = {rank: state for rank, state in run.ranks.items() if rank < size}  # the others have left
-        told = [Happening(event.time_s, "recovered", event.text) for event in cluster if isinstance(event, Noted)]
-        run.happenings = sorted([*run.happenings, *told])
+        run.ranks = {rank: state for rank, state in run.ranks.items() if rank < size}  # scaling removed the others
+        recoveries = [Happening(event.time_s, "recovered", event.text) for event in cluster if isinstance(event, Noted)]
+        run.happenings = sorted([*run.happenings, *recoveries])
         self._end(run, last_s)
         return run
 
@@ -126,14 +130,14 @@ class PastRun(Report):
         elif failed:
             first = next((rank for rank in failed if "PeerLostError" not in rank.error), failed[0])
             run.end("failed", f"rank {first.rank}: {first.error}")
-        elif run.ranks[0].host in ("", host_name()) and not is_held(self.path / "rank0.jsonl"):
-            run.end("lost", "its processes are gone, and did not tell how it ended.")
+        elif run.ranks[0].host in ("", host_name()) and not is_locked(self.path / "rank0.jsonl"):
+            run.end("lost", "its processes died without recording an end.")
         if run.ended_s is not None:
             run.ended_s = last_s
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a record, but for what a killed rank left half written."""
+    """The lines of a record, without the torn last line of a killed rank."""
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
             yield from _parsed(file)
@@ -152,7 +156,7 @@ def _head(path: Path) -> Event:
 
 
 def _tail(path: Path) -> Iterator[Event]:
-    """The last events, without those of the head's line."""
+    """The last events, without the head."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL_BYTES))
@@ -161,7 +165,7 @@ def _tail(path: Path) -> Iterator[Event]:
 
 
 def _events(lines: Iterable[dict[str, Any]]) -> Iterator[Event]:
-    """Events of a record; of kinds and fields that a later version wrote, what is known here."""
+    """Events of a record; ignores kinds and fields of later versions."""
     for line in lines:
         kind = _KINDS.get(line.get("event", ""))
         if kind is None:

@@ -1,4 +1,4 @@
-"""State of one rank: events folded."""
+"""State of one rank: its step, loss, speed and history, folded from its events."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _BUSY_SMOOTHING = 0.3
 
 
 class Happening(NamedTuple):
-    """Something that happened in a run, for people.
+    """A line for the user about something that happened in a run.
 
     Args:
         time_s: When, in seconds since 1970.
-        kind: "checkpoint", "order", "lost", "recovered" or "note".
+        kind: "checkpoint", "command", "lost", "recovered" or "note".
         text: What, in a sentence.
-        number: Tells two apart that read alike.
+        number: Distinguishes two with equal texts.
     """
 
     time_s: float
@@ -50,11 +50,11 @@ class Happening(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RankState:
-    """The latest that is known of one rank: a snapshot, small enough to publish several times a second.
+    """The latest known state of one rank, small enough to publish several times a second.
 
-    Fields are those of the events they come from; `work` is the newest of its kind. `state` is one of "starting",
+    Fields are those of the events they come from; `work` is the newest `Worked`. `state` is one of "starting",
     "running", "paused", "evaluating", "finished", "stopped", "failed", "lost", "recovering". `first_step` is the step
-    after which the rank began, `busy_s` the seconds a step in which it did not wait for others, smoothed. `curve` is
+    after which the rank began, `busy_s` the smoothed seconds of a step in which it did not wait for others. `curve` is
     the loss over all ranks, on rank 0.
     """
 
@@ -83,10 +83,10 @@ class RankState:
     happenings: tuple[Happening, ...] = ()
 
     def to_dict(self, *, whole: bool = True) -> dict[str, Any]:
-        """The state as JSON-able data; what lies in it is shared, not copied.
+        """The state as JSON-able data; nested values are shared, not copied.
 
         Args:
-            whole: Whether with what is large and changes seldom.
+            whole: Whether to include large fields that change seldom.
         """
         data = dict(vars(self)) if whole else {name: value for name, value in vars(self).items() if name not in _LARGE}
         if data.get("work") is not None:
@@ -95,7 +95,7 @@ class RankState:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], before: RankState | None = None) -> RankState:
-        """The inverse of `to_dict`; what is not in `data` is as in the state `before`, if that is of the same life."""
+        """The inverse of `to_dict`; missing fields are those of `before`, if it is of the same process and start."""
         given = {name: made(data[name]) for name, made in _OF_JSON.items() if data.get(name) is not None}
         if before is not None and (before.pid, before.first_step) == (data["pid"], data["first_step"]):
             return _with(before, **{**data, **given})
@@ -103,8 +103,8 @@ class RankState:
 
 
 def _worked(data: dict[str, Any]) -> Worked:
-    told = {key: item for key, item in data.items() if key != "event"}
-    return Worked(**{**told, "work": tuple(Work(*item) for item in data["work"])})
+    values = {key: item for key, item in data.items() if key != "event"}
+    return Worked(**{**values, "work": tuple(Work(*item) for item in data["work"])})
 
 
 _OF_JSON: dict[str, Callable[[Any], Any]] = {
@@ -118,7 +118,7 @@ _OF_JSON: dict[str, Callable[[Any], Any]] = {
 
 
 def _with(state: RankState, /, **changes: Any) -> RankState:
-    """The state with some fields changed: what `dataclasses.replace` gives, in a tenth of its time."""
+    """`dataclasses.replace` in a tenth of its time: it skips __init__."""
     made = object.__new__(RankState)
     vars(made).update(vars(state), **changes)
     return made
@@ -143,13 +143,13 @@ def fold(state: RankState, event: Event) -> RankState:
                 curve=extended(state.curve, event.losses),
             )  # fmt: skip
         case CommandApplied(command="pause"):
-            return _with(_after(state, event, "command", _order_text(event)), state="paused", samples_per_s=0.0)
+            return _with(_after(state, event, "command", _command_text(event)), state="paused", samples_per_s=0.0)
         case CommandApplied(command="resume"):
-            return _with(_after(state, event, "command", _order_text(event)), state="running")
+            return _with(_after(state, event, "command", _command_text(event)), state="running")
         case CommandApplied(command="lr", value=float(rate)):
-            return _with(_after(state, event, "command", _order_text(event)), lr=rate)
+            return _with(_after(state, event, "command", _command_text(event)), lr=rate)
         case CommandApplied():
-            return _after(state, event, "command", _order_text(event, state.steps_total))
+            return _after(state, event, "command", _command_text(event, state.steps_total))
         case Checkpointed():
             return _after(state, event, "checkpoint", f"checkpoint of step {event.step:,} in {_short(event.path)}")
         case Noted():
@@ -169,7 +169,7 @@ def fold(state: RankState, event: Event) -> RankState:
 
 
 def _short(path: str) -> str:
-    """The end of a long path: the record has it whole."""
+    """The end of a long path; the record has the whole path."""
     parts = PurePath(path).parts
     return path if len(parts) < 4 else "/".join(["…", *parts[-3 if len(parts) > 4 else -2 :]])
 
@@ -181,11 +181,11 @@ def _smoothed(state: RankState, event: Progress) -> float:
     return busy_s if not state.busy_s else state.busy_s + _BUSY_SMOOTHING * (busy_s - state.busy_s)
 
 
-def _order_text(event: CommandApplied, steps_total: int | None = None) -> str:
+def _command_text(event: CommandApplied, steps_total: int | None = None) -> str:
     if event.command == "stop" and event.step == steps_total:
-        return f"stop came in step {event.step:,}, the last one: the run ends as it would have"
+        return f"stop came in step {event.step:,}, the last one: it changes nothing"
     words = {
-        "stop": "stopped", "pause": "paused", "resume": "resumed", "checkpoint": "checkpoint asked for",
+        "stop": "stopped", "pause": "paused", "resume": "resumed", "checkpoint": "checkpoint requested",
         "lr": f"learning rate {event.value:.4g}" if isinstance(event.value, float) else "learning rate changed",
         "scale": f"scaled to {event.value}",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The record of past runs: one folder a run, one JSON-lines file a rank."""
+"""The record of runs on disk: one folder a run, one JSON-lines file (log) a rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nbdist.telemetry.host import host_name
 
-__all__ = ["KEPT_RUNS", "cluster_record_path", "hold", "is_held", "new_run_id", "record_path", "records"]
+__all__ = ["KEPT_RUNS", "cluster_record_path", "is_locked", "lock", "new_run_id", "record_path", "records"]
 
 KEPT_RUNS = 100
 """Older records are removed when a new run begins."""
@@ -36,17 +36,17 @@ def new_run_id() -> str:
 
 
 def record_path(run_id: str, rank: int, folder: Path | None = None) -> Path:
-    """Where the record of one rank of a run lies; on rank 0, the oldest records beyond `KEPT_RUNS` are removed.
+    """The path of one rank's record; on rank 0, removes the oldest records beyond `KEPT_RUNS`.
 
-    Of those that a run which goes on writes none is, nor one of another host's runs that has not told its end.
+    It removes no record of a run that is still running, nor of another host's run without a recorded end.
 
     Args:
-        run_id: Which run.
-        rank: Which rank.
-        folder: That of all records, `records()` by default.
+        run_id: The run.
+        rank: The rank.
+        folder: The folder of all records, `records()` by default.
     """
     folder = folder or records()
-    if rank == 0 and folder.is_dir():  # one rank tidies up for all
+    if rank == 0 and folder.is_dir():  # one rank cleans up for all
         for old in sorted(path for path in folder.iterdir() if path.is_dir())[: -KEPT_RUNS or None]:
             if not _goes_on(old):
                 shutil.rmtree(old, ignore_errors=True)
@@ -54,8 +54,8 @@ def record_path(run_id: str, rank: int, folder: Path | None = None) -> Path:
 
 
 def _goes_on(folder: Path) -> bool:
-    """Whether the run of a record goes on, as far as this host can tell."""
-    if any(is_held(path) for path in folder.glob("rank*.jsonl")):
+    """Whether the run of a record is still running, as far as this host can see."""
+    if any(is_locked(path) for path in folder.glob("rank*.jsonl")):
         return True
     try:
         with (folder / "rank0.jsonl").open("rb") as file:
@@ -69,18 +69,18 @@ def _goes_on(folder: Path) -> bool:
 
 
 def cluster_record_path(run_id: str) -> Path:
-    """Where the record of what happened to the ranks of a run lies: which were lost and replaced."""
+    """The path of the notebook's record of a run: which ranks were lost and replaced."""
     return records() / run_id / "cluster.jsonl"
 
 
-def hold(descriptor: int) -> None:
-    """Mark an open file as being written, until it is closed or the process is gone, however it goes."""
+def lock(descriptor: int) -> None:
+    """Lock an open file (shared), until it is closed or the process dies."""
     with contextlib.suppress(OSError):  # not all file systems have locks
         fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
-def is_held(path: Path) -> bool:
-    """Whether a process on this host is writing the file; none is if it is not there."""
+def is_locked(path: Path) -> bool:
+    """Whether a process on this host is writing the file; False if there is no file."""
     with contextlib.ExitStack() as opened:
         try:
             file = opened.enter_context(path.open("rb"))

@@ -1,4 +1,4 @@
-"""The report: what a run has to say for itself, while it goes on and long after."""
+"""The report: history, DataFrame, plot and HTML of a run, running or past."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ __all__ = ["Report"]
 
 
 class Report(ABC):
-    """Whatever holds a `RunState` can be looked at in these ways. Local."""
+    """The base class of `Run` and `PastRun`: views of a `RunState`. Local."""
 
     @property
     @abstractmethod
     def progress(self) -> RunState:
-        """What is known of the run."""
+        """The state of the run."""
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """One dict an epoch, or one for the whole run under `steps`: `epoch`, `steps`, `samples`, `loss`, `seconds`.
 
-        All but `epoch` are counted over that epoch's training; `val_loss` and `val_<metric>` follow where asked.
+        All but `epoch` are counted over that epoch's training; `val_loss` and `val_<metric>` follow if requested.
         """
         return [dict(row) for row in self.progress.history]
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """What a pipeline was cut into: of each stage where it begins and ends, its seconds and its parameters."""
+        """The stages of a pipeline: each one's first and last module, seconds and parameters."""
         return [dict(stage) for stage in self.progress.stages]
 
     def to_frame(self, *, steps: bool = False) -> DataFrame:
         """The history as a pandas DataFrame, one row an epoch, with the epoch as its index.
 
         Args:
-            steps: Whether to give the curve of the loss instead: `loss`, and the `low` and `high` of the `steps` steps
-                that a row stands for, with the last of them as its index; fewer than 256 rows.
+            steps: Whether to return the loss curve instead: `loss`, `low` and `high` of the `steps` steps of a row,
+                with the last of them as its index; fewer than 256 rows.
 
         Raises:
             PlanError: pandas is not installed.
@@ -59,10 +59,10 @@ class Report(ABC):
         return frame.rename(columns={"mean": "loss"}).set_index("step")
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the loss over the steps with matplotlib, and that on the validation data; returns the axes.
+        """Plot the training and validation loss over the steps with matplotlib; returns the axes.
 
         Args:
-            ax: Where to; by default a new figure.
+            ax: The axes to draw on; by default a new figure.
 
         Raises:
             PlanError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""State of a run: the newest that is known of all ranks, and what follows from it."""
+"""State of a run: the latest states of all ranks, merged; its step, loss, throughput and ETA."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["RunState"]
 
 ENDED = ("finished", "stopped", "failed", "lost")
 _SLOW = 1.3
-"""A rank is slow that computes so many times as long a step as the others' median."""
+"""A rank is slow if its step takes this many times the median of the others."""
 _SLOW_S = 1e-3
-"""And at least so much longer, in seconds a step: below, it is the clock that one sees."""
+"""And at least this much longer, in seconds a step: less is within the clock's noise."""
 _WAITING = 0.5
-"""A rank waits that spends more than this share of its time waiting for others."""
+"""A rank is waiting if it waits for others for more than this share of its time."""
 _ETA_OVER_S = 60.0
 _MARK_EVERY_S = 1.0
 
@@ -34,10 +34,9 @@ class RunState:
         plan: The plan as JSON-able data.
         ranks: The latest state of every rank.
         state: "queued", "starting", "running", "paused", "recovering", "stopping", "finished", "stopped" or "failed";
-            of a record that does not say how it ended "lost".
+            "lost" for a record without an end.
         error: One line about what went wrong, if anything did.
-        happenings: What else a user should know, in order of time: checkpoints, orders, ranks that were lost and
-            replaced.
+        happenings: Lines for the user, in order of time: checkpoints, commands, ranks that were lost and replaced.
     """
 
     title: str
@@ -56,7 +55,7 @@ class RunState:
         self._stepped_s = time.monotonic()
 
     def merge(self, rank: RankState) -> None:
-        """Take in the newest snapshot of one rank."""
+        """Merge the newest state of one rank."""
         before = self.step
         self.ranks[rank.rank] = rank
         for happening in rank.happenings:
@@ -71,7 +70,7 @@ class RunState:
         self._mark(before)
 
     def note(self, text: str, kind: str = "note") -> None:
-        """Something happened that a user should know; see `Happening`."""
+        """Add a line for the user; see `Happening`."""
         self._add(Happening(time.time(), kind, text))
 
     def begin(self) -> None:
@@ -79,17 +78,17 @@ class RunState:
         self.state = "stopping" if self.state == "stopping" else "starting"
         self.started_s = time.time()
 
-    def begin_again(self) -> None:
-        """Ranks are about to go on from an earlier step: what is known of the loss so far stays."""
+    def restart_ranks(self) -> None:
+        """Ranks are about to resume from an earlier step: keep the loss curve so far."""
         self._curve = self.curve
         self._marks.clear()
 
-    def have_ranks(self, count: int) -> None:
-        """There are so many ranks from now on."""
+    def resize(self, count: int) -> None:
+        """Set the number of ranks."""
         self.ranks = {rank: self.ranks.get(rank, RankState(rank=rank)) for rank in range(count)}
 
-    def stand_at(self, step: int) -> None:
-        """What came home is the state after `step` steps, whatever ranks had begun after that."""
+    def set_step(self, step: int) -> None:
+        """Set the step of all ranks to that of the loaded weights, though ranks may have begun later steps."""
         self.ranks = {rank: replace(state, step=step) for rank, state in self.ranks.items()}
 
     def end(self, state: str, error: str = "") -> None:
@@ -98,14 +97,14 @@ class RunState:
 
     def _add(self, happening: Happening) -> None:
         key = happening.kind, happening.text, happening.number
-        if key not in self._known:  # several ranks may tell of it, and a rank again after it was lost
+        if key not in self._known:  # several ranks may report it, and a replaced rank again
             self._known.add(key)
             self.happenings.append(happening)
 
     def _mark(self, before: int) -> None:
         now_s, step = time.monotonic(), self.step
         if self.state != "running":
-            self._marks.clear()  # what comes after a pause says how fast it is
+            self._marks.clear()  # the ETA uses the speed after the pause only
         if step != before or self.state != "running":
             self._stepped_s = now_s
         if not self._marks or now_s >= self._marks[-1][0] + _MARK_EVERY_S:
@@ -120,7 +119,7 @@ class RunState:
 
     @property
     def notes(self) -> list[str]:
-        """The texts of what happened that nobody has asked for."""
+        """The texts of happenings other than commands and checkpoints."""
         return [happening.text for happening in self.happenings if happening.kind not in ("command", "checkpoint")]
 
     @property
@@ -130,7 +129,7 @@ class RunState:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to the end, at the speed of the last minute; None where that cannot be known."""
+        """Seconds to the end, at the speed of the last minute; None if unknown."""
         total = self.steps_total
         if self.state != "running" or total is None or len(self._marks) < 2:
             return None
@@ -141,11 +140,11 @@ class RunState:
 
     @property
     def stalled_s(self) -> float:
-        """Seconds for which a run that is running has done no step."""
+        """Seconds since the last step of a run that is running."""
         return time.monotonic() - self._stepped_s if self.state == "running" else 0.0
 
     def standing(self, rank: RankState) -> str:
-        """What a rank does, seen beside the others: its `state`, or "waiting" or "slow" in place of "running"."""
+        """A rank's state compared with the others': its `state`, or "waiting" or "slow" instead of "running"."""
         if rank.state != "running":
             return rank.state
         if self.state == "recovering":
@@ -167,7 +166,7 @@ class RunState:
 
     @property
     def epoch(self) -> int:
-        """The pass over the data that the slowest rank is in, counted from 1."""
+        """The epoch of the slowest rank, counted from 1."""
         return max(1, min(rank.epoch for rank in self.ranks.values()))
 
     @property
@@ -183,7 +182,7 @@ class RunState:
 
     @property
     def samples_per_s(self) -> float:
-        """Speed over all ranks: at the moment while running, of the whole training afterwards."""
+        """Throughput over all ranks: the current one while running, the mean of the training afterwards."""
         if self.running:
             return sum(rank.samples_per_s for rank in self.ranks.values()) / self._ranks_a_sample
         seconds = sum(row["seconds"] for row in self.history)
@@ -204,7 +203,7 @@ class RunState:
 
     @property
     def curve(self) -> tuple[Point, ...]:
-        """The loss over all ranks, in less than `POINTS` points however many steps there were."""
+        """The loss curve over all ranks, in fewer than `POINTS` points."""
         first = self.ranks[0].first_step
         earlier = [point for point in self._curve if point.step <= first]
         return extended(tuple(earlier), self.ranks[0].curve) if earlier else self.ranks[0].curve
@@ -216,5 +215,5 @@ class RunState:
 
     @property
     def stages(self) -> tuple[dict[str, Any], ...]:
-        """What a pipeline was cut into; every rank knows the same. See `RunStarted`."""
+        """The stages of a pipeline; every rank knows the same. See `RunStarted`."""
         return self.ranks[0].stages

@@ -1,4 +1,4 @@
-"""A run as static HTML and as plain text: what remains in a saved notebook, and what a terminal shows."""
+"""A run as static HTML and plain text, for a saved notebook and for a terminal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STAGE_COLUMNS = ("stage", "from", "to", "time", "", "parameters")
 _STAGE_BAR = 20  # characters of all stages together
 RANK_COLUMNS = ("rank", "device", "state", "step", "loss", "samples/s", "memory", "compute", "comm", "data", "idle")
 SHOWN_RANKS = 16
-"""With more ranks than this, half as many are shown: those that need somebody's eye."""
+"""With more ranks than this, half as many are shown: those in trouble, then the slowest."""
 _SHOWN_HAPPENINGS = 8
 _TROUBLED = ("failed", "lost", "recovering", "slow")
 
@@ -51,17 +51,17 @@ def epoch_text(row: dict[str, Any]) -> str:
 
 
 def mesh_text(plan: dict[str, Any]) -> str:
-    """The mesh of a plan that has become data: "dp=2, pp=2"."""
+    """The mesh of a plan's JSON-able data: "dp=2, pp=2"."""
     return ", ".join(f"{axis}={degree}" for axis, degree in plan["mesh"].items() if degree > 1) or "dp=1"
 
 
 def memory_text(rank: RankState) -> str:
-    """The memory of a rank, a dash where it has not said."""
+    """The memory of a rank, a dash if unknown."""
     return f"{rank.memory_mib:,.0f} MiB" if rank.memory_mib else "–"
 
 
 def shares_text(shares: Shares | None) -> tuple[str, str, str, str]:
-    """On what a rank spends its time, in percent; dashes where it has not said."""
+    """How a rank's time splits, in percent; dashes if unknown."""
     if shares is None:
         return ("–",) * 4
     compute, communication, data, idle = (f"{share:.0%}" for share in shares)
@@ -69,7 +69,7 @@ def shares_text(shares: Shares | None) -> tuple[str, str, str, str]:
 
 
 def summary(run: RunState) -> str:
-    """The run in a line: what, how far, how fast, and how long still."""
+    """The run in a line: title, state, step, loss, speed, time left."""
     total = "" if run.steps_total is None else f"/{run.steps_total}"
     parts = [f"{run.title} on {mesh_text(run.plan)}", run.state, f"step {run.step}{total}", f"loss {number(run.loss)}"]
     if run.running and run.lr is not None:
@@ -81,7 +81,7 @@ def summary(run: RunState) -> str:
 
 
 def chosen_ranks(run: RunState) -> tuple[list[RankState], int]:
-    """The ranks to show, and how many others there are: of many, those in trouble and then the slowest."""
+    """The ranks to show, and the number of others: of many ranks, those in trouble and then the slowest."""
     ranks = [rank for _, rank in sorted(run.ranks.items())]
     if len(ranks) <= SHOWN_RANKS:
         return ranks, 0
@@ -110,15 +110,15 @@ def rank_cells(run: RunState) -> list[tuple[str, ...]]:
 
 
 def happened(run: RunState) -> list[str]:
-    """What went wrong, and the newest of what happened."""
-    told = [
+    """The error, if any, and the newest happenings."""
+    texts = [
         f"{duration(max(0.0, happening.time_s - run.started_s))}: {happening.text}"
         if happening.kind in ("command", "checkpoint")
         else happening.text
         for happening in run.happenings
     ]
-    earlier = len(told) - _SHOWN_HAPPENINGS
-    shown = [f"{earlier} earlier events are in the record", *told[-_SHOWN_HAPPENINGS:]] if earlier > 0 else told
+    earlier = len(texts) - _SHOWN_HAPPENINGS
+    shown = [f"{earlier} earlier events are in the record", *texts[-_SHOWN_HAPPENINGS:]] if earlier > 0 else texts
     return [*run.error.splitlines(), *shown]
 
 
@@ -172,14 +172,14 @@ def table_bundle(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> dict[
 
 
 def html_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table as HTML; what is in the cells is escaped."""
+    """A table as HTML, with its cells escaped."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _image(chart: str) -> str:
-    """An image, for where a notebook is not trusted an ``<svg>`` is taken out."""
+    """A chart as an ``<img>``: untrusted notebooks remove an ``<svg>``."""
     words = chart.partition("<title>")[2].partition("</title>")[0]
     return f'<img alt="{words}" src="data:image/svg+xml;base64,{base64.b64encode(chart.encode()).decode()}">'
 
@@ -189,9 +189,9 @@ def run_html(run: RunState) -> str:
     columns, rows = history_cells(run)
     title, _, rest = summary(run).partition(" · ")
     parts = [f"<p><b>{escape(title)}</b> · {escape(rest)}</p>"]
-    said = happened(run)
-    if said:
-        parts.append(f"<p>{'<br>'.join(map(escape, said))}</p>")
+    lines = happened(run)
+    if lines:
+        parts.append(f"<p>{'<br>'.join(map(escape, lines))}</p>")
     charts = [chart for chart in (loss_chart(run, width=480), metric_chart(run, width=280)) if chart]
     if charts:
         parts.append(f"<p>{''.join(map(_image, charts))}</p>")

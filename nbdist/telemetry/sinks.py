@@ -1,4 +1,4 @@
-"""Sinks: who receives events."""
+"""Sinks receive events and log them: to JSON lines, to a list, as text, or folded into a rank's state."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import IO, Any
 from nbdist.telemetry.events import EpochFinished, Evaluating, Event, Noted, Point, Progress, RunFinished, RunStarted
 from nbdist.telemetry.loss_curve import joined
 from nbdist.telemetry.rank_state import RankState, fold
-from nbdist.telemetry.record import hold
+from nbdist.telemetry.record import lock
 from nbdist.telemetry.run_view import epoch_text, mesh_text
 
-__all__ = ["JsonlSink", "ListSink", "Sink", "SnapshotSink", "TextSink"]
+__all__ = ["JsonlSink", "ListSink", "RankStateSink", "Sink", "TextSink"]
 
 
 class Sink(ABC):
@@ -26,10 +26,10 @@ class Sink(ABC):
 
     @abstractmethod
     def emit(self, event: Event) -> None:
-        """Take in one event."""
+        """Receive one event."""
 
     def close(self) -> None:  # noqa: B027 - most sinks hold nothing
-        """Let go of what the sink holds."""
+        """Release the sink's resources."""
 
 
 class ListSink(Sink):
@@ -47,23 +47,23 @@ class JsonlSink(Sink):
     """The record: events as lines of JSON in `path`, readable by the owner only.
 
     Args:
-        path: The file; what is in it stays.
-        interval_s: Of what is told of progress within so many seconds, one line is made.
+        path: The file to append to.
+        interval_s: Progress within this many seconds becomes one line.
     """
 
     def __init__(self, path: Path, interval_s: float = 1.0) -> None:
         self._interval_s = interval_s
         self._next_s = 0.0
         self._held: Progress | None = None
-        self._losses: list[Point] = []  # of what is held
-        for folder in reversed(path.parents):  # `parents=True` would leave those above readable by all
+        self._losses: list[Point] = []  # of the held events
+        for folder in reversed(path.parents):  # `parents=True` would leave the folders above readable by all
             if not folder.exists():
                 folder.mkdir(exist_ok=True, mode=0o700)
         self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8")
-        hold(self._file.fileno())
+        lock(self._file.fileno())
 
     def emit(self, event: Event) -> None:
-        """Write one line, at once on disk's doorstep, so that a killed rank leaves its last words."""
+        """Write one line and flush it, so that a killed rank's last events are in the file."""
         if isinstance(event, Progress):
             self._held = event
             self._losses += event.losses
@@ -89,14 +89,14 @@ class JsonlSink(Sink):
         self._file.flush()
 
 
-class SnapshotSink(Sink):
-    """The picture: folds events into a `RankState` and hands it to `publish`; what is large in it less often.
+class RankStateSink(Sink):
+    """Folds events into a `RankState` and passes it to `publish`; its large fields less often.
 
     Args:
-        rank: Whose events come.
-        publish: Called with what `RankState.from_dict` takes.
-        interval_s: Least seconds between two that tell of nothing but progress.
-        whole_every_s: Seconds between two that are whole; what a user asked for, or has to know, makes one at once.
+        rank: The rank of the events.
+        publish: Called with the data for `RankState.from_dict`.
+        interval_s: Least seconds between two states after progress alone.
+        whole_every_s: Seconds between two whole states; a command or a note publishes a whole one at once.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class SnapshotSink(Sink):
 
 
 class TextSink(Sink):
-    """Plain lines for a terminal: one an epoch, and in between one every `interval_s` seconds."""
+    """Log lines for a terminal: one an epoch, and in between one every `interval_s` seconds."""
 
     def __init__(self, stream: IO[str] | None = None, interval_s: float = 5.0) -> None:
         self._stream = sys.stderr if stream is None else stream
@@ -132,7 +132,7 @@ class TextSink(Sink):
         self._total: int | None = None
 
     def emit(self, event: Event) -> None:
-        """Print what a user wants to know."""
+        """Print a line for the event, if it is due."""
         match event:
             case RunStarted():
                 self._total = event.steps_total

@@ -1,4 +1,4 @@
-"""Charts of a run as SVG: the loss over its steps, and what was measured on the validation data."""
+"""Charts of a run as SVG: the loss over its steps, and the metric on the validation data."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from nbdist.telemetry.units import number
 __all__ = ["SVG_COLORS", "loss_chart", "metric_chart"]
 
 SVG_COLORS = {"train": "#3b82c4", "val": "#d9772b", "axis": "#808080"}
-"""Of lines and texts: they can be read on white and on dark, for an image cannot see the page around it."""
+"""Of lines and texts: readable on white and on dark, because an image does not know its page's theme."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 86, 10, 26
 _TICKS = 5
 _TICK_WIDTH = 55
 _CHARACTER = 6.6  # pixels, of the texts
 _SPARED = 0.02
-"""The share of the highest losses that may lie outside, so that a bad beginning does not flatten all that follows."""
+"""The share of the highest losses that may lie outside, so that a bad beginning does not flatten the rest."""
 _STEEP = 20.0
-"""They do only where the range would be so many times as large with them."""
+"""They lie outside only if they would make the range this many times as large."""
 
 Pairs = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where numbers lie in the picture."""
+    """Maps numbers to pixels of the chart."""
 
     width: int
     height: int
@@ -51,7 +51,7 @@ class _Frame:
 
 
 def loss_chart(run: RunState, *, width: int = 640, height: int = 180) -> str:
-    """The loss of the training, with its least and greatest in each piece of the line, and of the validation.
+    """The training loss, with its least and greatest value at each point, and the validation loss.
 
     Returns:
         An ``<svg>``, empty where there is nothing to draw yet.
@@ -60,8 +60,8 @@ def loss_chart(run: RunState, *, width: int = 640, height: int = 180) -> str:
     ends = _ends(run)
     if not curve:
         rows = zip(ends, run.history, strict=True)
-        told = [(int(step), float(row["loss"]), row["steps"]) for step, row in rows if math.isfinite(row["loss"])]
-        curve = [Point(step, steps, loss, loss, loss) for step, loss, steps in told]
+        epochs = [(int(step), float(row["loss"]), row["steps"]) for step, row in rows if math.isfinite(row["loss"])]
+        curve = [Point(step, steps, loss, loss, loss) for step, loss, steps in epochs]
     val = _measured(run, "val_loss", ends)
     if not curve:
         return ""
@@ -93,17 +93,17 @@ def metric_chart(run: RunState, *, width: int = 320, height: int = 180) -> str:
 
 
 def _ends(run: RunState) -> list[float]:
-    """After which step each row of the history ended."""
+    """The last step of each row of the history."""
     return list(itertools.accumulate(float(row["steps"]) for row in run.history))
 
 
 def _measured(run: RunState, name: str, ends: Sequence[float]) -> Pairs:
-    told = [(end, row.get(name)) for end, row in zip(ends, run.history, strict=True)]
-    return [(end, float(value)) for end, value in told if value is not None and math.isfinite(value)]
+    pairs = [(end, row.get(name)) for end, row in zip(ends, run.history, strict=True)]
+    return [(end, float(value)) for end, value in pairs if value is not None and math.isfinite(value)]
 
 
 def _range(heights: list[float], lows: list[float]) -> tuple[float, float]:
-    """What the vertical axis shows."""
+    """The range of the vertical axis."""
     low, high = min([*heights, *lows]), max(heights)
     usual = sorted(heights)[max(0, math.ceil(len(heights) * (1 - _SPARED)) - 1)]
     if usual > low and high - low > _STEEP * (usual - low):
@@ -182,7 +182,7 @@ def _line(frame: _Frame, pairs: Pairs, kind: str, dots: bool = False) -> str:
 
 
 def _labels(frame: _Frame, ends: Iterable[tuple[str, tuple[float, float]]], name: str = "") -> list[str]:
-    """What the lines are called and where they end, beside their ends, moved apart where they would touch."""
+    """The name and last value of each line, beside its end, moved apart where they would overlap."""
     words = {"train": "train", "val": name or "val"}
     sorted_ends = sorted(ends, key=lambda end: frame.up(end[1][1]))
     heights: list[float] = []

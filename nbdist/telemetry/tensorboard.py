@@ -1,4 +1,4 @@
-"""TensorBoard as a sink: the same events, as its scalars."""
+"""A TensorBoard sink: writes events as scalars."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["TensorBoardSink"]
 
 
 class TensorBoardSink(Sink):
-    """Writes what rank 0 tells, by step: loss, learning rate and speed; after each epoch what was measured.
+    """Writes rank 0's loss, learning rate and speed by step, and validation loss and metrics after each epoch.
 
     Args:
-        folder: TensorBoard's log folder; the run gets one of its own in there.
-        run_id: What that is called.
+        folder: TensorBoard's log folder; the run gets a subfolder.
+        run_id: The subfolder's name.
 
     Raises:
         TaskError: The folder cannot be written.
@@ -34,7 +34,7 @@ class TensorBoardSink(Sink):
             raise TaskError(f"tensorboard folder {folder} cannot be written: {error.strerror}.") from None
 
     def emit(self, event: Event) -> None:
-        """Write the event; what a recovered run does again takes the place of what it did before."""
+        """Write the event; a recovered run's repeated steps replace the earlier ones."""
         match event:
             case RunStarted():
                 from torch.utils.tensorboard import SummaryWriter
@@ -57,7 +57,7 @@ class TensorBoardSink(Sink):
                         self._add(f"{name.removeprefix('val_')}/validation", value, self._steps, event)
 
     def close(self) -> None:
-        """Write the rest."""
+        """Flush and close the writer."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -1,4 +1,4 @@
-"""A run in a terminal: one picture that stays where it is, with all ranks; at the end it stays."""
+"""A run in a terminal, drawn live in place with rich (progress bar, table of ranks); its last state stays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STYLES = {"failed": "red", "lost": "red", "slow": "yellow", "recovering": "mage
 
 
 class TerminalView:
-    """Draws a run as often as it is told to, but not more than four times a second.
+    """Draws a run on each call, at most four times a second.
 
     Args:
         stream: The terminal; standard output by default.
@@ -34,7 +34,7 @@ class TerminalView:
         self._next_s = 0.0
 
     def draw(self, run: RunState) -> None:
-        """Draw the run as it is now; after its end the picture is the terminal's."""
+        """Draw the run's current state; after its end it is ordinary output."""
         now_s = time.monotonic()
         if run.running and now_s < self._next_s:
             return
@@ -49,7 +49,7 @@ class TerminalView:
             self._console.print(_picture(run))
 
     def close(self) -> None:
-        """Give the terminal back. Twice is fine."""
+        """End the live display. Can be called twice."""
         self._live.stop()
 
 

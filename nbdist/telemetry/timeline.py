@@ -1,4 +1,4 @@
-"""The timeline: what each rank of a pipeline did in one step, measured, as a picture, as text and for Perfetto."""
+"""The timeline of one pipeline step, measured on each rank: as SVG, as text, and as a Chrome trace for Perfetto."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from nbdist.telemetry.record import records
 __all__ = ["Timeline", "bubble"]
 
 _LETTERS = {"forward": "F", "backward": "B"}
-_COLOURS = {  # by kind, for a rank's first stage (white on it) and its second (black on it); they read on any theme
+_COLOURS = {  # by kind, for a rank's first stage (white text) and its second (black text); readable on any theme
     "forward": ("#1976d2", "#90caf9"),
     "backward": ("#2e7d32", "#a5d6a7"),
 }
 _TEXT_COLUMNS = 66
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW, _GAP = 900, 64, 84, 54, 28, 6
-_STYLE = (  # greys that read on white and on black: a picture does not know the theme of its page
+_STYLE = (  # greys readable on white and on black: an image does not know its page's theme
     "text{font:14px system-ui,sans-serif;fill:#7a7a7a}.head{font-size:15px}.mid{text-anchor:middle}"
     ".end{text-anchor:end}.on0,.on1{font-size:13px;text-anchor:middle;pointer-events:none;fill:#fff}.on1{fill:#111}"
     ".lane{fill:#808080;fill-opacity:.13}line{stroke:#808080;stroke-width:.5;stroke-opacity:.6}"
@@ -31,7 +31,7 @@ _STYLE = (  # greys that read on white and on black: a picture does not know the
 
 
 def bubble(ranks: int, microbatches: int, stages_per_rank: int = 1) -> float:
-    """The part of a step for which a pipeline must stand still where all work is equal: (p - 1) / (v m + p - 1).
+    """The share of a step in which ranks of a pipeline must wait if all work is equal: (p - 1) / (v m + p - 1).
 
     For gpipe and 1f1b v is 1, for interleaved it is `stages_per_rank`.
     """
@@ -46,7 +46,7 @@ class Timeline:
         work: What each rank did, in any order; times are seconds of one clock.
 
     Raises:
-        PlanError: Nobody did anything.
+        PlanError: No rank did any work.
     """
 
     def __init__(self, step: int, work: Mapping[int, Iterable[Work]]) -> None:
@@ -60,23 +60,23 @@ class Timeline:
 
     @classmethod
     def of_record(cls, run_id: str, step: int | None = None) -> Timeline:
-        """Read what a past run recorded, by default the newest step that all ranks told of.
+        """Read a step from a past run's record, by default the newest one that all ranks reported.
 
         Raises:
             PlanError: The record is not there, or holds no such step of a pipeline.
         """
         files = sorted((records() / run_id).glob("rank*.jsonl"))
-        told: dict[int, dict[int, list[Work]]] = {}
+        by_step: dict[int, dict[int, list[Work]]] = {}
         for path in files:
             for event in _worked(path):
-                told.setdefault(event["step"], {})[event["rank"]] = [Work._make(item) for item in event["work"]]
-        whole = [number for number, work in told.items() if len(work) == len(files)]
+                by_step.setdefault(event["step"], {})[event["rank"]] = [Work._make(item) for item in event["work"]]
+        whole = [number for number, work in by_step.items() if len(work) == len(files)]
         if not whole or step not in (None, *whole):
             known = f"steps {', '.join(map(str, sorted(whole)))}" if whole else "no step of a pipeline"
             wanted = "" if step is None else f" step {step} of"
             raise PlanError(f"no timeline for{wanted} run {run_id!r}: {records() / run_id} holds {known}.")
         chosen = max(whole) if step is None else step
-        return cls(chosen, told[chosen])
+        return cls(chosen, by_step[chosen])
 
     @property
     def span_s(self) -> float:
@@ -97,7 +97,7 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """What formula `bubble` says of this pipeline: with equal work, and nothing lost to messages."""
+        """The result of the formula `bubble` for this pipeline: with equal work and free messages."""
         stages = {rank: {item.stage for item in items} for rank, items in self.work.items()}
         most = max(map(len, stages.values()))
         microbatches = len({item.microbatch for items in self.work.values() for item in items})
@@ -141,7 +141,7 @@ class Timeline:
         return "\n".join([self._headline, *rows, f"{kinds}; then the microbatch"])
 
     def _text_row(self, items: list[Work]) -> str:
-        """Letters and numbers to scale: each piece as wide as it took, its label cut where it does not fit."""
+        """Letters and numbers to scale: each piece of work as wide as its time, its label cut to fit."""
         row = ["."] * _TEXT_COLUMNS
         scale = _TEXT_COLUMNS / (self.span_s or 1.0)
         for item in items:
@@ -158,7 +158,7 @@ class Timeline:
         return [kind for kind in _LETTERS if kind in present]
 
     def _repr_html_(self) -> str:
-        # inside an <img>: a front end that does not trust a notebook strips the tags of an inline picture
+        # inside an <img>: untrusted notebooks remove an inline <svg>
         picture = base64.b64encode(self.to_svg().encode()).decode()
         return (
             f'<div class="nbdist"><img alt="{escape(self._title)}" style="width:100%;max-width:{_WIDTH}px" '
@@ -166,7 +166,7 @@ class Timeline:
         )
 
     def to_svg(self) -> str:
-        """The step as a picture that can be read on white and on black: a row a rank, a box a piece of work."""
+        """The step as SVG, readable on white and on black: a row a rank, a box a piece of work."""
         bottom = _TOP + len(self.work) * (_ROW + _GAP)
         rows = [self._svg_row(_TOP + i * (_ROW + _GAP), rank) for i, rank in enumerate(self.work)]
         return (
@@ -213,7 +213,7 @@ class Timeline:
 
     def _svg_box(self, top: int, item: Work, shade: int) -> str:
         x, end = self._x(item.start_s), self._x(item.end_s)
-        width = round(max(end - x - 0.6, 0.6), 1)  # a hair between neighbours
+        width = round(max(end - x - 0.6, 0.6), 1)  # a thin gap between neighbours
         took = f"{(item.end_s - item.start_s) * 1e3:.3g} ms"
         title = f"{item.kind}, microbatch {item.microbatch}, stage {item.stage}: {took}"
         box = (
@@ -235,7 +235,7 @@ def _start(item: Work) -> float:
 
 
 def _shades(items: Iterable[Work]) -> dict[int, int]:
-    """The shade of each stage of one rank: 0 and 1 in turns."""
+    """The shade of each stage of one rank: 0 and 1 in turn."""
     return {stage: i % 2 for i, stage in enumerate(sorted({item.stage for item in items}))}
 
 
@@ -249,6 +249,6 @@ def _ticks(span: float) -> list[float]:
 
 
 def _worked(path: Path) -> list[dict[str, Any]]:
-    """The events about work in one rank's record; a last line that a kill has cut short is left out."""
+    """The `Worked` events of one rank's record, without the torn last line of a killed rank."""
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if '"event": "Worked"' in line and line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formats numbers and durations for users."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["duration", "left", "number"]
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number for people: ``1234.5`` as "1,234", small ones with `digits` significant digits, None as a dash."""
+    """A number for display: ``1234.5`` as "1,234", small ones with `digits` significant digits, None as a dash."""
     if value is None:
         return "–"
     if abs(value) >= 1000:
@@ -15,7 +15,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: "0.8 s", "12.3 s", "3 min 05 s", "2 h 07 min"."""
+    """Seconds for display: "0.8 s", "12.3 s", "3 min 05 s", "2 h 07 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -25,7 +25,7 @@ def duration(seconds: float) -> str:
 
 
 def left(seconds: float) -> str:
-    """A time that is only known roughly: "a few seconds", "about 40 s", "about 1 h 20 min"."""
+    """An estimated time left: "a few seconds", "about 40 s", "about 1 h 20 min"."""
     if seconds < 5:
         return "a few seconds"
     if seconds < 90:

@@ -1,4 +1,4 @@
-"""The chaos suite: whatever happens to its processes, a training ends with the numbers that it would have had.
+"""The chaos suite: after any failure of its processes, a run ends with the numbers of an undisturbed one.
 
     python tests/chaos/chaos.py [--seed N] [--only WORDS] [--channel shared|group|meshes|none] [--device cuda] [--write]
 
@@ -55,7 +55,7 @@ class Row:
         return sorted(seconds for trial in self.trials for seconds in trial.seconds)
 
     def cells(self) -> list[str]:
-        """What the table says of it."""
+        """Its cells in the table."""
         times = ["–", "–"]  # nothing to wait for
         if self.seconds:
             rank = math.ceil(0.99 * len(self.seconds)) - 1
@@ -78,18 +78,18 @@ def in_lab(
     workloads: Iterable[str],
     seed: int,
     device: str,
-    tell,
+    report,
 ) -> list[Row]:
     """Events on one cluster.
 
     Args:
         channel: Of the cluster.
         ranks: How many it has.
-        events: What happens, by its name and where.
-        workloads: To what, the first one being an example.
+        events: The scenarios, by event name and channel or mesh.
+        workloads: The workloads.
         seed: Of all that is random.
-        device: What its ranks compute on.
-        tell: Called with what has happened.
+        device: The device of its ranks.
+        report: Called with the results as text.
     """
     rows = []
     lab = Lab(channel, ranks=ranks, device=device)
@@ -99,23 +99,23 @@ def in_lab(
         lab.survives(next(iter(workloads)), ("updated", 0, 3))
         lab.begin_watching()
         for (event, where), scenario in events.items():
-            row, began_s = Row(event, where), time.monotonic()
+            row, started_s = Row(event, where), time.monotonic()
             rows.append(row)
             for trial in scenario(lab, random.Random(f"{seed} {event}")):
                 row.trials.append(trial)
                 if trial.problem:
-                    tell(f"  {event}, {where}, run {len(row.trials)}: {trial.problem}")
+                    report(f"  {event}, {where}, run {len(row.trials)}: {trial.problem}")
             if left := lab.left_behind():
                 row.trials[-1] = Trial(problem=left)
-                tell(f"  {event}, {where}: {left}")
-            tell(f"{' | '.join(row.cells())} | {time.monotonic() - began_s:.0f} s")
+                report(f"  {event}, {where}: {left}")
+            report(f"{' | '.join(row.cells())} | {time.monotonic() - started_s:.0f} s")
     finally:
         lab.close()
     return rows
 
 
-def by_themselves(seed: int, only: str, tell) -> list[Row]:
-    """The events that need a cluster, or a machine, of their own."""
+def in_own_clusters(seed: int, only: str, report) -> list[Row]:
+    """The events that need their own cluster, or machine."""
     rows: dict[tuple[str, str], Row] = {}
     for name, scenario in outside.SCENARIOS.items():
         if only not in name:
@@ -124,8 +124,8 @@ def by_themselves(seed: int, only: str, tell) -> list[Row]:
             row = rows.setdefault(key, Row(*key))
             row.trials.append(trial)
             if trial.problem:
-                tell(f"  {row.event}, run {len(row.trials)}: {trial.problem}")
-        tell(f"{name}: {' | '.join(cell for row in rows.values() for cell in row.cells())}")
+                report(f"  {row.event}, run {len(row.trials)}: {trial.problem}")
+        report(f"{name}: {' | '.join(cell for row in rows.values() for cell in row.cells())}")
     return list(rows.values())
 
 
@@ -140,7 +140,7 @@ def write(rows: list[Row], minutes: float) -> None:
 
 
 def main() -> int:
-    """Run what is asked for; returns how many trials failed."""
+    """Run the selected events; returns how many trials failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="Of all that is random.")
     parser.add_argument("--only", default="", metavar="WORDS", help="Events whose name holds these words.")
@@ -148,24 +148,24 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="What ranks compute on. Default: cpu.")
     parser.add_argument("--write", action="store_true", help="Put the table into tests/README.md.")
     options = parser.parse_args()
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     os.environ[MARK] = str(os.getpid())
     warnings.filterwarnings("ignore", module="nbdist")
     rows: list[Row] = []
 
-    def tell(text: str) -> None:
-        print(f"{time.monotonic() - began_s:6.0f} s  {text}", flush=True)
+    def report(text: str) -> None:
+        print(f"{time.monotonic() - started_s:6.0f} s  {text}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         os.environ["TMPDIR"] = tempfile.tempdir = temporary
         os.environ["NBDIST_HOME"] = f"{temporary}/home"
         on_gpu = options.device == "cuda"
         for word, channel in {"group": "gloo on a GPU"}.items() if on_gpu else CHANNELS.items():
-            events = {**scenarios.LOST, **scenarios.TOLD}
+            events = {**scenarios.LOST, **scenarios.COMMANDED}
             wanted = {(event, channel): events[event] for event in events if options.only in event}
             if wanted and options.channel in (None, word):
                 rows += in_lab(
-                    channel, RANKS, wanted, (*scenarios.WORKLOADS, "30 MiB"), options.seed, options.device, tell
+                    channel, RANKS, wanted, (*scenarios.WORKLOADS, "30 MiB"), options.seed, options.device, report
                 )
         if options.channel in (None, "meshes"):
             wanted = {
@@ -176,13 +176,13 @@ def main() -> int:
             }
             if wanted:
                 there = dict.fromkeys(mesh for _, mesh in wanted)
-                rows += in_lab("shared memory", meshes.RANKS, wanted, there, options.seed, options.device, tell)
+                rows += in_lab("shared memory", meshes.RANKS, wanted, there, options.seed, options.device, report)
         if options.channel in (None, "none") and not on_gpu:
-            rows += by_themselves(options.seed, options.only, tell)
+            rows += in_own_clusters(options.seed, options.only, report)
         tempfile.tempdir = None
     if not rows:
         parser.error(f"no event's name holds {options.only!r}.")
-    minutes = (time.monotonic() - began_s) / 60
+    minutes = (time.monotonic() - started_s) / 60
     failed = sum(len(row.failed) for row in rows)
     print(f"\n{table(rows)}\n\n{sum(len(r.trials) for r in rows)} runs, {failed} not equal, {minutes:.1f} minutes")
     if options.write:

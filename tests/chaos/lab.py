@@ -1,4 +1,4 @@
-"""A cluster to be ill-treated: what happens to a run there, and whether anybody could tell afterwards."""
+"""A cluster for chaos trials: disturbs a run there, and compares its results with those of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gate import Gate
 from shared_cluster import marked, until
 from torch import nn
 from traps import Traps
-from workloads import digest, optimizer_digest, told
+from workloads import digest, history, optimizer_digest
 
 import nbdist
 from nbdist.errors import EngineError, NbdistError
@@ -33,11 +33,11 @@ ENDED_WITHIN_S = 240.0  # longer is a hang, on any machine; what it really took 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What came of one run.
+    """The result of one run.
 
     Args:
-        problem: What is not as it should be; empty if nobody could tell from the numbers that anything happened.
-        seconds: How long the recoveries took, or until the error was told, or until it had stopped.
+        problem: What differs from an undisturbed run; empty if nothing does.
+        seconds: The time of each recovery, or until the error was raised, or until the run had stopped.
     """
 
     problem: str
@@ -46,27 +46,27 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
-    """All that a training leaves behind, as digests and counts."""
+    """The final state of a run, as digests and counts."""
 
     weights: str
     optimizer: str
     history: list[dict[str, Any]]
 
     def differs(self, other: State) -> str:
-        """In what it differs from another one; empty if in nothing."""
+        """The names of the fields that differ; empty if none."""
         return ", ".join(
             field.name for field in dataclasses.fields(self) if getattr(self, field.name) != getattr(other, field.name)
         )
 
 
 class Lab:
-    """A cluster with a spare, and what its workloads give when nothing happens.
+    """A cluster with a spare, and the results of its workloads without a disturbance.
 
     Args:
         channel: "shared memory" or "process group".
-        cluster: One that runs already, which stays; by default a new one.
+        cluster: A running one, which is not stopped; by default a new one.
         ranks: Of a new one.
-        device: Of a new one; ranks that compute on GPUs meet over gloo or nccl, whatever `channel` says.
+        device: Of a new one; on GPUs ranks use gloo or nccl, whatever `channel` says.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Lab:
         self._cleanup.close()
 
     def settle(self) -> None:
-        """Wait until nothing is on its way: all engines are idle, and the spares are there."""
+        """Wait until all engines are idle, and the spares are ready."""
         until(lambda: len(self.cluster.spare_engines) >= self.cluster.spares)
 
     def new_folder(self) -> str:
@@ -108,7 +108,7 @@ class Lab:
         return traps, model, data, {**options, **more}
 
     def reference(self, workload: str, *, disk: bool = False, **more: Any) -> State:
-        """What a workload leaves behind when nothing happens."""
+        """The final state of a workload without a disturbance."""
         key = workload, disk, repr(sorted(more.items()))
         if key not in self._references:
             if disk:
@@ -133,12 +133,12 @@ class Lab:
         held: tuple[int, ...] = (),
         **more: Any,
     ) -> Trial:
-        """Let a run lose ranks; it should end as if nothing had happened.
+        """Let a run lose ranks; it should end like an undisturbed one.
 
         Args:
-            workload: Which.
+            workload: Its name.
             *traps_set: Arguments of `Traps.set`.
-            meanwhile: Called when the run has begun.
+            meanwhile: Called when the run has started.
             disk: Whether it writes checkpoints, and its state is taken from there.
             held: After which steps every rank is held, at a `Gate` in the traps' folder which `meanwhile` opens.
             **more: Options of the training.
@@ -168,7 +168,7 @@ class Lab:
         return Trial(problem="; ".join(filter(None, problems)), seconds=seconds)
 
     def _end_anyhow(self, run: Any) -> str:
-        """End a run that does not end by itself, so that the suite can go on; returns what it was doing."""
+        """End a run that does not end by itself, so that the suite can continue; returns its state as text."""
         text = f"did not end within {ENDED_WITHIN_S:g} s: {run.progress.state}, {run.progress.notes}, {self.pids()}"
         run.stop(now=True)
         with contextlib.suppress(EngineError):
@@ -179,7 +179,7 @@ class Lab:
         return text
 
     def fails(self, workload: str, phase: str, rank: Any, step: int, **more: Any) -> Trial:
-        """Let user code raise on a rank: one error, engines that live, weights of the step it names, and it goes on."""
+        """Let user code raise on a rank: one error, living engines, weights of the step it names; then resume."""
         expected = self.reference(workload)
         self.settle()
         traps, model, data, options = self.make(workload, **more)
@@ -211,7 +211,7 @@ class Lab:
     def stops(
         self, workload: str, rng: random.Random, *traps_set: tuple[Any, ...], now: bool = False, epochs: int = 2
     ) -> Trial:
-        """Stop a run at a random moment, or once a rank hangs; it keeps what it has, and goes on from there."""
+        """Stop a run at a random moment, or once a rank hangs; then resume from its last state."""
         expected = self.reference(workload, epochs=epochs)
         self.settle()
         traps, model, data, options = self.make(workload, epochs=epochs)
@@ -242,7 +242,7 @@ class Lab:
         self, workload: str, traps: Traps, model: nn.Module, options: dict[str, Any], expected: State, step: int,
         before: str,
     ) -> list[str]:  # fmt: skip
-        """Whether the model at home is that of an undisturbed run of so many steps, and the training goes on there."""
+        """Whether the notebook's model is that of an undisturbed run of so many steps, and resumes there."""
         problems = []
         whole, weights = digest(model.state_dict()), digest(dict(model.named_parameters()))
         traps.clear()
@@ -252,8 +252,8 @@ class Lab:
             if step == last.progress.steps_total:  # it was stopped when all was done but bringing the weights home
                 differs = "weights" if whole != expected.weights else ""
             elif step == 0:  # nothing was kept, so there is nothing to go on from
-                asked = {key: value for key, value in last.asked.items() if key != "resume"}
-                again = self.cluster.train(asked.pop("model"), asked.pop("data"), **asked)
+                arguments = {key: value for key, value in last.arguments.items() if key != "resume"}
+                again = self.cluster.train(arguments.pop("model"), arguments.pop("data"), **arguments)
                 differs = state_of(again, model, options).differs(expected)
             else:
                 differs = state_of(self.cluster.resume(), model, options).differs(expected)
@@ -285,15 +285,15 @@ class Lab:
         self.settle()
         before = self._before
         assert before is not None
-        with contextlib.suppress(AssertionError):  # told below, in words
+        with contextlib.suppress(AssertionError):  # reported below
             until(lambda: not _Left.now().more_than(before))
-        self._before = _Left.now()  # what is left is told of once
+        self._before = _Left.now()  # reported only once
         return self._before.more_than(before)
 
 
 def state_of(run: Any, model: nn.Module, options: dict[str, Any]) -> State:
-    """All that a run has left behind."""
-    return State(weights=digest(model.state_dict()), optimizer=optimizer_digest(run, options), history=told(run))
+    """The final state of a run."""
+    return State(weights=digest(model.state_dict()), optimizer=optimizer_digest(run, options), history=history(run))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -330,7 +330,7 @@ class _Left:
         )  # fmt: skip
 
     def more_than(self, before: _Left) -> str:
-        """What there is more; empty if nothing."""
+        """What has been added; empty if nothing."""
         problems = []
         if len(self.processes) > len(before.processes):
             problems.append(f"{len(self.processes)} processes in place of {len(before.processes)}: {self.processes}")

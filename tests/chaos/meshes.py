@@ -1,4 +1,4 @@
-"""What may happen to a training whose model is in parts: on every mesh of four ranks, every rank, sampled steps."""
+"""Chaos scenarios for models in parts: on every mesh of four ranks, every rank, sampled steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HANG_TIMEOUT_S = 1.0
 
 
 def kills(mesh: str, lab: Lab, rng: random.Random) -> Iterator[Trial]:
-    """Of every rank: before and after its update, and in the step that follows, wherever that is by then."""
+    """Of every rank: before and after its update, and in the step that follows."""
     for rank, phase in itertools.product(range(RANKS), ("update", "updated")):
         yield lab.survives(mesh, (phase, rank, rng.randrange(STEPS)))
     for rank in range(RANKS):

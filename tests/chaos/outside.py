@@ -1,4 +1,4 @@
-"""What may happen to a whole session: to its kernel, its controller, its disk; and the same work under torchrun."""
+"""Chaos scenarios of a whole session: its kernel, controller and disk; and the same workload under torchrun."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gate import Gate
 from lab import ENDED_WITHIN_S, RANKS, Lab, Trial
 from shared_cluster import MARK, until
 from traps import PHASES, Traps
-from workloads import MESHES, STEPS, WORKLOADS, digest, told
+from workloads import MESHES, STEPS, WORKLOADS, digest, history
 
 import nbdist
 from nbdist.cluster import detached_clusters
@@ -33,14 +33,14 @@ GONE_WITHIN_S = ENDED_WITHIN_S
 DISK_MIB = 10  # room for some checkpoints of the workload, until the rest is filled
 DETACHED_EPOCHS = 10
 SCALED_EPOCHS = 40
-SCALED_APART = 7  # steps between two questions, at least: the first is answered before the second is asked
+SCALED_APART = 7  # steps between two scale commands, at least: the first is done before the second is given
 ANSWERED = 3  # within so many steps; those after them are done by the new number
 RESTARTS = 2
-Told = tuple[tuple[str, str], Trial]
+Result = tuple[tuple[str, str], Trial]
 """The event and the channel, and a trial of it."""
 
 
-def kernel_killed(rng: random.Random) -> Iterator[Told]:
+def kernel_killed(rng: random.Random) -> Iterator[Result]:
     """Everything that the kernel started, directly or not, ends."""
     for state in ("idle", "busy") * 2:
         with tempfile.TemporaryDirectory() as folder:
@@ -71,10 +71,10 @@ def kernel_killed(rng: random.Random) -> Iterator[Told]:
                     process.kill()
 
 
-def kernel_replaced(rng: random.Random) -> Iterator[Told]:
-    """A detached cluster: the kernel is killed at a random step, or a rank with it, and another one takes over.
+def kernel_replaced(rng: random.Random) -> Iterator[Result]:
+    """A detached cluster: the kernel is killed at a random step, or a rank with it, and another one attaches.
 
-    It is timed from the beginning of that until the run is followed again.
+    Timed from the start of `attach` until the run is monitored again.
     """
     event = "the kernel is killed{}, another one attaches"
     for ranks, workload in ((RANKS, "shared weights"), *((4, mesh) for mesh in MESHES)):
@@ -100,14 +100,14 @@ def _replaced(folder: str, workload: str, rng: random.Random, also_a_rank: bool,
         kernel.wait()
         if also_a_rank:
             os.kill(int(rng.choice(Path(folder, "pids").read_text().split())), signal.SIGKILL)
-        gate.open()  # it goes on while nobody is there
+        gate.open()  # the run continues without a kernel
         until(lambda: any(not cluster.owner for cluster in detached_clusters()))
         names: dict[str, Any] = {}
-        since_s = time.monotonic()
+        start_s = time.monotonic()
         with nbdist.Cluster.attach(namespace=names):
-            seconds = time.monotonic() - since_s
+            seconds = time.monotonic() - start_s
             run = nbdist.last_run().wait(ENDED_WITHIN_S)
-            same = (digest(names["model"].state_dict()), told(run)) == (expected.weights, expected.history)
+            same = (digest(names["model"].state_dict()), history(run)) == (expected.weights, expected.history)
         problems = [] if same else [f"not equal, {run.state} at step {run.progress.step}"]
         problems += [f"left running: {left}" for left in [psutil.wait_procs(processes, GONE_WITHIN_S)[1]] if left]
         return Trial(problem="; ".join(problems), seconds=[seconds])
@@ -126,13 +126,13 @@ def _marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def controller_killed(rng: random.Random) -> Iterator[Told]:
+def controller_killed(rng: random.Random) -> Iterator[Result]:
     """A clear error for the run, and the next start of the same cluster works; timed from the kill to that."""
     for _ in range(3):
         lab = Lab("shared memory")
         try:
             expected = lab.reference("shared weights", epochs=30)
-            _, model, data, options = lab.make("shared weights", epochs=10**6)  # it is still going on when that happens
+            _, model, data, options = lab.make("shared weights", epochs=10**6)  # endless
             run = lab.cluster.train(model, data, background=True, **options)
             run.wait(rng.uniform(0.0, 1.0))
             old = [psutil.Process(pid) for pid in lab.pids()]
@@ -150,8 +150,8 @@ def controller_killed(rng: random.Random) -> Iterator[Told]:
             problems += [f"left running: {left}" for left in [psutil.wait_procs(old, GONE_WITHIN_S)[1]] if left]
             _, model, data, options = lab.make("shared weights", epochs=30)
             run = lab.cluster.train(model, data, **options)
-            if (digest(model.state_dict()), told(run)) != (expected.weights, expected.history):
-                problems.append("the next training is another one")
+            if (digest(model.state_dict()), history(run)) != (expected.weights, expected.history):
+                problems.append("the next run has other numbers")
             yield (
                 ("the controller is killed: until a new start", "shared memory"),
                 Trial(problem="; ".join(problems), seconds=[seconds]),
@@ -160,23 +160,23 @@ def controller_killed(rng: random.Random) -> Iterator[Told]:
             lab.close()
 
 
-def disk_full(rng: random.Random) -> Iterator[Told]:
+def disk_full(rng: random.Random) -> Iterator[Result]:
     """In a mount namespace of its own, where a small tmpfs can be mounted."""
     with tempfile.TemporaryDirectory() as folder:
         own = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={DISK_MIB}m tmpfs "$0" && exec "$@"', folder]
         done = subprocess.run([*own, *SESSION, "disk", folder], capture_output=True, text=True, timeout=600)
         lines = done.stdout.split("\n")
-        wanted = {"equal", "told", "whole"}
+        wanted = {"equal", "noted", "whole"}
         yield (
             ("the disk gets full during a checkpoint", "shared memory"),
             Trial(problem="" if wanted <= {*lines} else f"{lines} {done.stderr[-1500:]}"),
         )
 
 
-def beside_torchrun(rng: random.Random) -> Iterator[Told]:
-    """One rank of a model with 30 MiB of weights and optimizer state, in the four places of a step.
+def beside_torchrun(rng: random.Random) -> Iterator[Result]:
+    """One rank of a model with 30 MiB of weights and optimizer state, in the four phases of a step.
 
-    In turn with the same under ``torchrun --max-restarts``, which starts all ranks anew, from the last checkpoint.
+    Alternates with ``torchrun --max-restarts``, which restarts all ranks from the last checkpoint.
     """
     event, lab, counted = "`kill -9`, 30 MiB of state", Lab("shared memory"), itertools.count()
     traps, expected = _under_torchrun([])
@@ -197,7 +197,7 @@ def beside_torchrun(rng: random.Random) -> Iterator[Told]:
 
 
 def _under_torchrun(traps_set: list[tuple[str, int, int]]) -> tuple[Traps, list[str]]:
-    """The workload of 30 MiB under torchrun; returns what its ranks have told, and what it has left behind."""
+    """The workload of 30 MiB under torchrun; returns its ranks' log, and its final digests."""
     folder = tempfile.mkdtemp()
     traps = Traps(folder)
     for trap in traps_set:
@@ -212,10 +212,10 @@ def _under_torchrun(traps_set: list[tuple[str, int, int]]) -> tuple[Traps, list[
     return traps, [path.read_text() for path in result] if all(path.exists() for path in result) else []
 
 
-def scaled(rng: random.Random) -> Iterator[Told]:
+def scaled(rng: random.Random) -> Iterator[Result]:
     """With `reproducible`, on 1 to 4 engines: they join and leave at random steps, and sometimes one is killed too.
 
-    Timed from the question until a step has been done by the new number. What is compared ran on three, left alone.
+    Timed from the command until a step on the new number is done. Compared with an undisturbed run on three.
     """
     lab, more = Lab("shared memory"), {"reproducible": True, "accumulate": 1, "epochs": SCALED_EPOCHS}
     try:
@@ -241,11 +241,11 @@ def _scale(
         lab.cluster.scale(size)
         if also_a_kill:
             traps.kill(rng.choice(lab.pids()))
-        asked_s = time.monotonic()
+        scaled_s = time.monotonic()
         gate.open(step)
         until(lambda size=size: lab.cluster.size == size)
         until(lambda step=step: run.ended or run.progress.step > step + ANSWERED)
-        seconds.append(time.monotonic() - asked_s)
+        seconds.append(time.monotonic() - scaled_s)
 
 
 SCENARIOS = {

@@ -24,13 +24,13 @@ import nbdist
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 
 LOOKS = range(20, 200, 20)
-"""After which steps a run is held until somebody has looked whether its first checkpoint is on the disk."""
+"""After which steps a run is held until the test has checked whether its first checkpoint is on the disk."""
 EVERY = 2
 """Steps between two checkpoints under torchrun: fewer cost more than they save for steps of 30 ms."""
 
 
 def kernel(folder: str, state: str) -> None:
-    """Wait to be killed, with engines that have nothing to do, or are in the middle of a step."""
+    """Wait to be killed, with idle engines, or with engines in a step."""
     traps = Traps(folder)
     model, data, options = workloads.make("shared weights", traps)
     cluster = nbdist.Cluster(3, device="cpu").start()
@@ -56,7 +56,7 @@ def detached(folder: str, workload: str, epochs: str, step: str) -> None:
 
 
 def disk(folder: str) -> None:
-    """Fill the disk in the middle of a run: it ends well, and the last checkpoint that fitted stays whole."""
+    """Fill the disk in the middle of a run: it finishes, and the last checkpoint that fitted stays intact."""
     place, results = Path(folder, "checkpoints"), []
     with tempfile.TemporaryDirectory() as elsewhere, nbdist.Cluster(3, device="cpu") as cluster:
         for on_disk in ({}, {"checkpoint": str(place), "checkpoint_every": 5}):
@@ -66,7 +66,7 @@ def disk(folder: str) -> None:
                 model, data, background=True, **options | {"epochs": 20, "lr_scheduler": gate, **on_disk}
             )
             if on_disk:
-                for step in LOOKS:  # a checkpoint counts a few steps after it was begun, whenever its bytes are there
+                for step in LOOKS:  # a checkpoint is complete a few steps after its start, when its bytes are written
                     gate.wait(step, ranks=3, run=run)
                     if (place / "newest.json").exists():
                         break
@@ -74,10 +74,10 @@ def disk(folder: str) -> None:
                 _fill(folder)
             gate.open()
             run.wait()
-            results.append((workloads.digest(model.state_dict()), workloads.told(run), run.state))
+            results.append((workloads.digest(model.state_dict()), workloads.history(run), run.state))
     step = CheckpointReader.in_folder(str(place)).ranks[0]["position"]["step"]
     print("equal" if results[0] == results[1] else f"not equal: {results}")
-    print("told" if any("could not be" in note for note in run.progress.notes) else f"not told: {run.progress.notes}")
+    print("noted" if any("could not be" in note for note in run.progress.notes) else f"not noted: {run.progress.notes}")
     print("whole" if 0 < step < 200 else f"another checkpoint than the last that fitted: step {step}")
 
 
@@ -91,7 +91,7 @@ def _fill(folder: str) -> None:
 
 
 def torchrun(folder: str) -> None:
-    """What `survives` of the lab does, as torchrun offers it."""
+    """The same as `Lab.survives`, with torchrun."""
     traps = Traps(folder)
     traps.begin()
     model, data, options = workloads.make("30 MiB", traps)
@@ -100,7 +100,7 @@ def torchrun(folder: str) -> None:
     )
     if os.environ["RANK"] == "0":
         Path(folder, "digest").write_text(workloads.digest(model.state_dict()))
-        Path(folder, "history").write_text(repr(workloads.told(result)))
+        Path(folder, "history").write_text(repr(workloads.history(result)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The short part of the chaos suite: whatever is killed, raises or hangs, the numbers are those of a quiet run."""
+"""The short part of the chaos suite: after kills, errors and hangs, the numbers are those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KILLS = {
 
 @pytest.fixture(scope="module")
 def module_lab(shared_cluster):
-    """What is known of undisturbed runs, for all tests of this module."""
+    """The results of undisturbed runs, for all tests of this module."""
     lab = Lab("shared memory", shared_cluster.ready(), ranks=ENGINES)
     yield lab
     lab.close()
@@ -41,40 +41,40 @@ def lab(module_lab, cluster):
 
 
 @pytest.mark.parametrize("kill", KILLS)
-def test_nobody_can_tell_that_ranks_were_killed(lab, kill):
-    """In any phase, on every way to keep state: the bits of weights, optimizer and history of an undisturbed run."""
+def test_killed_ranks_change_no_number(lab, kill):
+    """In any phase, on every way to save state: the bits of weights, optimizer and history of an undisturbed run."""
     workload, *traps = KILLS[kill]
     trial = lab.survives(workload, *traps)
     assert trial.problem == ""
     assert len(trial.seconds) == len(traps) or "end" in kill, "each kill is recovered from"
 
 
-def test_nobody_can_tell_that_a_rank_was_killed_while_it_wrote_a_checkpoint(lab):
-    """Once the folder of a checkpoint is there, and what makes it count is not."""
+def test_a_rank_killed_while_it_writes_a_checkpoint_changes_no_number(lab):
+    """While the folder of a checkpoint exists, and its checkpoint.json does not."""
 
     kill = functools.partial(kill_at_a_checkpoint, lab, 1)
     assert lab.survives("shared weights", meanwhile=kill, disk=True, checkpoint_every=3).problem == ""
 
 
 @pytest.mark.parametrize(("workload", "phase"), [("shared weights", "backward"), ("replicas", "evaluation")])
-def test_an_exception_is_told_once_and_the_training_goes_on_from_the_step_it_names(lab, workload, phase):
+def test_an_exception_is_raised_once_and_resume_continues_from_the_step_it_names(lab, workload, phase):
     """With rank and line; the engines live, and resume gives the bits of an undisturbed run."""
     assert lab.fails(workload, phase, 1, 10).problem == ""
 
 
 @pytest.mark.parametrize("now", [False, True])
-def test_a_run_that_was_stopped_goes_on_with_the_same_bits(lab, now):
+def test_a_stopped_run_resumes_with_the_same_bits(lab, now):
     """At a random moment; the model holds the weights of the step that the run names."""
     assert lab.stops("shared weights", RANDOM, now=now, epochs=10).problem == ""
 
 
 @pytest.mark.parametrize("hang", ["hang", "hang_in_c"])
-def test_a_hang_is_stopped_and_the_training_goes_on_with_the_same_bits(lab, hang):
+def test_a_hang_is_stopped_and_the_run_resumes_with_the_same_bits(lab, hang):
     """In Python, and in C code that no signal reaches."""
     assert lab.stops("replicas", RANDOM, ("forward", 1, 6, hang), now=True).problem == ""
 
 
-def test_nobody_can_tell_on_the_other_channel_either(cluster):
+def test_killed_ranks_change_no_number_on_the_other_channel(cluster):
     """Over gloo, in the middle of its collectives and before the update."""
     cluster.stop()
     lab = Lab("process group", ranks=ENGINES)

@@ -1,7 +1,7 @@
-"""Traps: a rank kills itself, fails or hangs at an exact place, once; and each rank tells when it has done a step.
+"""Traps: a rank kills itself, fails or hangs at an exact place, once; and each rank logs each step.
 
-A trap is a file, named by phase, rank and step, that says what is to happen. Whoever gets there removes it first, so it
-snaps once, however often the step is done. Ranks and those who set the traps meet in that folder.
+A trap is a file, named by phase, rank and step, whose text is what is to happen. A rank that reaches it removes it
+first, so it acts once, however often the step runs. Ranks and tests share that folder.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Trapped(Exception):
 
 
 class Traps:
-    """The traps of one training, and what its ranks have told.
+    """The traps of one run, and its ranks' step log.
 
     Args:
-        folder: Where they meet; emptied by nobody.
+        folder: Holds both; the caller removes it.
     """
 
     def __init__(self, folder: str) -> None:
@@ -43,7 +43,7 @@ class Traps:
     def __setstate__(self, state):
         self.__dict__.update(state)
         if os.getpid() != self._owner:
-            self.reach("unpack", self._begun())
+            self.reach("unpack", self._starts())
             self.begin()
 
     def set(self, phase, rank, step, what="kill"):
@@ -54,17 +54,17 @@ class Traps:
         Path(self.folder, f"{phase}-{rank}-{step}").write_text(what)
 
     def clear(self):
-        """Remove the traps that nobody has got to."""
+        """Remove the traps that no rank has reached."""
         for name in self.left:
             Path(self.folder, name).unlink(missing_ok=True)
 
     @property
     def left(self):
-        """Traps that nobody has got to."""
+        """Traps that no rank has reached."""
         return [path.name for path in Path(self.folder).iterdir() if path.name.count("-") == 2]
 
     def watch(self, optimizer, scheduler):
-        """Follow a rank's updates; `scheduler` counts them, and is kept and restored as all state is."""
+        """Follow a rank's updates; `scheduler` counts them, and is saved and restored like all state."""
         self._scheduler = scheduler
         optimizer.register_step_pre_hook(lambda *_: self.reach("update"))
         optimizer.register_step_post_hook(lambda *_: self._updated())
@@ -82,28 +82,28 @@ class Traps:
             return
         self._snap(*what.split(), place=f"{phase} after step {step}")
 
-    def _begun(self):
+    def _starts(self):
         with contextlib.suppress(FileNotFoundError):
-            return self._told_path().read_text().count("begin")
+            return self._log_path().read_text().count("begin")
         return 0
 
     def begin(self):
-        """This process begins, or goes on, with the training."""
-        self._tell("begin")
+        """Log that this process starts or resumes the run."""
+        self._log("begin")
 
     @property
     def _step(self):
         return 0 if self._scheduler is None else self._scheduler.last_epoch
 
     def _updated(self):
-        self._tell(f"{self._step + 1}")
+        self._log(f"{self._step + 1}")
         self.reach("updated")
 
-    def _told_path(self):
+    def _log_path(self):
         return Path(self.folder, f"rank{os.environ.get('RANK', '0')}")
 
-    def _tell(self, word):
-        with self._told_path().open("a") as file:
+    def _log(self, word):
+        with self._log_path().open("a") as file:
             file.write(f"{time.time()} {word}\n")
 
     def _snap(self, what, *more, place):
@@ -129,7 +129,7 @@ class Traps:
             raise ValueError(what)
 
     def kill(self, *pids):
-        """Kill processes, the time of which is noted."""
+        """Kill processes, and log the time."""
         note(self.folder, "killed")
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -141,41 +141,41 @@ class Traps:
         return [float(line) for line in path.read_text().split()] if path.exists() else []
 
     def recovery_seconds(self):
-        """For each kill, how long it took until every rank had done a step in a world formed since.
+        """For each kill, how long it took until every rank had done a step in a new world.
 
         A kill after the last step has no such time.
         """
-        told = [
+        logs = [
             [(float(time_s), word) for time_s, word in map(str.split, path.read_text().splitlines())]
             for path in Path(self.folder).glob("rank*")
         ]
         found = []
         for killed_s in self.times_s("killed"):
-            firsts = [_first_step_s(lines, killed_s) for lines in told]
+            firsts = [_first_step_s(lines, killed_s) for lines in logs]
             if all(firsts):
                 found.append(max(firsts) - killed_s)
         return found
 
 
 def note(folder, what):
-    """Write down that something happens now."""
+    """Write the current time into a log."""
     with open(os.path.join(folder, what), "a") as file:
         file.write(f"{time.time()}\n")
 
 
 def _first_step_s(lines, after_s):
-    """When a rank had done its first step after it began anew; None if it never has."""
-    begun = False
+    """When a rank finished its first step after a restart; None if it never has."""
+    restarted = False
     for time_s, word in lines:
         if word == "begin":
-            begun |= time_s > after_s
-        elif begun:
+            restarted |= time_s > after_s
+        elif restarted:
             return time_s
     return None
 
 
 class Rates:
-    """A scheduler's factory, through which the traps get hold of a rank's optimizer."""
+    """A scheduler's factory that connects the traps to a rank's optimizer."""
 
     def __init__(self, traps: Traps) -> None:
         self.traps = traps

@@ -1,4 +1,4 @@
-"""What is trained while ranks are killed: for each way to keep, share and read state, something that uses it."""
+"""Workloads of the chaos suite: one for each way to save, share and read state."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def optimizer_digest(run: Any, options: dict[str, Any]) -> str:
-    """The SHA-256 of the optimizer's state after a run: at home, on disk, or in the last snapshot."""
+    """The SHA-256 of the optimizer's state after a run: in the notebook, on disk, or in the last snapshot."""
     optimizer = options.get("optimizer")
     if isinstance(optimizer, torch.optim.Optimizer):
         state = optimizer.state_dict()
@@ -139,6 +139,6 @@ def kept(run: Any) -> CheckpointReader:
     return CheckpointReader.in_memory(read(found[1]))
 
 
-def told(run: Any) -> list[dict[str, Any]]:
-    """The history of a run, but for how long it took."""
+def history(run: Any) -> list[dict[str, Any]]:
+    """The history of a run, without its seconds."""
     return [{key: value for key, value in row.items() if key != "seconds"} for row in run.history]

@@ -1,4 +1,4 @@
-"""Small things to train, and to train for as long as a test wants."""
+"""Small models and data to train, for as long as a test wants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The life of a cluster, what is known of its engines, and what travels to them and back."""
+"""Start and stop of a cluster, its engine records, and values sent to engines and back."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def controllers(cluster):
     return [p for p in marked() if folder_of(p) == folder and "controll" in " ".join([p.name(), *p.cmdline()])]
 
 
-def test_engines_have_met_when_the_start_returns(cluster):
-    """Every rank is in one world with all the others, and knows it under its own names."""
+def test_engines_form_a_world_before_the_start_returns(cluster):
+    """Every rank is in one world with all the others, and its names are in the cells' namespace."""
     source = "import torch.distributed as d; print(rank == d.get_rank(), world_size == d.get_world_size(), device)"
     assert out(cluster, source) == dict.fromkeys(range(ENGINES), "True True cpu\n")
 
@@ -50,15 +50,15 @@ def test_start_of_a_running_cluster_does_nothing(cluster):
     assert cluster.engines == before
 
 
-def test_a_first_start_looks_for_garbage_while_it_waits(cluster):
-    """With all that torch consists of, that is due: it would else come in the middle of one of the first runs."""
+def test_a_first_start_collects_garbage_while_it_waits(cluster):
+    """After torch's import a collection is due: else it would come within one of the first runs."""
     cluster.stop()
     fork_client.end_server()
-    asked = []
+    collected = []
 
     def note(phase, about):
         if phase == "start":
-            asked.append(about["generation"])
+            collected.append(about["generation"])
 
     gc.disable()  # no one that Python itself finds due
     gc.callbacks.append(note)
@@ -67,11 +67,11 @@ def test_a_first_start_looks_for_garbage_while_it_waits(cluster):
     finally:
         gc.callbacks.remove(note)
         gc.enable()
-    assert asked == [2]
+    assert collected == [2]
 
 
 def test_records_tell_where_each_rank_trains(cluster):
-    """Ranks, host, device and state are true, and each pid is that of the process in which the loss is computed."""
+    """Ranks, host, device and state are right, and each pid is the process that computes the loss."""
     run = cluster.train(net(), classes(), loss=process_of_each_rank())
     for rank, engine in enumerate(cluster.engines):
         assert (engine.rank, engine.host, engine.device, engine.state) == (rank, socket.gethostname(), "cpu", "idle")
@@ -111,7 +111,7 @@ def test_a_stopped_cluster_leaves_nothing_and_starts_again(cluster, shared_clust
 
 
 def test_a_stop_leaves_nothing_where_ipyparallel_misses_something(shared_cluster, monkeypatch):
-    """Such as a process that it has not seen end in time: it has ended all the same, and its folder goes."""
+    """Such as a process whose end it has not noticed: it has ended all the same, and its folder is removed."""
     cluster = shared_cluster.ready()
     folder = folder_of(psutil.Process(cluster.engines[0].pid))
 
@@ -124,7 +124,7 @@ def test_a_stop_leaves_nothing_where_ipyparallel_misses_something(shared_cluster
 
 
 def test_an_interrupted_start_leaves_nothing(shared_cluster, monkeypatch):
-    """Not even while the error is kept, as IPython keeps the last one."""
+    """Not even while the error is referenced, as IPython does with the last one."""
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -144,7 +144,7 @@ def children():
 
 
 def test_an_engine_that_cannot_load_torch_ends_the_start_with_its_reason(shared_cluster, tmp_path, monkeypatch):
-    """The error holds what the engine said, and nothing is left running."""
+    """The error holds the engine's log, and nothing is left running."""
     shared_cluster.stop()
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch is torn')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -155,7 +155,7 @@ def test_an_engine_that_cannot_load_torch_ends_the_start_with_its_reason(shared_
 
 
 def test_one_cluster_a_kernel(cluster, untouched):
-    """A second one is refused, with the cure, and the first goes on."""
+    """A second one is refused, with what to do, and the first keeps running."""
     second = nbdist.Cluster(1, device="cpu")
     with pytest.raises(ClusterError, match=r"running in this kernel already: stop it first"):
         second.start()
@@ -187,15 +187,15 @@ def test_default_size_is_that_of_the_machine_within_the_given_limit(monkeypatch)
         ),
     ],
 )  # fmt: skip
-def test_a_cluster_that_cannot_be_meant_is_refused(monkeypatch, given, message):
-    """Before anything is started; the error names the value and the cure."""
+def test_an_impossible_cluster_is_refused(monkeypatch, given, message):
+    """Before anything is started; the error names the value and what to use."""
     monkeypatch.setenv("NBDIST_MAX_ENGINES", "2")
     with pytest.raises(PlanError, match=message):
         nbdist.Cluster(**given)
 
 
 def test_values_travel_to_all_engines_and_back(cluster):
-    """Tensors (shared memory stays shared), arrays, plain values and instances arrive as they were."""
+    """Tensors (shared memory stays shared), arrays, plain values and instances arrive unchanged."""
     base = torch.arange(6.0)
     cluster.push(both=(base, base[2:]), array=np.eye(2), plain={"a": [1, None]})
     assert out(cluster, "both[0][2] = 50; print(both[1][0].item(), array.sum(), plain)") == dict.fromkeys(
@@ -208,7 +208,7 @@ def test_values_travel_to_all_engines_and_back(cluster):
 
 
 def test_a_pulled_object_is_of_the_notebooks_own_class(cluster):
-    """The class travelled there by value, and is the same object when it comes back."""
+    """The class is sent by value, and is the same object when it comes back."""
 
     class Point:
         def __init__(self, x):
@@ -231,8 +231,8 @@ def test_a_class_made_on_an_engine_is_one_class_for_all_pulls(cluster):
     assert type(cluster.pull("one")) is type(cluster.pull("other"))
 
 
-def test_what_cannot_travel_is_said_by_name(cluster):
-    """On the way there, on the way back, and where a name or rank does not exist."""
+def test_an_unpicklable_value_is_named(cluster):
+    """In a push, in a pull, and if a name or rank does not exist."""
     with pytest.raises(TaskError, match=r"value: it cannot be sent to another process: .*lock"):
         cluster.push(lock=threading.Lock())
     out(cluster, "import threading; lock = threading.Lock()")
@@ -245,7 +245,7 @@ def test_what_cannot_travel_is_said_by_name(cluster):
 
 
 def test_large_values_do_not_pass_through_the_controller(cluster):
-    """50 MB to and from each engine leave its processes as small as they were: only addresses pass there."""
+    """50 MB to and from each engine do not grow its processes: only addresses pass there."""
     before = sum(p.memory_info().rss for p in controllers(cluster))
     big = torch.arange(50 * MIB // 8, dtype=torch.float64)
     cluster.push(big=big)

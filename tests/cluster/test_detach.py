@@ -1,4 +1,4 @@
-"""A detached cluster outlives its kernel, and a training on it too: another process takes both over."""
+"""A detached cluster and its run outlive their kernel: another process attaches to both."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @pytest.fixture
 def gate(tmp_path):
-    """The one at which the training of `owner` is held."""
+    """The gate that holds the run of `owner`."""
     return Gate(tmp_path, 6)
 
 
 @pytest.fixture
 def owner(shared_cluster, gate, tmp_path, monkeypatch):
-    """``owner(how, detach=600)``: a process, and what it says of its cluster.
+    """``owner(how, detach=600)``: a process, and what it prints about its cluster.
 
     Its training is held after step 6, until the `gate` is opened; or has ended, where `how` is "end".
     """
@@ -96,7 +96,7 @@ def killed(process):
 
 @pytest.fixture(scope="module")
 def undisturbed(shared_cluster):
-    """The weights that the training ends with where nobody is killed."""
+    """The final weights of the undisturbed run."""
 
     class Rows(torch.utils.data.Dataset):
         def __len__(self):
@@ -118,7 +118,7 @@ def same(net, weights):
 def test_a_kernel_that_is_killed_in_mid_training_costs_no_bit(shared_cluster, owner, gate, undisturbed):
     """The next one finds the same engines, busy, the run with its history, and at the end the trained model.
 
-    Until then the cluster belongs to the first, and who wants to take it is told so.
+    Until then the cluster belongs to the first kernel, and `attach` is refused.
     """
     process, name, run_id, pids = owner()
     with pytest.raises(ClusterError, match=f"cluster {name} belongs to the kernel with process {process.pid}: "):
@@ -141,7 +141,7 @@ def test_a_kernel_that_is_killed_in_mid_training_costs_no_bit(shared_cluster, ow
 
 
 def test_a_rank_that_dies_while_there_is_no_kernel_is_replaced_by_the_next(shared_cluster, owner, gate, undisturbed):
-    """Its state lies outside of it and of the kernel; what its rank had been told is told to its successor."""
+    """Its snapshots are outside of it and of the kernel; its rank's cells and pushes are replayed."""
     process, _, _, pids = owner()
     killed(process)
     os.kill(pids[0], signal.SIGKILL)
@@ -154,7 +154,7 @@ def test_a_rank_that_dies_while_there_is_no_kernel_is_replaced_by_the_next(share
         assert cluster.pull("given", 0).tolist() == [0, 1, 2]
 
 
-def test_a_run_that_has_ended_brings_its_weights_to_whoever_comes(shared_cluster, owner, undisturbed):
+def test_attach_loads_the_weights_of_an_ended_run(shared_cluster, owner, undisturbed):
     """Also a second time, and into a model of the same shape that is there already."""
     process, _, run_id, _ = owner("end")
     killed(process)
@@ -175,8 +175,8 @@ def detached(shared_cluster):
         yield cluster
 
 
-def test_a_cluster_of_another_host_is_not_ours_to_judge(detached, monkeypatch):
-    """Seen from there, through a home that hosts share, it is neither forgotten nor to be attached to."""
+def test_a_cluster_of_another_host_is_not_removed(detached, monkeypatch):
+    """Through a home that hosts share, its entry is neither removed nor attachable."""
     name, here = detached.name, host_name()
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("NBDIST_HOST", "elsewhere")
@@ -203,7 +203,7 @@ def test_without_a_kernel_it_ends_when_the_time_is_over(shared_cluster, owner):
 
 
 def test_it_ends_with_its_anchor(detached):
-    """However that ended, nothing outlives it, and its kernel can stop what is not there any more."""
+    """However the anchor ended, nothing outlives it, and the kernel can still call `stop`."""
     everything, folder = _everything([engine.pid for engine in detached.engines])
     (anchor,) = [p for p in psutil.Process().children() if "nbdist.cluster.launch.anchor_server" in p.cmdline()]
     anchor.kill()
@@ -212,7 +212,7 @@ def test_it_ends_with_its_anchor(detached):
 
 
 def test_there_has_to_be_one(shared_cluster):
-    """And none in this kernel already; what is said names the cure."""
+    """And none in this kernel already; the error says what to do."""
     shared_cluster.ready()
     with pytest.raises(ClusterError, match="a cluster is running in this kernel already: stop it first"):
         nbdist.Cluster.attach()
@@ -222,7 +222,7 @@ def test_there_has_to_be_one(shared_cluster):
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf"), True, "1h"])
-def test_a_time_that_cannot_be_meant_is_refused(seconds):
+def test_an_impossible_time_is_refused(seconds):
     """Before anything is started."""
     with pytest.raises(PlanError, match=r"engines cannot wait .* s for a kernel: use a number of seconds, more than 0"):
         nbdist.Cluster(2, device="cpu", detach=seconds)

@@ -29,7 +29,7 @@ IMAGES = {"loss": "cross_entropy", "epochs": 3, "batch_size": 24, "lr": 0.01, "s
 
 
 def net():
-    """Convolution, BatchNorm and dropout, each of which has ways of its own on a GPU."""
+    """Convolution, BatchNorm and dropout, which have GPU kernels of their own."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(
@@ -57,7 +57,7 @@ def sharing(shared_cluster):
 
 @pytest.fixture
 def two(sharing):
-    """The same, both there and idle."""
+    """The same two engines, alive and idle."""
     sharing.start()
     if sharing.size != 2:
         sharing.scale(2)
@@ -65,7 +65,7 @@ def two(sharing):
 
 
 def test_by_default_there_is_an_engine_a_gpu(shared_cluster):
-    """Each has its own, without a word about sharing."""
+    """Each has its own, without a warning about sharing."""
     shared_cluster.stop()
     with Cluster() as cluster:
         assert [f"cuda:{rank}" for rank in range(torch.cuda.device_count())] == [e.device for e in cluster.engines]
@@ -75,8 +75,8 @@ def test_by_default_there_is_an_engine_a_gpu(shared_cluster):
         assert same(model, copied(alone))
 
 
-def test_ranks_that_share_a_gpu_say_so(shared_cluster):
-    """They meet over gloo."""
+def test_ranks_that_share_a_gpu_warn(shared_cluster):
+    """They use gloo."""
     shared_cluster.stop()
     with pytest.warns(UserWarning, match="several ranks share a GPU"):
         cluster = Cluster(2, device="cuda").start()
@@ -104,7 +104,7 @@ def test_no_bit_depends_on_the_number_of_ranks(two, reproducible, size):
 
 
 def test_ranks_join_and_die_in_the_middle_of_a_run(two):
-    """With the bits of one rank that nothing happened to."""
+    """With the bits of one undisturbed rank."""
     options = {**IMAGES, "epochs": 20, "reproducible": True}
     expected, model = net(), net()
     nbdist.train(expected, images(), **options, verbose=False)
@@ -118,8 +118,8 @@ def test_ranks_join_and_die_in_the_middle_of_a_run(two):
     assert same(model, copied(expected))
 
 
-def test_a_stopped_run_goes_on_where_it_was(two):
-    """Its random numbers of the GPU too."""
+def test_a_stopped_run_resumes(two):
+    """With the GPU's random numbers too."""
     options = {**IMAGES, "epochs": 60}
     expected, model = net(), net()
     two.train(expected, images(), **options)
@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on_where_it_was(two):
     torch.testing.assert_close(copied(model), copied(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_a_checkpoint_goes_on_without_a_gpu(two, tmp_path):
+def test_a_checkpoint_resumes_without_a_gpu(two, tmp_path):
     """And an ordinary model reads it."""
     model, read = net(), net()
     two.train(model, images(), **IMAGES, checkpoint=str(tmp_path / "run"))
@@ -146,12 +146,12 @@ def test_a_checkpoint_goes_on_without_a_gpu(two, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_in_half_precision(two, precision):
-    """It learns as in whole precision, about."""
+    """It learns about as in full precision."""
     found = [two.train(net(), images(), **IMAGES, precision=each).history[-1]["loss"] for each in ("full", precision)]
     assert found[1] == pytest.approx(found[0], rel=0.1)
 
 
-def test_a_model_that_lies_on_the_gpu_stays_there(two):
+def test_a_model_on_the_gpu_stays_there(two):
     """The notebook's own, trained in place; and values go there and back."""
     model, expected = net().to(GPU), net()
     two.train(model, images(), **IMAGES)
@@ -164,18 +164,18 @@ def test_a_model_that_lies_on_the_gpu_stays_there(two):
 
 
 def held(cluster):
-    """How many bytes of the GPU each rank keeps from others."""
+    """How many bytes of GPU memory each rank reserves."""
     cluster.execute("import torch; held = torch.cuda.memory_reserved()").wait()
     return [cluster.pull("held", rank) for rank in range(cluster.size)]
 
 
 def greedy(model, batch):
-    """A step that wants more than any GPU has."""
+    """A step that needs more memory than any GPU has."""
     return model(batch[0]).mean() * torch.ones(2**40, device=batch[0].device).mean()
 
 
-def test_a_run_out_of_memory_gives_all_of_it_back(two):
-    """To the system, so that another process has it; and the next run is well."""
+def test_a_run_out_of_memory_frees_all_of_it(two):
+    """For other processes too; and the next run works."""
     two.train(net(), images(), **IMAGES)
     before = held(two)
     large = nn.Sequential(nn.Flatten(), nn.Linear(192, 200_000), nn.Linear(200_000, 5))

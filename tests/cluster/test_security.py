@@ -1,4 +1,4 @@
-"""Nobody else can reach the engines: everything listens on loopback, and messages without the key are dropped."""
+"""No other user can reach the engines: everything listens on loopback, and messages without the key are dropped."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def security_folder(cluster):
 
 @pytest.fixture
 def connection(security_folder):
-    """What a client of the running cluster is told."""
+    """The connection file of a client of the running cluster."""
     return json.loads((security_folder / "ipcontroller-client.json").read_text())
 
 
@@ -56,7 +56,7 @@ def test_everything_listens_on_loopback(cluster):
 
 
 def test_keys_are_for_their_owner_only(security_folder):
-    """The files are 0600, and nobody else may look into the folder."""
+    """The files are 0600, and the folder is 0700."""
     files = [path for path in security_folder.iterdir() if path.is_file()]
     assert len(files) >= 2
     assert {0o600} == {stat.S_IMODE(path.stat().st_mode) for path in files}
@@ -64,10 +64,10 @@ def test_keys_are_for_their_owner_only(security_folder):
 
 
 def test_a_message_with_another_key_runs_nothing(cluster, connection, tmp_path):
-    """Sent to every engine through each of the controller's ports; the cluster goes on working."""
-    told = tmp_path / "told"
+    """Sent to every engine through each of the controller's ports; the cluster keeps working."""
+    marker = tmp_path / "marker"
     forger = Session(key=b"another key", username="somebody")
-    call = pack_apply_message(told.write_text, ("forged",), {})
+    call = pack_apply_message(marker.write_text, ("forged",), {})
     engines = cluster._up._launch.client._engines
     controllers = [process for process in of_cluster(cluster) if "controll" in process.name()]
     ports = {address.port for process in controllers for address in listening(process)}
@@ -81,27 +81,27 @@ def test_a_message_with_another_key_runs_nothing(cluster, connection, tmp_path):
                 for engine in [None, *engines.values()]:
                     ident = None if engine is None else engine.encode()
                     forger.send(dealer, "apply_request", ident=ident, content={}, buffers=call, metadata={})
-                    forger.send(dealer, "execute_request", ident=ident, content={"code": f"open({str(told)!r}, 'w')"})
+                    forger.send(dealer, "execute_request", ident=ident, content={"code": f"open({str(marker)!r}, 'w')"})
     context.term()  # all has been sent
     for _ in range(3):
         cell = cluster.execute("print(rank)")
         cell.wait()
         assert {0: "0\n", 1: "1\n"} == cell.printed()
-    assert not told.exists()
+    assert not marker.exists()
     assert connection["key"] != "another key"
 
 
 def test_the_same_message_with_the_right_key_would_run(cluster, connection, tmp_path):
-    """So it is the key that keeps a forged one out."""
-    told = tmp_path / "told"
+    """So the key is what rejects a forged message."""
+    marker = tmp_path / "marker"
     caller = Session(key=connection["key"].encode(), signature_scheme=connection["signature_scheme"])
     engine = cluster._up._launch.client._engines[cluster._up._ids[0]]
     context = zmq.Context()
     with context.socket(zmq.DEALER) as dealer:
         dealer.linger = 1000
         dealer.connect(f"tcp://127.0.0.1:{connection['mux']}")
-        caller.send(dealer, "execute_request", ident=engine.encode(), content={"code": f"open({str(told)!r}, 'w')"})
-        until(told.exists)
+        caller.send(dealer, "execute_request", ident=engine.encode(), content={"code": f"open({str(marker)!r}, 'w')"})
+        until(marker.exists)
     context.term()
 
 
@@ -127,8 +127,8 @@ def test_another_user_reads_nothing_of_a_cluster(cluster, security_folder):
 
 
 @needs_another_user
-def test_an_anchor_hangs_up_on_another_user(home, tmp_path):
-    """Also where the mode of its folder would let that user in; the owner's talk goes on."""
+def test_an_anchor_closes_the_connection_of_another_user(home, tmp_path):
+    """Also where the mode of its folder would let that user in; the owner's connection stays."""
     folder = tmp_path / "cluster"
     folder.mkdir(mode=0o755)
     anchor = Anchor.start(str(folder), 60.0)
@@ -138,13 +138,13 @@ def test_an_anchor_hangs_up_on_another_user(home, tmp_path):
         with reachable(listener):
             assert as_other_user(talk, str(listener)) in ("", "ConnectionResetError", "BrokenPipeError")
         anchor.note("name", 1)
-        assert {"name": 1} == anchor.look()["notes"]
+        assert {"name": 1} == anchor.state()["notes"]
     finally:
         anchor.end()
 
 
 def talk(path):
-    """Ask as the owner would, and return what comes back."""
+    """Send an owner's request, and return the reply."""
     with socket.socket(socket.AF_UNIX) as peer:
         peer.connect(path)
         with Connection(peer.detach()) as connection:

@@ -1,4 +1,4 @@
-"""Promise: the same training under torchrun, with the same bits."""
+"""The same run under torchrun gives the same bits."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ torch.save(model.state_dict(), folder / f"{os.environ['RANK']}.pt")
 )
 
 
-def test_a_job_that_torchrun_starts_again_goes_on(tmp_path, home):
-    """A rank kills itself in the middle of an epoch; the job goes on from its checkpoint to the bits of a quiet one."""
+def test_a_job_that_torchrun_restarts_resumes(tmp_path, home):
+    """A rank kills itself in the middle of an epoch; the job resumes, with the bits of an undisturbed one."""
     (tmp_path / "quiet").mkdir()
     (tmp_path / "quiet" / "killed").touch()
     torchrun(KILLED, tmp_path / "quiet")
@@ -102,9 +102,9 @@ def test_a_job_that_torchrun_starts_again_goes_on(tmp_path, home):
 
 
 def steps_at_the_start(path):
-    """Where the runs of a record began."""
-    told = map(json.loads, path.read_text().splitlines())
-    return [event["step"] for event in told if event["event"] == "RunStarted"]
+    """The first steps of the runs of a record."""
+    events = map(json.loads, path.read_text().splitlines())
+    return [event["step"] for event in events if event["event"] == "RunStarted"]
 
 
 PLAIN = """
@@ -137,7 +137,7 @@ torch.save(model.state_dict(), f"{sys.argv[1]}/{os.environ['RANK']}.pt")
 )
 
 
-def test_one_process_goes_on_with_a_job_of_torchrun_and_the_other_way_round(tmp_path):
+def test_one_process_resumes_a_job_of_torchrun_and_the_other_way_round(tmp_path):
     """In mid-epoch: two ranks, and one process with two microbatches, run the same slices to the same bits."""
     here = {}
     with torch.random.fork_rng():

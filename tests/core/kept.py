@@ -13,7 +13,7 @@ from problems import alone, seeded, weights
 from torch import nn
 
 import nbdist
-from nbdist.core.state.checkpoint_reader import ABOUT, checkpoints, sealed
+from nbdist.core.state.checkpoint_reader import MANIFEST, checkpoints, sealed
 
 WIDTH = 8
 _NEW_USER, _NEW_MOUNTS, _PRIVATE = 0x10000000, 0x00020000, 0x00044000
@@ -113,9 +113,9 @@ def reseal(place: Path) -> None:
     """Give the files of a checkpoint the checksums that they have now, as somebody hostile would."""
     files = {
         name: [(place / name).stat().st_size, hashlib.sha256((place / name).read_bytes()).hexdigest()]
-        for name in json.loads((place / ABOUT).read_text())["files"]
+        for name in json.loads((place / MANIFEST).read_text())["files"]
     }
-    (place / ABOUT).write_text(sealed({"format": 2, "files": files}))
+    (place / MANIFEST).write_text(sealed({"format": 2, "files": files}))
 
 
 def mounted(folder: str, options: bytes | None) -> bool:

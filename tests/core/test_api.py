@@ -58,7 +58,7 @@ def start(command, script, accumulate, **environment):
 
 
 def test_torchrun_and_python_give_the_same_bits(tmp_path, home):
-    """A script on two ranks of torchrun trains as under plain python with two microbatches, whatever OMP says."""
+    """A script on two torchrun ranks trains as plain python with two microbatches, whatever OMP_NUM_THREADS is."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -76,7 +76,7 @@ def test_torchrun_and_python_give_the_same_bits(tmp_path, home):
 
 
 def test_a_run_leaves_a_record(home, capsys):
-    """One line of JSON an event, for the owner's eyes; and lines of text on standard error."""
+    """One line of JSON per event, readable by the owner only; and lines of text on standard error."""
     result = nbdist.train(
         mlp(), classes(12), loss="cross_entropy", optimizer=SGD, epochs=2, batch_size=4, val=classes(5), device="cpu"
     )
@@ -103,8 +103,8 @@ def disagree(world):
     nbdist.train(mlp(), classes(12), loss="cross_entropy", seed=world.rank, device="cpu", verbose=False)
 
 
-def test_ranks_with_different_plans_are_told(run_ranks):
-    """Before the first step the ranks compare their plans; the error names what differs."""
+def test_ranks_with_different_plans_are_refused(run_ranks):
+    """Before the first step ranks compare their plans; the error names the option that differs."""
     with pytest.raises(PlanError, match="rank 1 was given seed=1, rank 0 0: all ranks need the same"):
         run_ranks(2, disagree)
 
@@ -120,7 +120,7 @@ def test_ranks_with_different_plans_are_told(run_ranks):
     ],
 )
 def test_a_mistake_is_one_sentence(home, options, error, message):
-    """It is told before anything is trained or recorded."""
+    """It is raised before anything is trained or recorded."""
     model = mlp()
     before = weights(model)
     with pytest.raises(error, match=message):

@@ -1,4 +1,4 @@
-"""What rank 0's terminal shows: all ranks, live, under torchrun; and lines where nobody looks."""
+"""Rank 0's terminal under torchrun: all ranks, live; lines of text if standard error is not a terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def command(tmp_path):
 
 
 def screen_of(command, **variables):
-    """All that a terminal is sent, and what stands there at the end."""
+    """The bytes sent to a terminal, and its screen at the end."""
     env = {"TERM": "xterm", "PATH": "/usr/bin:/bin", **variables}
     terminal = pexpect.spawn(sys.executable, command, dimensions=(40, 120), encoding="utf-8", timeout=300, env=env)
     terminal.expect(pexpect.EOF)
@@ -55,8 +55,8 @@ def test_a_failure_stays_on_the_screen(command, home):
     assert "torn on purpose" in shown
 
 
-def test_where_nobody_looks_there_are_lines(command, home):
-    """Without a code of a terminal."""
+def test_without_a_terminal_there_are_lines(command, home):
+    """Without terminal codes."""
     done = subprocess.run([sys.executable, *command[-1:]], capture_output=True, text=True)
     assert 0 == done.returncode
     assert ESCAPE not in done.stderr + done.stdout

@@ -80,7 +80,7 @@ def test_every_sample_counts_once(run_ranks, ranks, form):
 
 
 def test_validation_data_that_can_be_read_only_once_is_named():
-    """A second epoch that finds nothing to validate on is an error and not a loss of nan."""
+    """A second epoch without validation data is an error, not a loss of nan."""
     data = ValidationStream(5)
     data.samples = iter(data.samples)
     with pytest.raises(PlanError, match=r"the validation data gave no batch: can it be read only once\?"):
@@ -88,7 +88,7 @@ def test_validation_data_that_can_be_read_only_once_is_named():
 
 
 def half_right(output, target):
-    """A metric of the user's, with the number it is over."""
+    """A user's metric, with the number of samples it is a mean over."""
     return (output.argmax(1) == target).double().mean(), len(target)
 
 
@@ -120,7 +120,7 @@ def test_without_a_metric_the_loss_is_measured():
 
 
 class Modes(nn.Module):
-    """Remembers how it was called."""
+    """Records the modes in which it was called."""
 
     def __init__(self):
         super().__init__()
@@ -132,8 +132,8 @@ class Modes(nn.Module):
         return self.last(self.inner(x))
 
 
-def test_modes_are_those_of_evaluation_and_come_back():
-    """Validation runs in evaluation mode without gradients; afterwards each module has the mode it had."""
+def test_validation_runs_in_evaluation_mode_and_restores_modes():
+    """Without gradients; afterwards each module has its own mode again."""
     model = Modes()
     model.inner.eval()
     alone(model, TRAIN, val=classes(3), optimizer=SGD, batch_size=12, epochs=2)
@@ -182,6 +182,6 @@ def test_errors_by_name():
      (3, "metric must be a name or a callable, not 3")],
 )  # fmt: skip
 def test_what_is_no_metric_is_refused(metric, message):
-    """The error names the value and the cure."""
+    """The error names the value and the remedy."""
     with pytest.raises(TaskError, match=message):
         find_metric(metric)

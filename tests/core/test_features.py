@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 class Sign(torch.optim.Optimizer):
-    """An optimizer of the user's own, with a state of tensors, numbers and a tensor that is no part of a parameter."""
+    """A user's optimizer, with a state of tensors, numbers and a tensor of another shape than its parameter."""
 
     def __init__(self, params, lr=0.01):
         super().__init__(params, {"lr": lr})
@@ -85,7 +85,7 @@ def with_state(make, model):
 
 
 def own_step(model, batch):
-    """Draws before and after its one call of the model, and says what its mean is over."""
+    """Draws before and after its one call of the model, and returns the weight of its mean."""
     x, y = batch
     if model.training:
         x = x + 0.1 * torch.randn_like(x)
@@ -199,7 +199,7 @@ def test_every_feature_on_other_channels(run_ranks, channel):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule(run_ranks, schedule):
-    """The order of work changes nothing."""
+    """The pipeline schedule changes no result."""
     check(run_ranks, "pp=2", [*FEATURES_BY_NAME], schedule=schedule)
 
 
@@ -255,7 +255,7 @@ def half_frozen(world, options):
     ],
 )
 def test_a_rank_with_nothing_to_train(run_ranks, options):
-    """It carries the others."""
+    """It still takes part in the forward and backward of the others."""
     more = {"microbatches": 2} if "pp" in options["strategy"] else {}
     alone = half_frozen(World(), {"accumulate": 2, "precision": options.get("precision", "full")})
     for rank in run_ranks(2, half_frozen, options | more):
@@ -304,7 +304,7 @@ def overflowing(world, options):
 
 @pytest.mark.parametrize("mesh", ["dp=2", "pp=2", "tp=2", "shard=2"])
 def test_an_overflow_skips_the_step_on_all_ranks(run_ranks, mesh):
-    """The scale is halved until gradients fit; then training goes on."""
+    """The loss scale is halved until gradients fit; then training continues."""
     more = {"microbatches": 2} if "pp" in mesh else {}
     slices = Mesh.parse(mesh, size_of(mesh)).data * more.get("microbatches", 1)
     alone = overflowing(World(), {"accumulate": slices})
@@ -326,7 +326,7 @@ def refused(world, name, mesh):
 def test_an_optimizer_of_whole_matrices(run_ranks, name):
     """It would silently compute something else where they are cut; a pipeline cuts none."""
     for mesh in ("shard=2", "tp=2"):
-        with pytest.raises(PlanError, match=f"tensor.*, which mesh {mesh} cuts: use another"):
+        with pytest.raises(PlanError, match=f"tensor.*, which mesh {mesh} splits: use another"):
             run_ranks(2, refused, name, mesh)
     run_ranks(2, refused, name, "pp=2")
 
@@ -340,7 +340,7 @@ def with_statistics(world, mesh):
 
 
 def test_slices_without_samples_leave_no_trace(run_ranks):
-    """Ranks that deal out parameters compute them for each other; running statistics do not see them."""
+    """Under `shard`, ranks compute padding slices for the others' collectives; running statistics ignore them."""
     expected = run_ranks(2, with_statistics, "dp=2")
     for rank in run_ranks(2, with_statistics, "shard=2"):
         torch.testing.assert_close(rank, expected[0], rtol=TOLERANCE, atol=TOLERANCE)

@@ -15,7 +15,7 @@ WIDTH, LAYERS = 64, 8
 P = LAYERS * WIDTH * WIDTH  # parameters
 ADAM = 4  # numbers a parameter: itself, its gradient, two moments
 
-# Numbers that a rank holds for good, and those of the largest block that is gathered beside them.
+# Numbers that a rank holds all the time, and those of the largest gathered block.
 EXPECTED = {
     "dp=2": (ADAM * P, 0),
     "shard=2": (ADAM * P // 2, P // LAYERS),

@@ -30,7 +30,7 @@ def test_a_mesh_equals_one_process(run_ranks, mesh, model):
 
 
 def test_what_a_gpu_trains_lies_on_the_cpu_afterwards():
-    """A model goes there for the training, and comes back to where it was."""
+    """A model moves to the GPU for the training, and back to its device."""
     model = mlp()
     train(World(device=GPU), model, classes(64), optimizer=ADAMW, epochs=1, batch_size=16)
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}

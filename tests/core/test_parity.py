@@ -109,8 +109,8 @@ def train_through_the_front_door(world):
     return result, weights(model)
 
 
-def test_nbdist_train_joins_a_group_that_stands(run_ranks):
-    """`nbdist.train` on ranks that have met already trains over all of them, from rank 0's weights."""
+def test_nbdist_train_uses_an_initialised_process_group(run_ranks):
+    """It trains over all of its ranks, from rank 0's weights."""
     expected = alone(mlp(torch.float32), classes(SAMPLES, torch.float32), optimizer=SGD, batch_size=BATCH, accumulate=2)
     for result, trained in run_ranks(2, train_through_the_front_door):
         assert 2 == result.plan.mesh.dp

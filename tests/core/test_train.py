@@ -1,4 +1,4 @@
-"""The loop: rows, events, stopping, and what a run leaves behind."""
+"""The training loop: history, events, stopping, and the model that a run leaves behind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def stopped_run(world, step):
 
 @pytest.mark.parametrize("step", [3, 5, 7])
 def test_a_stop_stops_all_after_the_same_step(run_ranks, step):
-    """Rank 0 hears it, and all end after that step, with its weights, a row for the part done and no validation."""
+    """Rank 0 reads it; all end after that step, with its weights, a row for the partial epoch and no validation."""
     steps = dict.fromkeys(("epoch", "steps", "samples"), 0)
     expected = alone(mlp(), DATA, optimizer=SGD, batch_size=4, steps=step, shuffle=False, accumulate=3)[1]
     for result, trained, events in run_ranks(3, stopped_run, step):
@@ -57,18 +57,18 @@ def test_a_stop_stops_all_after_the_same_step(run_ranks, step):
 
 
 def test_a_stop_after_the_last_step_is_a_finish():
-    """Nothing was left to do: the run is finished."""
+    """All steps were complete: the run is finished, not stopped."""
     result, _ = alone(mlp(), DATA, optimizer=SGD, batch_size=10, commands=stop_after(2))
     assert ("finished", 2) == (result.state, result.history[0]["steps"])
 
 
 @pytest.mark.parametrize("length", [{"epochs": 2}, {"steps": 4}], ids=["epochs", "steps"])
-@pytest.mark.parametrize(("order", "ranks"), [("stop", 0), (("scale", 3), 3)], ids=["stop", "scale"])
-def test_an_order_in_the_last_step_leaves_the_end_as_it_is(order, ranks, length):
-    """The last evaluation included; how many ranks there are to be is told."""
+@pytest.mark.parametrize(("command", "ranks"), [("stop", 0), (("scale", 3), 3)], ids=["stop", "scale"])
+def test_a_command_in_the_last_step_does_not_change_the_end(command, ranks, length):
+    """The last evaluation still runs; the result has the requested number of ranks."""
     options = {"optimizer": SGD, "batch_size": 10, "val": classes(7), **length}
     undisturbed, expected = alone(mlp(), DATA, **options)
-    result, trained = alone(mlp(), DATA, commands=Given({4: [order]}), **options)
+    result, trained = alone(mlp(), DATA, commands=Given({4: [command]}), **options)
     assert ("finished", ranks) == (result.state, result.ranks)
     assert_same_bits(expected, trained)
     without = [{key: value for key, value in row.items() if key != "seconds"} for row in undisturbed.history]
@@ -86,7 +86,7 @@ def rows_and_events(world):
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_the_history_is_the_same_on_every_rank(run_ranks, ranks):
-    """One row an epoch with these columns in this order, counted over all ranks."""
+    """One row per epoch with these columns in this order, counted over all ranks."""
     results = [result for result, _ in run_ranks(ranks, rows_and_events)]
     assert ["epoch", "steps", "samples", "loss", "seconds", "val_loss", "val_accuracy"] == list(results[0].history[0])
     assert [(1, 4, 20), (2, 4, 20)] == [(row["epoch"], row["steps"], row["samples"]) for row in results[0].history]
@@ -94,8 +94,8 @@ def test_the_history_is_the_same_on_every_rank(run_ranks, ranks):
     assert [results[0].history] * ranks == [result.history for result in results]
 
 
-def test_events_tell_the_run(run_ranks):
-    """Each rank says that it began, got on, evaluated and finished; folded they give its last state."""
+def test_events_describe_the_run(run_ranks):
+    """Each rank emits its start, progress, evaluation and end; folded, they give its last state."""
     for rank, (result, events) in enumerate(run_ranks(2, rows_and_events)):
         kinds = [type(event) for event in events]
         assert [RunStarted, RunFinished] == [kinds[0], kinds[-1]]
@@ -115,7 +115,7 @@ def test_events_tell_the_run(run_ranks):
 
 
 def test_the_seed_decides_everything():
-    """The same seed gives the same bits whatever was drawn before, another one others."""
+    """The same seed gives the same bits whatever was drawn before; another seed gives other bits."""
     options = {"optimizer": SGD, "batch_size": 6}
     first = alone(mlp(dropout=0.5), DATA, **options, seed=1)[1]
     torch.rand(3)
@@ -136,14 +136,14 @@ def draw(world, accumulate):
 
 
 def test_every_slice_has_random_numbers_of_its_own(run_ranks):
-    """No two slices share a dropout mask, and who runs a slice does not matter."""
+    """No two slices share a dropout mask, and a slice's mask does not depend on its rank."""
     expected = draw(World(), 2)
     assert 6 == len(set(expected))
     assert [expected[0::2], expected[1::2]] == run_ranks(2, draw, 1)
 
 
 def test_a_trained_model_is_an_ordinary_one():
-    """No hooks, no gradients, the same parameters as objects, and a second run goes on from the first."""
+    """No hooks, no gradients, the same parameter objects, and a second run continues from the first."""
     model = mlp()
     parameters = list(model.parameters())
     alone(model, DATA, optimizer=SGD, steps=1, batch_size=6)
@@ -154,7 +154,7 @@ def test_a_trained_model_is_an_ordinary_one():
 
 
 def test_an_optimizer_of_the_users_keeps_its_state():
-    """A ready-made optimizer goes on where it was: two runs of one epoch are one run of two."""
+    """A ready-made optimizer continues where it was: two runs of one epoch equal one run of two."""
     model, other = mlp(), mlp()
     optimizer = SGD(model.parameters())
     for _ in range(2):
@@ -169,8 +169,8 @@ def fail_in_the_third_slice(model, batch):
     return model(batch[0]).square().mean()
 
 
-def test_a_failing_step_is_told_and_leaves_nothing():
-    """The error comes out as it is, the record has it, and model and threads are as they were."""
+def test_a_failing_step_is_reported_and_leaves_nothing():
+    """The error is raised unchanged, the record has it, and model and threads are as before."""
     model, sink, threads = mlp(), ListSink(), torch.get_num_threads()
     model.eval()
     fail_in_the_third_slice.calls = 0
@@ -191,7 +191,7 @@ def threads_in_step(model, batch):
 
 
 def test_the_plan_decides_the_threads():
-    """The step runs on as many threads as the plan says, whatever the process had."""
+    """The step runs on as many threads as the plan says, whatever the process used before."""
     threads_in_step.seen = set()
     task = Task.create(mlp(), DATA, step=threads_in_step, optimizer=SGD)
     fit(task, Plan.create(ranks=1, cores=7, **task.options), World())

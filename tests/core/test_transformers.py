@@ -117,7 +117,7 @@ def test_a_model_trains_as_in_one_process(on_ranks, name, mesh):
 
 @pytest.mark.parametrize("name", [*CASES, "T5"])
 def test_a_model_goes_to_the_engines_and_back(cluster, name):
-    """As it is made, in float32, by the hand-over of a notebook: what one process makes of the same slices."""
+    """Unmodified, in float32, in a notebook's payload: the result of one process with the same slices."""
     case = T5 if name == "T5" else CASES[name]
     data = {key: c.float() if c.is_floating_point() else c for key, c in case.data(SAMPLES).items()}
     found = []

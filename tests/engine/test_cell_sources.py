@@ -1,4 +1,4 @@
-"""Definitions of the notebook on the engines."""
+"""The notebook's cell sources, search path and classes on the engines."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_installed_cell_has_lines_and_a_label():
 
 
 def test_modules_are_found_where_the_notebook_finds_them(monkeypatch):
-    """What the notebook has added to its path is added here, behind what is found already, and once."""
+    """Additions to the notebook's ``sys.path`` are appended here, once."""
     monkeypatch.setattr("sys.path", ["", "/own"])
     for _ in range(2):
         install(NotebookUpdate(sources={}, path=["/own", "/added"]))
@@ -61,7 +61,7 @@ def define():
     return namespace
 
 
-def test_twins_of_a_class_become_one():
+def test_copies_of_a_class_become_one():
     """After both sides have run the same definition, an instance from there is of the class here."""
     here, there = define(), define()
     marks = class_marks(here)

@@ -1,4 +1,4 @@
-"""A collective that lacks ranks is refused."""
+"""Checked collectives: one that lacks ranks raises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def refused(world):
     original = dist.all_reduce
     tensor = torch.ones(1)
     if world.rank == 0:
-        checked_collectives.expect([0])
+        checked_collectives.allow_only([0])
         from torch.distributed import broadcast
 
         with pytest.raises(
@@ -28,8 +28,8 @@ def refused(world):
         with pytest.raises(ClusterError, match=r"broadcast is a collective"):
             broadcast(tensor, 0)
         dist.all_reduce(tensor, group=pair)
-        checked_collectives.expect_all()
-        checked_collectives.expect_all()
+        checked_collectives.allow_all()
+        checked_collectives.allow_all()
     else:
         from torch.distributed import broadcast
     assert dist.all_reduce is original
@@ -38,6 +38,6 @@ def refused(world):
     return tensor.item()
 
 
-def test_a_collective_that_lacks_ranks_is_refused_until_all_are_there(run_ranks):
-    """Those of a group whose ranks are all there go on, and what was imported meanwhile works afterwards."""
+def test_a_collective_that_lacks_ranks_raises_until_all_are_allowed(run_ranks):
+    """Collectives of a group of allowed ranks work, and functions imported meanwhile work afterwards."""
     assert [2.0, 2.0] == run_ranks(2, refused)

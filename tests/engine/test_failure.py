@@ -1,4 +1,4 @@
-"""Many failures, one cause."""
+"""Failures of several ranks, merged into one error with its cause."""
 
 from __future__ import annotations
 
@@ -23,39 +23,41 @@ from nbdist.errors import EngineError, PeerLostError, PlanError, TaskError, rank
     [([3], "rank 3"), ([1, 0], "ranks 0-1"), ([0, 1, 2, 5], "ranks 0-2,5"), ([4, 2, 0], "ranks 0,2,4"),
      ([7, 7], "rank 7"), (range(8), "ranks 0-7")],
 )  # fmt: skip
-def test_ranks_are_named_as_people_do(ranks, text):
-    """Neighbours are drawn together; order and repetition do not matter."""
+def test_ranks_are_named_as_ranges(ranks, text):
+    """Consecutive ranks become a range; order and repetition do not matter."""
     assert ranks_text(ranks) == text
 
 
-def failure(rank, time_s, message="torn", *, echo=False, place="Cell In[3], line 2"):
+def failure(rank, time_s, message="torn", *, secondary=False, place="Cell In[3], line 2"):
     return Failure(rank=rank, time_s=time_s, kind="ValueError", message=message, place=place,
-                   traceback=f"traceback of {rank}", echo=echo)  # fmt: skip
+                   traceback=f"traceback of {rank}", secondary=secondary)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("failures", "rank", "message"),
     [
-        ([failure(0, 1.0, "gone", echo=True), failure(1, 2.0)], 1, "rank 1: ValueError: torn (Cell In[3], line 2)"),
+        ([failure(0, 1.0, "gone", secondary=True), failure(1, 2.0)], 1,
+         "rank 1: ValueError: torn (Cell In[3], line 2)"),
         ([failure(0, 2.0, "later"), failure(2, 1.0)], 2, "rank 2: ValueError: torn (Cell In[3], line 2)"),
         ([failure(r, r) for r in (0, 1, 3)], 0, "ranks 0-1,3: ValueError: torn (Cell In[3], line 2)"),
         ([failure(0, 1), failure(1, 2, place="line 9")], 0, "rank 0: ValueError: torn (Cell In[3], line 2)"),
-        ([failure(0, 2.0, "gone", echo=True), failure(1, 1.0, "gone", echo=True)], 1,
+        ([failure(0, 2.0, "gone", secondary=True), failure(1, 1.0, "gone", secondary=True)], 1,
          "ranks 0-1: ValueError: gone (Cell In[3], line 2)"),
         ([failure(1, 1.0, place="")], 1, "rank 1: ValueError: torn"),
     ],
-    ids=["a cause comes before an earlier echo", "the earliest cause", "ranks with the same cause are named together",
+    ids=["a cause before an earlier secondary failure", "the earliest cause",
+         "ranks with the same cause are named together",
          "another place is another cause", "echoes alone", "no place known"],
 )  # fmt: skip
 def test_one_error_for_all_ranks(failures, rank, message):
-    """The earliest failure that is no echo is the cause; its rank and traceback come with it."""
+    """The earliest failure that is not secondary is the cause; its rank and traceback come with it."""
     error = as_error(failures)
     assert (str(error), error.rank, error.remote_traceback) == (message, rank, f"traceback of {rank}")
 
 
 @pytest.mark.parametrize("kind", [PlanError, TaskError])
-def test_what_an_engine_refused_is_refused(kind):
-    """Whoever asks for a refusal gets it, wherever it was found; it is shown as any error of an engine."""
+def test_an_engines_plan_error_is_a_plan_error(kind):
+    """`except PlanError` catches it wherever it was raised; it is shown as any EngineError."""
     error = as_error([replace(failure(1, 1.0), kind=kind.__name__)])
     assert isinstance(error, kind)
     assert isinstance(error, EngineError)
@@ -76,7 +78,8 @@ def test_a_failure_names_the_cell_and_shows_its_lines():
     install(NotebookUpdate(sources={"<cell>": ("Cell In[4]", source)}, path=[]))
     failed = raised(source)
     linecache.cache.pop("<cell>")
-    assert (failed.rank, failed.kind, failed.place, failed.echo) == (1, "JSONDecodeError", "Cell In[4], line 3", False)
+    assert (failed.rank, failed.kind, failed.place) == (1, "JSONDecodeError", "Cell In[4], line 3")
+    assert not failed.secondary
     shown = failed.traceback.splitlines()
     assert "---->   3     return json.loads(text)" in shown
     assert "---->   5 read('torn')" in shown
@@ -84,14 +87,14 @@ def test_a_failure_names_the_cell_and_shows_its_lines():
     assert shown[-1].startswith("json.decoder.JSONDecodeError: Expecting value")
 
 
-def test_only_the_loss_of_a_peer_is_an_echo():
+def test_only_the_loss_of_a_peer_is_secondary():
     """Everything else may be the cause."""
-    assert raised("raise PeerLostError('another rank is gone')").echo
-    assert not raised("raise ConnectionError('the network is gone')").echo
+    assert raised("raise PeerLostError('another rank is gone')").secondary
+    assert not raised("raise ConnectionError('the network is gone')").secondary
 
 
 def test_our_own_frames_are_no_place():
-    """An error in our own code names no line of ours as if it were the user's."""
+    """An error in nbdist names no line of nbdist as if it were the user's."""
     from nbdist.plan import Mesh
 
     try:
@@ -111,7 +114,7 @@ class Torn(torch.utils.data.Dataset):
 
 
 def test_an_error_in_a_data_loading_worker_names_the_line_of_the_user():
-    """Not torch's, which raises it again, and not the traceback that torch puts into its message."""
+    """Not torch's, which raises it again, and not the traceback that torch puts into the message."""
     loading = iter(torch.utils.data.DataLoader(Torn(), num_workers=1))
     try:
         next(loading)
@@ -119,7 +122,7 @@ def test_an_error_in_a_data_loading_worker_names_the_line_of_the_user():
         failure = Failure.of(0, error)
     loading._shutdown_workers()
     assert ("ValueError", "sample 0 is torn (in DataLoader worker process 0)") == (failure.kind, failure.message)
-    assert re.search(r"test_remote_errors\.py, line \d+$", failure.place)
+    assert re.search(r"test_failure\.py, line \d+$", failure.place)
     assert 'raise ValueError(f"sample {index} is torn")' in failure.traceback
     assert "torch/utils/data" not in failure.traceback
 
@@ -135,6 +138,6 @@ def test_an_error_in_a_data_loading_worker_names_the_line_of_the_user():
         (os.path.join(os.path.expanduser("~"), "project", "model.py"), True),
     ],
 )
-def test_a_library_is_not_the_persons_own(file, users):
+def test_a_library_is_not_the_users_own(file, users):
     """Wherever it was installed: for a user alone, say."""
     assert users == is_users(traceback.FrameSummary(file, 1, "forward", lookup_line=False))

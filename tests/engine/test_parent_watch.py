@@ -1,4 +1,4 @@
-"""Nothing outlives the process that started a cluster, however that process ended."""
+"""Parent watchdog: nothing outlives the process that started a cluster, however that process ended."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ sys.stdin.read()
 
 
 def test_an_engine_that_hangs_in_c_code_does_not_outlive_its_owner(shared_cluster, tmp_path):
-    """Its own guard cannot run, so the fork server ends it, and removes the folder."""
+    """Its watchdog thread cannot run, so the fork server kills it, and removes the folder."""
     owner = subprocess.Popen([sys.executable, "-c", HANGING_OWNER, tmp_path / "hangs"], stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, text=True)  # fmt: skip
     with owner:
@@ -100,17 +100,17 @@ def test_an_engine_that_hangs_in_c_code_does_not_outlive_its_owner(shared_cluste
 SERVER = """
 import sys
 from multiprocessing import Pipe
-from nbdist.cluster import forks
+from nbdist.cluster.launch import fork_server
 
-forks._GRACE_S = 1000.0
+fork_server._GRACE_S = 1000.0
 ours, theirs = Pipe()
 ours.close()
-forks.serve(theirs, sys.argv[1])
+fork_server.serve(theirs, sys.argv[1])
 """
 
 
 def test_a_fork_server_ends_as_soon_as_its_forks_have():
-    """It waits for them, of an owner that was killed, and not for its patience to end."""
+    """After its owner was killed, it waits for its forks, not for the whole grace period."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as owner:
         server = subprocess.Popen([sys.executable, "-c", SERVER, owner_mark(owner.pid)])
         try:
@@ -121,8 +121,8 @@ def test_a_fork_server_ends_as_soon_as_its_forks_have():
             server.wait()
 
 
-def test_a_process_is_named_beyond_the_reuse_of_its_number():
-    """The mark holds the time of birth too, and is the same whenever it is taken."""
+def test_a_mark_names_a_process_although_pids_are_reused():
+    """The mark holds the start time too, and is the same whenever it is taken."""
     pid, _, born = owner_mark(os.getpid()).partition(":")
     assert int(pid) == os.getpid()
     assert float(born) == pytest.approx(psutil.Process().create_time(), abs=0.01)

@@ -1,4 +1,4 @@
-"""Where a process stands, as it tells by itself."""
+"""Stack dumps of running processes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from nbdist.cluster.cells.cell_run import until_next_look
+from nbdist.cluster.cells.cell_run import until_next_check
 
 
 @pytest.mark.engines
-def test_what_a_process_tells_takes_no_more_room_the_more_often_it_is_asked(cluster):
-    """Its file holds the newest answer."""
+def test_the_dump_file_does_not_grow(cluster):
+    """It holds only the newest dump."""
     files = [Path(engine.stacks) for engine in cluster.engines]
     sizes = []
     for _ in range(4):
@@ -21,8 +21,8 @@ def test_what_a_process_tells_takes_no_more_room_the_more_often_it_is_asked(clus
     assert max(sizes) < 2 * min(sizes)
 
 
-def test_a_long_cell_is_looked_at_less_and_less_often():
-    """At first every few seconds, then once a minute; and soon again where it seems to hang."""
-    looks = list(itertools.accumulate(range(6), lambda last, _: until_next_look(last, hopeless=False), initial=3.0))
+def test_a_long_cell_is_checked_less_and_less_often():
+    """At first every few seconds, then once a minute; and soon again if it seems deadlocked."""
+    looks = list(itertools.accumulate(range(6), lambda last, _: until_next_check(last, deadlocked=False), initial=3.0))
     assert [3.0, 6.0, 12.0, 24.0, 48.0, 60.0, 60.0] == looks
-    assert 3.0 == until_next_look(60.0, hopeless=True)
+    assert 3.0 == until_next_check(60.0, deadlocked=True)

@@ -1,4 +1,4 @@
-"""The board: the newest word of a rank, read at leisure."""
+"""The status board: the newest state of a rank, read by polling."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_newest_is_read_once(pair):
         assert [] == reader.read()
 
 
-def test_what_comes_often_hides_nothing_that_comes_seldom(pair):
+def test_frequent_data_does_not_overwrite_rare_data(pair):
     """Both are read, in the order in which they were written."""
     writer, reader = pair
     writer.write(b"large", seldom=True)
@@ -42,7 +42,7 @@ def test_what_comes_often_hides_nothing_that_comes_seldom(pair):
 
 @pytest.mark.parametrize("seldom", [False, True])
 def test_what_does_not_fit_changes_nothing(pair, seldom):
-    """The word before it stays."""
+    """The earlier data stays."""
     writer, reader = pair
     writer.write(b"kept", seldom=seldom)
     assert not writer.write(bytes(BOARD_BYTES), seldom=seldom)
@@ -59,7 +59,7 @@ for i in itertools.count():
 
 
 def test_nothing_is_read_half_written():
-    """While another process writes as fast as it can, every word that is read is one that was written."""
+    """While another process writes as fast as it can, everything read is something that was written."""
     with contextlib.closing(Segment(BOARD_BYTES)) as segment:
         reader = Board(segment.path)
         with subprocess.Popen([sys.executable, "-c", WRITER, segment.path]) as writer:

@@ -26,14 +26,14 @@ class Notebook:
         return result.result
 
     def fails(self, cell):
-        """Run a cell that must fail; return the error and all that was shown."""
+        """Run a cell that must fail; return the error and the output."""
         self.printed()
         result = self.shell.run_cell(cell, store_history=True)
         assert not result.success
         return result.error_in_exec or result.error_before_exec, self.printed()
 
     def printed(self):
-        """What was printed since the last time."""
+        """The output since the last call."""
         captured = self._capsys.readouterr()
         return captured.out + captured.err
 

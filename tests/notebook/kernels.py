@@ -20,7 +20,7 @@ GATE = f"import sys\nsys.path.append({str(Path(__file__).parents[1])!r})\nfrom g
 
 @dataclass
 class Cell:
-    """What a cell left behind: its reply, and its outputs as a saved notebook would hold them.
+    """The result of a cell: its reply, and its outputs as a saved notebook would hold them.
 
     An output that was updated also knows what it showed "before".
     """
@@ -72,7 +72,7 @@ class Kernel:
         when: Callable[[Cell], Any] = lambda cell: False,
         then: Callable[[Cell], None] | None = None,
     ) -> Cell:
-        """Run a cell; once what it has shown so far says that it is time, do something, or else press ■."""
+        """Run a cell; once its output meets a condition, call a function, by default ■."""
         sent = self._client.execute(source, stop_on_error=False)
         cell, shown, pending = Cell(), {}, True
         deadline = time.monotonic() + HUNG_S
@@ -95,7 +95,7 @@ class Kernel:
 
     @staticmethod
     def _take(message: dict[str, Any], cell: Cell, shown: dict[str, dict[str, Any]]) -> bool:
-        """Add a message to the outputs of its cell; tell whether it was the last one."""
+        """Add a message to the outputs of its cell; return whether it was the last one."""
         kind, content = message["msg_type"], message["content"]
         if kind == "stream":
             cell.outputs.append({"type": "stream", "text": content["text"]})
@@ -110,7 +110,7 @@ class Kernel:
         return kind == "status" and content["execution_state"] == "idle"
 
     def complete(self, text: str) -> dict[str, Any]:
-        """What Tab gives at the end of a cell."""
+        """The completions of Tab at the end of a cell."""
         return self._client.complete(text, reply=True, timeout=HUNG_S)["content"]
 
     def subshell(self) -> str | None:

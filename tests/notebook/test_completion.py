@@ -14,14 +14,14 @@ from nbdist.plan import names
 
 
 def texts(notebook, text):
-    """What a cell's end, the cursor, could become."""
+    """The completions at the end of a cell."""
     lines = text.split("\n")
     found = complete(notebook.shell, text, len(lines) - 1, len(lines[-1]))
     return None if found is None else found[1]
 
 
 def test_the_words_are_those_that_core_knows():
-    """Help and completion name what there is."""
+    """Help and completion name the same words."""
     assert (names.LOSSES, names.METRICS) == (tuple(LOSSES), tuple(METRICS))
     assert names.OPTIMIZERS == tuple(sorted(OPTIMIZERS))
 
@@ -54,7 +54,7 @@ def test_the_words_are_those_that_core_knows():
     ],
 )
 def test_options_and_values(notebook, line, expected):
-    """At the place where they can stand; names are those of things that fit."""
+    """Where each is allowed; names are those of objects that fit."""
     notebook(NET + "def my_loss(output, target): return F.cross_entropy(output, target)")
     assert expected == texts(notebook, line)
 
@@ -63,12 +63,12 @@ def test_options_and_values(notebook, line, expected):
     "line", ["", "model.", "%timeit mod", "%dist_train model (X, ", "print('%dist_train ", "%dist_nothing x"]
 )
 def test_elsewhere_it_keeps_out(notebook, line):
-    """Python completes itself, within brackets too."""
+    """Python completes those, within brackets too."""
     assert texts(notebook, line) is None
 
 
 def test_meshes_are_those_of_the_engines(monkeypatch):
-    """Every product of degrees, whole words; what is typed so far is not repeated."""
+    """Every product of degrees, as whole words; the typed part is not repeated."""
     from nbdist.notebook import completion
 
     four = type("Four", (), {"size": 4})()
@@ -88,7 +88,7 @@ def test_nothing_of_the_users_is_run(notebook):
 
 
 def test_a_cell_on_engines_completes_from_an_engine(notebook):
-    """Its live objects, of the first rank that was chosen."""
+    """Its live objects, on the first chosen rank."""
     notebook("%%dist\nclass There: pass\nthere = There()\nif rank == 1: there.only_one = 1\nthere.everywhere = 2")
     assert texts(notebook, "%%dist\nx = there.ev")[0].endswith("everywhere")
     assert not texts(notebook, "%%dist\nthere.only")

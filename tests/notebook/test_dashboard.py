@@ -1,4 +1,4 @@
-"""What is shown of a run, live and afterwards."""
+"""The display of a run, live and afterwards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_what_a_run_says_is_escaped(cluster):
 
 
 def test_what_remains_needs_no_kernel(cluster):
-    """HTML and text, nothing that a widget manager or a script has to draw."""
+    """HTML and text, which need no widget manager or script."""
     run = cluster.train(nn.Linear(6, 3), DATA, loss="cross_entropy", epochs=2, batch_size=16, val=DATA)
     kept = remains(run)
     assert {"text/html", "text/plain"} == set(kept)

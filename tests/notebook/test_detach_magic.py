@@ -10,7 +10,7 @@ from net import NET
 
 
 def test_a_new_kernel_brings_the_trained_model_home(shared_cluster, tmp_path):
-    """It shows where the cluster waits, the panel with its history, and ends with the trained model under its name.
+    """It shows the waiting cluster and the panel with its history, and ends with the trained model under its name.
 
     The first one ends as when a user closes the notebook; `tests/cluster` and `tests/browser` kill it.
     """

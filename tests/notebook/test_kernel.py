@@ -1,4 +1,4 @@
-"""A whole notebook in a real kernel: what it shows and saves, ■, and the end of the kernel."""
+"""A whole notebook in a real kernel: its outputs, ■, and the end of the kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENDLESS = "--steps 1000000000"
 
 
 def test_a_start_says_what_is_being_done_in_one_line(kernel):
-    """It changes while the engines start, and a saved notebook keeps what was started."""
+    """It changes while the engines start, and a saved notebook keeps the result."""
     (line,) = kernel.started.outputs
     *before, last = (shown["text/plain"] for shown in [*line["before"], line["data"]])
     assert ["loading torch ...", "forming the world ..."] == [before[0], before[-1]]
@@ -71,7 +71,7 @@ def test_a_training_is_a_live_panel_while_it_runs(kernel):
 
 
 def test_the_button_stops_all_ranks_after_the_same_step(kernel):
-    """Weights come home, the cell fails as interrupted, so that Run All stops, and the next cell works."""
+    """The weights are loaded, the cell fails as interrupted, so that Run All stops, and the next cell works."""
     kernel("before = model.body.weight.detach().clone()")
     kernel(
         "def loud(output, target):\n    print('going')\n    return F.cross_entropy(output, target)\n"
@@ -90,7 +90,7 @@ def test_the_button_stops_all_ranks_after_the_same_step(kernel):
 
 @pytest.mark.parametrize("cell_is_busy", [True, False], ids=["in a running cell", "in the background"])
 def test_the_stop_of_the_panel_ends_the_run_in_good_order(kernel, cell_is_busy):
-    """Weights come home and nothing fails, while the cell still runs as well as after it has ended."""
+    """The weights are loaded and nothing fails, while the cell still runs and after it has ended."""
     kernel("before = model.body.weight.detach().clone()")
     train = f"run = %dist_train model train_set --loss cross_entropy {ENDLESS}"
     if cell_is_busy:

@@ -15,7 +15,7 @@ from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, Tas
 
 
 def test_loading_the_extension_does_not_load_torch(tmp_path):
-    """It takes a moment; torch comes when it is needed."""
+    """It takes a moment; torch is imported when needed."""
     import subprocess
     import sys
 
@@ -33,7 +33,7 @@ print("torch" in sys.modules)
 
 
 def test_start_tells_what_it_started_and_stop_ends_it(notebook):
-    """Engines, ranks, host, devices and threads at the start; twice is fine for both, and both say so."""
+    """Engines, ranks, host, devices and threads at the start; both can be called twice, and report it."""
     notebook("%dist_stop")
     assert notebook.printed() == "stopped 2 engines\n"
     notebook("%dist_stop")
@@ -55,7 +55,7 @@ def test_start_tells_what_it_started_and_stop_ends_it(notebook):
 
 
 def test_the_fork_server_stays_until_it_is_stopped_too(notebook):
-    """The status says so, with and without engines, and what it costs; ``--all`` ends both, or what there is."""
+    """The status shows it, with and without engines, and its memory; ``--all`` ends both, or the running one."""
     server = psutil.Process(current_server().pid)
     line = rf"fork server for a quick start: pid {server.pid}, [\d,.]+ MiB \(%dist_stop --all ends it\)"
     notebook("%dist_status", "%dist_stop")
@@ -109,7 +109,7 @@ def test_status_shows_each_engine_and_the_newest_run(notebook, cluster):
 
 
 def test_a_cell_runs_on_all_engines_and_is_labelled(notebook):
-    """Identical lines are said once; results and rich output come with their ranks."""
+    """Identical lines are printed once; results and rich output are labelled with their ranks."""
     notebook.printed()
     notebook("%%dist\nprint('hello')\nprint('I am', rank)\nworld_size * 10")
     assert notebook.printed() == "[0-1] hello\n[0] I am 0\n[1] I am 1\n[0-1] Out: 20\n"
@@ -148,7 +148,7 @@ def test_ranks_that_do_not_exist_are_refused(notebook, ranks, message):
 
 
 def test_a_cell_that_fails_shows_the_engines_lines_and_fails(notebook):
-    """The traceback is the engine's, with the cell's number and the line as the user counts it; none of ours."""
+    """The traceback is the engine's, with the cell's number and the user's line number; no frame of nbdist."""
     number = notebook.shell.execution_count
     error, shown = notebook.fails("%%dist\nprint('before')\nz = 1\nz / (rank - 1)")
     assert isinstance(error, EngineError)
@@ -162,7 +162,7 @@ def test_a_cell_that_fails_shows_the_engines_lines_and_fails(notebook):
 
 
 def test_a_local_cell_runs_here_too_and_its_classes_are_one(notebook):
-    """An instance made there is of the class here; a cell that fails here is not sent there."""
+    """An instance made on an engine is of the notebook's class; a cell that fails here is not sent to engines."""
     notebook("%%dist --local\nclass Twin:\n    x = 1\nmade = Twin()\nprint('on', globals().get('rank', 'notebook'))")
     assert notebook.printed() == "on notebook\n[0] on 0\n[1] on 1\n"
     pulled = notebook("%dist_pull made --rank 1")
@@ -198,10 +198,10 @@ def test_values_go_to_the_engines_and_come_back(notebook):
         ("%dist_pull rank --rnak 1", PlanError, "%dist_pull: unknown argument '--rnak'. Did you mean '--rank'?"),
         ("%dist_start -n many", PlanError, "%dist_start: argument -n: invalid int value: 'many'."),
         ("%dist_start -n 0", PlanError, "0 engines is too few: use 1 or more."),
-        ("%dist_start -n 9999", PlanError, "9999 engines are more than this machine carries"),
+        ("%dist_start -n 9999", PlanError, "9999 engines are more than this machine can run"),
         ("%dist_start --device tpu", PlanError, "unknown device 'tpu': use auto, cpu or cuda."),
         ("%dist_start --timeout -1", PlanError, "timeout -1 s is too short"),
-        ("%dist_start --spares -1", PlanError, "-1 spares cannot be kept: use a whole number, 0 or more."),
+        ("%dist_start --spares -1", PlanError, "-1 spares are not possible: use a whole number, 0 or more."),
         ("%dist_start --nn 2", PlanError, "%dist_start: unknown argument '--nn'."),
         ("%dist_stop now", PlanError, "%dist_stop: unknown argument 'now'."),
         ("%dist_status --all", PlanError, "%dist_status: unknown argument '--all'."),
@@ -209,7 +209,7 @@ def test_values_go_to_the_engines_and_come_back(notebook):
     ],
 )
 def test_mistakes_are_said_in_one_sentence(notebook, cluster, line, kind, message):
-    """One error that names the value and the cure, no traceback, and the engines go on."""
+    """One error that names the value and the cure, no traceback, and the engines continue."""
     pids = [engine.pid for engine in cluster.engines]
     error, shown = notebook.fails(line)
     assert isinstance(error, NbdistError)
@@ -220,7 +220,7 @@ def test_mistakes_are_said_in_one_sentence(notebook, cluster, line, kind, messag
 
 
 def test_each_magic_has_the_help_of_its_parser(notebook):
-    """It names every option, with what it takes."""
+    """It names every option, with its argument."""
     for name, options in (
         ("dist_start", ("-n N", "--device auto|cpu|cuda", "--timeout S", "--spares N")),
         ("dist_status", ("Show the engines",)),

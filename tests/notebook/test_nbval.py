@@ -26,7 +26,7 @@ CELLS = [
 
 @pytest.mark.notebooks
 def test_every_output_comes_out_again(home, tmp_path):
-    """Panels, tables and values; and what does not is found."""
+    """Panels, tables and values; and a changed output is found."""
     where = subprocess.run([sys.executable, "-m", "nbdist", "nbval-sanitize"], capture_output=True, text=True).stdout
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}

@@ -1,4 +1,4 @@
-"""What ranks print, labelled and merged; and the line that says what is being done."""
+"""The output of ranks, labelled and merged; and the status line."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from nbdist.notebook.output import RankPrinter, StatusLine, label, merge, show_r
          "line ends of DOS", "only line feeds end a line", "nothing"],
 )  # fmt: skip
 def test_lines_are_labelled_and_said_once(texts, lines):
-    """Where all ranks agree a line is said once; what one rank overwrote is not said at all."""
+    """A line of all ranks is printed once; an overwritten line of a rank is not printed at all."""
     assert merge(texts) == lines
 
 
 def test_labels_name_ranks_briefly():
-    """Neighbours are drawn together."""
+    """Neighbouring ranks become a range."""
     assert [label([0]), label([0, 1, 2, 5])] == ["[0]", "[0-2,5]"]
 
 
@@ -57,7 +57,7 @@ def test_the_printer_prints_complete_lines_as_they_come_and_the_rest_at_the_end(
 
 
 def test_the_printer_collects_lines_for_a_while(capsys):
-    """So that ranks that say the same a little later are said together."""
+    """So that equal lines of ranks that print them a little later are merged."""
     texts = {0: "same\n", 1: ""}
     printer = RankPrinter(lambda stream: texts if stream == "stdout" else {}, interval_s=60)
     printer.poll()
@@ -69,7 +69,7 @@ def test_the_printer_collects_lines_for_a_while(capsys):
 
 
 def test_equal_results_are_shown_once(capsys):
-    """Plain text stands behind its label; text of several lines below it."""
+    """Plain text follows its label; text of several lines is below it."""
     show_rich({0: {"text/plain": "1"}, 1: {"text/plain": "2"}, 2: {"text/plain": "1"}}, "Out")
     assert capsys.readouterr().out == "[0,2] Out: 1\n[1] Out: 2\n"
     show_rich({0: {"text/plain": "a\nb"}}, "Out")
@@ -77,9 +77,9 @@ def test_equal_results_are_shown_once(capsys):
 
 
 def test_a_terminal_is_told_the_end_only(capsys):
-    """What cannot be changed later is not said."""
+    """A status that cannot be replaced later is not printed."""
     line = StatusLine(live=False)
-    line.tell("starting")
+    line.report("starting")
     assert capsys.readouterr().out == ""
     line.end("started")
     assert capsys.readouterr().out == "started\n"

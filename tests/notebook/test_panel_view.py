@@ -1,4 +1,4 @@
-"""What the panel draws of a run is true, small and safe."""
+"""The panel's data of a run are correct, small and safe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DATA = torch.ones(64, 6), torch.zeros(64, dtype=torch.long)
 
 
 def drawn(run):
-    """All that is drawn, as the front end gets it."""
+    """All the panel's data, as the front end gets them."""
     parts = {part: getattr(panel_view, part)(run.progress) for part in ("head", "rows", "charts", "events")}
     assert json.loads(json.dumps(parts)) == parts
     return parts
@@ -77,7 +77,7 @@ def test_a_run_without_an_end_has_no_share(cluster):
 
 
 def test_a_paused_run_says_no_time_left():
-    """Nobody knows how long it will rest."""
+    """The length of a pause is unknown."""
     run = made(2)
     run.state = "paused"
     assert "–" == facts(run)["left"]
@@ -122,7 +122,7 @@ def test_the_newest_events_are_shown():
 
 
 def test_an_error_stands_last():
-    """Whatever happened before."""
+    """Also after other events."""
     run = made(1)
     run.note("a rank was lost")
     run.end("failed", "ValueError: <b>")

@@ -1,4 +1,4 @@
-"""`%dist_runs`: what was trained before, from the record."""
+"""`%dist_runs`: past runs, from the record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nbdist.telemetry import PastRun, past_runs
 
 
 def test_a_run_of_an_earlier_kernel_is_shown_again(notebook):
-    """By the beginning of its name; the list says how each one ended."""
+    """By the beginning of its name; the list shows how each run ended."""
     run = notebook("%dist_train model train_set --loss cross_entropy --epochs 2 --val test_set")
     notebook.printed()
     past = notebook(f"%dist_runs {run.run_id}")
@@ -26,7 +26,7 @@ def test_a_run_of_an_earlier_kernel_is_shown_again(notebook):
 
 
 def test_there_may_be_none(notebook, home):
-    """It says where it looked."""
+    """It names the folder."""
     notebook("%dist_runs")
     assert str(home / "runs") in notebook.printed()
     error, _ = notebook.fails("%dist_runs 2026")

@@ -21,7 +21,7 @@ wait_for("end")"""
 
 
 def follow(cell, folder):
-    """Let the cell stop its run once the table has changed twice, and end once the table says that it has stopped."""
+    """Let the cell stop its run once the table has changed twice, and end once the table shows the stop."""
     if not cell.outputs:
         return
     shown = cell.outputs[0]
@@ -32,7 +32,7 @@ def follow(cell, folder):
 
 
 def test_the_status_follows_a_run_to_its_end(home, tmp_path):
-    """The table in the cell changes while engines work, and stands still with what is true afterwards."""
+    """The table in the cell changes while engines work, and keeps the final state afterwards."""
     kernel = Kernel(tmp_path)
     try:
         kernel("%load_ext nbdist\n%dist_start -n 2 --device cpu\nimport torch\nfrom torch import nn")
@@ -61,7 +61,7 @@ def test_help_fits_on_a_screen():
 
 
 def test_help_of_one_magic(notebook):
-    """By its name, with or without what stands before."""
+    """By its name, with or without its prefix."""
     for name in ("dist_train", "%dist_train", "train", "%%dist_train"):
         notebook(f"%dist_help {name}")
         assert "--strategy" in notebook.printed()

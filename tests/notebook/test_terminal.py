@@ -1,4 +1,4 @@
-"""IPython in a terminal: the run is drawn where it stands."""
+"""IPython in a terminal: the run is redrawn in place."""
 
 from __future__ import annotations
 

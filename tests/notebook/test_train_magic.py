@@ -75,7 +75,7 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
 
 @pytest.mark.parametrize("word", ["data", "ddp", "dp=2"])
 def test_a_strategy_has_its_words(notebook, word):
-    """All three mean the same mesh here."""
+    """All three give the same mesh here."""
     run = notebook(f"%dist_train model train_set --loss cross_entropy --steps 1 --strategy {word}")
     assert str(run.plan.mesh) == "dp=2"
 
@@ -99,7 +99,7 @@ def test_expressions_may_hold_spaces_in_brackets(notebook):
 
 
 def test_names_are_callables_of_the_notebook(notebook):
-    """Loss, optimizer and metric; a callable of the notebook goes before a well-known name, another value does not."""
+    """Loss, optimizer and metric; a callable of the notebook wins over a well-known name, another value does not."""
     notebook(
         "def mse(output, target):\n    return F.cross_entropy(output, target) * 0 + 0.25 + 0 * output.sum()",
         "def slow(parameters, lr):\n    return torch.optim.SGD(parameters, lr=lr)",
@@ -125,7 +125,7 @@ def test_a_ready_optimizer_gets_its_state_back(notebook):
 
 
 def test_a_background_run_returns_at_once_and_stops_when_asked(notebook):
-    """The magic hands out the running Run; the next waits its turn; weights come home with the stop."""
+    """The magic returns the running Run; the next run is queued; the stop loads the weights."""
     before = weights(notebook)
     endless = "= %dist_train model train_set --loss cross_entropy --steps 1000000000 --background"
     run, second = notebook(f"run {endless}", f"second {endless}", "(run, second)")
@@ -139,7 +139,7 @@ def test_a_background_run_returns_at_once_and_stops_when_asked(notebook):
 
 
 def test_what_the_users_code_prints_is_shown_by_rank(notebook):
-    """Said once where all ranks agree."""
+    """Once, if all ranks print the same."""
     notebook("def loud(output, target):\n    print('in the loss')\n    return F.cross_entropy(output, target)")
     notebook.printed()
     notebook("%dist_train model train_set --loss loud --steps 2")
@@ -160,7 +160,7 @@ def test_the_cell_form_is_one_training_step(notebook):
 
 
 def test_the_notebooks_own_name_of_the_model_is_the_same_object(notebook):
-    """`m2` and `model` are one inside the step, and it is `m2` here that is trained."""
+    """`m2` and `model` are one object inside the step, and `m2` is trained here."""
     notebook("m2 = Net()", "was = model")
     before = weights(notebook, "m2")
     notebook("%%dist_train m2 train_set --steps 2\nx, t = batch\nassert m2 is model\nloss = F.cross_entropy(m2(x), t)")
@@ -169,7 +169,7 @@ def test_the_notebooks_own_name_of_the_model_is_the_same_object(notebook):
 
 
 def test_a_weight_says_what_the_mean_is_over(notebook):
-    """Ignored targets average exactly: the losses of both ways to say it are equal, and differ from the plain mean."""
+    """Ignored targets average exactly: the losses of both forms are equal, and differ from the plain mean."""
     notebook(
         "t = torch.randint(3, (64,)); t[::3] = -100; t[:16] = -100",
         "a = %dist_train model (X, t) --loss cross_entropy --lr 1e-9 --epochs 1 --batch-size 32",
@@ -186,7 +186,7 @@ def test_a_weight_says_what_the_mean_is_over(notebook):
 
 
 def test_an_error_in_the_step_is_shown_with_its_cell_and_line(notebook):
-    """The rank, the line of the cell as the user sees it, and its source; the model is as it was."""
+    """The rank, the line of the cell as the user sees it, and its source; the model is unchanged."""
     before = weights(notebook)
     number = notebook.shell.execution_count
     error, shown = notebook.fails(
@@ -202,7 +202,7 @@ def test_an_error_in_the_step_is_shown_with_its_cell_and_line(notebook):
 
 
 def test_an_error_in_a_function_of_another_cell_names_that_cell(notebook):
-    """Functions keep their place, whoever calls them."""
+    """Functions keep their line numbers, for any caller."""
     number = notebook.shell.execution_count
     notebook("def torn(output, target):\n    raise ValueError('torn')")
     error, shown = notebook.fails("%dist_train model train_set --loss torn --steps 1")
@@ -229,7 +229,7 @@ MISTAKES = [
     ("%dist_train model train_set --loss mse --optimizer adamm", TaskError, "unknown optimizer 'adamm': use "),
     ("%dist_train model train_set --loss mse --val test_set --metric acuracy", TaskError, "unknown metric 'acuracy'"),
     ("%dist_train model train_set --loss mse --metric accuracy", TaskError,
-     "metric accuracy has nothing to be measured on: give val"),
+     "metric accuracy has no data to be measured on: give val"),
     ("%dist_train model train_set --loss mse --strategy fsdpp", PlanError, "unknown strategy 'fsdpp': use data"),
     ("%dist_train model train_set --loss mse --strategy dp=4", PlanError, "strategy 'dp=4' needs 4 ranks"),
     ("%dist_train model train_set --loss mse --batch-size 1", PlanError, "batch_size 1 is smaller than its 2 slices"),
@@ -248,7 +248,7 @@ MISTAKES = [
     ("%dist_train model X --loss mse", TaskError, "loss compares the model's output with the last element of a batch"),
     ("%dist_train model (X,y[:3]) --loss mse", TaskError,
      "the tensors of (X,y[:3]) differ in their number of samples, [64, 3]: make them equal."),
-    ("%%dist_train model train_set --loss mse\nloss = 1", PlanError, "--loss and a cell body are two ways to say the"),
+    ("%%dist_train model train_set --loss mse\nloss = 1", PlanError, "--loss and a cell body both define the loss"),
     ("%%dist_train model train_set\nx = 1", PlanError, f"the cell does not assign `loss`: {CELL}"),
     ("%%dist_train model train_set\n# nothing", PlanError, f"the cell is empty: {CELL}"),
     ("%%dist_train model train_set\nx = 1\nloss = (", PlanError, f"'(' was never closed (line 3 of the cell): {CELL}"),
@@ -299,7 +299,7 @@ def test_a_redefined_class_is_the_one_that_trains(notebook):
 
 
 def test_closures_and_notebook_globals_travel(notebook):
-    """A loss that a function made, over a value of the notebook as it is at the call."""
+    """A loss made by a function, over a notebook value as of the call."""
     notebook(
         "factor = 2.0",
         "def scaled(by):\n    def loss(output, target):\n"
@@ -314,7 +314,7 @@ def test_closures_and_notebook_globals_travel(notebook):
 
 
 def test_an_interrupt_that_comes_while_the_panel_is_drawn_stops_the_run(notebook, monkeypatch):
-    """As one does that comes a moment later: the cell fails, and the run has ended."""
+    """As a later one does: the cell fails, and the run has ended."""
     begin = LineDashboard.begin
 
     def interrupted(dashboard, run):

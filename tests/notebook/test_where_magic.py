@@ -20,7 +20,7 @@ data = torch.ones(64, 6), torch.zeros(64, dtype=torch.long)
 
 
 def test_it_names_the_cell_that_hangs_by_its_number(home, tmp_path):
-    """With the lines around it; the run is ended without a trace."""
+    """With the lines around it; the run then ends and leaves nothing behind."""
     kernel = Kernel(tmp_path)
     try:
         kernel("%load_ext nbdist\n%dist_start -n 2 --device cpu")

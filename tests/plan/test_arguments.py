@@ -30,7 +30,7 @@ WORDS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_can_be_given(name):
-    """As ``--name value``; what was not given is not there; the value is one that the Plan takes."""
+    """As ``--name value``; an option that is not given is absent; the Plan accepts the value."""
     word, value = WORDS[name]
     given = plan_options(parser().parse(["net", "--" + name.replace("_", "-"), word]))
     assert {name: value if name != "split_at" else [*value]} == given
@@ -64,7 +64,7 @@ def test_an_option_that_may_stand_alone(line):
     ("word", "value"), [("yes", True), ("True", True), ("1", True), ("no", False), ("FALSE", False), ("0", False)]
 )
 def test_yes_and_no(word, value):
-    """A switch is given in words."""
+    """A switch takes yes or no."""
     assert value is parser().parse(["net", "--shuffle", word]).shuffle
 
 
@@ -81,7 +81,7 @@ def test_yes_and_no(word, value):
     ],
 )
 def test_a_mistake_is_a_plan_error(line, message):
-    """Never an exit, and an unknown option comes with the nearest known one."""
+    """Never an exit, and the error for an unknown option suggests the nearest known one."""
     with pytest.raises(PlanError, match=message):
         parser().parse(split_line(line))
 
@@ -98,7 +98,7 @@ def test_a_mistake_is_a_plan_error(line, message):
     ],
 )
 def test_a_line_is_split_as_python_reads_it(line, words):
-    """Brackets and quotes hold together what stands in them, and stay."""
+    """Brackets and quotes keep their content together, and stay."""
     assert words == split_line(line)
 
 

@@ -1,4 +1,4 @@
-"""How many engines make sense, and whether it is worth while to count GPUs."""
+"""How many engines make sense, and whether to count GPUs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_default_is_an_engine_a_gpu_or_a_core_up_to_four(cores, gpus, engine
     ],
 )
 def test_a_number_that_cannot_be_meant_is_refused(engines, message):
-    """With what the machine has and what can be used."""
+    """With the machine's capacity and the limit."""
     with pytest.raises(PlanError, match=message):
         check_engines(engines, 2, 0)
 
@@ -56,12 +56,12 @@ def test_cores_are_those_this_process_may_use():
 
 
 def test_gpus_that_torch_can_use_are_not_overlooked():
-    """Where no driver is seen, torch counts none."""
+    """Without a driver, torch counts none."""
     assert may_have_gpus() or not torch.cuda.device_count()
 
 
 def test_a_driver_is_seen_by_its_device(tmp_path, monkeypatch):
-    """One of several is enough; under Windows, which shows none, there may always be GPUs."""
+    """One of several is enough; under Windows, without device files, there may always be GPUs."""
     device = tmp_path / "driver"
     monkeypatch.setattr(capacity, "_GPU_DEVICES", (str(tmp_path / "another"), str(device)))
     assert not may_have_gpus()
@@ -73,7 +73,7 @@ def test_a_driver_is_seen_by_its_device(tmp_path, monkeypatch):
 
 
 def test_memory_is_bounded_by_the_host_and_by_the_container(monkeypatch):
-    """The smaller of the two counts; where neither is known, neither does."""
+    """The smaller of the two counts; None if neither is known."""
     assert 2**20 < available_bytes() < 2**50
     monkeypatch.setattr(capacity, "_free_in_container", lambda: 5)
     assert 5 == available_bytes()

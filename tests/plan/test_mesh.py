@@ -1,4 +1,4 @@
-"""The mesh, and the words that stand for one."""
+"""The mesh, and the strategy words for one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nbdist.plan import Mesh
     ],
 )  # fmt: skip
 def test_a_strategy_is_a_mesh(strategy, expected):
-    """A word lays all ranks on its axis; a mesh may be written out."""
+    """A word puts all ranks on its axis; a mesh may be written out."""
     mesh = Mesh.parse(strategy, 3)
     ((axis, degree),) = expected.items()
     assert (Mesh(**expected), 3, f"{axis}={degree}") == (mesh, mesh.size, str(mesh))
@@ -39,13 +39,13 @@ def test_a_strategy_is_a_mesh(strategy, expected):
     ],
 )
 def test_what_is_no_strategy_is_refused(strategy, message):
-    """The error names the word and what can be had."""
+    """The error names the word and the alternatives."""
     with pytest.raises(PlanError, match=message):
         Mesh.parse(strategy, 3)
 
 
 def test_ranks_lie_on_the_mesh_with_tp_neighbours():
-    """The axes in their order, the last one runs fastest; rank 0 stands at the origin."""
+    """The axes in their order, the last one runs fastest; rank 0 is at the origin."""
     mesh = Mesh(pp=2, dp=2, tp=2)
     assert "pp=2,dp=2,tp=2" == str(mesh)
     assert [[0, 1], [2, 3], [4, 5], [6, 7]] == mesh.groups("tp")
@@ -57,7 +57,7 @@ def test_ranks_lie_on_the_mesh_with_tp_neighbours():
 
 
 def test_neighbours_and_some_of_a_line():
-    """A ring closes; of two ranks there is one pair. Ranks that are left out are alone."""
+    """A ring closes; two ranks make one pair. Ranks that are left out are groups of one."""
     mesh = Mesh(pp=4, dp=2)
     assert [(0, 2), (0, 6), (1, 3), (1, 7), (2, 4), (3, 5), (4, 6), (5, 7)] == mesh.ring("pp")
     assert [(0, 1)] == Mesh(pp=2).ring("pp")

@@ -32,7 +32,7 @@ def test_edges_draw_the_cut_away():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_other_cuts_are_better(seed):
-    """Against all possible ones."""
+    """Compared with all possible ones."""
     rng = random.Random(seed)
     count, parts = rng.randint(4, 9), rng.randint(2, 4)
     costs = [rng.choice([0, rng.random()]) for _ in range(count)]

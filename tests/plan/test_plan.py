@@ -20,7 +20,7 @@ def create(ranks=2, cores=8, **options):
 
 
 def test_defaults_depend_on_ranks_and_cores():
-    """One epoch, all ranks on the data axis, the cores shared out."""
+    """One epoch, all ranks on the data axis, the cores divided among them."""
     plan = create()
     assert (Mesh(dp=2), 1, None, 32, 4) == (plan.mesh, plan.epochs, plan.steps, plan.batch_size, plan.threads)
     assert 1 == create(ranks=4, cores=2).threads
@@ -28,12 +28,12 @@ def test_defaults_depend_on_ranks_and_cores():
 
 
 def test_none_means_not_given():
-    """Options that a user left away keep their default."""
+    """Options that a user left out keep their default."""
     assert create() == create(**dict.fromkeys(OPTIONS))
 
 
 def test_a_plan_is_pure_data():
-    """It cannot be changed, and goes through JSON as it is."""
+    """It cannot be changed, and survives JSON."""
     plan = create(lr=0.1, clip_norm=1, seed=3)
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.lr = 1.0
@@ -129,7 +129,7 @@ def test_how_often_that_is_neither_steps_nor_time(words):
 
 
 def test_what_a_person_writes_is_checked_without_assertions():
-    """`python -O` leaves those out."""
+    """`python -O` removes asserts."""
     code = "from nbdist.plan import Plan\n"
     for words in ("often", "0", "0s"):
         code += f"try: print(Plan.create(ranks=1, cores=1, checkpoint='x', checkpoint_every={words!r}))\n"
@@ -139,7 +139,7 @@ def test_what_a_person_writes_is_checked_without_assertions():
 
 
 def test_folders_are_whole_paths(monkeypatch, tmp_path):
-    """Ranks may have another working folder; to resume from the newest in `checkpoint` is no folder."""
+    """Ranks may have another working directory; to resume from the newest in `checkpoint` is no folder."""
     monkeypatch.chdir(tmp_path)
     plan = create(checkpoint="here", resume="~/there")
     assert (str(tmp_path / "here"), os.path.expanduser("~/there")) == (plan.checkpoint, plan.resume)

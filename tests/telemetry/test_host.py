@@ -1,4 +1,4 @@
-"""A host is told from others, and is called something."""
+"""A host has an id of its own, and a name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nbdist.telemetry.host import host_id, host_name
 
 
 def test_a_host_has_one_name(run_ranks):
-    """Processes that can map each other's segments agree on it."""
+    """Processes that can map each other's segments have the same id."""
     assert [host_id()] * 2 == run_ranks(2, name_host)
 
 
@@ -17,7 +17,7 @@ def name_host(_world):
 
 
 def test_a_name_can_be_given(monkeypatch):
-    """Where it cannot be seen from inside."""
+    """Where a process cannot detect the host."""
     monkeypatch.delenv("NBDIST_HOST", raising=False)
     assert socket.gethostname() == host_name()
     monkeypatch.setenv("NBDIST_HOST", "mine")

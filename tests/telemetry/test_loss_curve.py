@@ -1,4 +1,4 @@
-"""The curve: few points for any number of steps."""
+"""The loss curve: few points for any number of steps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_points_stand_for_as_many_steps_each():
 
 
 def test_losses_are_told_once():
-    """What was added since the last time, in few points however many steps there were."""
+    """The losses since the last call, in few points for any number of steps."""
     losses = Losses()
     assert () == losses.take()
     for step in range(1, 4):

@@ -1,4 +1,4 @@
-"""Past runs: the record tells what the panel told."""
+"""Past runs: the record holds what the panel showed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def told(run_id, *events, rank=0):
 
 
 def test_a_run_is_read_back_as_it_was(cluster):
-    """State, history, curve, ranks and what happened."""
+    """State, history, curve, ranks and happenings."""
     run = cluster.train(nn.Linear(6, 3), DATA, epochs=3, val=DATA, metric="accuracy", **OPTIONS)
     past = past_run(run.run_id)
     assert (run.state, run.history, run.stages) == (past.state, past.history, past.stages)
@@ -41,12 +41,12 @@ def test_a_run_is_read_back_as_it_was(cluster):
     assert json.loads(json.dumps(run.progress.plan)) == past.progress.plan
     assert (12, [0, 1]) == (past.progress.step, sorted(past.progress.ranks))
     assert 12 == past.progress.curve[-1].step
-    assert past.glance.history[-1] == run.history[-1]
+    assert past.overview.history[-1] == run.history[-1]
     assert repr(past).splitlines()[0].startswith("nbdist: Linear (21 parameters) on dp=2 · finished · step 12/12")
 
 
 def test_a_run_that_lost_a_rank_is_told_once(cluster, tmp_path):
-    """Steps that were done again are not on the curve twice, and the loss stands among what happened."""
+    """Repeated steps are not on the curve twice, and the lost rank is among the happenings."""
     gate = Gate(tmp_path, 20)
     run = cluster.train(nn.Linear(6, 3), DATA, steps=10**9, background=True, lr_scheduler=gate, **OPTIONS)
     gate.wait(20, run=run)
@@ -66,7 +66,7 @@ def test_a_run_that_lost_a_rank_is_told_once(cluster, tmp_path):
 
 
 def test_a_run_that_failed_says_why(cluster):
-    """The error of the rank that had it."""
+    """The error of the rank that failed first."""
 
     def torn(output, target):
         raise ValueError("torn on purpose")
@@ -78,7 +78,7 @@ def test_a_run_that_failed_says_why(cluster):
 
 
 def test_the_newest_come_first():
-    """No more than asked for; one that never began is left out."""
+    """At most the requested number; a run that never began is left out."""
     for number in range(4):
         told(f"2026112{number}-000000-abcd", STARTED, RunFinished(rank=0, state="finished"))
     told("20261129-000000-abcd")
@@ -93,7 +93,7 @@ def test_without_a_record_there_are_none(home):
 
 
 def test_the_beginning_of_a_name_will_do():
-    """Where it is that of one run only."""
+    """If only one run has it."""
     for name in ("20261121-000000-abcd", "20261121-000000-abff", "20261122-000000-abcd"):
         told(name, STARTED)
     assert past_run("20261122").run_id == "20261122-000000-abcd"
@@ -104,16 +104,16 @@ def test_the_beginning_of_a_name_will_do():
 
 
 def test_a_torn_line_is_passed_over():
-    """What a killed rank left half written, and kinds of events that a later version may know."""
+    """A killed rank's torn line, and kinds of events of a later version."""
     told("20261121-000000-abcd", STARTED, EpochFinished(rank=0, row=ROW))
     with record_path("20261121-000000-abcd", 1).with_name("rank0.jsonl").open("a") as file:
         file.write('{"event": "Improved", "rank": 0}\n{"event": "Progre')
     past = past_run("20261121")
-    assert ([ROW], [ROW]) == (past.history, list(past.glance.history))
+    assert ([ROW], [ROW]) == (past.history, list(past.overview.history))
 
 
 def test_a_list_reads_the_ends_only():
-    """However long the record: its middle may be anything."""
+    """For a record of any length: its middle is not read."""
     run_id = "20261121-000000-abcd"
     told(run_id, STARTED)
     path = record_path(run_id, 1).with_name("rank0.jsonl")
@@ -121,8 +121,8 @@ def test_a_list_reads_the_ends_only():
         file.truncate(1 << 33)
         file.write(b"\n")
     told(run_id, EpochFinished(rank=0, row=ROW), RunFinished(rank=0, state="stopped"))
-    glance = past_run(run_id).glance
-    assert ("stopped", [ROW]) == (glance.state, list(glance.history))
+    overview = past_run(run_id).overview
+    assert ("stopped", [ROW]) == (overview.state, list(overview.history))
 
 
 WRITER = """
@@ -138,7 +138,7 @@ sys.stdin.read()
 
 
 def test_a_run_is_lost_when_its_processes_are_gone(monkeypatch):
-    """Until then it is running, whoever looks."""
+    """Until then it is running, for every reader."""
     monkeypatch.setenv("NBDIST_HOST", STARTED.host)
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -152,11 +152,11 @@ def test_a_run_is_lost_when_its_processes_are_gone(monkeypatch):
         writer.communicate()
     past = past_run("20261121")
     assert past.state == "lost"
-    assert "did not tell how it ended" in repr(past)
+    assert "died without recording an end" in repr(past)
 
 
 def test_a_run_of_another_host_is_as_it_last_said(monkeypatch):
-    """Whether its processes are gone cannot be seen from here; on its own host it can."""
+    """Only its own host can see whether its processes are gone."""
     monkeypatch.setenv("NBDIST_HOST", STARTED.host)
     told("20261121-000000-abcd", STARTED)
     assert "lost" == past_run("20261121").state
@@ -167,7 +167,7 @@ def test_a_run_of_another_host_is_as_it_last_said(monkeypatch):
 
 
 def test_losses_keep_their_points():
-    """What rank 0 tells of the loss is the curve."""
+    """Rank 0's losses are the curve."""
     points = (Point(1, 1, 2.0, 2.0, 2.0), Point(2, 1, 1.5, 1.5, 1.5))
     told("20261121-000000-abcd", STARTED, type(PROGRESS)(**{**vars(PROGRESS), "rank": 0, "losses": points}))
     assert points == past_run("20261121").progress.curve

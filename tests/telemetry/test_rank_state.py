@@ -71,18 +71,18 @@ def folded(*events):
     ],
 )  # fmt: skip
 def test_an_event_changes_what_it_tells_and_nothing_else(events, changed):
-    """Folding is pure: the state before is what it was."""
+    """Folding is pure: the old state is unchanged."""
     assert dataclasses.replace(RankState(rank=1), **changed) == folded(*events)
     assert RankState(rank=1) == folded()
 
 
 def test_a_step_without_a_loss_keeps_the_last_one():
-    """A rank that had no part in a short batch still shows the loss it had."""
+    """A rank without a part of a short batch keeps its last loss."""
     assert 0.4 == folded(PROGRESS, dataclasses.replace(PROGRESS, step=11, loss=None)).loss
 
 
 def test_states_and_events_go_through_json():
-    """A snapshot comes back as it was; an event says its kind and the time."""
+    """A state survives the round trip; an event has its kind and the time."""
     state = folded(STARTED, PROGRESS, WORKED, EpochFinished(rank=1, row=ROW), Noted(rank=1, text="so"))
     assert state == RankState.from_dict(json.loads(json.dumps(state.to_dict())))
     before = time.time()
@@ -93,5 +93,5 @@ def test_states_and_events_go_through_json():
 
 @pytest.mark.parametrize("kind", Event.__subclasses__())
 def test_events_are_frozen(kind):
-    """A fact does not change."""
+    """An event is frozen."""
     assert kind.__dataclass_params__.frozen

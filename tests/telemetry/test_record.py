@@ -1,4 +1,4 @@
-"""Where records lie, and that they do not pile up."""
+"""The paths of records, and the removal of old ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_records_lie_in_a_home_that_can_be_set(monkeypatch, home, tmp_path):
 
 
 def test_old_records_go_when_a_run_begins(home):
-    """Rank 0 keeps the newest ones, by name; other ranks and files beside them are left alone."""
+    """Rank 0 keeps the newest ones, by name; other ranks remove nothing, and other files stay."""
     names = [f"2026{i:04d}-000000-abcd" for i in range(KEPT_RUNS + 5)]
     for name in names:
         (home / "runs" / name).mkdir(parents=True)
@@ -42,7 +42,7 @@ def test_names_of_runs_differ():
 
 
 def began(folder, name, *events, host=None):
-    """A record of a run that has begun, and what else it tells."""
+    """A record of a run that has begun, with more events."""
     told = [{"event": "RunStarted", "rank": 0, "host": host or host_name()}, *({"event": event} for event in events)]
     (folder / name).mkdir(parents=True)
     (folder / name / "rank0.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in told))
@@ -50,7 +50,7 @@ def began(folder, name, *events, host=None):
 
 
 def test_the_record_of_a_run_that_goes_on_stays(home):
-    """However many newer ones there are: of one that is being written here, on rank 0 or another one."""
+    """With any number of newer ones: a record that is being written here, on rank 0 or another rank."""
     runs = home / "runs"
     for name in ("2025-a", "2025-b"):
         began(runs, name)
@@ -67,7 +67,7 @@ def test_the_record_of_a_run_that_goes_on_stays(home):
 
 
 def test_another_hosts_record_stays_until_it_has_told_its_end(home):
-    """Whether that host's run lives, only that host can tell."""
+    """Only that host can see whether its run is alive."""
     runs = home / "runs"
     began(runs, "2025-a", host="elsewhere")
     began(runs, "2025-b", "RunFinished", host="elsewhere")

@@ -24,7 +24,7 @@ def documented():
 
 
 def test_every_event_is_documented():
-    """With its fields, but for those that all share."""
+    """With its fields, except those that all share."""
     shared = {field.name for field in dataclasses.fields(Event)}
     kinds = {kind.__name__: {f.name for f in dataclasses.fields(kind)} - shared for kind in Event.__subclasses__()}
     assert kinds == documented()

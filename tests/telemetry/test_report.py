@@ -1,4 +1,4 @@
-"""What a run has to say for itself, as tables and pictures."""
+"""The report of a run, as tables and plots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ mpl.use("agg")
 
 
 class Told(Report):
-    """A report of what it is given."""
+    """A report of a given state."""
 
     def __init__(self, progress):
         self._progress = progress
@@ -45,7 +45,7 @@ def test_the_history_is_a_frame(report):
 
 
 def test_a_run_without_an_epoch_has_an_empty_frame():
-    """It fails nobody's loop."""
+    """It does not break a loop over runs."""
     assert 0 == len(Told(run_of(RankState(rank=0))).to_frame())
     assert 0 == len(Told(run_of(RankState(rank=0))).to_frame(steps=True))
 
@@ -67,7 +67,7 @@ def test_the_loss_is_drawn_over_steps(report):
 
 
 def test_it_is_drawn_where_one_wants_it(report):
-    """Two runs in one picture."""
+    """Two runs in one plot."""
     axes = report.plot()
     assert axes is report.plot(axes)
     assert 4 == len(axes.get_lines())
@@ -75,7 +75,7 @@ def test_it_is_drawn_where_one_wants_it(report):
 
 @pytest.mark.parametrize(("package", "method"), [("pandas", "to_frame"), ("matplotlib.pyplot", "plot")])
 def test_a_missing_package_is_named(report, monkeypatch, package, method):
-    """With what to do."""
+    """With the cure."""
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(PlanError, match=f"needs {package.split('.')[0]}: pip install"):
         getattr(report, method)()

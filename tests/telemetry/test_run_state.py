@@ -15,7 +15,7 @@ def noted(rank, *texts, kind="note"):
 
 
 def test_what_is_noted_by_several_ranks_is_said_once():
-    """In the order in which it came, however often a snapshot of the same rank comes."""
+    """In order of arrival, however often the state of the same rank is merged."""
     run = run_of(noted(FAST, "one"), noted(SLOW, "one", "two"))
     run.merge(noted(FAST, "one", "three"))
     run.merge(noted(SLOW, "one", "two"))
@@ -23,7 +23,7 @@ def test_what_is_noted_by_several_ranks_is_said_once():
 
 
 def test_orders_happen_once_and_are_no_notes():
-    """Every rank tells of them; rank 0's word is taken."""
+    """Every rank reports them; rank 0's report counts."""
     run = run_of(noted(FAST, "paused", kind="command"), noted(SLOW, "paused", "late", kind="command"))
     assert ["paused"] == [happening.text for happening in run.happenings]
     assert [] == run.notes
@@ -31,7 +31,7 @@ def test_orders_happen_once_and_are_no_notes():
 
 @pytest.mark.parametrize("before", ["starting", "recovering", "running"])
 def test_a_run_is_paused_while_rank_0_says_so(before):
-    """Another rank may still have to say it, and may be late with it."""
+    """Another rank may report it later."""
     run = run_of(FAST, SLOW)
     run.state = before
     for rank, state in (
@@ -43,10 +43,10 @@ def test_a_run_is_paused_while_rank_0_says_so(before):
 
 
 def test_the_loss_so_far_stays_where_ranks_begin_again():
-    """Up to the step from which they go on; after it, what they tell now."""
+    """Up to the step from which they resume; after it, the new losses."""
     points = [Point(step, 1, loss, loss, loss) for step, loss in [(1, 4.0), (2, 3.0), (3, 2.0)]]
     run = run_of(dataclasses.replace(FAST, curve=tuple(points)), SLOW)
-    run.begin_again()
+    run.restart_ranks()
     again = Point(3, 1, 2.5, 2.5, 2.5)
     run.merge(dataclasses.replace(FAST, first_step=2, step=3, curve=(again,)))
     assert (*points[:2], again) == run.curve
@@ -73,12 +73,12 @@ def standing(*busy_and_idle, state="running"):
     ],
 )
 def test_a_rank_stands_beside_the_others(ranks, stand):
-    """Slow is who takes much longer than the others, waiting who spends its time on waiting for them."""
+    """A rank is slow if its step takes much longer than the others', waiting if it mostly waits for them."""
     assert stand == standing(*ranks)
 
 
 def test_who_runs_while_others_are_replaced_waits():
-    """Whatever it spent its time on before."""
+    """However its time was split before."""
     assert ["waiting", "waiting"] == standing((0.2, 0.0), (0.1, 0.0), state="recovering")
 
 
@@ -102,7 +102,7 @@ def test_the_end_is_foreseen_from_the_speed(monkeypatch):
 
 
 def test_a_run_that_recovers_runs_again():
-    """With the first snapshot of a rank that runs; where it goes on, an older step counts."""
+    """With the first state of a running rank; after a resume, an older step counts."""
     run = run_of(FAST, SLOW)
     run.state = "recovering"
     assert run.running
@@ -113,9 +113,9 @@ def test_a_run_that_recovers_runs_again():
 
 
 def test_it_stands_where_it_came_home():
-    """Whatever step ranks had begun after that."""
+    """Though ranks had begun later steps."""
     run = run_of(FAST, SLOW)
-    run.stand_at(9)
+    run.set_step(9)
     assert [9, 9] == [rank.step for rank in run.ranks.values()]
 
 
@@ -127,14 +127,14 @@ def test_a_run_adds_its_ranks_up():
 
 
 def test_a_loss_nobody_has_yet_is_none():
-    """And one that a single rank has is that rank's."""
+    """And a loss of a single rank is that rank's."""
     nothing = [dataclasses.replace(rank, loss=None) for rank in (FAST, SLOW)]
     assert run_of(*nothing).loss is None
     assert 0.4 == run_of(nothing[0], SLOW).loss
 
 
 def test_an_ended_run_shows_the_exact_numbers():
-    """The last row's loss, the mean speed of the training, and a clock that stands."""
+    """The last row's loss, the mean speed of the training, and a stopped clock."""
     second = {**ROW, "epoch": 2, "loss": 0.25, "samples": 320, "seconds": 6.0}
     run = run_of(dataclasses.replace(FAST, history=(ROW, second)), SLOW)
     assert run.running
@@ -147,7 +147,7 @@ def test_an_ended_run_shows_the_exact_numbers():
 
 @pytest.mark.parametrize("state", ["finished", "stopped", "failed"])
 def test_an_end_is_final(state):
-    """A snapshot that comes late updates its rank and does not bring the run back."""
+    """A late state updates its rank and does not revive the run."""
     run = run_of(FAST, SLOW)
     run.end(state, "why")
     run.merge(dataclasses.replace(SLOW, step=12))
@@ -155,7 +155,7 @@ def test_an_end_is_final(state):
 
 
 def test_a_run_starts_with_its_first_snapshot():
-    """Until a rank has something to say it is starting."""
+    """A rank without events is starting."""
     run = run_of(RankState(rank=0), RankState(rank=1))
     assert "starting" == run.state
     run.merge(FAST)

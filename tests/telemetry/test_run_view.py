@@ -27,7 +27,7 @@ def ended(state="finished", error="", title="Net (12 parameters)"):
 
 
 def test_text_has_the_run_the_history_and_the_ranks():
-    """A summary, a row an epoch with a dash where nothing was measured, a row a rank; each line says who speaks."""
+    """A summary, a row an epoch with a dash for a missing value, a row a rank; each line begins with nbdist."""
     lines = run_text(ended()).splitlines()
     assert all(line.startswith("nbdist: ") for line in lines)
     assert re.fullmatch(
@@ -46,7 +46,7 @@ def test_text_has_the_run_the_history_and_the_ranks():
 
 @pytest.mark.parametrize("error", ["ValueError: bad", "ValueError: two\nlines"])
 def test_an_error_stands_under_the_summary(error):
-    """Each of its lines says who speaks, and HTML stays on one line."""
+    """Each of its lines begins with nbdist, and HTML stays on one line."""
     run = ended("failed", error)
     assert [f"nbdist: {line}" for line in error.splitlines()] == run_text(run).splitlines()[1:][: error.count("\n") + 1]
     assert "\n" not in run_html(run)
@@ -101,7 +101,7 @@ def test_a_run_that_has_not_begun_can_be_drawn():
 
 
 def test_charts_are_images():
-    """An untrusted notebook loses an svg element: it stands in an image, with its words beside it."""
+    """An untrusted notebook removes an svg element: it is in an image, with its text as alt."""
     images = [dict(parsed) for parsed in [Tags(run_html(ended())).attributes]]
     assert images[0]["alt"].startswith("Loss over 20 steps: from 0.5 to 0.5; on the validation data 0.6")
     kind, _, data = images[0]["src"].partition(",")
@@ -110,14 +110,14 @@ def test_charts_are_images():
 
 
 def test_a_run_that_goes_on_says_how_long_still(monkeypatch):
-    """With the learning rate of the moment."""
+    """With the current learning rate."""
     run = run_of(dataclasses.replace(FAST, lr=3e-4), SLOW)
     monkeypatch.setattr(RunState, "eta_s", 200.0)
     assert re.search(r" · lr 0\.0003 · 50 samples/s · .* s · about 3 min left$", run_text(run).splitlines()[0])
 
 
 def test_of_many_ranks_those_are_shown_that_need_an_eye():
-    """First who is lost, then who is slow, then the slowest of the others; the rest is counted."""
+    """First lost ranks, then slow ones, then the slowest of the others; the rest are counted."""
     ranks = [RankState(rank=r, state="running", busy_s=0.1 + r / 1e4, shares=Shares(1, 0, 0, 0)) for r in range(64)]
     ranks[7] = dataclasses.replace(ranks[7], busy_s=0.5)
     ranks[9] = dataclasses.replace(ranks[9], state="lost")
@@ -130,7 +130,7 @@ def test_of_many_ranks_those_are_shown_that_need_an_eye():
 
 
 def test_what_happened_stands_with_its_time():
-    """The newest; how many came before them is said."""
+    """The newest, and the number of earlier ones."""
     run = run_of(FAST)
     for i in range(10):
         run.happenings.append(Happening(run.started_s + i, "checkpoint", f"checkpoint of step {i}"))
@@ -140,7 +140,7 @@ def test_what_happened_stands_with_its_time():
 
 
 def test_an_epoch_in_a_line():
-    """Loss, what was validated, speed and time; an epoch that took no time has no speed."""
+    """Loss, validation, speed and time; an epoch that took no time has no speed."""
     assert "epoch 1  loss 0.5  val_loss 0.6  160 samples/s  2.0 s" == epoch_text(ROW)
     assert "  0 samples/s  " in epoch_text({**ROW, "seconds": 0.0})
 

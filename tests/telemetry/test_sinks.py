@@ -1,4 +1,4 @@
-"""Sinks: the record, the picture, the text; and the meter that says when it is time."""
+"""Sinks: the record, the rank state, the text; and the meter, which says when progress is due."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from nbdist.telemetry import (
     Noted,
     Point,
     RankState,
+    RankStateSink,
     RunFinished,
-    SnapshotSink,
     TextSink,
 )
 
@@ -37,7 +37,7 @@ def emit(sink):
 
 @pytest.mark.parametrize("umask", [0o022, 0o000])
 def test_a_record_is_for_its_owner(tmp_path, umask):
-    """Folder and file are closed to others under any umask; each event is one line, there as soon as it is told."""
+    """Folder and file are closed to others under any umask; each event is one line, written at once."""
     path = tmp_path / "new" / "run" / "rank1.jsonl"
     before = os.umask(umask)
     try:
@@ -52,24 +52,24 @@ def test_a_record_is_for_its_owner(tmp_path, umask):
 
 
 def test_a_record_is_added_to(tmp_path):
-    """A second sink on the same file writes behind the first."""
+    """A second sink on the same file appends to the first."""
     for _ in range(2):
         emit(JsonlSink(tmp_path / "r.jsonl")).close()
     assert 2 * len(EVENTS) == len((tmp_path / "r.jsonl").read_text().splitlines())
 
 
 def test_a_snapshot_is_published_when_it_is_time():
-    """What is published is the state so far, as plain data; mere progress waits its turn, all else does not."""
+    """It publishes the state so far, as plain data; progress alone is limited in rate, other events are not."""
     for interval_s, told in ((0.0, 5), (3600.0, 3)):
         published = []
-        sink = emit(SnapshotSink(1, published.append, interval_s))
+        sink = emit(RankStateSink(1, published.append, interval_s))
         assert [*["running"] * (told - 1), "finished"] == [state["state"] for state in published]
         assert sink.state.to_dict() == published[-1]
         assert json.loads(json.dumps(published[-1]))["step"] == PROGRESS.step
 
 
 def test_progress_within_a_second_is_one_line(tmp_path):
-    """The newest counts, and the losses of all; an event of another kind comes after what was before it."""
+    """The newest counts, and the losses of all; an event of another kind comes after earlier ones."""
     told = [dataclasses.replace(PROGRESS, step=s, losses=(Point(s, 1, 0.5, 0.5, 0.5),)) for s in (8, 9, 10)]
     sink = JsonlSink(tmp_path / "r.jsonl", 3600.0)
     for event in (*told, Noted(rank=1, text="so"), told[0]):
@@ -81,11 +81,11 @@ def test_progress_within_a_second_is_one_line(tmp_path):
 
 
 def test_what_is_large_is_published_less_often():
-    """The curve is most of a snapshot; who has it keeps it in between, as long as the rank did not begin again."""
+    """The curve is most of a state; a reader keeps it in between, until the rank begins again."""
     told = [dataclasses.replace(PROGRESS, losses=(Point(step, 1, 0.5, 0.5, 0.5),)) for step in (9, 10)]
     for every_s, sizes in ((3600.0, [1, 0]), (0.0, [1, 2])):
         published = []
-        sink = SnapshotSink(1, published.append, 0.0, every_s)
+        sink = RankStateSink(1, published.append, 0.0, every_s)
         for event in told:
             sink.emit(event)
         assert sizes == [len(state.get("curve", ())) for state in published]
@@ -100,7 +100,7 @@ def test_a_list_keeps_events():
 
 
 def test_text_tells_what_a_person_wants_to_know():
-    """What is trained and where, progress not too often, each epoch, and the end."""
+    """Title and device, progress at most once an interval, each epoch, and the end."""
     often, seldom = (io.StringIO() for _ in range(2))
     emit(TextSink(often, interval_s=0.0))
     emit(TextSink(seldom, interval_s=1e6))
@@ -116,13 +116,13 @@ def test_text_tells_what_a_person_wants_to_know():
 
 
 def test_text_goes_to_standard_error(capsys):
-    """So that what a script prints stays what it prints."""
+    """So that a script's standard output stays its own."""
     TextSink().emit(RunFinished(rank=0, state="stopped"))
     assert ("", "nbdist: stopped\n") == capsys.readouterr()
 
 
 def test_a_meter_says_when_and_how_fast():
-    """It is due at first, then when the interval has passed; speed counts from the report before."""
+    """It is due at first, then after each interval; speed counts from the previous report."""
     seldom, always = Meter(interval_s=1e6), Meter(interval_s=0.0)
     assert seldom.due()
     assert seldom.read(100, 10)[0] > 0

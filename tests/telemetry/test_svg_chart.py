@@ -1,4 +1,4 @@
-"""Charts: what a picture of a run shows."""
+"""Charts of a run as SVG."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def places(path):
 
 
 def test_nothing_is_drawn_of_nothing():
-    """A run that has not lost anything yet has no chart, nor one without a metric."""
+    """A run without a loss has no loss chart, a run without a metric no metric chart."""
     assert "" == loss_chart(run_with([]))
     assert "" == loss_chart(run_with([math.nan, math.inf]))
     assert "" == metric_chart(run_with([1.0], [ROW]))
 
 
 def test_the_line_goes_where_the_loss_went():
-    """To the right with the steps, down with the loss; what it shows stands in words too."""
+    """To the right with the steps, down with the loss; the title says it in words."""
     root, found = parsed(loss_chart(run_with([4.0, 2.0, 1.0])))
     assert "Loss over 3 steps: from 4 to 1" == root.attrib["aria-label"]
     (line,) = (element for element in found["train"] if element.tag.endswith("path"))
@@ -50,7 +50,7 @@ def test_the_line_goes_where_the_loss_went():
 
 
 def test_a_bad_beginning_does_not_flatten_the_rest():
-    """A few losses far above all others leave the picture at its top."""
+    """A few losses far above all others are cut off at the top."""
     losses = [1e6, *(1 + 1 / step for step in range(1, 400))]
     (line,) = (e for e in parsed(loss_chart(run_with(losses)))[1]["train"] if e.tag.endswith("path"))
     ys = [y for _, y in places(line)]
@@ -67,7 +67,7 @@ def test_where_points_stand_for_many_steps_a_band_shows_their_spread():
 
 
 def test_validation_stands_at_the_ends_of_epochs():
-    """A point an epoch that measured it, with its last value in words; a metric has a chart of its own."""
+    """A point for each epoch with a value, the last value as text; a metric has a chart of its own."""
     rows = [{**ROW, "val_loss": 0.9, "val_accuracy": 0.5}, {**ROW, "val_loss": math.nan}, {**ROW, "val_loss": 0.7}]
     run = run_with([2.0] * 15 + [1.0] * 15, rows, steps_total=30)
     root, found = parsed(loss_chart(run))
@@ -79,7 +79,7 @@ def test_validation_stands_at_the_ends_of_epochs():
 
 
 def test_a_run_without_a_curve_shows_its_epochs():
-    """Such as one of another version, or whose rank 0 was never heard of."""
+    """Such as one of another version, or one without events of rank 0."""
     root, _ = parsed(loss_chart(run_with([], [ROW, {**ROW, "loss": 0.25}])))
     assert root.attrib["aria-label"].startswith("Loss over 20 steps: from 0.5 to 0.25")
 
@@ -93,7 +93,7 @@ def test_any_range_has_an_axis(losses):
 
 
 def test_it_stays_small_and_names_are_text():
-    """However many steps there were; and whatever a metric is called."""
+    """For any number of steps, and any name of a metric."""
     losses = [2 / (1 + step / 1e4) + 0.1 * math.sin(step) for step in range(100_000)]
     assert len(loss_chart(run_with(losses, steps_total=100_000))) < 20_000
     name = 'val_<b> & "x"'

@@ -1,4 +1,4 @@
-"""TensorBoard gets what the panel shows."""
+"""TensorBoard gets the panel's numbers."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_a_run_can_be_read_in_tensorboard(cluster, tmp_path):
 
 
 def test_a_missing_package_is_named_at_once(monkeypatch):
-    """Before an engine is touched."""
+    """Before any engine is called."""
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(PlanError, match=r"tensorboard=tb needs a package .*: pip install 'nbdist\[tensorboard\]'"):
         Plan.create(ranks=1, cores=1, tensorboard="tb")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
-    """It is said with the folder."""
+    """The error names the folder."""
     (tmp_path / "file").touch()
     with pytest.raises(TaskError, match="file cannot be written"):
         TensorBoardSink(str(tmp_path / "file"), "run")

@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline did in a step: measured, drawn, and written down."""
+"""The timeline of a pipeline step: measured, drawn, and exported."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_replicas_are_several_pipelines():
 
 
 def test_as_text():
-    """A row a rank, to scale; a label that does not fit is cut to its letter, and a piece is never lost."""
+    """A row a rank, to scale; a label that does not fit is cut to its letter, and no work is omitted."""
     headline, first, last, legend = repr(TIMELINE).splitlines()
     assert "step 7 · 90 ms · idle 33% · bubble 33% by formula" == headline
     assert "F0-----F1------......................B0------------B1-------------" == first.split("|")[1]
@@ -74,7 +74,7 @@ def test_as_text():
 
 
 def test_as_a_picture():
-    """Well-formed, without scripts; says what it is; each box tells its piece of work and lies where it belongs."""
+    """Well-formed, without scripts, with a title; each box names its work and lies at its time."""
     svg = ElementTree.fromstring(TIMELINE.to_svg())
     assert "What each rank of the pipeline did: step 7 · 90 ms" in svg.get("aria-label")
     boxes = {box.find(f"{SVG}title").text: box for box in svg.iter(f"{SVG}rect") if box.find(f"{SVG}title") is not None}
@@ -88,7 +88,7 @@ def test_as_a_picture():
 
 
 def test_in_a_notebook():
-    """As an image with a text of its own, which also a notebook shows that is not trusted."""
+    """As an image with an alt text, which an untrusted notebook shows too."""
     html = TIMELINE._repr_html_()
     (image,) = ElementTree.fromstring(html.replace('"></div>', '"/></div>'))
     assert "What each rank of the pipeline did: step 7 · 90 ms" in image.get("alt")
@@ -96,13 +96,13 @@ def test_in_a_notebook():
 
 
 def test_a_second_stage_has_its_own_shade():
-    """And the legend says so."""
+    """And the legend explains it."""
     assert "second stage" not in TIMELINE.to_svg()
     assert "light: second stage of the rank" in SPLIT.to_svg()
 
 
 def test_a_step_too_short_to_measure():
-    """Is drawn all the same."""
+    """Is drawn too."""
     still = Timeline(1, {0: [at("forward", 0, 0, 0)]})
     assert 0.0 == still.idle
     assert "F" in repr(still)
@@ -134,7 +134,7 @@ def record(rank, steps):
 
 
 def test_from_a_record():
-    """The newest step that all ranks told of, or the one asked for; a line that a kill has cut short is left out."""
+    """The newest step that all ranks reported, or the requested one; a torn line is left out."""
     record(0, [5, 9, 13])
     record(1, [5, 9])
     with record_path("a-run", 1).open("a") as file:
@@ -173,10 +173,10 @@ def test_the_timeline_of_a_run(monkeypatch):
 
 
 def test_a_run_without_a_timeline():
-    """It has no pipeline, or has not told of a step."""
+    """It has no pipeline, or has not reported a step."""
     with pytest.raises(PlanError, match="a run on dp=2 has no pipeline to draw: train with --strategy pipeline"):
         run_on({"dp": 2}, None, None).timeline()
     early = run_on({"pp": 2}, None, None)
     early.progress.end("stopped")
-    with pytest.raises(ClusterError, match="the ranks have told of no step in common"):
+    with pytest.raises(ClusterError, match="the ranks have reported no step in common"):
         early.timeline()

@@ -1,4 +1,4 @@
-"""What two ranks of a small run told."""
+"""Events and states of two ranks of a small run."""
 
 from __future__ import annotations
 

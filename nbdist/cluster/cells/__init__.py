@@ -1,1 +1,1 @@
-"""Cells that run on engines, and what a replacement has to run again."""
+"""Cells that run on engines, and their replay on a replacement engine."""

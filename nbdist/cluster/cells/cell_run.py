@@ -1,4 +1,4 @@
-"""A cell of code running on engines."""
+"""CellRun: one notebook cell running on several engines; output, results, errors, interrupts."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ __all__ = ["CellRun", "LostCall", "printed", "settle"]
 _POLL_S = 0.05
 _INTERRUPTED_AFTER_S = 5.0
 _LATE_OUTPUT_S = 2.0
-_LOOK_S, _LONGEST_LOOK_S = 3.0, 60.0
-"""How long after its start, and at most between two looks, to look whether a cell's ranks wait for each other in vain.
+_CHECK_S, _LONGEST_CHECK_S = 3.0, 60.0
+"""The first, and the longest, interval between checks whether a cell is deadlocked in collectives.
 
-Each look sends every rank a signal, so a cell that goes on for long is looked at less and less often.
+Each check sends every rank a signal, so a long cell is checked less and less often.
 """
 
 
-def until_next_look(last_s: float, *, hopeless: bool) -> float:
-    """Seconds to the next look at a cell: soon where it seems to hang, for twice the same means that it does."""
-    return _LOOK_S if hopeless else min(2 * last_s, _LONGEST_LOOK_S)
+def until_next_check(last_s: float, *, deadlocked: bool) -> float:
+    """Seconds to the next check of a cell: soon if it seems deadlocked, as two equal stacks confirm it."""
+    return _CHECK_S if deadlocked else min(2 * last_s, _LONGEST_CHECK_S)
 
 
 def settle(call: Any) -> None:
-    """Wait for the output of a call that is done: it travels beside the result, and may come later."""
-    lost = getattr(call.exception(), "ename", "") == "EngineError"  # has said its last word
+    """Wait for the output of a call that is done: it is sent apart from the result, and may arrive later."""
+    lost = getattr(call.exception(), "ename", "") == "EngineError"  # a dead engine sends no more output
     if not lost:
         call.wait_for_output(_LATE_OUTPUT_S)
 
@@ -43,7 +43,7 @@ def printed(calls: dict[int, Any], stream: str) -> dict[int, str]:
 
 
 class LostCall(concurrent.futures.Future[Any]):
-    """The result of a call to an engine that is dead: what ipyparallel says of one that died during its call."""
+    """The result of a call to a dead engine: the error that ipyparallel sets when an engine dies during a call."""
 
     stdout = stderr = ""
 
@@ -58,10 +58,10 @@ class CellRun:
     Args:
         calls: ipyparallel's result of each rank.
         interrupt: Interrupts the given ranks.
-        failed: Called if the cell fails or is interrupted, with the calls that are still unanswered.
-        check_alive: Raises where no answer can come any more.
+        failed: Called if the cell fails or is interrupted, with the calls that are still running.
+        check_alive: Raises if no reply can come any more.
         done: Called at the end with the ranks on which the cell ran without an error.
-        where: Tells where all ranks stand.
+        where: Returns the stacks of all ranks.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class CellRun:
         """Wait until every rank is done.
 
         Args:
-            while_waiting: Called again and again meanwhile.
+            while_waiting: Called in a loop meanwhile.
 
         Raises:
             EngineError: The cell failed on some rank.
@@ -126,17 +126,17 @@ class CellRun:
         return [call for call in self._calls.values() if not call.ready()]
 
     def _wait(self, while_waiting: Callable[[], None]) -> None:
-        look_s, apart_s, before = time.monotonic() + _LOOK_S, _LOOK_S, ""
+        check_s, interval_s, before = time.monotonic() + _CHECK_S, _CHECK_S, ""
         try:
             while waiting := self._waiting():
                 while_waiting()
                 waiting[0].wait(_POLL_S)
                 self._check_alive()
-                if self._where is not None and time.monotonic() > look_s:
+                if self._where is not None and time.monotonic() > check_s:
                     where = self._where().among(self._calls)
-                    apart_s = until_next_look(apart_s, hopeless=where.hopeless)
-                    look_s = time.monotonic() + apart_s
-                    if where.hopeless and str(where) == before:
+                    interval_s = until_next_check(interval_s, deadlocked=where.deadlocked)
+                    check_s = time.monotonic() + interval_s
+                    if where.deadlocked and str(where) == before:
                         warnings.warn(f"this cell hangs: {where.verdict}. Interrupt it (■).", stacklevel=4)
                         self._where = None
                     before = str(where)

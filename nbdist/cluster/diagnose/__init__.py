@@ -1,1 +1,1 @@
-"""Where each rank stands, whether a run hangs, and what failed."""
+"""Diagnosis: stacks of all ranks, hang detection, and a debugger on a failed rank."""

@@ -1,4 +1,4 @@
-"""A debugger on what failed on one rank: pdb runs on the engine, and reads what a user types in the notebook."""
+"""Debugger: post-mortem pdb on a rank's last failure. It runs on the engine; the user types in the notebook."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["debug"]
 _LOOK_S = 0.1
 
 
-def debug(engines: Engines, rank: int, ask: Callable[[str], str], tell: Callable[[str], None]) -> None:
-    """Let a user look at what failed last on a rank, until they leave it. The other ranks are free meanwhile.
+def debug(engines: Engines, rank: int, ask: Callable[[str], str], show: Callable[[str], None]) -> None:
+    """Debug the last failure on a rank, until the user quits. The other ranks are idle meanwhile.
 
     Args:
-        engines: Which are idle.
-        rank: Where it failed.
-        ask: Shows a prompt and returns what the user types.
-        tell: Shows what the debugger says.
+        engines: Idle engines.
+        rank: The rank that failed.
+        ask: Shows a prompt and returns the user's input.
+        show: Shows the debugger's output.
 
     Raises:
         ClusterError: Nothing has failed there, or it is on another host.
-        KeyboardInterrupt: The user has interrupted it; the rank is free again.
+        KeyboardInterrupt: The user interrupted it; the rank is idle again.
     """
     where = engines.records()[rank]
     if where.host_id != engines.host_id:
@@ -49,11 +49,11 @@ def debug(engines: Engines, rank: int, ask: Callable[[str], str], tell: Callable
                     return
             with listener.accept()[0] as connection:
                 if not same_user(connection):
-                    raise ClusterError("another user's process called in place of the debugger: start it again.")
-                _converse(connection, prompt, ask, tell)
+                    raise ClusterError("another user's process connected instead of the debugger: start it again.")
+                _forward(connection, prompt, ask, show)
             call.wait()
         except KeyboardInterrupt:
-            if not call.wait(_LOOK_S):  # it works on what was typed
+            if not call.wait(_LOOK_S):  # the debugger is executing the input
                 engines.interrupt([rank])
             raise interrupted(f"the debugger has left rank {rank}.") from None
         except Exception as error:
@@ -65,18 +65,18 @@ def debug(engines: Engines, rank: int, ask: Callable[[str], str], tell: Callable
                 os.unlink(path)
 
 
-def _converse(connection: socket.socket, prompt: str, ask: Callable[[str], str], tell: Callable[[str], None]) -> None:
-    """Carry words there and back, until the debugger has closed the connection."""
-    said = b""
+def _forward(connection: socket.socket, prompt: str, ask: Callable[[str], str], show: Callable[[str], None]) -> None:
+    """Forward output and input, until the debugger has closed the connection."""
+    output = b""
     while received := connection.recv(1 << 16):
-        said += received
-        if not said.endswith(prompt.encode()):
+        output += received
+        if not output.endswith(prompt.encode()):
             continue
-        tell(said.decode(errors="replace").removesuffix(prompt).rstrip("\n"))
-        said = b""
+        show(output.decode(errors="replace").removesuffix(prompt).rstrip("\n"))
+        output = b""
         connection.sendall(f"{ask(prompt)}\n".encode())
-    if said:
-        tell(said.decode(errors="replace"))
+    if output:
+        show(output.decode(errors="replace"))
 
 
 def _prompt(rank: int) -> str:

@@ -1,4 +1,4 @@
-"""Hangs: a run that has done no step for too long is explained, and then mended or ended."""
+"""Hang detection: a run without a step for too long is diagnosed; its blocking ranks are replaced, or it ends."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from nbdist.telemetry import RunState
 __all__ = ["ON_HANG", "Hang", "Hangs"]
 
 ON_HANG = ("replace", "stop")
-_RESTING = ("paused", "recovering", "stopping")
+_NOT_STEPPING = ("paused", "recovering", "stopping")
 
 
 class Hang(NamedTuple):
-    """A run that hangs.
+    """A detected hang.
 
     Args:
-        text: For people: for how long, and who waits for whom, where.
-        culprits: The ranks to be replaced; none where the run is to end.
+        text: For display: for how long, and which ranks wait for which, where.
+        culprits: The ranks to replace; empty if the run is to end.
     """
 
     text: str
@@ -30,16 +30,16 @@ class Hang(NamedTuple):
 
 
 class Hangs:
-    """Looks for hangs of one run.
+    """Detects hangs of one run.
 
     Args:
         timeout_s: Seconds without a step, evaluation and the time before the first one included; None for no limit.
-        on_hang: "replace": the ranks that the others wait for; where there are none, or all, the run ends as with
+        on_hang: "replace" the ranks that the others wait for; if that is none, or all, the run ends as with
             "stop".
-        where: Tells where all ranks stand.
+        where: Returns the stacks of all ranks.
 
     Attributes:
-        asked: The first two.
+        options: `timeout_s` and `on_hang`.
 
     Raises:
         PlanError: A value is not possible.
@@ -51,20 +51,20 @@ class Hangs:
             raise PlanError(f"a hang timeout of {timeout_s!r} is not possible: use seconds, more than 0.")
         if on_hang not in ON_HANG:
             raise PlanError(f"unknown on_hang {on_hang!r}: use replace or stop.{suggest(str(on_hang), ON_HANG)}")
-        self.asked = timeout_s, on_hang
+        self.options = timeout_s, on_hang
         self._timeout_s = timeout_s
         self._replace = on_hang == "replace"
         self._where = where
-        self._seen: object = None
+        self._steps: object = None
         self._since_s = 0.0
 
     def found(self, progress: RunState) -> Hang | None:
-        """The hang, if there is one now; asked again and again while the run goes on."""
+        """The hang, if there is one now; called in a loop during the run."""
         if self._timeout_s is None:
             return None
-        seen, now_s = sum(rank.step for rank in progress.ranks.values()), time.monotonic()
-        if seen != self._seen or progress.state in _RESTING:
-            self._seen, self._since_s = seen, now_s
+        steps, now_s = sum(rank.step for rank in progress.ranks.values()), time.monotonic()
+        if steps != self._steps or progress.state in _NOT_STEPPING:
+            self._steps, self._since_s = steps, now_s
         if now_s < self._since_s + self._timeout_s:
             return None
         self._since_s = now_s

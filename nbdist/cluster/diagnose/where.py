@@ -1,4 +1,4 @@
-"""Where the ranks stand: on which line each is, in which collective, and who waits for whom."""
+"""Stacks of all ranks: the line and collective each rank is in, and which ranks wait for which (deadlocks)."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 __all__ = ["RankWhere", "Where"]
 
-_TORCHS = os.path.join("torch", "distributed", "distributed_c10d.py")
-_WRAPS = os.path.join("torch", "nn", "parallel", "distributed.py")
-_PAIRS = {"send", "recv", "receive", "isend", "irecv", "batch_isend_irecv"}
-"""What meets another one of these, and no equal."""
-_STARTS = (fork_server.__file__, parent_watch.__file__)
-"""What stands below everything that an engine does."""
+_C10D_FILE = os.path.join("torch", "distributed", "distributed_c10d.py")
+_DDP_FILE = os.path.join("torch", "nn", "parallel", "distributed.py")
+_POINT_TO_POINT = {"send", "recv", "receive", "isend", "irecv", "batch_isend_irecv"}
+"""Calls that match another one of these, not the same one."""
+_BASE_FILES = (fork_server.__file__, parent_watch.__file__)
+"""Files whose frames are at the base of every engine's stack."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankWhere:
-    """Where one rank stands.
+    """The stack of one rank.
 
     Args:
-        rank: Which.
-        state: "working", "waiting" (in a collective), "idle", "stopped" (its process is, by a signal), "silent" (it
-            does not answer), "elsewhere" (on a host that cannot be asked) or "lost".
-        step: How many steps of a training it has told of; None without one.
-        collective: In which it is, such as "all_reduce"; else empty.
-        frames: What its main thread is doing, outermost first.
+        rank: The rank.
+        state: "working", "waiting" (in a collective), "idle", "stopped" (its process, by SIGSTOP), "silent" (does not
+            answer), "elsewhere" (on a host without stack dumps) or "lost".
+        step: The last step of a run that it reported; None without a run.
+        collective: The collective that it is in, such as "all_reduce"; else empty.
+        frames: The stack of its main thread, outermost first.
     """
 
     rank: int
@@ -57,13 +57,13 @@ class RankWhere:
 
     @property
     def place(self) -> str:
-        """The innermost line of the user's code, such as ``Cell In[5], line 3``; empty where there is none."""
+        """The innermost line of the user's code, such as ``Cell In[5], line 3``; empty if there is none."""
         users = self.users
         return place_of(users[-1]) if users else ""
 
     @property
     def text(self) -> str:
-        """For people: the user's frames with their source, then the innermost of all."""
+        """For display: the user's frames with their source, then the innermost of all."""
         doing = {"waiting": f"waits in {self.collective}", "stopped": "its process is stopped (SIGSTOP)"}
         step = "" if self.step is None else f", at step {self.step:,} or later"
         lines = [f"rank {self.rank}: {doing.get(self.state, self.state)}{step}"]
@@ -76,91 +76,91 @@ class RankWhere:
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """Where all ranks stand.
+    """The stacks of all ranks.
 
     Args:
-        ranks: Each of them, in order.
+        ranks: All ranks, in order.
     """
 
     ranks: tuple[RankWhere, ...]
 
     @classmethod
     def of(cls, engines: Engines, run: Any, cells: Mapping[str, tuple[str, str]]) -> Where:
-        """Ask them all; what they do is not disturbed. Local to the notebook.
+        """Request the stack dumps of all engines, without disturbing them. Local to the notebook.
 
         Args:
-            engines: Which.
-            run: The run that they work on, if there is one.
-            cells: What a user calls each cell that ran on engines, and its source, by the name of its file there.
+            engines: The engines.
+            run: Their current run, if there is one.
+            cells: Label and source of each cell that ran on engines, by the name of its file there.
         """
         here = host_id()
         found = []
         for engine in engines.records():
-            state = None if run is None else run.progress.ranks.get(engine.rank)  # it may just be joining the run
+            state = None if run is None else run.progress.ranks.get(engine.rank)  # None while it is joining the run
             step = None if state is None else state.step
-            found.append(_asked(engine, here, step, cells))
+            found.append(_rank_where(engine, here, step, cells))
         return cls(ranks=tuple(found))
 
     @property
     def verdict(self) -> str:
-        """In one sentence who waits for whom, and where those stand."""
+        """One sentence: which ranks wait for which, and where those are."""
         if not self._by_state("working", "waiting"):
             return (
                 f"all {len(self.ranks)} ranks are idle"
                 if len(self._by_state("idle")) == len(self.ranks)
-                else self._behind()
+                else self._others_text()
             )
         waiting = self._by_state("waiting")
         if not waiting:
-            return f"no rank waits for another; {self._behind()}"
-        met: dict[str, list[int]] = {}
+            return f"no rank waits for another; {self._others_text()}"
+        collectives: dict[str, list[int]] = {}
         for rank in waiting:
-            met.setdefault(f"{rank.collective}{f' ({rank.place})' if rank.place else ''}", []).append(rank.rank)
-        spread = ", ".join(f"{ranks_text(ranks)} in {collective}" for collective, ranks in met.items())
+            collectives.setdefault(f"{rank.collective}{f' ({rank.place})' if rank.place else ''}", []).append(rank.rank)
+        spread = ", ".join(f"{ranks_text(ranks)} in {collective}" for collective, ranks in collectives.items())
         if len(waiting) < len(self.ranks):
             who = ranks_text(rank.rank for rank in waiting)
             verb = "waits" if len(waiting) == 1 else "wait"
             whom = "it" if len(self.ranks) - len(waiting) == 1 else "them"
-            there = f" in {next(iter(met))}" if len(met) == 1 else f": {spread}"
-            return f"{self._behind()}; {who} {verb} for {whom}{there}"
-        if len(met) == 1:
-            return f"all ranks are in {next(iter(met))}"
-        if self._may_meet():
+            there = f" in {next(iter(collectives))}" if len(collectives) == 1 else f": {spread}"
+            return f"{self._others_text()}; {who} {verb} for {whom}{there}"
+        if len(collectives) == 1:
+            return f"all ranks are in {next(iter(collectives))}"
+        if self._may_match():
             return f"all ranks wait for each other: {spread}"
         return f"the ranks are in different collectives, and wait for ever if they stay there: {spread}"
 
     @property
-    def hopeless(self) -> bool:
-        """Whether ranks wait for others that have nothing left to do, or are in another collective."""
+    def deadlocked(self) -> bool:
+        """Whether ranks wait for ranks that are idle, or in another collective."""
         waiting, idle = self._by_state("waiting"), self._by_state("idle")
-        return bool(waiting) and len(waiting) + len(idle) == len(self.ranks) and (bool(idle) or not self._may_meet())
+        return bool(waiting) and len(waiting) + len(idle) == len(self.ranks) and (bool(idle) or not self._may_match())
 
-    def _may_meet(self) -> bool:
-        """Whether those that wait may do so for each other."""
+    def _may_match(self) -> bool:
+        """Whether the calls that ranks wait in can match: one collective, or only point-to-point calls."""
         collectives = {rank.collective for rank in self._by_state("waiting")}
-        return len(collectives) == 1 or collectives <= _PAIRS
+        return len(collectives) == 1 or collectives <= _POINT_TO_POINT
 
     def among(self, ranks: Iterable[int]) -> Where:
-        """The same of these ranks alone."""
+        """The stacks of some ranks only."""
         wanted = set(ranks)
         return Where(ranks=tuple(rank for rank in self.ranks if rank.rank in wanted))
 
-    def _behind(self) -> str:
-        words = {
+    def _others_text(self) -> str:
+        texts = {
             "working": "is", "idle": "does nothing", "lost": "is lost (its process has ended)",
             "stopped": "does nothing, for its process is stopped (SIGSTOP)", "silent": "does not answer",
             "elsewhere": "cannot be asked, for it is on another host",
         }  # fmt: skip
-        said = []
+        parts = []
         for rank in self.ranks:
             if rank.state == "waiting":
                 continue
-            at = ""
+            place = ""
             if rank.state == "working":
                 frame = (rank.users or rank.frames)[-1]
-                at = f" at {place_of(frame)}, in {frame.name}"
-            said.append(f"rank {rank.rank} {words[rank.state]}{at}")
-        return ", ".join(said)
+                place = f" at {place_of(frame)}, in {frame.name}"
+            parts.append(f"rank {rank.rank} {texts[rank.state]}{place}")
+        return ", ".join(parts)
 
     def _by_state(self, *states: str) -> list[RankWhere]:
         return [rank for rank in self.ranks if rank.state in states]
@@ -171,39 +171,39 @@ class Where:
     __repr__ = __str__
 
 
-def _asked(engine: Engine, here: str, step: int | None, cells: Mapping[str, tuple[str, str]]) -> RankWhere:
+def _rank_where(engine: Engine, here: str, step: int | None, cells: Mapping[str, tuple[str, str]]) -> RankWhere:
     rank = engine.rank
     if engine.state == "lost":
         return RankWhere(rank=rank, state="lost", step=step)
     if engine.host_id != here or not engine.stacks:
         return RankWhere(rank=rank, state="elsewhere", step=step)
-    answer = stack_dump.ask(engine.pid, engine.stacks, engine.main_thread)
-    if answer is None:
+    frames = stack_dump.request(engine.pid, engine.stacks, engine.main_thread)
+    if frames is None:
         return RankWhere(rank=rank, state="stopped" if stack_dump.is_stopped(engine.pid) else "silent", step=step)
-    sources = {f.filename: cells[name] for f in answer if (name := os.path.basename(f.filename)) in cells}
+    sources = {f.filename: cells[name] for f in frames if (name := os.path.basename(f.filename)) in cells}
     install(NotebookUpdate(sources=sources, path=[]))
-    for frame in answer:
+    for frame in frames:
         linecache.checkcache(frame.filename)
-    if not any(is_users(frame) or (is_ours(frame) and frame.filename not in _STARTS) for frame in answer):
+    if not any(is_users(frame) or (is_ours(frame) and frame.filename not in _BASE_FILES) for frame in frames):
         return RankWhere(rank=rank, state="idle", step=step)
-    collective = next(filter(None, map(_collective, answer)), "")
+    collective = next(filter(None, map(_collective, frames)), "")
     return RankWhere(
-        rank=rank, state="waiting" if collective else "working", step=step, collective=collective, frames=tuple(answer)
+        rank=rank, state="waiting" if collective else "working", step=step, collective=collective, frames=tuple(frames)
     )
 
 
 def _collective(frame: traceback.FrameSummary) -> str:
-    """The collective, if this frame is one's."""
-    if frame.filename.endswith(_TORCHS):
+    """The collective whose call this frame is, or ""."""
+    if frame.filename.endswith(_C10D_FILE):
         return frame.name
-    if frame.filename.endswith(_WRAPS):
+    if frame.filename.endswith(_DDP_FILE):
         return "DistributedDataParallel"
     return _waiting_calls().get((frame.filename, frame.name), "")
 
 
 @functools.cache
 def _waiting_calls() -> dict[tuple[str, str], str]:
-    """See there; it stands on torch, which is loaded where engines run, and not where this module is."""
+    """See there. Imported here: it loads torch, which this module must not, but which running engines have loaded."""
     from nbdist.core.comm.waiting import waiting_calls
 
     return waiting_calls()

@@ -1,4 +1,4 @@
-"""What is known of one engine."""
+"""Engine: the record of one engine process: rank, pid, host, device, state."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ __all__ = ["Engine", "gone"]
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What is known of one engine.
+    """The record of one engine.
 
     Args:
         rank: Its position in the world; -1 for a spare, which has none.
         pid: The process that trains.
         host: Its host's name.
-        host_id: Names its running system; engines that share it share memory.
-        device: What it computes on, such as "cpu" or "cuda:0".
+        host_id: Identifies the running system; engines with the same one can share memory.
+        device: Its device, such as "cpu" or "cuda:0".
         cores: CPU cores it may use, shared with the other engines of its host.
-        born_s: When that process began, in seconds since 1970.
+        born_s: The start time of that process, in seconds since 1970.
         state: "idle", "busy" or "lost".
-        stacks: The file in which it says where it stands, when it is asked; see `stacks`.
-        main_thread: The thread that trains.
+        stacks: The file for its stack dumps; see `stack_dump`.
+        main_thread: Id of the thread that trains.
     """
 
     rank: int
@@ -39,7 +39,7 @@ class Engine:
 
 
 def gone(pid: int, born_s: float) -> bool:
-    """Whether a process of this host has ended, though its number may be another one's by now."""
+    """Whether a process of this host has ended; its start time tells it from a new process with the same pid."""
     try:
         process = psutil.Process(pid)
         return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - born_s) > 1.0

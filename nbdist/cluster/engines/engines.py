@@ -1,4 +1,4 @@
-"""The engines: processes with ranks, that have met in a world."""
+"""Engines: processes with ranks that form a process group; calls, signals, replacement and resizing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import ipyparallel.error
 import psutil
 
 from nbdist.cluster.engines.engine import Engine, gone
-from nbdist.cluster.engines.forming import Forming, introduce
-from nbdist.cluster.engines.replies import answers_of
+from nbdist.cluster.engines.forming import Forming, describe_engines
+from nbdist.cluster.engines.replies import wait_for_replies
 from nbdist.cluster.engines.standby import Spares
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.launcher import CONTROLLER_ENDED, STORE_ENDED, Launch
@@ -30,22 +30,22 @@ from nbdist.telemetry.host import host_id
 
 __all__ = ["Engine", "Engines"]
 
-_KNOWN_WITHIN_S = 1.0
+_NOTICED_WITHIN_S = 1.0
 _POLL_S = 0.005
 
 
 class Engines:
-    """Engine processes with ranks 0 ... size - 1. They are ready when all of them have met in a collective.
+    """Engine processes with ranks 0 ... size - 1. They are ready when all have completed a first collective.
 
-    Which engine has which rank may change: one that is lost is followed by a spare.
+    A rank's engine may change: a spare replaces a lost one.
 
     Args:
-        launch: Their processes, that are registered.
-        store: In which they meet.
-        size: How many.
+        launch: Their processes, which are registered.
+        store: For their rendezvous.
+        size: The number of ranks.
         device: "auto", "cpu" or "cuda".
         timeout_s: How long a replacement may take, in seconds.
-        spares: How many engines without a rank to keep beside them; nobody waits for those.
+        spares: How many spare engines to hold ready; not waited for.
     """
 
     def __init__(self, launch: Launch, store: Any, size: int, device: str, timeout_s: float, spares: int) -> None:
@@ -54,49 +54,49 @@ class Engines:
         self.timeout_s = timeout_s
         self.device = device
         self.transport = ""
-        self.home = ""  # where the last weights came home from
+        self.result_path = ""  # of the payload that held the last result
         self.formed = self.suspected = self.ended = False
         self.start_seconds = 0.0
         self._unanswered: dict[int, Any] = {}
         self._changing = threading.RLock()
         self._generation = 0
         self._launch = launch
-        # ipyparallel's number of each rank's engine, and what is known of it: changed at once, for other threads.
-        self._seats: tuple[list[int], list[Engine]] = sorted(launch.ids)[:size], []
+        # ipyparallel's id and the record of each rank's engine: replaced in one assignment, as other threads read both.
+        self._by_rank: tuple[list[int], list[Engine]] = sorted(launch.ids)[:size], []
         self._store = store
         self.host_id = launch.host_id = host_id()
         self._spares = Spares(launch, spares, store.address)
 
-    def meet(self) -> None:
-        """Let engines that were just started get to know where they are, and form a world."""
-        store = self._store.address  # not itself: an error would keep it, and its socket
-        self._records = introduce(self.size, store, self.timeout_s, self.start_call, self.call)
+    def initialize(self) -> None:
+        """Describe the engines that were just started, and form a world."""
+        store = self._store.address  # not the store: an error's traceback would hold it, and its socket
+        self._records = describe_engines(self.size, store, self.timeout_s, self.start_call, self.call)
         self.form()
 
-    def take_over(self, told: dict[str, Any]) -> None:
-        """Know what another kernel knew, as it told the anchor."""
-        self._seats, self._generation = (told["ids"], told["records"]), told["generation"]
-        self.transport, self.formed = told["transport"], told["formed"]
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Load the state that another kernel has left at the anchor."""
+        self._by_rank, self._generation = (state["ids"], state["records"]), state["generation"]
+        self.transport, self.formed = state["transport"], state["formed"]
 
     @property
     def folder(self) -> str:
-        """Theirs on this host, which nobody else may enter; it goes with them."""
+        """Their folder on this host, mode 0700; it is removed when they end."""
         return str(self._launch.folder)
 
     @property
     def _ids(self) -> list[int]:
-        return self._seats[0]
+        return self._by_rank[0]
 
     @property
     def _records(self) -> list[Engine]:
-        return self._seats[1]
+        return self._by_rank[1]
 
     @_records.setter
     def _records(self, records: list[Engine]) -> None:
-        self._seats = self._seats[0], records
+        self._by_rank = self._by_rank[0], records
 
     def _note(self) -> None:
-        """Tell the anchor what another kernel would have to know."""
+        """Save at the anchor what another kernel needs to take over."""
         if self.anchor is not None:
             names = {"ids": self._ids, "records": self._records, "generation": self._generation, "size": self.size}
             own = {"device": self.device, "timeout_s": self.timeout_s, "spares": self._spares.wanted}
@@ -104,14 +104,14 @@ class Engines:
 
     @property
     def anchor(self) -> Anchor | None:
-        """What holds them beyond this kernel; None where they end with it."""
+        """The process that they outlive this kernel with; None if they end with it."""
         return self._launch.anchor
 
     def records(self, busy: bool = False) -> list[Engine]:
-        """One record an engine, in rank order; `busy` is the state of those that live."""
-        (ids, records), alive = self._seats, set(self._launch.ids)
+        """One record per engine, in rank order; `busy`: whether those alive are busy or idle."""
+        (ids, records), alive = self._by_rank, set(self._launch.ids)
         states = [
-            ("busy" if busy else "idle") if self._lives(record, engine_id, alive) else "lost"
+            ("busy" if busy else "idle") if self._is_alive(record, engine_id, alive) else "lost"
             for engine_id, record in zip(ids, records, strict=True)
         ]
         return [replace(record, state=state) for record, state in zip(records, states, strict=True)]
@@ -121,18 +121,18 @@ class Engines:
         """Ranks whose process has ended."""
         return [record.rank for record in self.records() if record.state == "lost"]
 
-    def _lives(self, record: Engine, engine_id: int, ids: set[int]) -> bool:
-        """Whether an engine is registered among `ids` and has not died since, as one can see on this host."""
+    def _is_alive(self, record: Engine, engine_id: int, ids: set[int]) -> bool:
+        """Whether an engine is registered among `ids`, and its process, if on this host, has not ended."""
         here = record.host_id == self.host_id
         return engine_id in ids and not (here and gone(record.pid, record.born_s))
 
     def spares(self) -> list[Engine]:
-        """One record a spare that has been heard of."""
+        """One record per spare that is ready."""
         with self._changing:
             return [Engine(rank=-1, device="", **facts) for facts in self._spares.ready(self._ids).values()]
 
     def keep_spares(self, wanted: int | None = None) -> None:
-        """Start spares until there are as many as wanted, in the background. A new number may be given."""
+        """Start or kill spares in the background, until there are as many as wanted; `wanted` changes that number."""
         if wanted is not None:
             self._spares.wanted = wanted
         threading.Thread(target=self._refill, daemon=True, name="nbdist-spares").start()
@@ -140,56 +140,56 @@ class Engines:
     def _refill(self) -> None:
         with self._changing:
             if not self.ended:
-                with contextlib.suppress(ClusterError):  # without spares all goes on; who needs one meets the error
+                with contextlib.suppress(ClusterError):  # spares are optional: the next replacement raises it again
                     self._spares.refill(self._ids, [record.pid for record in self._records])
 
-    def _over(self) -> bool:
+    def _has_ended(self) -> bool:
         self.check_alive()
         return self.ended
 
     @property
     def reachable(self) -> bool:
-        """Whether the processes live through which everything goes: the controller, and the store's."""
+        """Whether the controller and the store, which every call needs, are alive."""
         return self._launch.controller_runs and ((store := self._store) is None or store.lives)
 
     def check_alive(self) -> None:
         """Make sure that the engines can be reached.
 
         Raises:
-            ClusterError: They cannot: the controller has ended, or the store in which they meet.
+            ClusterError: The controller or the store has ended.
         """
         if not self.reachable:
             raise ClusterError(STORE_ENDED if self._launch.controller_runs else CONTROLLER_ENDED)
 
     @property
     def threads(self) -> int:
-        """CPU threads of a rank by default: its host's cores over the ranks there."""
+        """Default CPU threads per rank: the cores of its host divided by the ranks there."""
         hosts = [record.host_id for record in self._records]
         return min(max(1, record.cores // hosts.count(record.host_id)) for record in self._records)
 
     @property
     def remote(self) -> bool:
-        """Whether some engine lives on another host, where our shared memory does not reach."""
+        """Whether some engine is on another host, which cannot map this host's shared memory."""
         return any(record.host_id != self.host_id for record in self._records)
 
     def commands(self, run_id: str) -> Any:
-        """The log of what is asked of a run, an `CommandLog`; rank 0 reads it. None where nobody can any more."""
+        """The `CommandLog` of a run, which rank 0 reads; None if the store has ended."""
         store = self._store
         return CommandLog(store, run_id) if store is not None and store.lives else None
 
     def release(self) -> None:
-        """Release the ranks of the present world: each that waits at the store for others gets an error at once."""
+        """Release the ranks of the current world: each that waits at the store raises at once."""
         self.formed = False
         if (store := self._store) is not None:  # else ended
-            with contextlib.suppress(PeerLostError):  # the store is gone, so nobody waits there
+            with contextlib.suppress(PeerLostError):  # the store is gone, and so its waits
                 GenerationStore(store, self._generation).release()
 
     def form(self) -> None:
-        """Let all engines meet in a world of a new generation.
+        """Form a world of all engines: a new process group (generation N+1).
 
         Raises:
             EngineError: It failed on a rank, or one was lost. The others have left the world, and may form another.
-            ClusterError: They did not meet in time.
+            ClusterError: They did not join in time.
         """
         self.release()
         self._generation += 1
@@ -203,11 +203,11 @@ class Engines:
         try:
             for record in records:
                 local_rank, local_size = hosts[: record.rank].count(record.host_id), hosts.count(record.host_id)
-                where = self._generation, record.rank, self.size, local_rank, local_size, self.device, self.threads
-                forming.calls[record.rank] = self.start_call(record.rank, "join", *where)
+                arguments = self._generation, record.rank, self.size, local_rank, local_size, self.device, self.threads
+                forming.calls[record.rank] = self.start_call(record.rank, "join", *arguments)
             formed = forming.wait()
         except BaseException:
-            forming.give_up()
+            forming.abort()
             raise
         self._records = [replace(record, device=formed[record.rank]["device"]) for record in records]
         self.transport = formed[0]["transport"]
@@ -215,13 +215,13 @@ class Engines:
         self._note()
         self.keep_spares()
         if formed[0]["shares_gpu"]:
-            warnings.warn(SHARED_GPU, stacklevel=1)  # as from here, so that Python shows it once
+            warnings.warn(SHARED_GPU, stacklevel=1)  # always this line, so that Python shows it once
 
     def ensure_ready(self) -> None:
-        """Make sure that all engines live and listen; form a new world if the last one broke.
+        """Make sure that all engines are alive and idle; form a new world if the last one failed.
 
         Raises:
-            ClusterError: They do not.
+            ClusterError: They are not.
         """
         self.check_alive()
         if self.lost:
@@ -237,48 +237,48 @@ class Engines:
             self.form()
 
     def kill(self, ranks: Iterable[int]) -> None:
-        """End the processes of ranks that do not react any more; they are lost when this returns."""
+        """Kill the processes of ranks; they are lost when this returns."""
         ids = self._signal(signal.SIGKILL, ranks)
-        deadline = time.monotonic() + _KNOWN_WITHIN_S
+        deadline = time.monotonic() + _NOTICED_WITHIN_S
         while not set(self._launch.ids).isdisjoint(ids) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
 
-    def replace_lost(self, tell: Callable[[str], None] = lambda words: None) -> list[int]:
-        """Give the ranks that were lost to spares, or to new engines. They have to `form` a world then.
+    def replace_lost(self, report: Callable[[str], None] = lambda text: None) -> list[int]:
+        """Replace lost ranks by spares or new engines. A world has to be formed afterwards.
 
         Returns:
-            Those ranks.
+            The lost ranks.
 
         Raises:
             ClusterError: There are no spares, and new engines were not ready in time.
         """
         with self._changing:
-            return self.resize(self.size, tell) if self.lost else []
+            return self.resize(self.size, report) if self.lost else []
 
-    def resize(self, size: int, tell: Callable[[str], None] = lambda words: None) -> list[int]:
-        """Have so many ranks, none of them lost; see `replace_lost`.
+    def resize(self, size: int, report: Callable[[str], None] = lambda text: None) -> list[int]:
+        """Change the number of ranks, and replace lost ones; see `replace_lost`.
 
-        Engines beyond that number take ranks that are free, or end; what is missing then comes from the spares.
+        Engines of ranks beyond `size` take free ranks, or are killed; spares take the ranks that are still free.
         """
         with self._changing:
             lost = self.lost
             living = [rank for rank in range(self.size) if rank not in lost]
             free = [rank for rank in range(size) if rank not in living]
             beyond = [rank for rank in living if rank >= size]
-            coming = [(self._ids[rank], self._records[rank]) for rank in beyond[: len(free)]]
+            moved = [(self._ids[rank], self._records[rank]) for rank in beyond[: len(free)]]
             for rank in lost:
-                self._spares.leave(self._ids[rank])
-            if missing := len(free) - len(coming):
+                self._spares.mark_dead(self._ids[rank])
+            if missing := len(free) - len(moved):
                 pids = [record.pid for record in self._records]
-                taken = self._spares.take(missing, self._ids, pids, self.timeout_s, tell, self._over)
-                coming += [(engine_id, Engine(rank=-1, device="", **facts)) for engine_id, facts in taken.items()]
+                taken = self._spares.take(missing, self._ids, pids, self.timeout_s, report, self._has_ended)
+                moved += [(engine_id, Engine(rank=-1, device="", **facts)) for engine_id, facts in taken.items()]
             self.formed = False
             self.kill(beyond[len(free) :])
             for rank in beyond[len(free) :]:
-                self._spares.leave(self._ids[rank])
-            seats = dict(enumerate(zip(self._ids, self._records, strict=True))) | dict(zip(free, coming, strict=True))
-            chosen = [seats[rank] for rank in range(size)]
-            self._seats = (
+                self._spares.mark_dead(self._ids[rank])
+            by_rank = dict(enumerate(zip(self._ids, self._records, strict=True))) | dict(zip(free, moved, strict=True))
+            chosen = [by_rank[rank] for rank in range(size)]
+            self._by_rank = (
                 [engine_id for engine_id, _ in chosen],
                 [replace(record, rank=rank) for rank, (_, record) in enumerate(chosen)],
             )
@@ -287,7 +287,7 @@ class Engines:
             return free
 
     def start_call(self, rank: int, name: str, *arguments: Any) -> Any:
-        """Begin to call a function of `remote_calls` on one engine; returns ipyparallel's result.
+        """Start a call of a function of `remote_calls` on one engine; returns ipyparallel's result.
 
         Raises:
             EngineError: The engine is lost.
@@ -304,7 +304,7 @@ class Engines:
             raise EngineError(f"rank {rank}: the engine's process has ended.", rank=rank) from None
 
     def start_cell(self, rank: int, source: str) -> Any:
-        """Begin to run a cell on one engine; returns ipyparallel's result."""
+        """Start a cell on one engine; returns ipyparallel's result."""
         return self._view(rank).execute(source, silent=False, block=False)
 
     def call(
@@ -315,20 +315,20 @@ class Engines:
 
         Raises:
             ClusterError: An engine did not answer in time, or cannot be reached.
-            EngineError: The function failed on one.
+            EngineError: The function raised on one.
         """
         of = arguments.__getitem__ if isinstance(arguments, dict) else lambda rank: arguments
         calls = {rank: self.start_call(rank, name, *of(rank)) for rank in ranks}
-        return answers_of(calls, self.check_alive, timeout_s)
+        return wait_for_replies(calls, self.check_alive, timeout_s)
 
     def interrupt(self, ranks: Iterable[int]) -> None:
-        """Interrupt what ranks are doing, as Ctrl-C would. On this host it has been delivered when this returns."""
+        """Interrupt ranks, as Ctrl-C would. On this host the signal is delivered when this returns."""
         self._signal(signal.SIGINT, ranks)
 
     def _signal(self, number: signal.Signals, ranks: Iterable[int]) -> list[int]:
-        """Send a signal to those of the ranks that live; returns the ids of their engines."""
-        (ids, records), alive = self._seats, set(self._launch.ids)
-        targets = {rank: ids[rank] for rank in ranks if self._lives(records[rank], ids[rank], alive)}
+        """Send a signal to the ranks that are alive; returns the ids of their engines."""
+        (ids, records), alive = self._by_rank, set(self._launch.ids)
+        targets = {rank: ids[rank] for rank in ranks if self._is_alive(records[rank], ids[rank], alive)}
         for rank, engine_id in targets.items():
             with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # it has just ended
                 if records[rank].host_id == self.host_id:
@@ -338,9 +338,9 @@ class Engines:
         return list(targets.values())
 
     def suspect(self, unanswered: dict[int, Any]) -> None:
-        """A cell failed, so its collectives may be half done: the next training forms a new world.
+        """A cell failed, perhaps within a collective: the next run forms a new world.
 
-        Other cells go on in the present one, in which the user may have groups and wrapped models.
+        Cells continue in the current one, in which the user may have groups and wrapped models.
 
         Args:
             unanswered: Calls by rank that an interrupt did not end.
@@ -350,15 +350,15 @@ class Engines:
 
     @property
     def stuck(self) -> list[int]:
-        """Ranks that still run a cell which was interrupted long ago."""
+        """Ranks that still run a cell that was interrupted."""
         return [rank for rank, call in self._unanswered.items() if not call.ready()]
 
     def end(self) -> None:
-        """End the processes, whatever they are doing. Twice is fine; a forked child of their owner ends nothing."""
+        """Kill the processes. Twice is fine; does nothing in a forked child of their owner."""
         if self.owner != os.getpid():
             return
         self.ended = True
         self.release()
-        self._store = None  # an old Run may keep us, but must not keep a socket open
-        with self._changing:  # a spare that is just being started is ended too
+        self._store = None  # an old Run may hold this object, but must not hold a socket open
+        with self._changing:  # waits for a spare that is being started, so that it is ended too
             self._launch.end()

@@ -1,4 +1,4 @@
-"""What engines answer to calls, waited for while they live."""
+"""Replies of engines to calls: wait for them, while checking that the engines are alive."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import ipyparallel
 
 from nbdist.errors import ClusterError, EngineError
 
-__all__ = ["answers_of"]
+__all__ = ["wait_for_replies"]
 
 _LOOK_S = 0.1
 
 
-def answers_of(calls: dict[int, Any], check_alive: Callable[[], None], timeout_s: float | None) -> dict[int, Any]:
-    """Wait for the answers to calls, by rank.
+def wait_for_replies(calls: dict[int, Any], check_alive: Callable[[], None], timeout_s: float | None) -> dict[int, Any]:
+    """Wait for the replies to calls, by rank.
 
     Args:
         calls: ipyparallel's results, by rank.
-        check_alive: Called meanwhile; raises where no answer will come any more.
-        timeout_s: How long to wait; None for as long as the engines live.
+        check_alive: Called in a loop; raises if no reply can come any more.
+        timeout_s: How long to wait; None for no limit.
 
     Raises:
         ClusterError: An engine did not answer in time, or cannot be reached.
-        EngineError: The function failed on one.
+        EngineError: The function raised on an engine.
     """
-    answers = {}
+    replies = {}
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     for rank, call in calls.items():
         while not call.wait(_LOOK_S):
@@ -35,7 +35,7 @@ def answers_of(calls: dict[int, Any], check_alive: Callable[[], None], timeout_s
             if deadline is not None and time.monotonic() > deadline:
                 raise ClusterError(f"rank {rank} did not answer within {timeout_s:g} s: %dist_stop ends it.")
         try:
-            answers[rank] = call.get()
+            replies[rank] = call.get()
         except ipyparallel.error.RemoteError as error:
             raise EngineError(f"rank {rank}: {error.ename}: {error.evalue}", str(error.traceback), rank) from None
-    return answers
+    return replies

@@ -1,4 +1,4 @@
-"""Spares: engines without a rank, with torch loaded, that take the place of lost ones at once."""
+"""Spare engines: processes with torch loaded and no rank, which replace lost engines at once."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _TRIES = 3
 
 
 class Spares:
-    """What is known of the engines that have no rank. They are started ahead, so that a lost one is replaced at once.
+    """The engines without a rank, started ahead.
 
-    An engine may miss the first call of its life: it counts as registered from its first heartbeat, so that call can
-    reach the controller before the engine's own connection does. So it is asked again where no answer comes.
+    An engine may miss its first call: it counts as registered from its first heartbeat, so that call can reach the
+    controller before the engine's own connection does. So the call is repeated if no answer comes.
 
     Args:
-        launch: Where engines come from.
-        wanted: How many to keep.
-        store: Address of the store at which the ranks will meet.
+        launch: Starts engines.
+        wanted: How many spares to hold ready.
+        store: Address of the store, for the rendezvous.
     """
 
     def __init__(self, launch: Launch, wanted: int, store: tuple[str, str]) -> None:
@@ -40,14 +40,14 @@ class Spares:
         self._launch = launch
         self._calls: dict[int, tuple[Any, float]] = {}
         self._facts: dict[int, dict[str, Any]] = {}
-        self._left: set[int] = set()  # had a rank and are dead, which the controller may not know yet
+        self._dead: set[int] = set()  # engine ids that the controller may still list
 
-    def leave(self, engine_id: int) -> None:
-        """Note that an engine is dead: it will never be a spare."""
-        self._left.add(engine_id)
+    def mark_dead(self, engine_id: int) -> None:
+        """Exclude a dead engine from the spares."""
+        self._dead.add(engine_id)
 
     def ready(self, ranked: Collection[int]) -> dict[int, dict[str, Any]]:
-        """The spares that have said where they live, by engine id; gets acquainted with new ones without waiting.
+        """The spares that have described themselves, by engine id; calls `describe` on new ones, without waiting.
 
         Args:
             ranked: Ids of the engines that have a rank.
@@ -55,7 +55,7 @@ class Spares:
         Raises:
             EngineError: One cannot load torch.
         """
-        free = set(self._launch.ids) - set(ranked) - self._left
+        free = set(self._launch.ids) - set(ranked) - self._dead
         self._calls = {engine_id: call for engine_id, call in self._calls.items() if engine_id in free}
         self._facts = {
             engine_id: facts
@@ -63,31 +63,31 @@ class Spares:
             if engine_id in free and not self._gone(facts)
         }  # fmt: skip
         for engine_id in sorted(free - set(self._facts)):
-            call, asked_s = self._calls.get(engine_id, (None, 0.0))
+            call, called_s = self._calls.get(engine_id, (None, 0.0))
             if call is not None and call.ready():
                 del self._calls[engine_id]
-                self._hear(engine_id, call)
-            elif time.monotonic() - asked_s > _ASK_AGAIN_S:
+                self._receive(engine_id, call)
+            elif time.monotonic() - called_s > _ASK_AGAIN_S:
                 with contextlib.suppress(IndexError):  # it has just ended
-                    again = self._launch.client[engine_id].apply_async(trampoline.run, "describe", *self._store)
-                    self._calls[engine_id] = again, time.monotonic()
+                    call = self._launch.client[engine_id].apply_async(trampoline.run, "describe", *self._store)
+                    self._calls[engine_id] = call, time.monotonic()
         return dict(self._facts)
 
-    def coming(self, ranked_pids: Collection[int]) -> int:
-        """How many there are or will be: ready, asked, or still starting."""
+    def count(self, ranked_pids: Collection[int]) -> int:
+        """How many spares there are: ready, called, or still starting."""
         known = {*ranked_pids, *(facts["pid"] for facts in self._facts.values())}
         return len(self._facts) + len(self._launch.pids() - known)
 
     def refill(self, ranked: Collection[int], ranked_pids: Collection[int]) -> None:
-        """Start as many as are missing, without waiting for them; end those that are too many."""
+        """Start missing spares, without waiting for them; kill surplus ones."""
         ready = self.ready(ranked)
-        missing = self.wanted - self.coming(ranked_pids)
+        missing = self.wanted - self.count(ranked_pids)
         if missing > 0:
             self._launch.add(missing)
         for engine_id in list(ready)[: max(0, -missing)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(ready[engine_id]["pid"]).kill()
-            self._left.add(engine_id)
+            self._dead.add(engine_id)
 
     def take(
         self,
@@ -95,17 +95,17 @@ class Spares:
         ranked: Collection[int],
         ranked_pids: Collection[int],
         timeout_s: float,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
         ended: Callable[[], bool],
     ) -> dict[int, dict[str, Any]]:
-        """Take `count` spares, by engine id; where there are too few, wait for new ones.
+        """Take `count` spares, by engine id; if there are too few, start new ones and wait.
 
         Args:
             count: How many.
             ranked: Ids of the engines that have a rank.
             ranked_pids: Their processes.
             timeout_s: How long to wait.
-            tell: Told how many are ready.
+            report: Called with how many are ready.
             ended: Whether to give up.
 
         Raises:
@@ -114,7 +114,7 @@ class Spares:
         deadline = time.monotonic() + timeout_s
         tries = _TRIES
         while len(ready := self.ready(ranked)) < count:
-            missing = count - self.coming(ranked_pids)
+            missing = count - self.count(ranked_pids)
             if missing > 0:
                 if not tries:
                     raise ClusterError(f"an engine ended while it started:\n{self._launch.log_tail()}")
@@ -124,7 +124,7 @@ class Spares:
                 raise ClusterError("the engines were stopped while lost ones were replaced.")
             if time.monotonic() > deadline:
                 raise ClusterError(f"only {len(ready)} of {count} new engines were ready after {timeout_s:g} s.")
-            tell(f"{len(ready)} of {count} new engines are ready")
+            report(f"{len(ready)} of {count} new engines are ready")
             calls = [call for call, _ in self._calls.values()]
             if calls:
                 calls[0].wait(_POLL_S)
@@ -135,12 +135,12 @@ class Spares:
             del self._facts[engine_id]
         return taken
 
-    def _hear(self, engine_id: int, call: Any) -> None:
+    def _receive(self, engine_id: int, call: Any) -> None:
         try:
             facts = call.get()
         except ipyparallel.error.RemoteError as error:
-            self._left.add(engine_id)
-            if error.ename != "EngineError":  # ipyparallel's word for an engine that died
+            self._dead.add(engine_id)
+            if error.ename != "EngineError":  # ipyparallel's name for an engine that died
                 raise EngineError(f"a new engine: {error.ename}: {error.evalue}", str(error.traceback)) from None
         else:
             if not self._gone(facts):

@@ -1,4 +1,4 @@
-"""How engines begin: started by this kernel, or taken over from an earlier one."""
+"""Start engines, or take over those that an earlier kernel started."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["start_engines", "take_over_engines"]
 
 
 def start_engines(
-    size: int, device: str, timeout_s: float, tell: Callable[[str], None], spares: int = 0,
+    size: int, device: str, timeout_s: float, report: Callable[[str], None], spares: int = 0,
     patience_s: float | None = None,
 ) -> Engines:  # fmt: skip
     """Start engines; they are ready when this returns.
@@ -30,85 +30,85 @@ def start_engines(
     Args:
         size: How many.
         device: "auto", "cpu" or "cuda".
-        timeout_s: How long that, and later a replacement, may take, in seconds.
-        tell: Called with what is being done, a few words, meanwhile.
-        spares: How many engines without a rank to keep beside them; nobody waits for those.
-        patience_s: How long they live without a kernel; None where they end with this one.
+        timeout_s: Timeout of the start, and later of a replacement, in seconds.
+        report: Progress callback: gets a short status text.
+        spares: How many spare engines to start too; not waited for.
+        patience_s: How long they live without a kernel, in seconds; None if they end with this one.
 
     Raises:
-        ClusterError: They were not ready in time. Nothing is left running then.
+        ClusterError: They were not ready in time. Then nothing is left running.
     """
     started_s = time.monotonic()
     cold = fork_client.current_server() is None
-    tell("loading torch" if cold else "starting engines")
-    hosted: list[Any] = []
-    loading = threading.Thread(target=_load_and_host, args=(hosted, patience_s is None, cold), daemon=True)
-    loading.start()  # here too, while the engines start
-    handoff: Launch | Engines = (launch := Launch(size, patience_s))
+    report("loading torch" if cold else "starting engines")
+    stores: list[Any] = []
+    loading = threading.Thread(target=_load_and_host, args=(stores, patience_s is None, cold), daemon=True)
+    loading.start()  # the kernel needs torch too: loaded while the engines start
+    started: Launch | Engines = (launch := Launch(size, patience_s))
     try:
-        launch.wait_for(size, timeout_s, tell)
+        launch.wait_for(size, timeout_s, report)
         loading.join()
-        engines = handoff = _engines(
-            launch, hosted.pop() if hosted else _store_of(launch.anchor), size, device, timeout_s, spares
+        engines = started = _engines(
+            launch, stores.pop() if stores else _store_of(launch.anchor), size, device, timeout_s, spares
         )
-        tell("forming the world")
-        engines.meet()
+        report("forming the world")
+        engines.initialize()
     except BaseException:
-        handoff.end()
+        started.end()
         loading.join()
-        hosted.clear()  # the traceback would keep the store, and its process
+        stores.clear()  # else the traceback would hold the store, and its process
         raise
     engines.start_seconds = time.monotonic() - started_s
     return engines
 
 
 def take_over_engines(anchor: Anchor) -> Engines:
-    """The engines that an earlier kernel started, and tied to an anchor.
+    """The engines of an anchor, which an earlier kernel started.
 
     Raises:
         ClusterError: That kernel ended before they were ready.
     """
-    notes = anchor.look()["notes"]
+    notes = anchor.state()["notes"]
     if "engines" not in notes:
         raise ClusterError(f"cluster {anchor.name} was not ready when its kernel ended: start another one.")
     _load_torch()
-    told = notes["engines"]
+    state = notes["engines"]
     launch = Launch.attach(anchor, notes["launched"])
-    own = {name: told[name] for name in ("size", "device", "timeout_s", "spares")}
+    own = {name: state[name] for name in ("size", "device", "timeout_s", "spares")}
     engines = _engines(launch, _store_of(anchor), **own)
-    engines.take_over(told)
+    engines.take_over(state)
     return engines
 
 
 def _engines(*arguments: Any, **named: Any) -> Engines:
-    """Make `Engines`, which stands on torch: it has been loaded by now."""
+    """Make `Engines`. Its module imports torch, which is loaded by now."""
     from nbdist.cluster.engines.engines import Engines
 
     return Engines(*arguments, **named)
 
 
 def _load_torch(cold: bool = False) -> None:
-    """Load torch; in a `cold` start, which has to wait for another process to do so, look for garbage too.
+    """Load torch; in a `cold` start, which waits for another process to load torch, collect garbage too.
 
-    With all of torch that is due soon, and would take a tenth of a second in the middle of one of the first runs.
+    After torch's import a collection is due soon; it would take 0.1 s within one of the first runs.
     """
-    with contextlib.suppress(Exception):  # who needs it next will meet the error again, and can be told
+    with contextlib.suppress(Exception):  # the next import raises it again, where it can be shown
         importlib.import_module("nbdist.core.comm.world")
     if cold:
         gc.collect()
 
 
-def _load_and_host(hosted: list[Any], host: bool, cold: bool) -> None:
-    """Load torch, and host a store unless an anchor does: the store's process takes its time to start."""
+def _load_and_host(stores: list[Any], host: bool, cold: bool) -> None:
+    """Load torch, and host a store unless an anchor does. Early: the store's process starts slowly."""
     _load_torch(cold)
     if host:
         with contextlib.suppress(Exception):  # see above
-            hosted.append(_store_of(None))
+            stores.append(_store_of(None))
 
 
 def _store_of(anchor: Anchor | None) -> Any:
-    """The store in which ranks meet: the anchor's, or one of our own."""
-    from nbdist.core.comm.rendezvous import reach_store
+    """The store for the ranks' rendezvous: the anchor's, or a new one."""
+    from nbdist.core.comm.rendezvous import connect_store
     from nbdist.core.comm.world import host_store
 
-    return host_store() if anchor is None else reach_store(*anchor.look()["store"])
+    return host_store() if anchor is None else connect_store(*anchor.state()["store"])

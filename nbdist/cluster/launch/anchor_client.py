@@ -1,6 +1,6 @@
-"""The anchor: a process to which a detached cluster is tied in place of the kernel, so that it outlives that.
+"""Client of the anchor: the process that owns a detached cluster instead of the kernel, so that it outlives it.
 
-This is the kernel's side; what the anchor itself runs is in `anchor_server`.
+This is the kernel's side; the anchor is in `anchor_server`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _SOCKET = "anchor"
 
 @dataclass(frozen=True, kw_only=True)
 class Detached:
-    """A cluster that was started to outlive its kernel, and lives.
+    """A running detached cluster.
 
     Args:
-        name: By which it is attached to.
-        engines: How many ranks it has; 0 while it starts.
-        owner: The process of the kernel that it belongs to; 0 for none.
-        left_s: How long it waits for one, in seconds.
-        run_id: The run that it works on, or has worked on; empty without one.
+        name: The name to attach with.
+        engines: Its number of ranks; 0 while it starts.
+        owner: The pid of the kernel that owns it; 0 for none.
+        left_s: How long it still waits for a kernel, in seconds.
+        run_id: Its current or last run; empty without one.
         run_state: "running", or how it ended.
     """
 
@@ -55,13 +55,13 @@ class Detached:
 
 
 class Anchor:
-    """A connection to an anchor. Local to the process that made it; safe to use from several threads.
+    """A connection to an anchor. Local to the process that created it; thread-safe.
 
     Args:
         name: The cluster's.
         folder: The cluster's.
-        mark: The anchor's process, see `owner_guard`.
-        patience_s: How long it waits for a kernel.
+        mark: The anchor's process, see `parent_watch.owner_mark`.
+        patience_s: How long it waits for a kernel, in seconds.
     """
 
     def __init__(self, name: str, folder: str, mark: str, patience_s: float) -> None:
@@ -69,9 +69,9 @@ class Anchor:
         self.patience_s = patience_s
         self.folder = folder
         self.mark = mark
-        self._one_at_a_time = threading.Lock()
-        self._asked = 0
-        self._unneeded: collections.deque[str] = collections.deque()
+        self._lock = threading.Lock()
+        self._requests = 0
+        self._to_release: collections.deque[str] = collections.deque()
         address = socket.socket(socket.AF_UNIX)
         try:
             address.connect(os.path.join(folder, _SOCKET))
@@ -87,13 +87,13 @@ class Anchor:
         """Start an anchor that this process owns.
 
         Args:
-            folder: The cluster's, which ends with it.
-            patience_s: How long the cluster lives when no kernel owns it.
+            folder: The cluster's; removed when the anchor ends.
+            patience_s: How long the cluster lives while no kernel owns it, in seconds.
         """
         _entries().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _entries().mkdir(exist_ok=True, mode=0o700)
         while (entry := _entries() / f"{(name := secrets.token_hex(2))}.json").exists():
-            pass  # another host's, say
+            pass  # taken, for example on another host
         with socket.socket(socket.AF_UNIX) as listener, open(os.path.join(folder, "anchor.log"), "wb") as log:
             listener.bind(os.path.join(folder, _SOCKET))
             listener.listen()
@@ -105,18 +105,18 @@ class Anchor:
             )  # fmt: skip
         threading.Thread(target=started.wait, daemon=True, name="nbdist-anchor").start()  # no zombie
         mark = parent_watch.owner_mark(started.pid)
-        told = {"folder": folder, "mark": mark, "patience_s": patience_s}
-        entry.write_text(json.dumps({**told, "host": host_name(), "host_id": host_id()}))
+        facts = {"folder": folder, "mark": mark, "patience_s": patience_s}
+        entry.write_text(json.dumps({**facts, "host": host_name(), "host_id": host_id()}))
         anchor = cls(name, folder, mark, patience_s)
         anchor._own()
         return anchor
 
     @classmethod
     def reach(cls, name: str | None = None) -> Anchor:
-        """The anchor of a cluster that nobody owns, which this process owns from now on.
+        """Connect to the anchor of a cluster without an owner, and own it.
 
         Args:
-            name: Which; not needed where there is only one.
+            name: The cluster's; not needed if there is only one.
 
         Raises:
             PlanError: There is none, or several.
@@ -137,9 +137,9 @@ class Anchor:
         return anchor
 
     def _own(self) -> None:
-        mine = parent_watch.owner_mark(os.getpid())
-        owner = self._ask("own", mine)
-        if owner != mine:
+        this_process = parent_watch.owner_mark(os.getpid())
+        owner = self._call("own", this_process)
+        if owner != this_process:
             self.leave()
             raise ClusterError(
                 f"cluster {self.name} belongs to the kernel with process {owner.partition(':')[0]}: use it there, or "
@@ -147,76 +147,76 @@ class Anchor:
             )
         atexit.register(self.leave)
 
-    def look(self) -> dict[str, Any]:
-        """What it knows: `owner`, `left_s`, the `store`'s address, and the `notes`."""
-        told: dict[str, Any] = self._ask("look")
-        return {**told, "notes": {name: pickle.loads(value) for name, value in told["notes"].items()}}
+    def state(self) -> dict[str, Any]:
+        """The anchor's state: `owner`, `left_s`, the `store`'s address, and the `notes`."""
+        state: dict[str, Any] = self._call("state")
+        return {**state, "notes": {name: pickle.loads(value) for name, value in state["notes"].items()}}
 
     def note(self, name: str, value: Any) -> None:
-        """Leave something that another kernel has to know, in place of what has this name."""
-        self._ask("note", name, pickle.dumps(value))
+        """Save a value for the next kernel under a name; replaces an earlier one."""
+        self._call("note", name, pickle.dumps(value))
 
     def hold(self) -> str:
-        """Let it make shared memory and hold it; returns the path."""
-        return str(self._ask("hold"))
+        """Create shared memory that the anchor holds; returns the path."""
+        return str(self._call("hold"))
 
-    def is_released(self, path: str) -> None:
-        """The memory is not needed any more; nothing happens once this kernel has left."""
-        self.let_go_later(path)
+    def release(self, path: str) -> None:
+        """Free the memory at `path`; does nothing after `leave`."""
+        self.release_later(path)
         with contextlib.suppress(ClusterError):
-            self._let_go_of_unneeded()
+            self._release_pending()
 
-    def let_go_later(self, path: str) -> None:
-        """`is_released` with whatever is said next: for finalizers, which may run in the middle of an exchange."""
-        self._unneeded.append(path)
+    def release_later(self, path: str) -> None:
+        """`release` with the next request: for finalizers, which may run in the middle of one."""
+        self._to_release.append(path)
 
     def leave(self) -> None:
-        """Give the cluster up: it waits for another kernel. Twice is fine."""
+        """Disconnect: the cluster waits for another kernel. Twice is fine."""
         self._pipe.close()
         atexit.unregister(self.leave)
 
     def end(self) -> None:
-        """End the anchor, and with it what is left of the cluster. Twice is fine."""
+        """End the anchor and the remaining processes of the cluster. Twice is fine."""
         with contextlib.suppress(ClusterError):
-            self._ask("end")
+            self._call("end")
         self.leave()
 
-    def _ask(self, *words: Any) -> Any:
-        self._let_go_of_unneeded()
-        with self._one_at_a_time:
-            return self._exchange(*words)
+    def _call(self, *request: Any) -> Any:
+        self._release_pending()
+        with self._lock:
+            return self._exchange(*request)
 
-    def _let_go_of_unneeded(self) -> None:
-        with self._one_at_a_time:
-            while self._unneeded:
-                self._exchange("is_released", self._unneeded.popleft())
+    def _release_pending(self) -> None:
+        with self._lock:
+            while self._to_release:
+                self._exchange("release", self._to_release.popleft())
 
-    def _exchange(self, *words: Any) -> Any:
+    def _exchange(self, *request: Any) -> Any:
         try:
-            self._asked += 1
-            self._pipe.send((self._asked, *words))
+            self._requests += 1
+            self._pipe.send((self._requests, *request))
             while True:
-                number, answer = self._pipe.recv()
-                if number == self._asked:  # not one whose wait was interrupted
-                    return answer
+                number, reply = self._pipe.recv()
+                if number == self._requests:  # else the reply to a request whose wait was interrupted
+                    return reply
         except (EOFError, OSError):
             raise ClusterError(f"the anchor of cluster {self.name} has ended, and the cluster with it.") from None
 
 
 def detached_clusters() -> list[Detached]:
-    """The clusters of this user on this host that were started to outlive their kernels, and live. Local."""
+    """The running detached clusters of this user on this host. Local."""
     found = []
     for name, entry in _living()[0].items():
         with contextlib.suppress(ClusterError):
             anchor = Anchor(name, **entry)
-            told = anchor.look()
+            state = anchor.state()
             anchor.leave()
-            notes = told["notes"]
+            notes = state["notes"]
             run = notes.get("run")
             found.append(
                 Detached(
                     name=name, engines=notes.get("engines", {}).get("size", 0),
-                    owner=int(told["owner"].partition(":")[0] or 0), left_s=told["left_s"],
+                    owner=int(state["owner"].partition(":")[0] or 0), left_s=state["left_s"],
                     run_id="" if run is None else run.run_id, run_state="" if run is None else notes["ended"][0],
                 )
             )  # fmt: skip
@@ -224,9 +224,9 @@ def detached_clusters() -> list[Detached]:
 
 
 def check_detach(patience_s: float) -> None:
-    """Raise `PlanError` where engines cannot go on without a kernel for so many seconds."""
+    """Raise `PlanError` if engines cannot run without a kernel for so many seconds."""
     if sys.platform != "linux":
-        raise PlanError("engines can outlive the kernel on Linux only: leave --detach away.")
+        raise PlanError("engines can outlive the kernel on Linux only: omit --detach.")
     number = isinstance(patience_s, (int, float)) and not isinstance(patience_s, bool)
     if not (number and 0 < patience_s < math.inf):
         raise PlanError(f"engines cannot wait {patience_s!r} s for a kernel: use a number of seconds, more than 0.")
@@ -237,14 +237,14 @@ def _entries() -> Path:
 
 
 def _living() -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Folder, process and patience of each anchor of this host that lives, by name; and where the others are.
+    """Folder, mark and patience of each running anchor of this host, by name; and where the others are.
 
-    What is left of dead ones is removed: of this host's only, for nobody else knows its processes. Those from before it
-    was started anew are dead.
+    Entries of dead anchors are removed, but only of this host, whose processes can be checked. Anchors from before its
+    last boot are dead.
     """
     living, elsewhere = {}, {}
     for path in sorted(_entries().glob("*.json")):
-        with contextlib.suppress(OSError, ValueError):  # it has just ended, or is just beginning
+        with contextlib.suppress(OSError, ValueError):  # it has just ended, or is just starting
             entry = json.loads(path.read_text())
             host, its_id = entry.pop("host", host_name()), entry.pop("host_id", host_id())
             same_boot = its_id.partition("/")[0] == host_id().partition("/")[0]

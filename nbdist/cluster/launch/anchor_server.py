@@ -1,7 +1,7 @@
-"""What an anchor runs: it holds for a cluster what has to outlive a kernel, and ends with it.
+"""Anchor: the process of a detached cluster that holds what must outlive a kernel.
 
-It holds the store in which ranks meet, the memory of snapshots, boards and payloads, and what another kernel has to
-know. Controller and engines are tied to it, as they else are to a kernel; see `owner_guard`.
+It hosts the ranks' store, and holds the shared memory of snapshots, boards and payloads, and notes for the next kernel.
+It is the owner of controller and engines, which else is the kernel; see `parent_watch`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _POLL_S = 0.5
 
 
 class _Server:
-    """Answers kernels; nothing that they ask takes time.
+    """Serves kernels, one request at a time; all are short.
 
     Args:
-        listener: Where they come to.
-        patience_s: How long it lives without a kernel that owns the cluster.
+        listener: The socket that they connect to.
+        patience_s: How long it lives, in seconds, without a kernel that owns the cluster.
     """
 
     def __init__(self, listener: socket.socket, patience_s: float) -> None:
@@ -44,16 +44,16 @@ class _Server:
         self._listener = listener
         self._patience_s = patience_s
         self._store = host_store()
-        self._held: dict[str, int] = {}  # a descriptor of each piece of memory, by its path
+        self._held: dict[str, int] = {}  # the open file of each shared memory, by its path
         self._notes: dict[str, bytes] = {}
         self._connections: dict[int, Connection] = {}
-        self._owner: tuple[int, str] | None = None  # its connection, and the process
+        self._owner: tuple[int, str] | None = None  # its connection and its process mark
         self._alone_since_s = time.monotonic()
-        self._over = False
+        self._ended = False
 
     def serve(self) -> None:
-        """Answer until the cluster is to end."""
-        while not self._over and (self._owner or self._left_s > 0):
+        """Serve until the cluster is to end."""
+        while not self._ended and (self._owner or self._left_s > 0):
             ready, _, _ = select.select([self._listener.fileno(), *self._connections], [], [], _POLL_S)
             for file in ready:
                 if file == self._listener.fileno():
@@ -65,19 +65,19 @@ class _Server:
                     self._connections[connection.fileno()] = connection
                 else:
                     self._answer(file)
-            # A child that the kernel has forked may hold its connection open.
+            # Checked here too: a forked child of the kernel may hold its connection open.
             if self._owner is not None and not alive(self._owner[1]):
                 self._disown()
 
     def end(self) -> None:
-        """End what is left of the cluster's processes: one that hangs cannot end itself."""
+        """Kill the remaining processes of the cluster: one that hangs cannot end itself."""
         for mark in pickle.loads(self._notes["processes"]) if "processes" in self._notes else ():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if alive(mark):
                     process = psutil.Process(int(mark.partition(":")[0]))
-                    for each in [*process.children(recursive=True), process]:
+                    for victim in [*process.children(recursive=True), process]:
                         with contextlib.suppress(psutil.NoSuchProcess):
-                            each.kill()
+                            victim.kill()
 
     @property
     def _left_s(self) -> float:
@@ -89,8 +89,8 @@ class _Server:
     def _answer(self, file: int) -> None:
         connection = self._connections[file]
         try:
-            number, word, *values = connection.recv()
-            connection.send((number, getattr(self, f"_{word}")(file, *values)))
+            number, name, *values = connection.recv()
+            connection.send((number, getattr(self, f"_{name}")(file, *values)))
         except (EOFError, OSError):
             del self._connections[file]
             connection.close()
@@ -102,7 +102,7 @@ class _Server:
             self._owner = file, mark
         return self._owner[1]
 
-    def _look(self, file: int) -> dict[str, Any]:
+    def _state(self, file: int) -> dict[str, Any]:
         owner = "" if self._owner is None else self._owner[1]
         return {"owner": owner, "left_s": self._left_s, "store": self._store.address, "notes": self._notes}
 
@@ -115,17 +115,17 @@ class _Server:
         self._held[path] = held
         return path
 
-    def _let_go(self, file: int, path: str) -> None:
+    def _release(self, file: int, path: str) -> None:
         held = self._held.pop(path, None)
         if held is not None:
             os.close(held)
 
     def _end(self, file: int) -> None:
-        self._over = True
+        self._ended = True
 
 
 def main() -> None:
-    """Serve, as the process that `Anchor.start` starts: a listening socket, a folder, an entry, and its patience."""
+    """Entry point of the process that `Anchor.start` starts. Arguments: listening socket, folder, entry, patience."""
     listener, folder, entry, patience_s = socket.socket(fileno=int(sys.argv[1])), *sys.argv[2:4], float(sys.argv[4])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = _Server(listener, patience_s)

@@ -1,4 +1,4 @@
-"""How many GPUs there are, asked of torch only where there may be some, and so how many engines."""
+"""Device and engine count: counts GPUs, with torch only where there may be some."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _DEVICES = ("auto", "cpu", "cuda")
 
 
 def choose_size(engines: int | None, device: str, *, warm_up: bool) -> int:
-    """How many engines there are to be.
+    """The number of engines to start.
 
     Args:
-        engines: How many are asked for; None for what fits.
+        engines: The requested number; None for the default.
         device: "auto", "cpu" or "cuda".
         warm_up: Whether engines are about to start, so that the fork server may load torch while this looks for GPUs.
 
     Raises:
-        PlanError: A number or the device cannot be meant.
+        PlanError: A number or the device is not possible.
     """
     if device not in _DEVICES:
         raise PlanError(f"unknown device {device!r}: use auto, cpu or cuda.{suggest(device, _DEVICES)}")
@@ -36,11 +36,11 @@ def choose_size(engines: int | None, device: str, *, warm_up: bool) -> int:
 
 
 def _count_gpus(warm_up: bool) -> int:
-    """The GPUs of this host that torch sees."""
+    """The number of GPUs of this host that torch sees."""
     if "torch" not in sys.modules and not may_have_gpus():
         return 0
     if warm_up and fork_client.can_fork():
-        fork_client.require_server()  # it loads torch while we do
+        fork_client.require_server()  # it loads torch at the same time
     import torch
 
     return torch.cuda.device_count()

@@ -1,6 +1,6 @@
-"""A process with torch loaded, from which engines are forked: they start in milliseconds and share its memory.
+"""Client of the fork server, a process with torch loaded: engines forked from it start in ms and share its memory.
 
-This is the notebook's side; what the server itself runs is in `forks`.
+This is the kernel's side; the server is in `fork_server`.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from nbdist.errors import ClusterError
 __all__ = ["FORK_VARIABLE", "ForkRequest", "ForkServer", "can_fork", "current_server", "end_server", "require_server"]
 
 FORK_VARIABLE = "NBDIST_FORK"
-"""Set to "off", it keeps the fork server out: every engine is then a process of its own from the start."""
+"""Set to "off", it disables the fork server: every engine is then a new Python process."""
 
 _COMMAND = "from nbdist.cluster.launch.fork_server import main; main()"
 _READ_WHEN_LOADED = (
     "ATEN_", "GOMP_", "LD_", "MALLOC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "PYTORCH_", "TORCH_",
 )  # fmt: skip
-"""Variables that Python and torch read once, when they are loaded."""
+"""Variables that Python and torch read only once, at load: a change needs a new server."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForkRequest:
-    """What a child of the server is to become.
+    """The process that the server is to fork.
 
     Args:
         arguments: Of `parent_watch.main`: "controller" or "engine", then ipyparallel's own.
-        environment: All its variables.
-        folder: Where it runs.
-        log: The file for what it prints.
+        environment: All its environment variables.
+        folder: Its working directory.
+        log: The file for its output.
         cores: Numbers of the CPU cores it may use.
     """
 
@@ -51,33 +51,34 @@ class ForkRequest:
 
 
 class ForkServer:
-    """A running fork server, and the way to ask it for processes. Local to the process that made it."""
+    """A running fork server and the pipe to it. Local to the process that created it."""
 
     def __init__(self) -> None:
-        ours, theirs = Pipe()
-        with theirs:
+        pipe, server_end = Pipe()
+        with server_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND, str(theirs.fileno()), parent_watch.owner_mark(os.getpid())],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
+                [sys.executable, "-c", _COMMAND, str(server_end.fileno()), parent_watch.owner_mark(os.getpid())],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                pass_fds=[server_end.fileno()], start_new_session=True,
                 env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"},  # or ipykernel's debugger warns
             )  # fmt: skip
-        self._pipe = ours
+        self._pipe = pipe
         self._owner = os.getpid()
-        self._one_at_a_time = threading.Lock()
-        self._orders = 0
+        self._lock = threading.Lock()
+        self._requests = 0
         self._broken = False
-        self._read = _read_when_loaded()
+        self._variables = _read_when_loaded()
         self.pid = self._process.pid
 
     @property
     def alive(self) -> bool:
-        """Whether it runs, and is ours: to a forked child of who has started it, it is nobody."""
+        """Whether it runs; False in a forked child of the process that started it."""
         return self._owner == os.getpid() and not self._pipe.closed and self._process.poll() is None
 
     @property
     def fits(self) -> bool:
-        """Whether it can fork, and what was read from the environment when it loaded torch still holds."""
-        return self.forks and self._read == _read_when_loaded()
+        """Whether it can fork, and the variables that Python and torch read at load are unchanged."""
+        return self.forks and self._variables == _read_when_loaded()
 
     @property
     def forks(self) -> bool:
@@ -85,35 +86,35 @@ class ForkServer:
         return self.alive and not self._broken
 
     def fork(self, request: ForkRequest) -> int:
-        """Let it fork a process; returns the number of that process. The first engine waits for torch.
+        """Fork a process; returns its pid. The first engine waits until the server has loaded torch.
 
         Raises:
             ClusterError: The server has ended, or cannot fork.
         """
-        pid, error = self._ask(request)
+        pid, error = self._call(request)
         if error:
-            self._broken = True  # it lives on, for what it has forked: nobody else would reap that
+            self._broken = True  # it keeps running: only it reaps its forks
             raise ClusterError(f"the fork server cannot fork: {error}.")
         return pid
 
     def end_cluster(self, folder: str) -> None:
-        """Let it end whatever it has forked for the cluster with this folder, also of late, and remove the folder.
+        """Kill all that it forked for the cluster with this folder, and remove the folder.
 
         Raises:
             ClusterError: The server has ended.
         """
-        self._ask(folder)
+        self._call(folder)
 
-    def _ask(self, request: ForkRequest | str) -> tuple[int, str]:
+    def _call(self, request: ForkRequest | str) -> tuple[int, str]:
         try:
-            with self._one_at_a_time:
-                self._orders += 1
-                self._pipe.send((self._orders, request))
+            with self._lock:
+                self._requests += 1
+                self._pipe.send((self._requests, request))
                 while True:
                     number, pid, error = self._pipe.recv()
-                    if number == self._orders:
+                    if number == self._requests:
                         return int(pid), str(error)
-                    if pid:  # of an order whose wait was interrupted
+                    if pid:  # of a request whose wait was interrupted
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGKILL)
         except (EOFError, OSError) as ended:
@@ -121,7 +122,7 @@ class ForkServer:
             raise ClusterError("the fork server has ended.") from ended
 
     def end(self) -> None:
-        """End the server; what it forked goes on. Twice is fine; a forked child of its owner ends nothing."""
+        """End the server, but not its forks. Twice is fine; does nothing in a forked child of its owner."""
         if self._owner != os.getpid():
             return
         self._pipe.close()
@@ -143,7 +144,7 @@ def current_server() -> ForkServer | None:
 
 
 def require_server() -> ForkServer:
-    """The fork server of this process, started if there is none; returns before it has loaded anything."""
+    """The fork server of this process, started if there is none; does not wait until it has loaded torch."""
     global _server
     if _server is None or not _server.fits:
         if _server is not None:

@@ -1,7 +1,7 @@
-"""What the fork server runs, and what its forks become: controller, engines and their nannies.
+"""Fork server: a process with torch loaded that forks controller, engines and ipyparallel's nannies.
 
-The server starts no thread and touches no GPU, for neither survives a fork. It ends when its owner closes the pipe, or
-is gone: then it also ends what is left of its forks, for one that hangs cannot end itself.
+It starts no thread and does not initialize CUDA: neither survives a fork. It ends when its owner closes the pipe or has
+ended; in the second case it also kills its remaining forks, as one that hangs cannot end itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["main", "serve"]
 
 _POLL_S = 0.5
 _GRACE_S = 3.0
-"""How long a fork whose owner is gone has to end by itself."""
+"""How long a fork whose owner has ended may take to end by itself."""
 _DEAD_WITHIN_S = 1.0
 _CONTROL_PLANE = ["ipyparallel.controller.app", "ipyparallel.engine.app", "ipyparallel.engine.nanny"]
 _ENGINE = [
@@ -42,29 +42,29 @@ _ENGINE = [
 
 
 class _ChildProcesses:
-    """The processes that were forked, held so that a number which is another one's by now is never hit."""
+    """The forked processes, held by pidfd, so that a signal never hits another process that reuses a pid."""
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[int, str]] = {}  # a descriptor of each process; its number, its cluster's folder
-        self._owners: dict[str, str] = {}  # of each cluster, by its folder
+        self._held: dict[int, tuple[int, str]] = {}  # pidfd of each process -> its pid, its cluster's folder
+        self._owners: dict[str, str] = {}  # the owner of each cluster, by its folder
 
     def add(self, pid: int, folder: str, owner: str) -> None:
-        """Hold a child, at once: its number is not given to another process so soon."""
-        self._held = {held: other for held, other in self._held.items() if not self._ended(held)}
-        with contextlib.suppress(OSError):  # it has ended at once, or the system is too old
+        """Open a pidfd of a child, at once: before its pid can be reused."""
+        self._held = {pidfd: other for pidfd, other in self._held.items() if not self._close_ended(pidfd)}
+        with contextlib.suppress(OSError):  # it has ended already, or the kernel has no pidfd
             self._held[os.pidfd_open(pid)] = pid, folder
         if folder:
             self._owners[folder] = owner
 
     def forget(self) -> None:
-        """Let go of all; called in a child, whose brothers they are."""
+        """Close all pidfds; called in a new child, whose siblings they are."""
         for held in self._held:
             os.close(held)
         self._held = {}
 
     def end(self, folder: str) -> None:
-        """Kill who still runs of the cluster with this folder, its own children too, and remove the folder."""
-        killed = [held for held, (_, of) in self._held.items() if of == folder and not _over(held)]
+        """Kill the processes of the cluster with this folder, and their children, and remove the folder."""
+        killed = [held for held, (_, of) in self._held.items() if of == folder and not _has_ended(held)]
         for held in killed:
             with contextlib.suppress(psutil.NoSuchProcess):
                 for child in psutil.Process(self._held[held][0]).children(recursive=True):
@@ -73,48 +73,48 @@ class _ChildProcesses:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(held, signal.SIGKILL)
         deadline = time.monotonic() + _DEAD_WITHIN_S
-        for held in killed:  # one that is just starting would make the folder anew
-            _over(held, max(0.0, deadline - time.monotonic()))
+        for held in killed:  # one that is just starting would create the folder again
+            _has_ended(held, max(0.0, deadline - time.monotonic()))
         shutil.rmtree(folder, ignore_errors=True)
         self._owners.pop(folder, None)
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until all have ended, but not for longer than a time."""
+        """Wait until all have ended, or the timeout passes."""
         deadline = time.monotonic() + timeout_s
         for held in self._held:
-            _over(held, max(0.0, deadline - time.monotonic()))
+            _has_ended(held, max(0.0, deadline - time.monotonic()))
 
     def end_orphans(self) -> None:
-        """`end` every cluster whose owner is gone: a kernel, or an anchor."""
+        """`end` every cluster whose owner (a kernel or an anchor) has ended."""
         for folder, owner in list(self._owners.items()):
             if not parent_watch.alive(owner):
                 self.end(folder)
 
     @staticmethod
-    def _ended(held: int) -> bool:
-        if not _over(held):
+    def _close_ended(pidfd: int) -> bool:
+        if not _has_ended(pidfd):
             return False
-        os.close(held)
+        os.close(pidfd)
         return True
 
 
-def _over(held: int, timeout_s: float = 0.0) -> bool:
-    """Whether the process of a descriptor has ended, or does so within a time."""
-    over = select.poll()
-    over.register(held, select.POLLIN)
-    return bool(over.poll(timeout_s * 1000))
+def _has_ended(pidfd: int, timeout_s: float = 0.0) -> bool:
+    """Whether the process of a pidfd has ended, or ends within the timeout."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
 
 
 def serve(pipe: Connection, owner: str) -> None:
-    """The server's loop: fork what is ordered, until the pipe closes or the owner is gone."""
-    brood = _ChildProcesses()
-    _serve(pipe, owner, brood)
-    if parent_watch.ends(owner, _POLL_S):  # else it ends us in good order, now
-        brood.wait(_GRACE_S)
-        brood.end_orphans()
+    """The server's loop: fork on request, until the pipe closes or the owner has ended."""
+    children = _ChildProcesses()
+    _serve(pipe, owner, children)
+    if parent_watch.wait_for_exit(owner, _POLL_S):  # else the owner ends this server and its forks itself
+        children.wait(_GRACE_S)
+        children.end_orphans()
 
 
-def _serve(pipe: Connection, owner: str, brood: _ChildProcesses) -> None:
+def _serve(pipe: Connection, owner: str, children: _ChildProcesses) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _load(_CONTROL_PLANE)
@@ -127,7 +127,7 @@ def _serve(pipe: Connection, owner: str, brood: _ChildProcesses) -> None:
         except (EOFError, OSError):
             return
         if isinstance(request, str):
-            brood.end(request)
+            children.end(request)
             with contextlib.suppress(OSError):
                 pipe.send((number, 0, ""))
             continue
@@ -138,19 +138,20 @@ def _serve(pipe: Connection, owner: str, brood: _ChildProcesses) -> None:
             pid = os.fork()
             if pid == 0:
                 pipe.close()
-                brood.forget()
+                children.forget()
                 _become(request)
-            told = request.environment
-            brood.add(pid, told.get(parent_watch.FOLDER_VARIABLE, ""), told.get(parent_watch.OWNER_VARIABLE, owner))
+            variables = request.environment
+            folder = variables.get(parent_watch.FOLDER_VARIABLE, "")
+            children.add(pid, folder, variables.get(parent_watch.OWNER_VARIABLE, owner))
         try:
             pipe.send((number, pid, error))
-        except OSError:  # the owner has gone meanwhile
+        except OSError:  # the owner has ended meanwhile
             return
-        _load(_ENGINE)  # while the controller of a first start gets ready
+        _load(_ENGINE)  # in the first start, while the controller gets ready
 
 
 def _load(modules: list[str]) -> str:
-    """Import modules; returns what went wrong."""
+    """Import modules; returns the error's text, or ""."""
     if all(module in sys.modules for module in modules):
         return ""
     try:
@@ -159,12 +160,12 @@ def _load(modules: list[str]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     gc.collect()
-    gc.freeze()  # a collection in a child would else write to, and so copy, all pages
+    gc.freeze()  # else a collection in a child would write to, and so copy, all pages
     return ""
 
 
 def _become(request: ForkRequest) -> NoReturn:
-    """Turn this fork into what was ordered; never returns."""
+    """Turn this fork into the requested process; never returns."""
     code = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -181,11 +182,11 @@ def _become(request: ForkRequest) -> NoReturn:
         kind = request.arguments[0]
         Path("/proc/self/comm").write_text(f"nbdist-{kind}")
         if kind == "controller":
-            _hurry_controller()
+            _skip_controller_sleep()
         if kind == "engine":
-            sys.modules["numpy"].random.seed()  # or all engines would draw the same numbers, as they draw their state
+            sys.modules["numpy"].random.seed()  # the forked state is the same in all engines
             _prepare_nanny()
-        # ipyparallel took the server's folder for the default when it was loaded.
+        # ipyparallel's default was set to the server's folder at import.
         sys.argv = ["nbdist", *request.arguments, f"--work-dir={request.folder}"]
         parent_watch.main()
     except SystemExit as leaving:
@@ -194,13 +195,13 @@ def _become(request: ForkRequest) -> NoReturn:
         sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush()
-        os._exit(code)  # nothing of the server's is to be tidied up here
+        os._exit(code)  # skip the server's exit handlers
 
 
-def _hurry_controller() -> None:
-    """Leave out a nap of 250 ms that ipyparallel's controller takes before it says where it listens.
+def _skip_controller_sleep() -> None:
+    """Skip a sleep of 250 ms in ipyparallel's controller before it writes its connection files.
 
-    Its sockets are bound by then, or queue. It is the only nap in that module; without it there, nothing changes.
+    Its sockets are bound by then, or queue messages. It is the only sleep in that module.
     """
     from ipyparallel.controller import app
 
@@ -208,44 +209,44 @@ def _hurry_controller() -> None:
 
 
 def _prepare_nanny() -> None:
-    """Fork the engine's nanny now, while there is no thread, and let ipyparallel find it when it wants to start one.
+    """Fork the engine's nanny (ipyparallel's watchdog) now, while there is no thread; patch `start_nanny` to use it.
 
-    ipyparallel's own way is a new Python, which takes longer to start than the engine. Without `start_nanny` in
-    ipyparallel's module, that way stays.
+    ipyparallel starts a new Python instead, which takes longer to start than the engine. That remains if its module has
+    no `start_nanny`.
     """
     from ipyparallel.engine import app, nanny
 
     if not hasattr(app, "start_nanny"):
         return
-    wants, asked = os.pipe()
-    answered, answers = os.pipe()
+    request_out, request_in = os.pipe()
+    reply_out, reply_in = os.pipe()
     if os.fork() == 0:
         os.setsid()
-        os.dup2(wants, 0)
-        os.dup2(answers, 1)
-        os.closerange(3, max(wants, asked, answered, answers) + 1)
+        os.dup2(request_out, 0)
+        os.dup2(reply_in, 1)
+        os.closerange(3, max(request_out, request_in, reply_out, reply_in) + 1)
         Path("/proc/self/comm").write_text("nbdist-nanny")
-        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the server's own was at its end
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the server's own was at EOF
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         try:
             nanny.main()
         finally:
             os._exit(0)
-    os.close(wants)
-    os.close(answers)
+    os.close(request_out)
+    os.close(reply_in)
 
     def start_nanny(**arguments: Any) -> tuple[str, Any]:
-        with open(asked, "wb") as request:
+        with open(request_in, "wb") as request:
             pickle.dump({**arguments, "pid": os.getpid()}, request)
-        answer = open(answered)  # noqa: SIM115 - the nanny ends when it closes
-        url = answer.readline().strip()
+        reply = open(reply_out)  # noqa: SIM115 - the nanny ends when it closes
+        url = reply.readline().strip()
         if not url:
             raise RuntimeError("the nanny has ended")
-        return url, answer
+        return url, reply
 
     app.start_nanny = start_nanny
 
 
 def main() -> None:
-    """Serve, as the process that `ForkServer` starts."""
+    """Entry point of the process that `ForkServer` starts."""
     serve(Connection(int(sys.argv[1])), sys.argv[2])

@@ -1,4 +1,4 @@
-"""Starting and ending the processes: ipyparallel's launchers and their settings."""
+"""Launchers: start and end the processes of a cluster, with ipyparallel's launchers and settings."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from nbdist.errors import ClusterError
 
 __all__ = ["CONTROLLER_ENDED", "STORE_ENDED", "Launch"]
 
-_ANEW = "so the engines cannot be reached: %dist_start starts anew; what the engines had in memory is lost."
+_ANEW = "so the engines cannot be reached: %dist_start starts new ones; the memory of the old ones is lost."
 CONTROLLER_ENDED = f"the controller's process has ended, {_ANEW}"
-STORE_ENDED = f"the process of the store, in which the ranks meet, has ended, {_ANEW}"
+STORE_ENDED = f"the process of the ranks' store has ended, {_ANEW}"
 
 _GUARD = [sys.executable, "-m", "nbdist.engine.parent_watch"]
-_PING_MS = 100  # a registration completes at the next heartbeat, so the default of 3 s would be waited for
-_MISSED_BEATS = 100  # with short beats, a swapped-out engine must not be given up after the default of 10
+_PING_MS = 100  # a registration completes at the next heartbeat: with the default, after up to 3 s
+_MISSED_BEATS = 100  # a swapped-out engine misses more than the default of 10 such short beats
 _POLL_S = 0.01
 
 
@@ -41,12 +41,12 @@ class Launch:
 
     Args:
         engines: How many engines to start; see `wait_for`.
-        patience_s: How long they live without a kernel; None where they end with this one.
+        patience_s: How long they live without a kernel, in seconds; None if they end with this one.
     """
 
     def __init__(self, engines: int, patience_s: float | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
-        self.host_id = ""  # set by who knows it: to ask needs torch
+        self.host_id = ""  # set by `Engines`, whose module has loaded torch
         self.client: Any = None
         self.anchor = None if patience_s is None else Anchor.start(str(self.folder), patience_s)
         self._servers: list[fork_client.ForkServer] = []
@@ -58,7 +58,7 @@ class Launch:
             delay=0,
             log_level=40,
             cluster_id="",
-            cluster_file="",  # nobody else is to find this cluster
+            cluster_file="",  # other ipyparallel clients must not find this cluster
             profile_dir=str(self.folder / "profile"),
             config=self._settings(),
             load_profile=False,
@@ -78,18 +78,18 @@ class Launch:
 
     @classmethod
     def attach(cls, anchor: Anchor, launched: dict[str, Any]) -> Launch:
-        """The processes that another kernel started.
+        """Attach to the processes that another kernel started.
 
         Args:
-            anchor: What they are tied to.
-            launched: What that kernel has noted of them.
+            anchor: Their owner.
+            launched: That kernel's `ipyparallel.Cluster`, as a dict.
         """
         launch = cls.__new__(cls)
         launch.folder, launch.host_id, launch.anchor = Path(anchor.folder), "", anchor
         launch._servers = [fork_client.require_server()] if fork_client.can_fork() else []
         launchers = _launchers(launch._servers) if launch._servers else {}
         for part, launcher_class in launchers.items():
-            launched[part]["class"] = launcher_class  # of these ipyparallel has noted a name that nobody can import
+            launched[part]["class"] = launcher_class  # ipyparallel saved the name of a dynamic class
         launch._cluster = ipyparallel.Cluster.from_dict(
             launched, config=launch._settings(), load_profile=False, shutdown_atexit=False, log_level=50
         )
@@ -97,7 +97,7 @@ class Launch:
         return launch
 
     def _note(self) -> None:
-        """Tell the anchor which processes there are."""
+        """Save the processes at the anchor, for the next kernel."""
         if self.anchor is not None:
             controller = getattr(self._cluster.controller, "process", None)
             marks = []
@@ -111,7 +111,7 @@ class Launch:
         owner = owner_mark(os.getpid()) if self.anchor is None else self.anchor.mark
         environment = {OWNER_VARIABLE: owner, FOLDER_VARIABLE: str(self.folder)}
         config = Config()
-        config.BaseLauncher.output_limit = 0  # or a stop prints a hundred lines of log for each engine
+        config.BaseLauncher.output_limit = 0  # else a stop prints a hundred lines of log per engine
         config.BaseLauncher.environment = environment
         config.LocalEngineSetLauncher.delay = 0
         config.LocalProcessLauncher.stop_seconds_until_kill = 1
@@ -119,15 +119,15 @@ class Launch:
         config.EngineLauncher.engine_cmd = [*_GUARD, "engine"]
         return config
 
-    def wait_for(self, engines: int, timeout_s: float, tell: Callable[[str], None]) -> None:
-        """Wait until `engines` are registered, telling how many are.
+    def wait_for(self, engines: int, timeout_s: float, report: Callable[[str], None]) -> None:
+        """Wait until `engines` are registered; reports how many are.
 
         Raises:
-            ClusterError: An engine that was just started has ended, or the time is over.
+            ClusterError: An engine that was just started has ended, or the timeout passed.
         """
         deadline = time.monotonic() + timeout_s
         while (ready := len(self.client.ids)) < engines:
-            tell(f"{ready} of {engines} engines are ready")
+            report(f"{ready} of {engines} engines are ready")
             if not self.controller_runs:
                 raise ClusterError(CONTROLLER_ENDED)
             if not self._processes_alive():
@@ -141,22 +141,22 @@ class Launch:
 
     @property
     def ids(self) -> list[int]:
-        """The engines that are registered, as far as the client has heard; none where the controller has ended."""
+        """Ids of the engines that the client knows as registered; none after `end`."""
         client = self.client
         return [] if client is None else client.ids
 
     def pids(self) -> set[int]:
-        """Engine processes of this host that run, registered or not."""
+        """Pids of the running engine processes of this host, registered or not."""
         return {process.pid for process in self._engine_processes() if _runs(process)}
 
     def add(self, count: int) -> None:
-        """Start `count` more engines; returns at once. They register later, under ids that were never used."""
+        """Start `count` more engines; returns at once. They register later, under new ids."""
         self._cluster.start_engines_sync(count)
         self._note()
 
     @property
     def controller_runs(self) -> bool:
-        """Whether the controller's process lives; only a local launcher can tell."""
+        """Whether the controller's process runs; True if its launcher is not local."""
         process = getattr(self._cluster.controller, "process", None)
         return process is None or _runs(process)
 
@@ -166,12 +166,12 @@ class Launch:
     def end(self) -> None:
         """End every process. Twice is fine.
 
-        Engines of this host at once: whatever they do, nobody waits for them any more.
+        Engines of this host are killed at once, without waiting for what they run.
         """
         controller = getattr(self._cluster.controller, "process", None)
         for parent in [*self._engine_processes(), *([controller] if controller else [])]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                # Its nanny and its data workers too: they would notice, but not at once.
+                # Its nanny and data workers too: by themselves they would end later.
                 for process in [parent, *parent.children(recursive=True)]:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
@@ -179,31 +179,31 @@ class Launch:
             self.client.close()
             self.client = None
         if self.folder.exists():
-            # Orphans of a server that was killed may stay zombies, for whose end ipyparallel would wait a minute.
+            # Orphans of a killed fork server may stay zombies, for which ipyparallel would wait a minute.
             if all(server.alive for server in self._servers):
-                with contextlib.suppress(Exception):  # whatever ipyparallel misses of them, they have ended
+                with contextlib.suppress(Exception):  # the processes have ended, whatever ipyparallel raises
                     self._cluster.stop_cluster_sync()
             for server in self._servers:
                 with contextlib.suppress(ClusterError):
-                    server.end_cluster(str(self.folder))  # an engine may have been forked that nobody was told of
+                    server.end_cluster(str(self.folder))  # it may have forked an engine whose reply was interrupted
             if self.anchor is not None:
                 self.anchor.end()
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _processes_alive(self) -> bool:
-        """Whether the engines started last still run; only local launchers can tell."""
+        """Whether the engines started last still run; True if their launcher is not local."""
         newest = list(self._cluster.engines.values())[-1:]
         processes = [process for engine_set in newest for process in _processes(engine_set)]
         return all(map(_runs, processes))
 
     def log_tail(self) -> str:
-        """The last words of each engine."""
+        """The end of each engine's log."""
         logs = sorted((self.folder / "profile" / "log").glob("ipengine*"))
         return "\n".join(log.read_text(errors="replace")[-800:] for log in logs)
 
 
 def _processes(engine_set: Any) -> list[psutil.Process]:
-    """The engine processes that a launcher started on this host; none where it is not a local one."""
+    """The engine processes that a launcher started on this host; empty if it is not a local one."""
     launchers = list(getattr(engine_set, "launchers", {}).values())
     return [process for launcher in launchers if (process := getattr(launcher, "process", None))]
 
@@ -216,9 +216,9 @@ def _runs(process: psutil.Process) -> bool:
 
 
 class _Forked(launcher.LocalProcessLauncher):
-    """Starts a process as a fork of the server while that can fork, and else is ipyparallel's own local launcher.
+    """Starts a process as a fork of the fork server; without one that can fork, as ipyparallel's local launcher does.
 
-    A server that was killed is followed by a new one.
+    A killed server is replaced by a new one.
     """
 
     servers: list[fork_client.ForkServer]
@@ -248,7 +248,7 @@ class _Forked(launcher.LocalProcessLauncher):
 class _ForkedController(_Forked, launcher.LocalControllerLauncher):
     async def get_connection_info(self, timeout: float | None = None) -> Any:
         while self.process.is_running() and not all(os.path.exists(file) for file in self.connection_files.values()):
-            await asyncio.sleep(_POLL_S)  # ipyparallel looks ten times a second
+            await asyncio.sleep(_POLL_S)  # ipyparallel polls only ten times a second
         return await super().get_connection_info(timeout)
 
 
@@ -257,7 +257,7 @@ class _ForkedEngine(_Forked, launcher.LocalEngineLauncher):
 
 
 def _launchers(servers: list[fork_client.ForkServer]) -> dict[str, type]:
-    """The launchers of a cluster that the fork server forks; they write into `servers` which ones did."""
+    """Launcher classes of ipyparallel that use the fork server; they append each server used to `servers`."""
     bound = {"servers": servers}
     engine = type("ForkedEngine", (_ForkedEngine,), bound)
     engines = type("ForkedEngines", (launcher.LocalEngineSetLauncher,), {"launcher_class": engine})

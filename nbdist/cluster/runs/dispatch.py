@@ -1,4 +1,4 @@
-"""A training on the engines: sent out, begun again where ranks were lost, brought home."""
+"""Dispatch of a run to the engines: start it, restart it after ranks were lost, load its trained weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.runs.run import Run, RunHandoff
 from nbdist.core.params.table import ParamTable
 from nbdist.core.state.checkpoint_reader import CheckpointReader
-from nbdist.core.state.checkpoint_writer import checkpoint_of_run, resumed_folder
+from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_resume
 from nbdist.core.state.restore import load_whole
 from nbdist.core.state.snapshot import read
 from nbdist.core.transfer.payload import Segment, is_released, pack, unpack
@@ -28,25 +28,25 @@ from nbdist.telemetry.record import records
 
 __all__ = ["RunDispatch"]
 
-_SETTLED_WITHIN_S = 10.0
+_FORM_AGAIN_WITHIN_S = 10.0
 
 
 class RunDispatch:
-    """What is needed to begin a run on the engines, to begin it again, and to bring its weights home.
+    """Starts a run on the engines, restarts it, and loads its weights into the notebook's model.
 
     Args:
         run: The run.
         engines: Idle engines with a world.
-        task: What is trained; its model receives the weights in place, and the user's own optimizer its state.
-        plan: How.
+        task: The task; its model receives the weights in place, and the user's own optimizer its state.
+        plan: The plan.
         packed: The payload of both, and its segment.
-        segment_cache: Where the segment goes back to.
-        cells: The cells of the notebook that the engines know.
-        handoff: What another kernel has to know of it.
-        into: Another model that receives the weights too, when they come home.
+        segment_cache: Reuses the segment for later payloads.
+        cells: The notebook cells that were sent to the engines.
+        handoff: What another kernel needs to reattach.
+        into: Another model that receives the weights too.
 
     Attributes:
-        refusal: Why engines that were asked for after the last step could not be had.
+        scale_error: Why a scale command after the last step failed; empty if none did.
     """
 
     def __init__(
@@ -73,27 +73,27 @@ class RunDispatch:
         self._segments: list[Any] = []
         self._boards: list[Board] = []
         self._printed: list[Callable[[str], dict[int, str]]] = []
-        self.refusal = ""
+        self.scale_error = ""
 
-    def begin(self, *, from_snapshot: bool, again: bool = False) -> list[Any]:
-        """Let every rank begin; returns ipyparallel's result of each.
+    def start(self, *, from_snapshot: bool, restart: bool = False) -> list[Any]:
+        """Call `train` on every rank; returns ipyparallel's result of each.
 
         Args:
-            from_snapshot: Whether from the newest snapshot.
-            again: Whether some engine may be a new one, that knows nothing of the notebook.
+            from_snapshot: Whether to resume from the newest snapshot.
+            restart: Whether some engines may be new, without the notebook's cells.
         """
         engines, run = self.engines, self.run
         if engines.suspected:
             engines.form()
-        if again and run.snapshot_store is not None:
-            run.snapshot_store.trim()  # newer ones of some ranks would hold a slot each until the run gets there again
-        news = self._cells.all() if again else self._cells.new()
+        if restart and run.snapshot_store is not None:
+            run.snapshot_store.trim()  # newer snapshots of only some ranks would occupy a buffer each
+        update = self._cells.all() if restart else self._cells.new()
         snapshot_store = [] if run.snapshot_store is None else run.snapshot_store.paths
         for segment in self._segments:
             segment.close()
         segments = [] if engines.remote else [Segment(BOARD_BYTES, engines.anchor) for _ in range(engines.size)]
         paths = [segment.path for segment in segments]
-        self._listen(segments)
+        self._open_boards(segments)
         if engines.anchor is not None:
             handoff = replace(self._handoff, payload=self._payload, snapshot_store=tuple(snapshot_store))
             engines.anchor.note("ended", ("running", ""))
@@ -102,68 +102,69 @@ class RunDispatch:
         arguments = (
             self._payload,
             run.run_id,
-            news,
+            update,
             engines.remote,
-            is_released(engines.home),
+            is_released(engines.result_path),
             snapshot_store,
             from_snapshot,
             paths,
             folder,
         )
-        return self._followed([engines.start_call(rank, "train", *arguments) for rank in range(engines.size)])
+        return self._with_output([engines.start_call(rank, "train", *arguments) for rank in range(engines.size)])
 
     def take_over(self, boards: list[str]) -> list[Any]:
-        """Follow what another kernel has begun; returns a result of each rank, as `begin` does.
+        """Attach to a run that another kernel started; returns a result of each rank, as `start` does.
 
         Args:
-            boards: Where the ranks say how far they are.
+            boards: Paths of the ranks' status boards.
         """
         engines = self.engines
-        self._listen([Segment(BOARD_BYTES, engines.anchor, path) for path in boards])
+        self._open_boards([Segment(BOARD_BYTES, engines.anchor, path) for path in boards])
         calls: list[Any] = []
         for rank in range(engines.size):
-            try:  # an engine answers when it has ended what it does
+            try:  # an engine runs this call after the one it is in: `train`
                 calls.append(engines.start_call(rank, "outcome_of", self.run.run_id, rank))
             except EngineError:
                 calls.append(LostCall())
-        return self._followed(calls)
+        return self._with_output(calls)
 
-    def _listen(self, segments: list[Any]) -> None:
+    def _open_boards(self, segments: list[Any]) -> None:
         self._segments = segments
         self._boards = [Board(segment.path) for segment in segments]
         if self.engines.anchor is not None:
             self.engines.anchor.note("boards", [segment.path for segment in segments])
 
-    def _followed(self, calls: list[Any]) -> list[Any]:
+    def _with_output(self, calls: list[Any]) -> list[Any]:
+        """The same calls; their output is added to `Run.printed`."""
         self._printed.append(functools.partial(printed, dict(enumerate(calls))))
-        # Not bound to us, or the run's memory would outlive it.
+        # Not a bound method: the Run would keep this object, and so the run's memory.
         self.run._printed = functools.partial(_all_printed, self._printed)
         return calls
 
     def poll_states(self, rank: int, call: Any) -> list[RankState]:
-        """What a rank has said of itself since the last time, if anything; the newest last.
+        """The states that a rank has published since the last call, if any; the newest last.
 
         Args:
-            rank: Which.
-            call: Its call, as `begin` returned it.
+            rank: The rank.
+            call: Its call, as `start` returned it.
         """
         if self._boards:
-            told = [json.loads(data) for data in self._boards[rank].read()]
+            published = [json.loads(data) for data in self._boards[rank].read()]
         else:
-            told = [call.data["nbdist"]] if isinstance(call.data, dict) and "nbdist" in call.data else []
+            published = [call.data["nbdist"]] if isinstance(call.data, dict) and "nbdist" in call.data else []
         states = [self.run.progress.ranks[rank]]
-        for data in told:
+        for data in published:
             states.append(RankState.from_dict(data, states[-1]))
         return states[1:]
 
-    def gather_ranks(self, size: int) -> None:
-        """Have so many ranks, none of them lost, and a plan for them, and let all meet again.
+    def prepare_ranks(self, size: int) -> None:
+        """Provide `size` living ranks, a plan for them, and a new process group.
 
         Raises:
-            ClusterError: That did not succeed; it may the next time.
+            ClusterError: That failed; a second attempt may succeed.
         """
         engines, run = self.engines, self.run
-        self._have_ranks(size)
+        self._resize(size)
         if size != self._plan.mesh.size and run.replan is not None:
             self._plan = run.replan.of(self._plan, size)
             self._segment.close()
@@ -175,87 +176,88 @@ class RunDispatch:
                 run.snapshot_store.grow(size)
         engines.form()
 
-    def _have_ranks(self, size: int) -> None:
+    def _resize(self, size: int) -> None:
         self.engines.release()
         self.engines.resize(size)
         self._cells.sent.clear()
 
-    def load_result(self, home: Any) -> None:
-        """Take the trained tensors in; nothing where `gather` is off."""
-        if home is None:
+    def load_result(self, payload: Any) -> None:
+        """Load the trained tensors from rank 0's payload; does nothing if `gather` is off."""
+        if payload is None:
             return
-        self.engines.home = home.path
-        tensors, optimizer = unpack(home)
+        self.engines.result_path = payload.path
+        tensors, optimizer = unpack(payload)
         table = ParamTable.of(self._task.model)
         table.load_(tensors)
-        self._hand_on()
+        self._copy_to_other()
         if optimizer is not None:
-            optimizer.put_into(self._task.optimizer, table.objects)
+            optimizer.load_into(self._task.optimizer, table.objects)
 
-    def kept_step(self) -> int:
-        """The step from which the run goes on if it is begun again now."""
+    def resume_step(self) -> int:
+        """The step from which a restart would continue: of the newest snapshot, else of a checkpoint, else 0."""
         found = None if self.run.snapshot_store is None else self.run.snapshot_store.newest
         if found is not None:
             return int(found[0])
         saved = checkpoint_of_run(self._plan, self.run.run_id)
-        with contextlib.suppress(PlanError):  # the ranks say it
-            if saved is None and self._plan.resume and (folder := resumed_folder(self._plan)):
+        with contextlib.suppress(PlanError):  # the ranks raise it
+            if saved is None and self._plan.resume and (folder := folder_to_resume(self._plan)):
                 saved = CheckpointReader.in_folder(folder, hashed=False)
         return 0 if saved is None else int(saved.ranks[0]["position"]["step"])
 
-    def rescue(self) -> int | None:
-        """Take in the newest snapshot that all ranks have; returns its step, None where the model stays as it was."""
+    def load_newest_snapshot(self) -> int | None:
+        """Load the newest snapshot that all ranks have; returns its step, None if the model stays unchanged."""
         found = None if self.run.snapshot_store is None else self.run.snapshot_store.newest
         if found is None or not self._plan.gather:
             return None
-        step, slots = found
+        step, buffers = found
         optimizer = self._task.optimizer if self._task.own_optimizer else None
-        folder = resumed_folder(self._plan) if self._plan.resume else ""
-        if folder:  # what never changes is in there alone
+        folder = folder_to_resume(self._plan) if self._plan.resume else ""
+        if folder:  # snapshots leave out what never changes: only this checkpoint has it
             load_whole(CheckpointReader.in_folder(folder), self._task.model, optimizer)
-        load_whole(CheckpointReader.in_memory(read(slots)), self._task.model, optimizer)
-        self._hand_on()
+        load_whole(CheckpointReader.in_memory(read(buffers)), self._task.model, optimizer)
+        self._copy_to_other()
         return step
 
-    def _hand_on(self) -> None:
-        """Put the weights that came home into the other model too."""
+    def _copy_to_other(self) -> None:
+        """Copy the loaded weights into the other model too."""
         if self._into is not None:
             ParamTable.of(self._into).load_(ParamTable.of(self._task.model).tensors)
 
     def end(self, *, failed: bool) -> None:
-        """Make the engines ready for what comes next; the last snapshot stays."""
+        """Make the engines ready for the next run; the last snapshot stays."""
         engines, run = self.engines, self.run
         for segment in self._segments:
             segment.close()
         self._segments, self._boards = [], []
         wanted = run.wanted or engines.size
-        engines.formed = not failed  # ranks leave a world that failed
+        engines.formed = not failed  # ranks leave the process group of a failed run
         if failed:
             self._segment.close()
         else:
-            if wanted != engines.size:  # it was asked for when the last step was done
+            if wanted != engines.size:  # a scale command came after the last step
                 try:
-                    self._have_ranks(wanted)
+                    self._resize(wanted)
                 except ClusterError as error:
-                    self.refusal = str(error)
-            answers = [engines.start_call(rank, "has_released", self._payload.path) for rank in range(engines.size)]
-            self._segment_cache.give_back(
-                self._segment, lambda: all(a.ready() and a.successful() and a.get() for a in answers)
+                    self.scale_error = str(error)
+            # Reused only once no engine maps it: a private mapping would show the new contents.
+            replies = [engines.start_call(rank, "has_released", self._payload.path) for rank in range(engines.size)]
+            self._segment_cache.recycle(
+                self._segment, lambda: all(r.ready() and r.successful() and r.get() for r in replies)
             )
         if run.snapshot_store is not None:
             run.snapshot_store.trim()
         if engines.anchor is not None:
             engines.anchor.note("ended", (run.progress.state, run.progress.error))
-        deadline = time.monotonic() + _SETTLED_WITHIN_S
+        deadline = time.monotonic() + _FORM_AGAIN_WITHIN_S
         while failed and engines.reachable and not (engines.ended or engines.formed) and time.monotonic() < deadline:
             with contextlib.suppress(ClusterError):
-                self._have_ranks(wanted)
+                self._resize(wanted)
                 engines.form()
             wanted = engines.size
 
 
 def _all_printed(printed_each: list[Callable[[str], dict[int, str]]], stream: str) -> dict[int, str]:
-    """What ranks have printed, before and after they were replaced."""
+    """What ranks have printed, before and after restarts."""
     texts: dict[int, str] = {}
     for printed_then in printed_each:
         for rank, text in printed_then(stream).items():

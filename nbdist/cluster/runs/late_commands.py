@@ -1,4 +1,4 @@
-"""What becomes of orders that come after a run's last step: one outcome each, told in the run's notes."""
+"""Late commands: those given after a run's last step. Each has one outcome, in the run's notes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from nbdist.core.control.commands import Command
 __all__ = ["late_command_text"]
 
 
-def late_command_text(command: Command, run: Run, engines: int, refusal: str = "") -> str:
-    """What has become of an order that no step has heard, in a sentence.
+def late_command_text(command: Command, run: Run, engines: int, scale_error: str = "") -> str:
+    """The outcome of a command that no step applied, in a sentence.
 
     Args:
-        command: Which.
-        run: That has ended.
-        engines: How many there are now.
-        refusal: Why others that were asked for could not be had.
+        command: The command.
+        run: The ended run.
+        engines: The number of engines now.
+        scale_error: Why a scale failed; empty if none did.
     """
     step = run.progress.step
     if command.kind == "stop" and run.abandoned and run.state == "stopped":
         return f"stopped at once after step {step:,}"
-    asked = {"lr": f"learning rate {command.value}", "checkpoint": f"checkpoint in {command.value}",
-             "scale": f"scale to {command.value}"}.get(command.kind, command.kind)  # fmt: skip
+    name = {"lr": f"learning rate {command.value}", "checkpoint": f"checkpoint in {command.value}",
+            "scale": f"scale to {command.value}"}.get(command.kind, command.kind)  # fmt: skip
     outcome = "not carried out"
     if command.kind == "stop":
         outcome = f"the run {'had failed' if run.state == 'failed' else 'was over'}"
     elif command.kind == "scale" and command.value == engines:
         outcome = f"there are {engines} engines"
-    elif command.kind == "scale" and refusal:
-        outcome += f" ({refusal.rstrip('.')})"
-    return f"{asked} came after step {step:,}, the last one: {outcome}"
+    elif command.kind == "scale" and scale_error:
+        outcome += f" ({scale_error.rstrip('.')})"
+    return f"{name} came after step {step:,}, the last one: {outcome}"

@@ -1,4 +1,4 @@
-"""The monitor: follows a training to its end. It carries snapshots to a Run, and begins anew where a rank is lost."""
+"""The run monitor: a thread that updates a Run from its ranks, detects failures and recovers from lost ranks."""
 
 from __future__ import annotations
 
@@ -27,141 +27,141 @@ from nbdist.telemetry.record import cluster_record_path
 
 __all__ = ["RunMonitor", "draw"]
 
-_INTERVAL_S = 0.2  # as often as ranks tell
-_NOT_ENOUGH = "what runs there, or its memory, does not suffice"
+_INTERVAL_S = 0.2  # as often as ranks publish
+_PROBABLE_CAUSE = "it runs out of memory, or the code that runs there ends it"
 _INTERRUPT_AFTER_S = 0.8
-"""How long ranks may take to notice that a peer is gone, before they are interrupted."""
+"""How long ranks may take to notice that a peer failed, before they are interrupted."""
 _KILL_AFTER_S = 2.0
-"""How long they may then take to react, before they are replaced like one that is lost."""
+"""How long they may then take to react, before they are killed and replaced like lost ones."""
 _TRIES = 5
-"""How often in succession ranks may be lost before the run has got any further."""
+"""How often ranks may be lost in succession without progress of the run."""
 
 
 class RunMonitor:
-    """A thread that follows one training on the engines.
+    """A thread that monitors one run on the engines.
 
     Args:
-        training: Which.
-        calls: ipyparallel's result of each rank, which has begun.
-        hangs: Looks for hangs.
+        dispatch: The run's dispatch, which has started it.
+        calls: ipyparallel's result of each rank.
+        hangs: Detects hangs.
         watch: Called with the run after each update; the last time after its end.
-        then: Called when all about the end is done.
-        context: Carries which cell output belongs to: some ipykernels fail in a thread without it.
+        on_end: Called when the run has ended completely.
+        context: Holds the cell that output belongs to: some ipykernels fail in a thread without it.
     """
 
     def __init__(
         self, dispatch: RunDispatch, calls: list[Any], *, hangs: Hangs, watch: Callable[[Run], None] | None,
-        then: Callable[[], None], context: contextvars.Context,
+        on_end: Callable[[], None], context: contextvars.Context,
     ) -> None:  # fmt: skip
-        self._training = dispatch
+        self._dispatch = dispatch
         self._run = dispatch.run
         self._engines = dispatch.engines
         self._hangs = hangs
-        self._hung: EngineError | None = None  # of a run that ends for it
-        self._why = PROCESS_ENDED
+        self._hang_error: EngineError | None = None  # set where a hang ends the run
+        self._loss_reason = PROCESS_ENDED
         self._watch = watch
-        self._freed: set[int] = set()
-        self._reached, self._tries = -1, 0
-        self._then = then
+        self._interrupted: set[int] = set()
+        self._last_step, self._tries = -1, 0  # the step at which ranks were lost, and how often
+        self._on_end = on_end
         self._calls = calls
-        self._thread = threading.Thread(target=context.run, args=(self._follow,), daemon=True, name="nbdist-monitor")
+        self._thread = threading.Thread(target=context.run, args=(self._monitor,), daemon=True, name="nbdist-monitor")
 
     def start(self) -> None:
-        """Start following."""
+        """Start the thread."""
         self._thread.start()
 
-    def _follow(self) -> None:
+    def _monitor(self) -> None:
         run = self._run
         failed = True
         try:
             while self._is_lost(outcomes := self._collect()) or all(o.state == "scaled" for o in outcomes):
-                self._go_on(outcomes)
+                self._recover(outcomes)
             failed = self._end(outcomes)
         except NbdistError as error:
-            run._end("failed", self._rescued(error))
-        except Exception as error:  # a defect of ours must not leave a user waiting for ever
-            run._end("failed", ClusterError(f"the run could not be followed to its end: {error!r}"))
+            run._end("failed", self._with_restored_model(error))
+        except Exception as error:  # a bug in nbdist must not leave `Run.wait` waiting for ever
+            run._end("failed", ClusterError(f"the run's monitor failed: {error!r}"))
             raise
         finally:
             try:
                 with contextlib.suppress(ClusterError):
-                    self._training.end(failed=failed)
-                self._tell_late()
+                    self._dispatch.end(failed=failed)
+                self._report_late_commands()
                 self._draw()
             finally:
-                run._release()  # whatever else goes wrong, nobody waits for ever
-                self._then()
+                run._release()  # `Run.wait` must return, whatever else fails
+                self._on_end()
 
     def _end(self, outcomes: list[Outcome]) -> bool:
-        """Bring home what there is, and say how it ended; returns whether their world is of no use any more."""
+        """Load the result and set the run's final state; returns whether the ranks' process group is broken."""
         run = self._run
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         if not failures:
-            self._training.load_result(outcomes[0].result)
-            run.wanted = run.wanted or outcomes[0].ranks  # asked for in the last step, perhaps by another kernel
+            self._dispatch.load_result(outcomes[0].result)
+            run.wanted = run.wanted or outcomes[0].ranks  # scaled in the last step, perhaps from another kernel
             run._end(outcomes[0].state)
         elif run.abandoned:
-            step = self._training.rescue()
+            step = self._dispatch.load_newest_snapshot()
             if step is not None:
-                run.progress.stand_at(step)
+                run.progress.set_step(step)
             elif run.plan.gather and not run.plan.resume:
-                run.progress.stand_at(0)  # it came before the first snapshot: the model is as it was
+                run.progress.set_step(0)  # stopped before the first snapshot: the model is unchanged
             run._end("stopped")
         else:
-            run._end("failed", self._rescued(self._hung or as_error(failures)))
-        return bool(failures or self._freed)
+            run._end("failed", self._with_restored_model(self._hang_error or as_error(failures)))
+        return bool(failures or self._interrupted)
 
-    def _tell_late(self) -> None:
-        """Say what has become of what was asked for after the last step; nothing more can be asked for by now."""
+    def _report_late_commands(self) -> None:
+        """Note the outcome of each command given after the last step; the ended run refuses new ones."""
         run = self._run
         commands = self._engines.commands(run.run_id)
-        left = [] if commands is None else commands.left()
-        texts = [late_command_text(command, run, self._engines.size, self._training.refusal) for command in left]
+        left = [] if commands is None else commands.unapplied()
+        texts = [late_command_text(command, run, self._engines.size, self._dispatch.scale_error) for command in left]
         for text in texts:
             run.progress.note(text)
         if texts:
             self._record(*(Noted(rank=0, text=text) for text in texts))
 
-    def _rescued(self, error: NbdistError) -> NbdistError:
-        """The same error, that says what has become of the model."""
+    def _with_restored_model(self, error: NbdistError) -> NbdistError:
+        """Load the newest snapshot into the model; returns the error with a sentence that says so."""
         try:
-            step = self._training.rescue()
+            step = self._dispatch.load_newest_snapshot()
         except NbdistError:
             step = None
         if step is not None:
-            self._run.progress.stand_at(step)
-            held = f"the model holds the weights after step {step}, from where --resume goes on"
+            self._run.progress.set_step(step)
+            held = f"the model holds the weights after step {step}, from which --resume continues"
             self._run.progress.note(held)
             error.add(f"{held[0].upper()}{held[1:]}.")
         return error
 
     def _collect(self) -> list[Outcome]:
-        """Merge snapshots until every rank has answered; free the others when one has failed."""
+        """Merge states until every rank has returned; after a failure, interrupt and then kill ranks still waiting."""
         outcomes: dict[int, Outcome] = {}
-        self._freed.clear()
-        since_s: float | None = None
+        self._interrupted.clear()
+        failed_s: float | None = None
         killed = False
         while len(outcomes) < len(self._calls):
             waiting = [rank for rank in range(len(self._calls)) if rank not in outcomes]
             calls = [self._calls[rank] for rank in waiting]
             concurrent.futures.wait(calls, _INTERVAL_S, return_when=concurrent.futures.FIRST_COMPLETED)
             if self._engines.ended:
-                raise ClusterError("the engines were stopped while the run was going on.")
+                raise ClusterError("the engines were stopped during the run.")
             self._engines.check_alive()
             for rank in waiting:
                 if self._calls[rank].done():
                     outcomes[rank] = self._outcome(rank)
             waiting = [rank for rank in waiting if rank not in outcomes]
             now_s = time.monotonic()
-            if since_s is None and any(outcome.failure for outcome in outcomes.values()):
-                since_s = now_s
-            if since_s is None and (self._run.abandoned or self._is_hung()):
-                since_s = now_s - _INTERRUPT_AFTER_S
-            if waiting and since_s is not None and now_s >= since_s + _INTERRUPT_AFTER_S and not self._freed:
-                self._freed.update(waiting)
-                self._engines.release()  # one whose interrupt came too early to be heard waits at the store
+            if failed_s is None and any(outcome.failure for outcome in outcomes.values()):
+                failed_s = now_s
+            if failed_s is None and (self._run.abandoned or self._is_hung()):
+                failed_s = now_s - _INTERRUPT_AFTER_S
+            if waiting and failed_s is not None and now_s >= failed_s + _INTERRUPT_AFTER_S and not self._interrupted:
+                self._interrupted.update(waiting)
+                self._engines.release()  # a rank may still wait at the store, if its interrupt came too early
                 self._engines.interrupt(waiting)
-            if since_s is not None and now_s >= since_s + _INTERRUPT_AFTER_S + _KILL_AFTER_S and not killed:
+            if failed_s is not None and now_s >= failed_s + _INTERRUPT_AFTER_S + _KILL_AFTER_S and not killed:
                 killed = True
                 self._engines.kill(waiting)
             self._merge(outcomes)
@@ -169,127 +169,127 @@ class RunMonitor:
         return [outcomes[rank] for rank in range(len(self._calls))]
 
     def _is_hung(self) -> bool:
-        """Whether the run hangs and has to end; ranks that can be replaced are ended here, and so are lost."""
+        """Whether the run hangs and has to end; where ranks can be replaced instead, this kills them."""
         hang = self._hangs.found(self._run.progress)
         if hang is None:
             return False
         self._run.progress.note(hang.text)
         self._record(Noted(rank=0, text=hang.text))
         if hang.culprits:
-            self._why = hang.text
+            self._loss_reason = hang.text
             self._engines.kill(hang.culprits)
         else:
-            self._hung = EngineError(f"{hang.text}.")
-        return self._hung is not None
+            self._hang_error = EngineError(f"{hang.text}.")
+        return self._hang_error is not None
 
     def _outcome(self, rank: int) -> Outcome:
-        error = self._calls[rank].exception()  # raised, it would hold this frame, and with it the run's memory
+        error = self._calls[rank].exception()  # raised, its traceback would hold this frame, and the run's memory
         if error is None:
             outcome: Outcome = self._calls[rank].get()
-            if outcome.failure is None or not outcome.failure.echo:  # else nobody reads what it has printed at once
+            if outcome.failure is None or not outcome.failure.secondary:  # a secondary failure's output can come later
                 settle(self._calls[rank])
         elif isinstance(error, ipyparallel.error.RemoteError):
-            lost = error.ename == "EngineError"  # ipyparallel's word for an engine that died
+            lost = error.ename == "EngineError"  # ipyparallel's name for an engine that died
             failure = Failure.lost(rank) if lost else Failure.reported(rank, error.ename, error.evalue)
             snapshot = dataclasses.replace(self._run.progress.ranks[rank], state="lost" if lost else "failed")
             outcome = Outcome(rank=rank, state="failed", snapshot=snapshot, failure=failure)
         else:
             raise error
-        if rank in self._freed and outcome.failure is not None and outcome.failure.kind == "KeyboardInterrupt":
-            return dataclasses.replace(outcome, failure=dataclasses.replace(outcome.failure, echo=True))
+        if rank in self._interrupted and outcome.failure is not None and outcome.failure.kind == "KeyboardInterrupt":
+            return dataclasses.replace(outcome, failure=dataclasses.replace(outcome.failure, secondary=True))
         return outcome
 
     def _is_lost(self, outcomes: list[Outcome]) -> bool:
-        """Whether the run ended for nothing but that processes did, so that it can go on."""
+        """Whether lost processes are the only cause of the failures, so that the run can recover."""
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         return (
-            not (self._run.abandoned or self._hung or self._run.on_failure == "stop")
+            not (self._run.abandoned or self._hang_error or self._run.on_failure == "stop")
             and any(failure.kind == LOST for failure in failures)
-            and all(failure.echo for failure in failures)
+            and all(failure.secondary for failure in failures)
         )
 
-    def _go_on(self, outcomes: list[Outcome]) -> None:
-        """Replace the ranks that were lost, or have as many as are wanted; all go on from the newest snapshot.
+    def _recover(self, outcomes: list[Outcome]) -> None:
+        """Replace lost ranks, or change their number; then all resume from the newest snapshot.
 
         Raises:
-            ClusterError: Ranks are lost again and again at the same place, or cannot be replaced.
+            ClusterError: Ranks are lost repeatedly without progress, or cannot be replaced.
         """
-        run, since_s, before = self._run, time.monotonic(), self._engines.size
+        run, start_s, before = self._run, time.monotonic(), self._engines.size
         lost = [outcome.rank for outcome in outcomes if outcome.failure is not None and outcome.failure.kind == LOST]
         with run.changing:
             run.progress.state = "recovering" if run.progress.state != "stopping" else "stopping"
-            run.progress.begin_again()
-            # Another number may be asked for meanwhile.
+            run.progress.restart_ranks()
+            # A scale command given meanwhile counts instead of the one that ended the ranks.
             wanted, run.wanted = run.wanted or max(outcome.ranks for outcome in outcomes), 0
-        reached = run.progress.step if run.snapshot_store is None else run.snapshot_store.reached
-        if reached > self._reached:  # not just another one: without snapshots it has to come back here first
-            self._reached, self._tries = reached, 0
+        reached = run.progress.step if run.snapshot_store is None else run.snapshot_store.last_step
+        if reached > self._last_step:  # progress: without snapshots, a restart has to come past this step again
+            self._last_step, self._tries = reached, 0
         replaced = set(lost)
         self._show(dict.fromkeys(replaced, "lost"))
         while True:
             self._tries += bool(lost)
             if self._tries >= _TRIES:
-                step = max(self._reached, 0) + 1
+                step = max(self._last_step, 0) + 1
                 raise EngineError(
                     f"{ranks_text(lost)}: the process ended {_TRIES} times at step {step} or before: "
-                    f"{_NOT_ENOUGH if self._why == PROCESS_ENDED else self._why}.", rank=lost[0],
+                    f"{_PROBABLE_CAUSE if self._loss_reason == PROCESS_ENDED else self._loss_reason}.", rank=lost[0],
                 )  # fmt: skip
             try:
                 replaced.update(self._engines.lost)
-                self._training.gather_ranks(wanted or self._size())
+                self._dispatch.prepare_ranks(wanted or self._size())
                 self._show(dict.fromkeys(replaced, "recovering"))
-                step = self._training.kept_step()
-                self._calls = self._training.begin(from_snapshot=True, again=True)
+                step = self._dispatch.resume_step()
+                self._calls = self._dispatch.start(from_snapshot=True, restart=True)
                 break
             except ClusterError as error:
                 if self._engines.ended:
-                    raise ClusterError("the engines were stopped while the run was going on.") from error
+                    raise ClusterError("the engines were stopped during the run.") from error
                 self._engines.check_alive()
-                if not lost:  # it was asked for: as many as there are will do
+                if not lost:  # scaling failed: continue with the engines that are left
                     lost, wanted = self._engines.lost or [0], 0
-        self._tell_again(replaced, before, step, time.monotonic() - since_s)
+        self._report_recovery(replaced, before, step, time.monotonic() - start_s)
 
     def _size(self) -> int:
-        """How many ranks are to go on: as many as before, or as are left."""
+        """How many ranks to resume with: as many as before, or with on_failure="shrink" as many as are left."""
         run, engines = self._run, self._engines
         left = engines.size - len(engines.lost)
         if run.on_failure != "shrink" or run.replan is None or left in (0, engines.size):
             return engines.size
         for size in range(left, 0, -1):
-            with contextlib.suppress(PlanError):  # the mesh cannot be laid on so many
+            with contextlib.suppress(PlanError):  # the mesh does not fit on so many
                 run.replan(size)
                 return size
         return engines.size
 
-    def _tell_again(self, replaced: set[int], before: int, step: int, seconds: float) -> None:
-        """Tell what became of the ranks, and from where they go on."""
+    def _report_recovery(self, replaced: set[int], before: int, step: int, seconds: float) -> None:
+        """Note and record which ranks were replaced, and from which step all resume."""
         run, size = self._run, self._engines.size
-        lost = f"{ranks_text(replaced)} lost ({self._why}), " if replaced else ""
+        lost = f"{ranks_text(replaced)} lost ({self._loss_reason}), " if replaced else ""
         became = f"replaced in {seconds:.2f} s" if size == before else f"{size} instead of {before} engines"
-        text = f"{lost}{became}; all go on from step {step}"
-        self._why = PROCESS_ENDED
+        text = f"{lost}{became}; all continue from step {step}"
+        self._loss_reason = PROCESS_ENDED
         run.progress.note(text, "recovered")
         recovered = [Recovered(rank=rank, step=step, seconds=seconds) for rank in sorted(replaced) if rank < size]
         self._record(*recovered, Noted(rank=0, text=text))
 
     def _record(self, *events: Event) -> None:
-        """Write down what has happened to ranks, which cannot do it themselves."""
+        """Write events into the cluster's record: lost ranks cannot write their own."""
         with contextlib.closing(JsonlSink(cluster_record_path(self._run.run_id))) as record:
             for event in events:
                 record.emit(event)
 
     def _show(self, states: dict[int, str]) -> None:
-        """Draw what has become of ranks, while the others wait for them."""
+        """Draw the given states of ranks; the others count as running."""
         ranks = self._run.progress.ranks
         ranks.update({r: dataclasses.replace(ranks[r], state=states.get(r, "running")) for r in ranks})
         self._draw()
 
     def _merge(self, outcomes: dict[int, Outcome]) -> None:
-        """Take in the newest snapshot of each rank: the last one from its outcome, for published ones may be late."""
+        """Merge the newest state of each rank; the last one from its outcome, for published ones may be late."""
         with self._run.changing:
             for rank, call in enumerate(self._calls):
                 if rank not in outcomes:
-                    for state in self._training.poll_states(rank, call):
+                    for state in self._dispatch.poll_states(rank, call):
                         self._run.progress.merge(state)
                 elif (last := outcomes[rank].snapshot) is not None:
                     self._run.progress.merge(last)
@@ -300,11 +300,11 @@ class RunMonitor:
 
 
 def draw(watch: Callable[[Run], None] | None, run: Run) -> bool:
-    """Show a run to who watches it; returns whether that succeeded: a picture must neither end a run nor hold it."""
+    """Call `watch` with the run; returns whether it succeeded: a failed drawing must not end the run."""
     try:
         if watch is not None:
             watch(run)
     except Exception as error:
-        warnings.warn(f"run {run.run_id} goes on unseen, it cannot be drawn: {error!r}", stacklevel=2)
+        warnings.warn(f"run {run.run_id} continues without its panel, which cannot be drawn: {error!r}", stacklevel=2)
         return False
     return True

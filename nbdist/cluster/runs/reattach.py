@@ -1,4 +1,4 @@
-"""How a run that another kernel has begun is taken over."""
+"""Reattach: take over a run that another kernel started."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def take_over(
     segment_cache: Any,
     cells: CellSources,
 ) -> tuple[RunDispatch, RunHandoff, list[str] | None] | None:
-    """Take over the newest run on engines of an anchor, and bring its weights home if it has ended.
+    """Take over the newest run on engines of an anchor; load its weights if it has ended.
 
-    Its model stands in `namespace` afterwards, under its name; where one like it is there, that gets the weights.
+    Afterwards its model is in `namespace` under its name; a model of the same shapes there gets the weights instead.
 
     Args:
         engines: Where it runs.
@@ -39,21 +39,21 @@ def take_over(
         cells: See `RunDispatch`.
 
     Returns:
-        The training, what was known of it, and the boards of its ranks if they have not told how it ended; None where
-        there was no run.
+        The dispatch, the handoff, and the paths of the ranks' boards if the run has not ended; None if there was no
+        run.
 
     Raises:
-        ClusterError: Its model cannot be made here.
+        ClusterError: Its model cannot be unpickled here.
     """
     assert engines.anchor is not None
-    notes = engines.anchor.look()["notes"]
+    notes = engines.anchor.state()["notes"]
     if "run" not in notes:
         return None
     handoff: RunHandoff = notes["run"]
     try:
         task, plan = unpack(handoff.payload)
     except Exception as error:
-        raise ClusterError(f"the model of run {handoff.run_id} cannot be made here: {error!r}.") from error
+        raise ClusterError(f"the model of run {handoff.run_id} cannot be unpickled here: {error!r}.") from error
     run = Run(
         handoff.run_id, plan, _recorded(handoff, plan, engines), command, None, handoff.replan, handoff.on_failure
     )
@@ -61,27 +61,27 @@ def take_over(
         SnapshotStore(engines.size, engines.anchor, handoff.snapshot_store) if handoff.snapshot_store else None
     )
     name = handoff.names[0] if handoff.names[0].isidentifier() else "model"
-    mine = namespace.get(name)
-    like = _alike(mine, task.model)
-    if not like:
+    existing = namespace.get(name)
+    same_shapes = _have_same_shapes(existing, task.model)
+    if not same_shapes:
         namespace[name] = task.model
     segment = Segment(1, engines.anchor, handoff.payload.path)
-    into = mine if like else None
+    into = existing if same_shapes else None
     dispatch = RunDispatch(run, engines, task, plan, (handoff.payload, segment), segment_cache, cells, handoff, into)
-    state, why = notes["ended"]
+    state, error_text = notes["ended"]
     if state == "running":
         return dispatch, handoff, notes["boards"]
-    dispatch.rescue()
-    run._end(state, EngineError(why) if state == "failed" else None)
+    dispatch.load_newest_snapshot()
+    run._end(state, EngineError(error_text) if state == "failed" else None)
     run._release()
     return dispatch, handoff, None
 
 
 def _recorded(handoff: RunHandoff, plan: Plan, engines: Engines) -> RunState:
-    """What the record says of a run that another kernel has begun, as of one that goes on."""
+    """The state of a running run that another kernel started, read from its record."""
     try:
         progress = past_run(handoff.run_id).progress
-    except PlanError:  # it has only just begun
+    except PlanError:  # it has just started, and has no record yet
         progress = RunState(title=handoff.title, plan=plan.to_dict(), ranks={})
     for r in engines.records():
         progress.ranks.setdefault(r.rank, RankState(rank=r.rank, host=r.host, device=r.device))
@@ -89,9 +89,9 @@ def _recorded(handoff: RunHandoff, plan: Plan, engines: Engines) -> RunState:
     return progress
 
 
-def _alike(mine: Any, theirs: Any) -> bool:
-    """Whether a model of the notebook can take the weights of another one."""
-    if not isinstance(mine, nn.Module):
+def _have_same_shapes(existing: Any, trained: Any) -> bool:
+    """Whether a value of the notebook is a model that the trained model's weights fit into."""
+    if not isinstance(existing, nn.Module):
         return False
-    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (mine, theirs)]
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (existing, trained)]
     return shapes[0] == shapes[1]

@@ -1,4 +1,4 @@
-"""From where a training begins: from its beginning, or from where another one ended."""
+"""Resume: where a run starts: at step 0, from a checkpoint, or from the last run's snapshot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nbdist.cluster.runs.run import Run
 from nbdist.core.params.table import ParamTable
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import check_resume
-from nbdist.core.state.restore import check_goes_on, check_same
+from nbdist.core.state.restore import check_can_resume, check_same
 from nbdist.core.state.snapshot import read
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
@@ -18,11 +18,11 @@ __all__ = ["resumed"]
 
 
 def resumed(plan: Plan, task: Any, last: Run | None) -> tuple[Plan, Any]:
-    """What `plan.resume` means here: the plan that says it to the ranks, and the last run's snapshots where they do.
+    """Resolve `plan.resume`: the plan for the ranks, and the last run's snapshots if the run resumes from them.
 
     Raises:
-        PlanError: There is nothing to go on from, or nothing left to do.
-        TaskError: It is another model's or another optimizer's.
+        PlanError: There is nothing to resume from, or no steps are left.
+        TaskError: The saved state is of another model or optimizer.
     """
     if not plan.resume:
         return plan, None
@@ -33,10 +33,9 @@ def resumed(plan: Plan, task: Any, last: Run | None) -> tuple[Plan, Any]:
     found = None if snapshot_store is None else snapshot_store.newest
     if found is None:
         raise PlanError(
-            "there is no run to go on with: the last one of this notebook left no snapshot. Name a folder: "
-            "--resume DIR."
+            "there is no run to resume: the last one of this notebook left no snapshot. Name a folder: --resume DIR."
         )
     saved = CheckpointReader.in_memory(read(found[1]))
     check_same(saved, ParamTable.of(task.model), task.optimizer)
-    check_goes_on(saved, plan)
+    check_can_resume(saved, plan)
     return replace(plan, resume=""), snapshot_store

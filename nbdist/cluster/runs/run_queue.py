@@ -1,4 +1,4 @@
-"""The trainings of one cluster: one goes on, the others wait for their turn."""
+"""The run queue of a cluster: one run at a time, the others wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nbdist.cluster.runs.reattach import take_over
 from nbdist.cluster.runs.replan import Replan
 from nbdist.cluster.runs.resume import resumed
 from nbdist.cluster.runs.run import ON_FAILURE, Run, RunHandoff
-from nbdist.core.state.checkpoint_writer import check_free
+from nbdist.core.state.checkpoint_writer import check_no_live_writer
 from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.sync.gradient_hooks import check_hooks
 from nbdist.core.task.task import Task
@@ -38,7 +38,7 @@ _TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "lr_scheduler", "val", "metr
 
 @dataclass(frozen=True)
 class _QueuedRun:
-    """A run that has yet to begin, and what it needs for that."""
+    """A run that has not started, and what its start needs."""
 
     run: Run
     task: Any
@@ -50,13 +50,13 @@ class _QueuedRun:
 
 
 class RunQueue:
-    """Begins trainings on engines, one at a time.
+    """Starts runs on engines, one at a time.
 
     Args:
         engines: Where.
-        sources: The cells of the notebook that the engines know.
+        sources: The notebook cells that were sent to the engines.
         last_run: The newest run of this kernel.
-        note_run: Called with a run when it begins.
+        note_run: Called with a run when it starts.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class RunQueue:
         self._note_run = note_run
         self._run: Run | None = None
         self._waiting: collections.deque[_QueuedRun] = collections.deque()
-        self._queueing = threading.Lock()  # held to look at the two above, and never while engines are waited for
+        self._queueing = threading.Lock()  # guards the two above; never held while waiting for engines
         self._segment_cache: Any = None
 
     @property
     def busy(self) -> bool:
-        """Whether a run goes on or waits."""
+        """Whether a run is running or waits."""
         with self._queueing:
             return self._is_busy()
 
@@ -83,39 +83,39 @@ class RunQueue:
 
     @property
     def computing(self) -> bool:
-        """Whether the engines work on a run at the moment."""
+        """Whether the engines are training a run."""
         return self.current is not None
 
     @property
     def current(self) -> Run | None:
-        """The run that the engines work on, from when its turn has come."""
+        """The run that the engines are training, from the moment it left the queue."""
         run = self._run
         return run if run is not None and run.progress.running else None
 
     @property
     def queued(self) -> list[Run]:
-        """The runs that wait, in their order."""
+        """The waiting runs, first one next."""
         with self._queueing:
-            return [turn.run for turn in self._waiting]
+            return [queued.run for queued in self._waiting]
 
     def refuse_while_busy(self) -> None:
-        """Raise `ClusterError` where a run goes on or waits."""
+        """Raise `ClusterError` if a run is running or waits."""
         with self._queueing:
-            run, waiting = self._run, [turn.run for turn in self._waiting]
+            run, waiting = self._run, [queued.run for queued in self._waiting]
         if waiting:
             run = waiting[-1]
             raise ClusterError(f"run {run.run_id} is queued: wait for it (run.wait()) or stop it (run.stop()).")
         if run is not None and not run.ended:
-            raise ClusterError(f"run {run.run_id} is going on: wait for it (run.wait()) or stop it (run.stop()).")
+            raise ClusterError(f"run {run.run_id} is running: wait for it (run.wait()) or stop it (run.stop()).")
 
     def add(
         self, model: Any, data: Any, names: tuple[str, str], options: dict[str, Any],
         watch: Callable[[Run], None] | None, hangs: Hangs, on_failure: str,
     ) -> Run:  # fmt: skip
-        """Begin a run, or let it wait until those before it have ended; see `Cluster.train`.
+        """Start a run, or queue it behind those before it; see `Cluster.train`.
 
         Raises:
-            NbdistError: It cannot begin.
+            NbdistError: It cannot start.
         """
         for name in options:
             if name not in OPTIONS and name not in _TASK_OPTIONS:
@@ -124,8 +124,8 @@ class RunQueue:
             raise PlanError(
                 f"unknown on_failure {on_failure!r}: use {', '.join(ON_FAILURE)}.{suggest(str(on_failure), ON_FAILURE)}"
             )
-        hang_timeout, on_hang = hangs.asked
-        asked = dict(
+        hang_timeout, on_hang = hangs.options
+        arguments = dict(
             model=model, data=data, names=names, hang_timeout=hang_timeout, on_hang=on_hang, on_failure=on_failure,
             **options,
         )  # fmt: skip
@@ -137,50 +137,50 @@ class RunQueue:
         replan = Replan({**rest, **task.options}, cores)
         ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in self._engines.records()}
         progress = RunState(title=task.title, plan=plan.to_dict(), ranks=ranks)
-        run = Run(new_run_id(), plan, progress, self._give_command, asked, replan, on_failure)
-        turn = _QueuedRun(run, task, plan, watch, names, hangs, contextvars.copy_context())
+        run = Run(new_run_id(), plan, progress, self._give_command, arguments, replan, on_failure)
+        queued = _QueuedRun(run, task, plan, watch, names, hangs, contextvars.copy_context())
         with self._queueing:
             before, waits = self._run, self._is_busy()
             if waits:
                 progress.state = "queued"
-                self._waiting.append(turn)
+                self._waiting.append(queued)
             else:
                 self._run = run
         if waits:
             draw(watch, run)
             return run
         try:
-            self._begin(turn)
+            self._start(queued)
         except BaseException:
             with self._queueing:
                 self._run = before
-            self._next()  # what came to wait for it meanwhile
+            self._next()  # runs that were queued behind it meanwhile
             raise
         return run
 
     def end(self) -> None:
-        """The engines end: what waits will never begin."""
+        """The engines end: waiting runs never start."""
         for run in self.queued:
-            self._leave(run, "the engines were stopped before it could begin")
+            self._dequeue(run, "the engines were stopped before it could start")
 
-    def _begin(self, turn: _QueuedRun) -> None:
-        """Send a task to every engine and follow it to its end, in a thread."""
-        engines, run = self._engines, turn.run
+    def _start(self, queued: _QueuedRun) -> None:
+        """Send the task to every engine and start its monitor thread."""
+        engines, run = self._engines, queued.run
         engines.check_alive()
-        replaced = engines.replace_lost()  # a training brings with it all that it needs
+        replaced = engines.replace_lost()  # no cells are replayed there: a run sends all that it needs
         if replaced:
             self._sources.sent.clear()
         engines.ensure_ready()
-        plan = turn.plan
-        if plan.mesh.size != engines.size and run.replan is not None:  # there were others when it was asked for
+        plan = queued.plan
+        if plan.mesh.size != engines.size and run.replan is not None:  # the cluster was scaled while it waited
             plan = run.replan.of(plan, engines.size)
             run.stand_on(plan)
-        plan, snapshot_store = resumed(plan, turn.task, self._last_run())
+        plan, snapshot_store = resumed(plan, queued.task, self._last_run())
         if plan.checkpoint:
-            check_free(plan.checkpoint, run.run_id)
+            check_no_live_writer(plan.checkpoint, run.run_id)
         self._segment_cache = self._segment_cache or SegmentCache(engines.anchor)
-        what = f"{turn.names[0]} or {turn.names[1]}"
-        packed = pack((turn.task, plan), name=what, inline=engines.remote, segment_cache=self._segment_cache)
+        what = f"{queued.names[0]} or {queued.names[1]}"
+        packed = pack((queued.task, plan), name=what, inline=engines.remote, segment_cache=self._segment_cache)
         from_snapshot = snapshot_store is not None
         if from_snapshot:
             snapshot_store.grow(engines.size)
@@ -190,12 +190,14 @@ class RunQueue:
         with run.changing:
             run.progress.begin()
         handoff = RunHandoff(
-            run_id=run.run_id, payload=packed[0], names=turn.names, title=run.progress.title, hangs=turn.hangs.asked,
-            replan=run.replan, on_failure=run.on_failure,
+            run_id=run.run_id, payload=packed[0], names=queued.names, title=run.progress.title,
+            hangs=queued.hangs.options, replan=run.replan, on_failure=run.on_failure,
         )  # fmt: skip
-        dispatch = RunDispatch(run, engines, turn.task, plan, packed, self._segment_cache, self._sources, handoff)
-        calls = dispatch.begin(from_snapshot=from_snapshot)
-        monitor = RunMonitor(dispatch, calls, hangs=turn.hangs, watch=turn.watch, then=self._next, context=turn.context)
+        dispatch = RunDispatch(run, engines, queued.task, plan, packed, self._segment_cache, self._sources, handoff)
+        calls = dispatch.start(from_snapshot=from_snapshot)
+        monitor = RunMonitor(
+            dispatch, calls, hangs=queued.hangs, watch=queued.watch, on_end=self._next, context=queued.context
+        )
         if replaced:
             run.progress.note(f"{ranks_text(replaced)} had been lost and was replaced", "lost")
         self._note_run(run)
@@ -204,7 +206,7 @@ class RunQueue:
     def take_over(
         self, namespace: dict[str, Any], watch: Callable[[Run], None] | None, where: Callable[[], Where]
     ) -> Run | None:
-        """Go on following the run that another kernel has begun, or bring home what it has left; see `take_over`."""
+        """Monitor the run that another kernel started, or load its result if it has ended; see `take_over`."""
         self._segment_cache = SegmentCache(self._engines.anchor)
         taken = take_over(self._engines, namespace, self._give_command, self._segment_cache, self._sources)
         if taken is None:
@@ -215,49 +217,49 @@ class RunQueue:
         if boards is not None:
             calls, hangs = dispatch.take_over(boards), Hangs(*handoff.hangs, where)
             context = contextvars.copy_context()
-            RunMonitor(dispatch, calls, hangs=hangs, watch=watch, then=self._next, context=context).start()
+            RunMonitor(dispatch, calls, hangs=hangs, watch=watch, on_end=self._next, context=context).start()
         return run
 
     def _next(self) -> None:
-        """A run has ended: begin the next one that can."""
+        """Start the next run of the queue that can start; called when a run has ended."""
         while True:
             with self._queueing:
                 if not self._waiting:
                     return
-                turn = self._waiting.popleft()
-                self._run = turn.run
-                turn.run.progress.begin()
+                queued = self._waiting.popleft()
+                self._run = queued.run
+                queued.run.progress.begin()
             try:
-                self._begin(turn)
+                self._start(queued)
                 return
-            except Exception as error:  # whatever it is, nobody waits for ever
-                known = error if isinstance(error, NbdistError) else ClusterError(f"the run could not begin: {error!r}")
-                turn.run._end("failed", known)
-                draw(turn.watch, turn.run)
-                turn.run._release()
+            except Exception as error:  # of any kind: `Run.wait` must return
+                known = error if isinstance(error, NbdistError) else ClusterError(f"the run could not start: {error!r}")
+                queued.run._end("failed", known)
+                draw(queued.watch, queued.run)
+                queued.run._release()
 
     def _give_command(self, run: Run, kind: str, value: Any) -> None:
         if kind == "stop":
-            if self._leave(run):
+            if self._dequeue(run):
                 return
             run.progress.state = "stopping"
         if kind == "scale":
             run.wanted = 0 if value == self._engines.size else value
         commands = self._engines.commands(run.run_id)
         if commands is not None:
-            with contextlib.suppress(PeerLostError):  # the store has just ended, and so does the run, which says why
-                commands.give(kind, value)
+            with contextlib.suppress(PeerLostError):  # the store has ended: so does the run, whose error says why
+                commands.append(kind, value)
 
-    def _leave(self, run: Run, note: str = "") -> bool:
-        """Take a run out of the queue; returns whether it was there."""
+    def _dequeue(self, run: Run, note: str = "") -> bool:
+        """End a run that is still in the queue; returns whether it was."""
         with self._queueing:
-            turn = next((turn for turn in self._waiting if turn.run is run), None)
-            if turn is None:
+            queued = next((queued for queued in self._waiting if queued.run is run), None)
+            if queued is None:
                 return False
-            self._waiting.remove(turn)
+            self._waiting.remove(queued)
         if note:
             run.progress.note(note)
         run._end("stopped")
-        draw(turn.watch, run)
+        draw(queued.watch, run)
         run._release()
         return True

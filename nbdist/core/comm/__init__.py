@@ -1,4 +1,7 @@
-"""Channels: collectives along one mesh axis; links: messages between two ranks. Always polled, so interruptible."""
+"""Communication between ranks: collectives along a mesh axis (channels), point-to-point messages (links).
+
+Every wait polls, so an interrupt lands at once.
+"""
 
 from nbdist.core.comm.channel import Channel, Pending, SoloChannel
 from nbdist.core.comm.comm_timer import comm_timer

@@ -1,4 +1,4 @@
-"""What every channel can do, and the channel of a rank that is alone."""
+"""Collectives along one mesh axis (all-reduce, broadcast, all-gather, ...): the interface, and the one-rank channel."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["Channel", "Done", "Pending", "SoloChannel"]
 
 
 class Pending(ABC):
-    """A collective under way."""
+    """Handle of an asynchronous collective."""
 
     @abstractmethod
     def wait(self) -> None:
-        """Return when the result is in place; an interrupt lands at once.
+        """Block until the result is in place; an interrupt lands at once.
 
         Raises:
             PeerLostError: Another rank is gone.
         """
 
     def wait_on_device(self) -> None:
-        """Let what follows on the device come after it; return at once where the device itself makes the result."""
+        """Order later work on the device after the collective; with nccl this returns without blocking the host."""
         self.wait()
 
 
@@ -53,14 +53,14 @@ class Channel(ABC):
         """Begin to replace `tensor`, contiguous, by the one of rank `source`."""
 
     def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """A flat tensor that this channel sums best; give it back with `free`. **Collective**."""
+        """A flat tensor that this channel reduces fastest; release it with `free`. **Collective**."""
         return torch.zeros(numel, dtype=dtype, device=self.device)
 
     def free(self, tensor: torch.Tensor) -> None:  # noqa: B027 - most channels keep nothing
-        """Give back what `zeros` made. Local."""
+        """Release a tensor that `zeros` made. Local."""
 
     def close(self) -> None:  # noqa: B027
-        """Hang up: peers that wait for this rank get an error. Local, twice is fine."""
+        """Close: peers that wait for this rank get an error. Local, twice is fine."""
 
     def all_reduce_(self, tensor: torch.Tensor) -> None:
         """`start_all_reduce_` and wait for it."""
@@ -71,7 +71,7 @@ class Channel(ABC):
         self.start_broadcast_(tensor, source).wait()
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Copies of what each rank gave, in rank order. `tensor` is contiguous and of the same shape everywhere."""
+        """Copies of every rank's `tensor`, in rank order. It is contiguous and of the same shape everywhere."""
         gathered = [tensor.clone() if rank == self.rank else torch.empty_like(tensor) for rank in range(self.size)]
         for rank, part in enumerate(gathered):
             self.broadcast_(part, rank)
@@ -83,17 +83,17 @@ class Channel(ABC):
         self.all_reduce_(total)
         return total.view(self.size, -1)[self.rank]
 
-    def sum_in_order_(self, rows: torch.Tensor, order: ReductionTree) -> None:
-        """Replace the first of `rows` by the sum of all ranks' rows in the order of a tree; the others are used up.
+    def tree_all_reduce_(self, rows: torch.Tensor, tree: ReductionTree) -> None:
+        """All-reduce in the order of a reduction tree: `rows[0]` becomes the sum; the other rows are overwritten.
 
         Args:
-            rows: ``(order.rows, n)``, contiguous: what this rank has summed by itself, of ``order.nodes[rank]``.
-            order: Which row is added to which.
+            rows: ``(tree.rows, n)``, contiguous: one row per tree node of ``tree.nodes[rank]``, already summed here.
+            tree: Which row is added to which.
         """
         if self.size > 1:
-            rows[0].copy_(order.total([list(other) for other in self.all_gather(rows)], torch.Tensor.add_))
+            rows[0].copy_(tree.total([list(other) for other in self.all_gather(rows)], torch.Tensor.add_))
         else:
-            assert order.rows == 1
+            assert tree.rows == 1
 
     def broadcast_any_(self, tensor: torch.Tensor, source: int = 0) -> None:
         """`broadcast_` of a tensor in any memory layout."""
@@ -103,7 +103,7 @@ class Channel(ABC):
             tensor.copy_(contiguous)
 
     def broadcast_bytes(self, data: bytes, source: int = 0) -> bytes:
-        """Return the bytes of rank `source`, whatever the others gave."""
+        """Return the bytes of rank `source`; the other ranks' `data` is ignored."""
         device = self.device
         length = torch.tensor([len(data)], device=device)
         self.broadcast_(length, source)
@@ -115,14 +115,14 @@ class Channel(ABC):
 
 
 class Done(Pending):
-    """A collective that was over when it was started."""
+    """The handle of a collective that is already complete."""
 
     def wait(self) -> None:
         """Nothing to wait for."""
 
 
 class SoloChannel(Channel):
-    """The channel of a rank that is alone on its axis: every collective is the identity."""
+    """The channel of an axis of degree 1: every collective is the identity."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(rank=0, size=1, device=device)
@@ -132,5 +132,5 @@ class SoloChannel(Channel):
         return Done()
 
     def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
-        """The tensor is already here."""
+        """Nothing to send: this rank is the only one."""
         return Done()

@@ -1,4 +1,4 @@
-"""Where the time of this process goes: waiting for ranks, moving tensors between them, waiting for data."""
+"""Communication timer: seconds this process waits for other ranks, moves tensors between ranks, waits for data."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ __all__ = ["CommTimer", "comm_timer"]
 
 
 class CommTimer:
-    """Seconds since the process began, each counted once: what waits inside a communication is waiting.
+    """Seconds since the process started, each counted once: a wait inside a communication counts as waiting only.
 
     Attributes:
-        idle: Waiting for other ranks.
+        waiting: Waiting for other ranks.
         communication: Moving and adding tensors of other ranks.
         data: Waiting for the next batch.
     """
 
     def __init__(self) -> None:
-        self.idle = self.communication = self.data = 0.0
+        self.waiting = self.communication = self.data = 0.0
 
     @property
     def total(self) -> float:
-        """All of them."""
-        return self.idle + self.communication + self.data
+        """Their sum."""
+        return self.waiting + self.communication + self.data
 
     @contextlib.contextmanager
     def communicating(self) -> Iterator[None]:
-        """While tensors are moved."""
+        """Count the context as communication, but for the seconds that it counts itself."""
         began_s, before = time.perf_counter(), self.total
         try:
             yield
@@ -37,7 +37,7 @@ class CommTimer:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """While a batch is waited for."""
+        """Count the context as waiting for data, but for the seconds that it counts itself."""
         began_s, before = time.perf_counter(), self.total
         try:
             yield
@@ -46,4 +46,4 @@ class CommTimer:
 
 
 comm_timer = CommTimer()
-"""This process's. On a GPU only `data` is told right: nobody waits there for what the device does."""
+"""This process's timer. On a GPU only `data` is exact: the host does not wait for the device's communication."""

@@ -1,4 +1,4 @@
-"""The store of a cluster: as torch's TCPStore, for one user only, who must know the world's secret."""
+"""The key-value store of a cluster: like torch's TCPStore, but only for this user and with the world's secret."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nbdist.peer_auth import COMMAND, give_proof, pack, receive_fields
+from nbdist.peer_auth import COMMAND, authenticate_as_client, pack, receive_fields
 
 __all__ = ["GuardedStore", "host_store"]
 
-_WAIT_WITHIN_S = 300.0
-_NAP_S = 1e-3
-_CONNECT_WITHIN_S = 10.0
+_TIMEOUT_S = 300.0
+_POLL_S = 1e-3
+_CONNECT_TIMEOUT_S = 10.0
 
 
 class GuardedStore(dist.Store):
-    """A connection to the store. Every call is one short question; safe to use from several threads. Local.
+    """A client of the store. Every call is one short request; safe to use from several threads. Local.
 
     Args:
         name: Where the store listens.
-        secret: The world's, in hexadecimal digits. With the name it is the store's `address`.
+        secret: The world's secret, in hexadecimal digits. With the name it is the store's `address`.
 
     Raises:
-        OSError: Nobody listens there any more, or who does is an intruder.
+        OSError: No process listens there any more, or the one that does fails authentication.
     """
 
     def __init__(self, name: str, secret: str) -> None:
@@ -38,31 +38,31 @@ class GuardedStore(dist.Store):
         self.secret = bytes.fromhex(secret)
         self._lock = threading.Lock()
         self._peer: socket.socket | None = self._connect()
-        self._owned: tuple[subprocess.Popen[bytes], socket.socket] | None = None
+        self._server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
 
     @classmethod
     def host(cls) -> GuardedStore:
         """See `host_store`."""
         secret = secrets.token_hex(32)
-        abstract = sys.platform == "linux"  # sockets without a name in the file system; there alone
-        ours, theirs = socket.socketpair()
-        with theirs, socket.socket(socket.AF_UNIX if abstract else socket.AF_INET) as listener:
+        abstract = sys.platform == "linux"  # only Linux has abstract sockets, without a name in the file system
+        owner_end, server_end = socket.socketpair()
+        with server_end, socket.socket(socket.AF_UNIX if abstract else socket.AF_INET) as listener:
             listener.bind(f"\0nbdist-{secrets.token_hex(16)}" if abstract else ("127.0.0.1", 0))
             listener.listen(128)
-            told = listener.getsockname()
-            passed = listener.fileno(), theirs.fileno()
+            bound = listener.getsockname()
+            passed = listener.fileno(), server_end.fileno()
             server = subprocess.Popen(
                 [sys.executable, "-I", "-S", COMMAND, *map(str, passed)], pass_fds=passed,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
-        ours.sendall(pack([bytes.fromhex(secret)]))
+        owner_end.sendall(pack([bytes.fromhex(secret)]))
         try:
-            store = cls(told.decode() if abstract else "{}:{}".format(*told), secret)
+            store = cls(bound.decode() if abstract else "{}:{}".format(*bound), secret)
         except BaseException:
-            ours.close()
+            owner_end.close()
             server.wait()
             raise
-        store._owned = server, ours
+        store._server = server, owner_end
         return store
 
     def _connect(self) -> socket.socket:
@@ -70,9 +70,9 @@ class GuardedStore(dist.Store):
         host, _, port = name.rpartition(":")
         peer = socket.socket(socket.AF_INET if host else socket.AF_UNIX)
         try:
-            peer.settimeout(_CONNECT_WITHIN_S)
-            self._call(peer, (host, int(port)) if host else name)
-            give_proof(peer, self.secret, "store")
+            peer.settimeout(_CONNECT_TIMEOUT_S)
+            self._connect_socket(peer, (host, int(port)) if host else name)
+            authenticate_as_client(peer, self.secret, "store")
             peer.settimeout(None)
         except BaseException:
             peer.close()
@@ -80,81 +80,81 @@ class GuardedStore(dist.Store):
         return peer
 
     @staticmethod
-    def _call(peer: socket.socket, address: Any) -> None:
-        deadline = time.monotonic() + _CONNECT_WITHIN_S
+    def _connect_socket(peer: socket.socket, address: Any) -> None:
+        deadline = time.monotonic() + _CONNECT_TIMEOUT_S
         while True:
             try:
                 return peer.connect(address)
-            except BlockingIOError:  # more call than can wait: a unix socket with a timeout does not wait for its turn
+            except BlockingIOError:  # the backlog is full: a unix socket with a timeout does not wait for a place
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(_NAP_S)
+                time.sleep(_POLL_S)
 
     def __del__(self) -> None:
         if getattr(self, "_peer", None) is not None:
             self._peer.close()  # type: ignore[union-attr]
-        if getattr(self, "_owned", None) is not None:
-            server, ours = self._owned  # type: ignore[misc]
-            ours.close()
+        if getattr(self, "_server", None) is not None:
+            server, owner_end = self._server  # type: ignore[misc]
+            owner_end.close()
             server.kill()
             server.wait()
 
     @property
     def server_pid(self) -> int:
-        """The process that serves the store, where this one has started it; else 0."""
-        return 0 if self._owned is None else self._owned[0].pid
+        """Pid of the store's server, if this process has started it; else 0."""
+        return 0 if self._server is None else self._server[0].pid
 
     @property
     def lives(self) -> bool:
-        """Whether the process that serves the store runs, as far as who has started it can tell."""
-        return self._owned is None or self._owned[0].poll() is None
+        """Whether the store's server runs; always true in a process that did not start it."""
+        return self._server is None or self._server[0].poll() is None
 
     def set(self, key: str, value: Any) -> None:
-        """Write."""
-        self._ask(b"set", key.encode(), value.encode() if isinstance(value, str) else bytes(value))
+        """Set a key."""
+        self._request(b"set", key.encode(), value.encode() if isinstance(value, str) else bytes(value))
 
     def get(self, key: str) -> bytes:
-        """Wait for a key, and read it."""
+        """Wait for a key and return its value."""
         return self.multi_get([key])[0]
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
-        """Wait for keys, and read them."""
+        """Wait for keys and return their values."""
         if not keys:
             return []
-        deadline = time.monotonic() + _WAIT_WITHIN_S
-        while not (values := self._ask(b"get", *(key.encode() for key in keys))):
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not (values := self._request(b"get", *(key.encode() for key in keys))):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"nobody wrote {', '.join(keys)} within {_WAIT_WITHIN_S:g} s")
-            time.sleep(_NAP_S)
+                raise TimeoutError(f"no rank wrote {', '.join(keys)} within {_TIMEOUT_S:g} s")
+            time.sleep(_POLL_S)
         return values
 
     def add(self, key: str, amount: int) -> int:
         """Add to a number; returns the sum."""
-        return int(self._ask(b"add", key.encode(), str(amount).encode())[0])
+        return int(self._request(b"add", key.encode(), str(amount).encode())[0])
 
     def append(self, key: str, value: Any) -> None:
-        """Write behind what is there, as a whole or not at all."""
-        self._ask(b"append", key.encode(), value.encode() if isinstance(value, str) else bytes(value))
+        """Append to a key's value, atomically."""
+        self._request(b"append", key.encode(), value.encode() if isinstance(value, str) else bytes(value))
 
     def delete_key(self, key: str) -> bool:
-        """Remove; returns whether it was there."""
-        return bool(self._ask(b"delete", key.encode()))
+        """Remove a key; returns whether it existed."""
+        return bool(self._request(b"delete", key.encode()))
 
     def check(self, keys: list[str]) -> bool:
-        """Whether all keys are there."""
-        return bool(self._ask(b"check", *(key.encode() for key in keys)))
+        """Whether all keys are set."""
+        return bool(self._request(b"check", *(key.encode() for key in keys)))
 
     def wait(self, keys: list[str], timeout: Any = None) -> None:
-        """Wait until all keys are there."""
+        """Wait until all keys are set."""
         self.multi_get(keys)
 
-    def _ask(self, *fields: bytes) -> list[bytes]:
+    def _request(self, *fields: bytes) -> list[bytes]:
         with self._lock:
             peer, self._peer = self._peer or self._connect(), None
             try:
                 peer.sendall(pack(fields))
                 answer = receive_fields(peer)
-            except BaseException:  # interrupted: the answer would be taken for that to the next question
+            except BaseException:  # interrupted: the late answer would be read as the answer to the next request
                 peer.close()
                 raise
             self._peer = peer
@@ -162,5 +162,5 @@ class GuardedStore(dist.Store):
 
 
 def host_store() -> GuardedStore:
-    """Host a store for ranks to meet in, in a process that ends with the store. Local: called outside the ranks."""
+    """Start a store for the ranks' rendezvous, in a process that ends with the object. Local, outside the ranks."""
     return GuardedStore.host()

@@ -1,4 +1,4 @@
-"""The mesh as one rank sees it: a channel along each axis."""
+"""The device mesh as one rank sees it: a channel along each axis."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class MeshChannels:
     """The channels of one rank. **Collective** over the world: all ranks construct it, with the same mesh.
 
     Args:
-        world: Where.
+        world: The world whose ranks the mesh covers.
         mesh: How its ranks are laid out.
 
     Attributes:
         pp, dp, shard, tp: The channel along each axis.
-        data: Over the ranks that a global batch is dealt out to, ``dp`` and ``shard`` together.
+        data: Over the ranks that a global batch is distributed over, ``dp`` and ``shard`` together.
         replica: Over the ranks that make one replica of the model: all axes but ``dp``.
         world: Over all ranks.
     """
@@ -35,11 +35,11 @@ class MeshChannels:
 
     @property
     def reports_loss(self) -> bool:
-        """Whether this rank speaks for its share of the data: it has the loss, and no other rank tells the same."""
+        """Whether this is the reporting rank of its share of the data: the last stage's first ``tp`` rank."""
         return self.pp.rank == self.pp.size - 1 and self.tp.rank == 0
 
     def close(self) -> None:
-        """Hang up, but for the channel over all ranks, which is the world's. Local."""
+        """Close all channels but the one over all ranks, which the world owns. Local."""
         for channel in (self.pp, self.dp, self.shard, self.tp, self.data, self.replica):
             if channel is not self.world:
                 channel.close()

@@ -1,4 +1,4 @@
-"""Links: tensors from one rank to another, without waiting for it."""
+"""Point-to-point messages between two ranks (`Link`): a send does not wait for the receiver."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch.distributed as dist
 
 from nbdist.core.comm.process_group import Work
 
-__all__ = ["Link", "Message", "Place", "ProcessGroupLink", "dtype_named", "pack_note", "unpack_note"]
+__all__ = ["Link", "Message", "ProcessGroupLink", "TensorSpec", "dtype_named", "pack_note", "unpack_note"]
 
 Message = tuple[Any, list[torch.Tensor | None]]
 """A small note of plain data, see `pack_note`, and tensors."""
 
-Place = tuple[str, list[int], int]
-"""Dtype, shape and, in a segment, the first byte."""
+TensorSpec = tuple[str, list[int], int]
+"""Dtype, shape and the tensor's first byte in a segment."""
 
 
 def pack_note(value: Any) -> bytes:
@@ -27,20 +27,20 @@ def pack_note(value: Any) -> bytes:
 
 
 def unpack_note(data: bytes | bytearray) -> Any:
-    """What `pack_note` was given. Whatever the bytes are, no code of theirs runs."""
+    """The inverse of `pack_note`; it runs no code, whatever the bytes are."""
     return _untagged(json.loads(data))
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """A dtype by its name in torch."""
+    """The torch dtype with this name."""
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype of torch.")
+        raise ValueError(f"{name!r} is not a torch dtype.")
     return found
 
 
 def _tagged(value: Any) -> Any:
-    """JSON has no tuples: each one, and each dict, is an object that says so."""
+    """JSON has no tuples, so each tuple becomes ``{"tuple": [...]}``, and each dict ``{"dict": {...}}``."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:
@@ -64,7 +64,7 @@ def _untagged(value: Any) -> Any:
 
 
 class Link(ABC):
-    """Between two ranks. Messages arrive in the order in which they were sent, each way for itself."""
+    """Messages between two ranks. Each direction keeps the order in which they were sent."""
 
     @abstractmethod
     def send(self, note: Any, tensors: list[torch.Tensor | None]) -> None:
@@ -84,19 +84,19 @@ class Link(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Hang up: a peer that waits gets an error. Local, twice is fine."""
+        """Close: a peer that waits gets an error. Local, twice is fine."""
 
 
 class ProcessGroupLink(Link):
-    """Through two `torch.distributed` groups of these two ranks, one each way.
+    """A link over two `torch.distributed` groups of these two ranks, one for each direction.
 
-    A message is a length, a header and the bytes of its tensors. Each is a broadcast: torch's own messages over gloo
-    can be waited for, but not polled.
+    A message is a length, a header and the bytes of its tensors. Each is a broadcast: gloo's own send and receive can
+    be waited for, but not polled.
 
     Args:
         rank: This rank.
-        peer: The other one.
-        groups: The group in which the lower rank sends, and the one in which the higher one does.
+        peer: The other rank.
+        groups: The group in which the lower rank sends, and the one in which the higher rank sends.
         device: Where tensors lie.
     """
 
@@ -111,8 +111,8 @@ class ProcessGroupLink(Link):
         """See `Link`."""
         while self._sending and self._sending[0][0].done:
             self._sending.popleft()[0].wait()
-        places = [None if tensor is None else (str(tensor.dtype)[6:], list(tensor.shape)) for tensor in tensors]
-        header = bytearray(pack_note([note, places]))
+        specs = [None if tensor is None else (str(tensor.dtype)[6:], list(tensor.shape)) for tensor in tensors]
+        header = bytearray(pack_note([note, specs]))
         self._start(torch.tensor([len(header)]))
         self._start(torch.frombuffer(header, dtype=torch.uint8))
         for tensor in tensors:
@@ -123,20 +123,20 @@ class ProcessGroupLink(Link):
         """See `Link`."""
         length = self._wait_for(torch.zeros(1, dtype=torch.long))
         header = self._wait_for(torch.zeros(int(length.item()), dtype=torch.uint8))
-        note, places = unpack_note(header.numpy().tobytes())
+        note, specs = unpack_note(header.numpy().tobytes())
         tensors: list[torch.Tensor | None] = []
-        for place in places:
-            if place is None:
+        for spec in specs:
+            if spec is None:
                 tensors.append(None)
                 continue
-            tensor = torch.empty(place[1], dtype=dtype_named(place[0]), device=self._device)
+            tensor = torch.empty(spec[1], dtype=dtype_named(spec[0]), device=self._device)
             tensors.append(self._wait_for(tensor) if tensor.numel() else tensor)
         return note, tensors
 
     def close(self) -> None:
         """See `Link`."""
         self._sending.clear()
-        self._out = self._in = None  # or the groups' sockets would stay open
+        self._out = self._in = None  # a live reference would keep the groups' sockets open
 
     def _start(self, tensor: torch.Tensor) -> None:
         work = Work.launch(lambda: dist.broadcast(tensor, self._rank, group=self._out, async_op=True))

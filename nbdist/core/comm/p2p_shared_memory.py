@@ -1,7 +1,7 @@
-"""A link through shared memory, for two ranks on one host and tensors on the CPU.
+"""Point-to-point messages through shared memory, for two ranks on one host and CPU tensors.
 
-The sender copies tensors into a segment and says over a Unix socket where they are; the receiver copies them out and
-says that it has. So sending waits for nobody, and a segment is used again as soon as it is free.
+The sender copies tensors into a segment and sends their offsets over a Unix socket; the receiver copies them out and
+sends the segment's number back. So a send waits for no other rank, and a segment is reused as soon as it is free.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nbdist.core.comm.comm_timer import comm_timer
-from nbdist.core.comm.p2p import Link, Message, Place, dtype_named, pack_note, unpack_note
+from nbdist.core.comm.p2p import Link, Message, TensorSpec, dtype_named, pack_note, unpack_note
 from nbdist.core.comm.shared_memory import SPIN_S, connect, open_sockets, receive_exactly, receive_file
 from nbdist.core.transfer.payload import Segment
 from nbdist.errors import PeerLostError
@@ -27,20 +27,20 @@ __all__ = ["SharedMemoryLink"]
 _ALIGNMENT = 64
 _PAGE = 4096
 _IN_FLIGHT = 64
-"""Segments that may be on their way; with more of them a sender that runs ahead waits."""
+"""Segments in use at once; a sender that is this far ahead waits for the receiver."""
 _NUMBER = struct.Struct("!Q")
-_FRAME = struct.Struct("!cI")  # what follows, and its length
+_FRAME = struct.Struct("!cI")  # kind and length; D: message, F: segment is free, M: map a new segment, C: unmap one
 
 
 class SharedMemoryLink(Link):
-    """To one peer on this host. **Collective** over the two ranks.
+    """A link to a peer on this host. **Collective** over the two ranks.
 
     Args:
         rank: This rank.
-        peer: The other one.
-        store: Where they find each other.
+        peer: The other rank.
+        store: For the rendezvous.
         name: Unique to this link among the users of `store`.
-        size: Ranks of the host, for whether each has a core.
+        size: Ranks on this host: if each has a core, waits spin before they sleep.
     """
 
     def __init__(self, rank: int, peer: int, store: Any, name: str, size: int) -> None:
@@ -48,7 +48,7 @@ class SharedMemoryLink(Link):
         open_sockets.add(self)
         self._spin_s = SPIN_S if size <= available_cores() else 0.0
         self._free: list[Segment] = []
-        self._away: dict[int, Segment] = {}
+        self._in_use: dict[int, Segment] = {}
         self._inbox: list[bytes] = []
         self._maps: dict[int, torch.Tensor] = {}
 
@@ -56,22 +56,22 @@ class SharedMemoryLink(Link):
     def send(self, note: Any, tensors: list[torch.Tensor | None]) -> None:
         """See `Link`."""
         end = 0
-        places: list[Place | None] = []
+        specs: list[TensorSpec | None] = []
         for tensor in tensors:
             if tensor is None:
-                places.append(None)
+                specs.append(None)
                 continue
-            places.append((str(tensor.dtype)[6:], list(tensor.shape), end))
+            specs.append((str(tensor.dtype)[6:], list(tensor.shape), end))
             end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        where = None
+        number = None
         if end:
             segment = self._take(end)
-            where = segment.number
+            number = segment.number
             memory = torch.frombuffer(segment.buffer, dtype=torch.uint8)
-            for tensor, place in zip(tensors, places, strict=True):
-                if tensor is not None and place is not None:
-                    _at(memory, place).copy_(tensor.detach())
-        self._write(b"D", pack_note([note, where, places]))
+            for tensor, spec in zip(tensors, specs, strict=True):
+                if tensor is not None and spec is not None:
+                    _view(memory, spec).copy_(tensor.detach())
+        self._write(b"D", pack_note([note, number, specs]))
 
     @comm_timer.communicating()
     def receive(self) -> Message:
@@ -79,31 +79,31 @@ class SharedMemoryLink(Link):
         began_s = time.perf_counter()
         while not self._inbox:
             self._read()
-        comm_timer.idle += time.perf_counter() - began_s
-        note, where, places = unpack_note(self._inbox.pop(0))
-        memory = torch.empty(0, dtype=torch.uint8) if where is None else self._maps[where]
-        tensors = [None if place is None else _at(memory, place).clone() for place in places]
-        if where is not None:
-            self._write(b"F", _NUMBER.pack(where))
+        comm_timer.waiting += time.perf_counter() - began_s
+        note, number, specs = unpack_note(self._inbox.pop(0))
+        memory = torch.empty(0, dtype=torch.uint8) if number is None else self._maps[number]
+        tensors = [None if spec is None else _view(memory, spec).clone() for spec in specs]
+        if number is not None:
+            self._write(b"F", _NUMBER.pack(number))
         return note, tensors
 
     def close(self) -> None:
         """See `Link`."""
         self._socket.close()
-        for segment in (*self._free, *self._away.values()):
+        for segment in (*self._free, *self._in_use.values()):
             segment.close()
-        self._free, self._away, self._maps = [], {}, {}
+        self._free, self._in_use, self._maps = [], {}, {}
 
     def _take(self, nbytes: int) -> Segment:
-        """A segment of at least `nbytes` that the peer has let go of."""
-        while self._read(wait=len(self._away) >= _IN_FLIGHT):
+        """A segment of at least `nbytes` that the peer does not use: a free one, or a new one."""
+        while self._read(wait=len(self._in_use) >= _IN_FLIGHT):
             pass
         fitting = [segment for segment in self._free if segment.size >= nbytes]
         if fitting:
             segment = min(fitting, key=lambda segment: segment.size)
             self._free.remove(segment)
         else:
-            if self._free:  # grown out of: its memory is of no more use
+            if self._free:  # messages have outgrown it
                 old = self._free.pop()
                 self._write(b"C", _NUMBER.pack(old.number))
                 old.close()
@@ -113,7 +113,7 @@ class SharedMemoryLink(Link):
                 socket.send_fds(self._socket, [b"\0"], [segment.descriptor])
             except OSError as error:
                 raise PeerLostError(f"a message could not be sent, another rank is gone ({error}).") from error
-        self._away[segment.number] = segment
+        self._in_use[segment.number] = segment
         return segment
 
     def _write(self, kind: bytes, body: bytes) -> None:
@@ -123,7 +123,7 @@ class SharedMemoryLink(Link):
             raise PeerLostError(f"a message could not be sent, another rank is gone ({error}).") from error
 
     def _read(self, wait: bool = True) -> bool:
-        """Take in one frame; without `wait` only one that is there already. Returns whether there was one."""
+        """Read and handle one frame; without `wait` only one that has arrived. Returns whether there was one."""
         try:
             if not self._arrived() and not wait:
                 return False
@@ -141,11 +141,11 @@ class SharedMemoryLink(Link):
         elif kind == b"C":
             del self._maps[number]
         else:
-            self._free.append(self._away.pop(number))
+            self._free.append(self._in_use.pop(number))
         return True
 
     def _arrived(self) -> bool:
-        """Look for a frame, for a moment."""
+        """Whether a frame is there; spins for `_spin_s`, because waking from a blocking read takes longer."""
         until_s = time.perf_counter() + self._spin_s
         while True:
             with contextlib.suppress(BlockingIOError):
@@ -155,8 +155,8 @@ class SharedMemoryLink(Link):
                 return False
 
 
-def _at(memory: torch.Tensor, place: Place) -> torch.Tensor:
-    name, shape, start = place
+def _view(memory: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    name, shape, start = spec
     dtype = dtype_named(name)
     numel = int(torch.Size(shape).numel())
     return memory[start : start + numel * dtype.itemsize].view(dtype).view(shape)

@@ -1,4 +1,4 @@
-"""A channel over a `torch.distributed` process group: gloo or nccl."""
+"""Collectives over a `torch.distributed` process group, gloo or nccl: polled, and on CPU summed in rank order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GATHER_BELOW_BYTES = 256 * 1024
 """Below this, gathering every rank's tensor and adding locally is one message round instead of two (measured on
 gloo: 2.0 against 3.8 ms at four ranks and 64 KiB, 87 against 22 ms at 10 MiB)."""
 _SPINS = 50
-_NAP_S = 5e-5
+_POLL_S = 5e-5
 
 
 def _all_gather(output: torch.Tensor, tensor: torch.Tensor, group: Any) -> Any:
@@ -35,7 +35,7 @@ def _reduce_scatter(output: torch.Tensor, tensor: torch.Tensor, group: Any) -> A
 
 
 class Work(Pending):
-    """Polls torch's own work handles: waiting inside them would hold an interrupt back until their timeout."""
+    """Polls torch's own work handle: its blocking `wait` would hold an interrupt back until torch's timeout."""
 
     def __init__(self, work: Any, then: Callable[[], Pending | None] | None, streamed: bool) -> None:
         self._work = work
@@ -46,7 +46,7 @@ class Work(Pending):
     def launch(
         cls, start: Callable[[], Any], then: Callable[[], Pending | None] | None = None, *, streamed: bool = False
     ) -> Work:
-        """Start a collective of torch's; `then` follows it. One of nccl's is `streamed`: the device orders it.
+        """Start one of torch's collectives; `then` runs when it is done. `streamed`: nccl's, ordered by CUDA streams.
 
         Raises:
             PeerLostError: Another rank is gone.
@@ -58,17 +58,17 @@ class Work(Pending):
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether it has completed or failed."""
         return bool(self._work.is_completed())
 
     @comm_timer.communicating()
     def wait(self) -> None:
-        """See `Pending`. What waits for other ranks counts as communication here: the two cannot be told apart."""
+        """See `Pending`. Time waiting for other ranks counts as communication here: torch does not separate the two."""
         try:
             spins = 0
             while not self._work.is_completed():
                 spins += 1
-                time.sleep(0 if spins < _SPINS else _NAP_S)
+                time.sleep(0 if spins < _SPINS else _POLL_S)
             self._work.wait()
         except RuntimeError as error:
             raise PeerLostError(f"a collective ended early, another rank is gone ({error}).") from error
@@ -87,13 +87,13 @@ class Work(Pending):
 class ProcessGroupChannel(Channel):
     """A process group as a channel.
 
-    It keeps no reference to the default group, and lets go of another one when it is closed: a live reference holds
-    the sockets open, and with them every peer that waits, after the group has been destroyed.
+    It keeps no reference to the default group, and drops that to another group when it is closed: a live reference
+    keeps a destroyed group's sockets open, and peers that wait on them would never get an error.
 
     Args:
         device: Where tensors must lie.
         streamed: Whether the backend is nccl.
-        group: torch's group; None is the default one, of all ranks.
+        group: torch's group; None is the default group, of all ranks.
         ranks: The ranks of `group`, in order.
     """
 
@@ -106,11 +106,11 @@ class ProcessGroupChannel(Channel):
         self._group = group
 
     def close(self) -> None:
-        """See `Channel.close`; of the default group the world takes leave."""
+        """See `Channel.close`; the world destroys the default group."""
         self._group = None
 
     def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
-        """See `Channel`. On CPU the order of the sum is ours; on a GPU it is the backend's, fixed for one topology."""
+        """See `Channel`. On CPU the sum is in rank order; on a GPU in the backend's order, fixed for one topology."""
         group = self._group
         if tensor.device.type != "cpu":
             return Work.launch(lambda: dist.all_reduce(tensor, group=group, async_op=True), streamed=self._streamed)
@@ -127,7 +127,7 @@ class ProcessGroupChannel(Channel):
 
     @comm_timer.communicating()
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """See `Channel`; as bytes, for gloo does not gather every dtype."""
+        """See `Channel`; as bytes, because gloo does not gather every dtype."""
         group = self._group
         gathered = tensor.new_empty((self.size, *tensor.shape))
         sent, received = tensor.view(-1).view(torch.uint8), gathered.view(-1).view(torch.uint8)
@@ -136,7 +136,7 @@ class ProcessGroupChannel(Channel):
 
     @comm_timer.communicating()
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        """See `Channel`. On CPU the order of the sum is ours; on a GPU it is the backend's, fixed for one topology."""
+        """See `Channel`. On CPU the sum is in rank order; on a GPU in the backend's order, fixed for one topology."""
         group = self._group
         if self._streamed:
             total = tensor.new_empty(tensor.numel() // self.size)
@@ -148,21 +148,21 @@ class ProcessGroupChannel(Channel):
         mine = rows[0]
         for other in rows[1:]:
             mine.add_(other)
-        return mine.clone()  # the other ranks' parts are let go of
+        return mine.clone()  # so that the memory of the other ranks' parts is freed
 
     def _finish(self, start: Callable[[], Any]) -> None:
         Work.launch(start, streamed=self._streamed).wait_on_device()
 
     @comm_timer.communicating()
-    def sum_in_order_(self, rows: torch.Tensor, order: ReductionTree) -> None:
-        """See `Channel`. Each rank sums a part of the columns, on a GPU too."""
+    def tree_all_reduce_(self, rows: torch.Tensor, tree: ReductionTree) -> None:
+        """See `Channel`. Each rank sums a range of the columns, on a GPU too."""
         group, size, length = self._group, self.size, -(-rows.shape[1] // self.size)
         sent = rows.new_zeros((len(rows), length * size))
         sent[:, : rows.shape[1]] = rows
         sent = sent.view(len(rows), size, length).transpose(0, 1).contiguous()
         parts, total = torch.empty_like(sent), rows.new_empty(length * size)
         self._finish(lambda: dist.all_to_all_single(parts, sent, group=group, async_op=True))
-        mine = order.total([list(other) for other in parts], torch.Tensor.add_)
+        mine = tree.total([list(other) for other in parts], torch.Tensor.add_)
         self._finish(lambda: _all_gather(total, mine, group))
         rows[0].copy_(total[: rows.shape[1]])
 

@@ -1,4 +1,4 @@
-"""The order in which terms are added: floating-point sums have the same bits in the same order only."""
+"""Reduction order: a sum of floats has the same bits only if its terms are added in the same order."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ __all__ = ["Node", "ReductionTree"]
 
 T = TypeVar("T")
 Node = tuple[int, int]
-"""The terms ``start ... stop - 1``, summed."""
+"""A tree node: the sum of the terms ``start ... stop - 1``."""
 
 
 class ReductionTree:
-    """A binary tree over terms in a row, of which every rank has some neighbours.
+    """A binary reduction tree over a row of terms; every rank holds a contiguous range of them.
 
-    A rank sums the largest nodes of the tree that lie within its terms by itself, and the ranks sum those. Each node is
-    always the sum of the same two, so the total has the same bits on any number of ranks.
+    A rank first sums the largest tree nodes that lie within its range; then the ranks sum those nodes. Each node is
+    always the sum of the same two children, so the total has the same bits on any number of ranks.
 
     Attributes:
         terms: How many.
         shares: Each rank's terms, a range.
-        nodes: The nodes that each rank sums by itself, from left to right.
-        rows: The most that a rank has.
+        nodes: The tree nodes that each rank sums locally, from left to right.
+        rows: The largest number of nodes on one rank.
     """
 
     def __init__(self, terms: int, ranks: int, middle: Callable[[int, int], int]) -> None:
@@ -40,19 +40,19 @@ class ReductionTree:
 
     @staticmethod
     def share(terms: int, rank: int, ranks: int) -> range:
-        """The terms of a rank: neighbours, about as many as any other rank's."""
+        """A rank's terms: a contiguous range; the ranges differ in length by one at most."""
         return range(rank * terms // ranks, (rank + 1) * terms // ranks)
 
     @classmethod
     def chain(cls, ranks: int) -> ReductionTree:
-        """One term a rank, added one after the other: ((t0 + t1) + t2) + ..."""
+        """One term per rank, added in rank order: ((t0 + t1) + t2) + ..."""
         return cls(ranks, ranks, lambda _start, stop: stop - 1)
 
     @classmethod
     def tree(cls, terms: int, ranks: int) -> ReductionTree:
-        """Halves of halves. An odd number is cut at an even place, so that other shares than halves fit too.
+        """Cut in halves, recursively; an odd length at an even term, so that thirds, too, consist of few nodes.
 
-        Of twelve terms, 1, 2 or 4 ranks sum one node each, and 3 or 6 two at most.
+        Of twelve terms, 1, 2 or 4 ranks sum one node each; 3 or 6 ranks sum at most two.
         """
         return cls(terms, ranks, lambda start, stop: (start + stop + ((start + stop) // 2) % 2) // 2)
 
@@ -65,14 +65,14 @@ class ReductionTree:
             self._grow(right, middle)
 
     def add(self, held: list[tuple[Node, T]], node: Node, value: T, plus: Callable[[T, T], T]) -> None:
-        """Put the next node behind those that are `held`, and let the last ones become their sum where they can."""
+        """Append the next node to `held`; while the last two nodes are siblings, replace them by their sum."""
         held.append((node, value))
         while len(held) > 1 and (parent := self._parents.get((held[-2][0], held[-1][0]))):
             (_, left), (_, right) = held[-2:]
             held[-2:] = [(parent, plus(left, right))]
 
     def total(self, values: Iterable[Sequence[T]], plus: Callable[[T, T], T]) -> T:
-        """The sum of all: `values` of each rank's nodes, more than it has being left out."""
+        """The sum of all terms, from the `values` of each rank's nodes; surplus values of a rank are ignored."""
         held: list[tuple[Node, T]] = []
         for nodes, mine in zip(self.nodes, values, strict=True):
             for node, value in zip(nodes, mine, strict=False):

@@ -1,8 +1,8 @@
-"""A channel through shared memory, for ranks on one host and tensors on the CPU.
+"""Collectives through shared memory, for ranks on one host and CPU tensors.
 
-Every rank has a slab of each arena, which all ranks map. To sum, each rank adds up its own part of all slabs, in rank
-order, and writes the sum back into them. Bytes over Unix sockets, one between each two ranks, say that everybody has
-arrived: waiting costs no processor time, is interrupted at once, and ends when a peer does, for then its socket closes.
+Each arena is mapped by all ranks, and has a slab per rank. To all-reduce, each rank sums its own range of all slabs, in
+rank order, and writes the sum back into them. The barrier is a byte over a Unix socket between each two ranks: a wait
+costs no processor time, is interrupted at once, and ends when a peer does, because then its socket closes.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ import torch
 from nbdist.core.comm.channel import Channel, Done, Pending
 from nbdist.core.comm.comm_timer import comm_timer
 from nbdist.core.comm.reduction_order import ReductionTree
-from nbdist.core.comm.rendezvous import echoes
+from nbdist.core.comm.rendezvous import as_peer_lost
 from nbdist.core.transfer.payload import Segment
 from nbdist.errors import PeerLostError
-from nbdist.peer_auth import IntruderError, accept_proof, give_proof
-from nbdist.peer_auth import receive_exactly as hear_exactly
+from nbdist.peer_auth import IntruderError, authenticate_as_client, authenticate_client
+from nbdist.peer_auth import receive_exactly as receive_bytes
 from nbdist.plan import available_cores
 
 __all__ = ["SPIN_S", "SharedMemoryChannel", "connect", "open_sockets", "receive_exactly", "receive_file"]
 
 _PAGE = 4096
 SPIN_S = 1e-4
-"""How long to look for a peer before sleeping, where each rank has a core: to be woken takes 20 to 50 us more."""
-_LOOK_S = 0.02
-"""How often who waits for a peer to call looks whether the store is still there."""
+"""How long a wait spins before it sleeps, if each rank has a core: waking from sleep takes 20 to 50 us more."""
+_POLL_S = 0.02
+"""While a rank waits for a peer to connect: how often it checks that the store still exists."""
 _STAGING_BYTES = 1 << 20
-"""Tensors that do not lie in an arena pass through one of this size, piece by piece."""
+"""Tensors outside of arenas are copied through an arena of this size, chunk by chunk."""
 
 
 open_sockets: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Everything with a `close` that holds sockets to other ranks."""
+"""Every shared-memory channel and link of this process; each holds sockets to other ranks."""
 
 
 def _close_in_fork() -> None:
-    """A data-loading process that outlives its killed rank would hold the sockets open, and the peers would wait."""
+    """A data-loading process that outlives its killed rank would keep the sockets open, and the peers would wait."""
     for holder in list(open_sockets):
         holder.close()
 
@@ -59,10 +59,12 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(frozen=True, kw_only=True)
 class _Arena:
-    """One slab a rank, as bytes.
+    """Shared memory with one slab per rank, as bytes.
 
     Args:
-        slabs: ``(bytes,)`` of uint8 each, in rank order; `start` is the address of this rank's own.
+        slabs: ``(bytes,)`` of uint8 each, in rank order.
+        start: Address of this rank's slab.
+        nbytes: Size of a slab.
     """
 
     slabs: list[torch.Tensor]
@@ -70,18 +72,18 @@ class _Arena:
     nbytes: int
 
     def views(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """For a tensor in this rank's slab, the same place in every slab, flat."""
+        """For a tensor in this rank's slab, the same range of every slab, flat."""
         offset = tensor.data_ptr() - self.start
         return [slab[offset : offset + tensor.nbytes].view(tensor.dtype) for slab in self.slabs]
 
 
 class SharedMemoryChannel(Channel):
-    """Ranks of one host. **Collective**: all of them construct it.
+    """The channel of ranks on one host. **Collective**: all of them construct it.
 
     Args:
         rank: This rank.
-        size: How many.
-        store: Where they find each other.
+        size: How many ranks.
+        store: For the rendezvous.
         name: Unique to this channel among the users of `store`.
     """
 
@@ -98,24 +100,25 @@ class SharedMemoryChannel(Channel):
             raise
 
     def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in shared memory, which is summed where it lies. **Collective**; see `Channel.zeros`."""
+        """A tensor in shared memory, all-reduced without a copy. **Collective**; see `Channel.zeros`."""
         nbytes = numel * torch.empty(0, dtype=dtype).itemsize
         arena = self._make_arena(nbytes)
         self._arenas.append(arena)
         return arena.slabs[self.rank][:nbytes].view(dtype)
 
     def common(self, numel: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A flat tensor that is the same memory on every rank; `barrier` between writing and reading. **Collective**.
+        """A flat tensor in memory common to all ranks; call `barrier` between writing and reading. **Collective**.
 
-        Beside it that memory as this rank alone sees it: pages to which it writes there become its own, and it does
-        not see any more what is written to them elsewhere.
+        Returns:
+            The common tensor, and a private (copy-on-write) view of it: a page that this rank writes there becomes its
+            own, and later writes of other ranks to that page are not visible in it.
         """
         nbytes = numel * torch.empty(0, dtype=dtype).itemsize
         common, own = (mapped[:nbytes].view(dtype) for mapped in self._map(max(nbytes, 1)))
         return common, own
 
     def slabs(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """What each rank has at the place of `tensor`, which `zeros` made here, in rank order. Local."""
+        """Every rank's data for `tensor`, which `zeros` made on this channel, in rank order. Local."""
         arena = self._arena_of(tensor)
         assert arena is not None
         return arena.views(tensor)
@@ -131,21 +134,21 @@ class SharedMemoryChannel(Channel):
         if arena is not None:
             self._sum_(arena.views(tensor))
             return Done()
-        for piece, staged in self._pieces(tensor):
-            staged[self.rank].copy_(piece)
+        for chunk, staged in self._chunks(tensor):
+            staged[self.rank].copy_(chunk)
             self._sum_(staged)
-            piece.copy_(staged[self.rank])
+            chunk.copy_(staged[self.rank])
         return Done()
 
     @comm_timer.communicating()
     def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
         """See `Channel`; done on return."""
-        for piece, staged in self._pieces(tensor):
+        for chunk, staged in self._chunks(tensor):
             if self.rank == source:
-                staged[source].copy_(piece)
+                staged[source].copy_(chunk)
             self.barrier()
             if self.rank != source:
-                piece.copy_(staged[source])
+                chunk.copy_(staged[source])
             self.barrier()
         return Done()
 
@@ -155,13 +158,13 @@ class SharedMemoryChannel(Channel):
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         flats = [other.view(-1) for other in gathered]
         start = 0
-        for piece, staged in self._pieces(tensor):
-            staged[self.rank].copy_(piece)
+        for chunk, staged in self._chunks(tensor):
+            staged[self.rank].copy_(chunk)
             self.barrier()
             for flat, slab in zip(flats, staged, strict=True):
-                flat[start : start + len(piece)].copy_(slab)
+                flat[start : start + len(chunk)].copy_(slab)
             self.barrier()
-            start += len(piece)
+            start += len(chunk)
         return gathered
 
     @comm_timer.communicating()
@@ -171,10 +174,10 @@ class SharedMemoryChannel(Channel):
         total = torch.empty_like(rows[0])
         width = _STAGING_BYTES // tensor.itemsize // self.size
         for start in range(0, len(total), width):
-            piece = rows[:, start : start + width]
-            nbytes = piece.numel() * tensor.itemsize
+            chunk = rows[:, start : start + width]
+            nbytes = chunk.numel() * tensor.itemsize
             slabs = [slab[:nbytes].view(tensor.dtype).view(self.size, -1) for slab in self._staging.slabs]
-            slabs[self.rank].copy_(piece)
+            slabs[self.rank].copy_(chunk)
             self.barrier()
             part = total[start : start + width]
             torch.add(slabs[0][self.rank], slabs[1][self.rank], out=part)
@@ -184,23 +187,23 @@ class SharedMemoryChannel(Channel):
         return total
 
     @comm_timer.communicating()
-    def sum_in_order_(self, rows: torch.Tensor, order: ReductionTree) -> None:
+    def tree_all_reduce_(self, rows: torch.Tensor, tree: ReductionTree) -> None:
         """See `Channel`."""
         arena = self._arena_of(rows)
         if arena is None:
-            super().sum_in_order_(rows, order)
+            super().tree_all_reduce_(rows, tree)
             return
         slabs = [view.view(rows.shape) for view in arena.views(rows)]
         self.barrier()
         part = self._part(rows.shape[1])
         if part.start < part.stop:
-            total = order.total([list(slab[:, part]) for slab in slabs], torch.Tensor.add_)
+            total = tree.total([list(slab[:, part]) for slab in slabs], torch.Tensor.add_)
             for slab in slabs[1:]:
                 slab[0, part].copy_(total)
         self.barrier()
 
     def close(self) -> None:
-        """Hang up, which releases peers that wait for this rank. Twice is fine."""
+        """See `Channel.close`."""
         for peer in self._peers:
             peer.close()
         self._arenas = []
@@ -217,24 +220,24 @@ class SharedMemoryChannel(Channel):
         self.barrier()
 
     def _part(self, length: int) -> slice:
-        """What this rank sums."""
+        """The range that this rank sums."""
         return slice(self.rank * length // self.size, (self.rank + 1) * length // self.size)
 
     def barrier(self) -> None:
-        """Wait until every rank is here. **Collective**."""
+        """Wait until every rank has called. **Collective**."""
         began_s = time.perf_counter()
         try:
             for peer in self._peers:
                 peer.sendall(b"\0")
             for peer in self._peers:
-                if not self._hear(peer):
+                if not self._receive_byte(peer):
                     raise PeerLostError("a collective ended early, another rank is gone (its socket closed).")
         except OSError as error:
             raise PeerLostError(f"a collective ended early, another rank is gone ({error}).") from error
-        comm_timer.idle += time.perf_counter() - began_s
+        comm_timer.waiting += time.perf_counter() - began_s
 
-    def _hear(self, peer: socket.socket) -> bytes:
-        """Receive a byte, or nothing where the peer has gone."""
+    def _receive_byte(self, peer: socket.socket) -> bytes:
+        """A byte from the peer; empty if the peer has closed its socket."""
         until_s = time.perf_counter() + self._spin_s
         while time.perf_counter() < until_s:
             with contextlib.suppress(BlockingIOError):
@@ -245,11 +248,11 @@ class SharedMemoryChannel(Channel):
         address = tensor.data_ptr()
         return next((arena for arena in self._arenas if 0 <= address - arena.start < arena.nbytes), None)
 
-    def _pieces(self, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
-        """Cut a tensor into pieces that fit into the staging arena, each with the slabs' views for it."""
+    def _chunks(self, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+        """Split a tensor into chunks that fit into the staging arena, each with the slabs' views for it."""
         flat = tensor.view(-1)
-        for piece in flat.split(_STAGING_BYTES // flat.itemsize):
-            yield piece, [slab[: piece.nbytes].view(piece.dtype) for slab in self._staging.slabs]
+        for chunk in flat.split(_STAGING_BYTES // flat.itemsize):
+            yield chunk, [slab[: chunk.nbytes].view(chunk.dtype) for slab in self._staging.slabs]
 
     def _make_arena(self, nbytes: int) -> _Arena:
         """A slab for each rank. **Collective**."""
@@ -258,10 +261,10 @@ class SharedMemoryChannel(Channel):
         return _Arena(slabs=slabs, start=slabs[self.rank].data_ptr(), nbytes=pitch)
 
     def _map(self, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map one new segment on all ranks; it has no name and is gone with the last of them. **Collective**.
+        """Map one new segment on all ranks; it has no name and is freed with the last of them. **Collective**.
 
         Returns:
-            What all see, and the same for this rank alone.
+            The shared mapping, and a private (copy-on-write) one.
         """
         with contextlib.ExitStack() as cleanup:
             if self.rank == 0:
@@ -273,39 +276,40 @@ class SharedMemoryChannel(Channel):
                 descriptor = cleanup.enter_context(receive_file(self._peers[0]))
                 memory = mmap.mmap(descriptor, nbytes)
             own = mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_COPY)
-            self.barrier()  # all have mapped it
+            self.barrier()  # no rank uses the segment before all have mapped it
         return torch.frombuffer(memory, dtype=torch.uint8), torch.frombuffer(own, dtype=torch.uint8)
 
 
 def connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:
-    """One socket to every other rank, in rank order. The listeners have no name in the file system. **Collective**.
+    """One Unix socket to every other rank, in rank order. **Collective**.
 
-    Each side makes sure that the other is this user's and knows the world's secret.
+    A rank connects to those below it, and accepts those above. The listeners have no name in the file system. Each side
+    verifies that the other is this user's process and knows the world's secret.
 
     Raises:
         PeerLostError: Another rank, or the store, is gone.
     """
     peers: dict[int, socket.socket] = {}
-    about = f"{store.generation}/{name}"
-    look = functools.partial(store.check, [])
+    purpose = f"{store.generation}/{name}"
+    check = functools.partial(store.check, [])  # raises once the ranks are released
     try:
-        with echoes(), socket.socket(socket.AF_UNIX) as listener:
+        with as_peer_lost(), socket.socket(socket.AF_UNIX) as listener:
             address = f"\0nbdist-{secrets.token_hex(16)}"
             listener.bind(address)
             listener.listen(size)
             store.set(f"{name}/address/{rank}", address)
             for other in range(rank):
-                there = store.get(f"{name}/address/{other}").decode()
+                listening = store.get(f"{name}/address/{other}").decode()
                 peers[other] = socket.socket(socket.AF_UNIX)
-                peers[other].connect(there)
-                give_proof(peers[other], store.secret, f"{about}/{other}", rank, look)
+                peers[other].connect(listening)
+                authenticate_as_client(peers[other], store.secret, f"{purpose}/{other}", rank, check)
             while len(peers) < size - 1:
-                while not select.select([listener], [], [], _LOOK_S)[0]:
-                    look()
+                while not select.select([listener], [], [], _POLL_S)[0]:
+                    check()
                 peer, _ = listener.accept()
                 try:
-                    other = accept_proof(peer, store.secret, f"{about}/{rank}", look)
-                except IntruderError:  # whoever else can see the address
+                    other = authenticate_client(peer, store.secret, f"{purpose}/{rank}", check)
+                except IntruderError:  # every process on the host can see the address and connect
                     peer.close()
                     continue
                 except BaseException:
@@ -321,14 +325,14 @@ def connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:
 
 @contextlib.contextmanager
 def receive_file(peer: socket.socket) -> Iterator[int]:
-    """A descriptor that the peer has sent with one byte, open for as long as the context.
+    """A file descriptor that the peer has sent with one byte, open for as long as the context.
 
     Raises:
-        PeerLostError: The peer hangs up before.
+        PeerLostError: The peer closes the connection first.
     """
-    told, files, _, _ = socket.recv_fds(peer, 1, 1)
-    if not told or not files:
-        raise PeerLostError("another rank is gone while the ranks meet.")
+    received, files, _, _ = socket.recv_fds(peer, 1, 1)
+    if not received or not files:
+        raise PeerLostError("another rank is gone while ranks connect.")
     try:
         yield files[0]
     finally:
@@ -336,8 +340,8 @@ def receive_file(peer: socket.socket) -> Iterator[int]:
 
 
 def receive_exactly(peer: socket.socket, length: int) -> bytes:
-    """Receive so many bytes. Raises `PeerLostError` where the peer hangs up before."""
+    """Receive `length` bytes. Raises `PeerLostError` if the peer closes the connection first."""
     try:
-        return hear_exactly(peer, length)
+        return receive_bytes(peer, length)
     except ConnectionError as error:
         raise PeerLostError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Which functions of this room wait for other ranks: so the stack of a rank says in which collective it is."""
+"""Which functions block on other ranks: with them a rank's stack trace shows in which collective it waits."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from nbdist.core.comm.rendezvous import GenerationStore, barrier, start_group
 
 __all__ = ["waiting_calls"]
 
-_NO_COLLECTIVES = {"zeros", "free", "close"}
-"""What a channel offers beside collectives."""
+_NOT_BLOCKING = {"zeros", "free", "close"}
+"""Methods that do not wait for other ranks, or wait in a function that is listed by itself."""
 
 
 def waiting_calls() -> dict[tuple[str, str], str]:
-    """What a rank waits in while it runs a function, by the function's file and name. Local."""
+    """The collective that a rank waits in, by file and name of the function that it runs. Local."""
     calls: dict[tuple[str, str], str] = {}
     for base in (Channel, Link):
-        offered = {name for name, value in vars(base).items() if callable(value) and name[0] != "_"} - _NO_COLLECTIVES
+        offered = {name for name, value in vars(base).items() if callable(value) and name[0] != "_"} - _NOT_BLOCKING
         for kind in _kinds(base):
             for name in offered & set(vars(kind)):
-                calls[_place(vars(kind)[name])] = name.removeprefix("start_").strip("_")
+                calls[_location(vars(kind)[name])] = name.removeprefix("start_").strip("_")
     for kind in _kinds(Pending):
-        calls |= {_place(value): "a collective" for name, value in vars(kind).items() if name.startswith("wait")}
+        calls |= {_location(value): "a collective" for name, value in vars(kind).items() if name.startswith("wait")}
     at_store = barrier, start_group, GenerationStore.get, GenerationStore.wait
-    return calls | {_place(function): "a meeting at the store" for function in at_store}
+    return calls | {_location(function): "a rendezvous at the store" for function in at_store}
 
 
 def _kinds(base: Any) -> Iterator[type]:
-    """`base` and what derives from it in this room; elsewhere stand channels that do not wait."""
+    """`base` and its subclasses in this package; subclasses elsewhere do not wait."""
     yield base
     for kind in base.__subclasses__():
         if kind.__module__.startswith(__package__):
             yield from _kinds(kind)
 
 
-def _place(function: Any) -> tuple[str, str]:
+def _location(function: Any) -> tuple[str, str]:
     code = inspect.unwrap(function).__code__
     return code.co_filename, code.co_name

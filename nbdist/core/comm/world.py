@@ -1,4 +1,4 @@
-"""The world: which ranks there are, what they run on, how they meet."""
+"""The world: the ranks of one generation, their devices and backend, and how their process group is formed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Its functions have the default group of the moment of import among their defaults. Imported later (by an optimizer's
-# first step), it would hold that group's sockets open, and with them every peer that waits, after the group is gone.
+# Imported early on purpose: its functions take the default group at import time as a default argument. Imported later
+# (by an optimizer's first step), it would keep a destroyed group's sockets open, and waiting peers would hang.
 import torch.distributed.nn.functional
 
 from nbdist.core.comm import (
@@ -32,14 +32,14 @@ from nbdist.core.comm import (
     SoloChannel,
 )
 from nbdist.core.comm.guarded_store import host_store
-from nbdist.core.comm.rendezvous import GenerationStore, barrier, start_group, untouched
+from nbdist.core.comm.rendezvous import GenerationStore, barrier, start_group, unused_prefix
 from nbdist.errors import PlanError
 from nbdist.telemetry.host import host_id
 
 __all__ = ["SHARED_GPU", "World", "host_store", "pick_device"]
 
 _TIMEOUT = datetime.timedelta(minutes=30)
-SHARED_GPU = "several ranks share a GPU: they meet over gloo, which is slower than nccl with one rank a GPU."
+SHARED_GPU = "several ranks share a GPU: they communicate over gloo, which is slower than nccl with one rank per GPU."
 _CHANNEL_VARIABLE = "NBDIST_CHANNEL"
 _generations = itertools.count(1)
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -50,16 +50,16 @@ class World:
     """The ranks of one generation.
 
     Args:
-        generation: Number of this world in the life of its processes; a world that failed is never used again.
+        generation: Number of this world; after a failure a new world with the next number is formed.
         rank: This process's position, 0 ... size - 1.
         size: How many ranks there are.
         local_rank: Position among the ranks on this host.
         local_size: Ranks on this host.
         device: What this rank computes on.
         backend: "gloo" or "nccl", or empty for a world of one.
-        store: The key-value store all ranks share, hosted outside of them; None where nobody outside takes part.
-        shared: The channel that goes through shared memory, where ranks that compute on CPUs share a host.
-        hosts: The host of each rank, where ranks of one host may share memory; else empty.
+        store: The key-value store that all ranks share, hosted by another process; None without one.
+        shared: The shared-memory channel over all ranks, if they compute on CPUs and some share a host.
+        hosts: The host of each rank, if ranks of one host may share memory; else empty.
     """
 
     generation: int = 0
@@ -87,28 +87,28 @@ class World:
         device: str = "auto",
         generation: int = 0,
     ) -> World:
-        """Meet the other ranks. **Collective**: all ranks, with the same `store`, `size` and `generation`.
+        """Form a process group of all ranks. **Collective**: with the same `store`, `size` and `generation`.
 
-        Returns after a first all-reduce over everyone, so a world that was formed works. ``$NBDIST_CHANNEL`` set to
-        "process_group" keeps shared memory out. An interrupt lands at once.
+        Returns after a first all-reduce over all ranks, so a formed world is known to work. ``$NBDIST_CHANNEL`` set to
+        "process_group" disables shared memory. An interrupt lands at once.
 
         Raises:
-            PeerLostError: The store is gone, or another rank. Nothing is left of the world then.
+            PeerLostError: The store or another rank is gone. The group and its channels are closed then.
         """
         if local_size == size:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
         chosen = pick_device(device, local_rank)
         names = GenerationStore(store, generation)
-        words = [json.loads(word) for word in barrier(names, "rank", rank, size, json.dumps(_whereabouts(chosen)))]
-        hosts = () if size == 1 or not words[0]["host"] else tuple(word["host"] for word in words)
-        backend = "nccl" if chosen.type == "cuda" and len({word["gpu"] for word in words}) == size else "gloo"
+        ranks = [json.loads(info) for info in barrier(names, "rank", rank, size, json.dumps(_host_and_gpu(chosen)))]
+        hosts = () if size == 1 or not ranks[0]["host"] else tuple(info["host"] for info in ranks)
+        backend = "nccl" if chosen.type == "cuda" and len({info["gpu"] for info in ranks}) == size else "gloo"
         with contextlib.ExitStack() as undo:
-            undo.callback(_leave_group)
+            undo.callback(_destroy_group)
             shared: Channel | None = None
-            if size > 1 and len(set(hosts)) == 1:  # before torch's group, in which a rank is slow to miss another
+            if size > 1 and len(set(hosts)) == 1:  # before torch's group, which is slower to detect a lost rank
                 shared = undo.enter_context(contextlib.closing(SharedMemoryChannel(rank, size, names, "memory")))
             start_group(names, functools.partial(_init_group, chosen, backend, names, rank, size))
-            barrier(names, "group", rank, size)  # or one of us would sum already, and could not take it back
+            barrier(names, "group", rank, size)  # or a rank might start the all-reduce below while another has failed
             if shared is None and len(HierarchicalChannel.groups(list(hosts))) < len(hosts):
                 shared = undo.enter_context(contextlib.closing(HierarchicalChannel(list(hosts), rank, names, "memory")))
             world = cls(
@@ -130,9 +130,9 @@ class World:
     @classmethod
     @contextlib.contextmanager
     def from_environment(cls, device: str = "auto") -> Iterator[World]:
-        """The world this process was started in: torchrun's, a group that is already initialised, or one rank alone.
+        """The world of this process: torchrun's, that of an already initialised process group, or a single rank.
 
-        **Collective** under torchrun. A group that was formed here is left again at the end.
+        **Collective** under torchrun. A group that is created here is destroyed at the end.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if dist.is_initialized():
@@ -181,7 +181,7 @@ class World:
         return self.shared or ProcessGroupChannel(self.device, streamed=self.backend == "nccl")
 
     def channel_within(self, groups: list[list[int]]) -> Channel:
-        """The channel over this rank's group of a partition of all ranks. **Collective** over the world.
+        """The channel over the group that contains this rank; `groups` partition all ranks. **Collective**.
 
         It is closed with the world, if not before.
         """
@@ -197,14 +197,14 @@ class World:
                 if group is mine:
                     made = SharedMemoryChannel(mine.index(self.rank), len(mine), self.store, f"{number}/{mine[0]}")
                 continue
-            torchs = self._new_group(group)
+            torch_group = self._new_group(group)
             if group is mine:
-                made = ProcessGroupChannel(self.device, streamed=self.backend == "nccl", group=torchs, ranks=mine)
+                made = ProcessGroupChannel(self.device, streamed=self.backend == "nccl", group=torch_group, ranks=mine)
         self._made.append(made)
         return made
 
     def links(self, pairs: list[tuple[int, int]]) -> dict[int, Link]:
-        """Links to the peers that this rank has in `pairs`, by rank. **Collective** over the world.
+        """Point-to-point links to this rank's peers in `pairs`, by peer rank. **Collective** over the world.
 
         They are closed with the world, if not before.
         """
@@ -225,7 +225,7 @@ class World:
         return made
 
     def _new_group(self, ranks: list[int]) -> Any:
-        """A group of torch's. **Collective** over the world: by all ranks, members or not."""
+        """A `torch.distributed` group. **Collective** over the world: called by all ranks, members or not."""
         if self.store is None:
             return dist.new_group(ranks)
         return start_group(self.store, functools.partial(dist.new_group, ranks))
@@ -235,25 +235,25 @@ class World:
 
     @property
     def transport(self) -> str:
-        """What the ranks' gradients travel over, for people."""
+        """What gradients are sent over, as text for the user."""
         between = [self.backend] if self.shared is None or isinstance(self.shared, HierarchicalChannel) else []
         return " and ".join([*(["shared memory"] if self.shared else []), *between])
 
     def leave(self) -> None:
-        """Leave this world; peers that wait for this rank are released with an error. Local, twice is fine."""
+        """Close all channels, destroy the group; peers that wait for this rank get an error. Local, twice is fine."""
         for made in self._made:
             made.close()
         self._made.clear()
         if self.shared:
             self.shared.close()
-        _leave_group()
+        _destroy_group()
 
 
 def pick_device(device: str, local_rank: int) -> torch.device:
     """The device of a rank: with "auto" its GPU where there are GPUs, else the CPU.
 
     Raises:
-        PlanError: The word is unknown, or there is no GPU.
+        PlanError: `device` is unknown, or there is no GPU.
     """
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if device == "cpu" or (device == "auto" and not gpus):
@@ -261,43 +261,43 @@ def pick_device(device: str, local_rank: int) -> torch.device:
     if device not in ("auto", "cuda"):
         raise PlanError(f"unknown device {device!r}: use auto, cpu or cuda.")
     if not gpus:
-        raise PlanError("device 'cuda' was asked for, but torch sees no GPU here: use cpu or auto.")
+        raise PlanError("device 'cuda' was requested, but torch sees no GPU here: use cpu or auto.")
     return torch.device("cuda", local_rank % gpus)
 
 
-def _whereabouts(device: torch.device) -> dict[str, str]:
-    """What the other ranks must know of this one: its host, if it can share memory there, and its GPU."""
+def _host_and_gpu(device: torch.device) -> dict[str, str]:
+    """What this rank sends to the others: its host, empty if it cannot share memory there, and its GPU's uuid."""
     if device.type == "cuda":
         return {"host": "", "gpu": str(torch.cuda.get_device_properties(device).uuid)}
     if os.environ.get(_CHANNEL_VARIABLE) == "process_group":
         return {"host": "", "gpu": ""}
-    # Linux alone has sockets without a name in the file system; elsewhere every rank is a host of its own.
+    # Shared-memory channels need abstract sockets, which only Linux has; elsewhere every rank is its own host.
     return {"host": host_id() if sys.platform == "linux" else f"process {os.getpid()}", "gpu": ""}
 
 
 def _init_group(device: torch.device, backend: str, store: Any, rank: int, size: int) -> None:
-    """Make torch's default group. nccl refuses two ranks on one GPU, so `backend` is gloo for those."""
+    """Create torch's default group. nccl refuses two ranks on one GPU, so `backend` is gloo for those."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # in this thread, too
+        torch.cuda.set_device(device)  # per thread, and this runs in a thread of `start_group`
     by_device = "gloo" if device.type == "cpu" else f"cpu:gloo,cuda:{backend}"
-    # torch numbers its groups, by which they meet, and does not count back when one could not be made.
+    # Private API: torch puts a group counter into the keys of the rendezvous, and a failed attempt leaves it advanced.
     numbered = getattr(dist.distributed_c10d, "_world", None)
     if numbered is not None and hasattr(numbered, "group_count") and not dist.is_initialized():
         numbered.group_count = 0
     dist.init_process_group(by_device, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
 
 
-def _leave_group() -> None:
+def _destroy_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @functools.cache
 def _environment_store() -> Any:
-    """The store that torchrun's variables name; kept, for it can be reached only once where rank 0 hosts it.
+    """The store of torchrun's environment variables. **Collective**.
 
-    **Collective**.
+    Cached, because if rank 0 hosts the store, ranks can connect to it only once.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, _, _ = next(dist.rendezvous("env://", rank, size))
-    return untouched(store, rank, size)
+    return unused_prefix(store, rank, size)

@@ -1,1 +1,1 @@
-"""Commands of the user to a run, agreed by all ranks at a step boundary."""
+"""Commands of the user to a run, applied by all ranks after the same step."""

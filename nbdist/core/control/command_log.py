@@ -1,4 +1,4 @@
-"""The log of orders to a run: the notebook writes it into the ranks' store, rank 0 reads it there."""
+"""The log of commands to a run: the notebook appends to it in the ranks' store, rank 0 reads it there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from nbdist.core.comm.rendezvous import echoes
+from nbdist.core.comm.rendezvous import as_peer_lost
 from nbdist.core.control.commands import Command, Commands
 from nbdist.errors import PeerLostError
 
@@ -17,33 +17,33 @@ _POLL_S = 0.05
 
 
 class CommandLog(Commands):
-    """Orders to one run. They outlive the ranks that carry them out, for the notebook hosts the store.
+    """Commands to one run. They outlive its ranks, since the notebook hosts the store.
 
-    They are the lines of one value, which the store appends to as a whole or not at all: whoever dies while it gives an
-    order leaves no hole, behind which nobody would read on.
+    They are lines of one value, and the store appends a line completely or not at all. With a key per command, a writer
+    that died after taking a number would leave a hole, and a reader would stop there.
 
     Args:
-        store: The ranks' store, that of all generations.
-        run_id: Which run.
+        store: The ranks' store, shared by all generations.
+        run_id: The run's id.
     """
 
     def __init__(self, store: Any, run_id: str) -> None:
         self._store = store
-        self._name = f"orders/{run_id}"
+        self._name = f"commands/{run_id}"
         self._read = 0
         self._next_s = 0.0
 
-    def give(self, kind: str, value: float | str | None) -> None:
-        """Write an order behind the others. The notebook's side.
+    def append(self, kind: str, value: float | str | None) -> None:
+        """Append a command. The notebook's side.
 
         Raises:
             PeerLostError: The store is gone.
         """
-        with echoes():
+        with as_peer_lost():
             self._store.append(self._name, json.dumps([kind, value]) + "\n")
 
     def new(self) -> list[Command]:
-        """See `Commands`; the store is looked at a few times a second.
+        """See `Commands`; reads the store at most 20 times a second.
 
         Raises:
             PeerLostError: The store is gone.
@@ -52,7 +52,7 @@ class CommandLog(Commands):
             return []
         self._next_s = time.monotonic() + _POLL_S
         commands = []
-        with echoes():
+        with as_peer_lost():
             lines = self._store.get(self._name).splitlines() if self._store.check([self._name]) else []
             for line in lines[self._read :]:
                 kind, value = json.loads(line)
@@ -62,8 +62,8 @@ class CommandLog(Commands):
                 self._read += 1
         return commands
 
-    def left(self) -> list[Command]:
-        """Those that no step has heard; nothing where the store is gone. The notebook's side, once a run has ended."""
+    def unapplied(self) -> list[Command]:
+        """Commands without a stamp; none if the store is gone. The notebook's side, after a run has ended."""
         with contextlib.suppress(PeerLostError):
             return [command for command in self.new() if command.step is None]
         return []
@@ -74,5 +74,5 @@ class CommandLog(Commands):
         Raises:
             PeerLostError: The store is gone.
         """
-        with echoes():
+        with as_peer_lost():
             self._store.set(f"{self._name}/{number}/step", str(step))

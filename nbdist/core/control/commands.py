@@ -1,4 +1,4 @@
-"""Orders: what a user asks of a training while it goes on."""
+"""Commands that a user sends to a running training: stop, pause, resume, checkpoint, lr, scale."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ KINDS = ("stop", "pause", "resume", "checkpoint", "lr", "scale")
 
 
 class Command(NamedTuple):
-    """One thing that is asked for.
+    """One command.
 
     Args:
         kind: One of `KINDS`.
-        value: The new learning rate of the first parameter group for "lr", the folder for "checkpoint",
-            how many ranks there are to be for "scale".
-        step: Steps that were done when it was carried out, where that has been done before; else None.
+        value: The new learning rate of the first parameter group for "lr", the folder for "checkpoint", the new
+            number of ranks for "scale".
+        step: The stamp: completed steps when it was applied; None if it has not been applied yet.
     """
 
     kind: str
@@ -25,15 +25,15 @@ class Command(NamedTuple):
 
 
 class Commands:
-    """The orders to one run, in the order in which they were given; this one has none.
+    """The commands to one run, in the sequence in which they were sent; this base class has none.
 
-    Rank 0 reads them. Whoever keeps them remembers after which step each was carried out, so that a training that goes
-    on from a snapshot does the same again at the same place.
+    Rank 0 reads them and stamps each with the step after which it was applied, so that a training that resumes from a
+    snapshot applies it again after the same step.
     """
 
     def new(self) -> list[Command]:
-        """Those that were given since the last call. Asked before each step: it has to be cheap."""
+        """Commands since the last call. Called before each step, so it must be cheap."""
         return []
 
     def stamp(self, number: int, step: int) -> None:
-        """Remember that the order with this number, counted from 0, is carried out after `step` steps."""
+        """Record that the command with this number, counted from 0, is applied after `step` steps."""

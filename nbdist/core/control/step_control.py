@@ -1,4 +1,4 @@
-"""Steering: all ranks carry out what a user asks for, after the same step."""
+"""Step control: all ranks apply the user's commands after the same step."""
 
 from __future__ import annotations
 
@@ -19,134 +19,138 @@ if TYPE_CHECKING:
 
 __all__ = ["StepControl"]
 
-_LISTEN_S = 0.1
-_NAP_S = 0.01
+_RECEIVE_EVERY_S = 0.1
+_POLL_S = 0.01
 
 
 class StepControl:
-    """Rank 0 hears orders and says in a step's gradient sync that there are some; then it tells all of them.
+    """Rank 0 reads commands, sets a flag in the step's gradient sync, and after that step broadcasts them.
 
-    A snapshot holds how many orders to its run have been carried out. Those that came later are carried out again,
-    after the same step as before; of numbers of ranks the last one, for the ranks are begun anew after each.
+    A snapshot holds how many commands have been applied to its run. A recovery applies later ones again, each after
+    its stamped step; of several "scale" commands only the last, since the run restarts on new ranks after each.
 
     Args:
-        commands: To this run; the same on all ranks whether there are any at all. Rank 0's are read.
-        run_id: Of which run.
+        commands: Commands to this run, or None, on all ranks alike. Rank 0's are read.
+        run_id: The run's id.
         strategy: What is trained.
-        scheduler: Of its learning rates.
+        scheduler: Its learning-rate scheduler.
         snapshotter: Writes checkpoints.
-        tell: Called with what is carried out.
+        emit: Called with an event for each applied command.
 
     Attributes:
-        stopped: Whether the training is to end after the present step.
-        scaling: On how many ranks it is to be begun again then; 0 where it is not.
+        stopped: Whether the training ends after this step.
+        scaling: The number of ranks on which it then resumes; 0 if it does not.
     """
 
     def __init__(
         self, commands: Commands | None, run_id: str, strategy: Strategy, scheduler: Scheduler,
-        snapshotter: Snapshotter, tell: Callable[[Event], None],
+        snapshotter: Snapshotter, emit: Callable[[Event], None],
     ) -> None:  # fmt: skip
         self._commands = commands
         self._run_id = run_id
         self._channel = strategy.axes.world
-        self._first = self._channel.rank == 0
+        self._is_rank_0 = self._channel.rank == 0
         self._optimizer = strategy.task.optimizer
         self._scheduler = scheduler
         self._snapshotter = snapshotter
-        self._tell = tell
+        self._emit = emit
         self._lag = strategy.lag
         self._log: list[Command] = []
         self._checkpoints: list[str] = []
         self._paused = self.stopped = False
         self.scaling = 0
 
-    def begin(self, at: TrainProgress) -> None:
-        """Before the first step: be as all were at `at`, paused too. **Collective** over the world."""
-        if at.commands[0] != self._run_id:
-            at.commands = (self._run_id, 0)
+    def begin(self, progress: TrainProgress) -> None:
+        """Before the first step: restore what commands had done at `progress`, a pause too. **Collective** (world)."""
+        if progress.commands[0] != self._run_id:
+            progress.commands = (self._run_id, 0)
         if self._commands is None:
             return
-        done: list[str] = []
-        if self._first:
+        applied: list[str] = []
+        if self._is_rank_0:
             self._log += self._commands.new()
-            done = [command.kind for command in self._log[: at.commands[1]]]
-        done = json.loads(self._channel.broadcast_bytes(json.dumps(done).encode()))
-        self.stopped = "stop" in done
-        self._paused = [kind for kind in done if kind in ("pause", "resume")][-1:] == ["pause"]
+            applied = [command.kind for command in self._log[: progress.commands[1]]]
+        applied = json.loads(self._channel.broadcast_bytes(json.dumps(applied).encode()))
+        self.stopped = "stop" in applied
+        self._paused = [kind for kind in applied if kind in ("pause", "resume")][-1:] == ["pause"]
         if self._paused:
-            number = max(i for i, kind in enumerate(done) if kind == "pause")
-            self._tell(
-                CommandApplied(rank=self._channel.rank, command="pause", value=None, step=at.step, number=number)
+            number = max(i for i, kind in enumerate(applied) if kind == "pause")
+            self._emit(
+                CommandApplied(rank=self._channel.rank, command="pause", value=None, step=progress.step, number=number)
             )
-        self._receive(at, again=True)
+        self._receive(progress, replay=True)
 
-    def pending(self, at: TrainProgress) -> bool:
-        """Whether there is something to do at the end of the step that begins at `at`, or soon after. Local."""
-        if self._commands is None or not self._first:
+    def pending(self, progress: TrainProgress) -> bool:
+        """Whether commands are due after the step that begins at `progress`, or the step after the lag. Local."""
+        if self._commands is None or not self._is_rank_0:
             return False
         self._log += self._commands.new()
-        return bool(self._due(at, at.step + 1 + self._lag))
+        return bool(self._due(progress, progress.step + 1 + self._lag))
 
-    def apply_agreed(self, at: TrainProgress, agreed: ControlFlags | None) -> None:
-        """A step is complete; do what changes its state. **Collective** where ranks have `agreed` of orders."""
+    def apply_agreed(self, progress: TrainProgress, agreed: ControlFlags | None) -> None:
+        """After a step: apply new commands. **Collective** if the `agreed` flags report commands."""
         if agreed is not None and agreed.commands:
-            self._receive(at)
+            self._receive(progress)
 
-    def pause_point(self, at: TrainProgress) -> float:
-        """Write the checkpoints that were asked for, and wait while paused. **Collective** over the world.
+    def pause_point(self, progress: TrainProgress) -> float:
+        """Write the requested checkpoints, and wait while paused. **Collective** over the world.
 
         Returns:
-            For how many seconds the training has rested.
+            Seconds spent here.
         """
         if not (self._checkpoints or self._paused):
             return 0.0
         began_s = time.perf_counter()
-        self._write(at, self._paused)
+        self._write_checkpoints(progress, self._paused)
         while self._paused and not self.stopped:
-            deadline = time.monotonic() + _LISTEN_S
-            while self._first and self._commands is not None and time.monotonic() < deadline:
+            deadline = time.monotonic() + _RECEIVE_EVERY_S
+            while self._is_rank_0 and self._commands is not None and time.monotonic() < deadline:
                 self._log += self._commands.new()
-                if self._due(at, at.step):
+                if self._due(progress, progress.step):
                     break
-                time.sleep(_NAP_S)
-            self._receive(at)  # nothing, mostly; who waits for it sees whether rank 0 lives, and rank 0 whether all do
-            self._write(at, True)
+                time.sleep(_POLL_S)
+            self._receive(progress)  # mostly empty: a collective, so that every rank notices if another one dies
+            self._write_checkpoints(progress, True)
         return time.perf_counter() - began_s
 
-    def _due(self, at: TrainProgress, step: int) -> list[Command]:
+    def _due(self, progress: TrainProgress, step: int) -> list[Command]:
+        """Commands to apply after `step` at the latest: in the log's order, up to the first one stamped later."""
         due = []
-        for command in self._log[at.commands[1] :]:
+        for command in self._log[progress.commands[1] :]:
             if command.step is not None and command.step > step:
                 break
             due.append(command)
         return due
 
-    def _receive(self, at: TrainProgress, again: bool = False) -> None:
+    def _receive(self, progress: TrainProgress, replay: bool = False) -> None:
+        """Broadcast rank 0's due commands and apply them; on `replay` only stamped ones. **Collective**."""
         commands: list[Any] = []
-        if self._first and self._commands is not None:
-            for number, command in enumerate(self._due(at, at.step), at.commands[1]):
-                if command.step is None and again:
+        if self._is_rank_0 and self._commands is not None:
+            for number, command in enumerate(self._due(progress, progress.step), progress.commands[1]):
+                if command.step is None and replay:
                     continue
-                if command.step is None:
-                    self._commands.stamp(number, at.step)
-                commands.append([command.kind, command.value, self._is_past(number)])
-        for kind, value, past in json.loads(self._channel.broadcast_bytes(json.dumps(commands).encode())):
-            if not past:
-                self._carry_out(kind, value)
-            number = at.commands[1]
-            at.commands = (self._run_id, number + 1)
-            self._tell(CommandApplied(rank=self._channel.rank, command=kind, value=value, step=at.step, number=number))
+                if command.step is None:  # stamped before it is applied: a recovery then applies it after this step too
+                    self._commands.stamp(number, progress.step)
+                commands.append([command.kind, command.value, self._is_superseded(number)])
+        for kind, value, superseded in json.loads(self._channel.broadcast_bytes(json.dumps(commands).encode())):
+            if not superseded:
+                self._apply(kind, value)
+            number = progress.commands[1]
+            progress.commands = (self._run_id, number + 1)
+            self._emit(
+                CommandApplied(rank=self._channel.rank, command=kind, value=value, step=progress.step, number=number)
+            )
 
-    def _is_past(self, number: int) -> bool:
-        """Whether another number of ranks was asked for after this one, and these ranks are what came of that."""
+    def _is_superseded(self, number: int) -> bool:
+        """Whether a "scale" command was followed by another one that is stamped: the present ranks are its result."""
         command, later = self._log[number], self._log[number + 1 :]
         return command.kind == "scale" and any(other.kind == "scale" and other.step is not None for other in later)
 
-    def _carry_out(self, kind: str, value: Any) -> None:
+    def _apply(self, kind: str, value: Any) -> None:
         match kind:
             case "stop":
                 self.stopped, self.scaling = True, 0
-            case "scale" if self.scaling or not self.stopped:  # the newest number counts, but a stop more than any
+            case "scale" if self.scaling or not self.stopped:  # the newest number counts, but a stop overrides any
                 self.scaling = 0 if value == self._channel.size else value
                 self.stopped = self.scaling > 0
             case "pause" | "resume":
@@ -156,9 +160,9 @@ class StepControl:
             case "checkpoint":
                 self._checkpoints.append(value)
 
-    def _write(self, at: TrainProgress, wait: bool) -> None:
+    def _write_checkpoints(self, progress: TrainProgress, wait: bool) -> None:
         folders, self._checkpoints = self._checkpoints, []
         for folder in dict.fromkeys(folders):
-            self._snapshotter.write_checkpoint(at, folder)
+            self._snapshotter.write_checkpoint(progress, folder)
         if wait:
-            self._snapshotter.settle()
+            self._snapshotter.wait_for_checkpoint()

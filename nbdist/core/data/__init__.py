@@ -1,1 +1,1 @@
-"""Which samples each rank reads, and when."""
+"""Data loading: the forms of data, and which samples each rank reads."""

@@ -1,4 +1,4 @@
-"""Which samples this rank reads, and when."""
+"""Distributed data loading: the slices of each global batch that this rank reads (cf. DistributedSampler)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ __all__ = ["Reader", "Slice", "to_device"]
 
 _CPU = torch.device("cpu")
 _RESIDENT_SHARE = 8
-"""Tensors that take less than this part of what is free on a GPU are kept there for the length of a run."""
-_Dealt = tuple[int, torch.Tensor, int]
+"""Tensors that take less than this fraction (1/8) of a GPU's free memory are kept there during a run."""
+_SliceRows = tuple[int, torch.Tensor, int]
+"""A slice's index, its positions in the source, and its number of samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +33,11 @@ class Slice:
 
     Args:
         index: Which of the batch's slices, 0 ... ranks x microbatches - 1, counted over all ranks.
-        samples: Samples in it; 0 where the batch left none for it and others wait for this rank to compute as they do.
-        batch: What the step sees as `batch`, once it is on the device.
-        target: Reads its last element where that can be counted without waiting for a GPU; None where `batch` holds it.
-        of: Into how many slices its batch is cut, over all ranks.
+        samples: Samples in it; 0 for a padding slice, with another's data, so that all ranks run the same collectives.
+        batch: The step's `batch`, before it is moved to the device.
+        target: Returns the last element of `batch` on the CPU, to be counted without waiting for the GPU; None where
+            `batch` itself is on the CPU.
+        of: Number of slices of its batch, over all ranks.
     """
 
     index: int
@@ -46,50 +48,50 @@ class Slice:
 
 
 class Reader:
-    """Deals a source out to the ranks of one channel.
+    """Distributes a source over the ranks of one channel.
 
-    The order of samples is a function of (seed, epoch). Each global batch is cut into contiguous slices, and each rank
-    reads some that follow each other, so the ranks of a mesh read just what one process with as many microbatches
-    would. Of a stream, rank r reads elements r modulo ranks; `dealt_by_slice`, slice i has elements i modulo slices.
+    The sample order is a function of (seed, epoch). Each global batch is cut into contiguous slices, and each rank
+    reads a range of them, so the ranks of a mesh read exactly what one process with as many microbatches would. Of a
+    stream, rank r of N reads elements r, r + N, ...; with `stream_by_slice`, slice i of M has elements i, i + M, ...
 
     Args:
         source: The data, the same on every rank.
-        channel: The axis that shares the data.
+        channel: The axis over which the data is distributed.
         batch_size: Global batch size.
-        slices: Into how many a batch is cut, over all ranks; by default one a rank.
-        seed: Decides the order and what data sets draw at random.
+        slices: Slices per batch, over all ranks; by default one per rank.
+        seed: Seed of the sample order, and of the data set's random numbers.
         shuffle: Whether to read in a new order each epoch.
-        device: What will compute on it. For a GPU, tensors are kept there if they are small, else each batch is read
-            into page-locked memory.
-        told_by: Over all ranks that read with the same settings; by default those of `channel`.
-        even: Whether every rank gets as many slices as any other: without samples, and the data of another one.
-        dealt_by_slice: Whether what is in a slice of a stream may not depend on the number of ranks.
+        device: Where the step computes. For a GPU, small tensors are kept on it; else each batch is read into pinned
+            memory.
+        sampler_channel: Over all ranks that read the same epochs, for a sampler's order; by default `channel`.
+        pad: Whether every rank gets as many slices as any other: padding slices have 0 samples, and another's data.
+        stream_by_slice: Whether the content of a stream's slices must not depend on the number of ranks.
     """
 
     def __init__(
         self, source: Source, channel: Channel, *, batch_size: int, slices: int = 0, seed: int = 0,
-        shuffle: bool = False, device: torch.device = _CPU, told_by: Channel | None = None, even: bool = False,
-        dealt_by_slice: bool = False,
+        shuffle: bool = False, device: torch.device = _CPU, sampler_channel: Channel | None = None,
+        pad: bool = False, stream_by_slice: bool = False,
     ) -> None:  # fmt: skip
         self._source = source
         self._channel = channel
-        self._told_by = told_by or channel
-        self._even = even
+        self._sampler_channel = sampler_channel or channel
+        self._pad = pad
         self._batch_size = batch_size
         self._slices = slices or channel.size
         self._share = ReductionTree.share(self._slices, channel.rank, channel.size)
-        self._dealt_by_slice = dealt_by_slice
+        self._stream_by_slice = stream_by_slice
         self._seed = seed
         self._shuffle = shuffle
         self._device = device
         self._resident: Any = None
         self._requests: list[list[int]] = []
         self._loader: Any = None
-        self._sampled = 0  # epochs that the source's own sampler has been run for
+        self._sampled = 0  # epochs for which the source's own sampler has run
 
     @property
     def steps(self) -> int | None:
-        """Batches in one pass; None where the data has no length."""
+        """Batches per epoch; None if the data has no length."""
         samples = self._source.samples
         if samples is None:
             return None
@@ -97,17 +99,17 @@ class Reader:
 
     @property
     def streams(self) -> bool:
-        """Whether the end of a pass is only known when it comes: an exhausted rank then reads None, again and again."""
+        """Whether the length of an epoch is unknown: after its last batch a rank then reads None, again and again."""
         return self._source.stream is not None
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[list[Slice] | None]:
-        """This rank's slices of each batch, in order; empty where a short batch leaves nothing for it.
+        """This rank's slices of each batch, in order; empty if a short batch has no samples for this rank.
 
-        **Collective** where the source has a sampler of its own: rank 0 runs it and the others are told.
+        **Collective** if the source has its own sampler: rank 0 runs it and broadcasts the order.
 
         Args:
-            epoch: Which pass, counted from 1.
-            skip: Batches to leave out at the beginning; what follows is as if they had been read.
+            epoch: Counted from 1.
+            skip: Batches to skip at the beginning; the others are the same as without.
         """
         if self.streams:
             return self._stream(epoch, skip)
@@ -119,65 +121,65 @@ class Reader:
         assert samples is not None
         if source.sampler is not None:
             order = torch.empty(0, dtype=torch.long)
-            if self._told_by.rank == 0:
-                for passed in range(self._sampled + 1, epoch + 1):  # it may draw from a generator of its own
+            if self._sampler_channel.rank == 0:
+                # Earlier epochs too, after a resume: the sampler may have its own generator, which must advance.
+                for passed in range(self._sampled + 1, epoch + 1):
                     order = self._sample(passed, samples)
                 if self._sampled >= epoch:
                     order = self._sample(epoch, samples)
                 self._sampled = max(self._sampled, epoch)
-            told = self._told_by.broadcast_bytes(order.numpy().tobytes())
-            return torch.frombuffer(bytearray(told), dtype=torch.long) if told else order
+            data = self._sampler_channel.broadcast_bytes(order.numpy().tobytes())
+            return torch.frombuffer(bytearray(data), dtype=torch.long) if data else order
         if not self._shuffle:
             return torch.arange(samples)
         return torch.randperm(samples, generator=torch.Generator().manual_seed(rng.derive(self._seed, "order", epoch)))
 
     def _sample(self, epoch: int, samples: int) -> torch.Tensor:
-        with rng.kept(torch.device("cpu")):  # it runs anew where a training goes on in the middle of an epoch
+        with rng.fork_rng(torch.device("cpu")):  # so that the order is the same after a resume
             rng.seed_all(rng.derive(self._seed, "sampler", epoch))
             return torch.tensor(list(itertools.islice(self._source.sampler, samples)), dtype=torch.long)
 
-    def _deal(self, order: torch.Tensor) -> Iterator[list[_Dealt]]:
-        """For each batch, the slices of this rank: index, positions in the source, and samples that count."""
+    def _slices_of(self, order: torch.Tensor) -> Iterator[list[_SliceRows]]:
+        """This rank's slices of each batch."""
         share = self._share
         for batch in order.split(self._batch_size):
             if self._source.drop_last and len(batch) < self._batch_size:
                 return
             bounds = slice_bounds(len(batch), self._slices)
             mine = ((index, bounds[index]) for index in share)
-            dealt = [(index, batch[start:stop], stop - start) for index, (start, stop) in mine if stop > start]
-            if self._even:
-                most = sum(stop > start for start, stop in bounds[: len(share)])  # what the first rank has
-                dealt += [(share.start + i, batch[slice(*bounds[0])], 0) for i in range(len(dealt), most)]
-            yield dealt
+            slices = [(index, batch[start:stop], stop - start) for index, (start, stop) in mine if stop > start]
+            if self._pad:
+                most = sum(stop > start for start, stop in bounds[: len(share)])  # the first rank has the most slices
+                slices += [(share.start + i, batch[slice(*bounds[0])], 0) for i in range(len(slices), most)]
+            yield slices
 
     def _index(self, order: torch.Tensor, skip: int) -> Iterator[list[Slice]]:
         tensors, indices = self._source.tensors, self._source.indices
         rows = order if indices is None else indices[order]
         if self._device.type == "cpu":
-            for batch in itertools.islice(self._deal(rows), skip, None):
+            for batch in itertools.islice(self._slices_of(rows), skip, None):
                 yield [
-                    Slice(of=self._slices, index=index, samples=samples, batch=_taken(tensors, at))
-                    for index, at, samples in batch
+                    Slice(of=self._slices, index=index, samples=samples, batch=_rows(tensors, positions))
+                    for index, positions, samples in batch
                 ]
             return
         resident = self._keep_resident()
         target = tensors[-1] if isinstance(tensors, tuple) else None
-        dealt = zip(self._deal(rows), self._deal(rows.to(self._device)), strict=True)
-        for batch, there in itertools.islice(dealt, skip, None):
+        both = zip(self._slices_of(rows), self._slices_of(rows.to(self._device)), strict=True)
+        for batch, on_device in itertools.islice(both, skip, None):
             slices = []
-            for (index, at, samples), (_, same, _) in zip(batch, there, strict=True):
+            for (index, positions, samples), (_, device_positions, _) in zip(batch, on_device, strict=True):
                 if resident is None:
-                    taken = map_tensors(_taken(tensors, at), torch.Tensor.pin_memory)
-                    slices.append(Slice(of=self._slices, index=index, samples=samples, batch=taken))
+                    pinned = map_tensors(_rows(tensors, positions), torch.Tensor.pin_memory)
+                    slices.append(Slice(of=self._slices, index=index, samples=samples, batch=pinned))
                 else:
-                    seen = None if target is None else functools.partial(target.__getitem__, at)
-                    slices.append(
-                        Slice(of=self._slices, index=index, samples=samples, batch=_taken(resident, same), target=seen)
-                    )
+                    read = None if target is None else functools.partial(target.__getitem__, positions)
+                    taken = _rows(resident, device_positions)
+                    slices.append(Slice(of=self._slices, index=index, samples=samples, batch=taken, target=read))
             yield slices
 
     def _keep_resident(self) -> Any:
-        """The tensors on the device; None where they would take too much of it."""
+        """The tensors on the device; None if they would take too much of its memory."""
         tensors = self._source.tensors
         if self._resident is None:
             free, _ = torch.cuda.mem_get_info(self._device)
@@ -186,10 +188,10 @@ class Reader:
         return self._resident
 
     def _load(self, order: torch.Tensor, epoch: int, skip: int) -> Iterator[list[Slice]]:
-        dealt = list(itertools.islice(self._deal(order), skip, None))
+        batches = list(itertools.islice(self._slices_of(order), skip, None))
         self._requests[:] = [
             [rng.derive(self._seed, "data", epoch, step, index), *positions.tolist()]
-            for step, batch in enumerate(dealt, start=skip)
+            for step, batch in enumerate(batches, start=skip)
             for index, positions, _ in batch
         ]
         if self._loader is None:
@@ -199,15 +201,15 @@ class Reader:
                 persistent_workers=bool(self._source.loading.get("num_workers")), **_loading(self._source),
             )  # fmt: skip
         loaded = iter(self._loader)
-        for batch in dealt:
+        for batch in batches:
             yield [
                 Slice(of=self._slices, index=index, samples=samples, batch=next(loaded)) for index, _, samples in batch
             ]
 
     def _stream(self, epoch: int, skip: int) -> Iterator[list[Slice] | None]:
-        hands = self._slices if self._dealt_by_slice else self._channel.size
-        each = self._slices // hands
-        mine = self._share if self._dealt_by_slice else [self._channel.rank]
+        readers = self._slices if self._stream_by_slice else self._channel.size  # slices, or ranks
+        each = self._slices // readers
+        mine = self._share if self._stream_by_slice else [self._channel.rank]
         rng.seed_all(rng.derive(self._seed, "stream", epoch))
         loader = torch_data.DataLoader(
             self._source.stream, batch_size=None, collate_fn=_as_it_is, **_loading(self._source)
@@ -222,36 +224,36 @@ class Reader:
                 continue
             offset = step * self._batch_size
             slices = []
-            for hand in mine:
-                dealt, first = batch[(hand - offset) % hands :: hands], hand * each
-                bounds = slice_bounds(len(dealt), each)
+            for reader in mine:
+                taken, first = batch[(reader - offset) % readers :: readers], reader * each
+                bounds = slice_bounds(len(taken), each)
                 slices += [
                     Slice(
                         of=self._slices,
                         index=first + i,
                         samples=stop - start,
-                        batch=self._source.collate(dealt[start:stop]),
+                        batch=self._source.collate(taken[start:stop]),
                     )
                     for i, (start, stop) in enumerate(bounds)
                     if stop > start
                 ]
-                if self._even:
-                    most = slice_bounds(-(-len(batch) // hands), each)  # what some rank has
-                    spare = self._source.collate((dealt or batch)[:2])
+                if self._pad:
+                    most = slice_bounds(-(-len(batch) // readers), each)  # the largest number on any rank
+                    padding = self._source.collate((taken or batch)[:2])
                     filled = sum(stop > start for start, stop in most)
                     slices += [
-                        Slice(of=self._slices, index=first + i, samples=0, batch=spare)
+                        Slice(of=self._slices, index=first + i, samples=0, batch=padding)
                         for i in range(len(slices), filled)
                     ]
             yield slices
         yield from itertools.repeat(None)
 
     def close(self) -> None:
-        """End the loader's worker processes, and let go of what is on the device."""
+        """End the loader's worker processes, and free the tensors on the device."""
         self._loader = self._resident = None
 
 
-def _taken(tensors: Any, rows: torch.Tensor) -> Any:
+def _rows(tensors: Any, rows: torch.Tensor) -> Any:
     return map_tensors(tensors, lambda tensor: tensor[rows])
 
 
@@ -266,7 +268,7 @@ def _as_it_is(element: Any) -> Any:
 
 
 class _Requests:
-    """A batch sampler over a list that is filled anew each epoch, so that the loader and its workers live on."""
+    """A batch sampler over a list that is refilled each epoch, so that the loader and its workers can be reused."""
 
     def __init__(self, requests: list[list[int]]) -> None:
         self._requests = requests
@@ -279,7 +281,7 @@ class _Requests:
 
 
 class _Seeded(torch_data.Dataset[Any]):
-    """A map-style data set asked for whole slices, each with the seed it is to be read under."""
+    """A map-style data set that reads whole slices, each under the seed in its request."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
@@ -293,7 +295,7 @@ class _Seeded(torch_data.Dataset[Any]):
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a batch; objects with a ``to`` of their own (token batches, graphs) move themselves."""
+    """Move every tensor of a batch; objects with a ``to`` method (token batches, graphs) move themselves."""
     if device.type == "cpu":
         return batch
     if type(batch) is dict:

@@ -1,4 +1,4 @@
-"""What can be read: the forms of DATA that a user may give, brought to one."""
+"""Training data in the forms a user may give (Dataset, DataLoader, tensors, arrays), brought to one form: `Source`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Source:
         dataset: Map-style: anything with a length and items.
         stream: Iterable-style: yields the same elements, in the same order, on every rank.
         collate: Turns a list of samples into a batch.
-        loading: Settings of a DataLoader that stay as they are: workers and what concerns them.
-        batch_size: The global batch size that came with the data, if one did.
-        shuffle: Whether to shuffle, if the data came with an answer.
-        drop_last: Whether a last, smaller batch is left out.
-        sampler: A sampler that decides the order in place of the plan.
+        loading: The user's DataLoader settings that are kept: ``num_workers`` and the like.
+        batch_size: The DataLoader's batch size, taken as the global one; None without a DataLoader.
+        shuffle: Whether the DataLoader shuffles; None without one.
+        drop_last: Whether a last, smaller batch is dropped.
+        sampler: A sampler that decides the sample order, in place of the plan.
     """
 
     tensors: Any = None
@@ -49,10 +49,10 @@ class Source:
 
     @classmethod
     def of(cls, data: Any, name: str = "data") -> Source:
-        """Read the form of `data`, which the user calls `name`.
+        """Convert `data`, which the user calls `name`.
 
         Raises:
-            TaskError: It is none of the forms, is empty, or uses a sampler that cannot be dealt out.
+            TaskError: It has none of the forms, is empty, or uses a sampler that cannot be distributed.
         """
         source = cls._of_loader(data, name) if isinstance(data, torch_data.DataLoader) else cls(**_form(data, name))
         if source.samples == 0:
@@ -64,7 +64,7 @@ class Source:
         if loader.batch_size is None:
             what = type(loader.batch_sampler).__name__ if loader.batch_sampler is not None else "batch_size=None"
             raise TaskError(
-                f"{name} is a DataLoader with {what}, whose batches cannot be dealt out to ranks: "
+                f"{name} is a DataLoader with {what}, whose batches cannot be distributed over ranks: "
                 "give it a batch_size (the global one), or pass its dataset."
             )
         form = _form(loader.dataset, f"{name}.dataset")
@@ -82,7 +82,7 @@ class Source:
 
     @property
     def samples(self) -> int | None:
-        """Samples in one pass; None where the data has no length."""
+        """Samples per epoch; None if the data has no length."""
         if self.sampler is not None:
             return len(self.sampler)
         if self.indices is not None:
@@ -97,11 +97,11 @@ class Source:
             return None
 
     def first(self, samples: int = 1, *, consume: bool = False) -> Any:
-        """The first samples as a batch; None where that would consume a stream and `consume` does not allow it."""
+        """The first samples as a batch; None if that would consume a stream, unless `consume` allows it."""
         if self.tensors is not None:
             row = slice(0, samples) if self.indices is None else self.indices[:samples]
             return map_tensors(self.tensors, lambda tensor: tensor[row])
-        with rng.kept(torch.device("cpu")):  # a data set may draw random numbers
+        with rng.fork_rng(torch.device("cpu")):  # a data set may draw random numbers
             if self.dataset is not None:
                 return self.collate([self.dataset[i] for i in range(min(samples, len(self.dataset)))])
             return self.collate(list(itertools.islice(self.stream, samples))) if consume else None
@@ -161,21 +161,21 @@ def _in_memory(data: Any, name: str) -> Any:
 
 def _tensor(part: Any) -> torch.Tensor:
     if isinstance(part, torch.Tensor):
-        return part.detach().cpu()  # from where it travels to every rank
+        return part.detach().cpu()  # to be sent to every rank
     # torch shares memory with writable arrays of positive strides only; others are copied.
     usable = part.flags.writeable and all(stride >= 0 for stride in part.strides)
     return torch.from_numpy(part if usable else part.copy())
 
 
 def _order(sampler: Any, name: str) -> tuple[bool | None, Any]:
-    """Whether the loader shuffles, or the sampler that decides in the plan's place."""
+    """Whether the loader shuffles, and the sampler that decides the sample order in place of the plan, if any."""
     if type(sampler) is torch_data.SequentialSampler:
         return False, None
     if type(sampler) is torch_data.RandomSampler:
         whole = not sampler.replacement and sampler.num_samples == len(sampler.data_source)
         return (True, None) if whole else (None, sampler)
     if isinstance(sampler, torch_data.DistributedSampler):
-        raise TaskError(f"{name} uses a DistributedSampler, but nbdist deals the samples out itself: leave it away.")
+        raise TaskError(f"{name} uses a DistributedSampler, but nbdist distributes the samples itself: omit it.")
     if not isinstance(sampler, Sized):
         raise TaskError(f"{name} uses {type(sampler).__name__}, a sampler without a length: give it a __len__.")
     return None, sampler

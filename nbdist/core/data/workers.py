@@ -1,4 +1,4 @@
-"""Data-loading processes: they end with their rank, however it ended."""
+"""DataLoader worker processes: they end with their rank, even if it is killed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["EndsWithRank"]
 
 
 class EndsWithRank:
-    """What a data-loading process does first.
+    """A ``worker_init_fn`` that ends a worker whose rank died before the worker started.
 
-    torch looks every few seconds whether its rank is gone, but does not see that of one that was gone when it first
-    looked. To be killed with the rank would leave files in shared memory that the process was about to unlink.
+    torch's worker polls whether its parent has changed, but misses a parent that died before the first poll. The worker
+    is not killed together with the rank (PR_SET_PDEATHSIG), because it may still have to unlink shared memory.
 
     Args:
-        then: What the user has it do, or None.
+        then: The user's own ``worker_init_fn``, or None.
     """
 
     def __init__(self, then: Callable[[int], Any] | None) -> None:
@@ -26,7 +26,7 @@ class EndsWithRank:
         self._rank_pid = os.getpid()
 
     def __call__(self, worker: int) -> None:
-        """Called in the process, by torch."""
+        """Called by torch in the worker process."""
         from_server = isinstance(multiprocessing.current_process(), getattr(context, "ForkServerProcess", ()))
         if os.name == "posix" and not from_server and os.getppid() != self._rank_pid:
             os._exit(1)

@@ -1,1 +1,1 @@
-"""Optimizers, learning-rate schedulers and loss scaling, and how their state is cut and sent."""
+"""Optimizers, learning-rate schedulers and loss scaling; sharding and gathering of their state."""

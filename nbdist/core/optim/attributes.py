@@ -1,4 +1,4 @@
-"""What an optimizer keeps under names of its own, beside its state: kept with a run, so far as it is plain data."""
+"""An optimizer's own attributes, beside torch's state and groups: saved in checkpoints, if they are plain data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nbdist.core.optim.references import TensorReferences
 from nbdist.core.transfer.pickler import attributes
 from nbdist.errors import TaskError
 
-__all__ = ["OwnAttributes", "put_attributes"]
+__all__ = ["OwnAttributes", "load_attributes"]
 
 _TORCHS = {"defaults", "state", "param_groups", "step", "_opt_called", "_zero_grad_profile_name"}
 _TORCHS |= {"_warned_capturable_if_run_uncaptured"}
@@ -21,11 +21,11 @@ _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 
 
 class OwnAttributes:
-    """Tells of an optimizer's own attributes, and sees to it that none changes that cannot be told.
+    """An optimizer's own attributes as JSON-able data; one that is not plain data must not change during a run.
 
     Args:
-        optimizer: As it begins.
-        references: To the model's tensors, which are kept as such.
+        optimizer: In its state at the start.
+        references: To the model's tensors, which are saved by name.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, references: TensorReferences) -> None:
@@ -34,10 +34,10 @@ class OwnAttributes:
         self._at_first = {name: self._trace(value, {}) for name, value in _own(optimizer).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dicts of them. Local.
+        """The attributes: numbers, strings, lists and dicts of them. Local.
 
         Raises:
-            TaskError: Something else has changed since the beginning, so far as that can be seen.
+            TaskError: An attribute of another type has changed since the start, as far as that can be detected.
         """
         state_dict = {}
         for name, value in _own(self._optimizer).items():
@@ -50,7 +50,7 @@ class OwnAttributes:
         return state_dict
 
     def _trace(self, value: Any, seen: dict[int, Any]) -> Any:
-        """Something that is another thing when the value has changed."""
+        """A fingerprint of a value: it differs when the value has changed."""
         kind = type(value)
         if id(value) in seen or self._references.refers(value):
             return id(value)
@@ -62,7 +62,7 @@ class OwnAttributes:
         if kind in _SEQUENCES:
             return kind, [self._trace(item, seen) for item in value]
         if isinstance(value, dict):
-            return kind, [(self._trace(key, seen), self._trace(held, seen)) for key, held in value.items()]
+            return kind, [(self._trace(key, seen), self._trace(item, seen)) for key, item in value.items()]
         if isinstance(value, torch.optim.Optimizer):
             return self._trace(value.state, seen), self._trace(_own(value), seen)
         try:
@@ -71,21 +71,25 @@ class OwnAttributes:
             return id(value)
 
 
-def put_attributes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], references: TensorReferences) -> None:
-    """Let an optimizer keep what was told, but nothing that its class knows. Local."""
-    mine = attributes(optimizer)
-    of_all = state_dict.get("state")
-    for key, value in of_all.items() if isinstance(of_all, dict) else ():
+def load_attributes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], references: TensorReferences) -> None:
+    """Set an optimizer's own attributes to a `state_dict`, except names that its class defines. Local."""
+    current = attributes(optimizer)
+    common_state = state_dict.get("state")
+    for key, value in common_state.items() if isinstance(common_state, dict) else ():
         optimizer.state[key] = references.from_json(optimizer.state.get(key), value)
     for name, value in state_dict.items():
-        if name in _TORCHS or name.startswith("_optimizer_") or (name not in mine and hasattr(type(optimizer), name)):
+        if (
+            name in _TORCHS
+            or name.startswith("_optimizer_")
+            or (name not in current and hasattr(type(optimizer), name))
+        ):
             continue
-        setattr(optimizer, name, references.from_json(mine.get(name), value))
+        setattr(optimizer, name, references.from_json(current.get(name), value))
 
 
 def _own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its attributes that are not torch's, and as "state" what it keeps there for all parameters together."""
+    """The attributes that are not torch's; as "state" the entries of `state` that belong to no single parameter."""
     everything = attributes(optimizer)
     own = {n: value for n, value in everything.items() if not (n in _TORCHS or n.startswith("_optimizer_"))}
-    of_all = {key: value for key, value in everything.get("state", {}).items() if not isinstance(key, torch.Tensor)}
-    return {**own, "state": of_all} if of_all else own
+    common = {key: value for key, value in everything.get("state", {}).items() if not isinstance(key, torch.Tensor)}
+    return {**own, "state": common} if common else own

@@ -1,4 +1,4 @@
-"""Values of an optimizer or a scheduler as JSON: what a checkpoint holds beside tensors."""
+"""Values of an optimizer or a scheduler as JSON, for checkpoints."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["plain"]
 
 
 def plain(value: Any, what: str) -> Any:
-    """A value as JSON gives it back, but for tuples, which become lists.
+    """A value as JSON-able data; tuples become lists.
 
     Raises:
-        TaskError: It would come back as something else.
+        TaskError: JSON cannot represent it.
     """
     if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1):
-        value = value.item()  # a learning rate that lives in a tensor
+        value = value.item()  # a learning rate in a tensor, for one
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Learning-rate schedulers: a torch scheduler's factory, checked, and when what it makes has to step."""
+"""Learning-rate schedulers: torch's, made by the user's factory, stepped per step or per epoch, saved and resumed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from nbdist.errors import TaskError
 __all__ = ["Scheduler", "check_scheduler"]
 
 _RATES = {"lr", "initial_lr", "max_lr", "min_lr"}
-"""What torch's optimizers and schedulers keep in a parameter group that is a learning rate."""
+"""Keys of a parameter group that hold a learning rate."""
 _SCHEDULED = {"base_lrs", "max_lrs"}
-"""And what schedulers keep themselves: a rate for each group."""
+"""Attributes of torch's schedulers that hold a rate for each group."""
 
 
 class Scheduler:
-    """Steps a torch scheduler with the optimizer, or after each epoch where it follows a measured value.
+    """Steps a torch scheduler after each optimizer step; ReduceLROnPlateau after each epoch, with its measured value.
 
     Args:
-        make: The factory; None for rates that stay as they are.
-        optimizer: Whose rates are set.
+        make: The factory; None for constant rates.
+        optimizer: The optimizer whose rates are set.
     """
 
     def __init__(self, make: Callable[[torch.optim.Optimizer], Any] | None, optimizer: torch.optim.Optimizer) -> None:
@@ -32,12 +32,12 @@ class Scheduler:
         self.every_step = not isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
 
     def step(self, *measured: float) -> None:
-        """Go on by a step, or by an epoch with what was `measured` in it. Local."""
+        """Step the scheduler; with the `measured` value if it steps per epoch. Local."""
         if self._scheduler is not None:
             self._scheduler.step(*measured)
 
     def set_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        """Make `rate` the learning rate of the first group, and scale all other rates alike, future ones too. Local."""
+        """Set the first group's learning rate to `rate`, and scale all other (also future) rates by the same. Local."""
         groups = optimizer.param_groups
         now, first = float(groups[0]["lr"]), float(groups[0].get("initial_lr", 0.0))
         if now or first:
@@ -50,21 +50,21 @@ class Scheduler:
             for group in groups:
                 group["lr"] = rate
         if now:
-            _put(groups[0], "lr", rate)  # exactly
+            _put(groups[0], "lr", rate)  # exactly, without the rounding of the factor
 
     def state_dict(self) -> Any:
-        """Where the scheduler stands, as JSON-able data; None without one. Local.
+        """The scheduler's state as JSON-able data; None without one. Local.
 
         Raises:
-            TaskError: It keeps something else.
+            TaskError: Its state holds something that JSON cannot represent.
         """
-        return None if self._scheduler is None else _told(self._scheduler.state_dict())
+        return None if self._scheduler is None else _to_json(self._scheduler.state_dict())
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Go on from where `state_dict` says; what it says of rates is the optimizer's to know. Local.
+        """Load a `state_dict`; the current rates are in the optimizer's state, and not changed here. Local.
 
         Raises:
-            TaskError: It was said of another scheduler.
+            TaskError: It is another scheduler's.
         """
         if self._scheduler is None or state_dict is None:
             return
@@ -73,13 +73,13 @@ class Scheduler:
             state = _like(own, state_dict)
         if not (isinstance(state, dict) and own.keys() <= state.keys()):
             raise TaskError(
-                "what was kept is of another lr_scheduler: give the same one, or none to keep the rates as they are."
+                "the saved state is of another lr_scheduler: give the same one, or none to keep the rates as they are."
             )
         self._scheduler.load_state_dict(state)
 
 
 def _scale_scheduler(scheduler: Any, factor: float) -> None:
-    """Let a torch scheduler, and those that it is made of, follow rates that were multiplied."""
+    """Multiply the rates in a torch scheduler, and in the schedulers that it chains."""
     for key in _SCHEDULED & vars(scheduler).keys():
         setattr(scheduler, key, [rate * factor for rate in getattr(scheduler, key)])
     for part in getattr(scheduler, "_schedulers", ()):
@@ -97,13 +97,13 @@ def _put(group: dict[str, Any], key: str, value: float) -> None:
         group[key] = value
 
 
-def _told(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
     if isinstance(value, dict):
-        return {"pairs": [[_told(key), _told(item)] for key, item in value.items()]}
+        return {"pairs": [[_to_json(key), _to_json(item)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
-        return [_told(item) for item in value]
+        return [_to_json(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TaskError(
@@ -113,7 +113,7 @@ def _told(value: Any) -> Any:
 
 
 def _like(fresh: Any, state_dict: Any) -> Any:
-    """What was told, in the types of a scheduler's own state."""
+    """The inverse of `_to_json`: values in the types of a fresh scheduler's state."""
     if isinstance(state_dict, dict):
         known = fresh if isinstance(fresh, dict) else {}
         items = {key: _like(known.get(key), value) for key, value in state_dict["pairs"]}
@@ -126,10 +126,10 @@ def _like(fresh: Any, state_dict: Any) -> Any:
 
 
 def check_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Make a scheduler for a dummy of `optimizer`, which is left as it is. Local.
+    """Try the factory on a dummy of `optimizer`, which is not changed. Local.
 
     Raises:
-        TaskError: It cannot be made.
+        TaskError: The factory fails, or does not return a scheduler.
     """
     name = getattr(make, "__name__", None) or type(make).__name__
     if not callable(make):
@@ -143,7 +143,7 @@ def check_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> None:
     dummy.defaults = optimizer.defaults
     try:
         made = make(dummy)
-    except Exception as error:  # whatever the factory raises
+    except Exception as error:  # the user's factory may raise anything
         raise TaskError(f"lr_scheduler {name} cannot make a scheduler: {type(error).__name__}: {error}.") from error
     if not callable(getattr(made, "step", None)):
         raise TaskError(f"lr_scheduler {name} returned {type(made).__name__}, not a torch scheduler.")

@@ -1,4 +1,4 @@
-"""How an optimizer of the user's own comes home: what a run has made of it is put into the very same object."""
+"""The trained optimizer's state is loaded into the notebook's optimizer object, in place."""
 
 from __future__ import annotations
 
@@ -32,56 +32,56 @@ class _Named:
 
 @dataclass(frozen=True)
 class _Other:
-    """What is neither a value nor a container: a function, say. The one at home stays."""
+    """Neither a value nor a container: a function, say. The notebook's own object stays."""
 
 
 @dataclass(frozen=True)
 class _Items:
-    """A list, or the like; what it is made with, such as the length of a deque."""
+    """A list or another sequence; `arguments` of its constructor, such as the length of a deque."""
 
     kind: type[Any]
-    made_with: tuple[Any, ...] = ()
+    arguments: tuple[Any, ...] = ()
     items: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """A dict, or the like; what it is made with, such as the type of what is missing."""
+    """A dict or another mapping; `arguments` of its constructor, such as a default factory."""
 
     kind: type[Any]
-    made_with: tuple[Any, ...] = ()
+    arguments: tuple[Any, ...] = ()
     pairs: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Nested:
-    """An optimizer, and those that it wraps."""
+    """An optimizer, or one that it wraps."""
 
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
 class TrainedOptimizer:
-    """All that an optimizer holds: its state, its groups and what it keeps itself, with the model's tensors by name.
+    """A trained optimizer's content: state, groups and own attributes, with the model's tensors by name.
 
-    Values, tensors, arrays, containers of them and what is in an optimizer that it wraps come home; other objects stay
-    as they are there. Nothing of the optimizer's own is called: ``load_state_dict`` casts, and runs hooks that one
-    process would not have run.
+    Values, tensors, arrays, containers of them, and the same of a wrapped optimizer are loaded; other objects stay the
+    notebook's. The optimizer's ``load_state_dict`` is not called: it casts, and runs hooks that training in one process
+    would not have run.
 
     Args:
-        optimizer: As the run has left it, with whole state.
+        optimizer: After the run, with gathered state.
         tensors: The model's parameters and buffers, by name.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-        self._told: Any = _Taking(tensors).told(optimizer)
+        self._content: Any = _Extractor(tensors).extract(optimizer)
 
-    def put_into(self, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-        """Make the optimizer at home, over `tensors` of the same names, what this one has become. Local."""
-        _Putting(tensors).put(optimizer, self._told)
+    def load_into(self, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+        """Load this content into the notebook's optimizer, over `tensors` of the same names. Local."""
+        _Loader(tensors).load(optimizer, self._content)
 
 
-class _Taking:
-    """Takes an optimizer apart; what occurs twice is one thing still."""
+class _Extractor:
+    """Converts an optimizer to plain content; an object that occurs twice stays one object."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self._names = {id(tensor): name for name, tensor in tensors.items()}
@@ -90,7 +90,7 @@ class _Taking:
         )
         self._known: dict[int, Any] = {}
 
-    def told(self, value: Any, *, in_state: bool = False) -> Any:
+    def extract(self, value: Any, *, in_state: bool = False) -> Any:
         kind = type(value)
         if id(value) in self._names:
             return _Named(self._names[id(value)])
@@ -100,95 +100,95 @@ class _Taking:
             return value
         if kind in (torch.Tensor, nn.Parameter):
             return _Other() if self._of_the_model(value) else value.detach()
-        told: Any
+        content: Any
         if isinstance(value, torch.optim.Optimizer):
-            told = self._known[id(value)] = _Nested()
-            for name, held in attributes(value).items():
-                told.attributes[name] = self.told(held, in_state=name == "state")
+            content = self._known[id(value)] = _Nested()
+            for name, attribute in attributes(value).items():
+                content.attributes[name] = self.extract(attribute, in_state=name == "state")
         elif kind in _SEQUENCES:
-            told = self._known[id(value)] = _Items(kind, ((), value.maxlen) if kind is collections.deque else ())
-            told.items.extend(self.told(item, in_state=in_state) for item in value)
+            content = self._known[id(value)] = _Items(kind, ((), value.maxlen) if kind is collections.deque else ())
+            content.items.extend(self.extract(item, in_state=in_state) for item in value)
         elif kind in _MAPPINGS:
             factory = getattr(value, "default_factory", None)
-            told = self._known[id(value)] = _Pairs(kind, (factory,) if isinstance(factory, type) else ())
-            told.pairs.extend((self.told(key), self.told(held, in_state=in_state)) for key, held in value.items())
+            content = self._known[id(value)] = _Pairs(kind, (factory,) if isinstance(factory, type) else ())
+            content.pairs.extend((self.extract(k), self.extract(v, in_state=in_state)) for k, v in value.items())
         else:
             return value if in_state else _Other()
-        return told
+        return content
 
     def _of_the_model(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in the memory of one of the model's, and so comes home as that does."""
+        """Whether a tensor is a view of one of the model's, and so is loaded with the model."""
         if tensor.layout is not torch.strided or not tensor.numel():
             return False
         i = bisect.bisect(self._memory, (tensor.data_ptr(), math.inf)) - 1
         return i >= 0 and tensor.data_ptr() < self._memory[i][1]
 
 
-class _Putting:
-    """Puts what was told into the objects at home: containers are filled, so whoever else holds one sees it."""
+class _Loader:
+    """Loads content into the notebook's objects. Containers are filled in place, so other references see it."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self._tensors = tensors
         self._done: dict[int, Any] = {}
-        self._taken: set[int] = set()
+        self._used: set[int] = set()
 
-    def put(self, old: Any, told: Any) -> Any:
-        """What stands for `told` here, made of `old` where that fits; `_MISSING` where there is nothing."""
-        if id(told) in self._done:
-            return self._done[id(told)]
-        if isinstance(told, _Other):
+    def load(self, old: Any, content: Any) -> Any:
+        """The object for `content` in the notebook: `old`, filled, if its type fits; `_MISSING` if there is none."""
+        if id(content) in self._done:
+            return self._done[id(content)]
+        if isinstance(content, _Other):
             return old
-        if isinstance(told, _Named):
-            return self._tensors[told.name]
-        if isinstance(told, _Nested):
-            return self._put_nested(old, told) if isinstance(old, torch.optim.Optimizer) else old
-        if isinstance(told, (_Items, _Pairs)):
-            return self._put_items(old, told) if isinstance(told, _Items) else self._put_pairs(old, told)
-        if isinstance(told, torch.Tensor) and isinstance(old, torch.Tensor):
-            return told.to(old.device)
-        return told
+        if isinstance(content, _Named):
+            return self._tensors[content.name]
+        if isinstance(content, _Nested):
+            return self._load_nested(old, content) if isinstance(old, torch.optim.Optimizer) else old
+        if isinstance(content, (_Items, _Pairs)):
+            return self._load_items(old, content) if isinstance(content, _Items) else self._load_pairs(old, content)
+        if isinstance(content, torch.Tensor) and isinstance(old, torch.Tensor):
+            return content.to(old.device)
+        return content
 
-    def _put_nested(self, old: torch.optim.Optimizer, told: _Nested) -> Any:
-        self._done[id(told)] = old
-        mine = attributes(old)
-        for name, value in told.attributes.items():
-            here = self.put(mine.get(name, _MISSING), value)
-            if here is not _MISSING:
-                setattr(old, name, here)
+    def _load_nested(self, old: torch.optim.Optimizer, content: _Nested) -> Any:
+        self._done[id(content)] = old
+        current = attributes(old)
+        for name, value in content.attributes.items():
+            new = self.load(current.get(name, _MISSING), value)
+            if new is not _MISSING:
+                setattr(old, name, new)
         move_state_(old)
         return old
 
-    def _here(self, old: Any, told: Any) -> Any:
-        """The container at home, unless it is of another kind or stands for something else already."""
-        here = old if type(old) is told.kind and id(old) not in self._taken else told.kind(*told.made_with)
-        self._done[id(told)] = here
-        self._taken.add(id(here))
-        return here
+    def _container(self, old: Any, content: Any) -> Any:
+        """The notebook's container; a new one if that is of another type, or already used for other content."""
+        new = old if type(old) is content.kind and id(old) not in self._used else content.kind(*content.arguments)
+        self._done[id(content)] = new
+        self._used.add(id(new))
+        return new
 
-    def _put_items(self, old: Any, told: _Items) -> Any:
-        here = self._here(old, told)
-        before = [] if told.kind in (set, frozenset) else list(here)
-        before += [_MISSING] * (len(told.items) - len(before))
-        items = [self.put(one, item) for one, item in zip(before, told.items, strict=False)]
+    def _load_items(self, old: Any, content: _Items) -> Any:
+        new = self._container(old, content)
+        before = [] if content.kind in (set, frozenset) else list(new)
+        before += [_MISSING] * (len(content.items) - len(before))
+        items = [self.load(one, item) for one, item in zip(before, content.items, strict=False)]
         if any(item is _MISSING for item in items):
-            here = old
-        elif told.kind in (tuple, frozenset):
-            here = told.kind(items)
+            new = old
+        elif content.kind in (tuple, frozenset):
+            new = content.kind(items)
         else:
-            here.clear()
-            (here.update if told.kind is set else here.extend)(items)
-        self._done[id(told)] = here
-        return here
+            new.clear()
+            (new.update if content.kind is set else new.extend)(items)
+        self._done[id(content)] = new
+        return new
 
-    def _put_pairs(self, old: Any, told: _Pairs) -> Any:
-        here = self._here(old, told)
-        before = dict(here)
+    def _load_pairs(self, old: Any, content: _Pairs) -> Any:
+        new = self._container(old, content)
+        before = dict(new)
         items = {}
-        for key, value in told.pairs:
-            name = self.put(_MISSING, key)
-            held = _MISSING if name is _MISSING else self.put(before.get(name, _MISSING), value)
-            if held is not _MISSING:
-                items[name] = held
-        here.clear()
-        here.update(items)
-        return here
+        for key, value in content.pairs:
+            name = self.load(_MISSING, key)
+            item = _MISSING if name is _MISSING else self.load(before.get(name, _MISSING), value)
+            if item is not _MISSING:
+                items[name] = item
+        new.clear()
+        new.update(items)
+        return new

@@ -1,4 +1,4 @@
-"""Well-known optimizers by name."""
+"""Optimizers by name (adamw, sgd, ...), from a callable or ready-made; whether a mesh may shard their parameters."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from nbdist.core.optim.cut_trial import differs
-from nbdist.core.process.lazy_dynamo import eager
+from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.errors import PlanError, TaskError, suggest
 from nbdist.plan import Mesh
 
-__all__ = ["BY_ELEMENT", "OPTIMIZERS", "check_may_be_cut", "make_optimizer", "optimizer_name"]
+__all__ = ["ELEMENTWISE", "OPTIMIZERS", "check_can_be_sharded", "make_optimizer", "optimizer_name"]
 
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
 
@@ -28,25 +28,25 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 """The classes of ``torch.optim`` by the names that ``--optimizer`` takes."""
 
-BY_ELEMENT = {
+ELEMENTWISE = {
     OPTIMIZERS[name]
     for name in ("adadelta", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop", "rprop", "sgd")
 }
-"""Those whose every element goes by itself, whatever their settings: a trial of them, 50 ms, would show just that."""
+"""Element-wise optimizers, whatever their settings: they need no trial, which takes 50 ms."""
 
 
 def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:
     """Build the optimizer of `model`.
 
     Args:
-        optimizer: A name, a callable that takes the parameters (and `lr`, where it has such an argument), or a ready
-            optimizer over parameters of `model`.
+        optimizer: A name, a callable that takes the parameters (and `lr`, if it has such an argument), or a
+            ready-made optimizer over parameters of `model`.
         model: The module.
-        lr: Learning rate; None for the optimizer's own.
+        lr: Learning rate; None for the optimizer's default.
 
     Raises:
         TaskError: The name is unknown, or the value is not, or does not make, an optimizer of this model.
-        PlanError: The learning rate is no rate.
+        PlanError: The learning rate is not a positive number.
     """
     if lr is not None and not (isinstance(lr, numbers.Real) and math.isfinite(lr) and lr > 0):
         raise PlanError(f"lr {lr} must be a positive number.")
@@ -65,47 +65,47 @@ def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.
         try:
             if optimizer.lower() in _FUSED and all(p.is_floating_point() for p in trainable):
                 settings["fused"] = True
-            with eager():
+            with skip_dynamo_import():
                 return OPTIMIZERS[optimizer.lower()](trainable, **settings)
-        except ValueError as error:  # muon, which wants matrices only
+        except ValueError as error:  # muon, which takes matrices only
             raise TaskError(f"optimizer {optimizer} cannot train this model: {error}.") from None
     if not callable(optimizer):
         raise TaskError(f"optimizer must be a name, a callable or an optimizer, not {optimizer!r}.")
     if settings and not _takes_lr(optimizer):
         raise TaskError(f"lr={lr} is given, but {optimizer_name(optimizer)} takes no lr: set the rate in it.")
-    with eager():
+    with skip_dynamo_import():
         made = optimizer(trainable, **settings)
     return _checked(made, model, optimizer)
 
 
 def optimizer_name(optimizer: Any) -> str:
-    """What to call an optimizer in the plan and the panel."""
+    """The name of an optimizer in the plan and the panel."""
     if isinstance(optimizer, str):
         return optimizer.lower()
     return getattr(optimizer, "__name__", None) or type(optimizer).__name__
 
 
-def check_may_be_cut(optimizer: torch.optim.Optimizer, mesh: Mesh, *, comes_home: bool = False) -> None:
-    """Check that an optimizer gives the same where a mesh cuts parameters, by trying it on small ones. Local.
+def check_can_be_sharded(optimizer: torch.optim.Optimizer, mesh: Mesh, *, gathered: bool = False) -> None:
+    """Check that an optimizer's update is the same if the mesh splits parameters, by a trial on small ones. Local.
 
     Args:
         optimizer: With its settings.
-        mesh: Of the run.
-        comes_home: Whether its state is brought together in the end.
+        mesh: The run's mesh.
+        gathered: Whether its state is gathered at the end.
 
     Raises:
-        PlanError: It does not, or keeps what one rank cannot tell another.
+        PlanError: The update differs, or the state cannot be sent to another rank.
     """
-    if type(optimizer) in BY_ELEMENT and not _has_own_step(optimizer):
+    if type(optimizer) in ELEMENTWISE and not _has_own_step(optimizer):
         return
     cut = mesh.shard > 1 or mesh.tp > 1
-    how = differs(optimizer, flat=mesh.shard > 1, along=mesh.tp > 1, apart=False, told=comes_home) if cut else ""
+    how = differs(optimizer, flat=mesh.shard > 1, along=mesh.tp > 1, apart=False, sent=gathered) if cut else ""
     if how:
         raise PlanError(
-            f"optimizer {type(optimizer).__name__} {how}, which mesh {mesh} cuts: use another one, such as adamw, or "
-            "the strategy data or pipeline."
+            f"optimizer {type(optimizer).__name__} {how}, which mesh {mesh} splits: use another one, such as adamw, "
+            "or the strategy data or pipeline."
         )
-    how = differs(optimizer, flat=False, along=False, apart=True, told=comes_home) if mesh.pp > 1 else ""
+    how = differs(optimizer, flat=False, along=False, apart=True, sent=gathered) if mesh.pp > 1 else ""
     if how:
         raise PlanError(
             f"optimizer {type(optimizer).__name__} {how}, which mesh {mesh} puts on several ranks: use another one, "
@@ -114,7 +114,7 @@ def check_may_be_cut(optimizer: torch.optim.Optimizer, mesh: Mesh, *, comes_home
 
 
 def _has_own_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an object steps otherwise than its class does; a scheduler puts a step there that counts, no more."""
+    """Whether the object has its own `step`; a scheduler's wrapper, which only counts steps, does not matter."""
     return "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
 
 

@@ -1,4 +1,4 @@
-"""Precision: what forward computes in, and how gradients in half precision are kept from vanishing."""
+"""Mixed precision: autocast, and for fp16 dynamic loss scaling (cf. torch.amp.GradScaler)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ __all__ = ["Precision"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FIRST_SCALE = 2.0**16
-_LEAST_SCALE = 2.0**-24  # below it no gradient of a finite loss overflows
+_LEAST_SCALE = 2.0**-24  # with this scale no gradient of a finite loss overflows
 _GROWTH_STEPS = 2000
 
 
 class Precision:
-    """Autocast, and for fp16 the dynamic scale of the loss (Micikevicius et al., 2018).
+    """Autocast, and for fp16 the dynamic loss scale (Micikevicius et al., 2018).
 
     Args:
-        word: "full", "bf16" or "fp16".
+        name: "full", "bf16" or "fp16".
         device: Where forward runs.
     """
 
-    def __init__(self, word: str, device: torch.device) -> None:
-        self._dtype = _DTYPES.get(word)
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._dtype = _DTYPES.get(name)
         self._device = device
-        self.scale = _FIRST_SCALE if word == "fp16" else 1.0
+        self.scale = _FIRST_SCALE if name == "fp16" else 1.0
         self._steps = 0
 
     @property
     def full(self) -> bool:
-        """Whether everything computes in the dtypes that it has."""
+        """Whether autocast is off: everything computes in its own dtype."""
         return self._dtype is None
 
     @property
@@ -40,13 +40,13 @@ class Precision:
         return self._dtype is torch.float16
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and loss."""
+        """The context for forward and loss."""
         if self._dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, dtype=self._dtype)
 
     def adapt(self, finite: bool) -> None:
-        """Learn from a step: halve the scale after an overflow, double it after many steps without one."""
+        """Update the scale after a step: halve it after an overflow, double it after 2000 steps without one."""
         self._steps = self._steps + 1 if finite else 0
         if not finite:
             self.scale = max(self.scale / 2, _LEAST_SCALE)
@@ -54,10 +54,10 @@ class Precision:
             self.scale *= 2
 
     def state_dict(self) -> list[float]:
-        """Where the scale stands, as JSON-able data."""
+        """The scale, and the steps since the last overflow, as JSON-able data."""
         return [self.scale, self._steps]
 
     def load_state_dict(self, state_dict: list[float]) -> None:
-        """Go on from where `state_dict` says, where losses are scaled."""
+        """Load a `state_dict`; ignored if losses are not scaled."""
         if self.scales:
             self.scale, self._steps = state_dict[0], int(state_dict[1])

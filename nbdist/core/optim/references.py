@@ -1,4 +1,4 @@
-"""An optimizer's references to tensors of the model, in what is kept as JSON: by name, and never as their values."""
+"""An optimizer's references to the model's tensors, in checkpoints: saved by name, not by value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAME = "|tensor"
 
 
 class TensorReferences:
-    """Tells of values that may be, or contain, tensors of the model.
+    """Converts values that may be, or contain, tensors of the model to JSON-able data and back.
 
     Args:
         tensors: The model's own parameters and buffers, by name.
@@ -28,7 +28,7 @@ class TensorReferences:
         self._names = {id(tensor): name for name, tensor in tensors.items()}
 
     def refers(self, value: Any) -> bool:
-        """Whether a value is a tensor of the model, or lies in the memory of one."""
+        """Whether a value is a tensor of the model, or shares memory with one."""
         if id(value) in self._names:
             return True
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
@@ -40,10 +40,10 @@ class TensorReferences:
         return {_memory(tensor) for tensor in self._tensors.values() if tensor.layout is torch.strided} - {0}
 
     def to_json(self, value: Any, what: str) -> Any:
-        """A value as `plain` has it, but with the names of the model's tensors.
+        """A value as JSON-able data, see `plain`; the model's tensors become their names.
 
         Raises:
-            TaskError: It would come back as something else.
+            TaskError: JSON cannot represent it.
         """
         if id(value) in self._names:
             return {_NAME: self._names[id(value)]}
@@ -55,26 +55,26 @@ class TensorReferences:
             raise TaskError(f"{what} lies in the memory of a tensor of the model, which a checkpoint cannot hold.")
         return plain(value, what)
 
-    def from_json(self, here: Any, told: Any) -> Any:
-        """What stands for `told` where `here` has been: a tensor of the model stays one."""
-        if is_name(told):
-            return self._tensors.get(told[_NAME], here)
-        if isinstance(here, torch.Tensor) and not isinstance(told, (list, dict, str, type(None))):
-            return here if self.refers(here) else torch.full_like(here, told)
-        if isinstance(told, list):
-            alike = isinstance(here, (list, tuple)) and len(here) == len(told)
-            items = [self.from_json(old, item) for old, item in zip(here if alike else told, told, strict=True)]
-            return tuple(items) if isinstance(here, tuple) else items
-        if isinstance(told, dict):
-            before = here if isinstance(here, dict) else {}
-            return {key: self.from_json(before.get(key), item) for key, item in told.items()}
-        return told
+    def from_json(self, current: Any, saved: Any) -> Any:
+        """The value for `saved`, in the types of the `current` one; a tensor of the model stays that tensor."""
+        if is_name(saved):
+            return self._tensors.get(saved[_NAME], current)
+        if isinstance(current, torch.Tensor) and not isinstance(saved, (list, dict, str, type(None))):
+            return current if self.refers(current) else torch.full_like(current, saved)
+        if isinstance(saved, list):
+            alike = isinstance(current, (list, tuple)) and len(current) == len(saved)
+            items = [self.from_json(old, item) for old, item in zip(current if alike else saved, saved, strict=True)]
+            return tuple(items) if isinstance(current, tuple) else items
+        if isinstance(saved, dict):
+            before = current if isinstance(current, dict) else {}
+            return {key: self.from_json(before.get(key), item) for key, item in saved.items()}
+        return saved
 
 
 def _memory(tensor: torch.Tensor) -> int:
     return detached(tensor).untyped_storage().data_ptr()
 
 
-def is_name(told: Any) -> bool:
-    """Whether what was told is the name of a tensor of the model."""
-    return isinstance(told, dict) and told.keys() == {_NAME}
+def is_name(saved: Any) -> bool:
+    """Whether a saved value is the name of a tensor of the model."""
+    return isinstance(saved, dict) and saved.keys() == {_NAME}

@@ -1,1 +1,1 @@
-"""Parameters: one table of where each lies, how it is sharded and gathered."""
+"""Parameters: a table of where each one's parts lie, and how they are sharded and gathered."""

@@ -1,4 +1,4 @@
-"""Who takes a parameter's ``data`` may write there: torch does not count such a write, but here it is announced."""
+"""Callbacks on access to ``Parameter.data``: writes through it do not raise torch's version counter."""
 
 from __future__ import annotations
 
@@ -9,61 +9,61 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["DataWatch", "put_data", "unwatched"]
+__all__ = ["DataWatch", "get_data", "set_data"]
 
 _GET: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_announce: dict[int, list[Callable[[], None]]] = {}
+_callbacks: dict[int, list[Callable[[], None]]] = {}
 
 
 class DataWatch:
-    """Calls back before somebody takes or replaces the ``data`` of certain parameters. Local.
+    """Calls back before the ``data`` of certain parameters is read or replaced. Local.
 
-    While there is a watch, ``nn.Parameter`` has a property of that name, before that of its base. So nothing else that
-    is done with parameters takes longer, and they keep their class, by which optimizers choose their kernels.
+    While there is a watch, ``nn.Parameter`` has a property ``data``, which hides that of ``torch.Tensor``. So no other
+    use of parameters gets slower, and they keep their class, by which optimizers choose their kernels.
 
     Args:
-        parameters: Which.
-        taken: Called with the place of one among them.
+        parameters: The parameters to watch.
+        on_access: Called with the parameter's index.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], taken: Callable[[int], None]) -> None:
-        # The parameters stay alive, or their ids might be others'.
-        self._calls = [(parameter, functools.partial(taken, i)) for i, parameter in enumerate(parameters)]
+    def __init__(self, parameters: Iterable[nn.Parameter], on_access: Callable[[int], None]) -> None:
+        # The parameters are kept alive, so that their ids are not reused.
+        self._calls = [(parameter, functools.partial(on_access, i)) for i, parameter in enumerate(parameters)]
         for parameter, call in self._calls:
-            _announce.setdefault(id(parameter), []).append(call)
+            _callbacks.setdefault(id(parameter), []).append(call)
         nn.Parameter.data = property(_get, _set)  # type: ignore[assignment]
 
     def close(self) -> None:
-        """End it; twice is fine."""
+        """End the watch; twice is fine."""
         for parameter, call in self._calls:
-            calls = _announce[id(parameter)]
+            calls = _callbacks[id(parameter)]
             calls.remove(call)
             if not calls:
-                del _announce[id(parameter)]
+                del _callbacks[id(parameter)]
         self._calls = []
-        if not _announce and "data" in vars(nn.Parameter):
+        if not _callbacks and "data" in vars(nn.Parameter):
             del nn.Parameter.data
 
 
-def unwatched(parameter: nn.Parameter) -> torch.Tensor:
-    """Its ``data``, without a call. Local."""
+def get_data(parameter: nn.Parameter) -> torch.Tensor:
+    """``parameter.data``, without a callback. Local."""
     data: torch.Tensor = _GET(parameter)
     return data
 
 
-def put_data(parameter: nn.Parameter, data: torch.Tensor) -> None:
-    """Replace its ``data``, without a call. Local."""
+def set_data(parameter: nn.Parameter, data: torch.Tensor) -> None:
+    """``parameter.data = data``, without a callback. Local."""
     _SET(parameter, data)
 
 
 def _get(parameter: nn.Parameter) -> torch.Tensor:
-    for announce in _announce.get(id(parameter), ()):
-        announce()
-    return unwatched(parameter)
+    for callback in _callbacks.get(id(parameter), ()):
+        callback()
+    return get_data(parameter)
 
 
 def _set(parameter: nn.Parameter, data: torch.Tensor) -> None:
-    for announce in _announce.get(id(parameter), ()):
-        announce()
-    put_data(parameter, data)
+    for callback in _callbacks.get(id(parameter), ()):
+        callback()
+    set_data(parameter, data)

@@ -1,4 +1,4 @@
-"""Models that a training has left in parts, and how they become whole."""
+"""`nbdist.gather`: makes a model whole on rank 0 after training with ``gather=False`` has left it sharded."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from nbdist.core.params.table import ParamTable
 from nbdist.errors import TaskError
 from nbdist.plan import Mesh
 
-__all__ = ["check_whole", "gather", "leave_in_parts"]
+__all__ = ["check_whole", "gather", "record_placements"]
 
 _parts: weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, Placement], Mesh]] = weakref.WeakKeyDictionary()
-"""Where the parts of a model lie: nowhere on rank 0 once it has gathered them, but it is still asked to."""
+"""Where the parts of a sharded model lie; emptied, but not removed, when rank 0 has gathered it."""
 
 
-def leave_in_parts(model: nn.Module, placements: dict[str, Placement], mesh: Mesh) -> None:
-    """Remember where the parts of a model lie. Local."""
+def record_placements(model: nn.Module, placements: dict[str, Placement], mesh: Mesh) -> None:
+    """Record where the parts of a model lie, for `gather`. Local."""
     if placements:
         _parts[model] = placements, mesh
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise `TaskError` where only parts of a model are here."""
+    """Raise `TaskError` if this rank has only parts of the model."""
     if _parts.get(model, ({}, None))[0]:
         raise TaskError(
-            "the model lies in parts since it was trained with gather=False: make it anew, and give the checkpoint's "
-            "folder as resume."
+            "the model is sharded, because it was trained with gather=False: create it again, and give the "
+            "checkpoint's folder as resume."
         )
 
 
 def gather(model: nn.Module, *, device: str = "auto") -> nn.Module:
-    """Make a model whole that ``nbdist.train(..., gather=False)`` has left in parts: on rank 0, in place.
+    """Gather a model that ``nbdist.train(..., gather=False)`` has left sharded: on rank 0, in place.
 
-    **Collective** over the ranks it was trained on. One tensor at a time passes through the other ranks, whose model
-    stays in parts. The optimizer's state stays in parts too: `checkpoint` is what keeps it.
+    **Collective** over the ranks it was trained on. The other ranks take part for one tensor at a time, and their model
+    stays sharded. So does the optimizer's state: use `checkpoint` to save it.
 
     Args:
-        model: The model; a whole one is returned as it is.
+        model: The model; a whole one is returned unchanged.
         device: As in `train`.
 
     Raises:
-        TaskError: The mesh it was trained on needs other ranks than there are.
+        TaskError: The number of ranks is not that of the mesh it was trained on.
     """
     if model not in _parts:
         return model
@@ -53,9 +53,9 @@ def gather(model: nn.Module, *, device: str = "auto") -> nn.Module:
     before = next(model.parameters()).device
     with World.from_environment(device) as world:
         if world.size != mesh.size:
-            raise TaskError(f"the model lies in parts on mesh {mesh}, but there are {world.size} ranks: start as many.")
-        if not world.channel().broadcast_bytes(b"in parts" if placements else b""):
-            return model  # rank 0 has it, perhaps trained on
+            raise TaskError(f"the model is sharded on mesh {mesh}, but there are {world.size} ranks: start as many.")
+        if not world.channel().broadcast_bytes(b"sharded" if placements else b""):
+            return model  # rank 0 has gathered it already, and may have trained it since
         axes = MeshChannels(world, mesh)
         table = ParamTable.of(model)
         table.placements.update(placements)

@@ -1,4 +1,4 @@
-"""Placeholders: parameters whose values lie elsewhere. They tell their shape; nobody computes with them."""
+"""Placeholders: parameters whose values are on another rank; their metadata can be read, other operations raise."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _METADATA = {
     "new_full", "new_ones", "new_zeros", "numel", "ones_like", "register_hook", "register_post_accumulate_grad_hook",
     "requires_grad_", "size", "storage_offset", "stride", "zeros_like",
 }  # fmt: skip
-"""What of torch's functions looks at a tensor's shape and never at its values."""
+"""Functions of torch that use a tensor's shape or dtype, but never its values."""
 _VALUES = {"H", "T", "__cuda_array_interface__", "data", "imag", "mH", "mT", "real"}
-"""Of a tensor's attributes those that give its values away; all others tell about it."""
+"""Tensor attributes that give access to its values; all others are metadata."""
 
 
 class Placeholders:
-    """Keeps arithmetic away from parameters, by lending them a class whose every operation comes by here first.
+    """Intercepts operations on parameters: they temporarily get a subclass whose ``__torch_function__`` calls `read`.
 
-    The objects stay the same, as those of torch's own lazy parameters do when they change their class.
+    The objects stay the same, as torch's lazy parameters do when their ``__class__`` changes.
 
     Args:
-        read: Called with the parameters that something is about to compute with, hidden ones among them, and whether
-            it takes their ``data``, to which it may write unseen. It either raises, or gives them values and reveals
-            them. No TypeError, as TaskError is one: torch's operators would turn it into "unsupported operand".
+        read: Called with the parameters of an operation, placeholders among them, and whether it accesses ``data``,
+            through which it may write unnoticed. It either raises, or provides values and reveals the parameters. It
+            must not raise a TypeError, such as TaskError: torch's operators turn it into "unsupported operand".
     """
 
     def __init__(self, read: Callable[[list[nn.Parameter], bool], None]) -> None:
@@ -41,7 +41,7 @@ class Placeholders:
         self._kinds: dict[type, Any] = {}
 
     def hide(self, parameter: nn.Parameter) -> None:
-        """From now on `parameter` is a placeholder. Local."""
+        """Make `parameter` a placeholder. Local."""
         own = type(parameter)
         if not issubclass(own, _Placeholder):
             if own not in self._kinds:
@@ -52,7 +52,7 @@ class Placeholders:
             parameter.__class__ = self._kinds[own]
 
     def reveal(self, parameter: nn.Parameter) -> bool:
-        """Let it be an ordinary one if it is a placeholder of these, and tell whether it was. Local."""
+        """Make a placeholder of this object an ordinary parameter again; returns whether it was one. Local."""
         mine = type(parameter) in self._kinds.values()
         if mine:
             reveal(parameter)
@@ -74,33 +74,33 @@ class _Placeholder:
         for read in {type(value).read for value in given if isinstance(value, _Placeholder)}:
             read(given, attribute == "data")
         if any(isinstance(value, _Placeholder) for value in given):
-            raise PlanError("a parameter is computed with whose values are not here: train the model, or make it anew.")
+            raise PlanError("an operation uses a parameter whose values are not on this rank: create the model again.")
         return function(*args, **(kwargs or {}))
 
     def __repr__(self) -> str:
-        return f"{self.own.__name__}(a placeholder, whose values are not here)"
+        return f"{self.own.__name__}(a placeholder, whose values are not on this rank)"
 
 
 def is_placeholder(tensor: torch.Tensor) -> bool:
-    """Whether a parameter is one now."""
+    """Whether a parameter is a placeholder now."""
     return isinstance(tensor, _Placeholder)
 
 
 def reveal(parameter: nn.Parameter) -> None:
-    """Let a parameter be an ordinary one, whatever its values are by now. Local."""
+    """Make a placeholder an ordinary parameter again, without changing its data. Local."""
     if isinstance(parameter, _Placeholder):
         parameter.__class__ = parameter.own
 
 
 def detached(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor.detach()``, of a placeholder too. Local."""
+    """``tensor.detach()``, for placeholders too. Local."""
     if isinstance(tensor, _Placeholder):
-        told: torch.Tensor = nn.Parameter.__torch_function__(torch.Tensor.detach, (), (tensor,), {})
-        return told
+        data: torch.Tensor = nn.Parameter.__torch_function__(torch.Tensor.detach, (), (tensor,), {})
+        return data
     return tensor.detach()
 
 
 def dummy(layout: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What a parameter holds where its values are not: its shape without memory. Read by mistake, it shows as NaN."""
+    """A tensor of the same shape without memory, for ranks that hold no part. Its values are NaN, to show misuse."""
     fill = float("nan") if layout.is_floating_point() or layout.is_complex() else 0
     return torch.full((), fill, dtype=layout.dtype, device=device).expand(layout.shape)

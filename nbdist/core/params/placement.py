@@ -1,4 +1,4 @@
-"""Placement: which part of a tensor lies on which rank of the mesh."""
+"""Placement: which part of a tensor is on which rank of the mesh (cf. DTensor's placements); split and gather."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ class Cut:
     """How a tensor is split evenly along one of its dims.
 
     Args:
-        dim: Which.
-        sections: Lengths along `dim`, each of which is split: one for most tensors, three for a fused ``qkv``.
+        dim: The dim.
+        sections: Lengths along `dim` that are split separately: one for most tensors, three for a fused ``qkv``.
     """
 
     dim: int
     sections: tuple[int, ...]
 
-    def piece(self, whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        """The part of rank `rank` of `size`; contiguous, memory of its own. Local."""
+    def part(self, whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        """The part of rank `rank` of `size`: a contiguous copy. Local."""
         sections = whole.split(list(self.sections), self.dim)
         return torch.cat([section.chunk(size, self.dim)[rank] for section in sections], self.dim)
 
-    def join(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The whole again, of the parts of all ranks. Local."""
-        lengths = [section // len(pieces) for section in self.sections]
-        split = [piece.split(lengths, self.dim) for piece in pieces]
-        return torch.cat([part for section in zip(*split, strict=True) for part in section], self.dim)
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The whole tensor from the parts of all ranks. Local."""
+        lengths = [section // len(parts) for section in self.sections]
+        split = [part.split(lengths, self.dim) for part in parts]
+        return torch.cat([slab for section in zip(*split, strict=True) for slab in section], self.dim)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where the parts of one tensor lie.
+    """Where the parts of one tensor are.
 
     Args:
         layout: The whole tensor on the meta device: its shape, strides and dtype.
-        stages: Coordinates on ``pp`` that hold it, all of it alike; None for every one.
-        cut: How it is split over ``tp``; None where every rank has it whole.
-        sharded: Whether it is dealt out flat over ``shard``, in parts of equal length, the last ones padded.
+        stages: Coordinates on ``pp`` that hold it, each the same; None for all of them.
+        cut: How it is split over ``tp``; None if every rank has it whole.
+        sharded: Whether it is sharded flat over ``shard``, in parts of equal length, the last ones padded.
     """
 
     layout: torch.Tensor
@@ -54,7 +54,7 @@ class Placement:
 
     @property
     def whole(self) -> bool:
-        """Whether every rank has all of it."""
+        """Whether every rank has the whole tensor."""
         return self.stages is None and self.cut is None and not self.sharded
 
     def held(self, axes: MeshChannels) -> bool:
@@ -66,16 +66,16 @@ class Placement:
         stages = 1 if axes.pp.size == 1 else axes.pp.size if self.stages is None else len(self.stages)
         return stages * (1 if self.cut else axes.tp.size) * (1 if self.sharded else axes.shard.size)
 
-    def piece(self, tensor: torch.Tensor, axes: MeshChannels) -> torch.Tensor:
-        """This rank's part of a whole tensor, in memory of its own. Local."""
+    def part(self, tensor: torch.Tensor, axes: MeshChannels) -> torch.Tensor:
+        """This rank's part of a whole tensor: a copy. Local."""
         if self.cut is not None:
-            tensor = self.cut.piece(tensor, axes.tp.rank, axes.tp.size)
+            tensor = self.cut.part(tensor, axes.tp.rank, axes.tp.size)
         return shard_of(tensor, axes.shard.rank, axes.shard.size) if self.sharded else tensor.clone()
 
     def gather(self, part: torch.Tensor | None, axes: MeshChannels) -> torch.Tensor:
-        """The whole tensor of its parts, on every rank. **Collective** over the replica; ranks without one give None.
+        """The whole tensor, on every rank. **Collective** over the replica; ranks without a part give None.
 
-        `part` may be any tensor that is split as this one is: a parameter, or an optimizer's state of it.
+        `part` may be of any tensor that is split like this one: a parameter, or its optimizer state.
         """
         whole = torch.empty(0)
         if part is not None:
@@ -93,14 +93,14 @@ class Placement:
             axes.pp.broadcast_any_(whole, source)
         return whole
 
-    def laid_out(self, whole: torch.Tensor) -> torch.Tensor:
-        """The whole tensor in memory of its own, with the strides that it came with. Local.
+    def with_layout(self, whole: torch.Tensor) -> torch.Tensor:
+        """A copy of the whole tensor, with the original strides. Local.
 
-        Fused optimizers go through a parameter and its state in the order of memory, so they must agree.
+        Fused optimizers iterate over a parameter and its state in memory order, so their strides must be the same.
         """
         strides = self.layout.stride()
-        home = torch.empty_strided(self.layout.shape, strides, dtype=whole.dtype, device=whole.device)
-        return home.copy_(whole)
+        result = torch.empty_strided(self.layout.shape, strides, dtype=whole.dtype, device=whole.device)
+        return result.copy_(whole)
 
     def _local_shape(self, axes: MeshChannels) -> torch.Size:
         shape = list(self.layout.shape)
@@ -110,7 +110,7 @@ class Placement:
 
 
 def shard_of(tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """Part `rank` of a tensor that is dealt out flat in `size` parts of equal length; padded with zeros. Local."""
+    """Shard `rank` of a tensor that is sharded flat into `size` parts of equal length; padded with zeros. Local."""
     flat = tensor.reshape(-1)
     length = -(-flat.numel() // size)
     part = flat.new_zeros(length)

@@ -1,4 +1,4 @@
-"""Working with a model of the user's and leaving it exactly as it was."""
+"""Running the user's model in a dry run, and restoring its attributes, buffers and random states afterwards."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.process.rng import kept
+from nbdist.core.process.rng import fork_rng
 
-__all__ = ["device_of", "untouched"]
+__all__ = ["device_of", "preserve_model"]
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Give attributes, buffers and all random states back at the end, whatever forward does to them. Local.
+def preserve_model(model: nn.Module) -> Iterator[None]:
+    """Restore the model's attributes and buffers, and all random states, at the end of the context. Local.
 
-    Inside, gradients are recorded and nothing is cast automatically, whatever holds outside.
+    Inside, gradients are enabled and autocast is off, whatever holds outside.
     """
     device = device_of(model)
     attributes = [(vars(module), _copied(vars(module))) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with (
-        kept(device),
+        fork_rng(device),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
@@ -33,8 +33,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            for place, saved in attributes:
-                _restore(place, saved)
+            for current, saved in attributes:
+                _restore(current, saved)
             with torch.no_grad():
                 for buffer, values in buffers:
                     if not torch.equal(buffer, values):
@@ -42,22 +42,22 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lives."""
+    """The device of the model's first parameter."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Each attribute, and beside it a copy where it is a plain container."""
+    """Each attribute, with a copy if it is a plain container."""
     plain = (dict, OrderedDict, list, set)
     return {name: (value, value.copy() if type(value) in plain else None) for name, value in attributes.items()}
 
 
-def _restore(place: dict[str, Any], saved: dict[str, tuple[Any, Any]]) -> None:
-    for name in [name for name in place if name not in saved]:
-        del place[name]
+def _restore(current: dict[str, Any], saved: dict[str, tuple[Any, Any]]) -> None:
+    for name in [name for name in current if name not in saved]:
+        del current[name]
     for name, (value, contents) in saved.items():
-        place[name] = value
+        current[name] = value
         if isinstance(contents, list):
             value[:] = contents
         elif contents is not None:

@@ -1,4 +1,4 @@
-"""The table of a model's parameters and buffers: what is synchronised, optimized, gathered and brought home."""
+"""The table of a model's parameters and buffers by name: broadcast, gathered, averaged, loaded."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.params.placeholder import detached, reveal
 from nbdist.core.params.placement import Placement
 
-__all__ = ["ParamTable", "buffers_kept", "copy_or_zero_", "laid_out_like", "replace_data"]
+__all__ = ["ParamTable", "copy_or_zero_", "replace_data", "restore_buffers", "view_like"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParamTable:
-    """Parameters and buffers by name; a tied one stands once, under its first name.
+    """Parameters and buffers by name; a tied one is listed once, under its first name.
 
     Args:
-        parameters: Every parameter, frozen ones included. They are the model's own objects all the time; what changes
-            is their data: this rank's part, or a dummy where it holds none.
-        buffers: Every buffer, those left out of ``state_dict`` included.
-        placements: Which part of each tensor lies where; those that are not named lie whole on every rank.
-        owners: The rank on ``dp`` that alone updates a parameter, where ranks share the weights.
+        parameters: Every parameter, frozen ones included. They are always the model's own objects; only their data
+            changes: this rank's part, or a dummy if it holds none.
+        buffers: Every buffer, non-persistent ones included.
+        placements: Where the parts of each tensor are; tensors that are not listed are whole on every rank.
+        owners: The only rank on ``dp`` that updates a parameter, if ranks share weights.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -36,7 +36,7 @@ class ParamTable:
 
     @classmethod
     def of(cls, model: nn.Module) -> ParamTable:
-        """Read the table off a module."""
+        """The table of a module."""
         return cls(parameters=dict(model.named_parameters()), buffers=dict(model.named_buffers()))
 
     @property
@@ -55,14 +55,14 @@ class ParamTable:
         return {name: detached(t) for name, t in self.objects.items()}
 
     def placement(self, name: str) -> Placement:
-        """Where the parts of a tensor lie."""
+        """Where the parts of a tensor are."""
         if name in self.placements:
             return self.placements[name]
         tensor = self.parameters[name] if name in self.parameters else self.buffers[name]
         return Placement(layout=torch.empty_like(tensor, device="meta"))
 
     def is_updated(self, name: str, axes: MeshChannels) -> bool:
-        """Whether this rank's optimizer updates a parameter, of which it holds a part."""
+        """Whether this rank's optimizer updates its part of a parameter."""
         return self.owners.get(name, axes.dp.rank) == axes.dp.rank
 
     def held(self, axes: MeshChannels) -> dict[str, nn.Parameter]:
@@ -71,19 +71,19 @@ class ParamTable:
 
     @torch.no_grad()
     def broadcast_(self, channel: Channel) -> None:
-        """Give every rank the weights and buffers of rank 0. **Collective** over `channel`.
+        """Broadcast the weights and buffers of rank 0. **Collective** over `channel`.
 
-        What is there already is left alone: pages that processes share stay shared.
+        A tensor that is equal already is not written: pages that processes share stay shared.
         """
         for tensor in self.tensors.values():
-            told = tensor.clone(memory_format=torch.contiguous_format)
-            channel.broadcast_(told)
-            if not torch.equal(told, tensor):
-                tensor.copy_(told)
+            received = tensor.clone(memory_format=torch.contiguous_format)
+            channel.broadcast_(received)
+            if not torch.equal(received, tensor):
+                tensor.copy_(received)
 
     @torch.no_grad()
     def gather_(self, axes: MeshChannels, *, keep: bool = True) -> None:
-        """Make every tensor whole again, one by one, where `keep` says so. **Collective** over the replica."""
+        """Gather every tensor, one by one, into the model on ranks with `keep`. **Collective** over the replica."""
         for name, placement in self.placements.items():
             held = placement.held(axes)
             if name in self.buffers:
@@ -93,17 +93,17 @@ class ParamTable:
             parameter = self.parameters[name]
             whole = placement.gather(parameter.data if held else None, axes)
             if keep:
-                replace_data(parameter, placement.laid_out(whole))
+                replace_data(parameter, placement.with_layout(whole))
         if keep:
             self.placements.clear()
 
     @torch.no_grad()
     def average_buffers_(self, channel: Channel, axes: MeshChannels | None = None) -> None:
-        """Give every rank the mean of the floating-point buffers, and rank 0's other ones. **Collective**.
+        """Average the floating-point buffers over ranks, and broadcast rank 0's other buffers. **Collective**.
 
-        Running statistics (BatchNorm) see only the local part of the data; their mean over the replicas is what the
-        trained model holds. It is rank 0's value and the mean of the differences from it, so that constants, masks
-        of infinities among them, stay what they are to the bit.
+        Running statistics (BatchNorm) depend on a rank's own data; the trained model gets their mean over the replicas.
+        It is computed as rank 0's value plus the mean difference from it, so that constants, masks of infinities among
+        them, keep their bits.
         """
         for name, buffer in self.buffers.items():
             if axes is not None and not self.placement(name).held(axes):
@@ -114,7 +114,7 @@ class ParamTable:
                 differences = torch.where(buffer == shared, 0.0, buffer - shared).contiguous()
                 channel.all_reduce_(differences)
                 shared += differences / channel.size
-            if not torch.equal(shared, buffer):  # a write would look like a change
+            if not torch.equal(shared, buffer):  # a write would raise the version counter
                 buffer.copy_(shared)
 
     @torch.no_grad()
@@ -125,10 +125,11 @@ class ParamTable:
 
 
 @contextlib.contextmanager
-def buffers_kept(model: nn.Module, but: Collection[int] = ()) -> Iterator[None]:
-    """Give every buffer its values back at the end, except for those whose ids are in `but`. Local.
+def restore_buffers(model: nn.Module, but: Collection[int] = ()) -> Iterator[None]:
+    """Restore every buffer's values at the end of the context, except for those whose ids are in `but`. Local.
 
-    Unseen by autograd, for graphs of other slices may hold the buffers, though no gradient depends on their values.
+    Through ``data``, unnoticed by autograd: graphs of other slices may hold the buffers, and would see a new version,
+    though no gradient depends on their values.
     """
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if id(buffer) not in but]
     yield
@@ -137,20 +138,20 @@ def buffers_kept(model: nn.Module, but: Collection[int] = ()) -> Iterator[None]:
 
 
 @torch.no_grad()
-def copy_or_zero_(places: list[torch.Tensor], values: list[torch.Tensor | None]) -> None:
-    """Copy each value to its place, or zeros where there is none. Local."""
-    given = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
+def copy_or_zero_(targets: list[torch.Tensor], values: list[torch.Tensor | None]) -> None:
+    """Copy each value to its target, or zeros if there is none. Local."""
+    given = [(target, value) for target, value in zip(targets, values, strict=True) if value is not None]
     if given:
-        torch._foreach_copy_([place for place, _ in given], [value for _, value in given])
-    for place, value in zip(places, values, strict=True):
+        torch._foreach_copy_([target for target, _ in given], [value for _, value in given])
+    for target, value in zip(targets, values, strict=True):
         if value is None:
-            place.zero_()
+            target.zero_()
 
 
-def laid_out_like(parameter: torch.Tensor, flat: torch.Tensor, start: int) -> torch.Tensor:
-    """The part of `flat` from `start` on, laid out as `parameter` is (channels last, say).
+def view_like(parameter: torch.Tensor, flat: torch.Tensor, start: int) -> torch.Tensor:
+    """A view of `flat` from `start` on, with the shape and strides of `parameter` (channels last, say).
 
-    In another layout autograd and optimizers go slower ways.
+    With other strides autograd and optimizers are slower.
     """
     strides = torch.empty_like(parameter, device="meta").stride()
     return flat[start : start + parameter.numel()].as_strided(parameter.shape, strides)
@@ -159,8 +160,8 @@ def laid_out_like(parameter: torch.Tensor, flat: torch.Tensor, start: int) -> to
 def replace_data(parameter: nn.Parameter, data: torch.Tensor) -> None:
     """Give a parameter data of another shape, and no gradient. Local.
 
-    A graph that somebody keeps holds the node that accumulates the gradient, and that node the old shape. torch lets
-    go of the node where the dtype changes, which is why the data pass through another one.
+    A graph that is still alive holds the parameter's AccumulateGrad node, and that node the old shape. torch drops the
+    node when the dtype changes, so the data is first set to another dtype.
     """
     reveal(parameter)
     parameter.grad = None

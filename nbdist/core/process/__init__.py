@@ -1,1 +1,1 @@
-"""Settings of this process: memory, random number generators, threads, imports."""
+"""Settings of this process: memory allocator, garbage collection, random number generators, threads, lazy imports."""

@@ -1,7 +1,7 @@
-"""Optimizers without torch's compiler.
+"""Optimizers without the import of torch's compiler, `torch._dynamo`.
 
-torch's optimizers import the front end of its compiler, `torch._dynamo`, at their first use: a second, and 70 MB in
-each process, to mark for it what it must not compile. Where nobody compiles, a placeholder takes those marks instead.
+torch's optimizers import `torch._dynamo` at their first use, only to mark functions that it must not compile: a second,
+and 70 MB in each process. If nothing is compiled, a fake module takes those marks instead.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 
 import torch
 
-__all__ = ["eager"]
+__all__ = ["skip_dynamo_import"]
 
 _NAME = "torch._dynamo"
 
 
-class _Placeholder(types.ModuleType):
-    """Stands for the compiler while an optimizer runs; asked for anything else than marks, it loads the real one."""
+class _FakeDynamo(types.ModuleType):
+    """In `sys.modules` for `torch._dynamo` while an optimizer runs; any use but marking imports the real module."""
 
     def __init__(self) -> None:
         super().__init__(_NAME)
         self.marked: list[Any] = []
 
     def graph_break(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is being traced."""
+        """Do nothing: nothing is being traced."""
 
     def disable(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Nothing of torch's own is being compiled; it remembers the result in an attribute of `function`."""
+        """Return `function` itself. torch caches the result in an attribute of `function`, which `remove` deletes."""
         if not (getattr(function, "__module__", None) or "").startswith("torch.optim"):
             return self._real().disable(function, *args, **kwargs)
         self.marked.append(function)
@@ -46,7 +46,7 @@ class _Placeholder(types.ModuleType):
         return importlib.import_module(_NAME)
 
     def remove(self) -> None:
-        """Let the next import find the compiler, and let torch mark anew for it."""
+        """Let the next import load the real module, and let torch mark its functions again."""
         if sys.modules.get(_NAME) is self:
             del sys.modules[_NAME]
         if vars(torch).get("_dynamo") is self:
@@ -56,17 +56,17 @@ class _Placeholder(types.ModuleType):
         self.marked.clear()
 
 
-class eager(contextlib.AbstractContextManager[None]):
-    """Around what an optimizer does: nothing is loaded for a compiler that is not in use. Local."""
+class skip_dynamo_import(contextlib.AbstractContextManager[None]):
+    """Context in which an optimizer does not import `torch._dynamo`, unless it is already imported. Local."""
 
     def __init__(self) -> None:
-        self._placeholder: _Placeholder | None = None
+        self._fake: _FakeDynamo | None = None
 
     def __enter__(self) -> None:
         if _NAME not in sys.modules:
-            self._placeholder = _Placeholder()
-            sys.modules[_NAME] = torch._dynamo = self._placeholder
+            self._fake = _FakeDynamo()
+            sys.modules[_NAME] = torch._dynamo = self._fake
 
     def __exit__(self, *exc: object) -> None:
-        if self._placeholder is not None:
-            self._placeholder.remove()
+        if self._fake is not None:
+            self._fake.remove()

@@ -1,4 +1,4 @@
-"""Keeping memory management out of the steps."""
+"""Memory management outside of the training steps: the C allocator, garbage collection, memory after an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["free_frames", "give_back", "objects_set_aside", "pages_kept"]
+__all__ = ["free_frames", "free_unused_memory", "frozen_gc", "keep_freed_pages"]
 
 # From malloc.h, see mallopt(3).
 _M_TRIM_THRESHOLD = -1
@@ -18,25 +18,25 @@ _M_MMAP_THRESHOLD = -3
 _ANY_BYTES = 2**30
 _SMALL_BYTES = 2**22
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
-_AFTERWARDS = {_M_TRIM_THRESHOLD: 2**26, _M_MMAP_THRESHOLD: 2**25}  # to which the C library moves them by itself
+_AFTERWARDS = {_M_TRIM_THRESHOLD: 2**26, _M_MMAP_THRESHOLD: 2**25}  # the largest values that glibc sets by itself
 
 
 @contextlib.contextmanager
-def pages_kept(sparing: bool = False) -> Iterator[None]:
-    """Let the C library keep what is freed meanwhile, and give it back to the system in the end. Local.
+def keep_freed_pages(return_large: bool = False) -> Iterator[None]:
+    """Let malloc keep freed memory within the context; it is returned to the system at the end. Local.
 
-    Every step frees its activations and gradients. By default glibc hands larger ones back at once, and the next step
-    pays a page fault for each of their pages: a fifth of the time of a small convolutional network. Without glibc
-    nothing changes.
+    Every step frees its activations and gradients. By default glibc returns large blocks to the system at once, and the
+    next step pays a page fault for each of their pages: a fifth of the time of a small convolutional network. Without
+    glibc nothing changes.
 
     Args:
-        sparing: Hand back what is larger than 4 MiB, where memory is scarcer than time: what is kept lies in pieces.
+        return_large: Still return blocks above 4 MiB at once, because memory that is kept is fragmented.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
         yield
         return
-    largest = _SMALL_BYTES if sparing else _ANY_BYTES
+    largest = _SMALL_BYTES if return_large else _ANY_BYTES
     for parameter, value in {_M_TRIM_THRESHOLD: 2**31 - 1, _M_MMAP_THRESHOLD: largest}.items():
         library.mallopt(parameter, value)
     try:
@@ -47,8 +47,8 @@ def pages_kept(sparing: bool = False) -> Iterator[None]:
         library.malloc_trim(0)
 
 
-def give_back() -> None:
-    """Give memory back that nobody uses: what lies in cycles, and what the C library and torch keep. Local."""
+def free_unused_memory() -> None:
+    """Return unused memory to the system: reference cycles, torch's CUDA cache, malloc's free blocks. Local."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -58,9 +58,9 @@ def give_back() -> None:
 
 
 def free_frames(error: BaseException) -> None:
-    """If memory has run out, give back what the frames of the error hold: a model, its gradients. Local.
+    """After an out-of-memory error, free what the variables of its frames hold: a model, its gradients. Local.
 
-    Nothing more could be done here otherwise, not even a thread started. The frames stay, but without their variables.
+    Otherwise the process could do nothing more, not even start a thread. The frames stay, without their variables.
     """
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -70,7 +70,7 @@ def free_frames(error: BaseException) -> None:
     if any(_is_out_of_memory(link) for link in chain):
         for link in chain:
             traceback.clear_frames(link.__traceback__)
-        give_back()
+        free_unused_memory()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -79,22 +79,22 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-_aside_before = False
-"""Whether somebody else has set objects aside here. Python counts them one by one: 12 ms in an engine, so only once."""
+_frozen_before = False
+"""Whether other code has called `gc.freeze` here. Cached, because Python counts frozen objects one by one: 12 ms."""
 _runs = 0
-"""For how many runs they are set aside by us: one may be begun within another."""
+"""How many runs are inside of `frozen_gc`: one may start within another."""
 
 
 @contextlib.contextmanager
-def objects_set_aside() -> Iterator[None]:
-    """Let Python's garbage collector look at new objects only meanwhile. Local.
+def frozen_gc() -> Iterator[None]:
+    """Freeze all existing objects (`gc.freeze`), so that the garbage collector visits new ones only. Local.
 
-    Torch alone makes some 200,000 objects that stay; a full collection in the middle of a step takes 80 ms to find that
-    out, and all ranks wait for it. An engine's were set aside before it was forked, and stay so.
+    Torch alone makes some 200,000 permanent objects. A full collection that visits them in the middle of a step takes
+    80 ms, and all ranks wait for it. An engine's objects were frozen before it was forked, and stay frozen.
     """
-    global _aside_before, _runs
-    _aside_before = _aside_before or (_runs == 0 and gc.get_freeze_count() > 0)
-    if _aside_before:
+    global _frozen_before, _runs
+    _frozen_before = _frozen_before or (_runs == 0 and gc.get_freeze_count() > 0)
+    if _frozen_before:
         yield
         return
     if _runs == 0:

@@ -1,4 +1,4 @@
-"""Random numbers as a function of where a run stands, so that nothing about them needs to be stored."""
+"""Random number generators: seeds are derived from (seed, epoch, step, slice), so no generator state must be saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from nbdist.errors import PlanError
 
-__all__ = ["derive", "kept", "load_state_dict", "seed_all", "seed_torch", "set_state", "state", "state_dict"]
+__all__ = ["derive", "fork_rng", "get_state", "load_state_dict", "seed_all", "seed_torch", "set_state", "state_dict"]
 
 
 def derive(*path: int | str) -> int:
@@ -23,20 +23,20 @@ def derive(*path: int | str) -> int:
 
 
 def seed_torch(seed: int, device: torch.device) -> None:
-    """Seed torch's global generators that `device` uses. Local, cheap enough for every slice."""
+    """Seed torch's global generators for the CPU and `device`. Local, cheap enough for every slice."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
-def state(device: torch.device) -> list[torch.Tensor | None]:
-    """Where the generators stand that `seed_torch` seeds, as tensors that can travel. Local."""
+def get_state(device: torch.device) -> list[torch.Tensor | None]:
+    """The states of the generators that `seed_torch` seeds, as tensors that can be sent. Local."""
     on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.default_generator.get_state(), *on_device]
 
 
 def set_state(states: list[torch.Tensor | None], device: torch.device) -> None:
-    """Go on where `state` was taken, perhaps on another rank. Local."""
+    """Set the generators to the `get_state` of this or another rank. Local."""
     first, *on_device = states
     assert first is not None
     torch.default_generator.set_state(first.cpu())
@@ -46,16 +46,16 @@ def set_state(states: list[torch.Tensor | None], device: torch.device) -> None:
 
 
 def seed_all(seed: int) -> None:
-    """Seed torch, NumPy's legacy generator and `random` on the CPU: what data sets draw from."""
+    """Seed torch's CPU generator, NumPy's legacy generator and `random`: data sets use these."""
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def state_dict() -> list[Any]:
-    """Where NumPy's legacy generator and `random` stand, as JSON-able data. Local.
+    """The states of NumPy's legacy generator and of `random`, as JSON-able data. Local.
 
-    A step of the user's may draw from them. To seed them in every step, as torch's generators are, would cost 20 us.
+    The user's step may use them. They are not seeded in every step, as torch's generators are: that would cost 20 us.
     """
     name, keys, *rest = np.random.get_state()
     version, words, gauss = random.getstate()
@@ -66,22 +66,22 @@ def state_dict() -> list[Any]:
 
 
 def load_state_dict(state_dict: list[Any]) -> None:
-    """Let them stand where `state_dict` says. Local.
+    """Set NumPy's legacy generator and `random` to a `state_dict`. Local.
 
     Raises:
-        PlanError: They cannot stand there.
+        PlanError: It is not a valid state.
     """
     try:
         (name, keys, *rest), (version, words, gauss) = state_dict
         np.random.set_state((name, np.frombuffer(bytes.fromhex(keys), np.uint32), *rest))
         random.setstate((version, tuple(np.frombuffer(bytes.fromhex(words), np.uint32).tolist()), gauss))
     except (TypeError, ValueError, LookupError, OverflowError) as error:
-        raise PlanError(f"where the random numbers stood was not kept as nbdist keeps it ({error}).") from None
+        raise PlanError(f"the saved random number generator state is not in nbdist's format ({error}).") from None
 
 
 @contextlib.contextmanager
-def kept(device: torch.device) -> Iterator[None]:
-    """Give the caller's random state back at the end: a training leaves no trace in it."""
+def fork_rng(device: torch.device) -> Iterator[None]:
+    """Restore the caller's generator states (torch, NumPy, `random`) at the end of the context."""
     numpy_state, random_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:

@@ -1,4 +1,4 @@
-"""What holds in a process while it trains: its threads, determinism, and that it may not be interrupted now."""
+"""Process settings during training: torch's threads, deterministic algorithms, ignored interrupts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch compute with so many threads meanwhile. Local."""
+    """Set torch's number of threads within the context. Local."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -29,14 +29,14 @@ def threads(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Let torch compute the same bits from the same numbers meanwhile, or say which operation cannot. Local."""
+    """Use deterministic algorithms within the context; torch raises on an operation that has none. Local."""
     switches: Any = torch.utils.deterministic
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills, tries = switches.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     workspace = os.environ.get(_CUBLAS)
-    os.environ.setdefault(_CUBLAS, ":4096:8")  # torch asks for it before it lets cuBLAS compute
+    os.environ.setdefault(_CUBLAS, ":4096:8")  # torch requires it for deterministic cuBLAS
     torch.use_deterministic_algorithms(True)
-    switches.fill_uninitialized_memory = False  # nobody reads it, and it costs a pass over memory
+    switches.fill_uninitialized_memory = False  # it costs a pass over memory, for values that are never read
     torch.backends.cudnn.benchmark = False
     try:
         yield
@@ -50,7 +50,7 @@ def deterministic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let no interrupt land meanwhile; one that comes is dropped. Local."""
+    """Ignore interrupts (SIGINT) within the context. Local; only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

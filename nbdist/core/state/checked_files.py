@@ -1,4 +1,4 @@
-"""Files whose checksum lies beside them until somebody collects it, seen through to the disk."""
+"""Files written with fsync, each with a SHA-256 file beside it until rank 0 collects the checksums."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 __all__ = ["SUM", "checksum", "hashed", "replace_file", "write_file", "write_sum"]
 
 SUM = ".sha256"
-"""How the name of a checksum's file ends."""
+"""Suffix of a checksum file."""
 _BLOCK_BYTES = 1 << 20
 
 
 def write_file(path: Path, blocks: Iterable[torch.Tensor]) -> str:
-    """Write bytes to a file and its checksum beside it, and see them through to the disk; returns the checksum."""
+    """Write bytes to a file and its checksum beside it, with fsync; returns the checksum."""
     with path.open("wb", buffering=0) as file:
         checksum, nbytes = hashed(blocks, file)
         os.fsync(file.fileno())
@@ -27,9 +27,9 @@ def write_file(path: Path, blocks: Iterable[torch.Tensor]) -> str:
 
 
 def hashed(blocks: Iterable[torch.Tensor], file: io.RawIOBase | None = None) -> tuple[str, int]:
-    """The SHA-256 and the number of bytes, which are written to `file` meanwhile if there is one.
+    """The SHA-256 and the number of bytes, which are also written to `file` if given.
 
-    Neither hashing nor writing holds Python's lock, so that the training goes on beside it.
+    Neither hashing nor writing holds the GIL, so training continues meanwhile.
     """
     digest, nbytes = hashlib.sha256(), 0
     for block in blocks:
@@ -43,22 +43,22 @@ def hashed(blocks: Iterable[torch.Tensor], file: io.RawIOBase | None = None) -> 
 
 
 def write_sum(path: Path, checksum: str, nbytes: int) -> None:
-    """Put the checksum of a file beside it, for rank 0."""
-    told = path.with_name(path.name + SUM)
-    with told.open("w") as text:
+    """Write the checksum of a file beside it, for rank 0."""
+    sum_path = path.with_name(path.name + SUM)
+    with sum_path.open("w") as text:
         text.write(f"{checksum} {nbytes}")
         text.flush()
         os.fsync(text.fileno())
 
 
 def replace_file(path: Path, content: str) -> None:
-    """Put a text in the place of a file in one stroke, which is on the disk when this returns."""
-    aside = path.with_name(f".{path.name}")
-    with aside.open("w") as text:
+    """Replace a file atomically by a text, which is on disk when this returns."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w") as text:
         text.write(content)
         text.flush()
         os.fsync(text.fileno())
-    os.replace(aside, path)
+    os.replace(temporary, path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -1,4 +1,4 @@
-"""The form of what was kept beside tensors, checked before any of it is believed: a checkpoint may be anybody's."""
+"""The JSON schema of a checkpoint's metadata, checked before any is used: a checkpoint may come from anyone."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ RANK = {
     "groups": [{"params": [str]}],
     "values": {str: dict},
 }
-"""What each rank says, see `fits`."""
+"""The schema of each rank's metadata, see `fits`."""
 
 
 def fits(value: Any, schema: Any) -> bool:
-    """Whether JSON has a form.
+    """Whether a JSON value fits a schema.
 
     Args:
-        value: The JSON.
-        schema: A type (`int` is what counts, zero and above; `float` any number; `object` anything); a tuple,
-            of each item; a list of one schema, of every item; a dict of one under `str`, of every value; or a dict of
-            what has to be there.
+        value: The JSON value.
+        schema: A type (`int` is a count, zero or more; `float` any number; `object` anything); a tuple of one schema
+            per item; a list of one schema for all items; a dict ``{str: schema}`` for all values; or a dict of the
+            required keys.
     """
     if isinstance(schema, tuple):
         return isinstance(value, list) and len(value) == len(schema) and all(map(fits, value, schema))
@@ -57,7 +57,7 @@ def fits(value: Any, schema: Any) -> bool:
 
 
 def cut_of(about: dict[str, Any]) -> Cut | None:
-    """How a tensor was split over ``tp``, as a `RANK` tells of it.
+    """How a tensor was split over ``tp``, from its entry in `RANK`.
 
     Raises:
         ValueError: No tensor can be split like that.

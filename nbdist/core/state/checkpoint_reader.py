@@ -1,4 +1,4 @@
-"""A state that was kept, in memory or on disk: which tensors there are, and each of them as a whole."""
+"""The checkpoint reader: whole tensors from the shards that ranks saved, in a snapshot or a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from safetensors import SafetensorError, safe_open
 from nbdist.core.params.placement import Cut
 from nbdist.core.state.checked_files import checksum
 from nbdist.core.state.checkpoint_format import RANK, cut_of, fits
-from nbdist.core.state.shard_plan import key_of, own_entry
+from nbdist.core.state.shard_plan import buffer_entry, key_of
 from nbdist.core.state.tensor_buffer import TensorBuffer
 from nbdist.errors import PlanError
 
-__all__ = ["ABOUT", "FORMAT", "NEWEST", "CheckpointReader", "candidates", "checkpoints", "sealed"]
+__all__ = ["FORMAT", "MANIFEST", "NEWEST", "CheckpointReader", "candidates", "checkpoints", "sealed"]
 
-ABOUT = "checkpoint.json"
-"""In the folder of one checkpoint: its files and their checksums."""
+MANIFEST = "checkpoint.json"
+"""In a checkpoint's folder: its files and their checksums."""
 NEWEST = "newest.json"
-"""In a folder of checkpoints: their names, the newest one last."""
+"""In a folder of checkpoints: the names of the published ones, the newest last."""
 FORMAT = 2
 _TEXT = "nbdist"
 
 
 class _Part(Protocol):
-    """What one rank has kept, or a part of it."""
+    """A file or snapshot buffer with shards of one rank."""
 
     text: str
 
@@ -44,20 +44,20 @@ class _Part(Protocol):
 
 
 class CheckpointReader:
-    """Reads whole tensors out of what the ranks of a training have kept.
+    """Reads whole tensors from the shards that all ranks saved.
 
     Args:
-        name: What it is called in errors.
-        parts: What each rank has kept.
+        name: Its name in errors.
+        parts: The shards of each rank.
 
     Attributes:
-        ranks: What each rank said: `position`, `scheduler`, `scale`, `reports_loss`, and what it trained on.
-        tensors: What is known of the model's tensors, by name.
-        groups: The settings of the optimizer's groups, their parameters by name.
-        attributes: What it keeps under names of its own; older checkpoints do not say.
-        values: The entries of its state that are no tensors, by parameter.
-        complete: Whether all of the model has to be in it; a snapshot leaves out what never changes.
-        seal: Of a checkpoint, the checksum over all of its checksums: two that have the same one are the same.
+        ranks: Each rank's metadata, see `RANK`: `position` (its progress), `scheduler`, `reports_loss`, `mesh` etc.
+        tensors: Shape, dtype and split of the model's tensors, by name.
+        groups: The settings of the optimizer's groups, with parameters by name.
+        attributes: The optimizer's own attributes; not in older checkpoints.
+        values: Optimizer state that is not a tensor, by parameter.
+        complete: Whether all of the model must be in it; a snapshot leaves out what never changes.
+        seal: The checksum over a checkpoint's checksums: checkpoints with the same one are identical.
     """
 
     complete = False
@@ -67,34 +67,34 @@ class CheckpointReader:
         self.name = name
         self._checksums: dict[Path, str] = {}
         try:
-            told = [json.loads(part.text) for part in parts if part.text]
+            ranks = [json.loads(part.text) for part in parts if part.text]
         except (ValueError, RecursionError):
-            told = []
-        if not (told and fits(told, [RANK])):
-            raise self._not_ours("a rank's account of itself")
-        self.ranks: list[dict[str, Any]] = sorted(told, key=lambda rank: int(rank["rank"]))
-        if [rank["rank"] for rank in self.ranks] != list(range(len(told))):
-            raise self._not_ours("the ranks that wrote it")
+            ranks = []
+        if not (ranks and fits(ranks, [RANK])):
+            raise self._malformed("the metadata of a rank")
+        self.ranks: list[dict[str, Any]] = sorted(ranks, key=lambda rank: int(rank["rank"]))
+        if [rank["rank"] for rank in self.ranks] != list(range(len(ranks))):
+            raise self._malformed("the list of ranks")
         first = self.ranks[0]
         self.tensors: dict[str, dict[str, Any]] = first["tensors"]
         self.groups: list[dict[str, Any]] = first["groups"]
         self.attributes: dict[str, Any] = first.get("attributes", {})
         if not isinstance(self.attributes, dict):
-            raise self._not_ours("what the optimizer keeps")
+            raise self._malformed("the optimizer's attributes")
         self.values: dict[str, dict[str, Any]] = {
             name: value for rank in reversed(self.ranks) for name, value in rank["values"].items()
         }
         try:
             self._cuts = {name: cut_of(about) for name, about in self.tensors.items()}
         except ValueError:
-            raise self._not_ours("what it says of the tensors") from None
+            raise self._malformed("the description of the tensors") from None
         self._part_of: dict[str, _Part] = {}
         self._entries: dict[str, dict[str, bool]] = {}
         for part in parts:
             for key in part.keys:
                 of, entry, kind, *_ = key.rsplit("|", 4) if key.count("|") >= 4 else ("",) * 4
                 if of not in self.tensors:
-                    raise self._not_ours(f"the tensor {key!r}")
+                    raise self._malformed(f"the tensor {key!r}")
                 self._part_of.setdefault(key, part)
                 self._entries.setdefault(of, {})[entry] = kind == "part"
         for of, entries in self._entries.items():
@@ -102,17 +102,17 @@ class CheckpointReader:
                 self._check(of, entry)
 
     @classmethod
-    def in_memory(cls, images: Sequence[TensorBuffer]) -> CheckpointReader:
-        """The snapshot in these images."""
-        return cls("the last snapshot", images)
+    def in_memory(cls, tensor_buffers: Sequence[TensorBuffer]) -> CheckpointReader:
+        """The snapshot in these tensor buffers."""
+        return cls("the last snapshot", tensor_buffers)
 
     @classmethod
     def in_folder(cls, folder: str, *, hashed: bool = True) -> CheckpointReader:
-        """The checkpoint in a folder; of several the newest that is whole, with a warning if that is an older one.
+        """The checkpoint in a folder; of several the newest undamaged one, with a warning if newer ones are damaged.
 
         Args:
             folder: Of checkpoints, or of one.
-            hashed: Whether to look at every byte; else at lengths and headers only, in no time.
+            hashed: Whether to check every byte; else only lengths and headers, which is fast.
 
         Raises:
             PlanError: There is none that this version reads.
@@ -132,53 +132,53 @@ class CheckpointReader:
 
     @classmethod
     def of(cls, place: Path) -> CheckpointReader:
-        """One checkpoint, by its folder, whose files have the right lengths and headers.
+        """One checkpoint, by its folder; checks its files' lengths and headers.
 
         Raises:
-            PlanError: It is not whole, or none that this version reads.
+            PlanError: It is damaged, or of another format.
         """
-        about = _opened(place / ABOUT, FORMAT)
+        about = _read_sealed(place / MANIFEST, FORMAT)
         files = _files(place, about)
         saved = cls(repr(str(place)), [_File(place / name) for name in files])
         saved.complete, saved.seal = True, about["checksum"]
-        saved._checksums = {place / name: told for name, (_, told) in files.items()}
+        saved._checksums = {place / name: expected for name, (_, expected) in files.items()}
         return saved
 
     def hash_files(self, reader: int = 0, readers: int = 1) -> None:
-        """See that files of a checkpoint are what was written: every byte of each. Local.
+        """Check files of a checkpoint against their checksums, every byte. Local.
 
         Args:
-            reader: Which of those that share the work this is.
-            readers: How many.
+            reader: Index of this process among those that share the work.
+            readers: How many share it.
 
         Raises:
-            PlanError: One is not.
+            PlanError: A file was changed.
         """
         by_size = sorted(self._checksums, key=lambda file: -file.stat().st_size)
         for file in by_size[reader::readers]:
             if checksum(file) != self._checksums[file]:
-                raise _not_whole(file.parent, f"{file.name} was changed")
+                raise _incomplete(file.parent, f"{file.name} was changed")
 
     def dtype(self, name: str) -> torch.dtype:
-        """What a tensor of the model was saved in."""
+        """The dtype in which a tensor of the model was saved."""
         dtype: torch.dtype = getattr(torch, self.tensors[name]["dtype"])
         return dtype
 
     def entries(self, name: str) -> list[str]:
-        """The tensors of an optimizer's state of a parameter."""
+        """The tensor entries of a parameter's optimizer state."""
         return [entry for entry in self._entries.get(name, {}) if entry]
 
     @property
     def names(self) -> set[str]:
-        """The tensors of the model that were kept; a snapshot leaves out what never changes."""
+        """The model's tensors that were saved; a snapshot leaves out what never changes."""
         return set(self._entries)
 
     def holds(self, name: str) -> bool:
-        """Whether the values of a parameter were kept."""
+        """Whether the values of a parameter were saved."""
         return "" in self._entries.get(name, {})
 
     def whole(self, name: str, entry: str = "") -> torch.Tensor:
-        """A tensor of the model, or an entry of the optimizer's state of it, as a whole; maybe in memory of others."""
+        """A whole tensor of the model, or entry of its optimizer state; it may share memory with the file or buffer."""
         about = self.tensors[name]
         if not self._entries[name][entry]:
             return self._read(key_of(name, entry, None, None))
@@ -191,7 +191,7 @@ class CheckpointReader:
         return pieces[0] if cut is None else cut.join(pieces)
 
     def _local(self, name: str) -> tuple[Cut | None, torch.Size]:
-        """How a tensor was split over ``tp``, and the shape of the parts."""
+        """How a tensor was split over ``tp``, and the shape of a part."""
         about = self.tensors[name]
         cut, shape = self._cuts[name], list(about["shape"])
         if cut is not None:
@@ -199,31 +199,31 @@ class CheckpointReader:
         return cut, torch.Size(shape)
 
     def _check(self, name: str, entry: str) -> None:
-        """See that all parts are there of an entry, and fit together."""
+        """Check that all parts of an entry exist and fit together."""
         about = self.tensors[name]
         try:
             if not self._entries[name][entry]:
                 key = key_of(name, entry, None, None)
                 whole = self._part_of[key].shape(key)
-                fitting = whole == about["shape"] or (entry and not entry.startswith(own_entry(1)[0]))
+                fits_shape = whole == about["shape"] or (entry and not entry.startswith(buffer_entry(1)[0]))
             else:
                 _, local = self._local(name)
                 shape = [*local] if about["shard"] == 1 else [-(-local.numel() // about["shard"])]
                 keys = (key_of(name, entry, tp, shard) for tp in range(about["tp"]) for shard in range(about["shard"]))
-                fitting = all(self._part_of[key].shape(key) == shape for key in keys)
+                fits_shape = all(self._part_of[key].shape(key) == shape for key in keys)
         except (ValueError, KeyError):
-            fitting = False
-        if not fitting:
-            raise self._not_ours(f"{entry} of {name}" if entry else name)
+            fits_shape = False
+        if not fits_shape:
+            raise self._malformed(f"{entry} of {name}" if entry else name)
 
-    def _not_ours(self, what: str) -> PlanError:
-        return PlanError(f"checkpoint {self.name} is none that nbdist wrote: {what} is not as it writes it.")
+    def _malformed(self, what: str) -> PlanError:
+        return PlanError(f"checkpoint {self.name} was not written by nbdist: {what} is malformed.")
 
     def buffer(self, name: str, data_rank: int | None = None) -> torch.Tensor:
-        """A buffer: that of one rank, or else what all of them give, as `ParamTable.average_buffers_` does."""
+        """A buffer: that of one rank, or else the mean over ranks, as in `ParamTable.average_buffers_`."""
         first = self.whole(name, "" if "" in self._entries[name] else next(iter(self._entries[name])))
         if data_rank is not None:
-            own = own_entry(data_rank)
+            own = buffer_entry(data_rank)
             return self.whole(name, own) if own in self._entries[name] else first
         others = [self.whole(name, entry) for entry in self._entries[name] if entry]
         if not (others and first.is_floating_point()):
@@ -238,7 +238,7 @@ class CheckpointReader:
 
 
 class _File:
-    """A safetensors file; opened when something is read from it."""
+    """A safetensors file, opened at the first read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -248,7 +248,7 @@ class _File:
                 self.text: str = (file.metadata() or {}).get(_TEXT, "")
                 self._shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise _not_whole(path.parent, f"{path.name} cannot be read ({error})") from None
+            raise _incomplete(path.parent, f"{path.name} cannot be read ({error})") from None
 
     @property
     def keys(self) -> list[str]:
@@ -262,19 +262,19 @@ class _File:
             if self._file is None:
                 self._file = safe_open(self._path, framework="pt")
             tensor: torch.Tensor = self._file.get_tensor(key)
-        except (SafetensorError, OSError) as error:  # another run has removed it meanwhile, say
-            raise _not_whole(self._path.parent, f"{self._path.name} cannot be read ({error})") from None
+        except (SafetensorError, OSError) as error:  # for example, another run has removed it
+            raise _incomplete(self._path.parent, f"{self._path.name} cannot be read ({error})") from None
         return tensor
 
 
 def candidates(folder: str) -> list[Path]:
-    """The checkpoints that a folder stands for, the newest first: those in it, or it alone if it is one.
+    """The checkpoints in a folder, the newest first; the folder itself if it is one.
 
     Raises:
         PlanError: There is none.
     """
     path = Path(folder)
-    if os.path.isfile(path / ABOUT):
+    if os.path.isfile(path / MANIFEST):
         return [path]
     places = [path / name for name in reversed(checkpoints(path))]
     if not places:
@@ -283,62 +283,62 @@ def candidates(folder: str) -> list[Path]:
 
 
 def checkpoints(path: Path) -> list[str]:
-    """The names of the checkpoints in a folder, the newest one last.
+    """The names of the published checkpoints in a folder, the newest last.
 
     Raises:
-        PlanError: Who keeps account of them was changed.
+        PlanError: `newest.json` was changed.
     """
     if not os.path.isfile(path / NEWEST):
         return []
-    names = _opened(path / NEWEST).get("checkpoints")
-    if fits(names, [str]) and names and all(map(_lies_in_it, names)):
+    names = _read_sealed(path / NEWEST).get("checkpoints")
+    if fits(names, [str]) and names and all(map(_is_file_name, names)):
         return list(names)
-    raise PlanError(f"{NEWEST} in {str(path)!r} is none that nbdist wrote: name one of the folders beside it.")
+    raise PlanError(f"{NEWEST} in {str(path)!r} was not written by nbdist: name one of the folders beside it.")
 
 
 def _files(place: Path, about: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    """The files of a checkpoint, all of which are there: the length and the checksum of each."""
+    """The length and checksum of each file of a checkpoint; checks that all exist."""
     files = about.get("files")
-    if not (fits(files, {str: (int, str)}) and files and all(map(_lies_in_it, files))):
-        raise PlanError(f"{ABOUT} in {str(place)!r} is none that nbdist wrote: give the folder that was written to.")
+    if not (fits(files, {str: (int, str)}) and files and all(map(_is_file_name, files))):
+        raise PlanError(f"{MANIFEST} in {str(place)!r} was not written by nbdist: give the folder that was written to.")
     for name, (nbytes, _) in files.items():
         if not os.path.isfile(place / name):
-            raise _not_whole(place, f"{name} is not there")
+            raise _incomplete(place, f"{name} is not there")
         if os.path.getsize(place / name) != nbytes:
-            raise _not_whole(place, f"{name} was cut or is longer")
+            raise _incomplete(place, f"{name} was cut or is longer")
     return dict(files)
 
 
-def _not_whole(place: Path, what: str) -> PlanError:
+def _incomplete(place: Path, what: str) -> PlanError:
     return PlanError(f"checkpoint {str(place)!r} is not whole, {what}: copy all of its files again.")
 
 
-def sealed(told: dict[str, Any]) -> str:
+def sealed(content: dict[str, Any]) -> str:
     """JSON with a checksum of itself."""
-    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-    return json.dumps({**told, "checksum": digest}, indent=1)
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "checksum": digest}, indent=1)
 
 
-def _opened(path: Path, expected: int | None = None) -> dict[str, Any]:
-    """What was `sealed` in a file, which has not one character changed."""
+def _read_sealed(path: Path, expected: int | None = None) -> dict[str, Any]:
+    """The content of a `sealed` file, if not one character was changed."""
     try:
         text = path.read_text(encoding="utf-8") if os.path.isfile(path) else ""
-        told = json.loads(text)
-        if expected is not None and told["format"] != expected:
+        content = json.loads(text)
+        if expected is not None and content["format"] != expected:
             raise PlanError(
-                f"checkpoint {str(path.parent)!r} has format {told['format']}: this nbdist reads format {expected}."
+                f"checkpoint {str(path.parent)!r} has format {content['format']}: this nbdist reads format {expected}."
             )
-        if text == sealed({key: value for key, value in told.items() if key != "checksum"}):
-            return dict(told)
+        if text == sealed({key: value for key, value in content.items() if key != "checksum"}):
+            return dict(content)
     except PlanError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     raise PlanError(
-        f"{path.name} in {str(path.parent)!r} is none that nbdist wrote, or was changed: copy all files again."
+        f"{path.name} in {str(path.parent)!r} was not written by nbdist, or was changed: copy all files again."
     )
 
 
-def _lies_in_it(name: str) -> bool:
+def _is_file_name(name: str) -> bool:
     """Whether a name is that of something in the same folder."""
     return Path(name).name == name != ".."

@@ -1,8 +1,8 @@
-"""Checkpoints on disk: a snapshot written in the background, whole or not at all.
+"""The checkpoint writer: writes snapshots to disk in the background, and publishes a checkpoint when it is complete.
 
-A folder holds the last few checkpoints, each in a folder of its own: a safetensors file a rank, and a JSON file with
-the checksum of each. It counts only once `newest.json` beside them names it, which is replaced in one stroke when all
-of it lies on the disk. Nothing in a checkpoint is pickled, so that reading one runs no code.
+A folder holds the last few checkpoints, each in a folder of its own: a safetensors file per rank, and a JSON file with
+the checksum of each. A checkpoint is *published* when `newest.json` beside them names it; that file is replaced
+atomically once all files are on disk. Nothing in a checkpoint is pickled, so reading one runs no code.
 """
 
 from __future__ import annotations
@@ -24,29 +24,36 @@ from nbdist.core.comm import Channel
 from nbdist.core.optim.json_value import plain
 from nbdist.core.params.table import ParamTable
 from nbdist.core.state.checked_files import SUM, hashed, replace_file, write_file, write_sum
-from nbdist.core.state.checkpoint_reader import ABOUT, FORMAT, NEWEST, CheckpointReader, checkpoints, sealed
+from nbdist.core.state.checkpoint_reader import FORMAT, MANIFEST, NEWEST, CheckpointReader, checkpoints, sealed
 from nbdist.core.state.folder_lease import Lease
-from nbdist.core.state.restore import check_goes_on, check_same, load_whole
-from nbdist.core.state.shard_plan import ShardPlan, from_all
+from nbdist.core.state.restore import check_can_resume, check_same, load_whole
+from nbdist.core.state.shard_plan import ShardPlan, gather_texts
 from nbdist.core.state.snapshot import SnapshotBuffer
 from nbdist.core.state.tensor_buffer import TensorLayout
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
 
-__all__ = ["CheckpointWriter", "check_free", "check_resume", "checkpoint_of_run", "load_checkpoint", "prepare"]
+__all__ = [
+    "CheckpointWriter",
+    "check_no_live_writer",
+    "check_resume",
+    "checkpoint_of_run",
+    "load_checkpoint",
+    "prepare",
+]
 
 _NAMES = f"{'[0-9a-f]' * 8}-step{'[0-9]' * 8}*"
 THREAD = "nbdist checkpoint"
-"""The name of the thread that writes."""
+"""The name of the writing thread."""
 
 
 def prepare(folder: str, optimizer: torch.optim.Optimizer, channel: Channel, run_id: str) -> Lease | None:
-    """See to it that a training's state can be written; makes the folder. **Collective** over all ranks.
+    """Create a checkpoint folder and check that all ranks can write to it. **Collective** over all ranks.
 
-    What a run that was killed has left half written is removed.
+    Unpublished checkpoints of a killed run are removed.
 
     Returns:
-        On rank 0 the lease of the folder: to be released when nothing is to be written any more.
+        On rank 0 the lease of the folder, to be released after the last write.
 
     Raises:
         PlanError: A rank cannot write there, or another run does.
@@ -63,55 +70,55 @@ def prepare(folder: str, optimizer: torch.optim.Optimizer, channel: Channel, run
             pass
         if channel.rank == 0:
             lease = Lease(folder, run_id).acquire()
-            _tidy_up(Path(folder))
+            _remove_incomplete(Path(folder))
     except OSError as error:
         problem = f"rank {channel.rank} cannot write to checkpoint={folder!r} ({error.strerror}): name another folder."
     except PlanError as error:
         problem = str(error)
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as cleanup:
         if lease is not None:
-            undo.callback(lease.release)
-        for told in from_all(problem, channel):
-            if told:
-                raise PlanError(told)
-        undo.pop_all()
+            cleanup.callback(lease.release)
+        for text in gather_texts(problem, channel):
+            if text:
+                raise PlanError(text)
+        cleanup.pop_all()
     return lease
 
 
-def check_free(folder: str, run_id: str) -> None:
-    """Raise `PlanError` where a run that lives writes into a folder; one that is dead has lost it. Local."""
+def check_no_live_writer(folder: str, run_id: str) -> None:
+    """Raise `PlanError` if a live run writes into a folder; a dead run has lost its lease. Local."""
     if os.path.isdir(folder):
-        with contextlib.suppress(OSError):  # the ranks say it
+        with contextlib.suppress(OSError):  # the ranks report it, from `prepare`
             Lease(folder, run_id).acquire().release()
 
 
-def _tidy_up(folder: Path) -> None:
-    with contextlib.suppress(PlanError):  # unreadable: what is there may be all that is left
-        known = checkpoints(folder)
+def _remove_incomplete(folder: Path) -> None:
+    with contextlib.suppress(PlanError):  # `newest.json` is unreadable: remove nothing
+        complete = checkpoints(folder)
         for path in folder.glob(_NAMES):
-            if path.name not in known and (known or not (path / ABOUT).exists()):
+            if path.name not in complete and (complete or not (path / MANIFEST).exists()):
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def check_resume(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise where a training cannot go on from `plan.resume`. Local; nothing is changed, and little is read.
+    """Raise if a training cannot resume from `plan.resume`. Local; changes nothing and reads little.
 
     Raises:
-        PlanError: There is no checkpoint, or not one to go on from.
-        TaskError: It is another model's or another optimizer's.
+        PlanError: There is no checkpoint, or none that this plan can resume from.
+        TaskError: It is of another model or another optimizer.
     """
-    folder = resumed_folder(plan)
+    folder = folder_to_resume(plan)
     if folder:
         saved = CheckpointReader.in_folder(folder, hashed=False)
         check_same(saved, ParamTable.of(model), optimizer)
-        check_goes_on(saved, plan)
+        check_can_resume(saved, plan)
 
 
-def resumed_folder(plan: Plan) -> str:
-    """The folder to go on from; empty where a training begins at its beginning.
+def folder_to_resume(plan: Plan) -> str:
+    """The folder to resume from; empty if the training starts from scratch.
 
     Raises:
-        PlanError: No folder is named.
+        PlanError: No folder is given.
     """
     if plan.resume is not True:
         return str(plan.resume)
@@ -121,7 +128,7 @@ def resumed_folder(plan: Plan) -> str:
 
 
 def checkpoint_of_run(plan: Plan, run_id: str) -> CheckpointReader | None:
-    """The newest checkpoint that a run has written to its own folder, by its lengths and headers. Local."""
+    """The newest checkpoint that a run has written to its own folder; checks lengths and headers. Local."""
     if not (plan.checkpoint and run_id):
         return None
     with contextlib.suppress(PlanError):
@@ -132,34 +139,34 @@ def checkpoint_of_run(plan: Plan, run_id: str) -> CheckpointReader | None:
 
 
 def load_checkpoint(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Read a checkpoint into an ordinary model, in place, whatever mesh it was made on. Local.
+    """Load a checkpoint into an ordinary model, in place, whatever mesh it was saved on. Local.
 
     Args:
-        folder: What ``--checkpoint`` (or ``checkpoint=``) named, or one of the checkpoints in it.
+        folder: The folder given as ``--checkpoint`` (or ``checkpoint=``), or one of the checkpoints in it.
         model: The model, with any weights.
-        optimizer: Over its parameters, if its state is wanted too.
+        optimizer: Over its parameters, to load its state too.
 
     Raises:
         PlanError: There is no checkpoint.
-        TaskError: It is another model's or another optimizer's; nothing has been changed.
+        TaskError: It is of another model or another optimizer; nothing has been changed.
     """
     load_whole(CheckpointReader.in_folder(folder), model, optimizer)
 
 
 class CheckpointWriter:
-    """Writes this rank's share of checkpoints in a thread; rank 0 lets a checkpoint count when all shares are there.
+    """Writes this rank's file of checkpoints in a thread; rank 0 publishes a checkpoint when all files exist.
 
     Args:
-        folder: Seen by all ranks.
-        keep: How many checkpoints stay.
-        mark: Begins the name of each one, unlike that of any other run; the same on all ranks.
+        folder: Shared by all ranks.
+        keep: How many checkpoints to keep.
+        mark: A prefix of each checkpoint's name, unique to this run; the same on all ranks.
         rank: This rank.
         ranks: How many.
         lease: Of the folder, on rank 0.
 
     Attributes:
-        problems: What went wrong, in sentences, until somebody takes it from there.
-        counted: Of each checkpoint that has come to count its step, its folder, and the seconds it took; likewise.
+        problems: Messages about failures, until the snapshotter takes them.
+        completed: Step, folder and seconds of each published checkpoint, until the snapshotter takes them.
     """
 
     def __init__(self, folder: str, keep: int, mark: str, rank: int, ranks: int, lease: Lease | None) -> None:
@@ -170,42 +177,42 @@ class CheckpointWriter:
         self._ranks = ranks
         self._lease = lease
         self._thread: threading.Thread | None = None
-        self._slot: SnapshotBuffer | None = None
+        self._buffer: SnapshotBuffer | None = None
         self._step = -1
         self._name = ""
         self.failed = False
         self.problems: list[str] = []
-        self.counted: list[tuple[int, str, float]] = []
+        self.completed: list[tuple[int, str, float]] = []
         self._began_s = 0.0
         self._frozen: tuple[Path, str] | None = None  # the file of frozen weights written last, and its checksum
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is under way on this rank that has not been settled: on all ranks the same."""
-        return self._slot is not None
+        """Whether a checkpoint has begun and `finish` was not called yet: on all ranks the same."""
+        return self._buffer is not None
 
     @property
     def working(self) -> bool:
-        """Whether one is under way, or is being let count: not before that is done may the next one begin."""
+        """Whether one is in progress or being published: the next one must wait for that."""
         return self.busy or (self._thread is not None and self._thread.is_alive())
 
     @property
     def done(self) -> bool:
-        """Whether this rank's share of the one under way has been written, or could not be."""
-        return self._slot is not None and (self._thread is None or not self._thread.is_alive())
+        """Whether this rank has written its file of the one in progress, or has failed."""
+        return self._buffer is not None and (self._thread is None or not self._thread.is_alive())
 
-    def begin(self, slot: SnapshotBuffer, step: int, pieces: ShardPlan) -> None:
-        """Begin to write what `slot` holds, and what of `pieces` is frozen. Local."""
+    def begin(self, buffer: SnapshotBuffer, step: int, shard_plan: ShardPlan) -> None:
+        """Start writing the snapshot in `buffer`, and the frozen parameters of `shard_plan`. Local."""
         self.wait()
-        slot.pinned = True
-        # One that counts is never written over: the last one of a run may have the step of the one before it.
+        buffer.pinned = True
+        # Never overwrite a published one: a run's final checkpoint may have the step of the one before it.
         self._name = f"{self._mark}-step{step:08}{'-end' if step == self._step else ''}"
-        self._slot, self._step, self.failed = slot, step, False
+        self._buffer, self._step, self.failed = buffer, step, False
         self._began_s = time.monotonic()
-        self._start(self._write, slot, pieces.frozen(), pieces.moved)
+        self._start(self._write, buffer, shard_plan.frozen(), shard_plan.frozen_changed)
 
     def wait(self) -> None:
-        """Wait until what this rank has begun to write has been written, or could not be. Local."""
+        """Wait until this rank's write in progress is complete or has failed. Local."""
         if self._thread is not None:
             self._thread.join()
 
@@ -216,33 +223,34 @@ class CheckpointWriter:
     def _work(self, work: Callable[..., None], *args: Any) -> None:
         try:
             work(*args)
-        except Exception as error:  # whatever it is, what was not written must not count
+        except Exception as error:  # any error: a checkpoint that was not written must not be published
             self.failed = True
             reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
             self.problems.append(
-                f"the checkpoint of step {self._step} could not be written ({reason}): the run goes on, the "
-                "checkpoints before it are whole."
+                f"the checkpoint of step {self._step} could not be written ({reason}): the run continues, earlier "
+                "checkpoints are intact."
             )
 
-    def settle(self, whole: bool) -> None:
-        """All ranks have told how it went: let the checkpoint count, or forget it. Local, at once on all ranks."""
-        assert self._slot is not None
-        self._slot.pinned, self._slot = False, None
+    def finish(self, whole: bool) -> None:
+        """All ranks have reported: publish or discard the checkpoint. Local, on all ranks after the same step."""
+        assert self._buffer is not None
+        self._buffer.pinned, self._buffer = False, None
         if self._rank == 0:
-            self._start(self._count if whole else self._forget)
+            self._start(self._publish if whole else self._discard)
 
-    def _write(self, slot: SnapshotBuffer, frozen: dict[str, torch.Tensor], moved: Callable[[], bool]) -> None:
+    def _write(
+        self, buffer: SnapshotBuffer, frozen: dict[str, torch.Tensor], frozen_changed: Callable[[], bool]
+    ) -> None:
         place = self._folder / self._name
         place.mkdir(exist_ok=True)
-        write_file(place / f"rank{self._rank}.safetensors", [slot.image])
+        write_file(place / f"rank{self._rank}.safetensors", [buffer.content])
         if frozen:
-            self._write_frozen(place / f"rank{self._rank}-frozen.safetensors", frozen, moved)
+            self._write_frozen(place / f"rank{self._rank}-frozen.safetensors", frozen, frozen_changed)
 
-    def _write_frozen(self, path: Path, frozen: dict[str, torch.Tensor], moved: Callable[[], bool]) -> None:
-        """Write the weights that do not change, or let the file of the checkpoint before stand in this one too.
+    def _write_frozen(self, path: Path, frozen: dict[str, torch.Tensor], frozen_changed: Callable[[], bool]) -> None:
+        """Write the frozen weights, or hard-link the file of the previous checkpoint if a hash shows no change.
 
-        A link, so that each checkpoint stays whole when others are removed and when it is copied elsewhere. That they
-        have not changed is seen from all of their bytes.
+        A hard link, so that each checkpoint stays complete when others are removed and when it is copied elsewhere.
         """
         layout = TensorLayout(frozen)
 
@@ -253,11 +261,11 @@ class CheckpointWriter:
 
         if not self._link_frozen(path, blocks):
             self._frozen = path, write_file(path, blocks())
-        if moved():
+        if frozen_changed():
             raise RuntimeError("a step has changed weights that take no gradient, for the first time")
 
     def _link_frozen(self, path: Path, blocks: Callable[[], Iterable[torch.Tensor]]) -> bool:
-        """Let the file of frozen weights that was written last have another name; False where that cannot be."""
+        """Hard-link the last file of frozen weights, if its bytes are the same; returns whether that worked."""
         if self._frozen is None:
             return False
         before, checksum = self._frozen
@@ -266,38 +274,38 @@ class CheckpointWriter:
             return False
         try:
             os.link(before, path)
-        except OSError:  # a file system without links, or somebody has removed the file
+        except OSError:  # a file system without links, or the file was removed
             return False
         write_sum(path, checksum, nbytes)
         self._frozen = path, checksum
         return True
 
-    def _count(self) -> None:
-        """Let the checkpoint under way count, and remove those that are too many."""
+    def _publish(self) -> None:
+        """Publish the checkpoint in progress, and remove the oldest beyond `keep`."""
         try:
             before, names = self._complete()
         except BaseException:
             with contextlib.suppress(PlanError):
                 if self._name not in checkpoints(self._folder):
-                    self._forget()  # on a full disk, the next one needs the room
+                    self._discard()  # on a full disk, the next one needs its space
             raise
-        self.counted.append((self._step, str(self._folder / self._name), time.monotonic() - self._began_s))
-        for name in {*before} - {*names}:  # only these: another rank may have begun with the next one
+        self.completed.append((self._step, str(self._folder / self._name), time.monotonic() - self._began_s))
+        for name in {*before} - {*names}:  # no others: another rank may have begun the next one
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def _complete(self) -> tuple[list[str], list[str]]:
-        """Put the checkpoint under way behind those that count; returns their names before and after."""
+        """Write its manifest and add it to `newest.json`; returns the published names before and after."""
         place = self._folder / self._name
         files = {}
-        for told in sorted(place.glob(f"*{SUM}")):
-            checksum, nbytes = told.read_text().split()
-            files[told.name.removesuffix(SUM)] = [int(nbytes), checksum]
+        for path in sorted(place.glob(f"*{SUM}")):
+            checksum, nbytes = path.read_text().split()
+            files[path.name.removesuffix(SUM)] = [int(nbytes), checksum]
         for rank in range(self._ranks):
             if f"rank{rank}.safetensors" not in files:
-                raise FileNotFoundError(2, f"the file of rank {rank} is not there: all ranks have to see the folder")
-        replace_file(place / ABOUT, sealed({"format": FORMAT, "files": files}))
-        for told in place.glob(f"*{SUM}"):
-            told.unlink()
+                raise FileNotFoundError(2, f"the file of rank {rank} is missing: all ranks must share the folder")
+        replace_file(place / MANIFEST, sealed({"format": FORMAT, "files": files}))
+        for path in place.glob(f"*{SUM}"):
+            path.unlink()
         if self._lease is not None:
             self._lease.confirm()
         before = checkpoints(self._folder)
@@ -306,5 +314,5 @@ class CheckpointWriter:
         replace_file(self._folder / NEWEST, sealed({"checkpoints": names}))
         return before, names
 
-    def _forget(self) -> None:
+    def _discard(self) -> None:
         shutil.rmtree(self._folder / self._name, ignore_errors=True)

@@ -1,10 +1,11 @@
-"""The lease of a folder of checkpoints: the right of one run at a time to write into it.
+"""The lease of a checkpoint folder, a lock across hosts: only one run at a time writes into the folder.
 
-Who wants it puts a file of its own into the folder and looks for those of others only then: of two that come at the
-same time, at least one sees the other. Who has it says so in its file, again and again. A run whose file has not
-changed for `LEASE_S`, by the clock of who looks, is dead, or might as well be: its file goes, by which it learns that
-it has lost the lease should it wake up. Nothing is needed of a file system but to create, list, read and remove; no
-locks, no links, no clocks that agree. The number of a process is asked only to wait less for one that has ended here.
+A run that wants the lease first creates a file of its own in the folder, and only then looks for files of other runs:
+of two that come at the same time, at least one sees the other. The holder rewrites its file every second (heartbeat).
+A run whose file has not changed for `LEASE_S`, by the waiting run's clock, counts as dead: its file is removed, and
+should that run wake up, the missing file shows it that the lease is lost. The file system needs only create, list,
+read and remove: no locks, no links, no synchronized clocks. Process ids only shorten the wait for a run that ended on
+this host.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ from nbdist.telemetry.host import host_id, host_name
 __all__ = ["LEASE_S", "Lease"]
 
 LEASE_S = 15.0
-"""A run that has not said for so long that it lives has lost its leases."""
+"""A run without a heartbeat for so long has lost its leases."""
 _BEAT_S = 1.0
-_PATIENCE_S = 10.0
-"""For so long a run that lives may still be about to end: engines may outlive a killed notebook as long."""
-_NAP_S = 0.02
+_GRACE_S = 10.0
+"""How long to wait for a live holder that may be ending: engines may outlive a killed notebook for so long."""
+_POLL_S = 0.02
 _PREFIX = ".lease-"
 _BEAT_FORMAT = "{:012d}"
 _WANTED, _HELD = "wanted", "held"
 
 
 class _Rival(NamedTuple):
-    """What another run's file says, or the nothing that can be read of it."""
+    """The content of another run's file; `about` is empty if it cannot be parsed."""
 
     text: str
     about: dict[str, Any]
 
 
 class Lease:
-    """The right to write into a folder, once `acquire` has returned. Local: rank 0 alone has one.
+    """The right to write into a folder, once `acquire` has returned. Local: only rank 0 has one.
 
     Args:
-        folder: That of the checkpoints, which is there.
-        run_id: Whose; a run succeeds itself at once, when its rank 0 is another process, say. Empty for no name.
+        folder: The checkpoint folder, which exists.
+        run_id: The run's id; a run replaces its own lease at once, such as after a recovery. Empty without one.
     """
 
     def __init__(self, folder: str, run_id: str) -> None:
@@ -55,23 +56,23 @@ class Lease:
         self._path = self._folder / f"{_PREFIX}{self._token}"
         self._about = {
             "run": run_id, "host": host_name(), "host_id": host_id(), "pid": os.getpid(),
-            "born": _born(os.getpid()),
+            "born": _start_ticks(os.getpid()),
         }  # fmt: skip
         self._beats = 0
-        self._ended = threading.Event()
+        self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="nbdist lease")
 
     def acquire(self) -> Lease:
-        """Wait until nobody else has the lease, or seems about to let it go.
+        """Wait until no other run holds the lease; gives up on a live holder after `_GRACE_S`.
 
         Raises:
-            PlanError: A run that lives has it.
+            PlanError: A live run holds it.
             OSError: The folder cannot be written.
         """
         try:
             self._write(_WANTED)
             self._thread.start()
-            dead = self._outwait()
+            dead = self._wait_for_rivals()
             self._write(_HELD)
             for path in dead:
                 path.unlink(missing_ok=True)
@@ -81,57 +82,57 @@ class Lease:
         return self
 
     def confirm(self) -> None:
-        """See that the lease is still ours, before something is done that two must not do at once.
+        """Check that this run still holds the lease, before a write that two runs must not do at once.
 
         Raises:
-            OSError: It is not, or the folder is gone.
+            OSError: It does not, or the folder is gone.
         """
         with contextlib.suppress(FileNotFoundError):
-            self._path.open("rb").close()  # a mere look may be answered from memory where a server has the folder
+            self._path.open("rb").close()  # opened, since a network file system may answer `exists` from its cache
             return
-        self._write(_HELD)  # somebody has removed it, with the folder perhaps
+        self._write(_HELD)  # it was removed, perhaps with the folder
         for rival in self._rivals().values():
             self._path.unlink(missing_ok=True)
             raise BlockingIOError(11, f"{_described(rival)} writes into the folder now")
 
     def release(self) -> None:
-        """Let another run have it. Twice is fine."""
-        self._ended.set()
+        """Release the lease. Twice is fine."""
+        self._released.set()
         if self._thread.is_alive():
             self._thread.join()
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
 
-    def _outwait(self) -> list[Path]:
-        """Wait until all others are dead or gone; returns the files of those that are dead."""
+    def _wait_for_rivals(self) -> list[Path]:
+        """Wait until all other runs are dead or gone; returns the files of dead ones."""
         began_s = time.monotonic()
-        seen: dict[Path, tuple[str, float]] = {}  # what each said last, and since when
-        lives: set[Path] = set()
+        last_beats: dict[Path, tuple[str, float]] = {}  # each run's last content, and since when
+        beating: set[Path] = set()
         while True:
             now_s = time.monotonic()
             dead, rivals = [], self._rivals()
             for path, rival in rivals.items():
-                text, since_s = seen.setdefault(path, (rival.text, now_s))
+                text, since_s = last_beats.setdefault(path, (rival.text, now_s))
                 if text != rival.text:
-                    seen[path], since_s = (rival.text, now_s), now_s
-                    lives.add(path)
+                    last_beats[path], since_s = (rival.text, now_s), now_s
+                    beating.add(path)
                 if self._is_dead(rival) or now_s - since_s >= LEASE_S:
                     dead.append(path)
             living = {path: rival for path, rival in rivals.items() if path not in dead}
             if not living:
                 if self._path.exists():
                     return dead
-                self._write(_WANTED)  # we had stood back
+                self._write(_WANTED)  # removed below, to let another run go first
                 continue
             held = [path for path, rival in living.items() if rival.about.get("state") == _HELD]
-            if now_s - began_s >= _PATIENCE_S and lives.intersection(held):
+            if now_s - began_s >= _GRACE_S and beating.intersection(held):
                 raise PlanError(
                     f"checkpoint={str(self._folder)!r} is being written by {_described(living[held[0]])}: wait until "
-                    "that has ended, or name another folder."
+                    "that run has ended, or name another folder."
                 )
-            if held or min(living) < self._path:  # of those that want it, one does not give way
+            if held or min(living) < self._path:  # of runs that want it, the least path goes first
                 self._path.unlink(missing_ok=True)
-            time.sleep(_NAP_S)
+            time.sleep(_POLL_S)
 
     def _rivals(self) -> dict[Path, _Rival]:
         rivals = {}
@@ -142,26 +143,26 @@ class Lease:
                 text = path.read_text(encoding="utf-8", errors="replace")
                 try:
                     about = json.loads(text.partition(" ")[2])
-                except ValueError:  # it is just being written, or was when its run died
+                except ValueError:  # half written, now or when its run died
                     about = {}
                 rivals[path] = _Rival(text, about if isinstance(about, dict) else {})
         return rivals
 
     def _is_dead(self, rival: _Rival) -> bool:
-        """Whether there is proof that a run writes no more, so that nobody has to wait for its silence."""
+        """Whether a run certainly writes no more, so that there is no need to wait `LEASE_S`."""
         about = rival.about
         if about.get("run") and about["run"] == self._about["run"]:
-            return True  # our own, on the rank that was 0 before
+            return True  # this run's former rank 0
         if about.get("host_id") != self._about["host_id"] or about.get("born") is None:
             return False
-        return bool(_born(about.get("pid")) != about["born"])
+        return bool(_start_ticks(about.get("pid")) != about["born"])
 
     def _write(self, state: str) -> None:
         text = f"{_BEAT_FORMAT.format(self._beats)} {json.dumps({**self._about, 'state': state})}"
         self._path.write_text(text, encoding="utf-8")
 
     def _beat(self) -> None:
-        while not self._ended.wait(_BEAT_S):
+        while not self._released.wait(_BEAT_S):
             self._beats += 1
             with contextlib.suppress(OSError), self._path.open("r+b", buffering=0) as file:
                 file.write(_BEAT_FORMAT.format(self._beats).encode())
@@ -173,8 +174,8 @@ def _described(rival: _Rival) -> str:
     return f"{run} (process {about.get('pid', '?')} on {about.get('host', '?')})"
 
 
-def _born(pid: Any) -> int | None:
-    """When a process of this host was started, in ticks since the host was; None where none is to be seen."""
+def _start_ticks(pid: Any) -> int | None:
+    """When a process of this host started, in ticks since boot; None if there is no such process."""
     try:
         words = Path(f"/proc/{pid:d}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError, TypeError):

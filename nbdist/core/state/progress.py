@@ -1,4 +1,4 @@
-"""Where a training stands: what a rank must know, beside weights and state, to go on as if it had never stopped."""
+"""Train progress: epoch, batch, step and counts, which a rank needs beside weights and state to resume exactly."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["Row", "TrainProgress"]
 
 
 class Row:
-    """Counts of one history row on this rank, from its first step on.
+    """Counts of one history row on this rank.
 
     Args:
-        device: Where the losses are.
-        told: What `state_dict` gave, to go on from there.
+        device: Of the losses.
+        state_dict: Counts to continue from, see `state_dict`.
     """
 
     def __init__(self, device: torch.device, state_dict: dict[str, Any] | None = None) -> None:
@@ -34,8 +34,8 @@ class Row:
         """Seconds of training since the row began."""
         return time.perf_counter() - self._started_s
 
-    def leave_out(self, seconds: float) -> None:
-        """The training has rested for so long."""
+    def exclude(self, seconds: float) -> None:
+        """Leave a pause out of `seconds`."""
         self._started_s += seconds
 
     def state_dict(self) -> dict[str, Any]:
@@ -45,13 +45,13 @@ class Row:
         }  # fmt: skip
 
     def close(self, channel: Channel, reports_loss: bool, epoch: int, seconds: float) -> dict[str, Any]:
-        """The row over all ranks, the same on each. **Collective** over all of them.
+        """The row summed over all ranks, the same on each. **Collective** over all of them.
 
         Args:
             channel: Over all ranks.
-            reports_loss: Whether this rank counts: of those that read the same samples, one does.
-            epoch: What the row is called.
-            seconds: How long it took; rank 0's are taken.
+            reports_loss: Whether this rank's samples count: one of the ranks that read the same samples does.
+            epoch: The row's number.
+            seconds: How long it took; rank 0's value is used.
         """
         counted = [self.samples if reports_loss else 0, seconds if channel.rank == 0 else 0.0]
         sums = torch.cat([self.loss.sums, torch.tensor(counted, dtype=torch.float64, device=channel.device)])
@@ -67,19 +67,19 @@ class Row:
 
 
 class TrainProgress:
-    """The place of one rank in a training: it changes when a step is complete, and not before.
+    """How far one rank is in a training; it changes only when a step is complete.
 
     Args:
-        device: Where the losses are.
+        device: Of the losses.
 
     Attributes:
         epoch: The pass over the data, counted from 1.
-        batch: Batches of it that are done.
-        step: Optimizer steps that are done.
+        batch: Completed batches of it.
+        step: Completed optimizer steps.
         samples: Samples this rank has read.
-        history: The rows so far.
-        row: The one that is being counted.
-        commands: Of which run commands have been applied, and how many; see `StepControl`.
+        history: The completed rows.
+        row: The current one.
+        commands: A run's id, and how many of its commands have been applied; see `StepControl`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -91,28 +91,28 @@ class TrainProgress:
 
     @property
     def moment(self) -> tuple[int, int]:
-        """Steps that are done, and what has ended, epochs or rows: greater after each change, the same on all ranks."""
+        """Completed steps, and completed epochs plus rows: greater after each change, the same on all ranks."""
         return self.step, self.epoch + len(self.history)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position as JSON-able data. Local; waits for the device."""
+        """The progress as JSON-able data. Local; waits for the device."""
         return {
             "epoch": self.epoch, "batch": self.batch, "step": self.step, "samples": self.samples,
             "history": self.history, "row": self.row.state_dict(), "commands": self.commands,
         }  # fmt: skip
 
     @classmethod
-    def of(cls, state_dict: dict[str, Any], device: torch.device) -> TrainProgress:
-        """The position that `state_dict` describes."""
-        position = cls(device)
-        position.epoch, position.batch, position.step = state_dict["epoch"], state_dict["batch"], state_dict["step"]
-        position.samples, position.history = state_dict["samples"], list(state_dict["history"])
-        position.row = Row(device, state_dict["row"])
-        position.commands = tuple(state_dict.get("commands", position.commands))  # not in checkpoints of 0.1
-        return position
+    def from_state_dict(cls, state_dict: dict[str, Any], device: torch.device) -> TrainProgress:
+        """The progress that `state_dict` describes."""
+        progress = cls(device)
+        progress.epoch, progress.batch, progress.step = state_dict["epoch"], state_dict["batch"], state_dict["step"]
+        progress.samples, progress.history = state_dict["samples"], list(state_dict["history"])
+        progress.row = Row(device, state_dict["row"])
+        progress.commands = tuple(state_dict.get("commands", progress.commands))  # not in checkpoints of 0.1
+        return progress
 
     def advance(self, samples: int, losses: list[tuple[torch.Tensor, Any]]) -> None:
-        """A step is complete, in which this rank read `samples` and has seen `losses` with their weights."""
+        """A step is complete, in which this rank read `samples` and computed `losses` with their weights."""
         self.batch += 1
         self.step += 1
         self.samples += samples
@@ -128,11 +128,11 @@ class TrainProgress:
             self.close(row)
 
     def close(self, row: dict[str, Any]) -> None:
-        """Put a complete row into the history and begin another."""
+        """Append a complete row to the history and start another."""
         self.history = [*self.history, row]
         self.row = Row(self._device)
 
     def complete(self, plan: Plan) -> bool:
-        """Whether all that `plan` asks for has been done, the last row included."""
+        """Whether all epochs or steps of `plan` are complete, the last row included."""
         passed = self.step >= plan.steps if plan.steps is not None else self.epoch > (plan.epochs or 0)
         return passed and self.row.steps == 0

@@ -1,4 +1,4 @@
-"""What was kept, put back: into a model and its optimizer on any mesh, and into a training that goes on."""
+"""Restore: load a checkpoint or snapshot into a model and optimizer on any mesh, or into a resumed training."""
 
 from __future__ import annotations
 
@@ -12,33 +12,42 @@ from torch import nn
 
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.world import World
-from nbdist.core.optim.attributes import put_attributes
+from nbdist.core.optim.attributes import load_attributes
 from nbdist.core.optim.references import TensorReferences, is_name
 from nbdist.core.optim.state import device_of_entry, is_split
 from nbdist.core.params.table import ParamTable
 from nbdist.core.state.checkpoint_reader import CheckpointReader, candidates
 from nbdist.core.state.progress import TrainProgress
-from nbdist.core.state.shard_plan import from_all
+from nbdist.core.state.shard_plan import gather_texts
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Mesh, Plan
 
-__all__ = ["ORDER", "check_goes_on", "check_same", "load", "load_whole", "opened_by_all", "position_of", "same_mesh"]
+__all__ = [
+    "SAMPLE_ORDER_OPTIONS",
+    "check_can_resume",
+    "check_same",
+    "load",
+    "load_whole",
+    "open_on_all_ranks",
+    "progress_of",
+    "same_mesh",
+]
 
-ORDER = ("batch_size", "seed", "shuffle")
-"""The options that decide which samples a batch holds."""
+SAMPLE_ORDER_OPTIONS = ("batch_size", "seed", "shuffle")
+"""The options that decide which samples are in a batch."""
 
 
-def opened_by_all(folder: str, world: World) -> CheckpointReader:
-    """The newest checkpoint in a folder that is whole, on all ranks the same one. **Collective**.
+def open_on_all_ranks(folder: str, world: World) -> CheckpointReader:
+    """Open the newest undamaged checkpoint in a folder, the same one on all ranks. **Collective**.
 
-    Rank 0 names it, by what its files have to be; the ranks of a host share the reading that shows that they are.
+    Rank 0 chooses it and broadcasts its checksum; the ranks of a host share the work of hashing its files.
 
     Args:
-        folder: Of checkpoints, or of one; rank 0's counts.
-        world: Of the ranks.
+        folder: Of checkpoints, or of one; rank 0's is used.
+        world: The ranks.
 
     Raises:
-        PlanError: There is none, or another rank has not the same one.
+        PlanError: There is none, or another rank does not see the same one.
     """
     channel, rank = world.channel(), world.rank
     named, problem = [], ""
@@ -56,16 +65,16 @@ def opened_by_all(folder: str, world: World) -> CheckpointReader:
             saved.hash_files(world.local_rank, world.local_size)
         except PlanError as error:
             problem = str(error)
-        told = [json.loads(text) for text in from_all(json.dumps([seal, problem]), channel)]
-        first = told[0][0]  # empty where rank 0 itself cannot read it
-        for other, (seen, trouble) in enumerate(told) if first else ():
-            if seen != first:
+        opened = [json.loads(text) for text in gather_texts(json.dumps([seal, problem]), channel)]
+        expected = opened[0][0]  # empty if rank 0 itself cannot read it
+        for other, (seen, trouble) in enumerate(opened) if expected else ():
+            if seen != expected:
                 raise PlanError(
-                    f"rank 0 goes on from {place!r}, of which rank {other} does not see the same files "
-                    f"({trouble or 'it has another checkpoint there'}): let all ranks see one folder, or give each "
-                    "host a copy of this checkpoint."
+                    f"rank 0 resumes from {place!r}, of which rank {other} does not see the same files "
+                    f"({trouble or 'it has another checkpoint there'}): use a folder that all ranks share, or give "
+                    "each host a copy of this checkpoint."
                 )
-        problem = next((trouble for _, trouble in told if trouble), "")
+        problem = next((trouble for _, trouble in opened if trouble), "")
         if saved is not None and not problem:
             return saved
         if rank == 0 and place != named[-1]:
@@ -76,16 +85,16 @@ def opened_by_all(folder: str, world: World) -> CheckpointReader:
 def load(
     saved: CheckpointReader, table: ParamTable, optimizer: torch.optim.Optimizer | None, axes: MeshChannels
 ) -> None:
-    """Put weights, buffers and the optimizer's state back, whatever mesh either is on. Local.
+    """Load weights, buffers and the optimizer's state, from any mesh onto any mesh. Local.
 
     Args:
-        saved: What was kept.
+        saved: The checkpoint or snapshot.
         table: The model's tensors, placed.
-        optimizer: Over its parameters; None to leave its state be.
+        optimizer: Over its parameters; None to leave its state as it is.
         axes: This rank's channels.
 
     Raises:
-        TaskError: It is another model's or another optimizer's; nothing has been changed.
+        TaskError: It is of another model or another optimizer; nothing has been changed.
     """
     check_same(saved, table, optimizer)
     names = saved.names
@@ -98,11 +107,11 @@ def load(
             if name in table.buffers:
                 tensor.copy_(saved.buffer(name, data_rank))
             elif table.is_updated(name, axes) or not table.parameters[name].requires_grad:
-                tensor.copy_(placement.piece(saved.whole(name).to(tensor.device), axes))
+                tensor.copy_(placement.part(saved.whole(name).to(tensor.device), axes))
         if optimizer is not None:
             references = TensorReferences(table.objects)
             _load_settings(saved, optimizer, references)
-            put_attributes(optimizer, saved.attributes, references)
+            load_attributes(optimizer, saved.attributes, references)
             for name in table.parameters:
                 if name in names:
                     _load_state(saved, name, table, optimizer, axes)
@@ -114,15 +123,21 @@ def load_whole(saved: CheckpointReader, model: nn.Module, optimizer: torch.optim
 
 
 def check_same(saved: CheckpointReader, table: ParamTable, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise `TaskError` where what was kept is another model's or another optimizer's. Local."""
+    """Raise `TaskError` if the saved state is of another model or another optimizer. Local."""
     shapes = {name: list(table.placement(name).layout.shape) for name in table.tensors}
     for name in {**shapes, **saved.tensors}:
-        there, here = saved.tensors.get(name, {}).get("shape"), shapes.get(name)
-        if there != here:
-            what = "is not in it" if there is None else "is only in it" if here is None else f"has shape {there} in it"
+        saved_shape, own_shape = saved.tensors.get(name, {}).get("shape"), shapes.get(name)
+        if saved_shape != own_shape:
+            what = (
+                "is not in it"
+                if saved_shape is None
+                else "is only in it"
+                if own_shape is None
+                else f"has shape {saved_shape} in it"
+            )
+            own = "" if own_shape is None else f" {own_shape}"
             raise TaskError(
-                f"checkpoint {saved.name} is another model's: {name}{'' if here is None else f' {here}'} {what}; "
-                "make the model as it was."
+                f"checkpoint {saved.name} is of another model: {name}{own} {what}; build the model as it was."
             )
     for name in table.parameters if saved.complete else ():
         if not saved.holds(name):
@@ -130,74 +145,73 @@ def check_same(saved: CheckpointReader, table: ParamTable, optimizer: torch.opti
     if optimizer is None:
         return
     names = {id(parameter): name for name, parameter in table.parameters.items()}
-    mine = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
-    if mine != [group["params"] for group in saved.groups]:
+    own_groups = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+    if own_groups != [group["params"] for group in saved.groups]:
         raise TaskError(
-            f"checkpoint {saved.name} has other parameter groups than the optimizer: build it as it was, over the "
-            "same parameters in the same order."
+            f"checkpoint {saved.name} has other parameter groups than the optimizer: build the optimizer as it was, "
+            "over the same parameters in the same order."
         )
-    for group, told in zip(optimizer.param_groups, saved.groups, strict=True):
-        for key in {*group} & {*told} - {"params"}:
-            if not _alike(group[key], told[key]):
+    for group, saved_group in zip(optimizer.param_groups, saved.groups, strict=True):
+        for key in {*group} & {*saved_group} - {"params"}:
+            if not _is_compatible(group[key], saved_group[key]):
                 raise TaskError(
-                    f"checkpoint {saved.name} has {key}={told[key]!r}, where the optimizer has {key}={group[key]!r}: "
-                    "build it as it was."
+                    f"checkpoint {saved.name} has {key}={saved_group[key]!r}, where the optimizer has "
+                    f"{key}={group[key]!r}: build the optimizer as it was."
                 )
 
 
-def _alike(fresh: Any, told: Any) -> bool:
-    """Whether a setting of an optimizer may become what was told: what begins as None may be anything."""
-    if isinstance(fresh, torch.Tensor) and is_name(told):
+def _is_compatible(fresh: Any, saved: Any) -> bool:
+    """Whether an optimizer's setting may take the saved value: a fresh None may take anything."""
+    if isinstance(fresh, torch.Tensor) and is_name(saved):
         return True
     if isinstance(fresh, tuple):
-        return isinstance(told, list) and len(fresh) == len(told) and all(map(_alike, fresh, told))
+        return isinstance(saved, list) and len(fresh) == len(saved) and all(map(_is_compatible, fresh, saved))
     if isinstance(fresh, (int, float, torch.Tensor)) and not isinstance(fresh, bool):
-        return isinstance(told, (int, float)) and not isinstance(told, bool)
+        return isinstance(saved, (int, float)) and not isinstance(saved, bool)
     if isinstance(fresh, bool):
-        return told is None or isinstance(told, bool)
-    return fresh is None or isinstance(told, type(fresh))
+        return saved is None or isinstance(saved, bool)
+    return fresh is None or isinstance(saved, type(fresh))
 
 
-def check_goes_on(saved: CheckpointReader, plan: Plan) -> None:
-    """Raise `PlanError` where `plan` cannot go on from there. Local."""
-    told = saved.ranks[0]
-    position = told["position"]
+def check_can_resume(saved: CheckpointReader, plan: Plan) -> None:
+    """Raise `PlanError` if a run of `plan` cannot resume from it. Local."""
+    first = saved.ranks[0]
+    position = first["position"]
     if position["batch"]:
-        for name in ORDER:
-            if told["plan"][name] != getattr(plan, name):
+        for name in SAMPLE_ORDER_OPTIONS:
+            if first["plan"][name] != getattr(plan, name):
                 raise PlanError(
-                    f"checkpoint {saved.name} stands in the middle of epoch {position['epoch']} of a run with "
-                    f"{name}={told['plan'][name]}, but {name}={getattr(plan, name)} is asked for: give the same, or a "
+                    f"checkpoint {saved.name} is from the middle of epoch {position['epoch']} of a run with "
+                    f"{name}={first['plan'][name]}, but {name}={getattr(plan, name)} is given: give the same, or a "
                     "checkpoint from the end of an epoch."
                 )
-    if TrainProgress.of(position, torch.device("cpu")).complete(plan):
+    if TrainProgress.from_state_dict(position, torch.device("cpu")).complete(plan):
         done, word = (position["step"], "steps") if plan.steps is not None else (position["epoch"] - 1, "epochs")
         raise PlanError(
-            f"checkpoint {saved.name} has done {done} {word} already: ask for more than that in all "
-            f"(--{word} {done + 1})."
+            f"checkpoint {saved.name} has already completed {done} {word}: give a larger total (--{word} {done + 1})."
         )
 
 
 def same_mesh(saved: CheckpointReader, axes: MeshChannels) -> bool:
-    """Whether each rank takes the place of the one that kept it: as many may be laid out otherwise. Local."""
+    """Whether it was saved on the same mesh, so that each rank resumes its own progress. Local."""
     return len(saved.ranks) == axes.world.size and bool(saved.ranks[0]["mesh"] == str(axes.mesh))
 
 
-def position_of(saved: CheckpointReader, axes: MeshChannels, device: torch.device) -> TrainProgress:
-    """Where this rank goes on; on other ranks than it was kept by, rank 0 counts for all that were. Local."""
+def progress_of(saved: CheckpointReader, axes: MeshChannels, device: torch.device) -> TrainProgress:
+    """The progress to resume with; on another mesh, rank 0 takes over all ranks' counts. Local."""
     ranks, world = saved.ranks, axes.world
     if same_mesh(saved, axes):
-        return TrainProgress.of(ranks[world.rank]["position"], device)
-    told: dict[str, Any] = dict(ranks[0]["position"])
-    speaking = [rank["position"] for rank in ranks if rank["reports_loss"]]
+        return TrainProgress.from_state_dict(ranks[world.rank]["position"], device)
+    position: dict[str, Any] = dict(ranks[0]["position"])
+    reporting = [rank["position"] for rank in ranks if rank["reports_loss"]]
     first = world.rank == 0 or (axes.reports_loss and axes.data.rank == 0)
-    told["samples"] = sum(position["samples"] for position in speaking) if first else 0
-    told["row"] = {
-        **told["row"],
-        "samples": sum(position["row"]["samples"] for position in speaking) if first and axes.reports_loss else 0,
-        "loss": [sum(p["row"]["loss"][i] for p in speaking) if first and axes.reports_loss else 0.0 for i in range(2)],
+    position["samples"] = sum(p["samples"] for p in reporting) if first else 0
+    position["row"] = {
+        **position["row"],
+        "samples": sum(p["row"]["samples"] for p in reporting) if first and axes.reports_loss else 0,
+        "loss": [sum(p["row"]["loss"][i] for p in reporting) if first and axes.reports_loss else 0.0 for i in range(2)],
     }
-    return TrainProgress.of(told, device)
+    return TrainProgress.from_state_dict(position, device)
 
 
 def _load_settings(saved: CheckpointReader, optimizer: torch.optim.Optimizer, references: TensorReferences) -> None:
@@ -223,10 +237,10 @@ def _load_state(
     for entry in saved.entries(name):
         whole = saved.whole(name, entry)
         if is_split(entry, whole, placement.layout.shape):
-            piece = placement.piece(whole.to(parameter.device), axes)
+            piece = placement.part(whole.to(parameter.device), axes)
             dtype = parameter.dtype if whole.dtype == saved.dtype(name) else whole.dtype
             state[entry] = torch.empty_like(parameter, dtype=dtype).copy_(piece)
-        else:  # not the file's memory, which would keep it mapped
+        else:  # a copy, or the state would keep the file mapped
             state[entry] = whole.to(device_of_entry(entry, group, parameter.device), copy=True)
     if state:
         optimizer.state[parameter] = state

@@ -1,4 +1,4 @@
-"""The pieces of a training that one rank keeps for all: which tensors, under which keys, and what is said of them."""
+"""Shard plan: which shards of weights, optimizer state and buffers this rank saves, under which keys."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from nbdist.core.params.placement import Placement
 from nbdist.core.params.table import ParamTable
 from nbdist.errors import TaskError
 
-__all__ = ["SMALL_BYTES", "ShardPlan", "check_state", "from_all", "key_of", "own_entry"]
+__all__ = ["SMALL_BYTES", "ShardPlan", "buffer_entry", "check_state", "gather_texts", "key_of"]
 
 SMALL_BYTES = 1 << 16
-"""Buffers up to this are taken to change in every step: BatchNorm writes its own without telling torch."""
+"""Buffers up to this size count as changed in every step: BatchNorm writes its own without a new `_version`."""
 
-_TRACED = 16
-"""So many values of a frozen parameter tell whether it moves."""
+_SAMPLED_VALUES = 16
+"""How many values of a frozen parameter are compared to detect a change."""
 
 
 class ShardPlan:
-    """What this rank keeps. **Collective** over the world: what several ranks hold alike, one of them keeps.
+    """What this rank saves. **Collective** over the world: of ranks that hold the same shard, one saves it.
 
     Args:
-        model: Its buffers are looked up anew each time, for a forward may put others in their place.
+        model: Its buffers are looked up each time, since a forward may replace them.
         table: The model's tensors, placed.
         optimizer: Over its parameters.
         axes: This rank's channels.
-        changed: The buffers and frozen parameters that are not as the task, or the checkpoint that it goes on from,
-            brought them.
+        changed: Buffers and frozen parameters whose values are neither the task's nor those of the checkpoint from
+            which the run resumed.
     """
 
     def __init__(
@@ -50,107 +50,109 @@ class ShardPlan:
         self._table = table
         self._optimizer = optimizer
         self._axes = axes
-        mine: dict[str, tuple[str, int]] = {
+        candidates: dict[str, tuple[str, int]] = {
             name: (_key(name, "", table.placement(name), axes), tensor.nbytes)
             for name, tensor in table.parameters.items()
             if table.placement(name).held(axes) and (not tensor.requires_grad or table.is_updated(name, axes))
         }
-        told = [json.loads(text) for text in from_all(json.dumps(list(mine.values())), axes.world)]
-        keepers = _keepers(told)
-        self._kept = [name for name, (key, _) in mine.items() if keepers[key] == axes.world.rank]
+        saver_of = _assign([json.loads(text) for text in gather_texts(json.dumps([*candidates.values()]), axes.world)])
+        self._saved = [name for name, (key, _) in candidates.items() if saver_of[key] == axes.world.rank]
         self._versions = {name: buffer._version for name, buffer in self._buffers() if name not in changed}
-        self._frozen = [name for name in self._kept if not table.parameters[name].requires_grad]
-        self._moved = any(name in changed for name in self._frozen)
-        self._taken: set[int] = set()  # the places of frozen parameters whose data somebody has taken
-        self._at_first = self._traces()
-        # Under shard a write through data is refused, and between steps there are parts only.
+        self._frozen = [name for name in self._saved if not table.parameters[name].requires_grad]
+        self._frozen_changed = any(name in changed for name in self._frozen)
+        self._accessed: set[int] = set()  # indices of frozen parameters whose `.data` was read
+        self._initial_fingerprints = self._fingerprints()
+        # Under shard, a write through `.data` is refused, and between steps a rank holds parts only.
         watched = {} if axes.shard.size > 1 else {i: table.parameters[name] for i, name in enumerate(self._frozen)}
-        self._watch = DataWatch(watched.values(), self._take)
+        self._watch = DataWatch(watched.values(), self._on_data_access)
         self._references = TensorReferences(table.objects)
         self._attributes = OwnAttributes(optimizer, self._references)
         self.described = {name: _described(table.placement(name), axes) for name in table.tensors}
 
     def changing(self, *, buffers: bool = False) -> dict[str, torch.Tensor]:
-        """What steps change: trainable parameters, the optimizer's state, buffers, and what else they did. Local.
+        """What steps change: trainable parameters, optimizer state, buffers, and frozen parameters if changed. Local.
 
         Args:
-            buffers: Whether to give the large buffers too that have not changed since the start.
+            buffers: Whether to include large buffers that have not changed since the start.
         """
         table, axes = self._table, self._axes
-        moved = self.moved()
-        pieces = {}
-        for name in self._kept:
+        frozen_changed = self.frozen_changed()
+        shards = {}
+        for name in self._saved:
             parameter, placement = table.parameters[name], table.placement(name)
-            if not (parameter.requires_grad or moved):
+            if not (parameter.requires_grad or frozen_changed):
                 continue
-            pieces[_key(name, "", placement, axes)] = parameter.detach()
+            shards[_key(name, "", placement, axes)] = parameter.detach()
             for entry, value in self._optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
                     split = is_split(entry, value, parameter.shape)
                     part = placement if split else Placement(layout=placement.layout)
-                    pieces[_key(name, entry, part, axes)] = value.detach()
+                    shards[_key(name, entry, part, axes)] = value.detach()
         for name, buffer in self._buffers():
             changes = buffer.nbytes <= SMALL_BYTES or buffer._version != self._versions.get(name)
             if changes or (buffers and axes.data.rank == 0):
-                pieces[_key(name, own_entry(axes.data.rank), table.placement(name), axes)] = buffer.detach()
-        return pieces
+                shards[_key(name, buffer_entry(axes.data.rank), table.placement(name), axes)] = buffer.detach()
+        return shards
 
     def frozen(self) -> dict[str, torch.Tensor]:
-        """The parameters that no step changes. Local."""
+        """The frozen parameters, if no step has changed them. Local."""
         table = self._table
         return {
             _key(name, "", table.placement(name), self._axes): table.parameters[name].detach()
-            for name in (() if self._moved else self._frozen)
+            for name in (() if self._frozen_changed else self._frozen)
         }
 
-    def moved(self) -> bool:
-        """Whether steps change parameters that take no gradient: a teacher, say, which follows the weights. Local.
+    def frozen_changed(self) -> bool:
+        """Whether steps change parameters that take no gradient, such as an EMA teacher. Local.
 
-        What moves is kept with all that does, and where some of it does, all of it is taken to.
+        If one changes, all of them count as changed, and are saved with the trainable ones.
         """
-        self._moved = self._moved or self._traces() != self._at_first
-        return self._moved
+        self._frozen_changed = self._frozen_changed or self._fingerprints() != self._initial_fingerprints
+        return self._frozen_changed
 
-    def _traces(self) -> list[Any]:
-        """Something of each frozen parameter that is another thing when it has been written to.
+    def _fingerprints(self) -> list[Any]:
+        """A fingerprint of each frozen parameter, which differs after a write.
 
-        A teacher is mostly written to through ``.data``, which torch does not count: of what is taken so, all values
-        are looked at, and of the rest some, for it may have been taken before.
+        A teacher is mostly written through ``.data``, which leaves `_version` as it is: if ``.data`` was read, all
+        values are hashed; of other parameters some are compared, since ``.data`` may have been read before the run.
         """
         parameters = [self._table.parameters[name].detach() for name in self._frozen]
-        traces: list[Any] = [
-            (parameter._version, _digest(parameter) if i in self._taken else b"")
+        fingerprints: list[Any] = [
+            (parameter._version, _digest(parameter) if i in self._accessed else b"")
             for i, parameter in enumerate(parameters)
         ]
         for device in {parameter.device for parameter in parameters}:
-            some = [
-                parameter.reshape(-1)[:: -(-parameter.numel() // _TRACED) or 1].contiguous().view(torch.uint8)
+            samples = [
+                parameter.reshape(-1)[:: -(-parameter.numel() // _SAMPLED_VALUES) or 1].contiguous().view(torch.uint8)
                 for parameter in parameters
                 if parameter.device == device
             ]
-            traces.append(torch.cat(some).cpu().numpy().tobytes())
-        return traces
+            fingerprints.append(torch.cat(samples).cpu().numpy().tobytes())
+        return fingerprints
 
-    def _take(self, i: int) -> None:
-        """Somebody is about to have the data of a frozen parameter: from here on its values are looked at."""
-        if i not in self._taken and not self._moved:
-            self._taken.add(i)
-            self._at_first[i] = self._at_first[i][0], _digest(self._table.parameters[self._frozen[i]].detach())
+    def _on_data_access(self, i: int) -> None:
+        """The user's code reads ``.data`` of a frozen parameter: from now on all of its values are hashed."""
+        if i not in self._accessed and not self._frozen_changed:
+            self._accessed.add(i)
+            self._initial_fingerprints[i] = (
+                self._initial_fingerprints[i][0],
+                _digest(self._table.parameters[self._frozen[i]].detach()),
+            )
 
     def close(self) -> None:
-        """Watch no longer. Local, twice is fine."""
+        """Stop watching ``.data``. Local, twice is fine."""
         self._watch.close()
 
     def values(self) -> dict[str, Any]:
-        """What the optimizer keeps beside tensors, as JSON-able data. Local.
+        """The optimizer's state beside tensors, as JSON-able data. Local.
 
         Raises:
-            TaskError: It keeps something else.
+            TaskError: It has state that JSON cannot hold.
         """
         return {**_values(self._table, self._optimizer, self._references), "attributes": self._attributes.state_dict()}
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The buffers to keep on this rank: of ranks that read the same data, one does."""
+        """The buffers that this rank saves: of ranks that read the same data, one does."""
         if self._axes.tp.rank:
             return
         for name, buffer in self._model.named_buffers(remove_duplicate=False):  # the table has each one once
@@ -159,23 +161,23 @@ class ShardPlan:
 
 
 def _digest(parameter: torch.Tensor) -> bytes:
-    """Its values in few bytes. Waits for the device."""
+    """A hash of its values. Waits for the device."""
     flat = parameter.reshape(-1).view(torch.uint8).cpu()
     return hashlib.blake2b(flat.numpy().data, digest_size=16).digest()
 
 
-def own_entry(data_rank: int) -> str:
-    """The entry under which the rank at this coordinate of the data keeps a buffer: statistics differ by rank."""
+def buffer_entry(data_rank: int) -> str:
+    """The entry under which the rank at this data coordinate saves a buffer: running statistics differ by rank."""
     return f"@{data_rank}" if data_rank else ""
 
 
 def check_state(table: ParamTable, optimizer: torch.optim.Optimizer) -> None:
-    """Raise `TaskError` where an optimizer keeps what cannot be kept: known after its first step. Local."""
+    """Raise `TaskError` if the optimizer has state that cannot be saved; known after its first step. Local."""
     for name, parameter in table.parameters.items():
         placement = table.placement(name)
         for entry, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(entry, str) or "|" in entry or entry.startswith("@"):
-                raise TaskError(f"the optimizer keeps a state under {entry!r}: name it by a word, to have it kept.")
+                raise TaskError(f"the optimizer's state {entry!r} cannot be saved: name it by a word.")
             if not isinstance(value, torch.Tensor):
                 plain(value, f"the optimizer's {entry}")
             elif (placement.cut or placement.sharded) and value.ndim and not is_split(entry, value, parameter.shape):
@@ -186,12 +188,12 @@ def check_state(table: ParamTable, optimizer: torch.optim.Optimizer) -> None:
 
 
 def key_of(name: str, entry: str, tp: int | None, shard: int | None) -> str:
-    """What a piece is called: of which tensor, of which entry of its optimizer state, and which part.
+    """The key of a shard in a checkpoint: its tensor, the entry of its optimizer state, and which part it is.
 
     Args:
         name: The parameter or buffer.
-        entry: The entry, or empty for the tensor itself.
-        tp: The coordinate on ``tp`` where the tensor is cut over it.
+        entry: The entry of its optimizer state, or empty for the tensor itself.
+        tp: The coordinate on ``tp``; None if the tensor is not split over it.
         shard: The same for ``shard``.
     """
     kind = "whole" if tp is None and shard is None else "part"
@@ -207,20 +209,20 @@ def _key(name: str, entry: str, placement: Placement, axes: MeshChannels) -> str
     )
 
 
-def _keepers(told: list[list[tuple[str, int]]]) -> dict[str, int]:
-    """Of each key the rank that keeps it, so that all keep about as much: the largest first, by whom keeps least."""
+def _assign(candidates: list[list[tuple[str, int]]]) -> dict[str, int]:
+    """The rank that saves each key, balanced by bytes: largest first, to the holder that saves least so far."""
     holders: dict[str, list[int]] = {}
     sizes: dict[str, int] = {}
-    for rank, pieces in enumerate(told):
-        for key, nbytes in pieces:
+    for rank, shards in enumerate(candidates):
+        for key, nbytes in shards:
             holders.setdefault(key, []).append(rank)
             sizes[key] = nbytes
-    loads = [0] * len(told)
-    keepers = {}
+    loads = [0] * len(candidates)
+    saver_of = {}
     for key in sorted(holders, key=lambda key: (len(holders[key]), -sizes[key])):
-        keepers[key] = min(holders[key], key=loads.__getitem__)
-        loads[keepers[key]] += sizes[key]
-    return keepers
+        saver_of[key] = min(holders[key], key=loads.__getitem__)
+        loads[saver_of[key]] += sizes[key]
+    return saver_of
 
 
 def _values(table: ParamTable, optimizer: torch.optim.Optimizer, references: TensorReferences) -> dict[str, Any]:
@@ -253,6 +255,6 @@ def _described(placement: Placement, axes: MeshChannels) -> dict[str, Any]:
     }
 
 
-def from_all(text: str, channel: Channel) -> list[str]:
-    """The texts of all ranks, in their order. **Collective**."""
+def gather_texts(text: str, channel: Channel) -> list[str]:
+    """The texts of all ranks, ordered by rank. **Collective**."""
     return [channel.broadcast_bytes(text.encode(), rank).decode() for rank in range(channel.size)]

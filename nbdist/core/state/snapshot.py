@@ -1,8 +1,8 @@
-"""Snapshots: the state of a training in memory that outlives the ranks.
+"""Snapshots: the state of a training in shared memory that outlives its ranks.
 
-Whoever starts the ranks makes the memory and holds it; each rank writes its share, in turn into one of two slots. A
-slot says which step it holds only when it is complete, so that a rank may be killed at any moment. No rank is more than
-a step ahead of another, hence every rank still has the snapshot that all of them have completed.
+The process that starts the ranks creates and holds the memory; each rank writes its share, alternately into two
+buffers. A buffer is marked with its step only when complete, so a rank may be killed at any moment. No rank is more
+than a step ahead of another, so every rank still has the newest snapshot that all ranks have completed.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import torch
 from nbdist.core.state.tensor_buffer import TensorBuffer, TensorLayout
 from nbdist.core.transfer.payload import Holder, Segment, open_segment
 
-__all__ = ["SLOTS", "RankSnapshots", "SnapshotBuffer", "SnapshotStore", "newest", "read"]
+__all__ = ["BUFFERS_PER_RANK", "RankSnapshots", "SnapshotBuffer", "SnapshotStore", "newest", "read"]
 
-SLOTS = 3
-"""Of each rank: two in turn, and one more while another is being written to disk."""
-_STEP = struct.Struct("<q")  # one word, which is there as a whole or not at all
+BUFFERS_PER_RANK = 3
+"""Two used alternately, and a third while one of them is being written to disk."""
+_STEP = struct.Struct("<q")  # one aligned word: a reader sees the old or the new value, never half of one
 _HEAD = struct.Struct("<qqqq")
-_REACHED = slice(64, 64 + _STEP.size)  # behind the head
+_LAST_STEP = slice(64, 64 + _STEP.size)  # behind the header
 _HEAD_BYTES = 4096
-_NOTHING = -1
+_NO_STEP = -1
 
 
 class Head(NamedTuple):
-    """What a slot says of the snapshot that it holds.
+    """The header of a snapshot buffer.
 
     Args:
-        step: Steps that were done; -1 where it holds none.
-        ended: Epochs and rows that had ended, which tells apart what has the same step.
-        ranks: How many ranks have written one.
-        nbytes: Length of the image.
+        step: Completed steps; -1 if the buffer holds no snapshot.
+        ended: Completed epochs and rows, which distinguish snapshots of the same step.
+        ranks: How many ranks write this snapshot.
+        nbytes: Length of its tensor buffer.
     """
 
     step: int
@@ -45,14 +45,14 @@ class Head(NamedTuple):
     nbytes: int
 
 
-_EMPTY = Head(_NOTHING, 0, 0, 0)
+_EMPTY = Head(_NO_STEP, 0, 0, 0)
 
 
 class SnapshotBuffer:
     """Shared memory for one snapshot of one rank.
 
     Args:
-        path: Of a segment that somebody holds; it grows as needed.
+        path: Of a shared-memory segment that another process holds; it grows as needed.
     """
 
     def __init__(self, path: str) -> None:
@@ -66,32 +66,32 @@ class SnapshotBuffer:
 
     @property
     def head(self) -> Head:
-        """What it holds."""
+        """Its header."""
         if self._memory is None and not self._map(0):
             return _EMPTY
         return Head._make(_HEAD.unpack(self._memory[: _HEAD.size]))
 
     @property
-    def image(self) -> torch.Tensor:
-        """``(bytes,)`` of uint8: the image of the snapshot that the slot holds."""
+    def content(self) -> torch.Tensor:
+        """``(bytes,)`` of uint8: the snapshot, laid out as a `TensorBuffer`."""
         return self._bytes[_HEAD_BYTES : _HEAD_BYTES + self.head.nbytes]
 
     def write(
         self, moment: tuple[int, int], ranks: int, layout: TensorLayout, tensors: Mapping[str, torch.Tensor], text: str
     ) -> None:
-        """Write a snapshot; until that is done the slot holds none. Local.
+        """Write a snapshot; until it is complete the buffer holds none. Local.
 
         Args:
-            moment: When, see `TrainProgress.moment`.
-            ranks: How many ranks write one.
+            moment: See `TrainProgress.moment`.
+            ranks: How many ranks write this snapshot.
             layout: Of `tensors`.
-            tensors: What is to be kept.
-            text: What else is.
+            tensors: The tensors to save.
+            text: JSON of everything else.
         """
         header = layout.header(text)
         nbytes = len(header) + layout.data_bytes
         self._map(_HEAD_BYTES + nbytes)
-        self._memory[: _STEP.size] = _STEP.pack(_NOTHING)
+        self._memory[: _STEP.size] = _STEP.pack(_NO_STEP)
         start = _HEAD_BYTES + len(header)
         self._memory[_HEAD_BYTES:start] = header
         if self._layout is not layout or self._start != start:
@@ -101,27 +101,27 @@ class SnapshotBuffer:
             self._views = [f.view(t.dtype).view(t.shape) for f, t in zip(flats, tensors.values(), strict=True)]
         if self._views:
             torch._foreach_copy_(self._views, list(tensors.values()))
-        head = _HEAD.pack(*moment, ranks, nbytes)
+        head = _HEAD.pack(*moment, ranks, nbytes)  # the step is written last: it makes the snapshot valid
         self._memory[_STEP.size : _HEAD.size] = head[_STEP.size :]
         self._memory[: _STEP.size] = head[: _STEP.size]
 
     @property
-    def reached(self) -> int:
-        """The last step that was noted here, or kept; -1 for none."""
+    def last_step(self) -> int:
+        """The last step that was recorded here or is in the snapshot; -1 for none."""
         head = self.head
-        noted = 0 if self._memory is None else _STEP.unpack(self._memory[_REACHED])[0]
-        return max(head.step, noted - 1)
+        recorded = 0 if self._memory is None else _STEP.unpack(self._memory[_LAST_STEP])[0]
+        return max(head.step, recorded - 1)
 
-    def note(self, step: int) -> None:
-        """Write down that a step is done, whether it is kept or not. Local; a fraction of a microsecond."""
+    def record_step(self, step: int) -> None:
+        """Record that a step is complete, with or without a snapshot. Local; a fraction of a microsecond."""
         if not self._bytes.numel():
             self._map(_HEAD_BYTES)
             if not self.head.ranks:
-                self._memory[: _STEP.size] = _STEP.pack(_NOTHING)
-        self._memory[_REACHED] = _STEP.pack(step + 1)
+                self._memory[: _STEP.size] = _STEP.pack(_NO_STEP)
+        self._memory[_LAST_STEP] = _STEP.pack(step + 1)
 
     def _map(self, nbytes: int) -> bool:
-        """Map the file, grown to `nbytes` where it is smaller; whether there is something in it."""
+        """Map the segment, enlarged to `nbytes` if it is smaller; returns False if it is empty."""
         if self._memory is not None and len(self._memory) >= nbytes:
             return True
         with os.fdopen(open_segment(self.path), "r+b") as file:
@@ -138,47 +138,48 @@ class SnapshotBuffer:
 
 
 class RankSnapshots:
-    """The slots of one rank, which alone writes them.
+    """The snapshot buffers of one rank; no other rank writes them.
 
     Args:
-        paths: Of `SLOTS` segments.
+        paths: Of `BUFFERS_PER_RANK` segments.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self._slots = [SnapshotBuffer(path) for path in paths]
+        self._buffers = [SnapshotBuffer(path) for path in paths]
 
     def write(
         self, moment: tuple[int, int], ranks: int, layout: TensorLayout, tensors: Mapping[str, torch.Tensor], text: str
     ) -> SnapshotBuffer:
-        """Write a snapshot over the older of two, or over that of the same moment; returns where.
+        """Write a snapshot over the older of two, or over that of the same moment; returns its buffer.
 
-        The same moment may be kept twice without a word from the other ranks in between: the one before it stays.
+        A rank may save the same moment twice (an error just after a snapshot) while others have not saved it yet, so
+        the snapshot before it must stay.
         """
-        free = [slot for slot in self._slots if not slot.pinned]
-        again = [slot for slot in free if slot.head[:2] == moment]
-        slot = again[0] if again else min(free[:2], key=lambda slot: slot.head[:2])
-        slot.write(moment, ranks, layout, tensors, text)
-        return slot
+        free = [buffer for buffer in self._buffers if not buffer.pinned]
+        again = [buffer for buffer in free if buffer.head[:2] == moment]
+        buffer = again[0] if again else min(free[:2], key=lambda buffer: buffer.head[:2])
+        buffer.write(moment, ranks, layout, tensors, text)
+        return buffer
 
-    def note(self, step: int) -> None:
-        """Write down that a step is done; see `SnapshotStore.reached`. Local."""
-        self._slots[0].note(step)
+    def record_step(self, step: int) -> None:
+        """Record that a step is complete; see `SnapshotStore.last_step`. Local."""
+        self._buffers[0].record_step(step)
 
-    def narrow(self) -> None:
-        """Write to one slot only, from now on: what goes to disk has to pass through memory. Local, before any write.
+    def use_one_buffer(self) -> None:
+        """From now on use one buffer, for checkpoints only, which pass through memory. Local, before any write.
 
-        While that is being written there is no snapshot.
+        While a checkpoint is being written there is no snapshot.
         """
-        del self._slots[1:]
+        del self._buffers[1:]
 
 
 class SnapshotStore:
-    """The memory of all ranks' snapshots. Made by who starts the ranks, on their host; the memory goes when this does.
+    """The snapshot buffers of all ranks, created on their host by the process that starts them, and freed with this.
 
     Args:
         ranks: How many.
-        holder: Who holds the memory too, see `Segment`.
-        paths: Where it is, of an earlier process; new by default.
+        holder: The process that also holds the memory, see `Segment`.
+        paths: Existing segments of an earlier process; by default new ones.
     """
 
     def __init__(self, ranks: int, holder: Holder | None = None, paths: Sequence[Sequence[str]] = ()) -> None:
@@ -188,54 +189,56 @@ class SnapshotStore:
         self.grow(ranks)
 
     def grow(self, ranks: int) -> None:
-        """See to it that there is memory for so many ranks."""
+        """Create buffers for up to so many ranks."""
         while len(self._segments) < ranks:
-            self._segments.append([Segment(1, self._holder) for _ in range(SLOTS)])
+            self._segments.append([Segment(1, self._holder) for _ in range(BUFFERS_PER_RANK)])
             self.paths.append([segment.path for segment in self._segments[-1]])
 
     @property
-    def reached(self) -> int:
-        """The last step that any rank has done; -1 for none."""
-        return max(SnapshotBuffer(path).reached for own in self.paths for path in own)
+    def last_step(self) -> int:
+        """The last step that any rank has completed; -1 for none."""
+        return max(SnapshotBuffer(path).last_step for own in self.paths for path in own)
 
     @property
     def newest(self) -> tuple[int, list[SnapshotBuffer]] | None:
-        """The newest step of which every rank has a snapshot, and where; see `newest`."""
+        """The newest step of which every rank has a snapshot, and its buffers; see `newest`."""
         return newest(self.paths)
 
     def trim(self) -> None:
-        """Give back all memory but that of the newest snapshot. Nobody may be writing."""
-        held = self.newest
-        kept = set() if held is None else {slot.path for slot in held[1]}
+        """Free all memory but that of the newest snapshot. No rank may be writing."""
+        found = self.newest
+        needed = set() if found is None else {buffer.path for buffer in found[1]}
         for segment in (segment for segments in self._segments for segment in segments):
-            if segment.path not in kept:
+            if segment.path not in needed:
                 segment.empty()
 
     def close(self) -> None:
-        """Let go of the memory. Twice is fine."""
+        """Free the memory. Twice is fine."""
         for segments in self._segments:
             for segment in segments:
                 segment.close()
 
 
 def newest(paths: Sequence[Sequence[str]]) -> tuple[int, list[SnapshotBuffer]] | None:
-    """The newest step of which every rank has a complete snapshot, and where each rank's lies; None without one.
+    """The newest step of which every rank has a complete snapshot, and each rank's buffer; None without one.
 
     Args:
-        paths: The slots of each rank, on this host.
+        paths: The buffers of each rank, on this host.
     """
-    slots = [{slot.head[:3]: slot for slot in map(SnapshotBuffer, own)} for own in paths]
+    buffers = [{buffer.head[:3]: buffer for buffer in map(SnapshotBuffer, own)} for own in paths]
     complete = [
         (step, ended, ranks)
-        for step, ended, ranks in (slots[0] if slots else {})
-        if step != _NOTHING and 0 < ranks <= len(slots) and all((step, ended, ranks) in own for own in slots[:ranks])
+        for step, ended, ranks in (buffers[0] if buffers else {})
+        if step != _NO_STEP
+        and 0 < ranks <= len(buffers)
+        and all((step, ended, ranks) in own for own in buffers[:ranks])
     ]
     if not complete:
         return None
     latest = max(complete)
-    return latest[0], [own[latest] for own in slots[: latest[2]]]
+    return latest[0], [own[latest] for own in buffers[: latest[2]]]
 
 
-def read(slots: Sequence[SnapshotBuffer]) -> list[TensorBuffer]:
-    """The images in slots."""
-    return [TensorBuffer(slot.image) for slot in slots]
+def read(buffers: Sequence[SnapshotBuffer]) -> list[TensorBuffer]:
+    """The tensors in snapshot buffers."""
+    return [TensorBuffer(buffer.content) for buffer in buffers]

@@ -1,4 +1,4 @@
-"""The boundary between two steps, to which a training can come back after an error."""
+"""Step guard: whether model and buffers still hold the state after the last complete step, after an error."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["StepGuard"]
 
 
 class StepGuard:
-    """The state between two steps: whether weights and buffers are what they were after the last one.
+    """Marks when weights and buffers change, so that an error never leaves half an update in a snapshot.
 
-    A forward that fails has changed running statistics, so their values at the boundary are kept beside them.
+    A failed forward has changed running statistics, so small buffers are copied after each step.
 
     Args:
-        model: What is trained.
+        model: The trained model.
 
     Attributes:
-        buffers: The values of the small buffers at the boundary, by name.
+        buffers: The values of the small buffers after the last complete step, by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,22 +30,22 @@ class StepGuard:
         self.buffers = {name: buffer.detach().clone() for name, buffer in self._small.items()}
         self._versions: list[int] = []
         self._complete = False
-        self.reach()
+        self.end_step()
 
     @property
     def intact(self) -> bool:
-        """Whether the state of the last complete step is still here."""
+        """Whether the model still holds the state after the last complete step; small buffers aside."""
         same = {name: id(buffer) for name, buffer in self._model.named_buffers()} == {
             name: id(buffer) for name, buffer in {**self._small, **self._large}.items()
         }
         return self._complete and same and self._versions == [b._version for b in self._large.values()]
 
-    def leave(self) -> None:
-        """The next step's update begins."""
+    def begin_update(self) -> None:
+        """The next step's update starts."""
         self._complete = False
 
     @torch.no_grad()
-    def reach(self) -> None:
+    def end_step(self) -> None:
         """A step is complete."""
         if self._small:
             torch._foreach_copy_(list(self.buffers.values()), list(self._small.values()))

@@ -1,4 +1,4 @@
-"""An image: tensors and a text as one block of bytes, in memory laid out as in a safetensors file."""
+"""Tensor buffers: tensors and a text as one block of bytes, in memory laid out as a safetensors file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["TensorBuffer", "TensorLayout"]
 
 _LENGTH = struct.Struct("<Q")
 _TEXT = "nbdist"
-_HEADER_STEP = 4096  # the header grows in such steps, so that what follows it mostly stays where it is
+_HEADER_STEP = 4096  # the header is padded to a multiple, so that the data behind it rarely moves when the text grows
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -26,27 +26,27 @@ _DTYPE_OF = {word: dtype for dtype, word in _DTYPES.items()}
 
 
 class TensorLayout:
-    """Where tensors lie in an image.
+    """Where tensors lie in a tensor buffer.
 
     Args:
-        tensors: By key; only their shapes and dtypes are looked at.
+        tensors: By key; only shapes and dtypes are used.
 
     Attributes:
-        places: Of each tensor, where its bytes begin behind the header, and how many they are.
-        data_bytes: All of them.
+        places: Offset behind the header and length of each tensor, in bytes.
+        data_bytes: Bytes of all tensors.
 
     Raises:
-        TaskError: A dtype cannot be kept.
+        TaskError: A dtype cannot be saved.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.signature = _signature(tensors)
         self.places: dict[str, tuple[int, int]] = {}
         entries, start = [], 0
-        for key in sorted(tensors, key=lambda key: -tensors[key].itemsize):  # so that each one is aligned
+        for key in sorted(tensors, key=lambda key: -tensors[key].itemsize):  # largest first: so each one is aligned
             tensor = tensors[key]
             if tensor.dtype not in _DTYPES:
-                raise TaskError(f"{key.partition('|')[0]} is of {tensor.dtype}, which cannot be kept.")
+                raise TaskError(f"{key.partition('|')[0]} is of {tensor.dtype}, which cannot be saved.")
             self.places[key] = (start, tensor.nbytes)
             end = start + tensor.nbytes
             about = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -60,7 +60,7 @@ class TensorLayout:
         return self.signature == _signature(tensors)
 
     def header(self, text: str) -> bytes:
-        """What stands before the tensors; `text` is kept in it."""
+        """The safetensors header, with `text` in its metadata."""
         entries = f",{self._entries}" if self._entries else ""
         content = f'{{"__metadata__":{{"{_TEXT}":{json.dumps(text)}}}{entries}}}'.encode()
         padded = -(-(len(content) + _LENGTH.size) // _HEADER_STEP) * _HEADER_STEP - _LENGTH.size
@@ -68,7 +68,7 @@ class TensorLayout:
 
 
 class TensorBuffer:
-    """Reads an image out of memory, where its tensors stay.
+    """Reads tensors from memory without a copy.
 
     Args:
         memory: ``(bytes,)`` of uint8.
@@ -84,11 +84,11 @@ class TensorBuffer:
 
     @property
     def keys(self) -> list[str]:
-        """The tensors in it."""
+        """The tensors' keys."""
         return list(self._entries)
 
     def shape(self, key: str) -> list[int]:
-        """Of a tensor."""
+        """The shape of a tensor."""
         shape: list[int] = self._entries[key]["shape"]
         return shape
 

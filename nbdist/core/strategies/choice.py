@@ -1,4 +1,4 @@
-"""How a plan is applied to a module. This is the only place that chooses."""
+"""Chooses the strategy for a plan: mesh parallel, shared weights or data parallel. No other module chooses."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from nbdist.plan import Plan
 __all__ = ["SHARED_ABOVE", "apply"]
 
 SHARED_ABOVE = 100_000
-"""Trainable parameters, below which waiting for another rank's share of the update costs more than it saves."""
+"""Number of trainable parameter elements from which splitting the update over ranks saves more than the wait costs."""
 
 
 def apply(task: Task, plan: Plan, world: World) -> Strategy:
-    """Make the strategy for `plan.mesh`. **Collective** over the world."""
-    strategy = _chosen(task, plan, MeshChannels(world, plan.mesh), world)
+    """Create the strategy for `plan.mesh`. **Collective** over the world."""
+    strategy = _make_strategy(task, plan, MeshChannels(world, plan.mesh), world)
     if strategy.batch_norms is not None:
         strategy.batch_norms.install()
     return strategy
 
 
-def _chosen(task: Task, plan: Plan, axes: MeshChannels, world: World) -> Strategy:
+def _make_strategy(task: Task, plan: Plan, axes: MeshChannels, world: World) -> Strategy:
     if plan.mesh.size > plan.mesh.dp:
         return MeshParallel(task, plan, axes, world)
-    if isinstance(axes.dp, SharedMemoryChannel) and _divisible(task, plan):
+    if isinstance(axes.dp, SharedMemoryChannel) and _can_split_update(task, plan):
         return SharedWeights(task, plan, axes)
     return DataParallel(task, plan, axes)
 
 
-def _divisible(task: Task, plan: Plan) -> bool:
-    """Whether the update may be split by parameters: nobody wants gradients or state as a whole, and it pays."""
+def _can_split_update(task: Task, plan: Plan) -> bool:
+    """Whether each rank may update its own parameters: nothing needs all gradients or optimizer state, and it pays."""
     trainable = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     return (
         plan.clip_norm is None
@@ -46,6 +46,7 @@ def _divisible(task: Task, plan: Plan) -> bool:
         and not task.own_optimizer
         and type(task.optimizer) in OPTIMIZERS.values()
         and all(type(parameter.data) is torch.Tensor for parameter in trainable)
-        and not any(getattr(module, "max_norm", None) for module in task.model.modules())  # it writes in its forward
+        # An embedding with max_norm writes to its weight in forward.
+        and not any(getattr(module, "max_norm", None) for module in task.model.modules())
         and sum(parameter.numel() for parameter in trainable) >= SHARED_ABOVE
     )

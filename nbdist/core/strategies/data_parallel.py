@@ -1,4 +1,4 @@
-"""Data parallelism: every rank holds the whole model and reads its part of the data."""
+"""Data parallelism (as DDP): every rank holds the whole model and trains on its slices of each batch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["DataParallel"]
 
 
 class DataParallel(Strategy):
-    """Replicas along one channel, kept equal by summing gradients. The module is not wrapped.
+    """Replicas along one channel, kept equal by all-reducing gradients. The module is not wrapped.
 
-    **Collective**: the constructor gives every rank the weights and buffers of rank 0.
+    **Collective**: the constructor broadcasts the weights and buffers of rank 0.
 
     Args:
         task: See `Strategy`.
@@ -34,8 +34,8 @@ class DataParallel(Strategy):
         parameters = list(self.table.trainable.values())
         self._gradients: GradientSync | DeterministicSync = (
             GradientSync(parameters, axes.dp, full_batch=plan.batch_size, bucket_mib=plan.bucket_mib, overlap=overlap)
-            if self.sums is None
-            else DeterministicSync(parameters, axes.dp, self.sums, full_batch=plan.batch_size)
+            if self.accumulator is None
+            else DeterministicSync(parameters, axes.dp, self.accumulator, full_batch=plan.batch_size)
         )
 
     def begin_step(self) -> None:

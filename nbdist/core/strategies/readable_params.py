@@ -1,4 +1,4 @@
-"""What of the parameters the step, a metric or the optimizer may read on a mesh, beside the model's forward."""
+"""Which parameters may be read outside the model's forward on a mesh: by the step, a metric or the optimizer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["ReadableParams"]
 
 
 class ReadableParams:
-    """Refuses whoever reads a parameter that is not here, or that is a part of one.
+    """Raises PlanError where code reads a parameter whose values are on other ranks or split over them.
 
     Args:
-        parameters: The model's, by name.
-        plan: What is run.
+        parameters: The model's parameters by name.
+        plan: The plan of the run.
 
     Attributes:
-        names: What the parameters are called.
+        names: The name of each parameter.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], plan: Plan) -> None:
@@ -33,28 +33,28 @@ class ReadableParams:
         self._absent: list[nn.Parameter] = []
         self._guard: Guard | None = None
 
-    def leave_out(self, parameter: nn.Parameter) -> None:
-        """Its values lie on other ranks. Local."""
+    def mark_absent(self, parameter: nn.Parameter) -> None:
+        """Replace a parameter whose values are on other ranks by a dummy. Local."""
         parameter.data = dummy(parameter, parameter.device)
         self._placeholders.hide(parameter)
         self._absent.append(parameter)
 
-    def split(self, parallelized: Parallelized) -> None:
-        """Layers are split over ranks. Local."""
+    def guard_split(self, parallelized: Parallelized) -> None:
+        """Guard the parameters of layers that tensor parallelism splits. Local."""
         self._guard = Guard(parallelized, self._refuse_split)
 
     def guarded(self) -> contextlib.AbstractContextManager[None]:
-        """Around what the user's step computes beside the model's forward."""
-        return contextlib.nullcontext() if self._guard is None else self._guard.up()
+        """Context for the user's step: in it split parameters may be read in the model's forward only."""
+        return contextlib.nullcontext() if self._guard is None else self._guard.active()
 
     def check(self, parameters: list[nn.Parameter]) -> None:
-        """Refuse where layers are split and no forward computes. Local."""
+        """Raise if these are read outside the forward of a split model. Local."""
         if self._guard is not None and self._guard.forbids:
             self._refuse_split(parameters, False)
 
     @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Around what looks at the model and asks for none of its values."""
+    def revealed(self) -> Iterator[None]:
+        """Context in which absent parameters are plain dummies, for code that reads shapes and no values."""
         for parameter in self._absent:
             reveal(parameter)
         try:
@@ -64,23 +64,23 @@ class ReadableParams:
                 self._placeholders.hide(parameter)
 
     def close(self) -> None:
-        """Let what is left of a model in parts be ordinary parameters; what is not here shows as NaN. Local."""
+        """Turn placeholders into ordinary parameters again; values on other ranks read as NaN. Local."""
         if self._guard is not None:
             self._guard.close()
         for parameter in self.names:
             reveal(parameter)
 
     def _refuse_absent(self, parameters: list[nn.Parameter], _data: bool) -> None:
-        raise self._error(parameters, "whose values lie on other ranks")
+        raise self._error(parameters, "whose values are on other ranks")
 
     def _refuse_split(self, parameters: list[nn.Parameter], _data: bool) -> None:
-        raise self._error(parameters, "which is split over ranks, or whose gradient they add up,")
+        raise self._error(parameters, "which is split over ranks, or whose gradient is summed over them,")
 
     def _error(self, parameters: list[nn.Parameter], why: str) -> PlanError:
         name = next(self.names[parameter] for parameter in parameters if is_placeholder(parameter))
         others = "data or shard" if self._mesh.tp * self._mesh.pp > 1 else "data"
         return PlanError(
-            f"something beside the model's forward (the step, a metric or the optimizer) reads parameter {name}, {why} "
-            f"on mesh {self._mesh}: leave it to the optimizer (a penalty on weights is its weight_decay), or use the "
-            f"strategy {others}."
+            f"something outside the model's forward (the step, a metric or the optimizer) reads parameter {name}, "
+            f"{why} on mesh {self._mesh}: leave it to the optimizer (a penalty on weights is its weight_decay), or use "
+            f"the strategy {others}."
         )

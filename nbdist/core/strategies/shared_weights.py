@@ -1,4 +1,4 @@
-"""Data parallelism on one host: replicas that share one copy of the weights, and each rank updates its part of it."""
+"""Data parallelism on one host with shared memory: one copy of the weights, of which each rank updates a part."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from nbdist.core.comm import SharedMemoryChannel
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.reduction_order import ReductionTree
-from nbdist.core.params.data_watch import DataWatch, put_data, unwatched
-from nbdist.core.params.table import copy_or_zero_, laid_out_like
+from nbdist.core.params.data_watch import DataWatch, get_data, set_data
+from nbdist.core.params.table import copy_or_zero_, view_like
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.sync.gradient_sync import COUNTS, ControlFlags, Totals, tail_dtype
@@ -22,29 +22,28 @@ from nbdist.plan import Plan
 
 __all__ = ["SharedWeights"]
 
-_ALIGNMENT = 16  # elements: each parameter begins a cache line, as one of its own would
+_ALIGNMENT = 16  # elements: each parameter begins a cache line, as a tensor with its own memory would
 
 
 class SharedWeights(Strategy):
-    """What `DataParallel` does, to the same bits, where all ranks map the same memory.
+    """The same bits as `DataParallel`, with the weights in memory that all ranks map.
 
-    The trainable parameters lie in memory that all ranks read. Every parameter has an owner: the rank that sums its
-    gradient, keeps its optimizer state and writes it. The others put their gradient of it into their slab, where the
-    owner reads it. So the sum and the optimizer's work are split over the ranks, nobody copies weights, and N ranks
-    need the memory of one copy.
+    Every trainable parameter has an owner: the rank that sums its gradient, holds its optimizer state and writes it.
+    The other ranks put their gradient of it into their slab, where the owner reads it. So the sum and the optimizer's
+    work are split over the ranks (as in ZeRO stage 1), no rank copies weights, and N ranks need the memory of one copy.
 
-    A forward, or a step, may write to weights, as one that keeps them in bounds does. Each rank would do so to the
-    same memory, while others read it. So in the first step each computes on pages of its own, and what it writes to
-    there, or where somebody takes its ``data`` at any time, stays in memory of its own: as with replicas, all ranks
-    write alike, and what its owner makes of it goes to all after each update.
+    A forward, or a step, may write to weights, for instance to clamp them. All ranks would write to the same memory
+    while others read it. So in the first step each rank computes on private pages. A parameter that is written there,
+    or whose ``data`` is taken at any time, stays in private memory. As with replicas, all ranks then write the same
+    values, and copy the owner's after each update.
 
-    It takes an optimizer that treats each parameter by itself, as those of torch.optim do, and gradients that nobody
-    needs as a whole, as clipping would.
+    It needs an optimizer that updates each parameter by itself, as those of torch.optim do, and no use of all
+    gradients together, such as clipping by their norm.
 
-    **Collective**: the constructor gives every rank the weights and buffers of rank 0.
+    **Collective**: the constructor broadcasts the weights and buffers of rank 0.
 
     Args:
-        task: See `Strategy`; its model lies on the CPU.
+        task: See `Strategy`; its model is on the CPU.
         plan: See `Strategy`.
         axes: See `Strategy`.
     """
@@ -60,16 +59,16 @@ class SharedWeights(Strategy):
         self._owned = [i for i, owner in enumerate(owners) if owner == channel.rank]
         self._foreign = [i for i, owner in enumerate(owners) if owner != channel.rank]
         self._arenas: list[torch.Tensor] = []
-        self._homes: dict[int, torch.Tensor] = {}  # where all ranks read a parameter
-        self._alone: dict[int, torch.Tensor] = {}  # the same on pages of this rank's own, until the first step is done
-        self._own: set[int] = set()  # what lies in memory of this rank's own
-        self._taken: set[int] = set()  # of that, whose data somebody has taken
-        self._versions: list[int] = []  # of all, when this rank last was to write to them
-        self._updated = False  # whether owners have written since all have met
-        self._order = ReductionTree.chain(channel.size) if self.sums is None else self.sums.order
-        # The places of each parameter's gradients in the slab of each rank: one for each node of the order.
+        self._shared_views: dict[int, torch.Tensor] = {}  # the views that all ranks read
+        self._private_pages: dict[int, torch.Tensor] = {}  # the same on private pages, for the first step only
+        self._private: set[int] = set()  # parameters in private memory
+        self._data_taken: set[int] = set()  # of those, whose `data` was taken
+        self._versions: list[int] = []  # of all, after this rank's last expected write
+        self._updated = False  # whether owners have written since the last barrier
+        self._tree = ReductionTree.chain(channel.size) if self.accumulator is None else self.accumulator.tree
+        # Views for each parameter's gradients in the slab of each rank: one for each tree node that a rank sums.
         self._slabs: list[list[dict[int, torch.Tensor]]] = [
-            [{} for _ in range(self._order.rows)] for _ in range(channel.size)
+            [{} for _ in range(self._tree.rows)] for _ in range(channel.size)
         ]
         with torch.no_grad():
             for name, tensor in self.table.tensors.items():
@@ -78,68 +77,68 @@ class SharedWeights(Strategy):
             dtypes = list(dict.fromkeys(parameter.dtype for parameter in self._parameters))
             for dtype in dtypes:
                 self._lay_out(dtype)
-        length = COUNTS + len(self._parameters) if self.sums is None else self.sums.numel
+        length = COUNTS + len(self._parameters) if self.accumulator is None else self.accumulator.numel
         self._tail = channel.zeros(length, tail_dtype(dtypes))
         self._arenas.append(self._tail)
         channel.barrier()  # rank 0's weights are in place
-        self._watch = DataWatch(self._parameters, self._take)
+        self._watch = DataWatch(self._parameters, self._on_data_access)
 
     def _lay_out(self, dtype: torch.dtype) -> None:
-        """Move the parameters of a dtype into shared memory, and give their gradients places in the slabs."""
+        """Move the parameters of a dtype into shared memory, and make views for their gradients in the slabs."""
         members = [i for i, parameter in enumerate(self._parameters) if parameter.dtype is dtype]
         starts = list(itertools.accumulate((_aligned(self._parameters[i].numel()) for i in members), initial=0))
-        (weights, alone), rows = self._channel.common(starts[-1], dtype), self._order.rows
+        (weights, private), rows = self._channel.common(starts[-1], dtype), self._tree.rows
         gradients = self._channel.zeros(rows * starts[-1], dtype)
         self._arenas.append(gradients)
         for i, start in zip(members, starts, strict=False):
             parameter = self._parameters[i]
-            home = self._homes[i] = laid_out_like(parameter, weights, start)
-            self._alone[i] = laid_out_like(parameter, alone, start)
+            shared = self._shared_views[i] = view_like(parameter, weights, start)
+            self._private_pages[i] = view_like(parameter, private, start)
             if self._channel.rank == 0:
-                home.copy_(parameter)
+                shared.copy_(parameter)
             for places, slab in zip(self._slabs, self._channel.slabs(gradients), strict=True):
                 for views, row in zip(places, slab.view(rows, starts[-1]), strict=True):
-                    views[i] = laid_out_like(parameter, row, start)
-            parameter.data = home
+                    views[i] = view_like(parameter, row, start)
+            parameter.data = shared
 
     def begin_step(self) -> None:
         """See `Strategy`."""
-        self._meet()  # all have read my slab, and written the weights they own
+        self._wait_for_owners()  # all ranks have read this rank's slab and written the weights they own
         if not self._versions:
-            self._begin_alone()
-        if self.sums is not None:
-            self.sums.begin()
+            self._use_private_pages()
+        if self.accumulator is not None:
+            self.accumulator.begin_step()
             return
         for parameter in self._parameters:
             parameter.grad = None
 
     @torch.no_grad()
     def sync(self, weight: Any, flags: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
-        """See `Strategy`. A rank then has gradients of what it owns only; an optimizer leaves alone what has none."""
+        """See `Strategy`. A rank gets the gradients of the parameters it owns; the others are None and not updated."""
         parameters, channel = self._parameters, self._channel
-        self._look_for_writes()
-        if self.sums is None:
+        self._check_writes()
+        if self.accumulator is None:
             nodes = [[parameter.grad for parameter in parameters]]
             used = [gradient is not None for gradient in nodes[0]]
             self._tail.copy_(torch.tensor([float(weight), *loss, *flags, *used], dtype=self._tail.dtype))
         else:
-            nodes = self.sums.sums()
-            self.sums.pack(flags, self._tail)
+            nodes = self.accumulator.node_sums()
+            self.accumulator.pack(flags, self._tail)
         for mine, gradients in zip(self._slabs[channel.rank], nodes, strict=False):
             copy_or_zero_([mine[i] for i in self._foreign], [gradients[i] for i in self._foreign])
         for i in self._foreign:
             parameters[i].grad = None
-        channel.barrier()  # everybody's gradients are in place
+        channel.barrier()  # the gradients of all ranks are in their slabs
 
         first, *others = channel.slabs(self._tail)
         tail = functools.reduce(torch.add, others, first)
-        if self.sums is None:
+        if self.accumulator is None:
             totals, counts = Totals(tail[:COUNTS]), tail[COUNTS:].tolist() if not all(used) else [1.0] * len(used)
         else:
-            totals, counts = self.sums.unpack(tail)
+            totals, counts = self.accumulator.unpack(tail)
         owned = [i for i in self._owned if counts[i]]
         if owned:
-            sums = self._sums(owned, nodes)
+            sums = self._sum_owned(owned, nodes)
             factor = totals.weight / self.plan.batch_size
             if factor not in (0.0, 1.0):
                 torch._foreach_div_(sums, factor)
@@ -147,29 +146,29 @@ class SharedWeights(Strategy):
                 parameters[i].grad = gradient
         return totals
 
-    def _sums(self, owned: list[int], nodes: list[list[torch.Tensor | None]]) -> list[torch.Tensor]:
-        """The gradients of owned parameters, summed over all nodes in their order; made in place of the first."""
+    def _sum_owned(self, owned: list[int], nodes: list[list[torch.Tensor | None]]) -> list[torch.Tensor]:
+        """The gradients of owned parameters, summed over all tree nodes in reduction order, in place of the first."""
         parameters = self._parameters
         terms = [[[views[i] for i in owned] for views in places] for places in self._slabs]
         terms[self._channel.rank] = [
             [torch.zeros_like(parameters[i]) if (g := gradients[i]) is None else g for i in owned]
             for gradients in nodes
         ]
-        return self._order.total(terms, _plus)
+        return self._tree.total(terms, _add)
 
     def update(self, optimizer: torch.optim.Optimizer, hooks: GradientHooks) -> bool:
         """See `Strategy`."""
         self._updated = super().update(optimizer, hooks)
         for i in self._owned:
-            if i in self._own:
-                self._homes[i].copy_(unwatched(self._parameters[i]))
+            if i in self._private:
+                self._shared_views[i].copy_(get_data(self._parameters[i]))
             self._versions[i] = self._parameters[i]._version
         return self._updated
 
-    def share_buffers(self) -> None:
+    def average_buffers(self) -> None:
         """See `Strategy`."""
-        self._meet()  # all have written the weights they own
-        super().share_buffers()
+        self._wait_for_owners()  # all ranks have written the weights they own
+        super().average_buffers()
 
     def close(self) -> None:
         """See `Strategy`."""
@@ -178,68 +177,68 @@ class SharedWeights(Strategy):
         for parameter in self._parameters:
             parameter.grad = None
             parameter.data = parameter.data.clone()
-        self._homes.clear()
-        self._alone.clear()
+        self._shared_views.clear()
+        self._private_pages.clear()
         for arena in self._arenas:
             self._channel.free(arena)
 
-    # What forward, or the step, writes to weights.
+    # Writes to weights in forward or in the step.
 
-    def _meet(self) -> None:
-        """Wait for what owners write; what lies in memory of this rank's own follows it. **Collective**."""
+    def _wait_for_owners(self) -> None:
+        """Wait until owners have written, and copy their values into this rank's private memory. **Collective**."""
         self._channel.barrier()
         if self._updated:
-            for i in self._own.intersection(self._foreign):
-                unwatched(self._parameters[i]).copy_(self._homes[i])
+            for i in self._private.intersection(self._foreign):
+                get_data(self._parameters[i]).copy_(self._shared_views[i])
         self._updated = False
 
-    def _begin_alone(self) -> None:
-        """Let this rank write what it likes in its first step."""
+    def _use_private_pages(self) -> None:
+        """Put all parameters on private pages, to find out in the first step which ones are written."""
         for i, parameter in enumerate(self._parameters):
-            if i not in self._own:
-                put_data(parameter, self._alone[i])
-        self._own.update(self._homes)
+            if i not in self._private:
+                set_data(parameter, self._private_pages[i])
+        self._private.update(self._shared_views)
         self._versions = [parameter._version for parameter in self._parameters]
 
-    def _take(self, i: int) -> None:
-        """Somebody is about to have the data of a parameter, or to replace it."""
-        self._taken.add(i)
-        if i not in self._own:
-            self._own.add(i)
-            put_data(self._parameters[i], self._homes[i].clone())
+    def _on_data_access(self, i: int) -> None:
+        """A caller is about to read or replace the ``data`` of a parameter: move it into private memory."""
+        self._data_taken.add(i)
+        if i not in self._private:
+            self._private.add(i)
+            set_data(self._parameters[i], self._shared_views[i].clone())
 
-    def _look_for_writes(self) -> None:
-        """Forward and backward are over: let weights be shared that nobody has written to, and stay so.
+    def _check_writes(self) -> None:
+        """After forward and backward: share the weights that were not written, and check those that are shared.
 
         Raises:
-            TaskError: Somebody has written to one that is shared, or to one so that it is something else.
+            TaskError: A shared parameter was written, or a private one has another shape or dtype.
         """
-        if self._alone:  # the first step
+        if self._private_pages:  # the first step
             for i, parameter in enumerate(self._parameters):
-                same = parameter._version == self._versions[i] and i not in self._taken
-                if same and torch.equal(parameter, self._homes[i]):
-                    put_data(parameter, self._homes[i])
-                    self._own.discard(i)
-            self._alone.clear()
-        if self._own or [parameter._version for parameter in self._parameters] != self._versions:
+                same = parameter._version == self._versions[i] and i not in self._data_taken
+                if same and torch.equal(parameter, self._shared_views[i]):
+                    set_data(parameter, self._shared_views[i])
+                    self._private.discard(i)
+            self._private_pages.clear()
+        if self._private or [parameter._version for parameter in self._parameters] != self._versions:
             for i, name in enumerate(self.table.trainable):
-                self._check(i, name)
+                self._check_parameter(i, name)
 
-    def _check(self, i: int, name: str) -> None:
-        parameter, home = self._parameters[i], self._homes[i]
-        if (parameter.shape, parameter.dtype) != (home.shape, home.dtype):
+    def _check_parameter(self, i: int, name: str) -> None:
+        parameter, shared = self._parameters[i], self._shared_views[i]
+        if (parameter.shape, parameter.dtype) != (shared.shape, shared.dtype):
             raise TaskError(
-                f"the model's forward, or the step, makes parameter {name} one of shape {list(parameter.shape)} and "
-                f"{parameter.dtype}, where it had {list(home.shape)} and {home.dtype}: let it keep both."
+                f"the model's forward, or the step, changes parameter {name} to shape {list(parameter.shape)} and "
+                f"{parameter.dtype}, from {list(shared.shape)} and {shared.dtype}: keep both unchanged."
             )
-        if i not in self._own and parameter._version != self._versions[i]:
+        if i not in self._private and parameter._version != self._versions[i]:
             raise TaskError(
-                f"the model's forward, or the step, writes to parameter {name} in place, as it did not do in the first "
-                f"step, and all ranks read it there: write to {name}.data, which is noticed before."
+                f"the model's forward, or the step, writes to parameter {name} in place, but did not in the first "
+                f"step, and all ranks share its memory: write to {name}.data, which nbdist detects in time."
             )
 
 
-def _plus(left: list[torch.Tensor], right: list[torch.Tensor]) -> list[torch.Tensor]:
+def _add(left: list[torch.Tensor], right: list[torch.Tensor]) -> list[torch.Tensor]:
     torch._foreach_add_(left, right)
     return left
 
@@ -249,7 +248,7 @@ def _aligned(numel: int) -> int:
 
 
 def _owners(sizes: list[int], ranks: int) -> list[int]:
-    """An owner for each size, so that ranks own about the same: the largest first, to whom owns least."""
+    """An owner for each size, balanced greedily: the largest first, to the rank that owns least."""
     owners, loads = [0] * len(sizes), [0] * ranks
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         owners[i] = loads.index(min(loads))

@@ -1,4 +1,4 @@
-"""What the training loop asks of a strategy."""
+"""The Strategy base class: the forward, backward, gradient sync and update that the training loop calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.precision import Precision
 from nbdist.core.params.table import ParamTable
 from nbdist.core.process import rng
-from nbdist.core.process.lazy_dynamo import eager
+from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.sync.gradient_sync import ControlFlags, Totals
 from nbdist.core.sync.slice_accumulator import SliceAccumulator
@@ -28,26 +28,26 @@ __all__ = ["Computed", "Strategy"]
 
 T = TypeVar("T")
 Computed = tuple[Any, list[tuple[torch.Tensor, Any]]]
-"""Sum of the slices' weights, in `Strategy.units`, and each slice's loss with its weight; nothing on ranks that do not
-see the loss."""
+"""Sum of the slices' weights, in `Strategy.units`, and each slice's loss with its weight. Zero and no losses on ranks
+that do not compute the loss."""
 
 
 class Strategy(ABC):
-    """A task and a plan, turned into something with forward and backward, sync, update and home-coming.
+    """How one rank trains a task by a plan: forward and backward, gradient sync, update, final gather.
 
     Args:
         task: What is trained.
         plan: How.
-        axes: This rank's channels.
+        axes: This rank's channels, one for each mesh axis.
 
     Attributes:
-        table: The model's parameters and buffers, and where their parts lie.
-        work: What this rank did in the latest step, where there is an order to show.
-        infos: The stages that a pipeline was cut into, as JSON-able data.
-        lag: How many steps late ranks hear what they have agreed on: a GPU is not waited for.
-        even: Whether all ranks must compute equally many slices, those without data included.
-        batch_norms: What lets BatchNorm see the slices of all ranks, or None.
-        sums: What adds up slices in the same order on any number of ranks, or None.
+        table: The model's parameters and buffers, and which ranks hold which parts.
+        work: Forwards and backwards of this rank in the latest step; a pipeline only.
+        infos: The stages of a pipeline, as JSON-able data.
+        lag: After how many steps the summed control flags are read: 1 on a GPU, so that no step waits for it.
+        equal_slices: Whether all ranks must compute equally many slices, with empty ones on ranks without data.
+        batch_norms: Synchronizes BatchNorm statistics over the data-parallel ranks, or None.
+        accumulator: Adds up slices in the same order on any number of ranks (`reproducible`), or None.
     """
 
     def __init__(self, task: Task, plan: Plan, axes: MeshChannels) -> None:
@@ -64,120 +64,121 @@ class Strategy(ABC):
         if plan.sync_batchnorm and axes.data.size > 1:
             norms = BatchNorms(task.model, axes.data)
             self.batch_norms = norms if norms.layers else None
-        self.even = self.batch_norms is not None
-        self.sums: SliceAccumulator | None = None
+        self.equal_slices = self.batch_norms is not None
+        self.accumulator: SliceAccumulator | None = None
         if plan.reproducible:
             trainable, buffers = list(self.table.trainable.values()), list(self.table.buffers.values())
-            self.sums = SliceAccumulator(trainable, buffers, axes.data, plan.slices)
-        self._samples_a_weight = 1.0
-        self._agreed = task.weighs_samples
+            self.accumulator = SliceAccumulator(trainable, buffers, axes.data, plan.slices)
+        self._units_per_weight = 1.0
+        self._units_agreed = task.weight_is_samples
 
     @abstractmethod
     def begin_step(self) -> None:
-        """Forget the gradients of the step before. **Collective**."""
+        """Clear the gradients of the previous step. **Collective**."""
 
     def forward_backward(self, step: int, slices: list[Slice]) -> Computed:
-        """Run this rank's slices and add up their gradients, each times its weight. **Collective** over a replica."""
+        """Run this rank's slices and accumulate their weighted gradients. **Collective** over a replica."""
         total: Any = 0
         losses: list[tuple[torch.Tensor, Any]] = []
-        for position, part in enumerate(slices):
+        for place, part in enumerate(slices):
             loss, weight = self.compute(part, ("slice", step), self.task.loss_and_weight)
-            # A mean over nothing (all targets ignored) is not a number: it has no gradient to give.
+            # A mean over nothing (all targets ignored) is NaN, and so would be its gradient.
             counts = part.samples > 0 and bool(weight != 0)
-            units = self.units(weight if counts else 0, part, first=position == 0)
+            units = self.units(weight if counts else 0, part, first=place == 0)
             if counts or self.batch_norms is not None:
-                self.silence(counts)
-                self.backward(loss, units if counts else 1, last=position == len(slices) - 1)
+                self.zero_uncounted(counts)
+                self.backward(loss, units if counts else 1, last=place == len(slices) - 1)
             if counts:
                 total = total + units
                 losses.append((loss.detach(), weight))
-            if self.sums is not None:
-                self.sums.take(part.index, losses[-1] if counts else None)
+            if self.accumulator is not None:
+                self.accumulator.add_slice(part.index, losses[-1] if counts else None)
         if not slices:
             self.units(0, None)
         return total, losses
 
     def units(self, weight: Any, part: Slice | None, *, first: bool = True) -> Any:
-        """A slice's weight in units of which a full batch has about as many as samples. Local but for the first slice.
+        """Rescale a slice's weight so that a full batch weighs about its number of samples. Local but for the first.
 
-        What is not linear in an activation's gradient then sees the share of the slice in the whole: all of it where a
-        batch is one slice. Otherwise the unit is a power of two, which changes no bit of what is linear. It is agreed
-        upon once a run, with the first slice of each rank: **Collective** over the data axis then.
+        A loss scaled by this weight has gradients of the usual size, which matters to hooks and backwards that are not
+        linear in the gradient. If a batch is one slice, it weighs `batch_size`. Otherwise the factor is a power of two,
+        which changes no bit of linear operations. Ranks choose it once a run, with their first slices: **Collective**
+        over the data axis then.
 
         Args:
-            weight: Zero where the slice does not count.
-            part: The slice; None where a rank that takes part has none.
-            first: Whether it is the first of the step.
+            weight: Zero if the slice does not count.
+            part: The slice; None on a rank that has none but joins the collective.
+            first: Whether it is this rank's first slice of the step.
         """
-        if self.plan.slices == 1 and self.sums is None:
+        if self.plan.slices == 1 and self.accumulator is None:
             return self.plan.batch_size if isinstance(weight, torch.Tensor) or weight else 0
-        if first and not self._agreed:
+        if first and not self._units_agreed:
             pair = torch.tensor([float(weight), 0 if part is None else part.samples], dtype=torch.float64)
             pair = pair.to(self.device)
             self.axes.data.all_reduce_(pair)
             total, samples = pair.tolist()
-            self._agreed = total > 0
-            if self._agreed:
-                self._samples_a_weight = 2.0 ** round(math.log2(samples / total))
-            if self.sums is not None:
-                self.sums.units = self._samples_a_weight
-        return weight if self._samples_a_weight == 1 else weight * self._samples_a_weight
+            self._units_agreed = total > 0
+            if self._units_agreed:
+                self._units_per_weight = 2.0 ** round(math.log2(samples / total))
+            if self.accumulator is not None:
+                self.accumulator.units = self._units_per_weight
+        return weight if self._units_per_weight == 1 else weight * self._units_per_weight
 
     def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T:
         """Call ``function(batch, part)`` on a slice, under its own random numbers and the plan's precision."""
         seed = rng.derive(self.plan.seed, *path, part.index)
-        if self.sums is not None:
-            rng.seed_all(seed)  # a step of the user's may draw from other generators too
+        if self.accumulator is not None:
+            rng.seed_all(seed)  # the user's step may draw from Python's or NumPy's generator too
         rng.seed_torch(seed, self.device)
         batch = to_device(part.batch, self.device)
-        if part.samples and self.batch_norms is None and self.precision.full:  # spares a small step the contexts
+        if part.samples and self.batch_norms is None and self.precision.full:  # the contexts would slow a small step
             return function(batch, part)
         with buffers_kept_if_empty(self.task.model, part, self.batch_norms), self.precision.autocast():
             return function(batch, part)
 
     def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T | None:
-        """`compute` without gradients, for evaluation; None on ranks that do not see the model's output.
+        """`compute` without gradients, for evaluation; None on ranks that do not have the model's output.
 
         **Collective** over a replica.
         """
         return self.compute(part, path, function)
 
-    def silence(self, counts: bool) -> None:
-        """Before the backward of a slice that does not count: only what passes between ranks has gradients. Local."""
+    def zero_uncounted(self, counts: bool) -> None:
+        """Zero the output gradients of a slice that does not count; its backward only serves other ranks. Local."""
         if self.batch_norms is not None and not counts:
-            self.batch_norms.silence()
+            self.batch_norms.zero_output_gradients()
 
     def backward(self, loss: torch.Tensor, weight: Any, *, last: bool) -> None:
         """Add a slice's gradients, times its weight in `units`. Local; `last`: no other slice follows in this step."""
-        self.scaled(loss, weight).backward()
+        self.scale_loss(loss, weight).backward()
 
-    def scaled(self, loss: torch.Tensor, weight: Any) -> torch.Tensor:
-        """The share of a slice's loss in that of a full batch, by its weight in `units`; for fp16 times the scale."""
-        # In float64, for a count divided by a number would be rounded to float32.
+    def scale_loss(self, loss: torch.Tensor, weight: Any) -> torch.Tensor:
+        """A slice's loss times its share of a full batch, by its weight in `units`; in fp16 times the loss scale."""
+        # In float64: an integer tensor divided by a number would be rounded to float32.
         share = (weight.double() if isinstance(weight, torch.Tensor) else weight) / self.plan.batch_size
         share = share * self.precision.scale
-        # Not `backward(share)`: given a gradient, torch loads its symbolic shapes, and sympy with them.
+        # Not `backward(share)`: given a gradient, torch imports its symbolic shapes and sympy, which is slow.
         return loss if isinstance(share, float) and share == 1.0 else loss * share
 
     @abstractmethod
     def sync(self, weight: Any, flags: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
-        """Make every gradient the weighted mean over all ranks. **Collective**; see `GradientSync.finish`."""
+        """Turn every gradient into the weighted mean over all ranks. **Collective**; see `GradientSync.finish`."""
 
-    def counted(self, losses: list[tuple[Any, Any]], totals: Totals) -> list[tuple[Any, Any]]:
-        """The losses, with their weights, that a step adds to this rank's part of the history. Local."""
-        if self.sums is None:
+    def counted_losses(self, losses: list[tuple[Any, Any]], totals: Totals) -> list[tuple[Any, Any]]:
+        """The losses, with their weights, that this rank adds to the history for a step. Local."""
+        if self.accumulator is None:
             return losses
         return [(totals.loss, totals.loss_weight)] if self.axes.data.rank == 0 and totals.weight else []
 
     def update(self, optimizer: torch.optim.Optimizer, hooks: GradientHooks) -> bool:
-        """Let hooks have the gradients, clip them and update the parameters. **Collective** over a replica.
+        """Run the gradient hooks, clip, and step the optimizer. **Collective** over a replica.
 
         Args:
-            optimizer: Whose step it is.
-            hooks: The user's; in fp16 they see what is unscaled, and nothing of an overflow.
+            optimizer: The optimizer to step.
+            hooks: The user's hooks; in fp16 they get unscaled gradients, and do not run after an overflow.
 
         Returns:
-            Whether it did: not after an overflow in fp16.
+            Whether parameters were updated: not after an overflow in fp16.
         """
         if self.precision.scales:
             self.scale_(1 / self.precision.scale)
@@ -189,16 +190,16 @@ class Strategy(ABC):
         hooks.run(self.table, self.axes)
         if self.plan.clip_norm is not None:
             self.clip_(self.plan.clip_norm)
-        with eager():
+        with skip_dynamo_import():
             optimizer.step()
         return True
 
     def clip_(self, largest: float) -> None:
-        """Scale all gradients down so that their global L2 norm is at most `largest`. **Collective** over a replica."""
+        """Clip all gradients to a global L2 norm of at most `largest`. **Collective** over a replica."""
         nn.utils.clip_grad_norm_(list(self.table.trainable.values()), largest)
 
     def scale_(self, factor: float) -> None:
-        """Multiply all gradients. Local."""
+        """Multiply all gradients by `factor`. Local."""
         gradients = self._gradients_held()
         if gradients:  # a stage may have nothing to train
             torch._foreach_mul_(gradients, factor)
@@ -211,18 +212,18 @@ class Strategy(ABC):
         return [p.grad for p in self.table.trainable.values() if p.grad is not None]
 
     @torch.no_grad()
-    def share_buffers(self) -> None:
-        """Make buffers such as running statistics the same on every replica: their mean. **Collective**."""
+    def average_buffers(self) -> None:
+        """Set buffers such as running statistics to their mean over the replicas. **Collective**."""
         self.table.average_buffers_(self.axes.data, self.axes)
 
-    def restore_shards(self) -> None:  # noqa: B027 - most hold them all the time
-        """After an error, wherever it was: let every parameter be the part that this rank holds. Local."""
+    def restore_shards(self) -> None:  # noqa: B027 - nothing to do unless sharded
+        """After an error anywhere in a step, point every parameter at this rank's shard again. Local."""
 
     def gather(self, *, keep: bool = True) -> None:
-        """Make the model whole and ordinary again, where `keep` says so. **Collective**."""
+        """Gather the whole model, on ranks with `keep`. **Collective**."""
         del keep
 
     def close(self) -> None:
-        """Let go of the model and hang up. Local, twice is fine."""
+        """Release the model and close the channels. Local; may be called twice."""
         if self.batch_norms is not None:
             self.batch_norms.close()

@@ -1,7 +1,7 @@
-"""That the losses of a batch's slices are of one form, so that their weighted mean is the loss of the batch.
+"""Checks that all slices of a batch have a loss of one form, so that their weighted mean is the loss of the batch.
 
-A factor, and of several terms the number of elements a sample, has to be the same in all of them. Which it is nobody
-can foresee, so ranks tell each other a small number made of it, which rides on the gradient sync.
+Constant factors, and the ratio of counts of several terms, must be the same in all slices. They are known only after
+the forward, so each rank hashes them to a small number and the gradient sync sums it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class LossForms:
         self._form: tuple[float, ...] | None = None
 
     def begin(self) -> None:
-        """Forget what was. Local."""
+        """Reset, at the start of a step or evaluation. Local."""
         self._form = None
 
     def add(self, form: tuple[float, ...]) -> None:
-        """A slice's loss is of `form`. Local.
+        """Add the form of a slice's loss. Local.
 
         Raises:
-            TaskError: One before was of another.
+            TaskError: An earlier slice's loss has another form.
         """
         if self._form is None:
             self._form = form
@@ -43,19 +43,19 @@ class LossForms:
             raise TaskError(MANY_FORMS)
 
     def flags(self, flags: ControlFlags, step: int) -> ControlFlags:
-        """What this rank says, with the form that it has seen. Local."""
+        """`flags` with the form of this rank's losses. Local."""
         if self._form is None:
             return flags
-        # Another number in each step: what two forms have in common in one they have not in the next.
+        # Another hash in each step: forms that collide in one step differ in the next.
         number = 1 + zlib.crc32(repr((step, self._form)).encode()) % _NUMBERS if self._form else 0
         return flags._replace(losses=1, form=number, form_squared=number**2)
 
 
 def check_one_form(agreed: ControlFlags | None) -> None:
-    """Check that all ranks have seen the same, as far as it is known. Local.
+    """Check that all ranks have losses of the same form; None where the sums are not known yet. Local.
 
     Raises:
-        TaskError: They have not.
+        TaskError: The forms differ.
     """
     if agreed is not None and agreed.losses * agreed.form_squared != agreed.form**2:
         raise TaskError(MANY_FORMS)

@@ -1,4 +1,4 @@
-"""A running weighted mean, kept where its values are."""
+"""A running weighted mean of losses or metrics, accumulated on their device without synchronizing it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ __all__ = ["RunningMean"]
 
 
 class RunningMean:
-    """Adds up ``value * weight`` and ``weight`` in float64. On a GPU nothing waits for a value until `sums` are read.
+    """Adds up ``value * weight`` and ``weight`` in float64. A GPU is not waited for until the `value` is read.
 
     Args:
-        device: Where the values are.
-        begun: `sums` to go on from, as numbers.
+        device: The device of the values.
+        initial: Initial `sums`, as numbers.
     """
 
-    def __init__(self, device: torch.device, begun: tuple[float, float] = (0.0, 0.0)) -> None:
+    def __init__(self, device: torch.device, initial: tuple[float, float] = (0.0, 0.0)) -> None:
         self._device = device
-        # A number on the CPU, where reading a value costs less than an operation on it; elsewhere until it is a tensor.
+        # A number on the CPU, where reading a value costs less than an operation on it; else a tensor after `add`.
         self._sum: Any
-        self._sum, self._weight = begun
+        self._sum, self._weight = initial
 
     def add(self, value: Any, weight: Any) -> None:
-        """Add a mean over `weight` of something; a mean over nothing counts nothing, even where it is not a number.
+        """Add a mean over `weight`; with weight zero nothing is added, even if the value is NaN.
 
         Args:
             value: A scalar tensor or a number.
@@ -43,7 +43,7 @@ class RunningMean:
 
     @property
     def parts(self) -> tuple[Any, Any]:
-        """The weighted sum and the weight, numbers or scalar tensors, as they lie there."""
+        """The weighted sum and the weight, as they are: numbers or scalar tensors."""
         return self._sum, self._weight
 
     @property
@@ -54,6 +54,6 @@ class RunningMean:
 
     @property
     def value(self) -> float | None:
-        """The mean; None over nothing. Waits for the device."""
+        """The mean; None if the weight is zero. Waits for the device."""
         total, weight = self.sums.tolist()
         return total / weight if weight else None

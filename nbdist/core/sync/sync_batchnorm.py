@@ -1,8 +1,8 @@
-"""BatchNorm over the samples of all data-parallel ranks, on any device.
+"""Synchronized BatchNorm: statistics over the samples of all data-parallel ranks, on any device.
 
-torch's own SyncBatchNorm is for GPUs, and is another class than the user's. Here the user's modules stay: while a model
-is trained, they compute with the mean and variance over the k-th slices of all ranks. One collective forward, of each
-rank's mean, squared deviations and count, and one backward.
+torch's SyncBatchNorm is for GPUs and replaces the user's modules. Here the modules stay: in training they normalize
+with the mean and variance over the k-th slices of all ranks. Forward takes one collective, of each rank's mean,
+variance and count, and backward takes one.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from torch.nn import functional as F
 from nbdist.core.comm import Channel
 from nbdist.core.data.reader import Slice
 from nbdist.core.data.sources import tensors_in
-from nbdist.core.params.table import buffers_kept
+from nbdist.core.params.table import restore_buffers
 
 __all__ = ["BatchNorms", "buffers_kept_if_empty"]
 
-_OURS = {cls.forward for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)}
+_SUPPORTED = {cls.forward for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)}
 
 
 class BatchNorms:
-    """The BatchNorm layers of a model, and the channel over which they measure.
+    """The BatchNorm layers of a model, and the channel over which their statistics are computed.
 
-    Once installed, all ranks must run the same layers in the same order, forward and backward: a rank without samples
-    too, with samples that do not count. Layers in evaluation mode are as always.
+    Once installed, all ranks must run the same layers in the same order, forward and backward. A rank without data
+    runs them with samples that do not count. Layers in evaluation mode are unchanged.
 
     Args:
-        model: Its layers that are torch's BatchNorm, and have no forward of the user's.
-        channel: Over the ranks that share a batch.
+        model: Its layers with the forward of torch's BatchNorm classes are synchronized.
+        channel: The data-parallel axis.
     """
 
     def __init__(self, model: nn.Module, channel: Channel) -> None:
         self.channel = channel
         self.counts = True
-        self.layers = [m for m in model.modules() if type(m).forward in _OURS and "forward" not in vars(m)]
+        self.layers = [m for m in model.modules() if type(m).forward in _SUPPORTED and "forward" not in vars(m)]
         self._model = model
         self._outputs: list[Any] = []
         self._hook: Any = None
-        self._alone = False
+        self._local_only = False
 
     def install(self) -> None:
-        """Let the layers measure together. Local."""
+        """Replace the layers' forward by the synchronized one. Local."""
         for layer in self.layers:
             vars(layer)["forward"] = functools.partial(self._forward, layer)
-        self._hook = self._model.register_forward_hook(self._keep)
+        self._hook = self._model.register_forward_hook(self._on_output)
 
     def close(self) -> None:
-        """Let every layer be as it was. Local, twice is fine."""
+        """Give every layer its own forward back. Local; may be called twice."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -67,39 +67,39 @@ class BatchNorms:
         """The ids of the running statistics, which are the same on all ranks."""
         return {id(buffer) for layer in self.layers for buffer in layer.buffers()}
 
-    def begin(self, counts: bool) -> None:
-        """The samples that come now count, or stand in for none. Local."""
+    def begin_slice(self, counts: bool) -> None:
+        """Call before a slice: whether its samples count, or only fill in for missing data. Local."""
         self.counts = counts
         self._outputs.clear()
 
-    def silence(self) -> None:
-        """Let the loss of the latest output have no gradient; that of the other ranks still passes. Local.
+    def zero_output_gradients(self) -> None:
+        """Zero the gradient of the latest output, so that only other ranks' losses pass through this rank. Local.
 
-        The mean over nothing is not a number, nor is zero times its gradient.
+        A weight of zero would not do: a mean over nothing is NaN, and so is zero times its gradient.
         """
         for tensor in tensors_in(self._outputs):
             if tensor.grad_fn is not None:
                 tensor.register_hook(torch.zeros_like)
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Let this rank's layers measure by themselves: others take no part. Local."""
-        before, self._alone = self._alone, True
+    def local_only(self) -> Iterator[None]:
+        """Context in which this rank computes its statistics alone, without collectives. Local."""
+        before, self._local_only = self._local_only, True
         try:
             yield
         finally:
-            self._alone = before
+            self._local_only = before
 
-    def keep(self, output: Any) -> None:
-        """Remember what the model returned, for `silence`. Local."""
+    def record_output(self, output: Any) -> None:
+        """Save what the model returned, for `zero_output_gradients`. Local."""
         if torch.is_grad_enabled():
             self._outputs.append(output)
 
-    def _keep(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.keep(output)
+    def _on_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.record_output(output)
 
     def _forward(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        if self._alone or not layer.training:
+        if self._local_only or not layer.training:
             own: torch.Tensor = type(layer).forward(layer, x)
             return own
         layer._check_input_dim(x)
@@ -114,12 +114,12 @@ class BatchNorms:
 
 @contextlib.contextmanager
 def buffers_kept_if_empty(model: nn.Module, part: Slice, batch_norms: BatchNorms | None) -> Iterator[None]:
-    """While a model computes a slice: one without samples leaves no trace in the buffers. Local."""
+    """Context for computing a slice; one without samples does not change the model's buffers. Local."""
     synced: set[int] = set()
     if batch_norms is not None:
-        batch_norms.begin(part.samples > 0)
+        batch_norms.begin_slice(part.samples > 0)
         synced = batch_norms.buffers
-    with contextlib.nullcontext() if part.samples else buffers_kept(model, but=synced):
+    with contextlib.nullcontext() if part.samples else restore_buffers(model, but=synced):
         yield
 
 
@@ -144,8 +144,8 @@ class _Normalized(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, counts: bool,
         channel: Channel,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        mean, variance, count = _measured(x, counts, channel)
-        if channel.device.type == "cpu" and count < 2:  # a GPU would have to be waited for
+        mean, variance, count = _global_statistics(x, counts, channel)
+        if channel.device.type == "cpu" and count < 2:  # not on a GPU, which this would wait for
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
         ctx.counts, ctx.channel = counts, channel
         ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), count)
@@ -157,42 +157,46 @@ class _Normalized(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, scale, count = ctx.saved_tensors
-        shape, others = _shape(x), _others(x)
+        shape, dims = _broadcast_shape(x), _reduced_dims(x)
         deviation = (x.to(mean.dtype) - mean.view(shape)) * scale.view(shape)
         gradient = gradient.to(mean.dtype)
-        sums = torch.stack([gradient.sum(others), (gradient * deviation).sum(others)])
-        of_bias, of_weight = sums
-        of_x = None
+        sums = torch.stack([gradient.sum(dims), (gradient * deviation).sum(dims)])
+        grad_bias, grad_weight = sums
+        grad_x = None
         if ctx.needs_input_grad[0]:
             totals = torch.zeros_like(sums, dtype=torch.float64)
             if ctx.counts:
                 totals.copy_(sums)
             ctx.channel.all_reduce_(totals)
-            of_x = gradient
-            if ctx.counts:  # what does not count has not moved the statistics
+            grad_x = gradient
+            if ctx.counts:  # samples that do not count have no share in the statistics
                 first, second = (totals / count).to(mean.dtype)
-                of_x = gradient - first.view(shape) - deviation * second.view(shape)
-            of_x = (of_x * (scale if weight is None else scale * weight.to(scale.dtype)).view(shape)).to(x.dtype)
+                grad_x = gradient - first.view(shape) - deviation * second.view(shape)
+            grad_x = (grad_x * (scale if weight is None else scale * weight.to(scale.dtype)).view(shape)).to(x.dtype)
         return (
-            of_x,
-            of_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-            of_bias.to(mean.dtype if weight is None else weight.dtype) if ctx.needs_input_grad[2] else None,
+            grad_x,
+            grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            grad_bias.to(mean.dtype if weight is None else weight.dtype) if ctx.needs_input_grad[2] else None,
             None, None, None,
         )  # fmt: skip
 
 
-def _measured(x: torch.Tensor, counts: bool, channel: Channel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _global_statistics(
+    x: torch.Tensor, counts: bool, channel: Channel
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, biased variance and count by channel of `x` over all ranks. **Collective**.
 
-    Every rank's mean and squares about it, not sums of squares, from which a large mean would take all digits.
+    From every rank's mean and variance, not from sums of squares: those cancel if the mean is large.
     """
     dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    own_variance, own_mean = torch.var_mean(x.to(dtype), _others(x), correction=0)
+    own_variance, own_mean = torch.var_mean(x.to(dtype), _reduced_dims(x), correction=0)
     number = x.numel() // x.shape[1] if counts else 0
-    told = torch.cat([own_mean.double(), own_variance.double(), own_mean.new_tensor([number], dtype=torch.float64)])
+    statistics = torch.cat(
+        [own_mean.double(), own_variance.double(), own_mean.new_tensor([number], dtype=torch.float64)]
+    )
     if not counts:
-        told.zero_()  # what it holds may be no number
-    gathered = torch.stack(channel.all_gather(told))
+        statistics.zero_()  # NaN times a count of zero would be NaN
+    gathered = torch.stack(channel.all_gather(statistics))
     features = x.shape[1]
     means, variances, numbers = gathered.split([features, features, 1], 1)
     count = numbers.sum()
@@ -202,9 +206,9 @@ def _measured(x: torch.Tensor, counts: bool, channel: Channel) -> tuple[torch.Te
     return mean.to(dtype), variance.to(dtype), count
 
 
-def _others(x: torch.Tensor) -> list[int]:
+def _reduced_dims(x: torch.Tensor) -> list[int]:
     return [dim for dim in range(x.ndim) if dim != 1]
 
 
-def _shape(x: torch.Tensor) -> list[int]:
+def _broadcast_shape(x: torch.Tensor) -> list[int]:
     return [-1 if dim == 1 else 1 for dim in range(x.ndim)]

@@ -1,4 +1,4 @@
-"""The graph of a loss where no gradients are wanted: in evaluation, which runs as it would without."""
+"""The autograd graph of a loss under `no_grad` (in evaluation), recorded beside the computation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ __all__ = ["LossGraph"]
 
 
 class LossGraph(TorchFunctionMode):
-    """Records the graph of scalars beside what is computed, which it leaves alone.
+    """Records a graph for scalars, and leaves the computation itself as it is.
 
-    Each function that gives a scalar is called once more, on the side and with gradients; no memory is kept for a
-    backward. What is no scalar is where the graph begins, but for what is made of parameters alone.
+    Each function that returns a scalar is called a second time, with gradients enabled, and saves no tensors for
+    backward. The graph's leaves are the non-scalar inputs, except for tensors computed from parameters alone.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by the id of the first, which so stays its own
+        # By id of the tensor, which the entry keeps alive, so that the id is not reused.
+        self._twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor with its graph; itself where none was recorded."""
+        """The tensor's twin with a graph; the tensor itself if none was recorded."""
         return self._twins.get(id(tensor), (tensor, tensor))[1]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,19 +38,19 @@ class LossGraph(TorchFunctionMode):
         if torch.is_grad_enabled() or not isinstance(result, torch.Tensor) or not result.is_floating_point():
             return result
         given = [t for value in (*args, *kwargs.values()) for t in _tensors(value)]
-        if not given:  # a number that was drawn, say: called once more it would be another, and so would the next ones
+        if not given:  # a random number, say: a second call would advance the generator
             return result
         if result is place:
             if version == place._version or id(place) not in self._twins:
                 return result
         elif id(result) in self._twins or any(result is tensor for tensor in given):
             return result
-        if result.ndim == 0 or self._worth(result, given):
+        if result.ndim == 0 or self._is_recorded(result, given):
             self._record(result, func, args, kwargs, given[0] if given else None)
         return result
 
-    def _worth(self, result: torch.Tensor, given: list[torch.Tensor]) -> bool:
-        """Whether something that is no scalar is made of a few scalars, or of parameters alone."""
+    def _is_recorded(self, result: torch.Tensor, given: list[torch.Tensor]) -> bool:
+        """Whether a non-scalar is computed from recorded scalars only, or from parameters only."""
         twins = [tensor for tensor in given if id(tensor) in self._twins]
         if len(twins) == len(given) >= result.numel():
             return True
@@ -64,9 +65,9 @@ class LossGraph(TorchFunctionMode):
             return type(value)(map(graphed, value)) if type(value) in (list, tuple) else value
 
         try:
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_outline, _same):
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_without_values, _same):
                 twin = func(*map(graphed, args), **{key: graphed(value) for key, value in kwargs.items()})
-        except Exception:  # what has no gradient has no graph, and the value is there already
+        except Exception:  # it has no gradient, so no graph; the value itself is already computed
             self._twins.pop(id(result), None)
             return
         self._twins[id(result)] = result, twin
@@ -77,8 +78,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for tensor in inner if isinstance(tensor, torch.Tensor)]
 
 
-def _outline(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.numel() <= 1 or tensor.dtype is torch.int64:  # divisors and labels
+def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+    """What a node saves: divisors and labels, which `mean_over` reads, and of other tensors the shape only."""
+    if tensor.numel() <= 1 or tensor.dtype is torch.int64:
         return tensor if tensor.grad_fn is None else tensor.detach()
     return torch.empty_like(tensor, device="meta")
 

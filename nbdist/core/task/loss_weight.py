@@ -1,8 +1,8 @@
-"""What a loss is a mean over, read off the graph that autograd has recorded for it.
+"""The weight of a loss: what it is a mean over (tokens, unmasked labels, samples), read from its autograd graph.
 
-A model or a callable that computes its own loss says nowhere what it averages over: tokens, labels other than -100,
-samples. The operation that made the mean kept its divisor for backward: nothing has to be caught, and reading it costs
-a few attributes. In doubt the answer is that nobody knows.
+A model or a callable that computes its own loss does not return the number that it averages over. But the operation
+that computed the mean saved its divisor for backward: reading it needs no hooks, and costs a few attribute accesses.
+In doubt the answer is "unknown".
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _OF_ONE = {
     "SigmoidBackward0", "SoftplusBackward0", "SqrtBackward0", "StackBackward0", "SumBackward0", "SumBackward1",
     "TBackward0", "TransposeBackward0",
 }  # fmt: skip
-"""What turns parameters into another value that is the same for every slice."""
+"""Operations whose result, if computed from parameters alone, is the same for every slice."""
 _MEAN, _SUM = 1, 2  # torch's own numbers for `reduction`
 _COUNTS_EXACTLY = (torch.float32, torch.float64)
-_AGREES = 1e-6  # between two ways to add up the weights of classes
+_AGREES = 1e-6  # two sums of the same class weights may differ by so much
 
 
 class Mean(NamedTuple):
-    """How a loss averages with those of other slices.
+    """How a loss is averaged with those of other slices.
 
     Args:
         over: Its weight: a number or a scalar tensor.
-        form: What has to be the same in every slice: factors, and elements a sample; empty for a mean and nothing else.
+        form: What must be the same in every slice: factors, and elements per sample; empty for a plain mean.
     """
 
     over: Any
@@ -55,7 +55,7 @@ class Mean(NamedTuple):
 
 
 class _Term(NamedTuple):
-    """A term of a loss: the mean's divisor, of how many elements those that it leaves out are some, and its factor."""
+    """A term of a loss: a mean's divisor, its number of elements (ignored ones included), and the term's factor."""
 
     over: Any
     elements: int
@@ -63,26 +63,26 @@ class _Term(NamedTuple):
 
 
 class _Unknown(Exception):
-    """Something that is no mean, or of what cannot be seen."""
+    """A term is not a mean, or what it is a mean over cannot be read."""
 
 
 def mean_over(loss: torch.Tensor, samples: int, constants: Callable[[], Iterable[torch.Tensor]] = tuple) -> Mean | None:
-    """How `loss` averages exactly with those of other slices. Local.
+    """The weight with which `loss` averages exactly with the losses of other slices. Local.
 
     Args:
-        loss: A scalar; its graph is there, with gradients enabled or from an `LossGraph`.
-        samples: In the slice.
-        constants: Tensors that depend on no batch; parameters need not be among them.
+        loss: A scalar with a graph: computed with gradients enabled, or a `LossGraph`'s twin.
+        samples: Samples in the slice.
+        constants: Tensors that do not depend on the batch; parameters need not be listed.
 
     Returns:
-        None where the graph does not say. Of several terms, all are means over the same, or each over all elements of
-        every sample: then the weight is `samples`. What depends on parameters alone averages with anything.
+        None if the graph does not show it. Several terms must all be means over the same number, or each over all
+        elements of every sample: then the weight is `samples`. A term of parameters alone averages with any weight.
     """
     found = _Terms(constants)
     try:
         found.walk(loss.grad_fn, 1.0)
         terms = found.resolved(samples)
-    except (_Unknown, AttributeError, ZeroDivisionError):  # nodes are named and kept as this torch does it
+    except (_Unknown, AttributeError, ZeroDivisionError):  # node names and saved attributes depend on torch's version
         return None
     factors = tuple(term.factor for term in terms)
     if len(terms) >= samples > 2 and len(terms) % samples == 0 and len({*factors}) == 1:  # a loop over samples
@@ -95,13 +95,13 @@ def mean_over(loss: torch.Tensor, samples: int, constants: Callable[[], Iterable
 
 
 class _Terms:
-    """Follows what adds up and scales down to the means."""
+    """Walks the graph through sums and scalings down to the means."""
 
     def __init__(self, constants: Callable[[], Iterable[torch.Tensor]]) -> None:
         self._constants = constants
         self._terms: list[_Term] = []
-        self._sums: list[tuple[Any, int, float]] = []  # divisors, by what nobody can say, elements and factors
-        self._whole: list[float] = []  # factors that may be counts
+        self._sums: list[tuple[Any, int, float]] = []  # of sums divided by hand: divisor, elements, factor
+        self._integers: list[float] = []  # integer factors, which may be counts
 
     def walk(self, node: Any, factor: float) -> None:
         name = "" if node is None else node.name()
@@ -131,12 +131,12 @@ class _Terms:
     def _scale(self, node: Any, divides: bool, factor: float) -> None:
         inner, other = _scaled(node, divides)
         if not divides and (other == 0 if not isinstance(other, torch.Tensor) else is_number(other) and other == 0):
-            return  # what is only there so that gradients reach it
+            return  # a term times zero, there only so that gradients reach its parameters
         summed = _summed(inner)
         if summed is None:
             number = self._number(other)
             if float(number).is_integer():
-                self._whole.append(number)
+                self._integers.append(number)
             self.walk(inner, factor / number if divides else factor * number)
         elif not divides:
             raise _Unknown
@@ -147,7 +147,7 @@ class _Terms:
             self._sums.append((over, _elements(summed), factor))
 
     def _number(self, other: Any) -> Any:
-        """The value of a factor that depends on no batch; 1 where it is a tensor, which is not waited for."""
+        """A factor that does not depend on the batch; 1 for a tensor, because reading it would wait for the GPU."""
         if not isinstance(other, torch.Tensor):
             return other
         if is_number(other):
@@ -159,7 +159,7 @@ class _Terms:
         return 1.0
 
     def _check_inside(self, node: Any) -> None:
-        """That no single number of the batch scales what a mean is taken of."""
+        """Raise if the elements below a mean are scaled by a scalar that depends on the batch."""
         inner = node.next_functions[0][0]
         while inner is not None and (inner.name() in _AS_IT_IS or inner.name() in _SCALES):
             if inner.name() in _AS_IT_IS:
@@ -173,7 +173,7 @@ class _Terms:
                 self._number(other)
 
     def resolved(self, samples: int) -> list[_Term]:
-        """The terms, with the sums whose divisor is the number of samples, or that of another term."""
+        """All terms, with the sums divided by hand: by the number of samples or elements, or another term's divisor."""
         terms = list(self._terms)
         for divisor, elements, factor in self._sums:
             value = float(divisor)
@@ -182,14 +182,14 @@ class _Terms:
                 raise _Unknown
             every = samples if value == samples else elements
             terms.append(same[0]._replace(factor=factor) if same else _Term(every, every, factor))
-        counts = {samples, *(term.elements for term in terms), *(float(t.over) for t in terms if self._whole)} - {1}
-        if not counts.isdisjoint(self._whole):  # a sum once more
+        counts = {samples, *(term.elements for term in terms), *(float(t.over) for t in terms if self._integers)} - {1}
+        if not counts.isdisjoint(self._integers):  # a mean times its count is a sum again
             raise _Unknown
         return terms or [_Term(samples, samples, 1.0)]
 
 
 def _scaled(node: Any, divides: bool) -> tuple[Any, Any]:
-    """What a node scales, and by what."""
+    """The node that is scaled, and the factor."""
     edges = [edge for edge, _ in node.next_functions]
     if len(edges) == 1 or edges[1] is None:
         return edges[0], node._saved_other
@@ -201,7 +201,7 @@ def _scaled(node: Any, divides: bool) -> tuple[Any, Any]:
 
 
 def is_constant(node: Any) -> bool:
-    """Whether something is made of parameters alone."""
+    """Whether a node is computed from parameters alone."""
     if node is None:
         return False
     name = node.name()
@@ -218,13 +218,13 @@ def is_constant(node: Any) -> bool:
 
 
 def is_number(tensor: torch.Tensor) -> bool:
-    """Whether it was a number of Python's, which decides about no dtype."""
+    """Whether a tensor wraps a Python number, which does not take part in type promotion."""
     least = {torch.float64: torch.float16, torch.int64: torch.uint8}.get(tensor.dtype)
     return least is not None and tensor.ndim == 0 and torch.result_type(torch.zeros((), dtype=least), tensor) is least
 
 
 def _summed(node: Any) -> Any:
-    """The sum that a node is, whatever its sign; None where it is none."""
+    """The node of a sum, behind views and signs; None if it is not a sum."""
     while node.name() in _AS_IT_IS:
         node = node.next_functions[0][0]
         if node is None:
@@ -237,14 +237,14 @@ def _summed(node: Any) -> Any:
 
 
 def _elements(summed: Any) -> int:
-    """Of how many elements something is the sum; 0 where it is not one of single elements."""
+    """The number of elements that a node sums; 0 if it does not sum single elements."""
     if hasattr(summed, "_saved_self_sym_sizes"):
         return math.prod(summed._saved_self_sym_sizes) if summed.name() == "SumBackward0" else 0
     return int(summed._saved_self.numel()) if summed.name() in _ELEMENTS else 0
 
 
 def _of_scalars(node: Any) -> bool:
-    """Whether a mean is one of whole losses that were put side by side."""
+    """Whether a mean is taken over stacked scalars (whole losses)."""
     inner = node.next_functions[0][0]
     return (
         inner is not None
@@ -256,5 +256,5 @@ def _of_scalars(node: Any) -> bool:
 def _divisor(node: Any) -> Any:
     if node._saved_weight is not None or node._saved_total_weight.dtype in _COUNTS_EXACTLY:
         return node._saved_total_weight
-    ignored = node._saved_ignore_index  # half precision cannot count beyond 256 or 2048
+    ignored = node._saved_ignore_index  # counted here, because half precision cannot count beyond 256 or 2048
     return (node._saved_target != (ignored - 2**64 if ignored >= 2**63 else ignored)).sum()

@@ -1,4 +1,4 @@
-"""Well-known losses, and what the mean of a loss is over."""
+"""Loss functions by name (cross_entropy, mse, ...), and the weight of a mean: the number that it is over."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def find_loss(loss: Any) -> Loss:
-    """Turn a name or a callable into a loss whose weights average exactly over ranks and microbatches.
+    """Turn a name or a callable into a loss whose mean averages exactly over ranks and microbatches.
 
     Raises:
         TaskError: The name is unknown, the value is not callable, or the loss is a sum.
@@ -59,7 +59,7 @@ def find_loss(loss: Any) -> Loss:
 
 
 def is_torch_own(loss: Any) -> bool:
-    """Whether a loss is computed by torch's own code, in which is known what its mean is over."""
+    """Whether a loss is computed by torch's own code, for which it is known what its mean is over."""
     kind = type(loss)
     if isinstance(loss, nn.modules.loss._Loss):
         return kind.forward.__module__ == nn.modules.loss.__name__ and kind.__call__ is nn.Module.__call__
@@ -67,7 +67,7 @@ def is_torch_own(loss: Any) -> bool:
 
 
 def loss_name(loss: Any) -> str:
-    """What to call a loss in the plan and the panel."""
+    """The name of a loss in the plan and the panel."""
     if isinstance(loss, str):
         return loss
     if isinstance(loss, functools.partial):
@@ -76,7 +76,7 @@ def loss_name(loss: Any) -> str:
 
 
 class ClassLoss:
-    """A loss over classes whose mean leaves ignored targets out and weighs the others by their class.
+    """A loss over classes whose mean skips ignored targets and weights the others by class.
 
     Its weight is its divisor, so ignored targets and class weights average exactly over slices of any size.
     """
@@ -87,7 +87,7 @@ class ClassLoss:
         self._class_weight = class_weight
 
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The mean."""
+        """The mean loss."""
         if isinstance(self._loss, nn.Module):
             self._loss.to(output.device)
         return self._loss(output, target)

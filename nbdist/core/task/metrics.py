@@ -1,4 +1,4 @@
-"""Well-known metrics: measured on a batch as a mean and averaged over the batches."""
+"""Metrics by name (accuracy, mae, mse): a mean per batch, averaged over the batches."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Metric = Callable[[Any, Any], Any]
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Share of targets that the output hits.
+    """Share of targets that the output predicts.
 
     Args:
-        output: Scores ``(batch, classes, ...)`` or ``(batch, ..., classes)``; or one logit a target, ``(batch, ...)``
+        output: Scores ``(batch, classes, ...)`` or ``(batch, ..., classes)``; or one logit per target, ``(batch, ...)``
             or ``(batch, ..., 1)``.
-        target: Class numbers ``(batch, ...)``, -100 where not counted; or 0 and 1 for logits.
+        target: Class numbers ``(batch, ...)``, -100 for ignored ones; or 0 and 1 for logits.
     """
     if output.ndim == target.ndim + 1 and output.shape != (*target.shape, 1):
         classes_last = output.shape[:-1] == target.shape

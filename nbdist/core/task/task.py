@@ -1,4 +1,4 @@
-"""The task: what the user supplies, checked before anything else is touched."""
+"""The task: model, data, loss or step, optimizer and metric as the user supplies them, checked before training."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from nbdist.errors import PlanError, TaskError
 __all__ = ["ModelLossStep", "Step", "SupervisedStep", "Task"]
 
 Step = Callable[[nn.Module, Any], Any]
-"""``step(model, batch)``: one training step's loss, a mean over samples, or ``(loss, weight)`` with what it is over."""
+"""``step(model, batch)``: the loss, a mean over samples, or ``(loss, weight)`` with the number that it is over."""
 
 _Context = contextlib.AbstractContextManager[Any]
 
 NO_LOSS = "no loss: name one (--loss mse, or loss='mse'), or write the step (a %%dist_train cell's body, or step=...)."
 UNKNOWN_MEAN = (
-    "{loss} is no mean of which can be seen what it is over (a sum, a ratio, or several means over different numbers), "
-    "so slices could not be averaged exactly: {cure}."
+    "{loss} is not recognised as a mean (it is a sum, a ratio, or several means over different numbers), so slices "
+    "could not be averaged exactly: {cure}."
 )
 _OF_MODEL = (
     "write the step (a %%dist_train cell's body, or step=...) and assign loss and weight, the number that the mean is "
@@ -47,7 +47,7 @@ _OF_CALLABLE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Model, data, step, optimizer, and what is measured. It travels to the engines as one value.
+    """Model, data, step, optimizer and metric. It is sent to the engines as one value.
 
     Args:
         model: The module as the user made it.
@@ -56,10 +56,10 @@ class Task:
         optimizer: Over parameters of `model`.
         val: Validation data, or None.
         metric: Measured on `val` beside the loss, or None.
-        own_optimizer: Whether the user made the optimizer, and so gets its state back.
+        own_optimizer: Whether the user made the optimizer, so that its state is loaded back into it.
         scheduler: Makes a torch scheduler from the optimizer, or None.
-        options: The Plan options that follow from what was supplied: names, batch size, shuffle.
-        forms: What the losses of a step have in common, where nobody says what they are means over.
+        options: The Plan options that follow from the arguments: names, batch size, shuffle.
+        forms: Checks that all slices' losses have the same form, if their weights are inferred.
     """
 
     model: nn.Module
@@ -80,10 +80,10 @@ class Task:
         batch_size: int | None = None,
         shuffle: bool | None = None, names: tuple[str, str] = ("model", "data"),
     ) -> Task:  # fmt: skip
-        """Check what a user supplied and bring it to one form. Local; nothing is changed.
+        """Check the user's arguments and bring them to one form. Local; nothing is changed.
 
         Args:
-            model: An ``nn.Module`` with something to train.
+            model: An ``nn.Module`` with trainable parameters.
             data: See `Source`.
             loss: A name, or a callable ``loss(output, target)``; the step is then ``loss(model(x), y)``.
             step: A callable ``step(model, batch)`` in place of `loss`.
@@ -93,12 +93,12 @@ class Task:
             val: Validation data, in the same forms as `data`.
             metric: A name, or a callable ``metric(output, target)``.
             batch_size: Global batch size, if the user gave one.
-            shuffle: Whether to shuffle, if the user said so.
-            names: What the user calls `model` and `data`.
+            shuffle: Whether to shuffle, if the user gave it.
+            names: The user's names for `model` and `data`.
 
         Raises:
-            TaskError: Something cannot be used.
-            PlanError: An option contradicts what the data brings with it.
+            TaskError: An argument cannot be used.
+            PlanError: An option contradicts the data's own.
         """
         _check_model(model, names[0])
         source = Source.of(data, names[1])
@@ -110,8 +110,8 @@ class Task:
         if step is not None and not callable(step):
             raise TaskError(f"step must be a callable step(model, batch), not {step!r}.")
         if metric is not None and val is None:
-            raise TaskError(f"metric {_name(metric)} has nothing to be measured on: give val=... too.")
-        # every validation sample counts, whatever the loader would drop
+            raise TaskError(f"metric {_name(metric)} has no data to be measured on: give val=... too.")
+        # every validation sample counts, so a loader's drop_last is ignored
         val_source = None if val is None else replace(Source.of(val, "val"), drop_last=False)
         supervised = [("loss", source)] if step is None else []
         for what, needs_target in [*supervised, *([("metric", val_source)] if metric is not None else [])]:
@@ -143,67 +143,69 @@ class Task:
 
     @property
     def title(self) -> str:
-        """The model's class and number of parameters, for people."""
+        """The model's class and number of parameters, as text for the user."""
         count = sum(p.numel() for p in self.model.parameters())
         scale, unit = next((s, u) for s, u in ((1_000_000, " M"), (1_000, " k"), (1, "")) if count >= s)
         return f"{type(self.model).__name__} ({count / scale:.3g}{unit} parameters)"
 
     def make_scheduler(self, optimizer: torch.optim.Optimizer) -> Scheduler:
-        """What sets the learning rate from step to step. Local."""
+        """The learning-rate scheduler of `optimizer`. Local."""
         return Scheduler(self.scheduler, optimizer)
 
     @property
-    def own_mean(self) -> bool:
-        """Whether the loss is computed where nobody sees what it is a mean over: by the model, or by a callable."""
+    def infers_weight(self) -> bool:
+        """Whether the loss's weight is read from its graph: the model or a user's callable computes the loss."""
         if isinstance(self.step, SupervisedStep):
-            return self.step.own_mean
+            return self.step.infers_weight
         return isinstance(self.step, ModelLossStep)
 
     @property
-    def weighs_samples(self) -> bool:
-        """Whether a slice weighs as much as it has samples, whatever the batch."""
-        return isinstance(self.step, SupervisedStep) and not (self.own_mean or isinstance(self.step.loss, ClassLoss))
+    def weight_is_samples(self) -> bool:
+        """Whether a slice's weight is always its number of samples."""
+        return isinstance(self.step, SupervisedStep) and not (
+            self.infers_weight or isinstance(self.step.loss, ClassLoss)
+        )
 
     def loss_and_weight(self, batch: Any, part: Slice) -> tuple[torch.Tensor, Any]:
         """Run the step on one slice.
 
         Args:
-            batch: Of the slice, on the device.
-            part: The slice; where it was read, its targets can be counted without waiting for a GPU.
+            batch: The slice's batch, on the device.
+            part: The slice; its targets are on the CPU, and can be counted without waiting for the GPU.
 
         Returns:
             The loss, a scalar mean, and its weight: a number, or on a GPU a scalar tensor in float64.
 
         Raises:
-            TaskError: The step gave something else.
+            TaskError: The step returned something else.
         """
-        outline = LossGraph() if self.own_mean and not torch.is_grad_enabled() else None
+        graph = LossGraph() if self.infers_weight and not torch.is_grad_enabled() else None
         if isinstance(self.step, SupervisedStep):
-            given = self.step(self.model, batch, part, outline)
+            returned = self.step(self.model, batch, part, graph)
         elif isinstance(self.step, ModelLossStep):
-            given = self.step(self.model, batch, outline)
+            returned = self.step(self.model, batch, graph)
         else:
-            given = self.step(self.model, batch)
-        loss, weight = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+            returned = self.step(self.model, batch)
+        loss, weight = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(type(loss))
             raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {what}.")
-        if weight is None and self.own_mean:
-            mean = mean_over(loss if outline is None else outline.of(loss), part.samples, self._constants)
+        if weight is None and self.infers_weight:
+            mean = mean_over(loss if graph is None else graph.of(loss), part.samples, self._constants)
             if mean is not None:
                 weight = mean.over
-            if part.of > 1 and part.samples:  # a batch that is not cut is the mean of nothing else
+            if part.of > 1 and part.samples:  # the loss of a batch in one slice is not averaged, so any is right
                 if mean is None:
                     raise TaskError(self._unknown_mean)
                 self.forms.add(mean.form)
         if weight is None:
             weight = part.samples
-        elif isinstance(weight, torch.Tensor):  # read it where that costs nothing, else do not wait for it
+        elif isinstance(weight, torch.Tensor):  # on a GPU reading it would wait for the device
             weight = weight.item() if weight.device.type == "cpu" else weight.double()
         return loss.reshape(()), weight
 
     def _constants(self) -> Iterator[torch.Tensor]:
-        """What depends on no batch: the model's tensors, and those that a callable has in itself."""
+        """Tensors that do not depend on the batch: the model's, and a callable's attributes, globals and closure."""
         loss = getattr(self.step, "loss", None)
         for module in (self.model, *([loss] if isinstance(loss, nn.Module) else [])):
             yield from module.parameters()
@@ -227,20 +229,20 @@ class SupervisedStep:
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
-        self.own_mean = not (isinstance(loss, ClassLoss) or is_torch_own(loss))
+        self.infers_weight = not (isinstance(loss, ClassLoss) or is_torch_own(loss))
 
-    def __call__(self, model: nn.Module, batch: Any, part: Slice | None = None, around: _Context | None = None) -> Any:
-        """Return ``loss(model(*inputs), target)``, with its weight where that is known.
+    def __call__(self, model: nn.Module, batch: Any, part: Slice | None = None, graph: _Context | None = None) -> Any:
+        """Return ``loss(model(*inputs), target)``, with its weight if that is known.
 
         Args:
             model: The model.
             batch: Inputs and target, on the device.
-            part: The slice that the batch is of, whose target can be counted without waiting for a GPU.
-            around: The loss.
+            part: The batch's slice, whose target can be counted without waiting for the GPU.
+            graph: Context in which the loss is computed, see `LossGraph`.
         """
         *inputs, target = batch
         output = model(*inputs)
-        with around or contextlib.nullcontext():
+        with graph or contextlib.nullcontext():
             mean = self.loss(output, target)
         if not isinstance(self.loss, ClassLoss):
             return mean
@@ -250,16 +252,16 @@ class SupervisedStep:
 
 
 class ModelLossStep:
-    """The step of a model that takes a batch as keywords and computes its loss itself, as those of transformers do."""
+    """The step of a model that takes the batch as keywords and computes its loss, like those of transformers."""
 
-    def __call__(self, model: nn.Module, batch: Any, around: _Context | None = None) -> Any:
+    def __call__(self, model: nn.Module, batch: Any, graph: _Context | None = None) -> Any:
         """Return the loss in ``model(**batch)``: an attribute or key ``loss``."""
-        with around or contextlib.nullcontext():
+        with graph or contextlib.nullcontext():
             output = model(**batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is None:
             raise TaskError(
-                f"the batch is a dict, so the model computes the loss itself, but model(**batch) gave "
+                f"the batch is a dict, so the model must compute the loss, but model(**batch) returned "
                 f"{type(output).__name__} without a loss: add labels to the batch, name a loss, or write the step."
             )
         return loss
@@ -284,14 +286,14 @@ def _check_model(model: Any, name: str) -> None:
     for path, tensor in every:
         if tensor.is_meta:
             raise TaskError(
-                f"{path} of {name} is on the meta device, without values: let {name}.to_empty(device='cpu') make room "
-                "for some, and set or load them."
+                f"{path} of {name} is on the meta device, without values: allocate them with "
+                f"{name}.to_empty(device='cpu'), and set or load them."
             )
     if not any(p.requires_grad for _, p in parameters):
         raise TaskError(f"{name} has no parameters to train" + (": all are frozen." if parameters else "."))
     for path, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
-            raise TaskError(f"{path or name} makes sparse gradients, which cannot be summed flat: use sparse=False.")
+            raise TaskError(f"{path or name} makes sparse gradients, which are not supported: use sparse=False.")
 
 
 def _check_pairs(source: Source | None, what: str) -> None:
@@ -304,16 +306,16 @@ def _check_pairs(source: Source | None, what: str) -> None:
         )
 
 
-def _check_agree(option: str, given: Any, brought: Any, name: str) -> None:
-    if given is not None and brought is not None and given != brought:
+def _check_agree(option: str, given: Any, of_loader: Any, name: str) -> None:
+    if given is not None and of_loader is not None and given != of_loader:
         raise PlanError(
-            f"{option}={given} contradicts the DataLoader {name}, which says {brought}: leave one of them away."
+            f"{option}={given} contradicts the DataLoader {name}, which has {of_loader}: omit one of the two."
         )
 
 
 @contextlib.contextmanager
 def on_device(task: Task, device: torch.device) -> Iterator[None]:
-    """Have the model and its optimizer's state on a device meanwhile. Local."""
+    """Move the model and its optimizer's state to a device within the context. Local."""
     before = next(task.model.parameters()).device
     _move(task, before, device)
     try:

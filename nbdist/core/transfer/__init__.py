@@ -1,1 +1,1 @@
-"""Objects between processes: payloads in shared memory."""
+"""Sending objects between processes: pickled payloads, with tensors in shared memory."""

@@ -1,8 +1,8 @@
-"""Handing objects over to other processes, their tensors through one shared-memory copy.
+"""Payloads: objects pickled for other processes, their tensors and arrays in one shared-memory segment.
 
-A *payload* is a pickled object whose tensors and arrays lie beside the pickle in one *segment*. On one host the segment
-is anonymous shared memory that every process maps privately: nobody copies, a write stays with the writer, and the
-memory is free when the last one lets go, however it died. To another host the segment travels as bytes.
+On one host the *segment* is anonymous shared memory, which every process maps privately (copy-on-write): receivers do
+not copy, a write is visible to the writer only, and the memory is freed when the last process closes or unmaps it, even
+by being killed. To another host the segment's bytes are sent.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from nbdist.errors import ClusterError, TaskError
 __all__ = ["Holder", "Payload", "Segment", "SegmentCache", "is_released", "open_segment", "pack", "unpack"]
 
 _ALIGNMENT = 64
-_APART_BYTES = 1 << 20  # what is larger is mapped by itself, so that its memory goes when it does
+_OWN_MAPPING_BYTES = 1 << 20  # a larger storage gets its own mapping, which is unmapped when the storage is freed
 _THREADED_COPY_BYTES = 1 << 20
-_KEPT_BYTES = 1 << 28  # a larger segment is not kept: its memory is worth more than the time to make it anew
+_MAX_CACHED_BYTES = 1 << 28  # a larger segment is not cached: its memory is worth more than the time to make a new one
 
 _numbers = itertools.count()
 _mapped: dict[str, weakref.WeakSet[mmap.mmap]] = {}
-"""The mappings of segments that something in this process still lies in, by path."""
+"""The mappings of unpacked segments that objects in this process still use, by path."""
 
 
 class Holder(Protocol):
-    """Makes shared memory and holds it, for processes that it may outlive."""
+    """A process (the anchor) that creates shared memory and keeps it open, so that it outlives its user."""
 
     def hold(self) -> str:
-        """New memory; returns its path."""
+        """Create shared memory; returns its path."""
 
-    def is_released(self, path: str) -> None:
-        """The memory is not needed any more."""
+    def release(self, path: str) -> None:
+        """Close the memory with this path."""
 
-    def let_go_later(self, path: str) -> None:
-        """The same, said without waiting for anything: this thread may be waiting for the holder's answer already."""
+    def release_later(self, path: str) -> None:
+        """`release` without waiting for a reply: garbage collection may call it while this thread waits for one."""
 
 
 def segment_path(file: int, place: str) -> str:
-    """How others name the segment that this process has open: where it is, and which file that is."""
+    """The path by which other processes open a segment: with device and inode, which `open_segment` checks."""
     found = os.fstat(file)
     return f"{place}:{found.st_dev}.{found.st_ino}"
 
@@ -62,30 +62,30 @@ def open_segment(path: str) -> int:
     """Open the segment with this path; returns its descriptor. Local.
 
     Raises:
-        ClusterError: It is gone. Where it was there may be another file by now, for numbers are used again.
+        ClusterError: It is gone; descriptor numbers are reused, so the place may be another file by now.
     """
     place = path.rpartition(":")[0]
     with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-        found = os.stat(place)  # first, for to open a file does something, if it is a pipe say
+        found = os.stat(place)  # before opening, because opening another file may have effects, a pipe's for one
         if path == f"{place}:{found.st_dev}.{found.st_ino}":
             file = os.open(place, os.O_RDWR | os.O_CLOEXEC)
             if path == segment_path(file, place):
                 return file
             os.close(file)
-    raise ClusterError(f"the shared memory {place} is gone, whoever held it has let go of it or ended: begin anew.")
+    raise ClusterError(f"the shared memory {place} is gone, the process that held it closed it or ended: start again.")
 
 
 class Segment:
-    """Shared memory that the creating process holds open; others map it by `path`.
+    """Shared memory that the creating process keeps open; others map it by `path`.
 
     Args:
         size: Bytes.
-        holder: Who holds it too, until it is closed; None for this process alone.
-        path: The one that the holder has, from a process before this; a new one by default.
+        holder: Keeps the memory open too, until `close`; None for this process alone.
+        path: An existing segment's, created by an earlier process and kept by the holder; by default a new one is made.
     """
 
     def __init__(self, size: int, holder: Holder | None = None, path: str = "") -> None:
-        self.number = next(_numbers)  # unlike a path, never another segment's
+        self.number = next(_numbers)  # unlike a path, never reused for another segment
         self._holder = holder
         self._file = -1
         self._filled = bool(path)
@@ -110,98 +110,98 @@ class Segment:
 
     @functools.cached_property
     def buffer(self) -> mmap.mmap:
-        """The segment as memory."""
+        """The segment, mapped as shared memory."""
         return mmap.mmap(self._file, self.size)
 
     @property
     def descriptor(self) -> int:
-        """The open file, to be passed over a socket."""
+        """The open file descriptor, to be sent over a socket."""
         return self._file
 
-    def fill(self, pieces: list[tuple[int, memoryview]]) -> None:
-        """Write bytes at their places: into new pages as a file, which saves a fault a page, and later as memory."""
-        for start, piece in pieces:
-            if self._filled and len(piece) >= _THREADED_COPY_BYTES and not piece.readonly:
-                source = torch.frombuffer(piece, dtype=torch.uint8)  # torch copies with all its threads
-                torch.frombuffer(self.buffer, dtype=torch.uint8, count=len(piece), offset=start).copy_(source)
+    def fill(self, regions: list[tuple[int, memoryview]]) -> None:
+        """Write bytes at their offsets: first with pwrite, which saves a page fault per new page, later with a copy."""
+        for start, content in regions:
+            if self._filled and len(content) >= _THREADED_COPY_BYTES and not content.readonly:
+                source = torch.frombuffer(content, dtype=torch.uint8)  # torch copies with all its threads
+                torch.frombuffer(self.buffer, dtype=torch.uint8, count=len(content), offset=start).copy_(source)
                 continue
             done = 0
-            while done < len(piece):
-                done += os.pwrite(self._file, piece[done:], start + done)
+            while done < len(content):
+                done += os.pwrite(self._file, content[done:], start + done)
         self._filled = True
 
     def empty(self) -> None:
-        """Give its memory back; it stays, with no bytes in it. Nobody may be using them."""
+        """Free the memory but keep the (now empty) file. No process may be using it."""
         os.ftruncate(self._file, 0)
 
     def close(self) -> None:
-        """Let go of the segment; processes that have mapped it keep it. Twice is fine."""
+        """Close the segment; processes that have mapped it keep their mappings. Twice is fine."""
         if self._closed() and self._holder is not None:
-            self._holder.is_released(self.path)
+            self._holder.release(self.path)
 
     def _closed(self) -> bool:
-        """Close it here; returns whether it was open and is this process's to let go of."""
+        """Close the file here; returns whether it was open and this process owns the segment."""
         if self._file < 0:
             return False
         os.close(self._file)
         self._file = -1
         if self._owner != os.getpid():
-            return False  # a forked child has a descriptor of its own, and no more
+            return False  # a forked child closes its copy of the descriptor only
         if self._name:
             os.unlink(self._name)
         return True
 
     def __del__(self) -> None:
-        # The interpreter may be ending; then the system lets go of the segment.
+        # `os` is None while the interpreter ends; then the system closes the segment.
         if os is not None and self._closed() and self._holder is not None:
-            self._holder.let_go_later(self.path)
+            self._holder.release_later(self.path)
 
 
 class SegmentCache:
-    """Makes segments, and makes one again of a segment that came back: its pages are there already.
+    """Makes segments, and caches one for reuse, because its pages are already allocated.
 
-    Only when nobody maps it any more may a segment be written anew, for a private mapping shows what is written until
-    its owner writes there itself.
+    A segment may be overwritten only when no process maps it: a page of a private mapping shows others' writes until
+    its own process writes to it.
 
     Args:
-        holder: Who holds them too, see `Segment`.
+        holder: See `Segment`.
     """
 
     def __init__(self, holder: Holder | None = None) -> None:
         self._holder = holder
-        self._back: Segment | None = None
-        self._free: Callable[[], bool] = lambda: False
+        self._cached: Segment | None = None
+        self._is_free: Callable[[], bool] = lambda: False
 
     def segment(self, size: int) -> Segment:
         """A segment of at least `size` bytes."""
-        back, self._back = self._back, None
-        if back is not None and size <= back.size and self._free():
-            return back
-        if back is not None:
-            back.close()
+        cached, self._cached = self._cached, None
+        if cached is not None and size <= cached.size and self._is_free():
+            return cached
+        if cached is not None:
+            cached.close()
         return Segment(size, self._holder)
 
-    def give_back(self, segment: Segment, free: Callable[[], bool]) -> None:
-        """Keep a segment for the next time; `free` tells then whether all others have let go of it."""
-        if self._back is not None:
-            self._back.close()
-        if segment.size <= _KEPT_BYTES:
-            self._back, self._free = segment, free
+    def recycle(self, segment: Segment, is_free: Callable[[], bool]) -> None:
+        """Cache a segment for reuse; `is_free` is asked then whether no other process maps it."""
+        if self._cached is not None:
+            self._cached.close()
+        if segment.size <= _MAX_CACHED_BYTES:
+            self._cached, self._is_free = segment, is_free
         else:
             segment.close()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Payload:
-    """Where a packed object lies. Small and picklable; valid while the packer keeps the segment.
+    """Refers to a packed object. Small and picklable; valid while the sender keeps the segment.
 
-    The segment holds the pickle, then each tensor storage and array, then the table of their places.
+    The segment holds the pickle, then each tensor storage and array, then the table of their offsets.
 
     Args:
-        path: The segment, for processes on the packer's host.
-        inline: The segment's bytes, for others; None where a path is enough.
+        path: The segment, for processes on the sender's host.
+        inline: The segment's bytes, for processes on other hosts; else None.
         code_bytes: Length of the pickle.
-        table_start: Where the table begins.
+        table_start: Offset of the table.
         nbytes: Size of the segment.
     """
 
@@ -215,15 +215,15 @@ class Payload:
 def pack(
     value: Any, *, name: str = "", inline: bool = False, segment_cache: SegmentCache | None = None
 ) -> tuple[Payload, Segment]:  # fmt: skip
-    """Pack `value` by value: classes and functions of a notebook travel with it, tensors and arrays beside it.
+    """Pack an object by value: with the notebook's classes and functions, and with tensors and arrays out of band.
 
-    Tensors that share memory share it still on the other side, so tied weights stay tied. They arrive on the CPU.
+    Tensors that share memory still share it when unpacked, so tied weights stay tied. They arrive on the CPU.
 
     Args:
         value: Anything that can be pickled.
-        name: What the user calls it, for errors.
+        name: The user's name for it, for errors.
         inline: Whether the payload holds the bytes too, for receivers on other hosts.
-        segment_cache: Where the segment comes from; by default it is new.
+        segment_cache: Provides the segment; by default a new one is made.
 
     Returns:
         The payload, and the segment to keep until every receiver has unpacked.
@@ -233,17 +233,17 @@ def pack(
     """
     try:
         code, buffers = pickler.dump(value)
-    except Exception as error:  # whatever a __reduce__ of the user's raises
+    except Exception as error:  # a user's __reduce__ may raise anything
         what = f"{name}: it" if name else "it"
         raise TaskError(f"{what} cannot be sent to another process: {error}.") from error
     views = [buffer.raw() for buffer in buffers]
-    regions, starts, written = _laid_out(views, len(code))
+    regions, starts, written = _layout(views, len(code))
     end = sum(regions[-1])
     table = pickle.dumps((regions, [(start, len(view)) for start, view in zip(starts, views, strict=True)]))
     segment = (segment_cache or SegmentCache()).segment(end + len(table))
     segment.fill([(0, memoryview(code)), *((starts[i], views[i]) for i in written), (end, memoryview(table))])
     for view in views:
-        view.release()  # before the garbage collector meets them in the pickler's cycles
+        view.release()  # here, and not when the garbage collector finds them in the pickler's cycles
     for buffer in buffers:
         buffer.release()
     payload = Payload(
@@ -254,28 +254,28 @@ def pack(
 
 
 def unpack(payload: Payload) -> Any:
-    """Unpack a payload. Tensors and arrays lie in a private mapping of the segment: writing is safe, and not seen."""
+    """Unpack a payload. Tensors and arrays lie in a private mapping of the segment, so writes stay in this process."""
     map_ = _in_memory(payload.inline) if payload.inline is not None else _in_segment(payload)
     table: Any = map_(payload.table_start, payload.nbytes - payload.table_start)
-    regions, places = pickle.loads(table)
+    regions, extents = pickle.loads(table)
     memory = [map_(start, size) for start, size in regions]
     firsts = [start for start, _ in regions]
     buffers = []
-    for start, size in places:
+    for start, size in extents:
         i = bisect.bisect(firsts, start) - 1
         buffers.append(memory[i][start - firsts[i] : start - firsts[i] + size])
     return pickler.load(memory[0][: payload.code_bytes], buffers)
 
 
-def _laid_out(views: list[memoryview], start: int) -> tuple[list[tuple[int, int]], list[int], list[int]]:
-    """Where memory goes in a segment, from `start` on; what overlaps does so there, as an array and a tensor of it.
+def _layout(views: list[memoryview], start: int) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+    """Offsets in a segment, from `start` on. Views that overlap, as an array and a tensor of it, overlap there too.
 
     Returns:
-        Start and size of each region that is mapped by itself, the first with what is small, and what is before it;
-        where each view begins; which of them have to be written, for the others lie within one of these.
+        Start and size of each region that gets its own mapping, the first from 0 on and with all small views; the
+        offset of each view; the indices of the views to write (the others lie within one of these).
     """
     addresses = [np.frombuffer(view, np.uint8).__array_interface__["data"][0] if len(view) else 0 for view in views]
-    joined: list[tuple[int, int, list[int]]] = []  # from where to where in our memory, and who lies there
+    joined: list[tuple[int, int, list[int]]] = []  # first and last address of overlapping views, and their indices
     written = []
     for i in sorted(range(len(views)), key=lambda i: (addresses[i], -len(views[i]))):
         first, last, members = addresses[i], addresses[i] + len(views[i]), list[int]()
@@ -287,20 +287,20 @@ def _laid_out(views: list[memoryview], start: int) -> tuple[list[tuple[int, int]
         members.append(i)
         joined.append((first, max(last, reached), members))
     end = common = start
-    apart: list[tuple[int, int]] = []
+    own_mappings: list[tuple[int, int]] = []
     starts = [start] * len(views)
-    for first, last, members in sorted(joined, key=lambda each: each[1] - each[0] >= _APART_BYTES):
-        large = last - first >= _APART_BYTES
+    for first, last, members in sorted(joined, key=lambda each: each[1] - each[0] >= _OWN_MAPPING_BYTES):
+        large = last - first >= _OWN_MAPPING_BYTES
         if large:
             end += -end % mmap.ALLOCATIONGRANULARITY
         end += (first - end) % _ALIGNMENT
         if large:
-            apart.append((end, last - first))
+            own_mappings.append((end, last - first))
         for i in members:
             starts[i] = end + addresses[i] - first
         end += last - first
         common = common if large else end
-    return [(0, common), *apart], starts, written
+    return [(0, common), *own_mappings], starts, written
 
 
 def _in_memory(content: bytes) -> Callable[[int, int], Any]:
@@ -309,7 +309,7 @@ def _in_memory(content: bytes) -> Callable[[int, int], Any]:
 
 
 def _in_segment(payload: Payload) -> Callable[[int, int], Any]:
-    """Maps parts of a segment privately: each as NumPy memory, whose slices are buffers and keep the mapping alive."""
+    """Returns a function that maps a range of the segment privately, as a NumPy array; its slices keep the mapping."""
     maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
     _mapped[payload.path] = maps
 
@@ -324,7 +324,7 @@ def _in_segment(payload: Payload) -> Callable[[int, int], Any]:
 
 
 def is_released(path: str) -> bool:
-    """Whether nothing in this process lies any more in the segment that was last unpacked from `path`."""
+    """Whether no object in this process uses the segment last unpacked from `path` any more."""
     if _mapped.get(path):
         gc.collect()
     if not _mapped.get(path):

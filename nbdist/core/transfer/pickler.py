@@ -1,7 +1,7 @@
-"""How objects are taken apart to travel: by value, with the memory of tensors and arrays set aside.
+"""Pickles objects by value (cloudpickle), with tensors and arrays as out-of-band buffers (pickle protocol 5).
 
-What arrives is what left: types, identities, shared memory, attributes, hooks. torch's own pickling drops some of that,
-some of it with no more than a warning; what cannot travel is an error here.
+Types, identities, shared memory, attributes and hooks are preserved. torch's own pickling drops some of that, sometimes
+with no more than a warning; here what cannot be sent is an error.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = ["attributes", "dump", "load"]
 
 _CONTAINERS = (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
-_STREAMS = ("stdout", "stderr", "__stdout__", "__stderr__")  # each process writes to its own
-_STATE = {"defaults", "state", "param_groups"}  # what torch sends of an optimizer
-_DEFAULT = getattr(object, "__getstate__", None)  # there is one since Python 3.11
+_STREAMS = ("stdout", "stderr", "__stdout__", "__stderr__")  # sent by name: each process writes to its own
+_STATE = {"defaults", "state", "param_groups"}  # what torch pickles of an optimizer
+_DEFAULT = getattr(object, "__getstate__", None)  # exists since Python 3.11
 
 
 def dump(value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
-    """Pickle `value`; returns the pickle, and beside it the memory of its tensors and arrays. Local.
+    """Pickle `value`; returns the pickle, and the memory of its tensors and arrays as buffers. Local.
 
     Raises:
-        Exception: Something in it cannot be pickled: whatever a ``__reduce__`` of the user's raises.
+        Exception: Something in it cannot be pickled; a user's ``__reduce__`` may raise anything.
     """
     stream = io.BytesIO()
     pickler = _Pickler(stream)
@@ -48,17 +48,17 @@ def dump(value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
 
 
 def load(code: Any, buffers: Sequence[Any]) -> Any:
-    """What was pickled; its tensors and arrays lie in `buffers`. Local."""
+    """Unpickle; tensors and arrays use the memory of `buffers`. Local."""
     return pickle.loads(code, buffers=buffers)[1]
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no types
-    """Pickles by value and keeps the memory of tensors and arrays aside, as `buffers`.
+    """Pickles by value, and collects the memory of tensors and arrays in `buffers`.
 
     Args:
-        file: Where the pickle goes.
-        known: Of a pickler before this one, whose storages are not copied again; what weak references refer to is
-            left out then.
+        file: Where the pickle is written.
+        known: An earlier pickler, whose storages are not copied again; the referents of weak references are left out
+            then.
     """
 
     def __init__(self, file: io.BytesIO, known: _Pickler | None = None) -> None:
@@ -69,12 +69,12 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         self._storages: dict[tuple[str, int, int], _Storage] = {} if known is None else known._storages
 
     def reducer_override(self, value: Any) -> Any:
-        """Take apart what torch or Python would change, or refuse; everything else is cloudpickle's."""
-        kind = type(value)  # and not isinstance: a proxy says that it is what it refers to
+        """Reduce what torch or Python would alter or refuse; everything else is cloudpickle's."""
+        kind = type(value)  # not isinstance: a weak proxy claims the class of its referent
         if issubclass(kind, torch.Tensor):
             return self._tensor(value)
         if issubclass(kind, nn.Module) and is_parametrized(value):
-            return copyreg.__newobj__, (kind,), _state_beneath(value)  # type: ignore[attr-defined]
+            return copyreg.__newobj__, (kind,), _unparametrized_state(value)  # type: ignore[attr-defined]
         if issubclass(kind, torch.optim.Optimizer) and kind.__reduce_ex__ is object.__reduce_ex__:
             return copyreg.__newobj__, (kind,), _state_of(value), None, None, _restore  # type: ignore[attr-defined]
         if kind is torch.UntypedStorage and value.device.type != "meta":
@@ -87,25 +87,25 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
             if value is getattr(sys, name):
                 return getattr, (sys, name)
         if issubclass(kind, io.IOBase) and not issubclass(kind, (io.BytesIO, io.StringIO)):
-            # cloudpickle would put a copy of its content in its place, unasked
+            # cloudpickle would silently replace it by a copy of its content
             raise pickle.PicklingError(f"it holds an open file ({getattr(value, 'name', value)!r})")
         return super().reducer_override(value)
 
     def _tensor(self, value: Any) -> Any:
-        """A tensor by its class, its place in a storage, its attributes and its hooks."""
+        """Reduce a tensor to its class, storage, offset and strides, attributes and hooks."""
         kind: Any = type(value)
         with torch._C.DisableTorchFunctionSubclass():
             if issubclass(kind, (UninitializedBuffer, UninitializedParameter)):
                 make: Any = kind
                 arguments: tuple[Any, ...] = (value.requires_grad, value.data.device, value.data.dtype)
             elif _is_simple(kind) and value.layout is torch.strided and not (value.is_quantized or value.is_nested):
-                make, arguments = _as_tensor, self._taken_apart(value)
+                make, arguments = _as_tensor, self._strided(value)
             else:
                 return self._as_torch_does(value)
             state = (vars(value), *_hooks(value), None)
-        return (make, arguments, state, None, None, _dress) if any(state) else (make, arguments)
+        return (make, arguments, state, None, None, _set_attributes) if any(state) else (make, arguments)
 
-    def _taken_apart(self, value: Any) -> tuple[Any, ...]:
+    def _strided(self, value: Any) -> tuple[Any, ...]:
         graph = "" if value.grad_fn is None else value.grad_fn.name()
         rare = (graph, value.is_conj(), value.is_neg())
         plain = value.detach()
@@ -117,20 +117,20 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         return type(value), storage, plain.dtype, *place, value.requires_grad, *(rare if any(rare) else ())
 
     def _as_torch_does(self, value: torch.Tensor) -> Any:
-        """A tensor of another layout, or of a class that says itself how it travels; what that loses is refused."""
+        """A tensor of another layout, or of a class with its own pickling; what that would lose is refused."""
         plain = type(value) is torch.Tensor
         what = f"a tensor of layout {value.layout}" if plain else f"a {type(value).__name__}"
         if any(_hooks(value)):
-            raise pickle.PicklingError(f"it holds {what} with hooks, which cannot go along")
+            raise pickle.PicklingError(f"it holds {what} with hooks, which cannot be sent")
         if value.grad_fn is not None:
             raise pickle.PicklingError(f"it holds {what} with a graph ({value.grad_fn.name()}): detach() it")
         if not plain:
             return NotImplemented
         make, arguments = value.detach().__reduce_ex__(5)[:2]
-        return make, arguments, (vars(value), None, None, value.requires_grad), None, None, _dress
+        return make, arguments, (vars(value), None, None, value.requires_grad), None, None, _set_attributes
 
     def _kept(self, storage: torch.UntypedStorage) -> _Storage:
-        """A storage by its memory; an empty one by itself, for it may grow."""
+        """One `_Storage` per memory; an empty storage gets its own, because it may be resized later."""
         key = (str(storage.device), storage.data_ptr(), storage.nbytes())
         if not storage.nbytes():
             return _Storage(storage)
@@ -139,7 +139,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         return self._storages[key]
 
     def _weak(self, value: Any) -> Any:
-        """A weak reference, proxy or container, made anew over there."""
+        """Reduce a weak reference, proxy or container so that the receiver makes a new one to the same object."""
         kind = type(value)
         if kind in _CONTAINERS:
             if kind is weakref.WeakSet:
@@ -159,7 +159,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
 
 
 def _check_held(pickler: _Pickler, value: Any) -> None:
-    """Raise where something is only weakly referred to: over there it would be gone at once, and in silence."""
+    """Raise if an object is referred to only weakly: at the receiver it would be collected at once, silently."""
     strong = _Pickler(io.BytesIO(), pickler)
     strong.dump(value)
     held = strong.memo.copy()
@@ -174,7 +174,7 @@ def _check_held(pickler: _Pickler, value: Any) -> None:
 
 @functools.cache
 def _is_simple(kind: type[torch.Tensor]) -> bool:
-    """Whether tensors of a class are a place in a storage and attributes, and nothing that the class knows of."""
+    """Whether a tensor class adds no data or pickling: a tensor is its storage, offset, strides and attributes."""
     own = (
         kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
         or kind.__reduce_ex__ not in (torch.Tensor.__reduce_ex__, nn.Parameter.__reduce_ex__)
@@ -185,39 +185,39 @@ def _is_simple(kind: type[torch.Tensor]) -> bool:
 
 
 def _hooks(tensor: Any) -> tuple[Any, Any]:
-    """The dicts of hooks of a leaf; those of another tensor are its graph's, which stays behind."""
+    """The hook dicts of a leaf; a non-leaf's hooks belong to its graph, which is not sent."""
     if tensor.grad_fn is not None:
         return None, None
     return tensor._backward_hooks, tensor._post_accumulate_grad_hooks
 
 
 def attributes(value: Any) -> dict[str, Any]:
-    """What an object keeps under names, in slots too. Local."""
+    """An object's attributes by name, those in ``__slots__`` too. Local."""
     slots: list[str] = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
     return {**vars(value), **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
 
 
 def _state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """All that an optimizer keeps; or what its class wants to be sent, and all that is torch's."""
+    """All attributes of an optimizer; or, if its class has a ``__getstate__``, that state and torch's attributes."""
     everything, own = attributes(optimizer), type(optimizer).__getstate__
     if own is torch.optim.Optimizer.__getstate__:
         return everything
-    torchs = {name for name in everything if name in _STATE or name.startswith("_optimizer_")}
-    return {**{name: everything[name] for name in torchs}, **own(optimizer)}
+    torch_names = {name for name in everything if name in _STATE or name.startswith("_optimizer_")}
+    return {**{name: everything[name] for name in torch_names}, **own(optimizer)}
 
 
-def _state_beneath(value: nn.Module) -> Any:
-    """The state of a parametrized module as its class had it, before torch derived one from it that refuses."""
+def _unparametrized_state(value: nn.Module) -> Any:
+    """A parametrized module's state by its original class: torch's derived class refuses ``__getstate__``."""
     base: Any = type(value).__base__
     own = getattr(base, "__getstate__", None) is not _DEFAULT
     return base.__getstate__(value) if own else dict(vars(value))
 
 
 class _Storage:
-    """A tensor storage on its way; pickled once, however many tensors view it."""
+    """A tensor storage to be pickled: once, however many tensors view it."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
-        self._original = storage  # keeps the address, by which the pickler knows it, taken
+        self._original = storage  # kept alive, because the pickler knows it by its address
         self._bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -226,14 +226,14 @@ class _Storage:
 
 
 class _HookNumbers:
-    """Goes ahead: hooks are known by numbers, which those that are registered over there must not take again."""
+    """Pickled first: hooks have ids, and hooks registered later at the receiver must not reuse those that are sent."""
 
     def __reduce__(self) -> Any:
         return _number_hooks_from, (RemovableHandle.next_id,)
 
 
-class _LeftBehind(torch.autograd.Function):
-    """Where the graph of a tensor was: values may be used, but no gradient goes on from here."""
+class _DroppedGraph(torch.autograd.Function):
+    """In place of a tensor's autograd graph, which is not sent: the value can be used, but backward raises."""
 
     @staticmethod
     def forward(ctx: Any, _anchor: torch.Tensor, make: Any, graph: str) -> torch.Tensor:
@@ -244,12 +244,12 @@ class _LeftBehind(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_gradients: Any) -> Any:
         raise TaskError(
-            f"a gradient has come to a tensor that was computed before the training began ({ctx.graph}), whose graph "
-            "stays where that was: compute it in the step, or detach() it."
+            f"backward reached a tensor that was computed before the training began ({ctx.graph}), and whose graph "
+            "was not sent to the engines: compute it in the step, or detach() it."
         )
 
 
-# What runs where the object arrives.
+# Functions that unpickling calls at the receiver.
 
 
 def _number_hooks_from(number: int) -> None:
@@ -283,15 +283,15 @@ def _as_tensor(
 
     if graph:
         with torch.enable_grad():
-            tensor: torch.Tensor = _LeftBehind.apply(torch.zeros((), requires_grad=True), make, graph)  # type: ignore[no-untyped-call]
+            tensor: torch.Tensor = _DroppedGraph.apply(torch.zeros((), requires_grad=True), make, graph)  # type: ignore[no-untyped-call]
         return tensor if kind is torch.Tensor else tensor.as_subclass(kind)
     if kind is torch.Tensor:
         return make().requires_grad_(requires_grad)
     return torch.Tensor._make_subclass(kind, make(), requires_grad)
 
 
-def _dress(tensor: Any, state: tuple[dict[str, Any], Any, Any, bool | None]) -> None:
-    """Give a tensor what it has beside its values: its hooks in the very dicts that their handles know."""
+def _set_attributes(tensor: Any, state: tuple[dict[str, Any], Any, Any, bool | None]) -> None:
+    """Set a tensor's attributes and hooks; the hook dicts are the objects that the `RemovableHandle`s refer to."""
     attributes, before, after, requires_grad = state
     if requires_grad is not None:
         tensor.requires_grad_(requires_grad)
@@ -314,7 +314,7 @@ def _as_weak(referent: Any, make: Any, *callback: Any) -> Any:
 
 
 class _Gone:
-    """What a dead weak reference refers to."""
+    """The referent of a dead weak reference."""
 
 
 def _dead() -> Any:

@@ -1,4 +1,4 @@
-"""Cells on engines: what they print, show and return, how they fail, and how they are freed."""
+"""Cells on engines: output, results, errors and interrupts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(cluster, source, **options):
 
 
 def test_a_cell_runs_on_the_ranks_that_were_named(cluster):
-    """All by default; what is printed to either stream, shown and returned is known by rank."""
+    """All by default; stdout, stderr, displays and results are known by rank."""
     source = "import sys; print(rank); print('no', file=sys.stderr); display({'text/plain': 'x'}, raw=True); 10 + rank"
     for ranks in (None, [1]):
         cell = run(cluster, source, ranks=ranks)
@@ -34,7 +34,7 @@ def test_a_cell_runs_on_the_ranks_that_were_named(cluster):
 
 
 def test_all_that_was_printed_is_there_when_the_cell_is_done(cluster):
-    """Output travels beside the result and may be later: it is waited for (without that, one in ten was cut short)."""
+    """Output is sent apart from the result and may be later: without the wait, one in ten was cut short."""
     for _ in range(40):
         cell = run(cluster, "for i in range(100): print('line', i)")
         assert [text.count("\n") for text in cell.printed().values()] == [100] * ENGINES
@@ -58,19 +58,19 @@ def test_a_failure_on_one_rank_leaves_the_others_their_result(cluster):
     assert cluster.pull("done", 0) == 0
 
 
-def test_ranks_that_fail_differently_are_told_apart(cluster):
-    """The first is shown, the other one named with it."""
+def test_ranks_that_fail_differently_are_named_apart(cluster):
+    """The first error is shown, the other one named with it."""
     with pytest.raises(EngineError, match=r"^rank 0: KeyError: 'a' \(rank 1 failed too: ValueError\)$"):
         run(cluster, "if rank == 0: {}['a']\nint('b')")
 
 
 def test_a_rank_that_does_not_exist_is_refused_before_any_runs(cluster, untouched):
-    """The error says which there are."""
+    """The error names the existing ranks."""
     with pytest.raises(PlanError, match="rank 5 does not exist: use 0 to 1"):
         cluster.execute("print('here')", ranks=[0, 5])
 
 
-def test_an_interrupt_frees_the_engines_and_spares_what_they_know(cluster):
+def test_an_interrupt_ends_a_cell_and_keeps_the_namespace(cluster):
     """Ctrl-C here, while a cell loops there, interrupts both sides; names defined before are still there."""
     cell = cluster.execute("kept = 5\nprint('in', flush=True)\nwhile True: pass")
     until(lambda: all(cell.printed().values()))
@@ -82,7 +82,7 @@ def test_an_interrupt_frees_the_engines_and_spares_what_they_know(cluster):
 
 
 def test_a_collective_on_some_ranks_is_explained(cluster):
-    """It would wait for ever; the next cell on all ranks has its collectives."""
+    """It would hang, so it raises; the next cell on all ranks may use collectives."""
     total = "import torch, torch.distributed as dist\nt = torch.ones(1)\ndist.all_reduce(t)\nprint(t.item())"
     with pytest.raises(EngineError, match=r"^rank 0: ClusterError: all_reduce is a collective: it waits for rank 1"):
         cluster.execute(total, [0]).wait()
@@ -90,7 +90,7 @@ def test_a_collective_on_some_ranks_is_explained(cluster):
 
 
 def test_a_killed_engine_ends_the_cell_and_is_replaced(cluster):
-    """The error says so with the cure; a start replaces that engine alone."""
+    """The error says what to do; a start replaces only that engine."""
     cell = cluster.execute("kept = rank\nprint('in', flush=True)\nwhile rank: pass")
     until(lambda: all(cell.printed().values()))
     before = [engine.pid for engine in cluster.engines]

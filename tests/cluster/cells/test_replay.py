@@ -1,4 +1,4 @@
-"""Engines that take the place of lost ones get what their ranks had."""
+"""Replay: replacement engines run the cells and get the pushes of their ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def lose(cluster, rank):
 
 
 def test_a_replaced_engine_has_its_cells_and_pushes_in_order(cluster):
-    """Each with the values of its time, and the engine that lived does nothing twice."""
+    """Each with the values it had then; the surviving engine runs nothing twice."""
     cluster.push(x=torch.tensor([2.0]), y=1)
     run(cluster, "def double(v): return v * 2\nseen = [double(x).item()]")
     cluster.push(x=torch.tensor([5.0]))
@@ -35,7 +35,7 @@ def test_a_replaced_engine_has_its_cells_and_pushes_in_order(cluster):
 
 
 def test_cells_are_run_again_once(cluster):
-    """However often the cluster is asked whether it is ready; and by the next engine once more."""
+    """However often the cluster checks whether it is ready; and once more on the next replacement."""
     run(cluster, "count = globals().get('count', 0) + 1")
     for _ in range(2):
         lose(cluster, 1)
@@ -54,12 +54,12 @@ def test_only_cells_of_that_rank_that_succeeded_are_run_again(cluster):
     assert run(cluster, "print('mine' in globals(), 'before' in globals())", [1]) == {1: "False False\n"}
 
 
-def test_a_cell_that_fails_there_is_named_and_the_rest_goes_on(cluster):
-    """A collective does so at once, for nobody would take part in it; afterwards all meet again."""
+def test_a_cell_that_fails_there_is_named_and_the_others_run(cluster):
+    """A collective fails at once, as it lacks the other ranks; afterwards all form a world again."""
     run(cluster, "import torch, torch.distributed as dist\ndist.all_reduce(torch.ones(1))", number=7)
     run(cluster, "after = 3", number=8)
     lose(cluster, 0)
-    with pytest.warns(UserWarning, match=r"^Cell In\[7\] was run again .* failed: it calls a collective, for"):
+    with pytest.warns(UserWarning, match=r"^Cell In\[7\] was run again .* failed: it calls a collective, which"):
         cluster.start()
     total = "t = torch.ones(1)\ndist.all_reduce(t)\nprint(after, t.item())"
     assert run(cluster, "import torch, torch.distributed as dist\n" + total) == dict.fromkeys((0, 1), "3 2.0\n")
@@ -75,7 +75,7 @@ def test_an_engine_replaced_during_a_training_has_them_too(cluster):
 
 
 def test_an_object_of_a_class_defined_on_both_sides_is_of_it_after_a_replacement(cluster):
-    """The marks of classes are among what is told again."""
+    """The ids of classes are replayed too."""
     namespace = {"__name__": "__main__"}
     source = "class Box:\n    pass\n"
     exec(source, namespace)
@@ -87,8 +87,8 @@ def test_an_object_of_a_class_defined_on_both_sides_is_of_it_after_a_replacement
     assert type(cluster.pull("box", 1)) is namespace["Box"]
 
 
-def test_a_cluster_that_is_started_anew_has_everything_again(cluster):
-    """After its controller was killed; after a stop, which was asked for, it has nothing."""
+def test_a_restarted_cluster_has_everything_again(cluster):
+    """After its controller was killed; after a `stop` it has nothing."""
     run(cluster, "kept = rank + 1")
     kill_controller(cluster)
     cluster.start()
@@ -100,11 +100,11 @@ def test_a_cluster_that_is_started_anew_has_everything_again(cluster):
 
 @pytest.mark.parametrize(("limit", "value"), [("_PUSHED_BYTES", 10_000), ("_PUSHES", 2)])
 def test_superseded_values_do_not_fill_the_memory(cluster, monkeypatch, limit, value):
-    """Beyond a limit, of bytes and of open files, the oldest that was pushed anew is let go of."""
+    """Above a limit, of bytes or open files, the oldest push that was superseded is dropped."""
     monkeypatch.setattr(f"nbdist.cluster.cells.replay.{limit}", value)
     for number in range(5):
         cluster.push(big=torch.full((1000,), float(number)))
-    assert len(cluster._replay._told) <= 3
+    assert len(cluster._replay._entries) <= 3
     lose(cluster, 1)
     cluster.start()
     assert run(cluster, "print(big[0].item())", [1]) == {1: "4.0\n"}

@@ -1,4 +1,4 @@
-"""`%dist_debug`: pdb on what failed on one rank, while the others are free."""
+"""`%dist_debug`: post-mortem pdb on one rank, while the others are idle."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ outer(1)
 
 
 class Conversation:
-    """Types the given lines, and remembers what was said before each of them, and last of all."""
+    """Types the given lines, and records the output before each of them, and at the end."""
 
     def __init__(self, *lines):
-        self.lines, self.said, self.prompts = list(lines), [], set()
+        self.lines, self.output, self.prompts = list(lines), [], set()
 
     def ask(self, prompt):
         self.prompts.add(prompt)
         return self.lines.pop(0)
 
-    def tell(self, words):
-        self.said.append(words.strip())
+    def show(self, text):
+        self.output.append(text.strip())
 
 
-def test_a_cell_that_failed_can_be_looked_at_on_its_rank(cluster):
-    """It says the error, begins in the innermost frame, and goes up and evaluates there; then the rank is free."""
+def test_a_failed_cell_can_be_debugged_on_its_rank(cluster):
+    """It prints the error, starts in the innermost frame, goes up and evaluates there; then the rank is idle."""
     with pytest.raises(EngineError, match="rank 1 is too much"):
         cluster.execute(FAILING).wait()
     talk = Conversation("p limit", "up", "p mine", "p limit + mine", "nonsense", "q")
-    cluster.debug(1, talk.ask, talk.tell)
+    cluster.debug(1, talk.ask, talk.show)
     assert {"(rank 1) "} == talk.prompts
-    assert talk.said[0].startswith("rank 1: AssertionError: rank 1 is too much")
-    assert "inner" in talk.said[0]
-    assert talk.said[1] == "1"
-    assert "outer" in talk.said[2]
-    assert talk.said[3:5] == ["100", "101"]
-    assert "NameError" in talk.said[5]
+    assert talk.output[0].startswith("rank 1: AssertionError: rank 1 is too much")
+    assert "inner" in talk.output[0]
+    assert talk.output[1] == "1"
+    assert "outer" in talk.output[2]
+    assert talk.output[3:5] == ["100", "101"]
+    assert "NameError" in talk.output[5]
     assert cluster.pull("rank", 1) == 1
 
 
@@ -58,8 +58,8 @@ def raising(model, batch):
     return __import__("torch").nn.functional.cross_entropy(scores, wrong)
 
 
-def test_a_run_that_failed_is_looked_at_on_the_persons_own_line(cluster):
-    """Not in the library below it; the values of the step are there, the model too; and the next run is well."""
+def test_a_failed_run_is_debugged_on_the_users_own_line(cluster):
+    """Not in the library below it; the step's values and the model are there; and the next run works."""
     with pytest.raises(EngineError):
         cluster.train(net(), classes(), step=raising, epochs=1, batch_size=16)
     talk = Conversation(
@@ -68,11 +68,11 @@ def test_a_run_that_failed_is_looked_at_on_the_persons_own_line(cluster):
         "p [p.isfinite().all().item() for p in model.parameters()]",
         "q",
     )
-    cluster.debug(1, talk.ask, talk.tell)
-    assert "raising" in talk.said[0]
-    assert int(talk.said[1]) >= 1000
-    assert talk.said[2] == "(8, 3)"
-    assert "False" not in talk.said[3]
+    cluster.debug(1, talk.ask, talk.show)
+    assert "raising" in talk.output[0]
+    assert int(talk.output[1]) >= 1000
+    assert talk.output[2] == "(8, 3)"
+    assert "False" not in talk.output[3]
     assert cluster.train(net(), classes(), loss="cross_entropy", epochs=1).state == "finished"
 
 
@@ -86,8 +86,8 @@ def test_a_rank_on_which_nothing_failed_says_so(cluster):
         cluster.debug(7)
 
 
-def test_an_interrupt_frees_the_rank(cluster):
-    """Also while it works on what was typed."""
+def test_an_interrupt_ends_the_debugger(cluster):
+    """Also while it executes the input."""
     with pytest.raises(EngineError):
         cluster.execute(FAILING).wait()
 
@@ -100,7 +100,7 @@ def test_an_interrupt_frees_the_rank(cluster):
 
 
 class Greedy(nn.Module):
-    """Asks for more than there is when it is told to."""
+    """Allocates more than there is when its flag is set."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +111,7 @@ class Greedy(nn.Module):
 
 
 def held(cluster, rank):
-    """How many parameters of `Greedy` lie on a rank."""
+    """How many parameters of `Greedy` a rank holds."""
     code = (
         "import gc, torch\nheld = sum(isinstance(o, torch.nn.Parameter) and o.numel() > 9e6 for o in gc.get_objects())"
     )
@@ -120,10 +120,10 @@ def held(cluster, rank):
 
 
 def test_a_run_out_of_memory_holds_none_afterwards(cluster):
-    """The model it trained is gone from both ranks; a debugger still says where it was."""
+    """The trained model is freed on both ranks; a debugger still shows where it failed."""
     with pytest.raises(EngineError, match="can't allocate memory"):
         cluster.train(Greedy(), classes(), loss=None, step=lambda model, batch: model(batch[0])).wait()
     assert [held(cluster, rank) for rank in range(2)] == [0, 0]
     talk = Conversation("q")
-    cluster.debug(0, talk.ask, talk.tell)
-    assert "forward" in talk.said[0]
+    cluster.debug(0, talk.ask, talk.show)
+    assert "forward" in talk.output[0]

@@ -1,4 +1,4 @@
-"""A run that hangs is explained, and then mended or ended."""
+"""Hang detection: a hung run is diagnosed, and then recovers or ends."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Net(nn.Module):
             if self.how == "stopped":
                 os.kill(os.getpid(), signal.SIGSTOP)
             while self.how == "in C":
-                ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
+                ctypes.PyDLL(None).sleep(1000)  # holds the GIL
             time.sleep(1000)
         return self.layers(x)
 
@@ -58,7 +58,7 @@ def line_of(words):
 
 
 IN_PYTHON = f"rank 1 is at {HERE}, line {line_of('time.sleep')}, in forward"
-SAID = {
+VERDICTS = {
     "in Python": IN_PYTHON,
     "in C": f"rank 1 is at {HERE}, line {line_of('PyDLL')}, in forward",
     "stopped": r"rank 1 does nothing, for its process is stopped \(SIGSTOP\)",
@@ -83,7 +83,7 @@ def clock(monkeypatch):
     return clock
 
 
-def hung(cluster, run, clock, said):
+def hung(cluster, run, clock, pattern):
     """Wait until the ranks stand as they will for ever, and let time pass until that is noticed.
 
     More than once: the ranks' last words may be later than they stood still, and the time counts from then.
@@ -93,7 +93,7 @@ def hung(cluster, run, clock, said):
         return run.ended or run.progress.notes
 
     while not noticed():
-        until(lambda: noticed() or re.match(said, cluster.where().verdict))
+        until(lambda: noticed() or re.match(pattern, cluster.where().verdict))
         clock.now_s, looks = clock.now_s + 1.0, clock.looks
         until(lambda looks=looks: noticed() or clock.looks > looks + 3)
     return run
@@ -115,48 +115,48 @@ def replaced(shared_cluster):
 
 
 @pytest.fixture(scope="module")
-def calm(shared_cluster):
-    """The weights and the history of a run that nothing happens to."""
+def undisturbed(shared_cluster):
+    """The weights and the history of an undisturbed run."""
     model = Net()
     run = train(shared_cluster.ready(), model)
     run.wait()
     return copied(model), rows(run)
 
 
-@pytest.mark.parametrize("how", SAID)
-def test_a_rank_that_hangs_is_replaced_and_no_bit_changes(cluster, calm, clock, tmp_path, how):
-    """In Python, in C with the interpreter's lock held, or as a whole; the run and its record say on which line."""
+@pytest.mark.parametrize("how", VERDICTS)
+def test_a_rank_that_hangs_is_replaced_and_no_bit_changes(cluster, undisturbed, clock, tmp_path, how):
+    """In Python, in C with the GIL held, or stopped; the run's notes and record name the line."""
     model, pids = Net(str(tmp_path / "hung"), how), [engine.pid for engine in cluster.engines]
     run = train(cluster, model, hang_timeout=0.5)
-    hung(cluster, run, clock, f"{SAID[how]}; rank 0 waits for it in ").wait()
+    hung(cluster, run, clock, f"{VERDICTS[how]}; rank 0 waits for it in ").wait()
     assert "finished" == run.state
-    assert same(model, calm[0])
-    assert calm[1] == rows(run)
+    assert same(model, undisturbed[0])
+    assert undisturbed[1] == rows(run)
     assert [False, True] == [engine.pid != pid for engine, pid in zip(cluster.engines, pids, strict=True)]
-    said = f"no step for 0.5 s: {SAID[how]}; rank 0 waits for it in "
+    pattern = f"no step for 0.5 s: {VERDICTS[how]}; rank 0 waits for it in "
     explained, recovered = run.progress.notes
-    assert re.match(said, explained)
-    assert re.match(rf"rank 1 lost \({said}.*\), replaced in .* s; all go on from step \d+", recovered)
-    told = [json.loads(line) for line in (records() / run.run_id / "cluster.jsonl").read_text().splitlines()]
-    assert [explained, recovered] == [event["text"] for event in told if event["event"] == "Noted"]
+    assert re.match(pattern, explained)
+    assert re.match(rf"rank 1 lost \({pattern}.*\), replaced in .* s; all continue from step \d+", recovered)
+    events = [json.loads(line) for line in (records() / run.run_id / "cluster.jsonl").read_text().splitlines()]
+    assert [explained, recovered] == [event["text"] for event in events if event["event"] == "Noted"]
 
 
-def test_on_hang_stop_ends_the_run_and_keeps_its_state(cluster, calm, clock, tmp_path):
-    """The error says who hung where; `resume` goes on without changing a bit."""
+def test_on_hang_stop_ends_the_run_and_keeps_its_state(cluster, undisturbed, clock, tmp_path):
+    """The error names the rank and line; `resume` continues without changing a bit."""
     model = Net(str(tmp_path / "hung"), "in Python")
     run = train(cluster, model, hang_timeout=0.5, on_hang="stop")
-    said = f"{IN_PYTHON}; rank 0 waits for it in "
-    with pytest.raises(EngineError, match=f"no step for 0.5 s: {said}") as failed:
-        hung(cluster, run, clock, said).wait()
+    pattern = f"{IN_PYTHON}; rank 0 waits for it in "
+    with pytest.raises(EngineError, match=f"no step for 0.5 s: {pattern}") as failed:
+        hung(cluster, run, clock, pattern).wait()
     assert "The model holds the weights after step" in str(failed.value)
     again = cluster.resume()
     assert "finished" == again.state
-    assert same(model, calm[0])
-    assert calm[1] == rows(again)
+    assert same(model, undisturbed[0])
+    assert undisturbed[1] == rows(again)
 
 
-def test_a_hang_that_no_rank_is_to_blame_for_ends_the_run(cluster, clock):
-    """All are in the same function: to replace them all would not help."""
+def test_a_hang_of_all_ranks_ends_the_run(cluster, clock):
+    """All are in the same function: replacing them all would not help."""
 
     def loss(output, target):
         import time
@@ -164,13 +164,13 @@ def test_a_hang_that_no_rank_is_to_blame_for_ends_the_run(cluster, clock):
         time.sleep(1000)
 
     run = cluster.train(Net(), classes(), background=True, **{**OPTIONS, "loss": loss}, hang_timeout=0.5)
-    said = r"no rank waits for another; rank 0 is at .*, in loss, rank 1 is at .*, in loss"
-    with pytest.raises(EngineError, match=f"no step for 0.5 s: {said}"):
-        hung(cluster, run, clock, said).wait()
+    pattern = r"no rank waits for another; rank 0 is at .*, in loss, rank 1 is at .*, in loss"
+    with pytest.raises(EngineError, match=f"no step for 0.5 s: {pattern}"):
+        hung(cluster, run, clock, pattern).wait()
 
 
 def test_a_paused_run_does_not_hang(cluster, clock):
-    """However long it rests."""
+    """However long the pause."""
     run = cluster.train(Net(), classes(), background=True, **{**OPTIONS, "epochs": 10**6}, hang_timeout=0.5)
     run.pause()
     until(lambda: run.state == "paused")
@@ -193,7 +193,7 @@ def test_a_paused_run_does_not_hang(cluster, clock):
     ],
 )
 def test_what_is_not_possible(options, message):
-    """It is said before anything begins."""
+    """The error comes before anything starts."""
     with pytest.raises(PlanError) as refused:
         Hangs(**{"timeout_s": options.pop("hang_timeout", None), "on_hang": "stop", "where": None, **options})
     assert message == str(refused.value)

@@ -1,4 +1,4 @@
-"""Where ranks stand: the right rank and line, whatever it is that they hang on."""
+"""Stacks of all ranks: the right rank and line, whatever they hang on."""
 
 from __future__ import annotations
 
@@ -16,89 +16,89 @@ from nbdist.errors import EngineError
 IMPORTS = "import threading, time, torch, torch.distributed as dist\n"
 
 
-def begun(cluster, source, **options):
-    """A cell that was begun, and is known as In[7]."""
+def start_cell(cluster, source, **options):
+    """Start a cell that is labelled In[7]."""
     return cluster.execute(source, number=7, **options)
 
 
 def verdict(cluster, words):
-    """What is said of the ranks, once it contains `words`."""
-    return until(lambda: said if words in (said := cluster.where().verdict) else "")
+    """The verdict, once it contains `words`."""
+    return until(lambda: found if words in (found := cluster.where().verdict) else "")
 
 
 @pytest.fixture
 def hanging(shared_cluster):
-    """A cluster that ends with the test: torch's own collectives hear no interrupt."""
+    """A cluster that ends with the test: torch's own collectives cannot be interrupted."""
     yield shared_cluster.ready()
     shared_cluster.stop()
 
 
 def test_ranks_with_nothing_to_do(cluster):
-    """They are idle, and say so as often as they are asked."""
+    """They are idle, however often they are asked."""
     assert [f"all {ENGINES} ranks are idle"] * 3 == [str(cluster.where()) for _ in range(3)]
 
 
 def test_a_rank_that_is_late_for_a_collective(hanging):
-    """Its innermost line in the cell, with the source, and who waits for it where."""
-    begun(
+    """Its innermost line in the cell, with the source, and which rank waits for it where."""
+    start_cell(
         hanging, f"{IMPORTS}def slow():\n    time.sleep(1e4)\nif rank == 1:\n    slow()\ndist.all_reduce(torch.ones(1))"
     )
-    said = verdict(hanging, "in slow; rank 0 waits")
-    assert said == "rank 1 is at Cell In[7], line 3, in slow; rank 0 waits for it in all_reduce (Cell In[7], line 6)"
+    found = verdict(hanging, "in slow; rank 0 waits")
+    assert found == "rank 1 is at Cell In[7], line 3, in slow; rank 0 waits for it in all_reduce (Cell In[7], line 6)"
     assert "---->   3     time.sleep(1e4)" in hanging.where().ranks[1].text
 
 
 def test_ranks_in_different_collectives(hanging, monkeypatch):
-    """Each with its line; the cell that waits for them says it by itself."""
-    monkeypatch.setattr(cell_run, "_LOOK_S", 0.1)
-    cell = begun(hanging, f"{IMPORTS}if rank == 0:\n    dist.barrier()\nelse:\n    dist.all_reduce(torch.ones(1))")
-    said = (
+    """Each with its line; the waiting cell warns by itself."""
+    monkeypatch.setattr(cell_run, "_CHECK_S", 0.1)
+    cell = start_cell(hanging, f"{IMPORTS}if rank == 0:\n    dist.barrier()\nelse:\n    dist.all_reduce(torch.ones(1))")
+    found = (
         "the ranks are in different collectives, and wait for ever if they stay there: "
         "rank 0 in barrier (Cell In[7], line 3), rank 1 in all_reduce (Cell In[7], line 5)"
     )
-    assert said == verdict(hanging, "different")
+    assert found == verdict(hanging, "different")
     waited = []
 
     def watch():
-        if not waited and cell._where is None:  # it has been said
+        if not waited and cell._where is None:  # it has warned
             waited.append(os.kill(hanging.engines[0].pid, signal.SIGKILL))
 
     with pytest.warns(UserWarning, match="this cell hangs") as warned, pytest.raises(EngineError):
         cell.wait(watch)
-    assert [f"this cell hangs: {said}. Interrupt it (■)."] == [str(warning.message) for warning in warned]
+    assert [f"this cell hangs: {found}. Interrupt it (■)."] == [str(warning.message) for warning in warned]
 
 
 def test_a_rank_with_more_data_than_the_others(hanging):
     """It waits in a collective for one that has ended the cell."""
-    begun(hanging, f"{IMPORTS}for _ in range(3 + rank):\n    dist.all_reduce(torch.ones(1))")
-    said = verdict(hanging, "nothing; rank 1 waits")
-    assert said == "rank 0 does nothing; rank 1 waits for it in all_reduce (Cell In[7], line 3)"
-    assert hanging.where().hopeless
+    start_cell(hanging, f"{IMPORTS}for _ in range(3 + rank):\n    dist.all_reduce(torch.ones(1))")
+    found = verdict(hanging, "nothing; rank 1 waits")
+    assert found == "rank 0 does nothing; rank 1 waits for it in all_reduce (Cell In[7], line 3)"
+    assert hanging.where().deadlocked
 
 
 def test_a_deadlock_in_a_function_of_an_earlier_cell(hanging):
     """The line is that of the cell that defined it."""
     hanging.execute(f"{IMPORTS}lock = threading.Lock()\ndef locked():\n    with lock:\n        pass", number=3).wait()
-    begun(hanging, "if rank == 0:\n    lock.acquire()\n    locked()")
-    said = verdict(hanging, "in locked, rank 1 does nothing")
-    assert said == "no rank waits for another; rank 0 is at Cell In[3], line 4, in locked, rank 1 does nothing"
+    start_cell(hanging, "if rank == 0:\n    lock.acquire()\n    locked()")
+    found = verdict(hanging, "in locked, rank 1 does nothing")
+    assert found == "no rank waits for another; rank 0 is at Cell In[3], line 4, in locked, rank 1 does nothing"
 
 
 def test_a_rank_whose_process_is_stopped(hanging):
-    """In the middle of a training; the others wait for it, after a step that is said."""
+    """During a run; the others wait for it, after a step that is named."""
     x, y = classes()
     run = hanging.train(net(), (x, y), loss="cross_entropy", epochs=10**6, batch_size=16, background=True)
     until(lambda: run.progress.ranks[0].step > 1)
     os.kill(hanging.engines[1].pid, signal.SIGSTOP)
-    said = verdict(hanging, "(SIGSTOP); rank 0 waits")
-    assert said.startswith("rank 1 does nothing, for its process is stopped (SIGSTOP); rank 0 waits for it in ")
+    found = verdict(hanging, "(SIGSTOP); rank 0 waits")
+    assert found.startswith("rank 1 does nothing, for its process is stopped (SIGSTOP); rank 0 waits for it in ")
     assert hanging.where().ranks[0].step > 1
     run.stop(now=True)
     run.wait()
 
 
 def test_a_rank_that_reads_data_for_ever(cluster):
-    """The line of the user's own data set, in a training: the others wait for it."""
+    """The line of the user's dataset, during a run: the others wait for it."""
     mark = os.path.abspath(__file__)
 
     def loss(output, target):
@@ -113,14 +113,14 @@ def test_a_rank_that_reads_data_for_ever(cluster):
     line = loss.__code__.co_firstlineno + 6
     x, y = classes()
     run = cluster.train(net(), (x, y.float()), loss=loss, epochs=1, batch_size=16, background=True)
-    said = verdict(cluster, "in loss; rank 0 waits")
-    assert said.startswith(f"rank 1 is at {mark}, line {line}, in loss; rank 0 waits for it in ")
+    found = verdict(cluster, "in loss; rank 0 waits")
+    assert found.startswith(f"rank 1 is at {mark}, line {line}, in loss; rank 0 waits for it in ")
     run.stop(now=True)
     run.wait()
 
 
 def test_ranks_that_work_are_not_disturbed(cluster, tmp_path):
-    """A training that is asked all the time gives the same numbers."""
+    """A run whose stacks are requested all the time gives the same numbers."""
     (x, y), gate = classes(), Gate(tmp_path, 5)
 
     def train():
@@ -139,7 +139,7 @@ def test_ranks_that_work_are_not_disturbed(cluster, tmp_path):
 
 
 def test_lost_ranks(hanging):
-    """They are named, and nobody is asked in vain."""
+    """They are named, without waiting for their answer."""
     os.kill(hanging.engines[1].pid, signal.SIGKILL)
     until(lambda: hanging.engines[1].state == "lost")
     assert hanging.where().verdict == "rank 0 does nothing, rank 1 is lost (its process has ended)"

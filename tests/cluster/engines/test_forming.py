@@ -1,4 +1,4 @@
-"""Worlds are formed again and again in the same processes, whoever dies meanwhile."""
+"""Worlds are formed repeatedly in the same processes, while ranks are killed, stopped or interrupted."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def three(request, shared_cluster, monkeypatch):
     """Three engines of the test's own that talk through either kind of channel."""
     monkeypatch.setenv("NBDIST_CHANNEL", request.param)
     engines = start_engines(3, "cpu", HUNG_S, lambda words: None, SPARE[request.param])
-    give_up = Forming.give_up
+    abort = Forming.abort
 
     def patiently(forming):
-        """Ranks that are freed get the time that a loaded machine takes for it; those that are stopped never notice."""
+        """Wait until ranks are released, however slow the machine; stopped ranks never are."""
         forming.release()
         until(lambda: all(call.done() or stopped(engines, rank) for rank, call in forming.calls.items()))
-        give_up(forming)
+        abort(forming)
 
-    monkeypatch.setattr(Forming, "give_up", patiently)
-    monkeypatch.setattr(forming, "_LET_GO_WITHIN_S", 0.0)  # all that can be free are
+    monkeypatch.setattr(Forming, "abort", patiently)
+    monkeypatch.setattr(forming, "_RELEASED_WITHIN_S", 0.0)  # all that can be released are
     yield engines
     engines.end()
 
 
 def stop(engines, rank):
-    """Stop a rank's process, which notices nothing from now on."""
+    """Stop a rank's process with SIGSTOP."""
     pid = engines.records()[rank].pid
     os.kill(pid, signal.SIGSTOP)
     STOPPED.add(pid)
@@ -55,7 +55,7 @@ def stopped(engines, rank):
 
 
 def meanwhile(monkeypatch, act):
-    """Do something once while the ranks meet."""
+    """Do something once while the ranks form a world."""
     wait, pending = Forming.wait, [act]
 
     def acting(forming):
@@ -67,7 +67,7 @@ def meanwhile(monkeypatch, act):
 
 
 def test_forming_survives_a_kill_at_any_moment(three):
-    """Nobody waits, only the killed rank is lost, and all meet as soon as it is replaced."""
+    """No rank hangs, only the killed one is lost, and all form a world once it is replaced."""
     chance = random.Random(1)
     for _ in range(KILLS):
         before = [engine.pid for engine in three.records()]
@@ -82,15 +82,15 @@ def test_forming_survives_a_kill_at_any_moment(three):
         three.form()
         after = [engine.pid for engine in three.records()]
         assert [victim] == [rank for rank in range(3) if before[rank] != after[rank]]
-        assert dict(enumerate(after)) == three.call(range(3), os.getpid)
+        assert dict(enumerate(after)) == three.call(range(3), "ping")
 
 
 def test_a_rank_that_never_comes_is_killed_and_named(three):
-    """The others are freed, keep their processes, and meet again when it is replaced."""
+    """The others are released, keep their processes, and form a world once it is replaced."""
     before = [engine.pid for engine in three.records()]
     stop(three, 1)
     three.timeout_s = 1.0
-    with pytest.raises(ClusterError, match=r"did not meet the others within 1 s"):
+    with pytest.raises(ClusterError, match=r"did not join the others within 1 s"):
         three.form()
     assert (False, [1]) == (three.formed, three.lost)
     three.timeout_s = HUNG_S
@@ -100,7 +100,7 @@ def test_a_rank_that_never_comes_is_killed_and_named(three):
 
 
 def test_an_interrupt_ends_forming(three, monkeypatch):
-    """Although a rank does not come; that one has to be replaced then."""
+    """Although a rank does not join; that rank has to be replaced."""
     stop(three, 1)
     meanwhile(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
@@ -109,12 +109,12 @@ def test_an_interrupt_ends_forming(three, monkeypatch):
     three.form()
 
 
-def test_a_release_frees_ranks_that_wait_for_others(three, monkeypatch):
-    """With the echo of a loss, and alive, although torch itself would let them wait for minutes."""
+def test_a_release_ends_the_wait_of_ranks(three, monkeypatch):
+    """With PeerLostError, and alive, although torch alone would wait for minutes."""
     before = [engine.pid for engine in three.records()]
     stop(three, 2)
     meanwhile(monkeypatch, three.release)
-    with pytest.raises(EngineError, match=r"PeerLostError: the ranks were released|rank 2: the process ended"):
+    with pytest.raises(EngineError, match=r"PeerLostError: the rendezvous was ended|rank 2: the process ended"):
         three.form()
     assert [2] == three.replace_lost()
     three.form()

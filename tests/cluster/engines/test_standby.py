@@ -1,4 +1,4 @@
-"""Engines without a rank, which take the place of lost ones."""
+"""Spare engines replace lost ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def replace(cluster, *ranks):
 
 
 def test_a_spare_takes_the_place_of_a_lost_engine(with_spare):
-    """The other rank stays what it was, all meet in a new world, and another spare is started."""
+    """The other rank keeps its engine, all form a new world, and another spare is started."""
     (spare,), before = with_spare.spare_engines, pids(with_spare)
     replace(with_spare, 0)
     assert [spare.pid, before[1]] == pids(with_spare)
@@ -57,7 +57,7 @@ def test_a_spare_takes_the_place_of_a_lost_engine(with_spare):
 
 
 def test_more_engines_are_lost_than_there_are_spares(with_spare):
-    """The spare takes one place, a new engine the other."""
+    """The spare takes one rank, a new engine the other."""
     (spare,), before = with_spare.spare_engines, pids(with_spare)
     replace(with_spare, 0, 1)
     assert spare.pid in pids(with_spare)
@@ -65,7 +65,7 @@ def test_more_engines_are_lost_than_there_are_spares(with_spare):
 
 
 def test_a_spare_is_no_rank(with_spare):
-    """Neither the records, nor a cell, nor a pushed value know of it; it is idle, on this host, with rank -1."""
+    """No record, cell or pushed value is for it; it is idle, on this host, with rank -1."""
     (spare,) = with_spare.spare_engines
     assert (-1, "idle") == (spare.rank, spare.state)
     assert psutil.Process(spare.pid).ppid() == psutil.Process(pids(with_spare)[0]).ppid()
@@ -78,7 +78,7 @@ def test_a_spare_is_no_rank(with_spare):
 
 
 def test_a_spare_that_died_is_replaced_by_the_next_start(with_spare):
-    """Until then it is merely gone from the list: nothing is wrong with the ranks."""
+    """Until then it is missing in the list; the ranks are unaffected."""
     (spare,), before = with_spare.spare_engines, pids(with_spare)
     os.kill(spare.pid, signal.SIGKILL)
     until(lambda: not with_spare.spare_engines)
@@ -89,7 +89,7 @@ def test_a_spare_that_died_is_replaced_by_the_next_start(with_spare):
 
 
 def test_the_number_of_spares_can_be_changed(with_spare):
-    """More are started, those that are too many are ended."""
+    """Missing ones are started, surplus ones ended."""
     before = pids(with_spare)
     with_spare.spares = 2
     with_spare.start()
@@ -103,9 +103,9 @@ def test_the_number_of_spares_can_be_changed(with_spare):
 
 
 @pytest.mark.parametrize("spares", [-1, 1.5, "two", True])
-def test_a_number_of_spares_that_cannot_be_meant_is_refused(spares):
-    """The error holds the number and the cure."""
-    with pytest.raises(PlanError, match=f"{spares!r} spares cannot be kept: use a whole number, 0 or more"):
+def test_a_number_of_spares_that_is_not_possible_is_refused(spares):
+    """The error names the number and what to use."""
+    with pytest.raises(PlanError, match=f"{spares!r} spares are not possible: use a whole number, 0 or more"):
         nbdist.Cluster(1, device="cpu", spares=spares)
 
 
@@ -117,13 +117,13 @@ def test_one_spare_by_default_where_engines_are_forked(monkeypatch):
 
 
 def test_a_lost_rank_is_known_and_replaced_from_any_thread(engines):
-    """Also without spares; a call that begins meanwhile is refused, one that was going on fails."""
+    """Also without spares; a new call is refused, a running one fails."""
     sleeping = engines.start_call(1, time.sleep, 3600)
     os.kill(engines.records()[1].pid, signal.SIGKILL)
     until(lambda: [1] == engines.lost)
     assert "EngineError" == until(lambda: sleeping.ready() and sleeping.exception()).ename
     with pytest.raises(EngineError, match="rank 1: the engine's process has ended"):
-        engines.start_call(1, os.getpid)
+        engines.start_call(1, "ping")
     replaced = []
     thread = threading.Thread(target=lambda: replaced.extend(engines.replace_lost()))
     thread.start()
@@ -131,11 +131,11 @@ def test_a_lost_rank_is_known_and_replaced_from_any_thread(engines):
     assert [1] == replaced
     assert (False, []) == (engines.formed, engines.lost)
     engines.form()
-    assert {e.rank: e.pid for e in engines.records()} == engines.call(range(ENGINES), os.getpid)
+    assert {e.rank: e.pid for e in engines.records()} == engines.call(range(ENGINES), "ping")
 
 
 def test_a_rank_that_does_not_react_can_be_killed(engines):
-    """It is lost when that returns; who is dead already is no trouble."""
+    """It is lost when `kill` returns; killing a dead rank does nothing."""
     os.kill(engines.records()[0].pid, signal.SIGSTOP)
     engines.kill([0])
     engines.kill([0])

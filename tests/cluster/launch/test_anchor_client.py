@@ -1,4 +1,4 @@
-"""The anchor of a detached cluster, as the kernel that asks it sees it."""
+"""The anchor of a detached cluster, from the kernel's side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nbdist.telemetry import host
 
 @pytest.fixture
 def anchor(home, tmp_path):
-    """One that lives, with a folder of its own."""
+    """A running anchor with its own folder."""
     folder = tmp_path / "cluster"
     folder.mkdir()
     started = Anchor.start(str(folder), 60.0)
@@ -26,7 +26,7 @@ def anchor(home, tmp_path):
 
 
 class Collecting:
-    """A connection on which Python collects garbage in the middle of an exchange."""
+    """A connection on which Python collects garbage in the middle of a request."""
 
     def __init__(self, pipe):
         self.pipe = pipe
@@ -46,14 +46,14 @@ def forgotten(holder):
     return knot[0].path
 
 
-def test_memory_is_forgotten_in_the_middle_of_an_exchange(anchor, monkeypatch):
-    """A segment that is collected while the kernel waits for an answer locks nothing up, and its memory goes."""
+def test_memory_is_released_in_the_middle_of_a_request(anchor, monkeypatch):
+    """A segment collected while the kernel waits for a reply causes no deadlock, and its memory is freed."""
     gc.disable()
     try:
         path = forgotten(anchor)
         monkeypatch.setattr(anchor, "_pipe", Collecting(anchor._pipe))
         anchor.note("name", 1)
-        assert {"name": 1} == anchor.look()["notes"]
+        assert {"name": 1} == anchor.state()["notes"]
     finally:
         gc.enable()
     with pytest.raises(ClusterError, match="is gone"):
@@ -61,7 +61,7 @@ def test_memory_is_forgotten_in_the_middle_of_an_exchange(anchor, monkeypatch):
 
 
 def test_closed_memory_is_gone_at_once(anchor):
-    """Closing waits until the anchor has let go too."""
+    """Closing waits until the anchor has released it too."""
     segment = Segment(10, anchor)
     os.close(open_segment(segment.path))
     segment.close()
@@ -70,21 +70,21 @@ def test_closed_memory_is_gone_at_once(anchor):
 
 
 @pytest.mark.parametrize(("host_id", "left"), [("another boot/pid:[1]", False), ("{boot}/pid:[1]", True)])
-def test_a_cluster_of_this_host_from_before_it_was_started_anew_is_forgotten(home, host_id, left):
+def test_a_cluster_from_before_a_reboot_is_removed(home, host_id, left):
     """One in another container, that sees other processes, is not: the sentence says where it is."""
     boot = host.host_id().partition("/")[0]
-    told = {"folder": "/no", "mark": "1:1.00", "patience_s": 60, "host": host.host_name()}
+    facts = {"folder": "/no", "mark": "1:1.00", "patience_s": 60, "host": host.host_name()}
     (home / "clusters").mkdir()
     entry = home / "clusters" / "abcd.json"
-    entry.write_text(json.dumps({**told, "host_id": host_id.format(boot=boot)}))
+    entry.write_text(json.dumps({**facts, "host_id": host_id.format(boot=boot)}))
     where = f"cluster abcd was started in another container on {host.host_name()}" if left else "no detached cluster"
     with pytest.raises(PlanError, match=re.escape(where)):
         Anchor.reach("abcd")
     assert left == entry.exists()
 
 
-def test_memory_may_be_let_go_when_the_anchor_has_ended(anchor):
-    """Nothing is left to let go of then, and nothing is raised."""
+def test_memory_may_be_released_when_the_anchor_has_ended(anchor):
+    """Nothing is left to release then, and nothing is raised."""
     segments = [Segment(10, anchor) for _ in range(2)]
     anchor.end()
     segments.pop().close()

@@ -1,4 +1,4 @@
-"""The controller or the fork server is killed: nothing hangs, and one start mends it."""
+"""The controller or the fork server is killed: nothing hangs, and one start recovers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tasks import classes, net
 from nbdist.cluster import current_cluster, current_server
 from nbdist.errors import ClusterError
 
-ENDED = "has ended, so the engines cannot be reached: %dist_start starts anew"
+ENDED = "has ended, so the engines cannot be reached: %dist_start starts new ones"
 
 
 def kill_store(cluster):
@@ -25,7 +25,7 @@ def kill_store(cluster):
 
 @pytest.fixture(params=[kill_controller, kill_store])
 def kill(request):
-    """Ends one of the two processes through which everything goes."""
+    """Kills the controller or the store."""
     return request.param
 
 
@@ -38,7 +38,7 @@ def unreachable(cluster, kill):
 
 
 def test_without_its_controller_or_its_store_a_cluster_refuses_everything(unreachable):
-    """With the reason and the cure, at once."""
+    """With the reason and what to do, at once."""
     cluster, _, _ = unreachable
     assert not cluster.reachable
     for act in (cluster.check_ready, lambda: cluster.push(a=1), lambda: cluster.pull("a"), lambda: cluster.execute("")):
@@ -46,7 +46,7 @@ def test_without_its_controller_or_its_store_a_cluster_refuses_everything(unreac
             act()
 
 
-def test_one_start_ends_what_is_left_and_begins_anew(unreachable):
+def test_one_start_ends_what_is_left_and_starts_new_engines(unreachable):
     """No process and no folder of the old engines stays, and the new ones work."""
     cluster, processes, folder = unreachable
     assert len(processes) > 2 * ENGINES
@@ -67,7 +67,7 @@ def test_a_stop_ends_what_is_left(unreachable):
 
 
 def test_a_run_ends_with_the_reason(cluster, kill, tmp_path):
-    """It is followed to its end, which the last picture shows too; the next start works."""
+    """The run fails, which the last update shows too; the next start works."""
     states, gate = [], Gate(tmp_path, 2)
     run = cluster.train(
         net(), classes(), loss="cross_entropy", steps=10**9, lr_scheduler=gate, background=True,
@@ -83,7 +83,7 @@ def test_a_run_ends_with_the_reason(cluster, kill, tmp_path):
 
 
 def test_a_cell_that_waits_ends_when_the_controller_does(cluster):
-    """So does a value that is being fetched."""
+    """So does a pull."""
     cell = cluster.execute("print('in', flush=True); import time; time.sleep(3600)")
     until(lambda: all(cell.printed().values()))
     errors = []
@@ -102,8 +102,8 @@ def test_a_cell_that_waits_ends_when_the_controller_does(cluster):
     assert ENDED in errors[0]
 
 
-def test_a_killed_fork_server_is_followed_by_another_one(cluster):
-    """Engines go on without it; the next one that is needed brings it back, and nothing is left in the end."""
+def test_a_killed_fork_server_is_replaced(cluster):
+    """Engines run on without it; the next engine needs and starts a new one, and nothing is left in the end."""
     until(lambda: cluster.spare_engines)
     server, (spare,) = psutil.Process(current_server().pid), cluster.spare_engines
     old, kept = psutil.Process(cluster.engines[1].pid), cluster.engines[0].pid

@@ -1,4 +1,4 @@
-"""Engines are forks of one process that has torch loaded, and are else like processes of their own."""
+"""Fork server: engines are forks of one process with torch loaded, and otherwise like separate processes."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def out(cluster, source, ranks=None):
 
 
 def parents(cluster):
-    """The processes that the engines are children of."""
+    """The parents of the engines."""
     return {psutil.Process(engine.pid).ppid() for engine in cluster.engines}
 
 
 def ended(process):
-    """Whether a process does nothing any more; one whose parent has died may wait for a while to be reaped."""
+    """Whether a process has ended; one whose parent has died may stay a zombie for a while."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.status() == psutil.STATUS_ZOMBIE
     return True
@@ -63,7 +63,7 @@ def name(process):
 
 @pytest.fixture
 def fresh(shared_cluster):
-    """Two engines that have done nothing yet."""
+    """Two new engines."""
     shared_cluster.stop()
     return shared_cluster.ready()
 
@@ -78,7 +78,7 @@ def forks():
 
 @pytest.fixture(scope="module")
 def second_start(shared_cluster, tmp_path_factory):
-    """The server of a start and of the next one, and what an engine of the next one says, by what it is about.
+    """The server of a start and of the next one, and what an engine of the next one reports, by topic.
 
     In between the notebook went to another folder and time zone and set a variable.
     """
@@ -91,8 +91,8 @@ def second_start(shared_cluster, tmp_path_factory):
         patch.setenv("TZ", "Asia/Tokyo")
         with nbdist.Cluster(1, device="cpu") as one:
             servers += [*parents(one), current_server().pid]
-            (told,) = out(one, FACTS)
-    variable, there, zone = told.split("\n")
+            (reported,) = out(one, FACTS)
+    variable, there, zone = reported.split("\n")
     return {"servers": set(servers), "variable": variable, "folder": there, "cwd": str(folder), "zone": zone}
 
 
@@ -128,7 +128,7 @@ def test_engines_have_the_environment_of_the_notebook_at_their_start(second_star
     assert "set just before" == second_start["variable"]
 
 
-def test_engines_stand_in_the_folder_of_the_notebook_at_their_start(second_start):
+def test_engines_run_in_the_folder_of_the_notebook_at_their_start(second_start):
     """Not in the one in which the server was started."""
     assert second_start["cwd"] == second_start["folder"]
 
@@ -139,13 +139,13 @@ def test_engines_have_the_time_zone_of_the_notebook_at_their_start(second_start)
 
 
 def test_engines_share_the_memory_of_torch(fresh):
-    """An idle engine has less than half of a process that loads torch to itself."""
+    """An idle engine has less than half the private memory of a process that loads torch."""
     alone = psutil.Process(current_server().pid).memory_info().rss
     assert max(psutil.Process(engine.pid).memory_full_info().uss for engine in fresh.engines) < alone / 2
 
 
-def test_a_training_loads_no_compiler(fresh):
-    """Neither with an optimizer by name nor with one whose state comes home; a cell can still load it."""
+def test_a_run_loads_no_compiler(fresh):
+    """Neither with an optimizer by name nor with the user's own; a cell can still load it."""
     assert ["False"] * 2 == out(fresh, COMPILER)
     options = {"loss": "cross_entropy", "steps": 2, "val": classes(), "metric": "accuracy", "clip_norm": 1.0}
     fresh.train(net(), classes(), optimizer="adamw", **options)
@@ -172,7 +172,7 @@ def test_a_killed_engine_leaves_no_zombie_and_the_same_server_replaces_it(cluste
     assert current_server() is server
 
 
-def test_engines_go_on_without_their_server_and_the_next_start_makes_a_new_one(cluster):
+def test_engines_run_on_without_their_server_and_the_next_start_makes_a_new_one(cluster):
     """After a kill -9 of the server in the middle of a training."""
     server = psutil.Process(current_server().pid)
     run = cluster.train(net(), classes(), loss="cross_entropy", steps=10**9, background=True)
@@ -234,8 +234,8 @@ def test_a_variable_that_libraries_read_when_loaded_needs_a_new_server(monkeypat
     assert require_server() is current_server() is new
 
 
-def test_the_process_of_an_interrupted_order_is_killed(forks, tmp_path):
-    """By the next order, which gets a process of its own."""
+def test_the_process_of_an_interrupted_request_is_killed(forks, tmp_path):
+    """By the next request, which gets its own process."""
 
     def request(kind, argument):
         log = str(tmp_path / kind)
@@ -257,12 +257,12 @@ def test_the_process_of_an_interrupted_order_is_killed(forks, tmp_path):
     nannies = until(late.children)
     assert late.pid != forks.fork(request("controller", "--version"))
     until(lambda: all(map(ended, [late, *nannies])))
-    said = tmp_path / "controller"
-    until(lambda: said.exists() and f"{ipyparallel.__version__}\n" == said.read_text())
+    output = tmp_path / "controller"
+    until(lambda: output.exists() and f"{ipyparallel.__version__}\n" == output.read_text())
 
 
 def test_what_was_forked_for_a_cluster_ends_with_its_folder(forks, tmp_path):
-    """Even an engine that is only just starting, which would make the folder anew; another cluster's goes on."""
+    """Even an engine that is only just starting, which would create the folder again; another cluster's stays."""
     folders = [str(tmp_path / "one"), str(tmp_path / "other")]
     processes = []
     for folder in folders:
@@ -279,7 +279,7 @@ def test_what_was_forked_for_a_cluster_ends_with_its_folder(forks, tmp_path):
 
 
 def test_a_server_that_was_ended_forks_no_more(forks, tmp_path):
-    """Twice is fine, and an order is refused."""
+    """`end` twice is fine, and a request is refused."""
     forks.end()
     forks.end()
     assert not psutil.pid_exists(forks.pid)

@@ -1,4 +1,4 @@
-"""Forked children of the kernel: the engines are not theirs to end."""
+"""Forked children of the kernel do not end its engines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.engines, pytest.mark.skipif(not hasattr(os, "fork"), r
 
 
 def in_child(work):
-    """What a forked child says that does some work, and then ends as Python does, with all its exit handlers."""
+    """What a forked child returns that runs a function and then exits with all its exit handlers."""
     ours, theirs = os.pipe()
     child = os.fork()
     if not child:
@@ -31,14 +31,14 @@ def in_child(work):
             os._exit(0)
     os.close(theirs)
     with os.fdopen(ours, "rb") as file:
-        told = file.read().decode()
+        result = file.read().decode()
     os.waitpid(child, 0)
-    return told
+    return result
 
 
 @pytest.fixture
 def whole(cluster):
-    """The cluster, whose processes must all be there afterwards, and work."""
+    """The cluster; all its processes must be alive afterwards, and work."""
     before = {process.pid for process in of_cluster(cluster)[0]}
     server = current_server()
     yield cluster
@@ -57,17 +57,17 @@ def test_a_child_that_ends_ends_no_engines(whole):
 
 
 def test_a_child_that_stops_the_cluster_ends_no_engines(whole):
-    """As it does where it leaves a `with` block."""
+    """As it does at the end of a `with` block."""
     assert "None" == in_child(whole.stop)
 
 
 def test_a_child_has_no_cluster_and_no_fork_server(whole):
-    """So nothing that looks for them meets the kernel's."""
+    """So the child never uses the kernel's."""
     assert "(None, None)" == in_child(lambda: (current_cluster(), current_server()))
 
 
-def test_a_child_that_uses_the_engines_is_told_whose_they_are(whole):
-    """Instead of speaking into the kernel's own connections."""
+def test_a_child_that_uses_the_engines_is_refused(whole):
+    """Instead of writing to the kernel's connections."""
 
     def use():
         with pytest.raises(ClusterError) as error:

@@ -1,4 +1,4 @@
-"""Orders to a run from the notebook, and runs that wait for their turn."""
+"""Commands to a run from the notebook, and runs in the queue."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def test_every_control_works_and_is_in_the_record(cluster, records, tmp_path):
     assert not same(model, copied(kept))
 
 
-@pytest.mark.parametrize(("asked", "place"), [(None, "checkpoints/{}"), ("~/asked", "asked")])
-def test_a_checkpoint_has_a_place_of_its_own(cluster, tmp_path, monkeypatch, asked, place):
-    """Without a folder it lies below where the notebook is, under the run's name; ~ is the user's home."""
+@pytest.mark.parametrize(("folder", "place"), [(None, "checkpoints/{}"), ("~/asked", "asked")])
+def test_a_checkpoint_has_a_place_of_its_own(cluster, tmp_path, monkeypatch, folder, place):
+    """Without a folder it is below the working directory, under the run's name; ~ is the user's home."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     run = begin(cluster, net())
-    run.checkpoint(asked)
+    run.checkpoint(folder)
     until(lambda: any(h.kind == "checkpoint" for h in run.progress.happenings))
     run.stop()
     run.wait()
@@ -74,7 +74,7 @@ def test_a_checkpoint_has_a_place_of_its_own(cluster, tmp_path, monkeypatch, ask
 
 @pytest.mark.parametrize("rate", [0, -1.0, "fast", True, float("nan"), float("inf"), None])
 def test_a_rate_that_cannot_be_is_refused(cluster, rate):
-    """Nothing is asked of the ranks."""
+    """No command is sent to the ranks."""
     run = begin(cluster, net())
     try:
         with pytest.raises(PlanError, match="is not possible: use a positive number"):
@@ -85,18 +85,18 @@ def test_a_rate_that_cannot_be_is_refused(cluster, rate):
     assert not [h for h in run.progress.happenings if "rate" in h.text]
 
 
-def test_a_run_that_has_ended_takes_no_orders(cluster):
-    """It says so; to stop it is no mistake."""
+def test_an_ended_run_refuses_commands(cluster):
+    """The error says so; `stop` does nothing."""
     run = cluster.train(net(), classes(), loss="cross_entropy", steps=2)
-    for ask in (run.pause, run.resume, run.checkpoint):
+    for command in (run.pause, run.resume, run.checkpoint):
         with pytest.raises(ClusterError, match=f"run {run.run_id} has finished"):
-            ask()
+            command()
     run.stop()
     assert "finished" == run.state
 
 
 def test_a_paused_run_survives_the_loss_of_a_rank(cluster):
-    """It recovers, is paused still, with the rate that was asked for, and stops when it is told to."""
+    """It recovers, is still paused, with the commanded rate, and stops on command."""
     run = begin(cluster, net(), lr=0.01)
     run.set_lr(0.125)
     run.pause()
@@ -111,8 +111,8 @@ def test_a_paused_run_survives_the_loss_of_a_rank(cluster):
     assert "stopped" == run.state
 
 
-def test_lost_ranks_carry_out_the_same_orders_again(cluster, tmp_path):
-    """A rate that was changed before the loss counts from the same step: the bits of a run that lost nobody."""
+def test_replaced_ranks_apply_the_same_commands_again(cluster, tmp_path):
+    """A rate that was changed before the loss counts from the same step: the bits of a run without the loss."""
     options = {"loss": "cross_entropy", "steps": 40, "batch_size": 16, "threads": 1, "lr": 0.01}
     gate, model, losses = Gate(tmp_path), net(), []
 
@@ -144,7 +144,7 @@ def dropping(step):
 
 
 def test_runs_wait_for_their_turn(cluster):
-    """Each begins when the one before has ended, with the weights that it left; a foreground run is refused."""
+    """Each starts when the one before has ended, from its weights; a foreground run is refused."""
     model = net()
     first = begin(cluster, model)
     second, third = (
@@ -155,7 +155,7 @@ def test_runs_wait_for_their_turn(cluster):
     assert first is nbdist.last_run()
     with pytest.raises(ClusterError, match="is queued"):
         cluster.train(model, classes(), loss="cross_entropy", steps=3)
-    with pytest.raises(ClusterError, match="has not begun: it can only be stopped"):
+    with pytest.raises(ClusterError, match="has not started: it can only be stopped"):
         second.pause()
     first.stop()
     third.wait()
@@ -166,7 +166,7 @@ def test_runs_wait_for_their_turn(cluster):
 
 
 def test_a_queued_run_may_be_stopped(cluster):
-    """It never begins; those behind it do."""
+    """It never starts; those behind it do."""
     first = begin(cluster, net())
     drawn = []
     second = cluster.train(
@@ -180,8 +180,8 @@ def test_a_queued_run_may_be_stopped(cluster):
     assert "finished" == third.wait().state
 
 
-def test_a_run_begins_though_the_one_before_failed(cluster):
-    """What is wrong with one is no reason against the next."""
+def test_a_queued_run_starts_though_the_one_before_failed(cluster):
+    """One run's error does not affect the next."""
 
     def failing(output, target):
         raise ValueError("not today")
@@ -195,7 +195,7 @@ def test_a_run_begins_though_the_one_before_failed(cluster):
     assert "finished" == third.wait().state
 
 
-def test_what_cannot_be_meant_is_refused_before_it_waits(cluster):
+def test_invalid_options_are_refused_before_a_run_is_queued(cluster):
     """At once, not when its turn comes."""
     first = begin(cluster, net())
     with pytest.raises(PlanError, match="unknown strategy"):
@@ -206,12 +206,12 @@ def test_what_cannot_be_meant_is_refused_before_it_waits(cluster):
 
 
 def test_queued_runs_end_with_the_engines(cluster):
-    """Nobody waits for ever."""
+    """`wait` returns."""
     first = begin(cluster, net())
     second = cluster.train(net(), classes(), loss="cross_entropy", steps=3, background=True)
     cluster.stop()
     second.wait()
     assert "stopped" == second.state
-    assert ["the engines were stopped before it could begin"] == second.progress.notes
+    assert ["the engines were stopped before it could start"] == second.progress.notes
     with pytest.raises(ClusterError, match="engines were stopped"):
         first.wait()

@@ -21,7 +21,7 @@ ENDLESS = 10**9
 
 
 def begin(cluster, model, **options):
-    """Begin a run that never ends by itself, and return it once it is under way."""
+    """Start a run that never ends by itself, and return it once it runs."""
     given = {"loss": "cross_entropy", "steps": ENDLESS, "batch_size": 16, **options}
     run = cluster.train(model, given.pop("data", classes()), background=True, **given)
     until(lambda: run.progress.step > 3)
@@ -34,7 +34,7 @@ def test_two_engines_train_as_one_process_does(cluster):
     data, val = classes(65, torch.float64), classes(33, torch.float64)
     model, alone = net(torch.float64), net(torch.float64)
     for linear_only in (model, alone):
-        linear_only[1] = nn.Identity()  # across ranks BatchNorm means something else, which is not at stake here
+        linear_only[1] = nn.Identity()  # over ranks BatchNorm has other statistics, which is not tested here
     run = cluster.train(model, data, val=val, metric="accuracy", accumulate=2, **options)
     result = nbdist.train(alone, data, val=val, metric="accuracy", accumulate=2 * ENGINES, verbose=False, **options)
     torch.testing.assert_close(copied(model), copied(alone), **EXACT)
@@ -46,7 +46,7 @@ def test_two_engines_train_as_one_process_does(cluster):
 
 
 def test_a_run_tells_what_was_run(cluster):
-    """State, plan, the one row under steps, the same step on all ranks; and it is the newest run."""
+    """State, plan, the one history row with steps, the same step on all ranks; and it is `last_run`."""
     run = cluster.train(net(), classes(), loss="cross_entropy", optimizer="sgd", steps=5, batch_size=16, seed=4)
     assert run.state == "finished"
     assert nbdist.last_run() is run
@@ -63,7 +63,7 @@ def test_a_run_tells_what_was_run(cluster):
 
 
 def test_weights_change_in_place_at_the_end_and_not_before(cluster):
-    """In the background the model is as it was; after the stop its own tensors hold the trained numbers."""
+    """During a background run the model is unchanged; after the stop its own tensors hold the trained values."""
     model = net()
     before, tensors = copied(model), [*model.parameters(), *model.buffers()]
     places = [tensor.data_ptr() for tensor in tensors]
@@ -72,7 +72,7 @@ def test_weights_change_in_place_at_the_end_and_not_before(cluster):
     assert {engine.state for engine in cluster.engines} == {"busy"}
     assert run.wait(0.01) is run
     for refused in (lambda: cluster.train(net(), classes(), loss="cross_entropy"), lambda: cluster.push(x=1)):
-        with pytest.raises(ClusterError, match=rf"run {run.run_id} is going on: wait for it .* or stop it"):
+        with pytest.raises(ClusterError, match=rf"run {run.run_id} is running: wait for it .* or stop it"):
             refused()
     assert same(model, before)
 
@@ -88,7 +88,7 @@ def test_weights_change_in_place_at_the_end_and_not_before(cluster):
 
 
 def test_the_users_own_optimizer_gets_its_state_back(cluster):
-    """Two runs with one optimizer are one process's two runs: its moments come home, on the model's parameters."""
+    """Two runs with one optimizer are one process's two runs: its moments are loaded, for the model's parameters."""
     results = []
     for train, slices in ((cluster.train, 1), (nbdist.train, ENGINES)):
         model = net(torch.float64)
@@ -105,7 +105,7 @@ def test_the_users_own_optimizer_gets_its_state_back(cluster):
 
 
 class Counting(torch.optim.SGD):
-    """It lowers its rate by what it keeps itself."""
+    """It lowers its rate by an attribute of its own."""
 
     def __init__(self, params):
         super().__init__(params, lr=0.1)
@@ -131,7 +131,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_torch_does_not_pickle_takes_part(cluster, dtype):
-    """A buffer, a hook and an optimizer's own attributes, there and back: what one process makes of them."""
+    """A buffer, a hook and an optimizer's own attributes, there and back: as in one process."""
     results = []
     for train, slices in ((cluster.train, 1), (nbdist.train, ENGINES)):
         torch.manual_seed(0)
@@ -144,8 +144,8 @@ def test_what_torch_does_not_pickle_takes_part(cluster, dtype):
     torch.testing.assert_close(*results, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-12)
 
 
-def test_an_interrupt_in_the_foreground_stops_the_run_in_good_order(cluster):
-    """As ■ does: all ranks end after the same step, the weights come home, then KeyboardInterrupt."""
+def test_an_interrupt_in_the_foreground_stops_the_run_after_a_step(cluster):
+    """As ■ does: all ranks end after the same step, the weights are loaded, then KeyboardInterrupt."""
     model = net()
     before = copied(model)
     pending = iter([True])
@@ -171,7 +171,8 @@ def test_an_interrupt_while_a_background_run_is_waited_for_leaves_it_alone(clust
             os.kill(os.getpid(), signal.SIGINT)
 
     run = cluster.train(net(), classes(), loss="cross_entropy", steps=ENDLESS, background=True, watch=interrupt_once)
-    with pytest.raises(KeyboardInterrupt, match=rf"run {run.run_id} goes on: run.stop\(\) ends it, or %dist_run stop."):
+    message = rf"run {run.run_id} continues: run.stop\(\) ends it, or %dist_run stop."
+    with pytest.raises(KeyboardInterrupt, match=message):
         run.wait()
     assert run.state == "running"
     run.stop()
@@ -179,7 +180,7 @@ def test_an_interrupt_while_a_background_run_is_waited_for_leaves_it_alone(clust
 
 
 def test_a_second_interrupt_ends_a_step_that_hangs(cluster):
-    """The first one waits for the step; after the second the engines are free, the model untouched."""
+    """The first one waits for the step; after the second the engines are idle, the model unchanged."""
 
     def endless(output, target):
         while True:
@@ -203,7 +204,7 @@ def test_a_second_interrupt_ends_a_step_that_hangs(cluster):
 
 
 def test_a_rank_that_does_not_notice_a_failure_is_interrupted(cluster):
-    """One rank fails while the other is in an endless loop of the user's: the run ends, with the cause."""
+    """One rank fails while the other is in an endless loop of user code: the run ends, with the cause."""
 
     def one_fails(output, target):
         while os.environ["RANK"] == "0":
@@ -216,7 +217,7 @@ def test_a_rank_that_does_not_notice_a_failure_is_interrupted(cluster):
 
 
 def test_what_watches_a_run_cannot_break_it(cluster):
-    """A picture that cannot be drawn is no reason to lose a training."""
+    """An exception in `watch` does not end the run."""
 
     def broken(run):
         raise RuntimeError("no canvas")
@@ -227,12 +228,12 @@ def test_what_watches_a_run_cannot_break_it(cluster):
 
 
 def test_stopping_the_engines_ends_a_run(cluster):
-    """Nobody waits for ever for ranks that are gone; what was achieved is kept."""
+    """`wait` does not wait for lost ranks; the newest snapshot is loaded."""
     model = net()
     before = copied(model)
     run = begin(cluster, model)
     cluster.stop()
-    with pytest.raises(ClusterError, match="the engines were stopped while the run was going on"):
+    with pytest.raises(ClusterError, match="the engines were stopped during the run"):
         run.wait()
     assert run.state == "failed"
     assert not same(model, before)
@@ -252,7 +253,7 @@ BAD = [
     ({"loss": "crossentropy"}, TaskError, "unknown loss 'crossentropy': .*Did you mean 'cross_entropy'"),
     ({"optimizer": "adamm"}, TaskError, "unknown optimizer 'adamm': .*Did you mean 'adam"),
     ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, TaskError, "1 parameters that are not the model's"),
-    ({"metric": "accuracy"}, TaskError, "metric accuracy has nothing to be measured on: give val"),
+    ({"metric": "accuracy"}, TaskError, "metric accuracy has no data to be measured on: give val"),
     ({"data": None}, TaskError, "data is None, not data: give a Dataset"),
     ({"data": 5}, TaskError, "data is a value of type int, not data"),
     ({"data": (torch.zeros(0, FEATURES), torch.zeros(0))}, TaskError, "data is empty"),
@@ -265,28 +266,28 @@ BAD = [
 
 @pytest.mark.parametrize(("wrong", "kind", "message"), BAD, ids=[str(next(iter(case[0].items())))[:40] for case in BAD])
 def test_bad_input_is_refused_before_an_engine_is_touched(cluster, untouched, wrong, kind, message):
-    """One error that names the value and the cure; no run, record or new world comes of it."""
+    """One error that names the value and what to use; no run, record or new world is created."""
     given = {"model": net(), "data": classes(), "loss": "cross_entropy", **wrong}
     with pytest.raises(kind, match=message):
         cluster.train(given.pop("model"), given.pop("data"), **given)
 
 
 def test_what_cannot_be_sent_is_refused_by_name(cluster, untouched, tmp_path):
-    """A model that holds an open file cannot travel, and nothing stands in for the file."""
+    """A model that holds an open file cannot be pickled, and nothing replaces the file."""
     model = net()
     with (tmp_path / "log").open("w") as model.log, pytest.raises(TaskError, match=r"model or data: .*open file"):
         cluster.train(model, classes(), loss="cross_entropy")
 
 
 def assert_freed(records, run):
-    """By the ranks' own records, both left the run."""
+    """By the ranks' own records, both ended the run."""
     files = sorted((records / run.run_id).glob("rank*.jsonl"))
     events = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert {0, 1} == {event["rank"] for event in events if event["event"] == "RunFailed"}
 
 
-def test_an_error_on_one_rank_is_shown_with_its_place_and_frees_the_other(cluster, records):
-    """Rank, place and source line are named, and the engines train on in a new world."""
+def test_an_error_on_one_rank_is_shown_with_its_place_and_ends_the_other(cluster, records):
+    """Rank, place and source line are named, and the engines train again in a new world."""
     model = net()
     before, pids = copied(model), [engine.pid for engine in cluster.engines]
     expected = r"(?m)^rank 1: ValueError: sample 50 is torn \(.*tasks.py, line \d+\)$"
@@ -300,7 +301,7 @@ def test_an_error_on_one_rank_is_shown_with_its_place_and_frees_the_other(cluste
     with pytest.raises(EngineError):
         run.wait()
     assert_freed(records, run)
-    assert not same(model, before)  # it holds what was achieved
+    assert not same(model, before)  # it holds the newest snapshot
     assert cluster.train(model, rows(), loss="cross_entropy").state == "finished"
     assert [engine.pid for engine in cluster.engines] == pids
 

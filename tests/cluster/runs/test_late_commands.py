@@ -1,4 +1,4 @@
-"""Orders that come after a run's last step: each has one outcome, which stands in the run's notes and its record."""
+"""Late commands, given after a run's last step: each has one outcome, in the run's notes and its record."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def gate(tmp_path):
 @pytest.fixture
 def evaluated(scaled, gate, tmp_path):
     """A run whose last step is done, and that is evaluated until the gate opens."""
-    begun = tmp_path / "begun"
+    started = tmp_path / "started"
 
     def measured(output, target):
-        begun.touch()
+        started.touch()
         while not gate.exists():
             time.sleep(0.005)
         return (output.argmax(1) == target).double().mean()
 
     run = scaled.train(net(), classes(), val=classes(), metric=measured, background=True, **OPTIONS)
-    until(begun.exists)
+    until(started.exists)
     return run
 
 
 @pytest.mark.parametrize(
-    ("ask", "note"),
+    ("give", "note"),
     [
         (lambda run: run.pause(), "pause came after step 3, the last one: not carried out"),
         (lambda run: run.resume(), "resume came after step 3, the last one: not carried out"),
@@ -61,9 +61,9 @@ def evaluated(scaled, gate, tmp_path):
     ],
     ids=["pause", "resume", "lr", "checkpoint", "stop"],
 )  # fmt: skip
-def test_an_order_during_the_last_evaluation_is_accounted_for(evaluated, gate, ask, note):
+def test_a_command_during_the_last_evaluation_is_noted(evaluated, gate, give, note):
     """In the run and in its record; the run ends as it would have."""
-    ask(evaluated)
+    give(evaluated)
     gate.touch()
     evaluated.wait()
     assert ("finished", STEPS, [note]) == (evaluated.state, evaluated.progress.step, evaluated.progress.notes)
@@ -73,30 +73,30 @@ def test_an_order_during_the_last_evaluation_is_accounted_for(evaluated, gate, a
 
 
 @pytest.mark.parametrize(
-    ("ask", "size", "told"),
+    ("give", "size", "note"),
     [
         (lambda cluster: cluster.current_run.stop(), 2,
-         "stop came in step 3, the last one: the run ends as it would have"),
+         "stop came in step 3, the last one: it changes nothing"),
         (lambda cluster: cluster.scale(3), 3, "scaled to 3 after step 3"),
     ],
     ids=["stop", "scale"],
 )  # fmt: skip
-def test_an_order_in_the_last_step_leaves_the_end_as_it_is(scaled, tmp_path, ask, size, told):
-    """The last evaluation included; the engines that were asked for are there then."""
+def test_a_command_in_the_last_step_does_not_change_the_end(scaled, tmp_path, give, size, note):
+    """Including the last evaluation; a scale has its engines then."""
     gate = Gate(tmp_path, STEPS - 1)
     options = OPTIONS | {"val": classes(), "metric": "accuracy", "lr_scheduler": gate}
     run = scaled.train(net(), classes(), background=True, **options)
     gate.wait(STEPS - 1, run=run)
-    ask(scaled)
+    give(scaled)
     gate.open()
     run.wait()
     assert ("finished", STEPS, size) == (run.state, run.progress.step, scaled.size)
     assert {"val_loss", "val_accuracy"} <= set(run.history[-1])
-    assert [told] == [happening.text for happening in run.progress.happenings]
+    assert [note] == [happening.text for happening in run.progress.happenings]
 
 
-def test_a_stop_at_once_breaks_off_the_last_evaluation(evaluated):
-    """The weights after the last step come home."""
+def test_a_stop_at_once_interrupts_the_last_evaluation(evaluated):
+    """The weights after the last step are loaded."""
     evaluated.stop(now=True)
     evaluated.wait()
     assert ("stopped", STEPS) == (evaluated.state, evaluated.progress.step)
@@ -104,8 +104,8 @@ def test_a_stop_at_once_breaks_off_the_last_evaluation(evaluated):
     assert [] == evaluated.history
 
 
-def test_the_engines_that_are_asked_for_are_there_at_the_end(evaluated, scaled, gate):
-    """The last number counts, and the other one is not forgotten."""
+def test_a_late_scale_has_its_engines_at_the_end(evaluated, scaled, gate):
+    """The last number counts; the other one is noted too."""
     scaled.scale(1)
     scaled.scale(3)
     gate.touch()
@@ -117,8 +117,8 @@ def test_the_engines_that_are_asked_for_are_there_at_the_end(evaluated, scaled, 
     ] == evaluated.progress.notes
 
 
-def test_where_they_cannot_be_had_the_next_run_works(evaluated, scaled, gate, monkeypatch):
-    """Its ranks meet anew; the note says that the engines are not there."""
+def test_after_a_failed_late_scale_the_next_run_works(evaluated, scaled, gate, monkeypatch):
+    """Its ranks form a new world; the note says that the scale failed."""
 
     def refused(*_):
         raise ClusterError("no engine came")
@@ -133,18 +133,18 @@ def test_where_they_cannot_be_had_the_next_run_works(evaluated, scaled, gate, mo
     assert "finished" == scaled.train(net(), classes(), **OPTIONS).state
 
 
-def test_they_are_there_though_the_run_failed(scaled, gate, tmp_path):
+def test_a_late_scale_works_though_the_run_failed(scaled, gate, tmp_path):
     """After an error in the last evaluation too."""
-    begun = tmp_path / "begun"
+    started = tmp_path / "started"
 
     def measured(output, target):
-        begun.touch()
+        started.touch()
         while not gate.exists():
             time.sleep(0.005)
         raise ValueError("not today")
 
     run = scaled.train(net(), classes(), val=classes(), metric=measured, background=True, **OPTIONS)
-    until(begun.exists)
+    until(started.exists)
     scaled.scale(3)
     run.set_lr(0.5)
     gate.touch()
@@ -157,14 +157,14 @@ def test_they_are_there_though_the_run_failed(scaled, gate, tmp_path):
     ] == run.progress.notes[-2:]
 
 
-def test_an_order_while_the_weights_come_home_is_accounted_for(cluster, monkeypatch):
-    """All ranks have answered by then; what comes later is refused."""
-    coming, goes_on = threading.Event(), threading.Event()
+def test_a_command_while_the_result_is_loaded_is_noted(cluster, monkeypatch):
+    """All ranks have returned by then; later commands are refused."""
+    coming, proceed = threading.Event(), threading.Event()
     load_result = RunDispatch.load_result
 
     def held(self, home):
         coming.set()
-        assert goes_on.wait(HUNG_S)
+        assert proceed.wait(HUNG_S)
         load_result(self, home)
 
     monkeypatch.setattr(RunDispatch, "load_result", held)
@@ -173,25 +173,25 @@ def test_an_order_while_the_weights_come_home_is_accounted_for(cluster, monkeypa
         assert coming.wait(HUNG_S)
         run.pause()
     finally:
-        goes_on.set()
+        proceed.set()
     run.wait()
     assert ["pause came after step 3, the last one: not carried out"] == run.progress.notes
     with pytest.raises(ClusterError, match="has finished: start another one"):
         run.pause()
 
 
-def test_a_stop_that_is_asked_for_twice_is_one_order(cluster, gate, tmp_path):
-    """Whoever presses it again finds nothing in the notes."""
-    begun = tmp_path / "begun"
+def test_two_stops_are_one_command(cluster, gate, tmp_path):
+    """The second leaves no note."""
+    started = tmp_path / "started"
 
     def loss(output, target):
-        begun.touch()
+        started.touch()
         while not gate.exists():
             time.sleep(0.005)
         return output.square().mean()
 
     run = cluster.train(net(), classes(), background=True, **{**OPTIONS, "loss": loss, "steps": 10**9})
-    until(begun.exists)
+    until(started.exists)
     run.stop()
     run.stop()
     gate.touch()

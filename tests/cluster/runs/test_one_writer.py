@@ -1,4 +1,4 @@
-"""Of several notebooks' runs one writes into a folder of checkpoints; a notebook that is killed locks nobody out."""
+"""One run at a time writes into a checkpoint folder; a killed notebook's lease does not block others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPTIONS = {"loss": "cross_entropy", "batch_size": 16, "epochs": 2, "threads": 1}
 
 def test_a_run_is_refused_before_an_engine_is_touched(cluster, tmp_path, monkeypatch):
     """While another one writes into its folder; once that has ended, the same line works."""
-    monkeypatch.setattr(folder_lease, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(folder_lease, "_GRACE_S", 0.0)
     theirs = Lease(str(tmp_path), "theirs").acquire()
     with pytest.raises(PlanError, match="is being written by run theirs"):
         cluster.train(net(), classes(), checkpoint=str(tmp_path), **OPTIONS)
@@ -33,7 +33,7 @@ def test_a_run_is_refused_before_an_engine_is_touched(cluster, tmp_path, monkeyp
 
 
 def held_until(gate):
-    """A loss that goes on when there is a file."""
+    """A loss that waits for a file."""
 
     def loss(output, target):
         import os
@@ -48,8 +48,8 @@ def held_until(gate):
     return loss
 
 
-def test_a_rank_that_takes_the_place_of_rank_0_writes_on(cluster, tmp_path):
-    """The lease is the run's, whichever process has it."""
+def test_a_replacement_of_rank_0_writes_checkpoints_too(cluster, tmp_path):
+    """The lease belongs to the run, not to a process."""
     folder, gate = tmp_path / "run", tmp_path / "gate"
     run = cluster.train(
         net(), classes(), checkpoint=str(folder), checkpoint_every=1, background=True,
@@ -84,7 +84,7 @@ print(run.state, run.progress.step, flush=True)
 
 
 def test_the_same_line_works_when_its_notebook_was_killed(shared_cluster, tmp_path):
-    """At once, though engines of the dead one may live for a moment: it goes on from the checkpoint that counts."""
+    """At once, though engines of the dead one may run a moment longer: it resumes from the last valid checkpoint."""
     (tmp_path / "notebook.py").write_text(NOTEBOOK)
     folder = tmp_path / "run"
     command = [sys.executable, str(tmp_path / "notebook.py"), str(folder)]

@@ -1,4 +1,4 @@
-"""A run survives: engines that are killed, errors, stops; and goes on to the bits of one that was left alone."""
+"""Recovery: after killed engines, errors and stops a run resumes, with the bits of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def rows(run):
 
 
 @pytest.fixture(scope="module")
-def calm(shared_cluster):
-    """The weights and the history of a run that nothing happens to."""
+def undisturbed(shared_cluster):
+    """The weights and the history of an undisturbed run."""
     cluster = shared_cluster.ready()
     model = net()
     run = cluster.train(model, data(), **OPTIONS)
@@ -87,8 +87,8 @@ def calm(shared_cluster):
 
 
 @pytest.mark.parametrize("victims", [[0], [1], [0, 1]])
-def test_killed_engines_change_no_bit(cluster, calm, tmp_path, victims):
-    """The run goes on by itself, on other engines; it and its record say what happened."""
+def test_killed_engines_change_no_bit(cluster, undisturbed, tmp_path, victims):
+    """The run recovers on other engines; its notes and record say what happened."""
     model, pids, gate = net(), [engine.pid for engine in cluster.engines], Gate(tmp_path, HELD, scheduler=falling)
     run = cluster.train(model, data(), background=True, **OPTIONS | {"lr_scheduler": gate})
     gate.wait(HELD, run=run)
@@ -96,44 +96,44 @@ def test_killed_engines_change_no_bit(cluster, calm, tmp_path, victims):
         os.kill(pids[rank], signal.SIGKILL)
     gate.open(HELD)
     assert "finished" == run.wait().state
-    assert calm == (bits(model), rows(run))
+    assert undisturbed == (bits(model), rows(run))
     assert victims == [rank for rank, engine in enumerate(cluster.engines) if engine.pid != pids[rank]]
     (note,) = run.progress.notes
     assert "lost (its process ended), replaced in" in note
     assert note in repr(run)
-    told = [json.loads(line) for line in (records() / run.run_id / "cluster.jsonl").read_text().splitlines()]
-    assert [*("Recovered" for _ in victims), "Noted"] == [event["event"] for event in told]
-    assert victims == [event["rank"] for event in told if event["event"] == "Recovered"]
+    events = [json.loads(line) for line in (records() / run.run_id / "cluster.jsonl").read_text().splitlines()]
+    assert [*("Recovered" for _ in victims), "Noted"] == [event["event"] for event in events]
+    assert victims == [event["rank"] for event in events if event["event"] == "Recovered"]
 
 
 def test_an_engine_that_dies_at_the_same_place_again_and_again(cluster):
-    """It is given up, with a sentence that says where; the engines are ready again."""
-    with pytest.raises(EngineError, match=r"^rank 1: the process ended 5 times at step 1 or before: .* not suffice"):
+    """The run fails, with an error that names the step; the engines are ready again."""
+    with pytest.raises(EngineError, match=r"^rank 1: the process ended 5 times at step 1 or before: it runs out of"):
         cluster.train(net((1, 1), "die"), data(), **OPTIONS)
     assert "finished" == cluster.train(net(), data(), **OPTIONS | {"epochs": 1}).state
 
 
-def test_an_engine_lost_between_runs(cluster, calm):
-    """The next training replaces it and says so."""
+def test_an_engine_lost_between_runs(cluster, undisturbed):
+    """The next run replaces it and notes that."""
     os.kill(cluster.engines[1].pid, signal.SIGKILL)
     until(lambda: cluster.engines[1].state == "lost")
     model = net()
     run = cluster.train(model, data(), **OPTIONS)
-    assert calm == (bits(model), rows(run))
+    assert undisturbed == (bits(model), rows(run))
     assert ["rank 1 had been lost and was replaced"] == run.progress.notes
 
 
-def test_after_an_error_the_last_complete_step_is_there(cluster, calm):
-    """And the same line goes on from it, to the bits of a run without the error."""
+def test_after_an_error_the_last_complete_step_is_there(cluster, undisturbed):
+    """And the same call resumes from it, to the bits of a run without the error."""
     model, pids = net((1, TRAPPED), "raise"), [engine.pid for engine in cluster.engines]
-    said = rf"rank 1: ValueError: torn .*\nThe model holds the weights after step {TRAPPED - 1}, "
-    with pytest.raises(EngineError, match=said):
+    message = rf"rank 1: ValueError: torn .*\nThe model holds the weights after step {TRAPPED - 1}, "
+    with pytest.raises(EngineError, match=message):
         cluster.train(model, data(), **OPTIONS)
     assert pids == [engine.pid for engine in cluster.engines]
     held = [parameter.detach().clone() for parameter in model.parameters()]
     model.trap = ()
     run = cluster.train(model, data(), resume=True, **OPTIONS)
-    assert calm == (bits(model), rows(run))
+    assert undisturbed == (bits(model), rows(run))
     expected = net()
     cluster.train(expected, data(), **OPTIONS | {"epochs": None, "steps": TRAPPED - 1})
     for (name, tensor), other in zip(expected.named_parameters(), held, strict=True):
@@ -141,7 +141,7 @@ def test_after_an_error_the_last_complete_step_is_there(cluster, calm):
 
 
 @pytest.mark.parametrize("how", ["", "sleep", "in C"])
-def test_stopped_and_gone_on(cluster, calm, tmp_path, how):
+def test_stopped_and_resumed(cluster, undisturbed, tmp_path, how):
     """After its step, or at once in a function that hangs, even in C; then `resume` changes no bit."""
     mark, gate = tmp_path / "hangs", Gate(tmp_path, HELD, scheduler=falling)
     model = net((1, TRAPPED), how, str(mark)) if how else net()
@@ -159,14 +159,16 @@ def test_stopped_and_gone_on(cluster, calm, tmp_path, how):
         assert run.progress.step in range(1, TRAPPED)
     again = cluster.resume()
     assert bits(model) != before
-    assert calm[0] == bits(model)
-    assert calm[1] == rows(again)
-    with pytest.raises(PlanError, match=rf"has done {EPOCHS} epochs already: ask for more .*--epochs {EPOCHS + 1}"):
+    assert undisturbed[0] == bits(model)
+    assert undisturbed[1] == rows(again)
+    with pytest.raises(
+        PlanError, match=rf"has already completed {EPOCHS} epochs: give a larger total .*--epochs {EPOCHS + 1}"
+    ):
         cluster.resume()
 
 
 def test_a_killed_stage_of_a_pipeline_changes_no_bit(cluster, tmp_path):
-    """What one rank alone holds outlives it too."""
+    """State that only one rank holds survives its loss too."""
     options = OPTIONS | {"strategy": "pipeline", "microbatches": 2}
     expected, model, gate = net(), net(), Gate(tmp_path, HELD, scheduler=falling)
     cluster.train(expected, data(), **options)
@@ -179,7 +181,7 @@ def test_a_killed_stage_of_a_pipeline_changes_no_bit(cluster, tmp_path):
     assert run.progress.notes
 
 
-def test_the_last_run_is_gone_on_with_on_another_number_of_engines(cluster, tmp_path):
+def test_the_last_run_is_resumed_on_another_number_of_engines(cluster, tmp_path):
     """Its snapshot belongs to the notebook, not to the engines."""
     model, gate = net(), Gate(tmp_path, HELD, scheduler=falling)
     run = cluster.train(model, data(), background=True, **OPTIONS | {"accumulate": 1, "lr_scheduler": gate})
@@ -195,8 +197,8 @@ def test_the_last_run_is_gone_on_with_on_another_number_of_engines(cluster, tmp_
     assert [SAMPLES] * EPOCHS == [row["samples"] for row in again.history]
 
 
-def test_a_stop_at_once_that_comes_too_late_frees_nobody(cluster, monkeypatch):
-    """When every rank has answered, their world is whole, and they can meet in it."""
+def test_a_stop_at_once_that_comes_too_late_interrupts_no_rank(cluster, monkeypatch):
+    """When every rank has returned, their world is intact, and collectives work in it."""
     draw = RunMonitor._draw
 
     def late(monitor):
@@ -225,7 +227,7 @@ class Unkept(torch.optim.SGD):
 
 
 def dying(marks, at):
-    """A loss in which rank 1 dies, each time a step of `at` later; without an end where they are all the same."""
+    """A loss in which rank 1 dies, each time at the next step of `at`."""
 
     def loss(output, target):
         import os
@@ -250,7 +252,7 @@ def unkept(parameters):
 
 
 def test_losses_without_a_snapshot_are_forgotten_when_a_run_gets_further(cluster, tmp_path):
-    """Seven of them, each at a later step: it has got on each time, and so it ends well."""
+    """Seven losses, each at a later step: the run progressed each time, and finishes."""
     options = OPTIONS | {"loss": dying(str(tmp_path), [3, 4, 5, 6, 7, 8, 9]), "optimizer": unkept, "lr_scheduler": None}
     run = cluster.train(net(), data(), **options | {"epochs": None, "steps": 12})
     assert ("finished", 12) == (run.state, run.progress.step)
@@ -258,7 +260,7 @@ def test_losses_without_a_snapshot_are_forgotten_when_a_run_gets_further(cluster
 
 
 def test_a_run_without_a_snapshot_that_gets_no_further_ends(cluster, tmp_path):
-    """Though it does some steps each time."""
+    """Although it runs some steps each time."""
     options = OPTIONS | {"loss": dying(str(tmp_path), [4] * 99), "optimizer": unkept, "lr_scheduler": None}
     with pytest.raises(EngineError, match=r"^rank 1: the process ended 5 times at step 4 or before: "):
         cluster.train(net(), data(), **options)
@@ -266,14 +268,14 @@ def test_a_run_without_a_snapshot_that_gets_no_further_ends(cluster, tmp_path):
 
 
 def test_a_run_without_a_snapshot_is_scaled_up_and_down_again(cluster, tmp_path, monkeypatch):
-    """It is begun twice more, from its first step on, and ends on as many engines as were asked for last."""
-    begun, begin = [], RunDispatch.begin
+    """It restarts twice, from its first step, and ends on the last requested number of engines."""
+    sizes, start = [], RunDispatch.start
 
-    def counted(training, **how):
-        begun.append(training.engines.size)
-        return begin(training, **how)
+    def counted(dispatch, **how):
+        sizes.append(dispatch.engines.size)
+        return start(dispatch, **how)
 
-    monkeypatch.setattr(RunDispatch, "begin", counted)
+    monkeypatch.setattr(RunDispatch, "start", counted)
     gate = Gate(tmp_path, 3, 6)
     options = OPTIONS | {"optimizer": unkept, "lr_scheduler": gate, "epochs": None, "steps": 9}
     run = cluster.train(net(), data(), background=True, **options)
@@ -284,8 +286,8 @@ def test_a_run_without_a_snapshot_is_scaled_up_and_down_again(cluster, tmp_path,
         gate.wait(6, ranks=3, run=run)
         cluster.scale(2)
         gate.open(6)
-        until(lambda: run.ended or len(begun) > 3)
-        assert ([2, 3, 2], "finished", 9) == (begun, run.state, run.progress.step)
+        until(lambda: run.ended or len(sizes) > 3)
+        assert ([2, 3, 2], "finished", 9) == (sizes, run.state, run.progress.step)
     finally:
         gate.open()
         if not run.ended:

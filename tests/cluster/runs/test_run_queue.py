@@ -1,4 +1,4 @@
-"""The queue of runs and the run itself, as several threads see them: each is held where it would do harm."""
+"""The run queue and the Run under races: each thread is held at the critical point."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORT = {"loss": "cross_entropy", "steps": 1, "batch_size": 16, "threads": 1, "b
 
 
 class Gate:
-    """Where a thread is held, from when it has come until it may go on."""
+    """A point at which a thread is held until the test opens it."""
 
     def __init__(self):
         self.came, self.opened = threading.Event(), threading.Event()
@@ -41,74 +41,74 @@ def gate():
 
 
 def held(folder):
-    """A loss that waits in its first step until a file is there, and the file that says so."""
-    begun, goes_on = folder / "begun", folder / "goes on"
+    """A loss that waits in its first step for a file, and the path of that file."""
+    started, go_file = folder / "started", folder / "goes on"
 
     def loss(output, target):
-        begun.touch()
-        while not goes_on.exists():
+        started.touch()
+        while not go_file.exists():
             time.sleep(0.005)
         return output.square().mean()
 
-    return loss, begun, goes_on
+    return loss, started, go_file
 
 
 @pytest.fixture
 def second_held(cluster, monkeypatch, gate, tmp_path):
-    """Three runs: the first has ended, the second, which never would, is held while it begins, the third waits."""
-    begin, runs = RunQueue._begin, []
+    """Three runs: the first has ended, the second, endless, is held during its start, the third waits."""
+    start, runs = RunQueue._start, []
 
-    def held_begin(self, turn):
-        if len(runs) > 1 and turn.run is runs[1]:
+    def held_start(self, queued):
+        if len(runs) > 1 and queued.run is runs[1]:
             gate.hold()
-        begin(self, turn)
+        start(self, queued)
 
-    monkeypatch.setattr(RunQueue, "_begin", held_begin)
-    loss, begun, goes_on = held(tmp_path)
+    monkeypatch.setattr(RunQueue, "_start", held_start)
+    loss, started, go_file = held(tmp_path)
     runs.append(cluster.train(net(), classes(), **{**SHORT, "loss": loss}))
-    until(begun.exists)
+    until(started.exists)
     runs += [cluster.train(net(), classes(), **{**SHORT, "steps": steps}) for steps in (LONG, 1)]
-    goes_on.touch()
+    go_file.touch()
     assert gate.came.wait(HUNG_S)
     return runs
 
 
 def test_a_stop_that_comes_with_the_end_comes_before_it_or_after(cluster, monkeypatch, gate, tmp_path):
-    """A run that has ended does not go on stopping for ever."""
+    """An ended run does not stay in state stopping."""
     command = RunQueue._give_command
 
-    def held_order(self, run, kind, value):
+    def held_command(self, run, kind, value):
         gate.hold()
         command(self, run, kind, value)
 
-    monkeypatch.setattr(RunQueue, "_give_command", held_order)
-    loss, begun, goes_on = held(tmp_path)
+    monkeypatch.setattr(RunQueue, "_give_command", held_command)
+    loss, started, go_file = held(tmp_path)
     run = cluster.train(net(), classes(), **{**SHORT, "loss": loss})
-    until(begun.exists)
+    until(started.exists)
     stopping = threading.Thread(target=run.stop)
     stopping.start()
     assert gate.came.wait(HUNG_S)
-    goes_on.touch()
-    until(lambda: run.ended or follower_waits())
+    go_file.touch()
+    until(lambda: run.ended or monitor_waits())
     gate.opened.set()
     stopping.join()
     run.wait()
     assert ("finished", None) == (run.state, cluster.current_run)
 
 
-def follower_waits():
-    """Whether the thread that follows the run waits for whoever asks something of it."""
+def monitor_waits():
+    """Whether the monitor waits while a command is being given."""
     threads = [thread for thread in threading.enumerate() if thread.name == "nbdist-monitor"]
     frames = [sys._current_frames().get(thread.ident) for thread in threads]
     return any(frame is not None and frame.f_code.co_name in ("_merge", "_end") for frame in frames)
 
 
-def test_a_run_that_begins_is_the_current_one(cluster, second_held, gate):
-    """Nothing else may begin meanwhile, and those behind it wait."""
+def test_a_starting_run_is_the_current_one(cluster, second_held, gate):
+    """No other run may start meanwhile, and those behind it wait."""
     _, second, third = second_held
     assert (second, [third]) == (cluster.current_run, cluster.queued)
     third.stop()
-    with pytest.raises(ClusterError, match=f"run {second.run_id} is going on"):
+    with pytest.raises(ClusterError, match=f"run {second.run_id} is running"):
         cluster.check_ready()
     late = cluster.train(net(), classes(), **SHORT)
     assert [late] == cluster.queued
@@ -117,17 +117,17 @@ def test_a_run_that_begins_is_the_current_one(cluster, second_held, gate):
     assert ["stopped", "finished"] == [run.wait().state for run in (second, late)]
 
 
-def test_the_engines_may_be_stopped_while_a_run_begins(cluster, second_held, gate):
-    """Who stops them does not wait for it; the run fails, and the others never begin."""
+def test_the_engines_may_be_stopped_while_a_run_starts(cluster, second_held, gate):
+    """`stop` does not wait for the start; the run fails, and the others never start."""
     _, second, third = second_held
     cluster.stop()
-    assert ("stopped", ["the engines were stopped before it could begin"]) == (third.state, third.progress.notes)
+    assert ("stopped", ["the engines were stopped before it could start"]) == (third.state, third.progress.notes)
     gate.opened.set()
     with pytest.raises(ClusterError):
         second.wait()
 
 
-def test_a_stop_is_heard_while_the_run_begins(cluster, second_held, gate):
+def test_a_stop_command_counts_while_the_run_starts(cluster, second_held, gate):
     """It ends after its first step."""
     _, second, third = second_held
     second.stop()
@@ -136,50 +136,50 @@ def test_a_stop_is_heard_while_the_run_begins(cluster, second_held, gate):
     assert 1 == second.progress.step
 
 
-def test_a_picture_that_fails_holds_nobody(cluster, monkeypatch, tmp_path):
-    """A queued run that is stopped, or cannot begin, has ended, and those behind it begin."""
-    begin, runs = RunQueue._begin, []
+def test_a_failing_watch_blocks_no_run(cluster, monkeypatch, tmp_path):
+    """A queued run that is stopped, or cannot start, has ended, and those behind it start."""
+    start, runs = RunQueue._start, []
 
-    def failing(self, turn):
-        if len(runs) > 2 and turn.run is runs[2]:
+    def failing(self, queued):
+        if len(runs) > 2 and queued.run is runs[2]:
             raise OSError("not today")
-        begin(self, turn)
+        start(self, queued)
 
     def watch(run):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(RunQueue, "_begin", failing)
-    loss, begun, goes_on = held(tmp_path)
+    monkeypatch.setattr(RunQueue, "_start", failing)
+    loss, started, go_file = held(tmp_path)
     runs.append(cluster.train(net(), classes(), **{**SHORT, "loss": loss}))
-    until(begun.exists)
+    until(started.exists)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         runs += [cluster.train(net(), classes(), watch=watch, **SHORT) for _ in range(2)]
         runs.append(cluster.train(net(), classes(), **SHORT))
         runs[1].stop()
         assert ("stopped", True) == (runs[1].state, runs[1].ended)
-        goes_on.touch()
+        go_file.touch()
         with pytest.raises(ClusterError, match="not today"):
             runs[2].wait()
     assert "finished" == runs[3].wait().state
 
 
-def test_whatever_keeps_a_run_from_beginning_ends_it(cluster, monkeypatch, tmp_path):
-    """Nobody waits for it for ever, and those behind it begin."""
-    begin, runs = RunQueue._begin, []
+def test_any_error_at_the_start_ends_a_run(cluster, monkeypatch, tmp_path):
+    """`wait` returns, and those behind it start."""
+    start, runs = RunQueue._start, []
 
-    def failing(self, turn):
-        if len(runs) > 1 and turn.run is runs[1]:
+    def failing(self, queued):
+        if len(runs) > 1 and queued.run is runs[1]:
             raise OSError("not today")
-        begin(self, turn)
+        start(self, queued)
 
-    monkeypatch.setattr(RunQueue, "_begin", failing)
-    loss, begun, goes_on = held(tmp_path)
+    monkeypatch.setattr(RunQueue, "_start", failing)
+    loss, started, go_file = held(tmp_path)
     runs.append(cluster.train(net(), classes(), **{**SHORT, "loss": loss}))
-    until(begun.exists)
+    until(started.exists)
     runs += [cluster.train(net(), classes(), **SHORT) for _ in range(2)]
-    goes_on.touch()
-    with pytest.raises(ClusterError, match=r"the run could not begin: OSError\('not today'\)"):
+    go_file.touch()
+    with pytest.raises(ClusterError, match=r"the run could not start: OSError\('not today'\)"):
         runs[1].wait(60)
     assert "finished" == runs[2].wait(60).state
 
@@ -193,7 +193,7 @@ def scaled(cluster):
 
 
 def test_engines_are_listed_while_some_leave(scaled, monkeypatch):
-    """All of them, or those that stay; at any moment of the change."""
+    """All of them, or those that stay, at any moment of the change."""
     replace, seen, looking = engines_module.replace, [], []
 
     def probed(record, **changes):
@@ -212,13 +212,13 @@ def test_engines_are_listed_while_some_leave(scaled, monkeypatch):
 
 
 def test_of_two_numbers_of_engines_before_a_step_ends_the_last_one_counts(scaled, tmp_path):
-    """The run goes on on so many, and both stand in its record."""
-    loss, begun, goes_on = held(tmp_path)
+    """The run continues on that number, and both commands are in its record."""
+    loss, started, go_file = held(tmp_path)
     run = scaled.train(net(), classes(), **{**SHORT, "loss": loss, "steps": 10**9})
-    until(begun.exists)
+    until(started.exists)
     scaled.scale(1)
     scaled.scale(3)
-    goes_on.touch()
+    go_file.touch()
     until(lambda: "running" == run.state and len(run.progress.ranks) == 3)
     until(lambda: [h for h in run.progress.happenings if h.kind == "recovered"])
     scaled_to = [h.text.partition(" after")[0] for h in run.progress.happenings if h.kind == "command"]

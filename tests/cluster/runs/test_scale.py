@@ -1,4 +1,4 @@
-"""Engines join and leave: between runs, in the middle of one, and because some were lost."""
+"""Scaling: engines join and leave between runs, during one, and after losses."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def undisturbed(shared_cluster):
 
 
 def check(model, run, undisturbed):
-    """The weights and the history of a run to which nothing happened, but for how sums are associated."""
+    """The weights and the history of an undisturbed run, up to the order of summation."""
     same, history = undisturbed
     for mine, theirs in zip(model.parameters(), same.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
@@ -58,14 +58,14 @@ def check(model, run, undisturbed):
 
 
 def scale(cluster, gate, step, run, size):
-    """Ask for so many engines while all ranks are held after a step, and wait until they are there."""
+    """Scale while all ranks are held after a step, and wait until the engines are there."""
     gate.wait(step, ranks=cluster.size, run=run)
     cluster.scale(size)
     gate.open(step)
     until(lambda: cluster.size == size)
 
 
-def test_between_runs_the_others_keep_what_they_hold(scaled):
+def test_between_runs_the_other_engines_keep_their_state(scaled):
     """A new engine has every cell and value that all ranks have; one that leaves is gone."""
     scaled.push(given=7)
     scaled.execute("held = [rank, world_size]").wait()
@@ -83,8 +83,8 @@ def test_between_runs_the_others_keep_what_they_hold(scaled):
     assert (scaled.size, [engine.pid for engine in scaled.engines]) == (1, before[:1])
 
 
-def test_a_run_goes_on_with_more_and_with_fewer(scaled, undisturbed, tmp_path):
-    """At a step, with the same global batch: the result is that of a run that was left alone."""
+def test_a_run_scales_up_and_down(scaled, undisturbed, tmp_path):
+    """After a step, with the same global batch: the result is that of an undisturbed run."""
     model, gate = make(), Gate(tmp_path, 5, 15, 25)
     run = scaled.train(model, rows(), background=True, lr_scheduler=gate, **OPTIONS)
     for step, size in ((5, 3), (15, 1), (25, 2)):
@@ -99,8 +99,8 @@ def test_a_run_goes_on_with_more_and_with_fewer(scaled, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["shard", "dp=2"])
-def test_so_it_does_on_other_meshes(scaled, undisturbed, tmp_path, strategy):
-    """A word lays all ranks on its axis; of a mesh that is written out, dp changes."""
+def test_a_run_scales_on_other_meshes(scaled, undisturbed, tmp_path, strategy):
+    """A strategy name puts all ranks on its axis; in an explicit mesh only dp changes."""
     model, gate = make(), Gate(tmp_path, 5)
     run = scaled.train(model, rows(), background=True, strategy=strategy, lr_scheduler=gate, **OPTIONS)
     scale(scaled, gate, 5, run, 3)
@@ -109,7 +109,7 @@ def test_so_it_does_on_other_meshes(scaled, undisturbed, tmp_path, strategy):
     assert str(run.plan.mesh) == ("shard=3" if strategy == "shard" else "dp=3")
 
 
-def test_with_reproducible_no_bit_depends_on_it(scaled, tmp_path):
+def test_with_reproducible_scaling_changes_no_bit(scaled, tmp_path):
     """From 2 to 3, 1 and 4 engines in mid-run, and one killed: weights and history are those of one process."""
     options = {**OPTIONS, "reproducible": True}
     alone, model, gate = make().float(), make().float(), Gate(tmp_path, 5, 13, 21, 29)
@@ -127,8 +127,8 @@ def test_with_reproducible_no_bit_depends_on_it(scaled, tmp_path):
     assert [row["loss"] for row in expected.history] == [row["loss"] for row in run.history]
 
 
-def test_what_is_asked_for_after_the_last_step_comes_with_the_end(scaled, tmp_path):
-    """While the run is evaluated for the last time: it ends where it is, and then there are as many engines."""
+def test_a_scale_after_the_last_step_happens_at_the_end(scaled, tmp_path):
+    """During the last evaluation: the run ends unchanged, and then the engines are there."""
     gate = Gate(tmp_path)
 
     def measured(output, target):
@@ -146,7 +146,7 @@ def test_what_is_asked_for_after_the_last_step_comes_with_the_end(scaled, tmp_pa
 
 
 def test_a_rank_may_die_while_the_others_wait_for_new_ones(scaled, undisturbed, tmp_path):
-    """It is replaced, and as many go on as were wanted."""
+    """It is replaced, and the run continues on the wanted number."""
     model, gate = make(), Gate(tmp_path, 5, 15)
     run = scaled.train(model, rows(), background=True, lr_scheduler=gate, **OPTIONS)
     gate.wait(5, run=run)
@@ -159,7 +159,7 @@ def test_a_rank_may_die_while_the_others_wait_for_new_ones(scaled, undisturbed, 
     assert scaled.size == 3
 
 
-def test_a_run_may_shrink_to_what_is_left(scaled, undisturbed, tmp_path):
+def test_a_run_may_shrink_to_the_engines_left(scaled, undisturbed, tmp_path):
     """With on_failure="shrink" a lost engine is not replaced."""
     model, gate = make(), Gate(tmp_path, 5)
     run = scaled.train(model, rows(), background=True, on_failure="shrink", lr_scheduler=gate, **OPTIONS)
@@ -173,7 +173,7 @@ def test_a_run_may_shrink_to_what_is_left(scaled, undisturbed, tmp_path):
 
 
 def test_a_run_may_stop_when_an_engine_is_lost(scaled, undisturbed, tmp_path):
-    """With on_failure="stop"; the model holds the last snapshot, and resume goes on from there."""
+    """With on_failure="stop"; the model holds the last snapshot, and resume continues from it."""
     model, gate = make(), Gate(tmp_path, 30)
     run = scaled.train(model, rows(), background=True, on_failure="stop", lr_scheduler=gate, **OPTIONS)
     gate.wait(30, run=run)
@@ -185,8 +185,8 @@ def test_a_run_may_stop_when_an_engine_is_lost(scaled, undisturbed, tmp_path):
     check(model, scaled.resume(on_failure="replace"), undisturbed)
 
 
-def test_a_run_that_waits_begins_on_the_engines_that_there_are_then(scaled, undisturbed, tmp_path):
-    """Its plan is made again."""
+def test_a_queued_run_starts_on_the_engines_of_that_moment(scaled, undisturbed, tmp_path):
+    """Its plan is made again for them."""
     first, second, gate = make(), make(), Gate(tmp_path, 5)
     run = scaled.train(first, rows(), background=True, lr_scheduler=gate, **OPTIONS)
     waiting = scaled.train(second, rows(), background=True, **OPTIONS)
@@ -197,18 +197,18 @@ def test_a_run_that_waits_begins_on_the_engines_that_there_are_then(scaled, undi
     assert (str(waiting.plan.mesh), len(waiting.progress.ranks)) == ("dp=3", 3)
 
 
-def test_what_cannot_be_is_refused_and_the_run_goes_on(scaled, undisturbed, tmp_path):
-    """The mesh, the batch, the machine: said before anything is touched."""
+def test_an_impossible_scale_is_refused_and_the_run_continues(scaled, undisturbed, tmp_path):
+    """By the mesh, the batch or the machine: raised before anything changes."""
     model, gate = make(), Gate(tmp_path, 5)
     with pytest.raises(PlanError, match=r"unknown on_failure 'shrnk': use replace, shrink, stop. Did you mean"):
         scaled.train(model, rows(), on_failure="shrnk", **OPTIONS)
     run = scaled.train(model, rows(), background=True, strategy="shard=2", lr_scheduler=gate, **OPTIONS)
     gate.wait(5, run=run)
-    with pytest.raises(PlanError, match="shard=2 cannot go on on 3 engines: only dp changes, so use a multiple of 2"):
+    with pytest.raises(PlanError, match="shard=2 cannot use 3 engines: only dp changes, so use a multiple of 2"):
         scaled.scale(3)
     with pytest.raises(PlanError, match="0"):
         scaled.scale(0)
-    with pytest.raises(PlanError, match="'2' engines cannot be had: use a whole number"):
+    with pytest.raises(PlanError, match="'2' engines are not possible: use a whole number"):
         scaled.scale("2")
     gate.open(5)
     run.wait()
@@ -216,7 +216,7 @@ def test_what_cannot_be_is_refused_and_the_run_goes_on(scaled, undisturbed, tmp_
 
 
 def test_a_plan_for_other_numbers_of_ranks():
-    """Words and meshes, and a batch that is too small for so many."""
+    """Strategy names and meshes, and a batch that is too small for so many."""
     assert str(Replan({"batch_size": 8}, 2)(3).mesh) == "dp=3"
     assert str(Replan({"batch_size": 8, "strategy": "pipeline"}, 2)(2).mesh) == "pp=2"
     assert str(Replan({"batch_size": 8, "strategy": "dp=2, pp=2"}, 2)(6).mesh) == "pp=2,dp=3"

@@ -16,7 +16,7 @@ from nbdist.core.comm import SoloChannel
 from nbdist.errors import PeerLostError
 
 KIB = 1024 // 4  # float32 elements
-TCPI_BYTES_RECEIVED = 128  # where it lies in Linux's `tcp_info`
+TCPI_BYTES_RECEIVED = 128  # offset in Linux's `tcp_info`
 LENGTHS = {
     "one": 1,
     "tiny": 1000,
@@ -27,7 +27,7 @@ LENGTHS = {
 
 
 def mixed(rank, length, dtype=torch.float32):
-    """Numbers of very different size, so that every other order of summing shows in the bits."""
+    """Numbers of very different size, so that another reduction order changes the bits."""
     generator = torch.Generator().manual_seed(rank)
     exponents = torch.randint(-12, 12, (length,), generator=generator)
     return (torch.randn(length, generator=generator) * 2.0**exponents).to(dtype)
@@ -43,7 +43,7 @@ def sums(world):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_sum_is_taken_in_rank_order(run_on_each_channel, size):
-    """Every rank gets ((t0 + t1) + t2) + t3 bit for bit, on each of the three ways a sum can take."""
+    """Every rank gets ((t0 + t1) + t2) + t3 bit for bit, in each of the three algorithms."""
     ranks = run_on_each_channel(size, sums)
     for name, length in LENGTHS.items():
         parts = [mixed(rank, length) for rank in range(size)]
@@ -52,7 +52,7 @@ def test_a_sum_is_taken_in_rank_order(run_on_each_channel, size):
             expected += part
         for results in ranks:
             assert torch.equal(expected, results[name]), name
-    if size > 2:  # otherwise the numbers could not tell one order from another
+    if size > 2:  # check that the numbers distinguish reduction orders
         backwards = sum(reversed(parts[:-1]), start=parts[-1])
         assert not torch.equal(expected, backwards)
 
@@ -86,7 +86,7 @@ def several_at_once(world):
 
 
 def test_collectives_may_be_under_way_together(run_on_each_channel):
-    """Sums that were started in one order are all right when they have been waited for."""
+    """Five all-reduces in flight at once all give their own sums."""
     assert [[3.0 + 3 * i for i in range(5)]] * 3 == run_on_each_channel(3, several_at_once)
 
 
@@ -101,7 +101,7 @@ def lose_rank_one(world, length):
 
 @pytest.mark.parametrize("length", [1, 300 * KIB])
 def test_a_lost_rank_releases_the_others(run_on_each_channel, length):
-    """A rank that dies ends the others' collective with an error instead of leaving them to wait."""
+    """A rank that dies ends the others' collective with an error; they do not hang."""
     with pytest.raises(RuntimeError, match="rank 1 died without a word"):
         run_on_each_channel(3, lose_rank_one, length)
 
@@ -113,13 +113,13 @@ def fail_on_rank_one(world):
 
 
 def test_an_error_on_a_rank_is_the_one_that_is_seen(run_on_each_channel):
-    """A rank that leaves with an error releases its peers; their `PeerLostError` is an echo and hides nothing."""
+    """A rank that fails releases its peers; their `PeerLostError`, a secondary failure, does not hide the cause."""
     with pytest.raises(ZeroDivisionError, match="the cause"):
         run_on_each_channel(2, fail_on_rank_one)
 
 
 def test_three_hosts_sum_in_rank_order(run_ranks):
-    """A host between two others passes the sum on; hosts of one rank and of two give the bits of ranks on one host."""
+    """With a middle host, and hosts of one rank and of two, a sum has the bits of ranks on one host."""
     expected = run_ranks(4, sums, channel="shared memory")[0]
     for results in run_ranks(4, sums, channel="three hosts"):
         assert all(torch.equal(expected[name], results[name]) for name in LENGTHS)
@@ -134,12 +134,12 @@ def scattered_and_gathered(world):
 
 @pytest.mark.parametrize("size", [3, 4])
 def test_parts_of_a_sum_are_gathered_to_the_sum(run_on_each_channel, size):
-    """With the same bits, also where the hosts have different numbers of ranks."""
+    """Reduce-scatter and all-gather give the all-reduce's bits, also if hosts differ in their number of ranks."""
     assert run_on_each_channel(size, scattered_and_gathered) == [True] * size
 
 
 def test_parts_of_a_sum_over_three_hosts_are_gathered_to_the_sum(run_ranks):
-    """With the same bits, also for the host in the middle."""
+    """Reduce-scatter and all-gather give the all-reduce's bits, also on the middle host."""
     assert run_ranks(4, scattered_and_gathered, channel="three hosts") == [True] * 4
 
 
@@ -150,7 +150,7 @@ def broadcast_from_the_last(world):
 
 
 def test_a_broadcast_may_come_from_any_host(run_ranks):
-    """From a rank that leads no host too; and what the ranks talk over has a name."""
+    """The source may be a rank that is not its host's leader; `transport` names what the ranks use."""
     assert run_ranks(4, broadcast_from_the_last, channel="two hosts") == [(3, "shared memory and gloo")] * 4
     assert run_ranks(4, broadcast_from_the_last, channel="shared memory") == [(3, "shared memory")] * 4
 
@@ -172,13 +172,13 @@ def lose_rank_one_but_not_its_child(world):
 
 
 def test_a_child_of_a_killed_rank_does_not_hold_the_others(run_ranks):
-    """A data-loading process has the sockets of its rank, but closes them: the peers are free while it still lives."""
+    """A forked data-loading process closes its rank's sockets, so the peers are released while it still lives."""
     with pytest.raises(ZeroDivisionError, match="True"):
         run_ranks(2, lose_rank_one_but_not_its_child)
 
 
 def received() -> int:
-    """Bytes that have come in by this process's TCP connections, as the kernel counts them."""
+    """Bytes received by this process's TCP connections, as the kernel counts them."""
     total = 0
     for number in os.listdir("/proc/self/fd"):
         try:
@@ -204,7 +204,7 @@ def bytes_moved(world):
         before = received()
         collective()
         moved.append(received() - before)
-        channel.all_reduce_(torch.ones(1))  # nobody counts what is of the next one
+        channel.all_reduce_(torch.ones(1))  # a barrier: the next collective's bytes are not counted in this one
     return torch.tensor(moved) / tensor[0].nbytes
 
 
@@ -217,7 +217,7 @@ def test_a_gather_and_a_scatter_move_what_they_must(run_ranks):
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="the kernel does not count")
 def test_between_two_hosts_a_gather_and_a_scatter_move_what_they_must(run_ranks):
-    """Of four parts the first host gets the other's two, and its own two of a sum that the second has to see whole."""
+    """All-gather: each leader receives two parts. Reduce-scatter: the second receives a whole sum, and returns two."""
     moved = torch.stack(run_ranks(4, bytes_moved, channel="two hosts"))
     expected = torch.tensor([[2.0, 2.0, 4.0], [0.0, 0.0, 0.0], [2.0, 4.0, 4.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(moved, expected, rtol=0.02, atol=0.01)
@@ -230,7 +230,7 @@ def gathered(world):
 
 
 def test_a_gather_gives_everyone_all(run_on_each_channel):
-    """Tensors of any dtype and shape, in rank order."""
+    """All-gather of tensors of any dtype and shape, in rank order."""
     shapes = [(dtype, shape) for dtype in DTYPES for shape in ((), (2, 3), (0,))]
     expected = [torch.stack([torch.full(shape, rank).to(dtype) for rank in range(3)]) for dtype, shape in shapes]
     for found in run_on_each_channel(3, gathered):
@@ -248,7 +248,7 @@ def lose_rank_one_in(world, name):
 
 @pytest.mark.parametrize("name", ["all_gather", "reduce_scatter"])
 def test_a_lost_rank_ends_a_gather_and_a_scatter(run_on_each_channel, name):
-    """With an error for the others, as in a sum."""
+    """The other ranks get an error, as in an all-reduce."""
     with pytest.raises(RuntimeError, match="rank 1 died without a word"):
         run_on_each_channel(3, lose_rank_one_in, name)
 

@@ -1,4 +1,4 @@
-"""Another user of this host, a real second uid: what that process tries at the ranks' sockets, memory and store."""
+"""Authentication: a process of another user (a real second uid) tries the ranks' sockets, memory and store."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ from nbdist.telemetry.sinks import JsonlSink
 pytestmark = needs_another_user
 
 
-def ask_unproved(name):
-    """Put a question to the store as a client of old did, without a proof."""
+def set_unauthenticated(name):
+    """Send a request to the store without authentication."""
     with socket.socket(socket.AF_UNIX) as peer:
         peer.connect(name)
         with contextlib.suppress(OSError):
-            peer.sendall(peer_auth.pack([b"set", b"orders/run/0", b'["stop", null]']))
+            peer.sendall(peer_auth.pack([b"set", b"commands/run/0", b'["stop", null]']))
             return peer.recv(1).decode()
     return ""
 
 
-def ask_proved(name, secret):
-    peer_auth.same_user = lambda peer: True  # in this fork: an intruder does not ask who listens
-    GuardedStore(name, secret).set("orders/run/0", '["stop", null]')
+def set_with_secret(name, secret):
+    peer_auth.same_user = lambda peer: True  # in this fork: an intruder skips its own check of the listener
+    GuardedStore(name, secret).set("commands/run/0", '["stop", null]')
 
 
-@pytest.mark.parametrize("ask", [ask_unproved, ask_proved])
-def test_the_store_gives_and_takes_nothing(ask):
-    """Neither without the world's secret nor, were it known, with it: no order comes to be."""
+@pytest.mark.parametrize("attack", [set_unauthenticated, set_with_secret])
+def test_the_store_gives_and_takes_nothing(attack):
+    """Another user cannot write a command into the store, neither without the world's secret nor with it."""
     store = host_store()
-    told = as_other_user(ask, *store.address[: 1 if ask is ask_unproved else 2])
-    assert told in ("", "ConnectionError", "ConnectionResetError", "BrokenPipeError")
+    outcome = as_other_user(attack, *store.address[: 1 if attack is set_unauthenticated else 2])
+    assert outcome in ("", "ConnectionError", "ConnectionResetError", "BrokenPipeError")
     assert [] == CommandLog(store, "run").new()
-    assert not store.check(["orders/run/0"])
+    assert not store.check(["commands/run/0"])
 
 
 def test_this_user_without_the_secret_is_refused_too():
-    """So a process of another cluster does not take part by mistake."""
+    """A process of another cluster cannot take part by mistake."""
     store = host_store()
     with pytest.raises(OSError, match="secret"):
         GuardedStore(store.address[0], "00" * 32)
 
 
 def test_a_store_on_loopback_asks_for_the_secret(monkeypatch):
-    """As where sockets have no users: who knows the secret reads and writes, who does not is refused."""
+    """Over TCP, where a socket has no user: a client with the secret reads and writes, one without is refused."""
     elsewhere = types.SimpleNamespace(platform="darwin", executable=sys.executable)
     monkeypatch.setattr("nbdist.core.comm.guarded_store.sys", elsewhere)
     store = host_store()
@@ -72,7 +72,7 @@ def test_a_store_on_loopback_asks_for_the_secret(monkeypatch):
 
 
 def strangers(stack, store, count):
-    """Connections to a store that prove nothing and stay."""
+    """Connections to a store that do not authenticate, and stay open."""
     peers = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(count)]
     for peer in peers:
         peer.connect(store.address[0])
@@ -80,7 +80,7 @@ def strangers(stack, store, count):
 
 
 def test_connections_that_prove_nothing_keep_nobody_out():
-    """However many there are: the oldest are hung up on, and who has proved to belong to the world stays."""
+    """However many there are: the store closes the oldest, and keeps authenticated clients."""
     store = host_store()
     resource.prlimit(store.server_pid, resource.RLIMIT_NOFILE, (300, 300))
     with contextlib.ExitStack() as stack:
@@ -91,7 +91,7 @@ def test_connections_that_prove_nothing_keep_nobody_out():
 
 
 def test_a_store_without_descriptors_lives_on():
-    """It takes calls again when there are some."""
+    """It accepts connections again when descriptors are free."""
     store = host_store()
     resource.prlimit(store.server_pid, resource.RLIMIT_NOFILE, (16, 16))
     with contextlib.ExitStack() as stack:
@@ -101,15 +101,15 @@ def test_a_store_without_descriptors_lives_on():
 
 
 def test_who_runs_a_process_is_its_effective_user(monkeypatch):
-    """As the system tells of a peer."""
+    """SO_PEERCRED reports the effective user id of a peer."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         monkeypatch.setattr(os, "getuid", lambda: -1)
         assert peer_auth.same_user(theirs)
 
 
-def call_at(name):
-    """Call a rank in place of its peer, and wait until it hangs up."""
+def connect_as_peer(name):
+    """Connect to a rank in place of its peer, and wait until it closes the connection."""
     with socket.socket(socket.AF_UNIX) as peer:
         peer.connect(name)
         peer.sendall(bytes(20))
@@ -117,14 +117,14 @@ def call_at(name):
 
 
 def test_a_rank_takes_no_call_of_another_user():
-    """It hangs up, and goes on waiting for the real peer."""
+    """It closes the connection, and waits on for the real peer."""
     host = host_store()
     made = []
     stores = [GenerationStore(GuardedStore(*host.address), 1) for _ in range(2)]
     waiting = threading.Thread(target=lambda: made.extend(connect(0, 2, stores[0], "pair")))
     waiting.start()
     name = stores[1].get("pair/address/0").decode()
-    assert as_other_user(call_at, name) in ("", "ConnectionResetError", "BrokenPipeError")
+    assert as_other_user(connect_as_peer, name) in ("", "ConnectionResetError", "BrokenPipeError")
     (peer,) = connect(1, 2, stores[1], "pair")
     waiting.join()
     made[0].sendall(b"x")
@@ -134,7 +134,7 @@ def test_a_rank_takes_no_call_of_another_user():
 
 
 def test_a_rank_does_not_talk_to_a_squatter():
-    """Who listens at the address of a rank, or of a store that has ended, must be this user."""
+    """The process that listens at the address of a rank or of a store must be this user's."""
     name = f"\0nbdist-test-{os.getpid()}"
     ready, done = os.pipe(), os.pipe()
     child = os.fork()
@@ -163,14 +163,14 @@ def open_path(path):
 
 
 def test_memory_cannot_be_opened_by_another_user():
-    """It has no name but that of the descriptor of its process, which only this user may follow."""
+    """Its only name is under /proc/<pid>/fd of its process, which only this user may open."""
     segment = Segment(4096)
     assert "PermissionError" == as_other_user(open_path, segment.path)
     segment.close()
 
 
 def test_records_and_their_folders_are_private(tmp_path):
-    """Also the folders that are made above the record."""
+    """So are the folders that are made above the record."""
     os.chmod(tmp_path, 0o755)
     path = tmp_path / "home" / "runs" / "run" / "rank0.jsonl"
     JsonlSink(path).close()
@@ -179,7 +179,7 @@ def test_records_and_their_folders_are_private(tmp_path):
 
 
 class Bomb:
-    """Unpickled, it would make a file."""
+    """Unpickled, it would create a file."""
 
     def __init__(self, path):
         self.path = path
@@ -189,10 +189,10 @@ class Bomb:
 
 
 def test_a_crafted_pickle_is_no_note(tmp_path):
-    """Notes are plain data: bytes that would run code are refused, and run none."""
+    """Notes are plain data: a pickle that would run code is refused, and nothing runs."""
     with pytest.raises(ValueError, match=r"decode|JSON|Expecting"):
-        unpack_note(pickle.dumps(Bomb(str(tmp_path / "told"))))
-    assert not (tmp_path / "told").exists()
+        unpack_note(pickle.dumps(Bomb(str(tmp_path / "created"))))
+    assert not (tmp_path / "created").exists()
 
 
 def test_a_note_keeps_its_types():

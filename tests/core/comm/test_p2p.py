@@ -27,26 +27,26 @@ MESSAGES = [
 
 
 def exchange(world, rounds):
-    """Rank 1 sends to both neighbours, and hears from them, everything at once."""
+    """Rank 1 sends to both neighbours and receives from them, all at once."""
     links = world.links([(0, 1), (2, 1)])
     if world.rank == 1:
         for i in range(rounds):
             for link in links.values():
                 link.send(*MESSAGES[i % len(MESSAGES)])
-    heard = []
+    received = []
     for peer, link in links.items():
         for i in range(rounds):
             if world.rank != 1:
                 link.send((world.rank, i), [torch.full((i,), float(i))])
         for _ in range(rounds):
-            heard.append((peer, *link.receive()))
-    world.channel().all_reduce_(torch.ones(1))  # what is on its way would go with its sender
-    return [type(links[peer]) for peer in sorted(links)], heard
+            received.append((peer, *link.receive()))
+    world.channel().all_reduce_(torch.ones(1))  # a message in flight would be lost if its sender ended
+    return [type(links[peer]) for peer in sorted(links)], received
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_messages_arrive_whole_and_in_order(run_ranks, kind):
-    """Whatever their tensors are, both ways at once, without either side waiting for the other."""
+    """For any tensors, both ways at once; no send waits for the other side."""
     rounds = 2 * len(MESSAGES)
     results = run_ranks(3, exchange, rounds, channel=kind)
     assert KINDS[kind] == results[1][0]
@@ -67,7 +67,7 @@ def run_ahead(world):
         for i in range(200):
             link.send(i, [torch.full((1000,), float(i))])
         assert "end" == link.receive()[0]
-        return len(link._free) + len(link._away)
+        return len(link._free) + len(link._in_use)
     assert [(i, float(i)) for i in range(200)] == [
         (n, t[0][-1].item()) for n, t in (link.receive() for _ in range(200))
     ]
@@ -76,7 +76,7 @@ def run_ahead(world):
 
 
 def test_a_sender_that_runs_ahead_takes_bounded_memory(run_ranks):
-    """It waits when many messages are on their way, and takes the segments again that have come back."""
+    """It waits when many messages are in flight, and reuses segments that the receiver has freed."""
     assert run_ranks(2, run_ahead)[0] <= 65
 
 
@@ -92,7 +92,7 @@ def leave_a_link(world):
 
 @pytest.mark.parametrize("kind", ["shared memory", "process group"])
 def test_a_lost_peer_ends_the_wait(run_ranks, kind):
-    """With an error, at once."""
+    """It raises at once."""
     with pytest.raises(ZeroDivisionError, match="released"):
         run_ranks(2, leave_a_link, channel=kind)
 
@@ -107,8 +107,8 @@ def along_axes(world):
         flat = torch.arange(4 * channel.size, dtype=torch.float64) + world.rank
         part = channel.reduce_scatter(flat)
         channel.all_reduce_(mine)
-        told = channel.broadcast_bytes(str(world.rank).encode(), channel.size - 1)
-        found[axis] = (channel.size, mine.tolist(), torch.stack(gathered).tolist(), part.tolist(), told)
+        data = channel.broadcast_bytes(str(world.rank).encode(), channel.size - 1)
+        found[axis] = (channel.size, mine.tolist(), torch.stack(gathered).tolist(), part.tolist(), data)
     return found
 
 
@@ -121,12 +121,12 @@ def test_each_axis_has_a_channel_of_its_own(run_ranks, kind):
             "dp": [rank],
             "tp": [rank // 2 * 2, rank // 2 * 2 + 1],
         }.items():
-            size, total, gathered, part, told = found[axis]
+            size, total, gathered, part, data = found[axis]
             assert (len(group), [float(sum(group)), float(len(group))]) == (size, total)
             assert [[float(r), 1.0] for r in group] == gathered
             sums = [float(len(group) * i + sum(group)) for i in range(4 * size)]
             assert sums[4 * group.index(rank) :][:4] == part
-            assert str(group[-1]).encode() == told
+            assert str(group[-1]).encode() == data
 
 
 def scatter_large(world):
@@ -142,6 +142,6 @@ def scatter_large(world):
     return torch.equal(total.view(world.size, -1)[world.rank], part), torch.equal(rows, gathered)
 
 
-def test_large_tensors_are_gathered_and_scattered_piece_by_piece(run_on_each_channel):
-    """The sum is in rank order."""
+def test_large_tensors_are_gathered_and_scattered_in_chunks(run_on_each_channel):
+    """A tensor larger than the staging arena is still summed in rank order."""
     assert [(True, True)] * 3 == run_on_each_channel(3, scatter_large)

@@ -1,4 +1,4 @@
-"""What tells a rank that waits from one that works knows all that a rank waits in."""
+"""`waiting_calls` lists every function in which a rank waits for others."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nbdist.core.comm.waiting import waiting_calls
 
 @pytest.mark.parametrize("kind", [SharedMemoryChannel, ProcessGroupChannel, HierarchicalChannel])
 def test_the_collectives_of_every_channel_are_known(kind):
-    """By their own names, wherever they are decorated."""
+    """Decorated methods too, by their own names."""
     known = {name for file, name in waiting_calls() if file == sys.modules[kind.__module__].__file__}
     own = {"start_all_reduce_", "start_broadcast_", "all_gather", "reduce_scatter"}
     assert own <= known
 
 
 def test_what_only_hands_out_memory_is_none():
-    """A rank in there works."""
+    """A rank in such a function is not waiting."""
     names = {name for _, name in waiting_calls()}
     assert names.isdisjoint({"zeros", "free", "close", "__init__"})
     assert {"zeros", "free", "close"} <= set(vars(Channel))

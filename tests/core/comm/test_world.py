@@ -1,4 +1,4 @@
-"""Where ranks meet, and on what they compute."""
+"""Worlds: rendezvous, process groups, devices; what happens when a rank or the store is gone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nbdist.core.comm.rendezvous import GenerationStore, reach_store, start_group
+from nbdist.core.comm.rendezvous import GenerationStore, connect_store, start_group
 from nbdist.core.comm.world import World, host_store, pick_device
 from nbdist.errors import PeerLostError, PlanError
 
@@ -30,7 +30,7 @@ def test_ranks_know_their_place(run_ranks):
 
 
 def form_again(world):
-    """Leave, and meet once more through the same store as the next generation."""
+    """Leave the world, and form the next generation through the same store."""
     store, own = world.store.underlying_store, world.store.generation
     world.leave()
     world.leave()
@@ -44,7 +44,7 @@ def form_again(world):
 
 
 def test_the_next_generation_meets_through_the_same_store(run_ranks):
-    """A world that was left can be followed by another one in the same processes; leaving twice is fine."""
+    """After leaving a world, the same processes can form another one; leaving twice is fine."""
     assert [(1, 2.0, False)] * 2 == run_ranks(2, form_again)
 
 
@@ -55,7 +55,7 @@ def adopt(world):
 
 
 def test_a_group_that_stands_is_adopted_and_left_standing(run_ranks):
-    """`from_environment` takes the group that is there and does not end it."""
+    """`from_environment` uses an initialised process group, and does not destroy it."""
     assert [(True, True)] * 2 == run_ranks(2, adopt)
 
 
@@ -64,17 +64,17 @@ def listening(_world):
 
 
 def test_everything_listens_on_loopback_only(run_ranks):
-    """Gloo cannot be reached from another machine, for it does not ask who is there; the store is on no network."""
+    """Gloo has no authentication, so it must not be reachable from other machines; the store is on no network."""
     store = host_store()
     assert [] == psutil.Process(store.server_pid).net_connections("inet")
     assert [{"127.0.0.1"}] * 2 == run_ranks(2, listening)
 
 
 def test_the_store_serves_and_goes_away():
-    """A client reads what another wrote; without the last reference its process has ended."""
+    """A client reads what another wrote; the server's process ends with the last reference."""
     store = host_store()
     address, server = store.address, psutil.Process(store.server_pid)
-    client = reach_store(*address)
+    client = connect_store(*address)
     client.set("key", "value")
     assert b"value" == store.get("key")
     del client, store
@@ -93,10 +93,10 @@ def test_a_process_alone_is_a_world_of_one(monkeypatch):
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("gpu", "unknown device 'gpu': use auto, cpu or cuda"), ("cuda", "device 'cuda' was asked for, .*: use cpu or a")],
+    [("gpu", "unknown device 'gpu': use auto, cpu or cuda"), ("cuda", "device 'cuda' was requested, .*: use cpu or a")],
 )
 def test_a_device_that_is_not_there_is_refused(device, message, monkeypatch):
-    """The error names what was asked for and what can be had."""
+    """The error names the requested device and the available ones."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(PlanError, match=message):
         pick_device(device, 0)
@@ -104,7 +104,7 @@ def test_a_device_that_is_not_there_is_refused(device, message, monkeypatch):
 
 
 def test_ranks_take_turns_on_the_gpus(monkeypatch):
-    """One rank a GPU; more ranks than GPUs share them in turn."""
+    """One rank per GPU; with more ranks than GPUs they share them round-robin."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [0, 1, 0] == [pick_device("auto", rank).index for rank in range(3)]
     assert "cpu" == pick_device("cpu", 1).type
@@ -112,15 +112,15 @@ def test_ranks_take_turns_on_the_gpus(monkeypatch):
 
 @pytest.fixture(scope="module")
 def store():
-    """One store for the tests below, each of which has a generation of its own."""
+    """One store for the tests below; each uses a new generation."""
     return host_store()
 
 
 @pytest.fixture
 def generation(store):
-    """A generation, and a rank's view of it through a connection of its own."""
+    """A new generation as its host sees it, and as a rank with a separate connection sees it."""
     number = next(generations)
-    return GenerationStore(store, number), GenerationStore(reach_store(*store.address), number)
+    return GenerationStore(store, number), GenerationStore(connect_store(*store.address), number)
 
 
 def later(act, *args):
@@ -130,19 +130,19 @@ def later(act, *args):
 
 
 def test_a_wait_at_the_store_ends_with_a_release_of_its_generation(store, generation):
-    """Of no other generation; what is there already can still be read."""
+    """A release ends no other generation's waits; keys that are set can still be read."""
     host, ranks = generation
     ranks.set("there", "value")
     GenerationStore(store, next(generations)).release()
     assert (True, False) == (ranks.check(["there"]), ranks.check(["elsewhere"]))
     later(host.release)
-    with pytest.raises(PeerLostError, match="the ranks were released"):
+    with pytest.raises(PeerLostError, match="the rendezvous was ended"):
         ranks.get("elsewhere")
     assert b"value" == ranks.get("there")
 
 
 def test_a_wait_at_the_store_is_interrupted_at_once(generation):
-    """As in any loop of Python."""
+    """Within one poll."""
     _, ranks = generation
     pressing = later(os.kill, os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -151,29 +151,29 @@ def test_a_wait_at_the_store_is_interrupted_at_once(generation):
 
 
 def test_a_store_that_is_gone_is_a_lost_peer():
-    """Where one waits in it, and where one would connect to it."""
+    """Both for a wait in it, and for a connection to it."""
     store = host_store()
     address = store.address
-    ranks = GenerationStore(reach_store(*address), 1)
+    ranks = GenerationStore(connect_store(*address), 1)
     del store
-    with pytest.raises(PeerLostError, match="their store is gone"):
+    with pytest.raises(PeerLostError, match="the store is gone"):
         ranks.get("never")
-    with pytest.raises(PeerLostError, match="their store is gone"):
-        reach_store(*address)
+    with pytest.raises(PeerLostError, match="the store is gone"):
+        connect_store(*address)
 
 
 def test_torch_is_not_waited_for_when_the_ranks_are_released(generation):
-    """A group that cannot be connected is left to a thread, which ends by itself."""
+    """`start_group` abandons a thread in which torch still waits; it ends by itself."""
     host, ranks = generation
     may_end = threading.Event()
     later(host.release)
-    with pytest.raises(PeerLostError, match="the ranks were released"):
+    with pytest.raises(PeerLostError, match="the rendezvous was ended"):
         start_group(ranks, may_end.wait)
     may_end.set()
 
 
 def form_after_failures(world):
-    """Fail to form a world on rank 0 alone, and then meet with a rank to which that never happened."""
+    """Fail to form two worlds on rank 0 only, then form one with a rank that never failed."""
     store, own = world.store.underlying_store, world.store.generation
     world.leave()
     if world.rank == 0:
@@ -191,5 +191,5 @@ def form_after_failures(world):
 
 
 def test_a_rank_that_could_not_form_a_world_forms_the_next_one(run_ranks):
-    """With ranks that are new; torch numbers its groups, also those that failed."""
+    """Together with new ranks, although torch's group counter counts failed groups too."""
     assert [2.0, 2.0] == run_ranks(2, form_after_failures, channel="process group")

@@ -1,10 +1,10 @@
-"""The log of orders: what a notebook asks of a run, in the store of its ranks."""
+"""The command log: a notebook's commands to a run, in the store of its ranks."""
 
 from __future__ import annotations
 
 import pytest
 
-from nbdist.core.comm.rendezvous import reach_store
+from nbdist.core.comm.rendezvous import connect_store
 from nbdist.core.comm.world import host_store
 from nbdist.core.control.command_log import CommandLog
 from nbdist.core.control.commands import Command
@@ -17,59 +17,59 @@ def store():
 
 @pytest.fixture
 def run_id(request):
-    """A run of this test alone."""
+    """A run id unique to the test."""
     return request.node.name
 
 
 class Dying:
-    """A store whose user dies after so many words to it: the next one is never said."""
+    """A store whose writer dies after so many calls."""
 
-    def __init__(self, store, words):
-        self._store, self._words = store, words
+    def __init__(self, store, calls):
+        self._store, self._calls = store, calls
 
     def __getattr__(self, name):
-        if not self._words:
+        if not self._calls:
             raise EOFError("the writer has died")
-        self._words -= 1
+        self._calls -= 1
         return getattr(self._store, name)
 
 
-def test_orders_are_heard_in_the_order_in_which_they_were_given(store, run_id):
-    """From several writers, and each once."""
+def test_commands_are_read_in_the_sequence_in_which_they_were_appended(store, run_id):
+    """From several writers, each once."""
     here, there, agreed = CommandLog(store, run_id), CommandLog(store, run_id), CommandLog(store, run_id)
-    here.give("lr", 0.5)
-    there.give("checkpoint", "/tmp/a\nb")
-    here.give("stop", None)
+    here.append("lr", 0.5)
+    there.append("checkpoint", "/tmp/a\nb")
+    here.append("stop", None)
     assert [Command("lr", 0.5), Command("checkpoint", "/tmp/a\nb"), Command("stop")] == agreed.new()
     agreed._next_s = 0.0
     assert [] == agreed.new()
 
 
-@pytest.mark.parametrize("words", [0, 1])
-def test_a_writer_that_dies_leaves_no_hole(store, run_id, words):
-    """Whenever it died, its order was given or was not, and those after it are heard."""
-    dying = CommandLog(Dying(store, words), run_id)
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_writer_that_dies_leaves_no_hole(store, run_id, calls):
+    """Its command was appended or not, and later commands are read."""
+    dying = CommandLog(Dying(store, calls), run_id)
     try:
-        dying.give("pause", None)
+        dying.append("pause", None)
     except EOFError:
-        assert words == 0
-    CommandLog(store, run_id).give("stop", None)
-    expected = [Command("pause")] * words + [Command("stop")]
+        assert calls == 0
+    CommandLog(store, run_id).append("stop", None)
+    expected = [Command("pause")] * calls + [Command("stop")]
     assert expected == CommandLog(store, run_id).new()
 
 
-def test_what_was_carried_out_is_known_from_the_log(store, run_id):
-    """After which step; by a rank that reads it anew."""
+def test_applied_commands_are_stamped_in_the_log(store, run_id):
+    """A new reader sees the step after which each was applied."""
     log = CommandLog(store, run_id)
     for kind in ("pause", "resume", "stop"):
-        log.give(kind, None)
+        log.append(kind, None)
     log.stamp(1, 7)
     assert [None, 7, None] == [command.step for command in CommandLog(store, run_id).new()]
 
 
 def test_another_process_reaches_the_same_log(store, run_id):
     """Through a connection of its own, as rank 0 does."""
-    CommandLog(store, run_id).give("pause", None)
-    other = reach_store(*store.address)
+    CommandLog(store, run_id).append("pause", None)
+    other = connect_store(*store.address)
     assert [Command("pause")] == CommandLog(other, run_id).new()
     assert [] == CommandLog(other, "another").new()

@@ -1,4 +1,4 @@
-"""Which samples a rank reads: whatever the number of ranks, the slices are those of one process."""
+"""Distributed reading: with any number of ranks the slices are those of one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUMBERS = torch.arange(SAMPLES)
 
 
 class Augmented(torch_data.Dataset):
-    """Every sample is its number and what torch, NumPy and `random` drew for it."""
+    """Every sample is its index and random numbers from torch, NumPy and `random`."""
 
     def __len__(self):
         return SAMPLES
@@ -44,7 +44,7 @@ class Stream(torch_data.IterableDataset):
 
 
 class Once(torch_data.IterableDataset):
-    """Can be read a single time, as a file handle or a generator can."""
+    """Can be read only once, like a file handle or a generator."""
 
     def __init__(self, samples):
         self.samples = iter(samples)
@@ -105,7 +105,7 @@ def numbers(slices):
 
 @pytest.mark.parametrize("form", DATA)
 def test_ranks_read_the_slices_of_one_process(run_ranks, form):
-    """Samples, their order, their slices and what is drawn for them do not depend on who reads them."""
+    """Samples, their order, slices and random numbers do not depend on the number of ranks."""
     for size in (2, 3, 4):
         expected = read(World(), form, slices=size)
         ranks = run_ranks(size, read, form)
@@ -116,7 +116,7 @@ def test_ranks_read_the_slices_of_one_process(run_ranks, form):
 
 @pytest.mark.parametrize("form", ["tensors", "a dict", "a data set", "workers", "in order"])
 def test_an_epoch_holds_every_sample_once(form):
-    """Nothing is left out, nothing comes twice, and the last batch is the short one."""
+    """Every sample is read once, and the last batch is the short one."""
     for epoch in read(World(), form, slices=4):
         assert [8, 8, 7] == [sum(samples for _, samples, _ in step) for step in epoch]
         assert list(range(SAMPLES)) == sorted(number for step in epoch for number in numbers(step))
@@ -124,7 +124,7 @@ def test_an_epoch_holds_every_sample_once(form):
 
 @pytest.mark.parametrize("form", ["tensors", "a data set", "a sampler", "a split"])
 def test_the_order_is_a_function_of_seed_and_epoch(form):
-    """Another epoch or another seed gives another order; the same ones give the same, whatever was drawn before."""
+    """The sample order depends on epoch and seed only, not on the state of the generators."""
     first = read(World(), form)
     torch.rand(1)
     assert first == read(World(), form)
@@ -134,7 +134,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(form):
 
 
 def test_workers_draw_the_same_random_numbers():
-    """Augmentation in worker processes gives the samples that reading without workers gives."""
+    """Augmentation in worker processes gives the same samples as without workers."""
     assert read(World(), "a data set") == read(World(), "workers")
 
 
@@ -146,20 +146,20 @@ def test_a_loader_keeps_its_order_and_drops_its_last_batch():
 
 
 def test_collate_makes_the_batch():
-    """What the loader's collate returns is what the step sees."""
+    """The step gets what the loader's collate_fn returns."""
     (_, _, batch), = read(World(), "collate")[0][0]  # fmt: skip
     assert list(range(0, 16, 2)) == batch
 
 
 def test_a_sampler_decides_how_often_a_sample_comes():
-    """A WeightedRandomSampler is run once and dealt out: its length, and its repetitions, are the epoch's."""
+    """A WeightedRandomSampler runs on rank 0 only, and its order is distributed, with its length and repetitions."""
     drawn = Counter(number for step in read(World(), "a sampler")[0] for number in numbers(step))
     assert 19 == drawn.total()
     assert max(drawn.values()) > 1
 
 
 def test_the_callers_random_numbers_are_left_alone():
-    """A training draws from its own seeds and gives torch's, NumPy's and Python's states back."""
+    """Training uses its own seeds, and restores the states of torch, NumPy and `random`."""
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     data = torch_data.DataLoader(Samples(), batch_size=6)
     alone(mlp(dropout=0.5), data, optimizer=SGD)
@@ -217,7 +217,7 @@ def train_on_stream(world, accumulate=1, uneven=False, **options):
 
 
 def test_a_stream_without_a_length_ends_cleanly(run_ranks):
-    """The end of a pass is noticed by all ranks; replicas are equal and every sample was seen."""
+    """All ranks notice the end of an epoch; replicas are equal and every sample was read."""
     results = run_ranks(3, train_on_stream)
     assert [(1, 3, 13)] == [(r["epoch"], r["steps"], r["samples"]) for r in results[0][0].history]
     for _, weights in results[1:]:
@@ -239,7 +239,7 @@ def test_a_rank_whose_stream_ends_first_keeps_the_others_company(run_ranks):
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize(("steps", "samples"), [(2, 12), (3, 13), (5, 25)])
 def test_steps_wrap_round_the_data(run_ranks, size, steps, samples):
-    """Counting steps, a run goes through the data as often as it takes, and has one row of history."""
+    """With a number of steps, a run reads the data as often as needed, and has one row of history."""
     for result, _ in run_ranks(size, train_some_steps, steps):
         assert [(1, steps, samples)] == [(r["epoch"], r["steps"], r["samples"]) for r in result.history]
         assert "finished" == result.state
@@ -255,14 +255,14 @@ def train_some_steps(world, steps):
 
 @pytest.mark.parametrize("options", [{"epochs": 2}, {"steps": 5}])
 def test_a_stream_that_can_be_read_only_once_is_named(options):
-    """A second pass that finds nothing is an error and not a training on nothing."""
+    """A second epoch without samples raises, instead of training on nothing."""
     data = torch_data.DataLoader(Once(list_of_samples()), batch_size=6)
     with pytest.raises(PlanError, match=r"the data gave no batch in epoch 2: can it be read only once\?"):
         alone(mlp(), data, optimizer=SGD, **options)
 
 
 def test_a_batch_that_drop_last_never_fills_is_named():
-    """Less than one batch of data, with drop_last, leaves nothing to train on."""
+    """With drop_last and less than one batch of data there is nothing to train on."""
     data = torch_data.DataLoader(Samples(), batch_size=20, drop_last=True)
     with pytest.raises(PlanError, match="drop_last leaves no batch of 20: use a smaller batch size"):
         alone(mlp(), data)
@@ -276,9 +276,9 @@ def test_the_length_of_a_pass_is_known_where_the_data_has_one():
 
 
 def test_a_loading_process_does_not_begin_without_its_rank():
-    """torch would not see that a rank is gone which was killed right after the fork."""
+    """torch's worker does not notice a rank that was killed right after the fork."""
     first = EndsWithRank(None)
-    first._rank_pid = 0  # nobody's
+    first._rank_pid = 0  # no process's
     child = os.fork()
     if child == 0:
         first(0)
@@ -287,7 +287,7 @@ def test_a_loading_process_does_not_begin_without_its_rank():
 
 
 def test_what_the_user_has_a_loading_process_do_is_done():
-    """With the number of the process."""
+    """It is called with the worker's number."""
     done = []
     first = EndsWithRank(done.append)
     first._rank_pid = os.getppid()

@@ -1,4 +1,4 @@
-"""The forms of DATA: what they are read as, and what is refused by name."""
+"""The forms of data: how each is read, and which are refused, by name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ IN_MEMORY = {
 
 @pytest.mark.parametrize("form", IN_MEMORY)
 def test_data_in_memory_is_kept_as_tensors(form):
-    """Tensors and arrays, however wrapped, are read by index and never one sample at a time."""
+    """Tensors and arrays, also in TensorDataset and Subset, are read by index, never one sample at a time."""
     source = Source.of(IN_MEMORY[form])
     assert source.dataset is None
     rows = slice(None) if source.indices is None else source.indices
@@ -61,13 +61,13 @@ def test_data_in_memory_is_kept_as_tensors(form):
 
 
 def test_writable_arrays_are_not_copied():
-    """An array that torch can share stays where it is."""
+    """An array that torch can share is not copied."""
     array = np.zeros((4, 2))
     assert array.ctypes.data == Source.of(array).tensors.data_ptr()
 
 
 def test_a_dict_of_tensors_stays_a_dict():
-    """What the step sees as batch has the same keys."""
+    """The step's batch has the same keys."""
     source = Source.of({"x": X, "y": Y.numpy()})
     assert {"x": [[0.0, 1.0]], "y": [0]} == {key: tensor.tolist() for key, tensor in source.first().items()}
 
@@ -111,7 +111,7 @@ def test_a_loader_brings_its_settings(loader, expected):
 
 
 def test_a_loader_with_a_collate_of_its_own_is_not_read_by_index():
-    """What collate makes of the samples is the batch."""
+    """The batch is what collate_fn returns."""
     source = Source.of(torch_data.DataLoader(BOTH, batch_size=4, collate_fn=collate, num_workers=1, timeout=9))
     assert BOTH is source.dataset
     assert collate is source.collate
@@ -147,12 +147,12 @@ class Endless(torch_data.Sampler):
         (torch_data.DataLoader(BOTH, batch_size=None), "train_set .*with batch_size=None, .*give it a batch_size"),
         (
             torch_data.DataLoader(BOTH, sampler=torch_data.DistributedSampler(BOTH, num_replicas=2, rank=0)),
-            "train_set uses a DistributedSampler, but nbdist deals the samples out itself: leave it away",
+            "train_set uses a DistributedSampler, but nbdist distributes the samples itself: omit it",
         ),
         (torch_data.DataLoader(BOTH, sampler=Endless()), "uses Endless, a sampler without a length: give it a __len__"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_dealt_out_is_refused(data, message):
-    """The error says what was given, by the name it was given under, and what to give instead."""
+    """The error names the argument, its type, and what to give instead."""
     with pytest.raises(TaskError, match=message):
         Source.of(data, "train_set")

@@ -23,7 +23,7 @@ def rates(of):
 
 
 def test_without_one_rates_stay():
-    """It may be stepped all the same."""
+    """It can be stepped, and does nothing."""
     sgd = optimizer()
     scheduler = Scheduler(None, sgd)
     assert scheduler.every_step
@@ -32,7 +32,7 @@ def test_without_one_rates_stay():
 
 
 def test_it_steps_with_the_optimizer():
-    """Each group has a rate of its own."""
+    """Each group has its own rate."""
     sgd = optimizer()
     scheduler = Scheduler(functools.partial(lr_scheduler.StepLR, step_size=1, gamma=0.5), sgd)
     assert scheduler.every_step
@@ -42,7 +42,7 @@ def test_it_steps_with_the_optimizer():
 
 
 def test_one_that_follows_a_value_steps_after_an_epoch():
-    """With what was measured."""
+    """With the measured value."""
     sgd = optimizer()
     scheduler = Scheduler(functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5), sgd)
     assert not scheduler.every_step
@@ -64,7 +64,7 @@ def test_one_that_follows_a_value_steps_after_an_epoch():
     ],
 )
 def test_the_check_leaves_the_optimizer_alone(make):
-    """It is tried on a dummy with as many groups."""
+    """The factory is tried on a dummy optimizer with as many groups."""
     sgd = optimizer()
     before = sgd.state_dict()
     step, groups = sgd.step, [dict(group) for group in sgd.param_groups]
@@ -75,13 +75,13 @@ def test_the_check_leaves_the_optimizer_alone(make):
 
 
 def test_a_scheduler_that_is_already_made():
-    """It belongs to another optimizer than the one that trains."""
+    """Its optimizer is not the one that trains."""
     with pytest.raises(TaskError, match="not a value of type StepLR: write lambda optimizer:"):
         check_scheduler(lr_scheduler.StepLR(optimizer(), 1), optimizer())
 
 
 def test_a_factory_that_fails():
-    """The error names it and says why."""
+    """The error names the factory and the reason."""
     with pytest.raises(TaskError, match=r"lr_scheduler StepLR cannot make a scheduler: TypeError: .*step_size"):
         check_scheduler(lr_scheduler.StepLR, optimizer())
     with pytest.raises(TaskError, match=r"lr_scheduler partial cannot make a scheduler: ValueError: .*2.*3"):
@@ -89,7 +89,7 @@ def test_a_factory_that_fails():
 
 
 def test_a_factory_of_something_else():
-    """What it returns has to step."""
+    """The factory must return an object with `step`."""
     with pytest.raises(TaskError, match="lr_scheduler factory returned SimpleNamespace, not a torch scheduler"):
         check_scheduler(factory, optimizer())
 

@@ -1,4 +1,4 @@
-"""An optimizer comes home into the user's own object, as one process would have left it."""
+"""The trained optimizer is loaded into the notebook's own object, with the state that one process would have left."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nbdist.core.transfer.payload import pack, unpack
 
 
 class Keeping(torch.optim.SGD):
-    """It keeps all kinds of things."""
+    """It has attributes of many types."""
 
     __slots__ = ("slot",)
 
@@ -48,7 +48,7 @@ class Keeping(torch.optim.SGD):
 
 
 class Wrapping(torch.optim.Optimizer):
-    """An optimizer around another one, as those that look ahead are; it says little of itself to pickle."""
+    """An optimizer that wraps another one, like Lookahead; its ``__getstate__`` leaves attributes out."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -72,21 +72,21 @@ def stepped(optimizer):
     optimizer.step()
 
 
-def home(model, optimizer, steps=2):
-    """Step an optimizer elsewhere, and bring it home into this one."""
+def train_elsewhere(model, optimizer, steps=2):
+    """Step an unpickled copy of an optimizer, and load its state into this one."""
     payload, segment = pack((model, optimizer))
-    there, arrived = unpack(payload)
+    model_copy, optimizer_copy = unpack(payload)
     segment.close()
     for _ in range(steps):
-        stepped(arrived)
-    payload, segment = pack(TrainedOptimizer(arrived, ParamTable.of(there).objects))
-    told = unpack(payload)
+        stepped(optimizer_copy)
+    payload, segment = pack(TrainedOptimizer(optimizer_copy, ParamTable.of(model_copy).objects))
+    trained = unpack(payload)
     segment.close()
-    told.put_into(optimizer, ParamTable.of(model).objects)
+    trained.load_into(optimizer, ParamTable.of(model).objects)
 
 
 def described(value, model):
-    """A value as what can be compared."""
+    """A value in a form that can be compared."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     if id(value) in names:
         return names[id(value)]
@@ -98,21 +98,21 @@ def described(value, model):
 
 
 def test_a_buffer_of_the_model_stays_that():
-    """What an optimizer refers to comes home as the model's own, not as a copy."""
+    """References to the model's tensors are restored as such, not as copies."""
     model = nn.BatchNorm1d(2)
     mine = torch.optim.SGD(model.parameters())
     mine.mean = model.running_mean
-    home(model, mine)
+    train_elsewhere(model, mine)
     assert model.running_mean is mine.mean
 
 
 def test_what_a_run_has_made_of_an_optimizer_comes_home():
-    """State, groups and attributes are what two steps here would have made of them, with the model's own parameters."""
+    """State, groups and attributes are those after two steps in this process, with the model's own parameters."""
     models = [nn.Linear(2, 1) for _ in range(2)]
     mine, alone = (Keeping(model.parameters()) for model in models)
     stepped(alone)
     stepped(alone)
-    home(models[0], mine)
+    train_elsewhere(models[0], mine)
     left = {"memory", "log"}
     names = [*vars(alone).keys() - left, "slot"]
     assert {name: described(getattr(alone, name), models[1]) for name in names} == {
@@ -126,7 +126,7 @@ def test_what_holds_on_to_a_part_of_it_sees_it():
     model = nn.Linear(2, 1)
     optimizer = Keeping(model.parameters())
     seen, recent, groups, state = optimizer.seen, optimizer.recent, optimizer.param_groups, optimizer.state
-    home(model, optimizer)
+    train_elsewhere(model, optimizer)
     assert ([1, 2], [1, 2]) == (seen, list(recent))
     assert groups is optimizer.param_groups
     assert state is optimizer.state
@@ -136,20 +136,20 @@ def test_what_holds_on_to_a_part_of_it_sees_it():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_state_comes_home_in_its_own_type(dtype):
-    """A moment in another type than its parameter's is not rounded to that."""
+    """A moment in another dtype than its parameter's is not cast."""
     model = nn.Linear(2, 1).bfloat16()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[model.weight]["moment"] = torch.full((1, 2), 1 / 3, dtype=dtype)
-    home(model, optimizer, steps=0)
+    train_elsewhere(model, optimizer, steps=0)
     assert torch.equal(torch.full((1, 2), 1 / 3, dtype=dtype), optimizer.state[model.weight]["moment"])
 
 
 def test_an_optimizer_within_another_comes_home():
-    """The same parameters as before, with the inner one's state, though the outer one cannot say what it holds."""
+    """The same parameters, with the inner one's state, although the outer one's ``__getstate__`` leaves it out."""
     model = nn.Linear(2, 1)
     inner = torch.optim.Adam(model.parameters(), lr=0.1)
     optimizer = Wrapping(inner)
-    home(model, optimizer)
+    train_elsewhere(model, optimizer)
     assert inner is optimizer.inner
     assert inner.state is optimizer.fast_state
     assert [2.0, 2.0] == [inner.state[parameter]["step"].item() for parameter in model.parameters()]
@@ -157,22 +157,22 @@ def test_an_optimizer_within_another_comes_home():
 
 
 def test_a_hook_that_removed_itself_is_gone_at_home_too():
-    """And those that did not are still there: the very functions."""
+    """Attributes that are functions stay the same objects."""
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     kept = optimizer.register_step_post_hook(print)
     optimizer.once = optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.once.remove())
-    home(model, optimizer)
+    train_elsewhere(model, optimizer)
     assert {} == dict(optimizer._optimizer_step_pre_hooks)
     assert {kept.id: print} == dict(optimizer._optimizer_step_post_hooks)
 
 
 def test_hooks_of_its_state_are_not_run_on_the_way():
-    """One process would not have run them."""
+    """Training in one process would not have run them."""
     model = nn.Linear(2, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     calls = []
     optimizer.register_load_state_dict_pre_hook(lambda *_: calls.append("load"))
-    home(model, optimizer)
+    train_elsewhere(model, optimizer)
     assert not calls
     assert 2.0 == optimizer.state[model.weight]["step"].item()

@@ -1,4 +1,4 @@
-"""Optimizers by name, by callable, ready-made."""
+"""Optimizers by name, by callable, ready-made; which of them can be sharded."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from problems import mlp
 from torch import nn
 
 from nbdist.core.optim.cut_trial import differs
-from nbdist.core.optim.optimizers import BY_ELEMENT, OPTIMIZERS, check_may_be_cut, make_optimizer, optimizer_name
-from nbdist.core.optim.state import told_entry
+from nbdist.core.optim.optimizers import ELEMENTWISE, OPTIMIZERS, check_can_be_sharded, make_optimizer, optimizer_name
+from nbdist.core.optim.state import entry_to_json
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Mesh
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_every_name_makes_an_optimizer_that_steps(name):
-    """Each class of torch.optim that needs no closure and no sparse gradient goes by its name."""
+    """Each class of torch.optim that needs no closure and no sparse gradients has its name."""
     model = torch.nn.Linear(2, 2, bias=False)  # muon takes matrices only
     before = model.weight.clone()
     optimizer = make_optimizer(name.upper(), model, 0.1)
@@ -57,12 +57,12 @@ def test_what_torch_would_refuse_is_said_in_a_sentence(name, lr, error, message)
     ],
 )
 def test_a_callable_gets_the_rate(made):
-    """Whatever takes the parameters and an lr."""
+    """A callable that takes the parameters and an lr."""
     assert 0.3 == make_optimizer(made, mlp(), 0.3).defaults["lr"]
 
 
 def test_frozen_parameters_are_not_optimized():
-    """The optimizer holds what is trained and nothing else."""
+    """The optimizer holds the trainable parameters only."""
     model = mlp()
     model[0].requires_grad_(False)
     (group,) = make_optimizer("sgd", model, None).param_groups
@@ -70,14 +70,14 @@ def test_frozen_parameters_are_not_optimized():
 
 
 def test_a_ready_optimizer_stays_itself():
-    """Its groups and its state are the user's."""
+    """It is used as it is, with the user's groups and state."""
     model = mlp()
     optimizer = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.5}], lr=0.1)
     assert optimizer is make_optimizer(optimizer, model, None)
 
 
 def test_named_optimizers_are_fused_where_torch_can():
-    """One kernel for the whole update; what the user made stays as it was made, and so does what cannot be fused."""
+    """Fused kernels are the default by name; the user's own optimizer, or one that cannot be fused, is not changed."""
     for name in ("adam", "adamw", "sgd"):
         assert make_optimizer(name, mlp(), None).defaults["fused"]
         assert not make_optimizer(OPTIMIZERS[name], mlp(), None).defaults["fused"]
@@ -87,7 +87,7 @@ def test_named_optimizers_are_fused_where_torch_can():
 
 
 class Lars(torch.optim.SGD):
-    """Scales each update by norms of the whole tensor."""
+    """Scales each update by the norms of a whole tensor."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -99,7 +99,7 @@ class Lars(torch.optim.SGD):
 
 
 class Unit(torch.optim.SGD):
-    """Sets weights to directions of whole gradients; calls no method of another class's."""
+    """Normalizes whole gradients; it does not inherit its step."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -118,7 +118,7 @@ class Clipped(torch.optim.SGD):
 
 
 class Growing(torch.optim.SGD):
-    """Estimates one rate from sums over all tensors, first from next to nothing: as Prodigy and D-Adaptation do."""
+    """Estimates one rate from sums over all tensors, starting near zero, like Prodigy and D-Adaptation."""
 
     def __init__(self, params, lr):
         super().__init__(params, lr)
@@ -135,7 +135,7 @@ class Growing(torch.optim.SGD):
 
 
 class Factored(torch.optim.SGD):
-    """Has factors of a matrix in place of all its moments, if it is large enough, after some steps."""
+    """Factors the second moment of large enough matrices, after some steps, like Adafactor."""
 
     def __init__(self, params, lr, min_size, start):
         super().__init__(params, lr)
@@ -154,7 +154,7 @@ class Factored(torch.optim.SGD):
 
 
 class Noting(torch.optim.SGD):
-    """Keeps an object of its own in the state of each parameter."""
+    """Has a non-tensor object in the state of each parameter."""
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -164,7 +164,7 @@ class Noting(torch.optim.SGD):
 
 
 class Shared(torch.optim.SGD):
-    """Keeps something for all parameters in its state."""
+    """Has a state entry that belongs to all parameters."""
 
     def __init__(self, params, lr):
         super().__init__(params, lr)
@@ -176,7 +176,7 @@ class Shared(torch.optim.SGD):
 
 
 class Counting(torch.optim.SGD):
-    """Counts its calls, and has what cannot be copied."""
+    """Counts its calls, and has an attribute that cannot be copied."""
 
     def __init__(self, params, lr):
         super().__init__(params, lr)
@@ -232,13 +232,13 @@ OF_TORCH = [
     "make", [*OF_TORCH, stepped, grouped, scheduled, lambda ps: Counting(ps, 0.1), lambda ps: Shared(ps, 0.1)]
 )
 def test_what_treats_each_element_by_itself_may_be_cut(make):
-    """All of torch's kind, with groups, state, a schedule or attributes of its own; it is left as it was."""
+    """Element-wise ones of torch, with groups, state, a scheduler or own attributes; the trial does not change them."""
     model = shapes()
     optimizer = make(list(model.parameters()))
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), vars(optimizer).get("calls")))
     random = torch.get_rng_state()
-    assert "" == differs(optimizer, flat=True, along=True, apart=False, told=True)
-    assert "" == differs(optimizer, flat=False, along=False, apart=True, told=True)
+    assert "" == differs(optimizer, flat=True, along=True, apart=False, sent=True)
+    assert "" == differs(optimizer, flat=False, along=False, apart=True, sent=True)
     assert torch.equal(random, torch.get_rng_state())
     torch.testing.assert_close((model.state_dict(), optimizer.state_dict(), vars(optimizer).get("calls")), before)
 
@@ -261,34 +261,34 @@ def test_what_treats_each_element_by_itself_may_be_cut(make):
     ],
 )
 def test_what_looks_at_more_than_an_element_is_found_out(make, refused):
-    """By trying it: norms of a tensor or of all, factored moments, orthogonal updates."""
+    """The trial detects norms of a tensor or of all, factored moments, orthogonal updates."""
     optimizer = make(list(shapes().parameters()))
     for mesh in ("shard=2", "tp=2", "pp=2"):
         parsed = Mesh.parse(mesh, 2)
         if mesh in refused:
             name = type(optimizer).__name__
             with pytest.raises(PlanError, match=f"optimizer {name} .*tensor.*which mesh {mesh} .*use another one"):
-                check_may_be_cut(optimizer, parsed)
+                check_can_be_sharded(optimizer, parsed)
         else:
-            check_may_be_cut(optimizer, parsed)
+            check_can_be_sharded(optimizer, parsed)
 
 
 @pytest.mark.parametrize("mesh", [Mesh(shard=2), Mesh(tp=2), Mesh(pp=2)])
-def test_a_state_that_cannot_come_home_is_refused_before_the_first_step(mesh):
-    """One rank cannot tell another of an object; where nobody wants it, it may be there."""
+def test_a_state_that_cannot_be_gathered_is_refused_before_the_first_step(mesh):
+    """An object in the state cannot be sent to another rank; it is allowed if the state is not gathered."""
     optimizer = Noting(shapes().parameters(), 0.1)
-    check_may_be_cut(optimizer, mesh)
+    check_can_be_sharded(optimizer, mesh)
     with pytest.raises(PlanError, match=r"keeps a SimpleNamespace in its state, 'notes', which mesh .*use anoth"):
-        check_may_be_cut(optimizer, mesh, comes_home=True)
+        check_can_be_sharded(optimizer, mesh, gathered=True)
 
 
 @pytest.mark.parametrize(("entry", "value"), [("notes", object()), ("phase", torch.tensor([1j])), (1, 2.0)])
-def test_what_a_rank_cannot_tell_another_is_said_in_a_sentence(entry, value):
-    """A state may come to hold such a thing later than anybody looks for it."""
+def test_an_entry_that_cannot_be_sent_is_named_in_a_sentence(entry, value):
+    """Such an entry may appear only after the trial."""
     with pytest.raises(TaskError, match=r"the optimizer.*(object|complex|under 1)"):
-        told_entry(entry, value)
+        entry_to_json(entry, value)
 
 
-def test_optimizers_whose_elements_go_by_themselves_are_known():
-    """Those that the trial finds so, of all that torch has: they begin at once."""
-    assert {make.func for make in OF_TORCH} >= BY_ELEMENT
+def test_elementwise_optimizers_are_known():
+    """The trial accepts each of them, so that they can skip it."""
+    assert {make.func for make in OF_TORCH} >= ELEMENTWISE

@@ -1,4 +1,4 @@
-"""Precision: autocast, and the scale that keeps small gradients of fp16."""
+"""Mixed precision: autocast, and the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
     [("full", torch.float32, False), ("bf16", torch.bfloat16, False), ("fp16", torch.float16, True)],
 )
 def test_forward_computes_in_it(word, dtype, scales):
-    """Weights stay as they are; only fp16 is scaled."""
+    """Weights keep their dtype; only fp16 is scaled."""
     made, layer = Precision(word, CPU), nn.Linear(3, 2)
     with made.autocast():
         assert layer(torch.ones(1, 3)).dtype is dtype
@@ -29,7 +29,7 @@ def test_forward_computes_in_it(word, dtype, scales):
 
 
 def test_an_overflow_halves_the_scale():
-    """Each one; and the count of good steps begins anew."""
+    """Each overflow; and the count of steps without one restarts."""
     made = Precision("fp16", CPU)
     made.adapt(False)
     made.adapt(False)
@@ -37,7 +37,7 @@ def test_an_overflow_halves_the_scale():
 
 
 def test_many_good_steps_double_it(monkeypatch):
-    """As many in a row, again and again."""
+    """Each time after so many in a row."""
     monkeypatch.setattr(precision, "_GROWTH_STEPS", 3)
     made = Precision("fp16", CPU)
     scales = []
@@ -48,7 +48,7 @@ def test_many_good_steps_double_it(monkeypatch):
 
 
 def test_the_scale_has_an_end():
-    """A loss that is no number for ever does not make it zero."""
+    """A loss that stays nan does not make it zero."""
     made = Precision("fp16", CPU)
     for _ in range(2000):
         made.adapt(False)

@@ -1,4 +1,4 @@
-"""An optimizer's references to tensors of the model, kept by name."""
+"""An optimizer's references to the model's tensors, saved by name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def over(model):
     ],
 )
 def test_what_is_the_models_is_the_models_again(of):
-    """Another model's tensors of the same names, however deep they lie."""
+    """They become another model's tensors of the same names, at any depth."""
     left, right = module(), module()
     put = over(right).from_json(of(right), json.loads(json.dumps(over(left).to_json(of(left), "it"))))
     expected = of(right)
@@ -45,7 +45,7 @@ def test_what_is_the_models_is_the_models_again(of):
 
 
 def flat(value):
-    """Tensors by identity."""
+    """Compares tensors by identity."""
     if isinstance(value, dict):
         return [(key, flat(held)) for key, held in value.items()]
     return [flat(item) for item in value] if isinstance(value, (list, tuple)) else value if not isinstance(
@@ -54,7 +54,7 @@ def flat(value):
 
 
 def test_what_lies_in_the_memory_of_a_parameter_has_no_value_of_its_own():
-    """It cannot be told, and is not overwritten by a number that an older checkpoint tells."""
+    """It cannot be saved, and is not overwritten by the number in an older checkpoint."""
     model = module()
     view = model.bias.detach()
     with pytest.raises(TaskError, match="it lies in the memory of a tensor of the model"):
@@ -64,14 +64,14 @@ def test_what_lies_in_the_memory_of_a_parameter_has_no_value_of_its_own():
 
 
 def test_a_tensor_of_the_optimizers_own_is_a_tensor_again():
-    """With the value that was told, in a list as well."""
+    """With the saved value, in a list as well."""
     own = torch.tensor(2.0)
     put = over(module()).from_json([torch.tensor(0.0)], over(module()).to_json([own], "it"))
     torch.testing.assert_close([own], put)
 
 
 class Scaled(nn.Module):
-    """A layer with a logit scale, as CLIP has one."""
+    """A layer with a logit scale, as in CLIP."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class Scaled(nn.Module):
 
 
 class Clamping(torch.optim.SGD):
-    """Keeps the scale in bounds, which it knows in several ways."""
+    """Clamps the scale, which it refers to in several ways."""
 
     def __init__(self, model):
         super().__init__(model.parameters(), lr=0.5)
@@ -103,7 +103,7 @@ class Clamping(torch.optim.SGD):
 
 
 def test_an_optimizer_that_knows_a_parameter_goes_on_with_it(tmp_path):
-    """Its bounds hold after a resume as without one: to the bit."""
+    """After a resume it clamps as without one, to the bit."""
     torch.manual_seed(1)
     data, options = (torch.randn(8, 4), torch.randn(8, 4) * 3), {"loss": F.mse_loss, "batch_size": 8, "shuffle": False}
     whole, first, then = Scaled(), Scaled(), Scaled()

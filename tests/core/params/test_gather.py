@@ -1,4 +1,4 @@
-"""What is left of a model: whole and ordinary after a training, or in parts until it is gathered."""
+"""The model after training: whole and ordinary, or sharded until it is gathered."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith("hooks")]
 
 
 class Net(nn.Module):
-    """With a tie, running statistics, a frozen layer, and channels-last weights."""
+    """With tied weights, running statistics, a frozen layer, and channels-last weights."""
 
     def __init__(self):
         super().__init__()
@@ -51,13 +51,13 @@ def net():
 
 
 def options_of(mesh):
-    # By itself a pipeline is cut where it has taken half of the time, and of a tie the place decides about bits.
+    # By default a pipeline is split by measured times, and with tied weights the split point affects bits.
     more = {"microbatches": 2, "split_at": ("ups.1",)} if mesh.pp > 1 else {}
     return {"strategy": str(mesh), "batch_size": 16, "steps": 3, "optimizer": "adamw", **more}
 
 
 def look(model):
-    """What must be the same after a training as before it."""
+    """Properties of a model that training must not change."""
     return {
         "own": {name: sorted(vars(module)) for name, module in model.named_modules()},
         "hooks": {(n, h): len(vars(m)[h]) for n, m in model.named_modules() for h in HOOKS if vars(m).get(h)},
@@ -74,7 +74,7 @@ def strides(model):
 
 
 def held(model):
-    """Bytes of memory of the parameters."""
+    """Bytes of the parameters' memory."""
     return sum({s.data_ptr(): s.nbytes() for s in (p.untyped_storage() for p in model.parameters())}.values())
 
 
@@ -101,7 +101,7 @@ def train_whole(world, mesh):
 
 @pytest.mark.parametrize(("mesh", "channel"), MESHES, ids=lambda value: str(value))
 def test_the_model_ends_whole_and_ordinary(run_ranks, mesh, channel):
-    """The same objects and layouts, no hooks, and it trains on by hand, on every rank."""
+    """The same objects and layouts, no hooks, and it can be trained by hand, on every rank."""
     first, *others = run_ranks(mesh.size, train_whole, mesh, channel=channel)
     for other in others:
         assert_same_bits(first, other)
@@ -117,7 +117,7 @@ def train_in_parts(world, mesh):
     )  # fmt: skip
     assert before == look(model)
     bytes_here = held(model)
-    with pytest.raises(TaskError, match="lies in parts since it was trained with gather=False: make it anew"):
+    with pytest.raises(TaskError, match="is sharded, because it was trained with gather=False: create it again"):
         nbdist.train(model, classes(64), loss="cross_entropy", device="cpu")
 
     assert nbdist.gather(model, device="cpu") is model
@@ -131,7 +131,7 @@ def train_in_parts(world, mesh):
             here = weights(model)
         else:
             assert held(model) == bytes_here
-        nbdist.gather(model, device="cpu")  # twice is fine, and takes nothing back
+        nbdist.gather(model, device="cpu")  # twice is fine, and does not undo anything
     if world.rank == 0:
         assert_same_bits(here, weights(model))
     kept = weights(never)
@@ -142,16 +142,16 @@ def train_in_parts(world, mesh):
 
 @pytest.mark.parametrize(("mesh", "channel"), SPLIT, ids=lambda value: str(value))
 def test_a_model_is_left_in_parts_and_gathered(run_ranks, mesh, channel):
-    """A rank holds its parts only; gathered on rank 0 the model is what it would have been."""
+    """A rank holds its parts only; gathered on rank 0, the model is that of a run with gather=True."""
     fractions = run_ranks(mesh.size, train_in_parts, mesh, channel=channel)
-    # Both stages hold the tied matrix, ranks of tp each the small layers that are not split; dummies weigh nothing.
+    # Both stages hold the tied matrix, and all tp ranks the small layers that are not split; dummies have no memory.
     # Of a model as small as this one the 16 numbers before each block are a fifth.
     assert 0.98 < sum(fractions) < 1.25 if mesh == Mesh(shard=2) else 0.98 < sum(fractions) < 1.5
     assert max(fractions) < 0.9
 
 
 def test_a_model_that_was_never_split(run_ranks):
-    """On one rank, and where ranks have replicas, gather=False changes nothing."""
+    """On one rank, and with data parallelism, gather=False changes nothing."""
     expected = alone(net(), classes(64), **options_of(Mesh()))[1]
     model = net()
     assert_same_bits(expected, train(World(), model, classes(64), gather=False, **options_of(Mesh()))[1])
@@ -166,7 +166,7 @@ def gather_replicas(world):
 
 
 def train_and_fail(world, mesh):
-    """A loss fails on the last rank, in the second step; what is left of the model."""
+    """The loss fails on the last rank, in the second step; returns the state of the model."""
     model, calls = net(), []
     before = look(model)
 
@@ -185,7 +185,7 @@ def train_and_fail(world, mesh):
 
 @pytest.mark.parametrize(("mesh", "channel"), SPLIT, ids=lambda value: str(value))
 def test_after_a_failure_nothing_of_us_is_left_in_the_module(run_ranks, mesh, channel):
-    """It has lost what other ranks held, but no hooks or forwards stay."""
+    """It lacks other ranks' parts, but no hooks or patched forwards are left."""
     outcomes = run_ranks(mesh.size, train_and_fail, mesh, channel=channel)
     assert outcomes[-1][0] is ZeroDivisionError
     assert {PeerLostError} == {kind for kind, _ in outcomes[:-1]}
@@ -207,5 +207,5 @@ def fail_to_begin(world, mesh, options):
     ids=["tensor", "shard"],
 )
 def test_after_a_wrong_beginning_nothing_of_us_is_left(run_ranks, mesh, options):
-    """Layers that were split already are put back."""
+    """Layers that were already split are restored."""
     assert all(changed == {} for changed in run_ranks(mesh.size, fail_to_begin, mesh, options))

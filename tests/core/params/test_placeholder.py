@@ -1,4 +1,4 @@
-"""Placeholders: nothing computes with a parameter that is not here, or is here in part, without a word."""
+"""Placeholders: an operation on a parameter that this rank has not, or only in part, raises."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def hidden(read):
 
 @pytest.mark.parametrize("read", READS)
 def test_whoever_computes_with_one_is_asked_about(read):
-    """By any way into torch, one parameter or many."""
+    """Through functions, methods and operators, with one parameter or many."""
     asked = []
 
     def refuse(parameters, _data):
@@ -64,7 +64,7 @@ def test_whoever_computes_with_one_is_asked_about(read):
 
 
 def test_what_it_is_shaped_like_is_no_secret():
-    """Optimizers ask for shapes and gradients, and a gradient may be given and taken."""
+    """Optimizers read shapes and gradients; a gradient may be set and read."""
     parameter = hidden(lambda *_: pytest.fail("it was read"))
     assert ((2, 3), torch.float32, True, None) == (
         parameter.shape, parameter.dtype, parameter.requires_grad, parameter.grad,
@@ -78,7 +78,7 @@ def test_what_it_is_shaped_like_is_no_secret():
 
 
 def test_revealed_it_is_what_it_was():
-    """The class is its own again, a subclass of the user's too; what a reader is given it computes with."""
+    """Its class is restored, also the user's own subclass; once revealed, it can be computed with."""
 
     class Special(nn.Parameter):
         pass
@@ -114,7 +114,7 @@ def watched(model, batch):
 
 
 class Greedy(torch.optim.SGD):
-    """Decays all weights, those without a gradient too."""
+    """Decays all weights, also those without a gradient."""
 
     def step(self, closure=None):
         with torch.no_grad():
@@ -133,13 +133,13 @@ def refused(world, mesh, step, optimizer):
 @pytest.mark.parametrize("step", [penalized, penalized_before, watched])
 @pytest.mark.parametrize("mesh", ["pp=2", "tp=2"])
 def test_a_step_that_reads_what_is_not_here(run_ranks, mesh, step):
-    """Other stages' parameters, and split ones: one sentence with the name, the mesh and the cure."""
+    """For other stages' and split parameters, one sentence has the name, the mesh and the cure."""
     with pytest.raises(PlanError, match=rf"reads parameter \d.*on mesh {mesh}.* use the strategy data or shard"):
         run_ranks(2, refused, mesh, step, torch.optim.SGD)
 
 
 def test_an_optimizer_that_reads_what_has_no_gradient(run_ranks):
-    """It must not write to what is not there."""
+    """It must not write to parameters that the rank does not have."""
     with pytest.raises(PlanError, match=r"optimizer\) reads parameter .*on mesh pp=2"):
         run_ranks(2, refused, "pp=2", error, Greedy)
 
@@ -151,14 +151,14 @@ def decayed(world, options):
 
 
 def on_the_last(model, batch):
-    """Reads what the last stage holds, or no rank splits."""
+    """Reads parameters that the last stage holds whole."""
     output = model(batch[0])
     return F.cross_entropy(output, batch[1]) + 1e-2 * model[3].bias.square().sum()
 
 
 @pytest.mark.parametrize("options", [{"strategy": "pp=2", "microbatches": 1}, {"strategy": "tp=2"}])
 def test_a_step_may_read_what_is_here(run_ranks, options):
-    """A penalty on parameters that the rank holds whole counts once."""
+    """A penalty on parameters that the rank holds whole is added once."""
     sgd = {"optimizer": "sgd", "lr": 0.1}
     expected = decayed(World(), sgd)
     for actual in run_ranks(2, decayed, options | sgd):

@@ -1,4 +1,4 @@
-"""Where the parts of a tensor lie: cut, dealt out, on some stages, and whole again to the bit."""
+"""Placements: tensors split, sharded, on some stages, and gathered to the same bits."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def numbers(shape, dtype=torch.float64):
 @pytest.mark.parametrize("sections", [(6,), (2, 4), (2, 2, 2)])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_pieces_join(sections, dim):
-    """Each section is split by itself, so that a rank holds a part of each."""
+    """Each section is split separately, so that a rank holds a part of each."""
     whole, cut = numbers((6, 6)), Cut(dim=dim, sections=sections)
-    pieces = [cut.piece(whole, rank, 2) for rank in range(2)]
-    assert all(piece.is_contiguous() for piece in pieces)
-    assert all(piece.untyped_storage().nbytes() == whole.nbytes / 2 for piece in pieces)
-    assert torch.equal(whole, cut.join(pieces))
+    parts = [cut.part(whole, rank, 2) for rank in range(2)]
+    assert all(part.is_contiguous() for part in parts)
+    assert all(part.untyped_storage().nbytes() == whole.nbytes / 2 for part in parts)
+    assert torch.equal(whole, cut.join(parts))
     first = whole.narrow(dim, 0, sections[0]).chunk(2, dim)
-    for piece, expected in zip(pieces, first, strict=True):
-        assert torch.equal(expected, piece.narrow(dim, 0, sections[0] // 2))
+    for part, expected in zip(parts, first, strict=True):
+        assert torch.equal(expected, part.narrow(dim, 0, sections[0] // 2))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 3), (0,), (2, 0)])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shards_are_of_equal_length_and_padded(shape, size):
-    """The whole is what they hold one after the other, cut to its length."""
+    """Concatenated and cut to its length, the shards are the whole tensor."""
     whole = numbers(shape)
     parts = [shard_of(whole, rank, size) for rank in range(size)]
     assert {part.shape for part in parts} == {(-(-whole.numel() // size),)}
@@ -50,10 +50,10 @@ def test_shards_are_of_equal_length_and_padded(shape, size):
 
 
 def test_shards_have_memory_of_their_own():
-    """Also where one rank holds all."""
+    """Also if one rank holds the whole tensor."""
     whole = numbers((4,))
     shard_of(whole, 0, 1).zero_()
-    Placement(layout=whole.to("meta")).piece(whole, MeshChannels(_solo(), Mesh())).zero_()
+    Placement(layout=whole.to("meta")).part(whole, MeshChannels(_solo(), Mesh())).zero_()
     assert torch.equal(numbers((4,)), whole)
 
 
@@ -64,7 +64,7 @@ def _solo():
 
 
 def placements(shape, mesh, layout):
-    """Every placement that a tensor of a shape may have on a mesh."""
+    """Every possible placement of a tensor of this shape on a mesh."""
     cuts = [None]
     if mesh.tp > 1:
         cuts += [Cut(dim=d, sections=(n,)) for d, n in enumerate(shape) if n % mesh.tp == 0]
@@ -78,7 +78,7 @@ def placements(shape, mesh, layout):
 
 
 def part_and_gather(world, mesh):
-    """How many placements bring every tensor back, on this rank."""
+    """The number of placements from which every tensor is gathered, on this rank."""
     axes, counted = MeshChannels(world, mesh), 0
     wholes = [numbers(shape, dtype) for shape in SHAPES for dtype in (DTYPES if shape == SHAPES[0] else DTYPES[:1])]
     wholes += [
@@ -89,7 +89,7 @@ def part_and_gather(world, mesh):
     for whole in wholes:
         for placement in placements(whole.shape, mesh, torch.empty_like(whole, device="meta")):
             held = placement.held(axes)
-            part = placement.piece(whole, axes) if held else None
+            part = placement.part(whole, axes) if held else None
             if part is not None:
                 part_of = whole.numel() // (mesh.tp if placement.cut else 1)
                 shards = mesh.shard if placement.sharded else 1
@@ -97,9 +97,9 @@ def part_and_gather(world, mesh):
             gathered = placement.gather(part, axes)
             assert gathered.dtype == whole.dtype
             assert torch.equal(whole, gathered), placement
-            home = placement.laid_out(gathered)
-            assert home.stride() == torch.empty_like(whole).stride()
-            assert torch.equal(whole, home)
+            result = placement.with_layout(gathered)
+            assert result.stride() == torch.empty_like(whole).stride()
+            assert torch.equal(whole, result)
             owned = torch.tensor([0.0 if part is None else 1.0 / placement.copies(axes)])
             axes.replica.all_reduce_(owned)
             parts = (mesh.tp if placement.cut else 1) * (mesh.shard if placement.sharded else 1)
@@ -123,14 +123,14 @@ def part_and_gather(world, mesh):
     ids=str,
 )
 def test_parts_make_the_whole(run_ranks, mesh, channel):
-    """Every placement on every mesh, for odd shapes, scalars, nothing at all, other layouts and dtypes."""
+    """Every placement on every mesh, for odd shapes, scalars, empty tensors, other layouts and dtypes."""
     counts = run_ranks(mesh.size, part_and_gather, mesh, channel=channel)
     assert len(set(counts)) == 1
     assert counts[0] >= 13
 
 
 class Tied(nn.Module):
-    """Two names for one matrix, a scalar, images' weights, and numbers that are not trained."""
+    """Tied weights, a scalar, channels-last weights, and integers."""
 
     def __init__(self):
         super().__init__()
@@ -144,7 +144,7 @@ class Tied(nn.Module):
 
 
 def table_there_and_back(world, mesh):
-    """Cut a model and its optimizer's state, gather both; what they were and are."""
+    """Split a model and its optimizer's state, and gather both; returns them before and after."""
     torch.manual_seed(0)
     model, axes = Tied(), MeshChannels(world, mesh)
     optimizer = torch.optim.NAdam([p for p in model.parameters() if p.requires_grad])
@@ -174,7 +174,7 @@ def table_there_and_back(world, mesh):
         elif name in table.parameters:
             parameter = table.parameters[name]
             whole = parameter.detach().clone()
-            parameter.data = placement.piece(whole, axes) if held else dummy(whole, whole.device)
+            parameter.data = placement.part(whole, axes) if held else dummy(whole, whole.device)
     gather_state_(optimizer, table, axes, keep=True)
     table.gather_(axes)
     axes.close()
@@ -193,5 +193,5 @@ def table_there_and_back(world, mesh):
 
 @pytest.mark.parametrize("mesh", [Mesh(shard=2), Mesh(pp=2), Mesh(tp=2), Mesh(shard=2, pp=2)], ids=str)
 def test_a_model_and_its_optimizer_come_home(run_ranks, mesh):
-    """Ties, scalars, integers, channels-last strides and the optimizer's state are what they were."""
+    """Ties, scalars, integers, channels-last strides and the optimizer's state are unchanged."""
     assert all(run_ranks(mesh.size, table_there_and_back, mesh))

@@ -1,4 +1,4 @@
-"""The table of parameters and buffers."""
+"""`ParamTable`: a model's parameters and buffers by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def model():
 
 
 def test_everything_stands_in_the_table_once():
-    """A tied parameter under its first name; frozen parameters and passing buffers too."""
+    """A tied parameter under its first name; frozen parameters and non-persistent buffers too."""
     table = ParamTable.of(model())
     assert ["0.weight", "0.bias", "1.weight", "1.bias", "2.bias"] == list(table.parameters)
     assert ["0.weight", "0.bias", "1.weight", "1.bias"] == list(table.trainable)
@@ -27,20 +27,20 @@ def test_everything_stands_in_the_table_once():
 
 
 def test_weights_come_home_in_place():
-    """Loading fills the very tensors of the model, so that every reference to them sees it; ties hold."""
-    home, away = model(), model()
-    parameters = list(home.parameters())
+    """Loading is in place, so that every reference to the model's tensors sees it, and ties hold."""
+    target, source = model(), model()
+    parameters = list(target.parameters())
     with torch.no_grad():
-        for tensor in [*away.parameters(), *away.buffers()]:
+        for tensor in [*source.parameters(), *source.buffers()]:
             tensor.add_(1)
-    ParamTable.of(home).load_(ParamTable.of(away).tensors)
-    assert all(torch.equal(a, b) for a, b in zip(home.buffers(), away.buffers(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(parameters, away.parameters(), strict=True))
-    assert home[2].weight is home[0].weight is parameters[0]
+    ParamTable.of(target).load_(ParamTable.of(source).tensors)
+    assert all(torch.equal(a, b) for a, b in zip(target.buffers(), source.buffers(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(parameters, source.parameters(), strict=True))
+    assert target[2].weight is target[0].weight is parameters[0]
 
 
 def test_what_is_read_is_not_copied():
-    """The tensors of the table are the model's own memory, detached."""
+    """The table's tensors are the model's own memory, detached."""
     net = mlp()
     tensor = ParamTable.of(net).tensors["0.weight"]
     assert net[0].weight.data_ptr() == tensor.data_ptr()

@@ -1,4 +1,4 @@
-"""Optimizers run without torch's compiler, which is there for whoever wants it."""
+"""Optimizers run without importing torch's compiler; code that uses it still gets it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 START = """
 import json, sys, torch
-from nbdist.core.process.lazy_dynamo import eager
+from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 
 def placed():
     return ["torch._dynamo" in sys.modules, "_dynamo" in vars(torch)]
@@ -35,34 +35,36 @@ def marked():
 """
 
 
-def told(code):
-    """What a fresh process tells."""
-    code = f"{START}\n{code}\nprint(json.dumps(told))"
+def run(code):
+    """The `result` that the code computes in a new process."""
+    code = f"{START}\n{code}\nprint(json.dumps(result))"
     return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def test_an_optimizer_loads_no_compiler_and_computes_the_same():
-    """From its making to its state; outside it does load it, or the placeholder would be needed no more."""
-    code = "with eager():\n    inside = stepped()\ntold = [inside, loaded(), placed(), stepped(), loaded()]"
-    inside, *loaded, outside, loaded_outside = told(code)
+    """From construction to step; outside of the context it still imports it, else the fake module is obsolete."""
+    code = (
+        "with skip_dynamo_import():\n    inner = stepped()\nresult = [inner, loaded(), placed(), stepped(), loaded()]"
+    )
+    inside, *loaded, outside, loaded_outside = run(code)
     assert [[False, [False, False]], True] == [loaded, loaded_outside]
     assert outside == inside
 
 
 def test_the_placeholder_is_there_within_the_outermost_block_only():
-    """A block in a block leaves it; an error inside does not keep it."""
+    """A nested block leaves it in place; an error inside a block removes it."""
     code = """
-told = [placed()]
+result = [placed()]
 try:
-    with eager():
-        with eager():
-            told.append(placed())
-        told.append(placed())
+    with skip_dynamo_import():
+        with skip_dynamo_import():
+            result.append(placed())
+        result.append(placed())
         1 / 0
 except ZeroDivisionError:
-    told += [placed(), loaded()]
+    result += [placed(), loaded()]
 """
-    assert [[False, False], [True, True], [True, True], [False, False], False] == told(code)
+    assert [[False, False], [True, True], [True, True], [False, False], False] == run(code)
 
 
 @pytest.mark.parametrize(
@@ -74,25 +76,28 @@ except ZeroDivisionError:
     ids=["a module of it", "compiled code"],
 )
 def test_whoever_wants_the_compiler_inside_gets_it(want):
-    """And it stays, as it does for an optimizer that compiles its own step."""
-    code = f"with eager():\n    {want}\n    there = loaded()\n    stepped()\ntold = [there, placed(), marked()]"
-    assert [True, [True, True], True] == told(code)
+    """And it stays imported, as for an optimizer that compiles its own step."""
+    code = f"with skip_dynamo_import():\n    {want}\n    real = loaded()\n    stepped()"
+    code += "\nresult = [real, placed(), marked()]"
+    assert [True, [True, True], True] == run(code)
 
 
 def test_the_compiler_works_afterwards_and_finds_its_marks():
-    """What was marked for the placeholder is marked anew."""
+    """Functions that were marked for the fake module are marked again for the real one."""
     code = """
-with eager():
+with skip_dynamo_import():
     stepped()
-told = [loaded(), marked()]
-told.append(torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.ones(1)).item())
+result = [loaded(), marked()]
+result.append(torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.ones(1)).item())
 stepped()
-told += [marked(), torch._dynamo.utils.counters["stats"]["unique_graphs"]]
+result += [marked(), torch._dynamo.utils.counters["stats"]["unique_graphs"]]
 """
-    assert [False, False, 2.0, True, 1] == told(code)
+    assert [False, False, 2.0, True, 1] == run(code)
 
 
 def test_whatever_can_be_marked_can_be_marked_inside():
-    """As a decorator with arguments, and something that has no attributes."""
-    code = "with eager():\n    told = [torch.compiler.disable(len)([0]), torch.compiler.disable()(len)([0])]"
-    assert [1, 1] == told(code)
+    """As a decorator with arguments, and for an object without attributes."""
+    code = (
+        "with skip_dynamo_import():\n    mark = torch.compiler.disable\n    result = [mark(len)([0]), mark()(len)([0])]"
+    )
+    assert [1, 1] == run(code)

@@ -1,4 +1,4 @@
-"""Pages that stay while training, and go afterwards."""
+"""Memory: malloc's pages during a run, frozen objects, and memory after an out-of-memory error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nbdist.core.process.memory import free_frames
 STEPS = """
 import platform, resource, sys
 import psutil, torch
-from nbdist.core.process.memory import pages_kept
+from nbdist.core.process.memory import keep_freed_pages
 torch.set_num_threads(1)
 
 def faults():
@@ -27,7 +27,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 faults()
-with pages_kept():
+with keep_freed_pages():
     faults()
     kept = faults()
     held = psutil.Process().memory_info().rss
@@ -39,7 +39,7 @@ print(platform.libc_ver()[0], faults(), kept, grown - held, grown - psutil.Proce
 
 
 def test_freed_memory_stays_for_the_next_step_and_goes_in_the_end():
-    """No page fault a step inside, thousands without; what was kept is given back to the system."""
+    """Inside no page faults per step, without thousands; afterwards the memory is returned to the system."""
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
     libc, outside, inside, grown, given_back = done.stdout.split()
     if libc != "glibc":
@@ -53,22 +53,22 @@ def test_freed_memory_stays_for_the_next_step_and_goes_in_the_end():
 
 
 def test_objects_that_stay_are_not_looked_at_meanwhile():
-    """They are set aside and come back, by the outermost run; where they were set aside before, nothing changes."""
+    """The outermost run freezes and unfreezes; if objects were frozen before, nothing changes."""
     code = """
 import gc
-from nbdist.core.process.memory import objects_set_aside
-with objects_set_aside():
+from nbdist.core.process.memory import frozen_gc
+with frozen_gc():
     inside = gc.get_freeze_count()
 print(inside > 10_000, gc.get_freeze_count())
-with objects_set_aside():
-    with objects_set_aside():
+with frozen_gc():
+    with frozen_gc():
         pass
     print(gc.get_freeze_count() > 10_000)
 print(gc.get_freeze_count())
-with objects_set_aside():
+with frozen_gc():
     print(gc.get_freeze_count() > 10_000)
 gc.freeze()
-with objects_set_aside():
+with frozen_gc():
     pass
 print(gc.get_freeze_count() > 10_000)
 """
@@ -77,22 +77,22 @@ print(gc.get_freeze_count() > 10_000)
 
 
 class Large:
-    """Stands for a model."""
+    """In place of a model."""
 
 
 def failing(error):
-    """Raise while a frame holds something; returns the error and whether the thing is still there."""
+    """Raise while a frame holds an object; returns the error and a weak reference to the object."""
 
     def step(model):
         raise error
 
     model = Large()
-    there = weakref.ref(model)
+    reference = weakref.ref(model)
     try:
         step(model)
     except type(error) as caught:
         del model
-        return caught, there
+        return caught, reference
 
 
 @pytest.mark.parametrize(
@@ -106,25 +106,25 @@ def failing(error):
     ids=["MemoryError", "cuda", "cpu", "thread"],
 )
 def test_frames_of_an_error_hold_nothing_once_memory_has_run_out(error):
-    """Where it happened can still be read."""
-    caught, there = failing(error)
-    assert there() is not None
+    """The traceback can still be read."""
+    caught, reference = failing(error)
+    assert reference() is not None
     free_frames(caught)
-    assert there() is None
+    assert reference() is None
     assert traceback.extract_tb(caught.__traceback__)[-1].name == "step"
 
 
 def test_the_cause_of_an_error_holds_nothing_either():
-    """User code often raises something of its own about it."""
-    cause, there = failing(MemoryError())
+    """The cause counts too: user code often raises its own error from it."""
+    cause, reference = failing(MemoryError())
     error = ValueError("too large")
     error.__cause__ = cause
     free_frames(error)
-    assert there() is None
+    assert reference() is None
 
 
 def test_other_errors_keep_their_variables_for_a_debugger():
-    """Only memory is worth them."""
-    caught, there = failing(RuntimeError("no"))
+    """Other errors keep their variables."""
+    caught, reference = failing(RuntimeError("no"))
     free_frames(caught)
-    assert there() is not None
+    assert reference() is not None

@@ -1,4 +1,4 @@
-"""Seeds from a path."""
+"""Random number generators: derived seeds, saved and restored states."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def test_a_path_is_a_seed():
 
 
 def test_seeding_reaches_every_generator_that_data_draws_from():
-    """torch, NumPy's legacy generator and `random`; `kept` gives all three back."""
+    """torch, NumPy's legacy generator and `random`; `fork_rng` restores all three."""
 
     def draw():
         return torch.rand(()).item(), float(np.random.rand()), random.random()
 
-    with rng.kept(torch.device("cpu")):
+    with rng.fork_rng(torch.device("cpu")):
         rng.seed_all(2**62 + 5)
         first = draw()
         rng.seed_all(2**62 + 5)
@@ -34,6 +34,6 @@ def test_seeding_reaches_every_generator_that_data_draws_from():
     torch.manual_seed(3), np.random.seed(3), random.seed(3)
     expected = draw()
     torch.manual_seed(3), np.random.seed(3), random.seed(3)
-    with rng.kept(torch.device("cpu")):
+    with rng.fork_rng(torch.device("cpu")):
         draw()
     assert expected == draw()

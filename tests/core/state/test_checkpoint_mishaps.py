@@ -1,4 +1,4 @@
-"""Mishaps while a checkpoint is being written: the one before it is whole, and the training goes on."""
+"""Mishaps while a checkpoint is being written: the one before it is intact, and the training continues."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nbdist
-from nbdist.core.state.checkpoint_reader import ABOUT, NEWEST, CheckpointReader, checkpoints
+from nbdist.core.state.checkpoint_reader import MANIFEST, NEWEST, CheckpointReader, checkpoints
 from nbdist.core.state.checkpoint_writer import THREAD
 from nbdist.telemetry import Noted
 
@@ -40,7 +40,7 @@ class Counting(nn.Module):
 
 
 def count(folder, steps, begun=lambda: None):
-    """Train with as many checkpoints as can be written."""
+    """Train with a checkpoint as often as possible."""
 
     def step(model, x):
         begun()
@@ -59,7 +59,7 @@ def count_forever(folder, ready):
 
 
 def test_whenever_it_is_killed_the_newest_checkpoint_is_whole(run_ranks, tmp_path):
-    """kill -9 of a real training at any moment: what is loaded is whole, and has the weights of its step."""
+    """kill -9 of a real training at any moment: the newest checkpoint loads, and has the weights of its step."""
     context, moments, last = multiprocessing.get_context("forkserver"), random.Random(0), 0
     for _ in range(KILLS):
         here, there = context.Pipe(duplex=False)
@@ -83,7 +83,7 @@ def test_whenever_it_is_killed_the_newest_checkpoint_is_whole(run_ranks, tmp_pat
 
 
 def step_of(folder):
-    """The step of the newest checkpoint, all of whose numbers have been looked at, without a warning."""
+    """The step of the newest checkpoint; checks every value, and that it loads without a warning."""
     model = Counting()
     optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
     nbdist.load_checkpoint(str(folder), model, optimizer)
@@ -95,7 +95,7 @@ def step_of(folder):
 
 
 def notes_of(folder, mishap, loss=F.cross_entropy, **options):
-    """Train three epochs of five steps, with `mishap(step)` before each step; how it ended, and what was noted."""
+    """Train three epochs of five steps, with `mishap(step)` before each step; the result and the notes."""
     notes, steps = [], iter(range(1, 99))
 
     class Sink:
@@ -118,19 +118,19 @@ def notes_of(folder, mishap, loss=F.cross_entropy, **options):
 
 
 def test_a_folder_that_is_removed_in_mid_run(tmp_path):
-    """The run ends finished with the same bits, and each time says that it could not write."""
+    """The run finishes with the same bits, with a note for each checkpoint that could not be written."""
     folder = tmp_path / "folder"
     result, after, notes = notes_of(folder, lambda step: step == 6 and shutil.rmtree(folder))
     assert "finished" == result.state
     assert_same_bits(alone(mlp(), classes(40), optimizer=SGD, batch_size=8, epochs=3)[1], after)
     assert len(notes) >= 3
-    assert all("could not be written (No such file or directory): the run goes on" in note for note in notes)
+    assert all("could not be written (No such file or directory): the run continues" in note for note in notes)
     assert "the checkpoint of step 15 " in notes[-1]
     assert not folder.exists()
 
 
-def test_a_folder_that_comes_back(tmp_path):
-    """What can be written again is."""
+def test_a_folder_that_exists_again(tmp_path):
+    """Checkpoints are written again."""
     folder = tmp_path / "folder"
 
     def mishap(step):
@@ -148,8 +148,8 @@ def test_a_folder_that_comes_back(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
-def test_no_room_for_the_account(tmp_path):
-    """A checkpoint that cannot be let count is removed, and the one before it stays the newest."""
+def test_no_space_for_the_manifest(tmp_path):
+    """A checkpoint that cannot be published is removed, and the one before it stays the newest."""
 
     def mishap(step):
         if step == 6:
@@ -163,7 +163,7 @@ def test_no_room_for_the_account(tmp_path):
 
 
 def on_a_full_disk(_world, folder):
-    """A disk of 200 KiB that is filled up in step 6: what there was to note."""
+    """A disk of 200 KiB that is filled up in step 6: the notes."""
     if not mounted(folder, b"size=200k"):
         return None
 
@@ -187,14 +187,14 @@ def on_a_full_disk(_world, folder):
 
 
 def test_a_disk_that_is_full_for_a_while(run_ranks, tmp_path):
-    """The run goes on and says so, and writes again when there is room."""
+    """The run continues with a note, and writes again when there is space."""
     outcome = run_ranks(1, on_a_full_disk, str(tmp_path))[0]
     if outcome is None:
         pytest.skip("no disk can be made here")
     state, notes = outcome
     assert "finished" == state
     assert notes
-    assert all("could not be written (No space left on device): the run goes on, the ch" in note for note in notes)
+    assert all("could not be written (No space left on device): the run continues, ear" in note for note in notes)
 
 
 def hidden_from_one(world, folder):
@@ -207,17 +207,17 @@ def hidden_from_one(world, folder):
 
 
 def test_a_folder_that_not_all_ranks_see(run_ranks, tmp_path):
-    """What lacks a rank's share does not count."""
+    """A checkpoint without a rank's file is not published."""
     (state, notes, _), (_, _, refused) = run_ranks(2, hidden_from_one, str(tmp_path))
     if refused:
         pytest.skip("no disk can be made here")
     assert "finished" == state
-    assert ["the file of rank 1 is not there: all ranks have to see the folder" in note for note in notes] == [True]
+    assert ["the file of rank 1 is missing: all ranks must share the folder" in note for note in notes] == [True]
     assert [] == checkpoints(tmp_path)
 
 
-def test_threads_that_fail_for_any_reason_do_not_count(tmp_path, monkeypatch):
-    """An error that is none of the disk's is told too, and what was not written is not taken for a checkpoint."""
+def test_a_writer_thread_that_fails_for_any_reason(tmp_path, monkeypatch):
+    """An error other than the disk's is reported too, and the checkpoint is not published."""
 
     def broken(*_args):
         raise MemoryError("no room")
@@ -230,4 +230,4 @@ def test_threads_that_fail_for_any_reason_do_not_count(tmp_path, monkeypatch):
     assert "finished" == result.state
     assert "could not be written (MemoryError: no room)" in notes[-1]
     assert 4 == CheckpointReader.in_folder(str(tmp_path)).ranks[0]["position"]["step"]
-    assert (newest(tmp_path) / ABOUT).exists()
+    assert (newest(tmp_path) / MANIFEST).exists()

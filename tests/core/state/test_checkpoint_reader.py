@@ -1,4 +1,4 @@
-"""What was kept on disk: whole or refused, whoever has changed it, and whatever it was changed to."""
+"""The checkpoint reader: a checkpoint is loaded completely or refused, whatever was changed in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import nbdist
-from nbdist.core.state.checkpoint_reader import ABOUT, NEWEST, CheckpointReader, checkpoints, sealed
+from nbdist.core.state.checkpoint_reader import MANIFEST, NEWEST, CheckpointReader, checkpoints, sealed
 from nbdist.errors import PlanError, TaskError
 
 FILE = "rank0.safetensors"
@@ -31,7 +31,7 @@ def two(tmp_path):
 
 
 def steps_of(folder):
-    """The step that is loaded from a folder of several; None where nothing is. An older one comes with a warning."""
+    """The step that is loaded from a folder of several; None if none is. An older one comes with a warning."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -43,7 +43,7 @@ def steps_of(folder):
 
 
 def damaged(content, sample):
-    """A file with a byte changed, and cut, at `sample` places: at all of them for None."""
+    """A file with a byte changed, and truncated, at `sample` places; at every byte for None."""
     places = range(len(content)) if sample is None else sorted({*range(0, len(content), len(content) // sample)})
     for place in places:
         yield content[:place]
@@ -52,16 +52,16 @@ def damaged(content, sample):
     yield content + b" "
 
 
-@pytest.mark.parametrize("name", [FILE, "rank0-frozen.safetensors", ABOUT])
-def test_a_byte_more_or_less_is_seen(two, name):
-    """Cut or changed anywhere, the one before it is taken, and it is never loaded as whole itself."""
+@pytest.mark.parametrize("name", [FILE, "rank0-frozen.safetensors", MANIFEST])
+def test_a_changed_byte_is_detected(two, name):
+    """Truncated or changed anywhere, a checkpoint is never loaded; the one before it is."""
     assert 3 == steps_of(two)
     file = newest(two) / name
     content = file.read_bytes()
-    for changed in damaged(content, None if name == ABOUT else 40):
+    for changed in damaged(content, None if name == MANIFEST else 40):
         file.write_bytes(changed)
         assert 2 == steps_of(two)
-        with pytest.raises(PlanError, match=r"is not whole|none that nbdist wrote|has format"):
+        with pytest.raises(PlanError, match=r"is not whole|not written by nbdist|has format"):
             CheckpointReader.in_folder(str(file.parent))
     file.unlink()
     assert 2 == steps_of(two)
@@ -69,8 +69,8 @@ def test_a_byte_more_or_less_is_seen(two, name):
     assert 3 == steps_of(two)
 
 
-def test_an_account_of_checkpoints_that_was_changed_is_refused(two):
-    """At any of its bytes: it says which one is the newest."""
+def test_a_changed_newest_json_is_refused(two):
+    """At any of its bytes, since it names the newest checkpoint."""
     content = (two / NEWEST).read_bytes()
     for changed in damaged(content, None):
         (two / NEWEST).write_bytes(changed)
@@ -79,8 +79,8 @@ def test_an_account_of_checkpoints_that_was_changed_is_refused(two):
     assert 3 == steps_of(two)
 
 
-def test_where_none_is_whole_the_error_is_of_the_oldest(two):
-    """Two warnings of nothing to take would be one too many."""
+def test_if_all_are_damaged_the_error_is_of_the_oldest(two):
+    """With a warning for each newer one, but none for the oldest."""
     for name in checkpoints(two):
         (two / name / FILE).unlink()
     with pytest.warns(UserWarning, match="step00000003.* is not there"), pytest.raises(PlanError, match="step00000002"):
@@ -98,7 +98,7 @@ def with_header(header, data):
 
 
 class Trap:
-    """Unpickled, it leaves a trace."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, trace):
         self.trace = str(trace)
@@ -130,8 +130,8 @@ HOSTILE_FILES = {
 
 
 @pytest.mark.parametrize("what", HOSTILE_FILES)
-def test_a_file_that_is_none_of_ours(tmp_path, what):
-    """With the right checksum: refused, no code is run, and the model stays as it is."""
+def test_a_file_that_nbdist_did_not_write(tmp_path, what):
+    """With the right checksum: it is refused, no code runs, and the model stays as it is."""
     keep(tmp_path, net(), fused)
     place = newest(tmp_path)
     (place / FILE).write_bytes(HOSTILE_FILES[what]((place / FILE).read_bytes(), tmp_path / "trace"))
@@ -154,22 +154,22 @@ TEXTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [ABOUT, NEWEST])
+@pytest.mark.parametrize("name", [MANIFEST, NEWEST])
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_json_of_any_kind(tmp_path, name, text):
-    """Sealed or not, it is refused in a sentence."""
+    """Sealed or not, it is refused with a clear error."""
     keep(tmp_path, mlp(), "sgd")
-    place = newest(tmp_path) if name == ABOUT else tmp_path
+    place = newest(tmp_path) if name == MANIFEST else tmp_path
     (place / name).write_text(text)
-    with pytest.raises(PlanError, match=r"none that nbdist wrote|is not whole|holds no checkpoint|has format \["):
+    with pytest.raises(PlanError, match=r"not written by nbdist|is not whole|holds no checkpoint|has format \["):
         CheckpointReader.in_folder(str(tmp_path))
 
 
 def test_another_format_is_named(tmp_path):
-    """Of a later nbdist, say."""
+    """Such as that of a later nbdist."""
     keep(tmp_path, mlp(), "sgd")
     place = newest(tmp_path)
-    (place / ABOUT).write_text(json.dumps({"format": 99, "more": {}}))
+    (place / MANIFEST).write_text(json.dumps({"format": 99, "more": {}}))
     with pytest.raises(PlanError, match="has format 99: this nbdist reads format 2"):
         CheckpointReader.in_folder(str(place))
 
@@ -177,24 +177,24 @@ def test_another_format_is_named(tmp_path):
 @pytest.mark.parametrize("kind", ["files", "checkpoints"])
 @pytest.mark.parametrize("way", ["../{}", "inside/../../{}", "{absolute}"])
 def test_nothing_outside_the_folder_is_read(tmp_path, kind, way):
-    """A name that leads out of it is refused, though what lies there is whole."""
+    """A name that leads out of it is refused, even if the checkpoint there is intact."""
     keep(tmp_path / "good", mlp(), "sgd")
     keep(tmp_path / "bad", mlp(), "sgd")
     outside, bad = newest(tmp_path / "good"), newest(tmp_path / "bad")
     if kind == "files":
         outside = outside / FILE
-        told = json.loads((bad / ABOUT).read_text())["files"][FILE]
+        told = json.loads((bad / MANIFEST).read_text())["files"][FILE]
         name = way.format(f"../good/{outside.parent.name}/{FILE}", absolute=outside)
-        (bad / ABOUT).write_text(sealed({"format": 2, "files": {name: told}}))
+        (bad / MANIFEST).write_text(sealed({"format": 2, "files": {name: told}}))
     else:
         name = way.format(f"good/{outside.name}", absolute=outside)
         (tmp_path / "bad" / NEWEST).write_text(sealed({"checkpoints": [name]}))
-    with pytest.raises(PlanError, match="none that nbdist wrote"):
+    with pytest.raises(PlanError, match="not written by nbdist"):
         CheckpointReader.in_folder(str(tmp_path / "bad"))
 
 
 def rewritten(place, change):
-    """Change what rank 0 tells, or its tensors, and write both again."""
+    """Change rank 0's metadata or tensors, and write both again."""
     with safe_open(place / FILE, framework="pt") as file:
         told = json.loads(file.metadata()["nbdist"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
@@ -204,7 +204,7 @@ def rewritten(place, change):
 
 
 def put(*path):
-    """A change of what is told: all but the last say where, the last one what."""
+    """A change of the metadata: the path of keys, then the new value."""
 
     def change(told, _tensors):
         *way, name, value = path
@@ -248,28 +248,28 @@ HOSTILE_TELLING = {
 
 
 @pytest.mark.parametrize("what", HOSTILE_TELLING)
-def test_a_rank_that_tells_nonsense(tmp_path, what):
-    """Of itself or of its tensors: refused, and nothing is touched."""
+def test_malformed_metadata(tmp_path, what):
+    """Of a rank or of its tensors: refused, and nothing changes."""
     keep(tmp_path, net(), fused)
     rewritten(newest(tmp_path), HOSTILE_TELLING[what])
     model = net()
     before = weights(model)
-    with pytest.raises(PlanError, match=r"none that nbdist wrote: .* is not as it writes it"):
+    with pytest.raises(PlanError, match=r"was not written by nbdist: .* is malformed"):
         nbdist.load_checkpoint(str(tmp_path), model, over(fused, model))
     assert_same_bits(before, weights(model))
 
 
-def test_a_file_without_a_rank(tmp_path):
-    """All tensors, and nobody who tells of them."""
+def test_a_file_without_metadata(tmp_path):
+    """All tensors, but no rank's metadata."""
     keep(tmp_path, mlp(), "sgd")
     save_file({"0.weight||whole|0|0": torch.zeros(8, 6)}, newest(tmp_path) / FILE)
     reseal(newest(tmp_path))
-    with pytest.raises(PlanError, match="a rank's account of itself is not as it writes it"):
+    with pytest.raises(PlanError, match="the metadata of a rank is malformed"):
         CheckpointReader.in_folder(str(tmp_path))
 
 
-def test_values_that_are_left_out(tmp_path):
-    """A parameter that is told of and not there is missed before the others are loaded."""
+def test_missing_values(tmp_path):
+    """A parameter in the metadata without values is reported before the others are loaded."""
     keep(tmp_path, net(), fused)
     for begin in ("last.bias||", "last.bias"):  # with and without a state that is there
         rewritten(newest(tmp_path), lambda _, ts: [ts.pop(key) for key in [*ts] if key.startswith(begin)])  # noqa: B023
@@ -278,13 +278,13 @@ def test_values_that_are_left_out(tmp_path):
 
 
 def test_settings_of_another_kind(tmp_path):
-    """They would end the first step, without a word of the checkpoint."""
+    """They would fail in the first step, with an error that does not mention the checkpoint."""
     keep(tmp_path, net(), fused)
     for key, value in [("lr", "fast"), ("lr", None), ("betas", [0.9]), ("betas", ["a", "b"]), ("foreach", 3.5)]:
         rewritten(newest(tmp_path), put("groups", 0, key, value))
-        if key == "foreach":  # what begins as None may be anything
+        if key == "foreach":  # a fresh None may take anything
             loaded(tmp_path, fused)
             continue
-        with pytest.raises(TaskError, match=f"has {key}=.*, where the optimizer has {key}=.*: build it as it was"):
+        with pytest.raises(TaskError, match=f"has {key}=.*, where the optimizer has {key}=.*: build the optimizer as"):
             loaded(tmp_path, fused)
         rewritten(newest(tmp_path), put("groups", 0, key, {"lr": 0.01, "betas": [0.9, 0.999]}[key]))

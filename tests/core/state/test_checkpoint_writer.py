@@ -1,4 +1,4 @@
-"""Checkpoints: made on one mesh and gone on with on any other, to the bit; and how they are written."""
+"""Checkpoints: saved on one mesh and resumed on any other, to the bit; and how they are written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nbdist
-from nbdist.core.state.checkpoint_reader import ABOUT, NEWEST, checkpoints
+from nbdist.core.state.checkpoint_reader import MANIFEST, NEWEST, checkpoints
 from nbdist.core.state.checkpoint_writer import THREAD
 from nbdist.core.strategies import choice
 from nbdist.errors import PlanError
@@ -50,7 +50,7 @@ def options_of(link):
 
 
 def train_on(world, link, folder, before):
-    """Write again what has been loaded, then go on and write that; the kinds of strategies that did it."""
+    """Save what was loaded, then train on and save that; the strategies used."""
     kinds, apply = set(), choice.apply
 
     def noted(*args):
@@ -62,7 +62,7 @@ def train_on(world, link, folder, before):
         patch.setattr(choice, "apply", noted)
         for name, make in OPTIMIZERS.items():
             options = {"optimizer": make, "resume": f"{before}/{name}" if before else None, **options_of(link)}
-            if before:  # all steps have been done
+            if before:  # all steps are complete
                 train(world, net(), classes(64), checkpoint=f"{folder}/{name}-again", steps=STEPS * link, **options)
             steps = STEPS * (link + 1)
             _, after = train(world, net(), classes(64), checkpoint=f"{folder}/{name}", steps=steps, **options)
@@ -73,7 +73,7 @@ def train_on(world, link, folder, before):
 
 @pytest.fixture(scope="module")
 def chain(run_ranks, tmp_path_factory):
-    """A training that goes from mesh to mesh: the folder of each, and what strategy it had."""
+    """A training that is resumed on mesh after mesh: the folder and the strategy of each."""
     home = tmp_path_factory.mktemp("chain")
     folders, before, kinds = [], None, []
     for link, (mesh, channel) in enumerate(CHAIN):
@@ -90,7 +90,7 @@ def ranks_of(mesh):
 
 
 def test_the_strategies_are_all_there(chain):
-    """The chain goes through each kind."""
+    """The chain uses each kind of strategy."""
     assert [{"DataParallel"}, {"SharedWeights"}] == chain[1][:2]
     assert {"DataParallel"} == chain[1][8]
     assert {"MeshParallel"} == set.union(*chain[1][2:8])
@@ -112,8 +112,8 @@ def test_what_is_loaded_on_a_mesh_is_what_was_written_on_another(chain, link, na
 
 @pytest.mark.parametrize("link", LINKS, ids=NAMES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_goes_on_as_in_one_process(chain, link, name):
-    """On each mesh, weights and state become what they do in one process that runs the same slices."""
+def test_training_continues_as_in_one_process(chain, link, name):
+    """On each mesh, weights and state become those of one process that runs the same slices."""
     folders, _ = chain
     mesh = CHAIN[link][0]
     plan = Plan.create(ranks=ranks_of(mesh), cores=1, **options_of(link))
@@ -146,8 +146,8 @@ def keys_in(place):
     return keys, numel
 
 
-def test_each_piece_is_written_once(chain):
-    """However many ranks hold it; statistics once for each share of the data; counters are small enough to repeat."""
+def test_each_shard_is_written_once(chain):
+    """However many ranks hold it; running statistics once per data coordinate; small counters may be repeated."""
     for (mesh, _), folder in zip(CHAIN, chain[0], strict=True):
         for name, make in OPTIMIZERS.items():
             place = newest(f"{folder}/{name}")
@@ -165,20 +165,20 @@ def test_each_piece_is_written_once(chain):
             assert once + buffers <= numel <= once + data * buffers + 2 * 4 * len(keys)  # shards are padded
 
 
-def test_a_checkpoint_is_a_file_a_rank_and_one_of_json(chain):
-    """And beside the checkpoints, who keeps account of them; nothing else."""
+def test_a_checkpoint_is_a_file_per_rank_and_one_of_json(chain):
+    """And beside the checkpoints `newest.json`; nothing else."""
     folder = Path(chain[0][1], "adamw")
     assert {NEWEST, newest(folder).name} == {path.name for path in folder.iterdir()}
     files = {"rank0.safetensors", "rank1.safetensors"}
-    told = json.loads((newest(folder) / ABOUT).read_text())["files"]
+    told = json.loads((newest(folder) / MANIFEST).read_text())["files"]
     written = {path.name for path in newest(folder).iterdir()}
-    assert {*told, ABOUT} == written
+    assert {*told, MANIFEST} == written
     assert files <= written
     assert {".safetensors", ".json"} == {Path(name).suffix for name in written}
 
 
 def test_nothing_is_pickled(chain, monkeypatch):
-    """Reading a checkpoint runs no code of whoever made it."""
+    """Reading a checkpoint runs no code from it."""
 
     def refuse(*_args, **_kwargs):
         raise AssertionError("unpickled")
@@ -196,21 +196,21 @@ def test_nothing_is_pickled(chain, monkeypatch):
         ({"checkpoint_every": 4, "checkpoint_keep": 9}, ["4", "6"]),
         ({"checkpoint_every": 2}, ["2", "4", "6-end"]),
         ({"checkpoint_every": 2, "checkpoint_keep": 2}, ["4", "6-end"]),
-        ({"checkpoint_every": 1, "checkpoint_keep": 9}, ["1", "3", "5", "6"]),  # it settles in the step after
+        ({"checkpoint_every": 1, "checkpoint_keep": 9}, ["1", "3", "5", "6"]),  # it is published in the step after
         ({"checkpoint_every": 1, "checkpoint_keep": 1}, ["6"]),
         ({"checkpoint_every": "0.000001s", "checkpoint_keep": 9}, ["1", "3", "5", "6"]),
         ({"checkpoint_every": "1h", "checkpoint_keep": 9}, ["6"]),
     ],
 )
 def test_which_checkpoints_there_are(tmp_path, options, expected):
-    """One at the end, those in between that were asked for, and of all of them the newest K."""
+    """One at the end, those in between by the options, and of all of them the newest K."""
     alone(mlp(), classes(64), optimizer=ADAMW, steps=6, batch_size=8, loss=waiting, checkpoint=str(tmp_path), **options)
     assert expected == [name.partition("-step")[2].lstrip("0") for name in checkpoints(tmp_path)]
     assert {NEWEST, *checkpoints(tmp_path)} == {path.name for path in tmp_path.iterdir()}
 
 
 def waiting(output, target):
-    """A loss that waits until what is being written is, so that no checkpoint has to wait for the one before."""
+    """A loss that waits for the writing thread, so that no checkpoint has to wait for the one before."""
     for thread in threading.enumerate():
         if thread.name == THREAD:
             thread.join()
@@ -218,7 +218,7 @@ def waiting(output, target):
 
 
 def test_writing_in_the_background_changes_no_bit(run_on_each_channel, tmp_path):
-    """A checkpoint after every step or none: the same weights; what was asked for while one was busy comes later."""
+    """A checkpoint after every step or none: the same weights; one that is due during another's write comes later."""
     results = run_on_each_channel(2, with_and_without, str(tmp_path))
     for expected, actual in results:
         assert_same_bits(expected, actual)
@@ -237,7 +237,7 @@ def with_and_without(world, folder):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
-    """It is said before the training."""
+    """The error comes before the training."""
     (tmp_path / "file").write_text("")
     steps = []
     with pytest.raises(PlanError, match=r"rank 0 cannot write to checkpoint='.*file/inside' \(.*\): name another fold"):
@@ -249,7 +249,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def refused_on_one(world, folder):
-    """Rank 1 is told another folder, below a file."""
+    """Rank 1 gets another folder, below a file."""
     errors = []
     for strategy in ("data", "pipeline"):
         name = folder if world.rank == 0 else f"{folder}/file/inside"
@@ -260,8 +260,8 @@ def refused_on_one(world, folder):
     return errors
 
 
-def test_all_ranks_know_that_one_cannot_write(run_ranks, tmp_path):
-    """They say the same, at once."""
+def test_all_ranks_report_that_one_cannot_write(run_ranks, tmp_path):
+    """With the same error, at once."""
     (tmp_path / "file").write_text("")
     first, second = run_ranks(2, refused_on_one, str(tmp_path))
     assert first == second
@@ -270,21 +270,21 @@ def test_all_ranks_know_that_one_cannot_write(run_ranks, tmp_path):
 
 
 def test_a_run_that_was_cut_off_is_tidied_up_after(tmp_path):
-    """What does not count goes, in the next run; what counts stays, and what is somebody else's."""
+    """The next run removes unpublished checkpoints; published ones and other files stay."""
     keep(tmp_path, mlp(), "sgd")
     counted = newest(tmp_path).name
     half, whole = tmp_path / "0123abcd-step00000007", tmp_path / "0123abcd-step00000008"
     for place in (half, whole):
         place.mkdir()
         (place / "rank0.safetensors").write_text("half a file")
-    (whole / ABOUT).write_text("{}")
+    (whole / MANIFEST).write_text("{}")
     (tmp_path / "mine").mkdir()
     keep(tmp_path, mlp(), "sgd")
     assert {NEWEST, "mine", counted, newest(tmp_path).name} == {path.name for path in tmp_path.iterdir()}
 
 
-def test_no_account_of_checkpoints_is_no_reason_to_remove_them(tmp_path):
-    """Where `newest.json` is lost or broken, all that could be whole stays."""
+def test_without_newest_json_checkpoints_are_not_removed(tmp_path):
+    """If it is lost or damaged, all checkpoints that may be complete stay."""
     keep(tmp_path, mlp(), "sgd")
     counted = newest(tmp_path)
     (tmp_path / NEWEST).unlink()
@@ -297,7 +297,7 @@ def test_no_account_of_checkpoints_is_no_reason_to_remove_them(tmp_path):
 
 
 def test_a_large_model_takes_its_size(tmp_path):
-    """Of 100 MB hardly more lies on the disk."""
+    """100 MB of state take hardly more on disk."""
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(25)))
     keep(tmp_path, model, "sgd")
     before = weights(model)

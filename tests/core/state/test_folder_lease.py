@@ -1,4 +1,4 @@
-"""One run at a time writes into a folder of checkpoints, on whatever hosts they are; who dies locks nobody out."""
+"""The lease: one run at a time writes into a checkpoint folder, from any host; a dead run locks no other out."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from nbdist.errors import PlanError
 from nbdist.telemetry import Noted
 
 OTHER = "another-host"
-REFUSED = r"^checkpoint='.*' is being written by run theirs \(process \d+ on .*\): wait until that has ended, or"
+REFUSED = r"^checkpoint='.*' is being written by run theirs \(process \d+ on .*\): wait until that run has ended, or"
 
 
 def gated(gate, here):
-    """A loss that tells when the fourth step has come, and goes no further before there is a file `gate`."""
+    """A loss that reports the fourth step, and waits there until a file `gate` exists."""
     steps = iter(range(1, 999))
 
     def loss(output, target):
         for thread in threading.enumerate():
             if thread.name == THREAD:
                 thread.join()
-        if next(steps) == 4:  # the checkpoint of step 1 counts, that of step 3 has been written and does not yet
+        if next(steps) == 4:  # the checkpoint of step 1 is published, that of step 3 is written but not published yet
             here.send_bytes(b"here")
             while not os.path.exists(gate):
                 time.sleep(0.002)
@@ -44,7 +44,7 @@ def gated(gate, here):
 
 
 def write(folder, gate, here, host):
-    """A run that writes into a folder from a host, until it is let go on."""
+    """A run that writes into a folder from a host, and waits at a gate."""
     torch.set_num_threads(1)
     os.environ["NBDIST_HOST"] = host
     alone(
@@ -56,7 +56,7 @@ def write(folder, gate, here, host):
 @pytest.fixture
 def writer(tmp_path, monkeypatch, run_ranks):
     """``writer(host)``: a process in mid-run that writes into ``tmp_path / "run"``, and the gate it waits at."""
-    monkeypatch.setattr(folder_lease, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(folder_lease, "_GRACE_S", 0.0)
     context = multiprocessing.get_context("forkserver")
     started = []
 
@@ -84,7 +84,7 @@ def mine(folder, **options):
 
 @pytest.mark.parametrize("host", ["", OTHER], ids=["same host", "another host"])
 def test_a_second_run_is_refused(writer, tmp_path, host):
-    """Before it touches anything: what the first one is writing comes to count, and nothing else does."""
+    """Before it changes anything: the first run's checkpoint is published, and nothing else."""
     process, gate = writer(host)
     half = {path.name for path in (tmp_path / "run").glob("*-step*")}
     assert len(half) > len(checkpoints(tmp_path / "run")) > 0
@@ -103,8 +103,8 @@ def test_a_second_run_is_refused(writer, tmp_path, host):
     assert 9 == CheckpointReader.in_folder(str(tmp_path / "run")).ranks[0]["position"]["step"]
 
 
-def test_a_run_that_was_killed_on_this_host_is_followed_at_once(writer, tmp_path, monkeypatch):
-    """Nobody waits for its silence, for its process is gone."""
+def test_a_run_that_was_killed_on_this_host_is_succeeded_at_once(writer, tmp_path, monkeypatch):
+    """Without waiting for its heartbeat, since its process is gone."""
     monkeypatch.setattr(folder_lease, "LEASE_S", 1e9)
     process, _ = writer("")
     process.kill()
@@ -114,8 +114,8 @@ def test_a_run_that_was_killed_on_this_host_is_followed_at_once(writer, tmp_path
     assert {NEWEST, *checkpoints(tmp_path / "run")} == {path.name for path in (tmp_path / "run").iterdir()}
 
 
-def test_a_run_that_was_killed_on_another_host_is_followed_when_it_has_been_silent(writer, tmp_path, monkeypatch):
-    """There nobody here can know of its process; its number, which may be another's here, says nothing."""
+def test_a_run_that_was_killed_on_another_host_is_succeeded_without_a_heartbeat(writer, tmp_path, monkeypatch):
+    """Its process cannot be seen from here; a local process may have the same id."""
     monkeypatch.setattr(folder_lease, "LEASE_S", 0.2)
     process, _ = writer(OTHER)
     process.kill()
@@ -126,8 +126,8 @@ def test_a_run_that_was_killed_on_another_host_is_followed_when_it_has_been_sile
 
 
 def test_of_many_that_come_at_once_one_has_it_at_a_time(tmp_path, monkeypatch):
-    """Each in its turn, and never two."""
-    monkeypatch.setattr(folder_lease, "_PATIENCE_S", 1e9)
+    """One after the other, never two."""
+    monkeypatch.setattr(folder_lease, "_GRACE_S", 1e9)
     inside, entered, failed = tmp_path / "inside", [], []
     begin = threading.Barrier(8)
 
@@ -154,7 +154,7 @@ def test_of_many_that_come_at_once_one_has_it_at_a_time(tmp_path, monkeypatch):
 
 
 def test_a_run_that_has_slept_through_its_lease_writes_no_more(tmp_path, monkeypatch):
-    """Until nobody has it any more."""
+    """Until no other run holds it."""
     asleep = Lease(str(tmp_path), "asleep")
     monkeypatch.setattr(asleep, "_beat", lambda: None)
     asleep._thread = threading.Thread(target=lambda: None)
@@ -171,7 +171,7 @@ def test_a_run_that_has_slept_through_its_lease_writes_no_more(tmp_path, monkeyp
 
 
 def test_a_run_succeeds_itself_at_once(tmp_path, monkeypatch):
-    """When its rank 0 is another process: that one is gone, or has left the world."""
+    """With another process as rank 0, since the former one is dead or has left the world."""
     monkeypatch.setattr(folder_lease, "LEASE_S", 1e9)
     before = Lease(str(tmp_path), "run").acquire()
     after = Lease(str(tmp_path), "run").acquire()
@@ -182,16 +182,16 @@ def test_a_run_succeeds_itself_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "0", "0 {", "0 []", '0 {"run": 3}', '0 {"host_id": []}'])
-def test_a_file_that_says_nothing_is_outwaited(tmp_path, monkeypatch, text):
-    """As of a run that died while it wrote it."""
+def test_a_file_without_content_expires(tmp_path, monkeypatch, text):
+    """Such as that of a run that died while it wrote it."""
     monkeypatch.setattr(folder_lease, "LEASE_S", 0.05)
     (tmp_path / f"{folder_lease._PREFIX}0").write_text(text)
     Lease(str(tmp_path), "run").acquire().release()
     assert [] == list(Path(tmp_path).iterdir())
 
 
-def test_a_checkpoint_that_a_person_asks_for_goes_into_no_folder_of_another_run(writer, tmp_path):
-    """The run goes on and says so; into a folder of its own it is written, twice too."""
+def test_a_checkpoint_command_does_not_write_into_the_folder_of_another_run(writer, tmp_path):
+    """The run continues with a note; into a folder without a lease it is written, twice too."""
     writer(OTHER)
     theirs, own = str(tmp_path / "run"), tmp_path / "own"
     before, notes = checkpoints(tmp_path / "run"), []
@@ -200,7 +200,8 @@ def test_a_checkpoint_that_a_person_asks_for_goes_into_no_folder_of_another_run(
     result, _ = alone(mlp(), classes(40), optimizer="sgd", batch_size=8, epochs=1, commands=commands, sinks=[sink])
     assert ("finished", 1) == (result.state, len(notes))
     assert (
-        f"no checkpoint was written, the run goes on: checkpoint={theirs!r} is being written by run theirs" in notes[0]
+        f"no checkpoint was written, the run continues: checkpoint={theirs!r} is being written by run theirs"
+        in notes[0]
     )
     assert before == checkpoints(tmp_path / "run")
     assert 2 == len(checkpoints(own))

@@ -1,4 +1,4 @@
-"""Weights that are not trained: written once, however many checkpoints; kept like others where a step moves them."""
+"""Frozen weights: written once for all checkpoints; saved like trainable ones if a step changes them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILE = "rank0-frozen.safetensors"
 
 
 class Adapted(nn.Module):
-    """A base of 4 MB that is frozen, and a little beside it that trains."""
+    """A frozen base of 4 MB, and a small trainable layer."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class Adapted(nn.Module):
 
 
 def waiting(output, target):
-    """A loss that waits until what is being written is, so that no checkpoint has to wait for the one before."""
+    """A loss that waits for the writing thread, so that no checkpoint has to wait for the one before."""
     for thread in threading.enumerate():
         if thread.name == THREAD:
             thread.join()
@@ -58,7 +58,7 @@ def bytes_written():
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count what is written")
 def test_frozen_weights_are_written_once(tmp_path):
-    """Of five checkpoints of 4 MB, all but a little are written for the first alone; each one is whole."""
+    """Of five checkpoints of 4 MB, nearly all bytes are written for the first one; each one is complete."""
     before = bytes_written()
     _, after = adapt(tmp_path)
     places = [tmp_path / name for name in checkpoints(tmp_path)]
@@ -73,8 +73,8 @@ def test_frozen_weights_are_written_once(tmp_path):
     assert_same_bits(after, weights(model))
 
 
-def test_a_checkpoint_is_whole_without_those_before_it(tmp_path):
-    """Which were removed by `checkpoint_keep`; and elsewhere, where it was copied to."""
+def test_a_checkpoint_is_complete_without_those_before_it(tmp_path):
+    """After `checkpoint_keep` has removed those, and after a copy to another place."""
     _, after = adapt(tmp_path / "run", checkpoint_keep=1)
     assert [newest(tmp_path / "run").name] == [path.name for path in (tmp_path / "run").glob("*-step*")]
     shutil.copytree(newest(tmp_path / "run"), tmp_path / "copy")
@@ -84,8 +84,8 @@ def test_a_checkpoint_is_whole_without_those_before_it(tmp_path):
     assert_same_bits(after, weights(model))
 
 
-def test_where_there_are_no_links_they_are_written_again(tmp_path, monkeypatch):
-    """Some file systems have none."""
+def test_without_hard_links_they_are_written_again(tmp_path, monkeypatch):
+    """Some file systems have no hard links."""
 
     def refused(*_args, **_kwargs):
         raise PermissionError(1, "Operation not permitted")
@@ -99,7 +99,7 @@ def test_where_there_are_no_links_they_are_written_again(tmp_path, monkeypatch):
 
 
 def test_a_file_that_was_removed_is_written_again(tmp_path):
-    """By somebody, while the run goes on."""
+    """By another process, during the run."""
     steps = iter(range(99))
 
     def tidied(output, target):
@@ -115,7 +115,7 @@ def test_a_file_that_was_removed_is_written_again(tmp_path):
 
 
 class Followed(nn.Module):
-    """A teacher that is not trained, but follows the weights in every step: large, so that no rule keeps it anyway."""
+    """A teacher that is not trained, but follows the weights in every step; too large to be saved as a small buffer."""
 
     def __init__(self, unseen=False):
         super().__init__()
@@ -144,7 +144,7 @@ def stopped_and_gone_on(world, paths):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_teacher_is_in_the_snapshot(run_ranks, ranks):
-    """A run that goes on from memory has it as it was, and not as it began."""
+    """A run resumed from memory has the teacher of the snapshot's step, not the initial one."""
     snapshot_store = SnapshotStore(ranks)
     for expected, actual in run_ranks(ranks, stopped_and_gone_on, snapshot_store.paths):
         assert_same_bits(expected, actual)
@@ -153,7 +153,7 @@ def test_a_teacher_is_in_the_snapshot(run_ranks, ranks):
 
 @pytest.mark.parametrize("unseen", [False, True, "a row"])
 def test_a_teacher_is_in_each_checkpoint_as_it_was(tmp_path, unseen):
-    """Also one that is written to behind torch's back, through ``.data``."""
+    """Even if it is written through ``.data``, which torch does not count."""
     seen = {}
     model = seeded(lambda: Followed(unseen))
 
@@ -171,7 +171,7 @@ def test_a_teacher_is_in_each_checkpoint_as_it_was(tmp_path, unseen):
 
 
 def test_an_error_in_a_step_that_has_moved_a_teacher(run_ranks):
-    """The state after the last complete step is no more to be had, so the snapshot before it is taken."""
+    """The state after the last complete step is lost, so the snapshot before it is loaded."""
     snapshot_store = SnapshotStore(1)
     told = run_ranks(1, torn, snapshot_store.paths)[0]
     assert told
@@ -179,7 +179,7 @@ def test_an_error_in_a_step_that_has_moved_a_teacher(run_ranks):
 
 
 def torn(world, paths):
-    """Whether what was kept is a state that there was after some step."""
+    """Whether the saved state is one that existed after some step."""
     model, seen = seeded(Followed), {}
 
     def noted(output, target):

@@ -1,4 +1,4 @@
-"""The position: what a rank knows of where it stands, through JSON and back."""
+"""Train progress: a rank's epoch, step, counts and history, through JSON and back."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ CPU = torch.device("cpu")
 
 def somewhere():
     """In the middle of the second epoch."""
-    at = TrainProgress(CPU)
+    progress = TrainProgress(CPU)
     for epoch in (1, 2):
         for _ in range(3):
-            at.advance(8, [(torch.tensor(0.1), 5.0), (torch.tensor(0.7), torch.tensor(3.0))])
+            progress.advance(8, [(torch.tensor(0.1), 5.0), (torch.tensor(0.7), torch.tensor(3.0))])
         if epoch == 1:
-            at.next_epoch({"epoch": 1, "loss": 0.5})
-    return at
+            progress.next_epoch({"epoch": 1, "loss": 0.5})
+    return progress
 
 
 def without_seconds(state_dict):
@@ -32,49 +32,49 @@ def without_seconds(state_dict):
 
 def test_it_goes_through_json():
     """To the last bit of the sums."""
-    at = somewhere()
-    again = TrainProgress.of(json.loads(json.dumps(at.state_dict())), CPU)
-    assert without_seconds(at.state_dict()) == without_seconds(again.state_dict())
-    assert at.moment == again.moment
-    assert at.row.loss.sums.tolist() == again.row.loss.sums.tolist()
+    progress = somewhere()
+    loaded = TrainProgress.from_state_dict(json.loads(json.dumps(progress.state_dict())), CPU)
+    assert without_seconds(progress.state_dict()) == without_seconds(loaded.state_dict())
+    assert progress.moment == loaded.moment
+    assert progress.row.loss.sums.tolist() == loaded.row.loss.sums.tolist()
 
 
-def test_what_was_told_is_not_what_goes_on():
-    """A position made of a telling leaves it as it is."""
+def test_loaded_progress_does_not_share_its_state_dict():
+    """Advancing it leaves the state dict unchanged."""
     state_dict = json.loads(json.dumps(somewhere().state_dict()))
     before = json.dumps(state_dict)
-    again = TrainProgress.of(state_dict, CPU)
-    again.advance(8, [(torch.tensor(1.0), 1.0)])
-    again.next_epoch({"epoch": 2})
+    loaded = TrainProgress.from_state_dict(state_dict, CPU)
+    loaded.advance(8, [(torch.tensor(1.0), 1.0)])
+    loaded.next_epoch({"epoch": 2})
     assert before == json.dumps(state_dict)
 
 
-def test_counts_go_on():
+def test_counts_continue():
     """Steps, batches, samples, and the sums of the row."""
-    at = TrainProgress.of(somewhere().state_dict(), CPU)
-    at.advance(4, [(torch.tensor(2.0), 4.0)])
-    assert (2, 4, 7, 52) == (at.epoch, at.batch, at.step, at.samples)
-    assert (4, 28) == (at.row.steps, at.row.samples)
-    assert pytest.approx(3 * (0.1 * 5 + 0.7 * 3) + 8) == at.row.loss.sums.tolist()[0]
+    progress = TrainProgress.from_state_dict(somewhere().state_dict(), CPU)
+    progress.advance(4, [(torch.tensor(2.0), 4.0)])
+    assert (2, 4, 7, 52) == (progress.epoch, progress.batch, progress.step, progress.samples)
+    assert (4, 28) == (progress.row.steps, progress.row.samples)
+    assert pytest.approx(3 * (0.1 * 5 + 0.7 * 3) + 8) == progress.row.loss.sums.tolist()[0]
 
 
-def test_seconds_go_on():
-    """From where they were, not from when it was told."""
+def test_seconds_continue():
+    """From the saved seconds; time between saving and loading does not count."""
     row = Row(CPU, {"steps": 1, "samples": 2, "loss": [1.0, 2.0], "seconds": 100.0})
     assert 100 <= row.seconds < 110
     assert 0 <= Row(CPU).seconds < 10
 
 
 def test_each_change_is_another_moment():
-    """So that no two states of a training are taken for each other, the end of an epoch with no step in it included."""
-    at, moments = TrainProgress(CPU), []
-    moments.append(at.moment)
+    """So that no two states of a training are confused, even at the end of an epoch without a step."""
+    progress, moments = TrainProgress(CPU), []
+    moments.append(progress.moment)
     for change in (
-        lambda: at.advance(1, []), lambda: at.next_epoch({"epoch": 1}), lambda: at.advance(1, []),
-        lambda: at.next_epoch(None), lambda: at.close({"epoch": 2}), lambda: at.advance(1, []),
+        lambda: progress.advance(1, []), lambda: progress.next_epoch({"epoch": 1}), lambda: progress.advance(1, []),
+        lambda: progress.next_epoch(None), lambda: progress.close({"epoch": 2}), lambda: progress.advance(1, []),
     ):  # fmt: skip
         change()
-        moments.append(at.moment)
+        moments.append(progress.moment)
     assert sorted(set(moments)) == moments
 
 
@@ -96,15 +96,15 @@ def test_each_change_is_another_moment():
 )
 def test_what_is_complete(options, changes, expected):
     """All steps or epochs, and the last row."""
-    at = TrainProgress(CPU)
+    progress = TrainProgress(CPU)
     for change in changes:
         if change == "step":
-            at.advance(1, [])
+            progress.advance(1, [])
         elif change == "close":
-            at.close({"epoch": 1})
+            progress.close({"epoch": 1})
         else:
-            at.next_epoch({"epoch": 1} if change == "epoch" else None)
-    assert expected == at.complete(Plan.create(ranks=1, cores=1, **options))
+            progress.next_epoch({"epoch": 1} if change == "epoch" else None)
+    assert expected == progress.complete(Plan.create(ranks=1, cores=1, **options))
 
 
 def rows_of(world):
@@ -113,7 +113,7 @@ def rows_of(world):
 
 
 def test_a_row_is_the_same_on_all_ranks(run_ranks):
-    """And counts what all have read."""
+    """And counts all ranks' samples."""
     first, second = run_ranks(2, rows_of)
     assert first == second
     expected, _ = train(World(), mlp(), classes(40), optimizer="sgd", batch_size=16, epochs=2, accumulate=2)

@@ -1,4 +1,4 @@
-"""What was kept, put back: into any model of the same shape, or refused before anything is touched."""
+"""Restore: a checkpoint is loaded into any model of the same shapes, or refused before anything changes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from nbdist.core.optim.optimizers import OPTIMIZERS
 from nbdist.core.params.table import ParamTable
 from nbdist.core.state import checkpoint_reader
 from nbdist.core.state.checkpoint_reader import NEWEST, CheckpointReader
-from nbdist.core.state.restore import load, load_whole, opened_by_all
+from nbdist.core.state.restore import load, load_whole, open_on_all_ranks
 from nbdist.errors import PeerLostError, PlanError, TaskError
 from nbdist.plan import Mesh
 from nbdist.telemetry import RunStarted
 
 
 def test_views_and_odd_layouts(tmp_path):
-    """Buffers that share memory, channels last, nothing at all, half precision: all come back, strides too."""
+    """Buffers that share memory, channels last, empty, half precision: all are restored, strides too."""
 
     def make():
         model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Linear(3, 4).bfloat16(), nn.Linear(0, 4))
@@ -60,7 +60,7 @@ def test_views_and_odd_layouts(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"muon"}))
 def test_every_optimizer_of_torch(tmp_path, name):
-    """Kept and loaded, it goes on as if nothing had been."""
+    """Saved and loaded, it continues with the same bits."""
     model = net()
     optimizer = over(OPTIMIZERS[name], model)
     keep(tmp_path, model, optimizer)
@@ -74,8 +74,8 @@ def test_every_optimizer_of_torch(tmp_path, name):
     assert_same_bits(weights(model), weights(again))
 
 
-def test_what_was_loaded_is_no_longer_the_files(tmp_path):
-    """A state that stays as it is in memory must not change with the file, nor hold it open."""
+def test_loaded_state_does_not_map_the_file(tmp_path):
+    """It must not change with the file, nor hold it open."""
     model = net()
     optimizer = over(functools.partial(torch.optim.AdamW, lr=0.1), model)
     keep(tmp_path, model, optimizer)
@@ -87,7 +87,7 @@ def test_what_was_loaded_is_no_longer_the_files(tmp_path):
 
 
 def test_another_dtype(tmp_path):
-    """Weights and state follow the model that they are loaded into."""
+    """Weights and state take the dtype of the model that they are loaded into."""
     keep(tmp_path, net(), fused)
     again = net().float()
     other = over(fused, again)
@@ -99,7 +99,7 @@ def test_another_dtype(tmp_path):
 
 
 def test_state_that_is_no_tensor(tmp_path):
-    """Numbers, strings, lists and dicts come back."""
+    """Numbers, strings, lists and dicts are restored."""
     kept = {"a": [1, 2.5, None], "b": "text"}
     keep(tmp_path, net(), functools.partial(Noting, kept=kept))
     again = net()
@@ -110,7 +110,7 @@ def test_state_that_is_no_tensor(tmp_path):
 
 
 def test_without_an_optimizer_its_state_stays(tmp_path):
-    """Weights alone are asked for."""
+    """Only weights are loaded."""
     keep(tmp_path, net(), fused)
     model = net()
     nbdist.load_checkpoint(str(tmp_path), model)
@@ -121,7 +121,7 @@ def test_without_an_optimizer_its_state_stays(tmp_path):
 
 @pytest.fixture
 def refused(monkeypatch):
-    """Says that a folder is refused, in every way in, and that nothing was touched."""
+    """Checks that a folder is refused by every way to load it, and that nothing has changed."""
     monkeypatch.setattr("nbdist.core.api.fit", lambda *a, **k: pytest.fail("it began"))
 
     def check(place, error, match, model, optimizer=fused):
@@ -139,12 +139,12 @@ def refused(monkeypatch):
     return check
 
 
-def test_mistakes_are_said_before_anything_is_touched(tmp_path, refused):
+def test_mistakes_are_reported_before_anything_changes(tmp_path, refused):
     """No checkpoint, another model, other groups, files that are missing."""
     folder = tmp_path / "good"
     keep(folder, net(), sgd)
     refused(tmp_path / "none", PlanError, "holds no checkpoint .* give the folder that was written to", net())
-    refused(folder, TaskError, r"another model's: 0.weight \[8, 6\] is not in it", mlp())
+    refused(folder, TaskError, r"is of another model: 0.weight \[8, 6\] is not in it", mlp())
     wider = net()
     wider.last = nn.Linear(WIDTH, 4)
     refused(folder, TaskError, r"last.weight \[4, 8\] has shape \[3, 8\] in it", wider)
@@ -167,29 +167,29 @@ def resume(folder, **options):
 @pytest.mark.parametrize(
     ("made", "asked", "message"),
     [
-        ({"epochs": 2}, {"epochs": 2}, r"has done 2 epochs already: ask for more than that in all \(--epochs 3\)"),
-        ({"epochs": 2}, {"epochs": 1}, r"has done 2 epochs already"),
-        ({"epochs": 2}, {}, r"has done 2 epochs already"),
-        ({"epochs": 2}, {"steps": 10}, r"has done 10 steps already: ask for more than that in all \(--steps 11\)"),
-        ({"steps": 7}, {"steps": 7}, r"has done 7 steps already"),
-        ({"steps": 7}, {"steps": 3}, r"has done 7 steps already"),
-        ({"steps": 7}, {"epochs": 1}, r"has done 1 epochs already"),
+        ({"epochs": 2}, {"epochs": 2}, r"has already completed 2 epochs: give a larger total \(--epochs 3\)"),
+        ({"epochs": 2}, {"epochs": 1}, r"has already completed 2 epochs"),
+        ({"epochs": 2}, {}, r"has already completed 2 epochs"),
+        ({"epochs": 2}, {"steps": 10}, r"has already completed 10 steps: give a larger total \(--steps 11\)"),
+        ({"steps": 7}, {"steps": 7}, r"has already completed 7 steps"),
+        ({"steps": 7}, {"steps": 3}, r"has already completed 7 steps"),
+        ({"steps": 7}, {"epochs": 1}, r"has already completed 1 epochs"),
         ({"steps": 7}, {"epochs": 3, "batch_size": 10},
-         "in the middle of epoch 2 of a run with batch_size=8, but batch_size=10 is asked for: give the same"),
-        ({"steps": 7}, {"epochs": 3, "seed": 1}, "with seed=0, but seed=1 is asked for"),
-        ({"steps": 7}, {"epochs": 3, "shuffle": False}, "with shuffle=True, but shuffle=False is asked for"),
+         "from the middle of epoch 2 of a run with batch_size=8, but batch_size=10 is given: give the same"),
+        ({"steps": 7}, {"epochs": 3, "seed": 1}, "with seed=0, but seed=1 is given: give"),
+        ({"steps": 7}, {"epochs": 3, "shuffle": False}, "with shuffle=True, but shuffle=False is given: give"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_gone_on_with(tmp_path, made, asked, message):
-    """All that was asked for has been done, or the place in the data would be another one."""
+def test_checkpoints_that_a_plan_cannot_resume_from(tmp_path, made, asked, message):
+    """All epochs or steps are complete, or the remaining samples of the epoch would be other ones."""
     alone(mlp(), classes(40), optimizer="sgd", batch_size=8, checkpoint=str(tmp_path), **made)
     with pytest.raises(PlanError, match=message):
         resume(tmp_path, **{"batch_size": 8, **asked})
 
 
 @pytest.mark.parametrize("asked", [{"batch_size": 10}, {"seed": 3}, {"shuffle": False}])
-def test_between_epochs_the_order_may_change(tmp_path, asked):
-    """There is no place in the data to keep."""
+def test_between_epochs_the_sample_order_may_change(tmp_path, asked):
+    """There is no partial epoch to complete."""
     alone(mlp(), classes(40), optimizer="sgd", batch_size=8, epochs=1, checkpoint=str(tmp_path))
     result = resume(tmp_path, epochs=2, **{"batch_size": 8, **asked})
     assert [1, 2] == [row["epoch"] for row in result.history]
@@ -197,7 +197,7 @@ def test_between_epochs_the_order_may_change(tmp_path, asked):
 
 @pytest.mark.parametrize(("first", "then"), [({"epochs": 1}, {"steps": 12}), ({"steps": 7}, {"epochs": 3})])
 def test_steps_and_epochs_may_follow_each_other(tmp_path, first, then):
-    """A run in epochs goes on in steps, and the other way round, with the bits of one that never stopped."""
+    """A run in epochs resumes in steps, and vice versa, with the bits of an undisturbed run."""
     options = {"optimizer": ADAMW, "batch_size": 8}
     _, expected = alone(mlp(dropout=0.1), classes(40), **options, **then)
     alone(mlp(dropout=0.1), classes(40), checkpoint=str(tmp_path), **options, **first)
@@ -206,7 +206,7 @@ def test_steps_and_epochs_may_follow_each_other(tmp_path, first, then):
 
 
 def test_resume_without_a_folder(tmp_path):
-    """True means the newest in `checkpoint`, where there is one; else it begins at the beginning; without, an error."""
+    """True means the newest in `checkpoint`, or a start from scratch if there is none; without a folder, an error."""
     options = {"batch_size": 8, "checkpoint": str(tmp_path), "optimizer": "sgd"}
     _, expected = alone(mlp(), classes(40), batch_size=8, optimizer="sgd", epochs=2)
     alone(mlp(), classes(40), epochs=1, resume=True, **options)
@@ -219,7 +219,7 @@ def test_resume_without_a_folder(tmp_path):
 
 @pytest.mark.parametrize("then", ["LambdaLR", "none"])
 def test_another_scheduler(tmp_path, then):
-    """It is refused; without one the rates stay as they were."""
+    """It is refused; without a scheduler the rates stay as they were."""
     options = {"optimizer": "sgd", "lr": 0.1, "batch_size": 8}
     made = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
     alone(mlp(), classes(40), steps=2, lr_scheduler=made, checkpoint=str(tmp_path), **options)
@@ -230,12 +230,12 @@ def test_another_scheduler(tmp_path, then):
         assert 0.025 == optimizer.param_groups[0]["lr"]
         return
     other = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1.0)
-    with pytest.raises(TaskError, match=re.escape("what was kept is of another lr_scheduler: give the same one")):
+    with pytest.raises(TaskError, match=re.escape("the saved state is of another lr_scheduler: give the same one")):
         alone(mlp(), classes(40), steps=3, lr_scheduler=other, resume=str(tmp_path), **options)
 
 
-def test_counts_go_on_with_another_number_of_ranks(run_ranks, tmp_path):
-    """A row counts each sample once, whoever has read it."""
+def test_counts_continue_with_another_number_of_ranks(run_ranks, tmp_path):
+    """A row counts each sample once, whichever rank has read it."""
     expected, _ = alone(mlp(), classes(40), optimizer="sgd", batch_size=8, epochs=1)
     options = {"optimizer": "sgd", "batch_size": 8}
 
@@ -250,7 +250,7 @@ def epoch_on(world, folder):
 
 
 def resumed_beside_a_writer(world, folder, newer):
-    """Go on from a folder in which another checkpoint comes to count as soon as rank 0 has looked."""
+    """Resume from a folder in which a newer checkpoint is published as soon as rank 0 has listed it."""
     looked, look = Path(folder, "looked"), checkpoint_reader.checkpoints
 
     def gated(path):
@@ -271,8 +271,8 @@ def resumed_beside_a_writer(world, folder, newer):
     return begun
 
 
-def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_names(run_ranks, tmp_path):
-    """Though a newer one comes to count between the looks of two ranks."""
+def test_all_ranks_resume_from_the_checkpoint_that_rank_0_chooses(run_ranks, tmp_path):
+    """Even if a newer one is published before other ranks look."""
     keep(tmp_path / "run", mlp(), "sgd", steps=2)
     shutil.copytree(tmp_path / "run", tmp_path / "newer")
     keep(tmp_path / "newer", mlp(), "sgd", steps=5)
@@ -304,33 +304,33 @@ def test_a_rank_that_sees_another_checkpoint_is_named(run_ranks, tmp_path):
         pytest.skip("no disk can be made here")
     assert 1 == len({*told})
     assert re.match(
-        r"rank 0 goes on from .*step00000002', of which rank 1 does not see the same files \(it has", told[0]
+        r"rank 0 resumes from .*step00000002', of which rank 1 does not see the same files \(it has", told[0]
     )
 
 
 def bytes_read_to_resume(world, folder):
-    """How many this rank reads from files to go on from a folder."""
+    """How many bytes this rank reads from files to resume from a folder."""
 
     def read():
         return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
 
     before = read()
-    opened_by_all(folder, world)
+    open_on_all_ranks(folder, world)
     return read() - before
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count what is read")
 def test_a_host_reads_a_checkpoint_through_once(run_ranks, tmp_path):
-    """However many ranks there are: each byte is hashed by one of them."""
-    run_ranks(3, kept_in_shares, str(tmp_path))
+    """Each byte is hashed by one rank, however many there are."""
+    run_ranks(3, save_12_mb_per_rank, str(tmp_path))
     size = sum(file.stat().st_size for file in newest(tmp_path).iterdir())
     told = run_ranks(3, bytes_read_to_resume, str(tmp_path))
     assert size <= sum(told) < 1.2 * size
     assert max(told) < 0.6 * size
 
 
-def kept_in_shares(world, folder):
-    """A checkpoint to which each rank gives a part of 12 MB."""
+def save_12_mb_per_rank(world, folder):
+    """A checkpoint with 12 MB of each rank."""
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(12)))
     options = {"step": summed, "optimizer": "sgd", "steps": 1, "batch_size": 48, "strategy": "shard"}
     train(world, model, torch.zeros(48, 512), checkpoint=folder, **options)
@@ -342,7 +342,7 @@ def summed(model, x):
 
 
 def test_a_file_that_one_rank_finds_changed_is_taken_by_none(run_ranks, tmp_path):
-    """All take the checkpoint before it."""
+    """All ranks load the checkpoint before it."""
     for steps in (1, 2):
         keep(tmp_path, mlp(), "sgd", steps=steps)
     file = newest(tmp_path) / "rank0.safetensors"
@@ -352,10 +352,10 @@ def test_a_file_that_one_rank_finds_changed_is_taken_by_none(run_ranks, tmp_path
 
 
 def step_resumed(world, folder):
-    """The step of the checkpoint that this rank takes."""
+    """The step of the checkpoint that this rank loads."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        step = opened_by_all(folder, world).ranks[0]["position"]["step"]
+        step = open_on_all_ranks(folder, world).ranks[0]["position"]["step"]
     assert (world.rank == 0) == any("was changed: copy all" in str(warning.message) for warning in caught)
     return step
 
@@ -377,7 +377,7 @@ def statistics(world, folder, mesh):
 
 @pytest.mark.parametrize(("kept", "then"), [("dp=4", Mesh(dp=2, pp=2)), ("dp=2,pp=2", Mesh(dp=4))])
 def test_statistics_on_another_mesh_of_as_many_ranks(run_ranks, tmp_path, kept, then):
-    """Every rank gets the mean over all that were kept, as one process does, and not those of some other rank."""
+    """Every rank gets the mean over all saved ones, as one process does, and not those of one other rank."""
     run_ranks(4, stopped_in_mid_epoch, str(tmp_path), kept)
     whole = normed()
     load_whole(CheckpointReader.in_folder(str(tmp_path)), whole)

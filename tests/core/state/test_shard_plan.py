@@ -1,4 +1,4 @@
-"""Pieces: who keeps what, and what cannot be kept."""
+"""Shard plan: which rank saves which shards, and what cannot be saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nbdist.core.comm.world import World
 from nbdist.core.optim.json_value import plain
 from nbdist.core.params.placement import Placement
 from nbdist.core.params.table import ParamTable
-from nbdist.core.state.shard_plan import ShardPlan, check_state, from_all, key_of, own_entry
+from nbdist.core.state.shard_plan import ShardPlan, buffer_entry, check_state, gather_texts, key_of
 from nbdist.errors import TaskError
 from nbdist.plan import Mesh
 
@@ -25,32 +25,32 @@ made_plans = []
 
 @pytest.fixture(autouse=True)
 def _closed():
-    """What a test has made, which watches the data of frozen parameters, ends with it."""
+    """Close a test's shard plans, which watch the data of frozen parameters."""
     yield
     while made_plans:
         made_plans.pop().close()
 
 
-def pieces_of(model, optimizer=None, world=None, changed=()):
+def shard_plan_of(model, optimizer=None, world=None, changed=()):
     world = world or World()
     made = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
     made_plans.append(ShardPlan(model, ParamTable.of(model), made, MeshChannels(world, Mesh(dp=world.size)), changed))
     return made_plans[-1]
 
 
-def names(pieces):
-    return {key.partition("|")[0] for key in pieces}
+def names(shards):
+    return {key.partition("|")[0] for key in shards}
 
 
-def kept_by(world):
+def saved_keys(world):
     model = net()
-    pieces = pieces_of(model, over(adamw, model), world)
-    return {*pieces.changing(buffers=True)}, {*pieces.frozen()}
+    shards = shard_plan_of(model, over(adamw, model), world)
+    return {*shards.changing(buffers=True)}, {*shards.frozen()}
 
 
 def test_ranks_share_the_work(run_ranks):
-    """Of what all hold alike, each piece is kept by one; statistics are kept by each; none keeps most of it."""
-    (first, first_frozen), (second, second_frozen) = run_ranks(2, kept_by)
+    """Of identical shards one rank saves each; every rank saves its statistics; no rank saves most of the model."""
+    (first, first_frozen), (second, second_frozen) = run_ranks(2, saved_keys)
     model = net()
     assert not first & second
     assert {*dict(model.named_parameters())} == {
@@ -60,40 +60,40 @@ def test_ranks_share_the_work(run_ranks):
     }
     for name, _ in model.named_buffers():
         assert key_of(name, "", None, None) in first
-        assert key_of(name, own_entry(1), None, None) in second
+        assert key_of(name, buffer_entry(1), None, None) in second
     assert 5 <= len(first) - len(dict(model.named_buffers()))
     assert 5 <= len(second) - len(dict(model.named_buffers()))
     assert {"ups.1.weight", "ups.1.bias"} == names(first_frozen | second_frozen)
 
 
 def test_what_never_changes_is_left_out():
-    """Frozen parameters, and large buffers until somebody writes to them."""
+    """Frozen parameters, and large buffers until they are written."""
     model = Net()
     model.register_buffer("mask", torch.ones(100_000))
     model.register_buffer("small", torch.ones(3))
-    pieces = pieces_of(model)
-    assert {"small", "first.weight"} <= names(pieces.changing())
-    assert not {"mask", "ups.1.weight"} & names(pieces.changing())
-    assert "mask" in names(pieces.changing(buffers=True))
-    assert {"ups.1.weight", "ups.1.bias"} == names(pieces.frozen())
+    shards = shard_plan_of(model)
+    assert {"small", "first.weight"} <= names(shards.changing())
+    assert not {"mask", "ups.1.weight"} & names(shards.changing())
+    assert "mask" in names(shards.changing(buffers=True))
+    assert {"ups.1.weight", "ups.1.bias"} == names(shards.frozen())
     model.mask.mul_(2)
-    assert "mask" in names(pieces.changing())
-    assert "mask" in names(pieces_of(model, changed={"mask"}).changing())
+    assert "mask" in names(shards.changing())
+    assert "mask" in names(shard_plan_of(model, changed={"mask"}).changing())
 
 
-def test_a_buffer_that_was_put_in_the_place_of_another():
-    """Those are kept that the model has now; two names of the same one are two."""
+def test_a_buffer_that_replaces_another():
+    """The model's present buffers are saved; a buffer under two names is saved twice."""
     model = Net()
     model.register_buffer("one", torch.zeros(2))
     model.register_buffer("two", torch.zeros(2))
-    pieces = pieces_of(model)
+    shards = shard_plan_of(model)
     model.one = model.two = torch.ones(2)
-    kept = pieces.changing()
+    kept = shards.changing()
     assert all((kept[key_of(name, "", None, None)] == 1).all() for name in ("one", "two"))
 
 
 class Noting(torch.optim.SGD):
-    """An optimizer that keeps something else than tensors."""
+    """An optimizer with state that is not a tensor."""
 
     def __init__(self, params, lr=0.1, kept=None, name="note"):
         super().__init__(params, lr=lr)
@@ -108,7 +108,7 @@ class Noting(torch.optim.SGD):
 
 @pytest.mark.parametrize("kept", [object(), {1: 2}, {"a": {1}}], ids=["object", "numbers as keys", "a set"])
 def test_state_that_json_cannot_hold(tmp_path, kept):
-    """Where a checkpoint is asked for, it is said after the first step, not at the end."""
+    """With checkpoints, the error comes after the first step, not at the end."""
     steps = []
     with pytest.raises(TaskError, match=r"the optimizer's note is a \w+, which a checkpoint cannot hold"):
         alone(
@@ -119,9 +119,9 @@ def test_state_that_json_cannot_hold(tmp_path, kept):
 
 
 @pytest.mark.parametrize("name", [3, "a|b", "@1"])
-def test_state_under_a_name_that_means_something_else(tmp_path, name):
-    """It would come back as another one."""
-    with pytest.raises(TaskError, match=r"the optimizer keeps a state under .*: name it by a word"):
+def test_state_under_a_name_with_another_meaning(tmp_path, name):
+    """It would be loaded as something else."""
+    with pytest.raises(TaskError, match=r"the optimizer's state .* cannot be saved: name it by a word"):
         alone(
             mlp(), classes(16), optimizer=functools.partial(Noting, kept=3.0, name=name), checkpoint=str(tmp_path),
             steps=1, batch_size=8,
@@ -129,7 +129,7 @@ def test_state_under_a_name_that_means_something_else(tmp_path, name):
 
 
 def test_a_setting_that_json_cannot_hold(tmp_path):
-    """It is known before the first step."""
+    """The error comes before the first step."""
     model = mlp()
     optimizer = torch.optim.SGD([{"params": model.parameters(), "mine": object()}], lr=0.1)
     with pytest.raises(TaskError, match="the optimizer's mine is a object, which a checkpoint cannot hold"):
@@ -137,7 +137,7 @@ def test_a_setting_that_json_cannot_hold(tmp_path):
 
 
 class Factored(torch.optim.SGD):
-    """Keeps a state that has not its parameter's shape."""
+    """Has state of another shape than its parameter."""
 
     def step(self, closure=None):
         super().step(closure)
@@ -146,7 +146,7 @@ class Factored(torch.optim.SGD):
 
 
 def test_state_that_cannot_be_cut():
-    """It is said after the first step, where parameters are in parts."""
+    """With sharded parameters, the error comes after the first step."""
     model = mlp()
     optimizer = Factored(model.parameters(), lr=0.1)
     model(classes(4)[0]).sum().backward()
@@ -168,8 +168,8 @@ def factored_in_parts(world, folder):
         return str(error)
 
 
-def test_all_ranks_say_that_a_state_cannot_be_cut(run_ranks, tmp_path):
-    """None is left waiting."""
+def test_all_ranks_report_a_state_that_cannot_be_cut(run_ranks, tmp_path):
+    """No rank is left waiting."""
     for text in run_ranks(2, factored_in_parts, str(tmp_path)):
         assert "on a mesh with tp or shard it cannot be saved" in text
 
@@ -182,29 +182,29 @@ def test_all_ranks_say_that_a_state_cannot_be_cut(run_ranks, tmp_path):
     ],
 )  # fmt: skip
 def test_plain_values(value, expected):
-    """As JSON gives them back, but for tuples."""
+    """As JSON returns them, except tuples."""
     assert expected == plain(value, "it")
 
 
 @pytest.mark.parametrize("value", [torch.tensor(1j), np.complex64(1), [np.datetime64(0, "s")], {1: 2}, b"a"])
-def test_what_json_does_not_give_back_is_no_plain_value(value):
-    """One sentence, not the TypeError of whoever writes JSON later."""
+def test_what_json_does_not_return_is_no_plain_value(value):
+    """The error is one sentence, not a later TypeError of the JSON encoder."""
     with pytest.raises(TaskError, match=r"it is a .*, which a checkpoint cannot hold"):
         plain(value, "it")
 
 
 def told(world):
-    return from_all(f"{world.rank} é", world.channel())
+    return gather_texts(f"{world.rank} é", world.channel())
 
 
-def test_all_ranks_hear_all_texts(run_ranks):
-    """In the order of the ranks."""
+def test_all_ranks_receive_all_texts(run_ranks):
+    """Ordered by rank."""
     assert [["0 é", "1 é", "2 é"]] * 3 == run_ranks(3, told)
 
 
 def test_keys_tell_parts_apart():
-    """Of which tensor, which entry, whole or which part; names may hold any sign."""
+    """By tensor, entry, and part; names may contain any character."""
     assert "a|b|c|step|whole|0|0" == key_of("a|b|c", "step", None, None)
     assert "w||part|1|0" == key_of("w", "", 1, None)
     assert "w||part|0|2" == key_of("w", "", None, 2)
-    assert ("", "@2") == (own_entry(0), own_entry(2))
+    assert ("", "@2") == (buffer_entry(0), buffer_entry(2))

@@ -1,4 +1,4 @@
-"""Snapshots: whoever is killed, and whenever, what all ranks have completed is there, and whole."""
+"""Snapshots: whichever rank is killed, and whenever, the newest one that all ranks completed is intact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from nbdist.core.state.snapshot import SLOTS, RankSnapshots, SnapshotBuffer, SnapshotStore, newest, read
+from nbdist.core.state.snapshot import BUFFERS_PER_RANK, RankSnapshots, SnapshotBuffer, SnapshotStore, newest, read
 from nbdist.core.state.tensor_buffer import TensorLayout
 
 KILLS = 25
@@ -37,37 +37,37 @@ def write(rank_snapshots, step, ranks=2, ended=0, numel=64):
 
 
 def held(snapshot_store):
-    """The newest snapshot, looked through: its step, and what each rank told."""
+    """The newest snapshot, with every value checked: its step, and each rank's text."""
     found = newest(snapshot_store.paths)
     if found is None:
         return None
-    step, slots = found
-    for image in read(slots):
-        for key in image.keys:
-            assert (image.read(key) == step).all()
-        assert image.text.startswith(f"{step}/")
-    return step, [image.text for image in read(slots)]
+    step, buffers = found
+    for saved in read(buffers):
+        for key in saved.keys:
+            assert (saved.read(key) == step).all()
+        assert saved.text.startswith(f"{step}/")
+    return step, [saved.text for saved in read(buffers)]
 
 
-def test_it_is_what_all_ranks_have(snapshot_store):
-    """A rank that is a step ahead does not count before the other is there."""
+def test_the_newest_is_the_one_that_all_ranks_have(snapshot_store):
+    """A snapshot of one rank does not count until the other has it too."""
     first, second = map(RankSnapshots, snapshot_store.paths)
     assert held(snapshot_store) is None
-    assert -1 == snapshot_store.reached
+    assert -1 == snapshot_store.last_step
     write(first, 1)
     assert held(snapshot_store) is None
-    assert 1 == snapshot_store.reached
+    assert 1 == snapshot_store.last_step
     write(second, 1)
     assert (1, ["1/0", "1/0"]) == held(snapshot_store)
     write(first, 2)
     assert 1 == held(snapshot_store)[0]
     write(second, 2)
     assert 2 == held(snapshot_store)[0]
-    assert 2 == snapshot_store.reached
+    assert 2 == snapshot_store.last_step
 
 
 def test_in_any_order_a_step_apart():
-    """Of all orders in which no rank is more than one ahead, each leaves the one that both have completed."""
+    """Whatever the sequence of writes, if no rank is more than a step ahead, the newest common snapshot is found."""
     for order in itertools.product([0, 1], repeat=8):
         snapshot_store = SnapshotStore(2)
         own, steps = [RankSnapshots(paths) for paths in snapshot_store.paths], [0, 0]
@@ -80,7 +80,7 @@ def test_in_any_order_a_step_apart():
 
 
 def test_the_end_of_an_epoch_is_another_moment(snapshot_store):
-    """It has the same step as the last one in it; a rank that has only one of both must not be mixed with the other."""
+    """It has the step of the snapshot before it: ranks must not mix the two."""
     first, second = map(RankSnapshots, snapshot_store.paths)
     write(first, 5)
     write(second, 5)
@@ -91,7 +91,7 @@ def test_the_end_of_an_epoch_is_another_moment(snapshot_store):
 
 
 def test_the_same_moment_again_leaves_the_one_before(snapshot_store):
-    """A rank that is in error keeps what it may have kept already; another one is not there yet."""
+    """After an error a rank may save its last snapshot again, while another rank has not saved that moment yet."""
     first, second = map(RankSnapshots, snapshot_store.paths)
     for step in (1, 2):
         write(first, step)
@@ -103,25 +103,25 @@ def test_the_same_moment_again_leaves_the_one_before(snapshot_store):
     assert 3 == held(snapshot_store)[0]
 
 
-def test_two_slots_in_turn_and_the_third_while_one_is_pinned(snapshot_store):
-    """Memory for the third is only taken when a checkpoint is being written."""
+def test_two_buffers_alternately_and_a_third_while_one_is_pinned(snapshot_store):
+    """The third takes memory only once a checkpoint is being written."""
     rank_snapshots, other = map(RankSnapshots, snapshot_store.paths)
-    slots = [write(rank_snapshots, step) for step in range(1, 5)]
-    assert [slots[0], slots[1]] * 2 == slots
-    assert [slot.path for slot in slots[:2]] == snapshot_store.paths[0][:2]
-    slots[3].pinned = True
-    assert 3 == len({slots[3], *(write(rank_snapshots, step) for step in range(5, 9))})
-    image = read([slots[3]])[0]
-    assert "4/0" == image.text
-    slots[3].pinned = False
+    buffers = [write(rank_snapshots, step) for step in range(1, 5)]
+    assert [buffers[0], buffers[1]] * 2 == buffers
+    assert [buffer.path for buffer in buffers[:2]] == snapshot_store.paths[0][:2]
+    buffers[3].pinned = True
+    assert 3 == len({buffers[3], *(write(rank_snapshots, step) for step in range(5, 9))})
+    saved = read([buffers[3]])[0]
+    assert "4/0" == saved.text
+    buffers[3].pinned = False
     after = [write(rank_snapshots, step) for step in range(9, 13)]
     assert 2 == len(set(after))
     write(other, 12)
     assert 12 == held(snapshot_store)[0]
 
 
-def test_trimmed_it_holds_the_newest_and_nothing_else(snapshot_store):
-    """And can be written again."""
+def test_trim_frees_all_but_the_newest(snapshot_store):
+    """And the store can be written again."""
     own = [RankSnapshots(paths) for paths in snapshot_store.paths]
     for step in (1, 2, 3):
         for rank_snapshots in own:
@@ -137,7 +137,7 @@ def test_trimmed_it_holds_the_newest_and_nothing_else(snapshot_store):
 
 
 def test_a_world_of_another_size(snapshot_store):
-    """It grows with the world; of fewer ranks, the snapshot is theirs; the other size's older one does not count."""
+    """The store grows with the world; a snapshot of fewer ranks needs only theirs; older ones of another size lose."""
     for rank_snapshots in map(RankSnapshots, snapshot_store.paths):
         write(rank_snapshots, 1)
     write(RankSnapshots(snapshot_store.paths[0]), 2, ranks=1)
@@ -150,8 +150,8 @@ def test_a_world_of_another_size(snapshot_store):
     assert newest(snapshot_store.paths[:2]) is None or newest(snapshot_store.paths[:2])[0] < 3
 
 
-def test_a_larger_state_takes_more_room(snapshot_store):
-    """Each time, in memory that was made for less; who has it open from before sees it too."""
+def test_a_larger_state_enlarges_the_buffer(snapshot_store):
+    """A process that has mapped the smaller buffer sees the new state too."""
     own = [RankSnapshots(paths) for paths in snapshot_store.paths]
     for step, numel in enumerate([1, 5000, 100_000, 7], start=1):
         for rank_snapshots in own:
@@ -171,8 +171,8 @@ def write_forever(paths, ready):
             ready.send_bytes(b"here")
 
 
-def test_a_writer_that_is_killed_leaves_the_one_before(run_ranks):
-    """kill -9 at any moment of writing 1.2 MB: always one is whole, and never an older one than before."""
+def test_a_killed_writer_leaves_the_snapshot_before(run_ranks):
+    """kill -9 at any moment of writing 1.2 MB: one is always complete, and never older than the last one."""
     snapshot_store, context = SnapshotStore(1), multiprocessing.get_context("forkserver")
     moments, last = random.Random(0), 0
     for _ in range(KILLS):
@@ -195,7 +195,7 @@ def test_a_writer_that_is_killed_leaves_the_one_before(run_ranks):
 
 
 def test_hundreds_leave_nothing_behind(snapshot_store):
-    """No file is left open, and no memory is kept, by who writes and by who reads."""
+    """Neither writer nor reader leaves files open or memory mapped."""
 
     def some():
         own = [RankSnapshots(paths) for paths in snapshot_store.paths]
@@ -216,7 +216,7 @@ def test_hundreds_leave_nothing_behind(snapshot_store):
 
 
 def maps():
-    """How many segments this process has mapped."""
+    """The number of segments that this process has mapped."""
     with open("/proc/self/maps") as lines:
         return sum("memfd:nbdist" in line for line in lines)
 
@@ -225,7 +225,7 @@ def test_closed_memory_is_gone():
     """Twice is fine."""
     made = SnapshotStore(2)
     paths = [path for own in made.paths for path in own]
-    assert 2 * SLOTS == len(paths)
+    assert 2 * BUFFERS_PER_RANK == len(paths)
     made.close()
     made.close()
     assert not any(map(os.path.exists, paths))

@@ -1,4 +1,4 @@
-"""What was kept at any step is enough to go on from: the same bits as without a stop, in memory and on disk."""
+"""A run resumed from a snapshot or checkpoint of any step has the same bits as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def tensors():
     return classes(SAMPLES, torch.float32)
 
 
-def whole_and_halves(world, make, data, paths, folder, at, options):
-    """The weights and history of a run, and of one that stopped and went on, in memory or from disk."""
+def undisturbed_and_resumed(world, make, data, paths, folder, at, options):
+    """History and weights of a run, and of one that was stopped and resumed, from memory or disk."""
     expected = train(world, seeded(make), data(), **options)
     first = {"snapshot_paths": paths} if folder is None else {"checkpoint": folder}
     stopped, _ = train(world, seeded(make), data(), commands=stop_after(at), **first, **options)
@@ -89,7 +89,7 @@ def whole_and_halves(world, make, data, paths, folder, at, options):
 
 
 def assert_same(outcomes):
-    """On all ranks, rows and weights of both runs."""
+    """Rows and weights of both runs are the same, on all ranks."""
     for expected, actual in outcomes:
         assert expected[0] == actual[0]
         assert_same_bits(expected[1], actual[1])
@@ -103,21 +103,23 @@ def test_a_stop_changes_no_bit(run_ranks, tmp_path, where, scheduler, at):
     snapshot_store = SnapshotStore(2)
     folder = str(tmp_path) if where == "disk" else None
     options = options_of(lr_scheduler=scheduler)
-    assert_same(run_ranks(2, whole_and_halves, Net, tensors, snapshot_store.paths, folder, at, options))
+    assert_same(run_ranks(2, undisturbed_and_resumed, Net, tensors, snapshot_store.paths, folder, at, options))
     snapshot_store.close()
 
 
 @pytest.mark.parametrize(("make", "where"), [(Net, "disk"), (wide, "memory")])
 def test_over_each_channel(run_on_each_channel, tmp_path, make, where):
-    """Ranks that share their weights, and those that do not: each has kept its own part."""
+    """Each rank saves its own shards, whether ranks share the memory of weights or not."""
     snapshot_store = SnapshotStore(3)
     folder = str(tmp_path) if where == "disk" else None
-    assert_same(run_on_each_channel(3, whole_and_halves, make, tensors, snapshot_store.paths, folder, 8, options_of()))
+    assert_same(
+        run_on_each_channel(3, undisturbed_and_resumed, make, tensors, snapshot_store.paths, folder, 8, options_of())
+    )
     snapshot_store.close()
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Samples without a length; each pass draws other noise."""
+    """A stream of samples; each pass draws new noise."""
 
     def __iter__(self):
         noise = np.random.rand()
@@ -143,7 +145,7 @@ def workers():
 
 
 def sampled():
-    """A sampler that draws from a generator of its own, which goes on from epoch to epoch."""
+    """A sampler that draws from a generator of its own, whose state carries over from epoch to epoch."""
     data = torch.utils.data.TensorDataset(*tensors())
     generator = torch.Generator().manual_seed(9)
     sampler = torch.utils.data.RandomSampler(data, replacement=True, num_samples=70, generator=generator)
@@ -155,8 +157,10 @@ def sampled():
 def test_every_kind_of_data(run_ranks, tmp_path, data, at, ranks):
     """Streams, items, workers, samplers: the same samples, with the same random draws in them."""
     snapshot_store = SnapshotStore(ranks)
-    assert_same(run_ranks(ranks, whole_and_halves, Net, data, snapshot_store.paths, None, at, options_of()))
-    assert_same(run_ranks(ranks, whole_and_halves, Net, data, snapshot_store.paths, str(tmp_path), at, options_of()))
+    assert_same(run_ranks(ranks, undisturbed_and_resumed, Net, data, snapshot_store.paths, None, at, options_of()))
+    assert_same(
+        run_ranks(ranks, undisturbed_and_resumed, Net, data, snapshot_store.paths, str(tmp_path), at, options_of())
+    )
     snapshot_store.close()
 
 
@@ -166,12 +170,12 @@ def test_steps_that_wrap_round_the_data(run_ranks, data, at):
     """In the first pass, at its end, and in a later one."""
     snapshot_store = SnapshotStore(2)
     options = options_of(epochs=None, steps=13)
-    assert_same(run_ranks(2, whole_and_halves, Net, data, snapshot_store.paths, None, at, options))
+    assert_same(run_ranks(2, undisturbed_and_resumed, Net, data, snapshot_store.paths, None, at, options))
     snapshot_store.close()
 
 
 class Own(torch.optim.SGD):
-    """An optimizer of the user's, which counts its steps in a number."""
+    """A user's optimizer that counts its steps in a number."""
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -183,7 +187,7 @@ class Own(torch.optim.SGD):
 
 
 class Counting(torch.optim.SGD):
-    """An optimizer of the user's, whose rate follows from what it keeps itself, some of it since its first step."""
+    """A user's optimizer whose rate depends on its own attributes, some of which its first step creates."""
 
     def __init__(self, params, lr):
         super().__init__(params, lr)
@@ -209,12 +213,12 @@ OPTIMIZERS = [
 
 
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=["own", "clip", "attributes"])
-def test_an_optimizer_that_is_not_divided(run_ranks, tmp_path, options):
-    """Its state is kept too, numbers included, and what it keeps under names of its own."""
+def test_an_optimizer_that_is_not_sharded(run_ranks, tmp_path, options):
+    """Its state is saved too, with numbers, and so are its own attributes."""
     snapshot_store = SnapshotStore(2)
     for folder in (None, str(tmp_path)):
         assert_same(
-            run_ranks(2, whole_and_halves, wide, tensors, snapshot_store.paths, folder, 8, options_of(**options))
+            run_ranks(2, undisturbed_and_resumed, wide, tensors, snapshot_store.paths, folder, 8, options_of(**options))
         )
     snapshot_store.close()
 
@@ -228,24 +232,24 @@ def scale_after(paths):
     return CheckpointReader.in_memory(read(newest(paths)[1])).ranks[0]["precision"]
 
 
-def test_the_scale_of_fp16_goes_on(run_ranks):
-    """As it was learnt, and how many steps it has held."""
+def test_the_loss_scale_of_fp16_continues(run_ranks):
+    """Its value, and the number of steps without overflow."""
     snapshot_store, other = SnapshotStore(2), SnapshotStore(2)
     options = options_of(precision="fp16", loss=overflowing)
-    assert_same(run_ranks(2, whole_and_halves, Net, tensors, snapshot_store.paths, None, 8, options))
-    run_ranks(2, whole_run, Net, other.paths, options)
+    assert_same(run_ranks(2, undisturbed_and_resumed, Net, tensors, snapshot_store.paths, None, 8, options))
+    run_ranks(2, undisturbed, Net, other.paths, options)
     assert scale_after(other.paths) == scale_after(snapshot_store.paths)
     assert scale_after(snapshot_store.paths)[0] < 2.0**16
     snapshot_store.close()
     other.close()
 
 
-def whole_run(world, make, paths, options):
+def undisturbed(world, make, paths, options):
     train(world, seeded(make), tensors(), snapshot_paths=paths, **options)
 
 
 class Noting(torch.optim.SGD):
-    """Keeps an object."""
+    """Has an object in its state."""
 
     def step(self, closure=None):
         super().step(closure)
@@ -254,7 +258,7 @@ class Noting(torch.optim.SGD):
 
 
 class Wrapping(torch.optim.SGD):
-    """Keeps another optimizer, whose state changes."""
+    """Holds another optimizer, whose state changes."""
 
     def __init__(self, params, lr):
         super().__init__(params, lr)
@@ -265,7 +269,7 @@ class Wrapping(torch.optim.SGD):
 
 
 class Averaging(torch.optim.SGD):
-    """Keeps a tensor, which it changes."""
+    """Holds a tensor, which it changes."""
 
     def __init__(self, params, lr):
         super().__init__(params, lr)
@@ -292,86 +296,94 @@ UNFIT = [(Noting, "note is a object"), (Wrapping, "inner is a Adam"), (Averaging
 
 @pytest.mark.parametrize(("kind", "what"), UNFIT)
 def test_what_a_snapshot_cannot_hold(run_ranks, tmp_path, kind, what):
-    """No snapshots are taken, which is said once a rank; where a checkpoint is asked for, it is an error."""
+    """No snapshots are taken, with one note per rank; with checkpoints, it is an error."""
     snapshot_store = SnapshotStore(2)
     for state, notes in run_ranks(2, note, snapshot_store.paths, None, kind):
         assert "finished" == state
         (text,) = notes
-        assert text.startswith(f"no snapshots are taken, so a lost rank means to begin anew: the optimizer's {what}")
+        reason = f"the optimizer's {what}"
+        assert text.startswith(f"no snapshots are taken, so after the loss of a rank the run starts over: {reason}")
     assert newest(snapshot_store.paths) is None
     for text, _ in run_ranks(2, note, snapshot_store.paths, str(tmp_path), kind):
         assert f"the optimizer's {what}, which a checkpoint cannot hold" in text
     snapshot_store.close()
 
 
-def late(world, function, *args):
-    """Call it in a rank that hears one step late what all have agreed on, as where a GPU is not waited for."""
+def with_lag(world, function, *args):
+    """Call it on a rank that reads the summed flags one step late, as on a GPU."""
     make = Strategy.__init__
 
-    def made_late(strategy, *given):
+    def with_lag_of_one(strategy, *given):
         make(strategy, *given)
         strategy.lag = 1
 
-    Strategy.__init__ = made_late
+    Strategy.__init__ = with_lag_of_one
     return function(world, *args)
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("at", [1, 4, 12])
-def test_a_stop_that_is_heard_late_changes_no_bit(run_ranks, tmp_path, where, at):
-    """It goes on from the step after which all have heard of it."""
+def test_a_stop_that_is_received_late_changes_no_bit(run_ranks, tmp_path, where, at):
+    """The run resumes from the step after which all ranks applied it."""
     snapshot_store = SnapshotStore(2)
     folder = str(tmp_path) if where == "disk" else None
-    assert_same(run_ranks(2, late, whole_and_halves, Net, tensors, snapshot_store.paths, folder, at, options_of()))
+    assert_same(
+        run_ranks(2, with_lag, undisturbed_and_resumed, Net, tensors, snapshot_store.paths, folder, at, options_of())
+    )
     snapshot_store.close()
 
 
-def often(world, paths, folder, commands):
-    """Train with a checkpoint every second step, and those ordered; what was told of them."""
-    told = []
-    sink = type("Sink", (), {"emit": lambda _, e: isinstance(e, (Noted, Checkpointed)) and told.append(e)})()
+def with_many_checkpoints(world, paths, folder, commands):
+    """Train with a checkpoint every second step, and commanded ones; their events."""
+    events = []
+    sink = type("Sink", (), {"emit": lambda _, e: isinstance(e, (Noted, Checkpointed)) and events.append(e)})()
     options = options_of(checkpoint=folder, checkpoint_every=2, checkpoint_keep=100, epochs=12, sinks=[sink])
     train(world, seeded(Net), tensors(), snapshot_paths=paths, commands=Given(commands), **options)
-    return told
+    return events
 
 
 @pytest.mark.parametrize("lags", [False, True])
 def test_checkpoints_one_after_the_other(run_ranks, tmp_path, lags):
-    """Each one is begun once and is whole when it counts, however soon the next one is asked for, or ordered."""
+    """Each is complete when published, however soon the next planned or commanded one is due."""
     snapshot_store = SnapshotStore(2)
     commands = {step: [("checkpoint", str(tmp_path / "ordered"))] for step in (3, 4, 30, 31)}
-    told, none = run_ranks(
-        2, *([late] if lags else []), often, snapshot_store.paths, str(tmp_path / "planned"), commands
+    events, others = run_ranks(
+        2,
+        *([with_lag] if lags else []),
+        with_many_checkpoints,
+        snapshot_store.paths,
+        str(tmp_path / "planned"),
+        commands,
     )
-    assert all(isinstance(event, Checkpointed) for event in [*told, *none]), told
-    assert [] == none
+    assert all(isinstance(event, Checkpointed) for event in [*events, *others]), events
+    assert [] == others
     for name, least in ("planned", 3), ("ordered", 2):
-        steps = [event.step for event in told if name in event.path]
+        steps = [event.step for event in events if name in event.path]
         assert len(steps) >= least
         assert sorted(steps) == steps
-        assert len(set(steps)) == len(checkpoints(tmp_path / name))  # the last one takes the place of one of its step
+        assert len(set(steps)) == len(checkpoints(tmp_path / name))  # the final one replaces one of the same step
         for each in checkpoints(tmp_path / name):
             load_checkpoint(str(tmp_path / name / each), Net())
     snapshot_store.close()
 
 
 def test_a_folder_goes_by_any_of_its_names(run_ranks, tmp_path):
-    """A checkpoint may be asked for in the planned folder, and twice in another one, by links to them."""
+    """Commands may name the planned folder, and another one twice, by symbolic links."""
     for name in ("planned", "ordered"):
         (tmp_path / name).mkdir()
         (tmp_path / f"{name} too").symlink_to(tmp_path / name)
     names = ["planned too", "ordered", "ordered too", "ordered", "planned too"]
     commands = {3 + 4 * i: [("checkpoint", str(tmp_path / name))] for i, name in enumerate(names)}
-    told, none = run_ranks(2, often, [], str(tmp_path / "planned"), commands)
-    assert all(isinstance(event, Checkpointed) for event in told), told
-    assert [] == none
+    events, others = run_ranks(2, with_many_checkpoints, [], str(tmp_path / "planned"), commands)
+    assert all(isinstance(event, Checkpointed) for event in events), events
+    assert [] == others
     assert 3 == len(checkpoints(tmp_path / "ordered"))
-    assert {3, 19}.issubset(event.step for event in told if str(tmp_path / "planned") in event.path)
+    assert {3, 19}.issubset(event.step for event in events if str(tmp_path / "planned") in event.path)
     assert [] == [*tmp_path.glob("*/.lease-*")]
 
 
 def with_little_memory(world, paths, folder, short):
-    """Train where some ranks have hardly any memory: notes, the steps in this rank's slots, the checkpoints."""
+    """Train where some ranks have little memory: the notes, and the steps in this rank's snapshot buffers."""
     notes = []
     sink = type("Sink", (), {"emit": lambda _, event: isinstance(event, Noted) and notes.append(event.text)})()
     with pytest.MonkeyPatch.context() as patch:
@@ -384,33 +396,35 @@ def with_little_memory(world, paths, folder, short):
 @pytest.mark.parametrize("short", [[1], [0, 1]], ids=["on one rank", "on all"])
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 def test_too_little_memory_for_snapshots(run_ranks, tmp_path, disk, short):
-    """No rank takes any, and all say so; what goes to disk passes through one slot."""
+    """No rank takes any, and all ranks emit a note; checkpoints use one buffer."""
     snapshot_store = SnapshotStore(2)
     folder = str(tmp_path) if disk else None
-    instead = "go on from the last checkpoint" if disk else "begin anew"
+    instead = "resumes from its last checkpoint" if disk else "starts over"
     for notes, steps in run_ranks(2, with_little_memory, snapshot_store.paths, folder, short):
         (note,) = notes
-        assert note.startswith(f"no snapshots are taken, so a lost rank means to {instead}: they need ")
+        assert note.startswith(f"no snapshots are taken, so after the loss of a rank the run {instead}: they need ")
         assert ([15, -1, -1] if disk else [-1, -1, -1]) == steps
     assert disk == bool(folder and checkpoints(tmp_path))
     snapshot_store.close()
 
 
-def begun_again(world, folder, paths, run_id):
-    """Where a run begins that goes on without a snapshot, and what it comes to."""
-    begun = []
-    sink = type("Sink", (), {"emit": lambda _, event: isinstance(event, RunStarted) and begun.append(event.step)})()
+def restarted(world, folder, paths, run_id):
+    """The steps at which a run starts, first and when resumed without a snapshot; and its final weights."""
+    start_steps = []
+    sink = type(
+        "Sink", (), {"emit": lambda _, event: isinstance(event, RunStarted) and start_steps.append(event.step)}
+    )()
     options = options_of(checkpoint=folder, snapshot_paths=paths, sinks=[sink])
     train(world, seeded(Net), tensors(), run_id="mine", commands=stop_after(6), **options)
     model = seeded(Net)
     _, after = train(world, model, tensors(), run_id=run_id, from_snapshot=True, **options | {"snapshot_paths": ()})
-    return begun, after
+    return start_steps, after
 
 
-def test_without_a_snapshot_a_run_goes_on_from_its_own_checkpoint(run_ranks, tmp_path):
-    """And never from that of another run in the same folder."""
+def test_without_a_snapshot_a_run_resumes_from_its_own_checkpoint(run_ranks, tmp_path):
+    """And never from one of another run in the same folder."""
     for run_id, step in [("mine", 6), ("another", 0)]:
         snapshot_store = SnapshotStore(2)
-        outcomes = run_ranks(2, begun_again, str(tmp_path / run_id), snapshot_store.paths, run_id)
-        assert [[0, step]] * 2 == [begun for begun, _ in outcomes]
+        outcomes = run_ranks(2, restarted, str(tmp_path / run_id), snapshot_store.paths, run_id)
+        assert [[0, step]] * 2 == [start_steps for start_steps, _ in outcomes]
         snapshot_store.close()

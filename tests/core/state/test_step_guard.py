@@ -1,4 +1,4 @@
-"""After an error, the last complete step is there: on the rank that has it, and on those that waited for that one."""
+"""After an error, the last complete step is saved: on the rank that failed, and on those that waited for it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from nbdist.errors import PeerLostError, TaskError
 
 
 class Failing:
-    """Raises on one rank, in one of its calls, in some place of a training.
+    """Raises on one rank, in one call of one place of a training.
 
     Args:
-        where: Which place.
-        rank: Which rank.
+        where: The place.
+        rank: The rank.
         call: Which call, counted from 1.
     """
 
@@ -73,7 +73,7 @@ class Raises(torch.autograd.Function):
 
 
 class FailingNet(Net):
-    """Raises in the middle of forward, when its statistics have been written, or in backward."""
+    """Raises in forward, after running statistics were written, or in backward."""
 
     failing = None
     rarely = 10**6
@@ -100,7 +100,7 @@ class FailingItems(Items):
 
 
 def fail(world, where, rank, call, paths, options):
-    """Train until rank `rank` fails; what each rank sees."""
+    """Train until rank `rank` fails; returns the error that each rank sees."""
     failing = Failing(where, rank, call)
     model, data = seeded(FailingNet), FailingItems()
     if world.rank == rank:
@@ -115,12 +115,12 @@ def fail(world, where, rank, call, paths, options):
         return type(error).__name__
 
 
-def kept_of(paths, make=FailingNet):
+def loaded_snapshot(paths, make=FailingNet):
     """The newest snapshot in an ordinary model and optimizer: its step, weights and buffers, and state."""
-    step, slots = newest(paths)
+    step, buffers = newest(paths)
     model = seeded(make)
     optimizer = ADAMW([p for p in model.parameters() if p.requires_grad])
-    saved = CheckpointReader.in_memory(read(slots))
+    saved = CheckpointReader.in_memory(read(buffers))
     load_whole(saved, model, optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     state = {f"{names[id(p)]}/{k}": v.clone() for p, own in optimizer.state.items() for k, v in own.items()}
@@ -132,13 +132,13 @@ def stopped_run(world, paths, at, options):
 
 
 def counts(position):
-    """A position without what a clock has said."""
+    """The progress without its seconds."""
     return [position[name] for name in ("epoch", "batch", "step", "samples")], position["row"]["loss"], [
         {**row, "seconds": 0} for row in position["history"]
     ]  # fmt: skip
 
 
-PLACES = {  # the call that fails, and the last complete step; None where the update itself is not complete
+PLACES = {  # the call that fails, and the last complete step; None if the error is inside an update
     "forward": (2 * 7 + 2, 7),
     "backward": (2 * 7 + 1, 7),
     "loss": (2 * 7 + 2, 7),
@@ -150,25 +150,25 @@ PLACES = {  # the call that fails, and the last complete step; None where the up
 
 
 @pytest.mark.parametrize(("where", "rank"), [(where, i % 2) for i, where in enumerate(PLACES)])
-def test_after_an_error_the_last_complete_step_is_there(run_on_each_channel, where, rank):
-    """Bit for bit, weights, statistics and state, and where it stood; where an update was cut off, one before it."""
+def test_after_an_error_the_last_complete_step_is_saved(run_on_each_channel, where, rank):
+    """Weights, statistics, state and progress, bit for bit; after half an update, an earlier snapshot."""
     call, expected_step = PLACES[where]
     options = options_of() if where == "metric" else options_of(val=None, metric=None)
     snapshot_store, other = SnapshotStore(2), SnapshotStore(2)
     outcomes = run_on_each_channel(2, fail, where, rank, call, snapshot_store.paths, options)
     assert "ZeroDivisionError" == outcomes[rank]
-    step, position, kept = kept_of(snapshot_store.paths)
+    step, position, loaded = loaded_snapshot(snapshot_store.paths)
     assert step == expected_step or (expected_step is None and 1 <= step <= 8)
     run_on_each_channel(2, stopped_run, other.paths, step, options)
-    expected = kept_of(other.paths)
+    expected = loaded_snapshot(other.paths)
     assert (step, counts(position)) == (expected[0], counts(expected[1]))
-    assert_same_bits(expected[2], kept)
+    assert_same_bits(expected[2], loaded)
     snapshot_store.close()
     other.close()
 
 
 def explode(world, paths, stop):
-    """A loss that is not finite in the fourth step: the error, and the weights that are left."""
+    """A loss that is not finite in the fourth step: the error, and the weights after it."""
     calls, model = iter(range(1, 99)), seeded(Net)
     options = options_of(val=None, metric=None, accumulate=1, loss=lambda output, y: (
         F.cross_entropy(output, y) * (float("nan") if next(calls) == 4 else 1.0)))  # fmt: skip
@@ -180,14 +180,14 @@ def explode(world, paths, stop):
 
 
 def test_stop_on_nan(run_ranks):
-    """It ends with an error before the weights are touched, on all ranks; without it, the weights are lost."""
+    """All ranks fail before the weights change; without the option, the weights become nan."""
     snapshot_store, other = SnapshotStore(1), SnapshotStore(1)
     ((text, left),) = run_ranks(1, explode, snapshot_store.paths, True)
     assert "the loss is nan in step 4: lower the learning rate" in text
     assert all(tensor.isfinite().all() for tensor in left.values())
-    step, _, kept = kept_of(snapshot_store.paths, Net)
+    step, _, loaded = loaded_snapshot(snapshot_store.paths, Net)
     assert 3 == step
-    assert all(tensor.isfinite().all() for tensor in kept.values())
+    assert all(tensor.isfinite().all() for tensor in loaded.values())
     ((text, left),) = run_ranks(1, explode, other.paths, False)
     assert ("", True) == (text, bool(left["first.weight"].isnan().any()))
     snapshot_store.close()
@@ -195,14 +195,14 @@ def test_stop_on_nan(run_ranks):
 
 
 def layers():
-    """What every mesh can split, with statistics."""
+    """A model that every mesh can split, with running statistics."""
     return nn.Sequential(
         nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
     )
 
 
 def fail_on_mesh(world, mesh, where, paths):
-    """The last rank fails in the loss after seven steps, or in its eighth update; what each rank sees."""
+    """The last rank fails in the loss after seven steps, or in its eighth update; each rank's error."""
     steps = []
 
     def rates(optimizer):
@@ -210,7 +210,7 @@ def fail_on_mesh(world, mesh, where, paths):
         optimizer.register_step_pre_hook(lambda *_: rarely() if where == "update" else None)
 
         class Still:
-            """A scheduler that changes and keeps nothing."""
+            """A scheduler that changes nothing and has no state."""
 
             def step(self):
                 pass
@@ -251,17 +251,17 @@ ON_MESH = {"batch_size": 16, "epochs": 3, "accumulate": 2, "seed": 4}
 
 @pytest.mark.parametrize("where", ["loss", "update"])
 @pytest.mark.parametrize("mesh", ["shard=2", "pp=2", "tp=2", "dp=2,shard=2", "shard=2,pp=2", "pp=2,tp=2"])
-def test_so_it_is_where_the_model_is_in_parts(run_ranks, mesh, where):
-    """Wherever a rank was: in the middle of a gathered block, or with others that wait in a stage."""
+def test_the_same_with_a_sharded_model(run_ranks, mesh, where):
+    """Wherever a rank was: inside a gathered block, or with other ranks waiting in a stage."""
     size = math.prod(int(part[-1]) for part in mesh.split(","))
     snapshot_store, other = SnapshotStore(size), SnapshotStore(size)
     outcomes = run_ranks(size, fail_on_mesh, mesh, where, snapshot_store.paths)
     assert "ZeroDivisionError" == outcomes[-1]
-    step, position, kept = kept_of(snapshot_store.paths, layers)
+    step, position, loaded = loaded_snapshot(snapshot_store.paths, layers)
     assert step == 7 if where == "loss" else 1 <= step <= 7
     run_ranks(size, stopped_on_mesh, mesh, step, other.paths)
-    expected = kept_of(other.paths, layers)
+    expected = loaded_snapshot(other.paths, layers)
     assert (step, counts(position)) == (expected[0], counts(expected[1]))
-    assert_same_bits(expected[2], kept)
+    assert_same_bits(expected[2], loaded)
     snapshot_store.close()
     other.close()

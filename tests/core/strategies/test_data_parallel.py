@@ -1,4 +1,4 @@
-"""Replicas: what they share at the start, and what BatchNorm and other buffers mean across ranks."""
+"""Data parallel replicas: the broadcast at the start, and BatchNorm and other buffers across ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEVER = torch.finfo(torch.float32).min
 
 
 class Normed(nn.Module):
-    """A model with running statistics, constant buffers, and one that is in no state_dict."""
+    """A model with running statistics, constant buffers, and a non-persistent one."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ class Normed(nn.Module):
 
 
 def differing(world):
-    """Every rank brings other weights and buffers."""
+    """Every rank starts with other weights and buffers."""
     model = seeded(Normed)
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.detach().add_(world.rank)
@@ -37,8 +37,8 @@ def differing(world):
     return weights(model), model.steps
 
 
-def test_all_start_from_rank_zero(run_ranks):
-    """Weights and buffers of rank 0 go to all ranks, those outside the state_dict too."""
+def test_weights_of_rank_zero_are_broadcast(run_ranks):
+    """Weights and buffers of rank 0 are broadcast, non-persistent ones too."""
     for tensors, steps in run_ranks(3, differing):
         assert_same_bits(weights(seeded(Normed)), tensors)
         assert 0 == steps.item()
@@ -53,7 +53,7 @@ def train_normed(world, batch_size, samples, accumulate=1, optimizer=SGD):
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_batch_norm_trains_on_local_statistics(run_ranks, ranks):
-    """In training BatchNorm sees its own slice only, as one process that accumulates does: the weights are the same."""
+    """In training BatchNorm normalizes its own slice, as one process with accumulation does: weights are the same."""
     _, expected = train_normed(World(), 12, 36, accumulate=ranks)
     for _, trained in run_ranks(ranks, train_normed, 12, 36):
         for name, tensor in expected.items():
@@ -63,7 +63,7 @@ def test_batch_norm_trains_on_local_statistics(run_ranks, ranks):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_running_statistics_are_the_mean_over_the_replicas(run_ranks, ranks):
-    """Each replica follows its own slices; the trained model holds the mean, the same bits on every rank."""
+    """Each replica tracks its own slices; the trained model has the mean, the same bits on every rank."""
     x, _ = classes(36, torch.float32)
     replicas = [seeded(Normed) for _ in range(ranks)]
     for batch in x.split(12):
@@ -79,13 +79,13 @@ def test_running_statistics_are_the_mean_over_the_replicas(run_ranks, ranks):
 
 
 def standing_still(parameters):
-    """Only running statistics move."""
+    """Leaves the parameters unchanged, so that only running statistics change."""
     return torch.optim.SGD(parameters, lr=0.0)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_constant_buffers_stay_to_the_bit(run_ranks, ranks):
-    """Masks and tables come home as they were: no rounding of a mean, and no overflow of the sum before it."""
+    """Masks and tables are returned unchanged: no rounding of a mean, and no overflow of its sum."""
     for _, trained in run_ranks(ranks, train_normed, 12, 24):
         assert torch.equal(seeded(Normed).mask, trained["mask"])
 
@@ -107,8 +107,8 @@ def test_modules_in_evaluation_mode_stay_in_it():
     assert [True, True, False, True] == [module.training for module in model.modules()]
 
 
-def test_a_model_in_evaluation_mode_is_trained_and_put_back():
-    """Training switches the modules on and gives each one its mode back."""
+def test_modules_get_their_modes_back_after_training():
+    """Training sets train mode and gives each module its mode back."""
     model = seeded(Normed).eval()
     model.last.train()
     before = weights(model)

@@ -1,4 +1,4 @@
-"""One copy of the weights for all ranks of a host. That the bits are right, the parity tests show on this kind too."""
+"""Data parallelism with one shared copy of the weights on a host. The parity tests check its bits too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nbdist.plan import Plan
 
 
 class Mine(torch.optim.SGD):
-    """An optimizer of the user's own, which might look at all parameters at once."""
+    """A user-defined optimizer, which might use all parameters at once."""
 
 
 class Normed(nn.Module):
@@ -56,7 +56,7 @@ def choose(world, above):
 
 
 def test_weights_are_shared_where_the_update_can_be_split(run_ranks):
-    """By parameters: not where somebody needs all gradients, or the optimizer's whole state; nor where it is small."""
+    """Not if all gradients or the optimizer's whole state are needed, nor for a small model."""
     assert run_ranks(2, choose, 0) == [{name: expected for name, (*_, expected) in CASES.items()}] * 2
     assert run_ranks(2, choose, choice.SHARED_ABOVE) == [dict.fromkeys(CASES, "DataParallel")] * 2
     assert run_ranks(2, choose, 0, channel="process group") == [dict.fromkeys(CASES, "DataParallel")] * 2
@@ -65,7 +65,7 @@ def test_weights_are_shared_where_the_update_can_be_split(run_ranks):
 def one_copy(world):
     model = mlp()
     if world.rank:
-        nn.init.zeros_(model[0].weight)  # what rank 0 has is what counts
+        nn.init.zeros_(model[0].weight)  # rank 0's weights are broadcast
     strategy = strategy_of(SharedWeights, world, model)
     began = weights(model)
     world.channel().barrier()
@@ -82,8 +82,8 @@ def one_copy(world):
     return began, during, model[0].weight.detach().clone()
 
 
-def test_what_one_rank_writes_all_ranks_read_until_the_end(run_ranks):
-    """It is the same memory, with rank 0's weights at first; afterwards each rank has weights of its own again."""
+def test_ranks_map_the_same_weights_until_the_end(run_ranks):
+    """All ranks map the same memory, with rank 0's weights; afterwards each rank has its own weights again."""
     expected = mlp()
     for rank, (began, during, after) in enumerate(run_ranks(3, one_copy)):
         assert_same_bits(weights(expected), began)
@@ -106,7 +106,7 @@ def states(world):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_parameter_has_one_owner(run_ranks, size):
-    """Which alone keeps its optimizer state."""
+    """Only the owner holds a parameter's optimizer state."""
     owned = run_ranks(size, states)
     assert sorted(name for names in owned for name in names) == sorted(dict(mlp().named_parameters()))
     assert all(owned)
@@ -129,7 +129,7 @@ def lose_rank_one(world):
 
 
 def test_a_lost_rank_releases_the_others(run_ranks):
-    """In the middle of a step, with an error."""
+    """In the middle of a step, with an error and no hang."""
     with pytest.raises(ZeroDivisionError, match="released"):
         run_ranks(3, lose_rank_one)
 
@@ -193,7 +193,7 @@ def writing(world, how):
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_model_that_writes_to_its_weights_trains_as_on_one_rank(run_ranks, how, size):
-    """Each rank writes to memory of its own, and goes on from what the owner has made of it."""
+    """Each rank writes to private memory, and continues from the owner's values."""
     result, expected = alone(seeded(lambda: Writes(how), torch.float64), classes(24), val=classes(6), **OPTIONS)
     for loss, trained in run_ranks(size, writing, how):
         torch.testing.assert_close(trained, expected, rtol=1e-9, atol=1e-9)
@@ -217,7 +217,7 @@ def late(world):
 
 
 def test_writing_to_a_shared_weight_from_a_later_step_on_is_refused(run_ranks):
-    """In that step, by name and with what to write instead: other ranks may have read what was half written."""
+    """The error comes in that step and names the parameter and the fix: other ranks may have read half a write."""
     for kind, message, steps in run_ranks(2, late):
         assert 3 == steps
         assert kind == "PeerLostError" or ("parameter 3.weight in place" in message and "3.weight.data" in message)
@@ -234,6 +234,6 @@ def grown(world):
 
 
 def test_a_weight_of_another_shape_is_refused(run_ranks):
-    """With both shapes."""
-    with pytest.raises(TaskError, match=r"makes parameter 0.weight one of shape \[9, 6\].* had \[8, 6\]"):
+    """The error names both shapes."""
+    with pytest.raises(TaskError, match=r"changes parameter 0.weight to shape \[9, 6\].* from \[8, 6\]"):
         run_ranks(2, grown)

@@ -1,4 +1,4 @@
-"""Reproducible runs: the same bits on any number of ranks."""
+"""Deterministic gradient sync (`--reproducible`): the same bits on any number of ranks."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ CASES = {
 
 
 def run(world):
-    """Each case: its history, but for the seconds, and its weights and buffers."""
+    """For each case its history, without seconds, and its weights and buffers."""
     found = []
     for make in CASES.values():
         model, options = make()
@@ -101,7 +101,7 @@ def expected():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_no_bit_depends_on_the_number_of_ranks(run_on_each_channel, expected, size):
-    """Weights, buffers, losses and metrics, whatever the ranks sum through."""
+    """Weights, buffers, losses and metrics, over every kind of channel."""
     for rank in run_on_each_channel(size, run):
         for name, (history, state), (expected_history, expected_state) in zip(CASES, rank, expected, strict=True):
             assert expected_history == history, name
@@ -109,13 +109,13 @@ def test_no_bit_depends_on_the_number_of_ranks(run_on_each_channel, expected, si
 
 
 def test_other_slices_give_other_bits(expected):
-    """So the cases above say something: four slices are not eight, and dropout draws anew in each."""
+    """The cases above are sensitive: four slices give other bits than eight, and each draws its own dropout."""
     by_name = dict(zip(CASES, expected, strict=True))
     assert by_name["sgd"][0] != by_name["eight slices"][0]
 
 
 @pytest.mark.parametrize("name", ["clipped", "buffers"])
-def test_it_is_an_ordinary_training(expected, name):
+def test_losses_equal_those_of_ordinary_training(expected, name):
     """Losses are those of the same slices in one process, to rounding; BatchNorm counts one batch a step."""
     model, options = CASES[name]()
     result, _ = train(
@@ -139,19 +139,19 @@ def test_it_is_an_ordinary_training(expected, name):
     ],
 )
 def test_what_depends_on_the_number_of_ranks_is_refused(options, words):
-    """In one sentence, with the cure, before anything has begun."""
+    """In one sentence, with what to do, before anything has started."""
     with pytest.raises(PlanError, match=words):
         Plan.create(ranks=2, cores=4, **{"reproducible": True, **options})
 
 
 def test_threads_are_part_of_the_arithmetic():
-    """One a rank, unless they are given: as many as there are cores would depend on the number of ranks."""
+    """One thread per rank by default: a share of the cores would depend on the number of ranks."""
     assert [1, 1, 1] == [Plan.create(ranks=n, cores=8, reproducible=True).threads for n in (1, 2, 4)]
     assert Plan.create(ranks=2, cores=8, reproducible=True, threads=3).threads == 3
 
 
-def test_torch_is_as_before_afterwards(home):
-    """Deterministic while it trains, and then as the user had it."""
+def test_torch_settings_are_restored(home):
+    """Deterministic algorithms while it trains, then the user's setting again."""
     seen = []
 
     def step(model, batch):

@@ -27,25 +27,25 @@ def data():
 
 
 def clamp(model):
-    """As nobody could of shares: a clamp."""
+    """A clamp, which cannot be applied to each share."""
     for parameter in model.parameters():
         parameter.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
 
 
 def mask(model):
-    """It knows the shape of the whole."""
+    """Needs the shape of the whole gradient."""
     model[0].weight.register_hook(lambda gradient: gradient * (torch.arange(16) < 4)[:, None])
 
 
 def look(model):
-    """Several on one parameter, one of which only looks."""
+    """Several hooks on one parameter, one of which only reads."""
     model[2].weight.register_hook(lambda gradient: None)
     model[2].weight.register_hook(torch.sign)
     model[2].weight.register_hook(lambda gradient: 0.01 * gradient)
 
 
 def clamp_after(model):
-    """In place, after the gradient is accumulated."""
+    """A post-accumulate hook that changes the gradient in place."""
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(clamp_gradient)
 
@@ -55,7 +55,7 @@ def clamp_gradient(parameter):
 
 
 def other_after(model):
-    """Another tensor in the place of the gradient."""
+    """A hook that replaces the gradient by another tensor."""
     model[0].weight.register_post_accumulate_grad_hook(sign_gradient)
 
 
@@ -64,7 +64,7 @@ def sign_gradient(parameter):
 
 
 def update_after(model):
-    """The update itself, with nothing left for the optimizer."""
+    """A hook that makes the update itself and leaves nothing for the optimizer."""
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(update)
 
@@ -80,7 +80,7 @@ AFTER = [clamp_after, other_after, update_after]
 
 
 def plain(register, clip_norm=None):
-    """A loop by hand over whole batches."""
+    """A plain training loop over whole batches."""
     model, (x, y) = net(), data()
     optimizer = SGD(model.parameters())
     register(model)
@@ -103,7 +103,7 @@ def trained(world, register, **options):
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("register", BEFORE)
 def test_a_hook_sees_the_whole_gradient(run_ranks, register, mesh):
-    """What it makes of it is what a loop by hand makes of it."""
+    """The result is that of a plain training loop."""
     options = {"strategy": mesh, "accumulate": 1 if mesh == "pp=2" else 2}
     for found in run_ranks(2, functools.partial(trained, **options), register):
         torch.testing.assert_close(found, plain(register), rtol=0, atol=1e-12)
@@ -112,29 +112,29 @@ def test_a_hook_sees_the_whole_gradient(run_ranks, register, mesh):
 @pytest.mark.parametrize("mesh", ["dp=2", "pp=2"])
 @pytest.mark.parametrize("register", AFTER)
 def test_a_hook_after_the_accumulation_sees_the_whole_gradient(run_ranks, register, mesh):
-    """It may change it, put another one in its place, or leave none."""
+    """It may change the gradient, replace it, or set it to None."""
     for found in run_ranks(2, functools.partial(trained, strategy=mesh), register):
         torch.testing.assert_close(found, plain(register), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("register", AFTER)
 def test_a_hook_after_the_accumulation_on_each_channel(run_on_each_channel, register):
-    """Where ranks share the weights, the one that owns a parameter runs it, for all."""
+    """With shared weights, the owner of a parameter runs its hook, for all ranks."""
     for found in run_on_each_channel(2, functools.partial(trained, strategy="dp=2"), register):
         torch.testing.assert_close(found, plain(register), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{"clip_norm": 0.05}, {"reproducible": 4}, {"precision": "fp16"}])
-def test_hooks_go_with_every_way_to_sum(run_ranks, options):
-    """Before clipping, as backward comes before it; where bits depend on no number of ranks; and after unscaling."""
+def test_hooks_run_with_every_kind_of_sync(run_ranks, options):
+    """Hooks run before clipping, with `--reproducible`, and after fp16 unscaling."""
     for found in run_ranks(2, functools.partial(trained, strategy="dp=2", **options), clamp):
         torch.testing.assert_close(found, plain(clamp, options.get("clip_norm")), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("mesh", ["shard=2", "tp=2"])
-def test_a_hook_that_would_see_a_part_is_refused(run_ranks, mesh):
-    """A parameter of which a rank holds a part cannot be shown whole."""
-    with pytest.raises(PlanError, match=r"parameter 0\.weight has a hook that runs after .*use register_hook, or"):
+def test_a_hook_that_would_get_a_part_is_refused(run_ranks, mesh):
+    """A post-accumulate hook cannot get the whole of a parameter that is split over ranks."""
+    with pytest.raises(PlanError, match=r"parameter 0\.weight has a post-accumulate-grad hook, .*use register_hook"):
         run_ranks(2, functools.partial(trained, strategy=mesh), clamp_after)
 
 
@@ -148,21 +148,21 @@ def hook_of_the_optimizer(world, mesh):
 
 
 @pytest.mark.parametrize("mesh", ["shard=2", "tp=2", "pp=2"])
-def test_a_hook_of_the_optimizer_that_would_see_some_is_refused(run_ranks, mesh):
-    """It might look at all parameters together; a step of the user's own can be tried, a hook cannot."""
-    with pytest.raises(PlanError, match="the optimizer has hooks around its step"):
+def test_an_optimizer_hook_on_a_mesh_is_refused(run_ranks, mesh):
+    """It might use all parameters together; the user's step() can be tried on small tensors, a hook cannot."""
+    with pytest.raises(PlanError, match="the optimizer has step hooks"):
         run_ranks(2, hook_of_the_optimizer, mesh)
 
 
-def test_hooks_are_back_when_the_run_has_ended():
-    """The same dicts, from which their handles remove them."""
+def test_hooks_are_restored_after_the_run():
+    """The same dicts are restored: the hooks' handles remove from them."""
     model = net()
     handles = [model[0].weight.register_hook(torch.sign), model[0].bias.register_post_accumulate_grad_hook(update)]
     hooks = GradientHooks(model)
     model(torch.ones(1, 8, dtype=torch.float64)).sum().backward()
     assert model[0].weight.grad.abs().min() < 1, "no sign was taken"
     assert model[0].bias.grad is not None, "no update took it"
-    hooks.put_back()
+    hooks.restore()
     assert [torch.sign] == list(model[0].weight._backward_hooks.values())
     assert [update] == list(model[0].bias._post_accumulate_grad_hooks.values())
     for handle in handles:

@@ -1,4 +1,4 @@
-"""Gradients: flat, weighted, overlapping or not, and what becomes of a parameter that nobody used."""
+"""Gradient all-reduce: flat buckets, weights, overlap with backward, and unused parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TINY_MIB = 2**-16  # 16 bytes: nearly every parameter has a bucket to itself
 
 
 class Branches(nn.Module):
-    """Two ways through, in two dtypes, and one that nobody takes; one parameter is too large for a single message."""
+    """Two branches in two dtypes, and one that is never used; one parameter is too large for a single message."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class Branches(nn.Module):
         return self.last(hidden.double()) + self.wide(hidden).mean()
 
 
-def told(totals):
+def unpack(totals):
     return totals.weight, totals.flags.commands, totals.flags.exhausted
 
 
@@ -58,23 +58,23 @@ def test_overlapping_with_backward_changes_no_bit(run_ranks, size, accumulate):
     expected = run_ranks(size, gradients, False, 25.0, accumulate)
     for bucket_mib in (TINY_MIB, 25.0):
         for plain, overlapping in zip(expected, run_ranks(size, gradients, True, bucket_mib, accumulate), strict=True):
-            assert [told(totals) for _, totals in plain] == [told(totals) for _, totals in overlapping]
+            assert [unpack(totals) for _, totals in plain] == [unpack(totals) for _, totals in overlapping]
             for step in range(2):
                 assert_same_bits(
                     *({n: g for n, g in run[step][0].items() if g is not None} for run in (plain, overlapping))
                 )
 
 
-def test_what_a_step_adds_up_to(run_ranks):
-    """Weights, stops and exhausted ranks are counted over all ranks; all learn them."""
+def test_totals_of_a_step(run_ranks):
+    """Weights and flags are summed over all ranks, and every rank gets the sums."""
     for outcomes in run_ranks(3, gradients, False, 25.0, 2):
         first, second = (totals for _, totals in outcomes)
-        assert told(first) == (12.0, 1, 0)
-        assert told(second) == (8.0, 1, 1)
+        assert unpack(first) == (12.0, 1, 0)
+        assert unpack(second) == (8.0, 1, 1)
 
 
 def test_only_a_parameter_that_no_rank_used_has_no_gradient(run_ranks):
-    """One that a single rank used has its gradient on all ranks; one that nobody used has none, as in one process."""
+    """A parameter that one rank used has a gradient on all; an unused one has none, as in one process."""
     for outcomes in run_ranks(2, gradients, False, 25.0, 1):
         assert ["idle.weight", "idle.bias"] == [n for n, gradient in outcomes[0][0].items() if gradient is None]
         assert {"idle.weight", "idle.bias", "right.weight", "right.bias"} == {
@@ -104,7 +104,7 @@ def test_weight_decay_leaves_unused_parameters_alone(run_ranks):
 
 
 def test_no_hook_and_no_gradient_remains():
-    """After the run a parameter is as it was: backward fills a gradient of its own again."""
+    """After the run, backward allocates an ordinary gradient again."""
     model = mlp()
     sync = GradientSync(list(model.parameters()), SoloChannel(torch.device("cpu")))
     sync.zero_()
@@ -117,8 +117,8 @@ def test_no_hook_and_no_gradient_remains():
     assert parameter.grad.any()
 
 
-def test_gradients_lie_as_their_parameters_do():
-    """A gradient has its parameter's strides, channels last included: torch is slower, and warns, where it has not."""
+def test_gradients_have_the_strides_of_their_parameters():
+    """A gradient has its parameter's strides, channels last included: otherwise torch is slower, and warns."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)).to(memory_format=torch.channels_last)
     sync = GradientSync(list(model.parameters()), SoloChannel(torch.device("cpu")))
     sync.zero_()
@@ -145,7 +145,7 @@ def train_awkward(world, dtype, accumulate):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_tied_frozen_and_transposed_parameters(run_ranks, dtype):
-    """They train to the bits of one process and stay what they are: tied, frozen, transposed."""
+    """They train to the bits of one process and stay tied, frozen or transposed."""
     initial = weights(seeded(lambda: awkward(dtype)))
     expected, *_ = train_awkward(World(), dtype, 2)
     for trained, tied, stride in run_ranks(2, train_awkward, dtype, 1):
@@ -158,7 +158,7 @@ def test_tied_frozen_and_transposed_parameters(run_ranks, dtype):
 
 @pytest.mark.parametrize("clip_norm", [0.05, 1e6])
 def test_clipping_is_that_of_the_whole_batch(run_ranks, clip_norm):
-    """The norm is the whole batch's: two ranks move the weights as torch does with the batch in one piece."""
+    """The norm is that of the whole batch's gradient: two ranks update the weights as torch does with one batch."""
     x, y = classes(16)
     model = mlp()
     optimizer = SGD(model.parameters())
@@ -173,7 +173,7 @@ def train_clipped(world, clip_norm):
     return train(world, mlp(), classes(16), optimizer=SGD, batch_size=16, shuffle=False, clip_norm=clip_norm)[1]
 
 
-def test_one_rank_sums_nothing():
+def test_one_rank_equals_a_plain_loop():
     """On one rank with one slice the weights are those of a plain loop, bit for bit."""
     x, y = classes(16, torch.float32)
     model = mlp(torch.float32)

@@ -1,4 +1,4 @@
-"""A running weighted mean."""
+"""The running weighted mean of losses and metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_values_count_by_their_weight():
 
 
 def test_a_mean_over_nothing_counts_nothing():
-    """Not even where it is not a number, as a loss over ignored targets only."""
+    """Not even if it is NaN, as a loss over ignored targets only."""
     mean = RunningMean(CPU)
     assert mean.value is None
     mean.add(torch.tensor(math.nan), 0)
@@ -32,7 +32,7 @@ def test_a_mean_over_nothing_counts_nothing():
 
 
 def test_many_small_values_are_not_lost():
-    """Summed in float32, the last of these would not count."""
+    """Summed in float32, the last ones would be lost to rounding."""
     mean = RunningMean(CPU)
     mean.add(torch.tensor(1.0), 2**24)
     for _ in range(100):
@@ -41,8 +41,8 @@ def test_many_small_values_are_not_lost():
 
 
 @pytest.mark.parametrize("weight", [4, torch.tensor(4.0), torch.tensor(0.0)])
-def test_on_a_device_nothing_is_read_before_it_is_asked_for(weight):
-    """There the sums are made of operations on tensors only: reading one on the meta device would fail."""
+def test_adding_does_not_synchronize_the_device(weight):
+    """There only tensor operations run: reading a value on the meta device would fail."""
     mean = RunningMean(torch.device("meta"))
     mean.add(torch.ones((), device="meta"), weight if isinstance(weight, int) else weight.to("meta"))
     assert mean.sums.device.type == "meta"

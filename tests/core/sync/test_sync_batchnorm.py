@@ -1,4 +1,4 @@
-"""BatchNorm over all ranks: N of them train as one process with the whole batch."""
+"""Synchronized BatchNorm: N ranks train as one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOLERANCE = 1e-10
 
 
 class Norms(nn.Module):
-    """Every kind of BatchNorm, two of them beside each other, one frozen in evaluation mode."""
+    """Every kind of BatchNorm, two of them in parallel, one frozen in evaluation mode."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ def runs(world, make, mesh, cases, **options):
     return [run(world, make, mesh, sync_batchnorm=True, **options, **case) for case in cases]
 
 
-# The last batch: 4 samples of 12 for three ranks are two slices; 1 sample would be too few for anybody.
+# The last batch: 4 samples of 12 for three ranks are two slices; BatchNorm cannot train on 1 sample.
 CASES = [
     {"samples": 2 * BATCH},
     {"samples": 2 * BATCH + 7},
@@ -84,7 +84,7 @@ def test_ranks_equal_one_process_with_the_whole_batch(run_ranks, mesh, channel):
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
 def test_in_a_pipeline(run_ranks, schedule):
-    """Each microbatch is measured over the replicas."""
+    """Each microbatch is normalized over the replicas."""
     settings = {"schedule": schedule, "microbatches": 1}
     expected = [run(World(), row, "dp=1", **case) for case in CASES]
     for rank in run_ranks(4, runs_in_pipeline, settings):
@@ -104,7 +104,7 @@ def test_a_sharded_pipeline(run_ranks):
 
 @pytest.mark.parametrize("mesh", ["dp=2", "shard=2", "dp=2,pp=2"])
 def test_microbatches(run_ranks, mesh):
-    """The k-th of each rank are measured together."""
+    """The k-th slices of all ranks are normalized together."""
     options = {"microbatches": 2} if "pp" in mesh else {"accumulate": 2}
     x, y = problem(2 * BATCH)
     # One process runs contiguous halves; the ranks run quarters 0 and 2, then 1 and 3.
@@ -127,14 +127,14 @@ def half(world):
 
 
 def test_in_half_precision(run_ranks):
-    """Statistics are measured in float32 all the same."""
+    """Statistics are computed in float32."""
     (expected,), ranks = run_ranks(1, half), run_ranks(2, half)
     for rank in ranks:
         torch.testing.assert_close(rank, expected, rtol=0, atol=0.01)
 
 
 class Deciding(nn.Module):
-    """A forward that only torch.export can record."""
+    """A forward that only torch.export can trace."""
 
     def __init__(self):
         super().__init__()
@@ -144,14 +144,14 @@ class Deciding(nn.Module):
         return self.layers(x if x.shape[0] > 1 else -x)
 
 
-def test_a_pipeline_that_only_export_can_record_is_refused(run_ranks):
-    """What it records has lost the layers."""
+def test_a_pipeline_that_only_export_can_trace_is_refused(run_ranks):
+    """Its graph has no BatchNorm layers."""
     with pytest.raises(TaskError, match="cannot be cut into stages"):
         run_ranks(4, functools.partial(run, sync_batchnorm=True), Deciding, "dp=2,pp=2", BATCH)
 
 
 def test_a_model_without_batchnorm(run_ranks):
-    """The option changes nothing."""
+    """The option has no effect on it."""
     expected = run(World(), plain, "dp=1", BATCH)
     for rank in run_ranks(2, functools.partial(run, sync_batchnorm=True), plain, "dp=2", BATCH):
         torch.testing.assert_close(rank, expected, rtol=TOLERANCE, atol=TOLERANCE)
@@ -176,14 +176,14 @@ def streamed(world, mesh):
 
 @pytest.mark.parametrize("mesh", ["dp=3", "shard=3"])
 def test_a_stream(run_ranks, mesh):
-    """The ranks take turns at its samples, which make the same batch."""
+    """Ranks take its samples in turn, which make the same batch."""
     (expected,) = run_ranks(1, streamed, "dp=1")
     for rank in run_ranks(3, streamed, mesh):
         torch.testing.assert_close(rank, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 class Wide(nn.Module):
-    """Layers that tensor parallelism splits, between some that it does not."""
+    """BatchNorm between layers that tensor parallelism splits."""
 
     def __init__(self):
         super().__init__()
@@ -195,7 +195,7 @@ class Wide(nn.Module):
 
 
 def test_beside_tensor_parallelism(run_ranks):
-    """Each part of a replica measures with its like."""
+    """Ranks with the same part of a replica synchronize."""
     expected = [run(World(), Wide, "dp=1", **case) for case in CASES]
     for rank in run_ranks(4, runs, Wide, "dp=2,tp=2", CASES):
         torch.testing.assert_close(rank, expected, rtol=1e-9, atol=1e-9)

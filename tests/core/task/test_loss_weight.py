@@ -1,4 +1,4 @@
-"""What a loss is a mean over, as its graph tells: the number with which slices average exactly."""
+"""The weight of a loss, read from its graph: with it slices average exactly."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def shifted(output):
     return F.cross_entropy(output[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten())
 
 
-# A loss, and the number that it is a mean over; None where that cannot be seen.
+# A loss, and the number that it is a mean over; None if its graph does not show it.
 LOSSES = {
     "tokens": (tokens, VALID),
     "tokens, smoothed": (lambda o: tokens(o, label_smoothing=0.1), VALID),
@@ -95,14 +95,14 @@ def over(loss):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_number_that_a_mean_is_over(name):
-    """As the loss is recorded in training."""
+    """With gradients enabled, as in training."""
     loss, expected = LOSSES[name]
     assert expected == over(loss(OUTPUT))
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if not name.endswith((", inside", "by counts", "by side"))])
 def test_the_number_that_a_mean_is_over_in_evaluation(name):
-    """Where nothing but scalars is recorded, of a loss that has a number there is the same one."""
+    """Under `no_grad` with a `LossGraph`: the same number, if there is one."""
     loss, expected = LOSSES[name]
     with torch.no_grad(), LossGraph() as outline:
         value = loss(OUTPUT)
@@ -120,13 +120,13 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 def test_what_slices_have_to_share(name):
-    """Factors, and of means over different numbers the elements a sample; nothing where there is but a mean."""
+    """Factors, and elements per sample for means over different numbers; empty for a plain mean."""
     loss, expected = FORMS[name]
     assert expected == mean_over(loss(OUTPUT), SAMPLES).form
 
 
 def test_what_is_recorded_keeps_no_activations():
-    """What backward would need is let go of."""
+    """No tensors are saved for backward."""
     with torch.no_grad(), LossGraph() as outline:
         value = torch.ones(32, 64).abs().square().mean().sqrt()
     node = outline.of(value).grad_fn
@@ -137,7 +137,7 @@ def test_what_is_recorded_keeps_no_activations():
 
 
 class Model(nn.Module):
-    """Computes its own loss over labels, as models of transformers do."""
+    """Computes its own loss over labels, like models of transformers."""
 
     def __init__(self):
         super().__init__()
@@ -152,7 +152,7 @@ class Model(nn.Module):
 
 
 class Shares(Model):
-    """Writes down the share of the whole that its losses' gradients are given."""
+    """Records the gradients that its losses get."""
 
     def forward(self, x, labels):
         loss = super().forward(x, labels)["loss"]
@@ -183,7 +183,7 @@ CUTS = [
 
 @pytest.mark.parametrize(("strategy", "accumulate", "options"), CUTS)
 def test_backward_carries_a_slices_share_of_the_whole(run_ranks, strategy, accumulate, options):
-    """Not its tokens a sample: what is not linear in an activation's gradient would see them."""
+    """Not its tokens per sample: operations that are not linear in the gradient would differ."""
     seen = list(itertools.chain(*run_ranks(int(strategy[-1]), shares, strategy, accumulate, options)))
     slices = options.get("reproducible") or int(strategy[-1]) * accumulate
     assert slices == len(seen)
@@ -191,7 +191,7 @@ def test_backward_carries_a_slices_share_of_the_whole(run_ranks, strategy, accum
 
 
 class Clamping(Model):
-    """Clips the gradient inside itself."""
+    """Clips the gradients of its activations."""
 
     def forward(self, x, labels):
         inner = self.line(x)
@@ -201,7 +201,7 @@ class Clamping(Model):
 
 
 def test_a_batch_that_is_not_cut_trains_as_by_hand():
-    """Whatever the model does to the gradients of its activations."""
+    """Even if the model changes the gradients of its activations."""
     model, by_hand = Clamping(), Clamping()
     optimizer = SGD(by_hand.parameters())
     by_hand(**DATA)["loss"].backward()
@@ -244,13 +244,13 @@ def test_a_models_own_mean_over_tokens_averages_exactly(run_ranks, strategy):
 
 
 def test_a_models_own_sum_is_refused():
-    """With the cure: slices of a sum cannot be averaged, and a wrong number would show nowhere."""
-    with pytest.raises(TaskError, match=r"the loss that Summing computes is no mean .* assign loss and weight"):
+    """The error names the cure: slices of a sum cannot be averaged exactly, and the error would be silent."""
+    with pytest.raises(TaskError, match=r"loss that Summing computes is not recognised .* assign loss and weight"):
         alone(Summing(), DATA, loss=None, optimizer=SGD, batch_size=SAMPLES, accumulate=2)
 
 
 def test_of_a_batch_that_is_not_cut_nothing_has_to_be_known():
-    """A sum trains as it does by hand, and is measured."""
+    """With one slice a sum is allowed, in training and in validation."""
     model, by_hand = Summing(), Summing()
     optimizer = SGD(by_hand.parameters())
     expected = by_hand(**DATA)["loss"]
@@ -263,7 +263,7 @@ def test_of_a_batch_that_is_not_cut_nothing_has_to_be_known():
 
 
 class MixedModel(Model):
-    """A mean over what a mask chooses, beside one over samples."""
+    """A mean over masked elements, plus one over samples."""
 
     def forward(self, x, labels):
         output = super().forward(x, labels)["output"]
@@ -281,7 +281,7 @@ def mixed(world, accumulate):
 
 @pytest.mark.parametrize(("ranks", "accumulate"), [(1, 2), (2, 1)])
 def test_means_whose_counts_come_out_even_are_refused(run_ranks, ranks, accumulate):
-    """Slices with eight and with four chosen elements: on all ranks, and before the first update."""
+    """Slices with eight and with four masked elements: on all ranks, before the first update."""
     for before, after in run_ranks(ranks, mixed, accumulate):
         torch.testing.assert_close(after, before, rtol=0, atol=0)
 
@@ -314,14 +314,14 @@ def by_a_callable(world):
 
 
 def test_a_callables_mean_averages_exactly(run_ranks):
-    """What a function of the user's leaves out weighs nothing."""
+    """Elements that the user's function ignores have no weight."""
     for loss, x, y in run_ranks(2, by_a_callable):
         expected = half_ignored(torch.tensor(x, dtype=torch.float64), torch.tensor(y)).item()
         assert expected == pytest.approx(loss, rel=1e-9)
 
 
 class Stranger(nn.modules.loss._Loss):
-    """As packages of losses are written: named after torch's class, with a code of its own."""
+    """Named like torch's class, but with its own code, as in packages of losses."""
 
     def forward(self, output, target):
         return F.cross_entropy(output, target)
@@ -334,7 +334,7 @@ class Focal(nn.CrossEntropyLoss):
 
 
 class Weighted(nn.CrossEntropyLoss):
-    """torch's own code, set otherwise."""
+    """torch's own code with other settings."""
 
     def __init__(self):
         super().__init__(torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64), ignore_index=-100)
@@ -359,7 +359,7 @@ EXACT = {
 
 @pytest.mark.parametrize("name", EXACT)
 def test_a_callable_averages_exactly(name):
-    """Over slices of which one has three ignored targets, in training and in validation."""
+    """One slice has three ignored targets, in training and in validation."""
     loss, model = EXACT[name], nn.Linear(3, 3, dtype=torch.float64)
     by_hand = copy.deepcopy(model)
     optimizer = SGD(by_hand.parameters())
@@ -389,11 +389,12 @@ def two(output, target):
 
 @pytest.mark.parametrize("loss", [masked, rooted, two])
 def test_a_callable_of_which_cannot_be_seen_what_it_is_over_is_refused(loss):
-    """In one sentence with the line to write, before a weight has changed."""
+    """One sentence names the line to write, before a weight has changed."""
     model = nn.Linear(3, 3, dtype=torch.float64)
     before = weights(model)
     with pytest.raises(
-        TaskError, match=rf"^loss {loss.__name__} is no mean .*return loss, \(target != -100\)\.sum\(\)"
+        TaskError,
+        match=rf"^loss {loss.__name__} is not recognised .*return loss, \(target != -100\)\.sum\(\)",
     ):
         alone(model, (X, Y), loss=loss, optimizer=SGD, batch_size=8, accumulate=2)
     torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
@@ -414,7 +415,7 @@ class Potential(nn.Module):
 
 
 class Watching(nn.Module):
-    """Keeps statistics of what it is evaluated on."""
+    """Updates a buffer also in evaluation."""
 
     def __init__(self):
         super().__init__()
@@ -438,7 +439,7 @@ def squares(output, target):
 @pytest.mark.parametrize("kind", [Potential, Watching])
 @pytest.mark.parametrize("loss", [squares, None])
 def test_evaluation_runs_a_model_as_it_would_without_gradients(kind, loss):
-    """It may differentiate itself or change its buffers, whoever computes the loss; the next epoch trains as ever."""
+    """The model may call backward or change its buffers in evaluation; training continues unchanged."""
     y = X.flip(0)
     data = (X, y) if loss else {"x": X, "labels": y}
     options = {"optimizer": SGD, "batch_size": 8, "epochs": 2, "accumulate": 2}

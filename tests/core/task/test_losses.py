@@ -1,4 +1,4 @@
-"""Losses by name, and that their means average exactly over slices of any kind."""
+"""Loss functions by name; their means average exactly over slices of any kind."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def class_weights():
     return torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
 
 
-# What nbdist is given, the mean for plain torch if that is another function, and the target that is not counted.
+# The loss for nbdist, the mean for plain torch if that is another function, and the ignored target.
 LOSS_CASES = {
     "cross_entropy by name": ("cross_entropy", F.cross_entropy, IGNORED),
     "F.cross_entropy": (F.cross_entropy, F.cross_entropy, IGNORED),
@@ -76,7 +76,7 @@ def train_tokens(world, case):
 @pytest.mark.parametrize("case", LOSS_CASES)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_means_over_tokens_average_exactly(run_ranks, ranks, case):
-    """Ignored tokens, class weights and slices with nothing to count: ranks train as torch does on the whole batch."""
+    """Ignored tokens, class weights and fully ignored slices: ranks train as torch does on the whole batch."""
     model, _, plain, (x, y) = task_of(case)
     optimizer, history = SGD(model.parameters()), []
     for _ in range(3):
@@ -97,7 +97,7 @@ def train_on_nothing(world):
 
 
 def test_a_batch_with_nothing_to_count_moves_nothing(run_ranks):
-    """Where every target of a batch is ignored, no rank steps: no momentum, no decay, no nan in the weights."""
+    """If every target of a batch is ignored, no rank steps: no momentum, no decay, no nan in the weights."""
     for row, trained in run_ranks(2, train_on_nothing):
         assert (2, 12) == (row["steps"], row["samples"])
         assert row["loss"] != row["loss"], "the mean over nothing is not a number"

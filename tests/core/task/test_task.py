@@ -1,4 +1,4 @@
-"""What a user supplies: checked before anything is touched, with errors that name the value and the cure."""
+"""The task: the user's arguments are checked first, with errors that name the value and the cure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def step(model, batch):
 
 
 class Holder(nn.Linear):
-    """It waits for values."""
+    """It has a buffer without values."""
 
     def __init__(self):
         super().__init__(3, 1)
@@ -45,15 +45,15 @@ MODELS = {
     "frozen": (frozen(), "net has no parameters to train: all are frozen"),
     "wrapped": (nn.DataParallel(mlp()), r"net is wrapped in DataParallel: pass the module inside, net\.module"),
     "lazy": (nn.LazyLinear(3), "weight of net has no shape yet: run one batch through net first"),
-    "without values": (nn.Linear(3, 1, device="meta"), "weight of net is on the meta device, without values: let net"),
-    "a buffer without values": (Holder(), "table of net is on the meta device, without values: let net"),
+    "without values": (nn.Linear(3, 1, device="meta"), "weight of net is on the meta device, without values: allocate"),
+    "a buffer without values": (Holder(), "table of net is on the meta device, without values: allocate"),
     "sparse": (nn.Sequential(nn.Embedding(3, 3, sparse=True)), "0 makes sparse gradients, .*use sparse=False"),
 }
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_what_is_no_model_to_train_is_refused(case):
-    """By the name that the user calls it."""
+    """Errors use the user's name for it."""
     model, message = MODELS[case]
     with pytest.raises(TaskError, match=message):
         Task.create(model, DATA, loss="mse", names=("net", "train_set"))
@@ -65,7 +65,7 @@ SUPPLIED = {
     "loss and step": ({"step": step}, TaskError, "give loss=... or step=..., not both"),
     "a step that cannot be called": ({"loss": None, "step": 3}, TaskError, r"step must be a callable step\(mo.*not 3"),
     "a loss that cannot be called": ({"loss": 3}, TaskError, "loss must be a name or a callable, not 3"),
-    "metric without val": ({"metric": "accuracy"}, TaskError, r"metric accuracy has nothing to be measured on: give v"),
+    "metric without val": ({"metric": "accuracy"}, TaskError, r"metric accuracy has no data to be measured on: give v"),
     "no pairs": ({"data": DATA[0]}, TaskError, r"loss compares .* but a batch here is a single value: give \(x, y\) d"),
     "a dict": ({"data": {"x": DATA[0]}}, TaskError, "but a batch here is a dict: .* write the step yourself"),
     "val without pairs": (
@@ -73,10 +73,10 @@ SUPPLIED = {
     ),
     "no val": ({"val": 3}, TaskError, "val is a value of type int, not data"),
     "two batch sizes": (
-        {"data": LOADER, "batch_size": 8}, PlanError, "batch_size=8 contradicts the DataLoader train_set, which says 4",
+        {"data": LOADER, "batch_size": 8}, PlanError, "batch_size=8 contradicts the DataLoader train_set, which has 4",
     ),
     "two orders": (
-        {"data": LOADER, "shuffle": False}, PlanError, "shuffle=False contradicts the DataLoader train_set, which say",
+        {"data": LOADER, "shuffle": False}, PlanError, "shuffle=False contradicts the DataLoader train_set, which has",
     ),
     "unknown optimizer": ({"optimizer": "adamv"}, TaskError, r"unknown optimizer 'adamv': .* Did you mean 'adam.?'\?"),
     "no optimizer": ({"optimizer": 3}, TaskError, "optimizer must be a name, a callable or an optimizer, not 3"),
@@ -107,7 +107,7 @@ def test_what_cannot_be_used_is_refused(case):
 
 
 def test_creating_a_task_changes_nothing():
-    """Neither the model nor the random numbers of the caller."""
+    """Neither the model nor the caller's random states change."""
     model, state = mlp(), torch.get_rng_state()
     before = weights(model)
     Task.create(model, DATA, loss="cross_entropy", val=DATA, metric="accuracy")
@@ -116,7 +116,7 @@ def test_creating_a_task_changes_nothing():
 
 
 def test_what_was_supplied_names_itself():
-    """The plan learns names, rate, batch size and order from what was supplied."""
+    """Names, learning rate, batch size and shuffle come from the arguments."""
     task = Task.create(
         mlp(), LOADER, loss=nn.CrossEntropyLoss(), optimizer=torch.optim.SGD, lr=0.5, val=DATA, metric=len
     )
@@ -132,7 +132,7 @@ def test_what_was_supplied_names_itself():
     [(1, "Linear (2 parameters)"), (100, "Linear (10.1 k parameters)"), (1200, "Linear (1.44 M parameters)")],
 )
 def test_a_title_says_what_is_trained(width, title):
-    """The class of the model and its size."""
+    """The model's class and number of parameters."""
     assert title == Task.create(nn.Linear(width, width), DATA, loss="mse").title
 
 
@@ -154,7 +154,7 @@ def test_a_step_gives_a_mean_and_maybe_its_weight(given, weight):
     [(3.0, "it is <class 'float'>"), (torch.ones(2), r"it is a tensor of shape \(2,\)"), (None, "NoneType")],
 )
 def test_a_step_that_gives_no_scalar_is_named(given, message):
-    """The error says what came instead of a loss."""
+    """The error names what the step returned."""
     with pytest.raises(
         TaskError, match=f"the loss must be a scalar tensor, the mean over a batch, but {message}|{message}"
     ):
@@ -165,6 +165,6 @@ def test_a_step_that_gives_no_scalar_is_named(given, message):
     "batch", [{"prior": torch.ones(4), "x": DATA[0]}, (torch.ones(5, 8, 2), DATA[1]), [], torch.tensor(1.0), "text"]
 )
 def test_a_mean_is_over_the_samples_of_its_slice(batch):
-    """Whatever comes first in the batch, and whichever of its dimensions is that of the samples."""
+    """For any inputs, whichever of their dims is that of the samples."""
     task = Task.create(mlp(), DATA, step=lambda model, batch: torch.tensor(2.0))
     assert 8 == task.loss_and_weight(batch, Slice(index=0, samples=8, batch=batch))[1]

@@ -1,4 +1,4 @@
-"""Objects and their tensors between processes, through one shared-memory copy."""
+"""Payloads: objects and their tensors are sent to other processes through shared memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DTYPES = [
 @pytest.mark.parametrize("inline", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_arrives(dtype, inline):
-    """Same bits, shape and dtype, on this host and by bytes."""
+    """Same bits, shape and dtype, through shared memory and inline."""
     tensor = torch.arange(12).view(3, 4).to(dtype)
     arrived = there_and_back(tensor, inline=inline)
     assert (dtype, (3, 4)) == (arrived.dtype, tuple(arrived.shape))
@@ -65,7 +65,7 @@ def test_every_layout_arrives(name):
 
 
 def test_arrays_arrive():
-    """NumPy arrays of any order, writable ones and others, strings and objects too."""
+    """NumPy arrays of any order, writable and read-only, of strings and objects too."""
     arrays = [np.arange(6).reshape(2, 3), np.asfortranarray(np.ones((2, 3))), np.arange(4)[::-1], np.array(["a", None])]
     arrays[0].flags.writeable = False
     for array, arrived in zip(arrays, there_and_back(arrays), strict=True):
@@ -73,7 +73,7 @@ def test_arrays_arrive():
 
 
 def test_what_shares_memory_shares_it_still():
-    """Views of one tensor, and tied weights, are one memory on the other side too, and travel once."""
+    """Views of one tensor, and tied weights, share memory at the receiver too, and are sent once."""
     base = torch.zeros(1000)
     payload, segment = pack([base, base[10:20], {"again": base}])
     whole, part, again = unpack(payload)
@@ -89,7 +89,7 @@ def test_what_shares_memory_shares_it_still():
 
 
 def test_an_optimizer_stays_bound_to_its_model():
-    """It steps the parameters of the model that came with it, from the state that it had."""
+    """It updates the parameters of the model that was sent with it, from the state that it had."""
     x, y = classes(6)
     model = mlp()
     optimizer = SGD(model.parameters())
@@ -155,7 +155,7 @@ def write_on_rank_zero(world, payload):
 
 
 def test_a_write_stays_with_the_writer(run_ranks):
-    """Everyone maps the same memory; nobody sees what another one writes, the packer included."""
+    """All ranks map the same memory, but a rank's writes are not visible to others, nor to the sender."""
     tensor, array = torch.ones(100), np.ones(100)
     payload, segment = pack((tensor, array))
     assert [(500.0, 500.0), (100.0, 100.0)] == run_ranks(2, write_on_rank_zero, payload)
@@ -164,7 +164,7 @@ def test_a_write_stays_with_the_writer(run_ranks):
 
 
 def test_a_closed_segment_is_gone_but_for_those_who_have_it():
-    """After close nobody can open it any more; what was unpacked stays valid, and closing twice is fine."""
+    """After close it cannot be opened any more; unpacked objects stay valid, and closing twice is fine."""
     payload, segment = pack(torch.arange(100_000))
     arrived = unpack(payload)
     segment.close()
@@ -176,7 +176,7 @@ def test_a_closed_segment_is_gone_but_for_those_who_have_it():
 
 
 def test_a_large_tensor_is_copied_whole():
-    """Above a mebibyte torch copies, with all its threads."""
+    """A content of more than 1 MiB is copied by torch, with all its threads."""
     large = torch.arange(2**18 + 3, dtype=torch.float64)
     small = torch.arange(3.0)
     arrived = there_and_back([small, large, small])
@@ -185,7 +185,7 @@ def test_a_large_tensor_is_copied_whole():
 
 
 def test_a_segment_that_nobody_holds_is_freed():
-    """No descriptor is left when the packer forgets it."""
+    """No descriptor is left when the sender drops it."""
     before = psutil.Process().num_fds()
     segment = Segment(10)
     forgotten = weakref.ref(segment)
@@ -196,22 +196,22 @@ def test_a_segment_that_nobody_holds_is_freed():
 
 @pytest.mark.parametrize("value", [threading.Lock(), {"lock": threading.Lock()}, (x for x in ())])
 def test_what_cannot_be_pickled_is_a_task_error(value):
-    """The error says so in one sentence, whatever pickle raised."""
+    """One sentence names the value, whatever pickle raised."""
     with pytest.raises(TaskError, match=r"cannot be sent to another process: .*cannot pickle"):
         pack(value)
 
 
-def send(segment_cache, value, free=lambda: True):
-    """Pack, unpack and give the segment back; returns its path and what arrived."""
+def send(segment_cache, value, is_free=lambda: True):
+    """Pack, unpack and recycle the segment; returns its path and the unpacked value."""
     payload, segment = pack(value, segment_cache=segment_cache)
     arrived = unpack(payload)
-    segment_cache.give_back(segment, free)
+    segment_cache.recycle(segment, is_free)
     return payload.path, arrived
 
 
 @pytest.mark.parametrize("numbers", [10, 2**19])
 def test_a_segment_that_came_back_is_used_again(numbers):
-    """For what fits into it, whole or in part; the second content arrives, not the first."""
+    """For a value that fits into it; the receiver gets the second content, not the first."""
     segment_cache = SegmentCache()
     first, arrived = send(segment_cache, torch.zeros(numbers))
     del arrived
@@ -223,22 +223,22 @@ def test_a_segment_that_came_back_is_used_again(numbers):
     assert [2.0] * 3 == arrived.tolist()
     _, arrived = send(segment_cache, torch.arange(2 * numbers))
     assert torch.equal(torch.arange(2 * numbers), arrived)
-    segment_cache.give_back(Segment(1), lambda: True)
+    segment_cache.recycle(Segment(1), lambda: True)
 
 
 def test_a_segment_in_which_something_lies_is_not_written_again():
-    """What arrived first stays as it is, and the process that holds it says so until it lets go."""
+    """The first value stays as it is, and `is_released` is false until the receiver has dropped it."""
     segment_cache = SegmentCache()
-    path, arrived = send(segment_cache, torch.zeros(1000), free=lambda: is_released(path))
+    path, arrived = send(segment_cache, torch.zeros(1000), is_free=lambda: is_released(path))
     assert not is_released(path)
     _, second = send(segment_cache, torch.ones(1000))
     assert not arrived.any()
     assert second.all()
-    segment_cache.give_back(Segment(1), lambda: True)
+    segment_cache.recycle(Segment(1), lambda: True)
 
 
 def test_who_holds_a_part_has_not_let_go():
-    """A view of one tensor is enough; a cycle that only the garbage collector finds is not."""
+    """A view of one tensor keeps it mapped; a cycle that only the garbage collector finds does not."""
     payload, segment = pack([torch.zeros(10), torch.ones(10)])
     arrived = unpack(payload)
     row = arrived[1][2:4]
@@ -252,7 +252,7 @@ def test_who_holds_a_part_has_not_let_go():
 
 
 def test_a_path_leads_to_its_segment_or_nowhere():
-    """Though the number of its descriptor is another file's by now, a segment's or not."""
+    """Even if its descriptor's number belongs to another file by now, a segment or not."""
     first = Segment(10)
     path, number = first.path, int(first.path.partition("/fd/")[2].partition(":")[0])
     payload = Payload(path=path, inline=None, code_bytes=1, table_start=5, nbytes=10)
@@ -272,29 +272,29 @@ def test_a_path_leads_to_its_segment_or_nowhere():
 
 
 class Holding:
-    """Holds segments, and writes down that it was told to let one go."""
+    """Holds segments, and writes the path of a released one into a file."""
 
-    def __init__(self, told):
-        self.told, self.held = told, []
+    def __init__(self, released):
+        self.released, self.held = released, []
 
     def hold(self):
         self.held.append(Segment(1))
         return self.held[-1].path
 
-    def is_released(self, path):
-        self.told.write_text(path)
+    def release(self, path):
+        self.released.write_text(path)
 
 
 def test_a_forked_child_lets_go_of_nothing(tmp_path):
-    """A segment is its maker's: that it is dropped, or closed, in a child changes nothing for others."""
-    holder = Holding(tmp_path / "told")
+    """A segment belongs to its creator: dropping or closing it in a forked child does not release it."""
+    holder = Holding(tmp_path / "released")
     segment = Segment(10, holder)
     child = os.fork()
     if not child:
         segment.close()
         os._exit(0)
     os.waitpid(child, 0)
-    assert not holder.told.exists()
+    assert not holder.released.exists()
     assert 10 == Segment(1, path=segment.path).size
     segment.close()
-    assert segment.path == holder.told.read_text()
+    assert segment.path == holder.released.read_text()

@@ -1,4 +1,4 @@
-"""What arrives is what left: types, identities, shared memory, attributes, hooks, weak references."""
+"""Pickling preserves types, identities, shared memory, attributes, hooks, weak references."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def there_and_back(value):
 
 
 class Marked(torch.Tensor):
-    """A tensor of a class without any behaviour of its own."""
+    """A tensor subclass without own behaviour."""
 
 
 class MarkedParameter(nn.Parameter):
-    """A parameter of a class of its own, as quantising libraries make them."""
+    """A parameter subclass, as quantization libraries have."""
 
 
 def with_attributes(tensor):
@@ -81,7 +81,7 @@ TENSORS = {
 
 
 def described(tensor):
-    """All that can be said of a tensor but its values."""
+    """A tensor's metadata."""
     lazy = isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
     ragged = not lazy and tensor.is_nested
     attributes = {name: value for name, value in vars(tensor).items() if name in ("mark", "persistent", "_is_buffer")}
@@ -108,7 +108,7 @@ def values(tensor):
 @pytest.mark.filterwarnings("ignore")  # that some layouts are young, and some are old
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_tensor_arrives_as_it_was(name):
-    """Class, layout, flags and attributes, and the values where it has some."""
+    """Class, layout, flags and attributes, and the values if it has any."""
     tensor = TENSORS[name]()
     arrived = there_and_back(tensor)
     assert described(tensor) == described(arrived)
@@ -132,7 +132,7 @@ def test_a_tensor_arrives_as_it_was(name):
 )
 @pytest.mark.parametrize("numbers", [12, 2**18])
 def test_what_shares_memory_with_a_tensor_does_so_still(share, numbers):
-    """Buffers, parameters, subclasses, views and arrays, small and large: written once, and seen by the other."""
+    """Buffers, parameters, subclasses, views and arrays, small and large: a write to one is visible in the other."""
     base = torch.zeros(3, numbers // 3)
     sent = (share(base), base)
     payload, segment = pack(sent)
@@ -146,7 +146,7 @@ def test_what_shares_memory_with_a_tensor_does_so_still(share, numbers):
 
 
 def test_the_two_parts_of_a_conjugate_share_memory_still():
-    """A conjugate is a view of what it was made from."""
+    """A conjugate stays a view of its base."""
     numbers = torch.ones(3, dtype=torch.complex64)
     plain, conjugate = there_and_back((numbers, numbers.conj()))
     plain.fill_(2j)
@@ -154,7 +154,7 @@ def test_the_two_parts_of_a_conjugate_share_memory_still():
 
 
 def test_arrays_share_memory_still():
-    """Two views of one array are one memory over there."""
+    """Two views of one array share memory at the receiver."""
     array = np.zeros(10)
     whole, part = there_and_back((array, array[2:4]))
     whole[:] = 3
@@ -171,7 +171,7 @@ def test_tensors_that_hold_nothing_grow_apart():
 
 @pytest.mark.parametrize("make", [lambda w: w * 2, lambda w: (w * 2).as_subclass(Marked)])
 def test_a_graph_stays_and_says_so(make):
-    """The values of a tensor that was computed arrive; a gradient that would go on from it is an error."""
+    """A non-leaf tensor is sent with its values; backward through it raises."""
     weight = nn.Parameter(BASE.clone())
     arrived, there = there_and_back((make(weight), weight))
     assert torch.equal(2 * BASE, arrived.detach())
@@ -195,7 +195,7 @@ def gradient_of(parameter):
 
 
 def test_hooks_of_a_parameter_arrive():
-    """Before and after the gradient is accumulated, and their handles, which remove them over there."""
+    """Hooks before and after accumulation, and their handles, which remove them at the receiver."""
     parameter = nn.Parameter(torch.zeros(2))
     handles = [
         parameter.register_hook(lambda gradient: gradient * torch.tensor([1.0, 0.0])),
@@ -211,7 +211,7 @@ def test_hooks_of_a_parameter_arrive():
 
 
 def test_a_hook_that_is_registered_over_there_takes_no_other_ones_place(monkeypatch):
-    """Hooks are known by numbers of the process; those that arrive keep theirs."""
+    """Hook ids are per process; unpickled hooks keep theirs, and new ones get others."""
     parameter = nn.Parameter(torch.zeros(1))
     parameter.register_hook(twice)
     payload, segment = pack(parameter)
@@ -231,7 +231,7 @@ HOOKS = [
 
 @pytest.mark.parametrize("register", HOOKS)
 def test_hooks_of_a_module_arrive(register):
-    """Whatever a module lets one register is called over there."""
+    """Every kind of module hook is called at the receiver."""
     module, calls = nn.Linear(2, 2), []
     getattr(module, register)(lambda *_: calls.append(register))
     arrived, called = there_and_back((module, calls))
@@ -243,7 +243,7 @@ def test_hooks_of_a_module_arrive(register):
 
 
 class Counting(torch.optim.Adam):
-    """It keeps something of its own, in two ways."""
+    """It has own attributes, one of them in ``__slots__``."""
 
     __slots__ = ("rest",)
 
@@ -266,7 +266,7 @@ def stepped(optimizer):
 
 
 def test_an_optimizer_arrives_with_what_it_keeps():
-    """Attributes, slots, and a step that a scheduler has wrapped, all bound to what arrived."""
+    """Attributes, slots, and a step that a scheduler has wrapped, all bound to the unpickled objects."""
     model = nn.Linear(2, 2)
     optimizer = Counting(model.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -292,7 +292,7 @@ def test_an_optimizer_arrives_with_what_it_keeps():
     ],
 )  # fmt: skip
 def test_hooks_of_an_optimizer_arrive(register):
-    """Whatever an optimizer lets one register is called over there."""
+    """Every kind of optimizer hook is called at the receiver."""
     optimizer, calls = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), []
     handle = getattr(optimizer, register)(lambda *_: calls.append(register))
     arrived, called, its_handle = there_and_back((optimizer, calls, handle))
@@ -322,7 +322,7 @@ def parametrized():
 
 
 class Stateful(nn.Linear):
-    """A module that says itself what is sent of it."""
+    """A module with a ``__getstate__``."""
 
     def __getstate__(self):
         return {**vars(self), "sent": True}
@@ -355,14 +355,14 @@ def test_a_module_whose_weights_are_computed_arrives(name):
 
 
 def test_a_parametrized_module_is_sent_as_its_class_says():
-    """A class below torch's that has a say keeps it."""
+    """The user's class may have a ``__getstate__``, which is used."""
     module = Stateful(2, 2)
     parametrize.register_parametrization(module, "weight", Doubled())
     assert there_and_back(module).sent
 
 
 def test_a_lazy_module_arrives_lazy():
-    """It takes its shape from the first batch over there."""
+    """It takes its shape from the first batch at the receiver."""
     arrived = there_and_back(nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d()))
     arrived(torch.ones(5, 4))
     assert (3, 4) == tuple(arrived[0].weight.shape)
@@ -376,7 +376,7 @@ class Thing:
 
 
 def test_weak_references_refer_to_what_arrives():
-    """References, proxies and containers: to the very object, and they keep it no longer than before."""
+    """References, proxies and containers refer to the unpickled object, and do not keep it alive."""
     thing = Thing()
     sent = thing, weakref.ref(thing), weakref.proxy(thing), weakref.WeakSet([thing])
     there, reference, proxy, group = there_and_back(sent)
@@ -389,7 +389,7 @@ def test_weak_references_refer_to_what_arrives():
 
 
 def test_a_weak_dictionary_arrives():
-    """With the entries whose keys or values are there too."""
+    """With the entries whose keys or values are sent too."""
     thing = Thing()
     there, by_key, by_value = there_and_back(
         (thing, weakref.WeakKeyDictionary({thing: 1}), weakref.WeakValueDictionary({1: thing}))
@@ -398,7 +398,7 @@ def test_a_weak_dictionary_arrives():
 
 
 def test_what_is_within_itself_by_a_weak_reference_arrives():
-    """An object that knows itself only so."""
+    """An object with a weak reference to itself."""
     thing = Thing()
     thing.me = weakref.ref(thing)
     arrived = there_and_back(thing)
@@ -406,13 +406,13 @@ def test_what_is_within_itself_by_a_weak_reference_arrives():
 
 
 def test_a_dead_reference_arrives_dead():
-    """What it referred to is gone."""
+    """Its referent is gone."""
     reference = weakref.ref(Thing())
     assert there_and_back(reference)() is None
 
 
 class Method(weakref.WeakMethod):
-    """A kind of its own."""
+    """A subclass of `weakref.ref`."""
 
 
 OTHER = Thing()
@@ -420,7 +420,7 @@ OTHER = Thing()
 
 @pytest.mark.parametrize("name", ["stdout", "stderr", "__stdout__", "__stderr__"])
 def test_a_stream_of_the_process_is_the_other_processs_own(monkeypatch, name):
-    """Whatever stands there on either side; also where a function has one as a default."""
+    """The receiver's own streams are used, also for a function's default argument."""
 
     stream = getattr(sys, name)
 

@@ -1,1 +1,1 @@
-"""Pipeline parallelism: schedules, and the rank that executes one."""
+"""Pipeline parallelism: schedules, and the executor that runs one on a rank."""

@@ -1,7 +1,7 @@
-"""A pipeline's executor: works through a schedule, one stage and microbatch at a time.
+"""The pipeline executor: runs a schedule on one rank, one stage and microbatch at a time.
 
-Tensors travel over links, so a batch of any size passes. The state of the random generators travels with them: a
-microbatch draws the numbers that it would draw in one process.
+Activations and gradients are sent over point-to-point links with their shapes, so batches may differ in size. The
+random generators' state is sent with them: a microbatch draws the numbers that it would draw in one process.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from nbdist.core.comm import Link
 from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.precision import Precision
 from nbdist.core.process import rng
-from nbdist.core.strategies.pipeline.model_call import call_of, forward_replaced
+from nbdist.core.strategies.pipeline.model_call import capture_call, forward_replaced
 from nbdist.core.strategies.pipeline.partition import Call, Split
-from nbdist.core.strategies.pipeline.schedules import Action, order, scalar
+from nbdist.core.strategies.pipeline.schedules import Action, schedule_actions, surrogate_loss
 from nbdist.core.strategies.shard.fully_sharded import FullySharded
 from nbdist.core.sync.sync_batchnorm import BatchNorms, buffers_kept_if_empty
 from nbdist.core.task.task import Task
@@ -34,31 +34,31 @@ T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
-class _Passage:
-    """What one stage keeps of one microbatch between forward and backward."""
+class _Activations:
+    """The activations that one stage holds for one microbatch between forward and backward."""
 
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
-    silent: bool = False  # its gradient counts for nothing, but others wait for it to be computed
+    zero_gradients: bool = False  # does not count: skip its backward, or run it only for the collectives in it
 
 
 class Pipeline:
-    """This rank's stages, and what passes through them.
+    """This rank's stages, and their forwards and backwards.
 
     Args:
-        task: What is trained.
-        plan: How.
-        split: The model in stages; stage s lies on rank s mod ranks of the ``pp`` axis.
+        task: See `Strategy`.
+        plan: See `Strategy`.
+        split: The model in stages; stage s is on rank s mod ranks of the ``pp`` axis.
         rank: This rank's coordinate on ``pp``.
         before, after: Links to the neighbours on ``pp``, in a ring.
-        device: Where it computes.
-        precision: What forward computes in.
-        scaled: Turns a loss and its weight into what backward starts from.
-        units: See `Strategy`.
-        shards: What deals this rank's parameters out, no block over two ranks' stages; None where nothing does.
-        batch_norms: What lets BatchNorm see the slices of all replicas; None where nothing does.
-        rehearsed: Around the recording of a stage, in which other ranks take no part.
-        guarded: Around the user's step.
+        device: This rank's device.
+        precision: The autocast of forwards.
+        scale_loss: Weighs and scales a loss for backward, see `Strategy.scale_loss`.
+        units: See `Strategy.units`.
+        shards: Shards this rank's parameters, with no block over stages of two ranks; None without a shard axis.
+        batch_norms: Synchronizes BatchNorm statistics over the replicas, or None.
+        dry_run: Context for tracing a stage on this rank alone.
+        guarded: Context for the user's step.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Pipeline:
         device: torch.device,
         precision: Precision,
         *,
-        scaled: Callable[[torch.Tensor, Any], torch.Tensor],
+        scale_loss: Callable[[torch.Tensor, Any], torch.Tensor],
         units: Callable[..., Any],
         shards: FullySharded | None = None,
         batch_norms: BatchNorms | None = None,
@@ -81,8 +81,8 @@ class Pipeline:
     ) -> None:
         self._task, self._plan, self._split = task, plan, split
         self._device, self._precision, self._shards = device, precision, shards
-        self._scaled, self._units = scaled, units
-        self._batch_norms, self._rehearsed, self._guarded = batch_norms, dry_run, guarded
+        self._scale_loss, self._units = scale_loss, units
+        self._batch_norms, self._dry_run, self._guarded = batch_norms, dry_run, guarded
         self._stages = range(rank, plan.stages, plan.mesh.pp)
         self._parameters = {
             stage: [p for name, p in task.model.named_parameters() if stage in split.holders[name]]
@@ -96,18 +96,18 @@ class Pipeline:
         if before is after:  # two ranks
             self._mail[1] = self._mail[-1]
         self._last = plan.stages - 1
-        self._orders = order(plan.schedule, plan.mesh.pp, plan.slices_per_rank)[rank]
-        self._passages: dict[tuple[int, int], _Passage] = {}
+        self._actions = schedule_actions(plan.schedule, plan.mesh.pp, plan.slices_per_rank)[rank]
+        self._activations: dict[tuple[int, int], _Activations] = {}
         self.work: list[Work] = []
 
     def forward_backward(
         self, slices: list[Slice], path: tuple[Any, ...]
     ) -> tuple[Any, list[tuple[torch.Tensor, Any]]]:
-        """Run the schedule over this step's microbatches; gradients add up. **Collective** over a replica."""
+        """Run the schedule over this step's microbatches and accumulate gradients. **Collective** over a replica."""
         self.work = []
         total: Any = 0
         losses: list[tuple[torch.Tensor, Any]] = []
-        for action in self._orders:
+        for action in self._actions:
             if action.microbatch >= len(slices):
                 continue
             part = slices[action.microbatch]
@@ -117,7 +117,7 @@ class Pipeline:
                     loss, weight = result
                     counts = bool(part.samples) and weight != 0
                     units = self._units(weight if counts else 0, part, first=action.microbatch == 0)
-                    self._close_loss(action, loss, units if counts else 0)
+                    self._save_loss(action, loss, units if counts else 0)
                     if counts:
                         total = total + units
                         losses.append((loss.detach(), weight))
@@ -128,11 +128,11 @@ class Pipeline:
         return total, losses
 
     def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T | None:
-        """Pass one slice through, for evaluation. **Collective** over a replica."""
+        """Run one slice through all stages, for evaluation. **Collective** over a replica."""
         result = None
         for stage in self._stages:
             result = self._forward(Action("forward", stage, 0), part, path, function)
-        self._passages.clear()
+        self._activations.clear()
         return result
 
     def _forward(
@@ -146,89 +146,89 @@ class Pipeline:
             start_s = time.time()
             self._seed(part, path)
             with self._guarded(), self._precision.autocast():
-                call, inputs = Call.of(*call_of(self._task, batch))
+                call, inputs = Call.of(*capture_call(self._task, batch))
         else:
-            (text, wanted), (inputs, state) = self._receive("forward", action, stage - 1)
+            (text, requires_grad), (inputs, state) = self._receive("forward", action, stage - 1)
             call = Call.from_text(text)
             start_s = time.time()
-            for tensor, wants in zip(inputs, wanted, strict=True):
-                tensor.requires_grad_(wants and torch.is_grad_enabled())
+            for tensor, required in zip(inputs, requires_grad, strict=True):
+                tensor.requires_grad_(required and torch.is_grad_enabled())
             rng.set_state(state, self._device)
-        with self._rehearsed():
+        with self._dry_run():
             module = self._split.stage(stage, call)
         with (
             buffers_kept_if_empty(self._task.model, part, self._batch_norms),
-            self._present(stage),
+            self._gathered(stage),
             self._precision.autocast(),
         ):
             outputs = module(*inputs)
         if stage < self._last:
-            self._passages[stage, action.microbatch] = _Passage(inputs=inputs, outputs=list(outputs))
-            self._note("forward", action, start_s)
-            state = rng.state(self._device)
-            wanted = [tensor.requires_grad for tensor in outputs]
-            self._send("forward", action, 1, (call.to_text(), wanted), list(outputs), state)
+            self._activations[stage, action.microbatch] = _Activations(inputs=inputs, outputs=list(outputs))
+            self._record_work("forward", action, start_s)
+            state = rng.get_state(self._device)
+            requires_grad = [tensor.requires_grad for tensor in outputs]
+            self._send("forward", action, 1, (call.to_text(), requires_grad), list(outputs), state)
             return None
-        self._passages[stage, action.microbatch] = _Passage(inputs=inputs, outputs=[])
-        state = rng.state(self._device)
+        self._activations[stage, action.microbatch] = _Activations(inputs=inputs, outputs=[])
+        state = rng.get_state(self._device)
         calls = 0
 
-        def answer(*args: Any, **kwargs: Any) -> Any:
+        def stage_outputs(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls > 1:
-                raise TaskError("the step calls model(...) twice: a pipeline carries one call, so call it once.")
+                raise TaskError("the step calls model(...) twice: a pipeline runs one call per step, so call it once.")
             rng.set_state(state, self._device)
             return outputs
 
-        self._seed(part, path)
-        with self._guarded(), self._precision.autocast(), forward_replaced(self._task.model, answer):
+        self._seed(part, path)  # as on the first stage: the step draws the same numbers before it calls the model
+        with self._guarded(), self._precision.autocast(), forward_replaced(self._task.model, stage_outputs):
             result = function(batch, part)
-        self._note("forward", action, start_s)
+        self._record_work("forward", action, start_s)
         return result
 
-    def _close_loss(self, action: Action, loss: torch.Tensor, weight: Any) -> None:
-        passage = self._passages[action.stage, action.microbatch]
+    def _save_loss(self, action: Action, loss: torch.Tensor, weight: Any) -> None:
+        saved = self._activations[action.stage, action.microbatch]
         counts = isinstance(weight, torch.Tensor) or weight != 0
-        passage.silent = not counts and self._batch_norms is None
+        saved.zero_gradients = not counts and self._batch_norms is None
         if self._batch_norms is not None and not counts:
-            self._batch_norms.silence()
-        passage.outputs = [self._scaled(loss, weight if counts else 1)]
+            self._batch_norms.zero_output_gradients()
+        saved.outputs = [self._scale_loss(loss, weight if counts else 1)]
 
     def _backward(self, action: Action) -> None:
-        passage = self._passages[action.stage, action.microbatch]
+        saved = self._activations[action.stage, action.microbatch]
         if action.stage == self._last:
-            total = passage.outputs[0]
+            loss = saved.outputs[0]
             start_s = time.time()
         else:
-            passage.silent, (gradients, _) = self._receive("backward", action, action.stage + 1)
+            saved.zero_gradients, (gradients, _) = self._receive("backward", action, action.stage + 1)
             start_s = time.time()
-            total = scalar(passage.outputs, gradients)
-        if self._shards is not None:  # all of its ranks compute, whether it counts or not
-            self._shards.silent = passage.silent
+            loss = surrogate_loss(saved.outputs, gradients)
+        if self._shards is not None:  # all its ranks must run the collectives, whether the slice counts or not
+            self._shards.zero_gradients = saved.zero_gradients
             for block in self._blocks[action.stage]:
                 self._shards.begin_backward(block)
-            if total.requires_grad:
-                total.backward()
+            if loss.requires_grad:
+                loss.backward()
             self._shards.finish_backward()
-        elif total.requires_grad and not passage.silent:
-            total.backward()
-        passage.outputs = []
-        self._note("backward", action, start_s)
+        elif loss.requires_grad and not saved.zero_gradients:
+            loss.backward()
+        saved.outputs = []
+        self._record_work("backward", action, start_s)
         if action.stage > 0:
-            self._send("backward", action, -1, passage.silent, [tensor.grad for tensor in passage.inputs], [])
-        del self._passages[action.stage, action.microbatch]
+            self._send("backward", action, -1, saved.zero_gradients, [tensor.grad for tensor in saved.inputs], [])
+        del self._activations[action.stage, action.microbatch]
 
     def _seed(self, part: Slice, path: tuple[Any, ...]) -> None:
         rng.seed_torch(rng.derive(self._plan.seed, *path, part.index), self._device)
 
-    def _note(self, kind: str, action: Action, start_s: float) -> None:
-        if torch.is_grad_enabled():  # an evaluation is no part of the step
+    def _record_work(self, kind: str, action: Action, start_s: float) -> None:
+        if torch.is_grad_enabled():  # not in evaluation
             self.work.append(Work(kind, action.stage, action.microbatch, start_s, time.time()))
 
     @contextlib.contextmanager
-    def _present(self, stage: int) -> Iterator[None]:
-        """While a stage computes, its parameters are whole."""
+    def _gathered(self, stage: int) -> Iterator[None]:
+        """Context in which the parameters of a stage are gathered."""
         for block in self._blocks[stage]:
             block.gather()
         yield
@@ -238,29 +238,29 @@ class Pipeline:
     def _send(
         self, kind: str, action: Action, step: int, note: Any, tensors: list[Any], state: list[torch.Tensor | None]
     ) -> None:
-        """Send to the rank of the next stage (`step` 1) or of the one before (-1)."""
-        head = (kind, action.stage + step, action.microbatch)
-        self._mail[step].send(head, (note, len(tensors)), [*tensors, *state])
+        """Send to the rank of the next stage (`step` 1) or of the previous one (-1)."""
+        key = (kind, action.stage + step, action.microbatch)
+        self._mail[step].send(key, (note, len(tensors)), [*tensors, *state])
 
     def _receive(self, kind: str, action: Action, source: int) -> tuple[Any, tuple[list[Any], list[Any]]]:
-        head = (kind, action.stage, action.microbatch)
-        (note, count), tensors = self._mail[source - action.stage].receive(head)
+        key = (kind, action.stage, action.microbatch)
+        (note, count), tensors = self._mail[source - action.stage].receive(key)
         return note, (tensors[:count], tensors[count:])
 
 
 class _Mailbox:
-    """A link whose messages are asked for by name: two ends may work through a schedule in a different order."""
+    """A link whose messages are received by key: two neighbours may run their actions in different orders."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self._waiting: dict[Any, Any] = {}
 
-    def send(self, head: Any, note: Any, tensors: list[torch.Tensor | None]) -> None:
-        self._link.send((head, note), tensors)
+    def send(self, key: Any, note: Any, tensors: list[torch.Tensor | None]) -> None:
+        self._link.send((key, note), tensors)
 
-    def receive(self, head: Any) -> tuple[Any, list[Any]]:
-        while head not in self._waiting:
+    def receive(self, key: Any) -> tuple[Any, list[Any]]:
+        while key not in self._waiting:
             (other, note), tensors = self._link.receive()
             self._waiting[other] = note, tensors
-        found: tuple[Any, list[Any]] = self._waiting.pop(head)
+        found: tuple[Any, list[Any]] = self._waiting.pop(key)
         return found

@@ -1,4 +1,7 @@
-"""The step's one call of the model: caught, or answered by something else."""
+"""The step's one call of the model: capture its arguments, or replace the model's forward.
+
+A pipeline's first stage needs the arguments; its last stage returns the output of the stages in place of the model's.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from torch import nn
 from nbdist.core.task.task import Task
 from nbdist.errors import TaskError
 
-__all__ = ["call_of", "forward_replaced"]
+__all__ = ["capture_call", "forward_replaced"]
 
 
-class _Called(BaseException):
-    """Ends a step at its call of the model; no `except Exception` of the user's stops it."""
+class _ModelCalled(BaseException):
+    """Ends a step at its call of the model. A BaseException, so that the user's `except Exception` lets it pass."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -25,7 +28,7 @@ class _Called(BaseException):
 
 @contextlib.contextmanager
 def forward_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a call of `model` run another forward; everything else about it stays. Local."""
+    """Context in which a call of `model` runs another forward, with the model's hooks as usual. Local."""
     own = vars(model).get("forward")
     vars(model)["forward"] = forward
     try:
@@ -37,21 +40,21 @@ def forward_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[
             vars(model)["forward"] = own
 
 
-def call_of(task: Task, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the step calls the model with; the rest of the step is not run. Local.
+def capture_call(task: Task, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which the step calls the model; the rest of the step is not run. Local.
 
     Raises:
-        TaskError: It does not call it.
+        TaskError: The step does not call the model.
     """
 
-    def caught(*args: Any, **kwargs: Any) -> None:
-        raise _Called(args, kwargs)
+    def raise_call(*args: Any, **kwargs: Any) -> None:
+        raise _ModelCalled(args, kwargs)
 
     try:
-        with forward_replaced(task.model, caught):
+        with forward_replaced(task.model, raise_call):
             task.step(task.model, batch)
-    except _Called as call:
+    except _ModelCalled as call:
         return call.args_given, call.kwargs_given
     raise TaskError(
-        "the step never called model(...): on a mesh that cuts the model, it has to, for that is what is cut."
+        "the step never called model(...): on a mesh with pp, tp or shard it has to: that call is what is split."
     )

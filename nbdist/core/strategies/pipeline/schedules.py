@@ -1,9 +1,8 @@
-"""Schedules: in which order each rank of a pipeline works.
+"""Pipeline schedules (GPipe, 1F1B, interleaved): the forwards and backwards of each rank, in order.
 
-The orders are those of ``torch.distributed.pipelining``; its executor is not used, for it freezes the shapes of a batch
-and cannot be interrupted. They are worked out here rather than asked for: loading torch's schedules takes each engine
-1.1 s and 834 modules (the compiler among them) for what is thirty lines of arithmetic. A test compares them with
-torch's, action by action.
+They are the schedules of ``torch.distributed.pipelining``. Its executor is not used: it freezes the shapes of a batch
+and cannot be interrupted. Nor are its schedules imported: that takes each engine 1.1 s and 834 modules (the compiler
+among them), for thirty lines of arithmetic. A test compares both, action by action.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ import torch
 from nbdist.errors import PlanError, suggest
 from nbdist.plan.plan import SCHEDULES
 
-__all__ = ["Action", "order", "scalar", "stages_per_rank"]
+__all__ = ["Action", "schedule_actions", "stages_per_rank", "surrogate_loss"]
 
 
 class Action(NamedTuple):
-    """One piece of a rank's work.
+    """One forward or backward of a rank.
 
     Args:
         kind: "forward" or "backward".
-        stage: Of which stage, over all ranks; stage s lies on rank s mod ranks.
-        microbatch: Of which microbatch of the step, from 0.
+        stage: The stage, counted over all ranks; stage s is on rank s mod ranks.
+        microbatch: The microbatch of the step, from 0.
     """
 
     kind: str
@@ -34,21 +33,21 @@ class Action(NamedTuple):
 
 
 def stages_per_rank(schedule: str) -> int:
-    """Into how many stages a schedule cuts the part of a rank.
+    """The number of stages of each rank under a schedule.
 
     Raises:
-        PlanError: There is no such schedule.
+        PlanError: The schedule is unknown.
     """
     if schedule not in SCHEDULES:
         raise PlanError(f"unknown schedule {schedule!r}: use {', '.join(SCHEDULES)}.{suggest(schedule, SCHEDULES)}")
     return SCHEDULES[schedule]
 
 
-def order(schedule: str, ranks: int, microbatches: int) -> list[list[Action]]:
-    """What each rank does in a step, in order.
+def schedule_actions(schedule: str, ranks: int, microbatches: int) -> list[list[Action]]:
+    """The actions of each rank in a step, in order.
 
-    Whoever works through it sends without waiting and waits for what it receives: then no rank waits for ever. What one
-    rank sends another arrives in the order in which it is awaited, activations and gradients each by themselves.
+    There is no deadlock if sends do not block and receives do. Between two ranks, activations arrive in the order in
+    which they are received, and so do gradients.
 
     Args:
         schedule: "gpipe", "1f1b" or "interleaved".
@@ -65,12 +64,12 @@ def order(schedule: str, ranks: int, microbatches: int) -> list[list[Action]]:
     if ranks < 1 or microbatches < 1:
         raise PlanError(f"a pipeline of {ranks} ranks with {microbatches} microbatches: use 1 or more of each.")
     full = _next_even(microbatches, ranks)
-    orders = [_rank_order(schedule, rank, ranks, full, local) for rank in range(ranks)]
-    return [[action for action in actions if action.microbatch < microbatches] for actions in orders]
+    schedules = [_rank_actions(schedule, rank, ranks, full, local) for rank in range(ranks)]
+    return [[action for action in actions if action.microbatch < microbatches] for actions in schedules]
 
 
 def _next_even(microbatches: int, ranks: int) -> int:
-    """The next number that is cut into equal rounds, which interleaving needs; those beyond are left out again."""
+    """The next number that makes equal rounds, as interleaving needs; the caller drops the surplus microbatches."""
     while microbatches % _rounds(microbatches, ranks):
         microbatches += 1
     return microbatches
@@ -80,15 +79,15 @@ def _rounds(microbatches: int, ranks: int) -> int:
     return max(1, microbatches // ranks)
 
 
-def _rank_order(schedule: str, rank: int, ranks: int, microbatches: int, local: int) -> list[Action]:
-    """Forwards until the first gradient can be there, then backward and forward in turns, then the last backwards."""
-    forwards = _work(rank, ranks, microbatches, local)
+def _rank_actions(schedule: str, rank: int, ranks: int, microbatches: int, local: int) -> list[Action]:
+    """Warm-up forwards, then one forward and one backward in turn, then the remaining backwards."""
+    forwards = _forwards(rank, ranks, microbatches, local)
     backwards = [(ranks * (local - 1) + 2 * rank - stage, microbatch) for stage, microbatch in forwards]
-    hops = ranks - 1 - rank  # to the rank of the last stage
+    ranks_after = ranks - 1 - rank  # from here to the rank of the last stage
     first = {
         "gpipe": len(forwards),
-        "1f1b": hops,
-        "interleaved": (local - 1) * (microbatches // _rounds(microbatches, ranks)) + 2 * hops,
+        "1f1b": ranks_after,
+        "interleaved": (local - 1) * (microbatches // _rounds(microbatches, ranks)) + 2 * ranks_after,
     }[schedule]
 
     actions = [Action("forward", *work) for work in forwards[:first]]
@@ -100,39 +99,39 @@ def _rank_order(schedule: str, rank: int, ranks: int, microbatches: int, local: 
     return actions
 
 
-def _work(rank: int, ranks: int, microbatches: int, local: int) -> list[tuple[int, int]]:
-    """(stage, microbatch) of all forwards of a rank: a round of microbatches through each of its stages in turn."""
-    a_round = microbatches // _rounds(microbatches, ranks)
+def _forwards(rank: int, ranks: int, microbatches: int, local: int) -> list[tuple[int, int]]:
+    """(stage, microbatch) of a rank's forwards: each round of microbatches passes through all its stages in turn."""
+    round_size = microbatches // _rounds(microbatches, ranks)
     return [
         (rank + ranks * stage, start + i)
-        for start in range(0, microbatches, a_round)
+        for start in range(0, microbatches, round_size)
         for stage in range(local)
-        for i in range(a_round)
+        for i in range(round_size)
     ]
 
 
-def scalar(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """One number whose ``backward()`` is that of `outputs` under `gradients`, to the bit.
+def surrogate_loss(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """A scalar whose ``backward()`` gives the same bits as ``torch.autograd.backward(outputs, gradients)``.
 
-    ``torch.autograd.backward(outputs, gradients)`` loads torch's symbolic shapes at its first use, 0.3 s an engine.
+    That call imports torch's symbolic shapes at its first use, 0.3 s an engine.
 
     Args:
-        outputs: What a stage computed.
-        gradients: The gradient of each, in its shape; None where none came back.
+        outputs: The outputs of a stage.
+        gradients: The gradient of each, in its shape; None if the next stage sent none.
 
     Returns:
-        A zero, in the graph of those outputs that have a gradient and want one; outside of it if there are none.
+        Zero, with a graph to the outputs that require grad and have a gradient; without one if there are none.
     """
     pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
     if not pairs:
         return torch.zeros(())
     gradients_then_outputs = [g for _, g in pairs] + [o for o, _ in pairs]
-    total: torch.Tensor = _Seed.apply(len(pairs), *gradients_then_outputs)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _PassGradients.apply(len(pairs), *gradients_then_outputs)  # type: ignore[no-untyped-call]
     return total
 
 
-class _Seed(torch.autograd.Function):
-    """Hands each output its gradient, whatever its own is."""
+class _PassGradients(torch.autograd.Function):
+    """Passes each output its gradient, whatever the incoming one."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""Fully sharded weights: blocks whose parameters are all-gathered while they are needed."""
+"""Fully sharded parameters (as FSDP): blocks whose parameters are all-gathered while they compute."""

@@ -1,4 +1,4 @@
-"""Which parameters are gathered together: found out by an example call."""
+"""Auto-wrap policy for sharding: which parameters are all-gathered together, found by an example call."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from nbdist.core.params.preserve import untouched
-from nbdist.core.strategies.shard.block import written
+from nbdist.core.params.preserve import preserve_model
+from nbdist.core.strategies.shard.block import written_error
 
 __all__ = ["BLOCKS", "blocks_of"]
 
 BLOCKS = 8
-"""A block holds at most this fraction of all parameters, where the model's tree allows it."""
+"""A block holds at most one in `BLOCKS` of all parameter elements, if the module tree allows it."""
 _DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def blocks_of(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], limit: int | None = None
 ) -> list[tuple[str, list[str]]]:
-    """Choose the modules whose parameters are gathered together. Local; the model is left as it was.
+    """Choose the modules whose parameters are gathered together. Local; the model is left unchanged.
 
     They are the largest subtrees with at most `limit` parameter elements, by default one in `BLOCKS` of all. A
-    parameter is gathered with the innermost one that computes at all times when it is read: a forward may read what
-    belongs to a module without calling it.
+    parameter is gathered with the innermost chosen module whose forward encloses all its reads: a forward may read
+    parameters of a module that it does not call.
 
     Args:
         model: The module.
-        args: An example call's.
-        kwargs: The same.
+        args: Arguments of an example call.
+        kwargs: Its keyword arguments.
         limit: Elements.
 
     Returns:
-        The names of the modules, each with those of its parameters.
+        The name of each module, with the names of its parameters.
 
     Raises:
-        PlanError: It writes to a parameter past autograd.
+        PlanError: The forward writes to a parameter's ``data``.
     """
     if limit is None:
         limit = sum(p.numel() for p in model.parameters()) // BLOCKS
@@ -49,12 +49,12 @@ def blocks_of(
         return [module, *(block for child in module.children() for block in walk(child))]
 
     chosen = set(walk(model))
-    with _Reads(model, chosen) as reads, untouched(model):
-        model(*args, **kwargs)  # with gradients, for it may take some of its own
+    with _Reads(model, chosen) as reads, preserve_model(model):
+        model(*args, **kwargs)  # with gradients: forward may call autograd itself
     for name, parameter in model.named_parameters():
         before = reads.data.get(parameter)
         if before is not None and not torch.equal(before.nan_to_num(), parameter.detach().nan_to_num()):
-            raise written(name)
+            raise written_error(name)
     members: dict[nn.Module, list[str]] = {module: [] for module in model.modules() if module in chosen}
     for name, parameter in model.named_parameters():
         stacks = reads.stacks.get(parameter, [[model]])
@@ -65,12 +65,12 @@ def blocks_of(
 
 
 class _Reads(TorchFunctionMode):
-    """Notes which of the chosen modules compute whenever a parameter is read."""
+    """Records which of the chosen modules are in forward at each read of a parameter."""
 
     def __init__(self, model: nn.Module, chosen: set[nn.Module]) -> None:
         super().__init__()
         self.stacks: dict[nn.Parameter, list[list[nn.Module]]] = {}
-        self.data: dict[nn.Parameter, torch.Tensor] = {}  # of those whose `data` were taken, the values before
+        self.data: dict[nn.Parameter, torch.Tensor] = {}  # parameters whose `data` was taken, with the values before
         self._stack: list[nn.Module] = []
         self._own = set(model.parameters())
         self._hooks = [

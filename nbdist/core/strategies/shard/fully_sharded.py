@@ -1,6 +1,6 @@
-"""Fully sharded parameters: every rank keeps its part, and the whole of a block only while the block computes.
+"""Fully sharded data parallelism: every rank holds its shard; a block is all-gathered only while it computes.
 
-The scheme is that of ZeRO's third stage (Rajbhandari et al., 2020) and of torch's ``fully_shard``, on plain tensors.
+The scheme is that of ZeRO stage 3 (Rajbhandari et al., 2020) and of torch's ``fully_shard``, on plain tensors.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from torch.utils import _pytree as pytree
 from nbdist.core.comm import Channel
 from nbdist.core.params.data_watch import DataWatch
 from nbdist.core.params.placeholder import Placeholders
-from nbdist.core.strategies.shard.block import Block, written
+from nbdist.core.strategies.shard.block import Block, written_error
 
 __all__ = ["FullySharded"]
 
 
 class FullySharded:
-    """Parameters dealt out over a channel, in blocks that are gathered together.
+    """Parameters sharded over a channel, in blocks that are all-gathered together.
 
-    While the model computes, a parameter is whole in a gathered block and a placeholder otherwise; one that is read
-    all the same, by the step or by a module that it does not belong to, is gathered for that. Outside of that
-    (`show`) it is this rank's flat part, with the gradient of that part: so the optimizer sees it. The objects are
-    the model's own all the time. All ranks must compute the same blocks in the same order, forward and backward.
+    In forward and backward, a parameter is whole in a gathered block and a placeholder otherwise. If the step or
+    another module reads a placeholder, its block is gathered for that. After `expose_shards`, as for the optimizer, it
+    is this rank's flat shard, with the gradient of that shard. The `nn.Parameter` objects stay the model's own. All
+    ranks must compute the same blocks in the same order, forward and backward.
 
-    What is gathered lies in memory of its own each time, so that a view of it that somebody keeps stays what it is.
-    Only what autograd saves for backward is not kept but gathered again: compute inside of `saving`.
+    Each gather allocates new memory, so a view that the user keeps stays valid. What autograd saves for backward is
+    freed and gathered again: compute inside `saving`.
 
-    **Collective**: the constructor keeps this rank's parts of what is whole now.
+    **Collective**: the constructor shards the parameters, which are whole until then.
 
     Args:
         blocks: Parameters that are gathered together.
         channel: The ``shard`` axis.
-        names: What the parameters are called in errors.
-        check_read: Raises where parameters may not be read that nobody has gathered.
+        names: The names of the parameters, for errors.
+        check_read: Called before ungathered parameters are read; raises if that is not allowed.
     """
 
     def __init__(
@@ -47,70 +47,70 @@ class FullySharded:
         check_read: Callable[[list[nn.Parameter]], None],
     ) -> None:  # fmt: skip
         self._check_read = check_read
-        self._homes: dict[int, tuple[Block, int]] = {}
+        self._registry: dict[int, tuple[Block, int]] = {}
         placeholders = Placeholders(self._read)
         self.blocks = [
-            Block(number, parameters, channel, names, placeholders, self._homes)
+            Block(number, parameters, channel, names, placeholders, self._registry)
             for number, parameters in enumerate(blocks)
         ]
-        self.silent = False
+        self.zero_gradients = False
         self.used: set[int] = set()
         self._hooks: list[Any] = []
-        self._lent: list[Block] = []  # gathered because somebody read them, and not for their module
+        self._extra: list[Block] = []  # gathered for a read outside their module's forward
         places = [(block, place) for block in self.blocks for place in range(len(block.parameters))]
         parameters = [block.parameters[place] for block, place in places]
         self._watch = DataWatch(parameters, lambda i: places[i][0].taken.add(places[i][1]))
 
-    def hide(self) -> None:
-        """Begin to compute: nothing is there that is not gathered. Local."""
+    def hide_shards(self) -> None:
+        """Turn all parameters into placeholders, at the start of a step. Local."""
         self.used.clear()
         for block in self.blocks:
-            block.hide()
+            block.hide_shards()
 
-    def show(self, *, summed: bool = False) -> None:
-        """Let every parameter be this rank's part. Local.
+    def expose_shards(self, *, summed: bool = False) -> None:
+        """Point every parameter at this rank's shard. Local.
 
         Args:
-            summed: Whether all gradients have to be.
+            summed: Whether all gradients must have been reduced, as at the end of a step.
 
         Raises:
-            PlanError: They have to, and one of them came when nobody awaited it any more.
+            PlanError: A gradient came after its block was reduced.
         """
-        self._lent.clear()
+        self._extra.clear()
         if summed:
             for block in self.blocks:
                 block.check_order()
         for block in self.blocks:
-            block.show(summed)
+            block.expose_shards(summed)
 
     def saving(self) -> contextlib.AbstractContextManager[Any]:
-        """While forward and backward compute: autograd saves of what is gathered only where to find it again. Local."""
+        """Context for forward and backward: autograd saves references in place of gathered parameters. Local."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def begin_backward(self, block: Block) -> None:
         """Gather a block for its backward. **Collective**."""
-        block.awaited = True
+        block.in_backward = True
         block.gather()
 
     def end_backward(self, block: Block) -> None:
-        """Sum a block's gradients over the ranks, each of which keeps its part. **Collective**."""
-        block.awaited = False
-        self.used.update(block.reduce(self.silent))
+        """Reduce-scatter a block's gradients over the ranks, and free the block. **Collective**."""
+        block.in_backward = False
+        self.used.update(block.reduce(self.zero_gradients))
         block.free()
 
     def finish_backward(self) -> None:
-        """Sum what backward has left: blocks whose inputs take no gradient, or that others have read.
+        """Reduce the remaining blocks: those whose inputs require no grad, or that other code has read.
 
         **Collective**, after each backward.
         """
-        self._take_back(())
+        self._free_extra(())
         for block in reversed(self.blocks):
-            if block.awaited or block.read:
-                block.read = False
+            if block.in_backward or block.late_gradients:
+                block.late_gradients = False
                 self.end_backward(block)
 
     def hook(self, modules: list[nn.Module]) -> None:
-        """Gather each block while its module of `modules` computes. Local."""
+        """Register hooks that gather each block while its module computes. Local."""
         for module, block in zip(modules, self.blocks, strict=True):
             before, after = functools.partial(self._before, block), functools.partial(self._after, block)
             self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
@@ -121,14 +121,14 @@ class FullySharded:
         if not torch.is_grad_enabled():
             return None
         flat, tree = pytree.tree_flatten((args, kwargs))
-        # One given several times stays one: attention asks whether its query is its key. A parameter's gradient is
-        # there only after that of its last use, which this block need not be.
+        # By id, so that a tensor passed several times stays one: attention tests `query is key`. Not parameters: their
+        # gradients are complete only after their last use, which may be outside this block.
         given = {
             id(v): v for v in flat
             if isinstance(v, torch.Tensor) and v.requires_grad and not isinstance(v, nn.Parameter)
         }  # fmt: skip
         if not given:
-            block.read = True
+            block.late_gradients = True
             return None
         ending = functools.partial(self.end_backward, block)
         passed: Any = _AfterBackward.apply(ending, *given.values())  # type: ignore[no-untyped-call]
@@ -136,46 +136,46 @@ class FullySharded:
         return pytree.tree_unflatten([instead.get(id(value), value) for value in flat], tree)
 
     def _after(self, block: Block, _module: nn.Module, _args: Any, output: Any) -> None:
-        if not block.awaited:  # a checkpointed one computes once more in its backward
+        if not block.in_backward:  # with activation checkpointing, forward runs again in backward
             block.free()
         hooked = False
         for value in pytree.tree_leaves(output):
             if isinstance(value, torch.Tensor) and value.requires_grad and not isinstance(value, nn.Parameter):
                 value.register_hook(lambda _gradient: self.begin_backward(block))
                 hooked = True
-        block.read |= not hooked and torch.is_grad_enabled()
+        block.late_gradients |= not hooked and torch.is_grad_enabled()
 
     def _read(self, parameters: list[nn.Parameter], data: bool) -> None:
-        """Somebody is about to compute with parameters that are not gathered. **Collective**, as all that is."""
+        """Gather placeholders that are about to be read. **Collective**: all ranks must run the same reads."""
         self._check_read(parameters)
         if data:
             block = next(block for block in self.blocks if parameters[0] in block.places)
-            raise written(block.name(parameters[0]), " (it takes its data, where detach() lets one read)")
+            raise written_error(block.name(parameters[0]), " (it takes its data; to read, use detach())")
         wanted = [block for block in self.blocks if any(p in block.places for p in parameters)]
-        self._take_back(wanted)
+        self._free_extra(wanted)
         for block in wanted:
             block.gather()
-            block.read |= torch.is_grad_enabled()
-            self._lent.append(block)
+            block.late_gradients |= torch.is_grad_enabled()
+            self._extra.append(block)
 
-    def _take_back(self, wanted: Collection[Block]) -> None:
-        for block in self._lent:
-            if block not in wanted and not block.awaited:
+    def _free_extra(self, wanted: Collection[Block]) -> None:
+        for block in self._extra:
+            if block not in wanted and not block.in_backward:
                 block.free()
-        self._lent.clear()
+        self._extra.clear()
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         try:
-            found = self._homes.get(tensor.untyped_storage().data_ptr())
-        except (NotImplementedError, RuntimeError):  # a sparse one, say, has no storage
+            found = self._registry.get(tensor.untyped_storage().data_ptr())
+        except (NotImplementedError, RuntimeError):  # no storage, for instance sparse
             found = None
         if found is not None and not (tensor.is_conj() or tensor.is_neg()):
-            return _Whereabouts(found, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
-        # Without its history: an output would keep the node alive that keeps it. The version is what torch looks at.
+            return _Reference(found, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
+        # Detached: a saved output would make a reference cycle with its node. `_unpack` checks the version, as torch.
         return tensor if tensor.is_leaf else tensor.detach(), tensor._version
 
     def _unpack(self, packed: Any) -> torch.Tensor:
-        if not isinstance(packed, _Whereabouts):
+        if not isinstance(packed, _Reference):
             tensor: torch.Tensor = packed[0]
             if tensor._version != packed[1]:
                 raise RuntimeError(
@@ -187,22 +187,22 @@ class FullySharded:
         block, place = packed.found
         if not block.gathered:
             self.begin_backward(block)
-        home = torch.empty(0, dtype=packed.dtype, device=block.parameters[place].device)
-        return home.set_(block.storage(place), packed.offset, packed.size, packed.stride)
+        view = torch.empty(0, dtype=packed.dtype, device=block.parameters[place].device)
+        return view.set_(block.storage(place), packed.offset, packed.size, packed.stride)
 
     def close(self) -> None:
-        """Take the hooks away; parameters stay the parts they are, without gradients. Local."""
+        """Remove the hooks; parameters stay this rank's shards, without gradients. Local."""
         self._watch.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self.blocks.clear()
-        self._lent.clear()
-        self._homes.clear()
+        self._extra.clear()
+        self._registry.clear()
 
 
-class _Whereabouts(NamedTuple):
-    """What autograd keeps of a tensor that lies in a gathered parameter."""
+class _Reference(NamedTuple):
+    """What autograd saves in place of a view of a gathered parameter."""
 
     found: tuple[Block, int]
     dtype: torch.dtype
@@ -212,7 +212,7 @@ class _Whereabouts(NamedTuple):
 
 
 class _AfterBackward(torch.autograd.Function):
-    """The identity; calls back when the gradients of all its inputs are there."""
+    """The identity; calls back when the gradients of all its inputs are computed."""
 
     @staticmethod
     def forward(ctx: Any, call: Any, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,15 +1,25 @@
-"""Tensor parallelism: single layers are split, and the ranks of the `tp` axis compute them together.
+"""Tensor parallelism: column- and row-split layers that the ranks of the `tp` axis compute together.
 
-`derive` proposes a plan (or `written` reads one that a user wrote), `prove` keeps of it what leaves results as they
-are, and `parallelize` applies it.
+`derive_plan` proposes a plan, or `plan_from_rules` reads the user's. `verify_plan` verifies it numerically and keeps
+the groups that leave results unchanged. `parallelize` applies it.
 """
 
 from nbdist.core.strategies.tensor.apply import Parallelized, parallelize
-from nbdist.core.strategies.tensor.auto_plan import derive
+from nbdist.core.strategies.tensor.auto_plan import derive_plan
 from nbdist.core.strategies.tensor.dry_run import dry_run
 from nbdist.core.strategies.tensor.guard import Guard
 from nbdist.core.strategies.tensor.plan import Group, TensorPlan
-from nbdist.core.strategies.tensor.user_plan import written
-from nbdist.core.strategies.tensor.verify import prove
+from nbdist.core.strategies.tensor.user_plan import plan_from_rules
+from nbdist.core.strategies.tensor.verify import verify_plan
 
-__all__ = ["Group", "Guard", "Parallelized", "TensorPlan", "derive", "dry_run", "parallelize", "prove", "written"]
+__all__ = [
+    "Group",
+    "Guard",
+    "Parallelized",
+    "TensorPlan",
+    "derive_plan",
+    "dry_run",
+    "parallelize",
+    "plan_from_rules",
+    "verify_plan",
+]

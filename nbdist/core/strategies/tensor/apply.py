@@ -1,4 +1,4 @@
-"""A tensor plan applied to a module, in place, and taken back."""
+"""Applies a tensor-parallel plan to a module in place, and undoes it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from nbdist.core.params.placement import Cut
 from nbdist.core.params.table import replace_data
 from nbdist.core.strategies.tensor import layers
 from nbdist.core.strategies.tensor.attention import attend
-from nbdist.core.strategies.tensor.autograd_collectives import Entrance, TensorAxis
-from nbdist.core.strategies.tensor.dropout import dropout, with_own_draws
+from nbdist.core.strategies.tensor.autograd_collectives import SharedCopyIn, TensorAxis
+from nbdist.core.strategies.tensor.dropout import dropout, with_local_dropout
 from nbdist.core.strategies.tensor.plan import Group, TensorPlan, cuts
 
 __all__ = ["Parallelized", "parallelize"]
 
 
 class Parallelized:
-    """A module that computes together with the other ranks of the axis. See `parallelize`.
+    """A module whose split layers compute together with the other ranks of the axis. See `parallelize`.
 
     Attributes:
         cuts: How each parameter is cut, by its first name in ``model.named_parameters()``.
-        partial: Parameters that are whole on every rank and used inside a split region. Their gradients are summed over
-            the axis as they arise: the caller has nothing to do.
-        reasons: Layers that stay whole, or are split by themselves only, and why.
-        axis: What its collectives go through.
+        partial: Parameters that are whole on every rank and used inside a split region. A hook sums their gradients
+            over the axis in backward: the caller has nothing to do.
+        reasons: Why layers stay whole, or are split by themselves only.
+        axis: The ``tp`` axis of its collectives.
     """
 
     def __init__(self, model: nn.Module, channel: Channel, plan: TensorPlan, *, cut: bool = True) -> None:
@@ -46,30 +46,30 @@ class Parallelized:
                 draws[group.block] = draws.get(group.block, {}) | group.draws
         for name, dims in draws.items():
             block = model.get_submodule(name)
-            self._set(block, "forward", functools.partial(with_own_draws, block, self.axis, dims))
+            self._set(block, "forward", functools.partial(with_local_dropout, block, self.axis, dims))
         for name in self.partial:
-            self._undo.append(model.get_parameter(name).register_hook(self._summed).remove)
-        self._keep_from_fast_path()
+            self._undo.append(model.get_parameter(name).register_hook(self._sum_gradient).remove)
+        self._disable_fast_path()
         if cut:
             for name, how in self.cuts.items():
                 parameter = model.get_parameter(name)
-                replace_data(parameter, how.piece(parameter.data, channel.rank, channel.size))
+                replace_data(parameter, how.part(parameter.data, channel.rank, channel.size))
 
     def gather(self, name: str) -> torch.Tensor:
-        """A parameter as a whole, a copy. **Collective** over the axis."""
+        """A copy of a whole parameter. **Collective** over the axis."""
         data = self.model.get_parameter(name).detach()
         cut = self.cuts.get(name)
         return data.clone() if cut is None else cut.join(self.axis.channel.all_gather(data.contiguous()))
 
     def restore(self) -> None:
-        """Give the module its own forwards and attributes back; the parameters' data are the caller's. Local."""
+        """Give the module its own forwards and attributes back; the caller restores parameters' data. Local."""
         while self._undo:
             self._undo.pop()()
 
     def _split(self, group: Group) -> None:
-        entrance = Entrance(self.axis)
+        shared_copy_in = SharedCopyIn(self.axis)
         for name, kind in group.layers.items():
-            self._change(self.model.get_submodule(name), kind, entrance)
+            self._change(self.model.get_submodule(name), kind, shared_copy_in)
         for name, dim in group.dropouts.items():
             layer = self.model.get_submodule(name)
             self._set(layer, "forward", functools.partial(dropout, layer, self.axis, dim))
@@ -78,18 +78,18 @@ class Parallelized:
             module = self.model.get_submodule(inner)
             self._set(module, attribute, getattr(module, attribute) // self.axis.size)
 
-    def _change(self, layer: Any, kind: str, entrance: Entrance) -> None:
+    def _change(self, layer: Any, kind: str, shared_copy_in: SharedCopyIn) -> None:
         forward = _FORWARDS[kind]
-        shared = entrance if kind in ("column", "row") else self.axis
+        shared = shared_copy_in if kind in ("column", "row") else self.axis
         self._set(layer, "forward", functools.partial(forward, layer, shared))
-        # As users' code reads them: the width of what a layer takes and gives.
+        # The user's code may read these widths, which are now those of this rank.
         width = {"column": ("out_features", "nf"), "row": ("in_features", "nx")}.get(kind, ())
         for attribute in width:
             if attribute in vars(layer):
                 self._set(layer, attribute, getattr(layer, attribute) // self.axis.size)
 
-    def _keep_from_fast_path(self) -> None:
-        """In evaluation, torch's transformer layers would read the weights past the layers that hold them."""
+    def _disable_fast_path(self) -> None:
+        """Switch off the fast path of torch's transformer layers, which reads weights without calling their layers."""
         for module in self.model.modules():
             if isinstance(module, nn.TransformerEncoderLayer):
                 self._set(module, "activation_relu_or_gelu", 0)
@@ -104,7 +104,7 @@ class Parallelized:
             self._undo.append(functools.partial(own.pop, attribute, None))
         own[attribute] = value
 
-    def _summed(self, gradient: torch.Tensor) -> torch.Tensor:
+    def _sum_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         total = gradient.clone(memory_format=torch.contiguous_format)
         self.axis.channel.all_reduce_(total)
         return total
@@ -120,13 +120,13 @@ _FORWARDS: dict[str, Callable[..., Any]] = {
 
 
 def parallelize(model: nn.Module, channel: Channel, plan: TensorPlan, *, cut: bool = True) -> Parallelized:
-    """Split a module in place: the same object, with the same parameters, computes with its axis. Local.
+    """Split a module in place; module and parameters stay the same objects. Local.
 
     Args:
         model: The module, whole, with the same weights on every rank.
         channel: The ``tp`` axis, of the plan's degree.
-        plan: What `prove` or `written` gave; the same on every rank.
-        cut: Whether to cut the parameters' data too; without it the caller does, by `Parallelized.cuts`.
+        plan: From `verify_plan` or `plan_from_rules`; the same on every rank.
+        cut: Whether to cut the parameters' data too; otherwise the caller does, by `Parallelized.cuts`.
     """
     assert channel.size == plan.size
     return Parallelized(model, channel, plan, cut=cut)

@@ -1,4 +1,4 @@
-"""``nn.MultiheadAttention`` with its heads split over the ranks."""
+"""Tensor-parallel ``nn.MultiheadAttention``: its heads are split over the ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nbdist.core.strategies.tensor.autograd_collectives import TensorAxis, copy_in, gather_out, sum_out
-from nbdist.core.strategies.tensor.dropout import own_noise
+from nbdist.core.strategies.tensor.dropout import local_dropout_mask
 
 __all__ = ["attend", "is_splittable"]
 
@@ -23,8 +23,8 @@ def attend(
     """``layer(query, key, value, ...)`` with this rank's heads. **Collective**.
 
     Args:
-        layer: The ``nn.MultiheadAttention``, whose parameters are this rank's pieces.
-        axis: Where the heads are split.
+        layer: The ``nn.MultiheadAttention``, whose parameters are this rank's parts.
+        axis: The axis over which the heads are split.
         query: (batch, length, width), or as ``batch_first`` says; so are `key` and `value`.
         key: As `query`.
         value: As `query`.
@@ -32,7 +32,7 @@ def attend(
         need_weights: Whether to return the attention weights of all heads.
         attn_mask: (queries, keys), or with all heads (batch * heads, queries, keys).
         average_attn_weights: Whether those are averaged over the heads.
-        is_causal: That `attn_mask` is the causal one.
+        is_causal: Whether `attn_mask` is the causal mask.
     """
     if is_causal and attn_mask is None:
         raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
@@ -54,7 +54,7 @@ def attend(
         out = weights @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=hint)
-    # (length, batch, width) in memory, as torch has it: the random numbers of a dropout that follows lie so.
+    # (length, batch, width) in memory, as in torch: a dropout that follows draws in memory order.
     out = sum_out(F.linear(out.permute(2, 0, 1, 3).flatten(-2), layer.out_proj.weight), axis)
     if layer.out_proj.bias is not None:
         out = out + layer.out_proj.bias.to(out.dtype)
@@ -85,7 +85,7 @@ def _project(layer: Any, axis: TensorAxis, *inputs: torch.Tensor) -> list[torch.
 def _merged(
     axis: TensorAxis, heads: int, q: torch.Tensor, attn_mask: torch.Tensor | None, padding: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Both masks in one that is added to the scores, broadcast to (batch, heads / size, queries, keys)."""
+    """Both masks as one to add to the scores, broadcast to (batch, heads / size, queries, keys)."""
     parts = []
     if attn_mask is not None:
         mask = _additive(attn_mask, q.dtype)
@@ -111,7 +111,7 @@ def _weights(
     weights = scores.softmax(-1)
     if mask is not None:
         weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), masked_rows)
-    return weights * own_noise(weights, p, axis, 1, torch.dropout) if p else weights
+    return weights * local_dropout_mask(weights, p, axis, 1, torch.dropout) if p else weights
 
 
 def _of_all_heads(weights: torch.Tensor, axis: TensorAxis, average: bool) -> torch.Tensor:
@@ -122,6 +122,6 @@ def _of_all_heads(weights: torch.Tensor, axis: TensorAxis, average: bool) -> tor
 
 
 def is_splittable(layer: Any) -> bool:
-    """Whether `attend` can stand for the forward of `layer`."""
+    """Whether `attend` can replace the forward of `layer`."""
     plain = type(layer) is nn.MultiheadAttention and "forward" not in vars(layer)
     return plain and layer.bias_k is None and layer.bias_v is None and not layer.add_zero_attn

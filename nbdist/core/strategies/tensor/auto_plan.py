@@ -1,4 +1,4 @@
-"""The automatic tensor plan: read off what depends on what, not off names."""
+"""The automatic tensor-parallel plan: derived from the dependencies of layers, not from their names."""
 
 from __future__ import annotations
 
@@ -10,61 +10,63 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.process.rng import kept
+from nbdist.core.process.rng import fork_rng
 from nbdist.core.strategies.tensor.attention import is_splittable
 from nbdist.core.strategies.tensor.dependencies import Region, Trace
 from nbdist.core.strategies.tensor.layers import features
 from nbdist.core.strategies.tensor.plan import Group, TensorPlan, owners
 from nbdist.errors import PlanError
 
-__all__ = ["as_in_training", "derive", "drawn", "nothing_to_split", "sections", "table_refusal"]
+__all__ = ["derive_plan", "nothing_to_split", "rng_device", "sections", "table_refusal", "training_mode"]
 
 _HEADS = {
     "h", "heads", "n_head", "n_heads", "n_kv_head", "n_kv_heads", "nhead", "nheads", "num_attention_heads",
     "num_head", "num_heads", "num_key_value_heads", "num_kv_heads",
 }  # fmt: skip
-"""Attributes that count heads, as people call them."""
-_WORTH = 0.01
-"""Share of the model's parameters from which on a layer is split by itself, for a collective per use."""
+"""Usual names of attributes that count heads."""
+_MIN_SHARE = 0.01
+"""Smallest share of the model's parameters for which a layer is split by itself, at one collective per use."""
 
 
-def derive(model: nn.Module, size: int, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> TensorPlan:
-    """Propose how to split a module, which is left as it was; `prove` tells whether the proposal is right. Local.
+def derive_plan(model: nn.Module, size: int, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> TensorPlan:
+    """Propose how to split a module, to be verified by `verify_plan`. Local; the module is left unchanged.
 
     Args:
         model: The whole module.
         size: The degree.
-        args: An example call's, with at least two samples.
-        kwargs: The same.
+        args: Arguments of an example call, with at least two samples.
+        kwargs: Its keyword arguments.
 
     Raises:
         PlanError: Nothing can be split.
     """
-    with as_in_training(model), kept(drawn(model)):
+    with training_mode(model), fork_rng(rng_device(model)):
         trace = Trace(model, args, kwargs or {})
     search = _Search(model, size, trace)
-    search.attentions()
-    search.joined()
-    search.alone()
+    search.find_attentions()
+    search.find_column_row()
+    search.find_single()
     if not search.groups:
-        raise nothing_to_split(model, size, search.whole())
-    return TensorPlan(size=size, groups=tuple(search.groups), others=tuple(search.others), reasons=search.whole())
+        raise nothing_to_split(model, size, search.reasons_whole())
+    return TensorPlan(
+        size=size, groups=tuple(search.groups), others=tuple(search.others), reasons=search.reasons_whole()
+    )
 
 
 def nothing_to_split(model: nn.Module, size: int, reasons: dict[str, str]) -> PlanError:
-    """The error that says which layers there are, and why each stays whole."""
+    """The error that lists the layers, and why each stays whole."""
     shown = [f"{name} {reason}" for name, reason in list(reasons.items())[:4]]
     more = f", and {len(reasons) - 4} more layers" if len(reasons) > 4 else ""
     why = "; ".join(shown) + more if shown else "it has no linear layers, embeddings or attention"
     return PlanError(
         f"nothing of {type(model).__name__} can be split over {size} ranks: {why}. "
-        "Choose another tp degree or --strategy, or say what to split with a tensor plan."
+        "Choose another tp degree or --strategy, or name the layers to split in a tensor plan."
     )
 
 
 @contextlib.contextmanager
-def as_in_training(model: nn.Module) -> Iterator[None]:
-    """Put the module into training mode, and give it its modes and buffers back at the end."""
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Context with the module in training mode; modes and buffers are restored at the end."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.train()
@@ -78,8 +80,8 @@ def as_in_training(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-def drawn(model: nn.Module) -> torch.device:
-    """Where a module draws its random numbers."""
+def rng_device(model: nn.Module) -> torch.device:
+    """The device on which a module draws random numbers."""
     return next(model.parameters()).device
 
 
@@ -89,7 +91,7 @@ def table_refusal(layer: nn.Module) -> str:
         return f"is a {type(layer).__name__}, not a plain embedding"
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(layer, option):
-            return f"has {option}, which looks at all rows at once"
+            return f"has {option}, which needs all rows at once"
     return ""
 
 
@@ -107,22 +109,22 @@ class _Search:
         self._taken: set[str] = set()
         self._total = sum(p.numel() for p in model.parameters())
 
-    def attentions(self) -> None:
-        """Torch's own attention."""
+    def find_attentions(self) -> None:
+        """Split the heads of each nn.MultiheadAttention."""
         for name in self._trace.called:
             layer: Any = self._modules[name]
             if not isinstance(layer, nn.MultiheadAttention):
                 continue
             if not is_splittable(layer) or name in self._tied:
-                self.reasons[name] = "is an attention with extra keys, or changed"
+                self.reasons[name] = "is an attention with extra keys, or with another forward"
             elif layer.num_heads % self.size:
                 self.reasons[name] = f"has {layer.num_heads} heads{self._uneven}"
             else:
                 key = f"attention:{layer.num_heads} heads of {layer.embed_dim}"
                 self._add([Group(kind="attention", block=name, key=key, layers={name: "attention"})])
 
-    def joined(self) -> None:
-        """Linear layers whose outputs meet again in another one: q, k, v and o; up and down; gate, up and down."""
+    def find_column_row(self) -> None:
+        """Linear layers that feed another one, as columns and row: q, k, v and o; up and down; gate, up and down."""
         for row in self._trace.linears():
             region = None if row in self._taken else self._trace.region(row)
             if region is None or {row, *region.columns} & (self._taken | self._tied) or row in region.columns:
@@ -131,24 +133,24 @@ class _Search:
             if reason:
                 self.reasons.setdefault(row, reason)
                 for name in region.columns:
-                    self.reasons.setdefault(name, f"leads to {row}, which {reason}")
+                    self.reasons.setdefault(name, f"feeds {row}, which {reason}")
             else:
                 self._add(list(self._ways(row, region)))
 
-    def alone(self) -> None:
-        """Embeddings, and linear layers that are left: the large ones, or where there is nothing else all of them."""
-        self._add_alone(lambda name: self._share(name) >= _WORTH)
+    def find_single(self) -> None:
+        """Embeddings and the remaining linear layers: the large ones, or all of them if nothing else is split."""
+        self._add_single(lambda name: self._share(name) >= _MIN_SHARE)
         if not self.groups:
-            self._add_alone(lambda name: True)
+            self._add_single(lambda name: True)
 
-    def whole(self) -> dict[str, str]:
-        """Why layers stay whole, or are split by themselves only; small ones that are not linear are not named."""
+    def reasons_whole(self) -> dict[str, str]:
+        """Why layers stay whole, or are split by themselves only; without small layers that are not linear."""
         for name in self._trace.called:
             kind = type(self._modules[name]).__name__
-            if name not in self._taken and self._share(name) >= _WORTH:
+            if name not in self._taken and self._share(name) >= _MIN_SHARE:
                 self.reasons.setdefault(name, f"is a {kind}, which is not a kind of layer that can be split")
         return {
-            name: f"is split by itself, for it {reason}" if name in self._taken else reason
+            name: f"is split by itself, because it {reason}" if name in self._taken else reason
             for name, reason in self.reasons.items()
         }
 
@@ -194,7 +196,7 @@ class _Search:
         }
 
     def _ways(self, row: str, region: Region) -> Iterator[Group]:
-        """The ways to split a row and its columns, the likeliest first; the last one splits each layer by itself."""
+        """The ways to split a row and its columns, the most likely first; the last one splits each layer by itself."""
         block, width = _common([row, *region.columns]), self._features(row)[0]
         kind = "attention" if region.mixes else "mlp"
         names = [name[len(block) :].lstrip(".") for name in [*sorted(region.columns), row]]
@@ -210,7 +212,7 @@ class _Search:
             widths = {width, *(length for lengths in chosen.values() for length in lengths)}
             for divided in self._divided(self._integers(row, region), widths, heads=region.mixes):
                 yield replace(whole, sections=chosen, divided=divided)
-        alone = [name for name in whole.layers if not self._alone_refusal(name) and self._share(name) >= _WORTH]
+        alone = [name for name in whole.layers if not self._single_refusal(name) and self._share(name) >= _MIN_SHARE]
         yield Group(kind="linear", block=block, key=key, layers=dict.fromkeys(alone, "column_gather"))
 
     def _divided(self, integers: dict[str, int], widths: set[int], heads: bool) -> Iterable[tuple[str, ...]]:
@@ -219,18 +221,18 @@ class _Search:
         likely = [known, known + wide, [path for path, value in integers.items() if value % self.size == 0], []]
         return dict.fromkeys(tuple(paths) for paths in (likely if heads else [[], wide]))
 
-    def _add_alone(self, is_worth: Callable[[str], bool]) -> None:
+    def _add_single(self, is_worth: Callable[[str], bool]) -> None:
         for name in self._trace.called:
             module = self._modules[name]
             if name in self._taken or not (features(module) or isinstance(module, nn.Embedding)):
                 continue
-            # What shares a weight with it is split with it.
+            # Layers with a tied weight are split with it.
             together = {path for paths in self._owners.values() if name in paths for path in paths} | {name}
-            refusals = [reason for path in sorted(together) if (reason := self._alone_refusal(path))]
+            refusals = [reason for path in sorted(together) if (reason := self._single_refusal(path))]
             if refusals:
                 self.reasons.setdefault(name, refusals[0])
             elif not is_worth(name):
-                self.reasons.setdefault(name, f"holds less than {_WORTH:.0%} of the parameters")
+                self.reasons.setdefault(name, f"holds less than {_MIN_SHARE:.0%} of the parameters")
             else:
                 layers = {
                     path: "embedding" if isinstance(self._modules[path], nn.Embedding) else "column_gather"
@@ -239,7 +241,7 @@ class _Search:
                 kind = "embedding" if "embedding" in layers.values() else "linear"
                 self._add([Group(kind=kind, block=name, key=f"{kind}:{name}", layers=layers)])
 
-    def _alone_refusal(self, name: str) -> str:
+    def _single_refusal(self, name: str) -> str:
         """Why a layer cannot be split by itself, or an empty string."""
         module = self._modules[name]
         if isinstance(module, nn.Embedding):
@@ -252,12 +254,12 @@ class _Search:
 
 
 def sections(outputs: int, width: int, size: int) -> Iterator[tuple[int, ...]]:
-    """What the outputs of a column may be: parts as wide as the row's inputs, q and narrower k and v, or one. Local.
+    """Possible sections of a column's outputs: each as wide as the row's input; q with narrower k and v; one. Local.
 
     Args:
-        outputs: Of the column.
-        width: Inputs of the row that it leads to.
-        size: The degree, which divides each part.
+        outputs: Outputs of the column.
+        width: Inputs of the row that it feeds.
+        size: The degree, which divides each section.
     """
     fused = [(width,) * (outputs // width)] if outputs % width == 0 else []
     if outputs > width and (outputs - width) % 2 == 0:
@@ -276,7 +278,7 @@ def _last(path: str) -> str:
 
 
 def _common(paths: Iterable[str]) -> str:
-    """The innermost module that holds all of these."""
+    """The innermost module that contains all of these."""
     shared = []
     for parts in zip(*(_parent(path).split(".") for path in paths), strict=False):
         if len(set(parts)) > 1:

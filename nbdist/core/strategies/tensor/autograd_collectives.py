@@ -1,15 +1,15 @@
-"""Where activations enter and leave what is split: collectives that autograd differentiates.
+"""Differentiable tensor-parallel collectives, where activations enter and leave split layers.
 
 ```
                forward      backward
-copy_in        as it is     all-reduce     into columns
-sum_out        all-reduce   as it is       out of rows
-gather_out     all-gather   own part       out of columns that end alone
+copy_in        identity     all-reduce     into columns
+sum_out        all-reduce   identity       out of rows
+gather_out     all-gather   own part       out of columns without a row
 ```
 
-Activations outside are the same on every rank of the axis, and so are their gradients. Eagerly these are autograd
-functions. Whoever traces a module (`torch.export`, `torch.fx`, fake tensors) meets custom ops in their place, which
-name the axis by its number and do the same when the graph runs.
+Activations outside are the same on every rank of the axis, and so are their gradients. In eager mode these are autograd
+functions. A tracer (`torch.export`, `torch.fx`, fake tensors) records custom ops instead, which name the axis by its
+number and do the same when the graph runs.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from nbdist.core.comm import Channel
 
-__all__ = ["Entrance", "TensorAxis", "copy_in", "gather_out", "sum_out"]
+__all__ = ["SharedCopyIn", "TensorAxis", "copy_in", "gather_out", "sum_out"]
 
-_numbers = itertools.count()
-_open: dict[int, Channel] = {}
+_axis_numbers = itertools.count()
+_open_axes: dict[int, Channel] = {}
 
 
 class TensorAxis:
@@ -38,16 +38,16 @@ class TensorAxis:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.rank, self.size = channel.rank, channel.size
-        self.number = next(_numbers)
+        self.number = next(_axis_numbers)
         self.use(channel)
 
     def use(self, channel: Channel) -> None:
-        """Let another channel carry it. Local."""
-        self.channel = _open[self.number] = channel
+        """Communicate through another channel. Local."""
+        self.channel = _open_axes[self.number] = channel
 
     def close(self) -> None:
-        """Graphs that were traced with it cannot run any more. Local."""
-        _open.pop(self.number, None)
+        """Unregister the axis; graphs that were traced with it raise from now on. Local."""
+        _open_axes.pop(self.number, None)
 
     def part(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's even part of `tensor` along `dim`, a view. Local."""
@@ -56,24 +56,24 @@ class TensorAxis:
 
 
 def copy_in(x: torch.Tensor, axis: TensorAxis) -> torch.Tensor:
-    """`x` as it is; its gradients from the ranks are summed. **Collective** in backward.
+    """The identity; its gradient is summed over the ranks. **Collective** in backward.
 
-    What reads the result must leave its gradient to it, as matrix products do: the sum is made in place.
+    The gradient is summed in place, so the operation that uses the result must not keep it; matrix products do not.
     """
     return _copy_in_op(x, axis.number) if _is_traced(x) else _apply(_CopyIn, x, axis)
 
 
 def sum_out(x: torch.Tensor, axis: TensorAxis) -> torch.Tensor:
-    """The sum of the ranks' `x`, made in place where `x` is contiguous: nobody else may need it. **Collective**."""
+    """The sum of the ranks' `x`, in place if `x` is contiguous: no other code may need it. **Collective**."""
     return _sum_out_op(x, axis.number) if _is_traced(x) else _apply(_SumOut, x.contiguous(), axis)
 
 
 def gather_out(x: torch.Tensor, axis: TensorAxis) -> torch.Tensor:
-    """The ranks' `x` side by side along the last dim. **Collective**."""
+    """The ranks' `x` concatenated along the last dim. **Collective**."""
     return _gather_out_op(x, axis.number, axis.size) if _is_traced(x) else _apply(_GatherOut, x, axis)
 
 
-class Entrance:
+class SharedCopyIn:
     """`copy_in` for layers that read the same tensor (q, k and v): one copy, so one all-reduce in backward."""
 
     def __init__(self, axis: TensorAxis) -> None:
@@ -83,7 +83,7 @@ class Entrance:
         self._version = -1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`copy_in` of `x`, or what it gave for `x` just before. Local in forward."""
+        """`copy_in` of `x`, cached for the latest `x`. Local in forward."""
         if _is_traced(x):
             return copy_in(x, self.axis)
         if not (torch.is_grad_enabled() and x.requires_grad):
@@ -93,13 +93,13 @@ class Entrance:
         assert self._copy is not None
         return self._copy
 
-    def leave(self) -> None:
-        """Let go of the activations. Local."""
+    def release(self) -> None:
+        """Release the cached activations. Local."""
         self._source = self._copy = None
 
 
 def _is_traced(x: Any) -> bool:
-    """Whether `x` stands for a tensor: a proxy, a fake tensor, or whatever an export or a compiler passes on."""
+    """Whether a tracer is running: `x` is a proxy, a fake tensor, or a tensor under export or compile."""
     return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
 
 
@@ -146,9 +146,9 @@ class _GatherOut(torch.autograd.Function):
 
 
 def _channel(number: int) -> Channel:
-    channel = _open.get(number)
+    channel = _open_axes.get(number)
     if channel is None:
-        raise RuntimeError(f"this graph was traced while the model was split along axis {number}, which is over.")
+        raise RuntimeError(f"this graph was traced while the model was split along axis {number}, which is closed.")
     return channel
 
 

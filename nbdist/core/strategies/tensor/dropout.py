@@ -1,7 +1,7 @@
-"""Dropout of what is split: every rank draws for all of it, as one process does, and uses its part.
+"""Tensor-parallel dropout: every rank draws the mask of the whole activation, as one process does, and uses its part.
 
-Modules get another forward. A function that is called in the user's code (`F.dropout`, or the attention of torch with a
-dropout) is met by a mode around the forward of the block, and known by its place among the block's draws.
+Modules get another forward. Calls of `F.dropout`, or of torch's attention with dropout, in the user's code are
+intercepted by a TorchFunctionMode around the block's forward, and identified by their number among its dropout calls.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch.overrides import TorchFunctionMode
 
 from nbdist.core.strategies.tensor.autograd_collectives import TensorAxis
 
-__all__ = ["Draws", "dropout", "own_noise", "with_own_draws"]
+__all__ = ["Draws", "dropout", "local_dropout_mask", "with_local_dropout"]
 
 
-def own_noise(
+def local_dropout_mask(
     x: torch.Tensor, p: float, axis: TensorAxis, dim: int, draw: Callable[..., torch.Tensor] = F.dropout
 ) -> torch.Tensor:
-    """What dropout multiplies `x` with, whose whole is split along `dim`; numbers are drawn for the whole. Local.
+    """This rank's part of the dropout mask for `x`, which is split along `dim`; drawn for the whole. Local.
 
-    `draw` is a dropout that `Draws` counts, where it counts what this stands for, or else `torch.dropout`.
+    `draw` is `F.dropout`, which an active `Draws` counts, or `torch.dropout`, which it does not.
     """
     shape = list(x.shape)
     shape[dim] *= axis.size
-    # Random numbers are drawn in the order of memory: a whole that is laid out as this part is.
+    # Random numbers are drawn in memory order: lay the whole out like this part.
     dims = sorted(range(x.dim()), key=x.stride, reverse=True)
     ones = x.new_ones([shape[d] for d in dims]).permute([dims.index(d) for d in range(x.dim())])
     return axis.part(draw(ones, p, True), dim)
@@ -38,12 +38,12 @@ def dropout(layer: Any, axis: TensorAxis, dim: int, x: torch.Tensor) -> torch.Te
     """The forward of an ``nn.Dropout`` whose input is split along `dim`."""
     if not layer.training or layer.p == 0.0:
         return x
-    noise = own_noise(x, layer.p, axis, dim)
-    return x.mul_(noise) if layer.inplace else x * noise
+    mask = local_dropout_mask(x, layer.p, axis, dim)
+    return x.mul_(mask) if layer.inplace else x * mask
 
 
 class Draws(TorchFunctionMode):
-    """Meets every function that draws for dropout while it is active, and lets `draw` compute it."""
+    """While active, intercepts every dropout function and calls `draw` instead."""
 
     def __init__(self, draw: Callable[[Callable[..., torch.Tensor], dict[str, Any]], torch.Tensor]) -> None:
         super().__init__()
@@ -65,15 +65,15 @@ _DRAWING = {
 }
 
 
-def with_own_draws(block: Any, axis: TensorAxis, dims: Mapping[int, int], *args: Any, **kwargs: Any) -> Any:
-    """The forward of a block some of whose draws are for activations that are split.
+def with_local_dropout(block: Any, axis: TensorAxis, dims: Mapping[int, int], *args: Any, **kwargs: Any) -> Any:
+    """The forward of a block with dropout functions on split activations.
 
     Args:
         block: The module, with its class's forward.
-        axis: Where they are split.
-        dims: Number of the draw in the block's forward, from 0, to the dim that is split.
-        args: Of the forward.
-        kwargs: Of the forward.
+        axis: The axis over which they are split.
+        dims: Number of the dropout call in the block's forward, from 0, to the dim that is split.
+        args: Arguments of the forward.
+        kwargs: Its keyword arguments.
     """
     forward = type(block).forward
     if not block.training:
@@ -87,7 +87,7 @@ def with_own_draws(block: Any, axis: TensorAxis, dims: Mapping[int, int], *args:
         if "query" in given:
             return _attention(axis, dim, **given)
         x: torch.Tensor = given["input"]
-        return x * own_noise(x, given.get("p", 0.5), axis, dim)
+        return x * local_dropout_mask(x, given.get("p", 0.5), axis, dim)
 
     with Draws(draw):
         return forward(block, *args, **kwargs)
@@ -107,6 +107,6 @@ def _attention(
     if attn_mask is not None:
         scores = scores + attn_mask if attn_mask.is_floating_point() else scores.masked_fill(~attn_mask, -math.inf)
     weights = scores.softmax(-1)
-    if attn_mask is not None:  # who sees nothing takes nothing
+    if attn_mask is not None:  # a fully masked query attends to nothing
         weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
-    return (weights * own_noise(weights, dropout_p, axis, dim)) @ value
+    return (weights * local_dropout_mask(weights, dropout_p, axis, dim)) @ value

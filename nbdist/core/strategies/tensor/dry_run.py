@@ -1,4 +1,4 @@
-"""A dry run: a split model computes alone, with numbers that mean nothing, in the shapes of the real thing."""
+"""A dry run of a split model: one rank computes alone, with real shapes and meaningless values, to trace or time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["dry_run"]
 
 
 class NullChannel(Channel):
-    """Stands for a channel, and asks nobody: as if all ranks gave what this one gives."""
+    """A channel without communication: gathers return this rank's tensor for every rank, reductions do nothing."""
 
     def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
         return Done()
@@ -29,7 +29,7 @@ class NullChannel(Channel):
 
 @contextlib.contextmanager
 def dry_run(parallelized: Parallelized | None) -> Iterator[None]:
-    """Let one rank run its part of a split model by itself, to record or to time it. Local."""
+    """Context in which one rank runs its part of a split model alone, to trace or time it. Local."""
     if parallelized is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Split parameters, out of reach of what is computed beside the model's forward."""
+"""Guards tensor-parallel parameters: only the model's forward may read them, the rest of the step may not."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Guard"]
 
 
 class Guard:
-    """Makes placeholders of split parameters, but for the time in which the model, or a layer of it, computes.
+    """Turns split parameters into placeholders, except while the model or a layer of it is in forward.
 
-    A step that reads one sees a part. One that is whole, and used in a split region, has a gradient that ranks add up:
-    what the step adds to it would count several times.
+    A step that read one would get this rank's part. A whole parameter used in a split region has a gradient that is
+    summed over ranks: a term that the step added to it would count several times.
 
     Args:
         parallelized: The model, split.
@@ -29,43 +29,43 @@ class Guard:
         model = parallelized.model
         self._parameters = [model.get_parameter(name) for name in sorted({*parallelized.cuts, *parallelized.partial})]
         self._placeholders = Placeholders(read)
-        self._up = False
+        self._active = False
         self._inside: list[list[nn.Parameter]] = []
-        mine = set(self._parameters)
+        guarded = set(self._parameters)
         self._hooks: list[Any] = []
         for module in model.modules():
-            if module is model or not mine.isdisjoint(module.parameters(recurse=False)):
-                own = [parameter for parameter in module.parameters() if parameter in mine]
-                self._hooks.append(module.register_forward_pre_hook(self._entering(own), prepend=True))
+            if module is model or not guarded.isdisjoint(module.parameters(recurse=False)):
+                own = [parameter for parameter in module.parameters() if parameter in guarded]
+                self._hooks.append(module.register_forward_pre_hook(self._enter_hook(own), prepend=True))
                 self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
 
     @contextlib.contextmanager
-    def up(self) -> Iterator[None]:
-        """Around the step. Local."""
-        self._up = True
+    def active(self) -> Iterator[None]:
+        """Context for the user's step. Local."""
+        self._active = True
         for parameter in self._parameters:
             self._placeholders.hide(parameter)
         try:
             yield
         finally:
-            self._up = False
+            self._active = False
             self._inside.clear()
             for parameter in self._parameters:
                 self._placeholders.reveal(parameter)
 
     @property
     def forbids(self) -> bool:
-        """Whether the step computes now, beside the model's forward."""
-        return self._up and not self._inside
+        """Whether the step is running, outside the model's forward."""
+        return self._active and not self._inside
 
     def close(self) -> None:
-        """Take the hooks away. Local."""
+        """Remove the hooks. Local."""
         for hook in self._hooks:
             hook.remove()
 
-    def _entering(self, own: list[nn.Parameter]) -> Callable[..., None]:
+    def _enter_hook(self, own: list[nn.Parameter]) -> Callable[..., None]:
         def enter(*_: Any) -> None:
-            if self._up:
+            if self._active:
                 self._inside.append([] if self._inside else [p for p in own if self._placeholders.reveal(p)])
 
         return enter

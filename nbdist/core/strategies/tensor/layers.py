@@ -1,4 +1,4 @@
-"""What one layer does with its piece of the weights, and which kinds of layers there are."""
+"""Column-, row- and vocabulary-parallel layers: their forwards with this rank's part of the weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from nbdist.core.params.placement import Cut
-from nbdist.core.strategies.tensor.autograd_collectives import Entrance, TensorAxis, copy_in, gather_out, sum_out
+from nbdist.core.strategies.tensor.autograd_collectives import SharedCopyIn, TensorAxis, copy_in, gather_out, sum_out
 
 __all__ = ["KINDS", "column", "column_gather", "cuts_of", "embedding", "features", "is_conv1d", "row"]
 
 KINDS = {
-    "column": "outputs are split, and stay so until a row",
+    "column": "outputs are split, up to the next row layer",
     "row": "inputs are split, outputs are summed",
     "column_gather": "outputs are split, and gathered at once",
     "embedding": "rows of the table are split",
@@ -24,12 +24,12 @@ KINDS = {
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Whether it is the linear layer of GPT-2 in transformers, whose weight is (in, out)."""
+    """Whether it is transformers' Conv1D (as in GPT-2), a linear layer whose weight is (in, out)."""
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
 
 
 def features(layer: Any) -> tuple[int, int] | None:
-    """Inputs and outputs of a linear layer; None for anything else, and for one that is not computed as usual."""
+    """Inputs and outputs of a linear layer; None for any other layer, and for one with another forward."""
     if "forward" in vars(layer) or not isinstance(getattr(layer, "weight", None), nn.Parameter):
         return None
     if is_conv1d(layer):
@@ -46,7 +46,7 @@ def cuts_of(layer: Any, kind: str, sections: tuple[int, ...] | None = None) -> d
     Args:
         layer: A linear layer, an embedding, or an ``nn.MultiheadAttention``, whole.
         kind: One of `KINDS`.
-        sections: Of a column's outputs; one section where not given.
+        sections: Sections of a column's outputs; by default one.
     """
     if kind == "attention":
         return _attention_cuts(layer)
@@ -70,9 +70,9 @@ def _attention_cuts(layer: Any) -> dict[str, Cut]:
     return {name: cut for name, cut in cuts.items() if name == "out_proj.weight" or getattr(layer, name) is not None}
 
 
-def column(layer: Any, entrance: Entrance, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer's own outputs: (..., in) to (..., out / size)."""
-    return _product(layer, entrance(x), layer.bias)
+def column(layer: Any, shared_copy_in: SharedCopyIn, x: torch.Tensor) -> torch.Tensor:
+    """This rank's outputs of a linear layer: (..., in) to (..., out / size)."""
+    return _product(layer, shared_copy_in(x), layer.bias)
 
 
 def column_gather(layer: Any, axis: TensorAxis, x: torch.Tensor) -> torch.Tensor:
@@ -80,10 +80,10 @@ def column_gather(layer: Any, axis: TensorAxis, x: torch.Tensor) -> torch.Tensor
     return gather_out(_product(layer, copy_in(x, axis), layer.bias), axis)
 
 
-def row(layer: Any, entrance: Entrance, x: torch.Tensor) -> torch.Tensor:
+def row(layer: Any, shared_copy_in: SharedCopyIn, x: torch.Tensor) -> torch.Tensor:
     """The outputs of a linear layer from inputs that are split: (..., in / size) to (..., out). **Collective**."""
-    entrance.leave()
-    total = sum_out(_product(layer, x, None), entrance.axis)
+    shared_copy_in.release()
+    total = sum_out(_product(layer, x, None), shared_copy_in.axis)
     return total if layer.bias is None else total + layer.bias.to(total.dtype)
 
 
@@ -92,11 +92,11 @@ def _product(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Te
 
 
 def embedding(layer: nn.Embedding, axis: TensorAxis, indices: torch.Tensor) -> torch.Tensor:
-    """Rows of a table of which each rank holds a part: (...) to (..., width). **Collective**."""
+    """Look-up in an embedding of which each rank holds some rows: (...) to (..., width). **Collective**."""
     rows = len(layer.weight)
     first = axis.rank * rows
     local = indices - first
-    # Rows of other ranks. What lies beyond the table stays as it is, and is reported by the look-up.
+    # Rows of other ranks. Indices out of range are kept, so that F.embedding raises as usual.
     elsewhere = ((local < 0) | (local >= rows)) & (indices >= 0) & (indices < rows * axis.size)
     padding = layer.padding_idx
     padding = padding - first if padding is not None and 0 <= padding - first < rows else None

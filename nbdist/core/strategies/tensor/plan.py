@@ -1,4 +1,4 @@
-"""The tensor plan: which layers are split, how, and why the others are not. Pure data."""
+"""The tensor-parallel plan: which layers are split, how, and why others are not. Pure data."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Group:
     """Layers that are split together or not at all.
 
     Args:
-        kind: What it is, for people: "attention", "mlp", "embedding", "linear", or "own" from the user's rules.
+        kind: For display: "attention", "mlp", "embedding", "linear", or "own" from the user's rules.
         block: The innermost module that holds its layers.
-        key: Equal for groups that are alike, as in the blocks of a transformer: they are proved together.
+        key: Equal for groups of the same structure, as in the blocks of a transformer: they are verified together.
         layers: Name of each layer to its kind, see `KINDS`.
-        sections: Of the outputs of a fused layer.
+        sections: Sections of the outputs of a fused layer, such as q, k and v.
         divided: Integer attributes, such as head counts, that are divided by the degree.
-        dropouts: Dropout modules between the layers, and along which dim their input is split.
-        draws: The same for functions that draw: by number of the draw in the forward of `block`.
-        partial: Parameters in between, whose gradient each rank has a part of.
+        dropouts: Dropout modules between the layers, and the dim along which their input is split.
+        draws: The same for dropout functions, by their number in the forward of `block`.
+        partial: Whole parameters between the layers, whose gradients are summed over ranks.
     """
 
     kind: str
@@ -48,9 +48,9 @@ class TensorPlan:
 
     Args:
         size: The degree.
-        groups: What is split.
-        others: Other ways to split a group, to be tried where `prove` finds that the first one is wrong; in order.
-        reasons: Layers that stay whole, or are split by themselves only, and why.
+        groups: The groups to split.
+        others: Other ways to split a group, in order, for `verify_plan` to try if the first one changes results.
+        reasons: Why layers stay whole, or are split by themselves only.
     """
 
     size: int
@@ -64,12 +64,12 @@ class TensorPlan:
         return {name: kind for group in self.groups for name, kind in group.layers.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The same in lists, dicts, numbers and strings."""
+        """The plan in lists, dicts, numbers and strings."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TensorPlan:
-        """What `to_dict` gave, through JSON too."""
+        """The inverse of `to_dict`, also after JSON."""
         return cls(**{**data, "groups": _groups(data["groups"]), "others": _groups(data["others"])})
 
 
@@ -89,7 +89,7 @@ def _groups(data: Iterable[dict[str, Any]]) -> tuple[Group, ...]:
 
 
 def cuts(model: nn.Module, groups: Iterable[Group]) -> dict[str, Cut]:
-    """How each parameter is cut, by its first name; those that stay whole are not named. Local; `model` is whole."""
+    """How each split parameter of a whole `model` is cut, by its first name. Local."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
     for group in groups:
@@ -101,7 +101,7 @@ def cuts(model: nn.Module, groups: Iterable[Group]) -> dict[str, Cut]:
 
 
 def owners(model: nn.Module) -> dict[str, list[str]]:
-    """The modules that hold each parameter, by its first name: several, where it is tied. Local."""
+    """The modules that hold each parameter, by its first name; several if it is tied. Local."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, list[str]] = {}
     for path, _, parameter in _held(model):

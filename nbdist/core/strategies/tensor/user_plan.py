@@ -1,4 +1,4 @@
-"""A tensor plan that a user wrote: patterns of names, and how what they match is split."""
+"""The user's tensor-parallel plan: name patterns, and how the layers that they match are split."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 from torch import nn
 
-from nbdist.core.process.rng import kept
+from nbdist.core.process.rng import fork_rng
 from nbdist.core.strategies.tensor.attention import is_splittable
-from nbdist.core.strategies.tensor.auto_plan import as_in_training, derive, drawn, sections, table_refusal
+from nbdist.core.strategies.tensor.auto_plan import derive_plan, rng_device, sections, table_refusal, training_mode
 from nbdist.core.strategies.tensor.dependencies import Trace
 from nbdist.core.strategies.tensor.layers import KINDS, features
 from nbdist.core.strategies.tensor.plan import Group, TensorPlan, cuts, owners
 from nbdist.errors import PlanError, suggest
 
-__all__ = ["written"]
+__all__ = ["plan_from_rules"]
 
 _HEADS = "heads"
 
 
-def written(
+def plan_from_rules(
     model: nn.Module, size: int, rules: Mapping[str, str], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> TensorPlan:
-    """Read a user's rules; `prove` then tells whether they are right. Local; `model` is left as it was.
+    """Make a plan of the user's rules, to be verified by `verify_plan`. Local; `model` is left unchanged.
 
     Args:
         model: The whole module.
@@ -32,11 +32,11 @@ def written(
         rules: Pattern of names, as in ``blocks.*.up``, to a kind: "column", "row", "column_gather", "embedding",
             "attention" (an ``nn.MultiheadAttention``, or a module with layers for q, k, v and the output), or "heads"
             (an integer attribute, ``blocks.*.attn.n_head``, which is divided by the degree).
-        args: An example call's, with at least two samples.
-        kwargs: The same.
+        args: Arguments of an example call, with at least two samples.
+        kwargs: Its keyword arguments.
 
     Raises:
-        PlanError: A pattern matches nothing that can be split so, or something cannot be shared evenly.
+        PlanError: A pattern matches nothing that can be split this way, or a size is not divisible by the degree.
     """
     layers: dict[str, str] = {}
     divided: list[str] = []
@@ -60,7 +60,7 @@ def written(
     groups, others = _of_blocks(model, size, blocks, args, kwargs)
     _check_even(model, size, layers)
     if layers:
-        groups = (_own(model, size, layers, tuple(divided), args, kwargs), *groups)
+        groups = (_group_of_rules(model, size, layers, tuple(divided), args, kwargs), *groups)
     _check_tied(model, groups)
     return TensorPlan(size=size, groups=groups, others=others)
 
@@ -85,7 +85,7 @@ def _refusal(module: nn.Module, kind: str) -> str:
         return table_refusal(module)
     if kind == "attention":
         if isinstance(module, nn.MultiheadAttention) and not is_splittable(module):
-            return "is an attention with extra keys, or changed"
+            return "is an attention with extra keys, or with another forward"
         return "" if next(module.children(), None) is not None else f"is a {type(module).__name__}, not an attention"
     return "" if features(module) else f"is a {type(module).__name__}, not a linear layer"
 
@@ -109,10 +109,10 @@ def _attributes(model: nn.Module, size: int, pattern: str) -> list[str]:
 def _of_blocks(
     model: nn.Module, size: int, blocks: list[str], args: tuple[Any, ...], kwargs: dict[str, Any] | None
 ) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
-    """The attention that `derive` finds in each of these modules, and the other ways to split it."""
+    """The attention that `derive_plan` finds in each of these modules, and the other ways to split it."""
     if not blocks:
         return (), ()
-    plan = derive(model, size, args, kwargs)
+    plan = derive_plan(model, size, args, kwargs)
     groups = {group.block: group for group in plan.groups if group.kind == "attention"}
     for name in blocks:
         if name not in groups:
@@ -122,11 +122,11 @@ def _of_blocks(
     return wanted, tuple(other for other in plan.others if other.kind == "attention" and other.block in blocks)
 
 
-def _own(
+def _group_of_rules(
     model: nn.Module, size: int, layers: dict[str, str], divided: tuple[str, ...], args: tuple[Any, ...], kwargs: Any
 ) -> Group:
-    """One group of all that is written, with what lies between its columns and rows."""
-    with as_in_training(model), kept(drawn(model)):
+    """One group of all the user's layers, with the dropouts and parameters between its columns and rows."""
+    with training_mode(model), fork_rng(rng_device(model)):
         trace = Trace(model, args, kwargs or {})
     columns = {name for name, kind in layers.items() if kind == "column"}
     dropouts: dict[str, int] = {}
@@ -171,10 +171,10 @@ def _check_even(model: nn.Module, size: int, layers: dict[str, str]) -> None:
 
 def _check_tied(model: nn.Module, groups: tuple[Group, ...]) -> None:
     split = {name for group in groups for name in group.layers}
-    torn = cuts(model, groups)
+    split_parameters = cuts(model, groups)
     for parameter, paths in owners(model).items():
         whole = sorted(set(paths) - split)
-        if parameter in torn and len(set(paths)) > 1 and whole:
+        if parameter in split_parameters and len(set(paths)) > 1 and whole:
             raise PlanError(
                 f"tensor plan: {parameter} belongs to {' and '.join(sorted(set(paths)))}, but {whole[0]} is not split: "
                 "name it too."

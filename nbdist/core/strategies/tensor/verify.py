@@ -1,4 +1,4 @@
-"""Whether a split module computes what the whole one does: run both, and compare outputs and gradients."""
+"""Numerically verifies a tensor-parallel plan: runs the module whole and split, and compares outputs and gradients."""
 
 from __future__ import annotations
 
@@ -12,78 +12,81 @@ from torch import nn
 from nbdist.core.comm import Channel
 from nbdist.core.data.sources import tensors_in
 from nbdist.core.params.table import replace_data
-from nbdist.core.process.rng import kept, seed_torch
+from nbdist.core.process.rng import fork_rng, seed_torch
 from nbdist.core.strategies.tensor.apply import parallelize
-from nbdist.core.strategies.tensor.auto_plan import as_in_training, drawn, nothing_to_split
+from nbdist.core.strategies.tensor.auto_plan import nothing_to_split, rng_device, training_mode
 from nbdist.core.strategies.tensor.plan import Group, TensorPlan
 from nbdist.errors import PeerLostError, PlanError
 
-__all__ = ["prove"]
+__all__ = ["verify_plan"]
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
 _COARSE_TOLERANCE = 5e-2
 _SEED = 1
 
 
-def prove(
+def verify_plan(
     model: nn.Module, channel: Channel, plan: TensorPlan, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> TensorPlan:
-    """Keep of a plan what leaves outputs and gradients as they are. **Collective** over `channel`.
+    """Keep the groups of a plan that leave outputs and gradients unchanged. **Collective** over `channel`.
 
-    The example runs whole and split, in training mode with the same random numbers, and in evaluation mode. Where all
-    together is wrong, groups that are alike are tried by themselves, each in all its ways.
+    The example runs whole and split, in training mode with the same random numbers, and in evaluation mode. If the
+    whole plan gives other results, groups with the same key are tried by themselves, in each of their ways to split.
 
     Args:
-        model: The whole module, with the same weights on every rank; it is left as it was.
+        model: The whole module, with the same weights on every rank; it is left unchanged.
         channel: The ``tp`` axis.
-        plan: From `derive` or `written`.
-        args: An example call's, the same on every rank, with at least two samples.
-        kwargs: The same.
+        plan: From `derive_plan` or `plan_from_rules`.
+        args: Arguments of an example call, the same on every rank, with at least two samples.
+        kwargs: Its keyword arguments.
 
     Raises:
-        PlanError: What the user's own rules split gives another result, or nothing is left to split.
+        PlanError: The user's plan changes results, or nothing is left to split.
     """
-    proof = _Proof(model, channel, args, kwargs or {})
-    wrong = proof.objection(plan, plan.groups)
+    verifier = _Verifier(model, channel, args, kwargs or {})
+    wrong = verifier.mismatch(plan, plan.groups)
     if not wrong:
         return replace(plan, others=())
-    groups, reasons = _selected(proof, plan)
+    groups, reasons = _selected(verifier, plan)
     if any(group.kind == "own" for group in plan.groups) and reasons.keys() - plan.reasons.keys():
         name = min(reasons.keys() - plan.reasons.keys())
         raise PlanError(
             f"the tensor plan changes what {type(model).__name__} computes: {name} {reasons[name]}. "
-            "Leave it away, or name the 'row' layer that takes what a 'column' gives, or split it as 'column_gather'."
+            "Leave it out, or name the 'row' layer that takes the output of the 'column', or split it as "
+            "'column_gather'."
         )
     if not groups:
         raise nothing_to_split(model, plan.size, reasons)
     return TensorPlan(size=plan.size, groups=groups, reasons=reasons)
 
 
-def _selected(proof: _Proof, plan: TensorPlan) -> tuple[tuple[Group, ...], dict[str, str]]:
-    """The groups that are right, each by itself and all together; and why layers stay whole."""
+def _selected(verifier: _Verifier, plan: TensorPlan) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """The groups that leave results unchanged, alone and together; and why the other layers stay whole."""
     reasons = dict(plan.reasons)
     chosen: list[Group] = []
     for key in dict.fromkeys(group.key for group in plan.groups):
-        first_objection = ""
+        first_mismatch = ""
         for way in _ways(plan, key):
-            objection = proof.objection(plan, [*chosen, *way]) if any(group.layers for group in way) else "nothing left"
-            if not objection:
+            mismatch = (
+                verifier.mismatch(plan, [*chosen, *way]) if any(group.layers for group in way) else "nothing left"
+            )
+            if not mismatch:
                 chosen += way
                 reasons |= {
-                    group.block: f"is split layer by layer, not as a whole: {first_objection}"
+                    group.block: f"is split layer by layer, not as a whole: {first_mismatch}"
                     for group in way
-                    if group.kind == "linear" and first_objection
+                    if group.kind == "linear" and first_mismatch
                 }
                 break
-            first_objection = first_objection or objection
+            first_mismatch = first_mismatch or mismatch
         left = {name for group in plan.groups if group.key == key for name in group.layers}
         left -= {name for group in chosen for name in group.layers}
-        reasons |= dict.fromkeys(sorted(left), f"does not stand being split as {key.split(':')[0]}: {first_objection}")
+        reasons |= dict.fromkeys(sorted(left), f"gives other results if split as {key.split(':')[0]}: {first_mismatch}")
     return tuple(group for group in chosen if group.layers), reasons
 
 
 def _ways(plan: TensorPlan, key: str) -> Iterator[list[Group]]:
-    """All groups of a key, first in their first way, then in their second, ..."""
+    """All groups of a key, each in its first way to split; then each in its second, ..."""
     by_block = [
         [group, *(other for other in plan.others if (other.key, other.block) == (key, group.block))]
         for group in plan.groups
@@ -93,7 +96,7 @@ def _ways(plan: TensorPlan, key: str) -> Iterator[list[Group]]:
         yield [ways[min(number, len(ways) - 1)] for ways in by_block]
 
 
-class _Proof:
+class _Verifier:
     def __init__(self, model: nn.Module, channel: Channel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._model, self._channel = model, channel
         self._args, self._kwargs = args, kwargs
@@ -103,14 +106,14 @@ class _Proof:
         for parameter, gradient in gradients:
             parameter.grad = gradient
 
-    def objection(self, plan: TensorPlan, groups: Iterable[Group]) -> str:
-        """What is wrong with splitting these, as the ranks agree; an empty string if nothing is. **Collective**."""
-        found = self._own_objection(replace(plan, groups=tuple(groups)))
-        objections = torch.tensor([float(bool(found))], device=self._channel.device)
-        self._channel.all_reduce_(objections)
-        return found or ("another rank got another result" if objections.item() else "")
+    def mismatch(self, plan: TensorPlan, groups: Iterable[Group]) -> str:
+        """How results differ if these groups are split, on any rank; an empty string if not. **Collective**."""
+        found = self._local_mismatch(replace(plan, groups=tuple(groups)))
+        mismatches = torch.tensor([float(bool(found))], device=self._channel.device)
+        self._channel.all_reduce_(mismatches)
+        return found or ("results differ on another rank" if mismatches.item() else "")
 
-    def _own_objection(self, plan: TensorPlan) -> str:
+    def _local_mismatch(self, plan: TensorPlan) -> str:
         gradients = [(p, p.grad) for p in self._model.parameters()]
         wholes = [(p, p.data) for p in self._model.parameters()]
         split = parallelize(self._model, self._channel, plan)
@@ -118,7 +121,7 @@ class _Proof:
             actual = self._results()
         except PeerLostError:
             raise
-        except Exception as error:  # whatever the module's own code objects to: then it stays whole
+        except Exception as error:  # the user's code may fail on split layers: then they stay whole
             return f"{type(error).__name__}: {error}".splitlines()[0]
         finally:
             split.restore()
@@ -131,13 +134,13 @@ class _Proof:
         expected = dict(self._expected)
         for name, cut in split.cuts.items():
             if (gradient := expected.get(f"gradient of {name}")) is not None:
-                expected[f"gradient of {name}"] = cut.piece(gradient, rank, size)
+                expected[f"gradient of {name}"] = cut.part(gradient, rank, size)
         return _difference(expected, actual)
 
     def _results(self) -> dict[str, torch.Tensor]:
         """Outputs and gradients by name."""
-        device = drawn(self._model)
-        with as_in_training(self._model), kept(device):
+        device = rng_device(self._model)
+        with training_mode(self._model), fork_rng(device):
             seed_torch(_SEED, device)
             with torch.enable_grad():
                 outputs = _floats(self._model(*self._args, **self._kwargs))
@@ -153,7 +156,7 @@ class _Proof:
         differentiable = [out for out in outputs if out.requires_grad]
         if not differentiable or not self._trainable:
             return {}
-        # Weights that differ from element to element: the plain sum of a softmax, say, has no gradient.
+        # Weighted sum: the plain sum of a softmax, for instance, has no gradient.
         loss = sum(
             (out * torch.arange(out.numel(), device=out.device).cos().view_as(out)).sum() for out in differentiable
         )
@@ -173,7 +176,7 @@ def _floats(output: Any) -> list[torch.Tensor]:
 
 
 def _difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> str:
-    """The first result that is another one, or an empty string."""
+    """The first result that differs, or an empty string."""
     if expected.keys() != actual.keys():
         return f"there is no {min(expected.keys() ^ actual.keys())}"
     largest = max(
@@ -186,7 +189,7 @@ def _difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tenso
         if not right.numel():
             continue
         off = (got.nan_to_num() - right.nan_to_num()).abs().max().item()
-        # Gradients that are nothing but rounding, those of a bias of keys, say, are measured by the others.
+        # A gradient that is rounding only, such as that of a key's bias, is compared on the scale of the largest one.
         scale = max(right.nan_to_num().abs().max().item(), 0.01 * largest if "gradient" in name else 0.0)
         if off > _TOLERANCE.get(right.dtype, _COARSE_TOLERANCE) * scale:
             return f"{name} is off by {off:.2g} of {scale:.2g}"

@@ -1,4 +1,4 @@
-"""The order of work in a pipeline, and what a backward starts from."""
+"""Pipeline schedules against torch's own, deadlocks, and the surrogate loss of a backward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from nbdist.core.strategies.pipeline.schedules import Action, order, scalar, stages_per_rank
+from nbdist.core.strategies.pipeline.schedules import Action, schedule_actions, stages_per_rank, surrogate_loss
 from nbdist.errors import PlanError
 from nbdist.plan.plan import SCHEDULES
 
@@ -23,7 +23,7 @@ CLASSES = {
 
 
 def check(orders, stages, microbatches):
-    """Work through `orders` with sends that never wait; raise where a rank waits for ever or something is amiss."""
+    """Run `orders` with sends that never block; raise on a deadlock or a missing action."""
     done: list[tuple[str, int, int]] = []
     left = [list(actions) for actions in orders]
     while any(left):
@@ -38,12 +38,12 @@ def check(orders, stages, microbatches):
 
 
 def facts(action):
-    """What is done when `action` is."""
+    """The result that `action` produces."""
     return [tuple(action)]
 
 
 def needs(action, stages):
-    """What must have been done before `action`."""
+    """The results that `action` needs."""
     kind, stage, microbatch = action
     if kind == "forward":
         return {("forward", stage - 1, microbatch)} if stage else set()
@@ -51,8 +51,8 @@ def needs(action, stages):
     return {("forward", stage, microbatch)} | after
 
 
-def torchs_order(schedule, ranks, microbatches):
-    """What torch plans, from its own classes over stages that are none."""
+def torchs_schedule(schedule, ranks, microbatches):
+    """torch's own schedule, from its classes over dummy stages."""
     import torch.distributed.pipelining.schedules as theirs
 
     local = stages_per_rank(schedule)
@@ -71,50 +71,51 @@ def torchs_order(schedule, ranks, microbatches):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_order_can_be_worked_through(schedule):
-    """Nobody waits for ever; all is done once, after what it needs; with any number of microbatches."""
+def test_no_schedule_deadlocks(schedule):
+    """No deadlock; each action runs once, after those it needs; with any number of microbatches."""
     for ranks, microbatches in SIZES:
-        orders = order(schedule, ranks, microbatches)
+        orders = schedule_actions(schedule, ranks, microbatches)
         assert ranks == len(orders)
         check(orders, ranks * stages_per_rank(schedule), microbatches)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_order_is_torchs(schedule):
-    """Action by action, wherever torch has one."""
+def test_schedules_equal_torchs(schedule):
+    """Action by action, for every number of microbatches that torch supports."""
     compared = 0
     for ranks, microbatches in SIZES:
         try:
-            theirs = torchs_order(schedule, ranks, microbatches)
-        except ValueError:  # torch's schedule does not do this number
+            theirs = torchs_schedule(schedule, ranks, microbatches)
+        except ValueError:  # torch does not support this number
             continue
-        if schedule == "1f1b":  # what torch plans for the last rank begins at microbatch 1; what it runs, at 0
+        if schedule == "1f1b":  # torch's plan for the last rank counts forwards from 1, its execution from 0
             theirs[-1] = [a._replace(microbatch=a.microbatch - (a.kind == "forward")) for a in theirs[-1]]
-        assert theirs == order(schedule, ranks, microbatches), (ranks, microbatches)
+        assert theirs == schedule_actions(schedule, ranks, microbatches), (ranks, microbatches)
         compared += 1
     assert compared > len(SIZES) / 2
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_fewer_microbatches_leave_the_others_where_they_were(schedule):
-    """Where torch has no order for a number, it is the next larger one's without what is not there."""
+def test_numbers_of_microbatches_that_torch_does_not_support(schedule):
+    """For numbers that torch does not support: the next larger schedule, without the surplus microbatches."""
     for ranks, microbatches in SIZES:
         full = -(-microbatches // ranks) * ranks
         if microbatches > ranks and microbatches % (microbatches // ranks):
             larger = next(n for n in range(microbatches, full + 1) if n % (n // ranks) == 0)
             expected = [
-                [a for a in actions if a.microbatch < microbatches] for actions in order(schedule, ranks, larger)
+                [a for a in actions if a.microbatch < microbatches]
+                for actions in schedule_actions(schedule, ranks, larger)
             ]
-            assert expected == order(schedule, ranks, microbatches)
+            assert expected == schedule_actions(schedule, ranks, microbatches)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_messages_arrive_in_the_order_in_which_they_are_awaited(schedule):
-    """Between any two ranks, activations and gradients each: a transport needs no tags."""
+def test_messages_arrive_in_the_order_of_receives(schedule):
+    """Between any two ranks, for activations and gradients each: the transport needs no tags."""
     for ranks, microbatches in SIZES:
         last = ranks * stages_per_rank(schedule) - 1
         sent, awaited = defaultdict(list), defaultdict(list)
-        for rank, actions in enumerate(order(schedule, ranks, microbatches)):
+        for rank, actions in enumerate(schedule_actions(schedule, ranks, microbatches)):
             for kind, stage, microbatch in actions:
                 step = 1 if kind == "forward" else -1
                 if step and 0 <= stage + step <= last:
@@ -125,9 +126,9 @@ def test_messages_arrive_in_the_order_in_which_they_are_awaited(schedule):
 
 
 def test_memory_of_1f1b():
-    """A rank never holds more microbatches than there are ranks behind it, itself included; with gpipe, all."""
+    """With 1f1b a rank holds at most as many microbatches as there are ranks from it to the last; with gpipe, all."""
     for schedule, most in [("1f1b", [4, 3, 2, 1]), ("gpipe", [16] * 4)]:
-        for rank, actions in enumerate(order(schedule, 4, 16)):
+        for rank, actions in enumerate(schedule_actions(schedule, 4, 16)):
             held, highest = 0, 0
             for action in actions:
                 held += 1 if action.kind == "forward" else -1
@@ -135,9 +136,9 @@ def test_memory_of_1f1b():
             assert most[rank] == highest
 
 
-def test_the_check_finds_what_is_wrong():
-    """A deadlock, and a microbatch left out."""
-    orders = order("1f1b", 2, 2)
+def test_the_checker_finds_deadlocks():
+    """The checker of this module finds a deadlock, and a missing microbatch."""
+    orders = schedule_actions("1f1b", 2, 2)
     with pytest.raises(AssertionError, match="deadlock"):
         check([orders[0][::-1], orders[1]], 2, 2)
     with pytest.raises(AssertionError, match="each once"):
@@ -145,19 +146,20 @@ def test_the_check_finds_what_is_wrong():
 
 
 def test_mistakes():
-    """Each names what was given and what to use."""
+    """Each message names the value and what to use."""
     with pytest.raises(PlanError, match=r"unknown schedule '1f1': use gpipe, .* Did you mean '1f1b'\?"):
-        order("1f1", 2, 2)
+        schedule_actions("1f1", 2, 2)
     with pytest.raises(PlanError, match="0 ranks with 2 microbatches: use 1 or more"):
-        order("gpipe", 0, 2)
+        schedule_actions("gpipe", 0, 2)
 
 
 def test_torchs_schedules_are_not_loaded():
-    """Neither for an order nor for a backward: they bring the compiler."""
+    """Neither for a schedule nor for a backward: they import the compiler."""
     code = (
-        "import sys, torch; from nbdist.core.strategies.pipeline.schedules import *; order('interleaved', 2, 4)\n"
+        "import sys, torch; from nbdist.core.strategies.pipeline.schedules import *\n"
+        "schedule_actions('interleaved', 2, 4)\n"
         "x = torch.ones(2, requires_grad=True); p = torch.nn.Parameter(torch.ones(2))\n"
-        "scalar([x * p], [torch.ones(2)]).backward(); assert 'sympy' not in sys.modules\n"
+        "surrogate_loss([x * p], [torch.ones(2)]).backward(); assert 'sympy' not in sys.modules\n"
         "assert not {'torch._dynamo', 'torch.distributed.pipelining'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -190,15 +192,15 @@ def stage():
     return model, tensors, [torch.randn(2, 12, dtype=torch.float64), torch.randn(6, dtype=torch.float64)]
 
 
-def test_a_scalar_stands_for_all_outputs():
-    """To the bit; and where nothing comes back, nothing is left to do."""
+def test_the_surrogate_loss_has_the_gradients_of_all_outputs():
+    """To the bit; without gradients there is nothing to run."""
     model, tensors, seeds = stage()
     torch.autograd.backward(model(*tensors), seeds)
     expected = gradients(model, tensors)
     model, tensors, seeds = stage()
-    scalar(model(*tensors), seeds).backward()
+    surrogate_loss(model(*tensors), seeds).backward()
     assert all(a is b or torch.equal(a, b) for a, b in zip(expected, gradients(model, tensors), strict=True))
 
     model, tensors, _ = stage()
-    assert not scalar(model(*tensors), [None, None]).requires_grad
+    assert not surrogate_loss(model(*tensors), [None, None]).requires_grad
     assert [None] * len(expected) == gradients(model, tensors)

@@ -1,4 +1,4 @@
-"""Parameters dealt out over ranks: however a model or a step gets at them, the numbers are those of one process."""
+"""Fully sharded parameters: however a model or a step reads them, the numbers are those of one process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Gated(nn.Module):
 
 
 class GivenAway(Net):
-    """To a child that alone computes with it."""
+    """Passes its parameter to a child, which alone computes with it."""
 
     def extra(self):
         self.gate = Gated()
@@ -65,7 +65,7 @@ class GivenAway(Net):
 
 
 class GivenToAChild(Net):
-    """Positional and by name; as it is, as a view, and as something that was computed with it."""
+    """Passes a parameter positionally and by name; unchanged, as a view, and as a result of computing with it."""
 
     def extra(self):
         self.gates = nn.ModuleList(Gated() for _ in range(4))
@@ -132,7 +132,7 @@ class Tied(Net):
 
 
 class Checkpointed(Net):
-    """Layers, several at a time, functions that read weights, one in the other."""
+    """Checkpoints layers, several at a time, and functions that read weights, nested."""
 
     reentrant = False
 
@@ -186,7 +186,7 @@ class OwnBackward(Net):
 
 
 class Adapted(Net):
-    """Takes a gradient step of its own before it answers."""
+    """Takes a gradient step in its forward."""
 
     def forward(self, x):
         inner = self.layers[0]
@@ -196,7 +196,7 @@ class Adapted(Net):
 
 
 class ReadsItsData(Net):
-    """And writes nothing there."""
+    """Reads ``data`` and writes nothing there."""
 
     def forward(self, x):
         weight = self.layers[0].weight
@@ -204,7 +204,7 @@ class ReadsItsData(Net):
 
 
 class Fickle(Net):
-    """Reads another's weight only when some weight has moved, which no example shows."""
+    """Reads another module's weight only after some weight has changed, which no example call shows."""
 
     def extra(self):
         self.register_buffer("first", self.scale.detach().clone())
@@ -215,7 +215,7 @@ class Fickle(Net):
 
 
 class OfTorch(Net):
-    """Torch's own modules that read weights past the modules that hold them."""
+    """Torch's own modules that read weights without calling the modules that hold them."""
 
     def extra(self):
         self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
@@ -297,13 +297,13 @@ def both(run_ranks, model, step):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_however_a_model_reads_its_parameters(run_ranks, model):
-    """Given away, returned, read past their module, tied, computed twice: each trains as in one process."""
+    """Passed on, returned, read outside their module, tied, computed twice: each trains as in one process."""
     both(run_ranks, model, error)
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_that_reads_parameters(run_ranks, step):
-    """Before, after or without the model's forward, with gradient and without."""
+    """The step reads it before, after or without the model's forward, with gradient and without."""
     both(run_ranks, "Net", STEPS[step])
 
 
@@ -346,7 +346,7 @@ class Renormed(Net):
 
 
 class KeptInBounds(Net):
-    """Bounds that a weight reaches while it is trained, and not at the start."""
+    """Clamps a weight to bounds that it reaches in training, and not at the start."""
 
     def extra(self):
         nn.init.uniform_(self.layers[2].weight, -0.09, 0.09)
@@ -357,7 +357,7 @@ class KeptInBounds(Net):
 
 
 class KeptInBoundsByTheLayer(KeptInBounds):
-    """The layer itself does it, from the third call on."""
+    """The layer itself clamps, from the third call on."""
 
     def extra(self):
         super().extra()
@@ -395,14 +395,14 @@ WRITING = {
         ("KeptInBoundsByTheLayer", error, "layers.2.weight"),
     ],
 )
-def test_writing_to_what_was_gathered_is_refused(run_ranks, model, step, parameter):
-    """It would be lost: each rank keeps a part."""
+def test_writing_to_gathered_parameters_is_refused(run_ranks, model, step, parameter):
+    """The write would be lost: each rank holds a shard only."""
     with pytest.raises(PlanError, match=f"writes to parameter {parameter}.* use the strategy data"):
         run_ranks(2, trained, model, step, {"strategy": "shard"})
 
 
 class Experts(Net):
-    """Computes only those layers that some sample asks for."""
+    """Computes only the layers that the data select."""
 
     def extra(self):
         self.experts = nn.ModuleList(layer() for _ in range(4))
@@ -429,13 +429,13 @@ def uneven(world):
 
 
 def test_ranks_that_compute_different_layers_are_refused(run_ranks):
-    """Layers of one shape would be put together from parts of two."""
-    with pytest.raises(PlanError, match=r"needs experts.\d.weight, another one needs something else"):
+    """Otherwise a layer would be gathered from the shards of two layers of the same shape."""
+    with pytest.raises(PlanError, match=r"needs experts.\d.weight, another one needs another"):
         run_ranks(2, uneven)
 
 
 def most_memory(world):
-    """The most numbers that lie in memory of weights after the forward and in the backward, of one rank."""
+    """The largest number of gathered elements of one rank, after the forward and in the backward."""
     model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
     alive: list[Any] = []
     gather = shard_block.Block.gather
@@ -443,8 +443,8 @@ def most_memory(world):
 
     def counted(block):
         gather(block)
-        alive.extend(map(weakref.ref, block._homes))
-        most[0] = max(most[0], sum(home.numel() for ref in alive if (home := ref()) is not None))
+        alive.extend(map(weakref.ref, block._gathered_data))
+        most[0] = max(most[0], sum(whole.numel() for ref in alive if (whole := ref()) is not None))
 
     shard_block.Block.gather = counted
     x = torch.randn(8, 64)
@@ -452,7 +452,7 @@ def most_memory(world):
     return most[0]
 
 
-def test_no_more_than_a_block_or_two_are_whole_at_a_time(run_ranks):
-    """What autograd saves of them is gathered again."""
+def test_at_most_two_blocks_are_gathered_at_a_time(run_ranks):
+    """Autograd saves references, and backward gathers again."""
     for most in run_ranks(2, most_memory):
         assert 64 * 64 <= most <= 2 * 64 * 64

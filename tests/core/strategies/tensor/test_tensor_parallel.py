@@ -1,4 +1,4 @@
-"""A split model computes what the whole one computes, and is an ordinary one afterwards."""
+"""Tensor parallelism: a split model computes what the whole one computes, and is restored afterwards."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nbdist.core.comm.world import World
-from nbdist.core.strategies.tensor import Group, TensorPlan, derive, parallelize, prove
+from nbdist.core.strategies.tensor import Group, TensorPlan, derive_plan, parallelize, verify_plan
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 
 
 def _split(world, model, *example):
     channel = world.channel()
-    plan = prove(model, channel, derive(model, channel.size, example), example)
+    plan = verify_plan(model, channel, derive_plan(model, channel.size, example), example)
     return parallelize(model, channel, plan), plan
 
 
@@ -30,7 +30,7 @@ def _only(size, layers, **more):
 
 
 def _traces(model):
-    """What a split could leave behind in a module, by name."""
+    """The attributes and hooks that a split could leave in a module, by name."""
     return {
         name: (dict(module._forward_hooks), type(module), {k: v for k, v in vars(module).items() if k[0] != "_"})
         for name, module in model.named_modules()
@@ -49,8 +49,8 @@ def _compare_trainings(world, name):
     channel = world.channel()
     for parameter, gradient in gradients.items():
         cut = split.cuts.get(parameter)
-        mine = gradient if cut is None else cut.piece(gradient, channel.rank, channel.size)
-        torch.testing.assert_close(got_gradients[parameter], mine, **CLOSE)
+        own = gradient if cut is None else cut.part(gradient, channel.rank, channel.size)
+        torch.testing.assert_close(got_gradients[parameter], own, **CLOSE)
     weights = {parameter: split.gather(parameter) for parameter in objects}
     torch.testing.assert_close(weights, dict(whole.named_parameters()), **CLOSE)
 
@@ -67,8 +67,8 @@ def _compare_trainings(world, name):
 
 
 @pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in MODELS), ("mlp", 4), ("gpt", 4), ("encoder", 4)])
-def test_a_split_training_is_the_whole_one(run_ranks, name, size):
-    """Outputs, gradients and five steps; and the module is an ordinary one afterwards, with the same objects."""
+def test_split_training_equals_unsplit_training(run_ranks, name, size):
+    """Outputs, gradients and five steps; afterwards the module is restored, with the same objects."""
     plan = run_ranks(size, _compare_trainings, name)[0]
     kinds = {"mlp": "mlp", "gpt": "attention", "encoder": "attention", "fused": "attention", "nano": "mlp"}
     assert name not in kinds or kinds[name] in {group.kind for group in plan.groups}
@@ -105,7 +105,7 @@ def _in_float32(world, autocast):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_other_precisions_and_frozen_weights(run_ranks, autocast):
-    """float32, with and without autocast to bfloat16; what is frozen is split too, and stays frozen."""
+    """float32, with and without autocast to bfloat16; frozen layers are split too, and stay frozen."""
     run_ranks(2, _in_float32, autocast)
 
 
@@ -122,15 +122,15 @@ def _export(world):
     channel = world.channel()
     for name, parameter in whole.named_parameters():
         cut = split.cuts.get(name)
-        mine = parameter.grad if cut is None else cut.piece(parameter.grad, channel.rank, channel.size)
-        torch.testing.assert_close(dict(exported.named_parameters())[name].grad, mine, **CLOSE)
+        own = parameter.grad if cut is None else cut.part(parameter.grad, channel.rank, channel.size)
+        torch.testing.assert_close(dict(exported.named_parameters())[name].grad, own, **CLOSE)
     split.restore()
     with pytest.raises(RuntimeError, match="traced while the model was split"):
         exported(tokens())
 
 
-def test_an_exported_model_does_its_collectives(run_ranks):
-    """The graph names them; run eagerly, forward and backward are those of the whole model."""
+def test_an_exported_model_runs_its_collectives(run_ranks):
+    """The exported graph contains them; its forward and backward are those of the whole model."""
     run_ranks(2, _export)
 
 
@@ -142,8 +142,8 @@ def _trace_with_fx(world):
     split.restore()
 
 
-def test_a_graph_of_fx_calls_the_split_layers(run_ranks):
-    """torch's layers are leaves of the graph, and run with the forward that they have been given."""
+def test_an_fx_graph_calls_the_split_layers(run_ranks):
+    """torch's layers are leaves of the fx graph, and run with their replaced forward."""
     run_ranks(2, _trace_with_fx)
 
 
@@ -157,14 +157,14 @@ def _embeddings(world):
     table(indices).square().sum().backward()
     torch.testing.assert_close(table(indices), expected, **CLOSE)
     channel = world.channel()
-    torch.testing.assert_close(table.weight.grad, split.cuts["weight"].piece(gradient, channel.rank, 2), **CLOSE)
+    torch.testing.assert_close(table.weight.grad, split.cuts["weight"].part(gradient, channel.rank, 2), **CLOSE)
     for wrong in (8, -1):
         with pytest.raises(IndexError):
             table(torch.tensor([0, wrong]))
 
 
 def test_an_embedding_over_ranks(run_ranks):
-    """Rows of another rank, the padding row, and a row that is none, which is an error on every rank."""
+    """Rows of another rank, the padding row, and an index out of range, which is an error on every rank."""
     run_ranks(2, _embeddings)
 
 
@@ -202,7 +202,7 @@ def _attentions(world):
     torch.testing.assert_close(alone(x, x, x), expected, **CLOSE)
 
 
-def test_the_attention_of_torch_in_all_its_forms(run_ranks):
+def test_multihead_attention_with_all_options(run_ranks):
     """Masks, weights, layouts, widths of keys and values, dropout, and a sample without a batch."""
     run_ranks(2, _attentions)
 
@@ -222,7 +222,7 @@ def _with_padding(world):
 
 
 def test_the_fast_path_of_torch_is_off(run_ranks):
-    """In evaluation torch's encoder would read the weights of its layers past their forwards."""
+    """In evaluation the fast path of torch's encoder would read weights without calling their layers."""
     run_ranks(2, _with_padding)
 
 
@@ -241,7 +241,7 @@ def _checkpointed(world, options):
     ]
 
 
-def test_a_block_that_is_computed_twice(run_ranks):
+def test_a_checkpointed_block(run_ranks):
     """Reentrant checkpointing allows a backward only, and no gradient of chosen tensors."""
     expected = _checkpointed(World(), {})
     for actual in run_ranks(2, _checkpointed, {"strategy": "tensor"}):

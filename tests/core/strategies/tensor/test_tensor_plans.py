@@ -1,4 +1,4 @@
-"""What is proposed to be split, what a user may write, and that nothing wrong gets through."""
+"""Tensor-parallel plans: derived automatically, written by the user, and verified numerically."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from split_models import (
 )
 from torch import nn
 
-from nbdist.core.strategies.tensor import TensorPlan, derive, parallelize, prove, written
+from nbdist.core.strategies.tensor import TensorPlan, derive_plan, parallelize, plan_from_rules, verify_plan
 from nbdist.errors import PlanError
 
 QKV = {"blocks.*.q": "column", "blocks.*.k": "column", "blocks.*.v": "column", "blocks.*.o": "row"}
@@ -35,9 +35,9 @@ def gpt(tied=True):
     return seeded(lambda: GPT(functools.partial(Block, 0.1), tied), torch.float64)
 
 
-def test_the_proposal_for_a_transformer():
-    """Read off the dependencies: which layers meet again where, through which dropouts, norms and heads."""
-    plan = derive(gpt(), 2, (tokens(),))
+def test_the_derived_plan_for_a_transformer():
+    """Derived from dependencies: which columns feed which row, through which dropouts, norms and heads."""
+    plan = derive_plan(gpt(), 2, (tokens(),))
     attention, gated = (group for group in plan.groups if group.block == "blocks.1")
     assert attention.layers == dict.fromkeys(["blocks.1.v", "blocks.1.k", "blocks.1.q"], "column") | {
         "blocks.1.o": "row"
@@ -50,14 +50,14 @@ def test_the_proposal_for_a_transformer():
     assert TensorPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
-def test_a_proposal_leaves_the_module_as_it_was():
-    """Modes, buffers, gradients, frozen weights and random numbers are those from before."""
+def test_deriving_leaves_the_module_unchanged():
+    """Modes, buffers, gradients, frozen weights and random states are unchanged."""
     model, example = model_and_example("residual")
     model.norm.eval()
     model.fc.weight.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.get_rng_state()
-    derive(model, 2, (example,))
+    derive_plan(model, 2, (example,))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training
@@ -69,11 +69,11 @@ def test_a_proposal_leaves_the_module_as_it_was():
 
 def test_layers_that_cannot_be_shared_evenly_stay_whole():
     """The automatic plan says why, with the sizes."""
-    plan = derive(seeded(mlp, torch.float64), 3, (numbers(4, 16),))
+    plan = derive_plan(seeded(mlp, torch.float64), 3, (numbers(4, 16),))
     assert plan.layers == {"5": "column", "7": "row"}
     assert plan.reasons["3"] == "has 32 inputs, which 3 ranks cannot share evenly"
-    assert derive(gpt(), 16, (tokens(),)).reasons["blocks.0.o"] == (
-        "is split by itself, for it belongs to 8 heads (blocks.0.h), which 16 ranks cannot share evenly"
+    assert derive_plan(gpt(), 16, (tokens(),)).reasons["blocks.0.o"] == (
+        "is split by itself, because it belongs to 8 heads (blocks.0.h), which 16 ranks cannot share evenly"
     )
 
 
@@ -86,10 +86,10 @@ def test_layers_that_cannot_be_shared_evenly_stay_whole():
     ],
 )
 def test_nothing_to_split(make, example, message):
-    """One sentence: the layers, why each stays whole, and the cure."""
+    """One sentence: the layers, why each stays whole, and what to do."""
     with pytest.raises(PlanError, match=message) as caught:
-        derive(seeded(make, torch.float64), 4, (example(),))
-    assert "Choose another tp degree or --strategy, or say what to split with a tensor plan." in str(caught.value)
+        derive_plan(seeded(make, torch.float64), 4, (example(),))
+    assert "Choose another tp degree or --strategy, or name the layers to split in a tensor plan." in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -107,36 +107,36 @@ def test_nothing_to_split(make, example, message):
         ({"blocks.*.down": "row"}, "blocks.0.down is a row, but its inputs come from blocks.0.up, which is no column"),
     ],
 )
-def test_mistakes_in_a_written_plan(rules, message):
-    """Each names the layer, the number and the cure; before anything is split."""
+def test_mistakes_in_a_user_plan(rules, message):
+    """Each message names the layer, the number and what to do; before anything is split."""
     with pytest.raises(PlanError, match=message):
-        written(gpt(), 4, rules, (tokens(),))
+        plan_from_rules(gpt(), 4, rules, (tokens(),))
 
 
-def _prove_written(world, rules):
+def _verify_rules(world, rules):
     channel = world.channel()
     model = gpt(tied=False)
-    return prove(model, channel, written(model, channel.size, rules, (tokens(),)), (tokens(),))
+    return verify_plan(model, channel, plan_from_rules(model, channel.size, rules, (tokens(),)), (tokens(),))
 
 
-def test_a_written_plan(run_ranks):
-    """With the head count named, with attention left to us, and with other layers of each kind."""
+def test_a_user_plan(run_ranks):
+    """With the head count named, with attention derived automatically, and with other layers of each kind."""
     rules = {"wte": "embedding", "head": "column_gather", **MLP}
-    by_hand = run_ranks(2, _prove_written, {**QKV, "blocks.*.h": "heads", **rules})[0]
+    by_hand = run_ranks(2, _verify_rules, {**QKV, "blocks.*.h": "heads", **rules})[0]
     assert len(by_hand.layers) == 2 * 7 + 2
-    by_block = run_ranks(2, _prove_written, {"blocks.?": "attention", **rules})[1]
+    by_block = run_ranks(2, _verify_rules, {"blocks.?": "attention", **rules})[1]
     assert by_block.layers == by_hand.layers
 
 
 @pytest.mark.parametrize("rules", [QKV, {"blocks.*.up": "column", "blocks.*.gate": "column"}])
-def test_a_written_plan_that_is_wrong(run_ranks, rules):
-    """Heads that are cut through, and columns that no row ends, are told apart from the whole model by numbers."""
+def test_a_user_plan_that_changes_results(run_ranks, rules):
+    """Heads that are cut through, and columns without a row, are found because results differ."""
     with pytest.raises(PlanError, match=r"the tensor plan changes what GPT computes: blocks\.0"):
-        run_ranks(2, _prove_written, rules)
+        run_ranks(2, _verify_rules, rules)
 
 
 class Functional(nn.Module):
-    """Dropout that is called, not held: in the attention of torch, between two layers, and outside of both."""
+    """Dropout functions, not modules: in torch's attention, between two layers, and outside of both."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +155,7 @@ class Functional(nn.Module):
 
 
 class Torn(nn.Module):
-    """Candidates that are none: an output used twice, a weight read past its layer, a row that sees unsplit numbers."""
+    """Wrong candidates: an output used twice, a weight read without its layer, a row with unsplit inputs."""
 
     def __init__(self):
         super().__init__()
@@ -172,23 +172,23 @@ class Torn(nn.Module):
         return x + self.good_b(self.good_a(x.tanh()).relu())
 
 
-def _prove(world, make):
+def _verify(world, make):
     channel = world.channel()
     model, example = seeded(make, torch.float64), numbers(3, LENGTH, WIDTH)
-    plan = prove(model, channel, derive(model, channel.size, (example,)), (example,))
+    plan = verify_plan(model, channel, derive_plan(model, channel.size, (example,)), (example,))
     parallelize(model, channel, plan).restore()
     return plan
 
 
 def test_dropout_that_is_called_as_a_function(run_ranks):
-    """Every rank draws what one process draws, and each call is told from the others by its number."""
-    plan = run_ranks(2, _prove, Functional)[0]
+    """Every rank draws what one process draws; calls are identified by their number."""
+    plan = run_ranks(2, _verify, Functional)[0]
     assert plan.layers == {"qkv": "column", "o": "row", "a": "column", "b": "row"}
 
 
-def test_the_proof_keeps_what_is_right(run_ranks):
-    """Wrong candidates are left whole or split layer by layer, with a reason; the right one beside them stays."""
-    plan = run_ranks(2, _prove, Torn)[0]
+def test_verification_keeps_correct_groups(run_ranks):
+    """Wrong candidates stay whole or are split layer by layer, with a reason; the correct one is kept."""
+    plan = run_ranks(2, _verify, Torn)[0]
     assert {"good_a": "column", "good_b": "row"}.items() <= plan.layers.items()
     assert plan.layers.get("twice") in (None, "column_gather")
     assert {"read", "table"} <= plan.reasons.keys()
@@ -197,15 +197,15 @@ def test_the_proof_keeps_what_is_right(run_ranks):
 
 def test_recurrent_models_split_around_their_core():
     """An LSTM stays whole and is named."""
-    plan = derive(seeded(Recurrent, torch.float64), 2, (tokens(),))
+    plan = derive_plan(seeded(Recurrent, torch.float64), 2, (tokens(),))
     assert plan.layers == {"embedding": "embedding", "head": "column_gather"}
     assert plan.reasons == {"lstm": "is a LSTM, which is not a kind of layer that can be split"}
 
 
 def test_other_ways_to_split_a_fused_layer():
-    """q, k and v side by side, or interleaved by head: which one it is, only the proof can tell."""
+    """q, k and v side by side, or interleaved by head: only verification can tell which."""
     model = seeded(lambda: GPT(FusedBlock, tied=False), torch.float64)
-    plan = derive(model, 2, (tokens(),))
+    plan = derive_plan(model, 2, (tokens(),))
     ways = [
         group.sections["blocks.0.qkv"] for group in (*plan.groups, *plan.others) if "blocks.0.qkv" in group.sections
     ]

@@ -1,4 +1,4 @@
-"""Any module into pipeline stages: record its forward, measure it, cut it where the stages take the same time."""
+"""Partition any module into pipeline stages: trace its forward, profile it, cut it into stages of equal time."""
 
 from nbdist.core.strategies.pipeline.partition.call import Call
 from nbdist.core.strategies.pipeline.partition.split import Split, StageInfo, split

@@ -1,4 +1,4 @@
-"""Making the module of one stage out of a part of the graph."""
+"""Builds the GraphModule of one pipeline stage from a range of the traced graph."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ __all__ = ["build"]
 OUTPUT = "nbdist_output"
 
 
-def build(flow: Crossings, start: int, stop: int) -> fx.GraphModule:
-    """Make a module of the nodes from `start` to `stop` of the body. Local.
+def build(crossings: Crossings, start: int, stop: int) -> fx.GraphModule:
+    """Make a module of the nodes `start` to `stop` of the body. Local.
 
-    It holds the user's own parameters, buffers and modules, under the user's names. It takes what crosses the cut at
-    `start` and returns the tuple of what crosses the one at `stop`; the first takes the call's tensors, the last
-    returns the model's output. Sizes cross as the shape of one tensor without elements.
+    It holds the user's own parameters, buffers and modules, under their names. It takes the values that cross the cut
+    at `start` and returns the tuple of those that cross the cut at `stop`. The first stage takes the call's tensors,
+    the last returns the model's output. Sizes are passed as the shape of one tensor without elements.
     """
-    return _Builder(flow).build(start, stop)
+    return _Builder(crossings).build(start, stop)
 
 
 class _Builder:
-    def __init__(self, flow: Crossings) -> None:
-        self.flow = flow
-        self.trace = flow.trace
+    def __init__(self, crossings: Crossings) -> None:
+        self.crossings = crossings
+        self.trace = crossings.trace
         self.graph = fx.Graph()
-        self.new: dict[fx.Node, fx.Node] = {}  # by the node of the whole graph
-        self.parts: dict[str, Any] = {}  # what stands at the top of the module
+        self.new: dict[fx.Node, fx.Node] = {}  # node of the whole graph -> node of the stage
+        self.parts: dict[str, Any] = {}  # attributes of the stage's module
 
     def build(self, start: int, stop: int) -> fx.GraphModule:
         self._receive(start)
-        for node in self.flow.body[start:stop]:
+        for node in self.crossings.body[start:stop]:
             self.new[node] = self.graph.node_copy(node, self._read)
             if node.op == "call_module":
                 self.new[node].target = self._held(str(node.target))
-        if stop == len(self.flow.body):
+        if stop == len(self.crossings.body):
             self._return()
         else:
             self._send(stop)
@@ -49,7 +49,7 @@ class _Builder:
         return fx.GraphModule(root, self.graph, class_name=f"{type(self.trace.model).__name__}Stage")
 
     def _receive(self, start: int) -> None:
-        tensors, sizes = self.flow.crossing(start) if start else (self.trace.inputs, [])
+        tensors, sizes = self.crossings.crossing(start) if start else (self.trace.inputs, [])
         for node in tensors:
             self.new[node] = self.graph.placeholder(node.name)
         if sizes:
@@ -58,26 +58,28 @@ class _Builder:
                 self.new[node] = self.graph.call_method("size", (carrier, i))
 
     def _send(self, stop: int) -> None:
-        tensors, sizes = self.flow.crossing(stop)
+        tensors, sizes = self.crossings.crossing(stop)
         values = [self._read(node) for node in tensors]
-        if sizes:  # a shape needs no copy from a device, unlike a value
+        if sizes:  # reading a shape needs no copy from the device, unlike a value
             shape: Any = (*(self._read(node) for node in sizes), 0)
             values.append(self.graph.call_method("new_empty", (values[0], shape), {"dtype": torch.uint8}))
         self.graph.output(tuple(values))
 
     def _return(self) -> None:
-        self.parts[OUTPUT] = self.trace.form
+        self.parts[OUTPUT] = self.trace.output_structure
         leaves: Any = fx.node.map_arg(self.trace.output.args[0], self._read)
         self.graph.output(self.graph.call_module(OUTPUT, tuple(leaves)))
 
     def _read(self, node: fx.Node) -> fx.Node:
-        if node not in self.new:  # only what lasts is read where it is used
+        if node not in self.new:  # parameters, buffers and constants: a get_attr in each stage
             self.new[node] = self.graph.create_node("get_attr", self._held(str(node.target)), name=node.name)
         return self.new[node]
 
     def _held(self, target: str) -> str:
-        """Put what the user calls `target` into the module and return its name there."""
+        """Add the attribute `target` of the model to the stage's module, and return its name there."""
         top, *rest = target.split(".")
-        name = f"{top}_" if hasattr(fx.GraphModule, top) else top  # a GraphModule has a `graph` and a `code` already
+        name = (
+            f"{top}_" if hasattr(fx.GraphModule, top) else top
+        )  # GraphModule has attributes such as `graph` and `code`
         self.parts.setdefault(name, self.trace.value(top))
         return ".".join([name, *rest])

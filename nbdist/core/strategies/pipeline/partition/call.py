@@ -1,4 +1,4 @@
-"""How a model was called: everything about the arguments but the values of the tensors."""
+"""The signature of a model call: structure, shapes, dtypes and constants of its arguments, without tensor values."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree  # private; only here. torch.export stands on it too
+from torch.utils import _pytree as pytree  # private API, used here only; torch.export is built on it
 
 from nbdist.errors import TaskError
 
-__all__ = ["Call", "Constant", "Flat", "Form", "TensorLike", "leaves_of"]
+__all__ = ["Call", "Constant", "FlatModel", "OutputStructure", "TensorLike", "leaves_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class TensorLike:
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """An argument that is no tensor. Its type counts: True, 1 and 1.0 are three."""
+    """An argument that is not a tensor. Its type matters: True, 1 and 1.0 are different."""
 
     type: type
     value: Any
@@ -35,11 +35,11 @@ class Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """The signature of one call of a model: hashable, and told in plain text to ranks without the values.
+    """The signature of one call of a model: hashable, and sent as plain text to the ranks of other stages.
 
     Args:
         structure: How arguments nest.
-        leaves: What stands at each place.
+        leaves: The arguments in order.
     """
 
     structure: pytree.TreeSpec
@@ -47,7 +47,7 @@ class Call:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[torch.Tensor]]:
-        """Take the arguments of a call apart. Local.
+        """Flatten the arguments of a call. Local.
 
         Returns:
             The signature, and the tensors among the arguments, in order.
@@ -59,18 +59,18 @@ class Call:
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         return cls(structure=structure, leaves=tuple(map(_leaf, values))), tensors
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - as many as there are shapes of batches
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - few: one for each batch shape
     def to_text(self) -> str:
-        """Plain data for another rank, see `from_text`. Local.
+        """Serialize as JSON for another rank, see `from_text`. Local.
 
         Raises:
-            TaskError: An argument is of a kind that has no plain form.
+            TaskError: An argument cannot be written as JSON.
         """
         try:
             structure = pytree.treespec_dumps(self.structure)
         except Exception as error:
             raise TaskError(
-                f"the model is called with arguments that cannot be told to the ranks of the other stages ({error}): "
+                f"the model is called with arguments that cannot be sent to the ranks of the other stages ({error}): "
                 "pass tensors, numbers, strings or None, in tuples, lists and dicts."
             ) from error
         return json.dumps([structure, [_plain(leaf) for leaf in self.leaves]])
@@ -78,12 +78,12 @@ class Call:
     @classmethod
     @functools.lru_cache(maxsize=64)
     def from_text(cls, text: str) -> Call:
-        """The call that `to_text` has told. Whatever the text is, no code of it runs. Local."""
+        """Parse the text of `to_text`. Safe for untrusted text: no code of it runs, unlike a pickle's. Local."""
         structure, leaves = json.loads(text)
-        return cls(structure=pytree.treespec_loads(structure), leaves=tuple(_leaf_of(*leaf) for leaf in leaves))
+        return cls(structure=pytree.treespec_loads(structure), leaves=tuple(_leaf_from_plain(*leaf) for leaf in leaves))
 
     def arguments(self, tensors: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Put ``(args, kwargs)`` together again, with these tensors."""
+        """Rebuild ``(args, kwargs)`` with these tensors."""
         following = iter(tensors)
         values = [next(following) if isinstance(leaf, TensorLike) else leaf.value for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(values, self.structure)
@@ -100,7 +100,7 @@ class Call:
         return next((leaf.shape[0] for leaf in self.tensors if leaf.shape), 1)
 
     def zeros(self, device: torch.device | str) -> list[torch.Tensor]:
-        """Tensors as in this call, all zero."""
+        """Zeros in the shapes and dtypes of this call's tensors."""
         return [torch.zeros(leaf.shape, dtype=leaf.dtype, device=device) for leaf in self.tensors]
 
     def same_but_for_tensors(self, other: Call) -> bool:
@@ -111,19 +111,19 @@ class Call:
         )
 
 
-class Form(nn.Module):
-    """The structure of a model's output: gives tensors that structure back. It is the last node of the last stage.
+class OutputStructure(nn.Module):
+    """The structure of a model's output: unflattens its tensors. It is the last node of the last stage.
 
-    A value of a class that pytrees do not know, such as a cache of keys and values, comes back as None.
+    A value of a class that is not registered as a pytree, such as a key-value cache, becomes None.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.structure: Any = None
-        self.constants: list[Any] = []  # with PLACE for what varies
+        self.constants: list[Any] = []  # with PLACE for tensors
 
     def take(self, output: Any) -> list[Any]:
-        """Remember the structure of `output` and return what varies in it: tensors, proxies, symbolic integers."""
+        """Flatten `output`, save its structure, and return its tensors, proxies and symbolic integers."""
         leaves, self.structure = pytree.tree_flatten(output)
         varies = [isinstance(leaf, (torch.Tensor, fx.Proxy, torch.SymInt)) for leaf in leaves]
         plain = [leaf if isinstance(leaf, PLAIN) else None for leaf in leaves]
@@ -132,11 +132,11 @@ class Form(nn.Module):
 
     @property
     def empty(self) -> bool:
-        """Whether there is no tensor in the output."""
+        """Whether the output has no tensor."""
         return PLACE not in self.constants
 
     def forward(self, *values: Any) -> Any:
-        """Put the output together."""
+        """Rebuild the output."""
         following = iter(values)
         leaves = [next(following) if leaf is PLACE else leaf for leaf in self.constants]
         return pytree.tree_unflatten(leaves, self.structure)
@@ -146,28 +146,28 @@ PLACE = object()
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
-class Flat(nn.Module):
+class FlatModel(nn.Module):
     """A model as a function from the list of its tensor arguments to the list of the tensors it returns."""
 
     def __init__(self, model: nn.Module, call: Call) -> None:
         super().__init__()
         self.model = model
         self.call = call
-        self.forms = [Form()]  # in a list: what tracing changes in it is no attribute of this module
+        self.output_structures = [OutputStructure()]  # in a list, so that it is not registered as a submodule
 
     def forward(self, values: Any) -> list[Any]:
         """Call the model."""
         args, kwargs = self.call.arguments([values[i] for i in range(len(self.call.tensors))])
-        return self.forms[0].take(self.model(*args, **kwargs))
+        return self.output_structures[0].take(self.model(*args, **kwargs))
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """The values at the ends of nested tuples, lists, dicts and what else is registered as a container."""
+    """The leaves of nested tuples, lists, dicts and other registered containers."""
     return list(pytree.tree_leaves(value))
 
 
 def _plain(leaf: TensorLike | Constant) -> tuple[str, Any]:
-    """A leaf as a kind and what JSON can hold."""
+    """A leaf as its kind and a JSON value."""
     if isinstance(leaf, TensorLike):
         return "tensor", [list(leaf.shape), str(leaf.dtype)]
     value = leaf.value
@@ -180,13 +180,13 @@ def _plain(leaf: TensorLike | Constant) -> tuple[str, Any]:
     if isinstance(value, (torch.dtype, torch.device)):
         return type(value).__name__, str(value)
     raise TaskError(
-        f"the model is called with a {type(value).__name__}, which cannot be told to the ranks of the other stages: "
+        f"the model is called with a {type(value).__name__}, which cannot be sent to the ranks of the other stages: "
         "pass a tensor, a number, a string or None."
     )
 
 
-def _leaf_of(kind: str, value: Any) -> TensorLike | Constant:
-    """What `_plain` made of a leaf, as a leaf again."""
+def _leaf_from_plain(kind: str, value: Any) -> TensorLike | Constant:
+    """The inverse of `_plain`."""
     if kind == "tensor":
         return TensorLike(shape=tuple(value[0]), dtype=_dtype(value[1]))
     known: dict[str, Callable[[Any], Any]] = {
@@ -211,7 +211,7 @@ def _leaf(value: Any) -> TensorLike | Constant:
         hash(value)
     except TypeError:
         raise TaskError(
-            f"the model is called with a {type(value).__name__}, which cannot be told to the ranks of the other "
+            f"the model is called with a {type(value).__name__}, which cannot be sent to the ranks of the other "
             "stages: pass a tensor, a number, a string or None."
         ) from None
     return Constant(type=type(value), value=value)

@@ -1,4 +1,4 @@
-"""Running a recorded forward node by node: what its values are, what writes in place, and how long each node takes."""
+"""Profiles a traced forward node by node: value sizes, in-place writes, and the time of each node."""
 
 from __future__ import annotations
 
@@ -10,59 +10,59 @@ from typing import Any
 import torch
 from torch import fx
 
-from nbdist.core.params.preserve import device_of, untouched
+from nbdist.core.params.preserve import device_of, preserve_model
 from nbdist.core.strategies.pipeline.partition.call import leaves_of
 from nbdist.core.strategies.pipeline.partition.tracing import Trace
 
 __all__ = ["ValueInfo", "examine", "measure"]
 
-PASSES, PASSES_S = 8, 0.5  # runs of the model for a measurement: so many, or for so long
+PASSES, PASSES_S = 8, 0.5  # measure at most so many forwards, or for so many seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValueInfo:
-    """What one run of a graph shows of its values.
+    """Information on the values of a graph, from one run.
 
     Args:
-        bytes: Size of each value that is a tensor.
-        integers: Nodes whose value is an integer and not negative: a size.
-        walls: Pairs of positions ``(first, last)`` with in-place writing in between: no cut before first + 1 ... last.
+        bytes: Size of each tensor value.
+        integers: Nodes whose value is a non-negative integer: a size.
+        no_cut_ranges: Positions ``(first, last)`` with an in-place write in between: no cut before first + 1 ... last.
     """
 
     bytes: dict[fx.Node, int]
     integers: frozenset[fx.Node]
-    walls: tuple[tuple[int, int], ...]
+    no_cut_ranges: tuple[tuple[int, int], ...]
 
 
 def examine(trace: Trace, values: Sequence[torch.Tensor]) -> ValueInfo:
-    """Run the graph once, with all values kept, and look at them. Local; the model is left as it was.
+    """Run the graph once, saving all values, and inspect them. Local; the model is left unchanged.
 
     Args:
-        trace: The recorded forward.
+        trace: The traced forward.
         values: The tensors of a call.
     """
-    watcher = _Watcher(trace)
-    with untouched(trace.model), torch.no_grad():
-        watcher.run(*(value.clone() for value in values), enable_io_processing=False)
-    env: dict[fx.Node, Any] = watcher.env
+    tracker = _MemoryTracker(trace)
+    with preserve_model(trace.model), torch.no_grad():
+        tracker.run(*(value.clone() for value in values), enable_io_processing=False)
+    env: dict[fx.Node, Any] = tracker.env
     return ValueInfo(
         bytes={n: v.numel() * v.element_size() for n, v in env.items() if _plain(v)},
         integers=frozenset(n for n, v in env.items() if type(v) is int and v >= 0),
-        walls=tuple(watcher.walls()),
+        no_cut_ranges=tuple(tracker.no_cut_ranges()),
     )
 
 
 def measure(trace: Trace, values: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Measure the seconds of forward of each node, by name: the best of a few runs. Local.
+    """Measure the seconds of each node's forward, by name: the best of a few runs. Local.
 
-    The numbers differ from rank to rank: one measures, and tells the others the cuts.
+    Times differ from rank to rank: rank 0 measures and broadcasts the cuts.
     """
     timer = _Timer(trace)
-    began = time.perf_counter()
-    with untouched(trace.model), torch.no_grad():
+    start = time.perf_counter()
+    with preserve_model(trace.model), torch.no_grad():
         for _ in range(PASSES):
             timer.run(*(value.clone() for value in values), enable_io_processing=False)
-            if time.perf_counter() - began > PASSES_S:
+            if time.perf_counter() - start > PASSES_S:
                 break
     return timer.seconds
 
@@ -93,10 +93,10 @@ class _Timer(_Runner):
     def run_node(self, n: fx.Node) -> Any:
         """See `fx.Interpreter`."""
         self._wait()
-        began = time.perf_counter()
+        start = time.perf_counter()
         result = super().run_node(n)
         self._wait()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         if n in self.body:
             self.seconds[n.name] = min(seconds, self.seconds.get(n.name, seconds))
         return result
@@ -106,14 +106,14 @@ class _Timer(_Runner):
             torch.cuda.synchronize(self.device)
 
 
-class _Watcher(_Runner):
-    """Notes which memory each node touches and which it writes."""
+class _MemoryTracker(_Runner):
+    """Records which memory each node uses and which it writes."""
 
     def __init__(self, trace: Trace) -> None:
-        super().__init__(trace, keep=True)  # so that no memory is used twice
+        super().__init__(trace, keep=True)  # freed memory would be used again, under the same address
         self.positions = {node: i for i, node in enumerate(trace.body)}
-        lasting = [*trace.model.parameters(), *trace.model.buffers(), *trace.constants.values()]
-        self.lasting = {_memory(t) for t in _tensors(lasting)}
+        persistent = [*trace.model.parameters(), *trace.model.buffers(), *trace.constants.values()]
+        self.persistent = {_memory(t) for t in _tensors(persistent)}
         self.buffers = {_memory(t) for t in _tensors(list(trace.model.buffers()))}
         self.first: dict[int, int] = {}
         self.last: dict[int, int] = {}
@@ -128,7 +128,7 @@ class _Watcher(_Runner):
         if n.op in ("get_attr", "output"):
             return result
         for tensor, (version, values) in zip(inputs, before, strict=True):
-            # batch_norm does not tell that it writes its buffers
+            # batch_norm writes its buffers without changing `_version`
             if tensor._version != version or (values is not None and not torch.equal(tensor, values)):
                 self.written[_memory(tensor)] = position
         for tensor in [*inputs, *_tensors(result)]:
@@ -136,18 +136,18 @@ class _Watcher(_Runner):
             self.last[_memory(tensor)] = position
         return result
 
-    def walls(self) -> Iterator[tuple[int, int]]:
+    def no_cut_ranges(self) -> Iterator[tuple[int, int]]:
         """See `ValueInfo`.
 
-        A value must not be on its way to another stage while it is still written: that stage, or this one, would
-        see the old one; and what a stage receives is a leaf, on which autograd allows no writing. A buffer that
-        forward writes lives in one stage.
+        A value must not be sent to another stage before its last in-place write: one of the two stages would have the
+        old value, and autograd forbids in-place writes to a leaf, which a received tensor is. A buffer that forward
+        writes must be in one stage.
         """
         for memory, position in self.written.items():
-            yield self.first[memory], self.last[memory] if memory in self.lasting else position
+            yield self.first[memory], self.last[memory] if memory in self.persistent else position
 
     def _inside(self, node: fx.Node) -> list[torch.Tensor]:
-        return list(self.trace.held(node)) if node.op == "call_module" else []
+        return list(self.trace.used_by(node)) if node.op == "call_module" else []
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

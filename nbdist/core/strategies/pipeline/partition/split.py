@@ -1,4 +1,4 @@
-"""Cutting a module into stages: where, and what each stage is for a call."""
+"""Splits a model into pipeline stages: chooses balanced cuts, and builds the module of each stage for a call."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.params.preserve import device_of, untouched
+from nbdist.core.params.preserve import device_of, preserve_model
 from nbdist.core.strategies.pipeline.partition.build_stage import build
 from nbdist.core.strategies.pipeline.partition.call import Call
 from nbdist.core.strategies.pipeline.partition.crossings import Crossings
-from nbdist.core.strategies.pipeline.partition.cut_points import follow, named, place_at
+from nbdist.core.strategies.pipeline.partition.cut_points import cut_at_names, cut_at_nodes, cut_like
 from nbdist.core.strategies.pipeline.partition.profiling import examine, measure
-from nbdist.core.strategies.pipeline.partition.tracing import KINDS, Trace, record
-from nbdist.core.strategies.pipeline.partition.verify import Answer, check_agrees
+from nbdist.core.strategies.pipeline.partition.tracing import KINDS, Trace, trace_forward
+from nbdist.core.strategies.pipeline.partition.verify import ForwardResult, verify_trace
 from nbdist.errors import NbdistError, PlanError
 from nbdist.plan.partition import partition
 
 __all__ = ["Split", "StageInfo", "split"]
 
-BALANCED = 1.2  # largest stage over mean, up to which no better cut is looked for
+BALANCED = 1.2  # slowest stage over the mean: up to here, no finer trace is tried
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageInfo:
-    """One stage, for people.
+    """One stage, for display.
 
     Args:
         stage: Its index.
-        first: Where it begins: the name of a module or an operation.
-        last: Where it ends.
-        seconds: Measured forward of the example batch.
-        parameters: Number of elements of the parameters it uses.
+        first: The first module or operation.
+        last: The last one.
+        seconds: Measured time of a forward of the example batch.
+        parameters: Number of elements of its parameters.
     """
 
     stage: int
@@ -48,42 +48,47 @@ class Split:
     """A module cut into stages. Made by `split`.
 
     Args:
-        flow: The recorded forward of the example.
-        bounds: Where each stage begins, and the end.
+        crossings: The traced forward of the example.
+        bounds: The position at which each stage begins, and the end.
         costs: Measured seconds by node.
-        seconds: Measured seconds by stage, if there are no `costs` because another rank measured.
+        seconds: Measured seconds by stage, without `costs` if another rank measured.
     """
 
     def __init__(
-        self, flow: Crossings, bounds: Sequence[int], costs: dict[str, float], seconds: Sequence[float] | None = None
+        self,
+        crossings: Crossings,
+        bounds: Sequence[int],
+        costs: dict[str, float],
+        seconds: Sequence[float] | None = None,
     ) -> None:
-        self.model = flow.trace.model
-        self.flow = flow
+        self.model = crossings.trace.model
+        self.crossings = crossings
         self.bounds = list(bounds)
         self.costs = costs
-        self.seconds = [_total(flow, costs, a, b) for a, b in self._parts()] if seconds is None else list(seconds)
+        self.seconds = [_total(crossings, costs, a, b) for a, b in self._ranges()] if seconds is None else list(seconds)
         self.holders = self._holders()
         self._modules = list(self.model.modules())
-        self._known: list[tuple[Crossings, list[int]]] = [(flow, self.bounds)]
+        self._traces: list[tuple[Crossings, list[int]]] = [(crossings, self.bounds)]
         self._stages: dict[tuple[Call, tuple[bool, ...]], tuple[Callable[[int], nn.Module], dict[int, nn.Module]]] = {}
 
     @property
     def infos(self) -> list[StageInfo]:
-        """The stages, for people."""
+        """The stages, for display."""
         sizes = {name: p.numel() for name, p in self.model.named_parameters()}
         return [
             StageInfo(
-                stage=i, first=self.flow.title(a, b), last=self.flow.title(b - 1, a - 1), seconds=self.seconds[i],
+                stage=i, first=self.crossings.title(a, b), last=self.crossings.title(b - 1, a - 1),
+                seconds=self.seconds[i],
                 parameters=sum(size for name, size in sizes.items() if i in self.holders[name]),
             )
-            for i, (a, b) in enumerate(self._parts())
+            for i, (a, b) in enumerate(self._ranges())
         ]  # fmt: skip
 
     @property
     def cuts(self) -> dict[str, Any]:
-        """The cut, JSON-able: what another rank needs to cut the same model in the same way."""
-        firsts = [self.flow.body[position].name for position in self.bounds[1:-1]]
-        return {"kind": self.flow.trace.kind, "firsts": firsts, "seconds": self.seconds}
+        """The cuts as JSON-able data, with which another rank makes the same stages."""
+        firsts = [self.crossings.body[position].name for position in self.bounds[1:-1]]
+        return {"kind": self.crossings.trace.kind, "firsts": firsts, "seconds": self.seconds}
 
     @property
     def imbalance(self) -> float:
@@ -91,74 +96,78 @@ class Split:
         return max(self.seconds) * len(self.seconds) / (sum(self.seconds) or 1.0)
 
     def into(self, parts: int) -> Split:
-        """Cut the same recorded model into another number of stages. Local, cheap; needs the costs.
+        """Cut the same traced model into another number of stages. Local, cheap; needs the costs.
 
         Raises:
             PlanError: There are too few places to cut.
         """
-        return Split(self.flow, _bounds(self.flow, self.costs, parts, 0, len(self.flow.body)), self.costs)
+        return Split(
+            self.crossings, _bounds(self.crossings, self.costs, parts, 0, len(self.crossings.body)), self.costs
+        )
 
     def refine(self, parts: int) -> Split:
-        """Cut each stage further: stages i * parts ... (i + 1) * parts - 1 are what stage i was.
+        """Cut each stage i into stages i * parts ... (i + 1) * parts - 1.
 
         Raises:
             PlanError: A stage has too few places to cut.
         """
         bounds = [0]
-        for start, stop in self._parts():
-            bounds += _bounds(self.flow, self.costs, parts, start, stop)[1:]
-        return Split(self.flow, bounds, self.costs)
+        for start, stop in self._ranges():
+            bounds += _bounds(self.crossings, self.costs, parts, start, stop)[1:]
+        return Split(self.crossings, bounds, self.costs)
 
     def stage(self, index: int, call: Call) -> nn.Module:
-        """The module of one stage for a call, in the model's present train and eval modes. Local; kept.
+        """The module of one stage for a call, in the model's present train and eval modes. Local; cached.
 
-        The stage of a signature or mode not seen before may need to be recorded: up to seconds.
+        A new signature or mode may need another trace, which takes up to seconds.
 
         Args:
-            index: Of the stage.
-            call: How the model is called.
+            index: The stage.
+            call: The signature of the call.
 
         Returns:
-            ``module(*values) -> tuple``. The first takes the call's tensors, each other one exactly what the one
-            before returned; the last returns the model's output. A tensor may be passed on as it came.
+            ``module(*values) -> tuple``. The first takes the call's tensors, each other one the tuple that the
+            previous stage returned; the last returns the model's output. A stage may return an input unchanged.
 
         Raises:
             TaskError: In this mode, or for this call, the model cannot be cut in the same way.
         """
         key = (call, tuple(m.training for m in self._modules))
         if key not in self._stages:
-            flow, bounds = self._recorded(*key)
-            self._stages[key] = (lambda i: build(flow, bounds[i], bounds[i + 1])), {}
+            crossings, bounds = self._trace_for(*key)
+            self._stages[key] = (lambda i: build(crossings, bounds[i], bounds[i + 1])), {}
         make, made = self._stages[key]
         if index not in made:
             made[index] = make(index)
         return made[index]
 
-    def _recorded(self, call: Call, modes: tuple[bool, ...]) -> tuple[Crossings, list[int]]:
-        """A recorded forward that serves this call, cut where this one is."""
-        for flow, bounds in self._known:
-            if flow.trace.fits(call, modes):
-                return flow, bounds
+    def _trace_for(self, call: Call, modes: tuple[bool, ...]) -> tuple[Crossings, list[int]]:
+        """A trace that fits this call, with the same cuts."""
+        for crossings, bounds in self._traces:
+            if crossings.trace.fits(call, modes):
+                return crossings, bounds
         values = call.zeros(device_of(self.model))
-        trace = record(self.model, call, self.flow.trace.kind)
-        flow = Crossings(trace=trace, facts=examine(trace, values))
-        bounds = follow(flow, [self.flow.body[c].name for c in self.bounds[1:-1]], self.holders, self._idle)
-        self._known.append((flow, bounds))
-        return flow, bounds
+        trace = trace_forward(self.model, call, self.crossings.trace.kind)
+        crossings = Crossings(trace=trace, value_info=examine(trace, values))
+        bounds = cut_like(
+            crossings, [self.crossings.body[c].name for c in self.bounds[1:-1]], self.holders, self._unused
+        )
+        self._traces.append((crossings, bounds))
+        return crossings, bounds
 
-    def _parts(self) -> list[tuple[int, int]]:
+    def _ranges(self) -> list[tuple[int, int]]:
         return list(zip(self.bounds, self.bounds[1:], strict=False))
 
     def _holders(self) -> dict[str, tuple[int, ...]]:
-        """See `split`; notes as idle what no stage uses."""
-        used: dict[str, set[int]] = {name: set() for name in self.flow.names.values()}
-        for stage, (start, stop) in enumerate(self._parts()):
-            for node in self.flow.body[start:stop]:
-                for name in self.flow.held(node):
+        """The stages that use each parameter and buffer; also sets `_unused`, those that no stage uses."""
+        used: dict[str, set[int]] = {name: set() for name in self.crossings.names.values()}
+        for stage, (start, stop) in enumerate(self._ranges()):
+            for node in self.crossings.body[start:stop]:
+                for name in self.crossings.used_by(node):
                     used[name].add(stage)
-        for name in self.flow.returned:  # a parameter that the model returns as it is
+        for name in self.crossings.returned:  # a parameter that the model returns unchanged
             used[name].add(len(self.bounds) - 2)
-        self._idle = {name for name, stages in used.items() if not stages}
+        self._unused = {name for name, stages in used.items() if not stages}
         return {name: tuple(sorted(stages)) or (0,) for name, stages in used.items()}
 
 
@@ -172,87 +181,87 @@ def split(
     cuts: dict[str, Any] | None = None,
     kinds: Sequence[str] = KINDS,
 ) -> Split:
-    """Cut a module into stages that take the same time. Local; the model is left as it was.
+    """Cut a module into stages that take the same time. Local; the model is left unchanged.
 
-    The forward is recorded and measured on the example, checked to compute what the model does, gradients included,
-    and cut where the slowest stage is fastest. Measured times differ from rank to rank: let one rank split and give
-    its `Split.cuts` to the others.
+    The forward is traced on the example, verified against the model (outputs and gradients), measured, and cut so that
+    the slowest stage is as fast as possible. Measured times differ from rank to rank: one rank must split and send its
+    `Split.cuts` to the others.
 
     Args:
         model: Any module, with its parameters on one device, in the modes in which it is to be trained.
         args: Arguments of an example call: a small batch of real data, two samples or more.
         kwargs: Its keyword arguments.
         stages: Number of stages.
-        at: Names of modules or parameters, in order; each is the first of a stage. In place of measuring.
-        cuts: Where another rank has cut.
-        kinds: How the forward may be recorded, see `record`; the first that serves is taken.
+        at: Names of modules or parameters, in order, with which the stages after the first begin; instead of balancing.
+        cuts: `Split.cuts` of another rank.
+        kinds: How the forward may be traced, see `trace_forward`; the first that works and is balanced is used.
 
     Raises:
         PlanError: There are too few places to cut, or `at` does not fit.
-        TaskError: The forward cannot be recorded; the message names the statement.
+        TaskError: The forward cannot be traced; the message names the statement.
     """
     call, values = Call.of(args, kwargs or {})
     if at and len(at) != stages - 1:
         raise PlanError(f"{stages} stages are cut at {stages - 1} places, but at= names {len(at)}: {', '.join(at)}.")
     if cuts is not None:
-        with untouched(model), torch.no_grad():
-            # A first forward may settle what the next ones find, as it did on the rank that measured.
-            _called(model, call, [value.clone() for value in values])
-        flow = _prepare(model, call, values, cuts["kind"])
-        return Split(flow, named(flow, cuts["firsts"]), {}, cuts["seconds"])
-    expected = Answer.of(model, lambda *tensors: _called(model, call, tensors), values)
+        with preserve_model(model), torch.no_grad():
+            # The first forward may initialize state that a trace reads; the rank that measured has run one too.
+            _call_model(model, call, [value.clone() for value in values])
+        crossings = _prepare(model, call, values, cuts["kind"])
+        return Split(crossings, cut_at_nodes(crossings, cuts["firsts"]), {}, cuts["seconds"])
+    expected = ForwardResult.of(model, lambda *tensors: _call_model(model, call, tensors), values)
     best: Split | None = None
     errors: list[NbdistError] = []
     for kind in kinds:
         try:
-            flow = _prepare(model, call, values, kind)
-            check_agrees(flow, values, expected)
-            costs = measure(flow.trace, values)
-            bounds = place_at(flow, at) if at else _bounds(flow, costs, stages, 0, len(flow.body))
-            found = Split(flow, bounds, costs)
+            crossings = _prepare(model, call, values, kind)
+            verify_trace(crossings, values, expected)
+            costs = measure(crossings.trace, values)
+            bounds = cut_at_names(crossings, at) if at else _bounds(crossings, costs, stages, 0, len(crossings.body))
+            found = Split(crossings, bounds, costs)
         except NbdistError as error:
             errors.append(error)
             continue
         if best is None or found.imbalance < best.imbalance:
             best = found
-        if at or best.imbalance <= BALANCED or not _coarse(flow.trace):
+        if at or best.imbalance <= BALANCED or not _has_composite_leaf(crossings.trace):
             break
     if best is None:
-        raise _most_telling(errors)
+        raise _best_error(errors)
     return best
 
 
-def _called(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> Any:
+def _call_model(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> Any:
     args, kwargs = call.arguments(tensors)
     return model(*args, **kwargs)
 
 
 def _prepare(model: nn.Module, call: Call, values: Sequence[torch.Tensor], kind: str) -> Crossings:
-    trace = record(model, call, kind)
-    return Crossings(trace=trace, facts=examine(trace, values))
+    trace = trace_forward(model, call, kind)
+    return Crossings(trace=trace, value_info=examine(trace, values))
 
 
-def _bounds(flow: Crossings, costs: dict[str, float], parts: int, start: int, stop: int) -> list[int]:
-    possible = 1 + sum(start < c < stop for c in flow.cuts)
+def _bounds(crossings: Crossings, costs: dict[str, float], parts: int, start: int, stop: int) -> list[int]:
+    possible = 1 + sum(start < c < stop for c in crossings.cuts)
     if parts > possible:
-        what = type(flow.trace.model).__name__ if (start, stop) == (0, len(flow.body)) else "a stage"
+        what = type(crossings.trace.model).__name__ if (start, stop) == (0, len(crossings.body)) else "a stage"
         raise PlanError(f"{what} cannot be cut into {parts} stages: there are places to cut for {possible} at most.")
-    seconds = [costs[node.name] for node in flow.body[start:stop]]
-    inside = partition(seconds, parts, flow.edges[start:stop], [c - start for c in flow.cuts])
+    seconds = [costs[node.name] for node in crossings.body[start:stop]]
+    inside = partition(seconds, parts, crossings.edges[start:stop], [c - start for c in crossings.cuts])
     return [start, *(start + c for c in inside), stop]
 
 
-def _total(flow: Crossings, costs: dict[str, float], start: int, stop: int) -> float:
-    return sum(costs[node.name] for node in flow.body[start:stop])
+def _total(crossings: Crossings, costs: dict[str, float], start: int, stop: int) -> float:
+    return sum(costs[node.name] for node in crossings.body[start:stop])
 
 
-def _coarse(trace: Trace) -> bool:
-    """Whether some module that has stayed whole is made of others."""
+def _has_composite_leaf(trace: Trace) -> bool:
+    """Whether a module that the trace calls as a whole has children, so that a finer trace could cut inside it."""
     called = (trace.value(str(n.target)) for n in trace.body if n.op == "call_module")
     return any(True for module in called for _ in module.children())
 
 
-def _most_telling(errors: list[NbdistError]) -> NbdistError:
-    """Of why each kind failed: that there are too few places to cut, else what stood in the way of the last."""
+def _best_error(errors: list[NbdistError]) -> NbdistError:
+    """The most useful of the errors of all kinds: too few places to cut, else the last one's."""
     too_few = [error for error in errors if isinstance(error, PlanError)]
     return (too_few or errors)[-1]

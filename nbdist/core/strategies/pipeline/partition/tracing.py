@@ -1,4 +1,4 @@
-"""A model's forward as a graph of operations, recorded by torch.fx or torch.export."""
+"""Traces a model's forward with torch.fx or torch.export into a graph of operations."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nbdist.core.params.preserve import device_of, untouched
-from nbdist.core.strategies.pipeline.partition.call import Call, Flat, Form
+from nbdist.core.params.preserve import device_of, preserve_model
+from nbdist.core.strategies.pipeline.partition.call import Call, FlatModel, OutputStructure
 from nbdist.errors import TaskError
 
-__all__ = ["KINDS", "Trace", "cannot_split", "record"]
+__all__ = ["KINDS", "Trace", "cannot_split", "trace_forward"]
 
 KINDS = ("fx", "export")
-PREFIX = "model."  # what names in a graph of `Flat` begin with
+PREFIX = "model."  # prefix of all names in a graph of `FlatModel`
 OURS, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """A recorded forward: for one structure of arguments and one setting of train and eval.
+    """A traced forward, for one structure of arguments and one setting of train and eval modes.
 
     Its nodes call modules and functions, or read parameters, buffers and constants by the user's names.
 
     Args:
-        kind: ``"fx"``, in which children may stay whole, or ``"export"``, in which everything is in single operations.
+        kind: ``"fx"``, which may call children as a whole, or ``"export"``, which has single operations only.
         model: The user's model.
-        call: The call that was recorded.
+        call: The call that was traced.
         modes: ``training`` of each module.
         graph: Takes the call's tensors; returns the tuple of the output's tensors.
-        constants: Tensors that are neither parameters nor buffers, by the name the graph reads them by.
-        form: The structure of the output.
-        guard: Raises AssertionError where the graph does not fit tensors of other shapes. None: it fits all.
+        constants: Tensors that are neither parameters nor buffers, by their name in the graph.
+        output_structure: The structure of the output.
+        guard: Raises AssertionError if the graph does not fit tensors of these shapes. None: it fits all.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class Trace:
     modes: tuple[bool, ...]
     graph: fx.Graph
     constants: dict[str, Any]
-    form: Form
+    output_structure: OutputStructure
     guard: Callable[..., Any] | None
 
     @property
@@ -60,7 +60,7 @@ class Trace:
 
     @property
     def body(self) -> list[fx.Node]:
-        """The nodes that compute, in order; between them is cut."""
+        """The nodes that compute, in order; cuts are between them."""
         return [node for node in self.graph.nodes if node.op.startswith("call_")]
 
     @property
@@ -69,13 +69,13 @@ class Trace:
         return self.graph.output_node()
 
     def value(self, target: str) -> Any:
-        """The parameter, buffer, constant or module of the user's that the graph calls `target`."""
+        """The parameter, buffer, constant or module with the name `target` in the graph."""
         if target in self.constants:
             return self.constants[target]
         return operator.attrgetter(target)(self.model)
 
-    def held(self, node: fx.Node) -> Iterator[torch.Tensor]:
-        """The parameters, buffers and constants that a node of the body works with."""
+    def used_by(self, node: fx.Node) -> Iterator[torch.Tensor]:
+        """The parameters, buffers and constants that a node of the body uses."""
         if node.op == "call_module":
             module = self.value(str(node.target))
             yield from module.parameters()
@@ -86,13 +86,13 @@ class Trace:
                 yield value
 
     def fits(self, call: Call, modes: tuple[bool, ...]) -> bool:
-        """Whether the graph computes what the model would for another call."""
+        """Whether the graph is valid for another call."""
         if self.modes != modes or not self.call.same_but_for_tensors(call):
             return False
         if self.guard is None or self.call == call:
             return True
         if self.call.batch < 2 or call.batch < 2 or _dtypes(self.call) != _dtypes(call):
-            return False  # what is recorded of a batch of one, or for one, may hold for it only
+            return False  # traces specialize on a batch of one
         try:
             self.guard(*call.zeros("meta"))
         except AssertionError:
@@ -100,47 +100,47 @@ class Trace:
         return True
 
 
-def record(model: nn.Module, call: Call, kind: str) -> Trace:
-    """Record the forward of a model in its present modes. Local; the model is left as it was.
+def trace_forward(model: nn.Module, call: Call, kind: str) -> Trace:
+    """Trace the forward of a model in its present modes. Local; the model is left unchanged.
 
     Args:
-        model: The user's.
-        call: Its tensors have two samples or more, if the graph is to serve any number.
-        kind: ``"fx"``: fast; fails where forward depends on shapes or values, unless it is inside a child module,
-            which then stays whole. ``"export"``: takes much more, and seconds.
+        model: The user's model.
+        call: With two samples or more, unless the graph is for one sample only.
+        kind: ``"fx"``: fast; fails where forward depends on shapes or values, unless that is inside a child module,
+            which is then called as a whole. ``"export"``: traces more models, but takes seconds.
 
     Raises:
-        TaskError: It cannot be recorded. The message names the statement.
+        TaskError: The forward cannot be traced. The message names the statement.
     """
-    flat = Flat(model, call)
-    with untouched(model):
+    flat = FlatModel(model, call)
+    with preserve_model(model):
         try:
-            graph, root, guard = _record_fx(flat) if kind == "fx" else _record_export(flat)
+            graph, root, guard = _trace_fx(flat) if kind == "fx" else _trace_export(flat)
         except Exception as error:
             raise cannot_split(model, statement(error), error) from error
-    if flat.forms[0].empty:
+    if flat.output_structures[0].empty:
         raise TaskError(
-            f"{type(model).__name__} cannot be cut into stages: no tensor is found in what it returns. Return tensors, "
+            f"{type(model).__name__} cannot be cut into stages: its output contains no tensor. Return tensors, "
             "or tuples, lists or dicts of them, or register the class with torch.export.register_dataclass."
         )
     constants = {}
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
             name = node.target.removeprefix(PREFIX)
-            if name != node.target and _there(model, name):
+            if name != node.target and _has_attribute(model, name):
                 node.target = name
-            else:  # made while recording
+            else:  # a tensor or module made by the tracer
                 value = operator.attrgetter(node.target)(root)
                 node.target = node.target.replace(".", "_")
                 constants[node.target] = value
     return Trace(
         kind=kind, model=model, call=call, modes=tuple(m.training for m in model.modules()), graph=graph,
-        constants=constants, form=flat.forms[0], guard=guard,
+        constants=constants, output_structure=flat.output_structures[0], guard=guard,
     )  # fmt: skip
 
 
 class _Tracer(fx.Tracer):
-    """Records down to the modules of torch.nn, and to those found to be untraceable."""
+    """Traces down to the modules of torch.nn, and to those found to be untraceable."""
 
     def __init__(self, model: nn.Module, whole: set[int]) -> None:
         super().__init__()
@@ -162,12 +162,12 @@ class _Tracer(fx.Tracer):
             raise
 
 
-def _record_fx(flat: Flat) -> tuple[fx.Graph, nn.Module, None]:
-    """Record with torch.fx; each failure makes the modules of one class leaves, until it works or none is left."""
+def _trace_fx(flat: FlatModel) -> tuple[fx.Graph, nn.Module, None]:
+    """Trace with torch.fx; each failure makes the modules of one class leaves, until it works or none is left."""
     whole: set[int] = set()
     while True:
         tracer = _Tracer(flat.model, whole)
-        flat.forms[0] = Form()
+        flat.output_structures[0] = OutputStructure()
         try:
             graph = tracer.trace(flat)
             break
@@ -182,7 +182,7 @@ def _record_fx(flat: Flat) -> tuple[fx.Graph, nn.Module, None]:
 
 
 def _name_inputs(graph: fx.Graph, count: int) -> None:
-    """Replace the one input, a list, by its elements."""
+    """Replace the graph's one input, a list, by an input for each element."""
     values = graph.find_nodes(op="placeholder")[0]
     elements = {node.args[1]: node for node in values.users}
     for i in range(count):
@@ -194,16 +194,16 @@ def _name_inputs(graph: fx.Graph, count: int) -> None:
     graph.erase_node(values)
 
 
-def _record_export(flat: Flat) -> tuple[fx.Graph, nn.Module, Callable[..., Any] | None]:
-    """Record with torch.export: the first dimension is free where it is that of the batch, the others are fixed."""
-    import torch.export as export  # loads the compiler at first use: a second
+def _trace_export(flat: FlatModel) -> tuple[fx.Graph, nn.Module, Callable[..., Any] | None]:
+    """Trace with torch.export: the batch dimension is dynamic, the others are fixed."""
+    import torch.export as export  # imports the compiler: a second
 
     batch = flat.call.batch
     free = tuple(
         {0: export.Dim.AUTO} if batch > 1 and leaf.shape[:1] == (batch,) else None for leaf in flat.call.tensors
     )
     values = tuple(flat.call.zeros(device_of(flat.model)))
-    with _silence():
+    with _quiet():
         program = export.export(flat, (values,), dynamic_shapes=(free,), strict=False)
     root = program.module()
     graph = root.graph
@@ -213,13 +213,13 @@ def _record_export(flat: Flat) -> tuple[fx.Graph, nn.Module, Callable[..., Any] 
             guard = root.get_submodule("_guards_fn").forward
             graph.erase_node(node)
         elif node.target == torch.ops.aten._assert_tensor_metadata.default:
-            graph.erase_node(node)  # would fail under autocast
+            graph.erase_node(node)  # it would fail under autocast, which changes dtypes
     return graph, root, guard
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep export's remarks and graphs, meant for those who call it themselves, away from the user."""
+def _quiet() -> Iterator[None]:
+    """Hide the warnings and graphs that torch.export prints."""
     before = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -231,14 +231,14 @@ def _silence() -> Iterator[None]:
 
 
 def cannot_split(model: nn.Module, where: str, why: BaseException | str) -> TaskError:
-    """The error for a model of which no graph can be made; `where` is the `statement` that stood in the way."""
+    """The error for a model that cannot be traced; `where` is the `statement` that failed."""
     name = type(model).__name__
     branches = isinstance(why, fx.proxy.TraceError) or type(why).__name__ == "GuardOnDataDependentSymNode"
     if branches and where:
-        reason = f"which way its forward goes depends on the values it works with, at {where}"
+        reason = f"its forward branches on tensor values, at {where}"
     else:
         text = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
-        reason = f"its forward cannot be recorded{', at ' + where if where else ''}: {text.rstrip('.')}"
+        reason = f"its forward cannot be traced{', at ' + where if where else ''}: {text.rstrip('.')}"
     return TaskError(
         f"{name} cannot be cut into stages: {reason}. Write a branch with torch.where, or move that statement into a "
         "module of its own, which then stays whole; or write the model as an nn.Sequential, or use another strategy."
@@ -246,7 +246,7 @@ def cannot_split(model: nn.Module, where: str, why: BaseException | str) -> Task
 
 
 def statement(error: BaseException) -> str:
-    """The user's statement in which recording failed: its text and place."""
+    """The user's statement at which tracing failed: its text, file and line."""
     elsewhere = (OURS, TORCH, "<string>", "<eval_with_key>", "<frozen")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(elsewhere)]
     if not frames:
@@ -254,7 +254,7 @@ def statement(error: BaseException) -> str:
     return f"`{(frames[-1].line or '').strip()}` ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
-def _there(model: nn.Module, name: str) -> bool:
+def _has_attribute(model: nn.Module, name: str) -> bool:
     try:
         operator.attrgetter(name)(model)
     except AttributeError:

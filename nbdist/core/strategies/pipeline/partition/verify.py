@@ -1,4 +1,4 @@
-"""Whether a recorded forward computes what the model computes."""
+"""Numerically verifies a traced forward: its outputs and gradients must be those of the model."""
 
 from __future__ import annotations
 
@@ -9,35 +9,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.params.preserve import device_of, untouched
+from nbdist.core.params.preserve import device_of, preserve_model
 from nbdist.core.process.rng import seed_all, seed_torch
 from nbdist.core.strategies.pipeline.partition.build_stage import build
 from nbdist.core.strategies.pipeline.partition.call import leaves_of
 from nbdist.core.strategies.pipeline.partition.crossings import Crossings
 from nbdist.core.strategies.pipeline.partition.tracing import cannot_split
 
-__all__ = ["Answer", "check_agrees"]
+__all__ = ["ForwardResult", "verify_trace"]
 
-SEED = 7_352_801  # not the user's: numbers that were drawn while recording differ from those drawn now
+SEED = (
+    7_352_801  # not the user's seed: random numbers that were baked in while tracing then differ from those drawn here
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a forward gives for some values, under fixed random numbers.
+class ForwardResult:
+    """Outputs and gradients of a forward, under fixed random numbers.
 
     Args:
-        output: The tensors in it.
-        gradients: Of each parameter that takes one, a few sums over it, ``(3,)``: all gradients at once may not fit.
+        output: The tensors in the output.
+        gradients: Three sums over the gradient of each trainable parameter, ``(3,)``: all gradients may not fit.
     """
 
     output: list[torch.Tensor]
     gradients: list[torch.Tensor | None]
 
     @classmethod
-    def of(cls, model: nn.Module, forward: Callable[..., Any], values: Sequence[torch.Tensor]) -> Answer:
-        """Run `forward`, which works with the parameters of `model`, on tensors. Local; the model is left as it was."""
+    def of(cls, model: nn.Module, forward: Callable[..., Any], values: Sequence[torch.Tensor]) -> ForwardResult:
+        """Run `forward`, which uses the parameters of `model`, on tensors. Local; the model is left unchanged."""
         parameters = [p for p in model.parameters() if p.requires_grad]
-        with untouched(model):
+        with preserve_model(model):
             seed_all(SEED)
             seed_torch(SEED, device_of(model))
             leaves = leaves_of(forward(*(value.clone() for value in values)))
@@ -48,7 +50,7 @@ class Answer:
 
 
 def _sums_of_gradients(loss: Any, parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
-    """Sums over the gradient of each parameter, none of which outlives them; the parameters keep what they have."""
+    """Sums over the gradient of each parameter, freed one by one in backward; existing gradients are restored."""
     kept, sums = [parameter.grad for parameter in parameters], dict[nn.Parameter, torch.Tensor]()
 
     def take(parameter: nn.Parameter) -> None:
@@ -70,23 +72,23 @@ def _sums_of_gradients(loss: Any, parameters: list[nn.Parameter]) -> list[torch.
     return [sums.get(parameter) for parameter in parameters]
 
 
-def check_agrees(flow: Crossings, values: Sequence[torch.Tensor], expected: Answer) -> None:
-    """Compare outputs and gradients of the recorded forward with the model's own, for the tensors of a call. Local.
+def verify_trace(crossings: Crossings, values: Sequence[torch.Tensor], expected: ForwardResult) -> None:
+    """Compare outputs and gradients of the traced forward with the model's own, for the tensors of a call. Local.
 
-    What Python does beside the operations is lost in recording: random numbers of `random`, ``torch.no_grad()`` (in
-    torch.fx), a question for a value's type. Then the two differ.
+    A trace loses what Python does beside the operations: random numbers of `random`, ``torch.no_grad()`` (in torch.fx),
+    a test of a value's type.
 
     Raises:
-        TaskError: They do.
+        TaskError: They differ.
     """
-    actual = Answer.of(flow.trace.model, build(flow, 0, len(flow.body)), values)
+    actual = ForwardResult.of(crossings.trace.model, build(crossings, 0, len(crossings.body)), values)
     for what, agree in (
         ("outputs", _same(expected.output, actual.output)),
         ("gradients", _same(expected.gradients, actual.gradients)),
     ):
         if not agree:
             raise cannot_split(
-                flow.trace.model, "", f"the recorded operations give other {what} than the model, for instance "
+                crossings.trace.model, "", f"the traced operations give other {what} than the model, for instance "
                 "because forward draws random numbers with Python, or keeps values from call to call"
             )  # fmt: skip
 
@@ -96,7 +98,7 @@ def _same(first: Sequence[torch.Tensor | None], second: Sequence[torch.Tensor | 
 
 
 def _close(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    """Whether two values differ by no more than operations that sum in another order may make them differ."""
+    """Whether two values are equal up to the rounding of another summation order."""
     if first is None or second is None:
         return all(one is None or not one.any() for one in (first, second))
     if first.shape != second.shape or first.dtype != second.dtype:

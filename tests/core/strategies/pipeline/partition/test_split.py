@@ -1,4 +1,4 @@
-"""Any module into stages: the same bits, the same gradients, the user's own parameters."""
+"""Splitting any module into pipeline stages: the same bits, the same gradients, the user's own parameters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The sizes read at the beginning are used at the end."""
+    """Sizes that are read in the first stage are used in the last."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ class Dictionary(nn.Module):
 
 
 class Branch(nn.Module):
-    """Where forward goes depends on values."""
+    """Its forward branches on values."""
 
     def __init__(self):
         super().__init__()
@@ -161,7 +161,7 @@ class Twice(nn.Module):
 
 
 class Frozen(nn.Module):
-    """What torch.fx would silently get wrong: a part without gradients, and noise."""
+    """What torch.fx would silently trace wrong: a part under no_grad, and Python's random numbers."""
 
     def __init__(self):
         super().__init__()
@@ -255,7 +255,7 @@ def assert_same_result(parts, model, args, kwargs):
 
 @pytest.mark.parametrize("stages", [2, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_stages_in_a_row_are_the_model(name, stages):
+def test_stages_in_sequence_equal_the_model(name, stages):
     """Bit for bit: outputs and their structure, gradients, buffers; in train and eval mode; for any batch size."""
     model, args, kwargs = example(name)
     parts = split(model, args, kwargs, stages)
@@ -270,7 +270,7 @@ def test_stages_in_a_row_are_the_model(name, stages):
 
 @pytest.mark.parametrize("name", ["gpt", "in place", "branches", "twice"])
 def test_stages_hold_the_users_own_tensors(name):
-    """The very objects, each listed with all the stages that use it, and nothing is missing."""
+    """The same parameter objects, each listed with all stages that use it; none is missing."""
     model, args, kwargs = example(name)
     parts = split(model, args, kwargs, 3)
     call, _ = Call.of(args, kwargs)
@@ -289,7 +289,7 @@ def test_stages_hold_the_users_own_tensors(name):
 
 
 @pytest.mark.parametrize("name", ["resnet", "gpt"])
-def test_the_model_is_left_as_it_was(name):
+def test_splitting_leaves_the_model_unchanged(name):
     """Weights, buffers, modes, gradients, hooks, attributes and every random state."""
     model, args, kwargs = example(name)
     next(model.children()).eval()
@@ -313,7 +313,7 @@ def test_the_model_is_left_as_it_was(name):
 @pytest.mark.parametrize("stages", [2, 4])
 @pytest.mark.parametrize("name", ["in place", "unet", "gpt", "labels", "frozen", "encoder"])
 def test_gradients_go_back_from_stage_to_stage(name, stages):
-    """As between ranks: what a stage receives is a leaf, and its gradient is sent back."""
+    """As between ranks: a stage's inputs are leaves, whose gradients are sent back."""
     model, args, kwargs = example(name)
     parts = split(model, args, kwargs, stages)
     expected = result(lambda: model(*args, **kwargs), model)[2]
@@ -335,8 +335,8 @@ def test_gradients_go_back_from_stage_to_stage(name, stages):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_the_modes_of_children_count():
-    """A part that the user has put into eval mode stays in it."""
+def test_modes_of_submodules_are_kept():
+    """A submodule that the user put into eval mode stays in it."""
     model, args, kwargs = example("mlp")
     parts = split(model, args, kwargs, 2)
     model[1].eval()
@@ -344,7 +344,7 @@ def test_the_modes_of_children_count():
 
 
 def test_another_rank_cuts_in_the_same_way():
-    """From what was sent as JSON, on a copy of the model, in stages of its own; the call travels as a pickle."""
+    """From cuts sent as JSON, on a copy of the model; the call is sent as a pickle."""
     model, args, kwargs = example("labels")
     parts = split(model, args, kwargs, 3)
     other = copy.deepcopy(model)
@@ -360,13 +360,13 @@ def test_another_rank_cuts_in_the_same_way():
     assert_same_bits({0: model(*args, **kwargs)["logits"]}, {0: parts.stage(2, call)(*values)["logits"]})
 
 
-def test_a_cut_that_is_not_there():
+def test_a_cut_that_does_not_exist():
     model, args, kwargs = example("mlp")
     with pytest.raises(TaskError, match=r"different operations of the model .no elsewhere here."):
         split(model, args, kwargs, 2, cuts={"kind": "fx", "firsts": ["elsewhere"], "seconds": [1.0, 1.0]})
 
 
-def test_stages_are_kept():
+def test_stages_are_cached():
     model, args, kwargs = example("mlp")
     parts = split(model, args, kwargs, 2)
     call, _ = Call.of(args, kwargs)
@@ -378,8 +378,8 @@ def test_stages_are_kept():
     assert parts.stage(0, call) is not evaluating
 
 
-def test_the_picture_of_a_cut():
-    """Names are the user's, times add up, parameters are counted once a stage."""
+def test_stage_infos():
+    """Names are the user's, times add up, parameters are counted once per stage."""
     model, args, kwargs = example("mlp")
     parts = split(model, args, kwargs, 2, at=["2"])
     first, second = parts.infos
@@ -389,8 +389,8 @@ def test_the_picture_of_a_cut():
     assert parts.imbalance >= 1
 
 
-def test_more_stages_from_the_same_recording():
-    """Anew, or each stage into segments."""
+def test_more_stages_from_the_same_trace():
+    """Into another number of stages, or each stage further."""
     model, args, kwargs = example("resnet")
     parts = split(model, args, kwargs, 2)
     assert len(parts.into(4).infos) == 4
@@ -416,7 +416,7 @@ def test_cuts_where_the_user_says(name, at):
 @pytest.mark.parametrize(("stages", "at", "says"), [
     (3, ["1"], "3 stages are cut at 2 places, but at= names 1: 1"),
     (2, ["heat"], "no module or parameter 'heat' to cut at. Did you mean 'head'?"),
-    (3, ["layers.1", "layers.0"], "'layers.1' before 'layers.0', but forward does not come there first"),
+    (3, ["layers.1", "layers.0"], "'layers.1' before 'layers.0', but forward does not reach it first"),
     (99, [], "ResNet cannot be cut into 99 stages: there are places to cut for"),
 ])  # fmt: skip
 def test_places_that_cannot_be_cut(stages, at, says):
@@ -428,7 +428,7 @@ def test_places_that_cannot_be_cut(stages, at, says):
 
 def test_there_is_nothing_before_the_beginning():
     model, args, kwargs = example("mlp")
-    with pytest.raises(PlanError, match="nothing can be cut right before '0'"):
+    with pytest.raises(PlanError, match="the model cannot be cut right before '0'"):
         split(model, args, kwargs, 2, at=["0"])
 
 
@@ -439,11 +439,11 @@ def test_a_name_inside_a_part_that_stays_whole():
 
 
 def test_a_branch_names_the_statement(capfd):
-    """Where it is and what to do; and nothing else is printed."""
+    """The message names the statement and what to do; nothing else is printed."""
     with pytest.raises(TaskError) as caught:
         split(seeded(Branch), (torch.randn(4, 8),), stages=2)
     line = Branch.forward.__code__.co_firstlineno + 2
-    assert f"`if x.sum() > 0:` (test_splitting.py, line {line})" in str(caught.value)
+    assert f"`if x.sum() > 0:` (test_split.py, line {line})" in str(caught.value)
     assert "torch.where" in str(caught.value)
     assert capfd.readouterr() == ("", "")
 
@@ -471,9 +471,9 @@ class Own(Branch):
 @pytest.mark.parametrize(("model", "says"), [
     (Item, "if self.a(x).max().item() > 0.5:"),
     (Dice, "draws random numbers with Python"),
-    (Own, "no tensor is found in what it returns"),
+    (Own, "its output contains no tensor"),
 ])  # fmt: skip
-def test_what_cannot_be_recorded_is_refused(model, says):
+def test_models_that_cannot_be_traced_are_refused(model, says):
     with pytest.raises(TaskError) as caught:
         split(seeded(model), (torch.randn(4, 8),), stages=2)
     assert says in str(caught.value)
@@ -484,20 +484,20 @@ def test_an_error_of_the_model_is_its_own():
         split(mlp(), (torch.randn(4, 9),), stages=2)
 
 
-def test_other_lengths_are_recorded_anew():
-    """With the cuts and the holders of the first."""
+def test_other_lengths_are_traced_again():
+    """With the same cuts and holders as the first trace."""
     model, args, kwargs = example("gpt")
     parts = split(model, args, kwargs, 2)
     assert_same_result(parts, model, (args[0][:, :7],), kwargs)
 
 
-def test_an_argument_that_cannot_travel():
+def test_an_argument_that_cannot_be_sent():
     with pytest.raises(TaskError, match="called with a set"):
         Call.of(({1},), {})
 
 
 @pytest.mark.parametrize(("name", "stages"), [("mlp", 2), ("resnet", 2), ("gpt", 2), ("gpt", 4), ("encoder", 2)])
 def test_stages_are_balanced(name, stages):
-    """Loosely: other processes disturb the measurement."""
+    """With a wide tolerance: other processes disturb the measurement."""
     model, args, kwargs = example(name)
     assert split(model, args, kwargs, stages).imbalance < 1.8
