@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import ipyparallel
 import psutil
@@ -234,22 +232,28 @@ def test_a_variable_that_libraries_read_when_loaded_needs_a_new_server(monkeypat
     assert require_server() is current_server() is new
 
 
-def test_the_process_of_an_interrupted_order_is_killed(forks, tmp_path):
+class InterruptedPipe:
+    """The pipe of a fork server, whose answer nobody gets who waits for it: an interrupt comes first."""
+
+    def __init__(self, pipe):
+        self.send = pipe.send
+
+    def recv(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_process_of_an_interrupted_order_is_killed(forks, tmp_path, monkeypatch):
     """By the next order, which gets a process of its own."""
 
     def order(kind, argument):
         log = str(tmp_path / kind)
         return Order(arguments=[kind, argument], environment=dict(os.environ), folder=str(tmp_path), log=log, cores={0})
 
-    def interrupt():
-        until(lambda: "libtorch" in Path(f"/proc/{forks.pid}/maps").read_text())
-        os.kill(os.getpid(), signal.SIGINT)
-
-    pressing = threading.Thread(target=interrupt)
-    pressing.start()
-    with pytest.raises(KeyboardInterrupt):
-        forks.fork(order("engine", f"--profile-dir={tmp_path}"))  # waits for torch, and then for a controller
-    pressing.join()
+    engine = order("engine", f"--profile-dir={tmp_path}")  # waits for torch, and then for a controller
+    with monkeypatch.context() as patch:
+        patch.setattr(forks, "_pipe", InterruptedPipe(forks._pipe))
+        with pytest.raises(KeyboardInterrupt):
+            forks.fork(engine)
     server = psutil.Process(forks.pid)  # which may have children of a moment too, while it loads torch
     (late,) = until(lambda: [child for child in server.children() if name(child) == "nbdist-engine"])
     nannies = until(late.children)
