@@ -82,10 +82,11 @@ class Failure:
 def as_error(failures: Iterable[Failure]) -> EngineError:
     """The one error that a person gets for the failures of several ranks.
 
-    The earliest real failure is the cause; ranks that failed in the same way are named with it, echoes are left out.
+    The earliest real failure is the cause, else the loss of a rank, which may be known later than what its peers say of
+    it; ranks that failed in the same way are named with it, echoes are left out.
     What an engine refused is a PlanError or a TaskError too, as if it had been found before.
     """
-    ordered = sorted(failures, key=lambda failure: (failure.echo, failure.time_s))
+    ordered = sorted(failures, key=lambda failure: (failure.echo, failure.kind != LOST, failure.time_s))
     cause = ordered[0]
     same = [f for f in ordered if (f.kind, f.message, f.place) == (cause.kind, cause.message, cause.place)]
     where = f" ({cause.place})" if cause.place else ""

@@ -14,7 +14,7 @@ import torch
 
 from nbdist.cluster.definitions import News, install
 from nbdist.cluster.frames import is_users
-from nbdist.cluster.remote_errors import Failure, as_error
+from nbdist.cluster.remote_errors import LOST, Failure, as_error
 from nbdist.errors import EngineError, PeerLostError, PlanError, TaskError, ranks_text
 
 
@@ -43,9 +43,12 @@ def failure(rank, time_s, message="torn", *, echo=False, place="Cell In[3], line
         ([failure(0, 2.0, "gone", echo=True), failure(1, 1.0, "gone", echo=True)], 1,
          "ranks 0-1: ValueError: gone (Cell In[3], line 2)"),
         ([failure(1, 1.0, place="")], 1, "rank 1: ValueError: torn"),
+        ([failure(0, 1.0, "gone", echo=True), replace(failure(1, 2.0, "ended", echo=True, place=""), kind=LOST)], 1,
+         "rank 1: EngineLost: ended"),
     ],
     ids=["a cause comes before an earlier echo", "the earliest cause", "ranks with the same cause are named together",
-         "another place is another cause", "echoes alone", "no place known"],
+         "another place is another cause", "echoes alone", "no place known",
+         "a loss that is known later than what a peer says of it"],
 )  # fmt: skip
 def test_one_error_for_all_ranks(failures, rank, message):
     """The earliest failure that is no echo is the cause; its rank and traceback come with it."""
