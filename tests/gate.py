@@ -6,7 +6,10 @@ to be over.
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,3 +97,12 @@ class Gate:
 
 def _file_name(place: int | str) -> str:
     return f"step{place}" if isinstance(place, int) else place
+
+
+def main_thread_is_in(function):
+    """Whether the main thread of this process runs `function`, directly or in what that calls."""
+    frame = sys._current_frames()[threading.main_thread().ident]
+    code = inspect.unwrap(function).__code__
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None

@@ -82,10 +82,11 @@ class Failure:
 def as_error(failures: Iterable[Failure]) -> EngineError:
     """Merge the failures of several ranks into one error.
 
-    The earliest failure that is not secondary is the cause; ranks with the same failure are named with it. A PlanError
-    or TaskError raised on an engine is an instance of that class too, as if the kernel had raised it.
+    The earliest failure that is not secondary is the cause, else the loss of a rank, which may become known later than
+    its peers' connection errors; ranks with the same failure are named with it. A PlanError or TaskError raised on an
+    engine is an instance of that class too, as if the kernel had raised it.
     """
-    ordered = sorted(failures, key=lambda failure: (failure.secondary, failure.time_s))
+    ordered = sorted(failures, key=lambda failure: (failure.secondary, failure.kind != LOST, failure.time_s))
     cause = ordered[0]
     same = [f for f in ordered if (f.kind, f.message, f.place) == (cause.kind, cause.message, cause.place)]
     where = f" ({cause.place})" if cause.place else ""

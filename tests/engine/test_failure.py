@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nbdist.engine.cell_sources import NotebookUpdate, install
-from nbdist.engine.failure import Failure, as_error
+from nbdist.engine.failure import LOST, Failure, as_error
 from nbdist.engine.stack_frames import is_users
 from nbdist.errors import EngineError, PeerLostError, PlanError, TaskError, ranks_text
 
@@ -44,10 +44,12 @@ def failure(rank, time_s, message="torn", *, secondary=False, place="Cell In[3],
         ([failure(0, 2.0, "gone", secondary=True), failure(1, 1.0, "gone", secondary=True)], 1,
          "ranks 0-1: ValueError: gone (Cell In[3], line 2)"),
         ([failure(1, 1.0, place="")], 1, "rank 1: ValueError: torn"),
+        ([failure(0, 1.0, "gone", secondary=True), replace(failure(1, 2.0, "ended", secondary=True, place=""), kind=LOST)], 1,
+         "rank 1: EngineLost: ended"),
     ],
     ids=["a cause before an earlier secondary failure", "the earliest cause",
-         "ranks with the same cause are named together",
-         "another place is another cause", "echoes alone", "no place known"],
+         "ranks with the same cause are named together", "another place is another cause",
+         "secondary failures alone", "no place known", "a loss that is known later than its peer's error"],
 )  # fmt: skip
 def test_one_error_for_all_ranks(failures, rank, message):
     """The earliest failure that is not secondary is the cause; its rank and traceback come with it."""

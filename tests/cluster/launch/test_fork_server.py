@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import ipyparallel
 import psutil
@@ -234,7 +232,17 @@ def test_a_variable_that_libraries_read_when_loaded_needs_a_new_server(monkeypat
     assert require_server() is current_server() is new
 
 
-def test_the_process_of_an_interrupted_request_is_killed(forks, tmp_path):
+class InterruptedPipe:
+    """The pipe to a fork server: an interrupt comes as soon as the caller waits for the answer."""
+
+    def __init__(self, pipe):
+        self.send = pipe.send
+
+    def recv(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_process_of_an_interrupted_request_is_killed(forks, tmp_path, monkeypatch):
     """By the next request, which gets its own process."""
 
     def request(kind, argument):
@@ -243,15 +251,11 @@ def test_the_process_of_an_interrupted_request_is_killed(forks, tmp_path):
             arguments=[kind, argument], environment=dict(os.environ), folder=str(tmp_path), log=log, cores={0}
         )
 
-    def interrupt():
-        until(lambda: "libtorch" in Path(f"/proc/{forks.pid}/maps").read_text())
-        os.kill(os.getpid(), signal.SIGINT)
-
-    pressing = threading.Thread(target=interrupt)
-    pressing.start()
-    with pytest.raises(KeyboardInterrupt):
-        forks.fork(request("engine", f"--profile-dir={tmp_path}"))  # waits for torch, and then for a controller
-    pressing.join()
+    engine = request("engine", f"--profile-dir={tmp_path}")  # waits for torch, and then for a controller
+    with monkeypatch.context() as patch:
+        patch.setattr(forks, "_pipe", InterruptedPipe(forks._pipe))
+        with pytest.raises(KeyboardInterrupt):
+            forks.fork(engine)
     server = psutil.Process(forks.pid)  # which may have children of a moment too, while it loads torch
     (late,) = until(lambda: [child for child in server.children() if name(child) == "nbdist-engine"])
     nannies = until(late.children)

@@ -7,11 +7,13 @@ import os
 import signal
 import socket
 import threading
+import time
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from gate import main_thread_is_in
 
 from nbdist.core.comm.rendezvous import GenerationStore, connect_store, start_group
 from nbdist.core.comm.world import World, host_store, pick_device
@@ -123,10 +125,17 @@ def generation(store):
     return GenerationStore(store, number), GenerationStore(connect_store(*store.address), number)
 
 
-def later(act, *args):
-    timer = threading.Timer(0.1, act, args)
-    timer.start()
-    return timer
+def later(act, *args, within=GenerationStore.wait):
+    """Act once the main thread is within a function."""
+
+    def acting():
+        while not main_thread_is_in(within):
+            time.sleep(0.001)
+        act(*args)
+
+    thread = threading.Thread(target=acting)
+    thread.start()
+    return thread
 
 
 def test_a_wait_at_the_store_ends_with_a_release_of_its_generation(store, generation):
@@ -166,7 +175,7 @@ def test_torch_is_not_waited_for_when_the_ranks_are_released(generation):
     """`start_group` abandons a thread in which torch still waits; it ends by itself."""
     host, ranks = generation
     may_end = threading.Event()
-    later(host.release)
+    later(host.release, within=start_group)
     with pytest.raises(PeerLostError, match="the rendezvous was ended"):
         start_group(ranks, may_end.wait)
     may_end.set()

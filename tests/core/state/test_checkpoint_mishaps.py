@@ -61,22 +61,23 @@ def count_forever(folder, ready):
 def test_whenever_it_is_killed_the_newest_checkpoint_is_whole(run_ranks, tmp_path):
     """kill -9 of a real training at any moment: the newest checkpoint loads, and has the weights of its step."""
     context, moments, last = multiprocessing.get_context("forkserver"), random.Random(0), 0
-    for _ in range(KILLS):
+    kills, within_s = 0, 0.15
+    while kills < KILLS or last <= 1:
         here, there = context.Pipe(duplex=False)
         process = context.Process(target=count_forever, args=(str(tmp_path), there))
         process.start()
         here.recv_bytes()
-        process.join(moments.random() * 0.15)
+        process.join(moments.random() * within_s)
         process.kill()
+        kills += 1
         process.join()
         process.close()
         here.close()
         there.close()
-        if checkpoints(tmp_path):
-            step = step_of(tmp_path)
-            assert step >= last
-            last = step
-    assert last > 1
+        step = step_of(tmp_path) if checkpoints(tmp_path) else 0
+        assert step >= last
+        within_s *= 1 if step > last else 1.2  # a slow machine gets further when it is left alone for longer
+        last = step
     count(str(tmp_path), last + 1)
     assert last + 1 == step_of(tmp_path)
     assert {NEWEST, *checkpoints(tmp_path)} == {path.name for path in tmp_path.iterdir() if path.name[0] != "."}
