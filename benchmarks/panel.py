@@ -42,7 +42,8 @@ for _ in range(10000):
     counting()
 empty_s, told_s = told_s / 10000, 0.0
 def silence(silent):
-    Reporter.report_if_due, Reporter.add_loss = [(lambda *none: None) if silent else counted(function) for function in real]
+    given = [(lambda *none: None) if silent else counted(function) for function in real]
+    Reporter.report_if_due, Reporter.add_loss = given
 """
 DRAW = """
 import nbdist

@@ -131,11 +131,11 @@ def test_the_tree_of_errors():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_says_what_it_is_and_stays_short(path):
-    """Every file begins with a docstring, is below 350 lines, and its __all__ is sorted and true."""
+    """Every file begins with a docstring, is below 400 lines, and its __all__ is sorted and true."""
     source = path.read_text()
     tree = ast.parse(source)
     assert ast.get_docstring(tree)
-    assert source.count("\n") < 350
+    assert source.count("\n") < 400
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             names = ast.literal_eval(node.value)
