@@ -48,7 +48,7 @@ for pair in range(int(sys.argv[2])):
 )
 
 
-def comm_timer(processes: list[psutil.Process]) -> float:
+def cpu_seconds(processes: list[psutil.Process]) -> float:
     """CPU-seconds of processes so far."""
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
@@ -90,9 +90,9 @@ class Notebook:
         """CPU-seconds of the notebook (kernel, controller, nannies) and of its engines."""
         family = [self._kernel.process, *self._kernel.family()]
         sides = [process for process in family if process not in self._engines], self._engines
-        before = [comm_timer(side) for side in sides]
+        before = [cpu_seconds(side) for side in sides]
         self._kernel.run(LINE)
-        notebook, engines = (comm_timer(side) - then for side, then in zip(sides, before, strict=True))
+        notebook, engines = (cpu_seconds(side) - then for side, then in zip(sides, before, strict=True))
         return notebook, engines
 
 
@@ -119,11 +119,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, Notebook() as notebook, torchrun(pairs, Path(name)) as ranks:
         for pair in range(pairs):
             mine = 1000 * sum(notebook.train()) / STEPS
-            before = comm_timer(ranks)
+            before = cpu_seconds(ranks)
             (Path(name) / f"go{pair}").touch()
             while len(list(Path(name).glob(f"done{pair}.*"))) < 2:
                 time.sleep(POLL_S)
-            theirs = 1000 * (comm_timer(ranks) - before) / STEPS
+            theirs = 1000 * (cpu_seconds(ranks) - before) / STEPS
             if pair:  # the first one warms both up
                 ours.append(mine)
                 peer.append(theirs)

@@ -16,7 +16,7 @@ import re
 import statistics
 
 import psutil
-from free_notebook import LINE, TASK, comm_timer
+from free_notebook import LINE, TASK, cpu_seconds
 from free_notebook import STEPS as SHORT
 from kernel import Kernel
 from pairs import arguments
@@ -76,11 +76,11 @@ def main() -> None:
                 kernel.run(f"%%dist\nsilence({silent})")
                 kernel.run(f"undraw({silent})")
                 rest = [p for p in [kernel.process, *kernel.family()] if p.pid not in pids]
-                before, engines_before, told_before = comm_timer(rest), comm_timer(engines), told(kernel)
+                before, engines_before, told_before = cpu_seconds(rest), cpu_seconds(engines), told(kernel)
                 kernel.run(LONG)
-                others[silent] = comm_timer(rest) - before
+                others[silent] = cpu_seconds(rest) - before
                 if not silent:
-                    ranks, telling = comm_timer(engines) - engines_before, told(kernel) - told_before
+                    ranks, telling = cpu_seconds(engines) - engines_before, told(kernel) - told_before
             if pair:  # the first one warms up
                 all_s = ranks + others[False]
                 figures.append({"telling": telling / all_s, "drawing": (others[False] - others[True]) / all_s,

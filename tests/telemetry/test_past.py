@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 from gate import Gate
+from sample_events import PROGRESS, ROW, STARTED
 from shared_cluster import until
-from told import PROGRESS, ROW, STARTED
 from torch import nn
 
 import nbdist
@@ -127,7 +127,7 @@ def test_a_list_reads_the_ends_only():
 
 WRITER = """
 import sys
-from told import STARTED
+from sample_events import STARTED
 from nbdist.telemetry import JsonlSink
 from nbdist.telemetry.record import record_path
 sink = JsonlSink(record_path("20261121-000000-abcd", 0))

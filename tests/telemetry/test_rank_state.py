@@ -7,7 +7,7 @@ import json
 import time
 
 import pytest
-from told import PROGRESS, ROW, STARTED
+from sample_events import PROGRESS, ROW, STARTED
 
 from nbdist.telemetry import (
     Checkpointed,

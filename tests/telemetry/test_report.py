@@ -6,7 +6,7 @@ import sys
 
 import matplotlib as mpl
 import pytest
-from told import run_of
+from sample_events import run_of
 
 from nbdist.errors import PlanError
 from nbdist.telemetry import Point, RankState, Report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from told import FAST, ROW, SLOW, run_of
+from sample_events import FAST, ROW, SLOW, run_of
 
 from nbdist.telemetry import Happening, Point, RankState, Shares
 

@@ -8,7 +8,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from told import FAST, ROW, SLOW, run_of
+from sample_events import FAST, ROW, SLOW, run_of
 
 from nbdist.telemetry import Happening, RankState, RunState, Shares, run_html, run_text
 from nbdist.telemetry.run_view import chosen_ranks, epoch_text

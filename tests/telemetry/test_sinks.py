@@ -9,7 +9,7 @@ import os
 import stat
 
 import pytest
-from told import PROGRESS, ROW, STARTED
+from sample_events import PROGRESS, ROW, STARTED
 
 from nbdist.telemetry import (
     EpochFinished,

@@ -7,7 +7,7 @@ import math
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from told import FAST, ROW, SLOW, run_of
+from sample_events import FAST, ROW, SLOW, run_of
 
 from nbdist.telemetry import Point
 from nbdist.telemetry.loss_curve import POINTS, extended

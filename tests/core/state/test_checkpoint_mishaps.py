@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kept import mounted, newest
 from problems import SGD, alone, assert_same_bits, classes, mlp, train, weights
+from saved_checkpoints import mounted, newest
 from torch import nn
 from torch.nn import functional as F
 

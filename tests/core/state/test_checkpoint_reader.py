@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from kept import fused, keep, loaded, net, newest, over, reseal
 from problems import assert_same_bits, mlp, weights
 from safetensors import safe_open
 from safetensors.torch import save_file
+from saved_checkpoints import fused, keep, loaded, net, newest, over, reseal
 
 import nbdist
 from nbdist.core.state.checkpoint_reader import MANIFEST, NEWEST, CheckpointReader, checkpoints, sealed

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from kept import adamw, everything, fused, keep, loaded, net, newest, sgd
 from problems import ADAMW, alone, assert_same_bits, classes, mlp, train, weights
 from safetensors import safe_open
+from saved_checkpoints import adamw, everything, fused, keep, loaded, net, newest, sgd
 from torch import nn
 from torch.nn import functional as F
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kept import newest
 from problems import Given, alone, classes, mlp
+from saved_checkpoints import newest
 from torch.nn import functional as F
 
 from nbdist.core.state import folder_lease

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kept import newest
 from problems import FEATURES, SGD, alone, assert_same_bits, classes, seeded, stop_after, train, weights
+from saved_checkpoints import newest
 from torch import nn
 from torch.nn import functional as F
 

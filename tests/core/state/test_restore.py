@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kept import WIDTH, fused, keep, mounted, net, newest, over, pulled, sgd
 from problems import ADAMW, alone, assert_same_bits, classes, mlp, seeded, stop_after, train, weights
+from saved_checkpoints import WIDTH, fused, keep, mounted, net, newest, over, pulled, sgd
 from test_shard_plan import Noting
 from torch import nn
 

@@ -7,8 +7,8 @@ import functools
 import numpy as np
 import pytest
 import torch
-from kept import Net, adamw, net, over
 from problems import alone, classes, mlp, train
+from saved_checkpoints import Net, adamw, net, over
 from torch.nn import functional as F
 
 from nbdist.core.comm.mesh_channels import MeshChannels
