@@ -18,7 +18,7 @@ import psutil
 from nbdist.cluster.engines.engine import Engine, gone
 from nbdist.cluster.engines.forming import Forming, describe_engines
 from nbdist.cluster.engines.replies import wait_for_replies
-from nbdist.cluster.engines.standby import Spares
+from nbdist.cluster.engines.spares import Spares
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.launcher import CONTROLLER_ENDED, STORE_ENDED, Launch
 from nbdist.core.comm.rendezvous import GenerationStore

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from nbdist.core.comm.guarded_store import GuardedStore
+from nbdist.core.comm.authenticated_store import GuardedStore
 from nbdist.errors import PeerLostError
 
 __all__ = ["GenerationStore", "as_peer_lost", "barrier", "connect_store", "start_group", "unused_prefix"]

@@ -31,7 +31,7 @@ from nbdist.core.comm import (
     SharedMemoryLink,
     SoloChannel,
 )
-from nbdist.core.comm.guarded_store import host_store
+from nbdist.core.comm.authenticated_store import host_store
 from nbdist.core.comm.rendezvous import GenerationStore, barrier, start_group, unused_prefix
 from nbdist.errors import PlanError
 from nbdist.telemetry.host import host_id

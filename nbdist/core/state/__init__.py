@@ -42,5 +42,5 @@ load a state that all ranks have, and train on from it.
 - **Rendezvous.** While ranks form a process group, every wait also checks the store (`core/comm/rendezvous.py`);
   torch's own blocking calls run in a thread that can be abandoned. If a rank dies meanwhile, the notebook writes a key
   into the store, all ranks return with an error, and are called again (`cluster/engines/forming.py`). Spare engines
-  (`cluster/engines/standby.py`) are started in the background after each new process group.
+  (`cluster/engines/spares.py`) are started in the background after each new process group.
 """

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nbdist.core.params.placement import Cut
-from nbdist.core.state.checked_files import checksum
 from nbdist.core.state.checkpoint_format import RANK, cut_of, fits
+from nbdist.core.state.checksum_files import checksum
 from nbdist.core.state.shard_plan import buffer_entry, key_of
 from nbdist.core.state.tensor_buffer import TensorBuffer
 from nbdist.errors import PlanError

@@ -23,8 +23,8 @@ from torch import nn
 from nbdist.core.comm import Channel
 from nbdist.core.optim.json_value import plain
 from nbdist.core.params.table import ParamTable
-from nbdist.core.state.checked_files import SUM, hashed, replace_file, write_file, write_sum
 from nbdist.core.state.checkpoint_reader import FORMAT, MANIFEST, NEWEST, CheckpointReader, checkpoints, sealed
+from nbdist.core.state.checksum_files import SUM, hashed, replace_file, write_file, write_sum
 from nbdist.core.state.folder_lease import Lease
 from nbdist.core.state.restore import check_can_resume, check_same, load_whole
 from nbdist.core.state.shard_plan import ShardPlan, gather_texts

@@ -28,8 +28,8 @@ from nbdist.core.strategies.pipeline import partition
 from nbdist.core.strategies.pipeline.executor import Pipeline
 from nbdist.core.strategies.pipeline.model_call import capture_call
 from nbdist.core.strategies.readable_params import ReadableParams
-from nbdist.core.strategies.shard.block_choice import blocks_of
 from nbdist.core.strategies.shard.fully_sharded import FullySharded
+from nbdist.core.strategies.shard.wrap_policy import blocks_of
 from nbdist.core.strategies.strategy import Computed, Strategy
 from nbdist.core.sync.gradient_sync import COUNTS, ControlFlags, GradientSync, Totals
 from nbdist.core.task.task import Task

@@ -11,7 +11,7 @@ from shared_cluster import ENGINES, HUNG_S, until
 from tasks import classes, net
 
 import nbdist
-from nbdist.cluster.engines.standby import Spares
+from nbdist.cluster.engines.spares import Spares
 from nbdist.cluster.runs.dispatch import RunDispatch
 from nbdist.errors import ClusterError, EngineError
 

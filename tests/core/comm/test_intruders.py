@@ -16,7 +16,7 @@ import pytest
 from other_user import as_other_user, needs_another_user
 
 from nbdist import peer_auth
-from nbdist.core.comm.guarded_store import GuardedStore, host_store
+from nbdist.core.comm.authenticated_store import GuardedStore, host_store
 from nbdist.core.comm.p2p import pack_note, unpack_note
 from nbdist.core.comm.rendezvous import GenerationStore
 from nbdist.core.comm.shared_memory import connect
@@ -62,7 +62,7 @@ def test_this_user_without_the_secret_is_refused_too():
 def test_a_store_on_loopback_asks_for_the_secret(monkeypatch):
     """Over TCP, where a socket has no user: a client with the secret reads and writes, one without is refused."""
     elsewhere = types.SimpleNamespace(platform="darwin", executable=sys.executable)
-    monkeypatch.setattr("nbdist.core.comm.guarded_store.sys", elsewhere)
+    monkeypatch.setattr("nbdist.core.comm.authenticated_store.sys", elsewhere)
     store = host_store()
     assert store.address[0].startswith("127.0.0.1:")
     GuardedStore(*store.address).set("key", "value")

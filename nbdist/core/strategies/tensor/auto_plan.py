@@ -12,7 +12,7 @@ from torch import nn
 
 from nbdist.core.process.rng import fork_rng
 from nbdist.core.strategies.tensor.attention import is_splittable
-from nbdist.core.strategies.tensor.dependencies import Region, Trace
+from nbdist.core.strategies.tensor.layer_graph import Region, Trace
 from nbdist.core.strategies.tensor.layers import features
 from nbdist.core.strategies.tensor.plan import Group, TensorPlan, owners
 from nbdist.errors import PlanError

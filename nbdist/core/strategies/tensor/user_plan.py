@@ -11,7 +11,7 @@ from torch import nn
 from nbdist.core.process.rng import fork_rng
 from nbdist.core.strategies.tensor.attention import is_splittable
 from nbdist.core.strategies.tensor.auto_plan import derive_plan, rng_device, sections, table_refusal, training_mode
-from nbdist.core.strategies.tensor.dependencies import Trace
+from nbdist.core.strategies.tensor.layer_graph import Trace
 from nbdist.core.strategies.tensor.layers import KINDS, features
 from nbdist.core.strategies.tensor.plan import Group, TensorPlan, cuts, owners
 from nbdist.errors import PlanError, suggest

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from nbdist.core.params.preserve import device_of, preserve_model
+from nbdist.core.params.preserve_model import device_of, preserve_model
 from nbdist.core.strategies.pipeline.partition.call import leaves_of
 from nbdist.core.strategies.pipeline.partition.tracing import Trace
 

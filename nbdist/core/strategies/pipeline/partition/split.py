@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.params.preserve import device_of, preserve_model
+from nbdist.core.params.preserve_model import device_of, preserve_model
 from nbdist.core.strategies.pipeline.partition.build_stage import build
 from nbdist.core.strategies.pipeline.partition.call import Call
 from nbdist.core.strategies.pipeline.partition.crossings import Crossings

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nbdist.core.params.preserve import device_of, preserve_model
+from nbdist.core.params.preserve_model import device_of, preserve_model
 from nbdist.core.strategies.pipeline.partition.call import Call, FlatModel, OutputStructure
 from nbdist.errors import TaskError
 

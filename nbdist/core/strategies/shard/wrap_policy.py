@@ -9,7 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from nbdist.core.params.preserve import preserve_model
+from nbdist.core.params.preserve_model import preserve_model
 from nbdist.core.strategies.shard.block import written_error
 
 __all__ = ["BLOCKS", "blocks_of"]
