@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import torch
 from ipyparallel.datapub import publish_data
-from IPython import get_ipython
 
 from nbdist.core.comm.rendezvous import connect_store
 from nbdist.core.comm.world import World
@@ -26,7 +25,8 @@ from nbdist.core.process.memory import free_frames, free_unused_memory
 from nbdist.core.train import fit
 from nbdist.core.transfer.payload import SegmentCache, is_released, pack, unpack
 from nbdist.engine import checked_collectives
-from nbdist.engine.cell_sources import NotebookUpdate, install, tie_classes
+from nbdist.engine.cell_sources import NotebookUpdate, install
+from nbdist.engine.cells import complete, namespace, prepare_cell, pull, push, tie
 from nbdist.engine.debug_server import serve
 from nbdist.engine.failure import Failure
 from nbdist.engine.outcome import Outcome
@@ -63,18 +63,12 @@ class _Engine:
     def __init__(self) -> None:
         self.store: Any = None  # one connection for all generations: a new one takes seconds if name resolution fails
         self.world: Any = None
-        self.pull_segment: Any = None  # of the last pulled value: held open until the next pull
         self.result_segment: Any = None  # of the last trained weights, on rank 0
         self.failure: BaseException | None = None  # of the last run, with its frames, for the debugger
         self.outcome: tuple[str, Outcome] | None = None  # of the last run, for a kernel that reattaches
 
 
 _engine = _Engine()
-
-
-def _namespace() -> dict[str, Any]:
-    """The namespace in which cells run."""
-    return get_ipython().user_ns
 
 
 def ping() -> int:
@@ -119,7 +113,7 @@ def join(
         store=_engine.store, rank=rank, size=size, local_rank=local_rank,
         local_size=local_size, device=device, generation=generation,
     )  # fmt: skip
-    _namespace().update(rank=rank, world_size=size, device=_engine.world.device)
+    namespace().update(rank=rank, world_size=size, device=_engine.world.device)
     world = _engine.world
     return {"device": str(world.device), "transport": world.transport, "shares_gpu": world.shares_gpu}
 
@@ -129,59 +123,6 @@ def leave() -> None:
     if _engine.world is not None:
         _engine.world.leave()
         _engine.world = None
-
-
-def push(payload: Any, update: NotebookUpdate) -> None:
-    """Assign the values of a packed dict in the namespace of this engine's cells."""
-    install(update)
-    _namespace().update(unpack(payload))
-
-
-def pull(name: str, inline: bool) -> Any:
-    """Pack the value of a name in the namespace of this engine's cells."""
-    namespace = _namespace()
-    if name not in namespace:
-        raise NameError(name)
-    payload, _engine.pull_segment = pack(namespace[name], inline=inline)
-    return payload
-
-
-def complete(source: str) -> tuple[str, list[str]]:
-    """Tab completion: the word at the end of `source`, and its completions here."""
-    line = source.rpartition("\n")[2]
-    completer = get_ipython().Completer
-    completer.use_jedi = False  # it parses sources for half a second; the live objects suffice
-    word, found = completer.complete(None, line, len(line))
-    return word, list(found)
-
-
-def prepare_cell(update: NotebookUpdate, number: int | None, only_ranks: list[int] | None = None) -> None:
-    """Prepare for the cell that the kernel sends next.
-
-    Args:
-        update: Of the notebook.
-        number: The cell's execution count in the notebook, if it has one.
-        only_ranks: The ranks that run it; None for all ranks.
-    """
-    install(update)
-    if only_ranks is None:
-        checked_collectives.allow_all()
-    else:
-        events = get_ipython().events
-
-        def ended(result: Any) -> None:
-            checked_collectives.allow_all()
-            events.unregister("post_run_cell", ended)
-
-        events.register("post_run_cell", ended)
-        checked_collectives.allow_only(only_ranks)
-    if number is not None:
-        get_ipython().execution_count = number
-
-
-def tie(marks: dict[str, str]) -> None:
-    """Make classes that one cell defined here and in the notebook identical."""
-    tie_classes(marks, _namespace())
 
 
 def has_released(path: str) -> bool:

@@ -1,0 +1,78 @@
+"""Cells on an engine: what is prepared before ipykernel executes one, and the namespace that they share.
+
+The source itself arrives as an execute request of ipyparallel, right after `prepare_cell`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from IPython import get_ipython
+
+from nbdist.core.transfer.payload import pack, unpack
+from nbdist.engine import checked_collectives
+from nbdist.engine.cell_sources import NotebookUpdate, install, tie_classes
+
+__all__ = ["complete", "namespace", "prepare_cell", "pull", "push", "tie"]
+
+
+class _Pulled:
+    segment: Any = None  # of the last value that was pulled from here: it lives until the next one
+
+
+def namespace() -> dict[str, Any]:
+    """The namespace in which cells run."""
+    return get_ipython().user_ns
+
+
+def push(payload: Any, update: NotebookUpdate) -> None:
+    """Assign the values of a packed dict in the namespace of this engine's cells."""
+    install(update)
+    namespace().update(unpack(payload))
+
+
+def pull(name: str, inline: bool) -> Any:
+    """Pack the value of a name in the namespace of this engine's cells."""
+    values = namespace()
+    if name not in values:
+        raise NameError(name)
+    payload, _Pulled.segment = pack(values[name], inline=inline)
+    return payload
+
+
+def complete(source: str) -> tuple[str, list[str]]:
+    """Tab completion: the word at the end of `source`, and its completions here."""
+    line = source.rpartition("\n")[2]
+    completer = get_ipython().Completer
+    completer.use_jedi = False  # it parses sources for half a second; the live objects suffice
+    word, found = completer.complete(None, line, len(line))
+    return word, list(found)
+
+
+def prepare_cell(update: NotebookUpdate, number: int | None, only_ranks: list[int] | None = None) -> None:
+    """Prepare for the cell that the kernel sends next.
+
+    Args:
+        update: Of the notebook.
+        number: The cell's execution count in the notebook, if it has one.
+        only_ranks: The ranks that run it; None for all ranks.
+    """
+    install(update)
+    if only_ranks is None:
+        checked_collectives.allow_all()
+    else:
+        events = get_ipython().events
+
+        def ended(result: Any) -> None:
+            checked_collectives.allow_all()
+            events.unregister("post_run_cell", ended)
+
+        events.register("post_run_cell", ended)
+        checked_collectives.allow_only(only_ranks)
+    if number is not None:
+        get_ipython().execution_count = number
+
+
+def tie(marks: dict[str, str]) -> None:
+    """Make classes that one cell defined here and in the notebook identical."""
+    tie_classes(marks, namespace())
