@@ -2,7 +2,7 @@
 
 from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.cluster import Cluster
-from nbdist.cluster.engines.engine import Engine
+from nbdist.cluster.engines.engine_info import Engine
 from nbdist.cluster.launch.anchor_client import Detached, detached_clusters
 from nbdist.cluster.launch.fork_client import current_server, end_server
 from nbdist.cluster.runs.run import Run

@@ -11,7 +11,7 @@ from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.diagnose.debugger import debug
 from nbdist.cluster.diagnose.hangs import Hangs
 from nbdist.cluster.diagnose.where import Where
-from nbdist.cluster.engines.engine import Engine
+from nbdist.cluster.engines.engine_info import Engine
 from nbdist.cluster.engines.starting import start_engines, take_over_engines
 from nbdist.cluster.launch import fork_client
 from nbdist.cluster.launch.anchor_client import Anchor, check_detach

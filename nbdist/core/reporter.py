@@ -10,7 +10,7 @@ import torch
 
 from nbdist.core.comm import comm_timer
 from nbdist.core.comm.world import World
-from nbdist.core.state.progress import TrainProgress
+from nbdist.core.state.train_progress import TrainProgress
 from nbdist.core.sync.gradient_sync import Totals
 from nbdist.core.sync.running_mean import RunningMean
 from nbdist.telemetry import Event, Losses, Meter, Progress, Shares

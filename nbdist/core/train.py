@@ -24,10 +24,10 @@ from nbdist.core.process.settings import deterministic, threads, uninterrupted
 from nbdist.core.reporter import Reporter, rate_of
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_resume, prepare
-from nbdist.core.state.progress import TrainProgress
 from nbdist.core.state.restore import load, open_on_all_ranks, progress_of, same_mesh
 from nbdist.core.state.snapshot import RankSnapshots, newest, read
 from nbdist.core.state.snapshotter import Snapshotter
+from nbdist.core.state.train_progress import TrainProgress
 from nbdist.core.strategies import choice
 from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
 from nbdist.core.sync.gradient_sync import Totals

@@ -19,8 +19,8 @@ from ipyparallel.datapub import publish_data
 from nbdist.core.comm.rendezvous import connect_store
 from nbdist.core.comm.world import World
 from nbdist.core.control.command_log import CommandLog
-from nbdist.core.optim.notebook_optimizer import TrainedOptimizer
-from nbdist.core.params.table import ParamTable
+from nbdist.core.optim.trained_optimizer import TrainedOptimizer
+from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process.memory import free_frames, free_unused_memory
 from nbdist.core.train import fit
 from nbdist.core.transfer.payload import SegmentCache, is_released, pack, unpack
@@ -29,9 +29,9 @@ from nbdist.engine.cell_sources import NotebookUpdate, install
 from nbdist.engine.cells import complete, namespace, prepare_cell, pull, push, tie
 from nbdist.engine.debug_server import serve
 from nbdist.engine.failure import Failure
-from nbdist.engine.outcome import Outcome
 from nbdist.engine.stack_dump import enable
 from nbdist.engine.status_board import Board
+from nbdist.engine.train_outcome import Outcome
 from nbdist.plan import available_cores
 from nbdist.telemetry import JsonlSink, RankStateSink
 from nbdist.telemetry.host import host_id, host_name

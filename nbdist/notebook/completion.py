@@ -12,8 +12,8 @@ from nbdist.cluster import Cluster, current_cluster
 from nbdist.errors import NbdistError
 from nbdist.notebook.parsers import COMMANDS, PARSERS
 from nbdist.plan.arguments import OptionParser, split_line
+from nbdist.plan.known_names import LOSSES, METRICS, OPTIMIZERS
 from nbdist.plan.mesh import AXES, STRATEGY_WORDS
-from nbdist.plan.names import LOSSES, METRICS, OPTIMIZERS
 from nbdist.plan.plan import PRECISIONS, SCHEDULES
 from nbdist.telemetry import past_runs
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nbdist.errors import PlanError, suggest
+from nbdist.plan.known_names import LOSSES, METRICS
 from nbdist.plan.mesh import Mesh
-from nbdist.plan.names import LOSSES, METRICS
 from nbdist.plan.option import Option, option
 
 __all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "SCHEDULES", "SLICES", "Plan"]

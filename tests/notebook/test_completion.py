@@ -10,7 +10,7 @@ from nbdist.core.optim.optimizers import OPTIMIZERS
 from nbdist.core.task.losses import LOSSES
 from nbdist.core.task.metrics import METRICS
 from nbdist.notebook.completion import complete, complete_line
-from nbdist.plan import names
+from nbdist.plan import known_names
 
 
 def texts(notebook, text):
@@ -22,8 +22,8 @@ def texts(notebook, text):
 
 def test_the_words_are_those_that_core_knows():
     """Help and completion name the same words."""
-    assert (names.LOSSES, names.METRICS) == (tuple(LOSSES), tuple(METRICS))
-    assert names.OPTIMIZERS == tuple(sorted(OPTIMIZERS))
+    assert (known_names.LOSSES, known_names.METRICS) == (tuple(LOSSES), tuple(METRICS))
+    assert known_names.OPTIMIZERS == tuple(sorted(OPTIMIZERS))
 
 
 @pytest.mark.parametrize(

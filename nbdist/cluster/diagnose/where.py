@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nbdist.cluster.engines.engine import Engine
+from nbdist.cluster.engines.engine_info import Engine
 from nbdist.cluster.launch import fork_server
 from nbdist.engine import parent_watch, stack_dump
 from nbdist.engine.cell_sources import NotebookUpdate, install
@@ -204,6 +204,6 @@ def _collective(frame: traceback.FrameSummary) -> str:
 @functools.cache
 def _waiting_calls() -> dict[tuple[str, str], str]:
     """See there. Imported here: it loads torch, which this module must not, but which running engines have loaded."""
-    from nbdist.core.comm.waiting import waiting_calls
+    from nbdist.core.comm.blocking_calls import waiting_calls
 
     return waiting_calls()

@@ -15,10 +15,10 @@ from typing import Any
 import ipyparallel.error
 import psutil
 
-from nbdist.cluster.engines.engine import Engine, gone
-from nbdist.cluster.engines.forming import Forming, describe_engines
+from nbdist.cluster.engines.engine_info import Engine, gone
 from nbdist.cluster.engines.replies import wait_for_replies
 from nbdist.cluster.engines.spares import Spares
+from nbdist.cluster.engines.world_forming import Forming, describe_engines
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.launcher import CONTROLLER_ENDED, STORE_ENDED, Launch
 from nbdist.core.comm.rendezvous import GenerationStore

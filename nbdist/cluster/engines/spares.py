@@ -10,7 +10,7 @@ from typing import Any
 import ipyparallel.error
 import psutil
 
-from nbdist.cluster.engines.engine import gone
+from nbdist.cluster.engines.engine_info import gone
 from nbdist.cluster.launch.launcher import Launch
 from nbdist.engine import trampoline
 from nbdist.errors import ClusterError, EngineError

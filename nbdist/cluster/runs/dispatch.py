@@ -13,7 +13,7 @@ from typing import Any
 from nbdist.cluster.cells.cell_run import LostCall, printed
 from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.runs.run import Run, RunHandoff
-from nbdist.core.params.table import ParamTable
+from nbdist.core.params.param_table import ParamTable
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_resume
 from nbdist.core.state.restore import load_whole

@@ -20,7 +20,7 @@ from nbdist.cluster.runs.dispatch import RunDispatch
 from nbdist.cluster.runs.late_commands import late_command_text
 from nbdist.cluster.runs.run import Run
 from nbdist.engine.failure import LOST, PROCESS_ENDED, Failure, as_error
-from nbdist.engine.outcome import Outcome
+from nbdist.engine.train_outcome import Outcome
 from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, ranks_text
 from nbdist.telemetry import Event, JsonlSink, Noted, Recovered
 from nbdist.telemetry.record import cluster_record_path

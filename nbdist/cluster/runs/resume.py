@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from nbdist.cluster.runs.run import Run
-from nbdist.core.params.table import ParamTable
+from nbdist.core.params.param_table import ParamTable
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import check_resume
 from nbdist.core.state.restore import check_can_resume, check_same

@@ -13,8 +13,8 @@ from nbdist.core.sync.gradient_sync import ControlFlags
 from nbdist.telemetry import CommandApplied, Event
 
 if TYPE_CHECKING:
-    from nbdist.core.state.progress import TrainProgress
     from nbdist.core.state.snapshotter import Snapshotter
+    from nbdist.core.state.train_progress import TrainProgress
     from nbdist.core.strategies.strategy import Strategy
 
 __all__ = ["StepControl"]

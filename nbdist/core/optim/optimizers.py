@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.optim.cut_trial import differs
+from nbdist.core.optim.shardability import differs
 from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.errors import PlanError, TaskError, suggest
 from nbdist.plan import Mesh

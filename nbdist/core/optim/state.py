@@ -9,7 +9,7 @@ import torch
 
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.optim.json_value import plain
-from nbdist.core.params.table import ParamTable
+from nbdist.core.params.param_table import ParamTable
 from nbdist.errors import TaskError
 
 __all__ = ["cut_state_", "device_of_entry", "entry_to_json", "gather_state_", "is_split", "move_state_"]

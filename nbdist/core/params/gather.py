@@ -8,8 +8,8 @@ from torch import nn
 
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.world import World
+from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.placement import Placement
-from nbdist.core.params.table import ParamTable
 from nbdist.errors import TaskError
 from nbdist.plan import Mesh
 

@@ -4,7 +4,7 @@ Everything rests on one fact: given the state after a step, all later bits are f
 load a state that all ranks have, and train on from it.
 
 - **What is saved.** `core/state/shard_plan.py`: each shard of weights and optimizer state, by one of the ranks that
-  hold the same one, and buffers by each; `core/state/progress.py`: epoch, batch, step, counts, history. With the
+  hold the same one, and buffers by each; `core/state/train_progress.py`: epoch, batch, step, counts, history. With the
   scheduler, the fp16 loss scale and the generators of NumPy and `random` that is all; torch's random numbers and the
   sample order are functions of the step.
 - **Where.** `core/state/snapshot.py`: in *snapshot buffers*, shared memory that the notebook creates and holds, so that
@@ -41,6 +41,6 @@ load a state that all ranks have, and train on from it.
   So do five deaths of processes without a new step in between.
 - **Rendezvous.** While ranks form a process group, every wait also checks the store (`core/comm/rendezvous.py`);
   torch's own blocking calls run in a thread that can be abandoned. If a rank dies meanwhile, the notebook writes a key
-  into the store, all ranks return with an error, and are called again (`cluster/engines/forming.py`). Spare engines
-  (`cluster/engines/spares.py`) are started in the background after each new process group.
+  into the store, all ranks return with an error, and are called again (`cluster/engines/world_forming.py`). Spare
+  engines (`cluster/engines/spares.py`) are started in the background after each new process group.
 """

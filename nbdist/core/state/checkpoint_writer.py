@@ -22,7 +22,7 @@ from torch import nn
 
 from nbdist.core.comm import Channel
 from nbdist.core.optim.json_value import plain
-from nbdist.core.params.table import ParamTable
+from nbdist.core.params.param_table import ParamTable
 from nbdist.core.state.checkpoint_reader import FORMAT, MANIFEST, NEWEST, CheckpointReader, checkpoints, sealed
 from nbdist.core.state.checksum_files import SUM, hashed, replace_file, write_file, write_sum
 from nbdist.core.state.folder_lease import Lease

@@ -12,13 +12,13 @@ from torch import nn
 
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.world import World
-from nbdist.core.optim.attributes import load_attributes
-from nbdist.core.optim.references import TensorReferences, is_name
+from nbdist.core.optim.optimizer_attributes import load_attributes
 from nbdist.core.optim.state import device_of_entry, is_split
-from nbdist.core.params.table import ParamTable
+from nbdist.core.optim.tensor_references import TensorReferences, is_name
+from nbdist.core.params.param_table import ParamTable
 from nbdist.core.state.checkpoint_reader import CheckpointReader, candidates
-from nbdist.core.state.progress import TrainProgress
 from nbdist.core.state.shard_plan import gather_texts
+from nbdist.core.state.train_progress import TrainProgress
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Mesh, Plan
 

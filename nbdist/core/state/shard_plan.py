@@ -12,13 +12,13 @@ from torch import nn
 
 from nbdist.core.comm import Channel
 from nbdist.core.comm.mesh_channels import MeshChannels
-from nbdist.core.optim.attributes import OwnAttributes
 from nbdist.core.optim.json_value import plain
-from nbdist.core.optim.references import TensorReferences
+from nbdist.core.optim.optimizer_attributes import OwnAttributes
 from nbdist.core.optim.state import is_split
-from nbdist.core.params.data_watch import DataWatch
+from nbdist.core.optim.tensor_references import TensorReferences
+from nbdist.core.params.param_data_watch import DataWatch
+from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.placement import Placement
-from nbdist.core.params.table import ParamTable
 from nbdist.errors import TaskError
 
 __all__ = ["SMALL_BYTES", "ShardPlan", "buffer_entry", "check_state", "gather_texts", "key_of"]

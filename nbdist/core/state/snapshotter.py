@@ -18,12 +18,12 @@ from nbdist.core.optim.lr_schedulers import Scheduler
 from nbdist.core.process import rng
 from nbdist.core.state.checkpoint_writer import CheckpointWriter, prepare
 from nbdist.core.state.folder_lease import Lease
-from nbdist.core.state.progress import TrainProgress
 from nbdist.core.state.restore import SAMPLE_ORDER_OPTIONS
 from nbdist.core.state.shard_plan import ShardPlan, check_state, gather_texts
 from nbdist.core.state.snapshot import RankSnapshots, SnapshotBuffer, SnapshotStore
 from nbdist.core.state.step_guard import StepGuard
 from nbdist.core.state.tensor_buffer import TensorLayout
+from nbdist.core.state.train_progress import TrainProgress
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.sync.gradient_sync import ControlFlags
 from nbdist.errors import NbdistError, TaskError

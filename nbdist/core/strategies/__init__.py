@@ -1,8 +1,8 @@
 """How a plan is applied to a model: data parallel, tensor, pipeline and sharded strategies, and their meshes.
 
 `core/strategies/mesh_parallel.py` applies a mesh in the order tp, pp, shard, dp, and records in the
-**ParamTable** (`core/params/table.py`) which ranks hold which part of each tensor (`core/params/placement.py`). Sync,
-clipping, update, the final gather (`table.gather_`) and checkpoints (`core/state/checkpoint_writer.py`) read that table
+**ParamTable** (`core/params/param_table.py`) which ranks hold which part of each tensor (`core/params/placement.py`).
+Sync, clipping, update, the final gather (`table.gather_`) and checkpoints (`core/state/checkpoint_writer.py`) read that table
 and know nothing else of the mesh.
 
 - The model's own `nn.Parameter` objects stay. Only their data change: to this rank's part, or to a **dummy** (NaN
@@ -11,7 +11,7 @@ and know nothing else of the mesh.
   swapped for one whose every operation asks the strategy first. The strategy gathers the values (shard) or raises
   (`core/strategies/readable_params.py`).
 - An optimizer may run on parts only if it is elementwise. That is known for most of torch's; any other is tried on
-  small tensors, whole and in parts (`core/optim/cut_trial.py`).
+  small tensors, whole and in parts (`core/optim/shardability.py`).
 - **tp** (`core/strategies/tensor/`): single layers get another `forward`, as an attribute of the instance.
 - **pp** (`core/strategies/pipeline/`): the forward is traced, measured and cut into **stages**
   (`core/strategies/pipeline/partition/`). `executor.py` runs a **schedule** (`schedules.py`) over point-to-point

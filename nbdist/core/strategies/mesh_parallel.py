@@ -25,8 +25,8 @@ from nbdist.core.params.placement import Placement
 from nbdist.core.process import rng
 from nbdist.core.strategies import tensor as tensor_parallel
 from nbdist.core.strategies.pipeline import partition
+from nbdist.core.strategies.pipeline.capture_call import capture_call
 from nbdist.core.strategies.pipeline.executor import Pipeline
-from nbdist.core.strategies.pipeline.model_call import capture_call
 from nbdist.core.strategies.readable_params import ReadableParams
 from nbdist.core.strategies.shard.fully_sharded import FullySharded
 from nbdist.core.strategies.shard.wrap_policy import blocks_of

@@ -11,8 +11,8 @@ import torch
 from nbdist.core.comm import SharedMemoryChannel
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.reduction_order import ReductionTree
-from nbdist.core.params.data_watch import DataWatch, get_data, set_data
-from nbdist.core.params.table import copy_or_zero_, view_like
+from nbdist.core.params.param_data_watch import DataWatch, get_data, set_data
+from nbdist.core.params.param_table import copy_or_zero_, view_like
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.sync.gradient_sync import COUNTS, ControlFlags, Totals, tail_dtype

@@ -13,7 +13,7 @@ from torch import nn
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.precision import Precision
-from nbdist.core.params.table import ParamTable
+from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
 from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.core.sync.gradient_hooks import GradientHooks

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nbdist.core.comm import Channel
-from nbdist.core.params.table import copy_or_zero_, view_like
+from nbdist.core.params.param_table import copy_or_zero_, view_like
 from nbdist.core.sync.gradient_sync import ControlFlags, Totals, tail_dtype
 from nbdist.core.sync.slice_accumulator import SliceAccumulator
 

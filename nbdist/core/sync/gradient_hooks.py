@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from nbdist.core.comm.mesh_channels import MeshChannels
+from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.placement import Placement
-from nbdist.core.params.table import ParamTable
 from nbdist.errors import PlanError
 from nbdist.plan import Mesh
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nbdist.core.comm import Channel, Pending
-from nbdist.core.params.table import copy_or_zero_, view_like
+from nbdist.core.params.param_table import copy_or_zero_, view_like
 
 __all__ = ["COUNTS", "ControlFlags", "GradientSync", "Totals", "tail_dtype"]
 

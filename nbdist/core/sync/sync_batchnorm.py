@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from nbdist.core.comm import Channel
 from nbdist.core.data.reader import Slice
 from nbdist.core.data.sources import tensors_in
-from nbdist.core.params.table import restore_buffers
+from nbdist.core.params.param_table import restore_buffers
 
 __all__ = ["BatchNorms", "buffers_kept_if_empty"]
 

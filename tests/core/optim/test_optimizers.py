@@ -12,8 +12,8 @@ import torch
 from problems import mlp
 from torch import nn
 
-from nbdist.core.optim.cut_trial import differs
 from nbdist.core.optim.optimizers import ELEMENTWISE, OPTIMIZERS, check_can_be_sharded, make_optimizer, optimizer_name
+from nbdist.core.optim.shardability import differs
 from nbdist.core.optim.state import entry_to_json
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Mesh

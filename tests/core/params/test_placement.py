@@ -11,9 +11,9 @@ from torch import nn
 
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.optim.state import cut_state_, gather_state_
+from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.placeholder import dummy
 from nbdist.core.params.placement import Cut, Placement, shard_of
-from nbdist.core.params.table import ParamTable
 from nbdist.plan import Mesh
 
 SHAPES = [(8, 6), (4, 3, 5), (6,), (2, 0), (0, 6)]

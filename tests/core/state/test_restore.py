@@ -19,7 +19,7 @@ from torch import nn
 import nbdist
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.optim.optimizers import OPTIMIZERS
-from nbdist.core.params.table import ParamTable
+from nbdist.core.params.param_table import ParamTable
 from nbdist.core.state import checkpoint_reader
 from nbdist.core.state.checkpoint_reader import NEWEST, CheckpointReader
 from nbdist.core.state.restore import load, load_whole, open_on_all_ranks

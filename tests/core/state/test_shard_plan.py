@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.world import World
 from nbdist.core.optim.json_value import plain
+from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.placement import Placement
-from nbdist.core.params.table import ParamTable
 from nbdist.core.state.shard_plan import ShardPlan, buffer_entry, check_state, gather_texts, key_of
 from nbdist.errors import TaskError
 from nbdist.plan import Mesh

@@ -18,7 +18,7 @@ from nbdist.core.comm import Link
 from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.precision import Precision
 from nbdist.core.process import rng
-from nbdist.core.strategies.pipeline.model_call import capture_call, forward_replaced
+from nbdist.core.strategies.pipeline.capture_call import capture_call, forward_replaced
 from nbdist.core.strategies.pipeline.partition import Call, Split
 from nbdist.core.strategies.pipeline.schedules import Action, schedule_actions, surrogate_loss
 from nbdist.core.strategies.shard.fully_sharded import FullySharded

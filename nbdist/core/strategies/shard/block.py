@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nbdist.core.comm import Channel
-from nbdist.core.params.data_watch import set_data
+from nbdist.core.params.param_data_watch import set_data
 from nbdist.core.params.placeholder import Placeholders, dummy, reveal
 from nbdist.core.params.placement import shard_of
 from nbdist.errors import PlanError

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from nbdist.core.comm import Channel
-from nbdist.core.params.data_watch import DataWatch
+from nbdist.core.params.param_data_watch import DataWatch
 from nbdist.core.params.placeholder import Placeholders
 from nbdist.core.strategies.shard.block import Block, written_error
 

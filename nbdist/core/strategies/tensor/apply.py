@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from nbdist.core.comm import Channel
+from nbdist.core.params.param_table import replace_data
 from nbdist.core.params.placement import Cut
-from nbdist.core.params.table import replace_data
 from nbdist.core.strategies.tensor import layers
 from nbdist.core.strategies.tensor.attention import attend
 from nbdist.core.strategies.tensor.autograd_collectives import SharedCopyIn, TensorAxis

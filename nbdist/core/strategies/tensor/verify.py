@@ -11,7 +11,7 @@ from torch import nn
 
 from nbdist.core.comm import Channel
 from nbdist.core.data.sources import tensors_in
-from nbdist.core.params.table import replace_data
+from nbdist.core.params.param_table import replace_data
 from nbdist.core.process.rng import fork_rng, seed_torch
 from nbdist.core.strategies.tensor.apply import parallelize
 from nbdist.core.strategies.tensor.auto_plan import nothing_to_split, rng_device, training_mode

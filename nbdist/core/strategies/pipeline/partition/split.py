@@ -18,7 +18,7 @@ from nbdist.core.strategies.pipeline.partition.profiling import examine, measure
 from nbdist.core.strategies.pipeline.partition.tracing import KINDS, Trace, trace_forward
 from nbdist.core.strategies.pipeline.partition.verify import ForwardResult, verify_trace
 from nbdist.errors import NbdistError, PlanError
-from nbdist.plan.partition import partition
+from nbdist.plan.balance import partition
 
 __all__ = ["Split", "StageInfo", "split"]
 

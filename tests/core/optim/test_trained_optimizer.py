@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from nbdist.core.optim.notebook_optimizer import TrainedOptimizer
-from nbdist.core.params.table import ParamTable
+from nbdist.core.optim.trained_optimizer import TrainedOptimizer
+from nbdist.core.params.param_table import ParamTable
 from nbdist.core.transfer.payload import pack, unpack
 
 

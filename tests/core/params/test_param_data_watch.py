@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nbdist.core.params.data_watch import DataWatch, get_data, set_data
+from nbdist.core.params.param_data_watch import DataWatch, get_data, set_data
 
 
 @pytest.fixture

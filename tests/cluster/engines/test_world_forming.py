@@ -12,9 +12,9 @@ import psutil
 import pytest
 from shared_cluster import HUNG_S, until
 
-from nbdist.cluster.engines import forming
-from nbdist.cluster.engines.forming import Forming
+from nbdist.cluster.engines import world_forming
 from nbdist.cluster.engines.starting import start_engines
+from nbdist.cluster.engines.world_forming import Forming
 from nbdist.errors import ClusterError, EngineError
 
 KILLS = 8
@@ -33,12 +33,12 @@ def three(request, shared_cluster, monkeypatch):
 
     def patiently(forming):
         """Wait until ranks are released, however slow the machine; stopped ranks never are."""
-        forming.release()
-        until(lambda: all(call.done() or stopped(engines, rank) for rank, call in forming.calls.items()))
+        world_forming.release()
+        until(lambda: all(call.done() or stopped(engines, rank) for rank, call in world_forming.calls.items()))
         abort(forming)
 
     monkeypatch.setattr(Forming, "abort", patiently)
-    monkeypatch.setattr(forming, "_RELEASED_WITHIN_S", 0.0)  # all that can be released are
+    monkeypatch.setattr(world_forming, "_RELEASED_WITHIN_S", 0.0)  # all that can be released are
     yield engines
     engines.end()
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from nbdist.errors import PlanError
-from nbdist.plan.partition import partition
+from nbdist.plan.balance import partition
 
 
 def largest(costs, cuts, edges=None):

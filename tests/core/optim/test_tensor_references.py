@@ -10,7 +10,7 @@ from problems import alone
 from torch import nn
 from torch.nn import functional as F
 
-from nbdist.core.optim.references import TensorReferences
+from nbdist.core.optim.tensor_references import TensorReferences
 from nbdist.errors import TaskError
 
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from nbdist.core.comm import HierarchicalChannel, ProcessGroupChannel, SharedMemoryChannel
+from nbdist.core.comm.blocking_calls import waiting_calls
 from nbdist.core.comm.channel import Channel
-from nbdist.core.comm.waiting import waiting_calls
 
 
 @pytest.mark.parametrize("kind", [SharedMemoryChannel, ProcessGroupChannel, HierarchicalChannel])

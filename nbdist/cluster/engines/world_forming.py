@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbdist.cluster.engines.engine import Engine
+from nbdist.cluster.engines.engine_info import Engine
 from nbdist.errors import ClusterError, EngineError, ranks_text
 
 __all__ = ["Forming", "describe_engines"]

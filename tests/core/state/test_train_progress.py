@@ -9,7 +9,7 @@ import torch
 from problems import classes, mlp, train
 
 from nbdist.core.comm.world import World
-from nbdist.core.state.progress import Row, TrainProgress
+from nbdist.core.state.train_progress import Row, TrainProgress
 from nbdist.plan import Plan
 
 CPU = torch.device("cpu")

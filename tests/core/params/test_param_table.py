@@ -6,7 +6,7 @@ import torch
 from problems import mlp
 from torch import nn
 
-from nbdist.core.params.table import ParamTable
+from nbdist.core.params.param_table import ParamTable
 
 
 def model():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nbdist.core.optim.json_value import plain
-from nbdist.core.optim.references import TensorReferences
+from nbdist.core.optim.tensor_references import TensorReferences
 from nbdist.core.transfer.pickler import attributes
 from nbdist.errors import TaskError
 
