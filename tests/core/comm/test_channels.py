@@ -102,7 +102,7 @@ def lose_rank_one(world, length):
 @pytest.mark.parametrize("length", [1, 300 * KIB])
 def test_a_lost_rank_releases_the_others(run_on_each_channel, length):
     """A rank that dies ends the others' collective with an error; they do not hang."""
-    with pytest.raises(RuntimeError, match="rank 1 died without a word"):
+    with pytest.raises(RuntimeError, match="rank 1 died without a result"):
         run_on_each_channel(3, lose_rank_one, length)
 
 
@@ -249,7 +249,7 @@ def lose_rank_one_in(world, name):
 @pytest.mark.parametrize("name", ["all_gather", "reduce_scatter"])
 def test_a_lost_rank_ends_a_gather_and_a_scatter(run_on_each_channel, name):
     """The other ranks get an error, as in an all-reduce."""
-    with pytest.raises(RuntimeError, match="rank 1 died without a word"):
+    with pytest.raises(RuntimeError, match="rank 1 died without a result"):
         run_on_each_channel(3, lose_rank_one_in, name)
 
 
