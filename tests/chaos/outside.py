@@ -235,7 +235,12 @@ def _scale(
     traps: Traps,
 ) -> None:  # fmt: skip
     gate = Gate(traps.folder)
-    for step in steps:
+    for step, following in itertools.zip_longest(steps, steps[1:]):
+
+        def answered(step=step, following=following):
+            """Whether a step on the new number is done; one that is held soon after may not have been reported."""
+            return run.ended or run.progress.step > step + ANSWERED or (following and gate.is_reached(following))
+
         gate.wait(step, ranks=lab.cluster.size, run=run)
         size = rng.choice([size for size in (1, 2, 3, 4) if size != lab.cluster.size])
         lab.cluster.scale(size)
@@ -244,7 +249,7 @@ def _scale(
         scaled_s = time.monotonic()
         gate.open(step)
         until(lambda size=size: lab.cluster.size == size)
-        until(lambda step=step: run.ended or run.progress.step > step + ANSWERED)
+        until(answered)
         seconds.append(time.monotonic() - scaled_s)
 
 
