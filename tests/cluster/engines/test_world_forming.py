@@ -33,8 +33,8 @@ def three(request, shared_cluster, monkeypatch):
 
     def patiently(forming):
         """Wait until ranks are released, however slow the machine; stopped ranks never are."""
-        world_forming.release()
-        until(lambda: all(call.done() or stopped(engines, rank) for rank, call in world_forming.calls.items()))
+        forming.release()
+        until(lambda: all(call.done() or stopped(engines, rank) for rank, call in forming.calls.items()))
         abort(forming)
 
     monkeypatch.setattr(Forming, "abort", patiently)
