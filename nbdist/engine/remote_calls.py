@@ -41,7 +41,7 @@ __all__ = [
     "complete",
     "debug",
     "describe",
-    "has_released",
+    "is_released",
     "join",
     "leave",
     "outcome_of",
@@ -123,11 +123,6 @@ def leave() -> None:
     if _engine.world is not None:
         _engine.world.leave()
         _engine.world = None
-
-
-def has_released(path: str) -> bool:
-    """Whether no tensor of this process uses the payload segment at `path` any more."""
-    return is_released(path)
 
 
 def train(

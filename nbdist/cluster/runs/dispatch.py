@@ -240,7 +240,7 @@ class RunDispatch:
                 except ClusterError as error:
                     self.scale_error = str(error)
             # Reused only once no engine maps it: a private mapping would show the new contents.
-            replies = [engines.start_call(rank, "has_released", self._payload.path) for rank in range(engines.size)]
+            replies = [engines.start_call(rank, "is_released", self._payload.path) for rank in range(engines.size)]
             self._segment_cache.recycle(
                 self._segment, lambda: all(r.ready() and r.successful() and r.get() for r in replies)
             )

@@ -9,25 +9,27 @@ from typing import Any
 from nbdist.core.comm.channel import Channel, Pending
 from nbdist.core.comm.p2p import Link
 from nbdist.core.comm.rendezvous import GenerationStore, barrier, start_group
+from nbdist.core.comm.shared_memory import connect
 
 __all__ = ["waiting_calls"]
 
-_NOT_BLOCKING = {"zeros", "free", "close"}
-"""Methods that do not wait for other ranks, or wait in a function that is listed by itself."""
+_NOT_BLOCKING = {"zeros", "free", "close", "common", "slabs", "groups"}
+"""Public methods that do not wait for other ranks, or wait in a function that is listed by itself."""
 
 
 def waiting_calls() -> dict[tuple[str, str], str]:
     """The collective that a rank waits in, by file and name of the function that it runs. Local."""
     calls: dict[tuple[str, str], str] = {}
     for base in (Channel, Link):
-        offered = {name for name, value in vars(base).items() if callable(value) and name[0] != "_"} - _NOT_BLOCKING
-        for kind in _kinds(base):
-            for name in offered & set(vars(kind)):
-                calls[_location(vars(kind)[name])] = name.removeprefix("start_").strip("_")
+        for kind in _kinds(base):  # not only what the base offers: strategies call a channel's barrier directly
+            for name, value in vars(kind).items():
+                if callable(value) and name[0] != "_" and name not in _NOT_BLOCKING:
+                    calls[_location(value)] = name.removeprefix("start_").strip("_")
     for kind in _kinds(Pending):
         calls |= {_location(value): "a collective" for name, value in vars(kind).items() if name.startswith("wait")}
     at_store = barrier, start_group, GenerationStore.get, GenerationStore.wait
-    return calls | {_location(function): "a rendezvous at the store" for function in at_store}
+    calls |= {_location(function): "a rendezvous at the store" for function in at_store}
+    return calls | {_location(connect): "connect"}
 
 
 def _kinds(base: Any) -> Iterator[type]:

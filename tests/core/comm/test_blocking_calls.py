@@ -19,8 +19,14 @@ def test_the_collectives_of_every_channel_are_known(kind):
     assert own <= known
 
 
+def test_what_strategies_and_handshakes_wait_in_is_known_too():
+    """Shared weights call a channel's barrier directly; ranks wait in `connect` for a peer that does not come."""
+    file = sys.modules[SharedMemoryChannel.__module__].__file__
+    assert {(file, "barrier"): "barrier", (file, "connect"): "connect"}.items() <= waiting_calls().items()
+
+
 def test_what_only_hands_out_memory_is_none():
     """A rank in such a function is not waiting."""
     names = {name for _, name in waiting_calls()}
-    assert names.isdisjoint({"zeros", "free", "close", "__init__"})
+    assert names.isdisjoint({"zeros", "free", "close", "common", "slabs", "groups", "__init__"})
     assert {"zeros", "free", "close"} <= set(vars(Channel))
