@@ -34,6 +34,7 @@ _GUARD = [sys.executable, "-m", "nbdist.engine.parent_watch"]
 _PING_MS = 100  # a registration completes at the next heartbeat: with the default, after up to 3 s
 _MISSED_BEATS = 100  # a swapped-out engine misses more than the default of 10 such short beats
 _POLL_S = 0.01
+_MISSED_AFTER_S = 1.0
 
 
 class Launch:
@@ -126,6 +127,7 @@ class Launch:
             ClusterError: An engine that was just started has ended, or the timeout passed.
         """
         deadline = time.monotonic() + timeout_s
+        connect_again_s = time.monotonic() + _MISSED_AFTER_S
         while (ready := len(self.client.ids)) < engines:
             report(f"{ready} of {engines} engines are ready")
             if not self.controller_runs:
@@ -137,7 +139,22 @@ class Launch:
                     f"only {ready} of {engines} engines were ready after {timeout_s:g} s: "
                     f"raise --timeout, or start fewer."
                 )
+            if time.monotonic() > connect_again_s:
+                self._connect_again()
+                connect_again_s = time.monotonic() + _MISSED_AFTER_S
             time.sleep(_POLL_S)
+
+    def _connect_again(self) -> None:
+        """Replace the client if a new one knows more engines.
+
+        A client receives the list of engines, and then subscribes to changes: it never learns of an engine that
+        registers in between.
+        """
+        with contextlib.suppress(TimeoutError):  # of the controller, which the next round checks
+            client = self._cluster.connect_client_sync()
+            if len(client.ids) > len(self.client.ids):
+                client, self.client = self.client, client
+            client.close()
 
     @property
     def ids(self) -> list[int]:
