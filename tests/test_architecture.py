@@ -161,7 +161,7 @@ def test_every_module_has_a_layer():
         {"__init__", "__main__", "cli", "demo"},
     )
     found = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
-    assert layers | ways_in | {"errors", "peer_auth"} == found
+    assert layers | ways_in | {"errors", "peer_auth", "store_server"} == found
 
 
 def test_the_rules_see_what_they_forbid(tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ ALLOWED = {
     ("cluster/launch", "lock"): "of a thread",
     ("demo", "lock"): "of a thread",
     ("notebook/dashboard", "lock"): "of a thread",
-    ("peer_auth", "lock"): "of a thread",
+    ("store_server", "lock"): "of a thread",
     ("telemetry/record", "lock"): "of the file system",
     ("cluster/launch", "log"): "what a process writes to its standard streams",
     ("core/control/step_control", "log"): "of commands",

@@ -9,9 +9,10 @@ from typing import Any
 
 from IPython import get_ipython
 
-from nbdist.core.transfer.payload import pack, unpack
+from nbdist.core.transfer.payload import unpack
 from nbdist.engine import checked_collectives
 from nbdist.engine.cell_sources import NotebookUpdate, install, tie_classes
+from nbdist.engine.exchange.exchange import Exchange
 
 __all__ = ["complete", "namespace", "prepare_cell", "pull", "push", "tie"]
 
@@ -31,12 +32,12 @@ def push(payload: Any, update: NotebookUpdate) -> None:
     namespace().update(unpack(payload))
 
 
-def pull(name: str, inline: bool) -> Any:
+def pull(name: str, exchange: Exchange) -> Any:
     """Pack the value of a name in the namespace of this engine's cells."""
     values = namespace()
     if name not in values:
         raise NameError(name)
-    payload, _Pulled.segment = pack(values[name], inline=inline)
+    payload, _Pulled.segment = exchange.pack(values[name])
     return payload
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from ipyparallel.datapub import publish_data
 
 from nbdist.core.comm.rendezvous import connect_store
 from nbdist.core.comm.world import World
@@ -23,17 +20,17 @@ from nbdist.core.optim.trained_optimizer import TrainedOptimizer
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process.memory import free_frames, free_unused_memory
 from nbdist.core.train import fit
-from nbdist.core.transfer.payload import SegmentCache, is_released, pack, unpack
+from nbdist.core.transfer.payload import SegmentCache, is_released, unpack
 from nbdist.engine import checked_collectives
 from nbdist.engine.cell_sources import NotebookUpdate, install
 from nbdist.engine.cells import complete, namespace, prepare_cell, pull, push, tie
 from nbdist.engine.debug_server import serve
+from nbdist.engine.exchange.exchange import Exchange, StatePublisher
 from nbdist.engine.failure import Failure
 from nbdist.engine.stack_dump import enable
-from nbdist.engine.status_board import Board
 from nbdist.engine.train_outcome import Outcome
 from nbdist.plan import available_cores
-from nbdist.telemetry import JsonlSink, RankStateSink
+from nbdist.telemetry import JsonlSink
 from nbdist.telemetry.host import host_id, host_name
 from nbdist.telemetry.record import record_path
 
@@ -52,9 +49,6 @@ __all__ = [
     "tie",
     "train",
 ]
-
-
-_REMOTE_INTERVAL_S = 0.2
 
 
 class _Engine:
@@ -129,12 +123,11 @@ def train(
     payload: Any,
     run_id: str,
     update: NotebookUpdate,
-    inline: bool,
+    exchange: Exchange,
     result_released: bool,
     snapshot_paths: list[list[str]],
     from_snapshot: bool,
-    boards: list[str],
-    records: str,
+    publisher: StatePublisher,
 ) -> Outcome:
     """Train one rank of a run. **Collective**.
 
@@ -142,39 +135,29 @@ def train(
         payload: Task and plan.
         run_id: The run's name in the record.
         update: Of the notebook.
-        inline: Whether some engine is on another host, so that results travel as bytes.
+        exchange: How the result travels to the kernel.
         result_released: Whether the kernel has released the last result of this engine.
         snapshot_paths: Paths of the ranks' snapshot buffers.
         from_snapshot: Whether to resume from the newest snapshot.
-        boards: Path of each rank's status board; empty if some engine is on another host.
-        records: The kernel's folder of records; empty for this host's own.
+        publisher: How states travel to the kernel, and where the record lies.
     """
     world = _engine.world
     checked_collectives.allow_all()  # in case the cell of the last `prepare_cell` never came
     install(update)
-    board = Board(boards[world.rank]) if boards else None
-
-    def publish(state: dict[str, Any]) -> None:
-        if board is None:
-            publish_data({"nbdist": state})
-        else:
-            # A state that does not fit (thousands of rows) is dropped: the outcome holds the last one.
-            board.write(json.dumps(state).encode(), seldom="curve" in state)
-
-    snapshots = RankStateSink(world.rank, publish, *(() if boards else (_REMOTE_INTERVAL_S, 0.0)))
+    states = publisher.sink(world.rank)
     _engine.failure = None
     free_unused_memory()  # reference cycles of an earlier run may hold as much memory as this one needs
     with contextlib.ExitStack() as cleanup:
         try:
             task, plan = unpack(payload)
-            record = JsonlSink(record_path(run_id, world.rank, Path(records) if records else None))
+            record = JsonlSink(record_path(run_id, world.rank, publisher.records))
             cleanup.callback(record.close)
             result = fit(
                 task,
                 plan,
                 world,
                 run_id=run_id,
-                sinks=[record, snapshots],
+                sinks=[record, states],
                 commands=CommandLog(_engine.store, run_id),
                 on_every_rank=False,
                 snapshot_paths=snapshot_paths,
@@ -188,17 +171,17 @@ def train(
                 segment_cache = SegmentCache()
                 if _engine.result_segment is not None and result_released:
                     segment_cache.recycle(_engine.result_segment, lambda: True)
-                trained, _engine.result_segment = pack(tensors, inline=inline, segment_cache=segment_cache)
+                trained, _engine.result_segment = exchange.pack(tensors, segment_cache=segment_cache)
             _ignore_interrupts()
             outcome = Outcome(
-                rank=world.rank, state=result.state, snapshot=snapshots.state, result=trained, ranks=result.ranks
+                rank=world.rank, state=result.state, snapshot=states.state, result=trained, ranks=result.ranks
             )
         except BaseException as error:
             _ignore_interrupts()
             failure = Failure.of(world.rank, error)
             _engine.failure = None if failure.secondary else error
             world.leave()  # at once: its peers stop waiting for this rank
-            snapshot = replace(snapshots.state, state="failed")
+            snapshot = replace(states.state, state="failed")
             outcome = Outcome(rank=world.rank, state="failed", snapshot=snapshot, failure=failure)
             task = None
             free_frames(error)

@@ -13,7 +13,7 @@ from typing import Any
 from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engines import Engines
-from nbdist.core.transfer.payload import Segment, SegmentCache, pack, unpack
+from nbdist.core.transfer.payload import Segment, SegmentCache, unpack
 from nbdist.engine.cell_sources import NotebookUpdate, cell_file, search_path
 from nbdist.errors import ClusterError, EngineError
 
@@ -88,7 +88,7 @@ class Replay:
         """Assign values in the namespace of all ranks' cells; all ranks map one shared copy of the tensors."""
         engines = self._engines
         ranks, names = frozenset(range(engines.size)), frozenset(values)
-        payload, segment = pack(values, name="value", inline=engines.remote, segment_cache=SegmentCache(engines.anchor))
+        payload, segment = engines.exchange.pack(values, name="value", segment_cache=SegmentCache(engines.anchor))
         try:
             engines.call(ranks, "push", (payload, update))
         except BaseException:
@@ -117,7 +117,7 @@ class Replay:
         """
         engines = self._engines
         try:
-            return unpack(engines.call([rank], "pull", (name, engines.remote))[rank])
+            return unpack(engines.call([rank], "pull", (name, engines.exchange))[rank])
         except EngineError as error:
             if "NameError" in str(error):
                 raise ClusterError(f"{name!r} is not defined on rank {rank}.") from None

@@ -25,6 +25,9 @@ from nbdist.core.comm.rendezvous import GenerationStore
 from nbdist.core.comm.world import SHARED_GPU
 from nbdist.core.control.command_log import CommandLog
 from nbdist.engine import trampoline
+from nbdist.engine.exchange.exchange import Exchange
+from nbdist.engine.exchange.one_host import OneHost
+from nbdist.engine.exchange.several_hosts import SeveralHosts
 from nbdist.errors import ClusterError, EngineError, PeerLostError, ranks_text
 from nbdist.telemetry.host import host_id
 
@@ -168,9 +171,9 @@ class Engines:
         return min(max(1, record.cores // hosts.count(record.host_id)) for record in self._records)
 
     @property
-    def remote(self) -> bool:
-        """Whether some engine is on another host, which cannot map this host's shared memory."""
-        return any(record.host_id != self.host_id for record in self._records)
+    def exchange(self) -> Exchange:
+        """How values and states are exchanged with these engines."""
+        return OneHost() if all(record.host_id == self.host_id for record in self._records) else SeveralHosts()
 
     def commands(self, run_id: str) -> Any:
         """The `CommandLog` of a run, which rank 0 reads; None if the store has ended."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +17,12 @@ from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_resume
 from nbdist.core.state.restore import load_whole
 from nbdist.core.state.snapshot import read
-from nbdist.core.transfer.payload import Segment, is_released, pack, unpack
+from nbdist.core.transfer.payload import is_released, unpack
 from nbdist.engine.cell_sources import CellSources
-from nbdist.engine.status_board import BOARD_BYTES, Board
+from nbdist.engine.exchange.exchange import StateReader
 from nbdist.errors import ClusterError, EngineError, PlanError
 from nbdist.plan import Plan
 from nbdist.telemetry import RankState
-from nbdist.telemetry.record import records
 
 __all__ = ["RunDispatch"]
 
@@ -70,8 +68,7 @@ class RunDispatch:
         self._cells = cells
         self._handoff = handoff
         self._into = into
-        self._segments: list[Any] = []
-        self._boards: list[Board] = []
+        self._states: StateReader | None = None
         self._printed: list[Callable[[str], dict[int, str]]] = []
         self.scale_error = ""
 
@@ -89,26 +86,20 @@ class RunDispatch:
             run.snapshot_store.trim()  # newer snapshots of only some ranks would occupy a buffer each
         update = self._cells.all() if restart else self._cells.new()
         snapshot_store = [] if run.snapshot_store is None else run.snapshot_store.paths
-        for segment in self._segments:
-            segment.close()
-        segments = [] if engines.remote else [Segment(BOARD_BYTES, engines.anchor) for _ in range(engines.size)]
-        paths = [segment.path for segment in segments]
-        self._open_boards(segments)
+        states = self._read_states()
         if engines.anchor is not None:
             handoff = replace(self._handoff, payload=self._payload, snapshot_store=tuple(snapshot_store))
             engines.anchor.note("ended", ("running", ""))
             engines.anchor.note("run", handoff)
-        folder = "" if engines.remote else str(records().resolve())
         arguments = (
             self._payload,
             run.run_id,
             update,
-            engines.remote,
+            engines.exchange,
             is_released(engines.result_path),
             snapshot_store,
             from_snapshot,
-            paths,
-            folder,
+            states.publisher,
         )
         return self._with_output([engines.start_call(rank, "train", *arguments) for rank in range(engines.size)])
 
@@ -119,7 +110,7 @@ class RunDispatch:
             boards: Paths of the ranks' status boards.
         """
         engines = self.engines
-        self._open_boards([Segment(BOARD_BYTES, engines.anchor, path) for path in boards])
+        self._read_states(boards)
         calls: list[Any] = []
         for rank in range(engines.size):
             try:  # an engine runs this call after the one it is in: `train`
@@ -128,11 +119,14 @@ class RunDispatch:
                 calls.append(LostCall())
         return self._with_output(calls)
 
-    def _open_boards(self, segments: list[Any]) -> None:
-        self._segments = segments
-        self._boards = [Board(segment.path) for segment in segments]
-        if self.engines.anchor is not None:
-            self.engines.anchor.note("boards", [segment.path for segment in segments])
+    def _read_states(self, paths: Sequence[str] = ()) -> StateReader:
+        engines = self.engines
+        if self._states is not None:
+            self._states.close()
+        self._states = states = engines.exchange.state_reader(engines.size, engines.anchor, paths)
+        if engines.anchor is not None:
+            engines.anchor.note("boards", states.paths)
+        return states
 
     def _with_output(self, calls: list[Any]) -> list[Any]:
         """The same calls; their output is added to `Run.printed`."""
@@ -148,10 +142,7 @@ class RunDispatch:
             rank: The rank.
             call: Its call, as `start` returned it.
         """
-        if self._boards:
-            published = [json.loads(data) for data in self._boards[rank].read()]
-        else:
-            published = [call.data["nbdist"]] if isinstance(call.data, dict) and "nbdist" in call.data else []
+        published = [] if self._states is None else self._states.read(rank, call)
         states = [self.run.progress.ranks[rank]]
         for data in published:
             states.append(RankState.from_dict(data, states[-1]))
@@ -169,7 +160,7 @@ class RunDispatch:
             self._plan = run.replan.of(self._plan, size)
             self._segment.close()
             what = f"{self._handoff.names[0]} or {self._handoff.names[1]}"
-            packed = pack((self._task, self._plan), name=what, inline=engines.remote, segment_cache=self._segment_cache)
+            packed = engines.exchange.pack((self._task, self._plan), name=what, segment_cache=self._segment_cache)
             self._payload, self._segment = packed
             run.stand_on(self._plan)
             if run.snapshot_store is not None:
@@ -226,9 +217,9 @@ class RunDispatch:
     def end(self, *, failed: bool) -> None:
         """Make the engines ready for the next run; the last snapshot stays."""
         engines, run = self.engines, self.run
-        for segment in self._segments:
-            segment.close()
-        self._segments, self._boards = [], []
+        if self._states is not None:
+            self._states.close()
+            self._states = None
         wanted = run.wanted or engines.size
         engines.formed = not failed  # ranks leave the process group of a failed run
         if failed:

@@ -23,7 +23,7 @@ from nbdist.core.state.checkpoint_writer import check_no_live_writer
 from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.sync.gradient_hooks import check_hooks
 from nbdist.core.task.task import Task
-from nbdist.core.transfer.payload import SegmentCache, pack
+from nbdist.core.transfer.payload import SegmentCache
 from nbdist.engine.cell_sources import CellSources
 from nbdist.errors import ClusterError, NbdistError, PeerLostError, PlanError, ranks_text, suggest
 from nbdist.plan import Plan
@@ -180,11 +180,11 @@ class RunQueue:
             check_no_live_writer(plan.checkpoint, run.run_id)
         self._segment_cache = self._segment_cache or SegmentCache(engines.anchor)
         what = f"{queued.names[0]} or {queued.names[1]}"
-        packed = pack((queued.task, plan), name=what, inline=engines.remote, segment_cache=self._segment_cache)
+        packed = engines.exchange.pack((queued.task, plan), name=what, segment_cache=self._segment_cache)
         from_snapshot = snapshot_store is not None
         if from_snapshot:
             snapshot_store.grow(engines.size)
-        elif not engines.remote:
+        elif engines.exchange.shares_memory:
             snapshot_store = SnapshotStore(engines.size, engines.anchor)
         run.snapshot_store = snapshot_store
         with run.changing:

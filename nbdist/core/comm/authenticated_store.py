@@ -8,15 +8,19 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from nbdist.peer_auth import COMMAND, authenticate_as_client, pack, receive_fields
+from nbdist.peer_auth import authenticate_as_client, pack, receive_fields
 
 __all__ = ["GuardedStore", "host_store"]
 
+# Isolated and without site-packages, for speed; nbdist comes last, so that it hides no standard module.
+_COMMAND = "import sys; sys.path.append(sys.argv.pop(1)); from nbdist.store_server import main; main()"
 _TIMEOUT_S = 300.0
+_PACKAGES = str(Path(__file__).parents[3])
 _POLL_S = 1e-3
 _CONNECT_TIMEOUT_S = 10.0
 
@@ -52,7 +56,7 @@ class GuardedStore(dist.Store):
             bound = listener.getsockname()
             passed = listener.fileno(), server_end.fileno()
             server = subprocess.Popen(
-                [sys.executable, "-I", "-S", COMMAND, *map(str, passed)], pass_fds=passed,
+                [sys.executable, "-I", "-S", "-c", _COMMAND, _PACKAGES, *map(str, passed)], pass_fds=passed,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         owner_end.sendall(pack([bytes.fromhex(secret)]))

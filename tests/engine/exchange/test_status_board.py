@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from nbdist.core.transfer.payload import Segment
-from nbdist.engine.status_board import BOARD_BYTES, Board
+from nbdist.engine.exchange.status_board import BOARD_BYTES, Board
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_what_does_not_fit_changes_nothing(pair, seldom):
 
 WRITER = """
 import itertools, sys
-from nbdist.engine.status_board import Board
+from nbdist.engine.exchange.status_board import Board
 board = Board(sys.argv[1])
 for i in itertools.count():
     board.write(bytes([i % 251]) * (i % 4000 + 1))

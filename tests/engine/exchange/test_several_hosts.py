@@ -1,0 +1,59 @@
+"""The exchange across hosts, on engines that are told that they are on another one: the same training in messages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shared_cluster import ENGINES, until
+from tasks import classes, copied, net
+
+from nbdist.cluster.engines.engines import Engines
+from nbdist.engine.exchange.several_hosts import SeveralHosts
+
+
+@pytest.fixture
+def apart(cluster, monkeypatch):
+    """Engines that are taken for those of another host, though signals still reach them directly."""
+    monkeypatch.setattr(Engines, "exchange", SeveralHosts())
+    return cluster
+
+
+def trained(cluster):
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    run = cluster.train(model, classes(), loss="cross_entropy", optimizer=optimizer, epochs=2, batch_size=16, seed=1)
+    return run, copied(model), optimizer.state_dict()
+
+
+def test_a_training_gives_the_same_bits(cluster, monkeypatch):
+    """Model, data, weights and the optimizer's state travel as bytes."""
+    _, here, state = trained(cluster)
+    monkeypatch.setattr(Engines, "exchange", SeveralHosts())
+    run, there, state_there = trained(cluster)
+    assert run.state == "finished"
+    assert {rank.step for rank in run.progress.ranks.values()} == {run.history[-1]["steps"] * 2}
+    torch.testing.assert_close((here, state), (there, state_there), rtol=0, atol=0)
+
+
+def test_states_arrive_during_a_run(apart):
+    """Progress, rates and the loss curve of every rank."""
+    run = apart.train(net(), classes(), loss="cross_entropy", steps=10**9, batch_size=16, background=True)
+    until(lambda: len(run.progress.ranks) == ENGINES and all(rank.step > 3 for rank in run.progress.ranks.values()))
+    run.stop()
+    assert run.wait().state == "stopped"
+    assert run.progress.ranks[0].curve
+
+
+def test_no_snapshot_is_kept(apart):
+    """The memory that survives an engine is the kernel's, which another host cannot map."""
+    run = apart.train(net(), classes(), loss="cross_entropy", steps=3, batch_size=16)
+    assert run.state == "finished"
+    assert run.snapshot_store is None
+
+
+def test_values_travel(apart):
+    """To the engines, and back."""
+    apart.push(given=torch.arange(5.0))
+    apart.execute("given += rank").wait()
+    for rank in range(ENGINES):
+        torch.testing.assert_close(apart.pull("given", rank), torch.arange(5.0) + rank)
