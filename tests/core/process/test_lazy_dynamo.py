@@ -35,13 +35,34 @@ def marked():
 """
 
 
-def run(code):
-    """The `result` that the code computes in a new process."""
-    code = f"{START}\n{code}\nprint(json.dumps(result))"
-    return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+FORKS = f"""
+{START}
+import os
+
+for line in sys.stdin:  # a fork a program: loading torch takes seconds
+    if not os.fork():
+        exec(json.loads(line))
+        print(json.dumps(result), flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        print("null", flush=True)
+"""
 
 
-def test_an_optimizer_loads_no_compiler_and_computes_the_same():
+@pytest.fixture(scope="module")
+def run():
+    """``run(code)``: the `result` that the code computes in a new process, which has loaded torch but no compiler."""
+    with subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+
+        def in_a_fork(code):
+            p.stdin.write(json.dumps(code) + "\n")
+            p.stdin.flush()
+            return json.loads(p.stdout.readline())
+
+        yield in_a_fork
+
+
+def test_an_optimizer_loads_no_compiler_and_computes_the_same(run):
     """From construction to step; outside of the context it still imports it, else the fake module is obsolete."""
     code = (
         "with skip_dynamo_import():\n    inner = stepped()\nresult = [inner, loaded(), placed(), stepped(), loaded()]"
@@ -51,7 +72,7 @@ def test_an_optimizer_loads_no_compiler_and_computes_the_same():
     assert outside == inside
 
 
-def test_the_placeholder_is_there_within_the_outermost_block_only():
+def test_the_placeholder_is_there_within_the_outermost_block_only(run):
     """A nested block leaves it in place; an error inside a block removes it."""
     code = """
 result = [placed()]
@@ -75,14 +96,14 @@ except ZeroDivisionError:
     ],
     ids=["a module of it", "compiled code"],
 )
-def test_whoever_wants_the_compiler_inside_gets_it(want):
+def test_whoever_wants_the_compiler_inside_gets_it(run, want):
     """And it stays imported, as for an optimizer that compiles its own step."""
     code = f"with skip_dynamo_import():\n    {want}\n    real = loaded()\n    stepped()"
     code += "\nresult = [real, placed(), marked()]"
     assert [True, [True, True], True] == run(code)
 
 
-def test_the_compiler_works_afterwards_and_finds_its_marks():
+def test_the_compiler_works_afterwards_and_finds_its_marks(run):
     """Functions that were marked for the fake module are marked again for the real one."""
     code = """
 with skip_dynamo_import():
@@ -95,7 +116,7 @@ result += [marked(), torch._dynamo.utils.counters["stats"]["unique_graphs"]]
     assert [False, False, 2.0, True, 1] == run(code)
 
 
-def test_whatever_can_be_marked_can_be_marked_inside():
+def test_whatever_can_be_marked_can_be_marked_inside(run):
     """As a decorator with arguments, and for an object without attributes."""
     code = (
         "with skip_dynamo_import():\n    mark = torch.compiler.disable\n    result = [mark(len)([0]), mark()(len)([0])]"
