@@ -30,11 +30,13 @@ HERE = re.escape(os.path.abspath(__file__))
 class Net(nn.Module):
     """On rank 1 its 40th forward hangs, unless the file `mark` is there: in Python, in C, or stopped by a signal."""
 
-    def __init__(self, mark="", how=""):
+    def __init__(self, mark="", how="", width=16):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.layers = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Linear(16, 3))
+            self.layers = nn.Sequential(
+                nn.Linear(6, width), nn.BatchNorm1d(width), nn.Dropout(0.2), nn.Linear(width, 3)
+            )
         self.mark, self.how, self.calls = mark, how, 0
 
     def forward(self, x):
@@ -139,6 +141,16 @@ def test_a_rank_that_hangs_is_replaced_and_no_bit_changes(cluster, undisturbed, 
     assert re.match(rf"rank 1 lost \({pattern}.*\), replaced in .* s; all continue from step \d+", recovered)
     events = [json.loads(line) for line in (records() / run.run_id / "cluster.jsonl").read_text().splitlines()]
     assert [explained, recovered] == [event["text"] for event in events if event["event"] == "Noted"]
+
+
+def test_with_shared_weights_the_rank_that_hangs_is_found_too(cluster, clock, tmp_path):
+    """Above 100,000 parameters both ranks map the same weights, and wait for each other in other calls."""
+    undisturbed, model = Net(width=12_000), Net(str(tmp_path / "hung"), "in Python", width=12_000)
+    train(cluster, undisturbed).wait()
+    run = train(cluster, model, hang_timeout=0.5)
+    hung(cluster, run, clock, f"{IN_PYTHON}; rank 0 waits for it in ").wait()
+    assert "finished" == run.state
+    assert same(model, copied(undisturbed))
 
 
 def test_on_hang_stop_ends_the_run_and_keeps_its_state(cluster, undisturbed, clock, tmp_path):
