@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from problems import seeded
 from torch import nn
+
+from nbdist.core.strategies.tensor import Group, TensorPlan, derive_plan, parallelize, verify_plan
 
 VOCABULARY, WIDTH, LENGTH, BATCH = 48, 32, 6, 4
 
@@ -153,3 +156,20 @@ def train(model, example, steps=5):
         outputs.append(model(example))
     model.train()
     return outputs, first
+
+
+def gpt(tied=True):
+    """A GPT with dropout, in float64."""
+    return seeded(lambda: GPT(functools.partial(Block, 0.1), tied), torch.float64)
+
+
+def split(world, model, *example):
+    """The model split over the ranks by the derived and verified plan; the split, and the plan."""
+    channel = world.channel()
+    plan = verify_plan(model, channel, derive_plan(model, channel.size, example), example)
+    return parallelize(model, channel, plan), plan
+
+
+def only(size, layers, **more):
+    """A plan of one group."""
+    return TensorPlan(size=size, groups=(Group(kind="own", block="", key="own", layers=layers, **more),))
