@@ -117,7 +117,7 @@ def run(condition: str, arguments: list[str]) -> int:
             command = ["taskset", "-c", str(core), *command]
         group = stack.enter_context(quota()) if condition == "half" else None
         if group is not None:
-            command = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs"), *command]
+            command = ["sh", "-c", 'printf %s $$ > "$0" && exec "$@"', str(group / "cgroup.procs"), *command]
         pytest = subprocess.Popen(command, env=environment)
         if condition == "half" and group is None:
             halved(pytest)

@@ -138,7 +138,7 @@ def test_core_knows_no_notebook():
     assert [] == [str(i) for i in imports("core") if within(i.name, NOTEBOOK_WORLD)]
 
 
-def test_notebook_speaks_to_the_cluster_only():
+def test_notebook_uses_the_cluster_only():
     """notebook imports neither torch nor core, in functions neither."""
     for i in imports("notebook"):
         assert not within(i.name, {"torch", "nbdist.core", "nbdist.engine", "nbdist.cli"}), i

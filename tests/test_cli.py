@@ -39,7 +39,7 @@ def test_usage_names_every_command(capsys, words):
         (["demo", "nowhere.ipynb"], "there is no nowhere.ipynb here: run it in a checkout, or name a notebook."),
     ],
 )
-def test_mistakes_are_said_in_one_line(capsys, words, message):
+def test_mistakes_are_reported_in_one_line(capsys, words, message):
     """On standard error, with status 2."""
     assert main(words) == 2
     captured = capsys.readouterr()

@@ -64,10 +64,10 @@ def test_only_announced_errors(path):
         assert bool(errors) == ("raises-exception" in tags(cell))
         for error in errors:
             text = _COLOUR.sub("", "\n".join(error.traceback))
-            said = re.search(r"^EngineError: ranks? [\d-]+: (\w+): ", text, re.MULTILINE)
-            assert said
+            reported = re.search(r"^EngineError: ranks? [\d-]+: (\w+): ", text, re.MULTILINE)
+            assert reported
             # a sentence of ours names the line itself
-            line = r"Cell In\[\d+\], line \d+" if said[1] in ("TaskError", "PlanError") else r"^-+> *\d+ "
+            line = r"Cell In\[\d+\], line \d+" if reported[1] in ("TaskError", "PlanError") else r"^-+> *\d+ "
             assert re.search(line, text, re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""The words are law: nothing in the package speaks in words that the glossary has replaced."""
+"""The words are law: neither the package nor its tests use words that the glossary has replaced."""
 
 from __future__ import annotations
 
@@ -140,11 +140,17 @@ def exceptions(file, word):
 
 def found(source, file):
     """What is wrong in a module, a sentence each."""
+    yield from old_words(source, file)
+    for line, name in identifiers(source):
+        if (word := word_of(name)) and not exceptions(file, word):
+            yield f"{file}:{line} calls something {name}: say {RULED_OUT[word]}, or allow it with the reason"
+
+
+def old_words(source, file):
+    """Where a module speaks the private language, a sentence each."""
     for line, name in identifiers(source):
         for word in parts_of(name) & set(PARTS):
             yield f"{file}:{line} calls something {name}: say {PARTS[word]}"
-        if (word := word_of(name)) and not exceptions(file, word):
-            yield f"{file}:{line} calls something {name}: say {RULED_OUT[word]}, or allow it with the reason"
     for line, text in prose(source):
         for phrase, instead in PROSE.items():
             for match in re.finditer(rf"(?<![\w-])(?:{phrase})(?![\w-])", text, re.IGNORECASE):
@@ -155,6 +161,12 @@ def found(source, file):
 def test_a_module_speaks_the_fields_words(path):
     """Its identifiers, docstrings, comments and messages."""
     assert [] == list(found(path.read_text(), name_of(path)))
+
+
+def test_the_tests_do_not_speak_the_private_language():
+    """The glossary's other words are not ruled out there: a test has many a `config`."""
+    tests = [path for path in sorted(Path(__file__).parent.rglob("*.py")) if path != Path(__file__)]
+    assert [] == [each for path in tests for each in old_words(path.read_text(), path.name)]
 
 
 def test_each_exception_is_needed():

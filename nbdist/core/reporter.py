@@ -55,7 +55,7 @@ class Reporter:
 
     def exclude(self, seconds: float) -> None:
         """Leave a pause out of the speed."""
-        self._meter.leave_out(seconds)
+        self._meter.exclude(seconds)
 
     def resume(self, progress: TrainProgress) -> None:
         """Training continues after an evaluation: leave out the time since the last event."""

@@ -26,7 +26,7 @@ class Meter:
         """Whether `interval_s` has passed since the last `read`. Cheap enough for every step."""
         return time.perf_counter() >= self._next_s
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude(self, seconds: float) -> None:
         """Exclude `seconds` of pause or evaluation from the speed."""
         self._last_s += seconds
 

@@ -27,8 +27,8 @@ SHOTS = Path(__file__).parents[2] / "shots"
 WITHIN_MS = 1000 * HUNG_S
 _QUIET = {"notification": {"fetchNews": "false", "checkForUpdates": False}}
 _SETTLED = """() => {
-    const told = document.querySelector(".jp-Notebook-ExecutionIndicator");
-    return !document.querySelector(".jp-Dialog") && (!told || ["idle", "busy"].includes(told.dataset.status));
+    const reported = document.querySelector(".jp-Notebook-ExecutionIndicator");
+    return !document.querySelector(".jp-Dialog") && (!reported || ["idle", "busy"].includes(reported.dataset.status));
 }"""
 _CHROMIUM = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -188,8 +188,8 @@ class Sheet:
     def expect_step_after(self, step: int) -> None:
         """Wait until more steps are done."""
         self.page.wait_for_function(
-            "step => { const told = document.querySelector('.nbdist-panel dd');"
-            " return told && parseInt(told.textContent.replace(/,/g, '')) > step; }",
+            "step => { const reported = document.querySelector('.nbdist-panel dd');"
+            " return reported && parseInt(reported.textContent.replace(/,/g, '')) > step; }",
             arg=step,
         )  # fmt: skip
 

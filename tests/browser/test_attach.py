@@ -11,7 +11,7 @@ AFTER = "run.wait()\nprint('weights of', type(model).__name__, 'after step', run
 
 
 def test_the_panel_goes_on_in_another_notebook(open_notebook):
-    """With the steps that were done, the charts and the engines; its buttons work, and the weights come home there."""
+    """With the steps that were done, the charts and the engines; its buttons work, and the weights arrive."""
     with open_notebook("first.ipynb", f"{START} --detach", NET, f"{ENDLESS} --background") as first:
         first.run_all()
         first.expect_state("running")

@@ -142,8 +142,8 @@ def test_an_engine_that_is_killed_comes_back(open_notebook):
         sheet.run_all()
         sheet.expect_state("running")
         sheet.expect_step_after(3000)
-        told = sheet.page.locator(".jp-OutputArea-output", has_text="pids").inner_text()
-        pids = re.search(r"pids (\d+) (\d+)", told).groups()
+        reported = sheet.page.locator(".jp-OutputArea-output", has_text="pids").inner_text()
+        pids = re.search(r"pids (\d+) (\d+)", reported).groups()
         sheet.page.evaluate("""() => {
             window.seen = new Set();
             const look = () => document.querySelectorAll(".nbdist-panel tr[data-rank='1']").forEach(
@@ -199,7 +199,7 @@ def test_in_the_background_the_panel_goes_on_after_a_reload(open_notebook):
         expect(page.locator(".nbdist-panel").last).to_have_attribute("data-state", re.compile("running|finished"))
 
 
-def test_a_front_end_that_keeps_clicks_back_is_told_of(browser, deaf_lab):
+def test_a_front_end_that_keeps_clicks_back_is_reported(browser, deaf_lab):
     """It points to the interrupt button, which works; with the cell over, or in the background, the buttons do."""
     with opened(browser, deaf_lab, "deaf.ipynb", START, NET, ENDLESS, f"{ENDLESS} --background") as sheet:
         sheet.run_all()

@@ -34,7 +34,7 @@ class Rows(torch.utils.data.Dataset):
 
 cluster = nbdist.Cluster(2, device="cpu", detach=float(sys.argv[1])).start()
 cluster.push(given=torch.arange(3))
-cluster.execute("told = rank + 10").wait()
+cluster.execute("reported = rank + 10").wait()
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.2), nn.Linear(4, 3))
 gate = Gate(sys.argv[2], 6)
@@ -150,7 +150,7 @@ def test_a_rank_that_dies_while_there_is_no_kernel_is_replaced_by_the_next(share
     with nbdist.Cluster.attach(namespace=names) as cluster:
         assert nbdist.last_run().wait().state == "finished"
         assert same(names["net"], undisturbed)
-        assert [cluster.pull("told", rank) for rank in range(2)] == [10, 11]
+        assert [cluster.pull("reported", rank) for rank in range(2)] == [10, 11]
         assert cluster.pull("given", 0).tolist() == [0, 1, 2]
 
 

@@ -66,7 +66,7 @@ def test_keys_are_for_their_owner_only(security_folder):
 def test_a_message_with_another_key_runs_nothing(cluster, connection, tmp_path):
     """Sent to every engine through each of the controller's ports; the cluster keeps working."""
     marker = tmp_path / "marker"
-    forger = Session(key=b"another key", username="somebody")
+    forger = Session(key=b"another key", username="another process")
     call = pack_apply_message(marker.write_text, ("forged",), {})
     engines = cluster._up._launch.client._engines
     controllers = [process for process in of_cluster(cluster) if "controll" in process.name()]
@@ -77,7 +77,7 @@ def test_a_message_with_another_key_runs_nothing(cluster, connection, tmp_path):
         with context.socket(zmq.DEALER) as dealer:
             dealer.linger = dealer.sndtimeo = 1000
             dealer.connect(f"tcp://127.0.0.1:{port}")
-            with contextlib.suppress(zmq.Again):  # a port of publishers hangs up on a dealer
+            with contextlib.suppress(zmq.Again):  # a port of publishers closes on a dealer
                 for engine in [None, *engines.values()]:
                     ident = None if engine is None else engine.encode()
                     forger.send(dealer, "apply_request", ident=ident, content={}, buffers=call, metadata={})

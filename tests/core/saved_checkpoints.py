@@ -110,7 +110,7 @@ def newest(folder: Any) -> Path:
 
 
 def reseal(place: Path) -> None:
-    """Give the files of a checkpoint the checksums that they have now, as somebody hostile would."""
+    """Give the files of a checkpoint the checksums that they have now, as a hostile process would."""
     files = {
         name: [(place / name).stat().st_size, hashlib.sha256((place / name).read_bytes()).hexdigest()]
         for name in json.loads((place / MANIFEST).read_text())["files"]

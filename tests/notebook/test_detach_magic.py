@@ -21,7 +21,7 @@ def test_a_new_kernel_brings_the_trained_model_home(shared_cluster, tmp_path):
         name = started.partition("%dist_attach ")[2].split()[0]
         assert f"they live 1 h 00 min without this kernel: %dist_attach {name} takes them over" in started
         first(NET)
-        first("%%dist\nclass Told:\n    word = 'kept'")
+        first("%%dist\nclass Reported:\n    word = 'kept'")
         first(f"{GATE}\nheld = Gate('.', 10)")
         train = "%dist_train model train_set --loss cross_entropy --batch-size 16 --epochs 10 --background -o run"
         cell = first(f"{train} --lr-scheduler held\nheld.wait(10, run=run)\nrun.run_id")
@@ -41,8 +41,8 @@ def test_a_new_kernel_brings_the_trained_model_home(shared_cluster, tmp_path):
         Gate(tmp_path).open()
         ended = second("(run.wait().state, run.run_id, run.progress.step, len(run.history), run.history[0]['epoch'])")
         assert ended.rich[-1]["text/plain"] == f"('finished', '{run_id}', 40, 10, 1)"
-        told = second("%%dist\nprint(Told.word)").printed
-        assert told == "[0-1] kept\n"
+        reported = second("%%dist\nprint(Reported.word)").printed
+        assert reported == "[0-1] kept\n"
         model = second("import nbdist\ntype(model).__name__, nbdist.current_cluster().name")
         assert model.rich[-1]["text/plain"] == f"('Net', '{name}')"
     finally:

@@ -174,7 +174,7 @@ def test_a_local_cell_runs_here_too_and_its_classes_are_one(notebook):
     assert notebook("%dist_pull reached") == 1
 
 
-def test_values_go_to_the_engines_and_come_back(notebook):
+def test_values_go_to_the_engines_and_return(notebook):
     """Several at once; the line magic returns the value, and the object is of the notebook's own class."""
     notebook.printed()
     notebook("w = torch.arange(3.)", "%dist_push w model")
@@ -208,7 +208,7 @@ def test_values_go_to_the_engines_and_come_back(notebook):
         ("%%dist --rank 0\n1", PlanError, "%%dist: unknown argument '--rank'. Did you mean '--ranks'?"),
     ],
 )
-def test_mistakes_are_said_in_one_sentence(notebook, cluster, line, kind, message):
+def test_mistakes_are_reported_in_one_sentence(notebook, cluster, line, kind, message):
     """One error that names the value and the cure, no traceback, and the engines continue."""
     pids = [engine.pid for engine in cluster.engines]
     error, shown = notebook.fails(line)

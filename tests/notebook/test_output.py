@@ -30,7 +30,7 @@ from nbdist.notebook.output import RankPrinter, StatusLine, label, merge, show_r
          "one is silent", "one rank", "no end", "empty lines", "a progress bar", "unfinished progress bars",
          "line ends of DOS", "only line feeds end a line", "nothing"],
 )  # fmt: skip
-def test_lines_are_labelled_and_said_once(texts, lines):
+def test_lines_are_labelled_and_shown_once(texts, lines):
     """A line of all ranks is printed once; an overwritten line of a rank is not printed at all."""
     assert merge(texts) == lines
 
@@ -76,7 +76,7 @@ def test_equal_results_are_shown_once(capsys):
     assert capsys.readouterr().out == "[0] Out:\na\nb\n"
 
 
-def test_a_terminal_is_told_the_end_only(capsys):
+def test_a_terminal_shows_the_end_only(capsys):
     """A status that cannot be replaced later is not printed."""
     line = StatusLine(live=False)
     line.report("starting")

@@ -55,9 +55,9 @@ def test_the_panel_follows_the_run_to_its_end(cluster):
     assert shares == sorted(shares)
     head = views[-1]["head"]
     assert (head["title"], head["state"], head["share"]) == ("Linear (21 parameters) on dp=2", "finished", 1.0)
-    told = dict(head["facts"])
-    assert (told["step"], told["epoch"], told["left"]) == ("12 of 12", "3 of 3", "–")
-    assert f"{run.history[-1]['loss']:.4g}" == told["loss"]
+    reported = dict(head["facts"])
+    assert (reported["step"], reported["epoch"], reported["left"]) == ("12 of 12", "3 of 3", "–")
+    assert f"{run.history[-1]['loss']:.4g}" == reported["loss"]
     ((_, rows),) = views[-1]["rows"]["groups"]
     assert [(rank, "finished", "12", 1.0) for rank in range(2)] == [(row[0], row[1], row[4], row[5]) for row in rows]
     assert all(row[3].startswith("cpu") for row in rows)
@@ -116,9 +116,9 @@ def test_the_newest_events_are_shown():
     """Five of them, each with its time in the run."""
     run = made(1)
     run.happenings += [Happening(run.started_s + 60 * i, "checkpoint", f"checkpoint of step {i}") for i in range(9)]
-    told = panel_view.events(run)
-    assert [f"checkpoint of step {i}" for i in range(4, 9)] == [text.split("  ")[1] for _, text in told]
-    assert told[-1][1].startswith("8 min")
+    reported = panel_view.events(run)
+    assert [f"checkpoint of step {i}" for i in range(4, 9)] == [text.split("  ")[1] for _, text in reported]
+    assert reported[-1][1].startswith("8 min")
 
 
 def test_an_error_stands_last():

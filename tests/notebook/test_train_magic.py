@@ -58,8 +58,8 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
         "--seed 7 --shuffle no --strategy pp --split-at 1 --microbatches 2 --schedule gpipe --gather no "
         "--resume {folder}/kept"
     ).plan
-    told = (pipelined.split_at, pipelined.microbatches, pipelined.schedule, pipelined.resume, pipelined.gather)
-    assert told == (("1",), 2, "gpipe", str(tmp_path / "kept"), False)
+    reported = (pipelined.split_at, pipelined.microbatches, pipelined.schedule, pipelined.resume, pipelined.gather)
+    assert reported == (("1",), 2, "gpipe", str(tmp_path / "kept"), False)
     plan = {name: value for name, value in run.plan.to_dict().items() if name != "mesh"}
     assert plan == {
         "loss": "cross_entropy", "optimizer": "sgd", "lr": 0.1, "steps": 3, "epochs": None, "batch_size": 16,
@@ -260,7 +260,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("line", "kind", "message"), MISTAKES, ids=[case[0][12:60] for case in MISTAKES])
-def test_mistakes_are_said_in_one_sentence(notebook, line, kind, message):
+def test_mistakes_are_reported_in_one_sentence(notebook, line, kind, message):
     """One error that names the value and the cure, shown without a traceback, and no run begins."""
     before = nbdist.last_run()
     error, shown = notebook.fails(line)

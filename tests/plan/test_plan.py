@@ -134,8 +134,8 @@ def test_what_a_person_writes_is_checked_without_assertions():
     for words in ("often", "0", "0s"):
         code += f"try: print(Plan.create(ranks=1, cores=1, checkpoint='x', checkpoint_every={words!r}))\n"
         code += "except ValueError as error: print(type(error).__name__)\n"
-    told = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True).stdout
-    assert ["PlanError"] * 3 == told.split()
+    reported = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert ["PlanError"] * 3 == reported.split()
 
 
 def test_folders_are_whole_paths(monkeypatch, tmp_path):

@@ -37,7 +37,7 @@ def test_points_stand_for_as_many_steps_each():
     assert 1 == len({point.steps for point in curve[:-1]})
 
 
-def test_losses_are_told_once():
+def test_losses_are_reported_once():
     """The losses since the last call, in few points for any number of steps."""
     losses = Losses()
     assert () == losses.take()
@@ -46,6 +46,6 @@ def test_losses_are_told_once():
     assert [at(1, 1.0), at(2, 0.5), at(3, 1.0 / 3)] == list(losses.take())
     for step in range(4, 1004):
         losses.add(step, 0.25)
-    told = losses.take()
-    assert (1000, 1003, True) == (sum(point.steps for point in told), told[-1].step, len(told) < 32)
+    reported = losses.take()
+    assert (1000, 1003, True) == (sum(point.steps for point in reported), reported[-1].step, len(reported) < 32)
     assert () == losses.take()

@@ -24,7 +24,7 @@ DATA = torch.ones(64, 6), torch.zeros(64, dtype=torch.long)
 OPTIONS = {"loss": "cross_entropy", "batch_size": 16}
 
 
-def told(run_id, *events, rank=0):
+def reported(run_id, *events, rank=0):
     """A record of events."""
     sink = JsonlSink(record_path(run_id, rank))
     for event in events:
@@ -45,7 +45,7 @@ def test_a_run_is_read_back_as_it_was(cluster):
     assert repr(past).splitlines()[0].startswith("nbdist: Linear (21 parameters) on dp=2 · finished · step 12/12")
 
 
-def test_a_run_that_lost_a_rank_is_told_once(cluster, tmp_path):
+def test_a_run_that_lost_a_rank_is_reported_once(cluster, tmp_path):
     """Repeated steps are not on the curve twice, and the lost rank is among the happenings."""
     gate = Gate(tmp_path, 20)
     run = cluster.train(nn.Linear(6, 3), DATA, steps=10**9, background=True, lr_scheduler=gate, **OPTIONS)
@@ -80,8 +80,8 @@ def test_a_run_that_failed_says_why(cluster):
 def test_the_newest_come_first():
     """At most the requested number; a run that never began is left out."""
     for number in range(4):
-        told(f"2026112{number}-000000-abcd", STARTED, RunFinished(rank=0, state="finished"))
-    told("20261129-000000-abcd")
+        reported(f"2026112{number}-000000-abcd", STARTED, RunFinished(rank=0, state="finished"))
+    reported("20261129-000000-abcd")
     assert ["20261123-000000-abcd", "20261122-000000-abcd"] == [run.run_id for run in past_runs(2)]
     assert 4 == len(past_runs())
     assert past_runs(0) == []
@@ -95,7 +95,7 @@ def test_without_a_record_there_are_none(home):
 def test_the_beginning_of_a_name_will_do():
     """If only one run has it."""
     for name in ("20261121-000000-abcd", "20261121-000000-abff", "20261122-000000-abcd"):
-        told(name, STARTED)
+        reported(name, STARTED)
     assert past_run("20261122").run_id == "20261122-000000-abcd"
     with pytest.raises(PlanError, match="2 runs begin with '20261121'"):
         past_run("20261121")
@@ -105,7 +105,7 @@ def test_the_beginning_of_a_name_will_do():
 
 def test_a_torn_line_is_passed_over():
     """A killed rank's torn line, and kinds of events of a later version."""
-    told("20261121-000000-abcd", STARTED, EpochFinished(rank=0, row=ROW))
+    reported("20261121-000000-abcd", STARTED, EpochFinished(rank=0, row=ROW))
     with record_path("20261121-000000-abcd", 1).with_name("rank0.jsonl").open("a") as file:
         file.write('{"event": "Improved", "rank": 0}\n{"event": "Progre')
     past = past_run("20261121")
@@ -115,12 +115,12 @@ def test_a_torn_line_is_passed_over():
 def test_a_list_reads_the_ends_only():
     """For a record of any length: its middle is not read."""
     run_id = "20261121-000000-abcd"
-    told(run_id, STARTED)
+    reported(run_id, STARTED)
     path = record_path(run_id, 1).with_name("rank0.jsonl")
     with path.open("ab") as file:
         file.truncate(1 << 33)
         file.write(b"\n")
-    told(run_id, EpochFinished(rank=0, row=ROW), RunFinished(rank=0, state="stopped"))
+    reported(run_id, EpochFinished(rank=0, row=ROW), RunFinished(rank=0, state="stopped"))
     overview = past_run(run_id).overview
     assert ("stopped", [ROW]) == (overview.state, list(overview.history))
 
@@ -155,19 +155,19 @@ def test_a_run_is_lost_when_its_processes_are_gone(monkeypatch):
     assert "died without recording an end" in repr(past)
 
 
-def test_a_run_of_another_host_is_as_it_last_said(monkeypatch):
+def test_a_run_of_another_host_is_as_it_last_reported(monkeypatch):
     """Only its own host can see whether its processes are gone."""
     monkeypatch.setenv("NBDIST_HOST", STARTED.host)
-    told("20261121-000000-abcd", STARTED)
+    reported("20261121-000000-abcd", STARTED)
     assert "lost" == past_run("20261121").state
     monkeypatch.setenv("NBDIST_HOST", "another")
     assert "running" == past_run("20261121").state
-    told("20261121-000000-abcd", RunFinished(rank=0, state="finished"))
+    reported("20261121-000000-abcd", RunFinished(rank=0, state="finished"))
     assert "finished" == past_run("20261121").state
 
 
 def test_losses_keep_their_points():
     """Rank 0's losses are the curve."""
     points = (Point(1, 1, 2.0, 2.0, 2.0), Point(2, 1, 1.5, 1.5, 1.5))
-    told("20261121-000000-abcd", STARTED, type(PROGRESS)(**{**vars(PROGRESS), "rank": 0, "losses": points}))
+    reported("20261121-000000-abcd", STARTED, type(PROGRESS)(**{**vars(PROGRESS), "rank": 0, "losses": points}))
     assert points == past_run("20261121").progress.curve

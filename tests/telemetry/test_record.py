@@ -43,9 +43,12 @@ def test_names_of_runs_differ():
 
 def began(folder, name, *events, host=None):
     """A record of a run that has begun, with more events."""
-    told = [{"event": "RunStarted", "rank": 0, "host": host or host_name()}, *({"event": event} for event in events)]
+    reported = [
+        {"event": "RunStarted", "rank": 0, "host": host or host_name()},
+        *({"event": event} for event in events),
+    ]
     (folder / name).mkdir(parents=True)
-    (folder / name / "rank0.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in told))
+    (folder / name / "rank0.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in reported))
     return folder / name
 
 
@@ -66,7 +69,7 @@ def test_the_record_of_a_run_that_goes_on_stays(home):
     assert [] == [*runs.glob("2025*")]
 
 
-def test_another_hosts_record_stays_until_it_has_told_its_end(home):
+def test_another_hosts_record_stays_until_it_holds_its_end(home):
     """Only that host can see whether its run is alive."""
     runs = home / "runs"
     began(runs, "2025-a", host="elsewhere")

@@ -14,7 +14,7 @@ from nbdist.telemetry import Point, RankState, Report
 mpl.use("agg")
 
 
-class Told(Report):
+class FixedReport(Report):
     """A report of a given state."""
 
     def __init__(self, progress):
@@ -33,7 +33,7 @@ CURVE = tuple(Point(step, 1, 2.0, 1.0, 3.0) for step in range(1, 21))
 
 @pytest.fixture
 def report():
-    return Told(run_of(RankState(rank=0, history=ROWS, curve=CURVE)))
+    return FixedReport(run_of(RankState(rank=0, history=ROWS, curve=CURVE)))
 
 
 def test_the_history_is_a_frame(report):
@@ -46,8 +46,8 @@ def test_the_history_is_a_frame(report):
 
 def test_a_run_without_an_epoch_has_an_empty_frame():
     """It does not break a loop over runs."""
-    assert 0 == len(Told(run_of(RankState(rank=0))).to_frame())
-    assert 0 == len(Told(run_of(RankState(rank=0))).to_frame(steps=True))
+    assert 0 == len(FixedReport(run_of(RankState(rank=0))).to_frame())
+    assert 0 == len(FixedReport(run_of(RankState(rank=0))).to_frame(steps=True))
 
 
 def test_the_curve_is_a_frame(report):

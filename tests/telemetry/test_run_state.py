@@ -14,7 +14,7 @@ def noted(rank, *texts, kind="note"):
     return dataclasses.replace(rank, happenings=tuple(Happening(float(i), kind, t) for i, t in enumerate(texts)))
 
 
-def test_what_is_noted_by_several_ranks_is_said_once():
+def test_what_is_noted_by_several_ranks_is_shown_once():
     """In order of arrival, however often the state of the same rank is merged."""
     run = run_of(noted(FAST, "one"), noted(SLOW, "one", "two"))
     run.merge(noted(FAST, "one", "three"))
@@ -22,7 +22,7 @@ def test_what_is_noted_by_several_ranks_is_said_once():
     assert ["one", "two", "three"] == run.notes
 
 
-def test_orders_happen_once_and_are_no_notes():
+def test_commands_happen_once_and_are_no_notes():
     """Every rank reports them; rank 0's report counts."""
     run = run_of(noted(FAST, "paused", kind="command"), noted(SLOW, "paused", "late", kind="command"))
     assert ["paused"] == [happening.text for happening in run.happenings]

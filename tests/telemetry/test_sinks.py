@@ -60,19 +60,19 @@ def test_a_record_is_added_to(tmp_path):
 
 def test_a_snapshot_is_published_when_it_is_time():
     """It publishes the state so far, as plain data; progress alone is limited in rate, other events are not."""
-    for interval_s, told in ((0.0, 5), (3600.0, 3)):
+    for interval_s, reported in ((0.0, 5), (3600.0, 3)):
         published = []
         sink = emit(RankStateSink(1, published.append, interval_s))
-        assert [*["running"] * (told - 1), "finished"] == [state["state"] for state in published]
+        assert [*["running"] * (reported - 1), "finished"] == [state["state"] for state in published]
         assert sink.state.to_dict() == published[-1]
         assert json.loads(json.dumps(published[-1]))["step"] == PROGRESS.step
 
 
 def test_progress_within_a_second_is_one_line(tmp_path):
     """The newest counts, and the losses of all; an event of another kind comes after earlier ones."""
-    told = [dataclasses.replace(PROGRESS, step=s, losses=(Point(s, 1, 0.5, 0.5, 0.5),)) for s in (8, 9, 10)]
+    reported = [dataclasses.replace(PROGRESS, step=s, losses=(Point(s, 1, 0.5, 0.5, 0.5),)) for s in (8, 9, 10)]
     sink = JsonlSink(tmp_path / "r.jsonl", 3600.0)
-    for event in (*told, Noted(rank=1, text="so"), told[0]):
+    for event in (*reported, Noted(rank=1, text="so"), reported[0]):
         sink.emit(event)
     sink.close()
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
@@ -82,11 +82,11 @@ def test_progress_within_a_second_is_one_line(tmp_path):
 
 def test_what_is_large_is_published_less_often():
     """The curve is most of a state; a reader keeps it in between, until the rank begins again."""
-    told = [dataclasses.replace(PROGRESS, losses=(Point(step, 1, 0.5, 0.5, 0.5),)) for step in (9, 10)]
+    reported = [dataclasses.replace(PROGRESS, losses=(Point(step, 1, 0.5, 0.5, 0.5),)) for step in (9, 10)]
     for every_s, sizes in ((3600.0, [1, 0]), (0.0, [1, 2])):
         published = []
         sink = RankStateSink(1, published.append, 0.0, every_s)
-        for event in told:
+        for event in reported:
             sink.emit(event)
         assert sizes == [len(state.get("curve", ())) for state in published]
     first, last = RankState.from_dict(published[0]), sink.state.to_dict(whole=False)

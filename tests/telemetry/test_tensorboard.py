@@ -20,7 +20,9 @@ def read(folder):
     """Scalars by tag: pairs of step and value."""
     found = EventAccumulator(str(folder))
     found.Reload()
-    return {tag: [(told.step, told.value) for told in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    return {
+        tag: [(reported.step, reported.value) for reported in found.Scalars(tag)] for tag in found.Tags()["scalars"]
+    }
 
 
 def test_a_run_can_be_read_in_tensorboard(cluster, tmp_path):

@@ -129,8 +129,8 @@ def test_the_order_is_a_function_of_seed_and_epoch(form):
     torch.rand(1)
     assert first == read(World(), form)
     other = read(World(), form, seed=8)
-    orders = [[number for step in epoch for number in numbers(step)] for epoch in (*first, *other)]
-    assert 4 == len(set(map(tuple, orders)))
+    permutations = [[number for step in epoch for number in numbers(step)] for epoch in (*first, *other)]
+    assert 4 == len(set(map(tuple, permutations)))
 
 
 def test_workers_draw_the_same_random_numbers():

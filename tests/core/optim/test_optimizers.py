@@ -41,7 +41,7 @@ def test_every_name_makes_an_optimizer_that_steps(name):
         ("muon", None, TaskError, "optimizer muon cannot train this model: .*2D"),
     ],
 )
-def test_what_torch_would_refuse_is_said_in_a_sentence(name, lr, error, message):
+def test_what_torch_would_refuse_is_reported_in_a_sentence(name, lr, error, message):
     """A rate or a model that an optimizer cannot take."""
     with pytest.raises(error, match=message):
         make_optimizer(name, mlp(), lr)

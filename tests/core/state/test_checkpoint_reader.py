@@ -183,9 +183,9 @@ def test_nothing_outside_the_folder_is_read(tmp_path, kind, way):
     outside, bad = newest(tmp_path / "good"), newest(tmp_path / "bad")
     if kind == "files":
         outside = outside / FILE
-        told = json.loads((bad / MANIFEST).read_text())["files"][FILE]
+        saved_state = json.loads((bad / MANIFEST).read_text())["files"][FILE]
         name = way.format(f"../good/{outside.parent.name}/{FILE}", absolute=outside)
-        (bad / MANIFEST).write_text(sealed({"format": 2, "files": {name: told}}))
+        (bad / MANIFEST).write_text(sealed({"format": 2, "files": {name: saved_state}}))
     else:
         name = way.format(f"good/{outside.name}", absolute=outside)
         (tmp_path / "bad" / NEWEST).write_text(sealed({"checkpoints": [name]}))
@@ -196,27 +196,27 @@ def test_nothing_outside_the_folder_is_read(tmp_path, kind, way):
 def rewritten(place, change):
     """Change rank 0's metadata or tensors, and write both again."""
     with safe_open(place / FILE, framework="pt") as file:
-        told = json.loads(file.metadata()["nbdist"])
+        saved_state = json.loads(file.metadata()["nbdist"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
-    change(told, tensors)
-    save_file(tensors, place / FILE, metadata={"nbdist": json.dumps(told)})
+    change(saved_state, tensors)
+    save_file(tensors, place / FILE, metadata={"nbdist": json.dumps(saved_state)})
     reseal(place)
 
 
 def put(*path):
     """A change of the metadata: the path of keys, then the new value."""
 
-    def change(told, _tensors):
+    def change(saved_state, _tensors):
         *way, name, value = path
         for step in way:
-            told = told[step]
-        told[name] = value
+            saved_state = saved_state[step]
+        saved_state[name] = value
 
     return change
 
 
 HOSTILE_TELLING = {
-    "no rank": lambda told, _: told.clear(),
+    "no rank": lambda saved_state, _: saved_state.clear(),
     "another rank": put("rank", 5),
     "a rank in words": put("rank", "0"),
     "a position below zero": put("position", "step", -1),
@@ -235,12 +235,12 @@ HOSTILE_TELLING = {
     "a cut of a dim that is not there": put("tensors", "first.weight", "cut", {"dim": 7, "sections": [8]}),
     "a cut that does not add up": put("tensors", "first.weight", "cut", {"dim": 0, "sections": [9]}),
     "no ranks to cut over": put("tensors", "first.weight", "tp", 0),
-    "a scheduler that is missing": lambda told, _: told.pop("scheduler"),
+    "a scheduler that is missing": lambda saved_state, _: saved_state.pop("scheduler"),
     "a tensor of nothing": lambda _, tensors: tensors.update({"other||whole|0|0": torch.zeros(1)}),
     "a key of another form": lambda _, tensors: tensors.update({"first.weight": torch.zeros(1)}),
-    "another shape than told": lambda _, tensors: tensors.update({"first.weight||whole|0|0": torch.zeros(3)}),
-    "one part of a billion": lambda told, tensors: (
-        told["tensors"]["first.weight"].update(shard=10**9),
+    "another shape than recorded": lambda _, tensors: tensors.update({"first.weight||whole|0|0": torch.zeros(3)}),
+    "one part of a billion": lambda saved_state, tensors: (
+        saved_state["tensors"]["first.weight"].update(shard=10**9),
         tensors.update({"first.weight||part|0|0": torch.zeros(1)}),
         tensors.pop("first.weight||whole|0|0"),
     ),

@@ -170,9 +170,9 @@ def test_a_checkpoint_is_a_file_per_rank_and_one_of_json(chain):
     folder = Path(chain[0][1], "adamw")
     assert {NEWEST, newest(folder).name} == {path.name for path in folder.iterdir()}
     files = {"rank0.safetensors", "rank1.safetensors"}
-    told = json.loads((newest(folder) / MANIFEST).read_text())["files"]
+    reported = json.loads((newest(folder) / MANIFEST).read_text())["files"]
     written = {path.name for path in newest(folder).iterdir()}
-    assert {*told, MANIFEST} == written
+    assert {*reported, MANIFEST} == written
     assert files <= written
     assert {".safetensors", ".json"} == {Path(name).suffix for name in written}
 

@@ -173,8 +173,8 @@ def test_a_teacher_is_in_each_checkpoint_as_it_was(tmp_path, unseen):
 def test_an_error_in_a_step_that_has_moved_a_teacher(run_ranks):
     """The state after the last complete step is lost, so the snapshot before it is loaded."""
     snapshot_store = SnapshotStore(1)
-    told = run_ranks(1, torn, snapshot_store.paths)[0]
-    assert told
+    reported = run_ranks(1, torn, snapshot_store.paths)[0]
+    assert reported
     snapshot_store.close()
 
 

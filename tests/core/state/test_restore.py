@@ -299,12 +299,12 @@ def test_a_rank_that_sees_another_checkpoint_is_named(run_ranks, tmp_path):
     keep(tmp_path / "run", mlp(), "sgd", steps=2)
     keep(tmp_path / "other", mlp(), "sgd", steps=3)
     place = newest(tmp_path / "run")
-    told = run_ranks(2, resumed_beside_another_disk, str(place), str(newest(tmp_path / "other")))
-    if "no disk can be made here" in told:
+    reported = run_ranks(2, resumed_beside_another_disk, str(place), str(newest(tmp_path / "other")))
+    if "no disk can be made here" in reported:
         pytest.skip("no disk can be made here")
-    assert 1 == len({*told})
+    assert 1 == len({*reported})
     assert re.match(
-        r"rank 0 resumes from .*step00000002', of which rank 1 does not see the same files \(it has", told[0]
+        r"rank 0 resumes from .*step00000002', of which rank 1 does not see the same files \(it has", reported[0]
     )
 
 
@@ -324,9 +324,9 @@ def test_a_host_reads_a_checkpoint_through_once(run_ranks, tmp_path):
     """Each byte is hashed by one rank, however many there are."""
     run_ranks(3, save_12_mb_per_rank, str(tmp_path))
     size = sum(file.stat().st_size for file in newest(tmp_path).iterdir())
-    told = run_ranks(3, bytes_read_to_resume, str(tmp_path))
-    assert size <= sum(told) < 1.2 * size
-    assert max(told) < 0.6 * size
+    reported = run_ranks(3, bytes_read_to_resume, str(tmp_path))
+    assert size <= sum(reported) < 1.2 * size
+    assert max(reported) < 0.6 * size
 
 
 def save_12_mb_per_rank(world, folder):

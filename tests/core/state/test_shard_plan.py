@@ -193,13 +193,13 @@ def test_what_json_does_not_return_is_no_plain_value(value):
         plain(value, "it")
 
 
-def told(world):
+def reported(world):
     return gather_texts(f"{world.rank} é", world.channel())
 
 
 def test_all_ranks_receive_all_texts(run_ranks):
     """Ordered by rank."""
-    assert [["0 é", "1 é", "2 é"]] * 3 == run_ranks(3, told)
+    assert [["0 é", "1 é", "2 é"]] * 3 == run_ranks(3, reported)
 
 
 def test_keys_tell_parts_apart():

@@ -22,17 +22,17 @@ CLASSES = {
 }  # fmt: skip
 
 
-def check(orders, stages, microbatches):
-    """Run `orders` with sends that never block; raise on a deadlock or a missing action."""
+def check(sequences, stages, microbatches):
+    """Run `sequences` with sends that never block; raise on a deadlock or a missing action."""
     done: list[tuple[str, int, int]] = []
-    left = [list(actions) for actions in orders]
+    left = [list(actions) for actions in sequences]
     while any(left):
         before = len(done)
         for actions in left:
             while actions and needs(actions[0], stages) <= set(done):
                 done += facts(actions.pop(0))
         assert len(done) > before, f"deadlock: the ranks wait at {[actions[:1] for actions in left]}"
-    assert all(action.stage % len(orders) == rank for rank, actions in enumerate(orders) for action in actions)
+    assert all(action.stage % len(sequences) == rank for rank, actions in enumerate(sequences) for action in actions)
     expected = [(k, s, m) for k in ("forward", "backward") for s in range(stages) for m in range(microbatches)]
     assert sorted(expected) == sorted(done), "each once"
 
@@ -74,9 +74,9 @@ def torchs_schedule(schedule, ranks, microbatches):
 def test_no_schedule_deadlocks(schedule):
     """No deadlock; each action runs once, after those it needs; with any number of microbatches."""
     for ranks, microbatches in SIZES:
-        orders = schedule_actions(schedule, ranks, microbatches)
-        assert ranks == len(orders)
-        check(orders, ranks * stages_per_rank(schedule), microbatches)
+        sequences = schedule_actions(schedule, ranks, microbatches)
+        assert ranks == len(sequences)
+        check(sequences, ranks * stages_per_rank(schedule), microbatches)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -138,11 +138,11 @@ def test_memory_of_1f1b():
 
 def test_the_checker_finds_deadlocks():
     """The checker of this module finds a deadlock, and a missing microbatch."""
-    orders = schedule_actions("1f1b", 2, 2)
+    sequences = schedule_actions("1f1b", 2, 2)
     with pytest.raises(AssertionError, match="deadlock"):
-        check([orders[0][::-1], orders[1]], 2, 2)
+        check([sequences[0][::-1], sequences[1]], 2, 2)
     with pytest.raises(AssertionError, match="each once"):
-        check([actions[:-1] for actions in orders], 2, 2)
+        check([actions[:-1] for actions in sequences], 2, 2)
 
 
 def test_mistakes():
