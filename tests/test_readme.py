@@ -1,4 +1,4 @@
-"""The README is correct: its links exist, and its code runs."""
+"""The documents are correct: links and files that they name exist, and the README's code runs."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ def test_links_lead_somewhere(document):
         named = re.findall(r"(?:notebooks|nbdist|binder|tests)/[\w./]*\w", re.sub(r"https?://\S+", "", text))
         missing += [path for path in named if not (ROOT / path).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("document", ["nbdist/README.md", "nbdist/DECISIONS.md", "tests/README.md", "CHANGELOG.md"])
+def test_files_that_are_named_exist(document):
+    """By a path from the root, from the package, or by the end of one."""
+    files = [
+        f"/{path.relative_to(ROOT)}" for top in ("nbdist", "tests", "notebooks") for path in (ROOT / top).rglob("*")
+    ]
+    named = set(re.findall(r"`([\w./]+\.(?:py|js|css|ipynb|md))`", (ROOT / document).read_text()))
+    assert [] == sorted(name for name in named if not any(file.endswith(f"/{name}") for file in files))
 
 
 def test_the_notebook_runs(cluster, tmp_path, monkeypatch):
