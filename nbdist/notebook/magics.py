@@ -22,8 +22,8 @@ from nbdist.errors import ClusterError, PlanError, ranks_text
 from nbdist.notebook import parsers
 from nbdist.notebook.dashboard import has_front_end, load_panel, make_dashboard, show_run
 from nbdist.notebook.detached import clusters_bundle
+from nbdist.notebook.dist_help import help_text, help_text_of
 from nbdist.notebook.expressions import callable_of, evaluate, path_of, value_of
-from nbdist.notebook.help import help_text, help_text_of
 from nbdist.notebook.interrupts import deferred
 from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.past_runs import runs_bundle

@@ -19,8 +19,8 @@ from nbdist.telemetry.events import (
 )
 from nbdist.telemetry.loss_curve import Losses
 from nbdist.telemetry.meter import Meter
-from nbdist.telemetry.past import PastRun, past_run, past_runs
 from nbdist.telemetry.rank_state import Happening, RankState, fold
+from nbdist.telemetry.record_reader import PastRun, past_run, past_runs
 from nbdist.telemetry.report import Report
 from nbdist.telemetry.run_state import RunState
 from nbdist.telemetry.run_view import run_html, run_text

@@ -6,7 +6,7 @@ import pytest
 from kernels import Kernel
 
 from nbdist.errors import PlanError
-from nbdist.notebook.help import help_text, help_text_of
+from nbdist.notebook.dist_help import help_text, help_text_of
 from nbdist.notebook.parsers import PARSERS
 
 FOLLOWED = """%dist_status

@@ -1,6 +1,6 @@
 """Partition any module into pipeline stages: trace its forward, profile it, cut it into stages of equal time."""
 
-from nbdist.core.strategies.pipeline.partition.call import Call
+from nbdist.core.strategies.pipeline.partition.call_signature import Call
 from nbdist.core.strategies.pipeline.partition.split import Split, StageInfo, split
 from nbdist.core.strategies.pipeline.partition.tracing import KINDS
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from nbdist.core.params.preserve_model import device_of, preserve_model
-from nbdist.core.strategies.pipeline.partition.call import leaves_of
+from nbdist.core.strategies.pipeline.partition.call_signature import leaves_of
 from nbdist.core.strategies.pipeline.partition.tracing import Trace
 
 __all__ = ["ValueInfo", "examine", "measure"]

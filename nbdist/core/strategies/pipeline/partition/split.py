@@ -11,7 +11,7 @@ from torch import nn
 
 from nbdist.core.params.preserve_model import device_of, preserve_model
 from nbdist.core.strategies.pipeline.partition.build_stage import build
-from nbdist.core.strategies.pipeline.partition.call import Call
+from nbdist.core.strategies.pipeline.partition.call_signature import Call
 from nbdist.core.strategies.pipeline.partition.crossings import Crossings
 from nbdist.core.strategies.pipeline.partition.cut_points import cut_at_names, cut_at_nodes, cut_like
 from nbdist.core.strategies.pipeline.partition.profiling import examine, measure

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from nbdist.core.params.preserve_model import device_of, preserve_model
-from nbdist.core.strategies.pipeline.partition.call import Call, FlatModel, OutputStructure
+from nbdist.core.strategies.pipeline.partition.call_signature import Call, FlatModel, OutputStructure
 from nbdist.errors import TaskError
 
 __all__ = ["KINDS", "Trace", "cannot_split", "trace_forward"]

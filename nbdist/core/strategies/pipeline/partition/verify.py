@@ -12,7 +12,7 @@ from torch import nn
 from nbdist.core.params.preserve_model import device_of, preserve_model
 from nbdist.core.process.rng import seed_all, seed_torch
 from nbdist.core.strategies.pipeline.partition.build_stage import build
-from nbdist.core.strategies.pipeline.partition.call import leaves_of
+from nbdist.core.strategies.pipeline.partition.call_signature import leaves_of
 from nbdist.core.strategies.pipeline.partition.crossings import Crossings
 from nbdist.core.strategies.pipeline.partition.tracing import cannot_split
 
