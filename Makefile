@@ -32,7 +32,7 @@ demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print wh
 	@$(BIN)/python -m nbdist demo
 
 test: env  ## Run the tests, but for those with a target of their own
-	$(BIN)/python -m pytest -q -m 'not hf and not browser and not notebooks and not gpu'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not hf and not browser and not notebooks and not gpu'
 
 test-conditions: env  ## Run the same as on other machines: loaded, of one core, of half a core, and late: an hour
 	$(BIN)/python tests/conditions.py
