@@ -229,7 +229,7 @@ def tied(world, options):
     return result.history[0]["loss"], trained, optimizer.state_dict()
 
 
-@pytest.mark.parametrize("mesh", ["pp=2", "tp=2", "pp=2,tp=2"])
+@pytest.mark.parametrize("mesh", ["pp=2", "tp=2", "pp=2,tp=2", "shard=2,pp=2"])
 def test_tied_weights_count_once_in_the_norm(run_ranks, mesh):
     """However many ranks hold a part of them."""
     more = {"microbatches": 2} if "pp" in mesh else {}

@@ -8,9 +8,9 @@ import torch
 
 # Each mesh with one model that asks something of it.
 PART = {
-    "dp=3": "ResNet-18", "dp=4": "LSTM", "pp=2": "MLP", "pp=4": "U-Net", "tp=2": "TransformerEncoder",
+    "dp=3": "ResNet-18", "dp=4": "LSTM", "pp=2": "ResNet-18", "pp=4": "U-Net", "tp=2": "TransformerEncoder",
     "shard=2": "LSTM", "shard=4": "MLP", "dp=2,pp=2": "Sequential", "dp=2,tp=2": "GPT, tied",
-    "pp=2,tp=2": "MLP", "dp=2,shard=2": "MLP", "shard=2,pp=2": "MLP",
+    "pp=2,tp=2": "MLP", "dp=2,shard=2": "MLP", "shard=2,pp=2": "U-Net",
 }  # fmt: skip
 
 

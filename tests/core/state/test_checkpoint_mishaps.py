@@ -22,7 +22,7 @@ from nbdist.core.state.checkpoint_reader import MANIFEST, NEWEST, CheckpointRead
 from nbdist.core.state.checkpoint_writer import THREAD
 from nbdist.telemetry import Noted
 
-KILLS = 8
+KILLS = 15
 
 
 class Counting(nn.Module):
