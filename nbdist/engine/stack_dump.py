@@ -25,7 +25,7 @@ __all__ = ["enable", "is_stopped", "request"]
 
 _SIGNAL = getattr(signal, "SIGUSR1", None)
 _POLL_S = 0.005
-_WRITTEN_WITHIN_S = 1.0
+_POLLS, _POLLS_A_SIGNAL = 200, 20
 _THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)[^\n]*\n((?:  [^\n]*\n)+)")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 _one_at_a_time = threading.Lock()
@@ -36,13 +36,20 @@ class _Enabled:
 
 
 def enable() -> dict[str, Any]:
-    """Register the signal handler; returns the arguments of `request`, {} without SIGUSR1. Runs on an engine."""
+    """Register the signal handler; returns the arguments of `request`, {} without SIGUSR1.
+
+    Runs on an engine, in its main thread.
+    """
     folder = os.environ.get(FOLDER_VARIABLE, "")
     if _SIGNAL is None or not os.path.isdir(folder):
         return {}
     if _Enabled.file is None:
         _Enabled.file = open(os.path.join(folder, f"stacks-{os.getpid()}"), "ab")  # noqa: SIM115
-        faulthandler.register(_SIGNAL, _Enabled.file, all_threads=True, chain=False)
+        # Only on its way to an earlier handler does faulthandler's put `errno` back (CPython 3.6 to 3.13). Without one,
+        # a system call that failed just before the signal raises "[Errno 0] Error", where a non-blocking read, say,
+        # is to raise BlockingIOError.
+        signal.signal(_SIGNAL, lambda *_: None)
+        faulthandler.register(_SIGNAL, _Enabled.file, all_threads=True, chain=True)
     return {"stacks": _Enabled.file.name, "main_thread": threading.main_thread().ident}
 
 
@@ -64,9 +71,9 @@ def request(pid: int, stacks: str, main_thread: int) -> list[FrameSummary] | Non
         with _one_at_a_time:  # or one request would truncate the dump that another reads
             os.truncate(file, 0)  # the process appends; so the file holds only the newest dump
             previous = b""
-            process.send_signal(_SIGNAL)
-            deadline = time.monotonic() + _WRITTEN_WITHIN_S
-            while time.monotonic() < deadline:
+            for poll in range(_POLLS):
+                if poll % _POLLS_A_SIGNAL == 0 and not previous:
+                    process.send_signal(_SIGNAL)  # again, for one that comes while the handler returns is lost
                 time.sleep(_POLL_S)
                 now = file.read_bytes()
                 if now and now == previous:  # unchanged, so complete

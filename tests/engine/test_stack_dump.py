@@ -21,6 +21,21 @@ def test_the_dump_file_does_not_grow(cluster):
     assert max(sizes) < 2 * min(sizes)
 
 
+DUMPED_AFTER_A_FAILED_CALL = """
+import ctypes, signal
+libc = ctypes.CDLL(None, use_errno=True)
+ctypes.set_errno(11)
+getattr(libc, "raise")(signal.SIGUSR1)
+assert 11 == ctypes.get_errno()
+"""
+
+
+@pytest.mark.engines
+def test_a_dump_does_not_change_why_a_system_call_failed(cluster):
+    """Else a run that was looked at ended now and then: "another rank is gone ([Errno 0] Error)"."""
+    cluster.execute(DUMPED_AFTER_A_FAILED_CALL).wait()
+
+
 def test_a_long_cell_is_checked_less_and_less_often():
     """At first every few seconds, then once a minute; and soon again if it seems deadlocked."""
     looks = list(itertools.accumulate(range(6), lambda last, _: until_next_check(last, deadlocked=False), initial=3.0))
