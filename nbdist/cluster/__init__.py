@@ -5,7 +5,7 @@ from nbdist.cluster.cluster import Cluster
 from nbdist.cluster.engines.engine_info import Engine
 from nbdist.cluster.launch.anchor_client import Detached, detached_clusters
 from nbdist.cluster.launch.fork_client import current_server, end_server
-from nbdist.cluster.runs.run import Run
+from nbdist.cluster.runs.run import Run, attend
 from nbdist.cluster.session import current_cluster, last_run, require_cluster
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Detached",
     "Engine",
     "Run",
+    "attend",
     "current_cluster",
     "current_server",
     "detached_clusters",

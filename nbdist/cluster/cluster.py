@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from nbdist.cluster import session
 from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.diagnose.debugger import debug
-from nbdist.cluster.diagnose.hangs import Hangs
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engine_info import Engine
 from nbdist.cluster.engines.starting import start_engines, take_over_engines
@@ -123,7 +122,10 @@ class Cluster:
         """The name for `attach` from another kernel; empty if the cluster ends with this kernel."""
         return "" if (up := self._up) is None or (anchor := up.anchor) is None else anchor.name
 
-    def start(self, tell: Callable[[str], None] = lambda words: None) -> Cluster:
+    def start(
+        self, tell: Callable[[str], None] = lambda words: None, *, timeout_s: float | None = None,
+        spares: int | None = None,
+    ) -> Cluster:  # fmt: skip
         """Start the engines; returns after all of them have completed a first collective.
 
         On a running cluster, lost engines are replaced, and nothing else happens. A cluster whose controller has ended
@@ -131,18 +133,21 @@ class Cluster:
 
         Args:
             tell: Progress callback: gets a short status text, several times a second.
+            timeout_s: Another timeout from now on; None leaves it as it is.
+            spares: Another number of spare engines; None leaves it as it is.
 
         Raises:
             ClusterError: Another cluster runs in this kernel, or an engine did not become ready in time.
         """
+        self.timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        self.spares = self.spares if spares is None else spares
         if self._up is not None and not self.reachable:
             self._end()
         if self._up is not None:
             self._running()
             self._refuse_while_busy()
-            self._up.timeout_s = self.timeout_s
-            if self._up.replace_lost(tell):
-                self._sources.sent.clear()  # new engines have no cell yet
+            self._up.allow(self.timeout_s)
+            self._up.replace_lost(tell)
             self._up.keep_spares(self.spares)
             self.check_ready()
             return self
@@ -183,7 +188,7 @@ class Cluster:
             cluster = cls(engines.size, device=engines.device, timeout_s=engines.timeout_s, detach=anchor.patience_s)
             run_queue = cluster._drive(engines)
             cluster._replay.take_over(engines)
-            run_queue.take_over({} if namespace is None else namespace, watch, cluster.where)
+            run_queue.take_over({} if namespace is None else namespace, watch)
         except BaseException:
             anchor.leave()
             raise
@@ -197,7 +202,7 @@ class Cluster:
 
         self._up = engines
         self._replay = self._replay or Replay()
-        self._run_queue = RunQueue(engines, self._sources, session.last_run, session.note_run)
+        self._run_queue = RunQueue(engines, self._sources, session.last_run, session.note_run, self.where)
         return self._run_queue
 
     def scale(self, engines: int) -> None:
@@ -219,7 +224,6 @@ class Cluster:
             return
         self.check_ready()
         up.resize(engines)
-        self._sources.sent.clear()
         self.check_ready()
 
     def stop(self) -> None:
@@ -302,7 +306,7 @@ class Cluster:
     def push(self, **values: Any) -> None:
         """Assign values in the namespace of every engine's cells; all ranks map one shared copy of the tensors."""
         self.check_ready()
-        self._replay.push(values, self._sources.new())
+        self._replay.push(values, self._sources.new(self._running().processes.values()))
 
     def pull(self, name: str, rank: int = 0) -> Any:
         """Get the value of a name from the namespace of one engine's cells.
@@ -353,8 +357,9 @@ class Cluster:
         if not background:
             self._refuse_while_busy()
         assert self._run_queue is not None
-        hangs = Hangs(hang_timeout, on_hang, self.where)
-        run = self._run_queue.add(model, data, names, options, watch, hangs, on_failure)
+        run = self._run_queue.add(
+            model, data, names, options, watch, hang_timeout=hang_timeout, on_hang=on_hang, on_failure=on_failure
+        )
         return run if background else attend(run)
 
     def resume(self, **options: Any) -> Run:
@@ -368,10 +373,6 @@ class Cluster:
         """
         arguments = resume_arguments(session.last_run(), options)
         return self.train(arguments.pop("model"), arguments.pop("data"), **arguments)
-
-    def attend(self, run: Run, while_waiting: Callable[[], None] = lambda: None, interrupts: int = 0) -> Run:
-        """Wait for a run in the foreground: the first interrupt stops it after its step, a second one at once."""
-        return attend(run, while_waiting, interrupts)
 
     def _check_rank(self, rank: int) -> int:
         if not 0 <= rank < self.size:

@@ -52,7 +52,7 @@ def note_run(run: Run) -> None:
     """Called by a cluster when a run starts; the run before it can no longer be resumed, and frees its memory."""
     global _run
     if _run is not None:
-        _run.forget(but=run)
+        _run.control.forget(but=run.control)
     _run = run
 
 

@@ -25,7 +25,7 @@ from nbdist.core.reporter import Reporter, rate_of
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_resume, prepare
 from nbdist.core.state.restore import load, open_on_all_ranks, progress_of, same_mesh
-from nbdist.core.state.snapshot import RankSnapshots, newest, read
+from nbdist.core.state.snapshot import RankSnapshots
 from nbdist.core.state.snapshotter import Snapshotter
 from nbdist.core.state.train_progress import TrainProgress
 from nbdist.core.strategies import choice
@@ -288,17 +288,17 @@ def _saved_states(
 
     Without a snapshot of this run, the checkpoint is its own last one, if it has written any. **Collective**.
     """
-    found = newest(snapshot_paths) if from_snapshot else None
+    snapshot = CheckpointReader.of_snapshot(snapshot_paths) if from_snapshot else None
     if plan.resume or (from_snapshot and plan.checkpoint):
         folder = ""
         if world.rank == 0:
-            own = from_snapshot and found is None and checkpoint_of_run(plan, run_id) is not None
+            own = from_snapshot and snapshot is None and checkpoint_of_run(plan, run_id) is not None
             folder = plan.checkpoint if own else folder_to_resume(plan) if plan.resume else ""
         folder = world.channel().broadcast_bytes(folder.encode()).decode()
         if folder:
             yield open_on_all_ranks(folder, world)
-    if found is not None:
-        yield CheckpointReader.in_memory(read(found[1]))
+    if snapshot is not None:
+        yield snapshot
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import linecache
 import os
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +40,31 @@ class NotebookUpdate:
     path: list[str]
 
 
-@dataclass
 class CellSources:
-    """Tracks which cells of this notebook were sent to the engines."""
+    """Tracks which cells of this notebook the engines have."""
 
-    sent: set[str] = field(default_factory=set)
+    def __init__(self) -> None:
+        self._sent: set[str] = set()
+        self._processes: frozenset[Hashable] = frozenset()  # to which they were sent
 
-    def new(self) -> NotebookUpdate:
-        """The cells that were not returned before, and the current ``sys.path``."""
+    def new(self, processes: Iterable[Hashable]) -> NotebookUpdate:
+        """The cells that one of the engines may lack, and the current ``sys.path``; it is sent to all of them.
+
+        Args:
+            processes: The engines' processes. One that is new has no cell.
+        """
+        now = frozenset(processes)
+        if not now <= self._processes:
+            self._sent.clear()
+        self._processes = now
         fresh = {
             name: (_cell_label(name), "".join(entry[2]))
             for name, entry in list(linecache.cache.items())
             # Entries without a modification time are no files but cells, put there by IPython or by nbdist.
-            if len(entry) == 4 and entry[1] is None and name not in self.sent
+            if len(entry) == 4 and entry[1] is None and name not in self._sent
         }
-        self.sent.update(fresh)
+        self._sent.update(fresh)
         return NotebookUpdate(sources=fresh, path=search_path())
-
-    def all(self) -> NotebookUpdate:
-        """All cells, for new engines."""
-        self.sent.clear()
-        return self.new()
 
 
 def _cell_label(name: str) -> str:

@@ -11,6 +11,7 @@ from IPython.display import display
 from nbdist.cluster import (
     Cluster,
     Run,
+    attend,
     current_cluster,
     current_server,
     detached_clusters,
@@ -89,15 +90,13 @@ class DistMagics(Magics):
                 and arguments.device in ("auto", cluster.device)
                 and (arguments.detach is None or cluster.detach is not None)
             ):
-                cluster.timeout_s = arguments.timeout
-                if arguments.spares is not None:
-                    cluster.spares = arguments.spares
+                changed = {"timeout_s": arguments.timeout, "spares": arguments.spares}
                 if not cluster.reachable:
-                    cluster.start(status.report)
+                    cluster.start(status.report, **changed)
                     status.end(f"restarted {describe_cluster(cluster)}, in {duration(cluster.start_seconds)}")
                     return
                 lost = [engine.rank for engine in cluster.engines if engine.state == "lost"]
-                cluster.start(status.report)  # replaces the lost engines
+                cluster.start(status.report, **changed)  # replaces the lost engines
                 status.end(
                     f"{f'replaced {ranks_text(lost)}' if lost else 'already running'}: {describe_cluster(cluster)}"
                 )
@@ -289,7 +288,7 @@ class DistMagics(Magics):
         if arguments.background:
             return run
         try:
-            return cluster.attend(run, printer.poll, len(interrupts))
+            return attend(run, printer.poll, len(interrupts))
         finally:
             printer.flush()
 

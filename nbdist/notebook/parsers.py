@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from nbdist.cluster.diagnose.hangs import ON_HANG
-from nbdist.cluster.runs.run import ON_FAILURE
+from nbdist.cluster.runs.run_spec import ON_FAILURE, ON_HANG
 from nbdist.errors import PlanError
 from nbdist.plan.arguments import OptionParser, add_plan_options
 

@@ -78,6 +78,23 @@ class RunState:
         self.state = "stopping" if self.state == "stopping" else "starting"
         self.started_s = time.time()
 
+    def recover(self) -> None:
+        """Ranks were lost, or their number changes: they restart."""
+        self.state = "stopping" if self.state == "stopping" else "recovering"
+        self.restart_ranks()
+
+    def wait_in_queue(self) -> None:
+        """The run begins later."""
+        self.state = "queued"
+
+    def stop(self) -> None:
+        """The run is to end after this step."""
+        self.state = "stopping"
+
+    def resume(self) -> None:
+        """The run goes on, though its record or another kernel says that it has ended."""
+        self.state, self.error, self.ended_s = "running", "", None
+
     def restart_ranks(self) -> None:
         """Ranks are about to resume from an earlier step: keep the loss curve so far."""
         self._curve = self.curve

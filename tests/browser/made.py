@@ -8,6 +8,8 @@ import random
 import time
 
 from nbdist.cluster.runs.run import Run
+from nbdist.cluster.runs.run_control import RunControl
+from nbdist.cluster.runs.run_spec import RunSpec
 from nbdist.notebook.dashboard import PanelDashboard
 from nbdist.plan import Plan
 from nbdist.telemetry import Happening, Point, RankState, RunState, Shares
@@ -22,9 +24,11 @@ def show(size: int, mesh: str, steps: int = 0) -> None:
 
     Of more ranks than `LOST` and `SLOW`, these two are.
     """
-    progress = _run(size, mesh)
+    plan = Plan.create(ranks=size, cores=size, epochs=10, batch_size=256, strategy=mesh)
+    progress = _run(size, plan)
     panel = PanelDashboard()
-    run = Run("20261126-101500-4f2a", progress.plan, progress, lambda *order: None)
+    spec = RunSpec(run_id="20261126-101500-4f2a", task=None, plan=plan, title=progress.title)
+    run = Run(RunControl(spec, progress, lambda *command: None))
     panel.begin(run)
     for step in range(_FIRST, _FIRST + steps):
         for state in list(progress.ranks.values()):
@@ -33,9 +37,8 @@ def show(size: int, mesh: str, steps: int = 0) -> None:
         time.sleep(_UPDATE_S)
 
 
-def _run(size: int, mesh: str) -> RunState:
+def _run(size: int, plan: Plan) -> RunState:
     chance = random.Random(1)
-    plan = Plan.create(ranks=size, cores=size, epochs=10, batch_size=256, strategy=mesh)
     rows = tuple(
         {
             "epoch": epoch, "steps": 800, "samples": 204_800, "loss": 0.3 + 2 * math.exp(-epoch), "seconds": 328.0,

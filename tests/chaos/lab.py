@@ -252,7 +252,7 @@ class Lab:
             if step == last.progress.steps_total:  # it was stopped when all was done but bringing the weights home
                 differs = "weights" if whole != expected.weights else ""
             elif step == 0:  # nothing was kept, so there is nothing to go on from
-                arguments = {key: value for key, value in last.arguments.items() if key != "resume"}
+                arguments = {key: value for key, value in last.control.arguments.items() if key != "resume"}
                 again = self.cluster.train(arguments.pop("model"), arguments.pop("data"), **arguments)
                 differs = state_of(again, model, options).differs(expected)
             else:

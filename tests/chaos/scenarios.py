@@ -129,12 +129,12 @@ def again_and_again(lab: Lab, rng: random.Random) -> Iterator[Trial]:
         reached = -1
         for blow in range(6):
             if blow % 2 == 0:  # a run that gets no further gives up, however slow the machine is
-                until(lambda reached=reached: run.ended or run.snapshot_store.last_step > reached)
+                until(lambda reached=reached: run.ended or run.control.snapshot_store.last_step > reached)
             run.wait(rng.uniform(0.2, 0.6))
             if not run.ended:
                 pids = lab.pids()
                 traps.kill(*rng.sample(pids, rng.choice([1, 1, 1, 2])))
-            reached = run.snapshot_store.last_step
+            reached = run.control.snapshot_store.last_step
 
     for workload in WORKLOADS:
         yield lab.survives(workload, meanwhile=blows, epochs=60)

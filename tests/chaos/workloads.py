@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from traps import Rates, Traps
 
 from nbdist.core.state.checkpoint_reader import CheckpointReader
-from nbdist.core.state.snapshot import newest, read
 
 STEPS = 20
 SAMPLES, BATCH, FEATURES, CLASSES = 600, 60, 40, 5
@@ -134,9 +133,9 @@ def optimizer_digest(run: Any, options: dict[str, Any]) -> str:
 
 def kept(run: Any) -> CheckpointReader:
     """The last snapshot of a run."""
-    found = newest(run.snapshot_store.paths)
-    assert found is not None, "no snapshot was kept"
-    return CheckpointReader.in_memory(read(found[1]))
+    snapshot = CheckpointReader.of_snapshot(run.control.snapshot_store.paths)
+    assert snapshot is not None, "no snapshot was kept"
+    return snapshot
 
 
 def history(run: Any) -> list[dict[str, Any]]:

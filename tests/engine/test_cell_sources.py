@@ -32,10 +32,19 @@ def test_each_cell_is_sent_once(cell):
     name, source = cell
     linecache.getline(__file__, 1)
     sources = CellSources()
-    fresh = sources.new().sources
+    fresh = sources.new([1, 2]).sources
     assert fresh[name] == (name, source)
     assert __file__ not in fresh
-    assert sources.new().sources == {}
+    assert sources.new([1, 2]).sources == {}
+
+
+def test_all_cells_are_sent_again_once_an_engine_is_new(cell):
+    """One that replaces another, or joins; not when one leaves."""
+    name, _ = cell
+    sources = CellSources()
+    processes = [1, 2], [1], [1, 3], [3, 1], [3, 1, 4]
+    sent = [name in sources.new(alive).sources for alive in processes]
+    assert [True, False, True, False, True] == sent
 
 
 def test_an_installed_cell_has_lines_and_a_label():

@@ -154,12 +154,15 @@ def test_nothing_to_draw():
 
 
 def run_on(mesh, *works):
-    from nbdist.cluster import Run
+    from nbdist.cluster.runs.run import Run
+    from nbdist.cluster.runs.run_control import RunControl
+    from nbdist.cluster.runs.run_spec import RunSpec
     from nbdist.plan import Mesh, Plan
 
     ranks = {rank: RankState(rank=rank, work=work) for rank, work in enumerate(works)}
     progress = RunState(title="Net", plan={"mesh": {}}, ranks=ranks)
-    return Run("r", Plan(mesh=Mesh(**mesh), epochs=1), progress, lambda: None)
+    spec = RunSpec(run_id="r", task=None, plan=Plan(mesh=Mesh(**mesh), epochs=1), title="Net")
+    return Run(RunControl(spec, progress, lambda: None))
 
 
 def test_the_timeline_of_a_run(monkeypatch):

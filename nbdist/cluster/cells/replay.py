@@ -134,7 +134,7 @@ class Replay:
         anchor = engines.anchor
         assert anchor is not None
         notes = anchor.state()["notes"]
-        entries, self._known_processes, self.cells = notes.get("replay", ([], _processes(engines), {}))
+        entries, self._known_processes, self.cells = notes.get("replay", ([], engines.processes, {}))
         self._engines = engines
         self._entries = [
             replace(entry, segment=entry.segment and Segment(1, anchor, entry.segment)) for entry in entries
@@ -162,13 +162,13 @@ class Replay:
             EngineError: An engine was lost meanwhile.
             KeyboardInterrupt: It was interrupted. The next call runs all pending entries again.
         """
-        engines, now = self._engines, _processes(self._engines)
+        engines, now = self._engines, self._engines.processes
         new = {rank for rank, process in now.items() if self._known_processes.get(rank) != process}
         self._entries = [replace(e, ranks=frozenset(now)) if e.everyone else e for e in self._entries]
         pending = [entry for entry in self._entries if entry.ranks & new]
         if pending:
             engines.call(sorted(new), "leave")
-            engines.formed = False
+            engines.dissolve()
         for entry in pending:
             calls = {rank: entry.start(engines, rank) for rank in sorted(entry.ranks & new)}
             try:
@@ -214,8 +214,3 @@ class Replay:
             if entry.names and entry.names <= later:
                 return entry
         return None
-
-
-def _processes(engines: Engines) -> dict[int, tuple[str, int, float]]:
-    """The process of each rank: host id, pid and start time."""
-    return {engine.rank: (engine.host_id, engine.pid, engine.born_s) for engine in engines.records()}

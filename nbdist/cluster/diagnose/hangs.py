@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from nbdist.cluster.diagnose.where import Where
-from nbdist.errors import PlanError, suggest
 from nbdist.telemetry import RunState
 
-__all__ = ["ON_HANG", "Hang", "Hangs"]
+__all__ = ["Hang", "Hangs"]
 
-ON_HANG = ("replace", "stop")
 _NOT_STEPPING = ("paused", "recovering", "stopping")
 
 
@@ -37,21 +34,9 @@ class Hangs:
         on_hang: "replace" the ranks that the others wait for; if that is none, or all, the run ends as with
             "stop".
         where: Returns the stacks of all ranks.
-
-    Attributes:
-        options: `timeout_s` and `on_hang`.
-
-    Raises:
-        PlanError: A value is not possible.
     """
 
     def __init__(self, timeout_s: float | None, on_hang: str, where: Callable[[], Where]) -> None:
-        number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
-        if timeout_s is not None and not (number and 0 < timeout_s < math.inf):
-            raise PlanError(f"a hang timeout of {timeout_s!r} is not possible: use seconds, more than 0.")
-        if on_hang not in ON_HANG:
-            raise PlanError(f"unknown on_hang {on_hang!r}: use replace or stop.{suggest(str(on_hang), ON_HANG)}")
-        self.options = timeout_s, on_hang
         self._timeout_s = timeout_s
         self._replace = on_hang == "replace"
         self._where = where

@@ -24,6 +24,7 @@ from nbdist.cluster.launch.launcher import CONTROLLER_ENDED, STORE_ENDED, Launch
 from nbdist.core.comm.rendezvous import GenerationStore
 from nbdist.core.comm.world import SHARED_GPU
 from nbdist.core.control.command_log import CommandLog
+from nbdist.core.transfer.payload import is_released
 from nbdist.engine import trampoline
 from nbdist.engine.exchange.exchange import Exchange
 from nbdist.engine.exchange.one_host import OneHost
@@ -57,7 +58,7 @@ class Engines:
         self.timeout_s = timeout_s
         self.device = device
         self.transport = ""
-        self.result_path = ""  # of the payload that held the last result
+        self._result_path = ""  # of the payload that held the last result
         self.formed = self.suspected = self.ended = False
         self.start_seconds = 0.0
         self._unanswered: dict[int, Any] = {}
@@ -120,6 +121,11 @@ class Engines:
         return [replace(record, state=state) for record, state in zip(records, states, strict=True)]
 
     @property
+    def processes(self) -> dict[int, tuple[str, int, float]]:
+        """The process of each rank: host id, pid and start time. So a replaced engine is told from the one before."""
+        return {record.rank: (record.host_id, record.pid, record.born_s) for record in self._records}
+
+    @property
     def lost(self) -> list[int]:
         """Ranks whose process has ended."""
         return [record.rank for record in self.records() if record.state == "lost"]
@@ -179,6 +185,23 @@ class Engines:
         """The `CommandLog` of a run, which rank 0 reads; None if the store has ended."""
         store = self._store
         return CommandLog(store, run_id) if store is not None and store.lives else None
+
+    def allow(self, timeout_s: float) -> None:
+        """A replacement may take so long from now on, in seconds."""
+        self.timeout_s = timeout_s
+
+    def result_read(self, path: str) -> None:
+        """The result in the payload at `path` is loaded; rank 0 may reuse its memory once nothing here maps it."""
+        self._result_path = path
+
+    @property
+    def result_is_released(self) -> bool:
+        """Whether rank 0 may reuse the memory of its last result."""
+        return is_released(self._result_path)
+
+    def dissolve(self) -> None:
+        """The ranks have left their world, or will: another is formed before their next collective."""
+        self.formed = False
 
     def release(self) -> None:
         """Release the ranks of the current world: each that waits at the store raises at once."""

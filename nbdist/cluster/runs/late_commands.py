@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from nbdist.cluster.runs.run import Run
+from nbdist.cluster.runs.run_control import RunControl
 from nbdist.core.control.commands import Command
 
 __all__ = ["late_command_text"]
 
 
-def late_command_text(command: Command, run: Run, engines: int, scale_error: str = "") -> str:
+def late_command_text(command: Command, control: RunControl, engines: int, scale_error: str = "") -> str:
     """The outcome of a command that no step applied, in a sentence.
 
     Args:
         command: The command.
-        run: The ended run.
+        control: The ended run.
         engines: The number of engines now.
         scale_error: Why a scale failed; empty if none did.
     """
-    step = run.progress.step
-    if command.kind == "stop" and run.abandoned and run.state == "stopped":
+    step, state = control.progress.step, control.progress.state
+    if command.kind == "stop" and control.abandoned and state == "stopped":
         return f"stopped at once after step {step:,}"
     name = {"lr": f"learning rate {command.value}", "checkpoint": f"checkpoint in {command.value}",
             "scale": f"scale to {command.value}"}.get(command.kind, command.kind)  # fmt: skip
     outcome = "not carried out"
     if command.kind == "stop":
-        outcome = f"the run {'had failed' if run.state == 'failed' else 'was over'}"
+        outcome = f"the run {'had failed' if state == 'failed' else 'was over'}"
     elif command.kind == "scale" and command.value == engines:
         outcome = f"there are {engines} engines"
     elif command.kind == "scale" and scale_error:

@@ -16,6 +16,7 @@ import ipyparallel.error
 
 from nbdist.cluster.cells.cell_run import settle
 from nbdist.cluster.diagnose.hangs import Hangs
+from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.runs.dispatch import RunDispatch
 from nbdist.cluster.runs.late_commands import late_command_text
 from nbdist.cluster.runs.run import Run
@@ -25,7 +26,10 @@ from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, ran
 from nbdist.telemetry import Event, JsonlSink, Noted, Recovered
 from nbdist.telemetry.record import cluster_record_path
 
-__all__ = ["RunMonitor", "draw"]
+__all__ = ["RunMonitor", "Watch", "draw"]
+
+Watch = Callable[[Run], None]
+"""Called with a run after each update, and once after its end."""
 
 _INTERVAL_S = 0.2  # as often as ranks publish
 _PROBABLE_CAUSE = "it runs out of memory, or the code that runs there ends it"
@@ -41,22 +45,24 @@ class RunMonitor:
     """A thread that monitors one run on the engines.
 
     Args:
-        dispatch: The run's dispatch, which has started it.
+        run: The run.
+        dispatch: Its dispatch, which has started it.
         calls: ipyparallel's result of each rank.
-        hangs: Detects hangs.
+        where: Returns the stacks of all ranks.
         watch: Called with the run after each update; the last time after its end.
         on_end: Called when the run has ended completely.
         context: Holds the cell that output belongs to: some ipykernels fail in a thread without it.
     """
 
     def __init__(
-        self, dispatch: RunDispatch, calls: list[Any], *, hangs: Hangs, watch: Callable[[Run], None] | None,
+        self, run: Run, dispatch: RunDispatch, calls: list[Any], *, where: Callable[[], Where], watch: Watch | None,
         on_end: Callable[[], None], context: contextvars.Context,
     ) -> None:  # fmt: skip
         self._dispatch = dispatch
-        self._run = dispatch.run
+        self._run = run
+        self._control = run.control
         self._engines = dispatch.engines
-        self._hangs = hangs
+        self._hangs = Hangs(run.control.spec.hang_timeout, run.control.spec.on_hang, where)
         self._hang_error: EngineError | None = None  # set where a hang ends the run
         self._loss_reason = PROCESS_ENDED
         self._watch = watch
@@ -71,16 +77,16 @@ class RunMonitor:
         self._thread.start()
 
     def _monitor(self) -> None:
-        run = self._run
+        control = self._control
         failed = True
         try:
             while self._is_lost(outcomes := self._collect()) or all(o.state == "scaled" for o in outcomes):
                 self._recover(outcomes)
             failed = self._end(outcomes)
         except NbdistError as error:
-            run._end("failed", self._with_restored_model(error))
+            control.end("failed", self._with_restored_model(error))
         except Exception as error:  # a bug in nbdist must not leave `Run.wait` waiting for ever
-            run._end("failed", ClusterError(f"the run's monitor failed: {error!r}"))
+            control.end("failed", ClusterError(f"the run's monitor failed: {error!r}"))
             raise
         finally:
             try:
@@ -89,36 +95,38 @@ class RunMonitor:
                 self._report_late_commands()
                 self._draw()
             finally:
-                run._release()  # `Run.wait` must return, whatever else fails
+                control.release()  # `Run.wait` must return, whatever else fails
                 self._on_end()
 
     def _end(self, outcomes: list[Outcome]) -> bool:
         """Load the result and set the run's final state; returns whether the ranks' process group is broken."""
-        run = self._run
+        control = self._control
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         if not failures:
             self._dispatch.load_result(outcomes[0].result)
-            run.wanted = run.wanted or outcomes[0].ranks  # scaled in the last step, perhaps from another kernel
-            run._end(outcomes[0].state)
-        elif run.abandoned:
+            control.want(control.wanted or outcomes[0].ranks)  # scaled in the last step, perhaps from another kernel
+            control.end(outcomes[0].state)
+        elif control.abandoned:
             step = self._dispatch.load_newest_snapshot()
             if step is not None:
-                run.progress.set_step(step)
-            elif run.plan.gather and not run.plan.resume:
-                run.progress.set_step(0)  # stopped before the first snapshot: the model is unchanged
-            run._end("stopped")
+                control.progress.set_step(step)
+            elif control.spec.plan.gather and not control.spec.plan.resume:
+                control.progress.set_step(0)  # stopped before the first snapshot: the model is unchanged
+            control.end("stopped")
         else:
-            run._end("failed", self._with_restored_model(self._hang_error or as_error(failures)))
+            control.end("failed", self._with_restored_model(self._hang_error or as_error(failures)))
         return bool(failures or self._interrupted)
 
     def _report_late_commands(self) -> None:
         """Note the outcome of each command given after the last step; the ended run refuses new ones."""
-        run = self._run
-        commands = self._engines.commands(run.run_id)
+        control = self._control
+        commands = self._engines.commands(control.spec.run_id)
         left = [] if commands is None else commands.unapplied()
-        texts = [late_command_text(command, run, self._engines.size, self._dispatch.scale_error) for command in left]
+        texts = [
+            late_command_text(command, control, self._engines.size, self._dispatch.scale_error) for command in left
+        ]
         for text in texts:
-            run.progress.note(text)
+            control.progress.note(text)
         if texts:
             self._record(*(Noted(rank=0, text=text) for text in texts))
 
@@ -129,9 +137,9 @@ class RunMonitor:
         except NbdistError:
             step = None
         if step is not None:
-            self._run.progress.set_step(step)
+            self._control.progress.set_step(step)
             held = f"the model holds the weights after step {step}, from which --resume continues"
-            self._run.progress.note(held)
+            self._control.progress.note(held)
             error.add(f"{held[0].upper()}{held[1:]}.")
         return error
 
@@ -155,7 +163,7 @@ class RunMonitor:
             now_s = time.monotonic()
             if failed_s is None and any(outcome.failure for outcome in outcomes.values()):
                 failed_s = now_s
-            if failed_s is None and (self._run.abandoned or self._is_hung()):
+            if failed_s is None and (self._control.abandoned or self._is_hung()):
                 failed_s = now_s - _INTERRUPT_AFTER_S
             if waiting and failed_s is not None and now_s >= failed_s + _INTERRUPT_AFTER_S and not self._interrupted:
                 self._interrupted.update(waiting)
@@ -170,10 +178,10 @@ class RunMonitor:
 
     def _is_hung(self) -> bool:
         """Whether the run hangs and has to end; where ranks can be replaced instead, this kills them."""
-        hang = self._hangs.found(self._run.progress)
+        hang = self._hangs.found(self._control.progress)
         if hang is None:
             return False
-        self._run.progress.note(hang.text)
+        self._control.progress.note(hang.text)
         self._record(Noted(rank=0, text=hang.text))
         if hang.culprits:
             self._loss_reason = hang.text
@@ -191,7 +199,7 @@ class RunMonitor:
         elif isinstance(error, ipyparallel.error.RemoteError):
             lost = error.ename == "EngineError"  # ipyparallel's name for an engine that died
             failure = Failure.lost(rank) if lost else Failure.reported(rank, error.ename, error.evalue)
-            snapshot = dataclasses.replace(self._run.progress.ranks[rank], state="lost" if lost else "failed")
+            snapshot = dataclasses.replace(self._control.progress.ranks[rank], state="lost" if lost else "failed")
             outcome = Outcome(rank=rank, state="failed", snapshot=snapshot, failure=failure)
         else:
             raise error
@@ -203,7 +211,7 @@ class RunMonitor:
         """Whether lost processes are the only cause of the failures, so that the run can recover."""
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         return (
-            not (self._run.abandoned or self._hang_error or self._run.on_failure == "stop")
+            not (self._control.abandoned or self._hang_error or self._control.spec.on_failure == "stop")
             and any(failure.kind == LOST for failure in failures)
             and all(failure.secondary for failure in failures)
         )
@@ -214,14 +222,13 @@ class RunMonitor:
         Raises:
             ClusterError: Ranks are lost repeatedly without progress, or cannot be replaced.
         """
-        run, start_s, before = self._run, time.monotonic(), self._engines.size
+        control, start_s, before = self._control, time.monotonic(), self._engines.size
         lost = [outcome.rank for outcome in outcomes if outcome.failure is not None and outcome.failure.kind == LOST]
-        with run.changing:
-            run.progress.state = "recovering" if run.progress.state != "stopping" else "stopping"
-            run.progress.restart_ranks()
+        with control.changing:
+            control.progress.recover()
             # A scale command given meanwhile counts instead of the one that ended the ranks.
-            wanted, run.wanted = run.wanted or max(outcome.ranks for outcome in outcomes), 0
-        reached = run.progress.step if run.snapshot_store is None else run.snapshot_store.last_step
+            wanted = control.take_wanted(max(outcome.ranks for outcome in outcomes))
+        reached = control.progress.step if control.snapshot_store is None else control.snapshot_store.last_step
         if reached > self._last_step:  # progress: without snapshots, a restart has to come past this step again
             self._last_step, self._tries = reached, 0
         replaced = set(lost)
@@ -251,55 +258,55 @@ class RunMonitor:
 
     def _size(self) -> int:
         """How many ranks to resume with: as many as before, or with on_failure="shrink" as many as are left."""
-        run, engines = self._run, self._engines
+        control, engines = self._control, self._engines
         left = engines.size - len(engines.lost)
-        if run.on_failure != "shrink" or run.replan is None or left in (0, engines.size):
+        if control.spec.on_failure != "shrink" or left in (0, engines.size):
             return engines.size
         for size in range(left, 0, -1):
             with contextlib.suppress(PlanError):  # the mesh does not fit on so many
-                run.replan(size)
+                control.spec.plan_for(size)
                 return size
         return engines.size
 
     def _report_recovery(self, replaced: set[int], before: int, step: int, seconds: float) -> None:
         """Note and record which ranks were replaced, and from which step all resume."""
-        run, size = self._run, self._engines.size
+        control, size = self._control, self._engines.size
         lost = f"{ranks_text(replaced)} lost ({self._loss_reason}), " if replaced else ""
         became = f"replaced in {seconds:.2f} s" if size == before else f"{size} instead of {before} engines"
         text = f"{lost}{became}; all continue from step {step}"
         self._loss_reason = PROCESS_ENDED
-        run.progress.note(text, "recovered")
+        control.progress.note(text, "recovered")
         recovered = [Recovered(rank=rank, step=step, seconds=seconds) for rank in sorted(replaced) if rank < size]
         self._record(*recovered, Noted(rank=0, text=text))
 
     def _record(self, *events: Event) -> None:
         """Write events into the cluster's record: lost ranks cannot write their own."""
-        with contextlib.closing(JsonlSink(cluster_record_path(self._run.run_id))) as record:
+        with contextlib.closing(JsonlSink(cluster_record_path(self._control.spec.run_id))) as record:
             for event in events:
                 record.emit(event)
 
     def _show(self, states: dict[int, str]) -> None:
         """Draw the given states of ranks; the others count as running."""
-        ranks = self._run.progress.ranks
+        ranks = self._control.progress.ranks
         ranks.update({r: dataclasses.replace(ranks[r], state=states.get(r, "running")) for r in ranks})
         self._draw()
 
     def _merge(self, outcomes: dict[int, Outcome]) -> None:
         """Merge the newest state of each rank; the last one from its outcome, for published ones may be late."""
-        with self._run.changing:
+        with self._control.changing:
             for rank, call in enumerate(self._calls):
                 if rank not in outcomes:
                     for state in self._dispatch.poll_states(rank, call):
-                        self._run.progress.merge(state)
+                        self._control.progress.merge(state)
                 elif (last := outcomes[rank].snapshot) is not None:
-                    self._run.progress.merge(last)
+                    self._control.progress.merge(last)
 
     def _draw(self) -> None:
         if not draw(self._watch, self._run):
             self._watch = None
 
 
-def draw(watch: Callable[[Run], None] | None, run: Run) -> bool:
+def draw(watch: Watch | None, run: Run) -> bool:
     """Call `watch` with the run; returns whether it succeeded: a failed drawing must not end the run."""
     try:
         if watch is not None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.runs.dispatch import RunDispatch
-from nbdist.cluster.runs.run import Run, RunHandoff
+from nbdist.cluster.runs.run_control import GiveCommand, RunControl
+from nbdist.cluster.runs.run_spec import RunHandoff, RunSpec
 from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.transfer.payload import Segment, unpack
 from nbdist.engine.cell_sources import CellSources
 from nbdist.errors import ClusterError, EngineError, PlanError
-from nbdist.plan import Plan
 from nbdist.telemetry import RankState, RunState, past_run
 
 __all__ = ["take_over"]
@@ -23,10 +23,10 @@ __all__ = ["take_over"]
 def take_over(
     engines: Engines,
     namespace: dict[str, Any],
-    command: Callable[[Run, str, Any], None],
+    give_command: GiveCommand,
     segment_cache: Any,
     cells: CellSources,
-) -> tuple[RunDispatch, RunHandoff, list[str] | None] | None:
+) -> tuple[RunDispatch, list[str] | None] | None:
     """Take over the newest run on engines of an anchor; load its weights if it has ended.
 
     Afterwards its model is in `namespace` under its name; a model of the same shapes there gets the weights instead.
@@ -34,13 +34,12 @@ def take_over(
     Args:
         engines: Where it runs.
         namespace: The notebook's.
-        command: See `Run`.
+        give_command: See `RunControl`.
         segment_cache: See `RunDispatch`.
         cells: See `RunDispatch`.
 
     Returns:
-        The dispatch, the handoff, and the paths of the ranks' boards if the run has not ended; None if there was no
-        run.
+        The dispatch, and the paths of the ranks' boards if the run has not ended; None if there was no run.
 
     Raises:
         ClusterError: Its model cannot be unpickled here.
@@ -53,39 +52,38 @@ def take_over(
     try:
         task, plan = unpack(handoff.payload)
     except Exception as error:
-        raise ClusterError(f"the model of run {handoff.run_id} cannot be unpickled here: {error!r}.") from error
-    run = Run(
-        handoff.run_id, plan, _recorded(handoff, plan, engines), command, None, handoff.replan, handoff.on_failure
-    )
-    run.snapshot_store = (
-        SnapshotStore(engines.size, engines.anchor, handoff.snapshot_store) if handoff.snapshot_store else None
-    )
-    name = handoff.names[0] if handoff.names[0].isidentifier() else "model"
+        raise ClusterError(f"the model of run {handoff.spec.run_id} cannot be unpickled here: {error!r}.") from error
+    spec = replace(handoff.spec, task=task, plan=plan)
+    control = RunControl(spec, _recorded(spec, engines), give_command)
+    if handoff.snapshot_paths:
+        control.keep_snapshots(SnapshotStore(engines.size, engines.anchor, handoff.snapshot_paths))
+    name = spec.names[0] if spec.names[0].isidentifier() else "model"
     existing = namespace.get(name)
     same_shapes = _have_same_shapes(existing, task.model)
     if not same_shapes:
         namespace[name] = task.model
     segment = Segment(1, engines.anchor, handoff.payload.path)
     into = existing if same_shapes else None
-    dispatch = RunDispatch(run, engines, task, plan, (handoff.payload, segment), segment_cache, cells, handoff, into)
+    packed = handoff.payload, segment
+    dispatch = RunDispatch(control, engines, segment_cache, cells, packed=packed, into=into)
     state, error_text = notes["ended"]
     if state == "running":
-        return dispatch, handoff, notes["boards"]
+        return dispatch, notes["boards"]
     dispatch.load_newest_snapshot()
-    run._end(state, EngineError(error_text) if state == "failed" else None)
-    run._release()
-    return dispatch, handoff, None
+    control.end(state, EngineError(error_text) if state == "failed" else None)
+    control.release()
+    return dispatch, None
 
 
-def _recorded(handoff: RunHandoff, plan: Plan, engines: Engines) -> RunState:
+def _recorded(spec: RunSpec, engines: Engines) -> RunState:
     """The state of a running run that another kernel started, read from its record."""
     try:
-        progress = past_run(handoff.run_id).progress
+        progress = past_run(spec.run_id).progress
     except PlanError:  # it has just started, and has no record yet
-        progress = RunState(title=handoff.title, plan=plan.to_dict(), ranks={})
+        progress = RunState(title=spec.title, plan=spec.plan.to_dict(), ranks={})
     for r in engines.records():
         progress.ranks.setdefault(r.rank, RankState(rank=r.rank, host=r.host, device=r.device))
-    progress.state, progress.error, progress.ended_s = "running", "", None
+    progress.resume()
     return progress
 
 

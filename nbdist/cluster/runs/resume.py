@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from nbdist.cluster.runs.run import Run
+from nbdist.cluster.runs.run_control import RunControl
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import check_resume
 from nbdist.core.state.restore import check_can_resume, check_same
-from nbdist.core.state.snapshot import read
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
 
 __all__ = ["resumed"]
 
 
-def resumed(plan: Plan, task: Any, last: Run | None) -> tuple[Plan, Any]:
+def resumed(plan: Plan, task: Any, last: RunControl | None) -> tuple[Plan, Any]:
     """Resolve `plan.resume`: the plan for the ranks, and the last run's snapshots if the run resumes from them.
 
     Raises:
@@ -30,12 +29,11 @@ def resumed(plan: Plan, task: Any, last: Run | None) -> tuple[Plan, Any]:
         check_resume(plan, task.model, task.optimizer)
         return plan, None
     snapshot_store = None if last is None else last.snapshot_store
-    found = None if snapshot_store is None else snapshot_store.newest
-    if found is None:
+    saved = None if snapshot_store is None else CheckpointReader.of_snapshot(snapshot_store.paths)
+    if saved is None:
         raise PlanError(
             "there is no run to resume: the last one of this notebook left no snapshot. Name a folder: --resume DIR."
         )
-    saved = CheckpointReader.in_memory(read(found[1]))
     check_same(saved, ParamTable.of(task.model), task.optimizer)
     check_can_resume(saved, plan)
     return replace(plan, resume=""), snapshot_store

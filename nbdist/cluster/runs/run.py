@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from nbdist.cluster.runs.replan import Replan
 from nbdist.errors import ClusterError, NbdistError, PlanError, interrupted
 from nbdist.plan import Plan
 from nbdist.telemetry import Report, RunState, Timeline
 
-__all__ = ["ON_FAILURE", "Run", "RunHandoff", "attend", "resume_arguments"]
+if TYPE_CHECKING:
+    from nbdist.cluster.runs.run_control import RunControl
 
-ON_FAILURE = ("replace", "shrink", "stop")
+__all__ = ["Run", "attend", "resume_arguments"]
+
 _POLL_S = 0.02
 _ATTENDED_S = 0.1
 _SAME_STEP_S = 2.0  # wait for the last rank to report a step after the first has
@@ -32,52 +32,33 @@ class Run(Report):
     work; after a scale the requested engines are there when the run has ended, or its notes say why not.
 
     Args:
-        run_id: Its name in the record.
-        plan: What is run.
-        progress: Its state; kept up to date by the monitor.
-        command: Sends the ranks a command: its name, and its value.
-        arguments: The user's arguments of `Cluster.train`, to resume with.
-        replan: Makes its plan for another number of engines.
-        on_failure: When engines are lost: "replace" them, "shrink" to those that are left, or "stop".
-
-    Attributes:
-        error: Why it failed, if it did.
-        snapshot_store: The ranks' snapshot buffers; None where no memory is shared with them.
-        abandoned: Whether it is to stop at once, within a step.
-        wanted: The number of engines to continue with; 0 for no change.
-        changing: A lock for commands, state updates and the end, so that a command comes before the end or is refused.
+        control: The cluster's side of it.
     """
 
-    def __init__(
-        self, run_id: str, plan: Plan, progress: RunState, command: Callable[[Run, str, Any], None],
-        arguments: dict[str, Any] | None = None, replan: Replan | None = None,
-        on_failure: str = "replace",
-    ) -> None:  # fmt: skip
-        self.run_id = run_id
-        self._plan = plan
-        self._progress = progress
-        self.error: BaseException | None = None
-        self.snapshot_store: Any = None
-        self.arguments = arguments or {}
-        self.replan = replan
-        self.on_failure = on_failure
-        self.wanted = 0
-        self.abandoned = False
-        self._give_command = command
-        self._printed: Callable[[str], dict[int, str]] = lambda stream: {}
-        self._ended = threading.Event()
-        self.changing = threading.RLock()
+    def __init__(self, control: RunControl) -> None:
+        self.control = control
+
+    @property
+    def run_id(self) -> str:
+        """Its name in the record."""
+        return self.control.spec.run_id
+
+    @property
+    def error(self) -> NbdistError | None:
+        """Why it failed, if it did."""
+        return self.control.error
 
     @property
     def plan(self) -> Plan:
         """The plan; `split_at` is where a pipeline was cut, once it is."""
         cut = tuple(stage["first"] for stage in self.progress.stages[1:])
-        return replace(self._plan, split_at=cut) if cut else self._plan
+        plan = self.control.spec.plan
+        return replace(plan, split_at=cut) if cut else plan
 
     @property
     def progress(self) -> RunState:
-        """Its state; kept up to date by the monitor."""
-        return self._progress
+        """Its state, several times a second."""
+        return self.control.progress
 
     @property
     def state(self) -> str:
@@ -87,7 +68,7 @@ class Run(Report):
 
     def printed(self, stream: str = "stdout") -> dict[int, str]:
         """What the user's code has printed so far to "stdout" or "stderr", by rank."""
-        return self._printed(stream)
+        return self.control.printed(stream)
 
     def stop(self, *, now: bool = False) -> None:
         """Stop all ranks after the same step, and load their weights. Returns at once; see `wait`.
@@ -96,11 +77,7 @@ class Run(Report):
             now: Whether to interrupt the ranks within a step, and to replace those that do not react: the state after
                 the last step that all ranks completed is loaded.
         """
-        with self.changing:
-            if self.progress.running:
-                self.abandoned |= now
-                if self.progress.state != "stopping":
-                    self._give_command(self, "stop", None)
+        self.control.stop(now=now)
 
     def pause(self) -> None:
         """Pause all ranks after the current step, until `resume` or `stop`. Returns at once.
@@ -108,7 +85,7 @@ class Run(Report):
         Raises:
             ClusterError: The run is not running.
         """
-        self._command("pause")
+        self.control.command("pause")
 
     def resume(self) -> None:
         """Continue a paused run, bit for bit as without the pause. Returns at once.
@@ -116,7 +93,7 @@ class Run(Report):
         Raises:
             ClusterError: The run is not running.
         """
-        self._command("resume")
+        self.control.command("resume")
 
     def checkpoint(self, folder: str | None = None) -> None:
         """Save a checkpoint of the state after the current step. Returns at once.
@@ -128,11 +105,13 @@ class Run(Report):
         Raises:
             ClusterError: The run is not running.
         """
-        own = self._plan.checkpoint
+        own = self.control.spec.plan.checkpoint
         if folder is None and own:
-            self._command("checkpoint", own)
+            self.control.command("checkpoint", own)
         else:
-            self._command("checkpoint", os.path.abspath(os.path.expanduser(folder or f"checkpoints/{self.run_id}")))
+            self.control.command(
+                "checkpoint", os.path.abspath(os.path.expanduser(folder or f"checkpoints/{self.run_id}"))
+            )
 
     def set_lr(self, rate: float) -> None:
         """Change the learning rate, on all ranks after the same step. Returns at once.
@@ -147,7 +126,7 @@ class Run(Report):
         """
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
             raise PlanError(f"a learning rate of {rate!r} is not possible: use a positive number.")
-        self._command("lr", float(rate))
+        self.control.command("lr", float(rate))
 
     def scale(self, engines: int) -> None:
         """Continue with so many engines after the current step; called by `Cluster.scale`.
@@ -156,17 +135,9 @@ class Run(Report):
             PlanError: Its mesh or its batch cannot be partitioned over so many.
             ClusterError: The run is not running.
         """
-        if self.progress.running and self.replan is not None:
-            self.replan(engines)
-        self._command("scale", engines)
-
-    def _command(self, kind: str, value: Any = None) -> None:
-        with self.changing:
-            if self.progress.state == "queued":
-                raise ClusterError(f"run {self.run_id} has not started: it can only be stopped.")
-            if not self.progress.running:
-                raise ClusterError(f"run {self.run_id} has {self.progress.state}: start another one.")
-            self._give_command(self, kind, value)
+        if self.progress.running:
+            self.control.spec.plan_for(engines)
+        self.control.command("scale", engines)
 
     def wait(self, timeout_s: float | None = None) -> Run:
         """Wait until the run has ended and its weights are loaded.
@@ -182,7 +153,7 @@ class Run(Report):
             KeyboardInterrupt: The wait was interrupted; the run continues.
         """
         try:
-            ended = self._ended.wait(timeout_s)
+            ended = self.control.wait(timeout_s)
         except KeyboardInterrupt:
             raise interrupted(f"run {self.run_id} continues: run.stop() ends it, or %dist_run stop.") from None
         if ended and self.error is not None:
@@ -207,58 +178,12 @@ class Run(Report):
                 return Timeline(steps.pop(), {rank: work.work for rank, work in reported.items()})
             if last:
                 raise ClusterError("the ranks have reported no step in common: try again a few seconds into a run.")
-            self._ended.wait(_POLL_S)
+            self.control.wait(_POLL_S)
 
     @property
     def ended(self) -> bool:
         """Whether the run has ended completely: weights loaded, panel drawn."""
-        return self._ended.is_set()
-
-    def stand_on(self, plan: Plan) -> None:
-        """Use the plan of another number of ranks. Called by the monitor."""
-        self._plan, self.progress.plan = plan, plan.to_dict()
-        self.progress.resize(plan.mesh.size)
-
-    def forget(self, but: Run) -> None:
-        """Free what a resume needs, except snapshots that run `but` has taken over. Local."""
-        if self.snapshot_store is not None and self.snapshot_store is not but.snapshot_store:
-            self.snapshot_store.close()
-        self.snapshot_store, self.arguments = None, {}
-
-    def _end(self, state: str, error: NbdistError | None = None) -> None:
-        """Called by the monitor, once, after the weights are loaded."""
-        with self.changing:
-            self.error = error
-            self.progress.end(state, "" if error is None else str(error).partition("\n")[0])
-
-    def _release(self) -> None:
-        """Wake up `wait`. Called by the monitor when the end is complete and drawn."""
-        self._ended.set()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunHandoff:
-    """What another kernel needs to reattach to a run.
-
-    Args:
-        run_id: Its name in the record.
-        title: What is trained, for display.
-        payload: Task and plan.
-        names: The user's names of model and data.
-        hangs: The hang timeout in seconds, and `on_hang`.
-        replan: See `Run`.
-        on_failure: See `Run`.
-        snapshot_store: Paths of the ranks' snapshot buffers.
-    """
-
-    run_id: str
-    title: str
-    payload: Any
-    names: tuple[str, str]
-    hangs: tuple[float | None, str]
-    replan: Replan | None
-    on_failure: str
-    snapshot_store: tuple[list[str], ...] = ()
+        return self.control.ended
 
 
 def resume_arguments(last: Run | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -267,9 +192,10 @@ def resume_arguments(last: Run | None, options: dict[str, Any]) -> dict[str, Any
     Raises:
         PlanError: There was none.
     """
-    if last is None or "model" not in last.arguments:  # the run of another kernel has none
+    given = {} if last is None else last.control.arguments
+    if not given:
         raise PlanError("there is no run of this notebook to resume: name a model, data and a folder.")
-    arguments = {**last.arguments, **options}
+    arguments = {**given, **options}
     if "steps" in options:
         arguments.pop("epochs", None)
     if "epochs" in options:

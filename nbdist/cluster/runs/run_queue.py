@@ -10,15 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nbdist.cluster.diagnose.hangs import Hangs
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.runs.dispatch import RunDispatch
-from nbdist.cluster.runs.monitor import RunMonitor, draw
+from nbdist.cluster.runs.monitor import RunMonitor, Watch, draw
 from nbdist.cluster.runs.reattach import take_over
-from nbdist.cluster.runs.replan import Replan
 from nbdist.cluster.runs.resume import resumed
-from nbdist.cluster.runs.run import ON_FAILURE, Run, RunHandoff
+from nbdist.cluster.runs.run import Run
+from nbdist.cluster.runs.run_control import RunControl
+from nbdist.cluster.runs.run_spec import RunSpec
 from nbdist.core.state.checkpoint_writer import check_no_live_writer
 from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.sync.gradient_hooks import check_hooks
@@ -38,14 +38,10 @@ _TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "lr_scheduler", "val", "metr
 
 @dataclass(frozen=True)
 class _QueuedRun:
-    """A run that has not started, and what its start needs."""
+    """A run that has not started, and who watches it."""
 
     run: Run
-    task: Any
-    plan: Plan
-    watch: Callable[[Run], None] | None
-    names: tuple[str, str]
-    hangs: Hangs
+    watch: Watch | None
     context: contextvars.Context
 
 
@@ -57,20 +53,22 @@ class RunQueue:
         sources: The notebook cells that were sent to the engines.
         last_run: The newest run of this kernel.
         note_run: Called with a run when it starts.
+        where: Returns the stacks of all ranks.
     """
 
     def __init__(
         self, engines: Engines, sources: CellSources, last_run: Callable[[], Run | None],
-        note_run: Callable[[Run], None],
+        note_run: Callable[[Run], None], where: Callable[[], Where],
     ) -> None:  # fmt: skip
         self._engines = engines
         self._sources = sources
         self._last_run = last_run
         self._note_run = note_run
+        self._where = where
         self._run: Run | None = None
         self._waiting: collections.deque[_QueuedRun] = collections.deque()
         self._queueing = threading.Lock()  # guards the two above; never held while waiting for engines
-        self._segment_cache: Any = None
+        self._segment_cache = SegmentCache(engines.anchor)
 
     @property
     def busy(self) -> bool:
@@ -110,7 +108,7 @@ class RunQueue:
 
     def add(
         self, model: Any, data: Any, names: tuple[str, str], options: dict[str, Any],
-        watch: Callable[[Run], None] | None, hangs: Hangs, on_failure: str,
+        watch: Watch | None, **on_trouble: Any,
     ) -> Run:  # fmt: skip
         """Start a run, or queue it behind those before it; see `Cluster.train`.
 
@@ -120,29 +118,25 @@ class RunQueue:
         for name in options:
             if name not in OPTIONS and name not in _TASK_OPTIONS:
                 raise PlanError(f"unknown option {name!r}.{suggest(name, [*OPTIONS, *_TASK_OPTIONS])}")
-        if on_failure not in ON_FAILURE:
-            raise PlanError(
-                f"unknown on_failure {on_failure!r}: use {', '.join(ON_FAILURE)}.{suggest(str(on_failure), ON_FAILURE)}"
-            )
-        hang_timeout, on_hang = hangs.options
-        arguments = dict(
-            model=model, data=data, names=names, hang_timeout=hang_timeout, on_hang=on_hang, on_failure=on_failure,
-            **options,
-        )  # fmt: skip
+        engines = self._engines
         task = Task.create(model, data, names=names, **{n: options[n] for n in _TASK_OPTIONS if n in options})
-        rest = {name: value for name, value in options.items() if name not in _TASK_OPTIONS}
-        size, cores = self._engines.size, self._engines.threads * self._engines.size
-        plan = Plan.create(ranks=size, cores=cores, **{**rest, **task.options})
+        plan_options = {name: value for name, value in options.items() if name not in _TASK_OPTIONS} | task.options
+        cores = engines.threads * engines.size
+        plan = Plan.create(ranks=engines.size, cores=cores, **plan_options)
+        spec = RunSpec(
+            run_id=new_run_id(), task=task, plan=plan, title=task.title, names=names, options=plan_options, cores=cores,
+            **on_trouble,
+        )  # fmt: skip
         check_hooks(task.model, task.optimizer, plan.mesh)
-        replan = Replan({**rest, **task.options}, cores)
-        ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in self._engines.records()}
-        progress = RunState(title=task.title, plan=plan.to_dict(), ranks=ranks)
-        run = Run(new_run_id(), plan, progress, self._give_command, arguments, replan, on_failure)
-        queued = _QueuedRun(run, task, plan, watch, names, hangs, contextvars.copy_context())
+        ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in engines.records()}
+        progress = RunState(title=spec.title, plan=plan.to_dict(), ranks=ranks)
+        arguments = dict(model=model, data=data, names=names, **on_trouble, **options)
+        run = Run(RunControl(spec, progress, self._give_command, arguments))
+        queued = _QueuedRun(run, watch, contextvars.copy_context())
         with self._queueing:
             before, waits = self._run, self._is_busy()
             if waits:
-                progress.state = "queued"
+                progress.wait_in_queue()
                 self._waiting.append(queued)
             else:
                 self._run = run
@@ -161,63 +155,51 @@ class RunQueue:
     def end(self) -> None:
         """The engines end: waiting runs never start."""
         for run in self.queued:
-            self._dequeue(run, "the engines were stopped before it could start")
+            self._dequeue(run.control, "the engines were stopped before it could start")
 
     def _start(self, queued: _QueuedRun) -> None:
         """Send the task to every engine and start its monitor thread."""
-        engines, run = self._engines, queued.run
+        engines, run, control = self._engines, queued.run, queued.run.control
         engines.check_alive()
         replaced = engines.replace_lost()  # no cells are replayed there: a run sends all that it needs
-        if replaced:
-            self._sources.sent.clear()
         engines.ensure_ready()
-        plan = queued.plan
-        if plan.mesh.size != engines.size and run.replan is not None:  # the cluster was scaled while it waited
-            plan = run.replan.of(plan, engines.size)
-            run.stand_on(plan)
-        plan, snapshot_store = resumed(plan, queued.task, self._last_run())
+        if control.spec.plan.mesh.size != engines.size:  # the cluster was scaled while it waited
+            control.resize(engines.size)
+        last = self._last_run()
+        plan, snapshot_store = resumed(control.spec.plan, control.spec.task, None if last is None else last.control)
+        control.use_plan(plan)
         if plan.checkpoint:
             check_no_live_writer(plan.checkpoint, run.run_id)
-        self._segment_cache = self._segment_cache or SegmentCache(engines.anchor)
-        what = f"{queued.names[0]} or {queued.names[1]}"
-        packed = engines.exchange.pack((queued.task, plan), name=what, segment_cache=self._segment_cache)
+        dispatch = RunDispatch(control, engines, self._segment_cache, self._sources)
         from_snapshot = snapshot_store is not None
-        if from_snapshot:
+        if snapshot_store is not None:
             snapshot_store.grow(engines.size)
         elif engines.exchange.shares_memory:
             snapshot_store = SnapshotStore(engines.size, engines.anchor)
-        run.snapshot_store = snapshot_store
-        with run.changing:
-            run.progress.begin()
-        handoff = RunHandoff(
-            run_id=run.run_id, payload=packed[0], names=queued.names, title=run.progress.title,
-            hangs=queued.hangs.options, replan=run.replan, on_failure=run.on_failure,
-        )  # fmt: skip
-        dispatch = RunDispatch(run, engines, queued.task, plan, packed, self._segment_cache, self._sources, handoff)
+        control.keep_snapshots(snapshot_store)
+        control.begin()
         calls = dispatch.start(from_snapshot=from_snapshot)
-        monitor = RunMonitor(
-            dispatch, calls, hangs=queued.hangs, watch=queued.watch, on_end=self._next, context=queued.context
-        )
         if replaced:
             run.progress.note(f"{ranks_text(replaced)} had been lost and was replaced", "lost")
         self._note_run(run)
-        monitor.start()
+        self._monitor(run, dispatch, calls, queued.watch, queued.context)
 
-    def take_over(
-        self, namespace: dict[str, Any], watch: Callable[[Run], None] | None, where: Callable[[], Where]
-    ) -> Run | None:
+    def _monitor(
+        self, run: Run, dispatch: RunDispatch, calls: list[Any], watch: Watch | None, context: contextvars.Context
+    ) -> None:
+        """Start the thread that follows a run which the engines train."""
+        RunMonitor(run, dispatch, calls, where=self._where, watch=watch, on_end=self._next, context=context).start()
+
+    def take_over(self, namespace: dict[str, Any], watch: Watch | None) -> Run | None:
         """Monitor the run that another kernel started, or load its result if it has ended; see `take_over`."""
-        self._segment_cache = SegmentCache(self._engines.anchor)
         taken = take_over(self._engines, namespace, self._give_command, self._segment_cache, self._sources)
         if taken is None:
             return None
-        dispatch, handoff, boards = taken
-        self._run = run = dispatch.run
+        dispatch, boards = taken
+        self._run = run = Run(dispatch.control)
         self._note_run(run)
         if boards is not None:
-            calls, hangs = dispatch.take_over(boards), Hangs(*handoff.hangs, where)
-            context = contextvars.copy_context()
-            RunMonitor(dispatch, calls, hangs=hangs, watch=watch, on_end=self._next, context=context).start()
+            self._monitor(run, dispatch, dispatch.take_over(boards), watch, contextvars.copy_context())
         return run
 
     def _next(self) -> None:
@@ -228,38 +210,38 @@ class RunQueue:
                     return
                 queued = self._waiting.popleft()
                 self._run = queued.run
-                queued.run.progress.begin()
+                queued.run.control.begin()
             try:
                 self._start(queued)
                 return
             except Exception as error:  # of any kind: `Run.wait` must return
                 known = error if isinstance(error, NbdistError) else ClusterError(f"the run could not start: {error!r}")
-                queued.run._end("failed", known)
+                queued.run.control.end("failed", known)
                 draw(queued.watch, queued.run)
-                queued.run._release()
+                queued.run.control.release()
 
-    def _give_command(self, run: Run, kind: str, value: Any) -> None:
+    def _give_command(self, control: RunControl, kind: str, value: Any) -> None:
         if kind == "stop":
-            if self._dequeue(run):
+            if self._dequeue(control):
                 return
-            run.progress.state = "stopping"
+            control.progress.stop()
         if kind == "scale":
-            run.wanted = 0 if value == self._engines.size else value
-        commands = self._engines.commands(run.run_id)
+            control.want(0 if value == self._engines.size else value)
+        commands = self._engines.commands(control.spec.run_id)
         if commands is not None:
             with contextlib.suppress(PeerLostError):  # the store has ended: so does the run, whose error says why
                 commands.append(kind, value)
 
-    def _dequeue(self, run: Run, note: str = "") -> bool:
+    def _dequeue(self, control: RunControl, note: str = "") -> bool:
         """End a run that is still in the queue; returns whether it was."""
         with self._queueing:
-            queued = next((queued for queued in self._waiting if queued.run is run), None)
+            queued = next((queued for queued in self._waiting if queued.run.control is control), None)
             if queued is None:
                 return False
             self._waiting.remove(queued)
         if note:
-            run.progress.note(note)
-        run._end("stopped")
-        draw(queued.watch, run)
-        run._release()
+            control.progress.note(note)
+        control.end("stopped")
+        draw(queued.watch, queued.run)
+        control.release()
         return True

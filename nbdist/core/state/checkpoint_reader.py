@@ -17,7 +17,7 @@ from nbdist.core.params.placement import Cut
 from nbdist.core.state.checkpoint_format import RANK, cut_of, fits
 from nbdist.core.state.checksum_files import checksum
 from nbdist.core.state.shard_plan import buffer_entry, key_of
-from nbdist.core.state.tensor_buffer import TensorBuffer
+from nbdist.core.state.snapshot import newest, read
 from nbdist.errors import PlanError
 
 __all__ = ["FORMAT", "MANIFEST", "NEWEST", "CheckpointReader", "candidates", "checkpoints", "sealed"]
@@ -101,10 +101,20 @@ class CheckpointReader:
             for entry in entries:
                 self._check(of, entry)
 
+    @property
+    def step(self) -> int:
+        """Completed optimizer steps."""
+        return int(self.ranks[0]["position"]["step"])
+
     @classmethod
-    def in_memory(cls, tensor_buffers: Sequence[TensorBuffer]) -> CheckpointReader:
-        """The snapshot in these tensor buffers."""
-        return cls("the last snapshot", tensor_buffers)
+    def of_snapshot(cls, paths: Sequence[Sequence[str]]) -> CheckpointReader | None:
+        """The newest snapshot of which every rank has its part; None without one.
+
+        Args:
+            paths: Each rank's snapshot buffers, see `SnapshotStore`.
+        """
+        found = newest(paths)
+        return None if found is None else cls("the last snapshot", read(found[1]))
 
     @classmethod
     def in_folder(cls, folder: str, *, hashed: bool = True) -> CheckpointReader:

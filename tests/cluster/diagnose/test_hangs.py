@@ -18,8 +18,7 @@ from shared_cluster import until
 from tasks import classes, copied, same
 from torch import nn
 
-from nbdist.cluster.diagnose.hangs import Hangs
-from nbdist.errors import EngineError, PlanError
+from nbdist.errors import EngineError
 from nbdist.telemetry.record import records
 
 pytestmark = pytest.mark.engines
@@ -194,18 +193,3 @@ def test_a_paused_run_does_not_hang(cluster, clock):
     run.stop()
     assert "stopped" == run.wait().state
     assert [] == run.progress.notes
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"hang_timeout": 0}, "a hang timeout of 0 is not possible: use seconds, more than 0."),
-        ({"hang_timeout": "soon"}, "a hang timeout of 'soon' is not possible: use seconds, more than 0."),
-        ({"on_hang": "stopp"}, "unknown on_hang 'stopp': use replace or stop. Did you mean 'stop'?"),
-    ],
-)
-def test_what_is_not_possible(options, message):
-    """The error comes before anything starts."""
-    with pytest.raises(PlanError) as refused:
-        Hangs(**{"timeout_s": options.pop("hang_timeout", None), "on_hang": "stop", "where": None, **options})
-    assert message == str(refused.value)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import nbdist
-from nbdist.cluster import Run
+from nbdist.cluster import Run, attend
 from nbdist.errors import ClusterError, EngineError, PlanError, TaskError
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -199,7 +199,7 @@ def test_a_second_interrupt_ends_a_step_that_hangs(cluster):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        cluster.attend(started, press)
+        attend(started, press)
     assert (started.state, started.ended) == ("stopped", True)
     assert same(model, before)
     assert cluster.train(model, classes(), loss="cross_entropy").state == "finished"

@@ -209,7 +209,7 @@ def test_a_stop_at_once_that_comes_too_late_interrupts_no_rank(cluster, monkeypa
     monkeypatch.setattr(RunMonitor, "_draw", late)
     run = cluster.train(net(), data(), **{**OPTIONS, "epochs": 1})
     monkeypatch.undo()
-    assert run.abandoned
+    assert run.control.abandoned
     assert run.state == "finished"
     waiting = (
         "from nbdist.engine import remote_calls; remote_calls._engine.world.store.check(['what no rank has written'])"

@@ -13,7 +13,7 @@ from shared_cluster import ENGINES, gone, until
 from torch import nn
 
 import nbdist
-from nbdist.cluster.runs.replan import Replan
+from nbdist.cluster.runs.replan import replan
 from nbdist.errors import ClusterError, EngineError, PlanError
 
 STEPS = 40
@@ -217,8 +217,8 @@ def test_an_impossible_scale_is_refused_and_the_run_continues(scaled, undisturbe
 
 def test_a_plan_for_other_numbers_of_ranks():
     """Strategy names and meshes, and a batch that is too small for so many."""
-    assert str(Replan({"batch_size": 8}, 2)(3).mesh) == "dp=3"
-    assert str(Replan({"batch_size": 8, "strategy": "pipeline"}, 2)(2).mesh) == "pp=2"
-    assert str(Replan({"batch_size": 8, "strategy": "dp=2, pp=2"}, 2)(6).mesh) == "pp=2,dp=3"
+    assert str(replan({"batch_size": 8}, 3, cores=2).mesh) == "dp=3"
+    assert str(replan({"batch_size": 8, "strategy": "pipeline"}, 2, cores=2).mesh) == "pp=2"
+    assert str(replan({"batch_size": 8, "strategy": "dp=2, pp=2"}, 6, cores=2).mesh) == "pp=2,dp=3"
     with pytest.raises(PlanError, match="batch_size 8 is smaller than its 9 slices"):
-        Replan({"batch_size": 8}, 2)(9)
+        replan({"batch_size": 8}, 9, cores=2)

@@ -190,11 +190,9 @@ def torn(world, paths):
 
     from nbdist.core.state.checkpoint_reader import CheckpointReader
     from nbdist.core.state.restore import load_whole
-    from nbdist.core.state.snapshot import newest, read
 
     with pytest.raises(ValueError, match="torn"):
         train(world, model, classes(80, torch.float32), optimizer=SGD, loss=noted, batch_size=16, snapshot_paths=paths)
-    step, slots = newest(paths)
-    again = seeded(Followed)
-    load_whole(CheckpointReader.in_memory(read(slots)), again)
-    return torch.equal(seen[step - 1], again.teacher.weight)
+    saved, again = CheckpointReader.of_snapshot(paths), seeded(Followed)
+    load_whole(saved, again)
+    return torch.equal(seen[saved.step - 1], again.teacher.weight)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from nbdist.core.state import snapshotter
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoints, load_checkpoint
-from nbdist.core.state.snapshot import SnapshotBuffer, SnapshotStore, newest, read
+from nbdist.core.state.snapshot import SnapshotBuffer, SnapshotStore, newest
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.errors import TaskError
 from nbdist.telemetry import Checkpointed, Noted, RunStarted
@@ -229,7 +229,7 @@ def overflowing(output, target):
 
 
 def scale_after(paths):
-    return CheckpointReader.in_memory(read(newest(paths)[1])).ranks[0]["precision"]
+    return CheckpointReader.of_snapshot(paths).ranks[0]["precision"]
 
 
 def test_the_loss_scale_of_fp16_continues(run_ranks):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.restore import load_whole
-from nbdist.core.state.snapshot import SnapshotStore, newest, read
+from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.errors import PeerLostError, TaskError
 
 
@@ -117,14 +117,13 @@ def fail(world, where, rank, call, paths, options):
 
 def loaded_snapshot(paths, make=FailingNet):
     """The newest snapshot in an ordinary model and optimizer: its step, weights and buffers, and state."""
-    step, buffers = newest(paths)
     model = seeded(make)
     optimizer = ADAMW([p for p in model.parameters() if p.requires_grad])
-    saved = CheckpointReader.in_memory(read(buffers))
+    saved = CheckpointReader.of_snapshot(paths)
     load_whole(saved, model, optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     state = {f"{names[id(p)]}/{k}": v.clone() for p, own in optimizer.state.items() for k, v in own.items()}
-    return step, saved.ranks[0]["position"], weights(model) | state
+    return saved.step, saved.ranks[0]["position"], weights(model) | state
 
 
 def stopped_run(world, paths, at, options):

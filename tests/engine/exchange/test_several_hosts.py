@@ -48,7 +48,7 @@ def test_no_snapshot_is_kept(apart):
     """The memory that survives an engine is the kernel's, which another host cannot map."""
     run = apart.train(net(), classes(), loss="cross_entropy", steps=3, batch_size=16)
     assert run.state == "finished"
-    assert run.snapshot_store is None
+    assert run.control.snapshot_store is None
 
 
 def test_values_travel(apart):

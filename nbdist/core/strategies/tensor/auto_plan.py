@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from nbdist.core.process.rng import fork_rng
+from nbdist.core.params.preserve_model import preserve_model
 from nbdist.core.strategies.tensor.attention import is_splittable
 from nbdist.core.strategies.tensor.layer_graph import Region, Trace
 from nbdist.core.strategies.tensor.layers import features
 from nbdist.core.strategies.tensor.plan import Group, TensorPlan, owners
 from nbdist.errors import PlanError
 
-__all__ = ["derive_plan", "nothing_to_split", "rng_device", "sections", "table_refusal", "training_mode"]
+__all__ = ["derive_plan", "nothing_to_split", "sections", "table_refusal"]
 
 _HEADS = {
     "h", "heads", "n_head", "n_heads", "n_kv_head", "n_kv_heads", "nhead", "nheads", "num_attention_heads",
@@ -40,7 +38,8 @@ def derive_plan(model: nn.Module, size: int, args: tuple[Any, ...], kwargs: dict
     Raises:
         PlanError: Nothing can be split.
     """
-    with training_mode(model), fork_rng(rng_device(model)):
+    with preserve_model(model):
+        model.train()
         trace = Trace(model, args, kwargs or {})
     search = _Search(model, size, trace)
     search.find_attentions()
@@ -62,27 +61,6 @@ def nothing_to_split(model: nn.Module, size: int, reasons: dict[str, str]) -> Pl
         f"nothing of {type(model).__name__} can be split over {size} ranks: {why}. "
         "Choose another tp degree or --strategy, or name the layers to split in a tensor plan."
     )
-
-
-@contextlib.contextmanager
-def training_mode(model: nn.Module) -> Iterator[None]:
-    """Context with the module in training mode; modes and buffers are restored at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-
-def rng_device(model: nn.Module) -> torch.device:
-    """The device on which a module draws random numbers."""
-    return next(model.parameters()).device
 
 
 def table_refusal(layer: nn.Module) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from nbdist.core.process.rng import fork_rng
+from nbdist.core.params.preserve_model import preserve_model
 from nbdist.core.strategies.tensor.attention import is_splittable
-from nbdist.core.strategies.tensor.auto_plan import derive_plan, rng_device, sections, table_refusal, training_mode
+from nbdist.core.strategies.tensor.auto_plan import derive_plan, sections, table_refusal
 from nbdist.core.strategies.tensor.layer_graph import Trace
 from nbdist.core.strategies.tensor.layers import KINDS, features
 from nbdist.core.strategies.tensor.plan import Group, TensorPlan, cuts, owners
@@ -126,7 +126,8 @@ def _group_of_rules(
     model: nn.Module, size: int, layers: dict[str, str], divided: tuple[str, ...], args: tuple[Any, ...], kwargs: Any
 ) -> Group:
     """One group of all the user's layers, with the dropouts and parameters between its columns and rows."""
-    with training_mode(model), fork_rng(rng_device(model)):
+    with preserve_model(model):
+        model.train()
         trace = Trace(model, args, kwargs or {})
     columns = {name for name, kind in layers.items() if kind == "column"}
     dropouts: dict[str, int] = {}

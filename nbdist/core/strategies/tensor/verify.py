@@ -12,9 +12,10 @@ from torch import nn
 from nbdist.core.comm import Channel
 from nbdist.core.data.sources import tensors_in
 from nbdist.core.params.param_table import replace_data
-from nbdist.core.process.rng import fork_rng, seed_torch
+from nbdist.core.params.preserve_model import device_of, preserve_model
+from nbdist.core.process.rng import seed_torch
 from nbdist.core.strategies.tensor.apply import parallelize
-from nbdist.core.strategies.tensor.auto_plan import nothing_to_split, rng_device, training_mode
+from nbdist.core.strategies.tensor.auto_plan import nothing_to_split
 from nbdist.core.strategies.tensor.plan import Group, TensorPlan
 from nbdist.errors import PeerLostError, PlanError
 
@@ -139,12 +140,11 @@ class _Verifier:
 
     def _results(self) -> dict[str, torch.Tensor]:
         """Outputs and gradients by name."""
-        device = rng_device(self._model)
-        with training_mode(self._model), fork_rng(device):
-            seed_torch(_SEED, device)
-            with torch.enable_grad():
-                outputs = _floats(self._model(*self._args, **self._kwargs))
-                gradients = self._gradients(outputs)
+        with preserve_model(self._model):
+            self._model.train()
+            seed_torch(_SEED, device_of(self._model))
+            outputs = _floats(self._model(*self._args, **self._kwargs))
+            gradients = self._gradients(outputs)
             results = {f"output {number} in training": out.detach() for number, out in enumerate(outputs)}
             results |= {f"gradient of {name}": g for name, g in gradients.items()}
             self._model.eval()
