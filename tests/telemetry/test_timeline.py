@@ -171,7 +171,7 @@ def test_the_timeline_of_a_run(monkeypatch):
     assert repr(TIMELINE) == repr(run_on({"pp": 2}, *works).timeline())
 
     apart = run_on({"pp": 2}, works[0], replace(works[1], step=3))
-    monkeypatch.setattr(apart._ended, "wait", lambda timeout: apart.progress.merge(RankState(rank=1, work=works[1])))
+    monkeypatch.setattr(apart.control, "wait", lambda timeout: apart.progress.merge(RankState(rank=1, work=works[1])))
     assert 7 == apart.timeline().step
 
 

@@ -217,7 +217,7 @@ def detached_clusters() -> list[Detached]:
                 Detached(
                     name=name, engines=notes.get("engines", {}).get("size", 0),
                     owner=int(state["owner"].partition(":")[0] or 0), left_s=state["left_s"],
-                    run_id="" if run is None else run.run_id, run_state="" if run is None else notes["ended"][0],
+                    run_id="" if run is None else run.spec.run_id, run_state="" if run is None else notes["ended"][0],
                 )
             )  # fmt: skip
     return found
