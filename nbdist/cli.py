@@ -11,7 +11,7 @@ from pathlib import Path
 import nbdist
 from nbdist.errors import NbdistError, PlanError, suggest
 from nbdist.plan import available_cores
-from nbdist.plan.arguments import OptionParser, add_plan_options, plan_options
+from nbdist.plan.arguments import OptionParser, add_options, given_options
 from nbdist.plan.plan import OPTIONS
 
 __all__ = ["main"]
@@ -75,7 +75,8 @@ def _doctor(words: list[str]) -> int:
     parser = OptionParser("nbdist doctor", "Check that engines start, communicate and train on this machine.")
     parser.add_argument("-n", type=int, metavar="N", help="Engines.")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="What ranks compute on.")
-    add_plan_options(parser, [name for name in OPTIONS if name not in ("loss", "metric")])
+    options = {name: option for name, option in OPTIONS.items() if option.read != "callable" or name == "optimizer"}
+    add_options(parser, options)
     arguments = parser.parse(words)
     print(f"nbdist {nbdist.__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in _PACKAGES:
@@ -91,7 +92,7 @@ def _doctor(words: list[str]) -> int:
             f"{cluster.size} engines started and completed a collective in {cluster.start_seconds:.1f} s: {cluster!r}"
         )
         layer, data = torch.nn.Linear(4, 1), (torch.randn(256, 4), torch.randn(256, 1))
-        run = cluster.train(layer, data, loss="mse", **plan_options(arguments))
+        run = cluster.train(layer, data, loss="mse", **given_options(arguments, options))
         print(f"a training of {run.history[-1]['steps']} steps {run.state}: all is well")
     return 0
 

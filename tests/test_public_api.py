@@ -5,13 +5,18 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import nbdist
 from nbdist import errors
-from nbdist.plan.plan import OPTIONS, Plan
+from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunOptions
+from nbdist.notebook.parsers import TRAIN
+from nbdist.plan.option import explained
+from nbdist.plan.train_options import TRAIN_OPTIONS, TrainOptions
 
 ROOT = Path(nbdist.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -21,7 +26,7 @@ PUBLIC = [
     "past_runs", "train",
 ]  # fmt: skip
 
-TRAIN_OPTIONS = [
+TRAIN_ARGUMENTS = [
     "MODEL", "DATA", "--val", "--strategy", "--loss", "--optimizer", "--lr", "--lr-scheduler", "--epochs", "--steps",
     "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
     "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--reproducible", "--threads", "--bucket-mib",
@@ -76,9 +81,7 @@ def test_there_is_a_version():
 
 def test_the_options_of_dist_train():
     """Users' notebooks contain the names of options: they must not change by accident."""
-    from nbdist.notebook.parsers import TRAIN
-
-    assert TRAIN_OPTIONS == [
+    assert TRAIN_ARGUMENTS == [
         action.option_strings[-1] if action.option_strings else action.metavar for action in TRAIN._actions
     ]
 
@@ -93,24 +96,50 @@ def test_the_magics():
         assert inspect.getdoc(getattr(DistMagics, method) if isinstance(method, str) else method), name
 
 
-def test_train_takes_every_option():
-    """Each option of the Plan is a keyword of `nbdist.train`."""
-    parameters = inspect.signature(nbdist.train).parameters
-    assert [] == [name for name in OPTIONS if parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY]
+@pytest.mark.parametrize(
+    ("function", "options", "types"),
+    [
+        (nbdist.train, TRAIN_OPTIONS, TrainOptions),
+        (nbdist.Cluster.train, TRAIN_OPTIONS | RUN_OPTIONS, RunOptions),
+    ],
+    ids=["nbdist.train", "Cluster.train"],
+)
+def test_an_option_is_defined_once(function, options, types):
+    """Signature and docstring show each, from one table; the types for checkers name the same ones."""
+    parameters = inspect.signature(function).parameters
+    assert [] == [name for name in options if parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY]
+    assert inspect.Parameter.VAR_KEYWORD not in {parameter.kind for parameter in parameters.values()}
+    assert [] == [name for name in options if parameters[name].default is not None]
+    shown = " ".join(inspect.getdoc(function).split())
+    assert [] == [name for name, option in options.items() if f" {name}: {explained(option)}" not in shown]
+    assert [] == [name for name in parameters if name != "self" and f" {name}: " not in shown]
+    assert set(options) == set(types.__annotations__)
 
 
-def test_train_explains_every_keyword():
-    """Its docstring has a line for each parameter."""
-    explained = inspect.getdoc(nbdist.train).split("Args:")[1].split("Returns:")[0]
-    for name in inspect.signature(nbdist.train).parameters:
-        assert f"    {name}: " in explained, name
+TYPED = """
+import nbdist
+
+def right(cluster: nbdist.Cluster) -> nbdist.Run:
+    nbdist.train(object(), (1, 2), loss="mse", epochs=2, lr=None, device="cpu")
+    return cluster.train(object(), (1, 2), steps=3, on_failure="shrink", background=True)
+
+def wrong(cluster: nbdist.Cluster) -> None:
+    nbdist.train(object(), (1, 2), epochs="2")
+    cluster.train(object(), (1, 2), epoch=2)
+    nbdist.train(object(), (1, 2), on_failure="shrink")
+    cluster.resume(batch_size=2.5)
+"""
 
 
-def test_defaults_are_the_plans():
-    """A keyword of `nbdist.train` repeats no default but the optimizer's, which must agree."""
-    parameters = inspect.signature(nbdist.train).parameters
-    defaults = {name: parameters[name].default for name in OPTIONS}
-    assert {"optimizer": Plan.optimizer} == {name: value for name, value in defaults.items() if value is not None}
+def test_a_type_checker_knows_every_option(tmp_path):
+    """Wrong types and names are found before anything runs; right calls are right."""
+    (tmp_path / "typed.py").write_text(TYPED)
+    options = ["--strict", "--no-incremental", "--cache-dir", tmp_path / "cache", "--follow-imports=silent"]
+    command = [sys.executable, "-m", "mypy", *options, tmp_path / "typed.py"]
+    printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent).stdout
+    lines = [int(line.split(":")[1]) for line in printed.splitlines() if ": error: " in line]
+    wrong = TYPED.split("\n").index("def wrong(cluster: nbdist.Cluster) -> None:") + 1
+    assert [wrong + 1, wrong + 2, wrong + 3, wrong + 4] == lines, printed
 
 
 def test_the_tree_of_errors():

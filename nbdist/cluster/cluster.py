@@ -16,10 +16,15 @@ from nbdist.cluster.launch import fork_client
 from nbdist.cluster.launch.anchor_client import Anchor, check_detach
 from nbdist.cluster.launch.devices import choose_size
 from nbdist.cluster.runs.run import Run, attend, resume_arguments
+from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunOptions
 from nbdist.engine.cell_sources import CellSources, class_marks
 from nbdist.errors import ClusterError, PlanError
+from nbdist.plan.option import takes_options
+from nbdist.plan.train_options import TRAIN_OPTIONS
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from nbdist.cluster.engines.engines import Engines
     from nbdist.cluster.runs.run_queue import RunQueue
 
@@ -322,12 +327,12 @@ class Cluster:
         self._running()
         self._replay.tie(class_marks(namespace), list(range(self.size) if ranks is None else ranks))
 
+    @takes_options(TRAIN_OPTIONS | RUN_OPTIONS)
     def train(
-        self, model: Any, data: Any, *, background: bool = False, hang_timeout: float | None = None,
-        on_hang: str = "replace", on_failure: str = "replace", watch: Callable[[Run], None] | None = None,
-        names: tuple[str, str] = ("model", "data"), **options: Any,
+        self, model: Any, data: Any, *, background: bool = False, watch: Callable[[Run], None] | None = None,
+        names: tuple[str, str] = ("model", "data"), **options: Unpack[RunOptions],
     ) -> Run:  # fmt: skip
-        """Train `model` on all engines; see `nbdist.train` for the options.
+        """Train `model` on all engines.
 
         Afterwards `model` itself holds the trained weights and buffers; until then it is unchanged. Invalid options
         raise before any engine works. A lost engine is replaced, and the run resumes from the last snapshot; after an
@@ -335,17 +340,12 @@ class Cluster:
 
         Args:
             model: An ``nn.Module``.
-            data: A Dataset, a DataLoader, or a tuple of tensors or NumPy arrays.
+            data: A Dataset, a DataLoader (its batch size is the global one), or a tuple of tensors or NumPy arrays.
             background: Whether to return at once instead of waiting for the end. While another run is running, this
                 one is queued, and starts when that one has ended.
-            hang_timeout: Seconds without a step, evaluation included, after which the run counts as hung; see `Hangs`.
-            on_hang: Then "replace" the ranks that the others wait for, or "stop" with an error.
-            on_failure: When engines are lost: "replace" them, "shrink" to those that are left, with the same global
-                batch, or "stop" with an error and keep the state.
             watch: Called with the run several times a second, and once after its end.
             names: The user's names of `model` and `data`, for errors.
-            **options: `loss` or `step`, `optimizer`, `val`, `metric` and every option of a Plan. ``resume=True``
-                without `checkpoint` resumes the last run of this notebook.
+            **options: Each of `TRAIN_OPTIONS` and `RUN_OPTIONS`; ``help(cluster.train)`` explains them here.
 
         Raises:
             PlanError: An option is not possible.
@@ -357,22 +357,26 @@ class Cluster:
         if not background:
             self._refuse_while_busy()
         assert self._run_queue is not None
-        run = self._run_queue.add(
-            model, data, names, options, watch, hang_timeout=hang_timeout, on_hang=on_hang, on_failure=on_failure
-        )
+        run = self._run_queue.add(model, data, names, {**options}, watch)
         return run if background else attend(run)
 
-    def resume(self, **options: Any) -> Run:
+    def resume(
+        self, *, background: bool = False, watch: Callable[[Run], None] | None = None, **options: Unpack[RunOptions]
+    ) -> Run:
         """Resume the last run of this notebook: `train` with the same model, data and options.
 
         Args:
+            background: See `train`.
+            watch: See `train`.
             **options: Changed options, such as a larger `epochs`.
 
         Raises:
             PlanError: There was no run, or no steps are left.
         """
-        arguments = resume_arguments(session.last_run(), options)
-        return self.train(arguments.pop("model"), arguments.pop("data"), **arguments)
+        arguments = resume_arguments(session.last_run(), {**options})
+        return self.train(
+            arguments.pop("model"), arguments.pop("data"), background=background, watch=watch, **arguments
+        )
 
     def _check_rank(self, rank: int) -> int:
         if not 0 <= rank < self.size:

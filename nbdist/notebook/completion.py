@@ -10,11 +10,9 @@ from typing import Any
 
 from nbdist.cluster import Cluster, current_cluster
 from nbdist.errors import NbdistError
-from nbdist.notebook.parsers import COMMANDS, PARSERS
+from nbdist.notebook.parsers import LINE_OPTIONS, PARSERS, RUN_COMMANDS
 from nbdist.plan.arguments import OptionParser, split_line
-from nbdist.plan.known_names import LOSSES, METRICS, OPTIMIZERS
 from nbdist.plan.mesh import AXES, STRATEGY_WORDS
-from nbdist.plan.plan import PRECISIONS, SCHEDULES
 from nbdist.telemetry import past_runs
 
 __all__ = ["complete", "complete_line", "install", "remove"]
@@ -168,8 +166,8 @@ def _data(names: dict[str, Any], word: str) -> list[str]:
     return [name for name, value in names.items() if fits(value)]
 
 
-def _or_functions(*words: str, kinds: tuple[str, ...] = ()) -> Callable[[dict[str, Any], str], list[str]]:
-    """Well-known words, then the notebook's own functions and torch objects."""
+def _or_functions(name: str, *kinds: str) -> Callable[[dict[str, Any], str], list[str]]:
+    """The well-known words of an option, then the notebook's own functions and torch objects."""
 
     def named(names: dict[str, Any], word: str) -> list[str]:
         mine = [
@@ -177,7 +175,7 @@ def _or_functions(*words: str, kinds: tuple[str, ...] = ()) -> Callable[[dict[st
             for name, value in names.items()
             if (type(value) is types.FunctionType and value.__module__ == "__main__") or (kinds and _is(value, *kinds))
         ]
-        return [*words, *mine]
+        return [*LINE_OPTIONS[name].words, *mine]
 
     return named
 
@@ -212,23 +210,22 @@ def _magics(names: dict[str, Any], word: str) -> list[str]:
 
 
 _VALUES: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
+    **{name: _words(*option.words) for name, option in LINE_OPTIONS.items() if option.words},
+    **{name: _words("yes", "no") for name, option in LINE_OPTIONS.items() if option.parse is bool},
     "data": _data,
     "val": _data,
     "model": _of("module"),
     "strategy": _meshes,
-    "loss": _or_functions(*LOSSES, kinds=("module",)),
-    "metric": _or_functions(*METRICS),
-    "optimizer": _or_functions(*OPTIMIZERS, kinds=("optimizer",)),
-    "lr_scheduler": _or_functions(),
-    "precision": _words(*PRECISIONS),
-    "schedule": _words(*SCHEDULES),
+    "loss": _or_functions("loss", "module"),
+    "metric": _or_functions("metric"),
+    "optimizer": _or_functions("optimizer", "optimizer"),
+    "lr_scheduler": _or_functions("lr_scheduler"),
     "device": _words("auto", "cpu", "cuda"),
-    "command": _words(*COMMANDS),
+    "command": _words(*RUN_COMMANDS),
     "names": lambda names, word: list(names),
     "name": lambda names, word: _on_engine("", word.rpartition(".")[2])[1] if "." not in word else [],
     "run_id": lambda names, word: [run.run_id for run in past_runs(_LISTED_RUNS)],
     "magic": _magics,
-    **dict.fromkeys(("shuffle", "sync_batchnorm", "gather", "stop_on_nan"), _words("yes", "no")),
 }
 
 

@@ -71,12 +71,7 @@ function controls(parent, model) {
   }
 
   const rate = () => parseFloat(model.get("head").lr);
-  const buttons = {
-    pause: button("Pause", "Pause all ranks after this step", "pause"),
-    resume: button("Resume", "Resume all ranks", "resume"),
-    checkpoint: button("Checkpoint", "Write the state after this step to disk", "checkpoint"),
-    stop: button("Stop", "Stop all ranks after this step and load the weights into the model", "stop"),
-  };
+  const buttons = Object.fromEntries(model.get("buttons").map(({ name, label, title }) => [name, button(label, title, name)]));
   const label = element("label", "nbdist-rate", group);
   element("span", "", label, "Learning rate");
   const field = element("input", "", label);

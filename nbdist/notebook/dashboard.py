@@ -17,6 +17,7 @@ from nbdist.cluster import Run
 from nbdist.errors import NbdistError, PlanError
 from nbdist.notebook import panel_view
 from nbdist.telemetry import run_html, run_text
+from nbdist.telemetry.command_table import COMMANDS
 from nbdist.telemetry.run_view import epoch_text
 from nbdist.telemetry.terminal import TerminalView
 
@@ -189,6 +190,7 @@ def _panel_class() -> Any:
         charts: Any = traitlets.List().tag(sync=True)
         events: Any = traitlets.List().tag(sync=True)
         reply = traitlets.Dict().tag(sync=True)
+        buttons: Any = traitlets.List().tag(sync=True)
         received = traitlets.Int(0).tag(sync=True)
 
     return Panel
@@ -198,7 +200,7 @@ def _make_widget(run: Run) -> Any:
     view = run.progress
     panel = _panel_class()(
         head=panel_view.head(view), rows=panel_view.rows(view), charts=panel_view.charts(view),
-        events=panel_view.events(view), reply={"number": 0, "text": ""},
+        events=panel_view.events(view), reply={"number": 0, "text": ""}, buttons=panel_view.buttons(),
     )  # fmt: skip
     panel.on_msg(lambda widget, content, _buffers: _apply_click(widget, run, content))
     _answer_while_busy(panel)
@@ -211,17 +213,8 @@ def _apply_click(panel: Any, run: Run, content: dict[str, Any]) -> None:
     panel.received += 1
     text = ""
     try:
-        match command:
-            case "stop":
-                run.stop()
-            case "pause":
-                run.pause()
-            case "resume":
-                run.resume()
-            case "checkpoint":
-                run.checkpoint()
-            case "lr":
-                run.set_lr(_number(value))
+        if command in COMMANDS:
+            run.give(command, _number(value) if command == "lr" else None)
     except NbdistError as error:
         text = str(error)
     if text or panel.reply["text"]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
 
 from nbdist.errors import PlanError, TaskError, suggest
+from nbdist.plan.option import Option
 
-__all__ = ["callable_of", "evaluate", "path_of", "value_of"]
+__all__ = ["evaluate", "read_options", "read_word"]
 
 
 def evaluate(shell: InteractiveShell, expression: str) -> Any:
@@ -25,21 +27,30 @@ def evaluate(shell: InteractiveShell, expression: str) -> Any:
         raise TaskError(f"{expression} cannot be evaluated: {type(error).__name__}: {error}") from error
 
 
-def value_of(shell: InteractiveShell, text: str | None) -> Any:
-    """The value of an expression, which may stand in quotes; None stays None."""
-    value = None if text is None else evaluate(shell, text)
-    return evaluate(shell, value) if isinstance(value, str) else value
+def read_options(shell: InteractiveShell, given: Mapping[str, Any], options: Mapping[str, Option]) -> dict[str, Any]:
+    """The values of options on a magic's line, each read as its `Option.read` says."""
+    return {name: read_word(shell, word, options[name].read) for name, word in given.items()}
 
 
-def path_of(shell: InteractiveShell, text: str | bool) -> str | bool:
+def read_word(shell: InteractiveShell, word: Any, read: str) -> Any:
+    """The value of a word on a magic's line, read as `Option.read` says."""
+    readers = {"text": lambda shell, word: word, "callable": _callable, "value": _value, "path": _path}
+    return readers[read](shell, word)
+
+
+def _path(shell: InteractiveShell, text: str | bool) -> str | bool:
     """A path, with ``{name}`` in it as in an f-string of the notebook; True stays True."""
     return text if isinstance(text, bool) else str(shell.var_expand(text.strip("'\""), depth=1))
 
 
-def callable_of(shell: InteractiveShell, text: str | None) -> Any:
-    """The value of --loss, --optimizer or --metric: the notebook's object, else a well-known name."""
-    if text is None:
-        return None
+def _value(shell: InteractiveShell, text: str) -> Any:
+    """The value of an expression, which may stand in quotes."""
+    value = evaluate(shell, text)
+    return evaluate(shell, value) if isinstance(value, str) else value
+
+
+def _callable(shell: InteractiveShell, text: str) -> Any:
+    """The notebook's object of that name, or of an expression; else a well-known name."""
     if text.isidentifier():
         value = shell.user_ns.get(text)
         return value if callable(value) or hasattr(value, "param_groups") else text

@@ -24,14 +24,15 @@ from nbdist.notebook import parsers
 from nbdist.notebook.dashboard import has_front_end, load_panel, make_dashboard, show_run
 from nbdist.notebook.detached import clusters_bundle
 from nbdist.notebook.dist_help import help_text, help_text_of
-from nbdist.notebook.expressions import callable_of, evaluate, path_of, value_of
+from nbdist.notebook.expressions import evaluate, read_options, read_word
 from nbdist.notebook.interrupts import deferred
 from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.past_runs import runs_bundle
 from nbdist.notebook.status import describe_cluster, engines_text, show_status
 from nbdist.notebook.step_cell import compile_step
-from nbdist.plan.arguments import OptionParser, plan_options, split_line
+from nbdist.plan.arguments import OptionParser, given_options, split_line
 from nbdist.telemetry import PastRun, past_run, past_runs
+from nbdist.telemetry.command_table import COMMANDS
 from nbdist.telemetry.record import records
 from nbdist.telemetry.units import duration
 
@@ -244,25 +245,9 @@ class DistMagics(Magics):
         cluster = require_cluster()
         if cell is not None and arguments.loss is not None:
             raise PlanError("--loss and a cell body both define the loss: leave one of them out.")
-        options = plan_options(arguments) | {
-            "loss": callable_of(self.shell, arguments.loss),
-            "optimizer": callable_of(self.shell, arguments.optimizer) or "adamw",
-            "metric": callable_of(self.shell, arguments.metric),
-            "lr_scheduler": value_of(self.shell, arguments.lr_scheduler),
-            "tensor_plan": value_of(self.shell, arguments.tensor_plan),
-            "val": None if arguments.val is None else evaluate(self.shell, arguments.val),
-            **{
-                name: path_of(self.shell, word)
-                for name in ("checkpoint", "resume", "tensorboard")
-                if (word := getattr(arguments, name))
-            },
-            **{
-                n: value
-                for n in ("hang_timeout", "on_hang", "on_failure")
-                if (value := getattr(arguments, n)) is not None
-            },
-            "step": None if cell is None else compile_step(self.shell, line, cell, self._cell_number),
-        }
+        options = read_options(self.shell, given_options(arguments, parsers.LINE_OPTIONS), parsers.LINE_OPTIONS)
+        if cell is not None:
+            options["step"] = compile_step(self.shell, line, cell, self._cell_number)
         dashboard = make_dashboard(self.shell, arguments.background)
         if arguments.data is None:
             if arguments.model is not None or arguments.resume is None:
@@ -271,10 +256,7 @@ class DistMagics(Magics):
                     f"%dist_train: the following arguments are required: {missing}. --resume alone continues the "
                     "last run."
                 )
-            given = {name: value for name, value in options.items() if value is not None and name != "optimizer"}
-            if arguments.optimizer is not None:
-                given["optimizer"] = options["optimizer"]
-            run = cluster.resume(**given, background=True, watch=dashboard.update)
+            run = cluster.resume(**options, background=True, watch=dashboard.update)
         else:
             model, data = evaluate(self.shell, arguments.model), evaluate(self.shell, arguments.data)
             names = (arguments.model, arguments.data)
@@ -316,21 +298,9 @@ class DistMagics(Magics):
         run, command, value = last_run(), arguments.command, arguments.value
         if run is None:
             raise ClusterError("no run has been started in this notebook: %dist_train starts one.")
-        if (value is not None and command not in ("checkpoint", "lr")) or (command == "lr" and value is None):
-            raise PlanError(f"%dist_run {line.strip()}: checkpoint takes DIR, lr takes RATE, no other command a value.")
-        match command:
-            case None:
-                return run
-            case "stop":
-                run.stop()
-            case "pause":
-                run.pause()
-            case "resume":
-                run.resume()
-            case "checkpoint":
-                run.checkpoint(None if value is None else str(path_of(self.shell, value)))
-            case "lr":
-                run.set_lr(evaluate(self.shell, value))
+        if command is None:
+            return run
+        run.give(command, None if value is None else read_word(self.shell, value, COMMANDS[command].read))
         return None
 
 

@@ -6,14 +6,20 @@ import statistics
 from typing import Any
 
 from nbdist.telemetry import RankState, RunState
+from nbdist.telemetry.command_table import COMMANDS
 from nbdist.telemetry.run_view import chosen_ranks, memory_text, mesh_text
 from nbdist.telemetry.svg_chart import loss_chart, metric_chart
 from nbdist.telemetry.units import duration, left, number
 
-__all__ = ["charts", "events", "head", "rows"]
+__all__ = ["buttons", "charts", "events", "head", "rows"]
 
 _EVENTS = 5
 _STALLED_S = 5.0
+
+
+def buttons() -> list[dict[str, str]]:
+    """The buttons that give a command, in their order."""
+    return [{"name": name, "label": kind.label, "title": kind.title} for name, kind in COMMANDS.items() if kind.label]
 
 
 def head(run: RunState) -> dict[str, Any]:

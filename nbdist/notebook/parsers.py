@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from nbdist.cluster.runs.run_spec import ON_FAILURE, ON_HANG
+from nbdist.cluster.runs.run_spec import RUN_OPTIONS
 from nbdist.errors import PlanError
-from nbdist.plan.arguments import OptionParser, add_plan_options
+from nbdist.plan.arguments import OptionParser, add_options
+from nbdist.plan.train_options import TRAIN_OPTIONS
+from nbdist.telemetry.command_table import COMMANDS
 
 __all__ = [
-    "ATTACH", "CLUSTERS", "COMMANDS", "DEBUG", "DIST", "HELP", "PARSERS", "PULL", "PUSH", "RUN", "RUNS", "SCALE",
-    "START", "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
+    "ATTACH", "CLUSTERS", "DEBUG", "DIST", "HELP", "LINE_OPTIONS", "PARSERS", "PULL", "PUSH", "RUN",
+    "RUNS", "RUN_COMMANDS", "SCALE", "START", "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
 ]  # fmt: skip
+
+RUN_COMMANDS = tuple(name for name, kind in COMMANDS.items() if kind.help)
+"""The commands of ``%dist_run``."""
+LINE_OPTIONS = {name: option for name, option in (TRAIN_OPTIONS | RUN_OPTIONS).items() if name != "step"}
+"""The options of ``%dist_train``, whose cell is the step."""
 
 
 def _start_parser() -> OptionParser:
@@ -127,22 +134,9 @@ def _train_parser() -> OptionParser:
     parser.add_argument(
         "data", metavar="DATA", nargs="?", help="A name or expression: a Dataset, a DataLoader, (X, y)."
     )
-    parser.add_argument("--val", metavar="DATA", help="Validation data, in the same forms.")
-    add_plan_options(parser)
+    add_options(parser, {name: option for name, option in LINE_OPTIONS.items() if name not in RUN_OPTIONS})
     parser.add_argument("--background", action="store_true", help="Return at once; the run continues.")
-    parser.add_argument(
-        "--hang-timeout", type=float, metavar="S",
-        help="Seconds without a step, evaluation included, after which a run counts as hanging. Default: no limit.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--on-hang", choices=ON_HANG, metavar="|".join(ON_HANG),
-        help="What to do then: replace the ranks that the others wait for, or stop. Default: replace.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--on-failure", choices=ON_FAILURE, metavar="|".join(ON_FAILURE),
-        help="What to do when engines are lost: replace them, shrink to the remaining ones, or stop. Default: "
-        "replace.",
-    )  # fmt: skip
+    add_options(parser, RUN_OPTIONS)
     parser.add_argument("-o", dest="output", metavar="NAME", help="Store the Run under this name too.")
     return parser
 
@@ -150,14 +144,16 @@ def _train_parser() -> OptionParser:
 def _run_parser() -> OptionParser:
     parser = OptionParser(
         "%dist_run",
-        "Show the newest run, or send it a command, which all ranks apply after the same step: stop (and load the "
-        "weights), pause, resume, checkpoint [DIR], or lr RATE. None of them loses a step. A command after the last "
-        "step has no effect, and the run's notes say so.",
+        f"Show the newest run, or send it a command, which all ranks apply after the same step: "
+        f"{', '.join(COMMANDS[name].help for name in RUN_COMMANDS)}. None of them loses a step. A command after the "
+        f"last step has no effect, and the run's notes say so.",
     )
     parser.add_argument(
-        "command", nargs="?", choices=COMMANDS, metavar="|".join(COMMANDS), help="The command. Default: show the run."
-    )
-    parser.add_argument("value", nargs="?", metavar="DIR|RATE", help="Where the checkpoint goes, or the learning rate.")
+        "command", nargs="?", choices=RUN_COMMANDS, metavar="|".join(RUN_COMMANDS),
+        help="The command. Default: show the run.",
+    )  # fmt: skip
+    values = [COMMANDS[name].value for name in RUN_COMMANDS if COMMANDS[name].value]
+    parser.add_argument("value", nargs="?", metavar="|".join(values), help="Where the checkpoint goes, or the rate.")
     return parser
 
 
@@ -176,7 +172,6 @@ def _help_parser() -> OptionParser:
     return parser
 
 
-COMMANDS = ("stop", "pause", "resume", "checkpoint", "lr")
 ATTACH = _attach_parser()
 CLUSTERS = _clusters_parser()
 DEBUG = _debug_parser()

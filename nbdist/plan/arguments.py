@@ -1,16 +1,15 @@
-"""Plan fields as argparse options: one table for the magics and the command line."""
+"""Options as argparse arguments, for the magics and the command line."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from nbdist.errors import PlanError, suggest
-from nbdist.plan.option import Option
-from nbdist.plan.plan import OPTIONS
+from nbdist.plan.option import Option, explained, flag
 
-__all__ = ["OptionParser", "add_plan_options", "plan_options", "split_line"]
+__all__ = ["OptionParser", "add_options", "given_options", "split_line"]
 
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
@@ -50,27 +49,19 @@ def _yes_or_no(word: str) -> bool:
     raise argparse.ArgumentTypeError(f"{word!r} is neither yes nor no")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _help(option: Option) -> str:
-    text = f"{option.help} Default: {option.default}." if option.default else option.help
-    return text.replace("%", "%%")
-
-
-def add_plan_options(parser: argparse.ArgumentParser, names: Iterable[str] = tuple(OPTIONS)) -> None:
-    """Add the Plan options `names` to `parser`, each with its sentence, unit and default."""
-    for name in names:
-        option = OPTIONS[name]
+def add_options(parser: argparse.ArgumentParser, options: Mapping[str, Option]) -> None:
+    """Add options to `parser`, each with its sentence, unit and default."""
+    for name, option in options.items():
         parse: Any = _yes_or_no if option.parse is bool else option.parse
         many: Any = {"nargs": "+"} if option.many else {"nargs": "?", "const": True} if option.bare else {}
-        parser.add_argument(_flag(name), type=parse, metavar=option.metavar, help=_help(option), **many)
+        text = explained(option, flag).replace("%", "%%")
+        parser.add_argument(flag(name), type=parse, metavar=option.metavar, help=text, **many)
 
 
-def plan_options(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The Plan options in a parsed `namespace` that are not None."""
-    return {name: value for name, value in vars(namespace).items() if name in OPTIONS and value is not None}
+def given_options(namespace: argparse.Namespace, options: Mapping[str, Option]) -> dict[str, Any]:
+    """The options in a parsed `namespace` that are not None."""
+    given = vars(namespace)
+    return {name: given[name] for name in options if given.get(name) is not None}
 
 
 def split_line(line: str) -> list[str]:

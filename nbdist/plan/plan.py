@@ -8,13 +8,13 @@ import operator
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from nbdist.errors import PlanError, suggest
-from nbdist.plan.known_names import LOSSES, METRICS
-from nbdist.plan.mesh import Mesh
-from nbdist.plan.option import Option, option
+from nbdist.plan.known_names import LOSSES, METRICS, OPTIMIZERS
+from nbdist.plan.mesh import STRATEGY_WORDS, Mesh
+from nbdist.plan.option import Option, check_known, option, options_of
 
 __all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "SCHEDULES", "SLICES", "Plan"]
 
@@ -40,33 +40,47 @@ class Plan:
         "How the ranks share the work: data, shard, pipeline, tensor (aliases ddp, fsdp, pp, tp), or a mesh such as "
         "dp=2,pp=2 whose degrees multiply to the number of ranks.",
         metavar="WORD|MESH",
+        words=STRATEGY_WORDS,
     )
     loss: str = option(
         "",
-        f"A callable of the notebook, or one of {', '.join(LOSSES)}.",
+        f"A callable loss(output, target), which returns a mean or (mean, weight), or one of {', '.join(LOSSES)}.",
         default="",
+        words=LOSSES,
+        read="callable",
+        of_task=True,
     )
     optimizer: str = option(
         "adamw",
-        "A callable or an optimizer of the notebook, or a class of torch.optim in small letters (sgd, adamw, ...).",
+        "A class of torch.optim in small letters (sgd, adamw, ...), a callable that takes the parameters, or an "
+        "optimizer of the model.",
+        words=OPTIMIZERS,
+        read="callable",
+        of_task=True,
     )
     lr: float | None = option(
-        None, "Learning rate.", parse=float, metavar="RATE", default="the optimizer's own default"
+        None, "Learning rate.", parse=float, metavar="RATE", default="the optimizer's own default", of_task=True
     )
     lr_scheduler: str = option(
         "",
-        "A callable of the notebook that makes a torch scheduler from an optimizer; it steps with the optimizer "
-        "(ReduceLROnPlateau: after each epoch).",
+        "A callable that makes a torch scheduler from an optimizer; it steps with the optimizer (ReduceLROnPlateau: "
+        "after each epoch).",
         default="",
+        read="value",
+        of_task=True,
     )
     epochs: int | None = option(
-        None, "Passes over the training data.", parse=int, metavar="N", default="1, unless --steps"
+        None, "Passes over the training data.", parse=int, metavar="N", default="1, unless `steps`"
     )
     steps: int | None = option(
-        None, "Optimizer steps, instead of epochs; wraps round the data.", parse=int, metavar="N", default=""
+        None, "Optimizer steps, instead of `epochs`; wraps round the data.", parse=int, metavar="N", default=""
     )
     batch_size: int = option(
-        DEFAULT_BATCH_SIZE, "Global batch size: samples in one optimizer step, over all ranks.", parse=int, metavar="N"
+        DEFAULT_BATCH_SIZE,
+        "Global batch size: samples in one optimizer step, over all ranks.",
+        parse=int,
+        metavar="N",
+        of_task=True,
     )
     accumulate: int = option(1, "Microbatches each rank runs in one step.", parse=int, metavar="K")
     clip_norm: float | None = option(
@@ -77,14 +91,17 @@ class Plan:
         default="",
     )
     precision: str = option(
-        "full", "Forward and loss under autocast to bf16 or fp16; weights stay as they are.", metavar="full|bf16|fp16"
+        "full",
+        "Forward and loss under autocast to bf16 or fp16; weights stay as they are.",
+        metavar="full|bf16|fp16",
+        words=PRECISIONS,
     )
     sync_batchnorm: bool = option(
         False, "BatchNorm over the whole microbatch of all replicas.", parse=bool, metavar="yes|no", default="no"
     )
     microbatches: int | None = option(
         None,
-        "Microbatches in flight through a pipeline, for each one of --accumulate.",
+        "Microbatches in flight through a pipeline, for each one of `accumulate`.",
         parse=int,
         metavar="M",
         default="twice the ranks of the pipeline",
@@ -93,6 +110,7 @@ class Plan:
         "1f1b",
         "Pipeline schedule: gpipe, 1f1b or interleaved (two stages a rank).",
         metavar="WORD",
+        words=tuple(SCHEDULES),
     )
     split_at: tuple[str, ...] = option(
         (), "Where a pipeline is cut: modules that begin a stage. Default: balanced by measured time.", many=True,
@@ -100,20 +118,32 @@ class Plan:
     )  # fmt: skip
     tensor_plan: Mapping[str, str] | None = option(
         None,
-        "A dict of the notebook: how tensor parallelism splits layers, by names or patterns. Default: automatic.",
+        "How tensor parallelism splits layers: a dict from names or patterns to kinds, such as column and row. "
+        "Default: automatic.",
         default="",
+        read="value",
     )
     metric: str = option(
-        "", f"Measured on the --val data: a callable of the notebook, or one of {', '.join(METRICS)}.", default=""
+        "",
+        f"Measured on the `val` data: a callable metric(output, target), or one of {', '.join(METRICS)}.",
+        default="",
+        words=METRICS,
+        read="callable",
+        of_task=True,
     )
     shuffle: bool = option(
-        True, "Read the training data in a new order each epoch.", parse=bool, metavar="yes|no", default="yes"
+        True,
+        "Read the training data in a new order each epoch.",
+        parse=bool,
+        metavar="yes|no",
+        default="yes",
+        of_task=True,
     )
     seed: int = option(0, "Determines the sample order and the random numbers of every slice.", parse=int, metavar="N")
     reproducible: int = option(
         0,
         "The same bits on any number of ranks: every batch is cut into N slices (4), as many as there may ever be "
-        "ranks, whose gradients are summed in a fixed order. For the strategy data; then --threads is 1.",
+        "ranks, whose gradients are summed in a fixed order. For the strategy data; then `threads` is 1.",
         parse=int,
         metavar="N",
         default="",
@@ -132,13 +162,17 @@ class Plan:
 
     gather: bool = option(
         True,
-        "Gather the whole model into the notebook; no for one too large, which --checkpoint then saves.",
+        "Gather the whole model at the end; no for one too large, which `checkpoint` then saves.",
         parse=bool,
         metavar="yes|no",
         default="yes",
     )
     checkpoint: str = option(
-        "", "Folder for checkpoints: one at the end, more with --checkpoint-every.", metavar="DIR", default=""
+        "",
+        "Folder for checkpoints: one at the end, more with `checkpoint_every`.",
+        metavar="DIR",
+        default="",
+        read="path",
     )
     checkpoint_every: str = option(
         "", "How often to write one, in the background: steps (200) or time (90s, 5min).", metavar="N|TIME", default=""
@@ -146,18 +180,19 @@ class Plan:
     checkpoint_keep: int = option(3, "How many of the newest checkpoints stay.", parse=int, metavar="K")
     resume: str | bool = option(
         "",
-        "Resume from a checkpoint of any mesh, up to --epochs or --steps in total. Without DIR: where the last run of "
-        "this notebook ended, or from the newest in --checkpoint.",
+        "Resume from a checkpoint of any mesh, up to `epochs` or `steps` in total. Without DIR (True): where the last "
+        "run of this notebook ended, or from the newest in `checkpoint`.",
         metavar="DIR",
         default="",
         bare=True,
+        read="path",
     )
     stop_on_nan: bool = option(
         False, "End with an error when a loss is not finite, before it reaches the weights.", parse=bool,
         metavar="yes|no", default="no",
     )  # fmt: skip
     tensorboard: str = option(
-        "", "Folder for TensorBoard: loss, rate and metrics of each run.", metavar="DIR", default=""
+        "", "Folder for TensorBoard: loss, rate and metrics of each run.", metavar="DIR", default="", read="path"
     )
 
     def __post_init__(self) -> None:
@@ -260,9 +295,7 @@ class Plan:
         Raises:
             PlanError: A value or a combination cannot be run, or an option does not exist.
         """
-        for name in options:
-            if name not in OPTIONS:
-                raise PlanError(f"unknown option {name!r}.{suggest(name, OPTIONS)}")
+        check_known(options, OPTIONS)
         given = {name: value for name, value in options.items() if value is not None}
         if "epochs" not in given and "steps" not in given:
             given["epochs"] = 1
@@ -336,5 +369,5 @@ class Plan:
         object.__setattr__(self, name, number)
 
 
-OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(Plan) if "option" in f.metadata}
-"""Every option by its field name, in the order of help texts."""
+OPTIONS: dict[str, Option] = options_of(Plan)
+"""The options of a plan by field name, in the order of help texts."""

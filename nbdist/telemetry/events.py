@@ -185,7 +185,7 @@ class CommandApplied(Event):
     """All ranks have applied a user's command, after the same step.
 
     Args:
-        command: "stop", "pause", "resume", "checkpoint", "lr" or "scale".
+        command: One of `COMMANDS`.
         value: The new learning rate of the first group, the folder of the checkpoint, or how many engines; else None.
         step: Optimizer steps that were done.
         number: The command's number in the run, from 0: a recovering run applies some commands again.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from nbdist.telemetry.command_table import COMMANDS
 from nbdist.telemetry.events import (
     Checkpointed,
     CommandApplied,
@@ -184,12 +185,7 @@ def _smoothed(state: RankState, event: Progress) -> float:
 def _command_text(event: CommandApplied, steps_total: int | None = None) -> str:
     if event.command == "stop" and event.step == steps_total:
         return f"stop came in step {event.step:,}, the last one: it changes nothing"
-    words = {
-        "stop": "stopped", "pause": "paused", "resume": "resumed", "checkpoint": "checkpoint requested",
-        "lr": f"learning rate {event.value:.4g}" if isinstance(event.value, float) else "learning rate changed",
-        "scale": f"scaled to {event.value}",
-    }  # fmt: skip
-    return f"{words[event.command]} after step {event.step:,}"
+    return f"{COMMANDS[event.command].applied_text(event.value)} after step {event.step:,}"
 
 
 def _after(state: RankState, event: Event, kind: str, text: str) -> RankState:

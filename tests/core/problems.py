@@ -45,7 +45,7 @@ def mlp(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> nn.Module:
 
 
 class Given(Commands):
-    """Orders that are given in certain steps, counted from 1; remembered as they are carried out.
+    """Commands given in certain steps, counted from 1; their stamps are kept.
 
     Args:
         by_step: The kinds, or kinds and values, of those of each step; 0 is before the first one.
@@ -60,7 +60,7 @@ class Given(Commands):
         """See `Commands`."""
         given = self.by_step.get(self.asked, [])
         self.asked += 1
-        return [Command(order) if isinstance(order, str) else Command(*order) for order in given]
+        return [Command(one) if isinstance(one, str) else Command(*one) for one in given]
 
     def stamp(self, number: int, step: int) -> None:
         """See `Commands`."""
@@ -68,7 +68,7 @@ class Given(Commands):
 
 
 def stop_after(step: int) -> Given:
-    """Orders a stop after a step."""
+    """A stop after a step."""
     return Given({step: ["stop"]})
 
 

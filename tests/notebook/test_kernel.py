@@ -8,6 +8,7 @@ import pytest
 from kernels import Kernel
 from shared_cluster import gone, until
 
+from nbdist.plan.option import explained, flag
 from nbdist.plan.plan import OPTIONS
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -170,8 +171,8 @@ def test_the_help_reads_well(kernel):
     (page,) = kernel("%dist_train?").reply["payload"]
     text = page["data"]["text/plain"]
     for name, option in OPTIONS.items():
-        assert f"--{name.replace('_', '-')}" in text
-        assert option.help.split(".")[0][:40] in " ".join(text.split()), name
+        assert flag(name) in text
+        assert explained(option, flag)[:40] in " ".join(text.split()), name
 
 
 def test_nothing_is_left_of_a_kernel_that_was_shut_down(shared_cluster, tmp_path):

@@ -13,6 +13,8 @@ from torch import nn
 import nbdist
 from nbdist.errors import EngineError, NbdistError, PlanError, TaskError
 from nbdist.notebook.dashboard import LineDashboard
+from nbdist.notebook.parsers import LINE_OPTIONS
+from nbdist.plan.option import explained, flag
 from nbdist.plan.plan import OPTIONS
 
 
@@ -276,12 +278,10 @@ def test_the_help_explains_every_option_once(notebook):
     help_text = notebook.shell.find_line_magic("dist_train").__doc__
     assert notebook.shell.find_cell_magic("dist_train").__doc__ == help_text
     flat = " ".join(help_text.split())
-    for name, option in OPTIONS.items():
+    for name, option in LINE_OPTIONS.items():
         more = f" [{option.metavar} ...]" if option.many else ""
         metavar = f"[{option.metavar}]" if option.bare else option.metavar
-        flag = f"--{name.replace('_', '-')} {metavar}{more}"
-        assert flat.count(f"{flag} {' '.join(option.help.split())}") == 1, name
-        assert not option.default or f"Default: {option.default}." in flat
+        assert flat.count(f"{flag(name)} {metavar}{more} {explained(option, flag)}") == 1, name
     for part in ("usage: %dist_train", "MODEL", "DATA", "--val DATA", "--background", "-o NAME"):
         assert part in flat
     assert max(map(len, help_text.splitlines())) <= 100

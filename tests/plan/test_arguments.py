@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 
 from nbdist.errors import PlanError
-from nbdist.plan.arguments import OptionParser, add_plan_options, plan_options, split_line
+from nbdist.plan.arguments import OptionParser, add_options, given_options, split_line
+from nbdist.plan.option import explained, flag
 from nbdist.plan.plan import OPTIONS, Plan
 
 
 def parser():
     made = OptionParser("%train", "Train.")
     made.add_argument("model")
-    add_plan_options(made)
+    add_options(made, OPTIONS)
     return made
 
 
@@ -32,7 +33,7 @@ WORDS = {
 def test_every_option_can_be_given(name):
     """As ``--name value``; an option that is not given is absent; the Plan accepts the value."""
     word, value = WORDS[name]
-    given = plan_options(parser().parse(["net", "--" + name.replace("_", "-"), word]))
+    given = given_options(parser().parse(["net", "--" + name.replace("_", "-"), word]), OPTIONS)
     assert {name: value if name != "split_at" else [*value]} == given
     if name == "tensor_plan":  # a magic evaluates it
         given["tensor_plan"] = value = {"*.up": "column"}
@@ -44,20 +45,22 @@ def test_every_option_can_be_given(name):
 
 
 def test_the_help_shows_every_option():
-    """With its sentence, its placeholder and its default."""
+    """With its sentence, its placeholder and its default; other options are written as on a line."""
     text = " ".join(parser().format_help().split())
     for name, option in OPTIONS.items():
         more = f" [{option.metavar} ...]" if option.many else ""
         metavar = f"[{option.metavar}]" if option.bare else option.metavar
-        assert f"--{name.replace('_', '-')} {metavar}{more} {option.help}" in text
-        assert not option.default or f"{option.help} Default: {option.default}." in text
+        assert f"{flag(name)} {metavar}{more} {explained(option, flag)}" in text
+    assert "Optimizer steps, instead of --epochs; wraps round the data." in text
+    assert "Passes over the training data. Default: 1, unless --steps." in text
+    assert "`" not in text
 
 
 @pytest.mark.parametrize("line", ["net --resume", "net --resume --epochs 3", "--resume --epochs 3 net"])
 def test_an_option_that_may_stand_alone(line):
     """It means yes then; with a word, the word."""
-    assert plan_options(parser().parse(split_line(line)))["resume"] is True
-    assert "here" == plan_options(parser().parse(split_line("net --resume here")))["resume"]
+    assert given_options(parser().parse(split_line(line)), OPTIONS)["resume"] is True
+    assert "here" == given_options(parser().parse(split_line("net --resume here")), OPTIONS)["resume"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nbdist.cluster.runs.run_control import RunControl
 from nbdist.core.control.commands import Command
+from nbdist.telemetry.command_table import COMMANDS
 
 __all__ = ["late_command_text"]
 
@@ -20,8 +21,7 @@ def late_command_text(command: Command, control: RunControl, engines: int, scale
     step, state = control.progress.step, control.progress.state
     if command.kind == "stop" and control.abandoned and state == "stopped":
         return f"stopped at once after step {step:,}"
-    name = {"lr": f"learning rate {command.value}", "checkpoint": f"checkpoint in {command.value}",
-            "scale": f"scale to {command.value}"}.get(command.kind, command.kind)  # fmt: skip
+    asked = COMMANDS[command.kind].asked_text(command.value)
     outcome = "not carried out"
     if command.kind == "stop":
         outcome = f"the run {'had failed' if state == 'failed' else 'was over'}"
@@ -29,4 +29,4 @@ def late_command_text(command: Command, control: RunControl, engines: int, scale
         outcome = f"there are {engines} engines"
     elif command.kind == "scale" and scale_error:
         outcome += f" ({scale_error.rstrip('.')})"
-    return f"{name} came after step {step:,}, the last one: {outcome}"
+    return f"{asked} came after step {step:,}, the last one: {outcome}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nbdist.errors import ClusterError, NbdistError, PlanError, interrupted
 from nbdist.plan import Plan
 from nbdist.telemetry import Report, RunState, Timeline
+from nbdist.telemetry.command_table import COMMANDS
 
 if TYPE_CHECKING:
     from nbdist.cluster.runs.run_control import RunControl
@@ -78,6 +79,22 @@ class Run(Report):
                 the last step that all ranks completed is loaded.
         """
         self.control.stop(now=now)
+
+    def give(self, command: str, value: Any = None) -> None:
+        """Give a command by its name in `COMMANDS`, as ``%dist_run`` and the panel do. Returns at once.
+
+        Raises:
+            PlanError: The command needs a value, or takes none.
+            ClusterError: The run is not running.
+        """
+        kind = COMMANDS[command]
+        if (value is None and kind.value and not kind.optional) or (value is not None and not kind.value):
+            takes = {name: of.value for name, of in COMMANDS.items() if of.value and of.help}
+            raise PlanError(
+                f"{command} {'' if value is None else value}".rstrip()
+                + f": {', '.join(f'{name} takes {word}' for name, word in takes.items())}, no other command a value."
+            )
+        getattr(self, kind.method)(*(() if value is None else (value,)))
 
     def pause(self) -> None:
         """Pause all ranks after the current step, until `resume` or `stop`. Returns at once.
@@ -195,6 +212,7 @@ def resume_arguments(last: Run | None, options: dict[str, Any]) -> dict[str, Any
     given = {} if last is None else last.control.arguments
     if not given:
         raise PlanError("there is no run of this notebook to resume: name a model, data and a folder.")
+    options = {name: value for name, value in options.items() if value is not None}
     arguments = {**given, **options}
     if "steps" in options:
         arguments.pop("epochs", None)

@@ -18,22 +18,21 @@ from nbdist.cluster.runs.reattach import take_over
 from nbdist.cluster.runs.resume import resumed
 from nbdist.cluster.runs.run import Run
 from nbdist.cluster.runs.run_control import RunControl
-from nbdist.cluster.runs.run_spec import RunSpec
+from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunSpec
 from nbdist.core.state.checkpoint_writer import check_no_live_writer
 from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.sync.gradient_hooks import check_hooks
 from nbdist.core.task.task import Task
 from nbdist.core.transfer.payload import SegmentCache
 from nbdist.engine.cell_sources import CellSources
-from nbdist.errors import ClusterError, NbdistError, PeerLostError, PlanError, ranks_text, suggest
+from nbdist.errors import ClusterError, NbdistError, PeerLostError, ranks_text
 from nbdist.plan import Plan
-from nbdist.plan.plan import OPTIONS
+from nbdist.plan.option import check_known
+from nbdist.plan.train_options import TRAIN_OPTIONS
 from nbdist.telemetry import RankState, RunState
 from nbdist.telemetry.record import new_run_id
 
 __all__ = ["RunQueue"]
-
-_TASK_OPTIONS = ("loss", "step", "optimizer", "lr", "lr_scheduler", "val", "metric", "batch_size", "shuffle")
 
 
 @dataclass(frozen=True)
@@ -108,19 +107,17 @@ class RunQueue:
 
     def add(
         self, model: Any, data: Any, names: tuple[str, str], options: dict[str, Any],
-        watch: Watch | None, **on_trouble: Any,
+        watch: Watch | None,
     ) -> Run:  # fmt: skip
         """Start a run, or queue it behind those before it; see `Cluster.train`.
 
         Raises:
             NbdistError: It cannot start.
         """
-        for name in options:
-            if name not in OPTIONS and name not in _TASK_OPTIONS:
-                raise PlanError(f"unknown option {name!r}.{suggest(name, [*OPTIONS, *_TASK_OPTIONS])}")
-        engines = self._engines
-        task = Task.create(model, data, names=names, **{n: options[n] for n in _TASK_OPTIONS if n in options})
-        plan_options = {name: value for name, value in options.items() if name not in _TASK_OPTIONS} | task.options
+        check_known(options, TRAIN_OPTIONS | RUN_OPTIONS)
+        engines, given = self._engines, {name: value for name, value in options.items() if value is not None}
+        on_trouble = {name: given.pop(name) for name in RUN_OPTIONS if name in given}
+        task, plan_options = Task.of_options(model, data, given, names=names)
         cores = engines.threads * engines.size
         plan = Plan.create(ranks=engines.size, cores=cores, **plan_options)
         spec = RunSpec(
@@ -130,7 +127,7 @@ class RunQueue:
         check_hooks(task.model, task.optimizer, plan.mesh)
         ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in engines.records()}
         progress = RunState(title=spec.title, plan=plan.to_dict(), ranks=ranks)
-        arguments = dict(model=model, data=data, names=names, **on_trouble, **options)
+        arguments = {"model": model, "data": data, "names": names, **options}
         run = Run(RunControl(spec, progress, self._give_command, arguments))
         queued = _QueuedRun(run, watch, contextvars.copy_context())
         with self._queueing:

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 from nbdist.cluster.runs.replan import replan
 from nbdist.errors import PlanError, suggest
 from nbdist.plan import Plan
+from nbdist.plan.option import option, options_of
+from nbdist.plan.train_options import TrainOptions
 
 if TYPE_CHECKING:
     from nbdist.core.task.task import Task
 
-__all__ = ["ON_FAILURE", "ON_HANG", "RunHandoff", "RunSpec"]
-
-ON_FAILURE = ("replace", "shrink", "stop")
-ON_HANG = ("replace", "stop")
+__all__ = ["RUN_OPTIONS", "RunHandoff", "RunOptions", "RunSpec"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +30,8 @@ class RunSpec:
         names: The user's names of model and data, for errors.
         options: Those of the plan, as the user gave them.
         cores: CPU cores of all ranks together.
-        on_failure: When engines are lost: "replace" them, "shrink" to those that are left, or "stop".
-        hang_timeout: Seconds without a step after which the run hangs; None for no limit.
-        on_hang: Then "replace" the ranks that the others wait for, or "stop".
+
+    The sentence beside each further field is the help text of the option with the same name.
 
     Raises:
         PlanError: A value is not possible.
@@ -46,17 +44,26 @@ class RunSpec:
     names: tuple[str, str] = ("model", "data")
     options: dict[str, Any] = field(default_factory=dict)
     cores: int = 1
-    on_failure: str = "replace"
-    hang_timeout: float | None = None
-    on_hang: str = "replace"
+    hang_timeout: float | None = option(
+        None, "Seconds without a step, evaluation included, after which a run counts as hanging.", parse=float,
+        metavar="S", default="no limit",
+    )  # fmt: skip
+    on_hang: str = option(
+        "replace", "What to do then: replace the ranks that the others wait for, or stop.", metavar="replace|stop",
+        words=("replace", "stop"),
+    )  # fmt: skip
+    on_failure: str = option(
+        "replace", "What to do when engines are lost: replace them, shrink to the remaining ones (with the same global "
+        "batch), or stop and keep the state.", metavar="replace|shrink|stop", words=("replace", "shrink", "stop"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         timeout_s = self.hang_timeout
         number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
         if timeout_s is not None and not (number and 0 < timeout_s < math.inf):
             raise PlanError(f"a hang timeout of {timeout_s!r} is not possible: use seconds, more than 0.")
-        for name, words in (("on_failure", ON_FAILURE), ("on_hang", ON_HANG)):
-            word = getattr(self, name)
+        for name in ("on_hang", "on_failure"):
+            word, words = getattr(self, name), RUN_OPTIONS[name].words
             if word not in words:
                 raise PlanError(f"unknown {name} {word!r}: use {', '.join(words)}.{suggest(str(word), words)}")
 
@@ -67,6 +74,18 @@ class RunSpec:
             PlanError: The mesh does not fit on so many ranks, or the batch cannot be partitioned over them.
         """
         return replace(replan(self.options, ranks, self.cores), resume=self.plan.resume)
+
+
+RUN_OPTIONS = options_of(RunSpec)
+"""What to do when something goes wrong, by name."""
+
+
+class RunOptions(TrainOptions, total=False):
+    """The types of `TRAIN_OPTIONS` and `RUN_OPTIONS`, for type checkers. None is as good as not given."""
+
+    hang_timeout: float | None
+    on_hang: str | None
+    on_failure: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

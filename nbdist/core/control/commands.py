@@ -1,19 +1,17 @@
-"""Commands that a user sends to a running training: stop, pause, resume, checkpoint, lr, scale."""
+"""Commands that a user sends to a running training, such as stop or pause."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["KINDS", "Command", "Commands"]
-
-KINDS = ("stop", "pause", "resume", "checkpoint", "lr", "scale")
+__all__ = ["Command", "Commands"]
 
 
 class Command(NamedTuple):
     """One command.
 
     Args:
-        kind: One of `KINDS`.
+        kind: One of `COMMANDS`, a table in `telemetry`.
         value: The new learning rate of the first parameter group for "lr", the folder for "checkpoint", the new
             number of ranks for "scale".
         step: The stamp: completed steps when it was applied; None if it has not been applied yet.

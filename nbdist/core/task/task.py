@@ -22,6 +22,8 @@ from nbdist.core.task.loss_weight import mean_over
 from nbdist.core.task.losses import ClassLoss, Loss, find_loss, is_torch_own, loss_name
 from nbdist.core.task.metrics import Metric, find_metric
 from nbdist.errors import PlanError, TaskError
+from nbdist.plan.option import check_known
+from nbdist.plan.train_options import TRAIN_OPTIONS
 
 __all__ = ["ModelLossStep", "Step", "SupervisedStep", "Task"]
 
@@ -140,6 +142,28 @@ class Task:
                 "shuffle": source.shuffle if shuffle is None else shuffle,
             },
         )
+
+    @classmethod
+    def of_options(
+        cls, model: Any, data: Any, options: Mapping[str, Any], *, names: tuple[str, str] = ("model", "data")
+    ) -> tuple[Task, dict[str, Any]]:
+        """The task, and the options of its plan. Local; nothing is changed.
+
+        Args:
+            model: See `create`.
+            data: See `create`.
+            options: Of `TRAIN_OPTIONS`; None is as good as not given.
+            names: See `create`.
+
+        Raises:
+            TaskError: An argument cannot be used.
+            PlanError: An option contradicts the data's own, or there is none of that name.
+        """
+        check_known(options, TRAIN_OPTIONS)
+        given = {name: value for name, value in options.items() if value is not None}
+        of_task = {name: given.pop(name) for name in tuple(given) if TRAIN_OPTIONS[name].of_task}
+        task = cls.create(model, data, names=names, **of_task)
+        return task, given | task.options
 
     @property
     def title(self) -> str:

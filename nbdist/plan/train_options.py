@@ -1,0 +1,60 @@
+"""All options of a training: those of its plan, and what is trained beside model and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from nbdist.plan.option import Option
+from nbdist.plan.plan import OPTIONS
+
+__all__ = ["TRAIN_OPTIONS", "TrainOptions"]
+
+TRAIN_OPTIONS: dict[str, Option] = {
+    "val": Option(
+        help="Validation data, in the same forms as the training data.", metavar="DATA", read="value", of_task=True
+    ),
+    **OPTIONS,
+    "step": Option(
+        help="In place of `loss`: step(model, batch), which returns the loss, a mean, or (mean, weight).",
+        read="value",
+        of_task=True,
+    ),
+}
+"""By name, in the order of help texts."""
+
+
+class TrainOptions(TypedDict, total=False):
+    """The types of `TRAIN_OPTIONS`, for type checkers. None is as good as not given."""
+
+    val: Any
+    strategy: str | None
+    loss: Any
+    optimizer: Any
+    lr: float | None
+    lr_scheduler: Callable[[Any], Any] | None
+    epochs: int | None
+    steps: int | None
+    batch_size: int | None
+    accumulate: int | None
+    clip_norm: float | None
+    precision: str | None
+    sync_batchnorm: bool | None
+    microbatches: int | None
+    schedule: str | None
+    split_at: Sequence[str] | None
+    tensor_plan: Mapping[str, str] | None
+    metric: Any
+    shuffle: bool | None
+    seed: int | None
+    reproducible: int | bool | None
+    threads: int | None
+    bucket_mib: float | None
+    gather: bool | None
+    checkpoint: str | None
+    checkpoint_every: int | str | None
+    checkpoint_keep: int | None
+    resume: str | bool | None
+    stop_on_nan: bool | None
+    tensorboard: str | None
+    step: Callable[[Any, Any], Any] | None
