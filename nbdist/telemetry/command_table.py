@@ -47,48 +47,25 @@ class CommandKind:
 
 COMMANDS: dict[str, CommandKind] = {
     "pause": CommandKind(
-        help="pause",
-        method="pause",
-        applied="paused",
-        asked="pause",
-        label="Pause",
+        help="pause", method="pause", applied="paused", asked="pause", label="Pause",
         title="Pause all ranks after this step",
     ),
     "resume": CommandKind(
-        help="resume",
-        method="resume",
-        applied="resumed",
-        asked="resume",
-        label="Resume",
-        title="Resume all ranks",
+        help="resume", method="resume", applied="resumed", asked="resume", label="Resume", title="Resume all ranks",
     ),
     "checkpoint": CommandKind(
-        help="checkpoint [DIR]",
-        method="checkpoint",
-        value="DIR",
-        optional=True,
-        read="path",
-        applied="checkpoint requested",
-        asked="checkpoint in {value}",
-        label="Checkpoint",
+        help="checkpoint [DIR]", method="checkpoint", value="DIR", optional=True, read="path",
+        applied="checkpoint requested", asked="checkpoint in {value}", label="Checkpoint",
         title="Write the state after this step to disk",
     ),
     "stop": CommandKind(
-        help="stop (and load the weights)",
-        method="stop",
-        applied="stopped",
-        asked="stop",
-        label="Stop",
+        help="stop (and load the weights)", method="stop", applied="stopped", asked="stop", label="Stop",
         title="Stop all ranks after this step and load the weights into the model",
     ),
     "lr": CommandKind(
-        help="lr RATE",
-        method="set_lr",
-        value="RATE",
-        read="value",
-        applied="learning rate {value}",
+        help="lr RATE", method="set_lr", value="RATE", read="value", applied="learning rate {value}",
         asked="learning rate {value}",
     ),
     "scale": CommandKind(method="scale", value="N", applied="scaled to {value}", asked="scale to {value}"),
-}
+}  # fmt: skip
 """By the name under which it is sent and recorded."""
