@@ -177,8 +177,8 @@ class DistMagics(Magics):
         cluster = current_cluster()
         stopped = []
         if cluster is not None:
-            cluster.stop()
             stopped.append(engines_text(cluster.size))
+            cluster.stop()
         if arguments.all and current_server() is not None:
             end_server()
             stopped.append("the fork server")

@@ -88,12 +88,10 @@ class Run(Report):
             ClusterError: The run is not running.
         """
         kind = COMMANDS[command]
-        if (value is None and kind.value and not kind.optional) or (value is not None and not kind.value):
-            takes = {name: of.value for name, of in COMMANDS.items() if of.value and of.help}
-            raise PlanError(
-                f"{command} {'' if value is None else value}".rstrip()
-                + f": {', '.join(f'{name} takes {word}' for name, word in takes.items())}, no other command a value."
-            )
+        if value is None and kind.value and not kind.optional:
+            raise PlanError(f"the command {command} needs a value: {kind.value}.")
+        if value is not None and not kind.value:
+            raise PlanError(f"the command {command} takes no value, and {value!r} was given: leave it out.")
         getattr(self, kind.method)(*(() if value is None else (value,)))
 
     def pause(self) -> None:
