@@ -207,7 +207,7 @@ class RunQueue:
                     return
                 queued = self._waiting.popleft()
                 self._run = queued.run
-                queued.run.control.begin()
+                queued.run.progress.begin()  # not the control's: a stop may hold its lock, and wait for ours
             try:
                 self._start(queued)
                 return

@@ -226,3 +226,18 @@ def test_of_two_numbers_of_engines_before_a_step_ends_the_last_one_counts(scaled
     run.wait()
     assert (["scaled to 1", "scaled to 3"], "stopped", 3) == (scaled_to, run.state, scaled.size)
     assert ["3 instead of 2 engines"] == [note.partition(";")[0] for note in run.progress.notes]
+
+
+def test_a_stop_while_a_run_leaves_the_queue(cluster, tmp_path):
+    """Neither waits for the other: the one has the run's lock, the other the queue's."""
+    loss, started, go_file = held(tmp_path)
+    first = cluster.train(net(), classes(), **{**SHORT, "loss": loss})
+    until(started.exists)
+    second = cluster.train(net(), classes(), **{**SHORT, "steps": LONG})
+    emptied = threading.Event()
+    threading.Thread(target=lambda: (until(lambda: not cluster.queued), emptied.set()), daemon=True).start()
+    with second.control.changing:
+        go_file.touch()
+        assert emptied.wait(HUNG_S)
+        second.stop()
+    assert ["finished", "stopped"] == [run.wait().state for run in (first, second)]
