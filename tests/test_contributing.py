@@ -39,7 +39,7 @@ assert 3 == result.plan.halves
 COMMAND = {
     "nbdist/telemetry/command_table.py": (
         '    "lr": CommandKind(',
-        '    "twice": CommandKind(help="twice", method="twice", applied="rate doubled", asked="", label="Twice"),\n',
+        '    "twice": CommandKind(usage="twice", method="twice", applied="rate doubled", asked="", label="Twice"),\n',
     ),
     "nbdist/cluster/runs/run.py": (
         "    def set_lr(",

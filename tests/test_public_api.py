@@ -101,8 +101,9 @@ def test_the_magics():
     [
         (nbdist.train, TRAIN_OPTIONS, TrainOptions),
         (nbdist.Cluster.train, TRAIN_OPTIONS | RUN_OPTIONS, RunOptions),
+        (nbdist.Cluster.resume, TRAIN_OPTIONS | RUN_OPTIONS, RunOptions),
     ],
-    ids=["nbdist.train", "Cluster.train"],
+    ids=["nbdist.train", "Cluster.train", "Cluster.resume"],
 )
 def test_an_option_is_defined_once(function, options, types):
     """Signature and docstring show each, from one table; the types for checkers name the same ones."""
@@ -110,6 +111,7 @@ def test_an_option_is_defined_once(function, options, types):
     assert [] == [name for name in options if parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY]
     assert inspect.Parameter.VAR_KEYWORD not in {parameter.kind for parameter in parameters.values()}
     assert [] == [name for name in options if parameters[name].default is not None]
+    assert "\n    val: " in inspect.getdoc(function)
     shown = " ".join(inspect.getdoc(function).split())
     assert [] == [name for name, option in options.items() if f" {name}: {explained(option)}" not in shown]
     assert [] == [name for name in parameters if name != "self" and f" {name}: " not in shown]
@@ -177,6 +179,8 @@ def _bound(node):
     """The names that a statement at the top of a module binds."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
+    if isinstance(node, ast.If):
+        return [name for child in node.body for name in _bound(child)]
     if isinstance(node, ast.Import | ast.ImportFrom):
         return [alias.asname or alias.name for alias in node.names]
     if isinstance(node, ast.Assign):

@@ -20,11 +20,9 @@ from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunOptions
 from nbdist.engine.cell_sources import CellSources, class_marks
 from nbdist.errors import ClusterError, PlanError
 from nbdist.plan.option import takes_options
-from nbdist.plan.train_options import TRAIN_OPTIONS
+from nbdist.plan.train_options import TRAIN_OPTIONS, Unpack
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from nbdist.cluster.engines.engines import Engines
     from nbdist.cluster.runs.run_queue import RunQueue
 
@@ -55,10 +53,7 @@ class Cluster:
         self, engines: int | None = None, *, device: str = "auto", timeout_s: float = 60.0, spares: int | None = None,
         detach: float | None = None,
     ) -> None:  # fmt: skip
-        if timeout_s <= 0:
-            raise PlanError(f"timeout {timeout_s:g} s is too short: use a positive number.")
-        if spares is not None and (isinstance(spares, bool) or not isinstance(spares, int) or spares < 0):
-            raise PlanError(f"{spares!r} spares are not possible: use a whole number, 0 or more.")
+        _check_start(timeout_s, spares)
         if detach is not None:
             check_detach(detach)
         self._size = choose_size(engines, device, warm_up=session.current_cluster() is None)
@@ -142,8 +137,10 @@ class Cluster:
             spares: Another number of spare engines; None leaves it as it is.
 
         Raises:
+            PlanError: A number is not possible.
             ClusterError: Another cluster runs in this kernel, or an engine did not become ready in time.
         """
+        _check_start(timeout_s, spares)
         self.timeout_s = self.timeout_s if timeout_s is None else timeout_s
         self.spares = self.spares if spares is None else spares
         if self._up is not None and not self.reachable:
@@ -151,7 +148,7 @@ class Cluster:
         if self._up is not None:
             self._running()
             self._refuse_while_busy()
-            self._up.allow(self.timeout_s)
+            self._up.set_timeout(self.timeout_s)
             self._up.replace_lost(tell)
             self._up.keep_spares(self.spares)
             self.check_ready()
@@ -360,15 +357,18 @@ class Cluster:
         run = self._run_queue.add(model, data, names, {**options}, watch)
         return run if background else attend(run)
 
+    @takes_options(TRAIN_OPTIONS | RUN_OPTIONS)
     def resume(
         self, *, background: bool = False, watch: Callable[[Run], None] | None = None, **options: Unpack[RunOptions]
     ) -> Run:
-        """Resume the last run of this notebook: `train` with the same model, data and options.
+        """Resume the last run of this notebook: `train` with the same model, data and options, changed by these.
+
+        None leaves an option of the last run out.
 
         Args:
             background: See `train`.
             watch: See `train`.
-            **options: Changed options, such as a larger `epochs`.
+            **options: Each of `TRAIN_OPTIONS` and `RUN_OPTIONS`; ``help(cluster.resume)`` explains them here.
 
         Raises:
             PlanError: There was no run, or no steps are left.
@@ -389,3 +389,10 @@ class Cluster:
         if up.owner != os.getpid():
             raise ClusterError(f"the engines belong to process {up.owner}, and this is a fork of it: use them there.")
         return up
+
+
+def _check_start(timeout_s: float | None, spares: int | None) -> None:
+    if timeout_s is not None and timeout_s <= 0:
+        raise PlanError(f"timeout {timeout_s:g} s is too short: use a positive number.")
+    if spares is not None and (isinstance(spares, bool) or not isinstance(spares, int) or spares < 0):
+        raise PlanError(f"{spares!r} spares are not possible: use a whole number, 0 or more.")

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
@@ -19,12 +19,9 @@ from nbdist.core.train import Result, fit
 from nbdist.errors import PlanError
 from nbdist.plan import Plan, available_cores
 from nbdist.plan.option import takes_options
-from nbdist.plan.train_options import TRAIN_OPTIONS, TrainOptions
+from nbdist.plan.train_options import TRAIN_OPTIONS, TrainOptions, Unpack
 from nbdist.telemetry import JsonlSink, Sink, TextSink
 from nbdist.telemetry.record import new_run_id, record_path
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["train"]
 

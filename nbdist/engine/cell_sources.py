@@ -66,6 +66,10 @@ class CellSources:
         self._sent.update(fresh)
         return NotebookUpdate(sources=fresh, path=search_path())
 
+    def forget(self) -> None:
+        """Send all cells again: ranks were interrupted, perhaps before they had taken them."""
+        self._sent.clear()
+
 
 def _cell_label(name: str) -> str:
     """IPython's own label for the file name that it gave a cell, such as ``Cell In[5]``."""

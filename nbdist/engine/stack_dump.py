@@ -47,7 +47,8 @@ def enable() -> dict[str, Any]:
         _Enabled.file = open(os.path.join(folder, f"stacks-{os.getpid()}"), "ab")  # noqa: SIM115
         # Only on its way to an earlier handler does faulthandler's put `errno` back (CPython 3.6 to 3.13). Without one,
         # a system call that failed just before the signal raises "[Errno 0] Error", where a non-blocking read, say,
-        # is to raise BlockingIOError.
+        # is to raise BlockingIOError. The price: a chained handler is registered without SA_RESTART, so a blocking call
+        # in C ends with EINTR, as it does for each signal that Python itself handles.
         signal.signal(_SIGNAL, lambda *_: None)
         faulthandler.register(_SIGNAL, _Enabled.file, all_threads=True, chain=True)
     return {"stacks": _Enabled.file.name, "main_thread": threading.main_thread().ident}

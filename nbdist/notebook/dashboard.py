@@ -214,7 +214,7 @@ def _apply_click(panel: Any, run: Run, content: dict[str, Any]) -> None:
     text = ""
     try:
         if command in COMMANDS:
-            run.give(command, _number(value) if command == "lr" else None)
+            run.give(command, _number(value) if COMMANDS[command].read == "value" else None)
     except NbdistError as error:
         text = str(error)
     if text or panel.reply["text"]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.text import DollarFormatter
 
 from nbdist.errors import PlanError, TaskError, suggest
 from nbdist.plan.option import Option
@@ -34,16 +35,25 @@ def read_options(shell: InteractiveShell, given: Mapping[str, Any], options: Map
 
 def read_word(shell: InteractiveShell, word: Any, read: str) -> Any:
     """The value of a word on a magic's line, read as `Option.read` says."""
-    readers = {"text": lambda shell, word: word, "callable": _callable, "value": _value, "path": _path}
+    readers = {
+        "text": lambda shell, word: word, "callable": _callable, "value": evaluate, "quotable": _quotable,
+        "path": _path,
+    }  # fmt: skip
     return readers[read](shell, word)
 
 
 def _path(shell: InteractiveShell, text: str | bool) -> str | bool:
     """A path, with ``{name}`` in it as in an f-string of the notebook; True stays True."""
-    return text if isinstance(text, bool) else str(shell.var_expand(text.strip("'\""), depth=1))
+    if isinstance(text, bool):
+        return text
+    words = text.strip("'\"")
+    try:  # not `shell.var_expand`, which would expand this function's own names too
+        return DollarFormatter().vformat(words, (), shell.user_ns)
+    except Exception:  # as IPython does: it stays as it is
+        return words
 
 
-def _value(shell: InteractiveShell, text: str) -> Any:
+def _quotable(shell: InteractiveShell, text: str) -> Any:
     """The value of an expression, which may stand in quotes."""
     value = evaluate(shell, text)
     return evaluate(shell, value) if isinstance(value, str) else value

@@ -13,7 +13,7 @@ __all__ = [
     "RUNS", "RUN_COMMANDS", "SCALE", "START", "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
 ]  # fmt: skip
 
-RUN_COMMANDS = tuple(name for name, kind in COMMANDS.items() if kind.help)
+RUN_COMMANDS = tuple(name for name, kind in COMMANDS.items() if kind.usage)
 """The commands of ``%dist_run``."""
 LINE_OPTIONS = {name: option for name, option in (TRAIN_OPTIONS | RUN_OPTIONS).items() if name != "step"}
 """The options of ``%dist_train``, whose cell is the step."""
@@ -145,15 +145,16 @@ def _run_parser() -> OptionParser:
     parser = OptionParser(
         "%dist_run",
         f"Show the newest run, or send it a command, which all ranks apply after the same step: "
-        f"{', '.join(COMMANDS[name].help for name in RUN_COMMANDS)}. None of them loses a step. A command after the "
+        f"{', '.join(COMMANDS[name].usage for name in RUN_COMMANDS)}. None of them loses a step. A command after the "
         f"last step has no effect, and the run's notes say so.",
     )
     parser.add_argument(
         "command", nargs="?", choices=RUN_COMMANDS, metavar="|".join(RUN_COMMANDS),
         help="The command. Default: show the run.",
     )  # fmt: skip
-    values = [COMMANDS[name].value for name in RUN_COMMANDS if COMMANDS[name].value]
-    parser.add_argument("value", nargs="?", metavar="|".join(values), help="Where the checkpoint goes, or the rate.")
+    values = {kind.value: kind.value_help for name in RUN_COMMANDS if (kind := COMMANDS[name]).value}
+    text = ", or ".join(values.values())
+    parser.add_argument("value", nargs="?", metavar="|".join(values), help=f"{text[0].upper()}{text[1:]}.")
     return parser
 
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from nbdist.errors import PlanError, suggest
 from nbdist.plan.option import Option, explained, flag
 
-__all__ = ["OptionParser", "add_options", "given_options", "split_line"]
+__all__ = ["OptionParser", "add_options", "given_options", "line_help", "split_line"]
 
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
@@ -49,13 +49,18 @@ def _yes_or_no(word: str) -> bool:
     raise argparse.ArgumentTypeError(f"{word!r} is neither yes nor no")
 
 
+def line_help(option: Option) -> str:
+    """An option's help where it is a word on a line."""
+    return explained(option, flag, {"True": "yes", "False": "no"})
+
+
 def add_options(parser: argparse.ArgumentParser, options: Mapping[str, Option]) -> None:
     """Add options to `parser`, each with its sentence, unit and default."""
     for name, option in options.items():
         parse: Any = _yes_or_no if option.parse is bool else option.parse
         many: Any = {"nargs": "+"} if option.many else {"nargs": "?", "const": True} if option.bare else {}
-        text = explained(option, flag).replace("%", "%%")
-        parser.add_argument(flag(name), type=parse, metavar=option.metavar, help=text, **many)
+        metavar = "yes|no" if option.parse is bool else option.metavar
+        parser.add_argument(flag(name), type=parse, metavar=metavar, help=line_help(option).replace("%", "%%"), **many)
 
 
 def given_options(namespace: argparse.Namespace, options: Mapping[str, Option]) -> dict[str, Any]:

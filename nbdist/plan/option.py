@@ -14,7 +14,7 @@ from nbdist.errors import PlanError, suggest
 __all__ = ["Option", "check_known", "explained", "flag", "option", "options_of", "takes_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-_WIDTH = 116
+_WIDTH = 108
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Option:
         bare: Whether it may come without a word, which then means True.
         words: Its possible or best known words, for completion and errors.
         read: How a magic reads its word in the notebook: as "text"; as a "callable" of the notebook or a known word; as
-            an expression with a "value"; as a "path", in which ``{name}`` stands for a value.
+            an expression with a "value", which may be "quotable"; as a "path", in which ``{name}`` stands for a value.
         of_task: Whether it describes the task (what is trained), not only the plan.
     """
 
@@ -68,14 +68,18 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def explained(option: Option, mention: Callable[[str], str] = lambda name: f"`{name}`") -> str:
+def explained(
+    option: Option, mention: Callable[[str], str] = lambda name: f"`{name}`", words: Mapping[str, str] | None = None
+) -> str:
     """An option's sentence and default.
 
     Args:
         option: The option.
         mention: How other options are written in it.
+        words: How defaults are written, if not as they are in Python.
     """
-    text = f"{option.help} Default: {option.default}." if option.default else option.help
+    default = option.default if words is None else words.get(option.default or "", option.default)
+    text = f"{option.help} Default: {default}." if default else option.help
     return re.sub(r"`(\w+)`", lambda found: mention(found[1]), text)
 
 
@@ -92,7 +96,7 @@ def takes_options(options: Mapping[str, Option]) -> Callable[[F], F]:
     Type checkers read the annotation of ``**options``, a `TypedDict`; help and completion read these.
     """
     described = "\n".join(
-        textwrap.fill(f"{name}: {explained(option)}", _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        textwrap.fill(f"{name}: {explained(option)}", _WIDTH, subsequent_indent=" " * 4)
         for name, option in options.items()
     )
 
@@ -102,7 +106,8 @@ def takes_options(options: Mapping[str, Option]) -> Callable[[F], F]:
         keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in options]
         function.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
         if function.__doc__:  # not under python -OO
-            function.__doc__ = re.sub(r"^ *\*\*options: .*$", lambda _: described, function.__doc__, flags=re.MULTILINE)
+            line = re.compile(r"^( *)\*\*options: .*$", re.MULTILINE)
+            function.__doc__ = line.sub(lambda found: textwrap.indent(described, found[1]), function.__doc__)
         return function
 
     return decorate

@@ -66,7 +66,7 @@ class Plan:
         "A callable that makes a torch scheduler from an optimizer; it steps with the optimizer (ReduceLROnPlateau: "
         "after each epoch).",
         default="",
-        read="value",
+        read="quotable",
         of_task=True,
     )
     epochs: int | None = option(
@@ -96,9 +96,7 @@ class Plan:
         metavar="full|bf16|fp16",
         words=PRECISIONS,
     )
-    sync_batchnorm: bool = option(
-        False, "BatchNorm over the whole microbatch of all replicas.", parse=bool, metavar="yes|no", default="no"
-    )
+    sync_batchnorm: bool = option(False, "BatchNorm over the whole microbatch of all replicas.", parse=bool)
     microbatches: int | None = option(
         None,
         "Microbatches in flight through a pipeline, for each one of `accumulate`.",
@@ -121,7 +119,7 @@ class Plan:
         "How tensor parallelism splits layers: a dict from names or patterns to kinds, such as column and row. "
         "Default: automatic.",
         default="",
-        read="value",
+        read="quotable",
     )
     metric: str = option(
         "",
@@ -135,15 +133,14 @@ class Plan:
         True,
         "Read the training data in a new order each epoch.",
         parse=bool,
-        metavar="yes|no",
-        default="yes",
         of_task=True,
     )
     seed: int = option(0, "Determines the sample order and the random numbers of every slice.", parse=int, metavar="N")
     reproducible: int = option(
         0,
-        "The same bits on any number of ranks: every batch is cut into N slices (4), as many as there may ever be "
-        "ranks, whose gradients are summed in a fixed order. For the strategy data; then `threads` is 1.",
+        "The same bits on any number of ranks: every batch is cut into N slices (4 if no number is given), as many as "
+        "there may ever be ranks, whose gradients are summed in a fixed order. For the strategy data; then `threads` "
+        "is 1.",
         parse=int,
         metavar="N",
         default="",
@@ -162,10 +159,8 @@ class Plan:
 
     gather: bool = option(
         True,
-        "Gather the whole model at the end; no for one too large, which `checkpoint` then saves.",
+        "Gather the whole model at the end; switch it off for one too large, which `checkpoint` saves.",
         parse=bool,
-        metavar="yes|no",
-        default="yes",
     )
     checkpoint: str = option(
         "",
@@ -180,8 +175,8 @@ class Plan:
     checkpoint_keep: int = option(3, "How many of the newest checkpoints stay.", parse=int, metavar="K")
     resume: str | bool = option(
         "",
-        "Resume from a checkpoint of any mesh, up to `epochs` or `steps` in total. Without DIR (True): where the last "
-        "run of this notebook ended, or from the newest in `checkpoint`.",
+        "Resume from a checkpoint of any mesh, up to `epochs` or `steps` in total. Without DIR, or with True: from the "
+        "newest in `checkpoint`, else where the last run of this notebook ended.",
         metavar="DIR",
         default="",
         bare=True,
@@ -189,7 +184,6 @@ class Plan:
     )
     stop_on_nan: bool = option(
         False, "End with an error when a loss is not finite, before it reaches the weights.", parse=bool,
-        metavar="yes|no", default="no",
     )  # fmt: skip
     tensorboard: str = option(
         "", "Folder for TensorBoard: loss, rate and metrics of each run.", metavar="DIR", default="", read="path"

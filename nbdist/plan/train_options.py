@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from nbdist.plan.option import Option
 from nbdist.plan.plan import OPTIONS
 
-__all__ = ["TRAIN_OPTIONS", "TrainOptions"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+elif sys.version_info >= (3, 11):
+    from typing import Unpack
+else:  # so the type hints of what takes it can be evaluated
+    Unpack = Any
+
+__all__ = ["TRAIN_OPTIONS", "TrainOptions", "Unpack"]
 
 TRAIN_OPTIONS: dict[str, Option] = {
     "val": Option(

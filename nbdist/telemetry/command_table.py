@@ -15,9 +15,10 @@ class CommandKind:
     """One command.
 
     Args:
-        help: What it does, for the help of ``%dist_run``; empty if that does not give it.
+        usage: How it is written after ``%dist_run``; empty if it is not given there.
         method: Of a `Run`, which gives it.
-        value: What it takes: "FOLDER" and the like; empty if nothing.
+        value: What it takes, such as "RATE"; empty if nothing.
+        value_help: What that is, in a few words.
         optional: Whether it may come without its value.
         read: How a magic reads the value in the notebook, see `Option.read`.
         applied: What has happened once all ranks have applied it, with its ``{value}``.
@@ -26,9 +27,10 @@ class CommandKind:
         title: Of the same.
     """
 
-    help: str = ""
+    usage: str = ""
     method: str
     value: str = ""
+    value_help: str = ""
     optional: bool = False
     read: str = "text"
     applied: str
@@ -47,23 +49,25 @@ class CommandKind:
 
 COMMANDS: dict[str, CommandKind] = {
     "pause": CommandKind(
-        help="pause", method="pause", applied="paused", asked="pause", label="Pause",
+        usage="pause", method="pause", applied="paused", asked="pause", label="Pause",
         title="Pause all ranks after this step",
     ),
     "resume": CommandKind(
-        help="resume", method="resume", applied="resumed", asked="resume", label="Resume", title="Resume all ranks",
+        usage="resume", method="resume", applied="resumed", asked="resume", label="Resume", title="Resume all ranks",
     ),
     "checkpoint": CommandKind(
-        help="checkpoint [DIR]", method="checkpoint", value="DIR", optional=True, read="path",
+        usage="checkpoint [DIR]", method="checkpoint", value="DIR", value_help="where the checkpoint goes",
+        optional=True, read="path",
         applied="checkpoint requested", asked="checkpoint in {value}", label="Checkpoint",
         title="Write the state after this step to disk",
     ),
     "stop": CommandKind(
-        help="stop (and load the weights)", method="stop", applied="stopped", asked="stop", label="Stop",
+        usage="stop (and load the weights)", method="stop", applied="stopped", asked="stop", label="Stop",
         title="Stop all ranks after this step and load the weights into the model",
     ),
     "lr": CommandKind(
-        help="lr RATE", method="set_lr", value="RATE", read="value", applied="learning rate {value}",
+        usage="lr RATE", method="set_lr", value="RATE", value_help="the learning rate", read="value",
+        applied="learning rate {value}",
         asked="learning rate {value}",
     ),
     "scale": CommandKind(method="scale", value="N", applied="scaled to {value}", asked="scale to {value}"),

@@ -91,7 +91,7 @@ class RunState:
         """The run is to end after this step."""
         self.state = "stopping"
 
-    def resume(self) -> None:
+    def reopen(self) -> None:
         """The run goes on, though its record or another kernel says that it has ended."""
         self.state, self.error, self.ended_s = "running", "", None
 

@@ -14,7 +14,8 @@ import nbdist
 from nbdist.errors import EngineError, NbdistError, PlanError, TaskError
 from nbdist.notebook.dashboard import LineDashboard
 from nbdist.notebook.parsers import LINE_OPTIONS
-from nbdist.plan.option import explained, flag
+from nbdist.plan.arguments import line_help
+from nbdist.plan.option import flag
 from nbdist.plan.plan import OPTIONS
 
 
@@ -280,8 +281,8 @@ def test_the_help_explains_every_option_once(notebook):
     flat = " ".join(help_text.split())
     for name, option in LINE_OPTIONS.items():
         more = f" [{option.metavar} ...]" if option.many else ""
-        metavar = f"[{option.metavar}]" if option.bare else option.metavar
-        assert flat.count(f"{flag(name)} {metavar}{more} {explained(option, flag)}") == 1, name
+        metavar = "yes|no" if option.parse is bool else f"[{option.metavar}]" if option.bare else option.metavar
+        assert flat.count(f"{flag(name)} {metavar}{more} {line_help(option)}") == 1, name
     for part in ("usage: %dist_train", "MODEL", "DATA", "--val DATA", "--background", "-o NAME"):
         assert part in flat
     assert max(map(len, help_text.splitlines())) <= 100

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nbdist.errors import PlanError
-from nbdist.plan.arguments import OptionParser, add_options, given_options, split_line
-from nbdist.plan.option import explained, flag
+from nbdist.plan.arguments import OptionParser, add_options, given_options, line_help, split_line
+from nbdist.plan.option import flag
 from nbdist.plan.plan import OPTIONS, Plan
 
 
@@ -49,8 +49,9 @@ def test_the_help_shows_every_option():
     text = " ".join(parser().format_help().split())
     for name, option in OPTIONS.items():
         more = f" [{option.metavar} ...]" if option.many else ""
-        metavar = f"[{option.metavar}]" if option.bare else option.metavar
-        assert f"{flag(name)} {metavar}{more} {explained(option, flag)}" in text
+        metavar = "yes|no" if option.parse is bool else f"[{option.metavar}]" if option.bare else option.metavar
+        assert f"{flag(name)} {metavar}{more} {line_help(option)}" in text
+    assert "Read the training data in a new order each epoch. Default: yes." in text
     assert "Optimizer steps, instead of --epochs; wraps round the data." in text
     assert "Passes over the training data. Default: 1, unless --steps." in text
     assert "`" not in text

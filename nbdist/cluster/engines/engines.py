@@ -186,7 +186,7 @@ class Engines:
         store = self._store
         return CommandLog(store, run_id) if store is not None and store.lives else None
 
-    def allow(self, timeout_s: float) -> None:
+    def set_timeout(self, timeout_s: float) -> None:
         """A replacement may take so long from now on, in seconds."""
         self.timeout_s = timeout_s
 

@@ -148,9 +148,18 @@ class Anchor:
         atexit.register(self.leave)
 
     def state(self) -> dict[str, Any]:
-        """The anchor's state: `owner`, `left_s`, the `store`'s address, and the `notes`."""
+        """The anchor's state: `owner`, `left_s`, the `store`'s address, and the `notes`.
+
+        Raises:
+            ClusterError: The anchor has ended, or its notes are of another version.
+        """
         state: dict[str, Any] = self._call("state")
-        return {**state, "notes": {name: pickle.loads(value) for name, value in state["notes"].items()}}
+        try:
+            return {**state, "notes": {name: pickle.loads(value) for name, value in state["notes"].items()}}
+        except (AttributeError, ImportError) as error:
+            raise ClusterError(
+                f"cluster {self.name} was started by another version of nbdist: attach to it with that one ({error})."
+            ) from error
 
     def note(self, name: str, value: Any) -> None:
         """Save a value for the next kernel under a name; replaces an earlier one."""

@@ -66,7 +66,7 @@ class RunDispatch:
     @property
     def _task(self) -> Task:
         task = self.control.spec.task
-        assert task is not None  # it is forgotten when the next run starts
+        assert task is not None  # it is forgotten at the end
         return task
 
     def _pack(self) -> tuple[Any, Segment]:
@@ -170,6 +170,7 @@ class RunDispatch:
     def _resize(self, size: int) -> None:
         self.engines.release()
         self.engines.resize(size)
+        self._cells.forget()
 
     def load_result(self, payload: Any) -> None:
         """Load the trained tensors from rank 0's payload; does nothing if `gather` is off."""
@@ -186,8 +187,10 @@ class RunDispatch:
     def resume_step(self) -> int:
         """The step from which a restart would continue: of the newest snapshot, else of a checkpoint, else 0."""
         spec, store = self.control.spec, self.control.snapshot_store
-        saved = None if store is None else CheckpointReader.of_snapshot(store.paths)
-        saved = saved or checkpoint_of_run(spec.plan, spec.run_id)
+        found = None if store is None else store.newest
+        if found is not None:
+            return found[0]
+        saved = checkpoint_of_run(spec.plan, spec.run_id)
         with contextlib.suppress(PlanError):  # the ranks raise it
             if saved is None and spec.plan.resume and (folder := folder_to_resume(spec.plan)):
                 saved = CheckpointReader.in_folder(folder, hashed=False)
@@ -196,8 +199,7 @@ class RunDispatch:
     def load_newest_snapshot(self) -> int | None:
         """Load the newest snapshot that all ranks have; returns its step, None if the model stays unchanged."""
         plan, store = self.control.spec.plan, self.control.snapshot_store
-        snapshot = None if store is None else CheckpointReader.of_snapshot(store.paths)
-        if snapshot is None or not plan.gather:
+        if store is None or not plan.gather or (snapshot := CheckpointReader.of_snapshot(store.paths)) is None:
             return None
         optimizer = self._task.optimizer if self._task.own_optimizer else None
         folder = folder_to_resume(plan) if plan.resume else ""

@@ -83,7 +83,7 @@ def _recorded(spec: RunSpec, engines: Engines) -> RunState:
         progress = RunState(title=spec.title, plan=spec.plan.to_dict(), ranks={})
     for r in engines.records():
         progress.ranks.setdefault(r.rank, RankState(rank=r.rank, host=r.host, device=r.device))
-    progress.resume()
+    progress.reopen()
     return progress
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nbdist.errors import ClusterError, NbdistError, PlanError, interrupted
+from nbdist.errors import ClusterError, NbdistError, PlanError, interrupted, suggest
 from nbdist.plan import Plan
 from nbdist.telemetry import Report, RunState, Timeline
 from nbdist.telemetry.command_table import COMMANDS
@@ -58,7 +58,7 @@ class Run(Report):
 
     @property
     def progress(self) -> RunState:
-        """Its state, several times a second."""
+        """Its state, updated several times a second."""
         return self.control.progress
 
     @property
@@ -84,10 +84,12 @@ class Run(Report):
         """Give a command by its name in `COMMANDS`, as ``%dist_run`` and the panel do. Returns at once.
 
         Raises:
-            PlanError: The command needs a value, or takes none.
+            PlanError: There is no such command, or it needs a value, or takes none.
             ClusterError: The run is not running.
         """
-        kind = COMMANDS[command]
+        kind = COMMANDS.get(command)
+        if kind is None:
+            raise PlanError(f"unknown command {command!r}: use {', '.join(COMMANDS)}.{suggest(command, COMMANDS)}")
         if value is None and kind.value and not kind.optional:
             raise PlanError(f"the command {command} needs a value: {kind.value}.")
         if value is not None and not kind.value:
@@ -210,12 +212,10 @@ def resume_arguments(last: Run | None, options: dict[str, Any]) -> dict[str, Any
     given = {} if last is None else last.control.arguments
     if not given:
         raise PlanError("there is no run of this notebook to resume: name a model, data and a folder.")
-    options = {name: value for name, value in options.items() if value is not None}
-    arguments = {**given, **options}
-    if "steps" in options:
-        arguments.pop("epochs", None)
-    if "epochs" in options:
-        arguments.pop("steps", None)
+    arguments = {**given, **options}  # None leaves an option of the last run out
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if options.get(name) is not None:
+            arguments.pop(other, None)
     arguments["resume"] = options.get("resume", True)
     return arguments
 

@@ -96,7 +96,7 @@ class RunControl:
         """Free what a resume needs, except snapshots that run `but` has taken over. Local."""
         if self.snapshot_store is not None and self.snapshot_store is not but.snapshot_store:
             self.snapshot_store.close()
-        self.snapshot_store, self.arguments, self.spec = None, {}, replace(self.spec, task=None)
+        self.snapshot_store, self.arguments = None, {}
 
     # Its start.
 
@@ -107,7 +107,7 @@ class RunControl:
 
     def use_plan(self, plan: Plan) -> None:
         """Run this plan from now on."""
-        self.spec = replace(self.spec, plan=plan)
+        self.spec, self.progress.plan = replace(self.spec, plan=plan), plan.to_dict()
 
     def resize(self, ranks: int) -> None:
         """Use the plan for another number of ranks.
@@ -116,7 +116,6 @@ class RunControl:
             PlanError: There is none.
         """
         self.use_plan(self.spec.plan_for(ranks))
-        self.progress.plan = self.spec.plan.to_dict()
         self.progress.resize(ranks)
 
     def keep_snapshots(self, store: SnapshotStore | None) -> None:
@@ -152,5 +151,6 @@ class RunControl:
             self.progress.end(state, "" if error is None else str(error).partition("\n")[0])
 
     def release(self) -> None:
-        """Wake up `wait`: the end is complete and drawn."""
+        """Wake up `wait`: the end is complete and drawn. The task, with its data, is no longer needed."""
+        self.spec = replace(self.spec, task=None)
         self._ended.set()

@@ -18,7 +18,7 @@ from nbdist.cluster.runs.reattach import take_over
 from nbdist.cluster.runs.resume import resumed
 from nbdist.cluster.runs.run import Run
 from nbdist.cluster.runs.run_control import RunControl
-from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunSpec
+from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunSpec, check_run_options
 from nbdist.core.state.checkpoint_writer import check_no_live_writer
 from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.sync.gradient_hooks import check_hooks
@@ -117,6 +117,7 @@ class RunQueue:
         check_known(options, TRAIN_OPTIONS | RUN_OPTIONS)
         engines, given = self._engines, {name: value for name, value in options.items() if value is not None}
         on_trouble = {name: given.pop(name) for name in RUN_OPTIONS if name in given}
+        check_run_options(on_trouble)  # before the model is looked at
         task, plan_options = Task.of_options(model, data, given, names=names)
         cores = engines.threads * engines.size
         plan = Plan.create(ranks=engines.size, cores=cores, **plan_options)

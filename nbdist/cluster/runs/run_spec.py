@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from nbdist.plan.train_options import TrainOptions
 if TYPE_CHECKING:
     from nbdist.core.task.task import Task
 
-__all__ = ["RUN_OPTIONS", "RunHandoff", "RunOptions", "RunSpec"]
+__all__ = ["RUN_OPTIONS", "RunHandoff", "RunOptions", "RunSpec", "check_run_options"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +59,7 @@ class RunSpec:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        timeout_s = self.hang_timeout
-        number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
-        if timeout_s is not None and not (number and 0 < timeout_s < math.inf):
-            raise PlanError(f"a hang timeout of {timeout_s!r} is not possible: use seconds, more than 0.")
-        for name in ("on_hang", "on_failure"):
-            word, words = getattr(self, name), RUN_OPTIONS[name].words
-            if word not in words:
-                raise PlanError(f"unknown {name} {word!r}: use {', '.join(words)}.{suggest(str(word), words)}")
+        check_run_options({name: getattr(self, name) for name in RUN_OPTIONS})
 
     def plan_for(self, ranks: int) -> Plan:
         """The plan on another number of ranks; it keeps what the run resumes from.
@@ -78,6 +72,18 @@ class RunSpec:
 
 RUN_OPTIONS = options_of(RunSpec)
 """What to do when something goes wrong, by name."""
+
+
+def check_run_options(options: Mapping[str, Any]) -> None:
+    """Raise `PlanError` for a value among `RUN_OPTIONS` that is not possible."""
+    timeout_s = options.get("hang_timeout")
+    number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
+    if timeout_s is not None and not (number and 0 < timeout_s < math.inf):
+        raise PlanError(f"a hang timeout of {timeout_s!r} is not possible: use seconds, more than 0.")
+    for name in ("on_hang", "on_failure"):
+        word, words = options.get(name), RUN_OPTIONS[name].words
+        if name in options and word not in words:
+            raise PlanError(f"unknown {name} {word!r}: use {', '.join(words)}.{suggest(str(word), words)}")
 
 
 class RunOptions(TrainOptions, total=False):

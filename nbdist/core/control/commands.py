@@ -12,8 +12,7 @@ class Command(NamedTuple):
 
     Args:
         kind: One of `COMMANDS`, a table in `telemetry`.
-        value: The new learning rate of the first parameter group for "lr", the folder for "checkpoint", the new
-            number of ranks for "scale".
+        value: What it takes: a learning rate of the first parameter group, a folder, a number of ranks; or None.
         step: The stamp: completed steps when it was applied; None if it has not been applied yet.
     """
 
