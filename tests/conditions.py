@@ -119,6 +119,8 @@ def run(condition: str, arguments: list[str]) -> int:
         if group is not None:
             command = ["sh", "-c", 'printf %s $$ > "$0" && exec "$@"', str(group / "cgroup.procs"), *command]
         pytest = subprocess.Popen(command, env=environment)
+        stack.callback(pytest.wait)
+        stack.callback(pytest.terminate)  # nothing, once it has ended
         if condition == "half" and group is None:
             halved(pytest)
         return pytest.wait()
