@@ -11,7 +11,7 @@ from torch import nn
 
 from nbdist.core.data.reader import Reader, Slice
 from nbdist.core.strategies.strategy import Strategy
-from nbdist.core.sync.gradient_sync import ControlFlags
+from nbdist.core.sync.agreement import NO_FLAGS, agree
 from nbdist.core.sync.loss_forms import check_one_form
 from nbdist.core.sync.running_mean import RunningMean
 from nbdist.core.task.task import Task
@@ -40,7 +40,7 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
     """
     device = strategy.device
     # One sum per rank; under `reproducible` one per slice, so that bits do not depend on which rank ran which slice.
-    by_slice = strategy.accumulator is not None
+    by_slice = strategy.plan.reproducible > 0
     sums_by_place: dict[tuple[int, int], _Sums] = {}
     steps = 1
     outputs: list[Any] = []
@@ -67,9 +67,7 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
         hook.remove()
     world = strategy.axes.world
     if task.infers_weight:
-        flags = torch.tensor(task.forms.flags(ControlFlags(), 0), device=device)
-        world.all_reduce_(flags)
-        check_one_form(ControlFlags(*flags.tolist()))
+        check_one_form(agree(task.forms.flags(NO_FLAGS, 0), world))
     if by_slice:  # a stream may end at different steps on different ranks
         steps = int(torch.stack(world.all_gather(torch.tensor([steps], device=device))).max())
     table = torch.zeros((steps, strategy.plan.slices if by_slice else 1, 5), dtype=torch.float64, device=device)

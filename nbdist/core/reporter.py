@@ -11,8 +11,8 @@ import torch
 from nbdist.core.comm import comm_timer
 from nbdist.core.comm.world import World
 from nbdist.core.state.train_progress import TrainProgress
-from nbdist.core.sync.gradient_sync import Totals
 from nbdist.core.sync.running_mean import RunningMean
+from nbdist.core.sync.step_tail import Totals
 from nbdist.telemetry import Event, Losses, Meter, Progress, Shares
 
 __all__ = ["Reporter", "rate_of"]
@@ -36,11 +36,11 @@ class Reporter:
     """
 
     def __init__(
-        self, world: World, progress: TrainProgress, optimizer: torch.optim.Optimizer, tell: Callable[[Event], None]
+        self, world: World, progress: TrainProgress, optimizer: torch.optim.Optimizer, emit: Callable[[Event], None]
     ) -> None:
         self._rank, self._device = world.rank, world.device
         self._optimizer = optimizer
-        self._emit = tell
+        self._emit = emit
         self._meter = Meter(progress.samples, progress.step)
         self._losses = Losses()
         self._process = psutil.Process()

@@ -30,9 +30,8 @@ from nbdist.core.state.snapshotter import Snapshotter
 from nbdist.core.state.train_progress import TrainProgress
 from nbdist.core.strategies import choice
 from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
-from nbdist.core.sync.gradient_sync import Totals
 from nbdist.core.sync.loss_forms import check_one_form
-from nbdist.core.sync.running_mean import RunningMean
+from nbdist.core.sync.step_tail import StepLosses, Totals
 from nbdist.core.task.task import Task, on_device
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
@@ -191,7 +190,7 @@ def fit(
                 for slices in () if trained else _timed_batches(reader.epoch(progress.epoch, skip=progress.batch)):
                     strategy.begin_step()
                     task.forms.begin()
-                    step_weight, losses = strategy.forward_backward(progress.step, slices or [])
+                    losses = strategy.forward_backward(progress.step, slices or [])
                     if plan.stop_on_nan:
                         _check_finite(losses, progress)
 
@@ -199,8 +198,7 @@ def fit(
                         commands=step_control.pending(progress), exhausted=slices is None
                     )
                     own_flags = task.forms.flags(own_flags, progress.step)
-                    loss = _mean(losses, device)
-                    totals = strategy.sync(step_weight, own_flags, loss.parts)
+                    totals = strategy.sync(own_flags)
                     # A rank whose stream has ended takes part in collectives until all streams have.
                     if slices is None and totals.flags.exhausted == axes.data.size:
                         break
@@ -209,12 +207,12 @@ def fit(
                         check_one_form(totals.flags)
                     snapshotter.begin_update()
                     # Update if any rank had data. A rank that had some knows it without reading totals from its GPU.
-                    if (not isinstance(step_weight, torch.Tensor) and step_weight > 0) or totals.weight:
+                    if losses.any_known or totals.weight:
                         updated = strategy.update(optimizer, hooks)
                         if updated and scheduler.every_step:
                             scheduler.step()
                     progress.advance(
-                        sum(part.samples for part in slices or ()), strategy.counted_losses(losses, totals)
+                        sum(part.samples for part in slices or ()), strategy.reducer.counted_losses(totals)
                     )
 
                     # On a GPU these are the previous step's totals, so that no step waits for the device; all ranks
@@ -226,7 +224,7 @@ def fit(
                     snapshotter.end_step(progress, flags)
                     if agreed is not None:
                         reporter.add_loss(agreed, progress.step - (agreed is not totals))
-                    reporter.report_if_due(progress, loss)
+                    reporter.report_if_due(progress, losses.mean)
                     if strategy.work and progress.step & (progress.step - 1) == 0:  # steps 1, 2, 4, 8 ... on every rank
                         emit(Worked(rank=world.rank, step=progress.step, work=tuple(strategy.work)))
                     if paused_s := step_control.pause_point(progress):
@@ -314,8 +312,8 @@ def _snapshot_on_error(snapshotter: Snapshotter, progress: TrainProgress, world:
         raise
 
 
-def _check_finite(losses: list[tuple[torch.Tensor, Any]], progress: TrainProgress) -> None:
-    for loss, _ in losses:
+def _check_finite(losses: StepLosses, progress: TrainProgress) -> None:
+    for _, loss, *_ in losses.each:
         if not torch.isfinite(loss):
             raise TaskError(
                 f"the loss is {loss.item()} in step {progress.step + 1}: lower the learning rate, clip the gradient "
@@ -333,13 +331,6 @@ def _steps_total(plan: Plan, reader: Reader) -> int | None:
 
 def _complete(plan: Plan, step: int, steps_total: int | None) -> bool:
     return steps_total is not None and step >= steps_total
-
-
-def _mean(losses: list[tuple[torch.Tensor, Any]], device: torch.device) -> RunningMean:
-    mean = RunningMean(device)
-    for loss, weight in losses:
-        mean.add(loss, weight)
-    return mean
 
 
 def _timed_batches(batches: Iterable[T]) -> Iterator[T]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdist.core.control.commands import Command, Commands
 from nbdist.core.optim.lr_schedulers import Scheduler
-from nbdist.core.sync.gradient_sync import ControlFlags
+from nbdist.core.sync.agreement import ControlFlags
 from nbdist.telemetry import CommandApplied, Event
 
 if TYPE_CHECKING:

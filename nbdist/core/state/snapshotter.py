@@ -25,7 +25,7 @@ from nbdist.core.state.step_guard import StepGuard
 from nbdist.core.state.tensor_buffer import TensorLayout
 from nbdist.core.state.train_progress import TrainProgress
 from nbdist.core.strategies.strategy import Strategy
-from nbdist.core.sync.gradient_sync import ControlFlags
+from nbdist.core.sync.agreement import ControlFlags
 from nbdist.errors import NbdistError, TaskError
 from nbdist.plan import Plan, available_bytes
 from nbdist.telemetry import Checkpointed, Event, Noted

@@ -19,7 +19,7 @@ that table and know nothing else of the mesh.
   rest of it.
 - **shard** (`core/strategies/shard/fully_sharded.py`): **blocks** are all-gathered while they compute, each time into
   new memory, so a view that the user keeps stays valid. Autograd saves only a reference and gathers again in backward.
-- **dp** is `core/sync/gradient_sync.py`, over the parts that this rank holds.
+- **dp** is `core/sync/gradient_reducer.py`, over the parts that this rank holds.
 - Once a step the ranks of one replica sum the batch weight, the control flags and which parameters were used.
 
 Under `torchrun`, `core/api.py` joins torchrun's world and calls the same loop (steps 2, 4 and 5 of nbdist/README.md).

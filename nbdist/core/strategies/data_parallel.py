@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.strategies.strategy import Strategy
-from nbdist.core.sync.deterministic_sync import DeterministicSync
-from nbdist.core.sync.gradient_sync import ControlFlags, GradientSync, Totals
+from nbdist.core.sync.bucketed_reducer import BucketedReducer
+from nbdist.core.sync.slice_accumulator import TreeAccumulator
+from nbdist.core.sync.solo_reducer import SoloReducer
+from nbdist.core.sync.tree_reducer import TreeReducer
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 
@@ -25,35 +23,25 @@ class DataParallel(Strategy):
         task: See `Strategy`.
         plan: See `Strategy`.
         axes: See `Strategy`.
-        overlap: See `GradientSync`.
+        overlap: See `BucketedReducer`.
     """
 
     def __init__(self, task: Task, plan: Plan, axes: MeshChannels, *, overlap: bool | None = None) -> None:
         super().__init__(task, plan, axes)
         self.table.broadcast_(axes.world)
-        parameters = list(self.table.trainable.values())
-        self._gradients: GradientSync | DeterministicSync = (
-            GradientSync(parameters, axes.dp, full_batch=plan.batch_size, bucket_mib=plan.bucket_mib, overlap=overlap)
-            if self.accumulator is None
-            else DeterministicSync(parameters, axes.dp, self.accumulator, full_batch=plan.batch_size)
-        )
-
-    def begin_step(self) -> None:
-        """See `Strategy`."""
-        self._gradients.zero_()
-
-    def backward(self, loss: torch.Tensor, weight: Any, *, last: bool) -> None:
-        """See `Strategy`."""
-        if last:
-            self._gradients.arm()
-        super().backward(loss, weight, last=last)
-
-    def sync(self, weight: Any, flags: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
-        """See `Strategy`."""
-        return self._gradients.finish(weight, flags, loss=loss)
+        parameters, channel, full_batch = list(self.table.trainable.values()), axes.dp, plan.batch_size
+        if plan.reproducible:
+            accumulator = TreeAccumulator(parameters, list(self.table.buffers.values()), channel, plan.slices)
+            self.reducer = TreeReducer(parameters, channel, accumulator, full_batch=full_batch)
+        elif channel.size == 1:
+            self.reducer = SoloReducer(parameters, channel, full_batch=full_batch)
+        else:
+            self.reducer = BucketedReducer(
+                parameters, channel, full_batch=full_batch, bucket_mib=plan.bucket_mib, overlap=overlap
+            )
 
     def close(self) -> None:
         """See `Strategy`."""
         super().close()
-        self._gradients.close()
+        self.reducer.close()
         self.axes.close()

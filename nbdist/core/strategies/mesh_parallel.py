@@ -27,11 +27,14 @@ from nbdist.core.strategies import tensor as tensor_parallel
 from nbdist.core.strategies.pipeline import partition
 from nbdist.core.strategies.pipeline.capture_call import capture_call
 from nbdist.core.strategies.pipeline.executor import Pipeline
+from nbdist.core.strategies.pipeline.schedules import Action
 from nbdist.core.strategies.readable_params import ReadableParams
 from nbdist.core.strategies.shard.fully_sharded import FullySharded
 from nbdist.core.strategies.shard.wrap_policy import blocks_of
-from nbdist.core.strategies.strategy import Computed, Strategy
-from nbdist.core.sync.gradient_sync import COUNTS, ControlFlags, GradientSync, Totals
+from nbdist.core.strategies.strategy import Strategy
+from nbdist.core.sync.agreement import ControlFlags
+from nbdist.core.sync.bucketed_reducer import BucketedReducer
+from nbdist.core.sync.step_tail import LOSS_NUMBERS, StepLosses, StepTail, Totals
 from nbdist.core.task.task import Task
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
@@ -94,11 +97,13 @@ class MeshParallel(Strategy):
         self._tied = self._tied_channels(world)
         if self._split is not None:
             self._pipeline = self._make_pipeline(world, self._split)
+            self.schedule, self.computes_loss = self._pipeline.schedule, self._pipeline.computes_loss
         self._held = self.table.held(axes)
-        self._gradients = GradientSync(
-            list(self._held.values()), axes.dp, full_batch=plan.batch_size, bucket_mib=plan.bucket_mib, overlap=False
-        )
-        self._cleanup.callback(self._gradients.close)
+        self.reducer = BucketedReducer(
+            list(self._held.values()), axes.dp, full_batch=plan.batch_size, bucket_mib=plan.bucket_mib, overlap=False,
+            sum_replica=self._sum_replica,
+        )  # fmt: skip
+        self._cleanup.callback(self.reducer.close)
 
     def _example_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with which the step calls the model for the first samples, the same on every rank."""
@@ -208,9 +213,8 @@ class MeshParallel(Strategy):
         for link in links.values():
             self._cleanup.callback(link.close)
         return Pipeline(
-            self.task, self.plan, split, rank, before, after, self.device, self.precision, scale_loss=self.scale_loss,
-            units=self.units, shards=self._shards, batch_norms=self.batch_norms, dry_run=self._dry_run,
-            guarded=self._readable.guarded,
+            self.task, self.plan, split, rank, before, after, self.device, self.precision, shards=self._shards,
+            batch_norms=self.batch_norms, dry_run=self._dry_run, guarded=self._readable.guarded,
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -224,47 +228,42 @@ class MeshParallel(Strategy):
 
     def begin_step(self) -> None:
         """See `Strategy`."""
-        self._gradients.zero_()
+        super().begin_step()
         if self._shards is not None:
             self._shards.hide_shards()
 
-    def forward_backward(self, step: int, slices: list[Slice]) -> Computed:
+    def forward_backward(self, step: int, slices: list[Slice]) -> StepLosses:
         """See `Strategy`."""
-        with contextlib.nullcontext() if self._shards is None else self._shards.saving():
-            if self._pipeline is not None:
-                computed = self._pipeline.forward_backward(slices, ("slice", step))
-                self.work = self._pipeline.work
-            elif self._shards is not None:
-                computed = self._forward_backward_sharded(step, slices, self._shards)
-            else:
-                computed = super().forward_backward(step, slices)
-        if self._shards is not None:
-            self._shards.expose_shards(summed=True)
-        return computed
+        if self._pipeline is not None:
+            self.work = self._pipeline.work = []
+        if self._shards is None:
+            return super().forward_backward(step, slices)
+        with self._shards.saving():
+            losses = super().forward_backward(step, slices)
+        self._shards.expose_shards(summed=True)
+        return losses
+
+    def run_forward(
+        self, action: Action, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]
+    ) -> T | None:
+        """See `Strategy`."""
+        if self._pipeline is not None:
+            return self._pipeline.run_forward(action, part, path, function)
+        return super().run_forward(action, part, path, function)
+
+    def run_backward(self, action: Action, loss: torch.Tensor | None, unwanted: bool) -> None:
+        """See `Strategy`."""
+        if self._pipeline is not None:
+            self._pipeline.run_backward(action, loss, unwanted)
+        elif self._shards is not None and loss is not None:
+            self._shards.run_backward(loss, unwanted)
+        else:
+            super().run_backward(action, loss, unwanted)
 
     def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T:
         """See `Strategy`."""
         with self._readable.guarded():
             return super().compute(part, path, function)
-
-    def _forward_backward_sharded(self, step: int, slices: list[Slice], shards: FullySharded) -> Computed:
-        """As `Strategy.forward_backward`; slices that do not count run too, because other ranks wait in collectives."""
-        total: Any = 0
-        losses: list[tuple[torch.Tensor, Any]] = []
-        for place, part in enumerate(slices):
-            loss, weight = self.compute(part, ("slice", step), self.task.loss_and_weight)
-            counts = bool(part.samples) and (isinstance(weight, torch.Tensor) or weight != 0)
-            units = self.units(weight if counts else 0, part, first=place == 0)
-            self.zero_uncounted(counts)
-            shards.zero_gradients = not counts and self.batch_norms is None
-            self.backward(loss, units if counts else 1, last=False)
-            shards.finish_backward()
-            if counts:
-                total = total + units
-                losses.append((loss.detach(), weight))
-        if not slices:
-            self.units(0, None)
-        return total, losses
 
     def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T | None:
         """See `Strategy`."""
@@ -279,7 +278,7 @@ class MeshParallel(Strategy):
                 self._shards.expose_shards()
 
     @torch.no_grad()
-    def sync(self, weight: Any, flags: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
+    def sync(self, flags: ControlFlags) -> Totals:
         """See `Strategy`."""
         for channel, names in self._tied:
             for name in names:
@@ -289,25 +288,27 @@ class MeshParallel(Strategy):
                 channel.all_reduce_(total)
                 if total is not gradient:
                     gradient.copy_(total)
-        reports_loss = self.axes.reports_loss
-        used = self._used_names()
-        flags = flags._replace(exhausted=float(flags.exhausted and reports_loss))
-        numbers = [float(weight) * reports_loss, *map(float, loss), *flags]
-        counts = torch.tensor([*numbers, *(name in used for name in self.table.trainable)], dtype=torch.float64)
-        counts = counts.to(self.device)
-        self.axes.replica.all_reduce_(counts)
-        sums = counts.tolist()
-        total_weight, lost, lost_weight, *agreed = sums[:COUNTS]
-        hits = sums[COUNTS:]
-        counted = dict(zip(self.table.trainable, hits, strict=True))
-        used_here = [counted[name] > 0 for name in self._held]
-        return self._gradients.finish(total_weight, ControlFlags(*agreed), loss=(lost, lost_weight), used=used_here)
+        return super().sync(flags)
 
-    def _used_names(self) -> set[str]:
-        """The names of the parameters that have a gradient on this rank."""
-        seen = {name for name, hit in zip(self._held, self._gradients.used, strict=True) if hit}
-        ids = set() if self._shards is None else self._shards.used
-        return seen | {name for name, parameter in self._held.items() if id(parameter) in ids}
+    def _sum_replica(
+        self, losses: tuple[Any, ...], flags: ControlFlags, used: list[bool]
+    ) -> tuple[list[float], ControlFlags, list[bool]]:
+        """See `SumReplica`: of ranks that compute the same loss, one counts. **Collective** over the replica."""
+        if not self.axes.reports_loss:
+            losses, flags = (0.0,) * LOSS_NUMBERS, flags._replace(exhausted=0.0)
+        here = {name for name, hit in zip(self._held, used, strict=True) if hit}
+        if self._shards is not None:
+            here |= {name for name, parameter in self._held.items() if id(parameter) in self._shards.used}
+        tail, names = StepTail(len(self.table.trainable)), list(self.table.trainable)
+        sums = torch.zeros(tail.numel, dtype=torch.float64, device=self.device)
+        tail.write(sums, losses, flags, [name in here for name in names])
+        self.axes.replica.all_reduce_(sums)
+        counts = dict(zip(names, tail.used(sums), strict=True))
+        return (
+            tail.losses(sums)[0].tolist(),
+            ControlFlags(*tail.flags(sums).tolist()),
+            [counts[name] > 0 for name in self._held],
+        )
 
     def clip_(self, largest: float) -> None:
         """See `Strategy`."""
@@ -333,7 +334,7 @@ class MeshParallel(Strategy):
 
     def gather(self, *, keep: bool = True) -> None:
         """See `Strategy`. Gradients and blocks are freed first, to make room for the whole weights."""
-        self._gradients.close()
+        self.reducer.close()
         if self._shards is not None:
             self._shards.close()
         if self.task.own_optimizer:

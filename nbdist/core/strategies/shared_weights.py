@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-from typing import Any
-
 import torch
 
 from nbdist.core.comm import SharedMemoryChannel
 from nbdist.core.comm.mesh_channels import MeshChannels
-from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.params.param_data_watch import DataWatch, get_data, set_data
-from nbdist.core.params.param_table import copy_or_zero_, view_like
+from nbdist.core.params.param_table import view_like
 from nbdist.core.strategies.strategy import Strategy
+from nbdist.core.sync.agreement import ControlFlags
 from nbdist.core.sync.gradient_hooks import GradientHooks
-from nbdist.core.sync.gradient_sync import COUNTS, ControlFlags, Totals, tail_dtype
+from nbdist.core.sync.owner_reducer import OwnerReducer, aligned_starts
+from nbdist.core.sync.slice_accumulator import PlainAccumulator, TreeAccumulator
+from nbdist.core.sync.step_tail import Totals
 from nbdist.core.task.task import Task
 from nbdist.errors import TaskError
 from nbdist.plan import Plan
 
 __all__ = ["SharedWeights"]
 
-_ALIGNMENT = 16  # elements: each parameter begins a cache line, as a tensor with its own memory would
-
 
 class SharedWeights(Strategy):
     """The same bits as `DataParallel`, with the weights in memory that all ranks map.
 
-    Every trainable parameter has an owner: the rank that sums its gradient, holds its optimizer state and writes it.
-    The other ranks put their gradient of it into their slab, where the owner reads it. So the sum and the optimizer's
-    work are split over the ranks (as in ZeRO stage 1), no rank copies weights, and N ranks need the memory of one copy.
+    Every trainable parameter has an owner: the rank that sums its gradient (`OwnerReducer`), holds its optimizer state
+    and writes it. So the sum and the optimizer's work are split over the ranks (as in ZeRO stage 1), no rank copies
+    weights, and N ranks need the memory of one copy.
 
     A forward, or a step, may write to weights, for instance to clamp them. All ranks would write to the same memory
     while others read it. So in the first step each rank computes on private pages. A parameter that is written there,
@@ -50,55 +46,46 @@ class SharedWeights(Strategy):
 
     def __init__(self, task: Task, plan: Plan, axes: MeshChannels) -> None:
         super().__init__(task, plan, axes)
-        channel = axes.dp
+        channel, parameters = axes.dp, list(self.table.trainable.values())
         assert isinstance(channel, SharedMemoryChannel)
+        owners = _owners([parameter.numel() for parameter in parameters], channel.size)
+        self.reducer = OwnerReducer(
+            parameters, owners, channel,
+            TreeAccumulator(parameters, list(self.table.buffers.values()), channel, plan.slices)
+            if plan.reproducible else PlainAccumulator(parameters, channel),
+            full_batch=plan.batch_size,
+        )  # fmt: skip
         self._channel = channel
-        self._parameters = list(self.table.trainable.values())
-        owners = _owners([parameter.numel() for parameter in self._parameters], channel.size)
+        self._parameters = parameters
         self.table.owners.update(zip(self.table.trainable, owners, strict=True))
         self._owned = [i for i, owner in enumerate(owners) if owner == channel.rank]
         self._foreign = [i for i, owner in enumerate(owners) if owner != channel.rank]
-        self._arenas: list[torch.Tensor] = []
         self._shared_views: dict[int, torch.Tensor] = {}  # the views that all ranks read
         self._private_pages: dict[int, torch.Tensor] = {}  # the same on private pages, for the first step only
         self._private: set[int] = set()  # parameters in private memory
         self._data_taken: set[int] = set()  # of those, whose `data` was taken
         self._versions: list[int] = []  # of all, after this rank's last expected write
         self._updated = False  # whether owners have written since the last barrier
-        self._tree = ReductionTree.chain(channel.size) if self.accumulator is None else self.accumulator.tree
-        # Views for each parameter's gradients in the slab of each rank: one for each tree node that a rank sums.
-        self._slabs: list[list[dict[int, torch.Tensor]]] = [
-            [{} for _ in range(self._tree.rows)] for _ in range(channel.size)
-        ]
         with torch.no_grad():
             for name, tensor in self.table.tensors.items():
                 if name not in self.table.trainable:
                     channel.broadcast_any_(tensor)
-            dtypes = list(dict.fromkeys(parameter.dtype for parameter in self._parameters))
-            for dtype in dtypes:
-                self._lay_out(dtype)
-        length = COUNTS + len(self._parameters) if self.accumulator is None else self.accumulator.numel
-        self._tail = channel.zeros(length, tail_dtype(dtypes))
-        self._arenas.append(self._tail)
+            for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+                self._share(dtype)
         channel.barrier()  # rank 0's weights are in place
-        self._watch = DataWatch(self._parameters, self._on_data_access)
+        self._watch = DataWatch(parameters, self._on_data_access)
 
-    def _lay_out(self, dtype: torch.dtype) -> None:
-        """Move the parameters of a dtype into shared memory, and make views for their gradients in the slabs."""
+    def _share(self, dtype: torch.dtype) -> None:
+        """Move the parameters of a dtype into shared memory. **Collective**."""
         members = [i for i, parameter in enumerate(self._parameters) if parameter.dtype is dtype]
-        starts = list(itertools.accumulate((_aligned(self._parameters[i].numel()) for i in members), initial=0))
-        (weights, private), rows = self._channel.common(starts[-1], dtype), self._tree.rows
-        gradients = self._channel.zeros(rows * starts[-1], dtype)
-        self._arenas.append(gradients)
+        starts = aligned_starts(self._parameters[i].numel() for i in members)
+        weights, private = self._channel.common(starts[-1], dtype)
         for i, start in zip(members, starts, strict=False):
             parameter = self._parameters[i]
             shared = self._shared_views[i] = view_like(parameter, weights, start)
             self._private_pages[i] = view_like(parameter, private, start)
             if self._channel.rank == 0:
                 shared.copy_(parameter)
-            for places, slab in zip(self._slabs, self._channel.slabs(gradients), strict=True):
-                for views, row in zip(places, slab.view(rows, starts[-1]), strict=True):
-                    views[i] = view_like(parameter, row, start)
             parameter.data = shared
 
     def begin_step(self) -> None:
@@ -106,55 +93,13 @@ class SharedWeights(Strategy):
         self._wait_for_owners()  # all ranks have read this rank's slab and written the weights they own
         if not self._versions:
             self._use_private_pages()
-        if self.accumulator is not None:
-            self.accumulator.begin_step()
-            return
-        for parameter in self._parameters:
-            parameter.grad = None
+        super().begin_step()
 
-    @torch.no_grad()
-    def sync(self, weight: Any, flags: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
+    def sync(self, flags: ControlFlags) -> Totals:
         """See `Strategy`. A rank gets the gradients of the parameters it owns; the others are None and not updated."""
-        parameters, channel = self._parameters, self._channel
-        self._check_writes()
-        if self.accumulator is None:
-            nodes = [[parameter.grad for parameter in parameters]]
-            used = [gradient is not None for gradient in nodes[0]]
-            self._tail.copy_(torch.tensor([float(weight), *loss, *flags, *used], dtype=self._tail.dtype))
-        else:
-            nodes = self.accumulator.node_sums()
-            self.accumulator.pack(flags, self._tail)
-        for mine, gradients in zip(self._slabs[channel.rank], nodes, strict=False):
-            copy_or_zero_([mine[i] for i in self._foreign], [gradients[i] for i in self._foreign])
-        for i in self._foreign:
-            parameters[i].grad = None
-        channel.barrier()  # the gradients of all ranks are in their slabs
-
-        first, *others = channel.slabs(self._tail)
-        tail = functools.reduce(torch.add, others, first)
-        if self.accumulator is None:
-            totals, counts = Totals(tail[:COUNTS]), tail[COUNTS:].tolist() if not all(used) else [1.0] * len(used)
-        else:
-            totals, counts = self.accumulator.unpack(tail)
-        owned = [i for i in self._owned if counts[i]]
-        if owned:
-            sums = self._sum_owned(owned, nodes)
-            factor = totals.weight / self.plan.batch_size
-            if factor not in (0.0, 1.0):
-                torch._foreach_div_(sums, factor)
-            for i, gradient in zip(owned, sums, strict=True):
-                parameters[i].grad = gradient
-        return totals
-
-    def _sum_owned(self, owned: list[int], nodes: list[list[torch.Tensor | None]]) -> list[torch.Tensor]:
-        """The gradients of owned parameters, summed over all tree nodes in reduction order, in place of the first."""
-        parameters = self._parameters
-        terms = [[[views[i] for i in owned] for views in places] for places in self._slabs]
-        terms[self._channel.rank] = [
-            [torch.zeros_like(parameters[i]) if (g := gradients[i]) is None else g for i in owned]
-            for gradients in nodes
-        ]
-        return self._tree.total(terms, _add)
+        with torch.no_grad():
+            self._check_writes()
+        return super().sync(flags)
 
     def update(self, optimizer: torch.optim.Optimizer, hooks: GradientHooks) -> bool:
         """See `Strategy`."""
@@ -173,14 +118,12 @@ class SharedWeights(Strategy):
     def close(self) -> None:
         """See `Strategy`."""
         super().close()
+        self.reducer.close()
         self._watch.close()
         for parameter in self._parameters:
-            parameter.grad = None
             parameter.data = parameter.data.clone()
         self._shared_views.clear()
         self._private_pages.clear()
-        for arena in self._arenas:
-            self._channel.free(arena)
 
     # Writes to weights in forward or in the step.
 
@@ -236,15 +179,6 @@ class SharedWeights(Strategy):
                 f"the model's forward, or the step, writes to parameter {name} in place, but did not in the first "
                 f"step, and all ranks share its memory: write to {name}.data, which nbdist detects in time."
             )
-
-
-def _add(left: list[torch.Tensor], right: list[torch.Tensor]) -> list[torch.Tensor]:
-    torch._foreach_add_(left, right)
-    return left
-
-
-def _aligned(numel: int) -> int:
-    return -(-numel // _ALIGNMENT) * _ALIGNMENT
 
 
 def _owners(sizes: list[int], ranks: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,20 +16,20 @@ from nbdist.core.optim.precision import Precision
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
 from nbdist.core.process.lazy_dynamo import skip_dynamo_import
+from nbdist.core.strategies.pipeline.schedules import Action, schedule_actions
+from nbdist.core.sync.agreement import ControlFlags
 from nbdist.core.sync.gradient_hooks import GradientHooks
-from nbdist.core.sync.gradient_sync import ControlFlags, Totals
-from nbdist.core.sync.slice_accumulator import SliceAccumulator
+from nbdist.core.sync.gradient_reducer import GradientReducer
+from nbdist.core.sync.step_tail import StepLosses, Totals
 from nbdist.core.sync.sync_batchnorm import BatchNorms, buffers_kept_if_empty
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 from nbdist.telemetry import Work
 
-__all__ = ["Computed", "Strategy"]
+__all__ = ["Strategy"]
 
 T = TypeVar("T")
-Computed = tuple[Any, list[tuple[torch.Tensor, Any]]]
-"""Sum of the slices' weights, in `Strategy.units`, and each slice's loss with its weight. Zero and no losses on ranks
-that do not compute the loss."""
+_Loss = tuple[torch.Tensor | None, bool]
 
 
 class Strategy(ABC):
@@ -47,8 +47,12 @@ class Strategy(ABC):
         lag: After how many steps the summed control flags are read: 1 on a GPU, so that no step waits for it.
         equal_slices: Whether all ranks must compute equally many slices, with empty ones on ranks without data.
         batch_norms: Synchronizes BatchNorm statistics over the data-parallel ranks, or None.
-        accumulator: Adds up slices in the same order on any number of ranks (`reproducible`), or None.
+        reducer: Sums gradients over the data-parallel ranks; subclasses make it.
+        schedule: The forwards and backwards of this rank in a step, in order.
+        computes_loss: Whether this rank computes losses.
     """
+
+    reducer: GradientReducer
 
     def __init__(self, task: Task, plan: Plan, axes: MeshChannels) -> None:
         self.task = task
@@ -65,37 +69,75 @@ class Strategy(ABC):
             norms = BatchNorms(task.model, axes.data)
             self.batch_norms = norms if norms.layers else None
         self.equal_slices = self.batch_norms is not None
-        self.accumulator: SliceAccumulator | None = None
-        if plan.reproducible:
-            trainable, buffers = list(self.table.trainable.values()), list(self.table.buffers.values())
-            self.accumulator = SliceAccumulator(trainable, buffers, axes.data, plan.slices)
+        self.schedule = schedule_actions("1f1b", 1, -(-plan.slices // axes.data.size))[0]
+        self.computes_loss = True
         self._units_per_weight = 1.0
         self._units_agreed = task.weight_is_samples
 
-    @abstractmethod
     def begin_step(self) -> None:
-        """Clear the gradients of the previous step. **Collective**."""
+        """Clear the gradients and losses of the previous step. **Collective**."""
+        self.reducer.begin()
 
-    def forward_backward(self, step: int, slices: list[Slice]) -> Computed:
-        """Run this rank's slices and accumulate their weighted gradients. **Collective** over a replica."""
-        total: Any = 0
-        losses: list[tuple[torch.Tensor, Any]] = []
-        for place, part in enumerate(slices):
-            loss, weight = self.compute(part, ("slice", step), self.task.loss_and_weight)
-            # A mean over nothing (all targets ignored) is NaN, and so would be its gradient.
-            counts = part.samples > 0 and bool(weight != 0)
-            units = self.units(weight if counts else 0, part, first=place == 0)
-            if counts or self.batch_norms is not None:
-                self.zero_uncounted(counts)
-                self.backward(loss, units if counts else 1, last=place == len(slices) - 1)
-            if counts:
-                total = total + units
-                losses.append((loss.detach(), weight))
-            if self.accumulator is not None:
-                self.accumulator.add_slice(part.index, losses[-1] if counts else None)
-        if not slices:
+    def forward_backward(self, step: int, slices: list[Slice]) -> StepLosses:
+        """Run this rank's slices and accumulate their weighted gradients. **Collective** over a replica.
+
+        Returns:
+            The losses that this rank computed.
+        """
+        reducer, waiting = self.reducer, dict[tuple[int, int], _Loss]()
+        for action in self.schedule:
+            if action.microbatch >= len(slices):
+                continue
+            part, key = slices[action.microbatch], (action.stage, action.microbatch)
+            if action.kind == "forward":
+                computed = self.run_forward(action, part, ("slice", step), self.task.loss_and_weight)
+                if computed is not None:
+                    waiting[key] = self._weigh(part, *computed, first=action.microbatch == 0)
+            else:
+                if action.microbatch == len(slices) - 1:
+                    reducer.expect_last()
+                self.run_backward(action, *waiting.pop(key, (None, False)))
+                reducer.add_slice(part.index)
+        if not slices and self.computes_loss:
             self.units(0, None)
-        return total, losses
+        return reducer.losses
+
+    def _weigh(self, part: Slice, loss: torch.Tensor, weight: Any, *, first: bool) -> _Loss:
+        """Record a slice's loss. Returns what to run backward from, and whether its gradients are not wanted."""
+        # A mean over nothing (all targets ignored) is NaN, and so would be its gradient.
+        counts = part.samples > 0 and bool(weight != 0)
+        units = self.units(weight if counts else 0, part, first=first)
+        if counts:
+            self.reducer.losses.add(part.index, loss.detach(), weight, units)
+        elif self.batch_norms is not None:  # its backward serves other ranks only
+            self.batch_norms.zero_output_gradients()
+        return self.scale_loss(loss, units if counts else 1), not counts and self.batch_norms is None
+
+    def run_forward(
+        self, action: Action, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]
+    ) -> T | None:
+        """Run the forward of an action; returns the function's result where the model's output is.
+
+        **Collective** over a replica, as the schedule says.
+
+        Args:
+            action: Of the schedule.
+            part: Its slice.
+            path: Of the slice's random numbers.
+            function: Called with batch and slice; it calls the model.
+        """
+        return self.compute(part, path, function)
+
+    def run_backward(self, action: Action, loss: torch.Tensor | None, unwanted: bool) -> None:
+        """Run the backward of an action. **Collective** over a replica, as the schedule says.
+
+        Args:
+            action: Of the schedule.
+            loss: The scaled loss, where it was computed.
+            unwanted: Whether its gradients are to be left out, because the slice does not count.
+        """
+        if loss is not None and not unwanted:
+            loss.backward()
 
     def units(self, weight: Any, part: Slice | None, *, first: bool = True) -> Any:
         """Rescale a slice's weight so that a full batch weighs about its number of samples. Local but for the first.
@@ -110,7 +152,7 @@ class Strategy(ABC):
             part: The slice; None on a rank that has none but joins the collective.
             first: Whether it is this rank's first slice of the step.
         """
-        if self.plan.slices == 1 and self.accumulator is None:
+        if self.plan.slices == 1 and not self.plan.reproducible:
             return self.plan.batch_size if isinstance(weight, torch.Tensor) or weight else 0
         if first and not self._units_agreed:
             pair = torch.tensor([float(weight), 0 if part is None else part.samples], dtype=torch.float64)
@@ -120,14 +162,12 @@ class Strategy(ABC):
             self._units_agreed = total > 0
             if self._units_agreed:
                 self._units_per_weight = 2.0 ** round(math.log2(samples / total))
-            if self.accumulator is not None:
-                self.accumulator.units = self._units_per_weight
         return weight if self._units_per_weight == 1 else weight * self._units_per_weight
 
     def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T:
         """Call ``function(batch, part)`` on a slice, under its own random numbers and the plan's precision."""
         seed = rng.derive(self.plan.seed, *path, part.index)
-        if self.accumulator is not None:
+        if self.plan.reproducible:
             rng.seed_all(seed)  # the user's step may draw from Python's or NumPy's generator too
         rng.seed_torch(seed, self.device)
         batch = to_device(part.batch, self.device)
@@ -143,15 +183,6 @@ class Strategy(ABC):
         """
         return self.compute(part, path, function)
 
-    def zero_uncounted(self, counts: bool) -> None:
-        """Zero the output gradients of a slice that does not count; its backward only serves other ranks. Local."""
-        if self.batch_norms is not None and not counts:
-            self.batch_norms.zero_output_gradients()
-
-    def backward(self, loss: torch.Tensor, weight: Any, *, last: bool) -> None:
-        """Add a slice's gradients, times its weight in `units`. Local; `last`: no other slice follows in this step."""
-        self.scale_loss(loss, weight).backward()
-
     def scale_loss(self, loss: torch.Tensor, weight: Any) -> torch.Tensor:
         """A slice's loss times its share of a full batch, by its weight in `units`; in fp16 times the loss scale."""
         # In float64: an integer tensor divided by a number would be rounded to float32.
@@ -160,15 +191,9 @@ class Strategy(ABC):
         # Not `backward(share)`: given a gradient, torch imports its symbolic shapes and sympy, which is slow.
         return loss if isinstance(share, float) and share == 1.0 else loss * share
 
-    @abstractmethod
-    def sync(self, weight: Any, flags: ControlFlags, loss: tuple[Any, Any] = (0.0, 0.0)) -> Totals:
-        """Turn every gradient into the weighted mean over all ranks. **Collective**; see `GradientSync.finish`."""
-
-    def counted_losses(self, losses: list[tuple[Any, Any]], totals: Totals) -> list[tuple[Any, Any]]:
-        """The losses, with their weights, that this rank adds to the history for a step. Local."""
-        if self.accumulator is None:
-            return losses
-        return [(totals.loss, totals.loss_weight)] if self.axes.data.rank == 0 and totals.weight else []
+    def sync(self, flags: ControlFlags) -> Totals:
+        """Turn every gradient into the weighted mean over all ranks. **Collective**; see `GradientReducer.finish`."""
+        return self.reducer.finish(flags)
 
     def update(self, optimizer: torch.optim.Optimizer, hooks: GradientHooks) -> bool:
         """Run the gradient hooks, clip, and step the optimizer. **Collective** over a replica.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 
-from nbdist.core.sync.gradient_sync import ControlFlags
+from nbdist.core.sync.agreement import ControlFlags
 from nbdist.errors import TaskError
 
 __all__ = ["LossForms", "check_one_form"]

@@ -1,7 +1,8 @@
-"""Deterministic gradient accumulation: sums a batch's slices to the same bits on any number of ranks."""
+"""Gradient accumulation: the slices of one rank, added in place or along a tree with the same bits on any ranks."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -9,56 +10,126 @@ from torch import nn
 
 from nbdist.core.comm import Channel
 from nbdist.core.comm.reduction_order import Node, ReductionTree
-from nbdist.core.sync.gradient_sync import ControlFlags, Totals
+from nbdist.core.sync.agreement import ControlFlags
+from nbdist.core.sync.step_tail import LOSS_NUMBERS, StepLosses, StepTail, Totals
 
-__all__ = ["SliceAccumulator"]
+__all__ = ["PlainAccumulator", "SliceAccumulator", "TreeAccumulator"]
 
 _COMPARED_NUMEL = 2**16
 """Largest buffer that is compared by value: F.batch_norm writes its buffers without changing `Tensor._version`."""
 _Tensors = list[torch.Tensor | None]
 
 
-class SliceAccumulator:
+class SliceAccumulator(ABC):
+    """Adds up the gradients of this rank's slices in a step, and says in which order ranks add the sums.
+
+    Attributes:
+        tree: That order. A rank has a sum for each of its tree nodes.
+        tail: The order of the tail's numbers.
+        each_slice: Whether ranks exchange the losses slice by slice, and all add them in slice order.
+    """
+
+    tree: ReductionTree
+    tail: StepTail
+    each_slice: bool
+
+    @abstractmethod
+    def zero_(self) -> None:
+        """Clear all gradients, at the start of a step. Local."""
+
+    @abstractmethod
+    def add_slice(self, index: int) -> None:
+        """Call after the backward of a slice. Local."""
+
+    @abstractmethod
+    def node_sums(self) -> list[_Tensors]:
+        """After this rank's last slice: the parameters' gradients, for each of its tree nodes. Local."""
+
+    @abstractmethod
+    def write_tail(self, losses: StepLosses, flags: ControlFlags, out: torch.Tensor) -> None:
+        """Write this rank's tail, after `node_sums`. Local.
+
+        Args:
+            losses: Of its slices.
+            flags: Its flags.
+            out: ``(tail.numel,)``.
+        """
+
+    @abstractmethod
+    def read_tail(self, summed: torch.Tensor) -> tuple[Totals, list[int]]:
+        """The step's totals, and the indices of the parameters that any rank used. **Collective**."""
+
+
+class PlainAccumulator(SliceAccumulator):
+    """Backward accumulates in ``.grad``; ranks add in rank order.
+
+    Args:
+        parameters: Trainable parameters.
+        channel: The data-parallel axis.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], channel: Channel) -> None:
+        self.tree = ReductionTree.chain(channel.size)
+        self.tail = StepTail(len(parameters))
+        self.each_slice = False
+        self._parameters = parameters
+        self._used: list[bool] = []
+
+    def zero_(self) -> None:
+        """See `SliceAccumulator`."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def add_slice(self, index: int) -> None:
+        """See `SliceAccumulator`."""
+
+    def node_sums(self) -> list[_Tensors]:
+        """See `SliceAccumulator`."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        self._used = [gradient is not None for gradient in gradients]
+        return [gradients]
+
+    def write_tail(self, losses: StepLosses, flags: ControlFlags, out: torch.Tensor) -> None:
+        """See `SliceAccumulator`."""
+        self.tail.write(out, losses.numbers, flags, self._used)
+
+    def read_tail(self, summed: torch.Tensor) -> tuple[Totals, list[int]]:
+        """See `SliceAccumulator`. Local."""
+        counts = [1.0] * len(self._used) if all(self._used) else self.tail.used(summed)
+        return self.tail.totals(summed), [i for i, count in enumerate(counts) if count]
+
+
+class TreeAccumulator(SliceAccumulator):
     """Takes the gradients of one slice after another and sums them along a tree.
 
     Every slice starts from the buffers before the step, such as running statistics. After the step they have changed
     by the mean of all slices' changes.
-
-    Ranks exchange losses and weights slice by slice, and every rank adds them in slice order.
 
     Args:
         parameters: Trainable parameters.
         buffers: The model's buffers.
         channel: The data-parallel axis.
         slices: Number of slices in a batch.
-
-    Attributes:
-        units: The factor from weights to units, see `Strategy.units`.
     """
 
     def __init__(
         self, parameters: list[nn.Parameter], buffers: list[torch.Tensor], channel: Channel, slices: int
     ) -> None:
         self.tree = ReductionTree.tree(slices, channel.size)
+        self.tail = StepTail(len(parameters), rows=slices, buffers=len(buffers))
+        self.each_slice = True
         self._parameters = parameters
         self._buffers = buffers
         self._channel = channel
         self._slices = self.tree.shares[channel.rank]
         self._nodes: list[tuple[Node, _Tensors]] = []
         self._next = self._slices.start
-        self._losses: list[tuple[int, Any, Any]] = []
         self._change_counts = [0] * len(buffers)
         self._buffers_before: list[tuple[int, torch.Tensor]] = []  # buffers' versions and values
-        self.units = 1.0
 
-    @property
-    def numel(self) -> int:
-        """Length of what `pack` writes."""
-        return 2 * self.tree.terms + len(ControlFlags._fields) + len(self._parameters) + len(self._buffers)
-
-    def begin_step(self) -> None:
-        """Start a step. Local."""
-        self._nodes, self._losses, self._next = [], [], self._slices.start
+    def zero_(self) -> None:
+        """See `SliceAccumulator`."""
+        self._nodes, self._next = [], self._slices.start
         self._change_counts = [0] * len(self._buffers)
         known: list[Any] = self._buffers_before or [None] * len(self._buffers)
         self._buffers_before = [_values(buffer, before) for buffer, before in zip(self._buffers, known, strict=True)]
@@ -66,13 +137,8 @@ class SliceAccumulator:
             parameter.grad = None
 
     @torch.no_grad()
-    def add_slice(self, index: int, loss_and_weight: tuple[torch.Tensor, Any] | None) -> None:
-        """Add the gradients and buffer changes of a computed slice, and reset both. Local.
-
-        Args:
-            index: The slice.
-            loss_and_weight: Its loss and weight; None if it does not count.
-        """
+    def add_slice(self, index: int) -> None:
+        """Add the gradients and buffer changes of a computed slice, and reset both. Local."""
         self._skip_to(index)
         found: _Tensors = []
         for parameter in self._parameters:
@@ -87,8 +153,6 @@ class SliceAccumulator:
                 self._buffers_before[i] = buffer._version, before
             found.append(change)
         self._add(index, found)
-        if loss_and_weight is not None:
-            self._losses.append((index, *loss_and_weight))
 
     def _skip_to(self, index: int) -> None:
         """Add nothing for the slices without samples before `index`."""
@@ -101,40 +165,27 @@ class SliceAccumulator:
 
     @torch.no_grad()
     def node_sums(self) -> list[_Tensors]:
-        """After this rank's last slice: the parameters' gradients, for each tree node that it has summed. Local."""
+        """See `SliceAccumulator`."""
         self._skip_to(self._slices.stop)
         return [found[: len(self._parameters)] for _, found in self._nodes]
 
-    def pack(self, flags: ControlFlags, out: torch.Tensor) -> None:
-        """Write what ranks all-reduce. Local.
-
-        The reduction order does not matter: an entry is zero on all ranks but one, or a count.
-
-        Args:
-            flags: This rank's flags.
-            out: ``(numel,)``.
-        """
-        rows = [0.0] * (2 * self.tree.terms)
-        for index, loss, weight in self._losses:
-            rows[2 * index : 2 * index + 2] = float(loss), float(weight)
+    def write_tail(self, losses: StepLosses, flags: ControlFlags, out: torch.Tensor) -> None:
+        """See `SliceAccumulator`. Each entry is zero on all ranks but one, or a count: sums have one result."""
+        rows = [0.0] * (LOSS_NUMBERS * self.tree.terms)
+        for index, loss, weight, units in losses.each:
+            rows[LOSS_NUMBERS * index : LOSS_NUMBERS * (index + 1)] = float(units), float(loss), float(weight)
         used = [any(found[i] is not None for _, found in self._nodes) for i in range(len(self._parameters))]
-        out.copy_(torch.tensor([*rows, *flags, *used, *self._change_counts], dtype=out.dtype))
+        self.tail.write(out, rows, flags, used, self._change_counts)
 
-    def unpack(self, sums: torch.Tensor) -> tuple[Totals, list[float]]:
-        """The step's totals, and how many ranks used each parameter. **Collective** if buffers have changed.
-
-        Args:
-            sums: ``(numel,)``, the sum of what all ranks packed.
-        """
-        ends = 2 * self.tree.terms, len(ControlFlags._fields), len(self._parameters), len(self._buffers)
-        rows, flags, used, change_counts = sums.double().split(ends)
-        losses, weights = rows.view(-1, 2).unbind(1)
+    def read_tail(self, summed: torch.Tensor) -> tuple[Totals, list[int]]:
+        """See `SliceAccumulator`. **Collective** if buffers have changed."""
+        units, losses, weights = self.tail.losses(summed).double().unbind(1)
         loss = torch.where(weights == 0, 0.0, losses * weights).sum()
-        weight = weights.sum()
-        counts = change_counts.tolist()
-        if any(counts):
-            self._update_buffers(counts)
-        return Totals(torch.cat([torch.stack([weight * self.units, loss, weight]), flags])), used.tolist()
+        changed = self.tail.buffers(summed)
+        if any(changed):
+            self._update_buffers(changed)
+        totals = Totals(torch.cat([torch.stack([units.sum(), loss, weights.sum()]), self.tail.flags(summed).double()]))
+        return totals, [i for i, count in enumerate(self.tail.used(summed)) if count]
 
     @torch.no_grad()
     def _update_buffers(self, counts: list[float]) -> None:

@@ -39,7 +39,6 @@ class _Activations:
 
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
-    zero_gradients: bool = False  # does not count: skip its backward, or run it only for the collectives in it
 
 
 class Pipeline:
@@ -53,8 +52,6 @@ class Pipeline:
         before, after: Links to the neighbours on ``pp``, in a ring.
         device: This rank's device.
         precision: The autocast of forwards.
-        scale_loss: Weighs and scales a loss for backward, see `Strategy.scale_loss`.
-        units: See `Strategy.units`.
         shards: Shards this rank's parameters, with no block over stages of two ranks; None without a shard axis.
         batch_norms: Synchronizes BatchNorm statistics over the replicas, or None.
         dry_run: Context for tracing a stage on this rank alone.
@@ -72,8 +69,6 @@ class Pipeline:
         device: torch.device,
         precision: Precision,
         *,
-        scale_loss: Callable[[torch.Tensor, Any], torch.Tensor],
-        units: Callable[..., Any],
         shards: FullySharded | None = None,
         batch_norms: BatchNorms | None = None,
         dry_run: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
@@ -81,7 +76,6 @@ class Pipeline:
     ) -> None:
         self._task, self._plan, self._split = task, plan, split
         self._device, self._precision, self._shards = device, precision, shards
-        self._scale_loss, self._units = scale_loss, units
         self._batch_norms, self._dry_run, self._guarded = batch_norms, dry_run, guarded
         self._stages = range(rank, plan.stages, plan.mesh.pp)
         self._parameters = {
@@ -96,48 +90,23 @@ class Pipeline:
         if before is after:  # two ranks
             self._mail[1] = self._mail[-1]
         self._last = plan.stages - 1
-        self._actions = schedule_actions(plan.schedule, plan.mesh.pp, plan.slices_per_rank)[rank]
+        self.schedule = schedule_actions(plan.schedule, plan.mesh.pp, plan.slices_per_rank)[rank]
+        self.computes_loss = self._last in self._stages
         self._activations: dict[tuple[int, int], _Activations] = {}
         self.work: list[Work] = []
-
-    def forward_backward(
-        self, slices: list[Slice], path: tuple[Any, ...]
-    ) -> tuple[Any, list[tuple[torch.Tensor, Any]]]:
-        """Run the schedule over this step's microbatches and accumulate gradients. **Collective** over a replica."""
-        self.work = []
-        total: Any = 0
-        losses: list[tuple[torch.Tensor, Any]] = []
-        for action in self._actions:
-            if action.microbatch >= len(slices):
-                continue
-            part = slices[action.microbatch]
-            if action.kind == "forward":
-                result = self._forward(action, part, path, self._task.loss_and_weight)
-                if result is not None:
-                    loss, weight = result
-                    counts = bool(part.samples) and weight != 0
-                    units = self._units(weight if counts else 0, part, first=action.microbatch == 0)
-                    self._save_loss(action, loss, units if counts else 0)
-                    if counts:
-                        total = total + units
-                        losses.append((loss.detach(), weight))
-            else:
-                self._backward(action)
-        if not slices and self._last in self._stages:
-            self._units(0, None)
-        return total, losses
 
     def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T | None:
         """Run one slice through all stages, for evaluation. **Collective** over a replica."""
         result = None
         for stage in self._stages:
-            result = self._forward(Action("forward", stage, 0), part, path, function)
+            result = self.run_forward(Action("forward", stage, 0), part, path, function)
         self._activations.clear()
         return result
 
-    def _forward(
+    def run_forward(
         self, action: Action, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]
     ) -> T | None:
+        """See `Strategy.run_forward`."""
         stage = action.stage
         batch: Any = None
         if stage in (0, self._last):
@@ -187,37 +156,23 @@ class Pipeline:
         self._record_work("forward", action, start_s)
         return result
 
-    def _save_loss(self, action: Action, loss: torch.Tensor, weight: Any) -> None:
-        saved = self._activations[action.stage, action.microbatch]
-        counts = isinstance(weight, torch.Tensor) or weight != 0
-        saved.zero_gradients = not counts and self._batch_norms is None
-        if self._batch_norms is not None and not counts:
-            self._batch_norms.zero_output_gradients()
-        saved.outputs = [self._scale_loss(loss, weight if counts else 1)]
-
-    def _backward(self, action: Action) -> None:
-        saved = self._activations[action.stage, action.microbatch]
-        if action.stage == self._last:
-            loss = saved.outputs[0]
-            start_s = time.time()
-        else:
-            saved.zero_gradients, (gradients, _) = self._receive("backward", action, action.stage + 1)
+    def run_backward(self, action: Action, loss: torch.Tensor | None, unwanted: bool) -> None:
+        """See `Strategy.run_backward`."""
+        saved = self._activations.pop((action.stage, action.microbatch))
+        if loss is None:
+            unwanted, (gradients, _) = self._receive("backward", action, action.stage + 1)
             start_s = time.time()
             loss = surrogate_loss(saved.outputs, gradients)
-        if self._shards is not None:  # all its ranks must run the collectives, whether the slice counts or not
-            self._shards.zero_gradients = saved.zero_gradients
-            for block in self._blocks[action.stage]:
-                self._shards.begin_backward(block)
-            if loss.requires_grad:
-                loss.backward()
-            self._shards.finish_backward()
-        elif loss.requires_grad and not saved.zero_gradients:
+        else:
+            start_s = time.time()
+        if self._shards is not None:
+            self._shards.run_backward(loss, unwanted, self._blocks[action.stage])
+        elif loss.requires_grad and not unwanted:
             loss.backward()
-        saved.outputs = []
+        saved.outputs.clear()
         self._record_work("backward", action, start_s)
         if action.stage > 0:
-            self._send("backward", action, -1, saved.zero_gradients, [tensor.grad for tensor in saved.inputs], [])
-        del self._activations[action.stage, action.microbatch]
+            self._send("backward", action, -1, unwanted, [tensor.grad for tensor in saved.inputs], [])
 
     def _seed(self, part: Slice, path: tuple[Any, ...]) -> None:
         rng.seed_torch(rng.derive(self._plan.seed, *path, part.index), self._device)

@@ -98,6 +98,21 @@ class FullySharded:
         self.used.update(block.reduce(self.zero_gradients))
         block.free()
 
+    def run_backward(self, loss: torch.Tensor, unwanted: bool, blocks: Collection[Block] = ()) -> None:
+        """Run a backward, with the collectives in it even if its gradients are unwanted. **Collective**.
+
+        Args:
+            loss: From where; it may not require grad on this rank.
+            unwanted: Whether its gradients count as zero.
+            blocks: Blocks that no module of this rank gathers.
+        """
+        self.zero_gradients = unwanted
+        for block in blocks:
+            self.begin_backward(block)
+        if loss.requires_grad:
+            loss.backward()
+        self.finish_backward()
+
     def finish_backward(self) -> None:
         """Reduce the remaining blocks: those whose inputs require no grad, or that other code has read.
 

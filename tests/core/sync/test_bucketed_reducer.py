@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from nbdist.core.comm import SoloChannel
 from nbdist.core.comm.world import World
 from nbdist.core.strategies.data_parallel import DataParallel
-from nbdist.core.sync.gradient_sync import ControlFlags, GradientSync
+from nbdist.core.sync.agreement import ControlFlags
+from nbdist.core.sync.bucketed_reducer import BucketedReducer
 
 TINY_MIB = 2**-16  # 16 bytes: nearly every parameter has a bucket to itself
 
@@ -44,8 +45,12 @@ def gradients(world, overlap, bucket_mib, accumulate):
         slices = range(0 if step and world.rank == 1 else accumulate)
         for i in slices:
             x = torch.full((2, FEATURES), 0.1 * (world.rank + 1) + i + step)
-            strategy.backward(model(x, world.rank).square().mean(), 2, last=i == accumulate - 1)
-        totals = strategy.sync(2 * len(slices), ControlFlags(commands=world.rank == 1, exhausted=not slices))
+            loss = model(x, world.rank).square().mean()
+            if i == accumulate - 1:
+                strategy.reducer.expect_last()
+            strategy.scale_loss(loss, 2).backward()
+            strategy.reducer.losses.add(i, loss.detach(), 2, 2)
+        totals = strategy.sync(ControlFlags(commands=world.rank == 1, exhausted=not slices))
         outcomes.append(({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}, totals))
     strategy.close()
     return outcomes
@@ -106,11 +111,11 @@ def test_weight_decay_leaves_unused_parameters_alone(run_ranks):
 def test_no_hook_and_no_gradient_remains():
     """After the run, backward allocates an ordinary gradient again."""
     model = mlp()
-    sync = GradientSync(list(model.parameters()), SoloChannel(torch.device("cpu")))
-    sync.zero_()
+    reducer = BucketedReducer(list(model.parameters()), SoloChannel(torch.device("cpu")))
+    reducer.begin()
     parameter = next(model.parameters())
     flat = parameter.grad
-    sync.close()
+    reducer.close()
     assert parameter.grad is None
     model(classes(2)[0]).sum().backward()
     assert not flat.any()
@@ -120,13 +125,13 @@ def test_no_hook_and_no_gradient_remains():
 def test_gradients_have_the_strides_of_their_parameters():
     """A gradient has its parameter's strides, channels last included: otherwise torch is slower, and warns."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)).to(memory_format=torch.channels_last)
-    sync = GradientSync(list(model.parameters()), SoloChannel(torch.device("cpu")))
-    sync.zero_()
+    reducer = BucketedReducer(list(model.parameters()), SoloChannel(torch.device("cpu")))
+    reducer.begin()
     assert [p.stride() for p in model.parameters()] == [p.grad.stride() for p in model.parameters()]
     model(torch.ones(1, 3, 8, 8)).sum().backward()
     expected = torch.autograd.grad(model(torch.ones(1, 3, 8, 8)).sum(), list(model.parameters()))
     assert all(torch.equal(gradient, p.grad) for gradient, p in zip(expected, model.parameters(), strict=True))
-    sync.close()
+    reducer.close()
 
 
 def awkward(dtype):

@@ -1,0 +1,52 @@
+"""What ranks agree on after a step: stop, snapshot, checkpoint, pending commands, exhausted data, the loss's form.
+
+Each rank sets **control flags**; their sums over all ranks are the same everywhere, so all ranks act alike after the
+same step. The flags ride in the tail of the gradient sync (`core/sync/step_tail.py`), where they cost no collective of
+their own. Where no gradients are summed, `agree` sums flags alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from nbdist.core.comm import Channel
+
+__all__ = ["NO_FLAGS", "ControlFlags", "agree"]
+
+
+class ControlFlags(NamedTuple):
+    """One rank's flags at the end of a step, zeros and ones; after the sum, the number of ranks that set each.
+
+    Args:
+        commands: The rank has commands for all ranks, see `StepControl`.
+        exhausted: It has no data left.
+        snapshot: It asks all ranks to take a snapshot after this step.
+        checkpoint: It asks all ranks to write a checkpoint of this step to disk.
+        written: Its part of the checkpoint under way is on disk.
+        unwritten: It failed to write that part.
+        losses: It has a loss whose form must be the same on all ranks.
+        form: That form as a number, see `LossForms`.
+        form_squared: The square of that number.
+    """
+
+    commands: float = 0
+    exhausted: float = 0
+    snapshot: float = 0
+    checkpoint: float = 0
+    written: float = 0
+    unwritten: float = 0
+    losses: float = 0
+    form: float = 0
+    form_squared: float = 0
+
+
+NO_FLAGS = ControlFlags()
+
+
+def agree(flags: ControlFlags, channel: Channel) -> ControlFlags:
+    """Sum flags in an all-reduce of their own. **Collective** over the channel; waits for the device."""
+    sums = torch.tensor(flags, device=channel.device)
+    channel.all_reduce_(sums)
+    return ControlFlags(*sums.tolist())

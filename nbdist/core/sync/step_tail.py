@@ -1,0 +1,169 @@
+"""The tail of a step: the numbers that ranks sum beside the gradients, their order, and what the sums say."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from nbdist.core.sync.agreement import ControlFlags
+from nbdist.core.sync.running_mean import RunningMean
+
+__all__ = ["LOSS_NUMBERS", "StepLosses", "StepTail", "Totals", "tail_dtype"]
+
+_POLL_S = 5e-5
+LOSS_NUMBERS = 3
+"""Numbers of a loss in the tail: the weight in units (see `Strategy.units`), the loss, its own weight."""
+
+
+class StepLosses:
+    """The losses of this rank's slices in a step, without the slices that do not count.
+
+    Args:
+        device: Of the losses.
+
+    Attributes:
+        each: Index of the slice, loss and weight, and the weight in units.
+        units: The sum of the weights in units; a number, or a scalar tensor on a GPU.
+        mean: The weighted mean.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.each: list[tuple[int, torch.Tensor, Any, Any]] = []
+        self.units: Any = 0
+        self.mean = RunningMean(device)
+
+    def add(self, index: int, loss: torch.Tensor, weight: Any, units: Any) -> None:
+        """Add the detached loss of a slice."""
+        self.each.append((index, loss, weight, units))
+        self.units = self.units + units
+        self.mean.add(loss, weight)
+
+    @property
+    def any_known(self) -> bool:
+        """Whether this rank had data, as far as is known without waiting for a GPU."""
+        return not isinstance(self.units, torch.Tensor) and self.units > 0
+
+    @property
+    def numbers(self) -> tuple[Any, Any, Any]:
+        """Their `LOSS_NUMBERS`, the loss times its weight; numbers or scalar tensors."""
+        return (self.units, *self.mean.parts)
+
+
+class Totals:
+    """Sums of one step over all ranks: loss, weights, flags. On a GPU, reading the first one waits for the copy.
+
+    Args:
+        sums: `LOSS_NUMBERS` with the loss times its weight, then the flags: numbers, or a tensor.
+    """
+
+    def __init__(self, sums: list[float] | torch.Tensor) -> None:
+        self._copied: Any = None
+        if isinstance(sums, torch.Tensor) and sums.device.type == "cuda":
+            self._sums: Any = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            self._sums.copy_(sums, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._sums = sums.tolist() if isinstance(sums, torch.Tensor) else sums
+
+    @functools.cached_property
+    def _numbers(self) -> list[float]:
+        while self._copied is not None and not self._copied.query():
+            time.sleep(_POLL_S)  # polled, so that an interrupt gets through: if a peer died, the event never completes
+        return self._sums if isinstance(self._sums, list) else self._sums.tolist()
+
+    @property
+    def weight(self) -> float:
+        """Sum of the slices' weights, in `Strategy.units`; zero if no rank had data."""
+        return self._numbers[0]
+
+    @property
+    def loss_weight(self) -> float:
+        """What the loss is a mean over."""
+        return self._numbers[2]
+
+    @property
+    def loss(self) -> float | None:
+        """The mean loss over all ranks; None if no rank had data."""
+        _, total, weight = self._numbers[:LOSS_NUMBERS]
+        return total / weight if weight else None
+
+    @property
+    def flags(self) -> ControlFlags:
+        """How many ranks set each flag."""
+        return ControlFlags(*self._numbers[LOSS_NUMBERS:])
+
+
+class StepTail:
+    """The order of a tail's numbers, the only place that knows it.
+
+    Args:
+        parameters: How many parameters take a gradient.
+        rows: Losses that ranks sum apart: one, or one for each slice of the batch.
+        buffers: How many buffers ranks change together.
+    """
+
+    def __init__(self, parameters: int, *, rows: int = 1, buffers: int = 0) -> None:
+        flags = rows * LOSS_NUMBERS
+        used = flags + len(ControlFlags._fields)
+        self._losses, self._flags, self._used = slice(flags), slice(flags, used), slice(used, used + parameters)
+        self._buffers = slice(used + parameters, None)
+        self.numel = used + parameters + buffers
+        self._known: list[Any] = []
+        self._source = torch.empty(0)
+
+    def write(
+        self, out: torch.Tensor, losses: Sequence[Any], flags: ControlFlags, used: Sequence[float],
+        buffers: Sequence[float] = (),
+    ) -> None:  # fmt: skip
+        """Write a rank's tail. Local; does not wait for a GPU.
+
+        Args:
+            out: ``(numel,)``.
+            losses: `LOSS_NUMBERS` of each row, one row after another: numbers or scalar tensors.
+            flags: The rank's flags.
+            used: Which parameters have a gradient here.
+            buffers: How many slices changed each buffer here.
+        """
+        if out.device.type == "cpu":
+            out.copy_(torch.tensor([*map(float, losses), *flags, *used, *buffers], dtype=out.dtype))
+            return
+        # Most numbers are those of the previous step, but for the losses: then nothing is copied to the GPU.
+        apart = {i: x for i, x in enumerate(losses) if i % LOSS_NUMBERS == 1 or isinstance(x, torch.Tensor)}
+        known = [*(0.0 if i in apart else x for i, x in enumerate(losses)), *flags, *used, *buffers]
+        if known != self._known:
+            self._known, self._source = known, torch.tensor(known, dtype=out.dtype, device=out.device)
+        out.copy_(self._source)
+        for i, x in apart.items():
+            out[i] = x
+
+    def totals(self, summed: torch.Tensor) -> Totals:
+        """The totals in a summed tail of one row. Local."""
+        return Totals(summed[: self._flags.stop])
+
+    def losses(self, summed: torch.Tensor) -> torch.Tensor:
+        """``(rows, LOSS_NUMBERS)``, a view."""
+        return summed[self._losses].view(-1, LOSS_NUMBERS)
+
+    def flags(self, summed: torch.Tensor) -> torch.Tensor:
+        """``(flags,)``, a view."""
+        return summed[self._flags]
+
+    def used(self, summed: torch.Tensor) -> list[float]:
+        """How many ranks have a gradient of each parameter. Waits for a GPU."""
+        used: list[float] = summed[self._used].tolist()
+        return used
+
+    def buffers(self, summed: torch.Tensor) -> list[float]:
+        """How many slices changed each buffer. Waits for a GPU."""
+        changed: list[float] = summed[self._buffers].tolist()
+        return changed
+
+
+def tail_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype of a step's tail beside gradients of `dtypes`; half precision could not count exactly."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
