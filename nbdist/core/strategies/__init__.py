@@ -1,9 +1,10 @@
 """How a plan is applied to a model: data parallel, tensor, pipeline and sharded strategies, and their meshes.
 
-`core/strategies/mesh_parallel.py` applies a mesh in the order tp, pp, shard, dp, and records in the
-**ParamTable** (`core/params/param_table.py`) which ranks hold which part of each tensor (`core/params/placement.py`).
-Sync, clipping, update, the final gather (`table.gather_`) and checkpoints (`core/state/checkpoint_writer.py`) read
-that table and know nothing else of the mesh.
+`core/strategies/mesh_parallel.py` applies a mesh in the order tp, pp, shard, dp. The first three are objects of one
+interface (`core/strategies/mesh_axis.py`). Each changes the model, and records in the **ParamTable**
+(`core/params/param_table.py`) which ranks hold which part of each tensor (`core/params/placement.py`). Sync, clipping,
+update, the final gather (`table.gather_`) and checkpoints (`core/state/checkpoint_writer.py`) read that table and know
+nothing else of the mesh.
 
 - The model's own `nn.Parameter` objects stay. Only their data change: to this rank's part, or to a **dummy** (NaN
   without memory) if this rank has no part. So the user's optimizer, built over whole parameters, keeps its parameter

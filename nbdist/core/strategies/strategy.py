@@ -16,7 +16,7 @@ from nbdist.core.optim.precision import Precision
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
 from nbdist.core.process.lazy_dynamo import skip_dynamo_import
-from nbdist.core.strategies.pipeline.schedules import Action, schedule_actions
+from nbdist.core.strategies.pipeline.schedules import Action, run_plain_backward, schedule_actions
 from nbdist.core.sync.agreement import ControlFlags
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.sync.gradient_reducer import GradientReducer
@@ -136,8 +136,7 @@ class Strategy(ABC):
             loss: The scaled loss, where it was computed.
             unwanted: Whether its gradients are to be left out, because the slice does not count.
         """
-        if loss is not None and not unwanted:
-            loss.backward()
+        run_plain_backward(loss, unwanted)
 
     def units(self, weight: Any, part: Slice | None, *, first: bool = True) -> Any:
         """Rescale a slice's weight so that a full batch weighs about its number of samples. Local but for the first.

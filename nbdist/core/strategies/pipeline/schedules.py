@@ -15,7 +15,7 @@ import torch
 from nbdist.errors import PlanError, suggest
 from nbdist.plan.plan import SCHEDULES
 
-__all__ = ["Action", "schedule_actions", "stages_per_rank", "surrogate_loss"]
+__all__ = ["Action", "run_plain_backward", "schedule_actions", "stages_per_rank", "surrogate_loss"]
 
 
 class Action(NamedTuple):
@@ -108,6 +108,12 @@ def _forwards(rank: int, ranks: int, microbatches: int, local: int) -> list[tupl
         for stage in range(local)
         for i in range(round_size)
     ]
+
+
+def run_plain_backward(loss: torch.Tensor | None, unwanted: bool) -> None:
+    """Run the backward of a whole model. Local; see `Strategy.run_backward`."""
+    if loss is not None and not unwanted:
+        loss.backward()
 
 
 def surrogate_loss(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:

@@ -1,0 +1,169 @@
+"""The ``pp`` axis: the model is cut into stages, which its ranks compute one after another."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import torch
+
+from nbdist.core.comm import Channel
+from nbdist.core.data.reader import Slice
+from nbdist.core.strategies.mesh_axis import Example, MeshAxis, Placements
+from nbdist.core.strategies.pipeline import partition
+from nbdist.core.strategies.pipeline.executor import Pipeline
+from nbdist.core.strategies.pipeline.schedules import Action
+from nbdist.errors import PlanError, TaskError
+
+__all__ = ["PipelineAxis"]
+
+T = TypeVar("T")
+_ERRORS: dict[str, type[PlanError | TaskError]] = {"PlanError": PlanError, "TaskError": TaskError}
+
+
+class PipelineAxis(MeshAxis):
+    """Pipeline parallelism. See `MeshAxis`.
+
+    Attributes:
+        infos: The stages, as JSON-able data.
+        pipeline: What runs them, once all axes are applied.
+    """
+
+    runs_slices = True
+
+    infos: list[dict[str, Any]]
+    pipeline: Pipeline
+    _split: partition.Split
+
+    def __init__(self, placements: Placements, before: Sequence[MeshAxis]) -> None:
+        super().__init__(placements, before)
+        self._tied: list[tuple[Channel, list[str]]] = []
+        self._cleanup = contextlib.ExitStack()
+
+    def apply(self, example: Example) -> None:
+        """See `MeshAxis`."""
+        placements, size = self.placements, self.placements.channels.pp.size
+        with contextlib.ExitStack() as stack:
+            for axis in self.before:
+                stack.enter_context(axis.dry_run())
+            self._split = self._cut(example)
+        # If a rank failed to cut, this collective raises. Without it, ranks would wait for that one when links open.
+        placements.channels.world.all_reduce_(torch.zeros(1, device=placements.device))
+        self.infos = [asdict(info) for info in self._split.infos]
+        for name in placements.layouts:
+            placements.record(name, stages=tuple(sorted({stage % size for stage in self._split.holders[name]})))
+            if name in placements.table.parameters:
+                placements.release(name)
+
+    def _cut(self, example: Example) -> partition.Split:
+        """Rank 0 measures and chooses the cuts, and broadcasts them: measured times differ from rank to rank."""
+        model, plan, world = self.placements.task.model, self.placements.plan, self.placements.channels.world
+        split, message = None, dict[str, Any]()
+        if world.rank == 0:
+            try:
+                # torch.export's graph has no BatchNorm modules left to synchronize.
+                kinds = partition.KINDS if self.placements.batch_norms is None else partition.KINDS[:1]
+                split = partition.split(model, *example, plan.stages, at=plan.split_at, kinds=kinds)
+                message = {"cuts": split.cuts}
+            except (PlanError, TaskError) as error:
+                message = {"error": type(error).__name__, "message": str(error)}
+        message = json.loads(world.broadcast_bytes(json.dumps(message).encode()))
+        if "error" in message:
+            raise _ERRORS[message["error"]](message["message"])
+        return split or partition.split(model, *example, plan.stages, cuts=message["cuts"])
+
+    def stage_parameters(self) -> list[list[str]]:
+        """See `MeshAxis`; a parameter that two stages of this rank share is the first one's."""
+        placements = self.placements
+        found: list[list[str]] = []
+        for stage in range(placements.channels.pp.rank, placements.plan.stages, placements.channels.pp.size):
+            taken = {name for names in found for name in names}
+            holders = self._split.holders
+            found.append([n for n in placements.table.parameters if stage in holders[n] and n not in taken])
+        return found
+
+    def prepare(self, after: Sequence[MeshAxis]) -> None:
+        """See `MeshAxis`."""
+        self._tied = self._tied_channels()
+        placements, world = self.placements, self.placements.world
+        mesh = placements.channels.mesh
+        links = world.links(mesh.ring("pp"))
+        for link in links.values():
+            self._cleanup.callback(link.close)
+        line = next(line for line in mesh.groups("pp") if world.rank in line)
+        rank = line.index(world.rank)
+        self.pipeline = Pipeline(
+            placements.task, placements.plan, self._split, rank, links[line[rank - 1]],
+            links[line[(rank + 1) % len(line)]], placements.device, placements.precision,
+            shards=next((axis.shards for axis in after if axis.shards is not None), None),
+            batch_norms=placements.batch_norms, dry_run=self._alone, guarded=placements.readable.guarded,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Context in which this rank traces or times its stage alone."""
+        norms, readable = self.placements.batch_norms, self.placements.readable
+        with contextlib.ExitStack() as stack:
+            for axis in self.before:
+                stack.enter_context(axis.dry_run())
+            stack.enter_context(contextlib.nullcontext() if norms is None else norms.local_only())
+            stack.enter_context(readable.revealed())
+            yield
+
+    def _tied_channels(self) -> list[tuple[Channel, list[str]]]:
+        """For each set of stages that share a tied parameter: a channel over them, and the parameters' names."""
+        channels, table = self.placements.channels, self.placements.table
+        shared: dict[tuple[int, ...], list[str]] = {}
+        for name, placement in table.placements.items():
+            if placement.stages is not None and len(placement.stages) > 1 and name in table.trainable:
+                shared.setdefault(placement.stages, []).append(name)
+        tied = []
+        for stages, names in sorted(shared.items()):
+            everywhere = len(stages) == channels.pp.size
+            groups = channels.mesh.groups_of("pp", stages)
+            channel = channels.pp if everywhere else self.placements.world.channel_within(groups)
+            if channel is not channels.world:
+                self._cleanup.callback(channel.close)
+            if channels.pp.rank in stages:
+                tied.append((channel, names))
+        return tied
+
+    def begin_step(self) -> None:
+        """See `MeshAxis`."""
+        self.pipeline.work = []
+
+    def run_forward(
+        self, action: Action, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T],
+        compute: Callable[[Slice, tuple[Any, ...], Callable[[Any, Slice], T]], T],
+    ) -> T | None:  # fmt: skip
+        """See `MeshAxis`."""
+        return self.pipeline.run_forward(action, part, path, function)
+
+    def evaluate(
+        self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T],
+        compute: Callable[[Slice, tuple[Any, ...], Callable[[Any, Slice], T]], T],
+    ) -> T | None:  # fmt: skip
+        """See `MeshAxis`."""
+        return self.pipeline.forward(part, path, function)
+
+    def run_backward(self, action: Action, loss: torch.Tensor | None, unwanted: bool) -> None:
+        """See `MeshAxis`."""
+        self.pipeline.run_backward(action, loss, unwanted)
+
+    def sum_gradients(self) -> None:
+        """See `MeshAxis`: of tied parameters, over the stages that share them."""
+        for channel, names in self._tied:
+            for name in names:
+                gradient = self.placements.table.parameters[name].grad
+                assert gradient is not None
+                total = gradient.contiguous()
+                channel.all_reduce_(total)
+                if total is not gradient:
+                    gradient.copy_(total)
+
+    def close(self) -> None:
+        """See `MeshAxis`."""
+        self._cleanup.close()
