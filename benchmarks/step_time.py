@@ -91,11 +91,12 @@ def work(case: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor, int, int]:
     return make(), torch.randn(samples, *shape), torch.randint(0, classes, (samples,)), batch_size, steps
 
 
-def run_ours(case: str, device: str) -> float:
-    """Milliseconds a step with `nbdist.train`."""
+def run_ours(case: str, device: str, steps: int = 0) -> float:
+    """Milliseconds a step with `nbdist.train`; of so many steps, by default those of the case."""
     import nbdist
 
-    model, x, y, batch_size, steps = work(case)
+    model, x, y, batch_size, default = work(case)
+    steps = steps or default
     options: dict[str, Any] = {
         "loss": "cross_entropy", "lr": 1e-3, "batch_size": batch_size, "threads": 1, "device": device
     }  # fmt: skip
@@ -105,12 +106,13 @@ def run_ours(case: str, device: str) -> float:
     return 1000 * float(result.history[0]["seconds"]) / steps
 
 
-def run_peer(case: str, device: str) -> float:
+def run_peer(case: str, device: str, steps: int = 0) -> float:
     """Milliseconds a step with a loop as a good engineer writes it; under torchrun with DDP, on CPUs over loopback."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    model, x, y, batch_size, steps = work(case)
+    model, x, y, batch_size, default = work(case)
+    steps = steps or default
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     if device == "cuda":

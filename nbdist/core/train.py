@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -314,9 +315,9 @@ def _snapshot_on_error(snapshotter: Snapshotter, progress: TrainProgress, world:
 
 def _check_finite(losses: StepLosses, progress: TrainProgress) -> None:
     for _, loss, *_ in losses.each:
-        if not torch.isfinite(loss):
+        if not math.isfinite(loss):
             raise TaskError(
-                f"the loss is {loss.item()} in step {progress.step + 1}: lower the learning rate, clip the gradient "
+                f"the loss is {float(loss)} in step {progress.step + 1}: lower the learning rate, clip the gradient "
                 "(clip_norm), or look at the data of this step."
             )
 

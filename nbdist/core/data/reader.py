@@ -254,7 +254,8 @@ class Reader:
 
 
 def _rows(tensors: Any, rows: torch.Tensor) -> Any:
-    return map_tensors(tensors, lambda tensor: tensor[rows])
+    # `index_select` takes a third of the time of indexing, but a subclass may index otherwise.
+    return map_tensors(tensors, lambda t: t.index_select(0, rows) if type(t) is torch.Tensor else t[rows])
 
 
 def _loading(source: Source) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class TrainProgress:
         progress.commands = tuple(state_dict.get("commands", progress.commands))  # not in checkpoints of 0.1
         return progress
 
-    def advance(self, samples: int, losses: list[tuple[torch.Tensor, Any]]) -> None:
+    def advance(self, samples: int, losses: list[tuple[Any, Any]]) -> None:
         """A step is complete, in which this rank read `samples` and computed `losses` with their weights."""
         self.batch += 1
         self.step += 1

@@ -108,7 +108,7 @@ class Strategy(ABC):
         counts = part.samples > 0 and bool(weight != 0)
         units = self.units(weight if counts else 0, part, first=first)
         if counts:
-            self.reducer.losses.add(part.index, loss.detach(), weight, units)
+            self.reducer.losses.add(part.index, loss, weight, units)
         elif self.batch_norms is not None:  # its backward serves other ranks only
             self.batch_norms.zero_output_gradients()
         return self.scale_loss(loss, units if counts else 1), not counts and self.batch_norms is None

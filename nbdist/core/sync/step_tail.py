@@ -26,21 +26,23 @@ class StepLosses:
         device: Of the losses.
 
     Attributes:
-        each: Index of the slice, loss and weight, and the weight in units.
+        each: Index of the slice, loss and weight, and the weight in units. Numbers, or on a GPU scalar tensors.
         units: The sum of the weights in units; a number, or a scalar tensor on a GPU.
         mean: The weighted mean.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.each: list[tuple[int, torch.Tensor, Any, Any]] = []
+        self.each: list[tuple[int, Any, Any, Any]] = []
         self.units: Any = 0
         self.mean = RunningMean(device)
+        self._on_cpu = device.type == "cpu"
 
     def add(self, index: int, loss: torch.Tensor, weight: Any, units: Any) -> None:
-        """Add the detached loss of a slice."""
-        self.each.append((index, loss, weight, units))
+        """Add the loss of a slice."""
+        number = loss.item() if self._on_cpu else loss.detach()
+        self.each.append((index, number, weight, units))
         self.units = self.units + units
-        self.mean.add(loss, weight)
+        self.mean.add(number, weight)
 
     @property
     def any_known(self) -> bool:
