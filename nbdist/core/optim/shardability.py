@@ -17,7 +17,7 @@ from nbdist.core.process import rng
 from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.errors import TaskError
 
-__all__ = ["differs"]
+__all__ = ["differs", "state_numbers"]
 
 _Cut: TypeAlias = Callable[..., Any]
 _LENGTH, _STEPS = 32, 12
@@ -25,6 +25,7 @@ _LENGTH, _STEPS = 32, 12
 _MAX_SETTING = 128
 """Both grow to an optimizer's integer settings up to this: some treat larger tensors, or later steps, differently."""
 _SEED, _TOLERANCE = 1_791_943, 1e-6
+_OF_ADAM = 2.0
 
 
 def differs(optimizer: torch.optim.Optimizer, *, flat: bool, along: bool, apart: bool, sent: bool = False) -> str:
@@ -48,6 +49,23 @@ def differs(optimizer: torch.optim.Optimizer, *, flat: bool, along: bool, apart:
             return _difference(optimizer, _cuts(flat=flat, along=along, apart=apart), sent, device)
     finally:
         torch.set_num_threads(threads)
+
+
+def state_numbers(optimizer: torch.optim.Optimizer) -> float:
+    """Numbers of state for each element of a parameter (Adam: 2), found in one step on small tensors. Local.
+
+    One that cannot be tried counts as Adam.
+    """
+    examples = _examples(optimizer)
+    device = next((p.device for _, p in examples), torch.device("cpu"))
+    initial = [torch.ones([_LENGTH, _LENGTH, *[2] * like.ndim][: like.ndim], device=device) for _, like in examples]
+    with rng.fork_rng(device), skip_dynamo_import():
+        try:
+            trial = _Trial(optimizer, examples, initial, lambda _index, tensor: tensor)
+            trial.step(initial)
+        except Exception:
+            return _OF_ADAM
+    return trial.state_numel / max(1, sum(tensor.numel() for tensor in initial))
 
 
 def _cuts(*, flat: bool, along: bool, apart: bool) -> list[_Cut]:
@@ -166,6 +184,12 @@ class _Trial:
                 if not torch.allclose(part, expected, rtol=0, atol=_TOLERANCE * scale, equal_nan=True):
                     return False
         return True
+
+    @property
+    def state_numel(self) -> int:
+        """Numbers in the state of all tensors."""
+        states = [self._made.state.get(parameter, {}) for parameter in self._small if parameter is not None]
+        return sum(v.numel() for state in states for v in state.values() if isinstance(v, torch.Tensor) and v.ndim)
 
     @property
     def unsendable(self) -> str:

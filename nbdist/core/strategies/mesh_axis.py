@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from nbdist.core.comm import Channel
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice
 from nbdist.core.optim.precision import Precision
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.placement import Placement
+from nbdist.core.strategies.mesh_cost import AxisCost
 from nbdist.core.strategies.pipeline.schedules import Action, run_plain_backward
 from nbdist.core.strategies.readable_params import ReadableParams
 from nbdist.core.strategies.shard.fully_sharded import FullySharded
 from nbdist.core.sync.sync_batchnorm import BatchNorms
 from nbdist.core.task.task import Task
+from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
 
-__all__ = ["Example", "MeshAxis", "Placements"]
+__all__ = ["Example", "MeshAxis", "Placements", "Proposal", "agree_on_proposals"]
 
 T = TypeVar("T")
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -81,6 +85,20 @@ class Placements:
             self.readable.mark_absent(parameter)
 
 
+class Proposal(NamedTuple):
+    """How an axis would change a model.
+
+    Args:
+        data: As JSON-able data, with which another rank does the same.
+        cost: What that costs a rank.
+        made: What rank 0 has made for it already, or None.
+    """
+
+    data: Any
+    cost: AxisCost
+    made: Any = None
+
+
 class MeshAxis(ABC):
     """One axis of a mesh, as it changes a model.
 
@@ -102,9 +120,23 @@ class MeshAxis(ABC):
 
     # Before the first step.
 
+    @classmethod
     @abstractmethod
-    def apply(self, example: Example) -> None:
+    def propose(cls, task: Task, plan: Plan, example: Example) -> Proposal:
+        """How the axis would change a whole model. Local; the model is left unchanged.
+
+        Raises:
+            PlanError: The model cannot be split as the plan says.
+            TaskError: Its forward cannot be traced.
+        """
+
+    @abstractmethod
+    def apply(self, proposal: Proposal, example: Example) -> None:
         """Change the model, and record where its tensors lie. **Collective** over the world.
+
+        Args:
+            proposal: Of rank 0; on the other ranks it came as JSON.
+            example: The same on every rank.
 
         Raises:
             PlanError: The model cannot be split as the plan says.
@@ -170,3 +202,25 @@ class MeshAxis(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Undo what the model's forward does differently; parts stay parts. Local, twice is fine."""
+
+
+def agree_on_proposals(
+    kinds: Sequence[type[MeshAxis]], task: Task, plan: Plan, example: Example, channel: Channel
+) -> list[Proposal]:
+    """What rank 0 proposes for each axis, on every rank. **Collective**; the model is left unchanged.
+
+    Raises:
+        PlanError: The model cannot be split as the plan says.
+        TaskError: Its forward cannot be traced.
+    """
+    proposals, message = list[Proposal](), dict[str, Any]()
+    if channel.rank == 0:
+        try:
+            proposals = [kind.propose(task, plan, example) for kind in kinds]
+            message = {"proposals": [proposal.data for proposal in proposals]}
+        except (PlanError, TaskError) as error:
+            message = {"error": type(error).__name__, "message": str(error)}
+    message = json.loads(channel.broadcast_bytes(json.dumps(message).encode()))
+    if "error" in message:
+        raise {"PlanError": PlanError, "TaskError": TaskError}[message["error"]](message["message"])
+    return proposals or [Proposal(data, AxisCost()) for data in message["proposals"]]

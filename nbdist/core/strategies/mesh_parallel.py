@@ -18,8 +18,10 @@ from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.optimizers import check_can_be_sharded
 from nbdist.core.optim.state import cut_state_, gather_state_
+from nbdist.core.params.preserve_model import device_of
 from nbdist.core.process import rng
-from nbdist.core.strategies.mesh_axis import Example, MeshAxis, Placements
+from nbdist.core.strategies.mesh_axis import Example, MeshAxis, Placements, agree_on_proposals
+from nbdist.core.strategies.mesh_cost import MeshCost, cost_of
 from nbdist.core.strategies.pipeline.capture_call import capture_call
 from nbdist.core.strategies.pipeline.schedules import Action
 from nbdist.core.strategies.pipeline_axis import PipelineAxis
@@ -29,15 +31,43 @@ from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.strategies.tensor_axis import TensorAxis
 from nbdist.core.sync.agreement import ControlFlags
 from nbdist.core.sync.bucketed_reducer import BucketedReducer
+from nbdist.core.sync.gradient_hooks import check_hooks
 from nbdist.core.sync.step_tail import LOSS_NUMBERS, StepLosses, StepTail, Totals
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 
-__all__ = ["MeshParallel"]
+__all__ = ["MeshParallel", "estimate"]
 
 T = TypeVar("T")
 _AXES: dict[str, type[MeshAxis]] = {"tp": TensorAxis, "pp": PipelineAxis, "shard": ShardAxis}
 """The axes that change the model, in the order in which they are applied."""
+
+
+def example_call(task: Task, plan: Plan, device: torch.device) -> Example:
+    """The arguments with which the step calls the model for the first samples, the same on every rank. Local."""
+    samples = max(2, plan.batch_size // plan.slices)
+    with rng.fork_rng(device):
+        rng.seed_all(rng.derive(plan.seed, "example"))
+        return capture_call(task, to_device(task.data.first(samples, consume=True), device))
+
+
+def estimate(task: Task, plan: Plan) -> MeshCost:
+    """Whether a plan's mesh can be applied to a task, and what it costs a rank. Local; the model is left unchanged.
+
+    The first samples are read, also of a stream.
+
+    Raises:
+        PlanError: The mesh cannot be applied: the model cannot be split, or its optimizer or hooks do not allow it.
+        TaskError: The model's forward cannot be traced.
+    """
+    check_hooks(task.model, task.optimizer, plan.mesh)
+    if plan.mesh.size == plan.mesh.dp:
+        return cost_of(task.model, task.optimizer, plan, {})
+    check_can_be_sharded(task.optimizer, plan.mesh, gathered=task.own_optimizer and plan.gather)
+    example = example_call(task, plan, device_of(task.model))
+    kinds = {name: kind for name, kind in _AXES.items() if getattr(plan.mesh, name) > 1}
+    costs = {name: kind.propose(task, plan, example).cost for name, kind in kinds.items()}
+    return cost_of(task.model, task.optimizer, plan, costs)
 
 
 class MeshParallel(Strategy):
@@ -84,10 +114,12 @@ class MeshParallel(Strategy):
 
     def _apply(self) -> None:
         axes, plan = self.axes, self.plan
+        example = example_call(self.task, plan, self.device)
+        kinds = [type(axis) for axis in self._axes]
+        proposals = agree_on_proposals(kinds, self.task, plan, example, axes.world)  # before a weight is touched
         self.table.broadcast_(axes.world)
-        example = self._example_call()
-        for axis in self._axes:
-            axis.apply(example)
+        for axis, proposal in zip(self._axes, proposals, strict=True):
+            axis.apply(proposal, example)
         cut_state_(self.task.optimizer, self.table, axes)
         for place, axis in enumerate(self._axes):
             axis.prepare(self._axes[place + 1 :])
@@ -100,15 +132,6 @@ class MeshParallel(Strategy):
             sum_replica=self._sum_replica,
         )  # fmt: skip
         self._cleanup.callback(self.reducer.close)
-
-    def _example_call(self) -> Example:
-        """The arguments with which the step calls the model for the first samples, the same on every rank."""
-        plan = self.plan
-        samples = max(2, plan.batch_size // plan.slices)
-        with rng.fork_rng(self.device):
-            rng.seed_all(rng.derive(plan.seed, "example"))
-            batch = to_device(self.task.data.first(samples, consume=True), self.device)
-            return capture_call(self.task, batch)
 
     # One step.
 

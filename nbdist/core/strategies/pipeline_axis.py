@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -12,16 +11,18 @@ import torch
 
 from nbdist.core.comm import Channel
 from nbdist.core.data.reader import Slice
-from nbdist.core.strategies.mesh_axis import Example, MeshAxis, Placements
+from nbdist.core.strategies.mesh_axis import Example, MeshAxis, Placements, Proposal, agree_on_proposals
+from nbdist.core.strategies.mesh_cost import AxisCost
 from nbdist.core.strategies.pipeline import partition
 from nbdist.core.strategies.pipeline.executor import Pipeline
 from nbdist.core.strategies.pipeline.schedules import Action
-from nbdist.errors import PlanError, TaskError
+from nbdist.core.sync.sync_batchnorm import BatchNorms
+from nbdist.core.task.task import Task
+from nbdist.plan import Plan
 
 __all__ = ["PipelineAxis"]
 
 T = TypeVar("T")
-_ERRORS: dict[str, type[PlanError | TaskError]] = {"PlanError": PlanError, "TaskError": TaskError}
 
 
 class PipelineAxis(MeshAxis):
@@ -43,37 +44,40 @@ class PipelineAxis(MeshAxis):
         self._tied: list[tuple[Channel, list[str]]] = []
         self._cleanup = contextlib.ExitStack()
 
-    def apply(self, example: Example) -> None:
+    @classmethod
+    def propose(cls, task: Task, plan: Plan, example: Example) -> Proposal:
+        """See `MeshAxis`. Measured times differ from rank to rank, so the cuts of one rank are those of all."""
+        # torch.export's graph has no BatchNorm modules left to synchronize.
+        synced = plan.sync_batchnorm and plan.mesh.data > 1 and BatchNorms.layers_of(task.model)
+        kinds = partition.KINDS[:1] if synced else partition.KINDS
+        split = partition.split(task.model, *example, plan.stages, at=plan.split_at, kinds=kinds)
+        ranks = [range(rank, plan.stages, plan.mesh.pp) for rank in range(plan.mesh.pp)]
+        shares = [
+            {name: float(any(stage in split.holders[name] for stage in stages)) for name in split.holders}
+            for stages in ranks
+        ]
+        # A stage sends what crosses the cut behind it, and back the gradients of what crosses the cut before it.
+        crossing = [0, *split.bytes_crossing, 0]
+        moved = max(sum(crossing[stage] + crossing[stage + 1] for stage in stages) for stages in ranks)
+        return Proposal(split.cuts, AxisCost(shares=shares, moved=moved), split)
+
+    def apply(self, proposal: Proposal, example: Example) -> None:
         """See `MeshAxis`."""
         placements, size = self.placements, self.placements.channels.pp.size
+        model, plan, world = placements.task.model, placements.plan, placements.channels.world
         with contextlib.ExitStack() as stack:
             for axis in self.before:
                 stack.enter_context(axis.dry_run())
-            self._split = self._cut(example)
+            if self.before:  # they have changed the model
+                proposal = agree_on_proposals([type(self)], placements.task, plan, example, world)[0]
+            self._split = proposal.made or partition.split(model, *example, plan.stages, cuts=proposal.data)
         # If a rank failed to cut, this collective raises. Without it, ranks would wait for that one when links open.
-        placements.channels.world.all_reduce_(torch.zeros(1, device=placements.device))
+        world.all_reduce_(torch.zeros(1, device=placements.device))
         self.infos = [asdict(info) for info in self._split.infos]
         for name in placements.layouts:
             placements.record(name, stages=tuple(sorted({stage % size for stage in self._split.holders[name]})))
             if name in placements.table.parameters:
                 placements.release(name)
-
-    def _cut(self, example: Example) -> partition.Split:
-        """Rank 0 measures and chooses the cuts, and broadcasts them: measured times differ from rank to rank."""
-        model, plan, world = self.placements.task.model, self.placements.plan, self.placements.channels.world
-        split, message = None, dict[str, Any]()
-        if world.rank == 0:
-            try:
-                # torch.export's graph has no BatchNorm modules left to synchronize.
-                kinds = partition.KINDS if self.placements.batch_norms is None else partition.KINDS[:1]
-                split = partition.split(model, *example, plan.stages, at=plan.split_at, kinds=kinds)
-                message = {"cuts": split.cuts}
-            except (PlanError, TaskError) as error:
-                message = {"error": type(error).__name__, "message": str(error)}
-        message = json.loads(world.broadcast_bytes(json.dumps(message).encode()))
-        if "error" in message:
-            raise _ERRORS[message["error"]](message["message"])
-        return split or partition.split(model, *example, plan.stages, cuts=message["cuts"])
 
     def stage_parameters(self) -> list[list[str]]:
         """See `MeshAxis`; a parameter that two stages of this rank share is the first one's."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from nbdist.core.strategies.mesh_axis import Example, MeshAxis
+from nbdist.core.strategies.mesh_axis import Example, MeshAxis, Proposal
+from nbdist.core.strategies.mesh_cost import AxisCost
 from nbdist.core.strategies.pipeline.schedules import Action
 from nbdist.core.strategies.shard.fully_sharded import FullySharded
 from nbdist.core.strategies.shard.wrap_policy import blocks_of
+from nbdist.core.task.task import Task
+from nbdist.plan import Plan
 
 __all__ = ["ShardAxis"]
 
@@ -22,17 +24,24 @@ class ShardAxis(MeshAxis):
 
     runs_slices = True
 
-    def apply(self, example: Example) -> None:
+    @classmethod
+    def propose(cls, task: Task, plan: Plan, example: Example) -> Proposal:
+        """See `MeshAxis`; in a pipeline each stage is a block."""
+        shares = {name: 1 / plan.mesh.shard for name, _ in task.model.named_parameters()}
+        if plan.mesh.pp > 1:
+            return Proposal([], AxisCost(shares=[shares], together=[list(shares)]))
+        blocks = blocks_of(task.model, *example)
+        return Proposal(blocks, AxisCost(shares=[shares], together=[names for _, names in blocks]))
+
+    def apply(self, proposal: Proposal, example: Example) -> None:
         """See `MeshAxis`."""
         placements = self.placements
         parameters, readable = placements.table.parameters, placements.readable
         stages = next((names for axis in self.before if (names := axis.stage_parameters()) is not None), None)
         modules: list[nn.Module] = []
         if stages is None:
-            local = json.dumps(blocks_of(placements.task.model, *example)).encode()
-            chosen = json.loads(placements.channels.world.broadcast_bytes(local))  # a forward may branch by rank
-            modules = [placements.task.model.get_submodule(name) for name, _ in chosen]
-            stages = [names for _, names in chosen]
+            modules = [placements.task.model.get_submodule(name) for name, _ in proposal.data]
+            stages = [names for _, names in proposal.data]
         for name in parameters:  # those of other stages too: the table is the same on all ranks
             placements.record(name, sharded=True)
         blocks = [[parameters[name] for name in names] for names in stages]

@@ -41,11 +41,16 @@ class BatchNorms:
     def __init__(self, model: nn.Module, channel: Channel) -> None:
         self.channel = channel
         self.counts = True
-        self.layers = [m for m in model.modules() if type(m).forward in _SUPPORTED and "forward" not in vars(m)]
+        self.layers = self.layers_of(model)
         self._model = model
         self._outputs: list[Any] = []
         self._hook: Any = None
         self._local_only = False
+
+    @staticmethod
+    def layers_of(model: nn.Module) -> list[Any]:
+        """The layers of a model that can be synchronized. Local."""
+        return [m for m in model.modules() if type(m).forward in _SUPPORTED and "forward" not in vars(m)]
 
     def install(self) -> None:
         """Replace the layers' forward by the synchronized one. Local."""

@@ -8,7 +8,7 @@ from nbdist.core.strategies.tensor.apply import Parallelized, parallelize
 from nbdist.core.strategies.tensor.auto_plan import derive_plan
 from nbdist.core.strategies.tensor.dry_run import dry_run
 from nbdist.core.strategies.tensor.guard import Guard
-from nbdist.core.strategies.tensor.plan import Group, TensorPlan
+from nbdist.core.strategies.tensor.plan import Group, TensorPlan, cuts
 from nbdist.core.strategies.tensor.user_plan import plan_from_rules
 from nbdist.core.strategies.tensor.verify import verify_plan
 
@@ -17,6 +17,7 @@ __all__ = [
     "Guard",
     "Parallelized",
     "TensorPlan",
+    "cuts",
     "derive_plan",
     "dry_run",
     "parallelize",

@@ -85,6 +85,12 @@ class Split:
         ]  # fmt: skip
 
     @property
+    def bytes_crossing(self) -> list[int]:
+        """Bytes of the tensors of the example that cross from each stage to the next."""
+        info = self.crossings.value_info
+        return [sum(info.bytes[node] for node in self.crossings.crossing(cut)[0]) for cut in self.bounds[1:-1]]
+
+    @property
     def cuts(self) -> dict[str, Any]:
         """The cuts as JSON-able data, with which another rank makes the same stages."""
         firsts = [self.crossings.body[position].name for position in self.bounds[1:-1]]
