@@ -87,7 +87,7 @@ def moved(world, mesh, more):
 
 
 @pytest.mark.parametrize(("mesh", "more"), [("dp=2", {}), ("shard=2", {}), ("tp=2", {}), ("pp=2", {"microbatches": 2})])
-def test_a_step_moves_what_the_axis_said(run_ranks, mesh, more):
+def test_a_step_moves_what_was_estimated(run_ranks, mesh, more):
     """Within a hundredth: the tail of the step, and the headers of gathered blocks, are not counted."""
     ((name, expected),) = cost(mesh, **more).moved.items()
     assert name == mesh[:-2]
