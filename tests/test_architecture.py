@@ -138,6 +138,14 @@ def test_core_knows_no_notebook():
     assert [] == [str(i) for i in imports("core") if within(i.name, NOTEBOOK_WORLD)]
 
 
+def test_ipyparallel_stays_in_one_room():
+    """In the kernel in cluster/launch; on an engine, a process of its own, one module runs it and one publishes."""
+    room = {f"cluster/launch/{name}.py" for name in ("ipyparallel_client", "ipyparallel_patches", "launcher")}
+    engine = {"engine/parent_watch.py", "engine/exchange/several_hosts.py"}
+    found = {i.at.partition(":")[0] for i in imports(".") if within(i.name, {"ipyparallel"})}
+    assert {f"nbdist/{file}" for file in room | engine} == found
+
+
 def test_notebook_uses_the_cluster_only():
     """notebook imports neither torch nor core, in functions neither."""
     for i in imports("notebook"):

@@ -298,7 +298,7 @@ class Cluster:
             return "", []
         call = self._running().start_call(rank, "complete", source)
         call.wait(_COMPLETED_WITHIN_S)
-        return call.get() if call.ready() and call.successful() else ("", [])
+        return call.result() if call.succeeded else ("", [])
 
     def debug(self, rank: int, ask: Callable[[str], str] = input, tell: Callable[[str], None] = print) -> None:
         """Debug the last failure on a rank with pdb, post mortem; see `debugger.debug`."""

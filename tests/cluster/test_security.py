@@ -68,7 +68,7 @@ def test_a_message_with_another_key_runs_nothing(cluster, connection, tmp_path):
     marker = tmp_path / "marker"
     forger = Session(key=b"another key", username="another process")
     call = pack_apply_message(marker.write_text, ("forged",), {})
-    engines = cluster._up._launch.client._engines
+    engines = cluster._up._launch.client._client._engines
     controllers = [process for process in of_cluster(cluster) if "controll" in process.name()]
     ports = {address.port for process in controllers for address in listening(process)}
     assert len(ports) >= 6
@@ -95,7 +95,7 @@ def test_the_same_message_with_the_right_key_would_run(cluster, connection, tmp_
     """So the key is what rejects a forged message."""
     marker = tmp_path / "marker"
     caller = Session(key=connection["key"].encode(), signature_scheme=connection["signature_scheme"])
-    engine = cluster._up._launch.client._engines[cluster._up._ids[0]]
+    engine = cluster._up._launch.client._client._engines[cluster._up._ids[0]]
     context = zmq.Context()
     with context.socket(zmq.DEALER) as dealer:
         dealer.linger = 1000

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import ipyparallel.error
-
+from nbdist.cluster.calls.pending_call import CallError, EngineDied, PendingCall
 from nbdist.cluster.diagnose.where import Where
 from nbdist.errors import EngineError, interrupted, ranks_text
 
-__all__ = ["CellRun", "LostCall", "printed", "settle"]
+__all__ = ["CellRun", "printed", "settle"]
 
 _POLL_S = 0.05
 _INTERRUPTED_AFTER_S = 5.0
@@ -30,33 +28,21 @@ def until_next_check(last_s: float, *, deadlocked: bool) -> float:
     return _CHECK_S if deadlocked else min(2 * last_s, _LONGEST_CHECK_S)
 
 
-def settle(call: Any) -> None:
-    """Wait for the output of a call that is done: it is sent apart from the result, and may arrive later."""
-    lost = getattr(call.exception(), "ename", "") == "EngineError"  # a dead engine sends no more output
-    if not lost:
-        call.wait_for_output(_LATE_OUTPUT_S)
+def settle(call: PendingCall) -> None:
+    """Wait for the output of a call that is done, which may arrive later."""
+    call.wait_for_output(_LATE_OUTPUT_S)
 
 
-def printed(calls: dict[int, Any], stream: str) -> dict[int, str]:
+def printed(calls: dict[int, PendingCall], stream: str) -> dict[int, str]:
     """What each rank's call has written so far to "stdout" or "stderr"."""
-    return {rank: getattr(call, stream) or "" for rank, call in calls.items()}
-
-
-class LostCall(concurrent.futures.Future[Any]):
-    """The result of a call to a dead engine: the error that ipyparallel sets when an engine dies during a call."""
-
-    stdout = stderr = ""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.set_exception(ipyparallel.error.RemoteError("EngineError", "the engine has died", ""))
+    return {rank: call.printed(stream) for rank, call in calls.items()}
 
 
 class CellRun:
     """The same cell on several ranks.
 
     Args:
-        calls: ipyparallel's result of each rank.
+        calls: The call of each rank.
         interrupt: Interrupts the given ranks.
         failed: Called if the cell fails or is interrupted, with the calls that are still running.
         check_alive: Raises if no reply can come any more.
@@ -66,9 +52,9 @@ class CellRun:
 
     def __init__(
         self,
-        calls: dict[int, Any],
+        calls: dict[int, PendingCall],
         interrupt: Callable[[list[int]], None],
-        failed: Callable[[dict[int, Any]], None],
+        failed: Callable[[dict[int, PendingCall]], None],
         check_alive: Callable[[], None],
         done: Callable[[list[int]], None] = lambda ranks: None,
         where: Callable[[], Where] | None = None,
@@ -87,7 +73,7 @@ class CellRun:
 
     def done(self) -> bool:
         """Whether every rank has answered."""
-        return all(call.ready() for call in self._calls.values())
+        return all(call.done() for call in self._calls.values())
 
     def printed(self, stream: str = "stdout") -> dict[int, str]:
         """What each rank has written so far to "stdout" or "stderr"."""
@@ -95,12 +81,12 @@ class CellRun:
 
     def displays(self) -> dict[int, list[dict[str, Any]]]:
         """Rich outputs of each rank so far, as message contents with ``data`` and ``metadata``."""
-        return {rank: list(call.outputs or []) for rank, call in self._calls.items()}
+        return {rank: call.displays() for rank, call in self._calls.items()}
 
     def results(self) -> dict[int, Any]:
         """The data of each rank's last expression, by MIME type, once done."""
-        replies = {rank: call.get() for rank, call in self._calls.items()}
-        return {rank: r.execute_result["data"] for rank, r in replies.items() if r is not None and r.execute_result}
+        found = {rank: call.last_expression() for rank, call in self._calls.items()}
+        return {rank: data for rank, data in found.items() if data}
 
     def wait(self, while_waiting: Callable[[], None] = lambda: None) -> None:
         """Wait until every rank is done.
@@ -117,13 +103,13 @@ class CellRun:
             self._wait(while_waiting)
             self._raise_first()
         except BaseException:
-            self._failed({rank: call for rank, call in self._calls.items() if not call.ready()})
+            self._failed({rank: call for rank, call in self._calls.items() if not call.done()})
             raise
         finally:
-            self._done([rank for rank, call in self._calls.items() if call.ready() and call.successful()])
+            self._done([rank for rank, call in self._calls.items() if call.succeeded])
 
-    def _waiting(self) -> list[Any]:
-        return [call for call in self._calls.values() if not call.ready()]
+    def _waiting(self) -> list[PendingCall]:
+        return [call for call in self._calls.values() if not call.done()]
 
     def _wait(self, while_waiting: Callable[[], None]) -> None:
         check_s, interval_s, before = time.monotonic() + _CHECK_S, _CHECK_S, ""
@@ -141,12 +127,12 @@ class CellRun:
                         self._where = None
                     before = str(where)
         except KeyboardInterrupt:
-            self._interrupt([rank for rank, call in self._calls.items() if not call.ready()])
+            self._interrupt([rank for rank, call in self._calls.items() if not call.done()])
             deadline = time.monotonic() + _INTERRUPTED_AFTER_S
             while (waiting := self._waiting()) and time.monotonic() < deadline:
                 while_waiting()
                 waiting[0].wait(_POLL_S)
-            stuck = [rank for rank, call in self._calls.items() if not call.ready()]
+            stuck = [rank for rank, call in self._calls.items() if not call.done()]
             if not stuck:
                 raise interrupted("the ranks were interrupted; they keep their state.") from None
             raise interrupted(
@@ -154,23 +140,19 @@ class CellRun:
             ) from None
         finally:
             for call in self._calls.values():
-                if call.ready():
+                if call.done():
                     settle(call)
 
     def _raise_first(self) -> None:
-        failed: dict[int, Any] = {}
-        for rank, call in self._calls.items():
-            try:
-                call.get()
-            except ipyparallel.error.RemoteError as error:
-                failed[rank] = error
+        errors = {rank: call.exception() for rank, call in self._calls.items()}
+        failed = {rank: error for rank, error in errors.items() if isinstance(error, CallError)}
         if not failed:
             return
         first = next(iter(failed))
         cause = failed[first]
-        same = [rank for rank, error in failed.items() if (error.ename, error.evalue) == (cause.ename, cause.evalue)]
-        if cause.ename == "EngineError":
+        same = [rank for rank, error in failed.items() if (error.kind, error.message) == (cause.kind, cause.message)]
+        if isinstance(cause, EngineDied):
             raise EngineError(f"{ranks_text(same)}: the engine's process ended. %dist_start replaces it.", rank=first)
         others = [rank for rank in failed if rank not in same]
-        also = f" ({ranks_text(others)} failed too: {failed[others[0]].ename})" if others else ""
-        raise EngineError(f"{ranks_text(same)}: {cause.ename}: {cause.evalue}{also}", str(cause.traceback), rank=first)
+        also = f" ({ranks_text(others)} failed too: {failed[others[0]].kind})" if others else ""
+        raise CallError(cause.kind, f"{cause.message}{also}", cause.traceback).as_error(ranks_text(same), first)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nbdist.cluster.calls.pending_call import PendingCall
 from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engines import Engines
@@ -45,8 +46,8 @@ class _Entry:
     names: frozenset[str] = frozenset()
     segment: Any = None
 
-    def start(self, engines: Engines, rank: int) -> Any:
-        """Start it on one rank; returns ipyparallel's result."""
+    def start(self, engines: Engines, rank: int) -> PendingCall:
+        """Start it on one rank."""
         function, arguments = self.call
         call = engines.start_call(rank, function, *arguments)
         return call if self.cell is None else engines.start_cell(rank, self.cell)
@@ -195,7 +196,7 @@ class Replay:
                 entry.segment.close()
         self._entries.clear()
 
-    def _follow(self, calls: dict[int, Any], done: Callable[[list[int]], None] = lambda ranks: None) -> CellRun:
+    def _follow(self, calls: dict[int, PendingCall], done: Callable[[list[int]], None] = lambda ranks: None) -> CellRun:
         engines = self._engines
 
         def where() -> Where:

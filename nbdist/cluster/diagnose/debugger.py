@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from nbdist.cluster.calls.pending_call import CallError
 from nbdist.errors import ClusterError, interrupted
 from nbdist.peer_auth import same_user
 
@@ -44,8 +45,8 @@ def debug(engines: Engines, rank: int, ask: Callable[[str], str], show: Callable
         try:
             while not select.select([listener], [], [], _LOOK_S)[0]:
                 engines.check_alive()
-                if call.ready():
-                    call.get()
+                if call.done():
+                    call.result()
                     return
             with listener.accept()[0] as connection:
                 if not same_user(connection):
@@ -56,10 +57,10 @@ def debug(engines: Engines, rank: int, ask: Callable[[str], str], show: Callable
             if not call.wait(_LOOK_S):  # the debugger is executing the input
                 engines.interrupt([rank])
             raise interrupted(f"the debugger has left rank {rank}.") from None
-        except Exception as error:
-            if getattr(error, "ename", "") == "LookupError":
-                raise ClusterError(str(getattr(error, "evalue", error))) from None
-            raise
+        except CallError as error:
+            if error.kind == "LookupError":
+                raise ClusterError(error.message) from None
+            raise error.as_error(f"rank {rank}", rank) from None
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)

@@ -6,17 +6,17 @@ import contextlib
 import os
 import signal
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import ipyparallel.error
 import psutil
 
+from nbdist.cluster.calls.engine_client import EngineClient
+from nbdist.cluster.calls.pending_call import EngineDied, PendingCall
+from nbdist.cluster.calls.replies import wait_for_replies
 from nbdist.cluster.engines.engine_info import Engine, gone
-from nbdist.cluster.engines.replies import wait_for_replies
 from nbdist.cluster.engines.spares import Spares
 from nbdist.cluster.engines.world_forming import Forming, describe_engines
 from nbdist.cluster.launch.anchor_client import Anchor
@@ -25,7 +25,6 @@ from nbdist.core.comm.rendezvous import GenerationStore
 from nbdist.core.comm.world import SHARED_GPU
 from nbdist.core.control.command_log import CommandLog
 from nbdist.core.transfer.payload import is_released
-from nbdist.engine import trampoline
 from nbdist.engine.exchange.exchange import Exchange
 from nbdist.engine.exchange.one_host import OneHost
 from nbdist.engine.exchange.several_hosts import SeveralHosts
@@ -35,7 +34,6 @@ from nbdist.telemetry.host import host_id
 __all__ = ["Engine", "Engines"]
 
 _NOTICED_WITHIN_S = 1.0
-_POLL_S = 0.005
 
 
 class Engines:
@@ -61,12 +59,12 @@ class Engines:
         self._result_path = ""  # of the payload that held the last result
         self.formed = self.suspected = self.ended = False
         self.start_seconds = 0.0
-        self._unanswered: dict[int, Any] = {}
+        self._unanswered: dict[int, PendingCall] = {}
         self._changing = threading.RLock()
         self._generation = 0
         self._launch = launch
-        # ipyparallel's id and the record of each rank's engine: replaced in one assignment, as other threads read both.
-        self._by_rank: tuple[list[int], list[Engine]] = sorted(launch.ids)[:size], []
+        # The id and the record of each rank's engine: replaced in one assignment, as other threads read both.
+        self._by_rank: tuple[list[int], list[Engine]] = sorted(self._client.ids)[:size], []
         self._store = store
         self.host_id = launch.host_id = host_id()
         self._spares = Spares(launch, spares, store.address)
@@ -86,6 +84,10 @@ class Engines:
     def folder(self) -> str:
         """Their folder on this host, mode 0700; it is removed when they end."""
         return str(self._launch.folder)
+
+    @property
+    def _client(self) -> EngineClient:
+        return self._launch.client
 
     @property
     def _ids(self) -> list[int]:
@@ -113,7 +115,7 @@ class Engines:
 
     def records(self, busy: bool = False) -> list[Engine]:
         """One record per engine, in rank order; `busy`: whether those alive are busy or idle."""
-        (ids, records), alive = self._by_rank, set(self._launch.ids)
+        (ids, records), alive = self._by_rank, set(self._client.ids)
         states = [
             ("busy" if busy else "idle") if self._is_alive(record, engine_id, alive) else "lost"
             for engine_id, record in zip(ids, records, strict=True)
@@ -264,10 +266,7 @@ class Engines:
 
     def kill(self, ranks: Iterable[int]) -> None:
         """Kill the processes of ranks; they are lost when this returns."""
-        ids = self._signal(signal.SIGKILL, ranks)
-        deadline = time.monotonic() + _NOTICED_WITHIN_S
-        while not set(self._launch.ids).isdisjoint(ids) and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
+        self._client.wait_until_dead(self._signal(signal.SIGKILL, ranks), _NOTICED_WITHIN_S)
 
     def replace_lost(self, report: Callable[[str], None] = lambda text: None) -> list[int]:
         """Replace lost ranks by spares or new engines. A world has to be formed afterwards.
@@ -312,26 +311,19 @@ class Engines:
             self._note()
             return free
 
-    def start_call(self, rank: int, name: str, *arguments: Any) -> Any:
-        """Start a call of a function of `remote_calls` on one engine; returns ipyparallel's result.
+    def start_call(self, rank: int, name: str, *arguments: Any) -> PendingCall:
+        """Start a call of a function of `remote_calls` on one engine.
 
         Raises:
             EngineError: The engine is lost.
         """
-        return self._view(rank).apply_async(trampoline.run, name, *arguments)
+        with _lost(rank):
+            return self._client.start_call(self._ids[rank], name, *arguments)
 
-    def _view(self, rank: int) -> Any:
-        client = self._launch.client
-        if client is None:
-            raise ClusterError("the engines were stopped.")
-        try:
-            return client[self._ids[rank]]
-        except (IndexError, ipyparallel.error.NoEnginesRegistered):
-            raise EngineError(f"rank {rank}: the engine's process has ended.", rank=rank) from None
-
-    def start_cell(self, rank: int, source: str) -> Any:
-        """Start a cell on one engine; returns ipyparallel's result."""
-        return self._view(rank).execute(source, silent=False, block=False)
+    def start_cell(self, rank: int, source: str) -> PendingCall:
+        """Start a cell on one engine; raises what `start_call` raises."""
+        with _lost(rank):
+            return self._client.start_cell(self._ids[rank], source)
 
     def call(
         self, ranks: Iterable[int], name: str, arguments: Any = (), *,
@@ -353,17 +345,17 @@ class Engines:
 
     def _signal(self, number: signal.Signals, ranks: Iterable[int]) -> list[int]:
         """Send a signal to the ranks that are alive; returns the ids of their engines."""
-        (ids, records), alive = self._by_rank, set(self._launch.ids)
+        (ids, records), alive = self._by_rank, set(self._client.ids)
         targets = {rank: ids[rank] for rank in ranks if self._is_alive(records[rank], ids[rank], alive)}
         for rank, engine_id in targets.items():
-            with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # it has just ended
-                if records[rank].host_id == self.host_id:
+            if records[rank].host_id == self.host_id:
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
                     psutil.Process(records[rank].pid).send_signal(number)
-                else:
-                    self._launch.client.send_signal(number, targets=[engine_id], block=False)
+            else:
+                self._client.send_signal(engine_id, number)
         return list(targets.values())
 
-    def suspect(self, unanswered: dict[int, Any]) -> None:
+    def suspect(self, unanswered: dict[int, PendingCall]) -> None:
         """A cell failed, perhaps within a collective: the next run forms a new world.
 
         Cells continue in the current one, in which the user may have groups and wrapped models.
@@ -377,7 +369,7 @@ class Engines:
     @property
     def stuck(self) -> list[int]:
         """Ranks that still run a cell that was interrupted."""
-        return [rank for rank, call in self._unanswered.items() if not call.ready()]
+        return [rank for rank, call in self._unanswered.items() if not call.done()]
 
     def end(self) -> None:
         """Kill the processes. Twice is fine; does nothing in a forked child of their owner."""
@@ -388,3 +380,12 @@ class Engines:
         self._store = None  # an old Run may hold this object, but must not hold a socket open
         with self._changing:  # waits for a spare that is being started, so that it is ended too
             self._launch.end()
+
+
+@contextlib.contextmanager
+def _lost(rank: int) -> Iterator[None]:
+    """Tell the user, where an engine turns out to be dead, which rank that is."""
+    try:
+        yield
+    except EngineDied:
+        raise EngineError(f"rank {rank}: the engine's process has ended.", rank=rank) from None

@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
-import ipyparallel.error
 import psutil
 
+from nbdist.cluster.calls.pending_call import CallError, EngineDied, PendingCall
 from nbdist.cluster.engines.engine_info import gone
 from nbdist.cluster.launch.launcher import Launch
-from nbdist.engine import trampoline
-from nbdist.errors import ClusterError, EngineError
+from nbdist.errors import ClusterError
 
 __all__ = ["Spares"]
 
@@ -38,7 +37,7 @@ class Spares:
         self.wanted = wanted
         self._store = store
         self._launch = launch
-        self._calls: dict[int, tuple[Any, float]] = {}
+        self._calls: dict[int, tuple[PendingCall, float]] = {}
         self._facts: dict[int, dict[str, Any]] = {}
         self._dead: set[int] = set()  # engine ids that the controller may still list
 
@@ -55,7 +54,7 @@ class Spares:
         Raises:
             EngineError: One cannot load torch.
         """
-        free = set(self._launch.ids) - set(ranked) - self._dead
+        free = set(self._launch.client.ids) - set(ranked) - self._dead
         self._calls = {engine_id: call for engine_id, call in self._calls.items() if engine_id in free}
         self._facts = {
             engine_id: facts
@@ -64,12 +63,12 @@ class Spares:
         }  # fmt: skip
         for engine_id in sorted(free - set(self._facts)):
             call, called_s = self._calls.get(engine_id, (None, 0.0))
-            if call is not None and call.ready():
+            if call is not None and call.done():
                 del self._calls[engine_id]
                 self._receive(engine_id, call)
             elif time.monotonic() - called_s > _ASK_AGAIN_S:
-                with contextlib.suppress(IndexError):  # it has just ended
-                    call = self._launch.client[engine_id].apply_async(trampoline.run, "describe", *self._store)
+                with contextlib.suppress(EngineDied):  # just now
+                    call = self._launch.client.start_call(engine_id, "describe", *self._store)
                     self._calls[engine_id] = call, time.monotonic()
         return dict(self._facts)
 
@@ -135,13 +134,13 @@ class Spares:
             del self._facts[engine_id]
         return taken
 
-    def _receive(self, engine_id: int, call: Any) -> None:
+    def _receive(self, engine_id: int, call: PendingCall) -> None:
         try:
-            facts = call.get()
-        except ipyparallel.error.RemoteError as error:
+            facts = call.result()
+        except CallError as error:
             self._dead.add(engine_id)
-            if error.ename != "EngineError":  # ipyparallel's name for an engine that died
-                raise EngineError(f"a new engine: {error.ename}: {error.evalue}", str(error.traceback)) from None
+            if not isinstance(error, EngineDied):
+                raise error.as_error("a new engine") from None
         else:
             if not self._gone(facts):
                 self._facts[engine_id] = facts

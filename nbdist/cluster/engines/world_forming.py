@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nbdist.cluster.calls.pending_call import CallError, EngineDied, PendingCall
 from nbdist.cluster.engines.engine_info import Engine
 from nbdist.errors import ClusterError, EngineError, ranks_text
 
@@ -28,7 +29,7 @@ class Forming:
         release: Makes every rank that waits for others raise.
         kill: Kills ranks.
         timeout_s: How long the ranks may take, in seconds.
-        calls: ipyparallel's result of each rank's `join`.
+        calls: The call of `join` on each rank.
     """
 
     lost: Callable[[], list[int]]
@@ -36,7 +37,7 @@ class Forming:
     release: Callable[[], None]
     kill: Callable[[list[int]], None]
     timeout_s: float
-    calls: dict[int, Any] = field(default_factory=dict)
+    calls: dict[int, PendingCall] = field(default_factory=dict)
 
     def wait(self) -> dict[int, Any]:
         """Wait for all ranks, or the first failure; returns what `join` returned on each rank.
@@ -54,7 +55,7 @@ class Forming:
                 self.abort()
                 raise self._cause()
             if not waiting:
-                return {rank: call.get() for rank, call in self.calls.items()}
+                return {rank: call.result() for rank, call in self.calls.items()}
             if lost := self.lost():
                 raise _lost(lost)
             self.check_alive()
@@ -73,15 +74,12 @@ class Forming:
         failed = {
             rank: error
             for rank, call in self.calls.items()
-            if call.done() and (error := call.exception()) is not None
+            if call.done() and isinstance(error := call.exception(), CallError)
         }  # fmt: skip
-        kinds = {rank: getattr(error, "ename", type(error).__name__) for rank, error in failed.items()}
-        lost = [rank for rank, kind in kinds.items() if kind == "EngineError"]  # ipyparallel's name for one that died
-        if lost:
+        if lost := [rank for rank, error in failed.items() if isinstance(error, EngineDied)]:
             return _lost(lost)
-        rank = min(failed, key=lambda rank: kinds[rank] == "PeerLostError")
-        text = getattr(failed[rank], "evalue", str(failed[rank]))
-        return EngineError(f"rank {rank}: {kinds[rank]}: {text}", str(getattr(failed[rank], "traceback", "")), rank)
+        rank = min(failed, key=lambda rank: failed[rank].kind == "PeerLostError")
+        return failed[rank].as_error(f"rank {rank}", rank)
 
 
 def _lost(ranks: list[int]) -> EngineError:
@@ -92,7 +90,7 @@ def describe_engines(
     size: int,
     store: tuple[str, str],
     timeout_s: float,
-    start_call: Callable[..., Any],
+    start_call: Callable[..., PendingCall],
     call: Callable[..., dict[int, Any]],
 ) -> list[Engine]:
     """Let the engines of all ranks load torch, and return their records.

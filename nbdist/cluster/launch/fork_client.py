@@ -19,7 +19,16 @@ from multiprocessing.connection import Pipe
 from nbdist.engine import parent_watch
 from nbdist.errors import ClusterError
 
-__all__ = ["FORK_VARIABLE", "ForkRequest", "ForkServer", "can_fork", "current_server", "end_server", "require_server"]
+__all__ = [
+    "FORK_VARIABLE",
+    "ForkRequest",
+    "ForkServer",
+    "can_fork",
+    "current_server",
+    "end_server",
+    "require_server",
+    "servers_of",
+]
 
 FORK_VARIABLE = "NBDIST_FORK"
 """Set to "off", it disables the fork server: every engine is then a new Python process."""
@@ -68,6 +77,7 @@ class ForkServer:
         self._requests = 0
         self._broken = False
         self._variables = _read_when_loaded()
+        self.clusters: set[str] = set()  # folders of the clusters that it has forked for
         self.pid = self._process.pid
 
     @property
@@ -91,6 +101,7 @@ class ForkServer:
         Raises:
             ClusterError: The server has ended, or cannot fork.
         """
+        self.clusters.add(request.environment.get(parent_watch.FOLDER_VARIABLE, ""))
         pid, error = self._call(request)
         if error:
             self._broken = True  # it keeps running: only it reaps its forks
@@ -131,6 +142,7 @@ class ForkServer:
 
 
 _server: ForkServer | None = None
+_earlier: list[ForkServer] = []
 
 
 def can_fork() -> bool:
@@ -149,10 +161,16 @@ def require_server() -> ForkServer:
     if _server is None or not _server.fits:
         if _server is not None:
             _server.end()
+            _earlier.append(_server)
         else:
             atexit.register(end_server)
         _server = ForkServer()
     return _server
+
+
+def servers_of(folder: str) -> list[ForkServer]:
+    """The fork servers of this process, ended ones too, that have forked for the cluster with this folder."""
+    return [server for server in (*_earlier, *filter(None, [_server])) if folder in server.clusters]
 
 
 def end_server() -> None:

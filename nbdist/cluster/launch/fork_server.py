@@ -10,20 +10,19 @@ import contextlib
 import gc
 import importlib
 import os
-import pickle
 import select
 import shutil
 import signal
 import sys
 import threading
 import time
-import types
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import psutil
 
+from nbdist.cluster.launch import ipyparallel_patches
 from nbdist.cluster.launch.fork_client import ForkRequest
 from nbdist.engine import parent_watch
 
@@ -33,7 +32,6 @@ _POLL_S = 0.5
 _GRACE_S = 3.0
 """How long a fork whose owner has ended may take to end by itself."""
 _DEAD_WITHIN_S = 1.0
-_CONTROL_PLANE = ["ipyparallel.controller.app", "ipyparallel.engine.app", "ipyparallel.engine.nanny"]
 _ENGINE = [
     "torch.distributed", "numpy.random", "nbdist.engine.remote_calls",
     "ipyparallel.datapub", "ipykernel.debugger", "tornado.platform.asyncio", "tornado.locks",
@@ -117,7 +115,7 @@ def serve(pipe: Connection, owner: str) -> None:
 def _serve(pipe: Connection, owner: str, children: _ChildProcesses) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _load(_CONTROL_PLANE)
+    _load(ipyparallel_patches.CONTROL_PLANE)
     while True:
         try:
             while not pipe.poll(_POLL_S):
@@ -182,10 +180,10 @@ def _become(request: ForkRequest) -> NoReturn:
         kind = request.arguments[0]
         Path("/proc/self/comm").write_text(f"nbdist-{kind}")
         if kind == "controller":
-            _skip_controller_sleep()
+            ipyparallel_patches.skip_controller_sleep()
         if kind == "engine":
             sys.modules["numpy"].random.seed()  # the forked state is the same in all engines
-            _prepare_nanny()
+            ipyparallel_patches.fork_nanny()
         # ipyparallel's default was set to the server's folder at import.
         sys.argv = ["nbdist", *request.arguments, f"--work-dir={request.folder}"]
         parent_watch.main()
@@ -196,55 +194,6 @@ def _become(request: ForkRequest) -> NoReturn:
     finally:
         sys.stdout.flush()
         os._exit(code)  # skip the server's exit handlers
-
-
-def _skip_controller_sleep() -> None:
-    """Skip a sleep of 250 ms in ipyparallel's controller before it writes its connection files.
-
-    Its sockets are bound by then, or queue messages. It is the only sleep in that module.
-    """
-    from ipyparallel.controller import app
-
-    app.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-
-
-def _prepare_nanny() -> None:
-    """Fork the engine's nanny (ipyparallel's watchdog) now, while there is no thread; patch `start_nanny` to use it.
-
-    ipyparallel starts a new Python instead, which takes longer to start than the engine. That remains if its module has
-    no `start_nanny`.
-    """
-    from ipyparallel.engine import app, nanny
-
-    if not hasattr(app, "start_nanny"):
-        return
-    request_out, request_in = os.pipe()
-    reply_out, reply_in = os.pipe()
-    if os.fork() == 0:
-        os.setsid()
-        os.dup2(request_out, 0)
-        os.dup2(reply_in, 1)
-        os.closerange(3, max(request_out, request_in, reply_out, reply_in) + 1)
-        Path("/proc/self/comm").write_text("nbdist-nanny")
-        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the server's own was at EOF
-        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-        try:
-            nanny.main()
-        finally:
-            os._exit(0)
-    os.close(request_out)
-    os.close(reply_in)
-
-    def start_nanny(**arguments: Any) -> tuple[str, Any]:
-        with open(request_in, "wb") as request:
-            pickle.dump({**arguments, "pid": os.getpid()}, request)
-        reply = open(reply_out)  # noqa: SIM115 - the nanny ends when it closes
-        url = reply.readline().strip()
-        if not url:
-            raise RuntimeError("the nanny has ended")
-        return url, reply
-
-    app.start_nanny = start_nanny
 
 
 def main() -> None:

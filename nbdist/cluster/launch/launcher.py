@@ -19,8 +19,11 @@ import psutil
 from ipyparallel.cluster import launcher
 from traitlets.config import Config
 
+from nbdist.cluster.calls.engine_client import EngineClient
 from nbdist.cluster.launch import fork_client
 from nbdist.cluster.launch.anchor_client import Anchor
+from nbdist.cluster.launch.ipyparallel_client import IpyparallelClient
+from nbdist.cluster.launch.ipyparallel_patches import adopt
 from nbdist.engine.parent_watch import FOLDER_VARIABLE, OWNER_VARIABLE, owner_mark
 from nbdist.errors import ClusterError
 
@@ -48,14 +51,13 @@ class Launch:
     def __init__(self, engines: int, patience_s: float | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
         self.host_id = ""  # set by `Engines`, whose module has loaded torch
-        self.client: Any = None
         self.anchor = None if patience_s is None else Anchor.start(str(self.folder), patience_s)
-        self._servers: list[fork_client.ForkServer] = []
         if fork_client.can_fork():
-            self._servers.append(fork_client.require_server())
+            fork_client.require_server()  # it loads torch from now on
         self._cluster = ipyparallel.Cluster(
             n=engines,
-            **(_launchers(self._servers) if self._servers else {}),
+            controller=ForkedController,
+            engines=ForkedEngines,
             delay=0,
             log_level=40,
             cluster_id="",
@@ -69,9 +71,10 @@ class Launch:
                 f"--ping={_PING_MS}", "--usethreads", f"--HeartMonitor.max_heartmonitor_misses={_MISSED_BEATS}",
             ],
         )  # fmt: skip
+        self.client: EngineClient = IpyparallelClient(self._cluster.connect_client_sync)
         try:
             self._cluster.start_cluster_sync(engines)
-            self.client = self._cluster.connect_client_sync()
+            self.client.connect()
             self._note()
         except BaseException:
             self.end()
@@ -87,14 +90,13 @@ class Launch:
         """
         launch = cls.__new__(cls)
         launch.folder, launch.host_id, launch.anchor = Path(anchor.folder), "", anchor
-        launch._servers = [fork_client.require_server()] if fork_client.can_fork() else []
-        launchers = _launchers(launch._servers) if launch._servers else {}
-        for part, launcher_class in launchers.items():
-            launched[part]["class"] = launcher_class  # ipyparallel saved the name of a dynamic class
+        if fork_client.can_fork():
+            fork_client.require_server()  # for engines that are added later
         launch._cluster = ipyparallel.Cluster.from_dict(
             launched, config=launch._settings(), load_profile=False, shutdown_atexit=False, log_level=50
         )
-        launch.client = launch._cluster.connect_client_sync()
+        launch.client = IpyparallelClient(launch._cluster.connect_client_sync)
+        launch.client.connect()
         return launch
 
     def _note(self) -> None:
@@ -127,7 +129,7 @@ class Launch:
             ClusterError: An engine that was just started has ended, or the timeout passed.
         """
         deadline = time.monotonic() + timeout_s
-        connect_again_s = time.monotonic() + _MISSED_AFTER_S
+        look_again_s = time.monotonic() + _MISSED_AFTER_S
         while (ready := len(self.client.ids)) < engines:
             report(f"{ready} of {engines} engines are ready")
             if not self.controller_runs:
@@ -139,28 +141,10 @@ class Launch:
                     f"only {ready} of {engines} engines were ready after {timeout_s:g} s: "
                     f"raise --timeout, or start fewer."
                 )
-            if time.monotonic() > connect_again_s:
-                self._connect_again()
-                connect_again_s = time.monotonic() + _MISSED_AFTER_S
+            if time.monotonic() > look_again_s:
+                self.client.look_again()
+                look_again_s = time.monotonic() + _MISSED_AFTER_S
             time.sleep(_POLL_S)
-
-    def _connect_again(self) -> None:
-        """Replace the client if a new one knows more engines.
-
-        A client receives the list of engines, and then subscribes to changes: it never learns of an engine that
-        registers in between.
-        """
-        with contextlib.suppress(TimeoutError):  # of the controller, which the next round checks
-            client = self._cluster.connect_client_sync()
-            if len(client.ids) > len(self.client.ids):
-                client, self.client = self.client, client
-            client.close()
-
-    @property
-    def ids(self) -> list[int]:
-        """Ids of the engines that the client knows as registered; none after `end`."""
-        client = self.client
-        return [] if client is None else client.ids
 
     def pids(self) -> set[int]:
         """Pids of the running engine processes of this host, registered or not."""
@@ -192,15 +176,14 @@ class Launch:
                 for process in [parent, *parent.children(recursive=True)]:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
-        if self.client is not None:
-            self.client.close()
-            self.client = None
+        self.client.close()
         if self.folder.exists():
+            servers = fork_client.servers_of(str(self.folder))
             # Orphans of a killed fork server may stay zombies, for which ipyparallel would wait a minute.
-            if all(server.alive for server in self._servers):
+            if all(server.alive for server in servers):
                 with contextlib.suppress(Exception):  # the processes have ended, whatever ipyparallel raises
                     self._cluster.stop_cluster_sync()
-            for server in self._servers:
+            for server in servers:
                 with contextlib.suppress(ClusterError):
                     server.end_cluster(str(self.folder))  # it may have forked an engine whose reply was interrupted
             if self.anchor is not None:
@@ -238,13 +221,9 @@ class _Forked(launcher.LocalProcessLauncher):
     A killed server is replaced by a new one.
     """
 
-    servers: list[fork_client.ForkServer]
-
     def start(self) -> None:
-        server = fork_client.current_server() or fork_client.require_server()
-        if server not in self.servers:
-            self.servers.append(server)
-        if not server.forks:
+        server = (fork_client.current_server() or fork_client.require_server()) if fork_client.can_fork() else None
+        if server is None or not server.forks:
             super().start()
             return
         request = fork_client.ForkRequest(
@@ -252,18 +231,21 @@ class _Forked(launcher.LocalProcessLauncher):
             folder=os.path.abspath(self.work_dir), log=self.output_file, cores=os.sched_getaffinity(0),
         )  # fmt: skip
         try:
-            self.pid = server.fork(request)
+            pid = server.fork(request)
         except ClusterError as error:
             warnings.warn(f"{error} Processes start one by one instead, which takes longer.", stacklevel=1)
             super().start()
             return
-        self.process = psutil.Process(self.pid)
-        self.notify_start(self.pid)
-        self._start_waiting()
+        adopt(self, pid)
 
 
-class _ForkedController(_Forked, launcher.LocalControllerLauncher):
+class ForkedController(_Forked, launcher.LocalControllerLauncher):
+    """The controller, as a fork."""
+
+    entrypoint_name = f"{__name__}.ForkedController"  # by which a `Cluster` that is saved as a dict finds this class
+
     async def get_connection_info(self, timeout: float | None = None) -> Any:
+        """The contents of its connection files, once it has written them."""
         while self.process.is_running() and not all(os.path.exists(file) for file in self.connection_files.values()):
             await asyncio.sleep(_POLL_S)  # ipyparallel polls only ten times a second
         return await super().get_connection_info(timeout)
@@ -273,9 +255,8 @@ class _ForkedEngine(_Forked, launcher.LocalEngineLauncher):
     pass
 
 
-def _launchers(servers: list[fork_client.ForkServer]) -> dict[str, type]:
-    """Launcher classes of ipyparallel that use the fork server; they append each server used to `servers`."""
-    bound = {"servers": servers}
-    engine = type("ForkedEngine", (_ForkedEngine,), bound)
-    engines = type("ForkedEngines", (launcher.LocalEngineSetLauncher,), {"launcher_class": engine})
-    return {"controller": type("ForkedController", (_ForkedController,), bound), "engines": engines}
+class ForkedEngines(launcher.LocalEngineSetLauncher):
+    """Engines, as forks."""
+
+    entrypoint_name = f"{__name__}.ForkedEngines"
+    launcher_class = _ForkedEngine

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from nbdist.cluster.cells.cell_run import LostCall, printed
+from nbdist.cluster.calls.pending_call import LostCall, PendingCall
+from nbdist.cluster.cells.cell_run import printed
 from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.runs.run_control import RunControl
 from nbdist.cluster.runs.run_spec import RunHandoff
@@ -74,8 +75,8 @@ class RunDispatch:
         what = f"{spec.names[0]} or {spec.names[1]}"
         return self.engines.exchange.pack((spec.task, spec.plan), name=what, segment_cache=self._segment_cache)
 
-    def start(self, *, from_snapshot: bool, restart: bool = False) -> list[Any]:
-        """Call `train` on every rank; returns ipyparallel's result of each.
+    def start(self, *, from_snapshot: bool, restart: bool = False) -> list[PendingCall]:
+        """Call `train` on every rank; returns the calls.
 
         Args:
             from_snapshot: Whether to resume from the newest snapshot.
@@ -107,15 +108,15 @@ class RunDispatch:
         )
         return self._with_output([engines.start_call(rank, "train", *arguments) for rank in range(engines.size)])
 
-    def take_over(self, boards: list[str]) -> list[Any]:
-        """Attach to a run that another kernel started; returns a result of each rank, as `start` does.
+    def take_over(self, boards: list[str]) -> list[PendingCall]:
+        """Attach to a run that another kernel started; returns a call of each rank, as `start` does.
 
         Args:
             boards: Paths of the ranks' status boards.
         """
         engines = self.engines
         self._read_states(boards)
-        calls: list[Any] = []
+        calls: list[PendingCall] = []
         for rank in range(engines.size):
             try:  # an engine runs this call after the one it is in: `train`
                 calls.append(engines.start_call(rank, "outcome_of", self.control.spec.run_id, rank))
@@ -132,20 +133,20 @@ class RunDispatch:
             engines.anchor.note("boards", states.paths)
         return states
 
-    def _with_output(self, calls: list[Any]) -> list[Any]:
+    def _with_output(self, calls: list[PendingCall]) -> list[PendingCall]:
         """The same calls; their output is added to `Run.printed`."""
         # Not a bound method: the Run would keep this object, and so the run's memory.
         self.control.add_output(functools.partial(printed, dict(enumerate(calls))))
         return calls
 
-    def poll_states(self, rank: int, call: Any) -> list[RankState]:
+    def poll_states(self, rank: int, call: PendingCall) -> list[RankState]:
         """The states that a rank has published since the last call, if any; the newest last.
 
         Args:
             rank: The rank.
             call: Its call, as `start` returned it.
         """
-        published = [] if self._states is None else self._states.read(rank, call)
+        published = [] if self._states is None else self._states.read(rank, call.published)
         states = [self.control.progress.ranks[rank]]
         for data in published:
             states.append(RankState.from_dict(data, states[-1]))
@@ -232,9 +233,7 @@ class RunDispatch:
                     self.scale_error = str(error)
             # Reused only once no engine maps it: a private mapping would show the new contents.
             replies = [engines.start_call(rank, "is_released", self._payload.path) for rank in range(engines.size)]
-            self._segment_cache.recycle(
-                self._segment, lambda: all(r.ready() and r.successful() and r.get() for r in replies)
-            )
+            self._segment_cache.recycle(self._segment, lambda: all(r.succeeded and r.result() for r in replies))
         if control.snapshot_store is not None:
             control.snapshot_store.trim()
         if engines.anchor is not None:

@@ -10,10 +10,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
-import ipyparallel.error
-
+from nbdist.cluster.calls.pending_call import CallError, EngineDied, PendingCall
 from nbdist.cluster.cells.cell_run import settle
 from nbdist.cluster.diagnose.hangs import Hangs
 from nbdist.cluster.diagnose.where import Where
@@ -47,7 +45,7 @@ class RunMonitor:
     Args:
         run: The run.
         dispatch: Its dispatch, which has started it.
-        calls: ipyparallel's result of each rank.
+        calls: The call of `train` on each rank.
         where: Returns the stacks of all ranks.
         watch: Called with the run after each update; the last time after its end.
         on_end: Called when the run has ended completely.
@@ -55,8 +53,8 @@ class RunMonitor:
     """
 
     def __init__(
-        self, run: Run, dispatch: RunDispatch, calls: list[Any], *, where: Callable[[], Where], watch: Watch | None,
-        on_end: Callable[[], None], context: contextvars.Context,
+        self, run: Run, dispatch: RunDispatch, calls: list[PendingCall], *, where: Callable[[], Where],
+        watch: Watch | None, on_end: Callable[[], None], context: contextvars.Context,
     ) -> None:  # fmt: skip
         self._dispatch = dispatch
         self._run = run
@@ -191,14 +189,15 @@ class RunMonitor:
         return self._hang_error is not None
 
     def _outcome(self, rank: int) -> Outcome:
-        error = self._calls[rank].exception()  # raised, its traceback would hold this frame, and the run's memory
+        call = self._calls[rank]
+        error = call.exception()  # raised, its traceback would hold this frame, and the run's memory
         if error is None:
-            outcome: Outcome = self._calls[rank].get()
+            outcome: Outcome = call.result()
             if outcome.failure is None or not outcome.failure.secondary:  # a secondary failure's output can come later
-                settle(self._calls[rank])
-        elif isinstance(error, ipyparallel.error.RemoteError):
-            lost = error.ename == "EngineError"  # ipyparallel's name for an engine that died
-            failure = Failure.lost(rank) if lost else Failure.reported(rank, error.ename, error.evalue)
+                settle(call)
+        elif isinstance(error, CallError):
+            lost = isinstance(error, EngineDied)
+            failure = Failure.lost(rank) if lost else Failure.reported(rank, error.kind, error.message)
             snapshot = dataclasses.replace(self._control.progress.ranks[rank], state="lost" if lost else "failed")
             outcome = Outcome(rank=rank, state="failed", snapshot=snapshot, failure=failure)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,12 +38,12 @@ class StateReader(abc.ABC):
     paths: list[str]
 
     @abc.abstractmethod
-    def read(self, rank: int, call: Any) -> list[dict[str, Any]]:
+    def read(self, rank: int, published: Callable[[], Any]) -> list[dict[str, Any]]:
         """The states that a rank has published since the last call, for `RankState.from_dict`; the newest last.
 
         Args:
             rank: The rank.
-            call: ipyparallel's result of its `train`.
+            published: Returns the newest value that its call of `train` has published.
         """
 
     @abc.abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class _BoardReader(StateReader):
         self._boards = [Board(path) for path in self.paths]
         self.publisher = _BoardPublisher(records().resolve(), tuple(self.paths))
 
-    def read(self, rank: int, call: Any) -> list[dict[str, Any]]:
+    def read(self, rank: int, published: Callable[[], Any]) -> list[dict[str, Any]]:
         return [json.loads(data) for data in self._boards[rank].read()]
 
     def close(self) -> None:

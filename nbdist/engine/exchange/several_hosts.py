@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ipyparallel.datapub import publish_data
@@ -31,8 +31,9 @@ class _MessageReader(StateReader):
         self.paths = []
         self.publisher = _MessagePublisher(None)
 
-    def read(self, rank: int, call: Any) -> list[dict[str, Any]]:
-        return [call.data["nbdist"]] if isinstance(call.data, dict) and "nbdist" in call.data else []
+    def read(self, rank: int, published: Callable[[], Any]) -> list[dict[str, Any]]:
+        newest = published()
+        return [newest["nbdist"]] if isinstance(newest, dict) and "nbdist" in newest else []
 
     def close(self) -> None:
         pass

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 
 import psutil
 import pytest
 from shared_cluster import ENGINES, HUNG_S, until
 
 import nbdist
+from nbdist.cluster.calls.pending_call import EngineDied
 from nbdist.cluster.engines.starting import start_engines
 from nbdist.errors import EngineError, PlanError
 
@@ -118,10 +118,10 @@ def test_one_spare_by_default_where_engines_are_forked(monkeypatch):
 
 def test_a_lost_rank_is_known_and_replaced_from_any_thread(engines):
     """Also without spares; a new call is refused, a running one fails."""
-    sleeping = engines.start_call(1, time.sleep, 3600)
+    sleeping = engines.start_cell(1, "import time; time.sleep(3600)")
     os.kill(engines.records()[1].pid, signal.SIGKILL)
     until(lambda: [1] == engines.lost)
-    assert "EngineError" == until(lambda: sleeping.ready() and sleeping.exception()).ename
+    assert isinstance(until(lambda: sleeping.done() and sleeping.exception()), EngineDied)
     with pytest.raises(EngineError, match="rank 1: the engine's process has ended"):
         engines.start_call(1, "ping")
     replaced = []

@@ -22,7 +22,7 @@ def launch():
 def test_an_engine_that_registers_while_the_client_connects_is_found(launch):
     """A client that has missed the notice of an engine hears of it no more; the wait for it ends all the same."""
     launch.wait_for(1, HUNG_S, lambda text: None)
-    deaf = launch.client
+    deaf = launch.client._client
     done = threading.Event()
 
     def unsubscribe():
@@ -35,5 +35,6 @@ def test_an_engine_that_registers_while_the_client_connects_is_found(launch):
     until(lambda: len(deaf.queue_status()) == 3)  # two engines, and "unassigned"
     assert len(deaf.ids) == 1
     launch.wait_for(2, HUNG_S, lambda text: None)
-    assert len(launch.ids) == 2
-    assert [True, True] == launch.client[:].apply_sync(bool, 1)
+    assert len(launch.client.ids) == 2
+    pids = [launch.client.start_call(engine, "ping") for engine in launch.client.ids]
+    assert launch.pids() == {pid.result(HUNG_S) for pid in pids}

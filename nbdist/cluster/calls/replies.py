@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import ipyparallel
-
-from nbdist.errors import ClusterError, EngineError
+from nbdist.cluster.calls.pending_call import CallError, PendingCall
+from nbdist.errors import ClusterError
 
 __all__ = ["wait_for_replies"]
 
 _LOOK_S = 0.1
 
 
-def wait_for_replies(calls: dict[int, Any], check_alive: Callable[[], None], timeout_s: float | None) -> dict[int, Any]:
+def wait_for_replies(
+    calls: Mapping[int, PendingCall], check_alive: Callable[[], None], timeout_s: float | None
+) -> dict[int, Any]:
     """Wait for the replies to calls, by rank.
 
     Args:
-        calls: ipyparallel's results, by rank.
+        calls: The call of each rank.
         check_alive: Called in a loop; raises if no reply can come any more.
         timeout_s: How long to wait; None for no limit.
 
@@ -35,7 +36,7 @@ def wait_for_replies(calls: dict[int, Any], check_alive: Callable[[], None], tim
             if deadline is not None and time.monotonic() > deadline:
                 raise ClusterError(f"rank {rank} did not answer within {timeout_s:g} s: %dist_stop ends it.")
         try:
-            replies[rank] = call.get()
-        except ipyparallel.error.RemoteError as error:
-            raise EngineError(f"rank {rank}: {error.ename}: {error.evalue}", str(error.traceback), rank) from None
+            replies[rank] = call.result()
+        except CallError as error:
+            raise error.as_error(f"rank {rank}", rank) from None
     return replies

@@ -1,0 +1,142 @@
+"""The client of engines over ipyparallel: its messages, results and errors, turned into ours."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+import ipyparallel
+from ipyparallel.error import NoEnginesRegistered, RemoteError
+
+from nbdist.cluster.calls.engine_client import EngineClient
+from nbdist.cluster.calls.pending_call import CallError, EngineDied, PendingCall
+from nbdist.cluster.launch.ipyparallel_patches import is_death
+from nbdist.engine import trampoline
+from nbdist.errors import ClusterError
+
+__all__ = ["IpyparallelClient"]
+
+_POLL_S = 0.005
+
+
+class IpyparallelClient(EngineClient):
+    """See `EngineClient`.
+
+    Args:
+        connect: Connects a new client of ipyparallel to the controller.
+    """
+
+    def __init__(self, connect: Callable[[], ipyparallel.Client]) -> None:
+        self._new_client = connect
+        self._client: ipyparallel.Client | None = None
+
+    def connect(self) -> None:
+        """See `EngineClient`."""
+        self._client = self._new_client()
+
+    @property
+    def ids(self) -> list[int]:
+        """See `EngineClient`; here from the controller's notices of registration and death."""
+        client = self._client
+        return [] if client is None else client.ids
+
+    def start_call(self, engine: int, name: str, *arguments: object) -> PendingCall:
+        """See `EngineClient`."""
+        return _Call(self._view(engine).apply_async(trampoline.run, name, *arguments))
+
+    def start_cell(self, engine: int, source: str) -> PendingCall:
+        """See `EngineClient`."""
+        return _Call(self._view(engine).execute(source, silent=False, block=False), cell=True)
+
+    def _view(self, engine: int) -> Any:
+        client = self._client
+        if client is None:
+            raise ClusterError("the engines were stopped.")
+        try:
+            return client[engine]
+        except (IndexError, NoEnginesRegistered):
+            raise EngineDied from None
+
+    def send_signal(self, engine: int, number: int) -> None:
+        """See `EngineClient`; the engine's nanny delivers it."""
+        if (client := self._client) is not None:
+            with contextlib.suppress(IndexError, NoEnginesRegistered):  # it has just ended
+                client.send_signal(number, targets=[engine], block=False)
+
+    def wait_until_dead(self, engines: Collection[int], timeout_s: float) -> bool:
+        """See `EngineClient`. ipyparallel has no public event for it."""
+        deadline = time.monotonic() + timeout_s
+        while not (dead := set(self.ids).isdisjoint(engines)) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        return dead
+
+    def look_again(self) -> None:
+        """Replace the connection if a new one knows more engines.
+
+        It receives the list of engines, and then subscribes to changes: it never learns of an engine that registers in
+        between.
+        """
+        with contextlib.suppress(TimeoutError):  # of the controller, which the next call notices
+            client = self._new_client()
+            if len(client.ids) > len(self.ids):
+                client, self._client = self._client, client
+            client.close()
+
+    def close(self) -> None:
+        """See `EngineClient`."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+
+class _Call(PendingCall):
+    """A call or a cell.
+
+    Args:
+        source: ipyparallel's own result of it.
+        cell: Whether it is a cell.
+    """
+
+    def __init__(self, source: ipyparallel.AsyncResult, *, cell: bool = False) -> None:
+        super().__init__()
+        self._source = source
+        self._cell = cell
+        source.add_done_callback(self._finish)
+
+    def _finish(self, source: ipyparallel.AsyncResult) -> None:
+        error = source.exception()
+        if error is None:
+            self.set_result(None if self._cell else source.result())
+        else:
+            self.set_exception(_failure(error))
+
+    def printed(self, stream: str) -> str:
+        """See `PendingCall`."""
+        return getattr(self._source, stream) or ""
+
+    def displays(self) -> list[dict[str, Any]]:
+        """See `PendingCall`."""
+        return list(self._source.outputs or [])
+
+    def last_expression(self) -> dict[str, Any] | None:
+        """See `PendingCall`."""
+        return (self._source.execute_result or {}).get("data")
+
+    def published(self) -> Any:
+        """See `PendingCall`; published with ipyparallel's `publish_data`."""
+        return self._source.data
+
+    def wait_for_output(self, timeout_s: float) -> None:
+        """See `PendingCall`. A dead engine sends no more."""
+        if not isinstance(self.exception(), EngineDied):
+            self._source.wait_for_output(timeout_s)
+
+
+def _failure(error: BaseException) -> CallError:
+    if not isinstance(error, RemoteError):  # such as a reply that cannot be read here
+        return CallError(type(error).__name__, str(error))
+    if is_death(error):
+        return EngineDied()
+    return CallError(error.ename, error.evalue, str(error.traceback))
