@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cloudpickle.cloudpickle as cloudpickle_internals
+from nbdist.upstream.ipython_private import cell_number, class_mark, set_class_mark
 
 __all__ = [
     "CellSources",
     "NotebookUpdate",
-    "cell_file",
     "class_marks",
     "install",
     "label_of",
@@ -73,18 +72,8 @@ class CellSources:
 
 def _cell_label(name: str) -> str:
     """IPython's own label for the file name that it gave a cell, such as ``Cell In[5]``."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    numbers = getattr(getattr(shell, "compile", None), "_filename_map", {})  # private: only a better label
-    return f"Cell In[{numbers[name]}]" if name in numbers else name
-
-
-def cell_file(source: str) -> str:
-    """The base name of the file that an engine's tracebacks show for a cell; empty if unknown."""
-    try:
-        from ipykernel.compiler import get_file_name  # private: without it, only tracebacks of hanging cells are worse
-    except ImportError:
-        return ""
-    return os.path.basename(get_file_name(source))
+    number = cell_number(name)
+    return name if number is None else f"Cell In[{number}]"
 
 
 def install(update: NotebookUpdate) -> None:
@@ -117,24 +106,20 @@ def label_of(file_name: str) -> str | None:
 
 
 def class_marks(namespace: dict[str, Any]) -> dict[str, str]:
-    """The ids by which cloudpickle tracks the classes that a notebook defined, by name.
-
-    A class sent by value carries its id; a process that has a class with that id uses it.
-    """
-    marks = {}
-    for name, value in list(namespace.items()):
-        if isinstance(value, type) and value.__module__ == "__main__" and not name.startswith("_"):
-            marks[name] = cloudpickle_internals._get_or_create_tracker_id(value)
-    return marks
+    """The marks of the classes that a notebook defined, by name; see `class_mark`."""
+    return {name: class_mark(value) for name, value in _classes(namespace).items() if not name.startswith("_")}
 
 
 def tie_classes(marks: dict[str, str], namespace: dict[str, Any]) -> None:
-    """Give the classes of `namespace` the notebook's ids, after both have run the same definition.
+    """Give the classes of `namespace` the notebook's marks, after both have run the same definition.
 
     Runs on an engine. Without it, an instance pulled from here would be of a copy of the notebook's class.
     """
-    for name, mark in marks.items():
-        value = namespace.get(name)
-        if isinstance(value, type) and value.__module__ == "__main__":
-            cloudpickle_internals._DYNAMIC_CLASS_TRACKER_BY_CLASS[value] = mark
-            cloudpickle_internals._DYNAMIC_CLASS_TRACKER_BY_ID[mark] = value
+    for name, kind in _classes(namespace).items():
+        if name in marks:
+            set_class_mark(kind, marks[name])
+
+
+def _classes(namespace: dict[str, Any]) -> dict[str, type]:
+    """The classes that the cells of a namespace defined."""
+    return {n: v for n, v in list(namespace.items()) if isinstance(v, type) and v.__module__ == "__main__"}

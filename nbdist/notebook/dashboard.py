@@ -20,6 +20,7 @@ from nbdist.telemetry import run_html, run_text
 from nbdist.telemetry.command_table import COMMANDS
 from nbdist.telemetry.run_view import epoch_text
 from nbdist.telemetry.terminal import TerminalView
+from nbdist.upstream.ipython_private import answer_while_busy
 
 __all__ = [
     "LineDashboard",
@@ -203,7 +204,7 @@ def _make_widget(run: Run) -> Any:
         events=panel_view.events(view), reply={"number": 0, "text": ""}, buttons=panel_view.buttons(),
     )  # fmt: skip
     panel.on_msg(lambda widget, content, _buffers: _apply_click(widget, run, content))
-    _answer_while_busy(panel)
+    answer_while_busy(panel)
     return panel
 
 
@@ -226,14 +227,3 @@ def _number(text: Any) -> float:
         return float(str(text).replace(",", "."))
     except ValueError:
         raise PlanError(f"a learning rate of {text!r} is not possible: use a positive number.") from None
-
-
-def _answer_while_busy(widget: Any) -> None:
-    """Let clicks arrive while a cell is running.
-
-    ipykernel 7.4 handles a widget's messages on the shell that published last, which is busy with this cell; the
-    front end's choice of a free subshell must win. A private API, so only where it exists; elsewhere ■ stops a run.
-    """
-    comm = getattr(widget, "comm", None)
-    if comm is not None and hasattr(comm, "_reply_subshell_for"):
-        comm._reply_subshell_for = lambda data, default: default

@@ -15,8 +15,9 @@ from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engines import Engines
 from nbdist.core.transfer.payload import Segment, SegmentCache, unpack
-from nbdist.engine.cell_sources import NotebookUpdate, cell_file, search_path
+from nbdist.engine.cell_sources import NotebookUpdate, search_path
 from nbdist.errors import ClusterError, EngineError
+from nbdist.upstream.ipython_private import cell_file
 
 __all__ = ["Replay"]
 

@@ -35,6 +35,7 @@ from nbdist.core.comm.authenticated_store import host_store
 from nbdist.core.comm.rendezvous import GenerationStore, barrier, start_group, unused_prefix
 from nbdist.errors import PlanError
 from nbdist.telemetry.host import host_id
+from nbdist.upstream.torch_private import reset_group_count
 
 __all__ = ["SHARED_GPU", "World", "host_store", "pick_device"]
 
@@ -280,10 +281,7 @@ def _init_group(device: torch.device, backend: str, store: Any, rank: int, size:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # per thread, and this runs in a thread of `start_group`
     by_device = "gloo" if device.type == "cpu" else f"cpu:gloo,cuda:{backend}"
-    # Private API: torch puts a group counter into the keys of the rendezvous, and a failed attempt leaves it advanced.
-    numbered = getattr(dist.distributed_c10d, "_world", None)
-    if numbered is not None and hasattr(numbered, "group_count") and not dist.is_initialized():
-        numbered.group_count = 0
+    reset_group_count()
     dist.init_process_group(by_device, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
 
 

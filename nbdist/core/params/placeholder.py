@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from nbdist.errors import PlanError
+from nbdist.upstream.torch_private import pytree
 
 __all__ = ["Placeholders", "detached", "dummy", "is_placeholder", "reveal"]
 

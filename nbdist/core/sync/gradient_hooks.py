@@ -18,6 +18,7 @@ from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.placement import Placement
 from nbdist.errors import PlanError
 from nbdist.plan import Mesh
+from nbdist.upstream.torch_private import set_tensor_hooks, tensor_hooks
 
 __all__ = ["GradientHooks", "check_hooks"]
 
@@ -32,11 +33,11 @@ class GradientHooks:
     def __init__(self, model: nn.Module) -> None:
         self._removed: dict[str, tuple[Any, Any, Any]] = {}
         for name, parameter in model.named_parameters():
-            before, after = _hooks(parameter)
+            before, after = tensor_hooks(parameter)
             if before or after:
                 self._removed[name] = parameter, before, after
                 # Not None: torch would go on running post-accumulate hooks. With an empty dict it runs none.
-                _put(parameter, before and OrderedDict(), after and OrderedDict())
+                set_tensor_hooks(parameter, before and OrderedDict(), after and OrderedDict())
 
     def run(self, table: ParamTable, axes: MeshChannels) -> None:
         """Run the hooks on the gradients that this rank holds. **Collective** over the replica."""
@@ -63,7 +64,7 @@ class GradientHooks:
     def restore(self) -> None:
         """Register the hooks on the parameters again. Local."""
         for parameter, before, after in self._removed.values():
-            _put(parameter, before, after)
+            set_tensor_hooks(parameter, before, after)
         self._removed.clear()
 
 
@@ -74,7 +75,7 @@ def check_hooks(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) 
         PlanError: A hook would get parts of tensors, or some parameters only.
     """
     for name, parameter in model.named_parameters() if mesh.tp * mesh.shard > 1 else ():
-        if _hooks(parameter)[1]:
+        if tensor_hooks(parameter)[1]:
             raise PlanError(
                 f"parameter {name} has a post-accumulate-grad hook, which would get a part of the gradient on mesh "
                 f"{mesh}: use register_hook, or the strategy data or pipeline."
@@ -85,11 +86,3 @@ def check_hooks(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) 
             f"the optimizer has step hooks, which would get only the parameters of one rank on mesh {mesh}: override "
             "step() in a class of your own, which is tried on small tensors first, or use the strategy data."
         )
-
-
-def _hooks(parameter: Any) -> tuple[Any, Any]:
-    return parameter._backward_hooks, parameter._post_accumulate_grad_hooks
-
-
-def _put(parameter: Any, before: Any, after: Any) -> None:
-    parameter._backward_hooks, parameter._post_accumulate_grad_hooks = before, after

@@ -21,6 +21,7 @@ from nbdist.core.comm import Channel
 from nbdist.core.data.reader import Slice
 from nbdist.core.data.sources import tensors_in
 from nbdist.core.params.param_table import restore_buffers
+from nbdist.upstream.torch_private import check_input_dim
 
 __all__ = ["BatchNorms", "buffers_kept_if_empty"]
 
@@ -107,7 +108,7 @@ class BatchNorms:
         if self._local_only or not layer.training:
             own: torch.Tensor = type(layer).forward(layer, x)
             return own
-        layer._check_input_dim(x)
+        check_input_dim(layer, x)
         result: tuple[torch.Tensor, ...] = _Normalized.apply(  # type: ignore[no-untyped-call]
             x, layer.weight, layer.bias, layer.eps, self.counts, self.channel
         )

@@ -20,9 +20,18 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils.hooks import RemovableHandle
 
 from nbdist.errors import TaskError
+from nbdist.upstream.torch_private import (
+    first_hook_number,
+    make_subclass,
+    neg_view,
+    number_hooks_from,
+    set_tensor_hooks,
+    tensor_hooks,
+    typed_storage,
+    without_torch_function,
+)
 
 __all__ = ["attributes", "dump", "load"]
 
@@ -80,7 +89,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         if kind is torch.UntypedStorage and value.device.type != "meta":
             return _itself, (self._kept(value),)
         if kind is torch.TypedStorage:
-            return _as_typed_storage, (value._untyped_storage, value.dtype)
+            return typed_storage, (value._untyped_storage, value.dtype)
         if issubclass(kind, weakref.ref) or kind in _PROXIES or kind in _CONTAINERS:
             return self._weak(value)
         for name in _STREAMS:
@@ -94,7 +103,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
     def _tensor(self, value: Any) -> Any:
         """Reduce a tensor to its class, storage, offset and strides, attributes and hooks."""
         kind: Any = type(value)
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             if issubclass(kind, (UninitializedBuffer, UninitializedParameter)):
                 make: Any = kind
                 arguments: tuple[Any, ...] = (value.requires_grad, value.data.device, value.data.dtype)
@@ -111,7 +120,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         plain = value.detach()
         if any(rare):
             plain = plain.conj() if plain.is_conj() else plain
-            plain = torch._neg_view(plain) if plain.is_neg() else plain
+            plain = neg_view(plain) if plain.is_neg() else plain
         storage = None if plain.is_meta else self._kept(plain.untyped_storage())
         place = (plain.storage_offset(), tuple(plain.shape), plain.stride())
         return type(value), storage, plain.dtype, *place, value.requires_grad, *(rare if any(rare) else ())
@@ -188,7 +197,7 @@ def _hooks(tensor: Any) -> tuple[Any, Any]:
     """The hook dicts of a leaf; a non-leaf's hooks belong to its graph, which is not sent."""
     if tensor.grad_fn is not None:
         return None, None
-    return tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    return tensor_hooks(tensor)
 
 
 def attributes(value: Any) -> dict[str, Any]:
@@ -229,7 +238,7 @@ class _HookNumbers:
     """Pickled first: hooks have ids, and hooks registered later at the receiver must not reuse those that are sent."""
 
     def __reduce__(self) -> Any:
-        return _number_hooks_from, (RemovableHandle.next_id,)
+        return number_hooks_from, (first_hook_number(),)
 
 
 class _DroppedGraph(torch.autograd.Function):
@@ -252,20 +261,12 @@ class _DroppedGraph(torch.autograd.Function):
 # Functions that unpickling calls at the receiver.
 
 
-def _number_hooks_from(number: int) -> None:
-    RemovableHandle.next_id = max(RemovableHandle.next_id, number)
-
-
 def _itself(value: Any) -> Any:
     return value
 
 
 def _as_storage(view: memoryview) -> torch.UntypedStorage:
     return torch.frombuffer(view, dtype=torch.uint8).untyped_storage() if len(view) else torch.UntypedStorage(0)
-
-
-def _as_typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
-    return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
 
 
 def _as_tensor(
@@ -279,7 +280,7 @@ def _as_tensor(
         else:
             tensor = torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
         tensor = tensor.conj() if conj else tensor
-        return torch._neg_view(tensor) if neg else tensor
+        return neg_view(tensor) if neg else tensor
 
     if graph:
         with torch.enable_grad():
@@ -287,7 +288,7 @@ def _as_tensor(
         return tensor if kind is torch.Tensor else tensor.as_subclass(kind)
     if kind is torch.Tensor:
         return make().requires_grad_(requires_grad)
-    return torch.Tensor._make_subclass(kind, make(), requires_grad)
+    return make_subclass(kind, make(), requires_grad)
 
 
 def _set_attributes(tensor: Any, state: tuple[dict[str, Any], Any, Any, bool | None]) -> None:
@@ -296,10 +297,8 @@ def _set_attributes(tensor: Any, state: tuple[dict[str, Any], Any, Any, bool | N
     if requires_grad is not None:
         tensor.requires_grad_(requires_grad)
     vars(tensor).update(attributes)
-    if before:
-        tensor._backward_hooks = before
-    if after:
-        tensor._post_accumulate_grad_hooks = after
+    if before or after:
+        set_tensor_hooks(tensor, before, after)
 
 
 def _restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from nbdist.core.comm import Channel
 from nbdist.core.params.param_data_watch import DataWatch
 from nbdist.core.params.placeholder import Placeholders
 from nbdist.core.strategies.shard.block import Block, written_error
+from nbdist.upstream.torch_private import pytree
 
 __all__ = ["FullySharded"]
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from nbdist.core.params.preserve_model import preserve_model
 from nbdist.core.strategies.shard.block import written_error
+from nbdist.upstream.torch_private import pytree
 
 __all__ = ["BLOCKS", "blocks_of"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree  # private API, used here only; torch.export is built on it
 
 from nbdist.errors import TaskError
+from nbdist.upstream.torch_private import pytree
 
 __all__ = ["Call", "Constant", "FlatModel", "OutputStructure", "TensorLike", "leaves_of"]
 

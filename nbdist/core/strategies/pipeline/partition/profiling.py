@@ -13,6 +13,7 @@ from torch import fx
 from nbdist.core.params.preserve_model import device_of, preserve_model
 from nbdist.core.strategies.pipeline.partition.call_signature import leaves_of
 from nbdist.core.strategies.pipeline.partition.tracing import Trace
+from nbdist.upstream.torch_private import storage_key
 
 __all__ = ["ValueInfo", "examine", "measure"]
 
@@ -113,8 +114,8 @@ class _MemoryTracker(_Runner):
         super().__init__(trace, keep=True)  # freed memory would be used again, under the same address
         self.positions = {node: i for i, node in enumerate(trace.body)}
         persistent = [*trace.model.parameters(), *trace.model.buffers(), *trace.constants.values()]
-        self.persistent = {_memory(t) for t in _tensors(persistent)}
-        self.buffers = {_memory(t) for t in _tensors(list(trace.model.buffers()))}
+        self.persistent = {storage_key(t) for t in _tensors(persistent)}
+        self.buffers = {storage_key(t) for t in _tensors(list(trace.model.buffers()))}
         self.first: dict[int, int] = {}
         self.last: dict[int, int] = {}
         self.written: dict[int, int] = {}
@@ -123,17 +124,17 @@ class _MemoryTracker(_Runner):
         """See `fx.Interpreter`."""
         position = self.positions.get(n, -1)
         inputs = list(_tensors([*(self.env[source] for source in n.all_input_nodes), *self._inside(n)]))
-        before = [(t._version, t.clone() if _memory(t) in self.buffers else None) for t in inputs]
+        before = [(t._version, t.clone() if storage_key(t) in self.buffers else None) for t in inputs]
         result = super().run_node(n)
         if n.op in ("get_attr", "output"):
             return result
         for tensor, (version, values) in zip(inputs, before, strict=True):
             # batch_norm writes its buffers without changing `_version`
             if tensor._version != version or (values is not None and not torch.equal(tensor, values)):
-                self.written[_memory(tensor)] = position
+                self.written[storage_key(tensor)] = position
         for tensor in [*inputs, *_tensors(result)]:
-            self.first.setdefault(_memory(tensor), position)
-            self.last[_memory(tensor)] = position
+            self.first.setdefault(storage_key(tensor), position)
+            self.last[storage_key(tensor)] = position
         return result
 
     def no_cut_ranges(self) -> Iterator[tuple[int, int]]:
@@ -156,7 +157,3 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def _plain(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

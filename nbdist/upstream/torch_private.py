@@ -1,0 +1,119 @@
+"""What nbdist uses of torch that torch does not document. Where a version lacks one, the import of this module says so.
+
+`tests/upstream/test_torch_private.py` shows that each does what it should, and fails for a version not in `VERIFIED`.
+What is private but the subject of a whole module stays there: see "Private APIs" in DECISIONS.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+__all__ = [
+    "VERIFIED",
+    "check_input_dim",
+    "first_hook_number",
+    "make_subclass",
+    "neg_view",
+    "number_hooks_from",
+    "pytree",
+    "reset_group_count",
+    "set_tensor_hooks",
+    "storage_key",
+    "tensor_hooks",
+    "typed_storage",
+    "without_torch_function",
+]
+
+VERIFIED = ("2.10.0", "2.13.0")
+"""The oldest and the newest version that was tested."""
+
+_NEEDED: dict[Any, tuple[str, ...]] = {
+    torch: ("TypedStorage", "_neg_view"),
+    torch.Tensor: ("_backward_hooks", "_make_subclass", "_post_accumulate_grad_hooks"),
+    torch.UntypedStorage: ("_cdata",),
+    torch._C: ("DisableTorchFunctionSubclass",),
+    RemovableHandle: ("next_id",),
+    nn.BatchNorm1d: ("_check_input_dim",),
+    pytree: ("TreeSpec", "tree_flatten", "tree_leaves", "tree_unflatten", "treespec_dumps", "treespec_loads"),
+}
+
+
+def _check(needed: dict[Any, tuple[str, ...]]) -> None:
+    missing = [
+        f"{owner.__name__}.{name}" for owner, names in needed.items() for name in names if not hasattr(owner, name)
+    ]
+    if missing:
+        raise ImportError(
+            f"torch {torch.__version__} has no {', '.join(missing)}: install torch {VERIFIED[-1]}, with which this "
+            "version of nbdist was tested."
+        )
+
+
+_check(_NEEDED)
+
+
+def tensor_hooks(tensor: Any) -> tuple[Any, Any]:
+    """The dicts of hooks on a leaf tensor: those that get its gradient, and those after it was accumulated; or None."""
+    return tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+
+
+def set_tensor_hooks(tensor: Any, before: Any, after: Any) -> None:
+    """Replace both dicts, the objects that a `RemovableHandle` refers to; None only where a tensor has none."""
+    tensor._backward_hooks, tensor._post_accumulate_grad_hooks = before, after
+
+
+def first_hook_number() -> int:
+    """The number that the next hook of this process gets."""
+    return RemovableHandle.next_id
+
+
+def number_hooks_from(number: int) -> None:
+    """Hooks of this process get this number or a later one."""
+    RemovableHandle.next_id = max(RemovableHandle.next_id, number)
+
+
+def make_subclass(kind: type[torch.Tensor], data: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """A tensor of a class with the memory of another, without calling the class."""
+    return torch.Tensor._make_subclass(kind, data, requires_grad)
+
+
+def neg_view(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of a tensor that is lazily negated, as the imaginary part of a conjugate is."""
+    return torch._neg_view(tensor)
+
+
+def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
+    """The typed view of a storage; quantized tensors still have it."""
+    return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+
+
+def without_torch_function() -> Any:
+    """A context in which subclasses of tensors do not see what is done with them."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identifies a tensor's storage, also one without memory, whose address is 0."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def check_input_dim(layer: Any, x: torch.Tensor) -> None:
+    """Raise as a batch norm layer does for an input of the wrong number of dimensions."""
+    layer._check_input_dim(x)
+
+
+def reset_group_count() -> None:
+    """Let the next process group count as this process's first one.
+
+    torch puts a group counter into the keys of the rendezvous, and a failed attempt leaves it advanced. Without the
+    counter's place, a rank that could not create a group has to be replaced.
+    """
+    numbered = getattr(dist.distributed_c10d, "_world", None)
+    if numbered is not None and hasattr(numbered, "group_count") and not dist.is_initialized():
+        numbered.group_count = 0

@@ -1,0 +1,161 @@
+"""What torch does not document does what we think: a new version that changes it fails here, with the place."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nbdist.upstream import torch_private as private
+
+
+def test_this_version_was_tested():
+    """After an upgrade: read DECISIONS.md, "Private APIs", run all tests with it, and add it to VERIFIED."""
+    assert torch.__version__.partition("+")[0] in private.VERIFIED
+
+
+def test_a_torch_that_lacks_one_says_so_when_it_is_loaded():
+    """With the version that has it."""
+    text = re.escape(f"torch {torch.__version__} has no Tensor._gone: install torch {private.VERIFIED[-1]}")
+    with pytest.raises(ImportError, match=text):
+        private._check({torch.Tensor: ("_gone", "_make_subclass")})
+
+
+def test_nothing_else_of_torch_is_private_here():
+    """Its underscored names stand in this one module, but for those that are a module's whole subject."""
+    names = [name.lstrip("_") for needed in private._NEEDED.values() for name in needed if name.startswith("_")]
+    package = Path(private.__file__).parents[1]
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if any(f"._{name}" in path.read_text() for name in names)
+        or "utils._pytree" in path.read_text()
+        or "from torch.utils import _pytree" in path.read_text()
+    }
+    assert {"upstream/torch_private.py"} == found
+
+
+def test_hooks_can_be_taken_off_a_tensor_and_put_back():
+    """The same dicts, so that their handles still remove them."""
+    leaf, seen = nn.Parameter(torch.ones(2)), []
+    assert (None, None) == private.tensor_hooks(leaf)
+    handle = leaf.register_hook(lambda gradient: seen.append("before"))
+    leaf.register_post_accumulate_grad_hook(lambda tensor: seen.append("after"))
+    before, after = private.tensor_hooks(leaf)
+    private.set_tensor_hooks(leaf, OrderedDict(), OrderedDict())
+    leaf.sum().backward()
+    assert [] == seen
+    private.set_tensor_hooks(leaf, before, after)
+    leaf.sum().backward()
+    assert ["before", "after"] == seen
+    handle.remove()
+    leaf.sum().backward()
+    assert ["before", "after", "after"] == seen
+
+
+def test_hooks_are_numbered():
+    """The next one gets the number, and numbers never go back."""
+    number = private.first_hook_number()
+    assert number == nn.Parameter(torch.ones(1)).register_hook(print).id
+    private.number_hooks_from(number + 10)
+    private.number_hooks_from(number)
+    assert number + 10 == nn.Parameter(torch.ones(1)).register_hook(print).id
+
+
+class Kind(torch.Tensor):
+    """A class whose functions and constructor cannot be used."""
+
+    def __init__(self, *_):
+        raise AssertionError
+
+    @classmethod
+    def __torch_function__(cls, *_, **__):
+        raise AssertionError
+
+
+def test_a_tensor_of_a_class_is_made_without_calling_it():
+    """It shares the memory; and what is done with it inside the context, the class does not see."""
+    data = torch.ones(3)
+    with private.without_torch_function():
+        made = private.make_subclass(Kind, data, True)
+        assert (Kind, True, data.data_ptr()) == (type(made), made.requires_grad, made.data_ptr())
+        assert 3.0 == made.sum().item()
+    with pytest.raises(AssertionError):
+        made.sum()
+
+
+def test_a_lazily_negated_view():
+    """Shares the memory, and counts as negated."""
+    values = torch.tensor([1.0, -2.0])
+    view = private.neg_view(values)
+    assert ([-1.0, 2.0], True, values.data_ptr()) == (view.tolist(), view.is_neg(), view.data_ptr())
+
+
+def test_a_storage_has_a_typed_view():
+    """Of the same memory."""
+    storage = torch.tensor([1.0, 2.0]).untyped_storage()
+    typed = private.typed_storage(storage, torch.float32)
+    assert (torch.float32, storage.data_ptr()) == (typed.dtype, typed._untyped_storage.data_ptr())
+
+
+def test_a_storage_is_known_by_its_key():
+    """Views share it, copies do not; a storage without memory has one too."""
+    whole, other = torch.ones(4), torch.ones(4)
+    assert private.storage_key(whole) == private.storage_key(whole[2:]) != private.storage_key(other)
+    first, second = (torch.ones(2, device="meta") for _ in range(2))
+    assert private.storage_key(first) == private.storage_key(first.view(1, 2)) != private.storage_key(second)
+
+
+def test_batch_norm_refuses_an_input_of_other_dimensions():
+    """Each kind for itself."""
+    private.check_input_dim(nn.BatchNorm2d(3), torch.ones(1, 3, 2, 2))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        private.check_input_dim(nn.BatchNorm2d(3), torch.ones(1, 3))
+
+
+def test_nested_values_are_flattened_and_described_as_json():
+    """In the order of the values, through tuples, lists and dicts; the description can be read back."""
+    nested = ([1, {"b": 2, "a": 3}], (4,))
+    leaves, structure = private.pytree.tree_flatten(nested)
+    assert [1, 2, 3, 4] == leaves == private.pytree.tree_leaves(nested)
+    text = private.pytree.treespec_dumps(structure)
+    assert nested == private.pytree.tree_unflatten(leaves, private.pytree.treespec_loads(text))
+
+
+GROUPS = """
+import torch.distributed as dist
+from nbdist.upstream.torch_private import reset_group_count
+
+for _ in range(3):
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    print(dist.distributed_c10d._world.group_count)
+    dist.destroy_process_group()
+    dist.distributed_c10d._world.group_count = 7  # as a failed attempt leaves it
+    reset_group_count()
+"""
+
+
+def test_the_next_group_counts_as_the_first():
+    """Though one could not be created."""
+    counts = subprocess.run(
+        [sys.executable, "-c", GROUPS], capture_output=True, text=True, check=True, env={**os.environ}
+    ).stdout.split()
+    assert 1 == len(set(counts))
+    assert 3 == len(counts)
+
+
+def test_without_the_groups_counter_nothing_is_reset(monkeypatch):
+    """Where torch has moved it."""
+    monkeypatch.setattr(dist.distributed_c10d, "_world", SimpleNamespace())
+    private.reset_group_count()
+    assert {} == vars(dist.distributed_c10d._world)
