@@ -16,7 +16,7 @@ VERIFIED = {
     "cloudpickle": ("2.2.0", "3.1.2"),
     "ipykernel": ("6.17.1", "7.3.0", "7.4.0"),
 }
-"""The oldest and the newest versions that were tested."""
+"""The oldest versions, which were read, and the newest for each Python, which were tested."""
 
 
 def cell_number(file_name: str) -> int | None:

@@ -30,8 +30,8 @@ __all__ = [
     "without_torch_function",
 ]
 
-VERIFIED = ("2.10.0", "2.13.0")
-"""The oldest and the newest version that was tested."""
+VERIFIED = ("2.13.0",)
+"""The versions that were tested."""
 
 _NEEDED: dict[Any, tuple[str, ...]] = {
     torch: ("TypedStorage", "_neg_view"),
