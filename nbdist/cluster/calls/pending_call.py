@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
+import contextlib
 from typing import Any
 
 from nbdist.errors import EngineError
@@ -52,7 +53,10 @@ class PendingCall(concurrent.futures.Future[Any], abc.ABC):
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the reply; returns whether it has come."""
-        return not concurrent.futures.wait([self], timeout_s).not_done
+        # Not `concurrent.futures.wait`: an interrupt within it could leave the future locked.
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            self.exception(timeout_s)
+        return self.done()
 
     @property
     def succeeded(self) -> bool:

@@ -62,7 +62,7 @@ class IpyparallelClient(EngineClient):
     def send_signal(self, engine: int, number: int) -> None:
         """See `EngineClient`; the engine's nanny delivers it."""
         if (client := self._client) is not None:
-            with contextlib.suppress(IndexError, NoEnginesRegistered):  # it has just ended
+            with contextlib.suppress(LookupError, NoEnginesRegistered):  # it has just ended
                 client.send_signal(number, targets=[engine], block=False)
 
     def wait_until_dead(self, engines: Collection[int], timeout_s: float) -> bool:

@@ -20,7 +20,7 @@ from ipyparallel.engine import nanny
 from ipyparallel.error import RemoteError
 from shared_cluster import HUNG_S, until
 
-from nbdist.cluster.calls.pending_call import CallError, EngineDied, LostCall
+from nbdist.cluster.calls.pending_call import EngineDied
 from nbdist.cluster.launch import ipyparallel_patches as patches
 from nbdist.cluster.launch.launcher import ForkedController, ForkedEngines, Launch
 
@@ -92,37 +92,6 @@ def test_the_nanny_is_forked(launch):
     with pytest.raises(EngineDied):
         launch.client.start_call(known, "ping")
     until(lambda: not watcher.is_running())
-
-
-def test_an_exception_of_the_same_name_is_no_death(launch):
-    """A user's class may be called as ipyparallel's is."""
-    code = "class EngineError(Exception): pass\nraise EngineError('the engine overheats')"
-    call = launch.client.start_cell(*launch.client.ids, code)
-    error = call.exception(HUNG_S)
-    assert (CallError, "EngineError", "the engine overheats") == (type(error), error.kind, error.message)
-    assert not call.succeeded
-
-
-def test_output_of_a_cell(launch):
-    """Streams, rich outputs, and the last expression, which arrive apart from the reply."""
-    code = "import sys\nfrom IPython.display import HTML, display\nprint('a')\nprint('b', file=sys.stderr)\n"
-    call = launch.client.start_cell(*launch.client.ids, f"{code}display(HTML('<b>c</b>'))\n'd'")
-    assert call.result(HUNG_S) is None
-    call.wait_for_output(HUNG_S)
-    assert ("a\n", "b\n") == (call.printed("stdout"), call.printed("stderr"))
-    assert ["<b>c</b>"] == [output["data"]["text/html"] for output in call.displays()]
-    assert {"text/plain": "'d'"} == call.last_expression()
-
-
-def test_a_call_to_a_dead_engine_has_failed_at_once():
-    """It is done, and has no output."""
-    call = LostCall()
-    assert (True, False, "", [], None, None) == (
-        call.wait(0), call.succeeded, call.printed("stdout"), call.displays(), call.last_expression(), call.published(),
-    )  # fmt: skip
-    call.wait_for_output(0)
-    with pytest.raises(EngineDied):
-        call.result()
 
 
 def test_a_local_launcher_waits_for_its_process_by_one_method():
