@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -96,6 +97,8 @@ class ClassLoss:
         """The weight of the mean: a number, or a scalar tensor where `target` lies."""
         if target.is_floating_point():  # probabilities of classes: the mean is over samples
             return target.numel() // max(1, target.shape[1] if target.ndim > 1 else target.shape[0])
+        if self._class_weight is None and target.device.type == "cpu":  # NumPy takes a third of torch's time here
+            return int(np.count_nonzero(target.detach().numpy() != self._ignore_index))
         counted = target != self._ignore_index
         if self._class_weight is None:
             return counted.sum()
