@@ -106,11 +106,16 @@ class _Call(PendingCall):
         source.add_done_callback(self._finish)
 
     def _finish(self, source: ipyparallel.AsyncResult) -> None:
-        error = source.exception()
-        if error is None:
-            self.set_result(None if self._cell else source.result())
+        try:
+            error = source.exception()
+            result = None if self._cell or error is not None else source.result()
+            failure = None if error is None else _failure(error)
+        except Exception as unexpected:  # raised in a callback it would only be logged, and the call never be done
+            result, failure = None, CallError(type(unexpected).__name__, str(unexpected))
+        if failure is None:
+            self.set_result(result)
         else:
-            self.set_exception(_failure(error))
+            self.set_exception(failure)
 
     def printed(self, stream: str) -> str:
         """See `PendingCall`."""
