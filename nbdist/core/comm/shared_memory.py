@@ -24,6 +24,7 @@ import torch
 
 from nbdist.core.comm.channel import Channel, Done, Pending
 from nbdist.core.comm.comm_timer import comm_timer
+from nbdist.core.comm.common_memory import CommonMemory
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.rendezvous import as_peer_lost
 from nbdist.core.transfer.payload import Segment
@@ -114,8 +115,24 @@ class SharedMemoryChannel(Channel):
             own, and later writes of other ranks to that page are not visible in it.
         """
         nbytes = numel * torch.empty(0, dtype=dtype).itemsize
-        common, own = (mapped[:nbytes].view(dtype) for mapped in self._map(max(nbytes, 1)))
-        return common, own
+        memory = self.common_memory(nbytes)
+        return memory.shared[:nbytes].view(dtype), memory.private[:nbytes].view(dtype)
+
+    def common_memory(self, nbytes: int) -> CommonMemory:
+        """New memory common to all ranks, zeroed; it has no name and is freed with the last of them. **Collective**."""
+        nbytes = max(nbytes, 1)
+        with contextlib.ExitStack() as cleanup:
+            if self.rank == 0:
+                segment = cleanup.enter_context(contextlib.closing(Segment(nbytes)))
+                memory, descriptor = segment.buffer, segment.descriptor
+                for peer in self._peers:
+                    socket.send_fds(peer, [b"\0"], [descriptor])
+            else:
+                descriptor = cleanup.enter_context(receive_file(self._peers[0]))
+                memory = mmap.mmap(descriptor, nbytes)
+            own = mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_COPY)
+            self.barrier()  # no rank uses the segment before all have mapped it
+        return CommonMemory(memory, own)
 
     def slabs(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's data for `tensor`, which `zeros` made on this channel, in rank order. Local."""
@@ -257,27 +274,8 @@ class SharedMemoryChannel(Channel):
     def _make_arena(self, nbytes: int) -> _Arena:
         """A slab for each rank. **Collective**."""
         pitch = -(-max(nbytes, 1) // _PAGE) * _PAGE
-        slabs = list(self._map(pitch * self.size)[0].split(pitch))
+        slabs = list(self.common_memory(pitch * self.size).shared.split(pitch))
         return _Arena(slabs=slabs, start=slabs[self.rank].data_ptr(), nbytes=pitch)
-
-    def _map(self, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map one new segment on all ranks; it has no name and is freed with the last of them. **Collective**.
-
-        Returns:
-            The shared mapping, and a private (copy-on-write) one.
-        """
-        with contextlib.ExitStack() as cleanup:
-            if self.rank == 0:
-                segment = cleanup.enter_context(contextlib.closing(Segment(nbytes)))
-                memory, descriptor = segment.buffer, segment.descriptor
-                for peer in self._peers:
-                    socket.send_fds(peer, [b"\0"], [descriptor])
-            else:
-                descriptor = cleanup.enter_context(receive_file(self._peers[0]))
-                memory = mmap.mmap(descriptor, nbytes)
-            own = mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_COPY)
-            self.barrier()  # no rank uses the segment before all have mapped it
-        return torch.frombuffer(memory, dtype=torch.uint8), torch.frombuffer(own, dtype=torch.uint8)
 
 
 def connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:

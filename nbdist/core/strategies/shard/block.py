@@ -1,20 +1,16 @@
-"""A block of sharded parameters (an FSDP unit): all-gather, free, reduce-scatter of gradients."""
+"""A block of sharded parameters (an FSDP unit): gathered, freed, its gradients reduced."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from nbdist.core.comm import Channel
-from nbdist.core.params.param_data_watch import set_data
-from nbdist.core.params.placeholder import Placeholders, dummy, reveal
-from nbdist.core.params.placement import shard_of
+from nbdist.core.params.param_data_watch import get_data, set_data
+from nbdist.core.params.placeholder import Placeholders, dummy, is_placeholder, reveal
+from nbdist.core.strategies.shard.whole_blocks import WholeBlocks, written_error
 from nbdist.errors import PlanError
 
-__all__ = ["Block", "written_error"]
-
-_HEADER = 16
-"""Elements before each rank's shards in an all-gather, a cache line. The first one is the number of the block."""
+__all__ = ["Block"]
 
 
 class Block:
@@ -23,7 +19,8 @@ class Block:
     Args:
         number: Its index among the blocks, the same on all ranks.
         parameters: The parameters, still whole.
-        channel: The ``shard`` axis.
+        rank: This rank on the ``shard`` axis.
+        whole: Makes it whole.
         names: The names of the parameters, for errors.
         placeholders: Turns parameters into placeholders while they are not gathered.
         registry: Registry of gathered parameters, by the address of their memory; shared by all blocks.
@@ -38,39 +35,26 @@ class Block:
     """
 
     def __init__(
-        self, number: int, parameters: list[nn.Parameter], channel: Channel, names: dict[nn.Parameter, str],
-        placeholders: Placeholders, registry: dict[int, tuple[Block, int]],
+        self, number: int, parameters: list[nn.Parameter], rank: int, whole: WholeBlocks,
+        names: dict[nn.Parameter, str], placeholders: Placeholders, registry: dict[int, tuple[Block, int]],
     ) -> None:  # fmt: skip
-        self._number = 1 + number % 127  # exact in every dtype
-        self._mismatch: bool | torch.Tensor = False  # whether another rank gathered another block
+        self._number = number
         self.parameters = parameters
         self.places = {parameter: i for i, parameter in enumerate(parameters)}
-        self.channel = channel
+        self._rank = rank
+        self._whole = whole
         self.in_backward = self.late_gradients = self.gathered = False
         self.taken: set[int] = set()
         self._names = [names[parameter] for parameter in parameters]
         self._placeholders = placeholders
         self._registry = registry
         self._dummies = [dummy(p, p.device) for p in parameters]
-        self._lengths = [-(-p.numel() // channel.size) for p in parameters]
         self._gathered_data: list[torch.Tensor] = []
         self._versions: list[tuple[int, int]] = []  # address and version of each while gathered
         self._gradients: list[torch.Tensor | None] = [None] * len(parameters)
-        self._shards: list[torch.Tensor] = [p.data for p in parameters]
-        by_dtype: dict[torch.dtype, list[int]] = {}
-        for i, parameter in enumerate(parameters):
-            by_dtype.setdefault(parameter.dtype, []).append(i)
-        # For each dtype the indices of its parameters, and their shards in one flat tensor, the all-gather's input.
-        self._runs = [(members, self._lay_out(members)) for members in by_dtype.values()]
-
-    def _lay_out(self, members: list[int]) -> torch.Tensor:
-        run = self.parameters[members[0]].new_zeros(_HEADER + sum(self._lengths[i] for i in members))
-        run[0] = self._number
-        for i, place in zip(members, run[_HEADER:].split([self._lengths[i] for i in members]), strict=True):
-            place.copy_(shard_of(self._shards[i], self.channel.rank, self.channel.size))
-            self._shards[i] = place
-            set_data(self.parameters[i], place)
-        return run
+        self._shards = whole.shard(number, parameters)
+        for parameter, shard in zip(parameters, self._shards, strict=True):
+            set_data(parameter, shard)
 
     def hide_shards(self) -> None:
         """Turn all parameters into placeholders, at the start of a step. Local."""
@@ -96,18 +80,10 @@ class Block:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """All-gather the parameters into new memory. **Collective**."""
+        """Make the parameters whole. **Collective**."""
         if self.gathered:
             return
-        wholes: dict[int, torch.Tensor] = {}
-        for members, run in self._runs:
-            lengths = [self._lengths[i] for i in members]
-            gathered = self.channel.all_gather(run)
-            self._check_block_numbers(gathered, run)
-            rows = [row[_HEADER:].split(lengths) for row in gathered]
-            for i, *shards in zip(members, *rows, strict=True):
-                wholes[i] = torch.cat(shards)
-        self._gathered_data = [wholes[i] for i in range(len(wholes))]
+        self._gathered_data = self._whole.gather(self._number)
         self.gathered = True
         for i, (parameter, whole, layout) in enumerate(
             zip(self.parameters, self._gathered_data, self._dummies, strict=True)
@@ -120,30 +96,6 @@ class Block:
             if address:
                 self._registry[address] = self, i
         self.taken.clear()
-
-    def _check_block_numbers(self, gathered: list[torch.Tensor], run: torch.Tensor) -> None:
-        """Compare the block numbers of all ranks."""
-        if self.channel.device.type == "cpu":
-            # Each rank compares with its neighbour: together they compare all.
-            neighbour = gathered[(self.channel.rank + 1) % self.channel.size]
-            self._mismatch = neighbour[0].item() != self._number
-            self.check_order()
-        else:  # on the GPU without waiting for it; `check_order` reads it
-            self._mismatch = self._mismatch | (torch.stack([row[0] for row in gathered]) != run[0]).any()
-
-    def check_order(self) -> None:
-        """Check that all ranks have gathered the same blocks in the same order. Local.
-
-        Raises:
-            PlanError: They have not.
-        """
-        mismatch, self._mismatch = self._mismatch, False
-        if mismatch:
-            raise PlanError(
-                f"the ranks compute different layers: where this one needs {self._names[0]}, another one needs "
-                "another. On a mesh with shard the data may not decide which layers are computed, or in "
-                "which order: compute all of them, without samples where there are none, or use the strategy data."
-            )
 
     def name(self, parameter: nn.Parameter) -> str:
         """The name of a parameter."""
@@ -172,9 +124,9 @@ class Block:
 
     def _differs(self, i: int) -> bool:
         """Whether this rank's slice of a gathered parameter differs from its shard. Waits for the device."""
-        length = self._lengths[i]
-        here = self._gathered_data[i].narrow(0, self.channel.rank * length, length)
-        return not torch.equal(here.view(torch.uint8), self._shards[i].view(torch.uint8))
+        length = len(self._shards[i])
+        here = self._gathered_data[i][self._rank * length : (self._rank + 1) * length]
+        return not torch.equal(here.view(torch.uint8), self._shards[i][: len(here)].view(torch.uint8))
 
     def _forget(self) -> None:
         self.gathered = False
@@ -185,31 +137,20 @@ class Block:
 
     @torch.no_grad()
     def reduce(self, zero_gradients: bool) -> list[int]:
-        """Reduce-scatter gradients and add them to the shards'; return the ids of used parameters. **Collective**."""
-        used = []
-        for members, run in self._runs:
-            trained = [i for i in members if self.parameters[i].requires_grad]
-            lengths = [self._lengths[i] for i in trained]
-            rows = run.new_zeros((self.channel.size, sum(lengths)))
-            for i, place in zip(trained, rows.split(lengths, 1), strict=True):
-                parameter = self.parameters[i]
-                gradient, parameter.grad = parameter.grad, None
-                if gradient is not None and not zero_gradients:
-                    used.append(id(parameter))
-                    padded = gradient.new_zeros(place.numel())
-                    padded[: gradient.numel()] = gradient.reshape(-1)
-                    place.copy_(padded.view_as(place))
-            if not trained:
-                continue
-            for i, total in zip(trained, self.channel.reduce_scatter(rows.view(-1)).split(lengths), strict=True):
+        """Add the ranks' gradients to the shards'; return the ids of used parameters. **Collective**."""
+        gradients: dict[int, torch.Tensor | None] = {}
+        sums: dict[int, torch.Tensor] = {}
+        for i, parameter in enumerate(self.parameters):
+            if parameter.requires_grad:
+                gradients[i], parameter.grad = None if zero_gradients else parameter.grad, None
                 own = self._gradients[i]
-                self._gradients[i] = total.clone() if own is None else own.add_(total)
-        return used
+                sums[i] = self._gradients[i] = torch.zeros_like(self._shards[i]) if own is None else own
+        if gradients:
+            self._whole.reduce(self._number, gradients, sums)
+        return [id(self.parameters[i]) for i, gradient in gradients.items() if gradient is not None]
 
-
-def written_error(name: str, how: str = "") -> PlanError:
-    """The error for a write to a gathered parameter, which would be lost."""
-    return PlanError(
-        f"the model's forward, or the step, writes to parameter {name}{how}, of which each rank holds a shard on a "
-        "mesh with shard: let the optimizer change it, or use the strategy data."
-    )
+    def close(self) -> None:
+        """Leave this rank's shards in memory of its own, without gradients. Local."""
+        for parameter, shard in zip(self.parameters, self._shards, strict=True):
+            if not is_placeholder(parameter) and get_data(parameter).data_ptr() == shard.data_ptr():
+                set_data(parameter, shard.clone())

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: every rank holds its shard; a block is all-gathered only while it computes.
+"""Fully sharded data parallelism: every rank holds its shard; a block is gathered only while it computes.
 
 The scheme is that of ZeRO stage 3 (Rajbhandari et al., 2020) and of torch's ``fully_shard``, on plain tensors.
 """
@@ -13,25 +13,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nbdist.core.comm import Channel
+from nbdist.core.comm import Channel, SharedMemoryChannel
 from nbdist.core.params.param_data_watch import DataWatch
 from nbdist.core.params.placeholder import Placeholders
-from nbdist.core.strategies.shard.block import Block, written_error
+from nbdist.core.strategies.shard.block import Block
+from nbdist.core.strategies.shard.gathered_blocks import GatheredBlocks
+from nbdist.core.strategies.shard.mapped_blocks import MappedBlocks
+from nbdist.core.strategies.shard.whole_blocks import WholeBlocks, written_error
 from nbdist.upstream.torch_private import pytree
 
 __all__ = ["FullySharded"]
 
 
 class FullySharded:
-    """Parameters sharded over a channel, in blocks that are all-gathered together.
+    """Parameters sharded over a channel, in blocks that are gathered together.
 
     In forward and backward, a parameter is whole in a gathered block and a placeholder otherwise. If the step or
     another module reads a placeholder, its block is gathered for that. After `expose_shards`, as for the optimizer, it
     is this rank's flat shard, with the gradient of that shard. The `nn.Parameter` objects stay the model's own. All
     ranks must compute the same blocks in the same order, forward and backward.
 
-    Each gather allocates new memory, so a view that the user keeps stays valid. What autograd saves for backward is
-    freed and gathered again: compute inside `saving`.
+    On one host blocks lie in memory that all ranks map (`MappedBlocks`), else they are sent (`GatheredBlocks`). A view
+    that the user keeps stays valid. What autograd saves for backward is freed and gathered again: compute inside
+    `saving`.
 
     **Collective**: the constructor shards the parameters, which are whole until then.
 
@@ -48,9 +52,14 @@ class FullySharded:
     ) -> None:  # fmt: skip
         self._check_read = check_read
         self._registry: dict[int, tuple[Block, int]] = {}
+        self._whole: WholeBlocks
+        if isinstance(channel, SharedMemoryChannel):
+            self._whole = MappedBlocks(blocks, channel, names)
+        else:
+            self._whole = GatheredBlocks(channel, [names[block[0]] if block else "" for block in blocks])
         placeholders = Placeholders(self._read)
         self.blocks = [
-            Block(number, parameters, channel, names, placeholders, self._registry)
+            Block(number, parameters, channel.rank, self._whole, names, placeholders, self._registry)
             for number, parameters in enumerate(blocks)
         ]
         self.zero_gradients = False
@@ -62,24 +71,25 @@ class FullySharded:
         self._watch = DataWatch(parameters, lambda i: places[i][0].taken.add(places[i][1]))
 
     def hide_shards(self) -> None:
-        """Turn all parameters into placeholders, at the start of a step. Local."""
+        """Turn all parameters into placeholders once all owners have written, before a step. **Collective**."""
+        self._whole.begin()
         self.used.clear()
         for block in self.blocks:
             block.hide_shards()
 
     def expose_shards(self, *, summed: bool = False) -> None:
-        """Point every parameter at this rank's shard. Local.
+        """Point every parameter at this rank's shard. Local, but **Collective** with `summed`.
 
         Args:
             summed: Whether all gradients must have been reduced, as at the end of a step.
 
         Raises:
-            PlanError: A gradient came after its block was reduced.
+            PlanError: A gradient came after its block was reduced, a weight was written, or the ranks have computed
+                different blocks.
         """
         self._extra.clear()
         if summed:
-            for block in self.blocks:
-                block.check_order()
+            self._whole.end()
         for block in self.blocks:
             block.expose_shards(summed)
 
@@ -211,6 +221,9 @@ class FullySharded:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for block in self.blocks:
+            block.close()
+        self._whole.close()
         self.blocks.clear()
         self._extra.clear()
         self._registry.clear()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from nbdist.core.params.preserve_model import preserve_model
-from nbdist.core.strategies.shard.block import written_error
+from nbdist.core.strategies.shard.whole_blocks import written_error
 from nbdist.upstream.torch_private import pytree
 
 __all__ = ["BLOCKS", "blocks_of"]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import resource
 import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from problems import seeded, train
+from problems import assert_same_bits, classes, seeded, stop_after, train
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nbdist.core.comm.world import World
+from nbdist.core.state.checkpoint_reader import CheckpointReader
+from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.strategies.shard import block as shard_block
 from nbdist.errors import PlanError
 
@@ -429,9 +432,34 @@ def uneven(world):
 
 
 def test_ranks_that_compute_different_layers_are_refused(run_ranks):
-    """Otherwise a layer would be gathered from the shards of two layers of the same shape."""
+    """Otherwise gradients of two layers of the same shape would be added, or a layer gathered from shards of both."""
     with pytest.raises(PlanError, match=r"needs experts.\d.weight, another one needs another"):
         run_ranks(2, uneven)
+
+
+class Fewer(Net):
+    """Ranks that leave layers out compute fewer than the others, and the same ones until then."""
+
+    skips = False
+
+    def forward(self, x):
+        return super().forward(x.detach() if self.skips else self.layers[0](x))
+
+
+def fewer(world, mesh):
+    def step(model, batch):
+        model.skips = world.rank == world.size - 1
+        return error(model, batch)
+
+    WRITING["Fewer"] = Fewer
+    trained(world, "Fewer", step, {"strategy": mesh})
+
+
+@pytest.mark.parametrize(("size", "mesh"), [(2, "shard=2"), (4, "dp=2,shard=2")])
+def test_a_rank_that_computes_fewer_layers_is_refused(run_ranks, size, mesh):
+    """At the end of its step, though no gather tells it: the others wait for it in a reduce, on another channel."""
+    with pytest.raises(PlanError, match="the ranks compute different layers"):
+        run_ranks(size, fewer, mesh)
 
 
 def most_memory(world):
@@ -454,5 +482,134 @@ def most_memory(world):
 
 def test_at_most_two_blocks_are_gathered_at_a_time(run_ranks):
     """Autograd saves references, and backward gathers again."""
-    for most in run_ranks(2, most_memory):
+    for most in run_ranks(2, most_memory, channel="process group"):
         assert 64 * 64 <= most <= 2 * 64 * 64
+
+
+def memory(world):
+    """What a gather on one host costs: whether it is in the same memory each time, and the faults of late steps."""
+    model, places, faults = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))), {}, []
+    gather = shard_block.Block.gather
+
+    def noted(block):
+        gather(block)
+        places.setdefault(block, set()).add(tuple(whole.data_ptr() for whole in block._gathered_data))
+
+    def step(model, batch):
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        return error(model, batch)
+
+    shard_block.Block.gather = noted
+    x = torch.randn(8, 512)
+    train(world, model, (x, x), step=step, optimizer="adamw", batch_size=8, steps=12, strategy="shard")
+    return {len(found) for found in places.values()}, faults[-1] - faults[-6]
+
+
+def test_on_one_host_a_gather_takes_no_memory(run_ranks):
+    """A block is whole in memory that all ranks map, so late steps fault on no page of the 2 million weights."""
+    for places, faults in run_ranks(2, memory):
+        assert {1} == places
+        assert faults < 500  # a copy of the weights would be 2,000 a step
+
+
+class WritesPastTorch(Net):
+    """Writes to a weight as an array, which neither torch nor a watch sees, from the third step on."""
+
+    def extra(self):
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls > 3 and torch.is_grad_enabled():
+            self.layers[2].register_forward_pre_hook(write_as_array)
+        return super().forward(x)
+
+
+def write_as_array(layer, _args):
+    layer.weight.detach().numpy().__imul__(0.5)
+
+
+def written_past_torch(world, paths):
+    model = seeded(WritesPastTorch, torch.float64)
+    x = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    options = {"optimizer": "sgd", "batch_size": 8, "steps": 6, "shuffle": False, "strategy": "shard"}
+    try:
+        train(world, model, (x, x.flip(1)), step=error, snapshot_paths=paths, **options)
+    except PlanError as refused:
+        return str(refused)
+
+
+def stopped_before(world, paths, step):
+    model = seeded(Net, torch.float64)
+    x = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    options = {"optimizer": "sgd", "batch_size": 8, "steps": 6, "shuffle": False, "strategy": "shard"}
+    train(world, model, (x, x.flip(1)), step=error, snapshot_paths=paths, commands=stop_after(step), **options)
+
+
+def test_a_write_that_torch_does_not_see_is_refused_and_the_snapshot_unharmed(run_ranks):
+    """The system knows which private pages were written; the common weights, which are saved, have not changed."""
+    stores = SnapshotStore(2), SnapshotStore(2)
+    for message in run_ranks(2, written_past_torch, stores[0].paths):
+        assert "writes to parameter layers.2.weight" in message
+    saved = CheckpointReader.of_snapshot(stores[0].paths)
+    assert 3 == saved.step
+    run_ranks(2, stopped_before, stores[1].paths, 3)
+    expected = CheckpointReader.of_snapshot(stores[1].paths)
+    for name in expected.names:
+        assert torch.equal(expected.whole(name), saved.whole(name)), name
+    for store in stores:
+        store.close()
+
+
+def same_values_written(world):
+    """Train a model whose layer writes the values that its weight has anyway, once; on pages of its own."""
+    made = seeded(Net, torch.float64)
+    calls = []
+
+    def rewrite(layer, _args):
+        calls.append(None)
+        if len(calls) == 1:
+            layer.weight.detach().numpy().__imul__(1.0)
+
+    made.layers[2].register_forward_pre_hook(rewrite)
+    x = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return train(
+        world, made, (x, x.flip(1)), step=error, optimizer="sgd", lr=0.05, batch_size=8, steps=6, shuffle=False,
+        **({"strategy": "shard"} if world.size > 1 else {"accumulate": 2}),
+    )[1]  # fmt: skip
+
+
+def test_pages_that_were_written_show_later_updates(run_ranks):
+    """A private page keeps its values for good, so it is given up, also if the write changed none of them."""
+    expected = same_values_written(World())
+    for actual in run_ranks(2, same_values_written):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def bits(world, make, mesh):
+    data = classes(16, torch.float32)
+    return train(
+        world, seeded(make), data, optimizer="adamw", batch_size=8, epochs=2, shuffle=False, strategy=mesh
+    )[1]  # fmt: skip
+
+
+class Mixed(nn.Module):
+    """Two dtypes, a frozen, an unused and an empty parameter, and lengths that no number of ranks divides."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 7), nn.Linear(7, 3).double()
+        self.frozen = nn.Parameter(torch.randn(7), requires_grad=False)
+        self.unused = nn.Parameter(torch.randn(5))
+        self.empty = nn.Parameter(torch.randn(0, 3))
+
+    def forward(self, x):
+        return self.second((torch.tanh(self.first(x)) * self.frozen).double()) + self.empty.sum()
+
+
+@pytest.mark.parametrize(("size", "mesh"), [(2, "shard=2"), (3, "shard=3"), (4, "shard=4"), (4, "dp=2,shard=2")])
+def test_blocks_that_are_mapped_give_the_bits_of_blocks_that_are_sent(run_ranks, size, mesh):
+    """Shared memory or messages: the same shards, added in rank order."""
+    expected, *_ = run_ranks(size, bits, Mixed, mesh, channel="process group")
+    for actual in run_ranks(size, bits, Mixed, mesh):
+        assert_same_bits(expected, actual)
