@@ -5,7 +5,7 @@ PYTHON ?= python3
 CPU ?=
 
 BIN := .venv/bin
-BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_time snapshots reproducible panel
+BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_time shard snapshots reproducible panel
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help
@@ -62,6 +62,7 @@ bench: env  ## Measure, side by side with what others would write by hand: under
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt
 	@for script in $(BENCHMARKS); do echo; $(BIN)/python benchmarks/$$script.py || exit 1; done
 	@echo; $(BIN)/python benchmarks/step_time.py --peer one
+	@echo; $(BIN)/python benchmarks/shard.py --peer fsdp
 
 bench-quick: env  ## Say what has become slower, beside the figures of benchmarks/README.md: under 4 minutes
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt

@@ -20,7 +20,7 @@ from nbdist.core.data.sources import Source
 from nbdist.core.evaluate import evaluate, in_mode
 from nbdist.core.params.gather import record_placements
 from nbdist.core.process import rng
-from nbdist.core.process.memory import frozen_gc, keep_freed_pages
+from nbdist.core.process.memory import frozen_gc, keep_freed_pages, keep_large_pages
 from nbdist.core.process.settings import deterministic, threads, uninterrupted
 from nbdist.core.reporter import Reporter, rate_of
 from nbdist.core.state.checkpoint_reader import CheckpointReader
@@ -210,6 +210,8 @@ def fit(
                     # Update if any rank had data. A rank that had some knows it without reading totals from its GPU.
                     if losses.any_known or totals.weight:
                         updated = strategy.update(optimizer, hooks)
+                        if latest is None and plan.mesh.shard > 1 and plan.mesh.pp == 1:
+                            keep_large_pages()  # the optimizer's state has its place
                         if updated and scheduler.every_step:
                             scheduler.step()
                     progress.advance(

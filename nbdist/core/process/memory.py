@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["free_frames", "free_unused_memory", "frozen_gc", "keep_freed_pages"]
+__all__ = ["free_frames", "free_unused_memory", "frozen_gc", "keep_freed_pages", "keep_large_pages"]
 
 # From malloc.h, see mallopt(3).
 _M_TRIM_THRESHOLD = -1
@@ -30,7 +30,8 @@ def keep_freed_pages(return_large: bool = False) -> Iterator[None]:
     glibc nothing changes.
 
     Args:
-        return_large: Still return blocks above 4 MiB at once, because memory that is kept is fragmented.
+        return_large: Still return blocks above 4 MiB at once, because memory that is kept is fragmented; until
+            `keep_large_pages`.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
@@ -45,6 +46,18 @@ def keep_freed_pages(return_large: bool = False) -> Iterator[None]:
         for parameter, value in _AFTERWARDS.items():
             library.mallopt(parameter, value)
         library.malloc_trim(0)
+
+
+def keep_large_pages() -> None:
+    """Within `keep_freed_pages`: return what is free, and keep blocks of any size from now on. Local.
+
+    Setting up a sharded model and its first step free whole tensors, with parts between them that stay: kept, they
+    would be fragments. Each later step allocates the same large tensors again, and they find their place.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+        library.mallopt(_M_MMAP_THRESHOLD, _ANY_BYTES)
 
 
 def free_unused_memory() -> None:
