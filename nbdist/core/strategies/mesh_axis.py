@@ -157,7 +157,7 @@ class MeshAxis(ABC):
     # A step.
 
     def begin_step(self) -> None:  # noqa: B027
-        """Call at the start of a step. Local."""
+        """Call at the start of a step. **Collective** over the axis."""
 
     def run_forward(
         self, action: Action, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T],
@@ -178,11 +178,11 @@ class MeshAxis(ABC):
         return compute(part, path, function)
 
     def computing(self) -> contextlib.AbstractContextManager[Any]:
-        """Context for the forwards and backwards of a step. Local."""
+        """Context for the forwards and backwards of a step. **Collective** over the axis."""
         return contextlib.nullcontext()
 
     def evaluating(self) -> contextlib.AbstractContextManager[Any]:
-        """Context for a forward without gradients. Local."""
+        """Context for a forward without gradients. **Collective** over the axis."""
         return contextlib.nullcontext()
 
     def sum_gradients(self) -> None:  # noqa: B027
