@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import resource
 import traceback
 from collections.abc import Iterator
 
 import torch
 
-__all__ = ["free_frames", "free_unused_memory", "frozen_gc", "keep_freed_pages", "keep_large_pages"]
+__all__ = [
+    "free_frames",
+    "free_unused_memory",
+    "frozen_gc",
+    "keep_freed_pages",
+    "keep_large_pages",
+    "memory_is_limited",
+]
 
 # From malloc.h, see mallopt(3).
 _M_TRIM_THRESHOLD = -1
@@ -48,12 +56,20 @@ def keep_freed_pages(return_large: bool = False) -> Iterator[None]:
         library.malloc_trim(0)
 
 
+def memory_is_limited() -> bool:
+    """Whether a limit on this process's memory holds (``ulimit -v`` or ``-d``). Local."""
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    return any(limit != resource.RLIM_INFINITY for limit in limits)
+
+
 def keep_large_pages() -> None:
     """Within `keep_freed_pages`: return what is free, and keep blocks of any size from now on. Local.
 
     Setting up a sharded model and its first step free whole tensors, with parts between them that stay: kept, they
     would be fragments. Each later step allocates the same large tensors again, and they find their place.
     """
+    if memory_is_limited():  # what is kept counts
+        return
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
         library.malloc_trim(0)

@@ -16,6 +16,7 @@ from torch import nn
 from nbdist.core.comm import Channel, SharedMemoryChannel
 from nbdist.core.params.param_data_watch import DataWatch
 from nbdist.core.params.placeholder import Placeholders
+from nbdist.core.process.memory import memory_is_limited
 from nbdist.core.strategies.shard.block import Block
 from nbdist.core.strategies.shard.gathered_blocks import GatheredBlocks
 from nbdist.core.strategies.shard.mapped_blocks import MappedBlocks
@@ -33,8 +34,9 @@ class FullySharded:
     is this rank's flat shard, with the gradient of that shard. The `nn.Parameter` objects stay the model's own. All
     ranks must compute the same blocks in the same order, forward and backward.
 
-    On one host blocks lie in memory that all ranks map (`MappedBlocks`), else they are sent (`GatheredBlocks`). A view
-    that the user keeps stays valid. What autograd saves for backward is freed and gathered again: compute inside
+    On one host blocks lie in memory that all ranks map (`MappedBlocks`), unless a rank's memory is limited, for
+    the limit would count the whole model on each; else they are sent (`GatheredBlocks`). A view that the user keeps
+    stays valid. What autograd saves for backward is freed and gathered again: compute inside
     `saving`.
 
     **Collective**: the constructor shards the parameters, which are whole until then.
@@ -53,7 +55,7 @@ class FullySharded:
         self._check_read = check_read
         self._registry: dict[int, tuple[Block, int]] = {}
         self._whole: WholeBlocks
-        if isinstance(channel, SharedMemoryChannel):
+        if isinstance(channel, SharedMemoryChannel) and not _any_memory_limit(channel):
             self._whole = MappedBlocks(blocks, channel, names)
         else:
             self._whole = GatheredBlocks(channel, [names[block[0]] if block else "" for block in blocks])
@@ -227,6 +229,13 @@ class FullySharded:
         self.blocks.clear()
         self._extra.clear()
         self._registry.clear()
+
+
+def _any_memory_limit(channel: Channel) -> bool:
+    """Whether a limit on memory (``ulimit -v`` or ``-d``) holds for a rank. **Collective**."""
+    limited = torch.tensor([float(memory_is_limited())])
+    channel.all_reduce_(limited)
+    return bool(limited.item())
 
 
 class _Reference(NamedTuple):

@@ -18,6 +18,7 @@ from nbdist.core.comm.world import World
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.strategies.shard import block as shard_block
+from nbdist.core.strategies.shard.fully_sharded import FullySharded
 from nbdist.errors import PlanError
 
 WIDTH = 6
@@ -613,3 +614,24 @@ def test_blocks_that_are_mapped_give_the_bits_of_blocks_that_are_sent(run_ranks,
     expected, *_ = run_ranks(size, bits, Mixed, mesh, channel="process group")
     for actual in run_ranks(size, bits, Mixed, mesh):
         assert_same_bits(expected, actual)
+
+
+def chosen(world, limit):
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if world.rank == 1 and limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    try:
+        parameters = list(seeded(Net).parameters())
+        names = {parameter: str(i) for i, parameter in enumerate(parameters)}
+        shards = FullySharded([parameters], world.channel(), names, lambda _parameters: None)
+        kind = type(shards._whole).__name__
+        shards.close()
+        return kind
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@pytest.mark.parametrize(("limit", "kind"), [(0, "MappedBlocks"), (2**40, "GatheredBlocks")])
+def test_blocks_are_not_mapped_where_the_memory_of_a_rank_is_limited(run_ranks, limit, kind):
+    """A limit would count the whole model on each rank; all ranks choose alike, though one is limited."""
+    assert run_ranks(2, chosen, limit) == [kind] * 2
