@@ -59,7 +59,7 @@ def cost_of(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, axes
     """
     parameters = dict(model.named_parameters())
     of_state = state_numbers(optimizer)
-    slices = plan.slices_per_rank if not plan.reproducible else -(-plan.slices // plan.mesh.data)
+    slices = -(-plan.slices // plan.mesh.data)
 
     def share(name: str, coordinate: int, but: str = "") -> float:
         held = [axis.shares[coordinate % len(axis.shares)].get(name, 1.0) for at, axis in axes.items() if at != but]

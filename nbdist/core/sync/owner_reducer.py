@@ -85,7 +85,7 @@ class OwnerReducer(GradientReducer):
         self._memory.barrier()  # the gradients of all ranks are in their slabs
         first, *others = self._memory.slabs(self._tail)
         totals, used = self._accumulator.read_tail(functools.reduce(torch.add, others, first))
-        owned = [i for i in self._owned if i in used]
+        owned = sorted(set(used).intersection(self._owned))
         if owned:
             sums = self._sum_owned(owned, nodes)
             self.divide_(sums, totals)
