@@ -18,8 +18,9 @@ nothing else of the mesh.
   (`core/strategies/pipeline/partition/`). `executor.py` runs a **schedule** (`schedules.py`) over point-to-point
   **links** (`core/comm/p2p.py`). The first stage runs the user's step up to its call of the model, the last stage the
   rest of it.
-- **shard** (`core/strategies/shard/fully_sharded.py`): **blocks** are all-gathered while they compute, each time into
-  new memory, so a view that the user keeps stays valid. Autograd saves only a reference and gathers again in backward.
+- **shard** (`core/strategies/shard/fully_sharded.py`): **blocks** are whole while they compute: on one host in memory
+  that all ranks map, else all-gathered into new memory, so a view that the user keeps stays valid. Autograd saves only
+  a reference and gathers again in backward.
 - **dp** is `core/sync/gradient_reducer.py`, over the parts that this rank holds.
 - Once a step the ranks of one replica sum the batch weight, the control flags and which parameters were used.
 
