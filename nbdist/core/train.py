@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -52,8 +52,6 @@ from nbdist.telemetry.tensorboard import TensorBoardSink
 
 __all__ = ["Result", "fit"]
 
-T = TypeVar("T")
-_END: Any = object()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,16 +186,16 @@ def fit(
             while not (progress.complete(plan) or (stopped and progress.row.steps == 0)):
                 # Resumed after the last step: only evaluation and the history row are left to do.
                 trained = stopped or progress.step == plan.steps
-                for slices in () if trained else _timed_batches(reader.epoch(progress.epoch, skip=progress.batch)):
+                for slices in () if trained else comm_timer.reading(reader.epoch(progress.epoch, skip=progress.batch)):
                     strategy.begin_step()
                     task.forms.begin()
                     losses = strategy.forward_backward(progress.step, slices or [])
                     if plan.stop_on_nan:
                         _check_finite(losses, progress)
 
-                    own_flags = snapshotter.flags(progress)._replace(
-                        commands=step_control.pending(progress), exhausted=slices is None
-                    )
+                    own_flags, pending = snapshotter.flags(progress), step_control.pending(progress)
+                    if pending or slices is None:
+                        own_flags = own_flags._replace(commands=pending, exhausted=slices is None)
                     own_flags = task.forms.flags(own_flags, progress.step)
                     totals = strategy.sync(own_flags)
                     # A rank whose stream has ended takes part in collectives until all streams have.
@@ -334,17 +332,6 @@ def _steps_total(plan: Plan, reader: Reader) -> int | None:
 
 def _complete(plan: Plan, step: int, steps_total: int | None) -> bool:
     return steps_total is not None and step >= steps_total
-
-
-def _timed_batches(batches: Iterable[T]) -> Iterator[T]:
-    """Measure the time this rank waits for each batch."""
-    iterator = iter(batches)
-    while True:
-        with comm_timer.reading():
-            batch = next(iterator, _END)
-        if batch is _END:
-            return
-        yield batch
 
 
 @contextlib.contextmanager

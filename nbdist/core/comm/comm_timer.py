@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 __all__ = ["CommTimer", "comm_timer"]
+
+T = TypeVar("T")
+_END: Any = object()
 
 
 class CommTimer:
@@ -35,14 +39,16 @@ class CommTimer:
         finally:
             self.communication += time.perf_counter() - began_s - (self.total - before)
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """Count the context as waiting for data, but for the seconds that it counts itself."""
-        began_s, before = time.perf_counter(), self.total
-        try:
-            yield
-        finally:
+    def reading(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield `batches`, and count the seconds until each as waiting for data, but for those counted meanwhile."""
+        iterator = iter(batches)
+        while True:
+            began_s, before = time.perf_counter(), self.total
+            batch = next(iterator, _END)
             self.data += time.perf_counter() - began_s - (self.total - before)
+            if batch is _END:
+                return
+            yield batch
 
 
 comm_timer = CommTimer()

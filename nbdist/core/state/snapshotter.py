@@ -25,7 +25,7 @@ from nbdist.core.state.step_guard import StepGuard
 from nbdist.core.state.tensor_buffer import TensorLayout
 from nbdist.core.state.train_progress import TrainProgress
 from nbdist.core.strategies.strategy import Strategy
-from nbdist.core.sync.agreement import ControlFlags
+from nbdist.core.sync.agreement import NO_FLAGS, ControlFlags
 from nbdist.errors import NbdistError, TaskError
 from nbdist.plan import Plan, available_bytes
 from nbdist.telemetry import Checkpointed, Event, Noted
@@ -106,7 +106,7 @@ class Snapshotter:
         """This rank's flags for the step that begins at `progress`, those of this class only. Local."""
         writer = self._writer
         if self._rank_snapshots is None and writer is None:
-            return ControlFlags()
+            return NO_FLAGS
         self._report_checkpoints()
         done = writer is not None and writer.done
         failed = writer is not None and writer.failed

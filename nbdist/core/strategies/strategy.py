@@ -71,6 +71,7 @@ class Strategy(ABC):
         self.equal_slices = self.batch_norms is not None
         self.schedule = schedule_actions("1f1b", 1, -(-plan.slices // axes.data.size))[0]
         self.computes_loss = True
+        self._one_slice = plan.slices == 1 and not plan.reproducible
         self._units_per_weight = 1.0
         self._units_agreed = task.weight_is_samples
 
@@ -151,7 +152,7 @@ class Strategy(ABC):
             part: The slice; None on a rank that has none but joins the collective.
             first: Whether it is this rank's first slice of the step.
         """
-        if self.plan.slices == 1 and not self.plan.reproducible:
+        if self._one_slice:
             return self.plan.batch_size if isinstance(weight, torch.Tensor) or weight else 0
         if first and not self._units_agreed:
             pair = torch.tensor([float(weight), 0 if part is None else part.samples], dtype=torch.float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -63,20 +62,22 @@ class Totals:
     """
 
     def __init__(self, sums: list[float] | torch.Tensor) -> None:
-        self._copied: Any = None
+        self._read: list[float] | None = None
         if isinstance(sums, torch.Tensor) and sums.device.type == "cuda":
             self._sums: Any = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
             self._sums.copy_(sums, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
         else:
-            self._sums = sums.tolist() if isinstance(sums, torch.Tensor) else sums
+            self._read = sums.tolist() if isinstance(sums, torch.Tensor) else sums
 
-    @functools.cached_property
+    @property
     def _numbers(self) -> list[float]:
-        while self._copied is not None and not self._copied.query():
-            time.sleep(_POLL_S)  # polled, so that an interrupt gets through: if a peer died, the event never completes
-        return self._sums if isinstance(self._sums, list) else self._sums.tolist()
+        if self._read is None:
+            while not self._copied.query():
+                time.sleep(_POLL_S)  # polled, so that an interrupt gets through: a dead peer's event never completes
+            self._read = self._sums.tolist()
+        return self._read
 
     @property
     def weight(self) -> float:

@@ -226,7 +226,7 @@ class Task:
             weight = part.samples
         elif isinstance(weight, torch.Tensor):  # on a GPU reading it would wait for the device
             weight = weight.item() if weight.device.type == "cpu" else weight.double()
-        return loss.reshape(()), weight
+        return loss if loss.ndim == 0 else loss.reshape(()), weight  # a view would be one more node of the graph
 
     def _constants(self) -> Iterator[torch.Tensor]:
         """Tensors that do not depend on the batch: the model's, and a callable's attributes, globals and closure."""
