@@ -53,7 +53,6 @@ from nbdist.telemetry.tensorboard import TensorBoardSink
 __all__ = ["Result", "fit"]
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """The result of a training.

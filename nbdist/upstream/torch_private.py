@@ -18,6 +18,7 @@ __all__ = [
     "VERIFIED",
     "check_input_dim",
     "first_hook_number",
+    "has_saved_tensor_hooks",
     "make_subclass",
     "neg_view",
     "number_hooks_from",
@@ -38,6 +39,7 @@ _NEEDED: dict[Any, tuple[str, ...]] = {
     torch.Tensor: ("_backward_hooks", "_make_subclass", "_post_accumulate_grad_hooks"),
     torch.UntypedStorage: ("_cdata",),
     torch._C: ("DisableTorchFunctionSubclass",),
+    torch._C._autograd: ("_top_saved_tensors_default_hooks",),
     RemovableHandle: ("next_id",),
     nn.BatchNorm1d: ("_check_input_dim",),
     pytree: ("TreeSpec", "tree_flatten", "tree_leaves", "tree_unflatten", "treespec_dumps", "treespec_loads"),
@@ -66,6 +68,11 @@ def tensor_hooks(tensor: Any) -> tuple[Any, Any]:
 def set_tensor_hooks(tensor: Any, before: Any, after: Any) -> None:
     """Replace both dicts, the objects that a `RemovableHandle` refers to; None only where a tensor has none."""
     tensor._backward_hooks, tensor._post_accumulate_grad_hooks = before, after
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether hooks get what autograd saves now, as inside of a checkpointed forward."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def first_hook_number() -> int:

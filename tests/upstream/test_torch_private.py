@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nbdist.upstream import torch_private as private
 
@@ -60,6 +61,15 @@ def test_hooks_can_be_taken_off_a_tensor_and_put_back():
     handle.remove()
     leaf.sum().backward()
     assert ["before", "after", "after"] == seen
+
+
+def test_hooks_of_saved_tensors_are_seen():
+    """Those of a checkpoint too, which cannot bear that a layer saves other tensors when it is computed again."""
+    seen = [private.has_saved_tensor_hooks()]
+    checkpoint(lambda x: seen.append(private.has_saved_tensor_hooks()) or x, torch.ones(1), use_reentrant=False)
+    with torch.autograd.graph.save_on_cpu():
+        seen.append(private.has_saved_tensor_hooks())
+    assert seen == [False, True, True]
 
 
 def test_hooks_are_numbered():

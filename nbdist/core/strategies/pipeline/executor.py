@@ -19,6 +19,7 @@ from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.precision import Precision
 from nbdist.core.process import rng
 from nbdist.core.strategies.pipeline.capture_call import capture_call, forward_replaced
+from nbdist.core.strategies.pipeline.gradient_fusion import GradientFusion
 from nbdist.core.strategies.pipeline.partition import Call, Split
 from nbdist.core.strategies.pipeline.schedules import Action, schedule_actions, surrogate_loss
 from nbdist.core.strategies.shard.fully_sharded import FullySharded
@@ -77,6 +78,7 @@ class Pipeline:
         self._task, self._plan, self._split = task, plan, split
         self._device, self._precision, self._shards = device, precision, shards
         self._batch_norms, self._dry_run, self._guarded = batch_norms, dry_run, guarded
+        self._fusion = GradientFusion() if shards is None and plan.slices_per_rank > 1 else None
         self._stages = range(rank, plan.stages, plan.mesh.pp)
         self._parameters = {
             stage: [p for name, p in task.model.named_parameters() if stage in split.holders[name]]
@@ -129,6 +131,7 @@ class Pipeline:
             buffers_kept_if_empty(self._task.model, part, self._batch_norms),
             self._gathered(stage),
             self._precision.autocast(),
+            self._fusion or contextlib.nullcontext(),
         ):
             outputs = module(*inputs)
         if stage < self._last:
@@ -168,7 +171,7 @@ class Pipeline:
         if self._shards is not None:
             self._shards.run_backward(loss, unwanted, self._blocks[action.stage])
         elif loss.requires_grad and not unwanted:
-            loss.backward()
+            loss.backward() if self._fusion is None else self._fusion.backward(loss)
         saved.outputs.clear()
         self._record_work("backward", action, start_s)
         if action.stage > 0:
