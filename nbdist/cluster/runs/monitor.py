@@ -227,7 +227,9 @@ class RunMonitor:
             control.progress.recover()
             # A scale command given meanwhile counts instead of the one that ended the ranks.
             wanted = control.take_wanted(max(outcome.ranks for outcome in outcomes))
-        reached = control.progress.step if control.snapshot_store is None else control.snapshot_store.last_step
+        store, states = control.snapshot_store, control.progress.ranks.values()
+        # Of any rank: a lost one has not published its last steps, but the outcomes of the others have theirs.
+        reached = max(state.step for state in states) if store is None else store.last_step
         if reached > self._last_step:  # progress: without snapshots, a restart has to come past this step again
             self._last_step, self._tries = reached, 0
         replaced = set(lost)

@@ -17,8 +17,10 @@ from shared_cluster import until
 from torch import nn
 
 import nbdist
+from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.runs.dispatch import RunDispatch
 from nbdist.cluster.runs.monitor import RunMonitor
+from nbdist.engine.exchange.several_hosts import SeveralHosts
 from nbdist.errors import EngineError, PlanError
 from nbdist.telemetry.record import records
 
@@ -256,6 +258,16 @@ def test_losses_without_a_snapshot_are_forgotten_when_a_run_gets_further(cluster
     options = OPTIONS | {"loss": dying(str(tmp_path), [3, 4, 5, 6, 7, 8, 9]), "optimizer": unkept, "lr_scheduler": None}
     run = cluster.train(net(), data(), **options | {"epochs": None, "steps": 12})
     assert ("finished", 12) == (run.state, run.progress.step)
+    assert 7 == len(list(tmp_path.iterdir()))
+
+
+def test_on_several_hosts_losses_are_forgotten_when_a_run_gets_further(cluster, monkeypatch, tmp_path):
+    """There no memory outlives an engine, and the ranks that were not lost report how far the run came."""
+    monkeypatch.setattr(Engines, "exchange", SeveralHosts())
+    options = OPTIONS | {"loss": dying(str(tmp_path), [3, 4, 5, 6, 7, 8, 9]), "lr_scheduler": None}
+    options |= {"batch_size": SAMPLES, "epochs": 12}  # each step ends an epoch, so it is reported, however short
+    run = cluster.train(net(), data(), **options)
+    assert ("finished", 12, None) == (run.state, run.progress.step, run.control.snapshot_store)
     assert 7 == len(list(tmp_path.iterdir()))
 
 
