@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import sys
 import threading
@@ -38,6 +39,40 @@ def gate():
     gate = Gate()
     yield gate
     gate.opened.set()
+
+
+class QueueLock:
+    """The lock of a run queue, which says when a second thread waits for it."""
+
+    def __init__(self, lock):
+        self.lock, self.waited_for = lock, threading.Event()
+
+    def __enter__(self):
+        if not self.lock.acquire(blocking=False):
+            self.waited_for.set()
+            self.lock.acquire()
+
+    def __exit__(self, *_error):
+        self.lock.release()
+
+
+@pytest.fixture
+def meet(cluster, monkeypatch, gate):
+    """``meet(one, other)``: call `one` up to the gate, `other` to its end or the queue's lock, then let both end."""
+    lock = QueueLock(cluster._run_queue._queueing)
+    monkeypatch.setattr(cluster._run_queue, "_queueing", lock)
+
+    def call(*functions):
+        first, second = (threading.Thread(target=function) for function in functions)
+        first.start()
+        assert gate.came.wait(HUNG_S)
+        second.start()
+        until(lambda: lock.waited_for.is_set() or not second.is_alive())
+        gate.opened.set()
+        first.join()
+        second.join()
+
+    return call
 
 
 def held(folder):
@@ -241,3 +276,53 @@ def test_a_stop_while_a_run_leaves_the_queue(cluster, tmp_path):
         assert emptied.wait(HUNG_S)
         second.stop()
     assert ["finished", "stopped"] == [run.wait().state for run in (first, second)]
+
+
+def test_of_two_runs_that_are_added_at_once_one_starts(cluster, monkeypatch, gate, meet):
+    """The other one is queued, though no run was there when the first one looked."""
+    look, looked = RunQueue._is_busy, []
+
+    def held_look(self):
+        busy = look(self)
+        looked.append(busy)
+        if len(looked) == 1:
+            gate.hold()
+        return busy
+
+    def add():
+        runs.append(cluster.train(net(), classes(), **{**SHORT, "steps": LONG}))
+
+    runs = []
+    monkeypatch.setattr(RunQueue, "_is_busy", held_look)
+    meet(add, add)
+    assert [False, True] == looked
+    assert [cluster.current_run, *cluster.queued] in (runs, runs[::-1])
+    for run in reversed(runs):
+        run.stop()
+        run.wait()
+
+
+class HeldDeque(collections.deque):
+    """Holds its first reader at a gate, in the middle."""
+
+    gate = None
+
+    def __iter__(self):
+        items, gate, self.gate = super().__iter__(), self.gate, None
+        if gate is not None:
+            gate.hold()
+        return items
+
+
+def test_the_queue_is_read_while_it_changes(cluster, monkeypatch, gate, meet, tmp_path):
+    """The reader gets all that waited; the run that leaves waits for it."""
+    waiting, seen = HeldDeque(), []
+    monkeypatch.setattr(cluster._run_queue, "_waiting", waiting)
+    loss, started, go_file = held(tmp_path)
+    runs = [cluster.train(net(), classes(), **{**SHORT, "loss": loss}) for _ in range(3)]
+    until(started.exists)
+    waiting.gate = gate
+    meet(lambda: seen.append(cluster.queued), runs[1].stop)
+    go_file.touch()
+    assert [runs[1:]] == seen
+    assert ["finished", "stopped", "finished"] == [run.wait().state for run in runs]
