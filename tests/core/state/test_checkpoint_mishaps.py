@@ -18,8 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import nbdist
+from nbdist.core.state import folder_lease
 from nbdist.core.state.checkpoint_reader import MANIFEST, NEWEST, CheckpointReader, checkpoints
 from nbdist.core.state.checkpoint_writer import THREAD
+from nbdist.core.state.folder_lease import Lease
 from nbdist.telemetry import Noted
 
 KILLS = 15
@@ -232,3 +234,21 @@ def test_a_writer_thread_that_fails_for_any_reason(tmp_path, monkeypatch):
     assert "could not be written (MemoryError: no room)" in notes[-1]
     assert 4 == CheckpointReader.in_folder(str(tmp_path)).ranks[0]["position"]["step"]
     assert (newest(tmp_path) / MANIFEST).exists()
+
+
+def test_another_run_that_has_taken_the_folder_meanwhile(tmp_path, monkeypatch):
+    """A run without a heartbeat publishes nothing there any more."""
+    monkeypatch.setattr(folder_lease, "_BEAT_S", 1e9)
+    monkeypatch.setattr(folder_lease, "LEASE_S", 0.05)
+    taken = []
+
+    def mishap(step):
+        if step == 6:
+            taken.append((Lease(str(tmp_path), "awake").acquire(), (tmp_path / NEWEST).read_text()))
+
+    result, _, notes = notes_of(tmp_path, mishap)
+    ((lease, published),) = taken
+    lease.release()
+    assert ("finished", published) == (result.state, (tmp_path / NEWEST).read_text())
+    assert "the checkpoint of step 15 could not be written (run awake (process " in notes[-1]
+    assert " writes into the folder now): the run continues" in notes[-1]

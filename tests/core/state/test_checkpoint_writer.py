@@ -14,13 +14,13 @@ import pytest
 import torch
 from problems import ADAMW, alone, assert_same_bits, classes, mlp, train, weights
 from safetensors import safe_open
-from saved_checkpoints import adamw, everything, fused, keep, loaded, net, newest, sgd
+from saved_checkpoints import adamw, everything, fused, keep, loaded, net, newest, over, sgd
 from torch import nn
 from torch.nn import functional as F
 
 import nbdist
-from nbdist.core.state.checkpoint_reader import MANIFEST, NEWEST, checkpoints
-from nbdist.core.state.checkpoint_writer import THREAD
+from nbdist.core.state.checkpoint_reader import MANIFEST, NEWEST, CheckpointReader, checkpoints
+from nbdist.core.state.checkpoint_writer import THREAD, check_resume
 from nbdist.core.strategies import choice
 from nbdist.errors import PlanError
 from nbdist.plan import Mesh, Plan
@@ -305,3 +305,11 @@ def test_a_large_model_takes_its_size(tmp_path):
     assert_same_bits(before, weights(model))
     size = sum(file.stat().st_size for file in newest(tmp_path).iterdir())
     assert size < 1.01 * sum(p.nbytes for p in model.parameters())
+
+
+def test_whether_a_run_can_resume_is_seen_without_a_hash(tmp_path, monkeypatch):
+    """From lengths and headers: the ranks hash each file once, when they load it."""
+    keep(tmp_path, net(), fused)
+    monkeypatch.setattr(CheckpointReader, "hash_files", lambda *_: pytest.fail("it hashes"))
+    model = net()
+    check_resume(Plan.create(ranks=1, cores=1, resume=str(tmp_path), steps=2), model, over(fused, model))

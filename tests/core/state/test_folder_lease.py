@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
@@ -123,6 +124,31 @@ def test_a_run_that_was_killed_on_another_host_is_succeeded_without_a_heartbeat(
     mine(tmp_path / "run", steps=9, resume=True)
     assert re.search(r"step0*9", newest(tmp_path / "run").name)
     assert {NEWEST, *checkpoints(tmp_path / "run")} == {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_the_process_of_another_host_is_not_looked_for_on_this_one(tmp_path, monkeypatch):
+    """Its heartbeat alone says that it lives."""
+    monkeypatch.setattr(folder_lease, "_GRACE_S", 0.0)
+    monkeypatch.setattr(folder_lease, "LEASE_S", 1e9)
+    about = {"run": "theirs", "host": OTHER, "host_id": OTHER, "pid": 2**30, "born": 1, "state": "held"}
+    path, ended = tmp_path / f"{folder_lease._PREFIX}0", threading.Event()
+    path.write_text(f"{0:012d} {json.dumps(about)}")
+
+    def beat():
+        with path.open("r+b", buffering=0) as file:
+            while not ended.wait(0.002):
+                file.seek(0)
+                file.write(f"{time.monotonic_ns() % 10**12:012d}".encode())
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        with pytest.raises(PlanError, match=REFUSED):
+            Lease(str(tmp_path), "run").acquire()
+    finally:
+        ended.set()
+        beating.join()
+    assert [path] == list(tmp_path.iterdir())
 
 
 def test_of_many_that_come_at_once_one_has_it_at_a_time(tmp_path, monkeypatch):
