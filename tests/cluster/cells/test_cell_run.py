@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import types
 
 import pytest
 from shared_cluster import ENGINES, until
@@ -118,3 +119,21 @@ def test_a_rank_that_cannot_be_interrupted_is_named(cluster, monkeypatch):
     with pytest.raises(ClusterError, match=r"rank 0 did not react to an interrupt .*: %dist_stop ends it"):
         cluster.execute("pass")
     cluster.stop()
+
+
+def test_a_long_cell_is_looked_at_less_and_less_often(cluster, monkeypatch, tmp_path):
+    """In 300 s its stacks are looked at 8 times, not 75 as at equal intervals: a look sends every rank a signal."""
+    go_file, clock, looks = tmp_path / "goes on", [0.0], []
+    cell = cluster.execute(f"import os, time\nwhile not os.path.exists({str(go_file)!r}): time.sleep(0.005)")
+    where = cell._where
+    monkeypatch.setattr(cell, "_where", lambda: looks.append(clock[0]) or where())
+    monkeypatch.setattr(cell_run, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(cell_run, "_POLL_S", 0.0)
+
+    def a_second_later():
+        clock[0] = min(clock[0] + 1, 300)
+        if clock[0] == 300:
+            go_file.touch()
+
+    cell.wait(a_second_later)
+    assert 8 == len(looks)
