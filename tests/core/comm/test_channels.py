@@ -11,8 +11,9 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from nbdist.core.comm import SoloChannel
+from nbdist.core.comm import SoloChannel, process_group
 from nbdist.errors import PeerLostError
 
 KIB = 1024 // 4  # float32 elements
@@ -221,6 +222,26 @@ def test_between_two_hosts_a_gather_and_a_scatter_move_what_they_must(run_ranks)
     moved = torch.stack(run_ranks(4, bytes_moved, channel="two hosts"))
     expected = torch.tensor([[2.0, 2.0, 4.0], [0.0, 0.0, 0.0], [2.0, 4.0, 4.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(moved, expected, rtol=0.02, atol=0.01)
+
+
+def collectives_of_a_gather(world):
+    """Those of torch that an all-gather starts."""
+    channel, started = world.channel(), []
+
+    def noting(owner, name, patch):
+        start = getattr(owner, name)
+        patch.setattr(owner, name, lambda *args, **options: started.append(name) or start(*args, **options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        noting(dist, "broadcast", patch)
+        noting(process_group, "_all_gather", patch)
+        channel.all_gather(torch.ones(3))
+    return started
+
+
+def test_a_gather_is_one_collective(run_ranks):
+    """Broadcasts from one rank after the other move as many bytes, in as many rounds as there are ranks."""
+    assert [["_all_gather"]] * 3 == run_ranks(3, collectives_of_a_gather, channel="process group")
 
 
 def gathered(world):
