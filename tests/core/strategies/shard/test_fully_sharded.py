@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -255,6 +257,11 @@ def penalty_before(model, batch):
     return penalty + error(model, batch)
 
 
+def penalty_that_saves_nothing(model, batch):
+    penalty = 1e-2 * sum(p.sum() for p in model.parameters())
+    return penalty + error(model, batch)
+
+
 def penalty_of_two(model, batch):
     pair = model.layers[0].weight.flatten() @ model.layers[7].weight.flatten()
     return error(model, batch) + 1e-2 * (pair + nn.utils.parameters_to_vector(model.parameters()).norm())
@@ -278,8 +285,11 @@ def what_it_reads(model, batch):
 
 
 STEPS = {
-    step.__name__: step for step in (penalty_before, penalty_of_two, penalty_on_gradients, two_calls, what_it_reads)
-}
+    step.__name__: step
+    for step in (
+        penalty_before, penalty_that_saves_nothing, penalty_of_two, penalty_on_gradients, two_calls, what_it_reads,
+    )
+}  # fmt: skip
 
 
 def trained(world, model, step, options):
@@ -487,30 +497,46 @@ def test_at_most_two_blocks_are_gathered_at_a_time(run_ranks):
         assert 64 * 64 <= most <= 2 * 64 * 64
 
 
+def mapped_at(addresses):
+    """The inode of each file that is mapped at addresses, and how many KiB of it are pages of this process alone."""
+    found, inode = set(), None
+    for first, *words in map(str.split, Path("/proc/self/smaps").read_text().splitlines()):
+        if "-" in first:  # a mapping; lines about it follow
+            start, stop = (int(end, 16) for end in first.split("-"))
+            inode = int(words[3]) if any(start <= address < stop for address in addresses) else None
+        elif inode is not None and first == "Anonymous:":
+            found.add((inode, int(words[0])))
+    return found
+
+
 def memory(world):
-    """What a gather on one host costs: whether it is in the same memory each time, and the faults of late steps."""
-    model, places, faults = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))), {}, []
-    gather = shard_block.Block.gather
+    """How many places each block was gathered in, and what is mapped in these before the last step."""
+    model, places, steps = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))), {}, itertools.count(1)
+    gather, mapped = shard_block.Block.gather, set()
 
     def noted(block):
         gather(block)
         places.setdefault(block, set()).add(tuple(whole.data_ptr() for whole in block._gathered_data))
 
     def step(model, batch):
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        if next(steps) == 5:
+            mapped.update(mapped_at([address for found in places.values() for place in found for address in place]))
         return error(model, batch)
 
-    shard_block.Block.gather = noted
     x = torch.randn(8, 512)
-    train(world, model, (x, x), step=step, optimizer="adamw", batch_size=8, steps=12, strategy="shard")
-    return {len(found) for found in places.values()}, faults[-1] - faults[-6]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_block.Block, "gather", noted)
+        train(world, model, (x, x), step=step, optimizer="adamw", batch_size=8, steps=5, strategy="shard")
+    return {len(found) for found in places.values()}, mapped
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not say what is mapped")
 def test_on_one_host_a_gather_takes_no_memory(run_ranks):
-    """A block is whole in memory that all ranks map, so late steps fault on no page of the 2 million weights."""
-    for places, faults in run_ranks(2, memory):
-        assert {1} == places
-        assert faults < 500  # a copy of the weights would be 2,000 a step
+    """A block is whole in a file that all ranks map, in one place, and none of its pages is a rank's own."""
+    (places, mapped), other = run_ranks(2, memory)
+    files, own_kib = ({pair[i] for pair in mapped} for i in range(2))
+    assert ({1}, 1, {0}) == (places, len(files - {0}), own_kib)  # memory without a file has 0 as its inode
+    assert other == (places, mapped)
 
 
 class WritesPastTorch(Net):
