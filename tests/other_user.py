@@ -6,9 +6,12 @@ import contextlib
 import json
 import os
 import pwd
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,16 +20,12 @@ needs_another_user = pytest.mark.skipif(
 )
 
 
-def as_other_user(act, *args):
-    """Call ``act(*args)`` in a fork that is user nobody; returns its JSON value, or the name of its error."""
+def in_fork(act, *args):
+    """Call ``act(*args)`` in a fork; returns its JSON value, or the name of its error."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        nobody = pwd.getpwnam("nobody")
         os.close(reading)
-        os.setgroups([])
-        os.setgid(nobody.pw_gid)
-        os.setuid(nobody.pw_uid)
         try:
             result = act(*args)
         except BaseException as error:
@@ -38,6 +37,54 @@ def as_other_user(act, *args):
         answer = pipe.read()
     os.waitpid(child, 0)
     return json.loads(answer)
+
+
+def as_other_user(act, *args):
+    """`in_fork`, as user nobody."""
+    return in_fork(_as_nobody, act, *args)
+
+
+def _as_nobody(act, *args):
+    nobody = pwd.getpwnam("nobody")
+    os.setgroups([])
+    os.setgid(nobody.pw_gid)
+    os.setuid(nobody.pw_uid)
+    return act(*args)
+
+
+@contextlib.contextmanager
+def other_user_listens(address: str, answer, *args) -> Iterator[Callable[[], Any]]:
+    """User nobody listens at an address, and calls ``answer(peer, *args)`` when this process has connected.
+
+    Yields:
+        A function that waits for the answer's value.
+    """
+    reading, writing = os.pipe()
+    with open(reading, "rb", buffering=0) as pipe, ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(as_other_user, _listen, address, writing, answer, args)
+        answered.add_done_callback(lambda _: os.close(writing))
+        assert pipe.read(1), answered.result()
+        try:
+            yield answered.result
+        finally:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as peer:
+                peer.connect(address)  # if the test has not
+
+
+def _listen(address, ready, answer, args):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        os.write(ready, b"x")
+        with listener.accept()[0] as peer:
+            return answer(peer, *args)
+
+
+def all_received(peer):
+    """What the other side says, though nothing is said to it."""
+    peer.shutdown(socket.SHUT_WR)
+    with peer.makefile(errors="replace") as stream:
+        return stream.read()
 
 
 @contextlib.contextmanager

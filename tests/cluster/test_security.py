@@ -8,18 +8,22 @@ import os
 import socket
 import stat
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import psutil
 import pytest
 import zmq
 from ipyparallel.serialize import pack_apply_message
 from jupyter_client.session import Session
-from other_user import as_other_user, needs_another_user, reachable
+from other_user import all_received, as_other_user, needs_another_user, other_user_listens, reachable
 from shared_cluster import ENGINES, folder_of, marked, until
 from tasks import classes, net
 
 from nbdist.cluster import current_server
+from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.launch.anchor_client import Anchor
+from nbdist.engine import debug_server
+from nbdist.errors import ClusterError, EngineError
 
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
@@ -153,3 +157,63 @@ def talk(path):
                 return str(connection.recv())
             except EOFError:
                 return ""
+
+
+@pytest.fixture
+def everyones(tmp_path):
+    """A folder in which every user can listen."""
+    folder = tmp_path / "everyone's"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with reachable(folder):
+        yield folder
+
+
+@needs_another_user
+def test_a_kernel_says_nothing_to_an_anchor_of_another_user(everyones):
+    """Which would answer in pickles: the cluster counts as ended."""
+    with other_user_listens(str(everyones / "anchor"), all_received) as received:
+        with pytest.raises(ClusterError, match="the anchor of cluster name has ended"):
+            Anchor("name", str(everyones), "mark", 60.0)
+        assert "" == received()
+
+
+@needs_another_user
+def test_an_engine_says_nothing_to_a_debugger_of_another_user(everyones):
+    """Whose input would run on the engine."""
+    with pytest.raises(ZeroDivisionError) as failed:
+        _ = 1 / 0
+    with other_user_listens(str(everyones / "debug"), all_received) as received:
+        with pytest.raises(PermissionError, match="another user's process listens at"):
+            debug_server.serve(str(everyones / "debug"), 0, "> ", failed.value)
+        assert "" == received()
+
+
+def ask_for_input(path, prompt):
+    """Connect in place of an engine, and show a prompt."""
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(path)
+        peer.sendall(prompt.encode())
+        return "connected"
+
+
+@needs_another_user
+def test_a_kernel_asks_for_no_input_for_another_user(cluster, monkeypatch):
+    """Who connects before the engine does, even where the mode of the folder would let that user in."""
+    with pytest.raises(EngineError):
+        cluster.execute("1 / 0").wait()
+    start_call, asked = Engines.start_call, []
+
+    def intruded(self, rank, name, *args):
+        if name == "debug":
+            path, _, prompt = args
+            os.chmod(path, 0o777)
+            with reachable(Path(path)):
+                assert "connected" == as_other_user(ask_for_input, path, prompt)
+        return start_call(self, rank, name, *args)
+
+    monkeypatch.setattr(Engines, "start_call", intruded)
+    with pytest.raises(ClusterError, match="another user's process connected instead of the debugger"):
+        cluster.debug(1, lambda prompt: asked.append(prompt) or "q", asked.append)
+    assert [] == asked
+    assert 1 == cluster.pull("rank", 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import pwd
 import resource
 import socket
 import sys
@@ -13,15 +12,17 @@ import threading
 import types
 
 import pytest
-from other_user import as_other_user, needs_another_user
+from other_user import all_received, as_other_user, in_fork, needs_another_user, other_user_listens
 
 from nbdist import peer_auth
 from nbdist.core.comm.authenticated_store import GuardedStore, host_store
 from nbdist.core.comm.p2p import pack_note, unpack_note
+from nbdist.core.comm.p2p_shared_memory import _FRAME, _NUMBER, SharedMemoryLink
 from nbdist.core.comm.rendezvous import GenerationStore
-from nbdist.core.comm.shared_memory import connect
+from nbdist.core.comm.shared_memory import connect, receive_file
 from nbdist.core.control.command_log import CommandLog
 from nbdist.core.transfer.payload import Segment
+from nbdist.errors import PeerLostError
 from nbdist.telemetry.sinks import JsonlSink
 
 pytestmark = needs_another_user
@@ -57,6 +58,19 @@ def test_this_user_without_the_secret_is_refused_too():
     store = host_store()
     with pytest.raises(OSError, match="secret"):
         GuardedStore(store.address[0], "00" * 32)
+
+
+def test_a_client_that_proves_nothing_is_not_answered():
+    """Though it has this user's id, and knows the protocol: after a wrong proof the store closes the connection."""
+    store = host_store()
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(store.address[0])
+        peer.sendall(peer_auth._HELLO.pack(0, bytes(16)))
+        peer_auth.receive_exactly(peer, 16 + 32)
+        peer.sendall(bytes(32) + peer_auth.pack([b"set", b"key", b"value"]))
+        with contextlib.suppress(ConnectionResetError):  # since a part was not read
+            assert b"" == peer.recv(1)
+    assert not store.check(["key"])
 
 
 def test_a_store_on_loopback_asks_for_the_secret(monkeypatch):
@@ -133,28 +147,62 @@ def test_a_rank_takes_no_call_of_another_user():
         end.close()
 
 
-def test_a_rank_does_not_talk_to_a_squatter():
-    """The process that listens at the address of a rank or of a store must be this user's."""
+def test_a_store_of_another_user_gets_nothing():
+    """The process that listens at the address of a store must be this user's."""
     name = f"\0nbdist-test-{os.getpid()}"
-    ready, done = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.setuid(pwd.getpwnam("nobody").pw_uid)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(name)
-        listener.listen()
-        os.write(ready[1], b"x")
-        os.close(done[1])
-        os.read(done[0], 1)
-        os._exit(0)
-    os.read(ready[0], 1)
-    try:
+    with other_user_listens(name, all_received) as received:
         with pytest.raises(peer_auth.IntruderError, match="another user"):
             GuardedStore(name, "00" * 32)
-    finally:
-        for end in (*ready, *done):
-            os.close(end)
-        os.waitpid(child, 0)
+        assert "" == received()
+
+
+def accept_without_secret(peer, _secret):
+    peer_auth.receive_exactly(peer, peer_auth._HELLO.size)
+    peer.sendall(bytes(16 + 32))
+    return all_received(peer)
+
+
+def accept_with_secret(peer, secret):
+    peer_auth.same_user = lambda peer: True  # in this fork
+    return peer_auth.authenticate_client(peer, bytes.fromhex(secret), "1/pair/0")
+
+
+@pytest.mark.parametrize("answer", [accept_without_secret, accept_with_secret])
+def test_a_rank_does_not_talk_to_a_rank_of_another_user(answer):
+    """The process that listens at the address of a rank must be this user's, even if it knows the world's secret."""
+    name, host = f"\0nbdist-test-{os.getpid()}", host_store()
+    store = GenerationStore(host, 1)
+    store.set("pair/address/0", name)
+    with other_user_listens(name, answer, host.address[1]) as outcome:
+        with pytest.raises(PeerLostError, match="another user's process listens"):
+            connect(1, 2, store, "pair")
+        assert outcome() in ("ConnectionError", "ConnectionResetError")
+
+
+def given_a_name(address, path):
+    """Send ranks the name of a file where a descriptor belongs: what they open of it."""
+    opened, ended = [], []
+    sys.addaudithook(lambda event, args: event == "open" and opened.append(args[0]))  # for good, in this fork
+    stores = [GenerationStore(GuardedStore(*address), 1) for _ in range(2)]
+    linking = threading.Thread(target=lambda: ended.append(SharedMemoryLink(0, 1, stores[0], "pair", 2)))
+    linking.start()
+    (peer,) = connect(1, 2, stores[1], "pair")
+    linking.join()
+    link = ended.pop()
+    ours, theirs = socket.socketpair()
+    theirs.sendall(path.encode())
+    with contextlib.suppress(PeerLostError), receive_file(ours):
+        return "a file was received"
+    peer.sendall(_FRAME.pack(b"M", _NUMBER.size) + _NUMBER.pack(1) + path.encode())
+    with contextlib.suppress(PeerLostError):
+        return link.receive()
+    return [name for name in map(str, opened) if path in name]
+
+
+def test_no_rank_opens_a_file_that_a_peer_names(tmp_path):
+    """Memory comes as a descriptor, in a channel and in a link: bytes without one end the wait."""
+    (tmp_path / "mine").write_text("mine")
+    assert [] == in_fork(given_a_name, host_store().address, str(tmp_path / "mine"))
 
 
 def open_path(path):
