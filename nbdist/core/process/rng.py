@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import random
 from collections.abc import Iterator
@@ -13,13 +14,31 @@ import torch
 
 from nbdist.errors import PlanError
 
-__all__ = ["derive", "fork_rng", "get_state", "load_state_dict", "seed_all", "seed_torch", "set_state", "state_dict"]
+__all__ = [
+    "derive", "derive_slice", "fork_rng", "get_state", "load_state_dict", "seed_all", "seed_torch", "set_state",
+    "state_dict",
+]  # fmt: skip
+
+_BLOCK = 32
 
 
 def derive(*path: int | str) -> int:
     """A 63-bit seed from a path such as ``(seed, "slice", step, index)``; different paths give unrelated seeds."""
     text = "/".join(map(str, path)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def derive_slice(seed: int, path: tuple[Any, ...], index: int) -> int:
+    """``derive(seed, *path, index)`` for a slice, whose path is a word and the number of its step or batch. Local."""
+    kind, number = path
+    derived: int = _block(seed, kind, number // _BLOCK, index)[number % _BLOCK]
+    return derived
+
+
+@functools.lru_cache(1024)  # slices, which come in turn
+def _block(seed: int, kind: str, block: int, index: int) -> list[int]:
+    # Together, because in each small step the hash's code has left the processor's cache, and takes ten times as long.
+    return [derive(seed, kind, number, index) for number in range(block * _BLOCK, (block + 1) * _BLOCK)]
 
 
 def seed_torch(seed: int, device: torch.device) -> None:

@@ -166,7 +166,7 @@ class Strategy(ABC):
 
     def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T:
         """Call ``function(batch, part)`` on a slice, under its own random numbers and the plan's precision."""
-        seed = rng.derive(self.plan.seed, *path, part.index)
+        seed = rng.derive_slice(self.plan.seed, path, part.index)
         if self.plan.reproducible:
             rng.seed_all(seed)  # the user's step may draw from Python's or NumPy's generator too
         rng.seed_torch(seed, self.device)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-__all__ = ["Mean", "is_constant", "is_number", "mean_over"]
+__all__ = ["Mean", "counted_targets", "is_constant", "is_number", "mean_over"]
 
 _AS_IT_IS = {
     "AliasBackward0", "CloneBackward0", "NegBackward0", "ReshapeAliasBackward0", "RsubBackward1", "SqueezeBackward0",
@@ -39,6 +39,7 @@ _OF_ONE = {
 """Operations whose result, if computed from parameters alone, is the same for every slice."""
 _MEAN, _SUM = 1, 2  # torch's own numbers for `reduction`
 _COUNTS_EXACTLY = (torch.float32, torch.float64)
+_EXACT_BELOW = 2**24  # in float32
 _AGREES = 1e-6  # two sums of the same class weights may differ by so much
 
 
@@ -92,6 +93,20 @@ def mean_over(loss: torch.Tensor, samples: int, constants: Callable[[], Iterable
     each = tuple(term.elements / max(1, samples) for term in terms)
     every = all(float(t.over) == t.elements for t in terms) and all(e.is_integer() for e in each)
     return Mean(samples, factors + each) if every else None
+
+
+def counted_targets(loss: torch.Tensor) -> int | None:
+    """How many targets a mean over classes has counted, as it saved it for backward. Local; waits for a GPU.
+
+    Returns:
+        None if `loss` is no such mean itself, weights classes, has no graph, or saved a number that may be rounded.
+    """
+    node: Any = loss.grad_fn
+    if node is None or node.name() not in _CLASSES or node._saved_weight is not None:
+        return None
+    total = node._saved_total_weight
+    exact = total.dtype in _COUNTS_EXACTLY and node._saved_target.numel() < _EXACT_BELOW
+    return int(total.item()) if exact else None
 
 
 class _Terms:

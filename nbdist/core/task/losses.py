@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nbdist.core.task.loss_weight import counted_targets
 from nbdist.errors import TaskError, suggest
 
 __all__ = ["LOSSES", "ClassLoss", "Loss", "find_loss", "is_torch_own", "loss_name"]
@@ -93,12 +94,15 @@ class ClassLoss:
             self._loss.to(output.device)
         return self._loss(output, target)
 
-    def weight(self, target: torch.Tensor) -> torch.Tensor | int:
-        """The weight of the mean: a number, or a scalar tensor where `target` lies."""
+    def weight(self, mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor | int:
+        """The weight of a mean: a number, or a scalar tensor where `target` lies."""
         if target.is_floating_point():  # probabilities of classes: the mean is over samples
             return target.numel() // max(1, target.shape[1] if target.ndim > 1 else target.shape[0])
-        if self._class_weight is None and target.device.type == "cpu":  # NumPy takes a third of torch's time here
-            return int(np.count_nonzero(target.detach().numpy() != self._ignore_index))
+        if self._class_weight is None and target.device.type == "cpu":
+            counted_before = counted_targets(mean) if mean.device.type == "cpu" else None
+            if counted_before is not None:
+                return counted_before
+            return int(np.count_nonzero(target.detach().numpy() != self._ignore_index))  # a third of torch's time
         counted = target != self._ignore_index
         if self._class_weight is None:
             return counted.sum()

@@ -272,7 +272,7 @@ class SupervisedStep:
             return mean
         if part is not None:
             target = part.batch[-1] if part.target is None else part.target()
-        return mean, self.loss.weight(target)
+        return mean, self.loss.weight(mean, target)
 
 
 class ModelLossStep:

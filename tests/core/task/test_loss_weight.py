@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nbdist.core.task.loss_graph import LossGraph
-from nbdist.core.task.loss_weight import mean_over
+from nbdist.core.task.loss_weight import counted_targets, mean_over
 from nbdist.errors import TaskError
 
 SAMPLES, LENGTH, CLASSES = 4, 6, 3
@@ -33,6 +33,25 @@ def tokens(output, **options):
 
 def each(output):
     return F.cross_entropy(output.transpose(1, 2), LABELS, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("mean", "count"),
+    [
+        (tokens, VALID),
+        (lambda output: F.cross_entropy(output.transpose(1, 2), LABELS), VALID),
+        (lambda output: tokens(output.double()), VALID),
+        (lambda output: tokens(output, weight=WEIGHTS), None),
+        (lambda output: tokens(output, label_smoothing=0.1), None),
+        (lambda output: tokens(output.bfloat16()), None),
+        (lambda output: 2 * tokens(output), None),
+        (lambda output: tokens(output.detach()), None),
+    ],
+    ids=["rows", "positions", "float64", "class weights", "smoothing", "half precision", "scaled", "no graph"],
+)
+def test_a_mean_over_classes_has_counted_its_targets(mean, count):
+    """Where it is nothing but that mean, and its count is not rounded."""
+    assert count == counted_targets(mean(OUTPUT))
 
 
 def shifted(output):

@@ -125,7 +125,7 @@ def test_probabilities_of_classes_count_samples():
     """With probabilities as targets the mean is over positions, and so is its weight."""
     output, target = torch.randn(4, 3, 5), torch.rand(4, 3, 5)
     loss = find_loss("cross_entropy")
-    assert (F.cross_entropy(output, target), 20) == (loss(output, target), loss.weight(target))
+    assert (F.cross_entropy(output, target), 20) == (loss(output, target), loss.weight(loss(output, target), target))
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ class Pipeline:
             self._send("backward", action, -1, unwanted, [tensor.grad for tensor in saved.inputs], [])
 
     def _seed(self, part: Slice, path: tuple[Any, ...]) -> None:
-        rng.seed_torch(rng.derive(self._plan.seed, *path, part.index), self._device)
+        rng.seed_torch(rng.derive_slice(self._plan.seed, path, part.index), self._device)
 
     def _record_work(self, kind: str, action: Action, start_s: float) -> None:
         if torch.is_grad_enabled():  # not in evaluation
