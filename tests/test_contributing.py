@@ -47,8 +47,7 @@ COMMAND = {
     ),
     "nbdist/core/control/step_control.py": (
         '            case "lr":\n',
-        '            case "twice":\n'
-        '                self._scheduler.set_rate(self._optimizer, 2 * self._optimizer.param_groups[0]["lr"])\n',
+        '            case "twice":\n                self._schedulers.set_rate(2 * self._schedulers.rate)\n',
     ),
 }
 USE_COMMAND = """
@@ -80,7 +79,7 @@ plan, sink, state = Plan.create(ranks=1, cores=1, **options), ListSink(), RankSt
 fit(task, plan, World(), sinks=[sink], commands=Given())
 for event in sink.events:
     state = fold(state, event)
-assert 0.5 == task.optimizer.param_groups[0]["lr"]
+assert 0.5 == task.optimizers[""].param_groups[0]["lr"]
 assert "rate doubled after step 1" in [happening.text for happening in state.happenings]
 
 given = []

@@ -63,7 +63,7 @@ def train(
     plan = Plan.create(ranks=size, cores=_cores(size), **plan_options)
     check_whole(model)
     if plan.resume:
-        check_resume(plan, model, task.optimizer)
+        check_resume(plan, model, task.optimizers)
     with World.from_environment(device) as world, contextlib.ExitStack() as cleanup:
         run_id, live = _agree(plan, world, verbose and sys.stderr.isatty())
         sinks: list[Sink] = []

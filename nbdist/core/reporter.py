@@ -10,19 +10,15 @@ import torch
 
 from nbdist.core.comm import comm_timer
 from nbdist.core.comm.world import World
+from nbdist.core.optim.lr_schedulers import Schedulers
 from nbdist.core.state.train_progress import TrainProgress
 from nbdist.core.sync.running_mean import RunningMean
 from nbdist.core.sync.step_tail import Totals
 from nbdist.telemetry import Event, Losses, Meter, Progress, Shares
 
-__all__ = ["Reporter", "rate_of"]
+__all__ = ["Reporter"]
 
 _MEMORY_EVERY_S = 1.0
-
-
-def rate_of(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate of the first group. Waits for the device if the rate is a tensor there."""
-    return float(optimizer.param_groups[0]["lr"])
 
 
 class Reporter:
@@ -31,15 +27,15 @@ class Reporter:
     Args:
         world: The rank's world.
         progress: Where the training starts.
-        optimizer: Its learning rate is reported.
+        schedulers: Their learning rate is reported.
         emit: Called with the events.
     """
 
     def __init__(
-        self, world: World, progress: TrainProgress, optimizer: torch.optim.Optimizer, emit: Callable[[Event], None]
+        self, world: World, progress: TrainProgress, schedulers: Schedulers, emit: Callable[[Event], None]
     ) -> None:
         self._rank, self._device = world.rank, world.device
-        self._optimizer = optimizer
+        self._schedulers = schedulers
         self._emit = emit
         self._meter = Meter(progress.samples, progress.step)
         self._losses = Losses()
@@ -83,7 +79,7 @@ class Reporter:
         self._emit(Progress(
             rank=self._rank, step=progress.step, epoch=progress.epoch, samples=progress.samples, loss=loss,
             samples_per_s=speed if samples_per_s is None else samples_per_s, memory_mib=self._memory_in_use() / 2**20,
-            lr=rate_of(self._optimizer), step_s=step_s, shares=shares, losses=self._losses.take(),
+            lr=self._schedulers.rate, step_s=step_s, shares=shares, losses=self._losses.take(),
         ))  # fmt: skip
 
     def _memory_in_use(self) -> int:

@@ -22,7 +22,7 @@ from nbdist.core.params.gather import record_placements
 from nbdist.core.process import rng
 from nbdist.core.process.memory import frozen_gc, keep_freed_pages, keep_large_pages
 from nbdist.core.process.settings import deterministic, threads, uninterrupted
-from nbdist.core.reporter import Reporter, rate_of
+from nbdist.core.reporter import Reporter
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_resume, prepare
 from nbdist.core.state.restore import load, open_on_all_ranks, progress_of, same_mesh
@@ -118,21 +118,20 @@ def fit(
         if not model.training:  # else leave submodules as they are: the user may have set some to evaluation mode
             cleanup.enter_context(in_mode(model, training=True))
 
-        lease = prepare(plan.checkpoint, task.optimizer, world.channel(), run_id) if plan.checkpoint else None
+        lease = prepare(plan.checkpoint, task.optimizers, world.channel(), run_id) if plan.checkpoint else None
         if lease is not None:
             cleanup.callback(lease.release)
-        check_hooks(model, task.optimizer, plan.mesh)
+        check_hooks(model, task.optimizers.values(), plan.mesh)
         hooks = GradientHooks(model)
         cleanup.callback(hooks.restore)
         strategy = choice.apply(task, plan, world)
         cleanup.callback(strategy.close)
-        axes, optimizer = strategy.axes, task.optimizer
-        scheduler = task.make_scheduler(optimizer)
+        axes, schedulers = strategy.axes, task.make_schedulers()
         progress, restored = TrainProgress(device), set[str]()
         rng.seed_all(rng.derive(plan.seed, "start", axes.data.rank))
         for saved in _saved_states(plan, world, snapshot_paths, run_id, from_snapshot):
-            load(saved, strategy.table, optimizer, axes)
-            scheduler.load_state_dict(saved.ranks[0]["scheduler"])
+            load(saved, strategy.table, task.optimizers, axes)
+            schedulers.load_state_dict(saved.ranks[0]["schedulers"])
             strategy.precision.load_state_dict(saved.ranks[0]["precision"])
             progress, restored = progress_of(saved, axes, device), saved.names
             # A recovery loads this checkpoint again before a snapshot, which may leave out frozen parameters in it.
@@ -157,11 +156,11 @@ def fit(
         val_reader = reader_of(task.val, plan.reproducible, False) if task.val is not None else None
         steps_total = _steps_total(plan, reader)
         snapshotter = Snapshotter(
-            strategy, plan, scheduler, RankSnapshots(snapshot_paths[world.rank]) if snapshot_paths else None,
+            strategy, plan, schedulers, RankSnapshots(snapshot_paths[world.rank]) if snapshot_paths else None,
             emit, run_id, lease, changed=restored,
         )  # fmt: skip
         cleanup.callback(snapshotter.close)
-        step_control = StepControl(commands, run_id, strategy, scheduler, snapshotter, emit)
+        step_control = StepControl(commands, run_id, strategy, schedulers, snapshotter, emit)
 
         def is_stopped() -> bool:  # a stop after the last step changes nothing: the run is finished
             return step_control.stopped and not _complete(plan, progress.step, steps_total)
@@ -169,11 +168,11 @@ def fit(
         started = RunStarted(
             rank=world.rank, run_id=run_id, title=task.title, plan=plan.to_dict(), steps_total=steps_total,
             host=host_name(), pid=os.getpid(), device=str(device), stages=strategy.infos,
-            place={axis: plan.mesh.coordinate(world.rank, axis) for axis in AXES}, lr=rate_of(optimizer),
+            place={axis: plan.mesh.coordinate(world.rank, axis) for axis in AXES}, lr=schedulers.rate,
             step=progress.step, history=progress.history,
         )  # fmt: skip
         emit(started)
-        reporter = Reporter(world, progress, optimizer, emit)
+        reporter = Reporter(world, progress, schedulers, emit)
         latest: Totals | None = None
 
         with _snapshot_on_error(snapshotter, progress, world):
@@ -206,11 +205,11 @@ def fit(
                     snapshotter.begin_update()
                     # Update if any rank had data. A rank that had some knows it without reading totals from its GPU.
                     if losses.any_known or totals.weight:
-                        updated = strategy.update(optimizer, hooks)
+                        updated = strategy.update(hooks)
                         if latest is None and plan.mesh.shard > 1 and plan.mesh.pp == 1:
                             keep_large_pages()  # the optimizer's state has its place
-                        if updated and scheduler.every_step:
-                            scheduler.step()
+                        if updated:
+                            schedulers.end_update()
                     progress.advance(
                         sum(part.samples for part in slices or ()), strategy.reducer.counted_losses(totals)
                     )
@@ -256,8 +255,7 @@ def fit(
                 emit(EpochFinished(rank=world.rank, row=row))
                 # The end of an epoch changes state too: an error inside it must not leave half of the change.
                 snapshotter.begin_update()
-                if not scheduler.every_step:
-                    scheduler.step(measured.get("val_loss", row["loss"]))
+                schedulers.end_epoch(measured.get("val_loss", row["loss"]))
                 if plan.epochs is not None and not stopped:
                     progress.next_epoch(row)
                 else:

@@ -166,8 +166,9 @@ def train(
             trained = None
             if world.rank == 0 and plan.gather:
                 table = ParamTable.of(task.model)
-                optimizer = TrainedOptimizer(task.optimizer, table.objects) if task.own_optimizer else None
-                tensors = (table.tensors, optimizer)
+                own = task.optimizers if task.own_optimizers else {}
+                optimizers = {name: TrainedOptimizer(optimizer, table.objects) for name, optimizer in own.items()}
+                tensors = (table.tensors, optimizers)
                 segment_cache = SegmentCache()
                 if _engine.result_segment is not None and result_released:
                     segment_cache.recycle(_engine.result_segment, lambda: True)

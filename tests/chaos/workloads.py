@@ -122,7 +122,8 @@ def optimizer_digest(run: Any, options: dict[str, Any]) -> str:
         tensors = {f"{i} {key}": value for i, entry in state["state"].items() for key, value in entry.items()}
         return digest({**tensors, groups: torch.ones(1)})
     saved = CheckpointReader.in_folder(options["checkpoint"]) if "checkpoint" in options else kept(run)
-    values = json.dumps([saved.values, saved.groups], sort_keys=True)
+    groups = {name: settings["groups"] for name, settings in saved.optimizers.items()}
+    values = json.dumps([saved.values, groups], sort_keys=True)
     tensors = {f"{name} {entry}": saved.whole(name, entry) for name in saved.names for entry in saved.entries(name)}
     for name in saved.names:  # buffers that other ranks have alike count once, however many they are at the end
         for entry in saved.entries(name):

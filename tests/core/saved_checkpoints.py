@@ -13,6 +13,7 @@ from problems import alone, seeded, weights
 from torch import nn
 
 import nbdist
+from nbdist.core.state.checkpoint_format import FORMATS
 from nbdist.core.state.checkpoint_reader import MANIFEST, checkpoints, sealed
 
 WIDTH = 8
@@ -115,7 +116,7 @@ def reseal(place: Path) -> None:
         name: [(place / name).stat().st_size, hashlib.sha256((place / name).read_bytes()).hexdigest()]
         for name in json.loads((place / MANIFEST).read_text())["files"]
     }
-    (place / MANIFEST).write_text(sealed({"format": 2, "files": files}))
+    (place / MANIFEST).write_text(sealed({"format": FORMATS[-1], "files": files}))
 
 
 def mounted(folder: str, options: bytes | None) -> bool:

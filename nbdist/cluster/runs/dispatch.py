@@ -34,7 +34,7 @@ class RunDispatch:
     """Starts a run on the engines, restarts it, and loads its weights into the notebook's model.
 
     Args:
-        control: The run. Its task's model receives the weights in place, and the user's own optimizer its state.
+        control: The run. Its task's model receives the weights in place, and the user's own optimizers their state.
         engines: Idle engines with a world.
         segment_cache: Makes the segments of payloads.
         cells: The notebook cells that were sent to the engines.
@@ -178,12 +178,12 @@ class RunDispatch:
         if payload is None:
             return
         self.engines.result_read(payload.path)
-        tensors, optimizer = unpack(payload)
+        tensors, optimizers = unpack(payload)
         table = ParamTable.of(self._task.model)
         table.load_(tensors)
         self._copy_to_other()
-        if optimizer is not None:
-            optimizer.load_into(self._task.optimizer, table.objects)
+        for name, optimizer in optimizers.items():
+            optimizer.load_into(self._task.optimizers[name], table.objects)
 
     def resume_step(self) -> int:
         """The step from which a restart would continue: of the newest snapshot, else of a checkpoint, else 0."""
@@ -202,11 +202,11 @@ class RunDispatch:
         plan, store = self.control.spec.plan, self.control.snapshot_store
         if store is None or not plan.gather or (snapshot := CheckpointReader.of_snapshot(store.paths)) is None:
             return None
-        optimizer = self._task.optimizer if self._task.own_optimizer else None
+        optimizers = self._task.optimizers if self._task.own_optimizers else {}
         folder = folder_to_resume(plan) if plan.resume else ""
         if folder:  # snapshots leave out what never changes: only this checkpoint has it
-            load_whole(CheckpointReader.in_folder(folder), self._task.model, optimizer)
-        load_whole(snapshot, self._task.model, optimizer)
+            load_whole(CheckpointReader.in_folder(folder), self._task.model, optimizers)
+        load_whole(snapshot, self._task.model, optimizers)
         self._copy_to_other()
         return snapshot.step
 

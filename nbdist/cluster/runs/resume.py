@@ -26,7 +26,7 @@ def resumed(plan: Plan, task: Any, last: RunControl | None) -> tuple[Plan, Any]:
     if not plan.resume:
         return plan, None
     if plan.resume is not True or plan.checkpoint:
-        check_resume(plan, task.model, task.optimizer)
+        check_resume(plan, task.model, task.optimizers)
         return plan, None
     snapshot_store = None if last is None else last.snapshot_store
     saved = None if snapshot_store is None else CheckpointReader.of_snapshot(snapshot_store.paths)
@@ -34,6 +34,6 @@ def resumed(plan: Plan, task: Any, last: RunControl | None) -> tuple[Plan, Any]:
         raise PlanError(
             "there is no run to resume: the last one of this notebook left no snapshot. Name a folder: --resume DIR."
         )
-    check_same(saved, ParamTable.of(task.model), task.optimizer)
+    check_same(saved, ParamTable.of(task.model), task.optimizers)
     check_can_resume(saved, plan)
     return replace(plan, resume=""), snapshot_store

@@ -125,7 +125,7 @@ class RunQueue:
             run_id=new_run_id(), task=task, plan=plan, title=task.title, names=names, options=plan_options, cores=cores,
             **on_trouble,
         )  # fmt: skip
-        check_hooks(task.model, task.optimizer, plan.mesh)
+        check_hooks(task.model, task.optimizers.values(), plan.mesh)
         ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in engines.records()}
         progress = RunState(title=spec.title, plan=plan.to_dict(), ranks=ranks)
         arguments = {"model": model, "data": data, "names": names, **options}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nbdist.core.control.commands import Command, Commands
-from nbdist.core.optim.lr_schedulers import Scheduler
+from nbdist.core.optim.lr_schedulers import Schedulers
 from nbdist.core.sync.agreement import ControlFlags
 from nbdist.telemetry import CommandApplied, Event
 
@@ -33,7 +33,7 @@ class StepControl:
         commands: Commands to this run, or None, on all ranks alike. Rank 0's are read.
         run_id: The run's id.
         strategy: What is trained.
-        scheduler: Its learning-rate scheduler.
+        schedulers: Of its learning rates.
         snapshotter: Writes checkpoints.
         emit: Called with an event for each applied command.
 
@@ -43,15 +43,14 @@ class StepControl:
     """
 
     def __init__(
-        self, commands: Commands | None, run_id: str, strategy: Strategy, scheduler: Scheduler,
+        self, commands: Commands | None, run_id: str, strategy: Strategy, schedulers: Schedulers,
         snapshotter: Snapshotter, emit: Callable[[Event], None],
     ) -> None:  # fmt: skip
         self._commands = commands
         self._run_id = run_id
         self._channel = strategy.axes.world
         self._is_rank_0 = self._channel.rank == 0
-        self._optimizer = strategy.task.optimizer
-        self._scheduler = scheduler
+        self._schedulers = schedulers
         self._snapshotter = snapshotter
         self._emit = emit
         self._lag = strategy.lag
@@ -156,7 +155,7 @@ class StepControl:
             case "pause" | "resume":
                 self._paused = kind == "pause"
             case "lr":
-                self._scheduler.set_rate(self._optimizer, value)
+                self._schedulers.set_rate(value)
             case "checkpoint":
                 self._checkpoints.append(value)
 

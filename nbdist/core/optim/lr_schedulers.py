@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from nbdist.errors import TaskError
 
-__all__ = ["Scheduler", "check_scheduler"]
+__all__ = ["Schedulers", "check_scheduler"]
 
 _RATES = {"lr", "initial_lr", "max_lr", "min_lr"}
 """Keys of a parameter group that hold a learning rate."""
@@ -19,63 +19,84 @@ _SCHEDULED = {"base_lrs", "max_lrs"}
 """Attributes of torch's schedulers that hold a rate for each group."""
 
 
-class Scheduler:
-    """Steps a torch scheduler after each optimizer step; ReduceLROnPlateau after each epoch, with its measured value.
+class Schedulers:
+    """The torch schedulers of all optimizers: stepped after each update, a ReduceLROnPlateau after each epoch.
 
     Args:
-        make: The factory; None for constant rates.
-        optimizer: The optimizer whose rates are set.
+        optimizers: Whose rates are set, by name.
+        factories: Each makes the scheduler of the optimizer of that name; without one its rates are constant.
     """
 
-    def __init__(self, make: Callable[[torch.optim.Optimizer], Any] | None, optimizer: torch.optim.Optimizer) -> None:
-        self._scheduler = None if make is None else make(optimizer)
-        self.every_step = not isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    def __init__(
+        self,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        factories: Mapping[str, Callable[[torch.optim.Optimizer], Any]],
+    ) -> None:
+        self._optimizers = optimizers
+        self._schedulers = {name: make(optimizers[name]) for name, make in factories.items()}
+        made = self._schedulers.values()
+        self._by_epoch = [one for one in made if isinstance(one, torch.optim.lr_scheduler.ReduceLROnPlateau)]
+        self._by_step = [one for one in made if one not in self._by_epoch]
 
-    def step(self, *measured: float) -> None:
-        """Step the scheduler; with the `measured` value if it steps per epoch. Local."""
-        if self._scheduler is not None:
-            self._scheduler.step(*measured)
+    def end_update(self) -> None:
+        """Call when all optimizers have stepped. Local."""
+        for scheduler in self._by_step:
+            scheduler.step()
 
-    def set_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        """Set the first group's learning rate to `rate`, and scale all other (also future) rates by the same. Local."""
-        groups = optimizer.param_groups
+    def end_epoch(self, measured: float) -> None:
+        """Call at the end of an epoch, with its measured value. Local."""
+        for scheduler in self._by_epoch:
+            scheduler.step(measured)
+
+    @property
+    def rate(self) -> float:
+        """The first learning rate, of the first optimizer. Waits for the device if it is a tensor there."""
+        return float(self._groups[0]["lr"])
+
+    def set_rate(self, rate: float) -> None:
+        """Set the first learning rate to `rate`, and scale all other (also future) ones by the same factor. Local."""
+        groups = self._groups
         now, first = float(groups[0]["lr"]), float(groups[0].get("initial_lr", 0.0))
         if now or first:
             for group in groups:
                 for key in _RATES & group.keys():
                     _scale(group, key, rate / (now or first))
-            if self._scheduler is not None:
-                _scale_scheduler(self._scheduler, rate / (now or first))
+            for scheduler in self._schedulers.values():
+                _scale_scheduler(scheduler, rate / (now or first))
         else:
             for group in groups:
                 group["lr"] = rate
         if now:
             _put(groups[0], "lr", rate)  # exactly, without the rounding of the factor
 
-    def state_dict(self) -> Any:
-        """The scheduler's state as JSON-able data; None without one. Local.
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers.values() for group in optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each scheduler's state as JSON-able data. Local.
 
         Raises:
-            TaskError: Its state holds something that JSON cannot represent.
+            TaskError: A state holds something that JSON cannot represent.
         """
-        return None if self._scheduler is None else _to_json(self._scheduler.state_dict())
+        return {name: _to_json(scheduler.state_dict()) for name, scheduler in self._schedulers.items()}
 
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Load a `state_dict`; the current rates are in the optimizer's state, and not changed here. Local.
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a `state_dict`; the current rates are in the optimizers' state, and not changed here. Local.
 
         Raises:
             TaskError: It is another scheduler's.
         """
-        if self._scheduler is None or state_dict is None:
-            return
-        own, state = self._scheduler.state_dict(), None
-        with contextlib.suppress(TypeError, ValueError, KeyError):
-            state = _like(own, state_dict)
-        if not (isinstance(state, dict) and own.keys() <= state.keys()):
-            raise TaskError(
-                "the saved state is of another lr_scheduler: give the same one, or none to keep the rates as they are."
-            )
-        self._scheduler.load_state_dict(state)
+        for name in self._schedulers.keys() & state_dict.keys():
+            own, state = self._schedulers[name].state_dict(), None
+            with contextlib.suppress(TypeError, ValueError, KeyError):
+                state = _like(own, state_dict[name])
+            if not (isinstance(state, dict) and own.keys() <= state.keys()):
+                raise TaskError(
+                    "the saved state is of another lr_scheduler: give the same one, or none to keep the rates as they "
+                    "are."
+                )
+            self._schedulers[name].load_state_dict(state)
 
 
 def _scale_scheduler(scheduler: Any, factor: float) -> None:

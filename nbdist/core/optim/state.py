@@ -81,9 +81,9 @@ def gather_state_(optimizer: torch.optim.Optimizer, table: ParamTable, axes: Mes
     """
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     for name, placement in table.placements.items():
-        if name not in table.parameters:
+        parameter = table.parameters.get(name)
+        if parameter is None or id(parameter) not in groups:
             continue
-        parameter = table.parameters[name]
         state: dict[str, Any] = dict(optimizer.state.get(parameter, {})) if placement.held(axes) else {}
         source = 0 if placement.stages is None else placement.stages[0]
         split = {entry: is_split(entry, v, parameter.shape) for entry, v in state.items()}

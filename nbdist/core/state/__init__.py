@@ -5,7 +5,7 @@ load a state that all ranks have, and train on from it.
 
 - **What is saved.** `core/state/shard_plan.py`: each shard of weights and optimizer state, by one of the ranks that
   hold the same one, and buffers by each; `core/state/train_progress.py`: epoch, batch, step, counts, history. With the
-  scheduler, the fp16 loss scale and the generators of NumPy and `random` that is all; torch's random numbers and the
+  schedulers, the fp16 loss scale and the generators of NumPy and `random` that is all; torch's random numbers and the
   sample order are functions of the step.
 - **Where.** `core/state/snapshot.py`: in *snapshot buffers*, shared memory that the notebook creates and holds, so that
   they outlive any set of ranks. A rank writes its buffers alternately, and marks a buffer with its step only when it

@@ -8,7 +8,10 @@ import torch
 
 from nbdist.core.params.placement import Cut
 
-__all__ = ["RANK", "cut_of", "fits"]
+__all__ = ["FORMATS", "RANK", "cut_of", "fits", "upgraded"]
+
+FORMATS = (2, 3)
+"""The versions that are read; the last one is written."""
 
 _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _COUNTS = {"steps": int, "samples": int, "loss": (float, float), "seconds": float}
@@ -21,13 +24,22 @@ RANK = {
     "plan": {"batch_size": int, "seed": int, "shuffle": bool},
     "position": _POSITION,
     "precision": (float, int),
-    "scheduler": object,
+    "schedulers": {str: object},
     "generators": object,
     "tensors": {str: _TENSOR},
-    "groups": [{"params": [str]}],
+    "optimizers": {str: {"groups": [{"params": [str]}], "attributes": dict}},
     "values": {str: dict},
 }
 """The schema of each rank's metadata, see `fits`."""
+
+
+def upgraded(rank: Any) -> Any:
+    """A rank's metadata in the present format: format 2 held one optimizer and one scheduler, without names."""
+    if not isinstance(rank, dict) or not {"groups", "scheduler"} <= rank.keys():
+        return rank
+    optimizer = {"groups": rank["groups"], "attributes": rank.get("attributes", {})}
+    schedulers = {} if rank["scheduler"] is None else {"": rank["scheduler"]}
+    return {"optimizers": {"": optimizer}, "schedulers": schedulers, **rank}
 
 
 def fits(value: Any, schema: Any) -> bool:

@@ -14,19 +14,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nbdist.core.params.placement import Cut
-from nbdist.core.state.checkpoint_format import RANK, cut_of, fits
+from nbdist.core.state.checkpoint_format import FORMATS, RANK, cut_of, fits, upgraded
 from nbdist.core.state.checksum_files import checksum
 from nbdist.core.state.shard_plan import buffer_entry, key_of
 from nbdist.core.state.snapshot import newest, read
 from nbdist.errors import PlanError
 
-__all__ = ["FORMAT", "MANIFEST", "NEWEST", "CheckpointReader", "candidates", "checkpoints", "sealed"]
+__all__ = ["MANIFEST", "NEWEST", "CheckpointReader", "candidates", "checkpoints", "sealed"]
 
 MANIFEST = "checkpoint.json"
 """In a checkpoint's folder: its files and their checksums."""
 NEWEST = "newest.json"
 """In a folder of checkpoints: the names of the published ones, the newest last."""
-FORMAT = 2
 _TEXT = "nbdist"
 
 
@@ -51,10 +50,10 @@ class CheckpointReader:
         parts: The shards of each rank.
 
     Attributes:
-        ranks: Each rank's metadata, see `RANK`: `position` (its progress), `scheduler`, `reports_loss`, `mesh` etc.
+        ranks: Each rank's metadata, see `RANK`: `position` (its progress), `schedulers`, `reports_loss`, `mesh` etc.
         tensors: Shape, dtype and split of the model's tensors, by name.
-        groups: The settings of the optimizer's groups, with parameters by name.
-        attributes: The optimizer's own attributes; not in older checkpoints.
+        optimizers: Of each optimizer by name, the settings of its `groups`, with parameters by name, and its own
+            `attributes`.
         values: Optimizer state that is not a tensor, by parameter.
         complete: Whether all of the model must be in it; a snapshot leaves out what never changes.
         seal: The checksum over a checkpoint's checksums: checkpoints with the same one are identical.
@@ -67,7 +66,7 @@ class CheckpointReader:
         self.name = name
         self._checksums: dict[Path, str] = {}
         try:
-            ranks = [json.loads(part.text) for part in parts if part.text]
+            ranks = [upgraded(json.loads(part.text)) for part in parts if part.text]
         except (ValueError, RecursionError):
             ranks = []
         if not (ranks and fits(ranks, [RANK])):
@@ -77,10 +76,7 @@ class CheckpointReader:
             raise self._malformed("the list of ranks")
         first = self.ranks[0]
         self.tensors: dict[str, dict[str, Any]] = first["tensors"]
-        self.groups: list[dict[str, Any]] = first["groups"]
-        self.attributes: dict[str, Any] = first.get("attributes", {})
-        if not isinstance(self.attributes, dict):
-            raise self._malformed("the optimizer's attributes")
+        self.optimizers: dict[str, dict[str, Any]] = first["optimizers"]
         self.values: dict[str, dict[str, Any]] = {
             name: value for rank in reversed(self.ranks) for name, value in rank["values"].items()
         }
@@ -147,7 +143,7 @@ class CheckpointReader:
         Raises:
             PlanError: It is damaged, or of another format.
         """
-        about = _read_sealed(place / MANIFEST, FORMAT)
+        about = _read_sealed(place / MANIFEST, FORMATS)
         files = _files(place, about)
         saved = cls(repr(str(place)), [_File(place / name) for name in files])
         saved.complete, saved.seal = True, about["checksum"]
@@ -329,14 +325,15 @@ def sealed(content: dict[str, Any]) -> str:
     return json.dumps({**content, "checksum": digest}, indent=1)
 
 
-def _read_sealed(path: Path, expected: int | None = None) -> dict[str, Any]:
+def _read_sealed(path: Path, formats: Sequence[int] = ()) -> dict[str, Any]:
     """The content of a `sealed` file, if not one character was changed."""
     try:
         text = path.read_text(encoding="utf-8") if os.path.isfile(path) else ""
         content = json.loads(text)
-        if expected is not None and content["format"] != expected:
+        if formats and content["format"] not in formats:
+            known = " and ".join(map(str, formats))
             raise PlanError(
-                f"checkpoint {str(path.parent)!r} has format {content['format']}: this nbdist reads format {expected}."
+                f"checkpoint {str(path.parent)!r} has format {content['format']}: this nbdist reads formats {known}."
             )
         if text == sealed({key: value for key, value in content.items() if key != "checksum"}):
             return dict(content)

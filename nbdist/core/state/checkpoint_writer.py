@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import nn
 from nbdist.core.comm import Channel
 from nbdist.core.optim.json_value import plain
 from nbdist.core.params.param_table import ParamTable
-from nbdist.core.state.checkpoint_reader import FORMAT, MANIFEST, NEWEST, CheckpointReader, checkpoints, sealed
+from nbdist.core.state.checkpoint_format import FORMATS
+from nbdist.core.state.checkpoint_reader import MANIFEST, NEWEST, CheckpointReader, checkpoints, sealed
 from nbdist.core.state.checksum_files import SUM, hashed, replace_file, write_file, write_sum
 from nbdist.core.state.folder_lease import Lease
 from nbdist.core.state.restore import check_can_resume, check_same, load_whole
@@ -47,7 +48,9 @@ THREAD = "nbdist checkpoint"
 """The name of the writing thread."""
 
 
-def prepare(folder: str, optimizer: torch.optim.Optimizer, channel: Channel, run_id: str) -> Lease | None:
+def prepare(
+    folder: str, optimizers: Mapping[str, torch.optim.Optimizer], channel: Channel, run_id: str
+) -> Lease | None:
     """Create a checkpoint folder and check that all ranks can write to it. **Collective** over all ranks.
 
     Unpublished checkpoints of a killed run are removed.
@@ -57,12 +60,12 @@ def prepare(folder: str, optimizer: torch.optim.Optimizer, channel: Channel, run
 
     Raises:
         PlanError: A rank cannot write there, or another run does.
-        TaskError: The optimizer has a setting that JSON cannot hold.
+        TaskError: An optimizer has a setting that JSON cannot hold.
     """
-    for group in optimizer.param_groups:
-        for key, value in group.items():
-            if key != "params":
-                plain(value, f"the optimizer's {key}")
+    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+    for key, value in (item for group in groups for item in group.items()):
+        if key != "params":
+            plain(value, f"the optimizer's {key}")
     problem, lease = "", None
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -100,17 +103,17 @@ def _remove_incomplete(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def check_resume(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def check_resume(plan: Plan, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
     """Raise if a training cannot resume from `plan.resume`. Local; changes nothing and reads little.
 
     Raises:
         PlanError: There is no checkpoint, or none that this plan can resume from.
-        TaskError: It is of another model or another optimizer.
+        TaskError: It is of another model or other optimizers.
     """
     folder = folder_to_resume(plan)
     if folder:
         saved = CheckpointReader.in_folder(folder, hashed=False)
-        check_same(saved, ParamTable.of(model), optimizer)
+        check_same(saved, ParamTable.of(model), optimizers)
         check_can_resume(saved, plan)
 
 
@@ -150,7 +153,7 @@ def load_checkpoint(folder: str, model: nn.Module, optimizer: torch.optim.Optimi
         PlanError: There is no checkpoint.
         TaskError: It is of another model or another optimizer; nothing has been changed.
     """
-    load_whole(CheckpointReader.in_folder(folder), model, optimizer)
+    load_whole(CheckpointReader.in_folder(folder), model, {} if optimizer is None else {"": optimizer})
 
 
 class CheckpointWriter:
@@ -303,7 +306,7 @@ class CheckpointWriter:
         for rank in range(self._ranks):
             if f"rank{rank}.safetensors" not in files:
                 raise FileNotFoundError(2, f"the file of rank {rank} is missing: all ranks must share the folder")
-        replace_file(place / MANIFEST, sealed({"format": FORMAT, "files": files}))
+        replace_file(place / MANIFEST, sealed({"format": FORMATS[-1], "files": files}))
         for path in place.glob(f"*{SUM}"):
             path.unlink()
         if self._lease is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,20 +84,20 @@ def open_on_all_ranks(folder: str, world: World) -> CheckpointReader:
 
 
 def load(
-    saved: CheckpointReader, table: ParamTable, optimizer: torch.optim.Optimizer | None, axes: MeshChannels
+    saved: CheckpointReader, table: ParamTable, optimizers: Mapping[str, torch.optim.Optimizer], axes: MeshChannels
 ) -> None:
-    """Load weights, buffers and the optimizer's state, from any mesh onto any mesh. Local.
+    """Load weights, buffers and the optimizers' state, from any mesh onto any mesh. Local.
 
     Args:
         saved: The checkpoint or snapshot.
         table: The model's tensors, placed.
-        optimizer: Over its parameters; None to leave its state as it is.
+        optimizers: Over its parameters, by name; none to load weights and buffers only.
         axes: This rank's channels.
 
     Raises:
-        TaskError: It is of another model or another optimizer; nothing has been changed.
+        TaskError: It is of another model or other optimizers; nothing has been changed.
     """
-    check_same(saved, table, optimizer)
+    check_same(saved, table, optimizers)
     names = saved.names
     data_rank = axes.data.rank if axes.world.size > 1 and same_mesh(saved, axes) else None
     with torch.no_grad():
@@ -108,22 +109,26 @@ def load(
                 tensor.copy_(saved.buffer(name, data_rank))
             elif table.is_updated(name, axes) or not table.parameters[name].requires_grad:
                 tensor.copy_(placement.part(saved.whole(name).to(tensor.device), axes))
-        if optimizer is not None:
-            references = TensorReferences(table.objects)
-            _load_settings(saved, optimizer, references)
-            load_attributes(optimizer, saved.attributes, references)
-            for name in table.parameters:
-                if name in names:
-                    _load_state(saved, name, table, optimizer, axes)
+        references = TensorReferences(table.objects)
+        for key, optimizer in optimizers.items():
+            settings = saved.optimizers[key]
+            _load_settings(settings["groups"], optimizer, references)
+            load_attributes(optimizer, settings["attributes"], references)
+            for group, saved_group in zip(optimizer.param_groups, settings["groups"], strict=True):
+                for name in saved_group["params"]:
+                    if name in names:
+                        _load_state(saved, name, table, optimizer, group, axes)
 
 
-def load_whole(saved: CheckpointReader, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+def load_whole(
+    saved: CheckpointReader, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer] | None = None
+) -> None:
     """`load` into an ordinary model, in place. Local."""
-    load(saved, ParamTable.of(model), optimizer, MeshChannels(World(), Mesh()))
+    load(saved, ParamTable.of(model), optimizers or {}, MeshChannels(World(), Mesh()))
 
 
-def check_same(saved: CheckpointReader, table: ParamTable, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise `TaskError` if the saved state is of another model or another optimizer. Local."""
+def check_same(saved: CheckpointReader, table: ParamTable, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+    """Raise `TaskError` if the saved state is of another model or other optimizers. Local."""
     shapes = {name: list(table.placement(name).layout.shape) for name in table.tensors}
     for name in {**shapes, **saved.tensors}:
         saved_shape, own_shape = saved.tensors.get(name, {}).get("shape"), shapes.get(name)
@@ -142,20 +147,34 @@ def check_same(saved: CheckpointReader, table: ParamTable, optimizer: torch.opti
     for name in table.parameters if saved.complete else ():
         if not saved.holds(name):
             raise TaskError(f"checkpoint {saved.name} is not whole: the values of {name} are not in it.")
-    if optimizer is None:
-        return
-    names = {id(parameter): name for name, parameter in table.parameters.items()}
-    own_groups = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
-    if own_groups != [group["params"] for group in saved.groups]:
+    if optimizers and optimizers.keys() != saved.optimizers.keys():
         raise TaskError(
-            f"checkpoint {saved.name} has other parameter groups than the optimizer: build the optimizer as it was, "
+            f"checkpoint {saved.name} is of {_listed(saved.optimizers)}, not of {_listed(optimizers)}: give "
+            "optimizers of the same names."
+        )
+    names = {id(parameter): name for name, parameter in table.parameters.items()}
+    for key, optimizer in optimizers.items():
+        _check_groups(saved.name, saved.optimizers[key]["groups"], optimizer, names)
+
+
+def _listed(optimizers: Mapping[str, Any]) -> str:
+    return "one optimizer" if [*optimizers] == [""] else f"the optimizers {', '.join(optimizers)}"
+
+
+def _check_groups(
+    of: str, groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer, names: dict[int, str]
+) -> None:
+    own_groups = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+    if own_groups != [group["params"] for group in groups]:
+        raise TaskError(
+            f"checkpoint {of} has other parameter groups than the optimizer: build the optimizer as it was, "
             "over the same parameters in the same order."
         )
-    for group, saved_group in zip(optimizer.param_groups, saved.groups, strict=True):
+    for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
         for key in {*group} & {*saved_group} - {"params"}:
             if not _is_compatible(group[key], saved_group[key]):
                 raise TaskError(
-                    f"checkpoint {saved.name} has {key}={saved_group[key]!r}, where the optimizer has "
+                    f"checkpoint {of} has {key}={saved_group[key]!r}, where the optimizer has "
                     f"{key}={group[key]!r}: build the optimizer as it was."
                 )
 
@@ -214,8 +233,10 @@ def progress_of(saved: CheckpointReader, axes: MeshChannels, device: torch.devic
     return TrainProgress.from_state_dict(position, device)
 
 
-def _load_settings(saved: CheckpointReader, optimizer: torch.optim.Optimizer, references: TensorReferences) -> None:
-    for group, values in zip(optimizer.param_groups, saved.groups, strict=True):
+def _load_settings(
+    groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer, references: TensorReferences
+) -> None:
+    for group, values in zip(optimizer.param_groups, groups, strict=True):
         for key, value in values.items():
             if key == "params" or key not in group:
                 continue
@@ -226,13 +247,13 @@ def _load_settings(saved: CheckpointReader, optimizer: torch.optim.Optimizer, re
 
 
 def _load_state(
-    saved: CheckpointReader, name: str, table: ParamTable, optimizer: torch.optim.Optimizer, axes: MeshChannels
-) -> None:
+    saved: CheckpointReader, name: str, table: ParamTable, optimizer: torch.optim.Optimizer, group: dict[str, Any],
+    axes: MeshChannels,
+) -> None:  # fmt: skip
     parameter, placement = table.parameters[name], table.placement(name)
     optimizer.state.pop(parameter, None)
     if not (placement.held(axes) and table.is_updated(name, axes)):
         return
-    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
     state: dict[str, Any] = dict(saved.values.get(name, {}))
     for entry in saved.entries(name):
         whole = saved.whole(name, entry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,19 +36,19 @@ class ShardPlan:
     Args:
         model: Its buffers are looked up each time, since a forward may replace them.
         table: The model's tensors, placed.
-        optimizer: Over its parameters.
+        optimizers: Over its parameters, by name.
         axes: This rank's channels.
         changed: Buffers and frozen parameters whose values are neither the task's nor those of the checkpoint from
             which the run resumed.
     """
 
     def __init__(
-        self, model: nn.Module, table: ParamTable, optimizer: torch.optim.Optimizer, axes: MeshChannels,
-        changed: Collection[str] = (),
+        self, model: nn.Module, table: ParamTable, optimizers: Mapping[str, torch.optim.Optimizer],
+        axes: MeshChannels, changed: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._model = model
         self._table = table
-        self._optimizer = optimizer
+        self._optimizers = optimizers
         self._axes = axes
         candidates: dict[str, tuple[str, int]] = {
             name: (_key(name, "", table.placement(name), axes), tensor.nbytes)
@@ -66,7 +66,7 @@ class ShardPlan:
         watched = {} if axes.shard.size > 1 else {i: table.parameters[name] for i, name in enumerate(self._frozen)}
         self._watch = DataWatch(watched.values(), self._on_data_access)
         self._references = TensorReferences(table.objects)
-        self._attributes = OwnAttributes(optimizer, self._references)
+        self._attributes = {name: OwnAttributes(one, self._references) for name, one in optimizers.items()}
         self.described = {name: _described(table.placement(name), axes) for name in table.tensors}
 
     def changing(self, *, buffers: bool = False) -> dict[str, torch.Tensor]:
@@ -83,7 +83,7 @@ class ShardPlan:
             if not (parameter.requires_grad or frozen_changed):
                 continue
             shards[_key(name, "", placement, axes)] = parameter.detach()
-            for entry, value in self._optimizer.state.get(parameter, {}).items():
+            for entry, value in _state(parameter, self._optimizers.values()):
                 if isinstance(value, torch.Tensor):
                     split = is_split(entry, value, parameter.shape)
                     part = placement if split else Placement(layout=placement.layout)
@@ -144,12 +144,30 @@ class ShardPlan:
         self._watch.close()
 
     def values(self) -> dict[str, Any]:
-        """The optimizer's state beside tensors, as JSON-able data. Local.
+        """The optimizers' state beside tensors, as JSON-able data. Local.
 
         Raises:
             TaskError: It has state that JSON cannot hold.
         """
-        return {**_values(self._table, self._optimizer, self._references), "attributes": self._attributes.state_dict()}
+        names = {id(parameter): name for name, parameter in self._table.parameters.items()}
+        settings = {
+            name: {
+                "groups": [self._group(group, names) for group in optimizer.param_groups],
+                "attributes": self._attributes[name].state_dict(),
+            }
+            for name, optimizer in self._optimizers.items()
+        }
+        values: dict[str, dict[str, Any]] = {}
+        for name, parameter in self._table.parameters.items():
+            for entry, value in _state(parameter, self._optimizers.values()):
+                if not isinstance(value, torch.Tensor):
+                    values.setdefault(name, {})[entry] = plain(value, f"the optimizer's {entry}")
+        return {"optimizers": settings, "values": values}
+
+    def _group(self, group: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
+        own = {key: value for key, value in group.items() if key != "params"}
+        settings = {key: self._references.to_json(value, f"the optimizer's {key}") for key, value in own.items()}
+        return {**settings, "params": [names[id(parameter)] for parameter in group["params"]]}
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The buffers that this rank saves: of ranks that read the same data, one does."""
@@ -171,11 +189,11 @@ def buffer_entry(data_rank: int) -> str:
     return f"@{data_rank}" if data_rank else ""
 
 
-def check_state(table: ParamTable, optimizer: torch.optim.Optimizer) -> None:
-    """Raise `TaskError` if the optimizer has state that cannot be saved; known after its first step. Local."""
+def check_state(table: ParamTable, optimizers: Collection[torch.optim.Optimizer]) -> None:
+    """Raise `TaskError` if an optimizer has state that cannot be saved; known after its first step. Local."""
     for name, parameter in table.parameters.items():
         placement = table.placement(name)
-        for entry, value in optimizer.state.get(parameter, {}).items():
+        for entry, value in _state(parameter, optimizers):
             if not isinstance(entry, str) or "|" in entry or entry.startswith("@"):
                 raise TaskError(f"the optimizer's state {entry!r} cannot be saved: name it by a word.")
             if not isinstance(value, torch.Tensor):
@@ -225,23 +243,10 @@ def _assign(candidates: list[list[tuple[str, int]]]) -> dict[str, int]:
     return saver_of
 
 
-def _values(table: ParamTable, optimizer: torch.optim.Optimizer, references: TensorReferences) -> dict[str, Any]:
-    names = {id(parameter): name for name, parameter in table.parameters.items()}
-    groups = [
-        {
-            key: [names[id(p)] for p in value]
-            if key == "params"
-            else references.to_json(value, f"the optimizer's {key}")
-            for key, value in group.items()
-        }
-        for group in optimizer.param_groups
-    ]
-    values: dict[str, dict[str, Any]] = {}
-    for name, parameter in table.parameters.items():
-        for entry, value in optimizer.state.get(parameter, {}).items():
-            if not isinstance(value, torch.Tensor):
-                values.setdefault(name, {})[entry] = plain(value, f"the optimizer's {entry}")
-    return {"groups": groups, "values": values}
+def _state(parameter: nn.Parameter, optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[tuple[Any, Any]]:
+    """The entries of a parameter's state, in the optimizer that updates it."""
+    for optimizer in optimizers:
+        yield from optimizer.state.get(parameter, {}).items()
 
 
 def _described(placement: Placement, axes: MeshChannels) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nbdist.core.comm.mesh_channels import MeshChannels
-from nbdist.core.optim.lr_schedulers import Scheduler
+from nbdist.core.optim.lr_schedulers import Schedulers
 from nbdist.core.process import rng
 from nbdist.core.state.checkpoint_writer import CheckpointWriter, prepare
 from nbdist.core.state.folder_lease import Lease
@@ -47,7 +47,7 @@ class Snapshotter:
     Args:
         strategy: Holds the model, with its parameters placed.
         plan: Its `checkpoint` options.
-        scheduler: Saved too.
+        schedulers: Saved too.
         rank_snapshots: Where snapshots go; None to take none.
         emit: Called with events for the user.
         run_id: The run's id.
@@ -56,12 +56,12 @@ class Snapshotter:
     """
 
     def __init__(
-        self, strategy: Strategy, plan: Plan, scheduler: Scheduler, rank_snapshots: RankSnapshots | None,
+        self, strategy: Strategy, plan: Plan, schedulers: Schedulers, rank_snapshots: RankSnapshots | None,
         emit: Callable[[Event], None], run_id: str = "", lease: Lease | None = None, changed: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._strategy = strategy
         self._plan = plan
-        self._scheduler = scheduler
+        self._schedulers = schedulers
         self._rank_snapshots = rank_snapshots
         self._step_record = rank_snapshots  # records each completed step, even after snapshots are disabled
         self._buffers = rank_snapshots  # checkpoints pass through them too, or through a store of this rank's own
@@ -92,7 +92,7 @@ class Snapshotter:
         """Plan this rank's shards, and create a buffer for checkpoints if there is none. **Collective** (world)."""
         if self._shard_plan is None:
             task, strategy = self._strategy.task, self._strategy
-            self._shard_plan = ShardPlan(task.model, strategy.table, task.optimizer, strategy.axes, self._changed)
+            self._shard_plan = ShardPlan(task.model, strategy.table, task.optimizers, strategy.axes, self._changed)
             self._described = json.dumps(self._shard_plan.described)
         if self._buffers is None:
             self._own_store = SnapshotStore(1)
@@ -136,7 +136,7 @@ class Snapshotter:
         if agreed is None:
             return
         if self._planned_writer is not None and not self._checked:
-            self._check_optimizer()
+            self._check_optimizers()
         if progress.step - self._strategy.lag <= self._last_snapshot_step:
             return  # with a lag, these flags were sent before the last snapshot, which has fulfilled them
         if self._writer is not None and self._writer.busy and agreed.written + agreed.unwritten == self._ranks:
@@ -159,7 +159,7 @@ class Snapshotter:
                 self._writer = self._planned_writer
             else:
                 if folder not in self._leases:
-                    self._leases[folder] = prepare(folder, self._strategy.task.optimizer, world, self._run_id)
+                    self._leases[folder] = prepare(folder, self._strategy.task.optimizers, world, self._run_id)
                 self._writer = self._make_writer(folder, sys.maxsize, self._leases[folder])
             self._open()
             buffer = self._snapshot(progress, for_checkpoint=True)
@@ -250,9 +250,9 @@ class Snapshotter:
         if buffer is not None and self._shard_plan is not None:
             writer.begin(buffer, progress.step, self._shard_plan)
 
-    def _check_optimizer(self) -> None:
-        """Raise `TaskError` if the optimizer has state that cannot be saved; known after its first step. Local."""
-        check_state(self._strategy.table, self._strategy.task.optimizer)
+    def _check_optimizers(self) -> None:
+        """Raise `TaskError` if an optimizer has state that cannot be saved; known after its first step. Local."""
+        check_state(self._strategy.table, self._strategy.task.optimizers.values())
         if self._shard_plan is not None:
             self._shard_plan.values()
         self._checked = True
@@ -307,7 +307,7 @@ class Snapshotter:
         assert self._shard_plan is not None
         started_s = time.monotonic()
         if not self._checked:
-            self._check_optimizer()
+            self._check_optimizers()
         tensors = self._shard_plan.changing(buffers=for_checkpoint)
         layout = self._layout_of(tensors)
         generators = rng.state_dict() if buffers is None else None  # after an error they have advanced
@@ -336,7 +336,7 @@ class Snapshotter:
             "reports_loss": self._axes.reports_loss,
             "plan": {name: getattr(plan, name) for name in SAMPLE_ORDER_OPTIONS},
             "position": progress.state_dict(),
-            "scheduler": self._scheduler.state_dict(),
+            "schedulers": self._schedulers.state_dict(),
             "precision": strategy.precision.state_dict(),
             "generators": generators,
             **shard_plan.values(),

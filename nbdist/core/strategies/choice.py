@@ -43,8 +43,8 @@ def _can_split_update(task: Task, plan: Plan) -> bool:
     return (
         plan.clip_norm is None
         and plan.precision != "fp16"
-        and not task.own_optimizer
-        and type(task.optimizer) in OPTIMIZERS.values()
+        and not task.own_optimizers
+        and all(type(optimizer) in OPTIMIZERS.values() for optimizer in task.optimizers.values())
         and all(type(parameter.data) is torch.Tensor for parameter in trainable)
         # An embedding with max_norm writes to its weight in forward.
         and not any(getattr(module, "max_norm", None) for module in task.model.modules())

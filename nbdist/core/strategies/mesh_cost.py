@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,17 +48,23 @@ class MeshCost:
     moved: dict[str, int] = field(default_factory=dict)
 
 
-def cost_of(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, axes: Mapping[str, AxisCost]) -> MeshCost:
+def cost_of(
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], plan: Plan, axes: Mapping[str, AxisCost]
+) -> MeshCost:
     """Add up what axes cost. Local.
 
     Args:
         model: The whole model.
-        optimizer: Over its parameters; its state is that of one small trial step.
+        optimizers: Over its parameters; their state is that of one small trial step.
         plan: What would be run.
         axes: Of the axes that change the model.
     """
     parameters = dict(model.named_parameters())
-    of_state = state_numbers(optimizer)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    with_state = [
+        (state_numbers(optimizer), [names[id(p)] for group in optimizer.param_groups for p in group["params"]])
+        for optimizer in optimizers
+    ]
     slices = -(-plan.slices // plan.mesh.data)
 
     def share(name: str, coordinate: int, but: str = "") -> float:
@@ -73,7 +79,8 @@ def cost_of(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, axes
     every = tuple(parameters)
     coordinates = range(max((len(axis.shares) for axis in axes.values()), default=1))
     for coordinate in coordinates:
-        memory.append(nbytes(every, coordinate) + round((1 + of_state) * nbytes(every, coordinate, trainable=True)))
+        state = sum(numbers * nbytes(own, coordinate, trainable=True) for numbers, own in with_state)
+        memory.append(nbytes(every, coordinate) + nbytes(every, coordinate, trainable=True) + round(state))
         blocks = [names for axis in axes.values() for names in axis.together]
         gathered += [
             nbytes(names, coordinate, "shard") + nbytes(names, coordinate, "shard", trainable=True) for names in blocks

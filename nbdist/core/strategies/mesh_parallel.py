@@ -57,17 +57,22 @@ def estimate(task: Task, plan: Plan) -> MeshCost:
     The first samples are read, also of a stream.
 
     Raises:
-        PlanError: The mesh cannot be applied: the model cannot be split, or its optimizer or hooks do not allow it.
+        PlanError: The mesh cannot be applied: the model cannot be split, or its optimizers or hooks do not allow it.
         TaskError: The model's forward cannot be traced.
     """
-    check_hooks(task.model, task.optimizer, plan.mesh)
+    check_hooks(task.model, task.optimizers.values(), plan.mesh)
     if plan.mesh.size == plan.mesh.dp:
-        return cost_of(task.model, task.optimizer, plan, {})
-    check_can_be_sharded(task.optimizer, plan.mesh, gathered=task.own_optimizer and plan.gather)
+        return cost_of(task.model, task.optimizers.values(), plan, {})
+    _check_optimizers(task, plan)
     example = example_call(task, plan, device_of(task.model))
     kinds = {name: kind for name, kind in _AXES.items() if getattr(plan.mesh, name) > 1}
     costs = {name: kind.propose(task, plan, example).cost for name, kind in kinds.items()}
-    return cost_of(task.model, task.optimizer, plan, costs)
+    return cost_of(task.model, task.optimizers.values(), plan, costs)
+
+
+def _check_optimizers(task: Task, plan: Plan) -> None:
+    for optimizer in task.optimizers.values():
+        check_can_be_sharded(optimizer, plan.mesh, gathered=task.own_optimizers and plan.gather)
 
 
 class MeshParallel(Strategy):
@@ -88,7 +93,7 @@ class MeshParallel(Strategy):
 
     def __init__(self, task: Task, plan: Plan, axes: MeshChannels, world: World) -> None:
         super().__init__(task, plan, axes)
-        check_can_be_sharded(task.optimizer, plan.mesh, gathered=task.own_optimizer and plan.gather)
+        _check_optimizers(task, plan)
         self.equal_slices |= axes.shard.size > 1
         self._readable = ReadableParams(self.table.parameters, plan)
         placements = Placements(
@@ -120,7 +125,8 @@ class MeshParallel(Strategy):
         self.table.broadcast_(axes.world)
         for axis, proposal in zip(self._axes, proposals, strict=True):
             axis.apply(proposal, example)
-        cut_state_(self.task.optimizer, self.table, axes)
+        for optimizer in self.task.optimizers.values():
+            cut_state_(optimizer, self.table, axes)
         for place, axis in enumerate(self._axes):
             axis.prepare(self._axes[place + 1 :])
         if isinstance(self._runner, PipelineAxis):
@@ -227,10 +233,11 @@ class MeshParallel(Strategy):
         self.reducer.close()
         for axis in self._axes:
             axis.free()
-        if self.task.own_optimizer:
-            gather_state_(self.task.optimizer, self.table, self.axes, keep=keep)
-        else:
-            self.task.optimizer.state.clear()
+        for optimizer in self.task.optimizers.values():
+            if self.task.own_optimizers:
+                gather_state_(optimizer, self.table, self.axes, keep=keep)
+            else:
+                optimizer.state.clear()
         self.table.gather_(self.axes, keep=keep)
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ class SharedWeights(Strategy):
     or whose ``data`` is taken at any time, stays in private memory. As with replicas, all ranks then write the same
     values, and copy the owner's after each update.
 
-    It needs an optimizer that updates each parameter by itself, as those of torch.optim do, and no use of all
+    It needs optimizers that update each parameter by itself, as those of torch.optim do, and no use of all
     gradients together, such as clipping by their norm.
 
     **Collective**: the constructor broadcasts the weights and buffers of rank 0.
@@ -101,9 +101,9 @@ class SharedWeights(Strategy):
             self._check_writes()
         return super().sync(flags)
 
-    def update(self, optimizer: torch.optim.Optimizer, hooks: GradientHooks) -> bool:
+    def update(self, hooks: GradientHooks) -> bool:
         """See `Strategy`."""
-        self._updated = super().update(optimizer, hooks)
+        self._updated = super().update(hooks)
         for i in self._owned:
             if i in self._private:
                 self._shared_views[i].copy_(get_data(self._parameters[i]))

@@ -195,11 +195,10 @@ class Strategy(ABC):
         """Turn every gradient into the weighted mean over all ranks. **Collective**; see `GradientReducer.finish`."""
         return self.reducer.finish(flags)
 
-    def update(self, optimizer: torch.optim.Optimizer, hooks: GradientHooks) -> bool:
-        """Run the gradient hooks, clip, and step the optimizer. **Collective** over a replica.
+    def update(self, hooks: GradientHooks) -> bool:
+        """Run the gradient hooks, clip, and step the optimizers. **Collective** over a replica.
 
         Args:
-            optimizer: The optimizer to step.
             hooks: The user's hooks; in fp16 they get unscaled gradients, and do not run after an overflow.
 
         Returns:
@@ -216,7 +215,8 @@ class Strategy(ABC):
         if self.plan.clip_norm is not None:
             self.clip_(self.plan.clip_norm)
         with skip_dynamo_import():
-            optimizer.step()
+            for optimizer in self.task.optimizers.values():
+                optimizer.step()
         return True
 
     def clip_(self, largest: float) -> None:

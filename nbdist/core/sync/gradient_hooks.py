@@ -7,6 +7,7 @@ their sum.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +69,7 @@ class GradientHooks:
         self._removed.clear()
 
 
-def check_hooks(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
+def check_hooks(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], mesh: Mesh) -> None:
     """Check that hooks will get the same gradients as in one process. Local.
 
     Raises:
@@ -80,7 +81,7 @@ def check_hooks(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) 
                 f"parameter {name} has a post-accumulate-grad hook, which would get a part of the gradient on mesh "
                 f"{mesh}: use register_hook, or the strategy data or pipeline."
             )
-    hooks = [getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")]
+    hooks = [getattr(one, f"_optimizer_step_{when}_hooks", None) for one in optimizers for when in ("pre", "post")]
     if mesh.size > mesh.dp and any(hooks):
         raise PlanError(
             f"the optimizer has step hooks, which would get only the parameters of one rank on mesh {mesh}: override "

@@ -13,7 +13,7 @@ from torch import nn
 
 from nbdist.core.data.reader import Slice
 from nbdist.core.data.sources import Source
-from nbdist.core.optim.lr_schedulers import Scheduler, check_scheduler
+from nbdist.core.optim.lr_schedulers import Schedulers, check_scheduler
 from nbdist.core.optim.optimizers import make_optimizer, optimizer_name
 from nbdist.core.optim.state import move_state_
 from nbdist.core.sync.loss_forms import LossForms
@@ -49,17 +49,17 @@ _OF_CALLABLE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Model, data, step, optimizer and metric. It is sent to the engines as one value.
+    """Model, data, step, optimizers and metric. It is sent to the engines as one value.
 
     Args:
         model: The module as the user made it.
         data: Training data.
         step: The training step.
-        optimizer: Over parameters of `model`.
+        optimizers: Over parameters of `model`, no two over the same, by name; the name of an only one is empty.
         val: Validation data, or None.
         metric: Measured on `val` beside the loss, or None.
-        own_optimizer: Whether the user made the optimizer, so that its state is loaded back into it.
-        scheduler: Makes a torch scheduler from the optimizer, or None.
+        own_optimizers: Whether the user made one of them, so that their state is loaded back into them.
+        schedulers: Each makes a torch scheduler from the optimizer of that name; others have none.
         options: The Plan options that follow from the arguments: names, batch size, shuffle.
         forms: Checks that all slices' losses have the same form, if their weights are inferred.
     """
@@ -67,13 +67,29 @@ class Task:
     model: nn.Module
     data: Source
     step: Step
-    optimizer: torch.optim.Optimizer
+    optimizers: dict[str, torch.optim.Optimizer]
     val: Source | None
     metric: Metric | None
-    own_optimizer: bool
-    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    own_optimizers: bool
+    schedulers: dict[str, Callable[[torch.optim.Optimizer], Any]] = field(default_factory=dict)
     options: dict[str, Any]
     forms: LossForms = field(default_factory=LossForms)
+
+    def __post_init__(self) -> None:
+        """Check what each field by itself cannot show.
+
+        Raises:
+            TaskError: Two optimizers hold the same parameter.
+        """
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        owners: dict[int, str] = {}
+        for name, optimizer in self.optimizers.items():
+            for parameter in (one for group in optimizer.param_groups for one in group["params"]):
+                other = owners.setdefault(id(parameter), name)
+                if other != name:
+                    raise TaskError(
+                        f"optimizers {other} and {name} both hold parameter {names[id(parameter)]}: give it to one."
+                    )
 
     @classmethod
     def create(
@@ -127,11 +143,11 @@ class Task:
             model=model,
             data=source,
             step=step or SupervisedStep(find_loss(loss)),
-            optimizer=made,
-            scheduler=lr_scheduler,
+            optimizers={"": made},
+            schedulers={} if lr_scheduler is None else {"": lr_scheduler},
             val=val_source,
             metric=None if metric is None else find_metric(metric),
-            own_optimizer=isinstance(optimizer, torch.optim.Optimizer),
+            own_optimizers=isinstance(optimizer, torch.optim.Optimizer),
             options={
                 "loss": "the model's own" if own_loss else loss_name(loss) if step is None else "step",
                 "lr_scheduler": "" if lr_scheduler is None else _name(lr_scheduler),
@@ -172,9 +188,9 @@ class Task:
         scale, unit = next((s, u) for s, u in ((1_000_000, " M"), (1_000, " k"), (1, "")) if count >= s)
         return f"{type(self.model).__name__} ({count / scale:.3g}{unit} parameters)"
 
-    def make_scheduler(self, optimizer: torch.optim.Optimizer) -> Scheduler:
-        """The learning-rate scheduler of `optimizer`. Local."""
-        return Scheduler(self.scheduler, optimizer)
+    def make_schedulers(self) -> Schedulers:
+        """The learning-rate schedulers of the optimizers. Local."""
+        return Schedulers(self.optimizers, self.schedulers)
 
     @property
     def infers_weight(self) -> bool:
@@ -339,7 +355,7 @@ def _check_agree(option: str, given: Any, of_loader: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def on_device(task: Task, device: torch.device) -> Iterator[None]:
-    """Move the model and its optimizer's state to a device within the context. Local."""
+    """Move the model and its optimizers' state to a device within the context. Local."""
     before = next(task.model.parameters()).device
     _move(task, before, device)
     try:
@@ -352,4 +368,5 @@ def _move(task: Task, source: torch.device, target: torch.device) -> None:
     if source == target:
         return
     task.model.to(target)
-    move_state_(task.optimizer)
+    for optimizer in task.optimizers.values():
+        move_state_(optimizer)

@@ -12,7 +12,7 @@ from problems import ADAMW, SGD, Given, alone, assert_same_bits, classes, mlp, t
 from torch.optim import lr_scheduler
 
 from nbdist.core.control.commands import Command
-from nbdist.core.optim.lr_schedulers import Scheduler
+from nbdist.core.optim.lr_schedulers import Schedulers
 from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.telemetry import Checkpointed, CommandApplied, EpochFinished, ListSink, Noted, Progress
 
@@ -91,14 +91,14 @@ def test_a_scheduler_continues_from_a_new_rate(name, tensor):
         rate = torch.tensor(0.05) if tensor else 0.05
         groups = [{"params": [first], "lr": rate}, {"params": [second], "lr": rate / 2}]
         optimizer = torch.optim.AdamW(groups, lr=rate, capturable=False, foreach=False)
-        scheduler = Scheduler(SCHEDULERS[name], optimizer)
+        schedulers = Schedulers({"": optimizer}, {"": SCHEDULERS[name]})
         rates = []
         for step in range(30):
             if step == change_at:
-                scheduler.set_rate(optimizer, 3 * float(optimizer.param_groups[0]["lr"]))
+                schedulers.set_rate(3 * schedulers.rate)
             rates.append([float(group["lr"]) for group in optimizer.param_groups])
             optimizer.step()
-            scheduler.step()
+            schedulers.end_update()
         return torch.tensor(rates)
 
     plain, changed = rates_of(None), rates_of(12)
@@ -110,7 +110,7 @@ def test_a_rate_of_zero_may_be_left():
     """Without a scheduler there is no factor: all groups get the rate."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": [parameter], "lr": 0.0}])
-    Scheduler(None, optimizer).set_rate(optimizer, 0.5)
+    Schedulers({"": optimizer}, {}).set_rate(0.5)
     assert 0.5 == optimizer.param_groups[0]["lr"]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from nbdist.core.optim.lr_schedulers import Scheduler, check_scheduler
+from nbdist.core.optim.lr_schedulers import Schedulers, check_scheduler
 from nbdist.errors import TaskError
 
 
@@ -25,30 +25,70 @@ def rates(of):
 def test_without_one_rates_stay():
     """It can be stepped, and does nothing."""
     sgd = optimizer()
-    scheduler = Scheduler(None, sgd)
-    assert scheduler.every_step
-    scheduler.step()
+    schedulers = Schedulers({"": sgd}, {})
+    schedulers.end_update()
+    schedulers.end_epoch(1.0)
     assert rates(sgd) == [0.1, 0.5]
 
 
 def test_it_steps_with_the_optimizer():
     """Each group has its own rate."""
     sgd = optimizer()
-    scheduler = Scheduler(functools.partial(lr_scheduler.StepLR, step_size=1, gamma=0.5), sgd)
-    assert scheduler.every_step
+    schedulers = Schedulers({"": sgd}, {"": functools.partial(lr_scheduler.StepLR, step_size=1, gamma=0.5)})
     sgd.step()
-    scheduler.step()
+    schedulers.end_update()
+    schedulers.end_epoch(1.0)
     assert rates(sgd) == [0.05, 0.25]
 
 
 def test_one_that_follows_a_value_steps_after_an_epoch():
     """With the measured value."""
     sgd = optimizer()
-    scheduler = Scheduler(functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5), sgd)
-    assert not scheduler.every_step
+    make = functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5)
+    schedulers = Schedulers({"": sgd}, {"": make})
     for loss in (1.0, 0.5, 0.7):
-        scheduler.step(loss)
+        schedulers.end_update()
+        schedulers.end_epoch(loss)
     assert rates(sgd) == [0.05, 0.25]
+
+
+def test_each_optimizer_has_its_own():
+    """One steps with the updates, one after an epoch, the third optimizer has none."""
+    first, second, third = optimizer(), optimizer(), optimizer()
+    factories = {
+        "first": functools.partial(lr_scheduler.StepLR, step_size=1, gamma=0.5),
+        "second": functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.1),
+    }
+    schedulers = Schedulers({"first": first, "second": second, "third": third}, factories)
+    for one in (first, second, third):
+        one.step()
+    schedulers.end_update()
+    assert [rates(one) for one in (first, second, third)] == [[0.05, 0.25], [0.1, 0.5], [0.1, 0.5]]
+    for loss in (1.0, 2.0):
+        schedulers.end_epoch(loss)
+    assert [0.05, 0.01, 0.1] == pytest.approx([rates(one)[0] for one in (first, second, third)])
+
+
+def test_states_are_kept_by_name():
+    """A state of no scheduler here, or a scheduler without a state, is left alone."""
+    make = functools.partial(lr_scheduler.StepLR, step_size=5)
+    optimizers = {"a": optimizer(), "b": optimizer()}
+    before = Schedulers(optimizers, {"a": make, "b": make})
+    for _ in range(3):
+        for one in optimizers.values():
+            one.step()
+        before.end_update()
+    after = Schedulers({"b": optimizer(), "c": optimizer()}, {"b": make, "c": make})
+    after.load_state_dict(before.state_dict())
+    assert dict(after.state_dict()["b"]["pairs"])["last_epoch"] == 3
+    assert dict(after.state_dict()["c"]["pairs"])["last_epoch"] == 0
+
+
+def test_one_rate_scales_those_of_all_optimizers():
+    """It is the first one's; the others keep their proportion to it."""
+    first, second = optimizer(), optimizer()
+    Schedulers({"first": first, "second": second}, {}).set_rate(0.2)
+    assert [0.2, 1.0, 0.2, 1.0] == pytest.approx(rates(first) + rates(second))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import struct
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import assert_same_bits, mlp, weights
+from problems import ADAMW, assert_same_bits, mlp, weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 from saved_checkpoints import fused, keep, loaded, net, newest, over, reseal
@@ -145,11 +146,11 @@ def test_a_file_that_nbdist_did_not_write(tmp_path, what):
 
 
 TEXTS = [
-    "", "{", "null", "[]", '"text"', "3", "[" * 10**5, "9" * 10**5, "{}", '{"format": 2}', '{"format": [2]}',
-    sealed({"format": 2}), sealed({"format": 2, "files": []}), sealed({"format": 2, "files": {}}),
-    sealed({"format": 2, "files": {FILE: 3}}), sealed({"format": 2, "files": {FILE: []}}),
-    sealed({"format": 2, "files": {"..": [1, ""]}}), sealed({"format": 2, "files": {"": [1, ""]}}),
-    sealed({"format": 2, "files": {"a\0b": [1, ""]}}), sealed({"checkpoints": []}), sealed({"checkpoints": 3}),
+    "", "{", "null", "[]", '"text"', "3", "[" * 10**5, "9" * 10**5, "{}", '{"format": 3}', '{"format": [2]}',
+    sealed({"format": 3}), sealed({"format": 3, "files": []}), sealed({"format": 3, "files": {}}),
+    sealed({"format": 3, "files": {FILE: 3}}), sealed({"format": 3, "files": {FILE: []}}),
+    sealed({"format": 3, "files": {"..": [1, ""]}}), sealed({"format": 3, "files": {"": [1, ""]}}),
+    sealed({"format": 3, "files": {"a\0b": [1, ""]}}), sealed({"checkpoints": []}), sealed({"checkpoints": 3}),
     sealed({"checkpoints": [3]}), sealed({"checkpoints": [".."]}), sealed({"checkpoints": [""]}),
 ]  # fmt: skip
 
@@ -170,7 +171,7 @@ def test_another_format_is_named(tmp_path):
     keep(tmp_path, mlp(), "sgd")
     place = newest(tmp_path)
     (place / MANIFEST).write_text(json.dumps({"format": 99, "more": {}}))
-    with pytest.raises(PlanError, match="has format 99: this nbdist reads format 2"):
+    with pytest.raises(PlanError, match="has format 99: this nbdist reads formats 2 and 3"):
         CheckpointReader.in_folder(str(place))
 
 
@@ -185,7 +186,7 @@ def test_nothing_outside_the_folder_is_read(tmp_path, kind, way):
         outside = outside / FILE
         saved_state = json.loads((bad / MANIFEST).read_text())["files"][FILE]
         name = way.format(f"../good/{outside.parent.name}/{FILE}", absolute=outside)
-        (bad / MANIFEST).write_text(sealed({"format": 2, "files": {name: saved_state}}))
+        (bad / MANIFEST).write_text(sealed({"format": 3, "files": {name: saved_state}}))
     else:
         name = way.format(f"good/{outside.name}", absolute=outside)
         (tmp_path / "bad" / NEWEST).write_text(sealed({"checkpoints": [name]}))
@@ -225,8 +226,8 @@ HOSTILE_TELLING = {
     "half a loss": put("position", "row", "loss", [1.0]),
     "another mesh": put("mesh", 3),
     "a plan without a seed": put("plan", {}),
-    "groups that are none": put("groups", None),
-    "groups of no parameters": put("groups", [{}]),
+    "groups that are none": put("optimizers", "", "groups", None),
+    "groups of no parameters": put("optimizers", "", "groups", [{}]),
     "values that are none": put("values", [1]),
     "tensors that are none": put("tensors", []),
     "a shape below zero": put("tensors", "first.weight", "shape", [-8, 6]),
@@ -235,7 +236,9 @@ HOSTILE_TELLING = {
     "a cut of a dim that is not there": put("tensors", "first.weight", "cut", {"dim": 7, "sections": [8]}),
     "a cut that does not add up": put("tensors", "first.weight", "cut", {"dim": 0, "sections": [9]}),
     "no ranks to cut over": put("tensors", "first.weight", "tp", 0),
-    "a scheduler that is missing": lambda saved_state, _: saved_state.pop("scheduler"),
+    "no optimizers": lambda saved_state, _: saved_state.pop("optimizers"),
+    "attributes that are none": put("optimizers", "", "attributes", []),
+    "schedulers that are missing": lambda saved_state, _: saved_state.pop("schedulers"),
     "a tensor of nothing": lambda _, tensors: tensors.update({"other||whole|0|0": torch.zeros(1)}),
     "a key of another form": lambda _, tensors: tensors.update({"first.weight": torch.zeros(1)}),
     "another shape than recorded": lambda _, tensors: tensors.update({"first.weight||whole|0|0": torch.zeros(3)}),
@@ -281,10 +284,30 @@ def test_settings_of_another_kind(tmp_path):
     """They would fail in the first step, with an error that does not mention the checkpoint."""
     keep(tmp_path, net(), fused)
     for key, value in [("lr", "fast"), ("lr", None), ("betas", [0.9]), ("betas", ["a", "b"]), ("foreach", 3.5)]:
-        rewritten(newest(tmp_path), put("groups", 0, key, value))
+        rewritten(newest(tmp_path), put("optimizers", "", "groups", 0, key, value))
         if key == "foreach":  # a fresh None may take anything
             loaded(tmp_path, fused)
             continue
         with pytest.raises(TaskError, match=f"has {key}=.*, where the optimizer has {key}=.*: build the optimizer as"):
             loaded(tmp_path, fused)
-        rewritten(newest(tmp_path), put("groups", 0, key, {"lr": 0.01, "betas": [0.9, 0.999]}[key]))
+        rewritten(newest(tmp_path), put("optimizers", "", "groups", 0, key, {"lr": 0.01, "betas": [0.9, 0.999]}[key]))
+
+
+def as_format_2(saved_state, _tensors):
+    """The metadata as they were when a run had one optimizer and one scheduler, without names."""
+    saved_state |= saved_state.pop("optimizers")[""]
+    saved_state["scheduler"] = saved_state.pop("schedulers").get("")
+
+
+@pytest.mark.parametrize("scheduler", [None, functools.partial(torch.optim.lr_scheduler.StepLR, step_size=2)])
+def test_format_2_is_read(tmp_path, scheduler):
+    """A run resumes from it with the bits of an undisturbed one."""
+    options = {"optimizer": ADAMW, "lr_scheduler": scheduler, "batch_size": 8}
+    _, expected = keep(tmp_path / "whole", mlp(), steps=4, **options)
+    keep(tmp_path / "old", mlp(), steps=3, **options)
+    place = newest(tmp_path / "old")
+    rewritten(place, as_format_2)
+    files = json.loads((place / MANIFEST).read_text())["files"]
+    (place / MANIFEST).write_text(sealed({"format": 2, "files": files}))
+    _, actual = keep(tmp_path / "new", mlp(), steps=4, resume=str(tmp_path / "old"), **options)
+    assert_same_bits(expected, actual)

@@ -34,7 +34,8 @@ def _closed():
 def shard_plan_of(model, optimizer=None, world=None, changed=()):
     world = world or World()
     made = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
-    made_plans.append(ShardPlan(model, ParamTable.of(model), made, MeshChannels(world, Mesh(dp=world.size)), changed))
+    axes = MeshChannels(world, Mesh(dp=world.size))
+    made_plans.append(ShardPlan(model, ParamTable.of(model), {"": made}, axes, changed))
     return made_plans[-1]
 
 
@@ -152,10 +153,10 @@ def test_state_that_cannot_be_cut():
     model(classes(4)[0]).sum().backward()
     optimizer.step()
     table = ParamTable.of(model)
-    check_state(table, optimizer)
+    check_state(table, [optimizer])
     table.placements["0.weight"] = Placement(layout=model[0].weight.to("meta"), sharded=True)
     with pytest.raises(TaskError, match=r"the optimizer's rows of 0.weight has shape \[1\], which is not its param"):
-        check_state(table, optimizer)
+        check_state(table, [optimizer])
 
 
 def factored_in_parts(world, folder):

@@ -120,7 +120,7 @@ def loaded_snapshot(paths, make=FailingNet):
     model = seeded(make)
     optimizer = ADAMW([p for p in model.parameters() if p.requires_grad])
     saved = CheckpointReader.of_snapshot(paths)
-    load_whole(saved, model, optimizer)
+    load_whole(saved, model, {"": optimizer})
     names = {id(p): name for name, p in model.named_parameters()}
     state = {f"{names[id(p)]}/{k}": v.clone() for p, own in optimizer.state.items() for k, v in own.items()}
     return saved.step, saved.ranks[0]["position"], weights(model) | state
