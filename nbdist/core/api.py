@@ -61,9 +61,10 @@ def train(
     task, plan_options = Task.of_options(model, data, options)
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     plan = Plan.create(ranks=size, cores=_cores(size), **plan_options)
-    check_whole(model)
+    for module in task.modules.values():
+        check_whole(module)
     if plan.resume:
-        check_resume(plan, model, task.optimizers)
+        check_resume(plan, task.model, task.optimizers)
     with World.from_environment(device) as world, contextlib.ExitStack() as cleanup:
         run_id, live = _agree(plan, world, verbose and sys.stderr.isatty())
         sinks: list[Sink] = []

@@ -115,8 +115,9 @@ def fit(
         cleanup.enter_context(on_device(task, device))
         cleanup.enter_context(_reporting_failure(emit, world.rank))
 
-        if not model.training:  # else leave submodules as they are: the user may have set some to evaluation mode
-            cleanup.enter_context(in_mode(model, training=True))
+        for module in task.modules.values():
+            if not module.training:  # else leave submodules as they are: the user may have set some to evaluation mode
+                cleanup.enter_context(in_mode(module, training=True))
 
         lease = prepare(plan.checkpoint, task.optimizers, world.channel(), run_id) if plan.checkpoint else None
         if lease is not None:
@@ -270,7 +271,8 @@ def fit(
         if plan.gather:
             strategy.gather(keep=on_every_rank or world.rank == 0)
         else:
-            record_placements(model, strategy.table.placements, plan.mesh)
+            for name, module in task.modules.items():
+                record_placements(module, strategy.table.placements, plan.mesh, name and f"{name}.")
         state = "stopped" if stopped else "finished"
         emit(RunFinished(rank=world.rank, state=state))
         state = "scaled" if stopped and step_control.scaling else state

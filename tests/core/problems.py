@@ -83,11 +83,15 @@ def train(world: World, model: nn.Module, data: Any, **options: Any) -> tuple[Re
     if "step" not in options:
         options.setdefault("loss", "cross_entropy")
     task = Task.create(model, data, **{k: v for k, v in options.items() if k in supplied})
+    return train_task(world, task, **{k: v for k, v in options.items() if k not in supplied}), weights(model)
+
+
+def train_task(world: World, task: Task, **options: Any) -> Result:
+    """`train` a task."""
     passed = {"sinks", "commands", "run_id", "snapshot_paths", "from_snapshot"}
-    rest = {k: v for k, v in options.items() if k not in supplied and k not in passed}
+    rest = {k: v for k, v in options.items() if k not in passed}
     plan = Plan.create(ranks=world.size, cores=1, threads=1, **rest, **task.options)
-    also = {k: v for k, v in options.items() if k in passed}
-    return fit(task, plan, world, **also), weights(model)
+    return fit(task, plan, world, **{k: v for k, v in options.items() if k in passed})
 
 
 def alone(model: nn.Module, data: Any, **options: Any) -> tuple[Result, dict[str, torch.Tensor]]:

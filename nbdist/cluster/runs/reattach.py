@@ -61,7 +61,7 @@ def take_over(
     existing = namespace.get(name)
     same_shapes = _have_same_shapes(existing, task.model)
     if not same_shapes:
-        namespace[name] = task.model
+        namespace[name] = task.given
     segment = Segment(1, engines.anchor, handoff.payload.path)
     into = existing if same_shapes else None
     packed = handoff.payload, segment

@@ -19,10 +19,11 @@ _parts: weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, Placement], Mesh]] 
 """Where the parts of a sharded model lie; emptied, but not removed, when rank 0 has gathered it."""
 
 
-def record_placements(model: nn.Module, placements: dict[str, Placement], mesh: Mesh) -> None:
-    """Record where the parts of a model lie, for `gather`. Local."""
-    if placements:
-        _parts[model] = placements, mesh
+def record_placements(model: nn.Module, placements: dict[str, Placement], mesh: Mesh, prefix: str = "") -> None:
+    """Record where the parts of a model lie, for `gather`; their names in `placements` have a prefix. Local."""
+    own = {name.removeprefix(prefix): part for name, part in placements.items() if name.startswith(prefix)}
+    if own:
+        _parts[model] = own, mesh
 
 
 def check_whole(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
 from nbdist.core.task.losses import ClassLoss, Loss, find_loss, is_torch_own, loss_name
 from nbdist.core.task.metrics import Metric, find_metric
+from nbdist.core.task.modules import Modules
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan.option import check_known
 from nbdist.plan.train_options import TRAIN_OPTIONS
@@ -52,7 +53,7 @@ class Task:
     """Model, data, step, optimizers and metric. It is sent to the engines as one value.
 
     Args:
-        model: The module as the user made it.
+        model: The module as the user made it; several are `Modules`, and `step` is then `call_step`.
         data: Training data.
         step: The training step.
         optimizers: Over parameters of `model`, no two over the same, by name; the name of an only one is empty.
@@ -79,7 +80,7 @@ class Task:
         """Check what each field by itself cannot show.
 
         Raises:
-            TaskError: Two optimizers hold the same parameter.
+            TaskError: Two optimizers hold the same parameter, or a metric has no output of one model.
         """
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         owners: dict[int, str] = {}
@@ -90,6 +91,8 @@ class Task:
                     raise TaskError(
                         f"optimizers {other} and {name} both hold parameter {names[id(parameter)]}: give it to one."
                     )
+        if self.metric is not None and isinstance(self.model, Modules):
+            raise TaskError("a metric is measured on the output of one model, and here are several: omit it.")
 
     @classmethod
     def create(
@@ -183,10 +186,21 @@ class Task:
 
     @property
     def title(self) -> str:
-        """The model's class and number of parameters, as text for the user."""
+        """The class of each module, and the number of parameters, as text for the user."""
         count = sum(p.numel() for p in self.model.parameters())
         scale, unit = next((s, u) for s, u in ((1_000_000, " M"), (1_000, " k"), (1, "")) if count >= s)
-        return f"{type(self.model).__name__} ({count / scale:.3g}{unit} parameters)"
+        kinds = " + ".join(type(module).__name__ for module in self.modules.values())
+        return f"{kinds} ({count / scale:.3g}{unit} parameters)"
+
+    @property
+    def given(self) -> Any:
+        """The module, or a dict, list or tuple of several, as the user gave it."""
+        return self.model.given if isinstance(self.model, Modules) else self.model
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The user's modules by name; the name of an only one is empty."""
+        return dict(self.model.named_children()) if isinstance(self.model, Modules) else {"": self.model}
 
     def make_schedulers(self) -> Schedulers:
         """The learning-rate schedulers of the optimizers. Local."""

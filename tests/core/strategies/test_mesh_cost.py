@@ -7,6 +7,7 @@ import torch
 from problems import SGD, seeded, train, weights
 from torch import nn
 from torch.nn import functional as F
+from two_modules import pair, task_of
 
 from nbdist.core.comm.p2p import ProcessGroupLink
 from nbdist.core.comm.process_group import ProcessGroupChannel
@@ -52,6 +53,14 @@ def test_memory_is_that_of_the_formula(mesh, share):
 def test_state_is_counted_by_a_trial(optimizer, numbers):
     """A parameter, its gradient, and what the optimizer keeps for each element."""
     assert cost("dp=2", optimizer=optimizer).memory == numbers * FLOAT * P
+
+
+def test_state_of_several_optimizers_is_that_of_each():
+    """SGD with momentum keeps one number for each element of its parameters, AdamW two."""
+    task = task_of(pair())
+    plan = Plan.create(ranks=2, cores=1, strategy="dp=2", batch_size=BATCH)
+    body, head = (sum(p.nbytes for p in module.parameters()) for module in task.modules.values())
+    assert (2 + 1) * body + (2 + 2) * head == estimate(task, plan).memory
 
 
 def test_a_gathered_block_and_its_gradient():

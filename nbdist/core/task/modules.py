@@ -1,0 +1,50 @@
+"""Several modules as one, whose forward is the training step: the rest of nbdist sees one model and its one call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from nbdist.errors import TaskError
+
+__all__ = ["Modules", "call_step"]
+
+
+class Modules(nn.Module):
+    """Several modules under one root.
+
+    A mesh is applied to a model and its one call in a step. A step over several modules may call each of them any
+    number of times, so here that call is the whole step, from the batch to the loss.
+
+    Args:
+        given: The modules: a dict, or a list or tuple, where a module's name is its index.
+        step: ``step(given, batch)``, see `Step`.
+
+    Attributes:
+        given: The same.
+
+    Raises:
+        TaskError: A name cannot be an attribute's.
+    """
+
+    def __init__(self, given: Mapping[str, nn.Module] | Sequence[nn.Module], step: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.given = given
+        self._step = functools.partial(step, given)
+        for name, module in given.items() if isinstance(given, Mapping) else enumerate(given):
+            try:
+                self.add_module(str(name), module)
+            except KeyError:
+                raise TaskError(f"a module cannot be called {name!r}: choose a word that torch does not use.") from None
+
+    def forward(self, batch: Any) -> Any:
+        """Run the step; returns the loss, or loss and weight."""
+        return self._step(batch)
+
+
+def call_step(model: nn.Module, batch: Any) -> Any:
+    """The `Step` of a task whose model is `Modules`."""
+    return model(batch)
