@@ -248,6 +248,7 @@ MISTAKES = [
     ("%dist_train Net train_set --loss mse", TaskError, "Net is a class, not a model: write Net()."),
     ("%dist_train nn.ReLU() train_set --loss mse", TaskError, "nn.ReLU() has no parameters to train."),
     ("%dist_train model 5 --loss mse", TaskError, "5 is a value of type int, not data: give a Dataset"),
+    ("%dist_train model X --loss mes", TaskError, "unknown loss 'mes': use bce, cross_entropy"),
     ("%dist_train model X --loss mse", TaskError, "loss compares the model's output with the last element of a batch"),
     ("%dist_train model (X,y[:3]) --loss mse", TaskError,
      "the tensors of (X,y[:3]) differ in their number of samples, [64, 3]: make them equal."),

@@ -128,13 +128,16 @@ class Task:
             step = ModelLossStep()
         elif (loss is None) == (step is None):
             raise TaskError(NO_LOSS if loss is None else "give loss=... or step=..., not both.")
-        if step is not None and not callable(step):
+        elif loss is not None:
+            step = SupervisedStep(find_loss(loss))
+        if not callable(step):
             raise TaskError(f"step must be a callable step(model, batch), not {step!r}.")
+        found_metric = None if metric is None else find_metric(metric)
         if metric is not None and val is None:
             raise TaskError(f"metric {_name(metric)} has no data to be measured on: give val=... too.")
         # every validation sample counts, so a loader's drop_last is ignored
         val_source = None if val is None else replace(Source.of(val, "val"), drop_last=False)
-        supervised = [("loss", source)] if step is None else []
+        supervised = [] if loss is None else [("loss", source)]
         for what, needs_target in [*supervised, *([("metric", val_source)] if metric is not None else [])]:
             _check_pairs(needs_target, what)
         _check_agree("batch_size", batch_size, source.batch_size, names[1])
@@ -145,14 +148,14 @@ class Task:
         return cls(
             model=model,
             data=source,
-            step=step or SupervisedStep(find_loss(loss)),
+            step=step,
             optimizers={"": made},
             schedulers={} if lr_scheduler is None else {"": lr_scheduler},
             val=val_source,
-            metric=None if metric is None else find_metric(metric),
+            metric=found_metric,
             own_optimizers=isinstance(optimizer, torch.optim.Optimizer),
             options={
-                "loss": "the model's own" if own_loss else loss_name(loss) if step is None else "step",
+                "loss": "the model's own" if own_loss else "step" if loss is None else loss_name(loss),
                 "lr_scheduler": "" if lr_scheduler is None else _name(lr_scheduler),
                 "optimizer": optimizer_name(optimizer),
                 "lr": lr,
