@@ -173,12 +173,22 @@ class RunDispatch:
         self.engines.resize(size)
         self._cells.forget()
 
-    def load_result(self, payload: Any) -> None:
-        """Load the trained tensors from rank 0's payload; does nothing if `gather` is off."""
+    def open_result(self, payload: Any) -> Any:
+        """Map rank 0's result, which then outlives that rank; None if `gather` is off.
+
+        Raises:
+            ClusterError: The rank has ended, and its memory with it.
+        """
         if payload is None:
-            return
+            return None
         self.engines.result_read(payload.path)
-        tensors, optimizers = unpack(payload)
+        return unpack(payload)
+
+    def load_result(self, result: Any) -> None:
+        """Load the trained tensors of an `open_result`."""
+        if result is None:
+            return
+        tensors, optimizers = result
         table = ParamTable.of(self._task.model)
         table.load_(tensors)
         self._copy_to_other()

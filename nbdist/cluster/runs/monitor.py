@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from nbdist.cluster.calls.pending_call import CallError, EngineDied, PendingCall
 from nbdist.cluster.cells.cell_run import settle
@@ -68,6 +69,7 @@ class RunMonitor:
         self._last_step, self._tries = -1, 0  # the step at which ranks were lost, and how often
         self._on_end = on_end
         self._calls = calls
+        self._result: Any = None  # of rank 0, opened
         self._thread = threading.Thread(target=context.run, args=(self._monitor,), daemon=True, name="nbdist-monitor")
 
     def start(self) -> None:
@@ -101,7 +103,8 @@ class RunMonitor:
         control = self._control
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         if not failures:
-            self._dispatch.load_result(outcomes[0].result)
+            self._dispatch.load_result(self._result)
+            self._result = None
             control.want(control.wanted or outcomes[0].ranks)  # scaled in the last step, perhaps from another kernel
             control.end(outcomes[0].state)
         elif control.abandoned:
@@ -172,6 +175,11 @@ class RunMonitor:
                 self._engines.kill(waiting)
             self._merge(outcomes)
             self._draw()
+        if not any(outcome.failure for outcome in outcomes.values()):
+            try:
+                self._result = self._dispatch.open_result(outcomes[0].result)
+            except ClusterError:  # lost between its last step and now, with the weights that only it had gathered
+                outcomes[0] = self._lost_outcome(0)
         return [outcomes[rank] for rank in range(len(self._calls))]
 
     def _is_hung(self) -> bool:
@@ -195,16 +203,21 @@ class RunMonitor:
             outcome: Outcome = call.result()
             if outcome.failure is None or not outcome.failure.secondary:  # a secondary failure's output can come later
                 settle(call)
+        elif isinstance(error, EngineDied):
+            outcome = self._lost_outcome(rank)
         elif isinstance(error, CallError):
-            lost = isinstance(error, EngineDied)
-            failure = Failure.lost(rank) if lost else Failure.reported(rank, error.kind, error.message)
-            snapshot = dataclasses.replace(self._control.progress.ranks[rank], state="lost" if lost else "failed")
+            snapshot = dataclasses.replace(self._control.progress.ranks[rank], state="failed")
+            failure = Failure.reported(rank, error.kind, error.message)
             outcome = Outcome(rank=rank, state="failed", snapshot=snapshot, failure=failure)
         else:
             raise error
         if rank in self._interrupted and outcome.failure is not None and outcome.failure.kind == "KeyboardInterrupt":
             return dataclasses.replace(outcome, failure=dataclasses.replace(outcome.failure, secondary=True))
         return outcome
+
+    def _lost_outcome(self, rank: int) -> Outcome:
+        snapshot = dataclasses.replace(self._control.progress.ranks[rank], state="lost")
+        return Outcome(rank=rank, state="failed", snapshot=snapshot, failure=Failure.lost(rank))
 
     def _is_lost(self, outcomes: list[Outcome]) -> bool:
         """Whether lost processes are the only cause of the failures, so that the run can recover."""

@@ -34,6 +34,9 @@ from nbdist.telemetry.record import new_run_id
 
 __all__ = ["RunQueue"]
 
+_TRIES = 3
+"""Starts during each of which an engine is lost."""
+
 
 @dataclass(frozen=True)
 class _QueuedRun:
@@ -158,9 +161,7 @@ class RunQueue:
     def _start(self, queued: _QueuedRun) -> None:
         """Send the task to every engine and start its monitor thread."""
         engines, run, control = self._engines, queued.run, queued.run.control
-        engines.check_alive()
-        replaced = engines.replace_lost()  # no cells are replayed there: a run sends all that it needs
-        engines.ensure_ready()
+        replaced = self._make_ready()
         if control.spec.plan.mesh.size != engines.size:  # the cluster was scaled while it waited
             control.resize(engines.size)
         last = self._last_run()
@@ -178,9 +179,27 @@ class RunQueue:
         control.begin()
         calls = dispatch.start(from_snapshot=from_snapshot)
         if replaced:
-            run.progress.note(f"{ranks_text(replaced)} had been lost and was replaced", "lost")
+            were = "was" if len(replaced) == 1 else "were"
+            run.progress.note(f"{ranks_text(replaced)} had been lost and {were} replaced", "lost")
         self._note_run(run)
         self._monitor(run, dispatch, calls, queued.watch, queued.context)
+
+    def _make_ready(self) -> list[int]:
+        """Replace the engines that are lost, also meanwhile, and form a world of all; returns their ranks.
+
+        No cells are replayed on new ones: a run sends all that it needs.
+        """
+        engines, replaced = self._engines, set[int]()
+        for tries_left in reversed(range(_TRIES)):
+            engines.check_alive()
+            replaced.update(engines.replace_lost())
+            try:
+                engines.ensure_ready()
+                break
+            except ClusterError:
+                if not (tries_left and engines.lost):
+                    raise
+        return sorted(replaced)
 
     def _monitor(
         self, run: Run, dispatch: RunDispatch, calls: list[Any], watch: Watch | None, context: contextvars.Context

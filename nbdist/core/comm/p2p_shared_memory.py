@@ -17,7 +17,7 @@ import torch
 
 from nbdist.core.comm.comm_timer import comm_timer
 from nbdist.core.comm.p2p import Link, Message, TensorSpec, dtype_named, pack_note, unpack_note
-from nbdist.core.comm.shared_memory import SPIN_S, connect, open_sockets, receive_exactly, receive_file
+from nbdist.core.comm.shared_memory import SPIN_S, connect, open_sockets, receive_exactly, receive_file, send_file
 from nbdist.core.transfer.payload import Segment
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
@@ -109,10 +109,7 @@ class SharedMemoryLink(Link):
                 old.close()
             segment = Segment(-(-nbytes // _PAGE) * _PAGE)
             self._write(b"M", _NUMBER.pack(segment.number))
-            try:
-                socket.send_fds(self._socket, [b"\0"], [segment.descriptor])
-            except OSError as error:
-                raise PeerLostError(f"a message could not be sent, another rank is gone ({error}).") from error
+            send_file(self._socket, segment.descriptor)
         self._in_use[segment.number] = segment
         return segment
 

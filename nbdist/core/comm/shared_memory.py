@@ -33,7 +33,7 @@ from nbdist.peer_auth import IntruderError, authenticate_as_client, authenticate
 from nbdist.peer_auth import receive_exactly as receive_bytes
 from nbdist.plan import available_cores
 
-__all__ = ["SPIN_S", "SharedMemoryChannel", "connect", "open_sockets", "receive_exactly", "receive_file"]
+__all__ = ["SPIN_S", "SharedMemoryChannel", "connect", "open_sockets", "receive_exactly", "receive_file", "send_file"]
 
 _PAGE = 4096
 SPIN_S = 1e-4
@@ -126,7 +126,7 @@ class SharedMemoryChannel(Channel):
                 segment = cleanup.enter_context(contextlib.closing(Segment(nbytes)))
                 memory, descriptor = segment.buffer, segment.descriptor
                 for peer in self._peers:
-                    socket.send_fds(peer, [b"\0"], [descriptor])
+                    send_file(peer, descriptor)
             else:
                 descriptor = cleanup.enter_context(receive_file(self._peers[0]))
                 memory = mmap.mmap(descriptor, nbytes)
@@ -321,6 +321,14 @@ def connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:
     return [peers[other] for other in sorted(peers)]
 
 
+def send_file(peer: socket.socket, descriptor: int) -> None:
+    """Send a file descriptor, with one byte. Raises `PeerLostError` if the peer is gone."""
+    try:
+        socket.send_fds(peer, [b"\0"], [descriptor])
+    except OSError as error:
+        raise PeerLostError(f"memory could not be shared, another rank is gone ({error}).") from error
+
+
 @contextlib.contextmanager
 def receive_file(peer: socket.socket) -> Iterator[int]:
     """A file descriptor that the peer has sent with one byte, open for as long as the context.
@@ -328,7 +336,10 @@ def receive_file(peer: socket.socket) -> Iterator[int]:
     Raises:
         PeerLostError: The peer closes the connection first.
     """
-    received, files, _, _ = socket.recv_fds(peer, 1, 1)
+    try:
+        received, files, _, _ = socket.recv_fds(peer, 1, 1)
+    except ConnectionError as error:
+        raise PeerLostError(f"memory could not be shared, another rank is gone ({error}).") from error
     if not received or not files:
         raise PeerLostError("another rank is gone while ranks connect.")
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -184,6 +185,7 @@ class SnapshotStore:
 
     def __init__(self, ranks: int, holder: Holder | None = None, paths: Sequence[Sequence[str]] = ()) -> None:
         self._holder = holder
+        self._trimming = threading.Lock()  # memory that is freed while another thread reads it would be a bus error
         self._segments = [[Segment(1, holder, path) for path in own] for own in paths]
         self.paths = [list(own) for own in paths]
         self.grow(ranks)
@@ -197,7 +199,8 @@ class SnapshotStore:
     @property
     def last_step(self) -> int:
         """The last step that any rank has completed; -1 for none."""
-        return max(SnapshotBuffer(path).last_step for own in self.paths for path in own)
+        with self._trimming:
+            return max(SnapshotBuffer(path).last_step for own in self.paths for path in own)
 
     @property
     def newest(self) -> tuple[int, list[SnapshotBuffer]] | None:
@@ -206,11 +209,12 @@ class SnapshotStore:
 
     def trim(self) -> None:
         """Free all memory but that of the newest snapshot. No rank may be writing."""
-        found = self.newest
-        needed = set() if found is None else {buffer.path for buffer in found[1]}
-        for segment in (segment for segments in self._segments for segment in segments):
-            if segment.path not in needed:
-                segment.empty()
+        with self._trimming:
+            found = self.newest
+            needed = set() if found is None else {buffer.path for buffer in found[1]}
+            for segment in (segment for segments in self._segments for segment in segments):
+                if segment.path not in needed:
+                    segment.empty()
 
     def close(self) -> None:
         """Free the memory. Twice is fine."""

@@ -125,6 +125,38 @@ def test_an_engine_lost_between_runs(cluster, undisturbed):
     assert ["rank 1 had been lost and was replaced"] == run.progress.notes
 
 
+def test_an_engine_lost_while_a_run_starts(cluster, undisturbed, monkeypatch):
+    """After the lost ones were replaced, and before a world is formed: it is replaced too."""
+    victims, ensure_ready = [1, 0], Engines.ensure_ready
+
+    def lost_before(self):
+        if victims:
+            self.kill([victims.pop()])
+        ensure_ready(self)
+
+    monkeypatch.setattr(Engines, "ensure_ready", lost_before)
+    model = net()
+    run = cluster.train(model, data(), **OPTIONS)
+    assert undisturbed == (bits(model), rows(run))
+    assert ["ranks 0-1 had been lost and were replaced"] == run.progress.notes
+
+
+def test_an_engine_lost_with_its_result(cluster, undisturbed, monkeypatch):
+    """Rank 0 has gathered the weights and returned, and ends before the notebook reads them."""
+    victims, open_result = [0], RunDispatch.open_result
+
+    def lost_before(self, payload):
+        if victims:
+            self.engines.kill([victims.pop()])
+        return open_result(self, payload)
+
+    monkeypatch.setattr(RunDispatch, "open_result", lost_before)
+    model = net()
+    run = cluster.train(model, data(), **OPTIONS)
+    assert ("finished", undisturbed) == (run.state, (bits(model), rows(run)))
+    assert "rank 0 lost (its process ended), replaced in" in run.progress.notes[0]
+
+
 def test_after_an_error_the_last_complete_step_is_there(cluster, undisturbed):
     """And the same call resumes from it, to the bits of a run without the error."""
     model, pids = net((1, TRAPPED), "raise"), [engine.pid for engine in cluster.engines]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nbdist.core.comm import SoloChannel, process_group
+from nbdist.core.comm.shared_memory import receive_file, send_file
 from nbdist.errors import PeerLostError
 
 KIB = 1024 // 4  # float32 elements
@@ -272,6 +273,19 @@ def test_a_lost_rank_ends_a_gather_and_a_scatter(run_on_each_channel, name):
     """The other ranks get an error, as in an all-reduce."""
     with pytest.raises(RuntimeError, match="rank 1 died without a result"):
         run_on_each_channel(3, lose_rank_one_in, name)
+
+
+def test_a_peer_that_is_gone_gets_and_gives_no_memory():
+    """A lost rank, and not an error of this one, which a run could not recover from."""
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with ours, pytest.raises(PeerLostError, match="another rank is gone"):
+        send_file(ours, ours.fileno())
+    ours, theirs = socket.socketpair()
+    ours.send(b"unread")
+    theirs.close()  # resets the connection
+    with ours, pytest.raises(PeerLostError, match="another rank is gone"), receive_file(ours):
+        pass
 
 
 def test_a_rank_alone_sums_and_broadcasts_to_itself():

@@ -312,4 +312,4 @@ def test_whether_a_run_can_resume_is_seen_without_a_hash(tmp_path, monkeypatch):
     keep(tmp_path, net(), fused)
     monkeypatch.setattr(CheckpointReader, "hash_files", lambda *_: pytest.fail("it hashes"))
     model = net()
-    check_resume(Plan.create(ranks=1, cores=1, resume=str(tmp_path), steps=2), model, over(fused, model))
+    check_resume(Plan.create(ranks=1, cores=1, resume=str(tmp_path), steps=2), model, {"": over(fused, model)})

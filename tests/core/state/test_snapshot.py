@@ -7,10 +7,12 @@ import itertools
 import multiprocessing
 import os
 import random
+import threading
 
 import psutil
 import pytest
 import torch
+from other_user import in_fork
 
 from nbdist.core.state.snapshot import BUFFERS_PER_RANK, RankSnapshots, SnapshotBuffer, SnapshotStore, newest, read
 from nbdist.core.state.tensor_buffer import TensorLayout
@@ -192,6 +194,47 @@ def test_a_killed_writer_leaves_the_snapshot_before(run_ranks):
         process.close()
     assert last >= KILLS
     snapshot_store.close()
+
+
+class NotedLock:
+    """A lock that says when a thread waits for it."""
+
+    def __init__(self):
+        self.lock, self.waited_for = threading.Lock(), threading.Event()
+
+    def __enter__(self):
+        if not self.lock.acquire(blocking=False):
+            self.waited_for.set()
+            self.lock.acquire()
+
+    def __exit__(self, *_error):
+        self.lock.release()
+
+
+def last_step_while_trimmed():
+    """The last step, from a reader that another thread overtakes between the mapping of a segment and the reading."""
+    snapshot_store, map_ = SnapshotStore(1), SnapshotBuffer._map
+    RankSnapshots(snapshot_store.paths[0]).record_step(7)
+    snapshot_store._trimming = lock = NotedLock()
+    trimming = threading.Thread(target=snapshot_store.trim)
+
+    def overtaken(self, nbytes):
+        found = map_(self, nbytes)
+        if trimming.ident is None:
+            trimming.start()
+            while trimming.is_alive() and not lock.waited_for.is_set():
+                trimming.join(0.001)
+        return found
+
+    SnapshotBuffer._map = overtaken
+    step = snapshot_store.last_step
+    trimming.join()
+    return step
+
+
+def test_no_memory_is_freed_while_it_is_read():
+    """Which would be a bus error."""
+    assert 7 == in_fork(last_step_while_trimmed)
 
 
 def test_hundreds_leave_nothing_behind(snapshot_store):
