@@ -18,7 +18,8 @@ __all__ = [
     "VERIFIED",
     "check_input_dim",
     "first_hook_number",
-    "has_saved_tensor_hooks",
+    "graph_task",
+    "has_module_hooks",
     "make_subclass",
     "neg_view",
     "number_hooks_from",
@@ -38,8 +39,7 @@ _NEEDED: dict[Any, tuple[str, ...]] = {
     torch: ("TypedStorage", "_neg_view"),
     torch.Tensor: ("_backward_hooks", "_make_subclass", "_post_accumulate_grad_hooks"),
     torch.UntypedStorage: ("_cdata",),
-    torch._C: ("DisableTorchFunctionSubclass",),
-    torch._C._autograd: ("_top_saved_tensors_default_hooks",),
+    torch._C: ("DisableTorchFunctionSubclass", "_current_graph_task_id"),
     RemovableHandle: ("next_id",),
     nn.BatchNorm1d: ("_check_input_dim",),
     pytree: ("TreeSpec", "tree_flatten", "tree_leaves", "tree_unflatten", "treespec_dumps", "treespec_loads"),
@@ -70,9 +70,15 @@ def set_tensor_hooks(tensor: Any, before: Any, after: Any) -> None:
     tensor._backward_hooks, tensor._post_accumulate_grad_hooks = before, after
 
 
-def has_saved_tensor_hooks() -> bool:
-    """Whether hooks get what autograd saves now, as inside of a checkpointed forward."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+def has_module_hooks(module: nn.Module) -> bool:
+    """Whether a module's call runs hooks of its own."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    return bool(before or after or module._backward_pre_hooks or module._backward_hooks)
+
+
+def graph_task() -> int:
+    """The number of the backward that autograd runs in this thread, the innermost one; -1 outside of any."""
+    return int(torch._C._current_graph_task_id())
 
 
 def first_hook_number() -> int:

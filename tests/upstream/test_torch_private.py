@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from nbdist.upstream import torch_private as private
 
@@ -63,13 +62,36 @@ def test_hooks_can_be_taken_off_a_tensor_and_put_back():
     assert ["before", "after", "after"] == seen
 
 
-def test_hooks_of_saved_tensors_are_seen():
-    """Those of a checkpoint too, which cannot bear that a layer saves other tensors when it is computed again."""
-    seen = [private.has_saved_tensor_hooks()]
-    checkpoint(lambda x: seen.append(private.has_saved_tensor_hooks()) or x, torch.ones(1), use_reentrant=False)
-    with torch.autograd.graph.save_on_cpu():
-        seen.append(private.has_saved_tensor_hooks())
-    assert seen == [False, True, True]
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+                 "register_full_backward_pre_hook"],
+)  # fmt: skip
+def test_hooks_of_a_module_are_seen(register):
+    """Of each kind."""
+    module = nn.Linear(1, 1)
+    assert not private.has_module_hooks(module)
+    getattr(module, register)(print)
+    assert private.has_module_hooks(module)
+
+
+def test_a_backward_within_another_has_a_number_of_its_own():
+    """And none is there outside."""
+    x, inner, seen = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True), [private.graph_task()]
+
+    def nested(_gradient):
+        seen.append(private.graph_task())
+        with torch.enable_grad():
+            z = inner * 2
+        z.register_hook(lambda _: seen.append(private.graph_task()))
+        torch.autograd.grad(z, inner)
+        seen.append(private.graph_task())
+
+    y = x * 2
+    y.register_hook(nested)
+    y.backward()
+    outside, outer, nested_one, again = seen
+    assert outside == private.graph_task() == -1
+    assert -1 != outer == again != nested_one != -1
 
 
 def test_hooks_are_numbered():

@@ -19,7 +19,7 @@ __all__ = [
     "state_dict",
 ]  # fmt: skip
 
-_BLOCK = 32
+_BLOCK, _SLICES = 32, 1024
 
 
 def derive(*path: int | str) -> int:
@@ -30,12 +30,14 @@ def derive(*path: int | str) -> int:
 
 def derive_slice(seed: int, path: tuple[Any, ...], index: int) -> int:
     """``derive(seed, *path, index)`` for a slice, whose path is a word and the number of its step or batch. Local."""
+    if index >= _SLICES:  # the cache would never be hit
+        return derive(seed, *path, index)
     kind, number = path
     derived: int = _block(seed, kind, number // _BLOCK, index)[number % _BLOCK]
     return derived
 
 
-@functools.lru_cache(1024)  # slices, which come in turn
+@functools.lru_cache(_SLICES)  # which come in turn
 def _block(seed: int, kind: str, block: int, index: int) -> list[int]:
     # Together, because in each small step the hash's code has left the processor's cache, and takes ten times as long.
     return [derive(seed, kind, number, index) for number in range(block * _BLOCK, (block + 1) * _BLOCK)]

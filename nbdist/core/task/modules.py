@@ -35,6 +35,8 @@ class Modules(nn.Module):
         self.given = given
         self._step = functools.partial(step, given)
         for name, module in given.items() if isinstance(given, Mapping) else enumerate(given):
+            if str(name) in self._modules:
+                raise TaskError(f"two modules are called {name}: give each a name of its own.")
             try:
                 self.add_module(str(name), module)
             except KeyError:

@@ -14,6 +14,7 @@ def test_a_path_is_a_seed():
     """The same on every machine and in every process, different for every other path, and within 63 bits."""
     assert 4977548896219042708 == rng.derive(0, "slice", 1, 2)
     assert all(rng.derive(7, "slice", n, 2) == rng.derive_slice(7, ("slice", n), 2) for n in (0, 31, 32, 33, 95))
+    assert rng.derive(7, "slice", 3, 5000) == rng.derive_slice(7, ("slice", 3), 5000)
     paths = [(0, "a"), (0, "b"), (1, "a"), ("0", "a", 1), (0, "a", 2), (0, "order", 12), (0, "order", 1, 2)]
     derived = {rng.derive(*path) for path in paths}
     assert len(paths) == len(derived)

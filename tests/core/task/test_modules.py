@@ -100,6 +100,12 @@ def test_a_name_that_a_module_cannot_have(name):
         Modules({name: nn.Linear(1, 1)}, step)
 
 
+def test_two_names_that_read_alike():
+    """The second module would take the place of the first."""
+    with pytest.raises(TaskError, match="two modules are called 1: give each a name of its own"):
+        Modules({1: nn.Linear(1, 1), "1": nn.Linear(1, 1)}, step)
+
+
 def test_each_module_is_put_in_training_mode_and_back():
     """As the only one is; a part that the user has set to evaluation mode stays so."""
     modules, seen = pair(), []

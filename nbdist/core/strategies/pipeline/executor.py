@@ -126,12 +126,13 @@ class Pipeline:
                 tensor.requires_grad_(required and torch.is_grad_enabled())
             rng.set_state(state, self._device)
         with self._dry_run():
-            module = self._split.stage(stage, call)
+            module: Any = self._split.stage(stage, call)
+            if self._fusion is not None:
+                module = self._fusion.fused(module)
         with (
             buffers_kept_if_empty(self._task.model, part, self._batch_norms),
             self._gathered(stage),
             self._precision.autocast(),
-            self._fusion or contextlib.nullcontext(),
         ):
             outputs = module(*inputs)
         if stage < self._last:
