@@ -1,12 +1,14 @@
-"""Stack dumps of running engines: on a signal, a process writes the stacks of its threads to a file.
+"""Stack dumps of running engines: on a signal, a process writes the stack of its main thread to a file.
 
 Python's `faulthandler` writes them from a signal handler in C, so this works even while the process hangs in C or holds
-the GIL. It costs nothing until a dump is requested.
+the GIL. It costs nothing until a dump is requested. Not the stacks of all threads: those that go on meanwhile may free
+the frames that the handler reads, and the process would end with a segmentation fault.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import re
@@ -26,7 +28,6 @@ __all__ = ["enable", "is_stopped", "request"]
 _SIGNAL = getattr(signal, "SIGUSR1", None)
 _POLL_S = 0.005
 _POLLS, _POLLS_A_SIGNAL = 200, 20
-_THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)[^\n]*\n((?:  [^\n]*\n)+)")
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 _one_at_a_time = threading.Lock()
 
@@ -50,35 +51,34 @@ def enable() -> dict[str, Any]:
         # is to raise BlockingIOError. The price: a chained handler is registered without SA_RESTART, so a blocking call
         # in C ends with EINTR, as it does for each signal that Python itself handles.
         signal.signal(_SIGNAL, lambda *_: None)
-        faulthandler.register(_SIGNAL, _Enabled.file, all_threads=True, chain=True)
-    return {"stacks": _Enabled.file.name, "main_thread": threading.main_thread().ident}
+        faulthandler.register(_SIGNAL, _Enabled.file, all_threads=False, chain=True)
+    return {"stacks": _Enabled.file.name}
 
 
-def request(pid: int, stacks: str, main_thread: int) -> list[FrameSummary] | None:
+def request(pid: int, stacks: str) -> list[FrameSummary] | None:
     """Request a stack dump: the frames of the main thread of a process of this host, outermost first.
 
     Args:
         pid: The process.
         stacks: The file that it writes to, see `enable`.
-        main_thread: Its main thread.
 
     Returns:
         The frames; None if it writes nothing: it is stopped, or has ended.
     """
-    with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
-        process, file = psutil.Process(pid), Path(stacks)
-        if _SIGNAL is None or is_stopped(pid):
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        file = Path(stacks)
+        if _SIGNAL is None or not psutil.pid_exists(pid) or is_stopped(pid):
             return None
         with _one_at_a_time:  # or one request would truncate the dump that another reads
             os.truncate(file, 0)  # the process appends; so the file holds only the newest dump
             previous = b""
             for poll in range(_POLLS):
                 if poll % _POLLS_A_SIGNAL == 0 and not previous:
-                    process.send_signal(_SIGNAL)  # again, for one that comes while the handler returns is lost
+                    _signal_main_thread(pid)  # again, for one that comes while the handler returns is lost
                 time.sleep(_POLL_S)
                 now = file.read_bytes()
                 if now and now == previous:  # unchanged, so complete
-                    return _frames(now.decode(errors="replace"), main_thread)
+                    return _frames(now.decode(errors="replace"))
                 previous = now
     return None
 
@@ -90,11 +90,15 @@ def is_stopped(pid: int) -> bool:
     return False
 
 
-def _frames(text: str, thread: int) -> list[FrameSummary] | None:
-    for number, lines in _THREAD.findall(text):
-        if int(number, 16) == thread:
-            found = [
-                FrameSummary(file, int(line), name, lookup_line=False) for file, line, name in _FRAME.findall(lines)
-            ]
-            return found[::-1]
-    return None
+def _signal_main_thread(pid: int) -> None:
+    assert _SIGNAL is not None
+    tgkill = getattr(ctypes.CDLL(None), "tgkill", None)
+    if tgkill is None:
+        os.kill(pid, _SIGNAL)  # which the main thread receives, unless it blocks the signal
+    elif tgkill(pid, pid, _SIGNAL):
+        raise ProcessLookupError
+
+
+def _frames(text: str) -> list[FrameSummary]:
+    found = [FrameSummary(file, int(line), name, lookup_line=False) for file, line, name in _FRAME.findall(text)]
+    return found[::-1]

@@ -177,7 +177,7 @@ def _rank_where(engine: Engine, here: str, step: int | None, cells: Mapping[str,
         return RankWhere(rank=rank, state="lost", step=step)
     if engine.host_id != here or not engine.stacks:
         return RankWhere(rank=rank, state="elsewhere", step=step)
-    frames = stack_dump.request(engine.pid, engine.stacks, engine.main_thread)
+    frames = stack_dump.request(engine.pid, engine.stacks)
     if frames is None:
         return RankWhere(rank=rank, state="stopped" if stack_dump.is_stopped(engine.pid) else "silent", step=step)
     sources = {f.filename: cells[name] for f in frames if (name := os.path.basename(f.filename)) in cells}

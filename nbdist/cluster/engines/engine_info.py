@@ -23,7 +23,6 @@ class Engine:
         born_s: The start time of that process, in seconds since 1970.
         state: "idle", "busy" or "lost".
         stacks: The file for its stack dumps; see `stack_dump`.
-        main_thread: Id of the thread that trains.
     """
 
     rank: int
@@ -35,7 +34,6 @@ class Engine:
     born_s: float = 0.0
     state: str = "idle"
     stacks: str = ""
-    main_thread: int = 0
 
 
 def gone(pid: int, born_s: float) -> bool:
