@@ -67,8 +67,7 @@ with keep_freed_pages(return_large=True):
     faults()
     returned = faults()
     keep_large_pages()
-    faults()
-    print(platform.libc_ver()[0], returned, faults())
+    print(platform.libc_ver()[0], returned, min(faults() for _ in range(6)))  # a system may take cold pages away
 """
 
 
