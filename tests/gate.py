@@ -22,6 +22,21 @@ _POLL_S = 0.005
 _HELD_S = 0.2  # at least: longer than rank 0's poll interval for commands (nbdist/core/control/command_log.py)
 
 
+class NotedLock:
+    """Takes the place of a lock, and says when a second thread waits for it."""
+
+    def __init__(self, lock):
+        self.lock, self.waited_for = lock, threading.Event()
+
+    def __enter__(self):
+        if not self.lock.acquire(blocking=False):
+            self.waited_for.set()
+            self.lock.acquire()
+
+    def __exit__(self, *_error):
+        self.lock.release()
+
+
 class Gate:
     """Holds the ranks of a run, at named places or after numbered steps, until it is opened.
 

@@ -10,6 +10,7 @@ import time
 import warnings
 
 import pytest
+from gate import NotedLock
 from shared_cluster import ENGINES, HUNG_S, until
 from tasks import classes, net
 
@@ -41,25 +42,10 @@ def gate():
     gate.opened.set()
 
 
-class QueueLock:
-    """The lock of a run queue, which says when a second thread waits for it."""
-
-    def __init__(self, lock):
-        self.lock, self.waited_for = lock, threading.Event()
-
-    def __enter__(self):
-        if not self.lock.acquire(blocking=False):
-            self.waited_for.set()
-            self.lock.acquire()
-
-    def __exit__(self, *_error):
-        self.lock.release()
-
-
 @pytest.fixture
 def meet(cluster, monkeypatch, gate):
     """``meet(one, other)``: call `one` up to the gate, `other` to its end or the queue's lock, then let both end."""
-    lock = QueueLock(cluster._run_queue._queueing)
+    lock = NotedLock(cluster._run_queue._queueing)
     monkeypatch.setattr(cluster._run_queue, "_queueing", lock)
 
     def call(*functions):

@@ -12,6 +12,7 @@ import threading
 import psutil
 import pytest
 import torch
+from gate import NotedLock
 from other_user import in_fork
 
 from nbdist.core.state.snapshot import BUFFERS_PER_RANK, RankSnapshots, SnapshotBuffer, SnapshotStore, newest, read
@@ -196,26 +197,11 @@ def test_a_killed_writer_leaves_the_snapshot_before(run_ranks):
     snapshot_store.close()
 
 
-class NotedLock:
-    """A lock that says when a thread waits for it."""
-
-    def __init__(self):
-        self.lock, self.waited_for = threading.Lock(), threading.Event()
-
-    def __enter__(self):
-        if not self.lock.acquire(blocking=False):
-            self.waited_for.set()
-            self.lock.acquire()
-
-    def __exit__(self, *_error):
-        self.lock.release()
-
-
 def last_step_while_trimmed():
     """The last step, from a reader that another thread overtakes between the mapping of a segment and the reading."""
     snapshot_store, map_ = SnapshotStore(1), SnapshotBuffer._map
     RankSnapshots(snapshot_store.paths[0]).record_step(7)
-    snapshot_store._trimming = lock = NotedLock()
+    snapshot_store._trimming = lock = NotedLock(threading.Lock())
     trimming = threading.Thread(target=snapshot_store.trim)
 
     def overtaken(self, nbytes):
