@@ -18,26 +18,14 @@ import time
 
 import psutil
 
-__all__ = ["FOLDER_VARIABLE", "OWNER_VARIABLE", "alive", "main", "owner_mark", "wait_for_exit"]
+from nbdist.process_mark import alive, process_mark
+
+__all__ = ["FOLDER_VARIABLE", "OWNER_VARIABLE", "main", "wait_for_exit"]
 
 OWNER_VARIABLE = "NBDIST_OWNER"
 FOLDER_VARIABLE = "NBDIST_FOLDER"
 _LOOK_S = 0.5  # psutil before 7.2 does not wake up when a process becomes a zombie
 _GRACE_S = 2.0
-
-
-def owner_mark(pid: int) -> str:
-    """Names a process uniquely, although pids are reused: ``pid:created``."""
-    return f"{pid}:{psutil.Process(pid).create_time():.2f}"
-
-
-def alive(mark: str) -> bool:
-    """Whether the process that `mark` names still runs."""
-    try:
-        process = psutil.Process(int(mark.partition(":")[0]))
-        return owner_mark(process.pid) == mark and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def wait_for_exit(mark: str, within_s: float = math.inf) -> bool:
@@ -67,7 +55,7 @@ def _watch(mark: str, folder: str | None) -> None:
 
 def _end_with_controller() -> None:
     """End a child that the controller forked (a scheduler) when the controller ends."""
-    mark = owner_mark(os.getppid())
+    mark = process_mark(os.getppid())
 
     def watch() -> None:
         wait_for_exit(mark)

@@ -10,7 +10,6 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 
 from nbdist.core.comm.rendezvous import connect_store
@@ -30,6 +29,7 @@ from nbdist.engine.failure import Failure
 from nbdist.engine.stack_dump import enable
 from nbdist.engine.train_outcome import Outcome
 from nbdist.plan import available_cores
+from nbdist.process_mark import process_mark
 from nbdist.telemetry import JsonlSink
 from nbdist.telemetry.host import host_id, host_name
 from nbdist.telemetry.record import record_path
@@ -77,7 +77,7 @@ def describe(name: str, secret: str) -> dict[str, Any]:
         "host": host_name(),
         "host_id": host_id(),
         "pid": os.getpid(),
-        "born_s": psutil.Process().create_time(),
+        "mark": process_mark(os.getpid()),
         "cores": available_cores(),
         **enable(),
     }

@@ -22,6 +22,7 @@ from nbdist.cluster.launch import fork_client
 from nbdist.cluster.launch.launcher import Launch
 from nbdist.core.transfer.payload import pack
 from nbdist.errors import ClusterError, PlanError, TaskError
+from nbdist.process_mark import has_ended
 
 MIB = 2**20
 
@@ -140,7 +141,7 @@ def test_an_interrupted_start_leaves_nothing(shared_cluster, monkeypatch):
 
 def children():
     """The processes that this one has started itself."""
-    return {process for process in psutil.Process().children() if process.status() != psutil.STATUS_ZOMBIE}
+    return {process for process in psutil.Process().children() if not has_ended(process)}
 
 
 def test_an_engine_that_cannot_load_torch_ends_the_start_with_its_reason(shared_cluster, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from shared_cluster import HUNG_S, folder_of, gone, marked, until
 
-from nbdist.engine.parent_watch import owner_mark
+from nbdist.process_mark import process_mark
 
 OWNER = """
 import json, os, sys, tempfile
@@ -101,6 +101,7 @@ SERVER = """
 import sys
 from multiprocessing import Pipe
 from nbdist.cluster.launch import fork_server
+from nbdist.process_mark import process_mark
 
 fork_server._GRACE_S = 1000.0
 ours, theirs = Pipe()
@@ -112,17 +113,10 @@ fork_server.serve(theirs, sys.argv[1])
 def test_a_fork_server_ends_as_soon_as_its_forks_have():
     """After its owner was killed, it waits for its forks, not for the whole grace period."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as owner:
-        server = subprocess.Popen([sys.executable, "-c", SERVER, owner_mark(owner.pid)])
+        server = subprocess.Popen([sys.executable, "-c", SERVER, process_mark(owner.pid)])
         try:
             owner.kill()
             assert server.wait(HUNG_S) == 0
         finally:
             server.kill()
             server.wait()
-
-
-def test_a_mark_names_a_process_although_pids_are_reused():
-    """The mark holds the start time too, and is the same whenever it is taken."""
-    pid, _, born = owner_mark(os.getpid()).partition(":")
-    assert int(pid) == os.getpid()
-    assert float(born) == pytest.approx(psutil.Process().create_time(), abs=0.01)

@@ -64,7 +64,7 @@ class Replay:
     def __init__(self) -> None:
         self._engines: Engines
         self._entries: list[_Entry] = []
-        self._known_processes: dict[int, tuple[str, int, float]] = {}
+        self._known_processes: dict[int, tuple[str, str]] = {}
         self.cells: dict[str, tuple[str, str]] = {}
 
     def follow(self, engines: Engines) -> None:

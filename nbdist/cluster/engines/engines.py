@@ -16,7 +16,7 @@ import psutil
 from nbdist.cluster.calls.engine_client import EngineClient
 from nbdist.cluster.calls.pending_call import EngineDied, PendingCall
 from nbdist.cluster.calls.replies import wait_for_replies
-from nbdist.cluster.engines.engine_info import Engine, gone
+from nbdist.cluster.engines.engine_info import Engine
 from nbdist.cluster.engines.spares import Spares
 from nbdist.cluster.engines.world_forming import Forming, describe_engines
 from nbdist.cluster.launch.anchor_client import Anchor
@@ -29,6 +29,7 @@ from nbdist.engine.exchange.exchange import Exchange
 from nbdist.engine.exchange.one_host import OneHost
 from nbdist.engine.exchange.several_hosts import SeveralHosts
 from nbdist.errors import ClusterError, EngineError, PeerLostError, ranks_text
+from nbdist.process_mark import alive
 from nbdist.telemetry.host import host_id
 
 __all__ = ["Engine", "Engines"]
@@ -123,9 +124,9 @@ class Engines:
         return [replace(record, state=state) for record, state in zip(records, states, strict=True)]
 
     @property
-    def processes(self) -> dict[int, tuple[str, int, float]]:
-        """The process of each rank: host id, pid and start time. So a replaced engine is told from the one before."""
-        return {record.rank: (record.host_id, record.pid, record.born_s) for record in self._records}
+    def processes(self) -> dict[int, tuple[str, str]]:
+        """The process of each rank: host id and mark. So a replaced engine is told from the one before."""
+        return {record.rank: (record.host_id, record.mark) for record in self._records}
 
     @property
     def lost(self) -> list[int]:
@@ -135,7 +136,7 @@ class Engines:
     def _is_alive(self, record: Engine, engine_id: int, ids: set[int]) -> bool:
         """Whether an engine is registered among `ids`, and its process, if on this host, has not ended."""
         here = record.host_id == self.host_id
-        return engine_id in ids and not (here and gone(record.pid, record.born_s))
+        return engine_id in ids and (not here or alive(record.mark))
 
     def spares(self) -> list[Engine]:
         """One record per spare that is ready."""

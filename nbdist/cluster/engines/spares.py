@@ -10,9 +10,9 @@ from typing import Any
 import psutil
 
 from nbdist.cluster.calls.pending_call import CallError, EngineDied, PendingCall
-from nbdist.cluster.engines.engine_info import gone
 from nbdist.cluster.launch.launcher import Launch
 from nbdist.errors import ClusterError
+from nbdist.process_mark import alive
 
 __all__ = ["Spares"]
 
@@ -146,4 +146,4 @@ class Spares:
                 self._facts[engine_id] = facts
 
     def _gone(self, facts: dict[str, Any]) -> bool:
-        return facts["host_id"] == self._launch.host_id and gone(facts["pid"], facts["born_s"])
+        return facts["host_id"] == self._launch.host_id and not alive(facts["mark"])

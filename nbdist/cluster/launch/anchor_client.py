@@ -22,9 +22,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from nbdist.engine import parent_watch
 from nbdist.errors import ClusterError, PlanError, suggest
 from nbdist.peer_auth import same_user
+from nbdist.process_mark import alive, process_mark
 from nbdist.telemetry.host import host_id, host_name
 from nbdist.telemetry.record import records
 
@@ -60,7 +60,7 @@ class Anchor:
     Args:
         name: The cluster's.
         folder: The cluster's.
-        mark: The anchor's process, see `parent_watch.owner_mark`.
+        mark: The anchor's process, see `process_mark`.
         patience_s: How long it waits for a kernel, in seconds.
     """
 
@@ -104,7 +104,7 @@ class Anchor:
                 pass_fds=[listener.fileno()], start_new_session=True,
             )  # fmt: skip
         threading.Thread(target=started.wait, daemon=True, name="nbdist-anchor").start()  # no zombie
-        mark = parent_watch.owner_mark(started.pid)
+        mark = process_mark(started.pid)
         facts = {"folder": folder, "mark": mark, "patience_s": patience_s}
         entry.write_text(json.dumps({**facts, "host": host_name(), "host_id": host_id()}))
         anchor = cls(name, folder, mark, patience_s)
@@ -137,7 +137,7 @@ class Anchor:
         return anchor
 
     def _own(self) -> None:
-        this_process = parent_watch.owner_mark(os.getpid())
+        this_process = process_mark(os.getpid())
         owner = self._call("own", this_process)
         if owner != this_process:
             self.leave()
@@ -261,7 +261,7 @@ def _living() -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
                 elsewhere[path.stem] = f"on host {host}"
             elif its_id != host_id() and same_boot:
                 elsewhere[path.stem] = f"in another container on {host}"
-            elif its_id == host_id() and parent_watch.alive(entry["mark"]):
+            elif its_id == host_id() and alive(entry["mark"]):
                 living[path.stem] = entry
             else:
                 path.unlink()

@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
-from nbdist.engine.parent_watch import alive
 from nbdist.peer_auth import same_user
+from nbdist.process_mark import alive
 
 __all__ = ["main"]
 

@@ -18,6 +18,7 @@ from multiprocessing.connection import Pipe
 
 from nbdist.engine import parent_watch
 from nbdist.errors import ClusterError
+from nbdist.process_mark import process_mark
 
 __all__ = [
     "FORK_VARIABLE",
@@ -66,7 +67,7 @@ class ForkServer:
         pipe, server_end = Pipe()
         with server_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND, str(server_end.fileno()), parent_watch.owner_mark(os.getpid())],
+                [sys.executable, "-c", _COMMAND, str(server_end.fileno()), process_mark(os.getpid())],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 pass_fds=[server_end.fileno()], start_new_session=True,
                 env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"},  # or ipykernel's debugger warns

@@ -25,6 +25,7 @@ import psutil
 from nbdist.cluster.launch import ipyparallel_patches
 from nbdist.cluster.launch.fork_client import ForkRequest
 from nbdist.engine import parent_watch
+from nbdist.process_mark import alive
 
 __all__ = ["main", "serve"]
 
@@ -85,7 +86,7 @@ class _ChildProcesses:
     def end_orphans(self) -> None:
         """`end` every cluster whose owner (a kernel or an anchor) has ended."""
         for folder, owner in list(self._owners.items()):
-            if not parent_watch.alive(owner):
+            if not alive(owner):
                 self.end(folder)
 
     @staticmethod
@@ -119,7 +120,7 @@ def _serve(pipe: Connection, owner: str, children: _ChildProcesses) -> None:
     while True:
         try:
             while not pipe.poll(_POLL_S):
-                if not parent_watch.alive(owner):
+                if not alive(owner):
                     return
             number, request = pipe.recv()
         except (EOFError, OSError):

@@ -24,8 +24,9 @@ from nbdist.cluster.launch import fork_client
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.ipyparallel_client import IpyparallelClient
 from nbdist.cluster.launch.ipyparallel_patches import adopt
-from nbdist.engine.parent_watch import FOLDER_VARIABLE, OWNER_VARIABLE, owner_mark
+from nbdist.engine.parent_watch import FOLDER_VARIABLE, OWNER_VARIABLE
 from nbdist.errors import ClusterError
+from nbdist.process_mark import has_ended, process_mark
 
 __all__ = ["CONTROLLER_ENDED", "STORE_ENDED", "Launch"]
 
@@ -106,12 +107,12 @@ class Launch:
             marks = []
             for process in [*([controller] if controller else []), *self._engine_processes()]:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    marks.append(owner_mark(process.pid))
+                    marks.append(process_mark(process.pid))
             self.anchor.note("processes", marks)
             self.anchor.note("launched", self._cluster.to_dict())
 
     def _settings(self) -> Config:
-        owner = owner_mark(os.getpid()) if self.anchor is None else self.anchor.mark
+        owner = process_mark(os.getpid()) if self.anchor is None else self.anchor.mark
         environment = {OWNER_VARIABLE: owner, FOLDER_VARIABLE: str(self.folder)}
         config = Config()
         config.BaseLauncher.output_limit = 0  # else a stop prints a hundred lines of log per engine
@@ -148,7 +149,7 @@ class Launch:
 
     def pids(self) -> set[int]:
         """Pids of the running engine processes of this host, registered or not."""
-        return {process.pid for process in self._engine_processes() if _runs(process)}
+        return {process.pid for process in self._engine_processes() if not has_ended(process)}
 
     def add(self, count: int) -> None:
         """Start `count` more engines; returns at once. They register later, under new ids."""
@@ -159,7 +160,7 @@ class Launch:
     def controller_runs(self) -> bool:
         """Whether the controller's process runs; True if its launcher is not local."""
         process = getattr(self._cluster.controller, "process", None)
-        return process is None or _runs(process)
+        return process is None or not has_ended(process)
 
     def _engine_processes(self) -> list[psutil.Process]:
         return [process for engine_set in list(self._cluster.engines.values()) for process in _processes(engine_set)]
@@ -194,7 +195,7 @@ class Launch:
         """Whether the engines started last still run; True if their launcher is not local."""
         newest = list(self._cluster.engines.values())[-1:]
         processes = [process for engine_set in newest for process in _processes(engine_set)]
-        return all(map(_runs, processes))
+        return not any(map(has_ended, processes))
 
     def log_tail(self) -> str:
         """The end of each engine's log."""
@@ -206,13 +207,6 @@ def _processes(engine_set: Any) -> list[psutil.Process]:
     """The engine processes that a launcher started on this host; empty if it is not a local one."""
     launchers = list(getattr(engine_set, "launchers", {}).values())
     return [process for launcher in launchers if (process := getattr(launcher, "process", None))]
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class _Forked(launcher.LocalProcessLauncher):

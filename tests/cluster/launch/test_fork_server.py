@@ -19,6 +19,7 @@ import nbdist
 from nbdist.cluster.launch.fork_client import ForkRequest, ForkServer, current_server, end_server, require_server
 from nbdist.engine.parent_watch import FOLDER_VARIABLE
 from nbdist.errors import ClusterError
+from nbdist.process_mark import has_ended
 
 COMPILER = "import sys; print(bool({'torch._dynamo', 'sympy'} & set(sys.modules)))"
 FACTS = "import os, time; print(os.environ.get('NBDIST_TEST'), os.getcwd(), time.localtime().tm_zone, sep='\\n')"
@@ -43,13 +44,6 @@ def out(cluster, source, ranks=None):
 def parents(cluster):
     """The parents of the engines."""
     return {psutil.Process(engine.pid).ppid() for engine in cluster.engines}
-
-
-def ended(process):
-    """Whether a process has ended; one whose parent has died may stay a zombie for a while."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.status() == psutil.STATUS_ZOMBIE
-    return True
 
 
 def name(process):
@@ -260,7 +254,7 @@ def test_the_process_of_an_interrupted_request_is_killed(forks, tmp_path, monkey
     (late,) = until(lambda: [child for child in server.children() if name(child) == "nbdist-engine"])
     nannies = until(late.children)
     assert late.pid != forks.fork(request("controller", "--version"))
-    until(lambda: all(map(ended, [late, *nannies])))
+    until(lambda: all(map(has_ended, [late, *nannies])))
     output = tmp_path / "controller"
     until(lambda: output.exists() and f"{ipyparallel.__version__}\n" == output.read_text())
 
@@ -276,10 +270,10 @@ def test_what_was_forked_for_a_cluster_ends_with_its_folder(forks, tmp_path):
         request = ForkRequest(arguments=arguments, environment=environment, folder=folder, log=os.devnull, cores={0})
         processes.append(psutil.Process(forks.fork(request)))
     forks.end_cluster(folders[0])
-    until(lambda: [True, False] == [ended(process) for process in processes])
+    until(lambda: [True, False] == [has_ended(process) for process in processes])
     assert [False, True] == [os.path.exists(folder) for folder in folders]
     forks.end_cluster(folders[1])
-    until(lambda: ended(processes[1]))
+    until(lambda: has_ended(processes[1]))
 
 
 def test_a_server_that_was_ended_forks_no_more(forks, tmp_path):
@@ -301,6 +295,6 @@ def test_the_server_ends_with_its_owner(how):
     with owner:
         server, heir = (psutil.Process(int(pid)) for pid in owner.stdout.readline().split())
         owner.send_signal(how)
-        until(lambda: ended(server))
-        assert not ended(heir)
-    until(lambda: ended(heir))
+        until(lambda: has_ended(server))
+        assert not has_ended(heir)
+    until(lambda: has_ended(heir))
