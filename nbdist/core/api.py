@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
+from nbdist.core.check.known_checks import KnownChecks
 from nbdist.core.comm.world import World
 from nbdist.core.console import console_sink
 from nbdist.core.params.gather import check_whole
@@ -24,6 +26,8 @@ from nbdist.telemetry import JsonlSink, Sink, TextSink
 from nbdist.telemetry.record import new_run_id, record_path
 
 __all__ = ["train"]
+
+_checks = KnownChecks()
 
 
 @takes_options(TRAIN_OPTIONS)
@@ -67,6 +71,8 @@ def train(
         check_resume(plan, task.model, task.optimizers)
     with World.from_environment(device) as world, contextlib.ExitStack() as cleanup:
         run_id, live = _agree(plan, world, verbose and sys.stderr.isatty())
+        if plan.check == "yes":
+            plan = replace(plan, checked=_agreed_check(task, plan, world))
         sinks: list[Sink] = []
         if record:
             sinks.append(JsonlSink(record_path(run_id, world.rank)))
@@ -76,7 +82,14 @@ def train(
             sinks.append(TextSink())
         for sink in sinks:
             cleanup.callback(sink.close)
-        return fit(task, plan, world, run_id=run_id, sinks=sinks)
+        result = fit(task, plan, world, run_id=run_id, sinks=sinks)
+        _checks.add(task, plan, result.plan)
+        return result
+
+
+def _agreed_check(task: Task, plan: Plan, world: World) -> str:
+    """What rank 0 knows of an earlier check. **Collective**."""
+    return world.channel().broadcast_bytes(_checks.find(task, plan).encode()).decode()
 
 
 def _cores(size: int) -> int:

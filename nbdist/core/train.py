@@ -6,11 +6,12 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from nbdist.core.check.step_check import Findings, StepCheck
 from nbdist.core.comm import comm_timer
 from nbdist.core.comm.world import World
 from nbdist.core.control.commands import Commands
@@ -41,6 +42,7 @@ from nbdist.telemetry import (
     EpochFinished,
     Evaluating,
     Event,
+    Noted,
     RunFailed,
     RunFinished,
     RunStarted,
@@ -125,8 +127,15 @@ def fit(
         check_hooks(model, task.optimizers.values(), plan.mesh)
         hooks = GradientHooks(model)
         cleanup.callback(hooks.restore)
+        check, findings = None, Findings(result=plan.checked)
+        if plan.check == "yes" and not (plan.checked or from_snapshot) and plan.mesh.size * plan.slices > 1:
+            check = StepCheck(task, plan, world, hooks)
+            check.run_plain(same_weights=not on_every_rank)
         strategy = choice.apply(task, plan, world)
         cleanup.callback(strategy.close)
+        if check is not None:
+            check.compare(strategy)
+            findings = check.findings
         axes, schedulers = strategy.axes, task.make_schedulers()
         progress, restored = TrainProgress(device), set[str]()
         rng.seed_all(rng.derive(plan.seed, "start", axes.data.rank))
@@ -170,9 +179,11 @@ def fit(
             rank=world.rank, run_id=run_id, title=task.title, plan=plan.to_dict(), steps_total=steps_total,
             host=host_name(), pid=os.getpid(), device=str(device), stages=strategy.infos,
             place={axis: plan.mesh.coordinate(world.rank, axis) for axis in AXES}, lr=schedulers.rate,
-            step=progress.step, history=progress.history,
+            step=progress.step, history=progress.history, checked=findings.result,
         )  # fmt: skip
         emit(started)
+        for note in findings.notes:
+            emit(Noted(rank=world.rank, text=note))
         reporter = Reporter(world, progress, schedulers, emit)
         latest: Totals | None = None
 
@@ -276,6 +287,7 @@ def fit(
         state = "stopped" if stopped else "finished"
         emit(RunFinished(rank=world.rank, state=state))
         state = "scaled" if stopped and step_control.scaling else state
+        plan = replace(plan, checked=findings.result)
         return Result(state=state, history=progress.history, plan=plan, ranks=step_control.scaling)
 
 

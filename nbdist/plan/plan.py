@@ -22,6 +22,7 @@ DEFAULT_BATCH_SIZE = 32
 PRECISIONS = ("full", "bf16", "fp16")
 SLICES = 4
 """Default slices of a reproducible batch: twelve would divide by 3 ranks too, but cost up to half a step."""
+CHECKS = ("yes", "no")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 """Pipeline schedules, and how many stages each gives a rank."""
@@ -185,9 +186,19 @@ class Plan:
     stop_on_nan: bool = option(
         False, "End with an error when a loss is not finite, before it reaches the weights.", parse=bool,
     )  # fmt: skip
+    check: str = option(
+        "yes",
+        "Before the first update, compare a step on few samples with one process, and its slices with the whole batch; "
+        "no leaves it out.",
+        metavar="yes|no",
+        words=CHECKS,
+    )
     tensorboard: str = option(
         "", "Folder for TensorBoard: loss, rate and metrics of each run.", metavar="DIR", default="", read="path"
     )
+
+    checked: str = ""
+    """What the check before the first update found, in a clause; empty before it, and without it."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps"):
@@ -202,7 +213,7 @@ class Plan:
         for name in ("shuffle", "sync_batchnorm", "gather", "stop_on_nan"):
             if getattr(self, name) not in (True, False):
                 raise PlanError(f"{name} must be True or False, not {getattr(self, name)!r}.")
-        for name, words in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
+        for name, words in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("check", CHECKS)):
             if getattr(self, name) not in words:
                 raise PlanError(
                     f"unknown {name} {getattr(self, name)!r}: use {', '.join(words)}."

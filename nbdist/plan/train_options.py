@@ -64,5 +64,6 @@ class TrainOptions(TypedDict, total=False):
     checkpoint_keep: int | None
     resume: str | bool | None
     stop_on_nan: bool | None
+    check: str | None
     tensorboard: str | None
     step: Callable[[Any, Any], Any] | None

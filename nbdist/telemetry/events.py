@@ -49,6 +49,7 @@ class RunStarted(Event):
     `stages` describes each stage of a pipeline: its number, its first and last module, the measured seconds of one
     example's forward, and its number of parameters. `place` is the rank's coordinate on each axis of the mesh. `step`,
     `history` and the learning rate `lr` are where the run continues from, after a rank was lost or from a checkpoint.
+    `checked` is what the check before the first update found, see `Plan`.
     """
 
     run_id: str
@@ -63,6 +64,7 @@ class RunStarted(Event):
     lr: float | None = None
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    checked: str = ""
 
 
 class Point(NamedTuple):

@@ -29,7 +29,7 @@ from nbdist.telemetry.loss_curve import extended
 __all__ = ["Happening", "RankState", "fold"]
 
 _KEPT_HAPPENINGS = 50
-_LARGE = ("curve", "history", "stages", "place", "work", "happenings")
+_LARGE = ("curve", "history", "stages", "place", "work", "happenings", "checked")
 _BUSY_SMOOTHING = 0.3
 
 
@@ -79,6 +79,7 @@ class RankState:
     history: tuple[dict[str, Any], ...] = ()
     stages: tuple[dict[str, Any], ...] = ()
     place: dict[str, int] | None = None
+    checked: str = ""
     work: Worked | None = None
     error: str = ""
     happenings: tuple[Happening, ...] = ()
@@ -133,6 +134,7 @@ def fold(state: RankState, event: Event) -> RankState:
                 state, state="running", host=event.host, pid=event.pid, device=event.device,
                 steps_total=event.steps_total, stages=tuple(event.stages), place=event.place,
                 lr=event.lr, first_step=event.step, step=event.step, history=tuple(event.history),
+                checked=event.checked or state.checked,
             )  # fmt: skip
         case Progress():
             return _with(

@@ -130,6 +130,11 @@ class RunState:
                 self._marks.popleft()
 
     @property
+    def checked(self) -> str:
+        """What the check before the first update found, see `Plan`; empty before it ended."""
+        return self.ranks[0].checked if 0 in self.ranks else ""
+
+    @property
     def running(self) -> bool:
         """Whether the run has not ended yet."""
         return self.state not in ENDED

@@ -47,8 +47,8 @@ def test_slices_are_ranks_times_microbatches():
 
 
 def test_every_option_has_a_sentence():
-    """Each field but the mesh is an option, with a help that ends in a full stop and a placeholder."""
-    assert {field.name for field in dataclasses.fields(Plan)} - {"mesh"} == set(OPTIONS)
+    """Each field but the mesh and what a check found is an option, with a help and a placeholder."""
+    assert {field.name for field in dataclasses.fields(Plan)} - {"mesh", "checked"} == set(OPTIONS)
     for name, option in OPTIONS.items():
         assert option.help.endswith("."), name
         assert option.metavar, name

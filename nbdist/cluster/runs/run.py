@@ -51,10 +51,10 @@ class Run(Report):
 
     @property
     def plan(self) -> Plan:
-        """The plan; `split_at` is where a pipeline was cut, once it is."""
+        """The plan; `split_at` is where a pipeline was cut, and `checked` what the check found, once that is known."""
         cut = tuple(stage["first"] for stage in self.progress.stages[1:])
         plan = self.control.spec.plan
-        return replace(plan, split_at=cut) if cut else plan
+        return replace(plan, split_at=cut or plan.split_at, checked=self.progress.checked or plan.checked)
 
     @property
     def progress(self) -> RunState:

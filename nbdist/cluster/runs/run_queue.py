@@ -7,7 +7,7 @@ import contextlib
 import contextvars
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nbdist.cluster.diagnose.where import Where
@@ -19,6 +19,7 @@ from nbdist.cluster.runs.resume import resumed
 from nbdist.cluster.runs.run import Run
 from nbdist.cluster.runs.run_control import RunControl
 from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunSpec, check_run_options
+from nbdist.core.check.known_checks import KnownChecks
 from nbdist.core.state.checkpoint_writer import check_no_live_writer
 from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.sync.gradient_hooks import check_hooks
@@ -71,6 +72,7 @@ class RunQueue:
         self._waiting: collections.deque[_QueuedRun] = collections.deque()
         self._queueing = threading.Lock()  # guards the two above; never held while waiting for engines
         self._segment_cache = SegmentCache(engines.anchor)
+        self._checks = KnownChecks()
 
     @property
     def busy(self) -> bool:
@@ -166,6 +168,10 @@ class RunQueue:
             control.resize(engines.size)
         last = self._last_run()
         plan, snapshot_store = resumed(control.spec.plan, control.spec.task, None if last is None else last.control)
+        task = control.spec.task
+        if task is not None and plan.check == "yes":
+            plan = replace(plan, checked=self._checks.find(task, plan))
+            self._checks.add(task, plan, run.progress)
         control.use_plan(plan)
         if plan.checkpoint:
             check_no_live_writer(plan.checkpoint, run.run_id)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +106,30 @@ class Source:
             if self.dataset is not None:
                 return self.collate([self.dataset[i] for i in range(min(samples, len(self.dataset)))])
             return self.collate(list(itertools.islice(self.stream, samples))) if consume else None
+
+    def batches(self, rows: Sequence[Sequence[int]]) -> list[Any] | None:
+        """A batch of the samples in each sequence of rows, each sample read once; None if that ends a stream.
+
+        Rows of a stream are counted from its start.
+        """
+        if self.tensors is not None:
+            indices = self.indices
+            chosen = [torch.tensor(one) if indices is None else indices[torch.tensor(one)] for one in rows]
+            return [map_tensors(self.tensors, functools.partial(_taken, rows=one)) for one in chosen]
+        stop = 1 + max(max(one) for one in rows)
+        with rng.fork_rng(torch.device("cpu")):
+            if self.dataset is not None:
+                samples = [self.dataset[i] for i in range(stop)]
+            else:
+                elements = iter(self.stream)
+                if elements is self.stream:
+                    return None
+                samples = list(itertools.islice(elements, stop))
+            return [self.collate([samples[i] for i in one]) for one in rows]
+
+
+def _taken(tensor: Any, rows: torch.Tensor) -> Any:
+    return tensor[rows]
 
 
 def tensors_in(batch: Any) -> Iterator[torch.Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from nbdist.core.comm import SharedMemoryChannel
@@ -109,6 +112,24 @@ class SharedWeights(Strategy):
                 self._shared_views[i].copy_(get_data(self._parameters[i]))
             self._versions[i] = self._parameters[i]._version
         return self._updated
+
+    @contextlib.contextmanager
+    def trial(self, scale: float) -> Iterator[None]:
+        """See `Strategy`. Every rank computes on a copy of the weights meanwhile."""
+        pages, self._private_pages = self._private_pages, {}
+        for i, parameter in enumerate(self._parameters):
+            set_data(parameter, self._shared_views[i].clone())
+        self._private.update(self._shared_views)
+        self._versions = [parameter._version for parameter in self._parameters]
+        try:
+            with super().trial(scale):
+                yield
+        finally:
+            for i, parameter in enumerate(self._parameters):
+                set_data(parameter, self._shared_views[i])
+            self._private_pages, self._versions = pages, []
+            self._private.clear()
+            self._data_taken.clear()
 
     def average_buffers(self) -> None:
         """See `Strategy`."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -211,13 +212,37 @@ class Strategy(ABC):
             self.precision.adapt(finite)
             if not finite:
                 return False
-        hooks.run(self.table, self.axes)
-        if self.plan.clip_norm is not None:
-            self.clip_(self.plan.clip_norm)
+        self._run_hooks(hooks)
         with skip_dynamo_import():
             for optimizer in self.task.optimizers.values():
                 optimizer.step()
         return True
+
+    def _run_hooks(self, hooks: GradientHooks) -> None:
+        hooks.run(self.table, self.axes)
+        if self.plan.clip_norm is not None:
+            self.clip_(self.plan.clip_norm)
+
+    @contextlib.contextmanager
+    def trial(self, scale: float) -> Iterator[None]:
+        """Context for steps without update, after which the first step is as if there had been none. Local.
+
+        Args:
+            scale: The loss scale of fp16 inside.
+        """
+        agreed, precision = (self._units_per_weight, self._units_agreed), self.precision.state_dict()
+        self.precision.load_state_dict([scale, 0])
+        try:
+            yield
+        finally:
+            self._units_per_weight, self._units_agreed = agreed
+            self.precision.load_state_dict(precision)
+
+    def finish_gradients(self, hooks: GradientHooks) -> None:
+        """What `update` does to gradients before the optimizers step, where none overflows. **Collective** as it is."""
+        if self.precision.scales:
+            self.scale_(1 / self.precision.scale)
+        self._run_hooks(hooks)
 
     def clip_(self, largest: float) -> None:
         """Clip all gradients to a global L2 norm of at most `largest`. **Collective** over a replica."""

@@ -13,7 +13,7 @@ import torch
 
 from nbdist.core.comm import Channel
 
-__all__ = ["NO_FLAGS", "ControlFlags", "agree"]
+__all__ = ["NO_FLAGS", "ControlFlags", "agree", "first_of_all"]
 
 
 class ControlFlags(NamedTuple):
@@ -50,3 +50,12 @@ def agree(flags: ControlFlags, channel: Channel) -> ControlFlags:
     sums = torch.tensor(flags, device=channel.device)
     channel.all_reduce_(sums)
     return ControlFlags(*sums.tolist())
+
+
+def first_of_all(message: bytes, channel: Channel) -> bytes:
+    """The message of the first rank whose own is not empty; empty if all are. **Collective** over the channel."""
+    given = torch.zeros(channel.size, device=channel.device)
+    given[channel.rank] = bool(message)
+    channel.all_reduce_(given)
+    ranks = given.nonzero().flatten().tolist()
+    return channel.broadcast_bytes(message, ranks[0]) if ranks else b""

@@ -40,15 +40,20 @@ class GradientHooks:
                 # Not None: torch would go on running post-accumulate hooks. With an empty dict it runs none.
                 set_tensor_hooks(parameter, before and OrderedDict(), after and OrderedDict())
 
-    def run(self, table: ParamTable, axes: MeshChannels) -> None:
-        """Run the hooks on the gradients that this rank holds. **Collective** over the replica."""
+    def run(self, table: ParamTable, axes: MeshChannels | None) -> None:
+        """Run the hooks on the gradients that this rank holds. **Collective** over the replica.
+
+        Args:
+            table: The model's parameters, and where their parts lie.
+            axes: This rank's channels; None where every tensor is whole: then it is local.
+        """
         if self._removed:  # entering no_grad would slow steps of models without hooks
             with torch.no_grad():
                 for name, (parameter, before, after) in self._removed.items():
                     if parameter.grad is not None:  # else unused, or on another rank
                         self._run(parameter, before, after, table.placement(name), axes)
 
-    def _run(self, parameter: nn.Parameter, before: Any, after: Any, placement: Placement, axes: MeshChannels) -> None:
+    def _run(self, parameter: nn.Parameter, before: Any, after: Any, placement: Placement, axes: Any) -> None:
         held: Any = parameter.grad
         placement = replace(placement, stages=None)  # gathered over the ranks of this stage only
         gradient = held if placement.whole or not before else placement.gather(held, axes)

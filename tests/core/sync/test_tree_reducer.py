@@ -86,7 +86,7 @@ def run(world):
         model, options = make()
         given = {
             "data": classes(SAMPLES, torch.float32), "val": classes(31, torch.float32), "metric": "accuracy",
-            "reproducible": True, "epochs": EPOCHS, "batch_size": BATCH,
+            "reproducible": True, "epochs": EPOCHS, "batch_size": BATCH, "check": "no",
         } | options  # fmt: skip
         result, _ = train(world, model, given.pop("data"), **given)
         history = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
@@ -119,7 +119,14 @@ def test_losses_equal_those_of_ordinary_training(expected, name):
     """Losses are those of the same slices in one process, to rounding; BatchNorm counts one batch a step."""
     model, options = CASES[name]()
     result, _ = train(
-        World(), model, classes(SAMPLES, torch.float32), batch_size=BATCH, epochs=EPOCHS, accumulate=4, **options
+        World(),
+        model,
+        classes(SAMPLES, torch.float32),
+        batch_size=BATCH,
+        epochs=EPOCHS,
+        accumulate=4,
+        check="no",
+        **options,
     )
     history, state = dict(zip(CASES, expected, strict=True))[name]
     if name == "buffers":

@@ -233,7 +233,9 @@ def piped(world):
     fused, apply = [], gradient_fusion._FusedLinear.apply
     gradient_fusion._FusedLinear.apply = lambda *args: fused.append(args) or apply(*args)
     try:
-        trained = train(world, mlp(), classes(32), **RUN, strategy="pipeline", split_at=["2"], microbatches=4)[1]
+        trained = train(
+            world, mlp(), classes(32), **RUN, strategy="pipeline", split_at=["2"], microbatches=4, check="no"
+        )[1]
     finally:
         gradient_fusion._FusedLinear.apply = apply
     return trained, len(fused)

@@ -1,0 +1,66 @@
+"""Known checks: what was found for a model, a step and a mesh in this session, so that it is checked once."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+from torch import nn
+
+from nbdist.core.task.task import SupervisedStep, Task
+from nbdist.plan import Plan
+
+__all__ = ["Checked", "KnownChecks"]
+
+
+class Checked(Protocol):
+    """What knows, sooner or later, the result of a check; see `Findings`."""
+
+    @property
+    def checked(self) -> str:
+        """The result; empty while there is none."""
+
+
+class KnownChecks:
+    """The checks of this session. Local."""
+
+    def __init__(self) -> None:
+        self._of_model: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Checked]] = weakref.WeakKeyDictionary()
+
+    def find(self, task: Task, plan: Plan) -> str:
+        """The result of an earlier check of the same model, step and mesh; empty if there is none."""
+        known = self._of_model.get(task.model, {}).get(_key(task, plan))
+        return "" if known is None else known.checked
+
+    def add(self, task: Task, plan: Plan, checked: Checked) -> None:
+        """Remember what will know the result."""
+        self._of_model.setdefault(task.model, {})[_key(task, plan)] = checked
+
+
+def _key(task: Task, plan: Plan) -> Hashable:
+    """What a check depends on, but for values: another forward, step, shape or mesh has another key."""
+    modules = tuple(
+        (name, type(module), getattr(type(module).forward, "__code__", None), module.training)
+        for name, module in task.model.named_modules()
+    )
+    tensors = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in task.model.named_parameters())
+    step = task.step.loss if isinstance(task.step, SupervisedStep) else task.step
+    optimizers = tuple(type(optimizer) for optimizer in task.optimizers.values())
+    how = (
+        str(plan.mesh), plan.slices, plan.precision, plan.reproducible, plan.sync_batchnorm, plan.clip_norm,
+        plan.batch_size, plan.split_at, plan.schedule, repr(plan.tensor_plan),
+    )  # fmt: skip
+    return modules, tensors, _step_key(step), optimizers, how
+
+
+def _step_key(step: Any) -> Hashable:
+    """Equal for functions of equal code over the same values, such as a cell that runs again."""
+    if isinstance(step, types.FunctionType):
+        cells = tuple(id(cell.cell_contents) for cell in step.__closure__ or () if cell != types.CellType())
+        return step.__code__, cells
+    if isinstance(step, functools.partial):
+        return _step_key(step.func), repr(step.args), repr(step.keywords)
+    return type(step), id(step) if getattr(step, "__dict__", None) else 0

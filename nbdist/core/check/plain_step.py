@@ -1,0 +1,197 @@
+"""A training step as one process would run it, slice by slice: what every mesh must give."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbdist.core.check.program_state import ProgramState
+from nbdist.core.data.reader import Slice, to_device
+from nbdist.core.optim.precision import Precision
+from nbdist.core.params.param_table import ParamTable
+from nbdist.core.process import rng
+from nbdist.core.sync.gradient_hooks import GradientHooks
+from nbdist.core.task.task import Task
+from nbdist.plan import Plan
+
+__all__ = ["PlainStep", "StepResult", "extra_states"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """The result of a step, before any parameter is updated.
+
+    Args:
+        loss: The weighted mean of the slices' losses.
+        losses: Those of the slices.
+        dtype: Of the losses.
+        gradients: Of the batch, by parameter; None for one that no slice used. Empty if no backward ran.
+        buffers: After the step, the mean over the replicas.
+        extra: What each module's ``get_extra_state`` returns after it, on the first replica.
+    """
+
+    loss: float
+    losses: list[float]
+    dtype: torch.dtype
+    gradients: dict[str, torch.Tensor | None]
+    buffers: dict[str, torch.Tensor]
+    extra: dict[str, Any]
+
+
+class PlainStep:
+    """Runs steps of a task in this process alone, on its whole model, and leaves no trace of them. Local.
+
+    Args:
+        task: The task; its model is whole, and on `device`.
+        plan: How it is trained.
+        hooks: The user's gradient hooks.
+        capture: Returns the present state of all that a step may change; it is put back before each replica's slices.
+        device: Where it computes.
+
+    Attributes:
+        kept: The paths of what a replica's slices have changed, but for gradients.
+        kept_again: The paths of what a second pass over them has changed again.
+        draws: Whether a slice has drawn random numbers from torch's generators.
+        draws_elsewhere: Whether one has drawn some from Python's or NumPy's.
+    """
+
+    def __init__(
+        self, task: Task, plan: Plan, hooks: GradientHooks, capture: Callable[[], ProgramState], device: torch.device
+    ) -> None:  # fmt: skip
+        self._task, self._plan, self._hooks, self._capture, self._device = task, plan, hooks, capture, device
+        self.state = capture()
+        self.kept: list[str] = []
+        self.kept_again: list[str] = []
+        self._table = ParamTable.of(task.model)
+        self._precision = Precision(plan.precision, device)
+        self.draws = self.draws_elsewhere = False
+        self._loss_dtype = torch.float32
+
+    def run(
+        self, replicas: Sequence[Sequence[Slice]], *, backward: bool = True, again: bool = True, nudge: float = 0.0
+    ) -> StepResult:  # fmt: skip
+        """Run one step: the slices of one replica after another, each replica from the same state.
+
+        Args:
+            replicas: The slices that each replica would run.
+            backward: Whether to compute gradients.
+            again: Whether each replica runs its slices once more, without backward, if they have changed something: so
+                that it shows how what is kept goes on.
+            nudge: By which share half of all weights are changed, at least in their last bit; 0 for none.
+
+        Raises:
+            Exception: What the user's step raises.
+        """
+        sums = dict[str, torch.Tensor | None].fromkeys(self._table.trainable)
+        losses: list[tuple[float, float]] = []
+        total, averaged, extra = 0.0, dict[str, list[torch.Tensor]](), dict[str, Any]()
+        self._task.forms.begin()
+        try:
+            for number, slices in enumerate(replicas):
+                self.state.restore()
+                for parameter in self._table.parameters.values():
+                    parameter.grad = None
+                if nudge:
+                    self._nudge(nudge)
+                for part in slices:
+                    losses.append(self._slice(part, backward))
+                    total += losses[-1][1]
+                for name in sums:
+                    gradient, self._table.parameters[name].grad = self._table.parameters[name].grad, None
+                    if gradient is not None:
+                        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+                        held = sums[name]
+                        sums[name] = gradient if held is None else held.add_(gradient)
+                self.kept = self.kept or self.state.changes()
+                if self.kept and again:
+                    before = self._capture()
+                    self._task.forms.begin()
+                    for part in slices:
+                        self._slice(part, False)
+                    self.kept_again = self.kept_again or before.changes()
+                for name, buffer in dict(self._task.model.named_buffers()).items():
+                    averaged.setdefault(name, []).append(buffer.detach().clone())
+                extra = extra_states(self._task.model) if number == 0 else extra
+            gradients = self._finished(sums, total) if backward else {}
+        finally:
+            self.state.restore()
+        mean = sum(loss * weight for loss, weight in losses if weight) / total if total else math.nan
+        buffers = {name: _mean(values) for name, values in averaged.items() if len(values) == len(replicas)}
+        each = [loss for loss, _ in losses]
+        return StepResult(
+            loss=mean, losses=each, dtype=self._loss_dtype, gradients=gradients, buffers=buffers, extra=extra
+        )
+
+    def _slice(self, part: Slice, backward: bool) -> tuple[float, float]:
+        """Run one slice; returns its loss and weight."""
+        seed = rng.derive_slice(self._plan.seed, ("slice", 0), part.index)
+        rng.seed_all(seed)
+        rng.seed_torch(seed, self._device)
+        before, elsewhere = rng.get_state(self._device), rng.state_dict()
+        with self._precision.autocast(), contextlib.nullcontext() if backward else torch.no_grad():
+            loss, weight = self._task.loss_and_weight(to_device(part.batch, self._device), part)
+        if backward:
+            share = float(weight) / self._plan.batch_size * self._precision.scale
+            if share:
+                (loss * share).backward()
+        self._loss_dtype = loss.dtype
+        after = rng.get_state(self._device)
+        self.draws |= not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # type: ignore[arg-type]
+        self.draws_elsewhere |= rng.state_dict() != elsewhere
+        return float(loss.detach()), float(weight)
+
+    def _finished(self, sums: dict[str, torch.Tensor | None], total: float) -> dict[str, torch.Tensor | None]:
+        """The gradients of the batch, after the user's hooks and clipping."""
+        factor = total / self._plan.batch_size * self._precision.scale
+        for name, gradient in sums.items():
+            self._table.parameters[name].grad = gradient if gradient is None else gradient.div_(factor or 1.0)
+        self._hooks.run(self._table, None)
+        if self._plan.clip_norm is not None:
+            nn.utils.clip_grad_norm_(list(self._table.trainable.values()), self._plan.clip_norm)
+        finished = {}
+        for name in sums:
+            finished[name], self._table.parameters[name].grad = self._table.parameters[name].grad, None
+        return finished
+
+    @property
+    def scale(self) -> float:
+        """The loss scale of fp16; else 1."""
+        return self._precision.scale
+
+    def lower_scale(self) -> bool:
+        """Lower the loss scale after an overflow; returns whether it could be."""
+        lower = self._precision.scales and self._precision.scale > 1
+        if lower:
+            self._precision.scale = max(1.0, self._precision.scale / 16)
+        return lower
+
+    def _nudge(self, share: float) -> None:
+        """Change half of all weights by one part in 1 / `share`, which is what rounding does to numbers."""
+        with torch.no_grad():
+            for parameter in self._table.parameters.values():
+                if parameter.is_floating_point() and parameter.numel():
+                    half = parameter.detach()[..., ::2] if parameter.ndim else parameter.detach()
+                    half.mul_(1 + max(share, torch.finfo(parameter.dtype).eps))
+
+
+def extra_states(model: nn.Module) -> dict[str, Any]:
+    """What ``get_extra_state`` of each module that has one returns, by the module's name. Local."""
+    found = {}
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            found[name] = module.get_extra_state()
+    return found
+
+
+def _mean(values: list[torch.Tensor]) -> torch.Tensor:
+    """The mean of a buffer over replicas, as `ParamTable.average_buffers_` computes it; else that of the first."""
+    first, *others = values
+    if not others or not first.is_floating_point():
+        return first
+    return first + sum(torch.where(value == first, 0.0, value - first) for value in others) / len(values)

@@ -1,0 +1,97 @@
+"""Rounding: whether two results of a step differ by more than the step's own rounding explains."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from nbdist.core.check.plain_step import StepResult
+
+__all__ = ["Rounding"]
+
+_MANY, _FEW = 1000.0, 4.0
+"""How many times the measured rounding is allowed: many while that stays below `_SMALL` of the value, else few."""
+_SMALL = 2e-3
+_SCALE = 5e-3
+"""The largest error of a tensor's scale that is allowed, where its elements are rounded coarsely."""
+_ULPS = 16
+
+
+class Rounding:
+    """What rounding alone does to a step, measured: the same step with half of its weights changed in their last bit.
+
+    So a result that is ill-conditioned, or computed in half precision, has a wide tolerance, and all others a narrow
+    one.
+
+    Args:
+        plain: The result of the step.
+        nudged: That with the changed weights.
+    """
+
+    def __init__(self, plain: StepResult, nudged: StepResult) -> None:
+        self._noise = {("loss", ""): abs(plain.loss - nudged.loss)}
+        for kind, first, second in (
+            ("gradient", plain.gradients, nudged.gradients), ("buffer", plain.buffers, nudged.buffers),
+        ):  # fmt: skip
+            for name, value in first.items():
+                other = second.get(name)
+                if value is not None and other is not None and other.shape == value.shape:
+                    self._noise[kind, name] = _norm(value.double() - other.double())
+        norms = [_norm(gradient) for gradient in plain.gradients.values() if gradient is not None]
+        self._largest = max(norms, default=0.0)
+
+        self._loss_dtype = plain.dtype
+
+    def differs_loss(self, expected: float, got: float) -> bool:
+        """Whether two mean losses differ by more than rounding."""
+        eps = torch.finfo(self._loss_dtype).eps
+        noise, size = self._noise["loss", ""], abs(expected)
+        # A loss in half precision is rounded in each slice, by half of its last bit.
+        return abs(got - expected) > max(_allowed(noise, size), (eps if eps > _SMALL else _ULPS * eps) * size)
+
+    def differs(self, kind: str, name: str, expected: torch.Tensor, got: torch.Tensor) -> bool:
+        """Whether two values of a tensor, or of the same part of it, differ by more than rounding.
+
+        Args:
+            kind: "gradient" or "buffer".
+            name: The tensor's.
+            expected: As in the plain step.
+            got: On the mesh.
+        """
+        if expected.shape != got.shape:
+            return True
+        if not (expected.is_floating_point() or expected.is_complex()):
+            return not torch.equal(expected, got.to(expected.dtype))
+        eps = torch.finfo(expected.dtype).eps
+        expected, got = _double(expected), _double(got)
+        finite = expected.isfinite()
+        if not torch.equal(finite, got.isfinite()):
+            return True
+        expected, got = expected.where(finite, 0.0), got.where(finite, 0.0)
+        norm, off, noise = _norm(expected), _norm(got - expected), self._noise.get((kind, name), 0.0)
+        allowed = max(_allowed(noise, norm), _ULPS * eps * norm)
+        if kind == "gradient" and not norm:  # of one that cancels to zero, what is left by rounding elsewhere
+            allowed = _ULPS * eps * self._largest
+        if off > allowed:
+            return True
+        if allowed <= _SCALE * norm or noise > 0.3 * norm or not norm:
+            return False
+        # Errors of elements cancel in the scale of the whole tensor, so there it shows if it is too large as a whole.
+        scale = float((expected.flatten() * got.flatten()).sum().real) / norm**2
+        return abs(scale - 1) > max(_SCALE, max(6 * noise / norm, 2 * eps) / math.sqrt(expected.numel()))
+
+
+def _allowed(noise: float, size: float) -> float:
+    """How far a value of some size may be off, given the measured rounding."""
+    return max(_FEW * noise, min(_MANY * noise, _SMALL * size))
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(
+        torch.linalg.vector_norm(tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64))
+    )

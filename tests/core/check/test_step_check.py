@@ -1,0 +1,234 @@
+"""The check before the first update: what it refuses, what it notes, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from problems import assert_same_bits, classes, mlp, seeded, train, weights
+from torch import nn
+from torch.nn import functional as F
+
+from nbdist.core.comm.world import World
+from nbdist.core.strategies.strategy import Strategy
+from nbdist.core.sync.bucketed_reducer import BucketedReducer
+from nbdist.errors import PlanError, TaskError
+from nbdist.telemetry import Noted, RunStarted, Sink
+
+RUN = {"optimizer": "sgd", "lr": 0.1, "batch_size": 8, "steps": 3, "shuffle": False}
+TWO_SLICES = {**RUN, "accumulate": 2}
+
+
+class Kept(Sink):
+    def __init__(self):
+        self.events = []
+
+    def emit(self, event):
+        self.events.append(event)
+
+    @property
+    def notes(self):
+        return [event.text for event in self.events if isinstance(event, Noted)]
+
+    @property
+    def checked(self):
+        return next(event.checked for event in self.events if isinstance(event, RunStarted))
+
+
+def alone(model, step=None, data=None, **options):
+    """One rank that runs two slices a step; returns what its events say."""
+    sink = Kept()
+    given = {"step": step} if step is not None else {"loss": "cross_entropy"}
+    train(World(), model, data or classes(32), sinks=[sink], **given, **{**TWO_SLICES, **options})
+    return sink
+
+
+def sums(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+def contrasts(model, batch):
+    """Each sample against all others of its slice."""
+    y = model(batch[0])
+    return F.cross_entropy(y @ y.T, torch.arange(len(y)))
+
+
+def centred(model, batch):
+    """The loss is a mean over samples; its gradient also depends on the batch."""
+    y = model(batch[0])
+    return (y * (1 + y.mean().detach() - y.mean())).square().mean() * 0 + centre(y).mean()
+
+
+class Centre(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient - gradient.abs().mean() * torch.arange(len(gradient))[:, None] * len(gradient)
+
+
+centre = Centre.apply
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (
+            sums,
+            r"of its 2 slices is \S+, and their sum is the loss: .*divide it by the number",
+        ),
+        (contrasts, r"is no mean over samples.*`return loss, mask.sum\(\)`"),
+        (centred, r"the gradient of \S+ for 5 samples in one batch is not the mean of those of its 2 slices"),
+    ],
+)
+def test_a_loss_that_is_no_mean_over_samples_is_refused_before_the_update(step, words):
+    """With the lines to write; the weights are those before."""
+    model = mlp()
+    before = weights(model)
+    with pytest.raises(TaskError, match=re.compile(words, re.DOTALL)):
+        alone(model, step)
+    assert_same_bits(before, weights(model))
+
+
+def test_one_slice_may_have_any_loss():
+    """There is nothing to average."""
+    model, expected = mlp(), mlp()
+    alone(model, sums, accumulate=1)
+    optimizer = torch.optim.SGD(expected.parameters(), 0.1)
+    x, y = classes(32)
+    for rows in torch.arange(24).split(8):
+        optimizer.zero_grad()
+        sums(expected, (x[rows], y[rows])).backward()
+        optimizer.step()
+    torch.testing.assert_close(weights(model), weights(expected))
+
+
+class Noisy(nn.Module):
+    """BatchNorm, with and without running statistics, and dropout in three forms."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+        self.bare, self.drop = nn.BatchNorm1d(16, track_running_stats=False), nn.Dropout(0.5)
+        self.mix = nn.MultiheadAttention(16, 2, dropout=0.3, batch_first=True)
+
+    def forward(self, x):
+        x = self.drop(self.bare(self.norm(self.first(x))))
+        return self.last(F.dropout(self.mix(x[:, None], x[:, None], x[:, None])[0][:, 0], 0.2, self.training))
+
+
+def test_layers_that_are_documented_to_see_a_slice_are_noted():
+    """BatchNorm; dropout is left out of the comparison with the whole batch."""
+    sink = alone(seeded(Noisy, torch.float64))
+    (note,) = sink.notes
+    assert note.startswith("norm and 1 more (BatchNorm) uses the statistics of each slice")
+    assert sink.checked.startswith("loss, ")
+
+
+def test_noise_of_a_models_own_is_named_as_not_compared():
+    """A step that draws numbers beside dropout has no loss of the whole batch to compare with."""
+    sink = alone(mlp(), lambda model, batch: F.cross_entropy(model(batch[0] + torch.rand(6)), batch[1]))
+    assert sink.notes == ["slices were not compared with the whole batch: the step draws random numbers"]
+
+
+def off_by_one_percent(world, what, dtype, options):
+    """Train with a fault that is planted behind the gradient sync, or behind the average of buffers."""
+    finish, average = BucketedReducer.finish, Strategy.average_buffers
+
+    def faulty_finish(self, *args):
+        totals = finish(self, *args)
+        self._parameters[4].grad.mul_(1.01)
+        return totals
+
+    def faulty_average(self):
+        average(self)
+        self.table.buffers["1.running_var"].mul_(1.01)
+
+    if what == "gradient":
+        BucketedReducer.finish = faulty_finish
+    elif what == "buffer":
+        Strategy.average_buffers = faulty_average
+    try:
+        model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)), dtype)
+        result, _ = train(world, model, classes(32, dtype), loss="cross_entropy", **RUN, **options)
+    except PlanError as error:
+        return str(error)
+    finally:
+        BucketedReducer.finish, Strategy.average_buffers = finish, average
+    return result.plan.checked
+
+
+KINDS = {
+    "float64": (torch.float64, {}), "float32": (torch.float32, {}), "half": (torch.bfloat16, {}),
+    "bf16": (torch.float32, {"precision": "bf16"}), "fp16": (torch.float32, {"precision": "fp16"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("what", "words"), [("gradient", "gradient of 3.weight is"), ("buffer", "1.running_var is")])
+def test_a_fault_of_one_percent_is_found(run_ranks, kind, what, words):
+    """In any dtype, on all ranks, before the first update; and without it nothing is refused."""
+    for found in run_ranks(2, off_by_one_percent, what, *KINDS[kind]):
+        assert words in found
+        assert found.startswith("on mesh dp=2 ")
+    for found in run_ranks(2, off_by_one_percent, "", *KINDS[kind]):
+        assert found == "loss, 6 gradients, 3 buffers equal those of one process"
+
+
+def steps_with_and_without(world, options):
+    """The bits of a run, its events, and what its step saw: with the check, and without."""
+    runs = []
+    for check in ("yes", "no"):
+        seen, model = [], seeded(Noisy)
+        model.calls = 0
+
+        def step(model, batch, seen=seen):
+            seen.append(len(batch[0]))
+            model.calls += 1
+            return F.cross_entropy(model(batch[0]), batch[1])
+
+        result, _ = train(world, model, classes(32, torch.float32), step=step, check=check, **RUN, **options)
+        runs.append((weights(model), result.history[0]["loss"], seen, model.calls, torch.get_rng_state()))
+    return runs
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "shard"}, {"reproducible": True}, {"clip_norm": 0.1}])
+def test_nothing_of_it_is_left(run_ranks, options):
+    """Bits, attributes of the model, lists of the step and generators are those of a run without it."""
+    for checked, unchecked in run_ranks(2, steps_with_and_without, options):
+        assert_same_bits(*({"random": run[-1], **run[0]} for run in (checked, unchecked)))
+        assert checked[1:4] == unchecked[1:4]
+
+
+def test_what_stays_on_the_engines_is_noted():
+    """A list of the notebook that the step appends to, and a number that it counts."""
+    losses = []
+
+    def step(model, batch):
+        losses.append(1.0)
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    (note,) = alone(mlp(), step).notes
+    assert note.startswith("the step changes losses beside weights and buffers: each rank has its own")
+
+
+def test_a_step_that_cannot_be_run_twice_is_named():
+    """It takes from an iterator."""
+    batches = iter(range(100))
+
+    def step(model, batch):
+        next(batches)
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    sink = alone(mlp(), step)
+    assert sink.checked == "not checked: the step can reach batches, an iterator, which cannot be put back"
+    assert next(batches) == 3 * 2
+
+
+def test_a_step_that_needs_a_whole_batch_is_named():
+    """It fails on fewer samples, and trains."""
+    sink = alone(mlp(), lambda model, batch: F.cross_entropy(model(batch[0].view(4, 6)), batch[1]))
+    assert sink.checked.startswith("not checked: the step cannot be run on a few samples alone (RuntimeError: shape")
