@@ -20,6 +20,8 @@ from nbdist.core.data.reader import Reader
 from nbdist.core.data.sources import Source
 from nbdist.core.evaluate import evaluate, in_mode
 from nbdist.core.params.gather import record_placements
+from nbdist.core.params.replicas import check_replicas
+from nbdist.core.params.structure_watch import StructureWatch
 from nbdist.core.process import rng
 from nbdist.core.process.memory import frozen_gc, keep_freed_pages, keep_large_pages
 from nbdist.core.process.settings import deterministic, threads, uninterrupted
@@ -185,6 +187,7 @@ def fit(
         for note in findings.notes:
             emit(Noted(rank=world.rank, text=note))
         reporter = Reporter(world, progress, schedulers, emit)
+        structure = StructureWatch(model, task.optimizers.values())
         latest: Totals | None = None
 
         with _snapshot_on_error(snapshotter, progress, world):
@@ -200,6 +203,7 @@ def fit(
                     strategy.begin_step()
                     task.forms.begin()
                     losses = strategy.forward_backward(progress.step, slices or [])
+                    structure.check(progress.step)
                     if plan.stop_on_nan:
                         _check_finite(losses, progress)
 
@@ -258,6 +262,7 @@ def fit(
 
                 seconds = progress.row.seconds  # before evaluation: a row counts training only
                 strategy.average_buffers()
+                check_replicas(strategy.table, axes, progress.step)
                 reporter.report(progress, progress.row.loss.value, progress.row.samples / seconds)
                 measured: dict[str, float] = {}
                 if val_reader is not None and not stopped:
