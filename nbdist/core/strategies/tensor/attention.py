@@ -46,10 +46,13 @@ def attend(
     heads = layer.num_heads // axis.size
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     p = layer.dropout if layer.training else 0.0
-    hint = is_causal and key_padding_mask is None and not need_weights and p == 0.0
+    # As in torch, the hint alone counts then: the mask itself may be on another device.
+    hint = is_causal and key_padding_mask is None and not need_weights
     mask = None if hint else _merged(axis, layer.num_heads, q, attn_mask, key_padding_mask)
     weights = None
     if need_weights or p > 0.0:
+        if hint:
+            mask = q.new_full((q.shape[-2], k.shape[-2]), -math.inf).triu(1)
         weights = _weights(axis, q, k, mask, p, masked_rows=float("nan") if need_weights else 0.0)
         out = weights @ v
     else:

@@ -52,3 +52,24 @@ def _attentions(world):
 def test_multihead_attention_with_all_options(run_ranks):
     """Masks, weights, layouts, widths of keys and values, dropout, and a sample without a batch."""
     run_ranks(2, _attentions)
+
+
+def _causal_with_a_mask_elsewhere(world):
+    """Outputs whole and split."""
+    results = []
+    for split in (False, True):
+        make = functools.partial(nn.MultiheadAttention, WIDTH, 4, dropout=0.3, batch_first=True)
+        model = seeded(make, torch.float64)
+        if split:
+            parallelize(model, world.channel(), only(2, {"": "attention"}))
+        x = numbers(BATCH, LENGTH, WIDTH)
+        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device="meta")
+        torch.manual_seed(0)
+        results.append(model(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0])
+    return results
+
+
+def test_of_a_causal_mask_only_the_hint_is_read(run_ranks):
+    """As in one process, where a mask on the CPU of a model on a GPU is never looked at."""
+    for whole, split in run_ranks(2, _causal_with_a_mask_elsewhere):
+        torch.testing.assert_close(split, whole, **CLOSE)
