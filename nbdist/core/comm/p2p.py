@@ -90,8 +90,8 @@ class Link(ABC):
 class ProcessGroupLink(Link):
     """A link over two `torch.distributed` groups of these two ranks, one for each direction.
 
-    A message is a length, a header and the bytes of its tensors. Each is a broadcast: gloo's own send and receive can
-    be waited for, but not polled.
+    A message is a length, a header and the bytes of its tensors, which arrive on the device or on the CPU, as they were
+    sent. Each is a broadcast: gloo's own send and receive can be waited for, but not polled.
 
     Args:
         rank: This rank.
@@ -111,13 +111,17 @@ class ProcessGroupLink(Link):
         """See `Link`."""
         while self._sending and self._sending[0][0].done:
             self._sending.popleft()[0].wait()
-        specs = [None if tensor is None else (str(tensor.dtype)[6:], list(tensor.shape)) for tensor in tensors]
+        specs = [
+            None if t is None else (str(t.dtype)[6:], list(t.shape), t.device.type == self._device.type)
+            for t in tensors
+        ]
         header = bytearray(pack_note([note, specs]))
         self._start(torch.tensor([len(header)]))
         self._start(torch.frombuffer(header, dtype=torch.uint8))
         for tensor in tensors:
             if tensor is not None and tensor.numel():
-                self._start(tensor.detach().clone(memory_format=torch.contiguous_format))
+                own = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+                self._start(own.view(-1).view(torch.uint8))  # gloo and nccl do not know every dtype
 
     def receive(self) -> Message:
         """See `Link`."""
@@ -129,8 +133,11 @@ class ProcessGroupLink(Link):
             if spec is None:
                 tensors.append(None)
                 continue
-            tensor = torch.empty(spec[1], dtype=dtype_named(spec[0]), device=self._device)
-            tensors.append(self._wait_for(tensor) if tensor.numel() else tensor)
+            name, shape, on_device = spec
+            tensor = torch.empty(shape, dtype=dtype_named(name), device=self._device if on_device else "cpu")
+            if tensor.numel():
+                self._wait_for(tensor.view(-1).view(torch.uint8))
+            tensors.append(tensor)
         return note, tensors
 
     def close(self) -> None:

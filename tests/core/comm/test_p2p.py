@@ -13,6 +13,8 @@ from nbdist.plan import Mesh
 
 KINDS = {"shared memory": [SharedMemoryLink] * 2, "process group": [ProcessGroupLink] * 2,
          "two hosts": [SharedMemoryLink, ProcessGroupLink]}  # fmt: skip
+UNUSUAL = (torch.int8, torch.int16, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+TURN = torch.polar(torch.ones(4), torch.arange(4.0))
 MESSAGES = [
     ("nothing", []),
     ("a scalar and a hole", [torch.tensor(3.0), None]),
@@ -21,7 +23,9 @@ MESSAGES = [
         [torch.arange(5), torch.tensor([True, False]), torch.linspace(0, 1, 60, dtype=torch.float64).view(3, 4, 5)],
     ),
     ("not contiguous", [torch.arange(24.0).view(6, 4).t()]),
-    ("empty", [torch.empty(0, 3)]),
+    ("empty", [torch.empty(0, 3), torch.empty(2, 0, dtype=torch.complex64)]),
+    ("what gloo or nccl do not know", [torch.arange(5).to(dtype) for dtype in UNUSUAL]),
+    ("lazy or expanded views", [TURN.conj(), TURN.conj().imag, torch.arange(3.0).expand(4, 3), TURN[::2].real]),
     ("large", [torch.arange(300_000.0)]),
 ]
 
