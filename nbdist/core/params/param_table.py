@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from nbdist.core.comm import Channel
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.params.placeholder import detached, reveal
 from nbdist.core.params.placement import Placement
+from nbdist.errors import TaskError
 
 __all__ = ["ParamTable", "copy_or_zero_", "replace_data", "restore_buffers", "view_like"]
 
@@ -24,20 +25,20 @@ class ParamTable:
     Args:
         parameters: Every parameter, frozen ones included. They are always the model's own objects; only their data
             changes: this rank's part, or a dummy if it holds none.
-        buffers: Every buffer, non-persistent ones included.
+        buffers: Every buffer, non-persistent ones included; read anew at each access, as a forward may assign others.
         placements: Where the parts of each tensor are; tensors that are not listed are whole on every rank.
         owners: The only rank on ``dp`` that updates a parameter, if ranks share weights.
     """
 
     parameters: dict[str, nn.Parameter]
-    buffers: dict[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
     placements: dict[str, Placement] = field(default_factory=dict)
     owners: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> ParamTable:
         """The table of a module."""
-        return cls(parameters=dict(model.named_parameters()), buffers=dict(model.named_buffers()))
+        return cls(parameters=dict(model.named_parameters()), buffers=_Buffers(model))
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -122,6 +123,27 @@ class ParamTable:
         """Copy `tensors` (those of another table of the same model) into this one's, in place. Local."""
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
+
+
+class _Buffers(Mapping[str, torch.Tensor]):
+    """The present buffers of a model by the names that it has now; a tied one is listed once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        owners = {f"{path}.{key}" if path else key: (m, key) for path, m in model.named_modules() for key in m._buffers}
+        self._places = {name: owners[name] for name, _ in model.named_buffers()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        module, key = self._places[name]
+        buffer: torch.Tensor | None = module._buffers[key]
+        if buffer is None:
+            raise TaskError(f"the training has set buffer {name} to None: keep a tensor in it.")
+        return buffer
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 @contextlib.contextmanager

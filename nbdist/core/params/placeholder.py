@@ -1,4 +1,4 @@
-"""Placeholders: parameters whose values are on another rank; their metadata can be read, other operations raise."""
+"""Placeholders: parameters, or buffers, whose values are on another rank; only their metadata can be read."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Placeholders:
         self._read = read
         self._kinds: dict[type, Any] = {}
 
-    def hide(self, parameter: nn.Parameter) -> None:
-        """Make `parameter` a placeholder. Local."""
+    def hide(self, parameter: torch.Tensor) -> None:
+        """Make a parameter or buffer a placeholder. Local."""
         own = type(parameter)
         if not issubclass(own, _Placeholder):
             if own not in self._kinds:
@@ -70,7 +70,9 @@ class _Placeholder:
         attribute = getattr(getattr(function, "__self__", None), "__name__", "")
         if name in _METADATA or (name in ("__get__", "__set__", "__delete__") and attribute not in _VALUES):
             return super().__torch_function__(function, kinds, args, kwargs or {})  # type: ignore[misc]
-        given: list[Any] = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, nn.Parameter)]
+        given: list[Any] = [
+            value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, (nn.Parameter, _Placeholder))
+        ]
         for read in {type(value).read for value in given if isinstance(value, _Placeholder)}:
             read(given, attribute == "data")
         if any(isinstance(value, _Placeholder) for value in given):
@@ -86,7 +88,7 @@ def is_placeholder(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, _Placeholder)
 
 
-def reveal(parameter: nn.Parameter) -> None:
+def reveal(parameter: torch.Tensor) -> None:
     """Make a placeholder an ordinary parameter again, without changing its data. Local."""
     if isinstance(parameter, _Placeholder):
         parameter.__class__ = parameter.own

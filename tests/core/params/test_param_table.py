@@ -45,3 +45,11 @@ def test_what_is_read_is_not_copied():
     tensor = ParamTable.of(net).tensors["0.weight"]
     assert net[0].weight.data_ptr() == tensor.data_ptr()
     assert not tensor.requires_grad
+
+
+def test_a_buffer_that_is_assigned_anew_is_the_one_in_the_table():
+    net = model()
+    table = ParamTable.of(net)
+    net[1].running_mean = torch.ones(2)
+    assert table.buffers["1.running_mean"] is net[1].running_mean
+    assert table.tensors["1.running_mean"].sum() == 2
