@@ -197,6 +197,9 @@ class MeshAxis(ABC):
     def restore(self) -> None:  # noqa: B027
         """See `Strategy.restore_shards`. Local."""
 
+    def gather(self) -> None:  # noqa: B027
+        """Give all ranks what the forward has left in attributes of the model. **Collective** over the axis."""
+
     def free(self) -> None:  # noqa: B027
         """Free what only training needs, to make room for the whole weights. Local."""
 

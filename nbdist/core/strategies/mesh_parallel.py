@@ -232,6 +232,7 @@ class MeshParallel(Strategy):
         """See `Strategy`. Gradients and blocks are freed first, to make room for the whole weights."""
         self.reducer.close()
         for axis in self._axes:
+            axis.gather()
             axis.free()
         for optimizer in self.task.optimizers.values():
             if self.task.own_optimizers:

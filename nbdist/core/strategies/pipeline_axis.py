@@ -18,6 +18,7 @@ from nbdist.core.strategies.pipeline.executor import Pipeline
 from nbdist.core.strategies.pipeline.schedules import Action
 from nbdist.core.sync.sync_batchnorm import BatchNorms
 from nbdist.core.task.task import Task
+from nbdist.errors import PlanError
 from nbdist.plan import Plan
 
 __all__ = ["PipelineAxis"]
@@ -51,6 +52,12 @@ class PipelineAxis(MeshAxis):
         synced = plan.sync_batchnorm and plan.mesh.data > 1 and BatchNorms.layers_of(task.model)
         kinds = partition.KINDS[:1] if synced else partition.KINDS
         split = partition.split(task.model, *example, plan.stages, at=plan.split_at, kinds=kinds)
+        counting = next((effect for effect in split.effects if effect.counts), None)
+        if plan.stages > plan.mesh.pp and counting is not None:
+            raise PlanError(
+                f"forward counts in {counting}, which two stages of a rank would see at different calls: make it a "
+                "buffer, or use another schedule than interleaved."
+            )
         ranks = [range(rank, plan.stages, plan.mesh.pp) for rank in range(plan.mesh.pp)]
         shares = [
             {name: float(any(stage in split.holders[name] for stage in stages)) for name in split.holders}
@@ -97,6 +104,9 @@ class PipelineAxis(MeshAxis):
         links = world.links(mesh.ring("pp"))
         for link in links.values():
             self._cleanup.callback(link.close)
+        stages = range(placements.channels.pp.rank, placements.plan.stages, placements.channels.pp.size)
+        elsewhere = {n: b for n, b in self._split.written.items() if not {*stages} & {*self._split.holders[n]}}
+        placements.readable.mark_stale(elsewhere)
         line = next(line for line in mesh.groups("pp") if world.rank in line)
         rank = line.index(world.rank)
         self.pipeline = Pipeline(
@@ -167,6 +177,18 @@ class PipelineAxis(MeshAxis):
                 channel.all_reduce_(total)
                 if total is not gradient:
                     gradient.copy_(total)
+
+    def gather(self) -> None:
+        """See `MeshAxis`: the last stage's rank has the values of attributes that are tensors or numbers."""
+        channel = self.placements.channels.pp
+        source = (self.placements.plan.stages - 1) % channel.size
+        modules = dict(self.placements.task.model.named_modules())
+        for effect in self._split.effects:
+            own = modules[effect.module].__dict__
+            packed = partition.pack(own.get(effect.name)) if effect.sendable and channel.rank == source else b""
+            packed = channel.broadcast_bytes(packed, source)
+            if packed and channel.rank != source:
+                own[effect.name] = partition.unpack(packed, self.placements.device)
 
     def close(self) -> None:
         """See `MeshAxis`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from nbdist.core.params.placeholder import Placeholders, dummy, is_placeholder, reveal
@@ -31,6 +32,7 @@ class ReadableParams:
         self._mesh = plan.mesh
         self._placeholders = Placeholders(self._refuse_absent)
         self._absent: list[nn.Parameter] = []
+        self._stale: dict[torch.Tensor, str] = {}
         self._guard: Guard | None = None
 
     def mark_absent(self, parameter: nn.Parameter) -> None:
@@ -43,9 +45,25 @@ class ReadableParams:
         """Guard the parameters of layers that tensor parallelism splits. Local."""
         self._guard = Guard(parallelized, self._refuse_split)
 
+    def mark_stale(self, buffers: dict[str, torch.Tensor]) -> None:
+        """Buffers that the forward writes on other ranks: the step must not read what they hold here. Local."""
+        self._stale |= {buffer: name for name, buffer in buffers.items()}
+
     def guarded(self) -> contextlib.AbstractContextManager[None]:
         """Context for the user's step: in it split parameters may be read in the model's forward only."""
-        return contextlib.nullcontext() if self._guard is None else self._guard.active()
+        guard = contextlib.nullcontext() if self._guard is None else self._guard.active()
+        return self._hiding(guard) if self._stale else guard
+
+    @contextlib.contextmanager
+    def _hiding(self, guard: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+        for buffer in self._stale:
+            self._placeholders.hide(buffer)
+        try:
+            with guard:
+                yield
+        finally:
+            for buffer in self._stale:
+                reveal(buffer)
 
     def check(self, parameters: list[nn.Parameter]) -> None:
         """Raise if these are read outside the forward of a split model. Local."""
@@ -77,7 +95,13 @@ class ReadableParams:
         raise self._error(parameters, "which is split over ranks, or whose gradient is summed over them,")
 
     def _error(self, parameters: list[nn.Parameter], why: str) -> PlanError:
-        name = next(self.names[parameter] for parameter in parameters if is_placeholder(parameter))
+        found = next(parameter for parameter in parameters if is_placeholder(parameter))
+        if found in self._stale:
+            return PlanError(
+                f"the step, or a metric, reads buffer {self._stale[found]}, which the model's forward writes on "
+                f"another rank of mesh {self._mesh}: return its value from forward, or use the strategy data or shard."
+            )
+        name = self.names[found]
         others = "data or shard" if self._mesh.tp * self._mesh.pp > 1 else "data"
         return PlanError(
             f"something outside the model's forward (the step, a metric or the optimizer) reads parameter {name}, "

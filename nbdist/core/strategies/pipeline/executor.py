@@ -20,7 +20,7 @@ from nbdist.core.optim.precision import Precision
 from nbdist.core.process import rng
 from nbdist.core.strategies.pipeline.capture_call import capture_call, forward_replaced
 from nbdist.core.strategies.pipeline.gradient_fusion import GradientFusion
-from nbdist.core.strategies.pipeline.partition import Call, Split
+from nbdist.core.strategies.pipeline.partition import Call, Split, output_structure
 from nbdist.core.strategies.pipeline.schedules import Action, schedule_actions, surrogate_loss
 from nbdist.core.strategies.shard.fully_sharded import FullySharded
 from nbdist.core.sync.sync_batchnorm import BatchNorms, buffers_kept_if_empty
@@ -133,6 +133,7 @@ class Pipeline:
             buffers_kept_if_empty(self._task.model, part, self._batch_norms),
             self._gathered(stage),
             self._precision.autocast(),
+            self._split.computing(),
         ):
             outputs = module(*inputs)
         if stage < self._last:
@@ -152,6 +153,7 @@ class Pipeline:
             if calls > 1:
                 raise TaskError("the step calls model(...) twice: a pipeline runs one call per step, so call it once.")
             rng.set_state(state, self._device)
+            output_structure(module).set_attributes()
             return outputs
 
         self._seed(part, path)  # as on the first stage: the step draws the same numbers before it calls the model

@@ -7,11 +7,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from nbdist.core.strategies.pipeline.partition.call_signature import OutputStructure
 from nbdist.core.strategies.pipeline.partition.crossings import Crossings
+from nbdist.core.strategies.pipeline.partition.fx_tracer import NO_GRAD
 
-__all__ = ["build"]
+__all__ = ["build", "output_structure"]
 
 OUTPUT = "nbdist_output"
+
+
+def set_grad_enabled(mode: bool) -> None:
+    """``torch.set_grad_enabled`` as a function of a graph, which lasts beyond the statement."""
+    torch.set_grad_enabled(mode)
 
 
 def build(crossings: Crossings, start: int, stop: int) -> fx.GraphModule:
@@ -24,6 +31,12 @@ def build(crossings: Crossings, start: int, stop: int) -> fx.GraphModule:
     return _Builder(crossings).build(start, stop)
 
 
+def output_structure(stage: nn.Module) -> OutputStructure:
+    """What makes the model's output in the last stage. Local."""
+    made: OutputStructure = getattr(stage, OUTPUT)
+    return made
+
+
 class _Builder:
     def __init__(self, crossings: Crossings) -> None:
         self.crossings = crossings
@@ -31,13 +44,16 @@ class _Builder:
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}  # node of the whole graph -> node of the stage
         self.parts: dict[str, Any] = {}  # attributes of the stage's module
+        self.mode_before: fx.Node | None = None  # in a part without gradients: whether they were on before it
 
     def build(self, start: int, stop: int) -> fx.GraphModule:
         self._receive(start)
         for node in self.crossings.body[start:stop]:
+            self._set_grad_mode(bool(node.meta.get(NO_GRAD)))
             self.new[node] = self.graph.node_copy(node, self._read)
             if node.op == "call_module":
                 self.new[node].target = self._held(str(node.target))
+        self._set_grad_mode(False)
         if stop == len(self.crossings.body):
             self._return()
         else:
@@ -47,6 +63,15 @@ class _Builder:
             setattr(root, name, value)
         root.training = self.trace.model.training
         return fx.GraphModule(root, self.graph, class_name=f"{type(self.trace.model).__name__}Stage")
+
+    def _set_grad_mode(self, off: bool) -> None:
+        """Add what turns gradients off, or on again if they were on before."""
+        if off and self.mode_before is None:
+            self.mode_before = self.graph.call_function(torch.is_grad_enabled)
+            self.graph.call_function(set_grad_enabled, (False,))
+        elif not off and self.mode_before is not None:
+            self.graph.call_function(set_grad_enabled, (self.mode_before,))
+            self.mode_before = None
 
     def _receive(self, start: int) -> None:
         tensors, sizes = self.crossings.crossing(start) if start else (self.trace.inputs, [])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from nbdist.core.strategies.pipeline.partition.effects import Effect, from_tensor, store_
 from nbdist.errors import TaskError
 from nbdist.upstream.torch_private import pytree
 
@@ -115,20 +116,36 @@ class OutputStructure(nn.Module):
     """The structure of a model's output: unflattens its tensors. It is the last node of the last stage.
 
     A value of a class that is not registered as a pytree, such as a key-value cache, becomes None.
+
+    Attributes:
+        sent: How many of the tensors, the last ones, are of attributes that forward sets beside its output.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.structure: Any = None
         self.constants: list[Any] = []  # with PLACE for tensors
+        self.attributes: list[tuple[nn.Module, str, OutputStructure]] = []
+        self.sent = 0
+        self._left: list[tuple[nn.Module, str, Any]] = []
 
-    def take(self, output: Any) -> list[Any]:
-        """Flatten `output`, save its structure, and return its tensors, proxies and symbolic integers."""
+    def take(self, output: Any, attributes: Iterable[tuple[nn.Module, str, Any]] = ()) -> list[Any]:
+        """Flatten `output`, save its structure, and return its tensors, proxies and symbolic integers.
+
+        After those of the output come those of the values of `attributes`: module, name and value.
+        """
         leaves, self.structure = pytree.tree_flatten(output)
         varies = [isinstance(leaf, (torch.Tensor, fx.Proxy, torch.SymInt)) for leaf in leaves]
         plain = [leaf if isinstance(leaf, PLAIN) else None for leaf in leaves]
         self.constants = [PLACE if v else leaf for leaf, v in zip(plain, varies, strict=True)]
-        return [leaf for leaf, v in zip(leaves, varies, strict=True) if v]
+        found = [leaf for leaf, v in zip(leaves, varies, strict=True) if v]
+        for module, name, value in attributes:
+            structure = OutputStructure()
+            sent = structure.take(value)
+            self.attributes.append((module, name, structure))
+            self.sent += len(sent)
+            found += sent
+        return found
 
     @property
     def empty(self) -> bool:
@@ -136,8 +153,21 @@ class OutputStructure(nn.Module):
         return PLACE not in self.constants
 
     def forward(self, *values: Any) -> Any:
-        """Rebuild the output."""
+        """Rebuild the output, and set the attributes."""
         following = iter(values)
+        output = self._unflattened(following)
+        if self.attributes:
+            sent = (from_tensor(value) for value in following)
+            self._left = [(module, name, made._unflattened(sent)) for module, name, made in self.attributes]
+            self.set_attributes()
+        return output
+
+    def set_attributes(self) -> None:
+        """Set the attributes that the latest forward left once more: code in between may have reset them."""
+        for module, name, value in self._left:
+            setattr(module, name, value)
+
+    def _unflattened(self, following: Iterator[Any]) -> Any:
         leaves = [next(following) if leaf is PLACE else leaf for leaf in self.constants]
         return pytree.tree_unflatten(leaves, self.structure)
 
@@ -147,18 +177,48 @@ PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class FlatModel(nn.Module):
-    """A model as a function from the list of its tensor arguments to the list of the tensors it returns."""
+    """A model as a function from the list of its tensor arguments to the list of the tensors it returns.
 
-    def __init__(self, model: nn.Module, call: Call) -> None:
+    The attributes that a forward sets beside its output are restored, and their values are returned too.
+    """
+
+    def __init__(self, model: nn.Module, call: Call, effects: Sequence[Effect] = ()) -> None:
         super().__init__()
         self.model = model
         self.call = call
+        self.effects = effects
         self.output_structures = [OutputStructure()]  # in a list, so that it is not registered as a submodule
+        modules = dict(model.named_modules())
+        self._places = [(modules[effect.module], effect.name) for effect in effects]
+        self._before = [vars(module).get(name, PLACE) for module, name in self._places]
+        self._buffers_before = {n: (m._buffers, dict(m._buffers)) for n, m in self.named_modules() if m._buffers}
 
     def forward(self, values: Any) -> list[Any]:
         """Call the model."""
         args, kwargs = self.call.arguments([values[i] for i in range(len(self.call.tensors))])
-        return self.output_structures[0].take(self.model(*args, **kwargs))
+        output = self.model(*args, **kwargs)
+        left = [
+            (module, name, vars(module)[name])
+            for (module, name), before in zip(self._places, self._before, strict=True)
+            if vars(module).get(name, PLACE) is not before
+        ]
+        for path, (current, _) in self._buffers_before.items():
+            for name, value in current.items():
+                if isinstance(value, fx.Proxy):
+                    value.tracer.create_proxy("call_function", store_, (f"{path}.{name}", value), {})
+        self.restore()
+        return self.output_structures[0].take(output, left)
+
+    def restore(self) -> None:
+        """Undo what a traced forward has left in the model."""
+        for (module, name), before in zip(self._places, self._before, strict=True):
+            if before is PLACE:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = before
+        for current, saved in self._buffers_before.values():
+            if any(isinstance(value, fx.Proxy) for value in current.values()):
+                current.update(saved)
 
 
 def leaves_of(value: Any) -> list[Any]:

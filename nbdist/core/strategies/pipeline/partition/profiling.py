@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from nbdist.core.params.preserve_model import device_of, preserve_model
 from nbdist.core.strategies.pipeline.partition.call_signature import leaves_of
+from nbdist.core.strategies.pipeline.partition.effects import ReadAttributes
 from nbdist.core.strategies.pipeline.partition.tracing import Trace
 from nbdist.upstream.torch_private import storage_key
 
@@ -28,11 +29,13 @@ class ValueInfo:
         bytes: Size of each tensor value.
         integers: Nodes whose value is a non-negative integer: a size.
         no_cut_ranges: Positions ``(first, last)`` with an in-place write in between: no cut before first + 1 ... last.
+        written: The buffers that forward writes, but those of torch's own modules.
     """
 
     bytes: dict[fx.Node, int]
     integers: frozenset[fx.Node]
     no_cut_ranges: tuple[tuple[int, int], ...]
+    written: tuple[torch.Tensor, ...]
 
 
 def examine(trace: Trace, values: Sequence[torch.Tensor]) -> ValueInfo:
@@ -46,10 +49,12 @@ def examine(trace: Trace, values: Sequence[torch.Tensor]) -> ValueInfo:
     with preserve_model(trace.model), torch.no_grad():
         tracker.run(*(value.clone() for value in values), enable_io_processing=False)
     env: dict[fx.Node, Any] = tracker.env
+    _fold_devices(env)
     return ValueInfo(
         bytes={n: v.numel() * v.element_size() for n, v in env.items() if _plain(v)},
         integers=frozenset(n for n, v in env.items() if type(v) is int and v >= 0),
-        no_cut_ranges=tuple(tracker.no_cut_ranges()),
+        no_cut_ranges=(*tracker.no_cut_ranges(), *_attributes_kept(trace)),
+        written=tuple(tracker.written_buffers()),
     )
 
 
@@ -147,8 +152,41 @@ class _MemoryTracker(_Runner):
         for memory, position in self.written.items():
             yield self.first[memory], self.last[memory] if memory in self.persistent else position
 
+    def written_buffers(self) -> Iterator[torch.Tensor]:
+        """See `ValueInfo`."""
+        for module in self.trace.model.modules():
+            if not type(module).__module__.startswith("torch.nn."):
+                yield from (b for b in module.buffers(recurse=False) if storage_key(b) in self.written)
+
     def _inside(self, node: fx.Node) -> list[torch.Tensor]:
         return list(self.trace.used_by(node)) if node.op == "call_module" else []
+
+
+def _fold_devices(env: dict[fx.Node, Any]) -> None:
+    """Make devices constants: they are always the same on this rank, and no value that a cut lets pass."""
+    same = {node: node for node in env}
+    for node, value in env.items():
+        if isinstance(value, torch.device):
+            for user in list(node.users):
+                user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), {**same, node: value}.__getitem__)
+            node.op, node.target, node.args, node.kwargs = "call_function", _nothing, (), {}  # it keeps its place
+
+
+def _nothing() -> None:
+    pass
+
+
+def _attributes_kept(trace: Trace) -> Iterator[tuple[int, int]]:
+    """No cuts between a child and the reading of its attributes, nor between two calls of one that counts its calls."""
+    positions: dict[nn.Module, list[int]] = {}
+    for i, node in enumerate(trace.body):
+        reader = trace.value(str(node.target)) if node.op == "call_module" else None
+        if isinstance(reader, ReadAttributes):
+            yield i - 1, i
+            for module in reader.counting:
+                positions.setdefault(module, []).append(i)
+    for calls in positions.values():
+        yield calls[0] - 1, calls[-1]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

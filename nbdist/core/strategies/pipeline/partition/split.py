@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from nbdist.core.strategies.pipeline.partition.build_stage import build
 from nbdist.core.strategies.pipeline.partition.call_signature import Call
 from nbdist.core.strategies.pipeline.partition.crossings import Crossings
 from nbdist.core.strategies.pipeline.partition.cut_points import cut_at_names, cut_at_nodes, cut_like
+from nbdist.core.strategies.pipeline.partition.effects import Effect, effects_of
 from nbdist.core.strategies.pipeline.partition.profiling import examine, measure
-from nbdist.core.strategies.pipeline.partition.tracing import KINDS, Trace, trace_forward
+from nbdist.core.strategies.pipeline.partition.tracing import KINDS, Trace, cannot_split, trace_forward
 from nbdist.core.strategies.pipeline.partition.verify import ForwardResult, verify_trace
 from nbdist.errors import NbdistError, PlanError
 from nbdist.plan.balance import partition
+from nbdist.upstream.torch_private import storage_key
 
 __all__ = ["Split", "StageInfo", "split"]
 
@@ -52,6 +55,7 @@ class Split:
         bounds: The position at which each stage begins, and the end.
         costs: Measured seconds by node.
         seconds: Measured seconds by stage, without `costs` if another rank measured.
+        effects: The attributes that a forward changes beside its output.
     """
 
     def __init__(
@@ -60,7 +64,9 @@ class Split:
         bounds: Sequence[int],
         costs: dict[str, float],
         seconds: Sequence[float] | None = None,
+        effects: Sequence[Effect] = (),
     ) -> None:
+        self.effects = tuple(effects)
         self.model = crossings.trace.model
         self.crossings = crossings
         self.bounds = list(bounds)
@@ -68,6 +74,7 @@ class Split:
         self.seconds = [_total(crossings, costs, a, b) for a, b in self._ranges()] if seconds is None else list(seconds)
         self.holders = self._holders()
         self._modules = list(self.model.modules())
+        self._written = {storage_key(buffer) for buffer in crossings.value_info.written}
         self._traces: list[tuple[Crossings, list[int]]] = [(crossings, self.bounds)]
         self._stages: dict[tuple[Call, tuple[bool, ...]], tuple[Callable[[int], nn.Module], dict[int, nn.Module]]] = {}
 
@@ -85,6 +92,11 @@ class Split:
         ]  # fmt: skip
 
     @property
+    def written(self) -> dict[str, torch.Tensor]:
+        """The buffers that the forward of the example writes, but those of torch's own modules."""
+        return {self.crossings.names[id(buffer)]: buffer for buffer in self.crossings.value_info.written}
+
+    @property
     def bytes_crossing(self) -> list[int]:
         """Bytes of the tensors of the example that cross from each stage to the next."""
         info = self.crossings.value_info
@@ -94,7 +106,8 @@ class Split:
     def cuts(self) -> dict[str, Any]:
         """The cuts as JSON-able data, with which another rank makes the same stages."""
         firsts = [self.crossings.body[position].name for position in self.bounds[1:-1]]
-        return {"kind": self.crossings.trace.kind, "firsts": firsts, "seconds": self.seconds}
+        effects = [asdict(effect) for effect in self.effects]
+        return {"kind": self.crossings.trace.kind, "firsts": firsts, "seconds": self.seconds, "effects": effects}
 
     @property
     def imbalance(self) -> float:
@@ -107,9 +120,8 @@ class Split:
         Raises:
             PlanError: There are too few places to cut.
         """
-        return Split(
-            self.crossings, _bounds(self.crossings, self.costs, parts, 0, len(self.crossings.body)), self.costs
-        )
+        bounds = _bounds(self.crossings, self.costs, parts, 0, len(self.crossings.body))
+        return Split(self.crossings, bounds, self.costs, effects=self.effects)
 
     def refine(self, parts: int) -> Split:
         """Cut each stage i into stages i * parts ... (i + 1) * parts - 1.
@@ -120,7 +132,33 @@ class Split:
         bounds = [0]
         for start, stop in self._ranges():
             bounds += _bounds(self.crossings, self.costs, parts, start, stop)[1:]
-        return Split(self.crossings, bounds, self.costs)
+        return Split(self.crossings, bounds, self.costs, effects=self.effects)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Context for the forward of a stage in a schedule. Local.
+
+        A stage may turn gradients off, and fail then. Between a forward and its backward comes another forward, which
+        may write to a buffer: autograd saves copies of those.
+        """
+        keys = self._written
+
+        def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+            saved = tensor.clone() if storage_key(tensor) in keys else tensor
+            return saved, saved._version
+
+        def unpack(packed: tuple[torch.Tensor, int]) -> torch.Tensor:
+            tensor, version = packed
+            if tensor._version != version:
+                raise RuntimeError("a tensor that backward needs was modified by an in-place operation.")
+            return tensor
+
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            if not keys or not torch.is_grad_enabled():
+                yield
+                return
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                yield
 
     def stage(self, index: int, call: Call) -> nn.Module:
         """The module of one stage for a call, in the model's present train and eval modes. Local; cached.
@@ -153,12 +191,13 @@ class Split:
             if crossings.trace.fits(call, modes):
                 return crossings, bounds
         values = call.zeros(device_of(self.model))
-        trace = trace_forward(self.model, call, self.crossings.trace.kind)
+        trace = trace_forward(self.model, call, self.crossings.trace.kind, self.effects)
         crossings = Crossings(trace=trace, value_info=examine(trace, values))
         bounds = cut_like(
             crossings, [self.crossings.body[c].name for c in self.bounds[1:-1]], self.holders, self._unused
         )
         self._traces.append((crossings, bounds))
+        self._written |= {storage_key(buffer) for buffer in crossings.value_info.written}
         return crossings, bounds
 
     def _ranges(self) -> list[tuple[int, int]]:
@@ -213,20 +252,25 @@ def split(
         with preserve_model(model), torch.no_grad():
             # The first forward may initialize state that a trace reads; the rank that measured has run one too.
             _call_model(model, call, [value.clone() for value in values])
-        crossings = _prepare(model, call, values, cuts["kind"])
-        return Split(crossings, cut_at_nodes(crossings, cuts["firsts"]), {}, cuts["seconds"])
-    expected = ForwardResult.of(model, lambda *tensors: _call_model(model, call, tensors), values)
+        effects = tuple(Effect(**effect) for effect in cuts["effects"])
+        crossings = _prepare(model, call, values, cuts["kind"], effects)
+        return Split(crossings, cut_at_nodes(crossings, cuts["firsts"]), {}, cuts["seconds"], effects)
+    effects = effects_of(model, lambda: _call_model(model, call, [value.clone() for value in values]))
+    expected = ForwardResult.of(model, lambda *tensors: _call_model(model, call, tensors), values, effects)
     best: Split | None = None
     errors: list[NbdistError] = []
     for kind in kinds:
         try:
-            crossings = _prepare(model, call, values, kind)
-            verify_trace(crossings, values, expected)
+            crossings = _prepare(model, call, values, kind, effects)
+            verify_trace(crossings, values, expected, effects)
             costs = measure(crossings.trace, values)
             bounds = cut_at_names(crossings, at) if at else _bounds(crossings, costs, stages, 0, len(crossings.body))
-            found = Split(crossings, bounds, costs)
+            found = Split(crossings, bounds, costs, effects=effects)
         except NbdistError as error:
             errors.append(error)
+            continue
+        except Exception as error:  # a trace that does not run
+            errors.append(cannot_split(model, "", error))
             continue
         if best is None or found.imbalance < best.imbalance:
             best = found
@@ -242,8 +286,10 @@ def _call_model(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -
     return model(*args, **kwargs)
 
 
-def _prepare(model: nn.Module, call: Call, values: Sequence[torch.Tensor], kind: str) -> Crossings:
-    trace = trace_forward(model, call, kind)
+def _prepare(
+    model: nn.Module, call: Call, values: Sequence[torch.Tensor], kind: str, effects: Sequence[Effect]
+) -> Crossings:
+    trace = trace_forward(model, call, kind, effects)
     return Crossings(trace=trace, value_info=examine(trace, values))
 
 

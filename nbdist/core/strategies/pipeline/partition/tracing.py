@@ -8,7 +8,7 @@ import logging
 import operator
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torch import fx, nn
 
 from nbdist.core.params.preserve_model import device_of, preserve_model
 from nbdist.core.strategies.pipeline.partition.call_signature import Call, FlatModel, OutputStructure
+from nbdist.core.strategies.pipeline.partition.effects import Effect, refusal
+from nbdist.core.strategies.pipeline.partition.fx_tracer import TracedDraw, drawn, trace_fx
 from nbdist.errors import TaskError
 
 __all__ = ["KINDS", "Trace", "cannot_split", "trace_forward"]
@@ -100,7 +102,7 @@ class Trace:
         return True
 
 
-def trace_forward(model: nn.Module, call: Call, kind: str) -> Trace:
+def trace_forward(model: nn.Module, call: Call, kind: str, effects: Sequence[Effect] = ()) -> Trace:
     """Trace the forward of a model in its present modes. Local; the model is left unchanged.
 
     Args:
@@ -108,14 +110,23 @@ def trace_forward(model: nn.Module, call: Call, kind: str) -> Trace:
         call: With two samples or more, unless the graph is for one sample only.
         kind: ``"fx"``: fast; fails where forward depends on shapes or values, unless that is inside a child module,
             which is then called as a whole. ``"export"``: traces more models, but takes seconds.
+        effects: The attributes that a forward changes beside its output.
 
     Raises:
-        TaskError: The forward cannot be traced. The message names the statement.
+        TaskError: The forward cannot be traced, and the message names the statement; or an attribute cannot be kept.
     """
-    flat = FlatModel(model, call)
+    for effect in effects:
+        if effect.counts and (kind == "export" or not effect.module):
+            raise refusal(model, effect)
+    flat = FlatModel(model, call, effects)
     with preserve_model(model):
         try:
-            graph, root, guard = _trace_fx(flat) if kind == "fx" else _trace_export(flat)
+            before = drawn(with_torch=False)
+            graph, root, guard = trace_fx(flat) if kind == "fx" else _trace_export(flat)
+            if drawn(with_torch=False) != before:
+                raise TracedDraw
+        except TaskError:
+            raise
         except Exception as error:
             raise cannot_split(model, statement(error), error) from error
     if flat.output_structures[0].empty:
@@ -137,61 +148,6 @@ def trace_forward(model: nn.Module, call: Call, kind: str) -> Trace:
         kind=kind, model=model, call=call, modes=tuple(m.training for m in model.modules()), graph=graph,
         constants=constants, output_structure=flat.output_structures[0], guard=guard,
     )  # fmt: skip
-
-
-class _Tracer(fx.Tracer):
-    """Traces down to the modules of torch.nn, and to those found to be untraceable."""
-
-    def __init__(self, model: nn.Module, whole: set[int]) -> None:
-        super().__init__()
-        self.model = model
-        self.whole = whole
-        self.culprit: nn.Module | None = None  # the innermost module in which tracing failed
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """See `fx.Tracer`."""
-        leaf = id(m) in self.whole or super().is_leaf_module(m, module_qualified_name)
-        return leaf and m is not self.model
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """See `fx.Tracer`."""
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.culprit = self.culprit or m
-            raise
-
-
-def _trace_fx(flat: FlatModel) -> tuple[fx.Graph, nn.Module, None]:
-    """Trace with torch.fx; each failure makes the modules of one class leaves, until it works or none is left."""
-    whole: set[int] = set()
-    while True:
-        tracer = _Tracer(flat.model, whole)
-        flat.output_structures[0] = OutputStructure()
-        try:
-            graph = tracer.trace(flat)
-            break
-        except Exception:
-            culprit = tracer.culprit
-            alike = {id(m) for m in flat.model.modules() if type(m) is type(culprit)} - {id(flat.model)}
-            if alike <= whole:
-                raise
-            whole |= alike
-    _name_inputs(graph, len(flat.call.tensors))
-    return graph, flat, None
-
-
-def _name_inputs(graph: fx.Graph, count: int) -> None:
-    """Replace the graph's one input, a list, by an input for each element."""
-    values = graph.find_nodes(op="placeholder")[0]
-    elements = {node.args[1]: node for node in values.users}
-    for i in range(count):
-        with graph.inserting_before(values):
-            new = graph.placeholder(f"leaves_{i}")
-        if i in elements:
-            elements[i].replace_all_uses_with(new)
-            graph.erase_node(elements[i])
-    graph.erase_node(values)
 
 
 def _trace_export(flat: FlatModel) -> tuple[fx.Graph, nn.Module, Callable[..., Any] | None]:
@@ -233,7 +189,8 @@ def _quiet() -> Iterator[None]:
 def cannot_split(model: nn.Module, where: str, why: BaseException | str) -> TaskError:
     """The error for a model that cannot be traced; `where` is the `statement` that failed."""
     name = type(model).__name__
-    branches = isinstance(why, fx.proxy.TraceError) or type(why).__name__ == "GuardOnDataDependentSymNode"
+    untraceable = fx.proxy.TraceError.__name__, "GuardOnDataDependentSymNode"
+    branches = type(why).__name__ in untraceable
     if branches and where:
         reason = f"its forward branches on tensor values, at {where}"
     else:

@@ -365,7 +365,9 @@ def test_another_rank_cuts_in_the_same_way():
 def test_a_cut_that_does_not_exist():
     model, args, kwargs = example("mlp")
     with pytest.raises(TaskError, match=r"different operations of the model .no elsewhere here."):
-        split(model, args, kwargs, 2, cuts={"kind": "fx", "firsts": ["elsewhere"], "seconds": [1.0, 1.0]})
+        split(
+            model, args, kwargs, 2, cuts={"kind": "fx", "firsts": ["elsewhere"], "seconds": [1.0, 1.0], "effects": []}
+        )
 
 
 def test_stages_are_cached():
