@@ -71,7 +71,7 @@ def train(
         check_resume(plan, task.model, task.optimizers)
     with World.from_environment(device) as world, contextlib.ExitStack() as cleanup:
         run_id, live = _agree(plan, world, verbose and sys.stderr.isatty())
-        if plan.check == "yes":
+        if plan.check != "no":
             plan = replace(plan, checked=_agreed_check(task, plan, world))
         sinks: list[Sink] = []
         if record:

@@ -130,7 +130,7 @@ def fit(
         hooks = GradientHooks(model)
         cleanup.callback(hooks.restore)
         check, findings = None, Findings(result=plan.checked)
-        if plan.check == "yes" and not (plan.checked or from_snapshot) and plan.mesh.size * plan.slices > 1:
+        if plan.check != "no" and not (plan.checked or from_snapshot) and plan.mesh.size * plan.slices > 1:
             check = StepCheck(task, plan, world, hooks)
             check.run_plain(same_weights=not on_every_rank)
         strategy = choice.apply(task, plan, world)

@@ -22,7 +22,7 @@ DEFAULT_BATCH_SIZE = 32
 PRECISIONS = ("full", "bf16", "fp16")
 SLICES = 4
 """Default slices of a reproducible batch: twelve would divide by 3 ranks too, but cost up to half a step."""
-CHECKS = ("yes", "no")
+CHECKS = ("yes", "mesh", "no")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 """Pipeline schedules, and how many stages each gives a rank."""
@@ -189,8 +189,8 @@ class Plan:
     check: str = option(
         "yes",
         "Before the first update, compare a step on few samples with one process, and its slices with the whole batch; "
-        "no leaves it out.",
-        metavar="yes|no",
+        "mesh leaves out the second, where each slice is meant by itself; no leaves out both.",
+        metavar="yes|mesh|no",
         words=CHECKS,
     )
     tensorboard: str = option(

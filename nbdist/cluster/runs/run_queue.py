@@ -169,7 +169,7 @@ class RunQueue:
         last = self._last_run()
         plan, snapshot_store = resumed(control.spec.plan, control.spec.task, None if last is None else last.control)
         task = control.spec.task
-        if task is not None and plan.check == "yes":
+        if task is not None and plan.check != "no":
             plan = replace(plan, checked=self._checks.find(task, plan))
             self._checks.add(task, plan, run.progress)
         control.use_plan(plan)

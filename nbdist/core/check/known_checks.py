@@ -50,7 +50,7 @@ def _key(task: Task, plan: Plan) -> Hashable:
     step = task.step.loss if isinstance(task.step, SupervisedStep) else task.step
     optimizers = tuple(type(optimizer) for optimizer in task.optimizers.values())
     how = (
-        str(plan.mesh), plan.slices, plan.precision, plan.reproducible, plan.sync_batchnorm, plan.clip_norm,
+        plan.check, str(plan.mesh), plan.slices, plan.precision, plan.reproducible, plan.sync_batchnorm, plan.clip_norm,
         plan.batch_size, plan.split_at, plan.schedule, repr(plan.tensor_plan),
     )  # fmt: skip
     return modules, tensors, _step_key(step), optimizers, how

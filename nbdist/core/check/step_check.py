@@ -37,8 +37,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SUM = "divide it by the number of samples, as in `return loss / len(batch[0])`, or give the mean"
 _NO_MEAN = (
     "the loss of {samples} samples in one batch is {whole:.6g}, but the mean of those of its {slices} slices is "
-    "{mean:.6g}{ratio}: it is no mean over samples, so a batch cannot be cut. {cure}; or train with one slice a batch "
-    "(one rank, accumulate=1)."
+    "{mean:.6g}{ratio}: it is no mean over samples. {cure}; where each slice is meant by itself (as in BatchNorm), "
+    "give check='mesh' (--check mesh)."
 )
 _REASONS = {
     "tp": ("a layer is split that must stay whole", "leave it out of tensor_plan, or use the strategy data or shard"),
@@ -180,7 +180,7 @@ class StepCheck:
         self.findings.notes += self._kept(step.kept_again)
         nudged = step.run(replicas, nudge=self._eps(plan))
         self._expected, self._rounding = expected, Rounding(expected, nudged)
-        if plan.slices > 1:
+        if plan.slices > 1 and plan.check == "yes":
             self._compare_whole(step, whole, expected)
 
     def _synchronized(self, cuts: list[range]) -> list[list[int]]:
@@ -227,7 +227,8 @@ class StepCheck:
                 raise TaskError(
                     f"the gradient of {name} for {whole.samples} samples in one batch is not the mean of those of its "
                     f"{len(self._slices)} slices, though the loss is: the step detaches, or divides by, something that "
-                    "depends on the batch. Return the loss as a mean over samples, with its weight."
+                    "depends on the batch. Return the loss as a mean over samples, with its weight; where each slice is "
+                    "meant by itself, give check='mesh' (--check mesh)."
                 )
         if (norms or per_sample.normalizes) and not self._plan.sync_batchnorm:
             more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
@@ -373,7 +374,7 @@ def _no_mean(whole: float, sliced: StepResult, samples: int) -> str:
         samples=samples, whole=whole, slices=len(sliced.losses), mean=sliced.loss,
         ratio=", and their sum is the loss" if is_sum else "",
         cure=f"Of a sum, {_SUM}" if is_sum else "Return with it the number that it is a mean over, as in `return loss, "
-        "mask.sum()`; where samples are compared with each other, each slice must hold all of them",
+        "mask.sum()`; where samples are compared with each other, one slice must hold all (one rank, accumulate=1)",
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def run(world):
         model, options = make()
         given = {
             "data": classes(SAMPLES, torch.float32), "val": classes(31, torch.float32), "metric": "accuracy",
-            "reproducible": True, "epochs": EPOCHS, "batch_size": BATCH, "check": "no",
+            "reproducible": True, "epochs": EPOCHS, "batch_size": BATCH, "check": "mesh",
         } | options  # fmt: skip
         result, _ = train(world, model, given.pop("data"), **given)
         history = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
@@ -125,7 +125,7 @@ def test_losses_equal_those_of_ordinary_training(expected, name):
         batch_size=BATCH,
         epochs=EPOCHS,
         accumulate=4,
-        check="no",
+        check="mesh",
         **options,
     )
     history, state = dict(zip(CASES, expected, strict=True))[name]

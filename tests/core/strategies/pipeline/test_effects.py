@@ -253,7 +253,7 @@ def on_mesh(world, make, step, mesh):
     slices = {"microbatches": MICROBATCHES, "split_at": ["last"]} if "pp" in mesh else {"accumulate": MICROBATCHES}
     train(
         world, model, data(), step=step, optimizer=GRADIENT, batch_size=BATCH, shuffle=False, epochs=2, strategy=mesh,
-        **slices,
+        check="mesh", **slices,
     )  # fmt: skip
     return state(model), attributes(model)
 
@@ -311,7 +311,8 @@ def interleaved(world):
     with pytest.raises(PlanError) as caught:
         train(
             world, seeded(Python, torch.float64), data(), step=loss, optimizer=GRADIENT, batch_size=BATCH, epochs=1,
-            strategy="pp=2", microbatches=MICROBATCHES, schedule="interleaved", split_at=["counts", "last", "end"],
+            strategy="pp=2", microbatches=MICROBATCHES, check="no", schedule="interleaved",
+            split_at=["counts", "last", "end"],
         )  # fmt: skip
     return str(caught.value)
 

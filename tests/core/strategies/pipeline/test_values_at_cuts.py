@@ -132,7 +132,7 @@ def on_mesh(world, name):
     model = made(name)
     train(
         world, model, data(), step=loss, optimizer=GRADIENT, batch_size=BATCH, shuffle=False, epochs=1,
-        strategy="pp=2", microbatches=2, split_at=["scale"],
+        strategy="pp=2", microbatches=2, check="mesh", split_at=["scale"],
     )  # fmt: skip
     return state(model)
 

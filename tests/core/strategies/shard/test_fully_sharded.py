@@ -305,7 +305,7 @@ def trained(world, model, step, options):
         batch_size=8,
         epochs=2,
         shuffle=False,
-        check="no" if model in ("Adapted", "Renormed") else "yes",
+        check="mesh" if model in ("Adapted", "Renormed") else "yes",
         **options,
     )
     return result.history[-1]["loss"], weights
