@@ -227,7 +227,7 @@ class StepCheck:
                 raise TaskError(
                     f"the gradient of {name} for {whole.samples} samples in one batch is not the mean of those of its "
                     f"{len(self._slices)} slices, though the loss is: the step detaches, or divides by, something that "
-                    "depends on the batch. Return the loss as a mean over samples, with its weight; where each slice is "
+                    "depends on the batch. Return the loss as a mean over samples, with its weight; if each slice is "
                     "meant by itself, give check='mesh' (--check mesh)."
                 )
         if (norms or per_sample.normalizes) and not self._plan.sync_batchnorm:
