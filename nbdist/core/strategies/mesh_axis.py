@@ -185,6 +185,9 @@ class MeshAxis(ABC):
         """Context for a forward without gradients. **Collective** over the axis."""
         return contextlib.nullcontext()
 
+    def settle(self) -> None:  # noqa: B027
+        """Call within `computing`, before a collective of others than this axis. **Collective** over the axis."""
+
     def sum_gradients(self) -> None:  # noqa: B027
         """Sum gradients over ranks of this axis, before those of data parallelism are. **Collective**."""
 

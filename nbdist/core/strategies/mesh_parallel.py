@@ -167,6 +167,11 @@ class MeshParallel(Strategy):
         """See `Strategy`."""
         self._runner.run_backward(action, loss, unwanted)
 
+    def settle(self) -> None:
+        """See `Strategy`."""
+        for axis in self._axes:
+            axis.settle()
+
     def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T:
         """See `Strategy`."""
         with self._readable.guarded():

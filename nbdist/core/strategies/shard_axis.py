@@ -62,15 +62,15 @@ class ShardAxis(MeshAxis):
             yield
         self.shards.expose_shards(summed=True)
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """See `MeshAxis`."""
         assert self.shards is not None
-        self.shards.hide_shards()
-        try:
-            yield
-        finally:
-            self.shards.expose_shards()
+        return self.shards.evaluating()
+
+    def settle(self) -> None:
+        """See `MeshAxis`."""
+        if self.shards is not None:
+            self.shards.settle()
 
     def run_backward(self, action: Action, loss: torch.Tensor | None, unwanted: bool) -> None:
         """See `Strategy.run_backward`."""

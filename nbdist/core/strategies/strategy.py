@@ -158,12 +158,16 @@ class Strategy(ABC):
         if first and not self._units_agreed:
             pair = torch.tensor([float(weight), 0 if part is None else part.samples], dtype=torch.float64)
             pair = pair.to(self.device)
+            self.settle()
             self.axes.data.all_reduce_(pair)
             total, samples = pair.tolist()
             self._units_agreed = total > 0
             if self._units_agreed:
                 self._units_per_weight = 2.0 ** round(math.log2(samples / total))
         return weight if self._units_per_weight == 1 else weight * self._units_per_weight
+
+    def settle(self) -> None:  # noqa: B027 - nothing to do unless forwards and backwards have collectives
+        """Return when no rank needs this one for its forwards and backwards so far. **Collective** over a replica."""
 
     def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T:
         """Call ``function(batch, part)`` on a slice, under its own random numbers and the plan's precision."""

@@ -135,18 +135,26 @@ class Block:
         self._versions = []
         self._gathered_data = []
 
+    def sums(self) -> dict[int, torch.Tensor]:
+        """See `SumsOf`. Local."""
+        for i, parameter in enumerate(self.parameters):
+            if parameter.requires_grad and self._gradients[i] is None:
+                self._gradients[i] = torch.zeros_like(self._shards[i])
+        return {
+            i: own
+            for i, (parameter, own) in enumerate(zip(self.parameters, self._gradients, strict=True))
+            if parameter.requires_grad and own is not None
+        }
+
     @torch.no_grad()
     def reduce(self, zero_gradients: bool) -> list[int]:
         """Add the ranks' gradients to the shards'; return the ids of used parameters. **Collective**."""
         gradients: dict[int, torch.Tensor | None] = {}
-        sums: dict[int, torch.Tensor] = {}
         for i, parameter in enumerate(self.parameters):
             if parameter.requires_grad:
                 gradients[i], parameter.grad = None if zero_gradients else parameter.grad, None
-                own = self._gradients[i]
-                sums[i] = self._gradients[i] = torch.zeros_like(self._shards[i]) if own is None else own
         if gradients:
-            self._whole.reduce(self._number, gradients, sums)
+            self._whole.reduce(self._number, gradients)
         return [id(self.parameters[i]) for i, gradient in gradients.items() if gradient is not None]
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from nbdist.core.process.memory import memory_is_limited
 from nbdist.core.strategies.shard.block import Block
 from nbdist.core.strategies.shard.gathered_blocks import GatheredBlocks
 from nbdist.core.strategies.shard.mapped_blocks import MappedBlocks
-from nbdist.core.strategies.shard.whole_blocks import WholeBlocks, written_error
+from nbdist.core.strategies.shard.whole_blocks import EVALUATION, TRAINING, WholeBlocks, written_error
 from nbdist.upstream.torch_private import pytree
 
 __all__ = ["FullySharded"]
@@ -31,8 +31,8 @@ class FullySharded:
 
     In forward and backward, a parameter is whole in a gathered block and a placeholder otherwise. If the step or
     another module reads a placeholder, its block is gathered for that. After `expose_shards`, as for the optimizer, it
-    is this rank's flat shard, with the gradient of that shard. The `nn.Parameter` objects stay the model's own. All
-    ranks must compute the same blocks in the same order, forward and backward.
+    is this rank's flat shard, with the gradient of that shard. The `nn.Parameter` objects stay the model's own. Ranks
+    may compute different blocks, in any order: those of a model that branches by its data.
 
     On one host blocks lie in memory that all ranks map (`MappedBlocks`), unless a rank's memory is limited, for
     the limit would count the whole model on each; else they are sent (`GatheredBlocks`). A view that the user keeps
@@ -56,9 +56,9 @@ class FullySharded:
         self._registry: dict[int, tuple[Block, int]] = {}
         self._whole: WholeBlocks
         if isinstance(channel, SharedMemoryChannel) and not _any_memory_limit(channel):
-            self._whole = MappedBlocks(blocks, channel, names)
+            self._whole = MappedBlocks(blocks, channel, names, self._sums_of)
         else:
-            self._whole = GatheredBlocks(channel, [names[block[0]] if block else "" for block in blocks])
+            self._whole = GatheredBlocks(channel, self._sums_of)
         placeholders = Placeholders(self._read)
         self.blocks = [
             Block(number, parameters, channel.rank, self._whole, names, placeholders, self._registry)
@@ -72,9 +72,12 @@ class FullySharded:
         parameters = [block.parameters[place] for block, place in places]
         self._watch = DataWatch(parameters, lambda i: places[i][0].taken.add(places[i][1]))
 
-    def hide_shards(self) -> None:
+    def _sums_of(self, number: int) -> dict[int, torch.Tensor]:
+        return self.blocks[number].sums()
+
+    def hide_shards(self, phase: str = TRAINING) -> None:
         """Turn all parameters into placeholders once all owners have written, before a step. **Collective**."""
-        self._whole.begin()
+        self._whole.begin(phase)
         self.used.clear()
         for block in self.blocks:
             block.hide_shards()
@@ -86,14 +89,27 @@ class FullySharded:
             summed: Whether all gradients must have been reduced, as at the end of a step.
 
         Raises:
-            PlanError: A gradient came after its block was reduced, a weight was written, or the ranks have computed
-                different blocks.
+            PlanError: A gradient came after its block was reduced, or a weight was written.
         """
         self._extra.clear()
         if summed:
-            self._whole.end()
+            self._whole.end(TRAINING)
         for block in self.blocks:
             block.expose_shards(summed)
+
+    def settle(self) -> None:
+        """See `WholeBlocks`. **Collective**."""
+        self._whole.settle()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Context for a forward without gradients. **Collective**."""
+        self.hide_shards(EVALUATION)
+        try:
+            yield
+            self._whole.end(EVALUATION)
+        finally:
+            self.expose_shards()
 
     def saving(self) -> contextlib.AbstractContextManager[Any]:
         """Context for forward and backward: autograd saves references in place of gathered parameters. Local."""

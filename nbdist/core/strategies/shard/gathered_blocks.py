@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 from torch import nn
 
 from nbdist.core.comm import Channel
 from nbdist.core.params.placement import shard_of
-from nbdist.core.strategies.shard.whole_blocks import WholeBlocks, order_error
+from nbdist.core.strategies.shard.collective_sequence import GATHER, REDUCE, CollectiveSequence, Need
+from nbdist.core.strategies.shard.whole_blocks import SumsOf, WholeBlocks
 
 __all__ = ["GatheredBlocks"]
-
-_HEADER = 16
-"""Elements before each rank's shards in an all-gather, a cache line. The first one is the mark of the block."""
 
 
 class GatheredBlocks(WholeBlocks):
@@ -22,16 +20,16 @@ class GatheredBlocks(WholeBlocks):
 
     Args:
         channel: The ``shard`` axis.
-        names: The name of each block's first parameter, for errors.
+        sums_of: See `SumsOf`.
     """
 
-    def __init__(self, channel: Channel, names: list[str]) -> None:
+    def __init__(self, channel: Channel, sums_of: SumsOf) -> None:
         self._channel = channel
-        self._names = names
+        self._sums_of = sums_of
+        self._sequence = CollectiveSequence(channel, self._serve)
         self._lengths: dict[int, list[int]] = {}
         # By block: for each dtype the indices of its parameters, and their shards in one flat tensor, which is sent.
         self._runs: dict[int, list[tuple[list[int], torch.Tensor]]] = {}
-        self._mismatches: dict[int, Any] = {}  # by block, whether another rank gathered another one: on the device
 
     def shard(self, number: int, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
         """See `WholeBlocks`."""
@@ -43,46 +41,43 @@ class GatheredBlocks(WholeBlocks):
         shards: dict[int, torch.Tensor] = {}
         self._runs[number] = []
         for members in by_dtype.values():
-            run = parameters[members[0]].data.new_zeros(_HEADER + sum(lengths[i] for i in members))
-            run[0] = _mark(number)
-            for i, place in zip(members, run[_HEADER:].split([lengths[i] for i in members]), strict=True):
+            run = parameters[members[0]].data.new_zeros(sum(lengths[i] for i in members))
+            for i, place in zip(members, run.split([lengths[i] for i in members]), strict=True):
                 shards[i] = place.copy_(shard_of(parameters[i].data, channel.rank, channel.size))
             self._runs[number].append((members, run))
         return [shards[i] for i in range(len(parameters))]
 
+    def begin(self, phase: str) -> None:
+        """See `WholeBlocks`. Local: where it matters, a gather waits."""
+        self._sequence.begin(phase)
+
     def gather(self, number: int) -> list[torch.Tensor]:
         """See `WholeBlocks`."""
+        return self._sequence.run(Need(GATHER, number), functools.partial(self._gather, number))
+
+    def _gather(self, number: int) -> list[torch.Tensor]:
         wholes: dict[int, torch.Tensor] = {}
         for members, run in self._runs[number]:
             lengths = [self._lengths[number][i] for i in members]
-            gathered = self._channel.all_gather(run)
-            self._check_marks(number, gathered, run)
-            rows = [row[_HEADER:].split(lengths) for row in gathered]
+            rows = [row.split(lengths) for row in self._channel.all_gather(run)]
             for i, *shards in zip(members, *rows, strict=True):
                 wholes[i] = torch.cat(shards)
         return [wholes[i] for i in range(len(wholes))]
 
-    def _check_marks(self, number: int, gathered: list[torch.Tensor], run: torch.Tensor) -> None:
-        """Compare the marks of all ranks."""
-        channel = self._channel
-        if channel.device.type == "cpu":
-            # Each rank compares with its neighbour: together they compare all.
-            if gathered[(channel.rank + 1) % channel.size][0].item() != _mark(number):
-                raise order_error(self._names[number])
-        else:  # on the GPU without waiting for it; `end` reads it
-            differs = (torch.stack([row[0] for row in gathered]) != run[0]).any()
-            self._mismatches[number] = self._mismatches.get(number, False) | differs
-
-    def reduce(self, number: int, gradients: dict[int, torch.Tensor | None], sums: dict[int, torch.Tensor]) -> None:
+    def reduce(self, number: int, gradients: dict[int, torch.Tensor | None]) -> None:
         """See `WholeBlocks`."""
+        self._sequence.run(Need(REDUCE, number), functools.partial(self._reduce, number, gradients))
+
+    def _reduce(self, number: int, gradients: dict[int, torch.Tensor | None]) -> None:
+        sums = self._sums_of(number)
         for members, run in self._runs[number]:
-            trained = [i for i in members if i in gradients]
+            trained = [i for i in members if i in sums]
             if not trained:
                 continue
             lengths = [self._lengths[number][i] for i in trained]
             rows = run.new_zeros((self._channel.size, sum(lengths)))
             for i, place in zip(trained, rows.split(lengths, 1), strict=True):
-                gradient = gradients[i]
+                gradient = gradients.get(i)
                 if gradient is not None:
                     padded = gradient.new_zeros(place.numel())
                     padded[: gradient.numel()] = gradient.reshape(-1)
@@ -90,14 +85,17 @@ class GatheredBlocks(WholeBlocks):
             for i, total in zip(trained, self._channel.reduce_scatter(rows.view(-1)).split(lengths), strict=True):
                 sums[i].add_(total)
 
-    def end(self) -> None:
-        """See `WholeBlocks`; no rank waits here."""
-        mismatches, self._mismatches = self._mismatches, {}
-        for number, mismatch in mismatches.items():
-            if mismatch:
-                raise order_error(self._names[number])
+    @torch.no_grad()
+    def _serve(self, need: Need) -> None:
+        if need.kind == GATHER:
+            self._gather(need.number)
+        else:
+            self._reduce(need.number, {})
 
+    def settle(self) -> None:
+        """See `WholeBlocks`."""
+        self._sequence.settle()
 
-def _mark(number: int) -> int:
-    """What marks a block in its all-gather: exact in every dtype."""
-    return 1 + number % 127
+    def end(self, phase: str) -> None:
+        """See `WholeBlocks`."""
+        self._sequence.end()

@@ -1,7 +1,8 @@
 """Blocks on one host: the shards of all ranks lie side by side in memory that every rank maps, so they are whole there.
 
 A gather copies nothing and waits for nobody. Ranks wait for each other before a step, since owners have written their
-shards, and at each reduce.
+shards, and at each sum. They need not compute the same blocks, nor in the same order: at a sum each rank publishes
+whose gradients it has, and one whose step is done takes part in the sums of the others until all are.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ import torch
 from torch import nn
 
 from nbdist.core.comm import SharedMemoryChannel, comm_timer
-from nbdist.core.strategies.shard.whole_blocks import WholeBlocks, order_error, written_error
+from nbdist.core.strategies.shard.whole_blocks import TRAINING, SumsOf, WholeBlocks, written_error
 
 __all__ = ["MappedBlocks"]
 
 _ALIGNMENT = 64  # bytes: each parameter begins a cache line, as a tensor with its own memory would
-_END = -1
-"""Among the numbers of blocks: the end of a step."""
 _IN_CACHE = 1 << 16
 """Elements that are added at a time, so that the sum of two ranks is still in the cache when a third is added."""
 _SMALL_BYTES = 1 << 22
@@ -54,13 +53,11 @@ class _Waiting(NamedTuple):
         number: The block.
         start: Its first byte in a slab.
         own: This rank's shards of the gradients, None where there is none; by the parameter's index in the block.
-        sums: What they are added to.
     """
 
     number: int
     start: int
     own: dict[int, torch.Tensor | None]
-    sums: dict[int, torch.Tensor]
 
 
 class MappedBlocks(WholeBlocks):
@@ -70,8 +67,8 @@ class MappedBlocks(WholeBlocks):
     however it has written, and its pages are given up.
 
     To reduce a block, each rank copies its gradients into its slab, where the others read what they own of them. A slab
-    holds the largest block and some small ones, which wait in it until it is full or the step ends. Then ranks compare
-    which blocks they have, and each adds up what it owns.
+    holds the largest block and some small ones, which wait in it until it is full or the step ends. Then each rank adds
+    up what it owns of the blocks that any rank has.
 
     **Collective**: the constructor.
 
@@ -79,12 +76,15 @@ class MappedBlocks(WholeBlocks):
         blocks: The parameters of each block.
         channel: The ``shard`` axis.
         names: The name of each parameter, for errors.
+        sums_of: See `SumsOf`.
     """
 
     def __init__(
-        self, blocks: list[list[nn.Parameter]], channel: SharedMemoryChannel, names: dict[nn.Parameter, str]
-    ) -> None:
+        self, blocks: list[list[nn.Parameter]], channel: SharedMemoryChannel, names: dict[nn.Parameter, str],
+        sums_of: SumsOf,
+    ) -> None:  # fmt: skip
         self._channel = channel
+        self._sums_of = sums_of
         self._names = [[names[parameter] for parameter in block] for block in blocks]
         self._blocks: list[list[_Place]] = []
         sizes = []
@@ -103,18 +103,17 @@ class MappedBlocks(WholeBlocks):
             [_tensor(self._memory.private, start + place.start, place.layout) for place in places]
             for places, start in zip(self._blocks, starts, strict=False)
         ]
-        # The head of a slab: a count, then the numbers of the blocks in it, then for each parameter whether it has a
-        # gradient.
-        numbers, flags = 8 * (3 + len(blocks)), sum(map(len, blocks))
+        # The head of a slab: whether its rank's step is done, how many blocks are in it, the number and the first byte
+        # of each; then for each parameter whether it has a gradient.
+        numbers, flags = 8 * (2 + 2 * len(blocks)), sum(map(len, blocks))
         self._capacity = max(sizes, default=0) + _SMALL_BYTES
         self._slab = channel.zeros(_aligned(numbers + flags) + self._capacity, torch.uint8)
         slabs = channel.slabs(self._slab)
-        self._numbers = [slab[:numbers].view(torch.int64) for slab in slabs]
+        self._contents = [slab[:numbers].view(torch.int64) for slab in slabs]
         self._flags = [list(slab[numbers : numbers + flags].split([len(block) for block in blocks])) for slab in slabs]
         self._slabs = [slab[_aligned(numbers + flags) :] for slab in slabs]
         self._waiting: list[_Waiting] = []
         self._filled = 0
-        self._count = 0
         self._closed = False
 
     def shard(self, number: int, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
@@ -129,7 +128,7 @@ class MappedBlocks(WholeBlocks):
             shards[-1][: len(values)] = values
         return shards
 
-    def begin(self) -> None:
+    def begin(self, phase: str) -> None:
         """See `WholeBlocks`: the owners have written."""
         self._waiting.clear()  # of a step that has failed
         self._filled = 0
@@ -140,7 +139,7 @@ class MappedBlocks(WholeBlocks):
         return self._wholes[number]
 
     @comm_timer.communicating()
-    def reduce(self, number: int, gradients: dict[int, torch.Tensor | None], sums: dict[int, torch.Tensor]) -> None:
+    def reduce(self, number: int, gradients: dict[int, torch.Tensor | None]) -> None:
         """See `WholeBlocks`; a small block is added later, at the latest in `end`."""
         start, stop = self._extents[number]
         if self._filled + stop - start > self._capacity or any(number == waiting.number for waiting in self._waiting):
@@ -166,30 +165,44 @@ class MappedBlocks(WholeBlocks):
                 sources.append(flat)
         if targets:
             torch._foreach_copy_(targets, sources)
-        self._waiting.append(_Waiting(number, self._filled, own, sums))
+        self._waiting.append(_Waiting(number, self._filled, own))
         self._filled += stop - start
         if large:
             self._add_up()
 
-    def _add_up(self, *, last: bool = False) -> None:
-        """Add the gradients that wait in the slabs. **Collective**."""
-        channel, waiting = self._channel, self._waiting
-        for block in waiting:
+    def _add_up(self, *, done: bool = False) -> bool:
+        """Add the gradients that wait in the slabs of any rank. **Collective**.
+
+        Args:
+            done: Whether this rank's step is done.
+
+        Returns:
+            Whether the steps of all ranks are.
+        """
+        channel, waiting = self._channel, {block.number: block for block in self._waiting}
+        for block in self._waiting:
             given = [block.own.get(i) is not None for i in range(len(self._blocks[block.number]))]
             self._flags[channel.rank][block.number].copy_(torch.tensor(given))
-        self._agree([*(block.number for block in waiting), *([_END] if last else [])])
+        contents = [int(done), len(waiting), *(n for block in self._waiting for n in (block.number, block.start))]
+        self._contents[channel.rank][: len(contents)] = torch.tensor(contents)
+        channel.barrier()
+        published = [contents.tolist() for contents in self._contents]
+        starts = [dict(zip(numbers[2 : 2 + 2 * numbers[1] : 2], numbers[3::2], strict=False)) for numbers in published]
         owns: list[torch.Tensor] = []
         terms: list[list[torch.Tensor]] = [[] for _ in range(channel.size)]
-        for block in waiting:
-            flags = [rank_flags[block.number].tolist() for rank_flags in self._flags]
-            for i, mine in block.own.items():
-                place, own = self._blocks[block.number][i], block.sums[i]
+        for number in dict.fromkeys(itertools.chain(waiting, *starts)):
+            flags = [
+                self._flags[rank][number].tolist() if number in places else None for rank, places in enumerate(starts)
+            ]
+            mine = waiting[number].own if number in waiting else {}
+            for i, own in self._sums_of(number).items():
+                place = self._blocks[number][i]
                 parts: list[torch.Tensor] = []
-                for rank, slab in enumerate(self._slabs):
-                    if rank != channel.rank and flags[rank][i]:
-                        parts.append(place.part(slab[block.start :], channel.rank))
-                    elif rank == channel.rank and mine is not None:
-                        parts.append(mine)
+                for rank, (has, slab) in enumerate(zip(flags, self._slabs, strict=True)):
+                    if has is None or not has[i]:
+                        continue
+                    part = mine.get(i) if rank == channel.rank else None
+                    parts.append(place.part(slab[starts[rank][number] :], channel.rank) if part is None else part)
                 if not parts:
                     continue
                 own = own[: len(parts[0])]
@@ -205,26 +218,18 @@ class MappedBlocks(WholeBlocks):
                 totals = list(torch._foreach_add(totals, column))
             torch._foreach_add_(owns, totals)
         self._waiting, self._filled = [], 0
-        if not last:
+        all_done = all(numbers[0] for numbers in published)
+        if not all_done:
             channel.barrier()  # the slabs may be written again
+        return all_done
 
-    def _agree(self, numbers: list[int]) -> None:
-        """Wait for all ranks, and check that they have come to the same place. **Collective**."""
-        self._count += 1
-        self._numbers[self._channel.rank][: 2 + len(numbers)] = torch.tensor([self._count, len(numbers), *numbers])
-        self._channel.barrier()
-        for ranks in self._numbers:
-            count, length, *others = ranks.tolist()
-            if count == self._count and others[:length] == numbers:
-                continue
-            pairs = itertools.zip_longest(numbers, others[:length], fillvalue=_END)
-            here = next((number for number, other in pairs if number != other), _END)
-            raise order_error(None if here == _END else self._names[here][0])
-
-    def end(self) -> None:
+    def end(self, phase: str) -> None:
         """See `WholeBlocks`."""
+        if phase != TRAINING:
+            return
         with comm_timer.communicating():
-            self._add_up(last=True)
+            while not self._add_up(done=True):
+                pass
         pages = self._memory.own_pages()
         if pages == []:
             return

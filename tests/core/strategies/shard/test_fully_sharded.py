@@ -424,64 +424,6 @@ def test_writing_to_gathered_parameters_is_refused(run_ranks, model, step, param
         run_ranks(2, trained, model, step, {"strategy": "shard"})
 
 
-class Experts(Net):
-    """Computes only the layers that the data select."""
-
-    def extra(self):
-        self.experts = nn.ModuleList(layer() for _ in range(4))
-
-    def forward(self, x):
-        x = self.body(x)
-        chosen = torch.arange(len(x)) % 4 if self.chosen is None else torch.full((len(x),), self.chosen)
-        out = torch.zeros_like(x)
-        for number, expert in enumerate(self.experts):
-            if (chosen == number).any():
-                out[chosen == number] += expert(x[chosen == number])
-        return out * self.scale
-
-    chosen: int | None = None
-
-
-def uneven(world):
-    def step(model, batch):
-        model.chosen = world.rank
-        return error(model, batch)
-
-    WRITING["Experts"] = Experts
-    trained(world, "Experts", step, {"strategy": "shard"})
-
-
-def test_ranks_that_compute_different_layers_are_refused(run_ranks):
-    """Otherwise gradients of two layers of the same shape would be added, or a layer gathered from shards of both."""
-    with pytest.raises(PlanError, match=r"needs experts.\d.weight, another one needs another"):
-        run_ranks(2, uneven)
-
-
-class Fewer(Net):
-    """Ranks that leave layers out compute fewer than the others, and the same ones until then."""
-
-    skips = False
-
-    def forward(self, x):
-        return super().forward(x.detach() if self.skips else self.layers[0](x))
-
-
-def fewer(world, mesh):
-    def step(model, batch):
-        model.skips = world.rank == world.size - 1
-        return error(model, batch)
-
-    WRITING["Fewer"] = Fewer
-    trained(world, "Fewer", step, {"strategy": mesh})
-
-
-@pytest.mark.parametrize(("size", "mesh"), [(2, "shard=2"), (4, "dp=2,shard=2")])
-def test_a_rank_that_computes_fewer_layers_is_refused(run_ranks, size, mesh):
-    """At the end of its step, though no gather tells it: the others wait for it in a reduce, on another channel."""
-    with pytest.raises(PlanError, match="the ranks compute different layers"):
-        run_ranks(size, fewer, mesh)
-
-
 def most_memory(world):
     """The largest number of gathered elements of one rank, after the forward and in the backward."""
     model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
