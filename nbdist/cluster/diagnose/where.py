@@ -25,6 +25,11 @@ __all__ = ["RankWhere", "Where"]
 
 _C10D_FILE = os.path.join("torch", "distributed", "distributed_c10d.py")
 _DDP_FILE = os.path.join("torch", "nn", "parallel", "distributed.py")
+_NO_STEP_FILES = (
+    *(f"{os.sep}{name}.py" for name in ("bdb", "pdb")),
+    *(os.path.join("nbdist", "core", "state", f"{name}.py") for name in ("checkpoint_writer", "snapshotter")),
+)
+"""Files of a debugger, and of what writes checkpoints."""
 _POINT_TO_POINT = {"send", "recv", "receive", "isend", "irecv", "batch_isend_irecv"}
 """Calls that match another one of these, not the same one."""
 _BASE_FILES = (fork_server.__file__, parent_watch.__file__)
@@ -134,6 +139,16 @@ class Where:
         """Whether ranks wait for ranks that are idle, or in another collective."""
         waiting, idle = self._by_state("waiting"), self._by_state("idle")
         return bool(waiting) and len(waiting) + len(idle) == len(self.ranks) and (bool(idle) or not self._may_match())
+
+    @property
+    def stuck(self) -> bool:
+        """Whether no rank computes: all wait for each other, be it in one collective, or for ranks that are idle."""
+        return self.deadlocked or len(self._by_state("waiting")) == len(self.ranks) > 0
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a rank is in a debugger, or writes or awaits a checkpoint: however long that takes."""
+        return any(frame.filename.endswith(_NO_STEP_FILES) for rank in self.ranks for frame in rank.frames)
 
     def _may_match(self) -> bool:
         """Whether the calls that ranks wait in can match: one collective, or only point-to-point calls."""

@@ -189,6 +189,8 @@ class RunMonitor:
             return False
         self._control.progress.note(hang.text)
         self._record(Noted(rank=0, text=hang.text))
+        if not hang.certain:
+            return False
         if hang.culprits:
             self._loss_reason = hang.text
             self._engines.kill(hang.culprits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -46,8 +45,9 @@ class RunSpec:
     options: dict[str, Any] = field(default_factory=dict)
     cores: int = 1
     hang_timeout: float | None = option(
-        None, "Seconds without a step, evaluation included, after which a run counts as hanging.", parse=float,
-        metavar="S", default="no limit",
+        None, "Seconds without a step, evaluation included, after which a run counts as hanging; inf for no limit.",
+        parse=float, metavar="S",
+        default="a minute, or 20 times the slowest step, and only if the stacks say that no rank computes",
     )  # fmt: skip
     on_hang: str = option(
         "replace", "What to do then: replace the ranks that the others wait for, or stop.", metavar="replace|stop",
@@ -78,8 +78,8 @@ def check_run_options(options: Mapping[str, Any]) -> None:
     """Raise `PlanError` for a value among `RUN_OPTIONS` that is not possible."""
     timeout_s = options.get("hang_timeout")
     number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
-    if timeout_s is not None and not (number and 0 < timeout_s < math.inf):
-        raise PlanError(f"a hang timeout of {timeout_s!r} is not possible: use seconds, more than 0.")
+    if timeout_s is not None and not (number and timeout_s > 0):
+        raise PlanError(f"a hang timeout of {timeout_s!r} is not possible: use seconds, more than 0, or inf.")
     for name in ("on_hang", "on_failure"):
         word, words = options.get(name), RUN_OPTIONS[name].words
         if name in options and word not in words:

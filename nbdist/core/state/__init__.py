@@ -27,7 +27,7 @@ load a state that all ranks have, and train on from it.
   (`cluster/cells/replay.py`), before the next cell. A training does not wait for that: its payload holds all it needs.
 - **Hangs.** Without a step for `--hang-timeout`, the monitor asks all ranks for their stacks
   (`cluster/diagnose/hangs.py`, `cluster/diagnose/where.py`) and kills the ranks that the others wait for; then they
-  are lost ranks like any other.
+  are lost ranks like any other. Without that option it acts only where no rank computes.
 - **Scaling.** `%dist_scale N` is a command like *stop*, after which the run resumes on N ranks: they are assigned to
   engines (`Engines.resize`), the plan is made for N (`cluster/runs/replan.py`), and the run resumes from its newest
   snapshot, as after a loss. Ranks on another mesh read all ranks' shards, as from a checkpoint. `--on-failure shrink`

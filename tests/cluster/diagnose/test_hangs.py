@@ -193,3 +193,51 @@ def test_a_paused_run_does_not_hang(cluster, clock):
     run.stop()
     assert "stopped" == run.wait().state
     assert [] == run.progress.notes
+
+
+class Differ(nn.Module):
+    """In the 40th forward rank 1 waits in a barrier, rank 0 in its gradient sync."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(6, 3), 0
+
+    def forward(self, x):
+        import torch.distributed as dist
+
+        self.calls += self.training
+        if self.calls == 40 and os.environ.get("RANK") == "1":
+            dist.barrier()
+        return self.layer(x)
+
+
+def passes(run, clock, seconds):
+    """Let time pass until it is noticed."""
+    clock.now_s, looks = clock.now_s + seconds, clock.looks
+    until(lambda: run.ended or clock.looks > looks + 3)
+
+
+def test_without_a_timeout_ranks_that_wait_for_each_other_end_the_run(cluster, clock):
+    """The sentence says in which collectives; the weights are kept."""
+    run = train(cluster, Differ())
+    pattern = r"the ranks are in different collectives, .*: rank 0 in \w+.*, rank 1 in barrier"
+    while not run.ended:
+        until(lambda: run.ended or re.match(pattern, cluster.where().verdict))
+        passes(run, clock, 70.0)
+    with pytest.raises(EngineError, match=rf"no step for \d+ s: {pattern}") as failed:
+        run.wait()
+    assert "The model holds the weights after step" in str(failed.value)
+
+
+def test_without_a_timeout_a_rank_in_the_middle_of_something_is_only_noted(cluster, clock, tmp_path):
+    """It may be loading data: the user decides."""
+    run = train(cluster, Net(str(tmp_path / "hung"), "in Python"))
+    pattern = f"{IN_PYTHON}; rank 0 waits for it in "
+    while not run.progress.notes:
+        until(lambda: re.match(pattern, cluster.where().verdict))
+        passes(run, clock, 70.0)
+    assert re.match(rf"no step for \d+ s: {pattern}", *run.progress.notes)
+    passes(run, clock, 1000.0)
+    assert not run.ended
+    run.stop(now=True)
+    assert "stopped" == run.wait().state

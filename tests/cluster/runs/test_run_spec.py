@@ -12,8 +12,8 @@ from nbdist.plan import Plan
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hang_timeout": 0}, "a hang timeout of 0 is not possible: use seconds, more than 0."),
-        ({"hang_timeout": "soon"}, "a hang timeout of 'soon' is not possible: use seconds, more than 0."),
+        ({"hang_timeout": 0}, "a hang timeout of 0 is not possible: use seconds, more than 0, or inf."),
+        ({"hang_timeout": "soon"}, "a hang timeout of 'soon' is not possible: use seconds, more than 0, or inf."),
         ({"on_hang": "stopp"}, "unknown on_hang 'stopp': use replace, stop. Did you mean 'stop'?"),
         ({"on_failure": "shrnk"}, "unknown on_failure 'shrnk': use replace, shrink, stop. Did you mean 'shrink'?"),
     ],

@@ -17,8 +17,11 @@ from nbdist.core.comm import Channel
 
 __all__ = ["GATHER", "REDUCE", "CollectiveSequence", "Need"]
 
-GATHER, REDUCE, _END = range(3)
-"""Kinds of collectives. Of what ranks need at the same time the lowest comes first: who waits in a gather computes."""
+GATHER = 0
+"""A kind of collective. Of what ranks need at the same time gathers come first: who waits in a gather is not done."""
+REDUCE = 1
+"""The other kind."""
+_END = 2
 
 T = TypeVar("T")
 

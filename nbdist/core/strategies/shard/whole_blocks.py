@@ -12,8 +12,10 @@ from nbdist.errors import PlanError
 
 __all__ = ["EVALUATION", "TRAINING", "SumsOf", "WholeBlocks", "written_error"]
 
-TRAINING, EVALUATION = "training", "evaluation"
-"""What blocks are gathered for: a step, or a forward without gradients."""
+EVALUATION = "evaluation"
+"""What blocks are gathered for: forwards without gradients."""
+TRAINING = "training"
+"""What blocks are gathered for: a step."""
 SumsOf = Callable[[int], dict[int, torch.Tensor]]
 """This rank's shard of the sum of each gradient of a block, by the index of the parameter in the block."""
 
