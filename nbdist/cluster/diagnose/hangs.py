@@ -92,7 +92,7 @@ class Hangs:
             self._verdict, self._look_s = where.verdict, now_s - limit_s + _AGAIN_S
             return None
         self._verdict = ""
-        if self._noted or not any(rank.state == "waiting" for rank in where.ranks):
+        if self._noted:
             return None
         self._noted = True
         return Hang(text, [], certain=False)

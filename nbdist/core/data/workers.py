@@ -1,4 +1,4 @@
-"""DataLoader worker processes: they end with their rank, even if it is killed."""
+"""DataLoader worker processes: they end with their rank, even if it is killed, and send whatever they have loaded."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Callable
 from multiprocessing import context
 from typing import Any
 
+from nbdist.upstream.multiprocessing_private import send_anything
+
 __all__ = ["EndsWithRank"]
 
 
 class EndsWithRank:
-    """A ``worker_init_fn`` that ends a worker whose rank died before the worker started.
+    """A ``worker_init_fn`` that ends a worker whose rank died before the worker started; see also `send_anything`.
 
     torch's worker polls whether its parent has changed, but misses a parent that died before the first poll. The worker
     is not killed together with the rank (PR_SET_PDEATHSIG), because it may still have to unlink shared memory.
@@ -30,5 +32,6 @@ class EndsWithRank:
         from_server = isinstance(multiprocessing.current_process(), getattr(context, "ForkServerProcess", ()))
         if os.name == "posix" and not from_server and os.getppid() != self._rank_pid:
             os._exit(1)
+        send_anything()
         if self._then is not None:
             self._then(worker)

@@ -132,10 +132,11 @@ def test_a_rank_in_the_middle_of_something_is_noted_and_left_alone(watched, stat
     assert not run.after(20 * 240.0).certain
 
 
-def test_no_rank_that_waits_is_not_even_a_note(watched):
-    """All load data."""
+def test_ranks_of_which_none_waits_for_another_are_noted(watched):
+    """All load data, perhaps; the sentence says where."""
     run = watched([at("working"), at("working")])
-    assert [None] * 3 == [run.after(60.0) for _ in range(3)]
+    hang = run.after(60.0)
+    assert (False, [], f"no step for 60 s: {run.where().verdict}") == (hang.certain, hang.culprits, hang.text)
 
 
 def test_stacks_that_change_meanwhile_are_no_hang(watched):
