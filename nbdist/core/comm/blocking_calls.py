@@ -13,7 +13,7 @@ from nbdist.core.comm.shared_memory import connect
 
 __all__ = ["waiting_calls"]
 
-_NOT_BLOCKING = {"zeros", "free", "close", "common", "common_memory", "slabs", "groups"}
+_NOT_BLOCKING = {"zeros", "free", "close", "common", "common_memory", "slabs", "groups", "used_for"}
 """Public methods that do not wait for other ranks, or wait in a function that is listed by itself."""
 
 

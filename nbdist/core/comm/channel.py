@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 
@@ -34,12 +36,26 @@ class Channel(ABC):
         rank: This rank's coordinate on the axis.
         size: The degree of the axis.
         device: Where tensors must lie.
+
+    Attributes:
+        purpose: What the next collectives are for, the same on all ranks; "" where their kind and size say enough.
     """
+
+    purpose = ""
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank = rank
         self.size = size
         self.device = device
+
+    @contextlib.contextmanager
+    def used_for(self, purpose: str) -> Iterator[None]:
+        """Context in which collectives have a purpose. Local."""
+        before, self.purpose = self.purpose, purpose
+        try:
+            yield
+        finally:
+            self.purpose = before
 
     @abstractmethod
     def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:

@@ -1,8 +1,9 @@
 """Collectives through shared memory, for ranks on one host and CPU tensors.
 
 Each arena is mapped by all ranks, and has a slab per rank. To all-reduce, each rank sums its own range of all slabs, in
-rank order, and writes the sum back into them. The barrier is a byte over a Unix socket between each two ranks: a wait
-costs no processor time, is interrupted at once, and ends when a peer does, because then its socket closes.
+rank order, and writes the sum back into them. The barrier is a tag over a Unix socket between each two ranks: a wait
+costs no processor time, is interrupted at once, and ends when a peer does, because then its socket closes. The tag says
+what the barrier is for; where tags differ, each rank sends what it is in, and all raise the same error.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from nbdist.core.comm.channel import Channel, Done, Pending
+from nbdist.core.comm.collective_tag import TAG_BYTES, CollectiveTag, mismatch_error, tag_of
 from nbdist.core.comm.comm_timer import comm_timer
 from nbdist.core.comm.common_memory import CommonMemory
 from nbdist.core.comm.reduction_order import ReductionTree
@@ -121,6 +123,7 @@ class SharedMemoryChannel(Channel):
     def common_memory(self, nbytes: int) -> CommonMemory:
         """New memory common to all ranks, zeroed; it has no name and is freed with the last of them. **Collective**."""
         nbytes = max(nbytes, 1)
+        self.barrier(tag_of("making common memory", nbytes))  # before files, which are no tags
         with contextlib.ExitStack() as cleanup:
             if self.rank == 0:
                 segment = cleanup.enter_context(contextlib.closing(Segment(nbytes)))
@@ -147,26 +150,27 @@ class SharedMemoryChannel(Channel):
     @comm_timer.communicating()
     def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
         """See `Channel`; done on return."""
-        arena = self._arena_of(tensor)
+        arena, tag = self._arena_of(tensor), self._tag("all-reduce", tensor)
         if arena is not None:
-            self._sum_(arena.views(tensor))
+            self._sum_(arena.views(tensor), tag)
             return Done()
         for chunk, staged in self._chunks(tensor):
             staged[self.rank].copy_(chunk)
-            self._sum_(staged)
+            self._sum_(staged, tag)
             chunk.copy_(staged[self.rank])
         return Done()
 
     @comm_timer.communicating()
     def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
         """See `Channel`; done on return."""
+        tag = self._tag("broadcast", tensor)
         for chunk, staged in self._chunks(tensor):
             if self.rank == source:
                 staged[source].copy_(chunk)
-            self.barrier()
+            self.barrier(tag)
             if self.rank != source:
                 chunk.copy_(staged[source])
-            self.barrier()
+            self.barrier(tag)
         return Done()
 
     @comm_timer.communicating()
@@ -174,20 +178,20 @@ class SharedMemoryChannel(Channel):
         """See `Channel`."""
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         flats = [other.view(-1) for other in gathered]
-        start = 0
+        start, tag = 0, self._tag("all-gather", tensor)
         for chunk, staged in self._chunks(tensor):
             staged[self.rank].copy_(chunk)
-            self.barrier()
+            self.barrier(tag)
             for flat, slab in zip(flats, staged, strict=True):
                 flat[start : start + len(chunk)].copy_(slab)
-            self.barrier()
+            self.barrier(tag)
             start += len(chunk)
         return gathered
 
     @comm_timer.communicating()
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Channel`."""
-        rows = tensor.view(self.size, -1)
+        rows, tag = tensor.view(self.size, -1), self._tag("reduce-scatter", tensor)
         total = torch.empty_like(rows[0])
         width = _STAGING_BYTES // tensor.itemsize // self.size
         for start in range(0, len(total), width):
@@ -195,12 +199,12 @@ class SharedMemoryChannel(Channel):
             nbytes = chunk.numel() * tensor.itemsize
             slabs = [slab[:nbytes].view(tensor.dtype).view(self.size, -1) for slab in self._staging.slabs]
             slabs[self.rank].copy_(chunk)
-            self.barrier()
+            self.barrier(tag)
             part = total[start : start + width]
             torch.add(slabs[0][self.rank], slabs[1][self.rank], out=part)
             for slab in slabs[2:]:
                 part.add_(slab[self.rank])
-            self.barrier()
+            self.barrier(tag)
         return total
 
     @comm_timer.communicating()
@@ -210,14 +214,14 @@ class SharedMemoryChannel(Channel):
         if arena is None:
             super().tree_all_reduce_(rows, tree)
             return
-        slabs = [view.view(rows.shape) for view in arena.views(rows)]
-        self.barrier()
+        slabs, tag = [view.view(rows.shape) for view in arena.views(rows)], self._tag("all-reduce along a tree", rows)
+        self.barrier(tag)
         part = self._part(rows.shape[1])
         if part.start < part.stop:
             total = tree.total([list(slab[:, part]) for slab in slabs], torch.Tensor.add_)
             for slab in slabs[1:]:
                 slab[0, part].copy_(total)
-        self.barrier()
+        self.barrier(tag)
 
     def close(self) -> None:
         """See `Channel.close`."""
@@ -225,8 +229,11 @@ class SharedMemoryChannel(Channel):
             peer.close()
         self._arenas = []
 
-    def _sum_(self, slabs: list[torch.Tensor]) -> None:
-        self.barrier()
+    def _tag(self, kind: str, tensor: torch.Tensor) -> CollectiveTag:
+        return tag_of(kind, tensor.nbytes, self.purpose)
+
+    def _sum_(self, slabs: list[torch.Tensor], tag: CollectiveTag) -> None:
+        self.barrier(tag)
         part = self._part(slabs[0].numel())
         if part.start < part.stop:
             total = slabs[0][part]
@@ -234,32 +241,58 @@ class SharedMemoryChannel(Channel):
                 total.add_(slab[part])
             for slab in slabs[1:]:
                 slab[part].copy_(total)
-        self.barrier()
+        self.barrier(tag)
 
     def _part(self, length: int) -> slice:
         """The range that this rank sums."""
         return slice(self.rank * length // self.size, (self.rank + 1) * length // self.size)
 
-    def barrier(self) -> None:
-        """Wait until every rank has called. **Collective**."""
-        began_s = time.perf_counter()
+    def barrier(self, tag: CollectiveTag | None = None) -> None:
+        """Wait until every rank has called. **Collective**.
+
+        Args:
+            tag: What for; by default a barrier for the channel's purpose.
+
+        Raises:
+            PlanError: Another rank is in another collective.
+        """
+        began_s, tag = time.perf_counter(), tag or tag_of("a barrier", 0, self.purpose)
+        packed, alike = tag.packed, True
         try:
             for peer in self._peers:
-                peer.sendall(b"\0")
+                peer.sendall(packed)
             for peer in self._peers:
-                if not self._receive_byte(peer):
-                    raise PeerLostError("a collective ended early, another rank is gone (its socket closed).")
+                alike &= self._receive_tag(peer) == packed
+            if not alike:
+                raise mismatch_error(self._exchange_texts(tag.text))
         except OSError as error:
             raise PeerLostError(f"a collective ended early, another rank is gone ({error}).") from error
         comm_timer.waiting += time.perf_counter() - began_s
 
-    def _receive_byte(self, peer: socket.socket) -> bytes:
-        """A byte from the peer; empty if the peer has closed its socket."""
-        until_s = time.perf_counter() + self._spin_s
-        while time.perf_counter() < until_s:
+    def _receive_tag(self, peer: socket.socket) -> bytes:
+        """The packed tag of the peer's collective."""
+        until_s, received = time.perf_counter() + self._spin_s, b""
+        while not received and time.perf_counter() < until_s:
             with contextlib.suppress(BlockingIOError):
-                return peer.recv(1, socket.MSG_DONTWAIT)
-        return peer.recv(1)
+                received = peer.recv(TAG_BYTES, socket.MSG_DONTWAIT)
+                break
+        while len(received) < TAG_BYTES:
+            more = peer.recv(TAG_BYTES - len(received))
+            if not more:
+                raise PeerLostError("a collective ended early, another rank is gone (its socket closed).")
+            received += more
+        return received
+
+    def _exchange_texts(self, text: str) -> list[str]:
+        """The texts of all ranks, in rank order. **Collective**: if tags differ, each rank has seen another one."""
+        sent = text.encode()
+        for peer in self._peers:
+            peer.sendall(len(sent).to_bytes(4, "little") + sent)
+        texts = [
+            receive_exactly(peer, int.from_bytes(receive_exactly(peer, 4), "little")).decode() for peer in self._peers
+        ]
+        texts.insert(self.rank, text)
+        return texts
 
     def _arena_of(self, tensor: torch.Tensor) -> _Arena | None:
         address = tensor.data_ptr()

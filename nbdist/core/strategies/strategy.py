@@ -159,7 +159,8 @@ class Strategy(ABC):
             pair = torch.tensor([float(weight), 0 if part is None else part.samples], dtype=torch.float64)
             pair = pair.to(self.device)
             self.settle()
-            self.axes.data.all_reduce_(pair)
+            with self.axes.data.used_for("the weights of the first slices"):
+                self.axes.data.all_reduce_(pair)
             total, samples = pair.tolist()
             self._units_agreed = total > 0
             if self._units_agreed:

@@ -44,6 +44,8 @@ class BatchNorms:
         self.counts = True
         self.layers = self.layers_of(model)
         self._model = model
+        names = {module: name for name, module in model.named_modules()}
+        self._purposes = {layer: f"the statistics of {names[layer]}" for layer in self.layers}
         self._outputs: list[Any] = []
         self._hook: Any = None
         self._local_only = False
@@ -110,7 +112,7 @@ class BatchNorms:
             return own
         check_input_dim(layer, x)
         result: tuple[torch.Tensor, ...] = _Normalized.apply(  # type: ignore[no-untyped-call]
-            x, layer.weight, layer.bias, layer.eps, self.counts, self.channel
+            x, layer.weight, layer.bias, layer.eps, self.counts, self.channel, self._purposes[layer]
         )
         y, mean, variance, count = result
         if layer.track_running_stats:
@@ -148,12 +150,13 @@ class _Normalized(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, counts: bool,
-        channel: Channel,
+        channel: Channel, purpose: str,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        mean, variance, count = _global_statistics(x, counts, channel)
+        with channel.used_for(purpose):
+            mean, variance, count = _global_statistics(x, counts, channel)
         if channel.device.type == "cpu" and count < 2:  # not on a GPU, which this would wait for
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-        ctx.counts, ctx.channel = counts, channel
+        ctx.counts, ctx.channel, ctx.purpose = counts, channel, purpose
         ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), count)
         ctx.mark_non_differentiable(mean, variance, count)
         scale, shift = (None if tensor is None else tensor.to(mean.dtype) for tensor in (weight, bias))
@@ -173,7 +176,8 @@ class _Normalized(torch.autograd.Function):
             totals = torch.zeros_like(sums, dtype=torch.float64)
             if ctx.counts:
                 totals.copy_(sums)
-            ctx.channel.all_reduce_(totals)
+            with ctx.channel.used_for(ctx.purpose):
+                ctx.channel.all_reduce_(totals)
             grad_x = gradient
             if ctx.counts:  # samples that do not count have no share in the statistics
                 first, second = (totals / count).to(mean.dtype)
@@ -183,7 +187,7 @@ class _Normalized(torch.autograd.Function):
             grad_x,
             grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
             grad_bias.to(mean.dtype if weight is None else weight.dtype) if ctx.needs_input_grad[2] else None,
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from nbdist.core.comm import SoloChannel, process_group
 from nbdist.core.comm.shared_memory import receive_file, send_file
-from nbdist.errors import PeerLostError
+from nbdist.errors import PeerLostError, PlanError
 
 KIB = 1024 // 4  # float32 elements
 TCPI_BYTES_RECEIVED = 128  # offset in Linux's `tcp_info`
@@ -286,6 +286,53 @@ def test_a_peer_that_is_gone_gets_and_gives_no_memory():
     theirs.close()  # resets the connection
     with ours, pytest.raises(PeerLostError, match="another rank is gone"), receive_file(ours):
         pass
+
+
+MISMATCHES = {
+    "kinds": (lambda channel, x: channel.all_reduce_(x), lambda channel, x: channel.broadcast_(x)),
+    "sizes": (lambda channel, x: channel.all_gather(x), lambda channel, x: channel.all_gather(x[:10])),
+    "memory": (lambda channel, x: channel.zeros(9, x.dtype), lambda channel, x: channel.reduce_scatter(x)),
+}
+
+
+def differ(world, name):
+    """The error of a rank of which the last is in another collective."""
+    channel, x = world.channel(), torch.ones(60)
+    channel.all_reduce_(torch.ones(3))
+    try:
+        MISMATCHES[name][world.rank == world.size - 1](channel, x)
+    except PlanError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_ranks_in_different_collectives_all_get_one_sentence(run_ranks, size, name):
+    """It names both, in numbers of bytes; no rank waits for ever, and none gets numbers of the other."""
+    texts = {
+        "kinds": ("all-reduce of 240 bytes", "broadcast of 240 bytes"),
+        "sizes": ("all-gather of 240 bytes", "all-gather of 40 bytes"),
+        "memory": ("making common memory", "reduce-scatter of 240 bytes"),
+    }
+    errors = run_ranks(size, differ, name)
+    assert [errors[0]] * size == errors
+    assert errors[0].startswith("the ranks are in different collectives, which would mix up their numbers: of ")
+    first, last = texts[name]
+    assert ("rank 0" if size == 2 else "ranks 0-1") + f" in {first}" in errors[0]
+    assert f", rank {size - 1} in {last}" in errors[0]
+
+
+def differ_in_purpose(world):
+    channel = world.channel()
+    with pytest.raises(PlanError) as failed, channel.used_for(f"layer {world.rank}"):
+        channel.all_reduce_(torch.ones(2))
+    return str(failed.value)
+
+
+def test_ranks_in_collectives_of_one_kind_and_size_for_another_purpose(run_ranks):
+    """Their numbers would be mixed up without a word."""
+    expected = "rank 0 in all-reduce of 8 bytes for layer 0, rank 1 in all-reduce of 8 bytes for layer 1"
+    assert all(expected in error for error in run_ranks(2, differ_in_purpose))
 
 
 def test_a_rank_alone_sums_and_broadcasts_to_itself():

@@ -10,7 +10,7 @@ from problems import CLASSES, FEATURES, SGD, alone, classes, losses, seeded, tra
 from torch import nn
 
 from nbdist.core.comm.world import World
-from nbdist.errors import TaskError
+from nbdist.errors import PlanError, TaskError
 
 BATCH = 12
 TOLERANCE = 1e-10
@@ -37,6 +37,25 @@ class Norms(nn.Module):
 def row():
     return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8),
                          nn.ReLU(), nn.Linear(8, CLASSES))  # fmt: skip
+
+
+class OneOfTwo(nn.Module):
+    """The first feature of a slice chooses the norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(FEATURES) for _ in range(2))
+        self.last = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x):
+        return self.last(self.norms[int(x[0, 0] > 0)](x))
+
+
+def one_of_two(world):
+    x, y = classes(BATCH)
+    x[0, 0], x[BATCH // 2, 0] = -1.0, 1.0
+    train(world, seeded(OneOfTwo, torch.float64), (x, y), batch_size=BATCH, shuffle=False, optimizer=SGD,
+          strategy="dp=2", sync_batchnorm=True)  # fmt: skip
 
 
 def problem(samples, ignored=0):
@@ -199,3 +218,10 @@ def test_beside_tensor_parallelism(run_ranks):
     expected = [run(World(), Wide, "dp=1", **case) for case in CASES]
     for rank in run_ranks(4, runs, Wide, "dp=2,tp=2", CASES):
         torch.testing.assert_close(rank, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_ranks_whose_data_choose_other_layers_are_refused(run_ranks):
+    """Their statistics would be mixed up, for they have the same size; the sentence names both layers."""
+    names = r"rank 0 in all-gather of \d+ bytes for the statistics of norms.0, rank 1 .* of norms.1\. .*sync_batchnorm"
+    with pytest.raises(PlanError, match=names):
+        run_ranks(2, one_of_two)

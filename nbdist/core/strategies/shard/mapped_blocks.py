@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from nbdist.core.comm import SharedMemoryChannel, comm_timer
+from nbdist.core.comm.collective_tag import tag_of
 from nbdist.core.strategies.shard.whole_blocks import TRAINING, SumsOf, WholeBlocks, written_error
 
 __all__ = ["MappedBlocks"]
@@ -24,6 +25,9 @@ _IN_CACHE = 1 << 16
 """Elements that are added at a time, so that the sum of two ranks is still in the cache when a third is added."""
 _SMALL_BYTES = 1 << 22
 """Blocks up to this size wait in the slab and are added together, because at each sum ranks wait for each other."""
+
+_BEGIN = tag_of("the start of a step or an evaluation, of sharded blocks")
+_SUM = tag_of("the sum of sharded blocks' gradients")
 
 
 class _Place(NamedTuple):
@@ -132,7 +136,7 @@ class MappedBlocks(WholeBlocks):
         """See `WholeBlocks`: the owners have written."""
         self._waiting.clear()  # of a step that has failed
         self._filled = 0
-        self._channel.barrier()
+        self._channel.barrier(_BEGIN)
 
     def gather(self, number: int) -> list[torch.Tensor]:
         """See `WholeBlocks`: the memory is the same each time. Local."""
@@ -185,7 +189,7 @@ class MappedBlocks(WholeBlocks):
             self._flags[channel.rank][block.number].copy_(torch.tensor(given))
         contents = [int(done), len(waiting), *(n for block in self._waiting for n in (block.number, block.start))]
         self._contents[channel.rank][: len(contents)] = torch.tensor(contents)
-        channel.barrier()
+        channel.barrier(_SUM)
         published = [contents.tolist() for contents in self._contents]
         starts = [dict(zip(numbers[2 : 2 + 2 * numbers[1] : 2], numbers[3::2], strict=False)) for numbers in published]
         owns: list[torch.Tensor] = []
@@ -220,7 +224,7 @@ class MappedBlocks(WholeBlocks):
         self._waiting, self._filled = [], 0
         all_done = all(numbers[0] for numbers in published)
         if not all_done:
-            channel.barrier()  # the slabs may be written again
+            channel.barrier(_SUM)  # the slabs may be written again
         return all_done
 
     def end(self, phase: str) -> None:
