@@ -72,6 +72,8 @@ ALLOWED = {
     ("cluster/engines/engines", "signal"): "of the operating system",
     ("core/transfer/pickler", "slot"): "Python's __slots__",
     ("core/params/placeholder", "slot"): "Python's __slots__",
+    ("core/transfer", "lock"): "of a thread",
+    ("upstream/cloudpickle_private", "slot"): "Python's __slots__",
     ("notebook/output", "trace"): "a traceback",
     ("core/optim/optimizer_attributes", "trace"): "of what a step writes",
     ("core/strategies", "trace"): "a forward recorded by torch.fx or autograd",

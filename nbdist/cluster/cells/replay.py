@@ -90,7 +90,7 @@ class Replay:
         """Assign values in the namespace of all ranks' cells; all ranks map one shared copy of the tensors."""
         engines = self._engines
         ranks, names = frozenset(range(engines.size)), frozenset(values)
-        payload, segment = engines.exchange.pack(values, name="value", segment_cache=SegmentCache(engines.anchor))
+        payload, segment = engines.exchange.pack(values, names=values, segment_cache=SegmentCache(engines.anchor))
         try:
             engines.call(ranks, "push", (payload, update))
         except BaseException:

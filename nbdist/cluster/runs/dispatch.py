@@ -72,8 +72,8 @@ class RunDispatch:
 
     def _pack(self) -> tuple[Any, Segment]:
         spec = self.control.spec
-        what = f"{spec.names[0]} or {spec.names[1]}"
-        return self.engines.exchange.pack((spec.task, spec.plan), name=what, segment_cache=self._segment_cache)
+        names = self._task.named(*spec.names)
+        return self.engines.exchange.pack((spec.task, spec.plan), names=names, segment_cache=self._segment_cache)
 
     def start(self, *, from_snapshot: bool, restart: bool = False) -> list[PendingCall]:
         """Call `train` on every rank; returns the calls.

@@ -10,7 +10,7 @@ import torch
 
 from nbdist.core.optim.json_value import plain
 from nbdist.core.optim.tensor_references import TensorReferences
-from nbdist.core.transfer.pickler import attributes
+from nbdist.core.transfer.slots import attributes
 from nbdist.errors import TaskError
 
 __all__ = ["OwnAttributes", "load_attributes"]

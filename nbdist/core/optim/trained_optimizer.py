@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nbdist.core.optim.state import move_state_
-from nbdist.core.transfer.pickler import attributes
+from nbdist.core.transfer.slots import attributes
 
 __all__ = ["TrainedOptimizer"]
 

@@ -17,7 +17,7 @@ import os
 import pickle
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from nbdist.core.transfer import pickler
+from nbdist.core.transfer.refusal import Refusal
 from nbdist.errors import ClusterError, TaskError
 
 __all__ = ["Holder", "Payload", "Segment", "SegmentCache", "is_released", "open_segment", "pack", "unpack"]
@@ -213,7 +214,8 @@ class Payload:
 
 
 def pack(
-    value: Any, *, name: str = "", inline: bool = False, segment_cache: SegmentCache | None = None
+    value: Any, *, names: Mapping[str, Any] | None = None, inline: bool = False,
+    segment_cache: SegmentCache | None = None,
 ) -> tuple[Payload, Segment]:  # fmt: skip
     """Pack an object by value: with the notebook's classes and functions, and with tensors and arrays out of band.
 
@@ -221,7 +223,7 @@ def pack(
 
     Args:
         value: Anything that can be pickled.
-        name: The user's name for it, for errors.
+        names: The user's names for what is in it, for errors; by default it is "it".
         inline: Whether the payload holds the bytes too, for receivers on other hosts.
         segment_cache: Provides the segment; by default a new one is made.
 
@@ -233,9 +235,8 @@ def pack(
     """
     try:
         code, buffers = pickler.dump(value)
-    except Exception as error:  # a user's __reduce__ may raise anything
-        what = f"{name}: it" if name else "it"
-        raise TaskError(f"{what} cannot be sent to another process: {error}.") from error
+    except Refusal as refusal:
+        raise TaskError(refusal.sentence(names or {"it": value})) from refusal
     views = [buffer.raw() for buffer in buffers]
     regions, starts, written = _layout(views, len(code))
     end = sum(regions[-1])

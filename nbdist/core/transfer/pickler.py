@@ -12,16 +12,22 @@ import io
 import pickle
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import cloudpickle
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
+from nbdist.core.transfer.importable import is_importable
+from nbdist.core.transfer.process_state import LOCAL, LOCKS, refused_as, sent_local, sent_lock
+from nbdist.core.transfer.refusal import Refusal
+from nbdist.core.transfer.slots import attributes, slot_names
 from nbdist.errors import TaskError
+from nbdist.upstream.cloudpickle_private import is_class_by_value, reduced_class
 from nbdist.upstream.torch_private import (
     first_hook_number,
     make_subclass,
@@ -33,10 +39,11 @@ from nbdist.upstream.torch_private import (
     without_torch_function,
 )
 
-__all__ = ["attributes", "dump", "load"]
+__all__ = ["dump", "load"]
 
 _CONTAINERS = (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+_CACHED = type(functools.cache(len))
 _STREAMS = ("stdout", "stderr", "__stdout__", "__stderr__")  # sent by name: each process writes to its own
 _STATE = {"defaults", "state", "param_groups"}  # what torch pickles of an optimizer
 _DEFAULT = getattr(object, "__getstate__", None)  # exists since Python 3.11
@@ -46,11 +53,18 @@ def dump(value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
     """Pickle `value`; returns the pickle, and the memory of its tensors and arrays as buffers. Local.
 
     Raises:
-        Exception: Something in it cannot be pickled; a user's ``__reduce__`` may raise anything.
+        Refusal: Something in it cannot be pickled.
     """
     stream = io.BytesIO()
     pickler = _Pickler(stream)
-    pickler.dump((_HookNumbers(), value))
+    try:
+        pickler.dump((_HookNumbers(), value))
+    except Refusal:
+        raise
+    except Exception as error:  # a user's __reduce__ may raise anything
+        raise Refusal.of(error, pickler.last) from error
+    finally:
+        pickler.close()
     if pickler.referents:
         _check_held(pickler, value)
     return stream.getvalue(), pickler.buffers
@@ -72,33 +86,89 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
 
     def __init__(self, file: io.BytesIO, known: _Pickler | None = None) -> None:
         self.buffers: list[pickle.PickleBuffer] = []
-        self.referents: list[Any] = []
+        self.referents: list[tuple[Any, Any]] = []  # each weak reference, and what it refers to
+        self.last: Any = None
         super().__init__(file, protocol=5, buffer_callback=self.buffers.append)
         self._strong_only = known is not None
         self._storages: dict[tuple[str, int, int], _Storage] = {} if known is None else known._storages
+        self._by_value: list[ModuleType] = []
+        self._reduce: dict[type, Callable[[Any], Any] | None] = {}
+        self._streams = {id(getattr(sys, name)): name for name in reversed(_STREAMS)}
 
     def reducer_override(self, value: Any) -> Any:
         """Reduce what torch or Python would alter or refuse; everything else is cloudpickle's."""
+        self.last = value
+        if id(value) in self._streams:
+            return getattr, (sys, self._streams[id(value)])
         kind = type(value)  # not isinstance: a weak proxy claims the class of its referent
+        if kind not in self._reduce:
+            self._reduce[kind] = self._reducer_of(kind)
+        reduce = self._reduce[kind]
+        reduced = NotImplemented if reduce is None else reduce(value)
+        return super().reducer_override(value) if reduced is NotImplemented else reduced
+
+    def _reducer_of(self, kind: type) -> Callable[[Any], Any] | None:
+        """How objects of a class are reduced here; None for cloudpickle's way."""
         if issubclass(kind, torch.Tensor):
-            return self._tensor(value)
-        if issubclass(kind, nn.Module) and is_parametrized(value):
-            return copyreg.__newobj__, (kind,), _unparametrized_state(value)  # type: ignore[attr-defined]
+            return self._tensor
+        if issubclass(kind, fx.GraphModule) and kind.__reduce__ is fx.GraphModule.__reduce__:
+            return _traced
+        if issubclass(kind, nn.Module) and not refused_as(kind):
+            return self._module
         if issubclass(kind, torch.optim.Optimizer) and kind.__reduce_ex__ is object.__reduce_ex__:
-            return copyreg.__newobj__, (kind,), _state_of(value), None, None, _restore  # type: ignore[attr-defined]
-        if kind is torch.UntypedStorage and value.device.type != "meta":
-            return _itself, (self._kept(value),)
+            return lambda value: (copyreg.__newobj__, (kind,), _state_of(value), None, None, _restore)  # type: ignore[attr-defined]
+        if kind is torch.UntypedStorage:
+            return lambda value: NotImplemented if value.device.type == "meta" else (_itself, (self._kept(value),))
         if kind is torch.TypedStorage:
-            return typed_storage, (value._untyped_storage, value.dtype)
+            return lambda value: (typed_storage, (value._untyped_storage, value.dtype))
+        if kind in (torch.finfo, torch.iinfo):
+            return lambda value: (kind, (getattr(torch, value.dtype),))
         if issubclass(kind, weakref.ref) or kind in _PROXIES or kind in _CONTAINERS:
-            return self._weak(value)
-        for name in _STREAMS:
-            if value is getattr(sys, name):
-                return getattr, (sys, name)
-        if issubclass(kind, io.IOBase) and not issubclass(kind, (io.BytesIO, io.StringIO)):
-            # cloudpickle would silently replace it by a copy of its content
-            raise pickle.PicklingError(f"it holds an open file ({getattr(value, 'name', value)!r})")
-        return super().reducer_override(value)
+            return self._weak
+        if issubclass(kind, type):
+            return self._class
+        if issubclass(kind, (FunctionType, ModuleType)):
+            return self._definition
+        if kind is _CACHED:
+            return self._cached
+        if kind in LOCKS:
+            return sent_lock
+        if issubclass(kind, LOCAL) and kind.__reduce_ex__ is object.__reduce_ex__:
+            return sent_local
+        return _refuse if refused_as(kind) else None
+
+    def _module(self, value: Any) -> Any:
+        if not is_parametrized(value):
+            return NotImplemented
+        return copyreg.__newobj__, (type(value),), _unparametrized_state(value)  # type: ignore[attr-defined]
+
+    def _class(self, value: Any) -> Any:
+        self._definition(value)
+        reduced = super().reducer_override(value)
+        return reduced_class(value, reduced) if is_class_by_value(reduced) else reduced
+
+    def _definition(self, value: Any) -> Any:
+        """Let cloudpickle send by value what other processes cannot import."""
+        name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        module = sys.modules.get(name) if isinstance(name, str) and name != "__main__" else None
+        if module is not None and module not in self._by_value and not is_importable(module):
+            self._by_value.append(module)
+            cloudpickle.register_pickle_by_value(module)
+        return NotImplemented
+
+    def _cached(self, value: Any) -> Any:
+        """A function with a cache: Python knows it by its name only."""
+        module = sys.modules.get(value.__module__)
+        found = getattr(module, value.__qualname__, None)
+        if module is not None and found is value and value.__module__ != "__main__" and is_importable(module):
+            return NotImplemented
+        settings = value.cache_parameters()
+        return _with_cache, (value.__wrapped__, settings), vars(value) or None, None, None, _update
+
+    def close(self) -> None:
+        """Forget which modules are sent by value. Twice is fine."""
+        while self._by_value:
+            cloudpickle.unregister_pickle_by_value(self._by_value.pop())
 
     def _tensor(self, value: Any) -> Any:
         """Reduce a tensor to its class, storage, offset and strides, attributes and hooks."""
@@ -111,7 +181,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
                 make, arguments = _as_tensor, self._strided(value)
             else:
                 return self._as_torch_does(value)
-            state = (vars(value), *_hooks(value), None)
+            slots = {name: getattr(value, name) for name in slot_names(kind) if hasattr(value, name)}
+            state = ({**vars(value), **slots} if slots else vars(value), *_hooks(value), None)
         return (make, arguments, state, None, None, _set_attributes) if any(state) else (make, arguments)
 
     def _strided(self, value: Any) -> tuple[Any, ...]:
@@ -130,9 +201,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         plain = type(value) is torch.Tensor
         what = f"a tensor of layout {value.layout}" if plain else f"a {type(value).__name__}"
         if any(_hooks(value)):
-            raise pickle.PicklingError(f"it holds {what} with hooks, which cannot be sent")
+            raise Refusal(value, f"{what} with hooks", "remove the hooks")
         if value.grad_fn is not None:
-            raise pickle.PicklingError(f"it holds {what} with a graph ({value.grad_fn.name()}): detach() it")
+            raise Refusal(value, f"{what} with a graph ({value.grad_fn.name()})", "detach() it")
         if not plain:
             return NotImplemented
         make, arguments = value.detach().__reduce_ex__(5)[:2]
@@ -159,26 +230,31 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
             referent, how = value.__reduce_ex__.__self__, (weakref.proxy,)
         elif kind is weakref.ref:
             referent, how = value(), (weakref.ref, value.__callback__)
+        elif kind is weakref.WeakMethod:
+            method = value()
+            referent, how = getattr(method, "__self__", None), (_weak_method, getattr(method, "__func__", None))
         else:
-            raise pickle.PicklingError(f"it holds a weak reference of a class of its own, {kind.__name__}")
+            raise Refusal(value, f"a weak reference of a class of its own, {kind.__name__}")
         if referent is None or self._strong_only:
             return _dead, ()
-        self.referents.append(referent)
+        self.referents.append((value, referent))
         return _as_weak, (referent, *how)
 
 
 def _check_held(pickler: _Pickler, value: Any) -> None:
     """Raise if an object is referred to only weakly: at the receiver it would be collected at once, silently."""
     strong = _Pickler(io.BytesIO(), pickler)
-    strong.dump(value)
+    try:
+        strong.dump(value)
+    finally:
+        strong.close()
     held = strong.memo.copy()
     for buffer in strong.buffers:
         buffer.release()
-    for referent in pickler.referents:
+    for reference, referent in pickler.referents:
         if id(referent) not in held:
-            raise pickle.PicklingError(
-                f"it holds a weak reference to a {type(referent).__name__}, which nothing that is sent holds"
-            )
+            kind = type(referent).__name__
+            raise Refusal(reference, f"a weak reference to a {kind} that nothing holds which is sent", "hold it, too")
 
 
 @functools.cache
@@ -190,7 +266,7 @@ def _is_simple(kind: type[torch.Tensor]) -> bool:
         or kind.__setstate__ is not torch.Tensor.__setstate__
         or getattr(kind, "__getstate__", None) is not _DEFAULT
     )
-    return not (own or copyreg._slotnames(kind))  # type: ignore[attr-defined]
+    return not own
 
 
 def _hooks(tensor: Any) -> tuple[Any, Any]:
@@ -198,12 +274,6 @@ def _hooks(tensor: Any) -> tuple[Any, Any]:
     if tensor.grad_fn is not None:
         return None, None
     return tensor_hooks(tensor)
-
-
-def attributes(value: Any) -> dict[str, Any]:
-    """An object's attributes by name, those in ``__slots__`` too. Local."""
-    slots: list[str] = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
-    return {**vars(value), **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
 
 
 def _state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -220,6 +290,20 @@ def _unparametrized_state(value: nn.Module) -> Any:
     base: Any = type(value).__base__
     own = getattr(base, "__getstate__", None) is not _DEFAULT
     return base.__getstate__(value) if own else dict(vars(value))
+
+
+def _traced(value: fx.GraphModule) -> Any:
+    """A traced module: torch makes it anew from its code, and forgets its hooks and what else a module has."""
+    make, arguments = value.__reduce__()
+    names = {*vars(nn.Module()), "meta"}
+    state = {name: one for name, one in vars(value).items() if name in names}
+    return make, arguments, state, None, None, _update
+
+
+def _refuse(value: Any) -> Any:
+    what = refused_as(type(value))
+    name = getattr(value, "name", None)
+    raise Refusal(value, f"{what} ({name!r})" if isinstance(name, str) else what)
 
 
 class _Storage:
@@ -296,16 +380,31 @@ def _set_attributes(tensor: Any, state: tuple[dict[str, Any], Any, Any, bool | N
     attributes, before, after, requires_grad = state
     if requires_grad is not None:
         tensor.requires_grad_(requires_grad)
-    vars(tensor).update(attributes)
+    slots = set(slot_names(type(tensor)))
+    vars(tensor).update({name: value for name, value in attributes.items() if name not in slots})
+    for name in attributes.keys() & slots:
+        setattr(tensor, name, attributes[name])
     if before or after:
         set_tensor_hooks(tensor, before, after)
 
 
 def _restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    slots: list[str] = copyreg._slotnames(type(optimizer))  # type: ignore[attr-defined]
+    slots = slot_names(type(optimizer))
     optimizer.__setstate__({name: value for name, value in state.items() if name not in slots})
     for name in state.keys() & set(slots):
         setattr(optimizer, name, state[name])
+
+
+def _update(value: Any, state: dict[str, Any]) -> None:
+    vars(value).update(state)
+
+
+def _with_cache(function: Any, settings: dict[str, Any]) -> Any:
+    return functools.lru_cache(**settings)(function)
+
+
+def _weak_method(owner: Any, function: Any) -> Any:
+    return weakref.WeakMethod(MethodType(function, owner))
 
 
 def _as_weak(referent: Any, make: Any, *callback: Any) -> Any:

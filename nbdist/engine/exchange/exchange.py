@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,10 +58,10 @@ class Exchange(abc.ABC):
     """Whether all engines can map memory of the kernel's host: snapshots are kept there."""
 
     def pack(
-        self, value: Any, *, name: str = "", segment_cache: SegmentCache | None = None
+        self, value: Any, *, names: Mapping[str, Any] | None = None, segment_cache: SegmentCache | None = None
     ) -> tuple[Payload, Segment]:  # fmt: skip
         """`pack` of `nbdist.core.transfer.payload`; where memory is not shared, the payload holds the bytes too."""
-        return pack(value, name=name, inline=not self.shares_memory, segment_cache=segment_cache)
+        return pack(value, names=names, inline=not self.shares_memory, segment_cache=segment_cache)
 
     @abc.abstractmethod
     def state_reader(self, ranks: int, holder: Holder | None, paths: Sequence[str] = ()) -> StateReader:

@@ -437,7 +437,7 @@ def test_a_stream_of_the_process_is_the_other_processs_own(monkeypatch, name):
 
 
 REFUSED = {
-    "a weak reference to what stays": (lambda: weakref.ref(OTHER), "a weak reference to a Thing, which nothing"),
+    "a weak reference to what stays": (lambda: weakref.ref(OTHER), "a weak reference to a Thing that nothing holds"),
     "a weak reference of another kind": (lambda: Method(nn.Linear(1, 1).forward), "a weak reference of a class"),
     "a sparse tensor with a graph": (lambda: (nn.Parameter(torch.eye(2)) * 2).to_sparse(), "with a graph"),
     "a sparse tensor with hooks": (lambda: hooked(torch.eye(2).to_sparse().requires_grad_()), "with hooks"),
