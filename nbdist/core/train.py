@@ -28,6 +28,7 @@ from nbdist.core.process.settings import deterministic, threads, uninterrupted
 from nbdist.core.reporter import Reporter
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_resume, prepare
+from nbdist.core.state.extra_states import ExtraStates, check_extra_states
 from nbdist.core.state.restore import load, open_on_all_ranks, progress_of, same_mesh
 from nbdist.core.state.snapshot import RankSnapshots
 from nbdist.core.state.snapshotter import Snapshotter
@@ -126,6 +127,7 @@ def fit(
         lease = prepare(plan.checkpoint, task.optimizers, world.channel(), run_id) if plan.checkpoint else None
         if lease is not None:
             cleanup.callback(lease.release)
+        check_extra_states(model, plan)
         check_hooks(model, task.optimizers.values(), plan.mesh)
         hooks = GradientHooks(model)
         cleanup.callback(hooks.restore)
@@ -142,7 +144,7 @@ def fit(
         progress, restored = TrainProgress(device), set[str]()
         rng.seed_all(rng.derive(plan.seed, "start", axes.data.rank))
         for saved in _saved_states(plan, world, snapshot_paths, run_id, from_snapshot):
-            load(saved, strategy.table, task.optimizers, axes)
+            load(saved, model, strategy.table, task.optimizers, axes)
             schedulers.load_state_dict(saved.ranks[0]["schedulers"])
             strategy.precision.load_state_dict(saved.ranks[0]["precision"])
             progress, restored = progress_of(saved, axes, device), saved.names
@@ -154,6 +156,8 @@ def fit(
                 rng.load_state_dict(saved.ranks[world.rank]["generators"])
             # A barrier: where ranks share the memory of weights, each has now loaded its own.
             axes.world.all_reduce_(torch.ones(1, device=device))
+
+        extra = ExtraStates(model, axes)
 
         def reader_of(source: Source, slices: int, shuffle: bool) -> Reader:
             reader = Reader(
@@ -169,7 +173,7 @@ def fit(
         steps_total = _steps_total(plan, reader)
         snapshotter = Snapshotter(
             strategy, plan, schedulers, RankSnapshots(snapshot_paths[world.rank]) if snapshot_paths else None,
-            emit, run_id, lease, changed=restored,
+            emit, extra, run_id, lease, changed=restored,
         )  # fmt: skip
         cleanup.callback(snapshotter.close)
         step_control = StepControl(commands, run_id, strategy, schedulers, snapshotter, emit)
@@ -284,6 +288,7 @@ def fit(
 
             if not stopped:
                 snapshotter.finish(progress)
+        extra.gather()
         if plan.gather:
             strategy.gather(keep=on_every_rank or world.rank == 0)
         else:

@@ -16,6 +16,8 @@ from nbdist.core.comm.rendezvous import connect_store
 from nbdist.core.comm.world import World
 from nbdist.core.control.command_log import CommandLog
 from nbdist.core.optim.trained_optimizer import TrainedOptimizer
+from nbdist.core.params.extra_state import extra_states
+from nbdist.core.params.made_buffers import persistence
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process.memory import free_frames, free_unused_memory
 from nbdist.core.train import fit
@@ -168,7 +170,7 @@ def train(
                 table = ParamTable.of(task.model)
                 own = task.optimizers if task.own_optimizers else {}
                 optimizers = {name: TrainedOptimizer(optimizer, table.objects) for name, optimizer in own.items()}
-                tensors = (table.tensors, optimizers)
+                tensors = (table.tensors, persistence(task.model), optimizers, extra_states(task.model))
                 segment_cache = SegmentCache()
                 if _engine.result_segment is not None and result_released:
                     segment_cache.recycle(_engine.result_segment, lambda: True)

@@ -20,10 +20,12 @@ __all__ = [
     "first_hook_number",
     "graph_task",
     "has_module_hooks",
+    "is_persistent",
     "make_subclass",
     "neg_view",
     "number_hooks_from",
     "pytree",
+    "replace_buffer",
     "reset_group_count",
     "set_tensor_hooks",
     "storage_key",
@@ -74,6 +76,19 @@ def has_module_hooks(module: nn.Module) -> bool:
     """Whether a module's call runs hooks of its own."""
     before, after = module._forward_pre_hooks, module._forward_hooks
     return bool(before or after or module._backward_pre_hooks or module._backward_hooks)
+
+
+def is_persistent(module: nn.Module, name: str) -> bool:
+    """Whether a buffer of a module is part of its ``state_dict``."""
+    return name not in module._non_persistent_buffers_set
+
+
+def replace_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> bool:
+    """Give a module another buffer of a name, also one that is None; returns whether it has the name."""
+    known = name in module._buffers
+    if known:
+        module._buffers[name] = buffer
+    return known
 
 
 def graph_task() -> int:

@@ -191,3 +191,15 @@ def test_without_the_groups_counter_nothing_is_reset(monkeypatch):
     monkeypatch.setattr(dist.distributed_c10d, "_world", SimpleNamespace())
     private.reset_group_count()
     assert {} == vars(dist.distributed_c10d._world)
+
+
+def test_a_buffer_of_a_module_can_be_replaced():
+    """Also one that is None; whether it is saved stays as it was."""
+    module = nn.Module()
+    module.register_buffer("kept", None)
+    module.register_buffer("scratch", torch.zeros(1), persistent=False)
+    assert private.replace_buffer(module, "kept", torch.ones(1))
+    assert private.replace_buffer(module, "scratch", None)
+    assert not private.replace_buffer(module, "line", torch.ones(1))
+    assert ["kept"] == [*module.state_dict()]
+    assert (True, False) == (private.is_persistent(module, "kept"), private.is_persistent(module, "scratch"))

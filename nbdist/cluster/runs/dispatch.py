@@ -14,6 +14,8 @@ from nbdist.cluster.cells.cell_run import printed
 from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.runs.run_control import RunControl
 from nbdist.cluster.runs.run_spec import RunHandoff
+from nbdist.core.params.extra_state import extra_states, set_extra_states
+from nbdist.core.params.made_buffers import adopt_buffers, persistence
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_resume
@@ -188,9 +190,11 @@ class RunDispatch:
         """Load the trained tensors of an `open_result`."""
         if result is None:
             return
-        tensors, optimizers = result
+        tensors, persistent, optimizers, states = result
+        adopt_buffers(self._task.model, tensors, persistent)
         table = ParamTable.of(self._task.model)
         table.load_(tensors)
+        set_extra_states(self._task.model, states)
         self._copy_to_other()
         for name, optimizer in optimizers.items():
             optimizer.load_into(self._task.optimizers[name], table.objects)
@@ -223,7 +227,9 @@ class RunDispatch:
     def _copy_to_other(self) -> None:
         """Copy the loaded weights into the other model too."""
         if self._into is not None:
+            adopt_buffers(self._into, dict(self._task.model.named_buffers()), persistence(self._task.model))
             ParamTable.of(self._into).load_(ParamTable.of(self._task.model).tensors)
+            set_extra_states(self._into, extra_states(self._task.model))
 
     def end(self, *, failed: bool) -> None:
         """Make the engines ready for the next run; the last snapshot stays."""

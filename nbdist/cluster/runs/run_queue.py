@@ -21,6 +21,7 @@ from nbdist.cluster.runs.run_control import RunControl
 from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunSpec, check_run_options
 from nbdist.core.check.known_checks import KnownChecks
 from nbdist.core.state.checkpoint_writer import check_no_live_writer
+from nbdist.core.state.extra_states import check_extra_states
 from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.sync.gradient_hooks import check_hooks
 from nbdist.core.task.task import Task
@@ -130,6 +131,7 @@ class RunQueue:
             run_id=new_run_id(), task=task, plan=plan, title=task.title, names=names, options=plan_options, cores=cores,
             **on_trouble,
         )  # fmt: skip
+        check_extra_states(task.model, plan)
         check_hooks(task.model, task.optimizers.values(), plan.mesh)
         ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in engines.records()}
         progress = RunState(title=spec.title, plan=plan.to_dict(), ranks=ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbdist.core.params.extra_state import extra_states, set_extra_states
 from nbdist.core.process.rng import fork_rng
 
 __all__ = ["device_of", "preserve_model"]
@@ -17,12 +19,13 @@ __all__ = ["device_of", "preserve_model"]
 
 @contextlib.contextmanager
 def preserve_model(model: nn.Module) -> Iterator[None]:
-    """Restore the model's attributes and buffers, and all random states, at the end of the context. Local.
+    """Restore the model's attributes, extra states, buffers, and all random states, at the end of the context. Local.
 
     Inside, gradients are enabled and autocast is off, whatever holds outside.
     """
     device = device_of(model)
     attributes = [(vars(module), _copied(vars(module))) for module in model.modules()]
+    states = copy.deepcopy(extra_states(model))
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with (
         fork_rng(device),
@@ -35,6 +38,7 @@ def preserve_model(model: nn.Module) -> Iterator[None]:
         finally:
             for current, saved in attributes:
                 _restore(current, saved)
+            set_extra_states(model, states)  # within objects, which attributes only refer to
             with torch.no_grad():
                 for buffer, values in buffers:
                     if not torch.equal(buffer, values):

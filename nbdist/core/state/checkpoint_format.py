@@ -8,7 +8,7 @@ import torch
 
 from nbdist.core.params.placement import Cut
 
-__all__ = ["FORMATS", "RANK", "cut_of", "fits", "upgraded"]
+__all__ = ["EXTRA_STATE", "FORMATS", "MADE", "RANK", "cut_of", "fits", "upgraded"]
 
 FORMATS = (2, 3)
 """The versions that are read; the last one is written."""
@@ -31,6 +31,12 @@ RANK = {
     "values": {str: dict},
 }
 """The schema of each rank's metadata, see `fits`."""
+
+MADE = {str: {**_TENSOR, "persistent": bool}}
+"""The schema of its `made`, the buffers that a forward has made or given another shape, if there are any."""
+
+EXTRA_STATE = {"data": int, "states": {str: object}, "changed": [str]}
+"""The schema of its `extra_state`, which models without any lack, see `ExtraStates.state_dict`."""
 
 
 def upgraded(rank: Any) -> Any:

@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nbdist.core.params.placement import Cut
-from nbdist.core.state.checkpoint_format import FORMATS, RANK, cut_of, fits, upgraded
+from nbdist.core.state.checkpoint_format import EXTRA_STATE, FORMATS, MADE, RANK, cut_of, fits, upgraded
 from nbdist.core.state.checksum_files import checksum
+from nbdist.core.state.extra_states import merged
 from nbdist.core.state.shard_plan import buffer_entry, key_of
 from nbdist.core.state.snapshot import newest, read
 from nbdist.errors import PlanError
@@ -52,6 +53,7 @@ class CheckpointReader:
     Attributes:
         ranks: Each rank's metadata, see `RANK`: `position` (its progress), `schedulers`, `reports_loss`, `mesh` etc.
         tensors: Shape, dtype and split of the model's tensors, by name.
+        made: Of these the buffers that a forward has made, or given another shape.
         optimizers: Of each optimizer by name, the settings of its `groups`, with parameters by name, and its own
             `attributes`.
         values: Optimizer state that is not a tensor, by parameter.
@@ -75,7 +77,11 @@ class CheckpointReader:
         if [rank["rank"] for rank in self.ranks] != list(range(len(ranks))):
             raise self._malformed("the list of ranks")
         first = self.ranks[0]
-        self.tensors: dict[str, dict[str, Any]] = first["tensors"]
+        made = [rank["made"] for rank in reversed(self.ranks) if "made" in rank]
+        if not fits(made, [MADE]):
+            raise self._malformed("the description of the buffers")
+        self.made: dict[str, dict[str, Any]] = {name: about for each in made for name, about in each.items()}
+        self.tensors: dict[str, dict[str, Any]] = {**first["tensors"], **self.made}
         self.optimizers: dict[str, dict[str, Any]] = first["optimizers"]
         self.values: dict[str, dict[str, Any]] = {
             name: value for rank in reversed(self.ranks) for name, value in rank["values"].items()
@@ -238,6 +244,20 @@ class CheckpointReader:
         for other in others:
             differences += torch.where(other == first, 0.0, other - first)
         return first + differences / (1 + len(others))
+
+    def extra_states(self, data_rank: int | None = None) -> dict[str, Any]:
+        """The extra states of modules by name: those of one rank's replica, or else of the first one.
+
+        Raises:
+            PlanError: They are malformed.
+        """
+        saved = [rank["extra_state"] for rank in self.ranks if "extra_state" in rank]
+        if not fits(saved, [EXTRA_STATE]):
+            raise self._malformed("the extra state of a module")
+        try:
+            return merged(saved, data_rank or 0)
+        except (ValueError, KeyError):
+            raise self._malformed("the extra state of a module") from None
 
     def _read(self, key: str) -> torch.Tensor:
         return self._part_of[key].read(key)

@@ -16,6 +16,8 @@ from nbdist.core.comm.world import World
 from nbdist.core.optim.optimizer_attributes import load_attributes
 from nbdist.core.optim.state import device_of_entry, is_split
 from nbdist.core.optim.tensor_references import TensorReferences, is_name
+from nbdist.core.params.extra_state import set_extra_states, stateful_modules
+from nbdist.core.params.made_buffers import adopt_buffers
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.state.checkpoint_reader import CheckpointReader, candidates
 from nbdist.core.state.shard_plan import gather_texts
@@ -84,13 +86,15 @@ def open_on_all_ranks(folder: str, world: World) -> CheckpointReader:
 
 
 def load(
-    saved: CheckpointReader, table: ParamTable, optimizers: Mapping[str, torch.optim.Optimizer], axes: MeshChannels
-) -> None:
-    """Load weights, buffers and the optimizers' state, from any mesh onto any mesh. Local.
+    saved: CheckpointReader, model: nn.Module, table: ParamTable, optimizers: Mapping[str, torch.optim.Optimizer],
+    axes: MeshChannels,
+) -> None:  # fmt: skip
+    """Load weights, buffers, the modules' extra state and the optimizers' state, from any mesh onto any mesh. Local.
 
     Args:
         saved: The checkpoint or snapshot.
-        table: The model's tensors, placed.
+        model: The model.
+        table: Its tensors, placed.
         optimizers: Over its parameters, by name; none to load weights and buffers only.
         axes: This rank's channels.
 
@@ -100,10 +104,20 @@ def load(
     check_same(saved, table, optimizers)
     names = saved.names
     data_rank = axes.data.rank if axes.world.size > 1 and same_mesh(saved, axes) else None
+    states = saved.extra_states(data_rank)
+    unknown = states.keys() - stateful_modules(model).keys()
+    if unknown:
+        raise TaskError(
+            f"checkpoint {saved.name} is of another model: the extra state of {min(unknown) or 'the model'} is only in "
+            "it; build the model as it was."
+        )
+    set_extra_states(model, states)
+    made = {name: about["persistent"] for name, about in saved.made.items() if name in saved.names}
+    adopt_buffers(model, {name: saved.buffer(name, data_rank) for name in made}, made, all_named=False)
     with torch.no_grad():
         for name, tensor in table.tensors.items():
             placement = table.placement(name)
-            if not (name in names and placement.held(axes)):
+            if not (name in names and placement.held(axes)) or name in made:
                 continue
             if name in table.buffers:
                 tensor.copy_(saved.buffer(name, data_rank))
@@ -124,13 +138,13 @@ def load_whole(
     saved: CheckpointReader, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer] | None = None
 ) -> None:
     """`load` into an ordinary model, in place. Local."""
-    load(saved, ParamTable.of(model), optimizers or {}, MeshChannels(World(), Mesh()))
+    load(saved, model, ParamTable.of(model), optimizers or {}, MeshChannels(World(), Mesh()))
 
 
 def check_same(saved: CheckpointReader, table: ParamTable, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
     """Raise `TaskError` if the saved state is of another model or other optimizers. Local."""
     shapes = {name: list(table.placement(name).layout.shape) for name in table.tensors}
-    for name in {**shapes, **saved.tensors}:
+    for name in [name for name in {**shapes, **saved.tensors} if name not in saved.made]:
         saved_shape, own_shape = saved.tensors.get(name, {}).get("shape"), shapes.get(name)
         if saved_shape != own_shape:
             what = (

@@ -16,6 +16,7 @@ from nbdist.core.optim.json_value import plain
 from nbdist.core.optim.optimizer_attributes import OwnAttributes
 from nbdist.core.optim.state import is_split
 from nbdist.core.optim.tensor_references import TensorReferences
+from nbdist.core.params.made_buffers import persistence
 from nbdist.core.params.param_data_watch import DataWatch
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.placement import Placement
@@ -50,6 +51,7 @@ class ShardPlan:
         self._table = table
         self._optimizers = optimizers
         self._axes = axes
+        self.described = {name: _described(table.placement(name), axes) for name in table.tensors}
         candidates: dict[str, tuple[str, int]] = {
             name: (_key(name, "", table.placement(name), axes), tensor.nbytes)
             for name, tensor in table.parameters.items()
@@ -67,7 +69,6 @@ class ShardPlan:
         self._watch = DataWatch(watched.values(), self._on_data_access)
         self._references = TensorReferences(table.objects)
         self._attributes = {name: OwnAttributes(one, self._references) for name, one in optimizers.items()}
-        self.described = {name: _described(table.placement(name), axes) for name in table.tensors}
 
     def changing(self, *, buffers: bool = False) -> dict[str, torch.Tensor]:
         """What steps change: trainable parameters, optimizer state, buffers, and frozen parameters if changed. Local.
@@ -92,7 +93,23 @@ class ShardPlan:
             changes = buffer.nbytes <= SMALL_BYTES or buffer._version != self._versions.get(name)
             if changes or (buffers and axes.data.rank == 0):
                 shards[_key(name, buffer_entry(axes.data.rank), table.placement(name), axes)] = buffer.detach()
+        for name, buffer in self._made():
+            shards[key_of(name, buffer_entry(axes.data.rank), None, None)] = buffer.detach()
         return shards
+
+    def made(self) -> dict[str, Any]:
+        """The buffers that a forward has made, or given another shape, described as in `described`. Local."""
+        kept = persistence(self._model)
+        return {
+            name: {**_described(Placement(layout=buffer), self._axes), "persistent": kept[name]}
+            for name, buffer in self._made()
+        }
+
+    def _made(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, buffer in self._model.named_buffers() if not self._axes.tp.rank else ():
+            known = self.described.get(name)
+            if known is None or known["shape"] != list(buffer.shape) or known["dtype"] != str(buffer.dtype)[6:]:
+                yield name, buffer
 
     def frozen(self) -> dict[str, torch.Tensor]:
         """The frozen parameters, if no step has changed them. Local."""
@@ -173,8 +190,10 @@ class ShardPlan:
         """The buffers that this rank saves: of ranks that read the same data, one does."""
         if self._axes.tp.rank:
             return
+        made = {name for name, _ in self._made()}
         for name, buffer in self._model.named_buffers(remove_duplicate=False):  # the table has each one once
-            if name in self._table.buffers and self._table.placement(name).held(self._axes):
+            placed = name in self._table.buffers and self._table.placement(name).held(self._axes)
+            if placed and name not in made:
                 yield name, buffer
 
 

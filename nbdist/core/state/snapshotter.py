@@ -17,6 +17,7 @@ from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.optim.lr_schedulers import Schedulers
 from nbdist.core.process import rng
 from nbdist.core.state.checkpoint_writer import CheckpointWriter, prepare
+from nbdist.core.state.extra_states import ExtraStates
 from nbdist.core.state.folder_lease import Lease
 from nbdist.core.state.restore import SAMPLE_ORDER_OPTIONS
 from nbdist.core.state.shard_plan import ShardPlan, check_state, gather_texts
@@ -50,6 +51,7 @@ class Snapshotter:
         schedulers: Saved too.
         rank_snapshots: Where snapshots go; None to take none.
         emit: Called with events for the user.
+        extra: The modules' extra states, saved too.
         run_id: The run's id.
         lease: Of the plan's checkpoint folder, on rank 0.
         changed: See `ShardPlan`.
@@ -57,7 +59,8 @@ class Snapshotter:
 
     def __init__(
         self, strategy: Strategy, plan: Plan, schedulers: Schedulers, rank_snapshots: RankSnapshots | None,
-        emit: Callable[[Event], None], run_id: str = "", lease: Lease | None = None, changed: Collection[str] = (),
+        emit: Callable[[Event], None], extra: ExtraStates, run_id: str = "", lease: Lease | None = None,
+        changed: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._strategy = strategy
         self._plan = plan
@@ -67,6 +70,7 @@ class Snapshotter:
         self._buffers = rank_snapshots  # checkpoints pass through them too, or through a store of this rank's own
         self._emit = emit
         self._changed = changed
+        self._extra = extra
         self._run_id = run_id
         self._leases: dict[str, Lease | None] = {}  # of folders of "checkpoint" commands, until the end of the run
         self._axes: MeshChannels = strategy.axes
@@ -203,9 +207,9 @@ class Snapshotter:
 
     def snapshot_on_error(self, progress: TrainProgress) -> None:
         """After an error: snapshot the state after the last complete step, if this rank still has it. Local."""
-        # The guard does not see whether the failed step has changed frozen parameters.
-        frozen_changed = self._shard_plan is not None and self._shard_plan.frozen_changed()
-        if self._step_guard is not None and progress.step and self._step_guard.intact and not frozen_changed:
+        # The guard does not see whether the failed step has changed frozen parameters, or extra states.
+        changed = self._extra.any or (self._shard_plan is not None and self._shard_plan.frozen_changed())
+        if self._step_guard is not None and progress.step and self._step_guard.intact and not changed:
             self._strategy.restore_shards()
             self._try_snapshot(progress, self._step_guard.buffers)
 
@@ -341,4 +345,8 @@ class Snapshotter:
             "generators": generators,
             **shard_plan.values(),
         }
+        if made := shard_plan.made():
+            state["made"] = made
+        if self._extra.any:
+            state["extra_state"] = self._extra.state_dict()
         return f'{{"tensors":{self._described},{json.dumps(state)[1:]}'

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from nbdist.core.comm import Channel
 from nbdist.core.data.reader import Slice
+from nbdist.core.params.extra_state import stateful_modules
+from nbdist.core.params.preserve_model import preserve_model
+from nbdist.core.params.tagged_json import to_json
 from nbdist.core.strategies.mesh_axis import Example, MeshAxis, Placements, Proposal, agree_on_proposals
 from nbdist.core.strategies.mesh_cost import AxisCost
 from nbdist.core.strategies.pipeline import partition
@@ -24,6 +29,28 @@ from nbdist.plan import Plan
 __all__ = ["PipelineAxis"]
 
 T = TypeVar("T")
+
+
+def check_root_state(model: nn.Module, example: Example) -> dict[str, nn.Module]:
+    """The modules with extra state that are called as a whole; not the model itself, which is cut. Local.
+
+    Raises:
+        PlanError: The model's own forward changes its extra state.
+    """
+    stateful = stateful_modules(model)
+    root = stateful.pop("", None)
+    if root is not None:
+        args, kwargs = example
+        with preserve_model(model), torch.no_grad():
+            before = json.dumps(to_json(root.get_extra_state(), "the extra state of the model"))
+            model(*args, **kwargs)
+            changed = before != json.dumps(to_json(root.get_extra_state(), "the extra state of the model"))
+        if changed:
+            raise PlanError(
+                f"{type(model).__name__} cannot be cut into stages: its own forward changes its extra state "
+                "(get_extra_state). Move that into a module of its own, which stays whole, or use another strategy."
+            )
+    return stateful
 
 
 class PipelineAxis(MeshAxis):
@@ -50,7 +77,8 @@ class PipelineAxis(MeshAxis):
         """See `MeshAxis`. Measured times differ from rank to rank, so the cuts of one rank are those of all."""
         # torch.export's graph has no BatchNorm modules left to synchronize.
         synced = plan.sync_batchnorm and plan.mesh.data > 1 and BatchNorms.layers_of(task.model)
-        kinds = partition.KINDS[:1] if synced else partition.KINDS
+        stateful = check_root_state(task.model, example)
+        kinds = partition.KINDS[:1] if synced or stateful else partition.KINDS
         split = partition.split(task.model, *example, plan.stages, at=plan.split_at, kinds=kinds)
         counting = next((effect for effect in split.effects if effect.counts), None)
         if plan.stages > plan.mesh.pp and counting is not None:
@@ -58,6 +86,12 @@ class PipelineAxis(MeshAxis):
                 f"forward counts in {counting}, which two stages of a rank would see at different calls: make it a "
                 "buffer, or use another schedule than interleaved."
             )
+        for name, module in stateful.items():
+            if len(of := {stage % plan.mesh.pp for stage in split.stages_of(module)}) > 1:
+                raise PlanError(
+                    f"{name} has extra state, and is called in stages of {len(of)} ranks, which would each have their "
+                    "own: call it once, or cut elsewhere (split_at)."
+                )
         ranks = [range(rank, plan.stages, plan.mesh.pp) for rank in range(plan.mesh.pp)]
         shares = [
             {name: float(any(stage in split.holders[name] for stage in stages)) for name in split.holders}

@@ -6,6 +6,7 @@ import concurrent.futures
 import ctypes
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -106,6 +107,41 @@ def test_killed_engines_change_no_bit(cluster, undisturbed, tmp_path, victims):
     events = [json.loads(line) for line in (records() / run.run_id / "cluster.jsonl").read_text().splitlines()]
     assert [*("Recovered" for _ in victims), "Noted"] == [event["event"] for event in events]
     assert victims == [event["rank"] for event in events if event["event"] == "Recovered"]
+
+
+class Counting(Net):
+    """Its count of forwards is extra state."""
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+
+@pytest.mark.parametrize("victims", [[], [0], [0, 1]])
+def test_extra_state_comes_home_and_survives(cluster, tmp_path, victims):
+    """The notebook's model has it, also of a run that lost engines; another run counts on."""
+    model, pids, gate = Counting(), [engine.pid for engine in cluster.engines], Gate(tmp_path, HELD, scheduler=falling)
+    run = cluster.train(model, data(), background=True, **OPTIONS | {"lr_scheduler": gate})
+    gate.wait(HELD, run=run)
+    for rank in victims:
+        os.kill(pids[rank], signal.SIGKILL)
+    gate.open(HELD)
+    assert "finished" == run.wait().state
+    steps = EPOCHS * SAMPLES // BATCH
+    assert steps == model.calls
+    cluster.train(model, data(), **OPTIONS | {"epochs": 1})
+    assert steps + SAMPLES // BATCH == model.calls
+
+
+def test_extra_state_after_an_error(cluster):
+    """It is that of the step whose weights the model holds."""
+    model = Counting((1, TRAPPED), "raise")
+    with pytest.raises(EngineError, match="torn") as error:
+        cluster.train(model, data(), **OPTIONS)
+    held = re.search(r"The model holds the weights after step (\d+)", str(error.value))
+    assert model.calls == (int(held[1]) if held else 0) < TRAPPED
 
 
 def test_an_engine_that_dies_at_the_same_place_again_and_again(cluster):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from nbdist.core.params.extra_state import stateful_modules
 from nbdist.core.strategies.pipeline.partition.call_signature import FlatModel, OutputStructure
 from nbdist.core.strategies.pipeline.partition.effects import ReadAttributes, refusal, set_data_, store_, to_tensor
 from nbdist.errors import TaskError
@@ -141,10 +142,11 @@ def drawn(with_torch: bool = True) -> Any:
 def trace_fx(flat: FlatModel) -> tuple[fx.Graph, nn.Module, None]:
     """Trace with torch.fx; each failure makes the modules of one class leaves, until it works or none is left.
 
-    So are modules whose attributes count calls: only they themselves can.
+    So are modules whose attributes count calls, and those with extra state: only they themselves can keep it.
     """
     modules = dict(flat.model.named_modules())
     whole = {id(modules[effect.module]) for effect in flat.effects if effect.counts}
+    whole |= {id(module) for module in stateful_modules(flat.model).values()} - {id(flat.model)}
     while True:
         tracer = _Tracer(flat, whole)
         flat.output_structures[0] = OutputStructure()

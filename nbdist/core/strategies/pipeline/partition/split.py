@@ -160,6 +160,15 @@ class Split:
             with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
                 yield
 
+    def stages_of(self, module: nn.Module) -> list[int]:
+        """The stages that call a module, or one that it is in."""
+        return [
+            stage
+            for stage, (start, stop) in enumerate(self._ranges())
+            for node in self.crossings.body[start:stop]
+            if node.op == "call_module" and module in set(self.crossings.trace.value(str(node.target)).modules())
+        ]
+
     def stage(self, index: int, call: Call) -> nn.Module:
         """The module of one stage for a call, in the model's present train and eval modes. Local; cached.
 
