@@ -75,7 +75,9 @@ class RunDispatch:
     def _pack(self) -> tuple[Any, Segment]:
         spec = self.control.spec
         names = self._task.named(*spec.names)
-        return self.engines.exchange.pack((spec.task, spec.plan), names=names, segment_cache=self._segment_cache)
+        return self.engines.exchange.pack(
+            (spec.task, spec.plan), names=names, segment_cache=self._segment_cache, registries=True
+        )
 
     def start(self, *, from_snapshot: bool, restart: bool = False) -> list[PendingCall]:
         """Call `train` on every rank; returns the calls.

@@ -215,7 +215,7 @@ class Payload:
 
 def pack(
     value: Any, *, names: Mapping[str, Any] | None = None, inline: bool = False,
-    segment_cache: SegmentCache | None = None,
+    segment_cache: SegmentCache | None = None, registries: bool = False,
 ) -> tuple[Payload, Segment]:  # fmt: skip
     """Pack an object by value: with the notebook's classes and functions, and with tensors and arrays out of band.
 
@@ -226,6 +226,7 @@ def pack(
         names: The user's names for what is in it, for errors; by default it is "it".
         inline: Whether the payload holds the bytes too, for receivers on other hosts.
         segment_cache: Provides the segment; by default a new one is made.
+        registries: See `pickler.dump`.
 
     Returns:
         The payload, and the segment to keep until every receiver has unpacked.
@@ -234,7 +235,7 @@ def pack(
         TaskError: Something in `value` cannot be pickled.
     """
     try:
-        code, buffers = pickler.dump(value)
+        code, buffers = pickler.dump(value, registries=registries)
     except Refusal as refusal:
         raise TaskError(refusal.sentence(names or {"it": value})) from refusal
     views = [buffer.raw() for buffer in buffers]

@@ -6,6 +6,7 @@ with no more than a warning; here what cannot be sent is an error.
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import io
@@ -13,7 +14,7 @@ import pickle
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -24,16 +25,26 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from nbdist.core.transfer.importable import is_importable
 from nbdist.core.transfer.process_state import LOCAL, LOCKS, refused_as, sent_local, sent_lock
+from nbdist.core.transfer.rebuild import (
+    as_storage,
+    as_tensor,
+    as_weak,
+    dead,
+    itself,
+    restore,
+    set_attributes,
+    update,
+    weak_method,
+    with_cache,
+)
 from nbdist.core.transfer.refusal import Refusal
+from nbdist.core.transfer.registries import Registry, candidates
 from nbdist.core.transfer.slots import attributes, slot_names
-from nbdist.errors import TaskError
 from nbdist.upstream.cloudpickle_private import is_class_by_value, reduced_class
 from nbdist.upstream.torch_private import (
     first_hook_number,
-    make_subclass,
     neg_view,
     number_hooks_from,
-    set_tensor_hooks,
     tensor_hooks,
     typed_storage,
     without_torch_function,
@@ -49,25 +60,44 @@ _STATE = {"defaults", "state", "param_groups"}  # what torch pickles of an optim
 _DEFAULT = getattr(object, "__getstate__", None)  # exists since Python 3.11
 
 
-def dump(value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
+def dump(value: Any, *, registries: bool = False) -> tuple[bytes, list[pickle.PickleBuffer]]:
     """Pickle `value`; returns the pickle, and the memory of its tensors and arrays as buffers. Local.
+
+    Args:
+        value: Anything.
+        registries: Whether to send registries too that hold a part of it, see `Registry`.
 
     Raises:
         Refusal: Something in it cannot be pickled.
     """
     stream = io.BytesIO()
+    pickler = _dumped(stream, value, [])
+    held = candidates(pickler.modules) if registries else []
+    if held:
+        known = pickler.memo.copy()
+        held = [registry for registry in held if any(id(one) in known for one in registry.objects)]
+    if held:
+        with contextlib.suppress(Refusal):  # it may hold anything else: then the engine's own stays as it is
+            again, before = io.BytesIO(), pickler
+            pickler, stream = _dumped(again, value, held), again
+            for buffer in before.buffers:
+                buffer.release()
+    if pickler.referents:
+        _check_held(pickler, value)
+    return stream.getvalue(), pickler.buffers
+
+
+def _dumped(stream: io.BytesIO, value: Any, registries: list[Registry]) -> _Pickler:
     pickler = _Pickler(stream)
     try:
-        pickler.dump((_HookNumbers(), value))
+        pickler.dump((_HookNumbers(), value, registries))
     except Refusal:
         raise
     except Exception as error:  # a user's __reduce__ may raise anything
         raise Refusal.of(error, pickler.last) from error
     finally:
         pickler.close()
-    if pickler.referents:
-        _check_held(pickler, value)
-    return stream.getvalue(), pickler.buffers
+    return pickler
 
 
 def load(code: Any, buffers: Sequence[Any]) -> Any:
@@ -91,6 +121,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         super().__init__(file, protocol=5, buffer_callback=self.buffers.append)
         self._strong_only = known is not None
         self._storages: dict[tuple[str, int, int], _Storage] = {} if known is None else known._storages
+        self.modules: set[str] = set()  # of which something is sent by name
         self._by_value: list[ModuleType] = []
         self._reduce: dict[type, Callable[[Any], Any] | None] = {}
         self._streams = {id(getattr(sys, name)): name for name in reversed(_STREAMS)}
@@ -116,9 +147,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         if issubclass(kind, nn.Module) and not refused_as(kind):
             return self._module
         if issubclass(kind, torch.optim.Optimizer) and kind.__reduce_ex__ is object.__reduce_ex__:
-            return lambda value: (copyreg.__newobj__, (kind,), _state_of(value), None, None, _restore)  # type: ignore[attr-defined]
+            return lambda value: (copyreg.__newobj__, (kind,), _state_of(value), None, None, restore)  # type: ignore[attr-defined]
         if kind is torch.UntypedStorage:
-            return lambda value: NotImplemented if value.device.type == "meta" else (_itself, (self._kept(value),))
+            return lambda value: NotImplemented if value.device.type == "meta" else (itself, (self._kept(value),))
         if kind is torch.TypedStorage:
             return lambda value: (typed_storage, (value._untyped_storage, value.dtype))
         if kind in (torch.finfo, torch.iinfo):
@@ -151,7 +182,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         """Let cloudpickle send by value what other processes cannot import."""
         name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
         module = sys.modules.get(name) if isinstance(name, str) and name != "__main__" else None
-        if module is not None and module not in self._by_value and not is_importable(module):
+        if module is None or module in self._by_value:
+            return NotImplemented
+        if is_importable(module):
+            self.modules.add(module.__name__)
+        else:
             self._by_value.append(module)
             cloudpickle.register_pickle_by_value(module)
         return NotImplemented
@@ -163,7 +198,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         if module is not None and found is value and value.__module__ != "__main__" and is_importable(module):
             return NotImplemented
         settings = value.cache_parameters()
-        return _with_cache, (value.__wrapped__, settings), vars(value) or None, None, None, _update
+        return with_cache, (value.__wrapped__, settings), vars(value) or None, None, None, update
 
     def close(self) -> None:
         """Forget which modules are sent by value. Twice is fine."""
@@ -178,12 +213,12 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
                 make: Any = kind
                 arguments: tuple[Any, ...] = (value.requires_grad, value.data.device, value.data.dtype)
             elif _is_simple(kind) and value.layout is torch.strided and not (value.is_quantized or value.is_nested):
-                make, arguments = _as_tensor, self._strided(value)
+                make, arguments = as_tensor, self._strided(value)
             else:
                 return self._as_torch_does(value)
             slots = {name: getattr(value, name) for name in slot_names(kind) if hasattr(value, name)}
             state = ({**vars(value), **slots} if slots else vars(value), *_hooks(value), None)
-        return (make, arguments, state, None, None, _set_attributes) if any(state) else (make, arguments)
+        return (make, arguments, state, None, None, set_attributes) if any(state) else (make, arguments)
 
     def _strided(self, value: Any) -> tuple[Any, ...]:
         graph = "" if value.grad_fn is None else value.grad_fn.name()
@@ -207,7 +242,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         if not plain:
             return NotImplemented
         make, arguments = value.detach().__reduce_ex__(5)[:2]
-        return make, arguments, (vars(value), None, None, value.requires_grad), None, None, _set_attributes
+        return make, arguments, (vars(value), None, None, value.requires_grad), None, None, set_attributes
 
     def _kept(self, storage: torch.UntypedStorage) -> _Storage:
         """One `_Storage` per memory; an empty storage gets its own, because it may be resized later."""
@@ -232,13 +267,13 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
             referent, how = value(), (weakref.ref, value.__callback__)
         elif kind is weakref.WeakMethod:
             method = value()
-            referent, how = getattr(method, "__self__", None), (_weak_method, getattr(method, "__func__", None))
+            referent, how = getattr(method, "__self__", None), (weak_method, getattr(method, "__func__", None))
         else:
             raise Refusal(value, f"a weak reference of a class of its own, {kind.__name__}")
         if referent is None or self._strong_only:
-            return _dead, ()
+            return dead, ()
         self.referents.append((value, referent))
-        return _as_weak, (referent, *how)
+        return as_weak, (referent, *how)
 
 
 def _check_held(pickler: _Pickler, value: Any) -> None:
@@ -297,7 +332,7 @@ def _traced(value: fx.GraphModule) -> Any:
     make, arguments = value.__reduce__()
     names = {*vars(nn.Module()), "meta"}
     state = {name: one for name, one in vars(value).items() if name in names}
-    return make, arguments, state, None, None, _update
+    return make, arguments, state, None, None, update
 
 
 def _refuse(value: Any) -> Any:
@@ -315,7 +350,7 @@ class _Storage:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         content: Any = self._bytes.numpy()
-        return _as_storage, (pickle.PickleBuffer(content),)
+        return as_storage, (pickle.PickleBuffer(content),)
 
 
 class _HookNumbers:
@@ -323,97 +358,3 @@ class _HookNumbers:
 
     def __reduce__(self) -> Any:
         return number_hooks_from, (first_hook_number(),)
-
-
-class _DroppedGraph(torch.autograd.Function):
-    """In place of a tensor's autograd graph, which is not sent: the value can be used, but backward raises."""
-
-    @staticmethod
-    def forward(ctx: Any, _anchor: torch.Tensor, make: Any, graph: str) -> torch.Tensor:
-        ctx.graph = graph
-        tensor: torch.Tensor = make()
-        return tensor
-
-    @staticmethod
-    def backward(ctx: Any, *_gradients: Any) -> Any:
-        raise TaskError(
-            f"backward reached a tensor that was computed before the training began ({ctx.graph}), and whose graph "
-            "was not sent to the engines: compute it in the step, or detach() it."
-        )
-
-
-# Functions that unpickling calls at the receiver.
-
-
-def _itself(value: Any) -> Any:
-    return value
-
-
-def _as_storage(view: memoryview) -> torch.UntypedStorage:
-    return torch.frombuffer(view, dtype=torch.uint8).untyped_storage() if len(view) else torch.UntypedStorage(0)
-
-
-def _as_tensor(
-    kind: type[torch.Tensor], storage: torch.UntypedStorage | None, dtype: torch.dtype, offset: int,
-    shape: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool, graph: str = "", conj: bool = False,
-    neg: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    def make() -> torch.Tensor:
-        if storage is None:
-            tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        else:
-            tensor = torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
-        tensor = tensor.conj() if conj else tensor
-        return neg_view(tensor) if neg else tensor
-
-    if graph:
-        with torch.enable_grad():
-            tensor: torch.Tensor = _DroppedGraph.apply(torch.zeros((), requires_grad=True), make, graph)  # type: ignore[no-untyped-call]
-        return tensor if kind is torch.Tensor else tensor.as_subclass(kind)
-    if kind is torch.Tensor:
-        return make().requires_grad_(requires_grad)
-    return make_subclass(kind, make(), requires_grad)
-
-
-def _set_attributes(tensor: Any, state: tuple[dict[str, Any], Any, Any, bool | None]) -> None:
-    """Set a tensor's attributes and hooks; the hook dicts are the objects that the `RemovableHandle`s refer to."""
-    attributes, before, after, requires_grad = state
-    if requires_grad is not None:
-        tensor.requires_grad_(requires_grad)
-    slots = set(slot_names(type(tensor)))
-    vars(tensor).update({name: value for name, value in attributes.items() if name not in slots})
-    for name in attributes.keys() & slots:
-        setattr(tensor, name, attributes[name])
-    if before or after:
-        set_tensor_hooks(tensor, before, after)
-
-
-def _restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    slots = slot_names(type(optimizer))
-    optimizer.__setstate__({name: value for name, value in state.items() if name not in slots})
-    for name in state.keys() & set(slots):
-        setattr(optimizer, name, state[name])
-
-
-def _update(value: Any, state: dict[str, Any]) -> None:
-    vars(value).update(state)
-
-
-def _with_cache(function: Any, settings: dict[str, Any]) -> Any:
-    return functools.lru_cache(**settings)(function)
-
-
-def _weak_method(owner: Any, function: Any) -> Any:
-    return weakref.WeakMethod(MethodType(function, owner))
-
-
-def _as_weak(referent: Any, make: Any, *callback: Any) -> Any:
-    return make(referent, *callback)
-
-
-class _Gone:
-    """The referent of a dead weak reference."""
-
-
-def _dead() -> Any:
-    return weakref.ref(_Gone())

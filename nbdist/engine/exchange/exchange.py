@@ -58,10 +58,13 @@ class Exchange(abc.ABC):
     """Whether all engines can map memory of the kernel's host: snapshots are kept there."""
 
     def pack(
-        self, value: Any, *, names: Mapping[str, Any] | None = None, segment_cache: SegmentCache | None = None
+        self, value: Any, *, names: Mapping[str, Any] | None = None, segment_cache: SegmentCache | None = None,
+        registries: bool = False,
     ) -> tuple[Payload, Segment]:  # fmt: skip
         """`pack` of `nbdist.core.transfer.payload`; where memory is not shared, the payload holds the bytes too."""
-        return pack(value, names=names, inline=not self.shares_memory, segment_cache=segment_cache)
+        return pack(
+            value, names=names, inline=not self.shares_memory, segment_cache=segment_cache, registries=registries
+        )
 
     @abc.abstractmethod
     def state_reader(self, ranks: int, holder: Holder | None, paths: Sequence[str] = ()) -> StateReader:

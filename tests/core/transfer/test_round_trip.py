@@ -64,7 +64,7 @@ def there():
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def send(value: Any) -> Any:
-        payload, segment = pack(value)
+        payload, segment = pack(value, registries=True)
         pickle.dump(payload, child.stdin)
         child.stdin.flush()
         answer = pickle.load(child.stdout)

@@ -1,0 +1,32 @@
+"""A library that enters what is made into registries of its own; tests import it by its name, here and on engines."""
+
+from __future__ import annotations
+
+import weakref
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+LAYERS: dict[str, nn.Module] = {}
+ORDER: list[nn.Module] = []
+ALIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+WORDS = {"a": "word"}
+
+
+class Layer(nn.Module):
+    """A layer that is found again by its name."""
+
+    scales: ClassVar[dict[str, nn.Parameter]] = {}
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.line = name, nn.Linear(2, 2)
+        LAYERS[name] = self
+        ORDER.append(self)
+        ALIVE.add(self)
+        Layer.scales[name] = self.line.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """By way of the registry; as often as there are layers."""
+        return LAYERS[self.name].line(x) * len(ORDER)
