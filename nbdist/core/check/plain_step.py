@@ -14,13 +14,14 @@ from torch import nn
 from nbdist.core.check.program_state import ProgramState
 from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.precision import Precision
+from nbdist.core.params.extra_state import extra_states
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 
-__all__ = ["PlainStep", "StepResult", "extra_states"]
+__all__ = ["PlainStep", "StepResult"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,15 +179,6 @@ class PlainStep:
                 if parameter.is_floating_point() and parameter.numel():
                     half = parameter.detach()[..., ::2] if parameter.ndim else parameter.detach()
                     half.mul_(1 + max(share, torch.finfo(parameter.dtype).eps))
-
-
-def extra_states(model: nn.Module) -> dict[str, Any]:
-    """What ``get_extra_state`` of each module that has one returns, by the module's name. Local."""
-    found = {}
-    for name, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            found[name] = module.get_extra_state()
-    return found
 
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:

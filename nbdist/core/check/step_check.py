@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from nbdist.core.check.per_sample import PerSample
-from nbdist.core.check.plain_step import PlainStep, StepResult, extra_states
+from nbdist.core.check.plain_step import PlainStep, StepResult
 from nbdist.core.check.program_state import ProgramState
 from nbdist.core.check.rounding import Rounding
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice
 from nbdist.core.data.sources import tensors_in
+from nbdist.core.params.extra_state import extra_states
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
 from nbdist.core.strategies.strategy import Strategy
