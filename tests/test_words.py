@@ -41,7 +41,6 @@ PROSE = {
 ALLOWED = {
     ("core/comm/shared_memory", "chunk"): "as much of one collective as its arena holds",
     ("core/params/param_data_watch", "callback"): "a function that is called back",
-    ("core/transfer/pickler", "callback"): "pickle's own buffer_callback",
     ("cluster/launch/launcher", "config"): "the word of traitlets",
     ("core/params", "dim"): "of a tensor",
     ("core/strategies/tensor", "dim"): "of a tensor",
@@ -70,7 +69,7 @@ ALLOWED = {
     ("core", "scheduler"): "of a learning rate",
     ("engine/stack_dump", "signal"): "of the operating system",
     ("cluster/engines/engines", "signal"): "of the operating system",
-    ("core/transfer/pickler", "slot"): "Python's __slots__",
+    ("core/transfer/rebuild", "slot"): "Python's __slots__",
     ("core/params/placeholder", "slot"): "Python's __slots__",
     ("core/transfer", "lock"): "of a thread",
     ("upstream/cloudpickle_private", "slot"): "Python's __slots__",

@@ -60,6 +60,11 @@ class Source:
             raise TaskError(f"{name} is empty: there is no sample to train on.")
         return source
 
+    @property
+    def given(self) -> Any:
+        """The tensors, dataset or stream."""
+        return next(form for form in (self.tensors, self.dataset, self.stream) if form is not None)
+
     @classmethod
     def _of_loader(cls, loader: torch_data.DataLoader[Any], name: str) -> Source:
         if loader.batch_size is None:

@@ -207,16 +207,9 @@ class Task:
 
     def named(self, model: str, data: str) -> dict[str, Any]:
         """What the user supplied, by names for errors; `model` and `data` are the user's own. Local."""
-
-        def supplied(source: Source | None) -> Any:
-            forms = () if source is None else (source.dataset, source.stream, source.tensors)
-            return next((form for form in forms if form is not None), source)
-
-        optimizers = self.optimizers.get("", self.optimizers)
         return {
-            model: self.given, data: supplied(self.data), "optimizer": optimizers, "step": self.step,
-            "val": supplied(self.val), "metric": self.metric, "lr_scheduler": self.schedulers,
-            f"what loads {data}": self.data, "the task": self,
+            model: self.given, data: self.data.given, "optimizer": self.optimizers.get("", self.optimizers),
+            "step": self.step, "val": self.val and self.val.given, "metric": self.metric, "the task": self,
         }  # fmt: skip
 
     def make_schedulers(self) -> Schedulers:

@@ -216,8 +216,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
                 make, arguments = as_tensor, self._strided(value)
             else:
                 return self._as_torch_does(value)
-            slots = {name: getattr(value, name) for name in slot_names(kind) if hasattr(value, name)}
-            state = ({**vars(value), **slots} if slots else vars(value), *_hooks(value), None)
+            state = (attributes(value) if slot_names(kind) else vars(value), *_hooks(value), None)
         return (make, arguments, state, None, None, set_attributes) if any(state) else (make, arguments)
 
     def _strided(self, value: Any) -> tuple[Any, ...]:

@@ -114,9 +114,9 @@ def weak_method(owner: Any, function: Any) -> Any:
     return weakref.WeakMethod(MethodType(function, owner))
 
 
-def as_weak(referent: Any, make: Any, *callback: Any) -> Any:
+def as_weak(referent: Any, make: Any, *rest: Any) -> Any:
     """A weak reference, or proxy."""
-    return make(referent, *callback)
+    return make(referent, *rest)
 
 
 class _Gone:

@@ -371,7 +371,7 @@ def stopped_in_mid_epoch(world, folder, strategy):
 
 def statistics(world, folder, mesh):
     model = normed()
-    load(CheckpointReader.in_folder(folder), ParamTable.of(model), {}, MeshChannels(world, mesh))
+    load(CheckpointReader.in_folder(folder), model, ParamTable.of(model), {}, MeshChannels(world, mesh))
     return model[1].running_mean
 
 
