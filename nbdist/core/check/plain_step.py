@@ -68,6 +68,8 @@ class PlainStep:
         self._task, self._plan, self._hooks, self._capture, self._device = task, plan, hooks, capture, device
         self.state = capture()
         self.kept: list[str] = []
+        self._knows_kept = False
+        self._changed = True
         self.kept_again: list[str] = []
         self._table = ParamTable.of(task.model)
         self._precision = Precision(plan.precision, device)
@@ -95,11 +97,12 @@ class PlainStep:
         self._task.forms.begin()
         try:
             for number, slices in enumerate(replicas):
-                self.state.restore()
+                self._restore()
                 for parameter in self._table.parameters.values():
                     parameter.grad = None
                 if nudge:
                     self._nudge(nudge)
+                self._changed = True
                 for part in slices:
                     losses.append(self._slice(part, backward))
                     total += losses[-1][1]
@@ -109,7 +112,8 @@ class PlainStep:
                         gradient = gradient.to_dense() if gradient.is_sparse else gradient
                         held = sums[name]
                         sums[name] = gradient if held is None else held.add_(gradient)
-                self.kept = self.kept or self.state.changes()
+                if not self._knows_kept:
+                    self.kept, self._knows_kept = self.state.changes(), True
                 if self.kept and again:
                     before = self._capture()
                     self._task.forms.begin()
@@ -119,15 +123,22 @@ class PlainStep:
                 for name, buffer in dict(self._task.model.named_buffers()).items():
                     averaged.setdefault(name, []).append(buffer.detach().clone())
                 extra = extra_states(self._task.model) if number == 0 else extra
+                self._changed = bool(self.kept or nudge)
             gradients = self._finished(sums, total) if backward else {}
         finally:
-            self.state.restore()
+            self._restore()
         mean = sum(loss * weight for loss, weight in losses if weight) / total if total else math.nan
         buffers = {name: _mean(values) for name, values in averaged.items() if len(values) == len(replicas)}
         each = [loss for loss, _ in losses]
         return StepResult(
             loss=mean, losses=each, dtype=self._loss_dtype, gradients=gradients, buffers=buffers, extra=extra
         )
+
+    def _restore(self) -> None:
+        """Put everything back, unless it is known that nothing has changed."""
+        if self._changed:
+            self.state.restore()
+        self._changed = False
 
     def _slice(self, part: Slice, backward: bool) -> tuple[float, float]:
         """Run one slice; returns its loss and weight."""
@@ -153,6 +164,7 @@ class PlainStep:
         for name, gradient in sums.items():
             self._table.parameters[name].grad = gradient if gradient is None else gradient.div_(factor or 1.0)
         self._hooks.run(self._table, None)
+        self._changed |= len(self._hooks) > 0
         if self._plan.clip_norm is not None:
             nn.utils.clip_grad_norm_(list(self._table.trainable.values()), self._plan.clip_norm)
         finished = {}

@@ -439,6 +439,7 @@ def _cell_value(cell: types.CellType) -> list[Any]:
         return []
 
 
+@functools.lru_cache(1024)
 def _slotted(kind: type) -> list[str]:
     names = vars(kind).get("__slots__", ())
     names = [names] if isinstance(names, str) else names

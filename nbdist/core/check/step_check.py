@@ -161,8 +161,14 @@ class StepCheck:
         return whole, [joined] if joined else self._replicas()
 
     def _run_plain(self, whole: Slice, replicas: list[list[Slice]]) -> None:
-        task, plan = self._task, self._plan
-        step = PlainStep(task, plan, self._hooks, lambda: ProgramState(self._roots()), self._device)
+        step = PlainStep(self._task, self._plan, self._hooks, lambda: ProgramState(self._roots()), self._device)
+        try:
+            self._run_steps(step, whole, replicas)
+        finally:
+            step.state.restore()
+
+    def _run_steps(self, step: PlainStep, whole: Slice, replicas: list[list[Slice]]) -> None:
+        plan = self._plan
         if step.state.iterators:
             raise _CannotBeChecked(
                 f"the step can reach {step.state.iterators[0]}, an iterator, which cannot be put back"

@@ -40,6 +40,10 @@ class GradientHooks:
                 # Not None: torch would go on running post-accumulate hooks. With an empty dict it runs none.
                 set_tensor_hooks(parameter, before and OrderedDict(), after and OrderedDict())
 
+    def __len__(self) -> int:
+        """How many parameters have hooks."""
+        return len(self._removed)
+
     def run(self, table: ParamTable, axes: MeshChannels | None) -> None:
         """Run the hooks on the gradients that this rank holds. **Collective** over the replica.
 
