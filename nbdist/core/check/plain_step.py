@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ class PlainStep:
                     self.kept_again = self.kept_again or before.changes()
                 for name, buffer in dict(self._task.model.named_buffers()).items():
                     averaged.setdefault(name, []).append(buffer.detach().clone())
-                extra = extra_states(self._task.model) if number == 0 else extra
+                extra = copy.deepcopy(extra_states(self._task.model)) if number == 0 else extra
                 self._changed = bool(self.kept or nudge)
             gradients = self._finished(sums, total) if backward else {}
         finally:

@@ -7,13 +7,11 @@ import functools
 import io
 import logging
 import os
-import pickle
 import random
 import sysconfig
 import threading
 import types
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,15 +19,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from nbdist.core.params.param_data_watch import get_data, set_data
-from nbdist.core.params.placeholder import is_placeholder
+from nbdist.core.check.value_records import (
+    ATOMS,
+    ArrayRecord,
+    AttributesRecord,
+    CellRecord,
+    ClassRecord,
+    DictRecord,
+    GeneratorRecord,
+    GlobalRecord,
+    Record,
+    SequenceRecord,
+    SetRecord,
+    SlotRecord,
+    TensorRecord,
+    cell_value,
+    items_of,
+)
 
-__all__ = ["ProgramState", "same_values"]
+__all__ = ["ProgramState"]
 
 _LARGE_BYTES = 64 * 2**20
 _MANY = 1000
 """A container with more items is taken for data if the first of them are atoms."""
-_ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, range, slice, type)
 _LEFT_ALONE = (
     types.ModuleType, types.CodeType, types.BuiltinFunctionType, logging.Logger, logging.Handler, threading.Thread,
     io.IOBase, weakref.ref, property, staticmethod, classmethod,
@@ -68,7 +80,7 @@ class ProgramState:
         self._large_bytes = large_bytes
         self._keep_storage = keep_storage
         self.iterators: list[str] = []
-        self._records: list[_Record] = []
+        self._records: list[Record] = []
         self._seen: dict[Any, Any] = {}  # held, so that no id comes twice
         self._queue: collections.deque[tuple[str, Any]] = collections.deque(roots.items())
         self._own = {id(tensor) for root in roots.values() if isinstance(root, nn.Module) for tensor in _tensors(root)}
@@ -87,23 +99,23 @@ class ProgramState:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors that were reached, with their paths."""
-        return ((record.path, record.tensor) for record in self._records if isinstance(record, _TensorRecord))
+        return ((record.path, record.tensor) for record in self._records if isinstance(record, TensorRecord))
 
     def _visit(self, path: str, value: Any) -> None:
-        if isinstance(value, _ATOMS) or id(value) in self._seen:
+        if isinstance(value, ATOMS) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, _LEFT_ALONE) or _is_ours(value):
             return
         if isinstance(value, torch.Tensor):
             if id(value) in self._own or _bytes(value) <= self._large_bytes:
-                self._records.append(_TensorRecord(path, value, self._keep_storage))
+                self._records.append(TensorRecord(path, value, self._keep_storage))
             self._attributes(path, value)
         elif isinstance(value, np.ndarray):
             if value.nbytes <= self._large_bytes and value.flags.writeable:
-                self._records.append(_ArrayRecord(path, value))
+                self._records.append(ArrayRecord(path, value))
         elif isinstance(value, dict):
-            self._container(path, value, _DictRecord, ((f"{path}[{key!r}]", item) for key, item in _items(value)))
+            self._container(path, value, DictRecord, ((f"{path}[{key!r}]", item) for key, item in items_of(value)))
             self._attributes(path, value)
         elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
             kind = None if isinstance(value, (tuple, frozenset)) else _RECORDS[_base(value)]
@@ -116,7 +128,7 @@ class ProgramState:
         elif isinstance(value, functools.partial):
             self._queue += [(path, value.func), (f"{path}.args", value.args), (f"{path}.keywords", value.keywords)]
         elif (pair := _generator_state(value)) is not None:
-            self._records.append(_GeneratorRecord(path, *pair))
+            self._records.append(GeneratorRecord(path, *pair))
         elif hasattr(type(value), "__next__"):
             self.iterators.append(path)
         else:
@@ -126,29 +138,29 @@ class ProgramState:
     def _container(self, path: str, value: Any, kind: Any, items: Iterator[tuple[str, Any]]) -> None:
         if kind is not None:
             self._records.append(kind(path, value))
-        if len(value) > _MANY and all(isinstance(item, _ATOMS) for _, item in zip(range(_MANY), value, strict=False)):
+        if len(value) > _MANY and all(isinstance(item, ATOMS) for _, item in zip(range(_MANY), value, strict=False)):
             return
-        self._queue += ((name, item) for name, item in items if not isinstance(item, _ATOMS))
+        self._queue += ((name, item) for name, item in items if not isinstance(item, ATOMS))
 
     def _attributes(self, path: str, value: Any) -> None:
         names = getattr(value, "__dict__", None)
         if isinstance(names, dict) and id(names) not in self._seen:
             self._seen[id(names)] = names
-            self._records.append(_AttributesRecord(path, names))
-            self._queue += self._attribute_items(path, value, names)
+            self._records.append(AttributesRecord(path, names))
+            self._queue += self._attributeitems_of(path, value, names)
         for kind in type(value).__mro__:
             for name in _slotted(kind):
                 if hasattr(value, name):
-                    self._records.append(_SlotRecord(f"{path}.{name}", value, name))
+                    self._records.append(SlotRecord(f"{path}.{name}", value, name))
                     self._queue.append((f"{path}.{name}", getattr(value, name)))
 
-    def _attribute_items(self, path: str, value: Any, names: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    def _attributeitems_of(self, path: str, value: Any, names: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         for name, item in names.items():
-            if isinstance(item, _ATOMS):
+            if isinstance(item, ATOMS):
                 continue
             if isinstance(value, nn.Module) and name in ("_modules", "_parameters", "_buffers"):
                 self._seen[id(item)] = item
-                self._records.append(_AttributesRecord(path, item))
+                self._records.append(AttributesRecord(path, item))
                 yield from ((f"{path}.{inner}", held) for inner, held in item.items())
             else:
                 yield f"{path}.{name}", item
@@ -160,8 +172,8 @@ class ProgramState:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if id(cell) not in self._seen:
                 self._seen[id(cell)] = cell
-                self._records.append(_CellRecord(name, cell))
-                with_value = _cell_value(cell)
+                self._records.append(CellRecord(name, cell))
+                with_value = cell_value(cell)
                 self._queue += [(name, value) for value in with_value]
         if _is_of_library(function.__code__):
             return
@@ -169,7 +181,7 @@ class ProgramState:
         for name in sorted(_names_in(function.__code__)):
             if name in names and (key := (id(names), name)) not in self._seen:
                 self._seen[key] = names
-                self._records.append(_GlobalRecord(name, names))
+                self._records.append(GlobalRecord(name, names))
                 self._queue.append((name, names[name]))
                 if isinstance(names[name], type):
                     self._class(names[name])
@@ -184,7 +196,7 @@ class ProgramState:
             mine = [function for function in functions if function is not None]
             if not any(not _is_of_library(function.__code__) for function in mine):
                 continue
-            self._records.append(_ClassRecord(base.__qualname__, base))
+            self._records.append(ClassRecord(base.__qualname__, base))
             self._queue += ((base.__qualname__, function) for function in mine)
             self._queue += (
                 (f"{base.__qualname__}.{name}", value) for name, value in vars(base).items()
@@ -192,251 +204,11 @@ class ProgramState:
             )  # fmt: skip
 
 
-class _Record(ABC):
-    """One value to compare and to put back."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    @abstractmethod
-    def changes(self) -> list[str]:
-        """The paths of what has changed."""
-
-    @abstractmethod
-    def restore(self) -> None:
-        """Put it back."""
-
-
-class _TensorRecord(_Record):
-    def __init__(self, path: str, tensor: Any, keep_storage: bool) -> None:
-        super().__init__(path)
-        self.tensor = tensor
-        self._keep_storage = keep_storage
-        self._gradient = tensor.grad if tensor.is_leaf else None
-        self._needs_gradient = tensor.requires_grad
-        self._data: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
-        if tensor.layout == torch.strided and not tensor.is_meta and not is_placeholder(tensor):
-            data = get_data(tensor)
-            # A dummy of a mesh, or another subclass, need not hold a value for each element.
-            if type(data) in (torch.Tensor, nn.Parameter) and data.untyped_storage().nbytes() >= data.nbytes:
-                self._data, self._values = data, data.clone()
-
-    def changes(self) -> list[str]:
-        return [] if self._values is None or self._is_same(get_data(self.tensor)) else [self.path]
-
-    def _is_same(self, data: torch.Tensor) -> bool:
-        assert self._values is not None
-        return data.shape == self._values.shape and data.dtype == self._values.dtype and same_values(data, self._values)
-
-    def restore(self) -> None:
-        if self._values is not None and self._data is not None and not is_placeholder(self.tensor):
-            now = get_data(self.tensor)
-            if not self._keep_storage and _place(now) != _place(self._data):
-                set_data(self.tensor, self._data)
-                now = self._data
-            # By way of `data`, unnoticed by autograd and by whoever compares versions.
-            if now.shape == self._values.shape and not self._is_same(now):
-                now.copy_(self._values)
-        if self.tensor.is_leaf:
-            self.tensor.grad = self._gradient
-            if self.tensor.requires_grad != self._needs_gradient:
-                self.tensor.requires_grad_(self._needs_gradient)
-
-
-class _ArrayRecord(_Record):
-    def __init__(self, path: str, array: Any) -> None:
-        super().__init__(path)
-        self._array, self._values = array, array.copy()
-
-    def changes(self) -> list[str]:
-        return [] if self._array.tobytes() == self._values.tobytes() else [self.path]
-
-    def restore(self) -> None:
-        self._array[...] = self._values
-
-
-class _DictRecord(_Record):
-    def __init__(self, path: str, value: dict[Any, Any]) -> None:
-        super().__init__(path)
-        self._value, self._items = value, list(_items(value))
-
-    def changes(self) -> list[str]:
-        return [] if _same_pairs(list(_items(self._value)), self._items) else [self.path]
-
-    def restore(self) -> None:
-        if not _same_pairs(list(_items(self._value)), self._items):
-            kind: Any = collections.OrderedDict if isinstance(self._value, collections.OrderedDict) else dict
-            kind.clear(self._value)
-            kind.update(self._value, self._items)
-
-
-class _AttributesRecord(_DictRecord):
-    """Attributes of an object: each has a path of its own."""
-
-    def changes(self) -> list[str]:
-        before, now = dict(self._items), self._value
-        missing = object()
-        return [
-            f"{self.path}.{name}" for name in {**before, **now}
-            if not _same(before.get(name, missing), now.get(name, missing))
-        ]  # fmt: skip
-
-
-class _SequenceRecord(_Record):
-    def __init__(self, path: str, value: Any) -> None:
-        super().__init__(path)
-        self._value, self._items = value, list(value)
-
-    def changes(self) -> list[str]:
-        now = list(self._value)
-        same = len(now) == len(self._items) and all(map(_same, now, self._items))
-        return [] if same else [self.path]
-
-    def restore(self) -> None:
-        if self.changes():
-            self._value.clear()
-            self._value.extend(self._items)
-
-
-class _SetRecord(_SequenceRecord):
-    def changes(self) -> list[str]:
-        return [] if set(self._value) == set(self._items) else [self.path]
-
-    def restore(self) -> None:
-        if self.changes():
-            self._value.clear()
-            self._value.update(self._items)
-
-
-class _SlotRecord(_Record):
-    def __init__(self, path: str, owner: Any, name: str) -> None:
-        super().__init__(path)
-        self._owner, self._name, self._value = owner, name, getattr(owner, name)
-
-    def changes(self) -> list[str]:
-        return [] if _same(getattr(self._owner, self._name, None), self._value) else [self.path]
-
-    def restore(self) -> None:
-        if self.changes():
-            setattr(self._owner, self._name, self._value)
-
-
-class _CellRecord(_Record):
-    def __init__(self, path: str, cell: types.CellType) -> None:
-        super().__init__(path)
-        self._cell, self._value = cell, _cell_value(cell)
-
-    def changes(self) -> list[str]:
-        now = _cell_value(self._cell)
-        return [] if len(now) == len(self._value) and all(map(_same, now, self._value)) else [self.path]
-
-    def restore(self) -> None:
-        if not self.changes():
-            return
-        if self._value:
-            self._cell.cell_contents = self._value[0]
-        else:
-            del self._cell.cell_contents
-
-
-class _GlobalRecord(_Record):
-    def __init__(self, name: str, names: dict[str, Any]) -> None:
-        super().__init__(name)
-        self._names, self._value = names, names[name]
-
-    def changes(self) -> list[str]:
-        return [] if _same(self._names.get(self.path), self._value) else [self.path]
-
-    def restore(self) -> None:
-        self._names[self.path] = self._value
-
-
-class _ClassRecord(_Record):
-    """The attributes of a class that are atoms."""
-
-    def __init__(self, path: str, kind: type) -> None:
-        super().__init__(path)
-        self._kind = kind
-        self._values = self._now()
-
-    def _now(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in vars(self._kind).items()
-            if isinstance(value, _ATOMS) and not name.startswith("__")
-        }  # fmt: skip
-
-    def changes(self) -> list[str]:
-        now, missing = self._now(), object()
-        return [
-            f"{self.path}.{name}" for name in {**self._values, **now}
-            if not _same(self._values.get(name, missing), now.get(name, missing))
-        ]  # fmt: skip
-
-    def restore(self) -> None:
-        if self.changes():
-            for name in self._now().keys() - self._values.keys():
-                delattr(self._kind, name)
-            for name, value in self._values.items():
-                setattr(self._kind, name, value)
-
-
-class _GeneratorRecord(_Record):
-    """A generator of random numbers."""
-
-    def __init__(self, path: str, get: Callable[[], Any], put: Callable[[Any], Any]) -> None:
-        super().__init__(path)
-        self._get, self._put, self._state = get, put, get()
-
-    def changes(self) -> list[str]:
-        now, before = self._get(), self._state
-        same = pickle.dumps(now) == pickle.dumps(before)
-        return [] if same else [self.path]
-
-    def restore(self) -> None:
-        self._put(self._state)
-
-
-_RECORDS: dict[type, type[_Record]] = {list: _SequenceRecord, collections.deque: _SequenceRecord, set: _SetRecord}
-
-
-def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors of one shape and dtype hold the same values; NaN is the same as NaN. Local."""
-    if torch.equal(first, second):
-        return True
-    if not (first.is_floating_point() or first.is_complex()):
-        return False
-    return bool(((first == second) | ((first != first) & (second != second))).all())
-
-
-def _place(data: torch.Tensor) -> tuple[Any, ...]:
-    return data.data_ptr(), data.shape, data.stride(), data.dtype
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Whether two values are the same object, or equal atoms."""
-    return first is second or (type(first) is type(second) and isinstance(first, _ATOMS) and first == second)
-
-
-def _same_pairs(first: list[tuple[Any, Any]], second: list[tuple[Any, Any]]) -> bool:
-    return len(first) == len(second) and all(a[0] is b[0] and a[1] is b[1] for a, b in zip(first, second, strict=True))
-
-
-def _items(value: dict[Any, Any]) -> Any:
-    kind: Any = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
-    return kind.items(value)  # a subclass may show others
+_RECORDS: dict[type, type[Record]] = {list: SequenceRecord, collections.deque: SequenceRecord, set: SetRecord}
 
 
 def _base(value: Any) -> type:
     return next(kind for kind in _RECORDS if isinstance(value, kind))
-
-
-def _cell_value(cell: types.CellType) -> list[Any]:
-    """The value of a cell; none while its variable is not assigned."""
-    try:
-        return [cell.cell_contents]
-    except ValueError:
-        return []
 
 
 @functools.lru_cache(1024)

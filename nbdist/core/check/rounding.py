@@ -45,7 +45,8 @@ class Rounding:
 
     def differs_loss(self, expected: float, got: float) -> bool:
         """Whether two mean losses differ by more than rounding."""
-        eps = torch.finfo(self._loss_dtype).eps
+        # Ranks without a parameter in float64 sum losses in float32.
+        eps = max(torch.finfo(self._loss_dtype).eps, torch.finfo(torch.float32).eps)
         noise, size = self._noise["loss", ""], abs(expected)
         # A loss in half precision is rounded in each slice, by half of its last bit.
         return abs(got - expected) > max(_allowed(noise, size), (eps if eps > _SMALL else _ULPS * eps) * size)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,8 @@ from nbdist.core.check.per_sample import PerSample
 from nbdist.core.check.plain_step import PlainStep, StepResult
 from nbdist.core.check.program_state import ProgramState
 from nbdist.core.check.rounding import Rounding
+from nbdist.core.check.sentences import OTHER_DATA, apart, no_mean, off_on_mesh, wrong_gradient
+from nbdist.core.check.value_records import same_values
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice
@@ -35,25 +39,6 @@ from nbdist.plan import Plan, slice_bounds
 __all__ = ["Findings", "StepCheck"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_SUM = "divide it by the number of samples, as in `return loss / len(batch[0])`, or give the mean"
-_NO_MEAN = (
-    "the loss of {samples} samples in one batch is {whole:.6g}, but the mean of those of its {slices} slices is "
-    "{mean:.6g}{ratio}: it is no mean over samples. {cure}; where each slice is meant by itself (as in BatchNorm), "
-    "give check='mesh' (--check mesh)."
-)
-_REASONS = {
-    "tp": ("a layer is split that must stay whole", "leave it out of tensor_plan, or use the strategy data or shard"),
-    "pp": (
-        "the traced forward leaves out what Python does beside its operations",
-        "cut elsewhere (split_at), or use the strategy data or shard",
-    ),
-    "shard": ("the forward or the step uses a parameter outside of its module", "use the strategy data"),
-    "dp": ("the step keeps something from slice to slice", "keep it in a buffer, or train on one rank"),
-}
-_OTHER_DATA = (
-    "rank {rank} reads other samples than rank 0: the data draws random numbers that differ from process to process. "
-    "Give it a generator with a fixed seed, or draw from torch's, Python's or NumPy's own, which nbdist seeds."
-)
 _DATA_BYTES = 2**20
 _NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -99,28 +84,32 @@ class StepCheck:
             same_weights: Whether all ranks have the same weights already; else rank 0's are broadcast.
 
         Raises:
-            TaskError: The loss of a batch is not the mean of its slices' losses.
-            PlanError: The step cannot be trained.
+            TaskError: The loss of a batch is not the mean of its slices' losses, or ranks read other data.
         """
         message: dict[str, str] = {}
-        digest = b""
-        if not same_weights:
-            ParamTable.of(self._task.model).broadcast_(self._world.channel())
-        with rng.fork_rng(self._device):
+        digest, table = b"", ParamTable.of(self._task.model)
+        own = {} if same_weights else {name: tensor.clone() for name, tensor in table.tensors.items()}
+        if own:
+            table.broadcast_(self._world.channel())
+        with rng.fork_rng(self._device), _muted():
             try:
                 whole, replicas = self._read()
                 digest = _digest(whole.batch)
                 self._run_plain(whole, replicas)
-            except NbdistError as error:
-                message = {"error": type(error).__name__, "text": str(error)}
+            except _Refused as error:
+                message = {"error": str(error)}
+            except NbdistError as error:  # of the step, which the first step of the run will raise too, if it is so
+                message = {"skip": str(error)}
             except Exception as error:
                 what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
                 message = {"skip": f"the step cannot be run on a few samples alone ({what})"}
             except _CannotBeChecked as why:
                 message = {"skip": str(why)}
+        if own:  # until the run is known to start
+            table.load_(own)
         read = self._world.channel().broadcast_bytes(digest)
         if not message and read != digest:
-            message = {"error": "TaskError", "text": _OTHER_DATA.format(rank=self._world.rank)}
+            message = {"error": OTHER_DATA.format(rank=self._world.rank)}
         agreed = first_of_all(json.dumps(message).encode() if message else b"", self._world.channel())
         if not agreed:
             return
@@ -129,7 +118,7 @@ class StepCheck:
         if "skip" in message:
             self.findings.result = f"not checked: {message['skip']}"
             return
-        raise {"PlanError": PlanError}.get(message["error"], TaskError)(message["text"])
+        raise TaskError(message["error"])
 
     def _read(self) -> tuple[Slice, list[list[Slice]]]:
         """The samples of the check as one batch, and as the slices of each replica."""
@@ -225,18 +214,13 @@ class StepCheck:
             return
         assert rounding is not None
         if rounding.differs_loss(single.loss, sliced.loss):
-            raise TaskError(_no_mean(single.loss, sliced, whole.samples))
+            raise _Refused(no_mean(single.loss, sliced, whole.samples))
         for name, gradient in single.gradients.items():
             other = sliced.gradients[name]
             if (gradient is None) != (other is None) or (
                 gradient is not None and other is not None and rounding.differs("gradient", name, gradient, other)
             ):
-                raise TaskError(
-                    f"the gradient of {name} for {whole.samples} samples in one batch is not the mean of those of its "
-                    f"{len(self._slices)} slices, though the loss is: the step detaches, or divides by, something that "
-                    "depends on the batch. Return the loss as a mean over samples, with its weight; if each slice is "
-                    "meant by itself, give check='mesh' (--check mesh)."
-                )
+                raise _Refused(wrong_gradient(name, whole.samples, len(self._slices)))
         if (norms or per_sample.normalizes) and not self._plan.sync_batchnorm:
             more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
             self.findings.notes.append(
@@ -255,7 +239,7 @@ class StepCheck:
         axes = strategy.axes
         mine = [self._slices[i] for i in ReductionTree.share(len(self._slices), axes.data.rank, axes.data.size)]
         off = ""
-        with rng.fork_rng(self._device), strategy.trial(self._scale):
+        with rng.fork_rng(self._device), _muted(), strategy.trial(self._scale):
             state = ProgramState(self._roots(), keep_storage=True)
             try:
                 for number in range(self._passes):
@@ -295,7 +279,7 @@ class StepCheck:
                 continue
             part = whole if placement.whole else placement.part(whole, strategy.axes)
             if self._rounding.differs("gradient", name, part, got.reshape(part.shape)):
-                return self._words(f"the gradient of {name}", _apart(part, got))
+                return self._words(f"the gradient of {name}", apart(part, got))
         return ""
 
     def _wrong_state(self, strategy: Strategy, expected: StepResult) -> str:
@@ -307,7 +291,7 @@ class StepCheck:
             whole = expected.buffers[name]
             part = whole if placement.whole else placement.part(whole, strategy.axes)
             if self._rounding.differs("buffer", name, part, buffer.reshape(part.shape)):
-                return self._words(f"buffer {name}", _apart(part, buffer))
+                return self._words(f"buffer {name}", apart(part, buffer))
         if strategy.axes.data.rank == 0 and self._plan.mesh.pp == 1:
             for name, extra in extra_states(self._task.model).items():
                 if not _same_state(extra, expected.extra.get(name)):
@@ -315,14 +299,7 @@ class StepCheck:
         return ""
 
     def _words(self, what: str, how: str) -> str:
-        mesh = self._plan.mesh
-        why, cure = next(
-            _REASONS[axis] for axis in ("tp", "pp", "shard", "dp") if getattr(mesh, axis) > 1 or axis == "dp"
-        )
-        return (
-            f"on mesh {mesh} {what} {how}, as one process has it for the same {sum(s.samples for s in self._slices)} "
-            f"samples: probably {why}. {cure[0].upper()}{cure[1:]}, or report it."
-        )
+        return off_on_mesh(self._plan.mesh, what, how, sum(part.samples for part in self._slices))
 
     def _kept(self, paths: Sequence[str]) -> list[str]:
         """A note on what the step changes each time beside the model's tensors, which stays on the engines."""
@@ -362,6 +339,17 @@ class _CannotBeChecked(BaseException):
     """Why nothing can be checked."""
 
 
+class _Refused(BaseException):
+    """Why the run is refused."""
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Context in which what a step prints is dropped: the user has called it for none of these steps."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
 def _finite(result: StepResult) -> bool:
     gradients = [g for g in result.gradients.values() if g is not None]
     return math.isfinite(result.loss) and all(bool(g.isfinite().all()) for g in gradients)
@@ -375,23 +363,12 @@ def _digest(batch: Any) -> bytes:
     return made.digest()
 
 
-def _no_mean(whole: float, sliced: StepResult, samples: int) -> str:
-    is_sum = abs(whole - sum(sliced.losses)) < 1e-3 * abs(whole)
-    return _NO_MEAN.format(
-        samples=samples, whole=whole, slices=len(sliced.losses), mean=sliced.loss,
-        ratio=", and their sum is the loss" if is_sum else "",
-        cure=f"Of a sum, {_SUM}" if is_sum else "Return with it the number that it is a mean over, as in `return loss, "
-        "mask.sum()`; where samples are compared with each other, one slice must hold all (one rank, accumulate=1)",
-    )  # fmt: skip
-
-
-def _apart(expected: torch.Tensor, got: torch.Tensor) -> str:
-    difference = (expected.double() - got.detach().reshape(expected.shape).double()).abs()
-    scale = expected.double().abs().max().item() if expected.numel() else 0.0
-    return f"is up to {difference.max().item():.3g} off (its largest value is {scale:.3g})"
-
-
 def _same_state(first: Any, second: Any) -> bool:
+    """Whether two extra states, nests of containers and tensors, are equal."""
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        return torch.equal(first, second)
+        return first.shape == second.shape and first.dtype == second.dtype and same_values(first, second)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_same_state(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(map(_same_state, first, second))
     return bool(first == second)

@@ -69,7 +69,14 @@ def falling(optimizer):
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=500)
 
 
-OPTIONS = {"loss": "cross_entropy", "batch_size": BATCH, "epochs": EPOCHS, "lr_scheduler": falling, "threads": 1}
+OPTIONS = {
+    "loss": "cross_entropy",
+    "batch_size": BATCH,
+    "epochs": EPOCHS,
+    "lr_scheduler": falling,
+    "threads": 1,
+    "check": "no",
+}
 
 
 def bits(model):

@@ -137,7 +137,7 @@ def trained(world, model, options, prepare=None):
     optimizer = torch.optim.SGD(made.parameters(), 0.05, momentum=0.9)
     result, weights = train(
         world, made, (x, y), loss="mse", optimizer=optimizer, batch_size=8, epochs=2, shuffle=False,
-        val=(x.roll(3, 0), y.roll(3, 0)), **options,
+        val=(x.roll(3, 0), y.roll(3, 0)), check="mesh", **options,
     )  # fmt: skip
     return [(row["loss"], row["val_loss"]) for row in result.history], weights
 

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from nbdist.core.params.extra_state import stateful_modules
 from nbdist.core.params.preserve_model import device_of, preserve_model
 from nbdist.core.process.rng import seed_all, seed_torch
 from nbdist.errors import TaskError
@@ -97,7 +98,10 @@ def _changes(model: nn.Module, forward: Callable[[], Any]) -> list[Effect]:
         seed_torch(SEED, device_of(model))
         forward()
     effects = []
+    kept_whole = {id(module) for name, module in stateful_modules(model).items() if name}
     for module in model.modules():
+        if id(module) in kept_whole:  # with extra state, which goes home by itself
+            continue
         known = copies.get(id(module), {})
         for name, value in _attributes(module).items():
             if isinstance(value, nn.Module) or callable(value):

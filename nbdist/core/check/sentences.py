@@ -1,0 +1,67 @@
+"""What the check of a run says to the user where it refuses."""
+
+from __future__ import annotations
+
+import torch
+
+from nbdist.core.check.plain_step import StepResult
+from nbdist.plan import Mesh
+
+__all__ = ["OTHER_DATA", "apart", "no_mean", "off_on_mesh", "wrong_gradient"]
+
+_SUM = "divide it by the number of samples, as in `return loss / len(batch[0])`, or give the mean"
+_NO_MEAN = (
+    "the loss of {samples} samples in one batch is {whole:.6g}, but the mean of those of its {slices} slices is "
+    "{mean:.6g}{ratio}: it is no mean over samples. {cure}; where each slice is meant by itself (as in BatchNorm), "
+    "give check='mesh' (--check mesh)."
+)
+_REASONS = {
+    "tp": ("a layer is split that must stay whole", "leave it out of tensor_plan, or use the strategy data or shard"),
+    "pp": (
+        "the traced forward leaves out what Python does beside its operations",
+        "cut elsewhere (split_at), or use the strategy data or shard",
+    ),
+    "shard": ("the forward or the step uses a parameter outside of its module", "use the strategy data"),
+    "dp": ("the step keeps something from slice to slice", "keep it in a buffer, or train on one rank"),
+}
+OTHER_DATA = (
+    "rank {rank} reads other samples than rank 0: the data draws random numbers that differ from process to process. "
+    "Give it a generator with a fixed seed, or draw from torch's, Python's or NumPy's own, which nbdist seeds."
+)
+
+
+def no_mean(whole: float, sliced: StepResult, samples: int) -> str:
+    """That the loss of a whole batch is not the mean of its slices' losses."""
+    is_sum = abs(whole - sum(sliced.losses)) < 1e-3 * abs(whole)
+    return _NO_MEAN.format(
+        samples=samples, whole=whole, slices=len(sliced.losses), mean=sliced.loss,
+        ratio=", and their sum is the loss" if is_sum else "",
+        cure=f"Of a sum, {_SUM}" if is_sum else "Return with it the number that it is a mean over, as in `return loss, "
+        "mask.sum()`; where samples are compared with each other, one slice must hold all (one rank, accumulate=1)",
+    )  # fmt: skip
+
+
+def apart(expected: torch.Tensor, got: torch.Tensor) -> str:
+    """How far two tensors are apart, as a clause."""
+    difference = (expected.double() - got.detach().reshape(expected.shape).double()).abs()
+    scale = expected.double().abs().max().item() if expected.numel() else 0.0
+    return f"is up to {difference.max().item():.3g} off (its largest value is {scale:.3g})"
+
+
+def wrong_gradient(name: str, samples: int, slices: int) -> str:
+    """That the gradient of a whole batch is not the mean of its slices' gradients."""
+    return (
+        f"the gradient of {name} for {samples} samples in one batch is not the mean of those of its {slices} slices, "
+        "though the loss is: the step detaches, or divides by, something that depends on the batch. Return the loss as "
+        "a mean over samples, with its weight; if each slice is meant by itself, give check='mesh' (--check mesh)."
+    )
+
+
+def off_on_mesh(mesh: Mesh, what: str, how: str, samples: int) -> str:
+    """That a mesh gives another result than one process."""
+    axes = ("tp", "pp", "shard", "dp")
+    why, cure = next(_REASONS[axis] for axis in axes if getattr(mesh, axis) > 1 or axis == "dp")
+    return (
+        f"on mesh {mesh} {what} {how}, as one process has it for the same {samples} samples: probably {why}. "
+        f"{cure[0].upper()}{cure[1:]}, or report it."
+    )
