@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import io
 import logging
@@ -105,7 +106,7 @@ class ProgramState:
         if isinstance(value, ATOMS) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, _LEFT_ALONE) or _is_ours(value):
+        if isinstance(value, _LEFT_ALONE) or _is_ours(value) or _is_context(value):
             return
         if isinstance(value, torch.Tensor):
             if id(value) in self._own or _bytes(value) <= self._large_bytes:
@@ -243,6 +244,11 @@ def _is_ours(value: Any) -> bool:
     if isinstance(value, types.FunctionType):
         return value.__module__ is not None and value.__module__.startswith("nbdist.")
     return type(value).__module__.startswith("nbdist.") and not isinstance(value, nn.Module)
+
+
+def _is_context(value: Any) -> bool:
+    """Whether an object is a context made of a generator, which makes a new one for each call that it decorates."""
+    return isinstance(value, contextlib.ContextDecorator) and type(value).__module__ == "contextlib"
 
 
 def _generator_state(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None:

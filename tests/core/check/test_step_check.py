@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -232,3 +233,18 @@ def test_a_step_that_needs_a_whole_batch_is_named():
     """It fails on fewer samples, and trains."""
     sink = alone(mlp(), lambda model, batch: F.cross_entropy(model(batch[0].view(4, 6)), batch[1]))
     assert sink.checked.startswith("not checked: the step cannot be run on a few samples alone (RuntimeError: shape")
+
+
+@contextlib.contextmanager
+def in_context():
+    yield
+
+
+def test_a_context_that_decorates_is_no_iterator():
+    """As a decorator, a context of a generator makes a new generator for each call; libraries decorate forwards so."""
+
+    @in_context()
+    def step(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    assert alone(mlp(), step).checked.startswith("loss, ")
