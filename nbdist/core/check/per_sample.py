@@ -1,4 +1,4 @@
-"""Per sample: a step without what dropout and BatchNorm do, which depends on chance or on the whole batch."""
+"""Per sample: a step without what dropout, noise and BatchNorm do, which depends on chance or on the whole batch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ _DROPOUTS = {
     "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "alpha_dropout_",
     "feature_dropout", "feature_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_",
 }  # fmt: skip
+_NOISES = {"rand", "rand_like", "randn", "randn_like"}
+_NOISES_IN_PLACE = {"uniform_", "normal_"}
+_NOISE = 0.4
 
 
 class PerSample(TorchFunctionMode):
-    """Context in which torch's functions for dropout return their input, and BatchNorm uses no statistics. Local.
+    """Context in which dropout returns its input, noise is one number, and BatchNorm uses no statistics. Local.
 
     So a loss that is a mean over samples is the mean of its slices' losses.
 
@@ -32,6 +35,13 @@ class PerSample(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name in _DROPOUTS:
             return args[0] if args else kwargs["input"]
+        if name in _NOISES and kwargs.get("out") is None:
+            kwargs = {key: value for key, value in kwargs.items() if key != "generator"}
+            with torch.no_grad():
+                return torch.full_like(args[0], _NOISE, **kwargs) if name.endswith("_like") else _filled(args, kwargs)
+        if name in _NOISES_IN_PLACE:
+            low, high = _bounds(name, args, kwargs)
+            return args[0].fill_(low + _NOISE * (high - low))
         if name == "batch_norm" and (normalized := _normalized(args, kwargs)) is not None:
             self.normalizes = True
             return normalized
@@ -40,6 +50,23 @@ class PerSample(TorchFunctionMode):
         if name == "multi_head_attention_forward":  # its own calls of `dropout` are not seen here
             args, kwargs = _without(args, kwargs, 10)
         return function(*args, **kwargs)
+
+
+def _filled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """What ``torch.rand`` returns for some arguments, of one number."""
+    if "size" in kwargs:
+        kwargs = dict(kwargs)
+        args = (kwargs.pop("size"),)
+    size = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
+    return torch.full(tuple(size), _NOISE, **{"dtype": torch.get_default_dtype(), **kwargs})
+
+
+def _bounds(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
+    """Two numbers of which noise in place is between: its bounds, or its mean and that plus its deviation."""
+    first, second = ("from", "to") if name == "uniform_" else ("mean", "std")
+    low = args[1] if len(args) > 1 else kwargs.get(first, 0.0)
+    high = args[2] if len(args) > 2 else kwargs.get(second, 1.0)
+    return low, high if name == "uniform_" else low + high
 
 
 def _without(args: tuple[Any, ...], kwargs: dict[str, Any], place: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

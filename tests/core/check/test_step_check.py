@@ -129,9 +129,28 @@ def test_layers_that_are_documented_to_see_a_slice_are_noted():
     assert sink.checked.startswith("loss, ")
 
 
-def test_noise_of_a_models_own_is_named_as_not_compared():
-    """A step that draws numbers beside dropout has no loss of the whole batch to compare with."""
-    sink = alone(mlp(), lambda model, batch: F.cross_entropy(model(batch[0] + torch.rand(6)), batch[1]))
+def noisy_sum(model, batch):
+    """As the loss of a variational autoencoder: noise for each sample, and a sum over them."""
+    return F.cross_entropy(model(batch[0] + 0.1 * torch.randn_like(batch[0])), batch[1], reduction="sum")
+
+
+def noisy_mean(model, batch):
+    x = batch[0] + torch.rand(len(batch[0]), 6, dtype=batch[0].dtype) + torch.empty_like(batch[0]).uniform_(1, to=2)
+    return F.cross_entropy(model(x + torch.empty_like(x).normal_(0.5)), batch[1])
+
+
+def test_a_loss_with_noise_is_compared_with_the_whole_batch():
+    """With the same noise for all samples: a sum is refused, a mean is not."""
+    with pytest.raises(TaskError, match="their sum is the loss"):
+        alone(mlp(), noisy_sum)
+    assert alone(mlp(), noisy_mean).notes == []
+
+
+def test_numbers_that_must_differ_are_named_as_not_compared():
+    """A step that draws an order of the batch has no loss of the whole batch to compare with."""
+    sink = alone(
+        mlp(), lambda model, batch: F.cross_entropy(model(batch[0] + batch[0][torch.randperm(len(batch[0]))]), batch[1])
+    )
     assert sink.notes == ["slices were not compared with the whole batch: the step draws random numbers"]
 
 
