@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import random
+import sys
 import sysconfig
 import threading
 import types
@@ -47,11 +48,22 @@ _LEFT_ALONE = (
     types.ModuleType, types.CodeType, types.BuiltinFunctionType, logging.Logger, logging.Handler, threading.Thread,
     io.IOBase, weakref.ref, property, staticmethod, classmethod,
 )  # fmt: skip
+
+
+def _has_packages(folder: str) -> bool:
+    """Whether packages were installed into a folder: also one of ``pip install --user`` or ``--target``."""
+    try:
+        return any(name.endswith(".dist-info") for name in os.listdir(folder))
+    except OSError:
+        return False
+
+
 _LIBRARIES = tuple(
     os.path.realpath(path) + os.sep
     for path in {
         *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
         os.path.dirname(torch.__path__[0]),
+        *(folder for folder in sys.path if folder and _has_packages(folder)),
     }
 )
 _NBDIST = os.path.realpath(os.path.join(os.path.dirname(__file__), "..", "..")) + os.sep

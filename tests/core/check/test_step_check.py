@@ -10,6 +10,7 @@ import torch
 from problems import assert_same_bits, classes, mlp, seeded, train, weights
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nbdist.core.comm.world import World
 from nbdist.core.strategies.strategy import Strategy
@@ -267,3 +268,20 @@ def test_a_context_that_decorates_is_no_iterator():
         return F.cross_entropy(model(batch[0]), batch[1])
 
     assert alone(mlp(), step).checked.startswith("loss, ")
+
+
+class Recomputed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.drop = nn.Linear(6, 16), nn.Linear(16, 3), nn.Dropout(0.5)
+
+    def forward(self, x):
+        hidden = checkpoint(lambda x: torch.tanh(self.first(self.drop(x))), x, use_reentrant=False)
+        return self.last(hidden)
+
+
+def test_dropout_is_left_out_where_a_forward_is_computed_again():
+    """Activation checkpointing runs it in backward."""
+    sink = alone(seeded(Recomputed, torch.float64))
+    assert sink.checked.startswith("loss, ")
+    assert sink.notes == []
