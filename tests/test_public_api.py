@@ -30,7 +30,8 @@ TRAIN_ARGUMENTS = [
     "MODEL", "DATA", "--val", "--strategy", "--loss", "--optimizer", "--lr", "--lr-scheduler", "--epochs", "--steps",
     "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
     "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--reproducible", "--threads", "--bucket-mib",
-    "--gather", "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--check", "--tensorboard",
+    "--gather", "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--check",
+    "--tensorboard",
     "--background", "--hang-timeout", "--on-hang", "--on-failure", "-o",
 ]  # fmt: skip
 
