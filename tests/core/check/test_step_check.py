@@ -18,7 +18,7 @@ from nbdist.core.sync.bucketed_reducer import BucketedReducer
 from nbdist.errors import PlanError, TaskError
 from nbdist.telemetry import Noted, RunStarted, Sink
 
-RUN = {"optimizer": "sgd", "lr": 0.1, "batch_size": 8, "steps": 3, "shuffle": False}
+RUN = {"check": "yes", "optimizer": "sgd", "lr": 0.1, "batch_size": 8, "steps": 3, "shuffle": False}
 TWO_SLICES = {**RUN, "accumulate": 2}
 
 
@@ -211,7 +211,7 @@ def steps_with_and_without(world, options):
             model.calls += 1
             return F.cross_entropy(model(batch[0]), batch[1])
 
-        result, _ = train(world, model, classes(32, torch.float32), step=step, check=check, **RUN, **options)
+        result, _ = train(world, model, classes(32, torch.float32), step=step, **{**RUN, "check": check}, **options)
         runs.append((weights(model), result.history[0]["loss"], seen, model.calls, torch.get_rng_state()))
     return runs
 
