@@ -152,8 +152,7 @@ class PlainStep:
         if backward:
             share = float(weight) / self._plan.batch_size * self._precision.scale
             if share:
-                # Not its method, in which no torch function mode sees a forward that a checkpoint computes again.
-                torch.autograd.backward(loss * share)
+                (loss * share).backward()
         self._loss_dtype = loss.dtype
         after = rng.get_state(self._device)
         self.draws |= not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # type: ignore[arg-type]

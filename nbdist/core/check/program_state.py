@@ -42,6 +42,8 @@ from nbdist.core.check.value_records import (
 __all__ = ["ProgramState"]
 
 _LARGE_BYTES = 64 * 2**20
+_MOST = 200_000
+"""How many objects are visited, which takes about a second; a step that reaches more is not checked."""
 _MANY = 1000
 """A container with more items is taken for data if the first of them are atoms."""
 _LEFT_ALONE = (
@@ -85,6 +87,7 @@ class ProgramState:
 
     Attributes:
         iterators: The paths of iterators, which nobody can put back.
+        excess: The path at which more objects were reached than can be put back; empty if all were.
     """
 
     def __init__(
@@ -93,12 +96,16 @@ class ProgramState:
         self._large_bytes = large_bytes
         self._keep_storage = keep_storage
         self.iterators: list[str] = []
+        self.excess = ""
         self._records: list[Record] = []
         self._seen: dict[Any, Any] = {}  # held, so that no id comes twice
         self._queue: collections.deque[tuple[str, Any]] = collections.deque(roots.items())
         self._own = {id(tensor) for root in roots.values() if isinstance(root, nn.Module) for tensor in _tensors(root)}
         while self._queue:
             self._visit(*self._queue.popleft())
+            if len(self._seen) + len(self._queue) > _MOST:
+                self.excess = self._queue[-1][0] if self._queue else "itself"
+                self._queue.clear()
 
     def changes(self) -> list[str]:
         """The paths of what has changed since, as ``model.encoder.calls``."""

@@ -6,7 +6,7 @@ import collections
 import pickle
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from nbdist.core.params.placeholder import is_placeholder
 __all__ = [
     "ATOMS", "ArrayRecord", "AttributesRecord", "CellRecord", "ClassRecord", "DictRecord", "GeneratorRecord",
     "GlobalRecord", "Record", "SequenceRecord", "SetRecord", "SlotRecord", "TensorRecord", "cell_value", "items_of",
-    "same_values",
+    "same_state", "same_values",
 ]  # fmt: skip
 
 ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, range, slice, type)
@@ -301,3 +301,14 @@ def cell_value(cell: types.CellType) -> list[Any]:
         return [cell.cell_contents]
     except ValueError:
         return []
+
+
+def same_state(first: Any, second: Any) -> bool:
+    """Whether two extra states, nests of containers and tensors, are equal. Local."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first.shape == second.shape and first.dtype == second.dtype and same_values(first, second)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(same_state(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(map(same_state, first, second))
+    return bool(first == second)

@@ -108,6 +108,17 @@ def test_one_slice_may_have_any_loss():
     torch.testing.assert_close(weights(model), weights(expected))
 
 
+class Samples(torch.utils.data.Dataset):
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __len__(self):
+        return len(self.parts[0])
+
+    def __getitem__(self, i):
+        return self.parts[0][i], self.parts[1][i]
+
+
 class Noisy(nn.Module):
     """BatchNorm, with and without running statistics, and dropout in three forms."""
 
@@ -280,8 +291,26 @@ class Recomputed(nn.Module):
         return self.last(hidden)
 
 
-def test_dropout_is_left_out_where_a_forward_is_computed_again():
-    """Activation checkpointing runs it in backward."""
+def test_dropout_in_a_forward_that_is_computed_again_is_named():
+    """Activation checkpointing runs it in backward, where its dropout is not left out."""
     sink = alone(seeded(Recomputed, torch.float64))
     assert sink.checked.startswith("loss, ")
-    assert sink.notes == []
+    assert sink.notes == ["slices were not compared with the whole batch: the step draws random numbers"]
+
+
+def test_a_step_that_reaches_very_many_objects_is_named():
+    """A data set in a closure, say, which would take longer to put back than to train on."""
+    texts = [[[i]] for i in range(200_001)]
+
+    def step(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1]) + 0 * len(texts)
+
+    sink = alone(mlp(), step)
+    assert sink.checked.startswith("not checked: the step can reach too many objects to put back, such as texts[")
+
+
+def test_data_of_very_many_objects_are_named():
+    """As the samples of a list."""
+    x, y = classes(8)
+    sink = alone(mlp(), data=Samples([x, y, [[[i]] for i in range(200_001)]]))
+    assert sink.checked.startswith("not checked: the data holds too many objects to put back, such as data.")
