@@ -21,7 +21,7 @@ _CURE = (
 class StructureWatch:
     """Notices changes of a model's structure, and of its optimizers' groups, in the middle of a run. Local.
 
-    A buffer may be replaced by one of the same shape and dtype.
+    Buffers may be made, replaced and resized: they are followed.
 
     Args:
         model: The model, with the strategy applied.
@@ -32,18 +32,16 @@ class StructureWatch:
         self._modules: list[tuple[str, dict[str, Any], int]] = []
         self._held: list[tuple[str, dict[str, Any], str, Any]] = []
         self._trained: list[tuple[str, nn.Parameter, bool]] = []
-        self._buffers: list[tuple[str, dict[str, Any], str, tuple[Any, ...]]] = []
         for name, module in model.named_modules():
             path = f"{name}." if name else ""
             for held in (module._modules, module._parameters):
                 self._held += [(path + own, held, own, value) for own, value in held.items()]
-            for held in (module._modules, module._parameters, module._buffers):
+            for held in (module._modules, module._parameters):
                 if held:
                     self._modules.append((name or "the model", held, len(held)))
             self._trained += [
                 (path + own, p, p.requires_grad) for own, p in module._parameters.items() if p is not None
             ]  # fmt: skip
-            self._buffers += [(path + own, module._buffers, own, _form(b)) for own, b in module._buffers.items()]
         self._groups = [(optimizer.param_groups, _lengths(optimizer)) for optimizer in optimizers]
 
     def check(self, step: int) -> None:
@@ -64,12 +62,6 @@ class StructureWatch:
         for name, held, count in self._modules:
             if len(held) != count:
                 raise TaskError(f"{name} has {len(held)} of what were {count} members in step {step + 1}: {_CURE}.")
-        for name, held, own, form in self._buffers:
-            if _form(held.get(own)) != form:
-                raise TaskError(
-                    f"buffer {name} changed its shape or dtype in step {step + 1}, from {_text(form)} to "
-                    f"{_text(_form(held.get(own)))}: make it of its full size at the start, and count what is used."
-                )
         for groups, lengths in self._groups:
             if [len(group["params"]) for group in groups] != lengths:
                 raise TaskError(f"the optimizer's groups have other parameters since step {step + 1}: {_CURE}.")
@@ -77,11 +69,3 @@ class StructureWatch:
 
 def _lengths(optimizer: torch.optim.Optimizer) -> list[int]:
     return [len(group["params"]) for group in optimizer.param_groups]
-
-
-def _form(buffer: torch.Tensor | None) -> tuple[Any, ...]:
-    return () if buffer is None else (buffer.shape, buffer.dtype)
-
-
-def _text(form: tuple[Any, ...]) -> str:
-    return f"{list(form[0])} {form[1]}" if form else "None"

@@ -40,7 +40,8 @@ class Net(nn.Module):
         self.trap, self.how, self.mark, self.calls = trap, how, mark, 0
 
     def forward(self, x):
-        self.calls += self.training
+        if self.trap:  # else nothing counts, which a pipeline would refuse
+            self.calls += self.training
         if self.training and self.trap == (int(os.environ.get("RANK", 0)), self.calls):
             Path(self.mark).touch()
             if self.how == "raise":
