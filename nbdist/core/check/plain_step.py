@@ -33,7 +33,7 @@ class StepResult:
         loss: The weighted mean of the slices' losses.
         losses: Those of the slices.
         dtype: Of the losses.
-        gradients: Of the batch, by parameter; None for one that no slice used. Empty if no backward ran.
+        gradients: Of the batch, by parameter; None for one that no slice used.
         buffers: After the step, the mean over the replicas.
         extra: What each module's ``get_extra_state`` returns after it, on the first replica.
     """
@@ -78,16 +78,15 @@ class PlainStep:
         self._loss_dtype = torch.float32
 
     def run(
-        self, replicas: Sequence[Sequence[Slice]], *, backward: bool = True, again: bool = True, nudge: float = 0.0
+        self, replicas: Sequence[Sequence[Slice]], *, again: bool = True, nudge: bool = False
     ) -> StepResult:  # fmt: skip
         """Run one step: the slices of one replica after another, each replica from the same state.
 
         Args:
             replicas: The slices that each replica would run.
-            backward: Whether to compute gradients.
             again: Whether each replica runs its slices once more, without backward, if they have changed something: so
                 that it shows how what is kept goes on.
-            nudge: By which share half of all weights are changed, at least in their last bit; 0 for none.
+            nudge: Whether half of all weights are changed in their last bit, which is what rounding does.
 
         Raises:
             Exception: What the user's step raises.
@@ -102,10 +101,10 @@ class PlainStep:
                 for parameter in self._table.parameters.values():
                     parameter.grad = None
                 if nudge:
-                    self._nudge(nudge)
+                    self._nudge()
                 self._changed = True
                 for part in slices:
-                    losses.append(self._slice(part, backward))
+                    losses.append(self._slice(part, True))
                     total += losses[-1][1]
                 for name in sums:
                     gradient, self._table.parameters[name].grad = self._table.parameters[name].grad, None
@@ -125,7 +124,7 @@ class PlainStep:
                     averaged.setdefault(name, []).append(buffer.detach().clone())
                 extra = copy.deepcopy(extra_states(self._task.model)) if number == 0 else extra
                 self._changed = bool(self.kept or nudge)
-            gradients = self._finished(sums, total) if backward else {}
+            gradients = self._finished(sums, total)
         finally:
             self._restore()
         mean = sum(loss * weight for loss, weight in losses if weight) / total if total else math.nan
@@ -185,8 +184,10 @@ class PlainStep:
             self._precision.scale = max(1.0, self._precision.scale / 16)
         return lower
 
-    def _nudge(self, share: float) -> None:
-        """Change half of all weights by one part in 1 / `share`, which is what rounding does to numbers."""
+    def _nudge(self) -> None:
+        """Change half of all weights by as much as numbers are rounded: in their last bit, or that of what computes."""
+        tf32 = self._device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        share = max(self._precision.eps, 2.0**-11 if tf32 else 0.0)
         with torch.no_grad():
             for parameter in self._table.parameters.values():
                 if parameter.is_floating_point() and parameter.numel():

@@ -80,7 +80,6 @@ class ProgramState:
 
     Args:
         roots: The objects, by the names that the user knows them by.
-
         keep_storage: Whether tensors keep the memory that they have when they are put back, and only get their values:
             for a model on a mesh, whose strategy decides where they lie.
         large_bytes: Larger tensors and arrays that are no part of a model are taken for data, which is only read.
@@ -116,10 +115,6 @@ class ProgramState:
         with torch.no_grad():
             for record in reversed(self._records):
                 record.restore()
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors that were reached, with their paths."""
-        return ((record.path, record.tensor) for record in self._records if isinstance(record, TensorRecord))
 
     def _visit(self, path: str, value: Any) -> None:
         if isinstance(value, ATOMS) or id(value) in self._seen:
@@ -167,14 +162,14 @@ class ProgramState:
         if isinstance(names, dict) and id(names) not in self._seen:
             self._seen[id(names)] = names
             self._records.append(AttributesRecord(path, names))
-            self._queue += self._attributeitems_of(path, value, names)
+            self._queue += self._attribute_items(path, value, names)
         for kind in type(value).__mro__:
             for name in _slotted(kind):
                 if hasattr(value, name):
                     self._records.append(SlotRecord(f"{path}.{name}", value, name))
                     self._queue.append((f"{path}.{name}", getattr(value, name)))
 
-    def _attributeitems_of(self, path: str, value: Any, names: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    def _attribute_items(self, path: str, value: Any, names: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         for name, item in names.items():
             if isinstance(item, ATOMS):
                 continue
@@ -193,8 +188,7 @@ class ProgramState:
             if id(cell) not in self._seen:
                 self._seen[id(cell)] = cell
                 self._records.append(CellRecord(name, cell))
-                with_value = cell_value(cell)
-                self._queue += [(name, value) for value in with_value]
+                self._queue += [(name, value) for value in cell_value(cell)]
         if _is_of_library(function.__code__):
             return
         names = function.__globals__

@@ -40,7 +40,6 @@ class Rounding:
                     self._noise[kind, name] = _norm(value.double() - other.double())
         norms = [_norm(gradient) for gradient in plain.gradients.values() if gradient is not None]
         self._largest = max(norms, default=0.0)
-
         self._loss_dtype = plain.dtype
 
     def differs_loss(self, expected: float, got: float) -> bool:
@@ -93,6 +92,4 @@ def _double(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(tensor: torch.Tensor) -> float:
-    return float(
-        torch.linalg.vector_norm(tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64))
-    )
+    return float(torch.linalg.vector_norm(_double(tensor)))

@@ -31,6 +31,7 @@ from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.sync.agreement import NO_FLAGS, first_of_all
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.sync.loss_forms import check_one_form
+from nbdist.core.sync.sync_batchnorm import BatchNorms
 from nbdist.core.task.modules import Modules
 from nbdist.core.task.task import SupervisedStep, Task
 from nbdist.errors import NbdistError, PlanError, TaskError
@@ -38,7 +39,6 @@ from nbdist.plan import Plan, slice_bounds
 
 __all__ = ["Findings", "StepCheck"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _DATA_BYTES = 2**20
 _NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -64,7 +64,6 @@ class StepCheck:
         plan: How.
         world: All ranks.
         hooks: The user's gradient hooks.
-        names: How the user calls the model.
     """
 
     def __init__(self, task: Task, plan: Plan, world: World, hooks: GradientHooks) -> None:
@@ -173,13 +172,13 @@ class StepCheck:
         self._scale = step.scale
         if not _finite(expected):
             raise _CannotBeChecked("the loss, or a gradient, is not finite")
-        if step.draws and any(map(len, self._synchronized([range(1)] * plan.slices))):
+        if step.draws and self._synchronizes:
             raise _CannotBeChecked("the step draws random numbers, and layers synchronize their statistics")
         if step.draws_elsewhere and not plan.reproducible:
             raise _CannotBeChecked("the step draws random numbers with Python or NumPy")
         self._passes = 2 if step.kept else 1
         self.findings.notes += self._kept(step.kept_again)
-        nudged = step.run(replicas, nudge=self._eps(plan))
+        nudged = step.run(replicas, nudge=True)
         self._expected, self._rounding = expected, Rounding(expected, nudged)
         if plan.slices > 1 and plan.check == "yes":
             try:
@@ -188,12 +187,16 @@ class StepCheck:
                 what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
                 self.findings.notes.append(f"slices were not compared with the whole batch: {what}")
 
+    @property
+    def _synchronizes(self) -> bool:
+        plan = self._plan
+        return plan.sync_batchnorm and plan.mesh.data > 1 and bool(BatchNorms.layers_of(self._task.model))
+
     def _synchronized(self, cuts: list[range]) -> list[list[int]]:
         """The samples whose statistics BatchNorm takes together: those of a microbatch on all ranks. Else none."""
-        plan, model = self._plan, self._task.model
-        if not plan.sync_batchnorm or plan.mesh.data == 1 or not any(isinstance(m, _NORMS) for m in model.modules()):
+        if not self._synchronizes:
             return []
-        each = len(cuts) // plan.mesh.data
+        each = len(cuts) // self._plan.mesh.data
         return [[i for cut in cuts[k::each] for i in cut] for k in range(each)]
 
     def _replicas(self) -> list[list[Slice]]:
@@ -217,7 +220,7 @@ class StepCheck:
             rounding = self._rounding
             if norms or per_sample.normalizes or drew or step.kept:
                 sliced = step.run([[part] for part in self._slices], again=False)
-                rounding = Rounding(single, step.run([[whole]], again=False, nudge=self._eps(self._plan)))
+                rounding = Rounding(single, step.run([[whole]], again=False, nudge=True))
         if not (_finite(single) and _finite(sliced)):
             self.findings.notes.append("slices were not compared with the whole batch: its loss is not finite")
             return
@@ -345,13 +348,6 @@ class StepCheck:
         step = task.step.loss if isinstance(task.step, SupervisedStep) else task.step
         optimizers = {f"optimizer {name}".strip(): optimizer for name, optimizer in task.optimizers.items()}
         return {**self._models, "step": step, "root": task.model, **optimizers}
-
-    @staticmethod
-    def _eps(plan: Plan) -> float:
-        """How much results are rounded at least, beside the rounding of weights."""
-        if plan.precision in _DTYPES:
-            return torch.finfo(_DTYPES[plan.precision]).eps
-        return 2.0**-11 if torch.backends.cuda.matmul.allow_tf32 and torch.cuda.is_available() else 2.0**-52
 
 
 class _CannotBeChecked(BaseException):

@@ -35,6 +35,11 @@ class Precision:
         return self._dtype is None
 
     @property
+    def eps(self) -> float:
+        """The relative rounding of what autocast computes; 0 if it is off."""
+        return 0.0 if self._dtype is None else torch.finfo(self._dtype).eps
+
+    @property
     def scales(self) -> bool:
         """Whether losses are scaled, so that gradients have to be unscaled."""
         return self._dtype is torch.float16
