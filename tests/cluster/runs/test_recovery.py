@@ -34,13 +34,15 @@ HELD, TRAPPED = 15, 30  # after which step a run is held, and in which one its t
 class Net(nn.Module):
     """On `trap` = (rank, forward) it leaves a `mark` and does what `how` says."""
 
+    counts = False
+
     def __init__(self, trap=(), how="", mark=os.devnull):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 3))
         self.trap, self.how, self.mark, self.calls = trap, how, mark, 0
 
     def forward(self, x):
-        if self.trap:  # else nothing counts, which a pipeline would refuse
+        if self.trap or self.counts:  # a pipeline would refuse a forward that counts
             self.calls += self.training
         if self.training and self.trap == (int(os.environ.get("RANK", 0)), self.calls):
             Path(self.mark).touch()
@@ -119,6 +121,8 @@ def test_killed_engines_change_no_bit(cluster, undisturbed, tmp_path, victims):
 
 class Counting(Net):
     """Its count of forwards is extra state."""
+
+    counts = True
 
     def get_extra_state(self):
         return {"calls": self.calls}
