@@ -187,7 +187,7 @@ class Plan:
         False, "End with an error when a loss is not finite, before it reaches the weights.", parse=bool,
     )  # fmt: skip
     check: str = option(
-        "no",
+        "yes",
         "Before the first update, compare a step on few samples with one process, and its slices with the whole batch; "
         "mesh leaves out the second, where each slice is meant by itself; no leaves out both.",
         metavar="yes|mesh|no",

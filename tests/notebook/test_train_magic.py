@@ -53,7 +53,7 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
         "--accumulate 2 --clip-norm 0.5 --seed 7 --threads 1 --strategy dp=2 --shuffle no --bucket-mib 8 "
         "--val test_set --metric accuracy --lr-scheduler 'lambda o: torch.optim.lr_scheduler.StepLR(o, 1)' "
         "--precision bf16 --sync-batchnorm no "
-        "--checkpoint {folder}/kept --checkpoint-every 2 --checkpoint-keep 1 --stop-on-nan yes"
+        "--checkpoint {folder}/kept --checkpoint-every 2 --checkpoint-keep 1 --stop-on-nan yes --check mesh"
     )
     assert [*(tmp_path / "kept").glob("*-step00000003*/checkpoint.json")]
     pipelined = notebook(
@@ -63,7 +63,7 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
     ).plan
     reported = (pipelined.split_at, pipelined.microbatches, pipelined.schedule, pipelined.resume, pipelined.gather)
     assert reported == (("1",), 2, "gpipe", str(tmp_path / "kept"), False)
-    plan = {name: value for name, value in run.plan.to_dict().items() if name != "mesh"}
+    plan = {name: value for name, value in run.plan.to_dict().items() if name not in ("mesh", "checked")}
     assert plan == {
         "loss": "cross_entropy", "optimizer": "sgd", "lr": 0.1, "steps": 3, "epochs": None, "batch_size": 16,
         "accumulate": 2, "clip_norm": 0.5, "seed": 7, "threads": 1, "strategy": "dp=2", "shuffle": False,
@@ -72,9 +72,10 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
         "tensor_plan": None,
         "gather": True, "checkpoint": str(tmp_path / "kept"), "checkpoint_every": "2", "checkpoint_keep": 1,
         "resume": "", "stop_on_nan": True, "tensorboard": "",
-        "check": "no", "checked": "",
+        "check": "mesh",
     }  # fmt: skip
-    assert set(plan) == {*OPTIONS, "checked"}
+    assert set(plan) == {*OPTIONS}
+    assert run.plan.checked.startswith("loss, ")
 
 
 @pytest.mark.parametrize("word", ["data", "ddp", "dp=2"])

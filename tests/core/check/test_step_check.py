@@ -18,7 +18,7 @@ from nbdist.core.sync.bucketed_reducer import BucketedReducer
 from nbdist.errors import PlanError, TaskError
 from nbdist.telemetry import Noted, RunStarted, Sink
 
-RUN = {"check": "yes", "optimizer": "sgd", "lr": 0.1, "batch_size": 8, "steps": 3, "shuffle": False}
+RUN = {"optimizer": "sgd", "lr": 0.1, "batch_size": 8, "steps": 3, "shuffle": False}
 TWO_SLICES = {**RUN, "accumulate": 2}
 
 
