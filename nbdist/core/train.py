@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ from nbdist.core.reporter import Reporter
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_resume, prepare
 from nbdist.core.state.extra_states import ExtraStates, check_extra_states
-from nbdist.core.state.restore import load, open_on_all_ranks, progress_of, same_mesh
+from nbdist.core.state.restore import load, load_whole, open_on_all_ranks, progress_of, same_mesh
 from nbdist.core.state.snapshot import RankSnapshots
 from nbdist.core.state.snapshotter import Snapshotter
 from nbdist.core.state.train_progress import TrainProgress
@@ -131,20 +132,25 @@ def fit(
         check_hooks(model, task.optimizers.values(), plan.mesh)
         hooks = GradientHooks(model)
         cleanup.callback(hooks.restore)
+        saved_states = [*_saved_states(plan, world, snapshot_paths, run_id, from_snapshot)]
         check, findings = None, Findings(result=plan.checked)
         if plan.check != "no" and not (plan.checked or from_snapshot) and plan.mesh.size * plan.slices > 1:
             check = StepCheck(task, plan, world, hooks)
-            check.run_plain(same_weights=not on_every_rank)
+            onto_whole = [functools.partial(load_whole, saved, model, task.optimizers) for saved in saved_states]
+            check.run_plain(onto_whole, same_weights=not on_every_rank)
         strategy = choice.apply(task, plan, world)
         cleanup.callback(strategy.close)
+        load_onto = functools.partial(
+            load, model=model, table=strategy.table, optimizers=task.optimizers, axes=strategy.axes
+        )
         if check is not None:
-            check.compare(strategy)
+            check.compare(strategy, [functools.partial(load_onto, saved) for saved in saved_states])
             findings = check.findings
         axes, schedulers = strategy.axes, task.make_schedulers()
         progress, restored = TrainProgress(device), set[str]()
         rng.seed_all(rng.derive(plan.seed, "start", axes.data.rank))
-        for saved in _saved_states(plan, world, snapshot_paths, run_id, from_snapshot):
-            load(saved, model, strategy.table, task.optimizers, axes)
+        for saved in saved_states:
+            load_onto(saved)
             schedulers.load_state_dict(saved.ranks[0]["schedulers"])
             strategy.precision.load_state_dict(saved.ranks[0]["precision"])
             progress, restored = progress_of(saved, axes, device), saved.names
@@ -157,6 +163,7 @@ def fit(
             # A barrier: where ranks share the memory of weights, each has now loaded its own.
             axes.world.all_reduce_(torch.ones(1, device=device))
 
+        saved_states.clear()  # they keep files mapped
         extra = ExtraStates(model, axes)
 
         def reader_of(source: Source, slices: int, shuffle: bool) -> Reader:

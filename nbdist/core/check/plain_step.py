@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from nbdist.core.check.program_state import ProgramState
 from nbdist.core.data.reader import Slice, to_device
+from nbdist.core.optim.optimizers import step_optimizers
 from nbdist.core.optim.precision import Precision
 from nbdist.core.params.extra_state import extra_states
 from nbdist.core.params.param_table import ParamTable
@@ -36,6 +37,8 @@ class StepResult:
         gradients: Of the batch, by parameter; None for one that no slice used.
         buffers: After the step, the mean over the replicas.
         extra: What each module's ``get_extra_state`` returns after it, on the first replica.
+        updated: Parameters after an update by these gradients; empty if it was not run, or draws random numbers.
+        settings: The settings of each optimizer's groups in that update.
     """
 
     loss: float
@@ -44,6 +47,8 @@ class StepResult:
     gradients: dict[str, torch.Tensor | None]
     buffers: dict[str, torch.Tensor]
     extra: dict[str, Any]
+    updated: dict[str, torch.Tensor] = field(default_factory=dict)
+    settings: list[list[dict[str, Any]]] = field(default_factory=list)
 
 
 class PlainStep:
@@ -55,6 +60,7 @@ class PlainStep:
         hooks: The user's gradient hooks.
         capture: Returns the present state of all that a step may change; it is put back before each replica's slices.
         device: Where it computes.
+        forward_only: Whether losses are computed without gradients.
 
     Attributes:
         kept: The paths of what a replica's slices have changed, but for gradients.
@@ -64,9 +70,11 @@ class PlainStep:
     """
 
     def __init__(
-        self, task: Task, plan: Plan, hooks: GradientHooks, capture: Callable[[], ProgramState], device: torch.device
+        self, task: Task, plan: Plan, hooks: GradientHooks, capture: Callable[[], ProgramState], device: torch.device,
+        *, forward_only: bool = False,
     ) -> None:  # fmt: skip
         self._task, self._plan, self._hooks, self._capture, self._device = task, plan, hooks, capture, device
+        self._forward_only = forward_only
         self.state = capture()
         self.kept: list[str] = []
         self._knows_kept = False
@@ -78,8 +86,8 @@ class PlainStep:
         self._loss_dtype = torch.float32
 
     def run(
-        self, replicas: Sequence[Sequence[Slice]], *, again: bool = True, nudge: bool = False
-    ) -> StepResult:  # fmt: skip
+        self, replicas: Sequence[Sequence[Slice]], *, again: bool = True, nudge: bool = False, update: bool = False
+    ) -> StepResult:
         """Run one step: the slices of one replica after another, each replica from the same state.
 
         Args:
@@ -87,6 +95,7 @@ class PlainStep:
             again: Whether each replica runs its slices once more, without backward, if they have changed something: so
                 that it shows how what is kept goes on.
             nudge: Whether half of all weights are changed in their last bit, which is what rounding does.
+            update: Whether the optimizers update the parameters at the end; this is undone too.
 
         Raises:
             Exception: What the user's step raises.
@@ -104,7 +113,7 @@ class PlainStep:
                     self._nudge()
                 self._changed = True
                 for part in slices:
-                    losses.append(self._slice(part, True))
+                    losses.append(self._slice(part, not self._forward_only))
                     total += losses[-1][1]
                 for name in sums:
                     gradient, self._table.parameters[name].grad = self._table.parameters[name].grad, None
@@ -124,15 +133,17 @@ class PlainStep:
                     averaged.setdefault(name, []).append(buffer.detach().clone())
                 extra = copy.deepcopy(extra_states(self._task.model)) if number == 0 else extra
                 self._changed = bool(self.kept or nudge)
-            gradients = self._finished(sums, total)
+            gradients = {} if self._forward_only else self._finished(sums, total)
+            updated, settings = self._update(gradients) if update and gradients else ({}, [])
         finally:
             self._restore()
         mean = sum(loss * weight for loss, weight in losses if weight) / total if total else math.nan
         buffers = {name: _mean(values) for name, values in averaged.items() if len(values) == len(replicas)}
         each = [loss for loss, _ in losses]
         return StepResult(
-            loss=mean, losses=each, dtype=self._loss_dtype, gradients=gradients, buffers=buffers, extra=extra
-        )
+            loss=mean, losses=each, dtype=self._loss_dtype, gradients=gradients, buffers=buffers, extra=extra,
+            updated=updated, settings=settings,
+        )  # fmt: skip
 
     def _restore(self) -> None:
         """Put everything back, unless it is known that nothing has changed."""
@@ -172,6 +183,26 @@ class PlainStep:
             finished[name], self._table.parameters[name].grad = self._table.parameters[name].grad, None
         return finished
 
+    def _update(
+        self, gradients: dict[str, torch.Tensor | None]
+    ) -> tuple[dict[str, torch.Tensor], list[list[dict[str, Any]]]]:
+        """Run the optimizers; returns the parameters, and the settings. Nothing, if it cannot be done twice."""
+        self._restore()
+        for name, gradient in gradients.items():
+            self._table.parameters[name].grad = None if gradient is None else gradient.clone()
+        optimizers = self._task.optimizers.values()
+        before, elsewhere = rng.get_state(self._device), rng.state_dict()
+        self._changed = True
+        try:
+            settings = [[_settings(group) for group in optimizer.param_groups] for optimizer in optimizers]
+            step_optimizers(optimizers)
+        except Exception:  # the run's first update will raise it again
+            return {}, []
+        after = rng.get_state(self._device)
+        if not all(map(torch.equal, before, after)) or rng.state_dict() != elsewhere:  # type: ignore[arg-type]
+            return {}, []
+        return {name: p.detach().clone() for name, p in self._table.trainable.items()}, settings
+
     @property
     def scale(self) -> float:
         """The loss scale of fp16; else 1."""
@@ -193,6 +224,11 @@ class PlainStep:
                 if parameter.is_floating_point() and parameter.numel():
                     half = parameter.detach()[..., ::2] if parameter.ndim else parameter.detach()
                     half.mul_(1 + max(share, torch.finfo(parameter.dtype).eps))
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what an optimizer's group says beside its parameters."""
+    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
 
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:

@@ -82,7 +82,8 @@ class ProgramState:
         roots: The objects, by the names that the user knows them by.
         keep_storage: Whether tensors keep the memory that they have when they are put back, and only get their values:
             for a model on a mesh, whose strategy decides where they lie.
-        large_bytes: Larger tensors and arrays that are no part of a model are taken for data, which is only read.
+        large_bytes: Larger tensors and arrays that are no part of a model or an optimizer are taken for data, which is
+            only read.
 
     Attributes:
         iterators: The paths of iterators, which nobody can put back.
@@ -99,7 +100,7 @@ class ProgramState:
         self._records: list[Record] = []
         self._seen: dict[Any, Any] = {}  # held, so that no id comes twice
         self._queue: collections.deque[tuple[str, Any]] = collections.deque(roots.items())
-        self._own = {id(tensor) for root in roots.values() if isinstance(root, nn.Module) for tensor in _tensors(root)}
+        self._own = {id(tensor) for root in roots.values() for tensor in _tensors(root)}
         while self._queue:
             self._visit(*self._queue.popleft())
             if len(self._seen) + len(self._queue) > _MOST:
@@ -278,9 +279,14 @@ def _generator_state(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any
     return None
 
 
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _tensors(root: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a model or an optimizer is known to change, however large they are."""
+    if isinstance(root, nn.Module):
+        yield from root.parameters()
+        yield from root.buffers()
+    elif isinstance(root, torch.optim.Optimizer):
+        states = [state.values() for state in root.state.values() if isinstance(state, dict)]
+        yield from (value for values in states for value in values if isinstance(value, torch.Tensor))
 
 
 def _bytes(tensor: torch.Tensor) -> int:

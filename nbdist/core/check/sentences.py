@@ -7,7 +7,7 @@ import torch
 from nbdist.core.check.plain_step import StepResult
 from nbdist.plan import Mesh
 
-__all__ = ["OTHER_DATA", "apart", "no_mean", "off_on_mesh", "wrong_gradient"]
+__all__ = ["OPTIMIZER", "OTHER_DATA", "apart", "no_mean", "off_on_mesh", "wrong_gradient"]
 
 _SUM = "divide it by the number of samples, as in `return loss / len(batch[0])`, or give the mean"
 _NO_MEAN = (
@@ -24,6 +24,10 @@ _REASONS = {
     "shard": ("the forward or the step uses a parameter outside of its module", "use the strategy data"),
     "dp": ("the step keeps something from slice to slice", "keep it in a buffer, or train on one rank"),
 }
+OPTIMIZER = (
+    "the optimizer computes something from whole tensors, or from all of them",
+    "use another one, such as adamw, or the strategy data",
+)
 OTHER_DATA = (
     "rank {rank} reads other samples than rank 0: the data draws random numbers that differ from process to process. "
     "Give it a generator with a fixed seed, or draw from torch's, Python's or NumPy's own, which nbdist seeds."
@@ -57,10 +61,10 @@ def wrong_gradient(name: str, samples: int, slices: int) -> str:
     )
 
 
-def off_on_mesh(mesh: Mesh, what: str, how: str, samples: int) -> str:
-    """That a mesh gives another result than one process."""
+def off_on_mesh(mesh: Mesh, what: str, how: str, samples: int, reason: tuple[str, str] | None = None) -> str:
+    """That a mesh gives another result than one process; `reason` is why, probably, and the cure."""
     axes = ("tp", "pp", "shard", "dp")
-    why, cure = next(_REASONS[axis] for axis in axes if getattr(mesh, axis) > 1 or axis == "dp")
+    why, cure = reason or next(_REASONS[axis] for axis in axes if getattr(mesh, axis) > 1 or axis == "dp")
     return (
         f"on mesh {mesh} {what} {how}, as one process has it for the same {samples} samples: probably {why}. "
         f"{cure[0].upper()}{cure[1:]}, or report it."

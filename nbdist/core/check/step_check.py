@@ -7,24 +7,23 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from nbdist.core.check.mesh_difference import MeshDifference
 from nbdist.core.check.per_sample import PerSample
 from nbdist.core.check.plain_step import PlainStep, StepResult
 from nbdist.core.check.program_state import ProgramState
 from nbdist.core.check.rounding import Rounding
-from nbdist.core.check.sentences import OTHER_DATA, apart, no_mean, off_on_mesh, wrong_gradient
-from nbdist.core.check.value_records import same_state
+from nbdist.core.check.sentences import OTHER_DATA, no_mean, wrong_gradient
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice
 from nbdist.core.data.sources import tensors_in
-from nbdist.core.params.extra_state import extra_states
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
 from nbdist.core.strategies.strategy import Strategy
@@ -35,11 +34,14 @@ from nbdist.core.sync.sync_batchnorm import BatchNorms
 from nbdist.core.task.modules import Modules
 from nbdist.core.task.task import SupervisedStep, Task
 from nbdist.errors import NbdistError, PlanError, TaskError
-from nbdist.plan import Plan, slice_bounds
+from nbdist.plan import Plan, available_bytes, slice_bounds
 
 __all__ = ["Findings", "StepCheck"]
 
 _DATA_BYTES = 2**20
+_COPIES, _COPIES_OF_MESH, _COPIES_OF_LOSS = 8, 6, 2
+"""How much memory the check needs at its peak, in sizes of the model: whole, with check="mesh", and for losses only."""
+_FREE_SHARE = 0.8
 _NORMS = nn.modules.batchnorm._BatchNorm
 
 
@@ -74,22 +76,27 @@ class StepCheck:
         self._slices: list[Slice] = []
         self._scale = 1.0
         self._passes = 1
+        self._left_out = ""
         self.findings = Findings()
 
-    def run_plain(self, *, same_weights: bool) -> None:
+    def run_plain(self, loads: Sequence[Callable[[], None]] = (), *, same_weights: bool) -> None:
         """Run the step in this process alone, and compare slices with the whole batch. **Collective** over the world.
 
         Args:
+            loads: Load what the run resumes from, whose weights are about to be used, into the whole model. Local.
             same_weights: Whether all ranks have the same weights already; else rank 0's are broadcast.
 
         Raises:
             TaskError: The loss of a batch is not the mean of its slices' losses, or ranks read other data.
         """
         message: dict[str, str] = {}
-        digest, table = b"", ParamTable.of(self._task.model)
-        own = {} if same_weights else {name: tensor.clone() for name, tensor in table.tensors.items()}
-        if own:
-            table.broadcast_(self._world.channel())
+        digest, before = b"", None
+        if loads or not same_weights:
+            before = ProgramState(self._roots())
+            for load in loads:
+                load()
+            if not same_weights:
+                ParamTable.of(self._task.model).broadcast_(self._world.channel())
         with rng.fork_rng(self._device), _muted():
             try:
                 whole, replicas = self._read()
@@ -104,8 +111,8 @@ class StepCheck:
                 message = {"skip": f"the step cannot be run on a few samples alone ({what})"}
             except _CannotBeChecked as why:
                 message = {"skip": str(why)}
-        if own:  # until the run is known to start
-            table.load_(own)
+        if before is not None:  # until the run is known to start
+            before.restore()
         read = self._world.channel().broadcast_bytes(digest)
         if not message and read != digest:
             message = {"error": OTHER_DATA.format(rank=self._world.rank)}
@@ -152,11 +159,32 @@ class StepCheck:
         return whole, [joined] if joined else self._replicas()
 
     def _run_plain(self, whole: Slice, replicas: list[list[Slice]]) -> None:
-        step = PlainStep(self._task, self._plan, self._hooks, lambda: ProgramState(self._roots()), self._device)
+        step = PlainStep(
+            self._task, self._plan, self._hooks, lambda: ProgramState(self._roots()), self._device,
+            forward_only=self._limit_memory(),
+        )  # fmt: skip
         try:
             self._run_steps(step, whole, replicas)
         finally:
             step.state.restore()
+
+    def _limit_memory(self) -> bool:
+        """Whether gradients must be left out, which one process has no memory for. Local.
+
+        Raises:
+            _CannotBeChecked: There is not even memory for a copy of the model.
+        """
+        copies = _COPIES if self._plan.check == "yes" else _COPIES_OF_MESH
+        model = self._task.model
+        nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        free = _free_bytes(self._world)
+        if free is None or copies * nbytes <= free:
+            return False
+        need, has = copies * nbytes / 2**20, free / 2**20
+        if _COPIES_OF_LOSS * nbytes > free:
+            raise _CannotBeChecked(f"it needs {need:,.0f} MiB on each rank, of which {has:,.0f} are free")
+        self._left_out = f"gradients were not compared: one process needs {need:,.0f} MiB for it, {has:,.0f} are free"
+        return True
 
     def _run_steps(self, step: PlainStep, whole: Slice, replicas: list[list[Slice]]) -> None:
         plan = self._plan
@@ -166,9 +194,9 @@ class StepCheck:
             )
         if step.state.excess:
             raise _CannotBeChecked(f"the step can reach too many objects to put back, such as {step.state.excess}")
-        expected = step.run(replicas)
+        expected = step.run(replicas, update=True)
         while not _finite(expected) and step.lower_scale():
-            expected = step.run(replicas)
+            expected = step.run(replicas, update=True)
         self._scale = step.scale
         if not _finite(expected):
             raise _CannotBeChecked("the loss, or a gradient, is not finite")
@@ -250,8 +278,12 @@ class StepCheck:
                 "whole batch" + ("" if self._plan.reproducible else ": sync_batchnorm for those of all ranks")
             )
 
-    def compare(self, strategy: Strategy) -> None:
+    def compare(self, strategy: Strategy, loads: Sequence[Callable[[], None]] = ()) -> None:
         """Run the same step on the mesh, and compare; nothing of it is left. **Collective** over the world.
+
+        Args:
+            strategy: Of the mesh.
+            loads: As for `run_plain`, but onto the mesh.
 
         Raises:
             PlanError: The mesh gives another result than one process.
@@ -261,9 +293,13 @@ class StepCheck:
         axes = strategy.axes
         mine = [self._slices[i] for i in ReductionTree.share(len(self._slices), axes.data.rank, axes.data.size)]
         off = ""
+        assert self._rounding is not None
+        difference = MeshDifference(strategy, expected, self._rounding, sum(part.samples for part in self._slices))
         with rng.fork_rng(self._device), _muted(), strategy.trial(self._scale):
             state = ProgramState(self._roots(), keep_storage=True)
             try:
+                for load in loads:
+                    load()
                 for number in range(self._passes):
                     strategy.begin_step()
                     self._task.forms.begin()
@@ -272,56 +308,24 @@ class StepCheck:
                     check_one_form(totals.flags)
                     if number == 0:
                         strategy.finish_gradients(self._hooks)
-                        off = self._wrong_step(strategy, expected, totals.loss)
+                        off = difference.of_loss(totals.loss) or difference.of_gradients()
                 strategy.average_buffers()
-                off = off or self._wrong_state(strategy, expected)
+                off = off or difference.of_state() or difference.of_update()
             finally:
                 state.restore()
         found = first_of_all(off.encode(), axes.world).decode()
         if found:
+            strategy.gather()  # the model is to be as before
             raise PlanError(found)
-        count = sum(gradient is not None for gradient in expected.gradients.values())
-        kept = f", {len(expected.buffers)} buffers" if expected.buffers else ""
-        self.findings.result = f"loss, {count} gradients{kept} equal those of one process"
-
-    def _wrong_step(self, strategy: Strategy, expected: StepResult, loss: float | None) -> str:
-        assert self._rounding is not None
-        if loss is None or self._rounding.differs_loss(expected.loss, loss):
-            return self._words("the loss", f"is {loss}, not {expected.loss:.6g}")
-        for name, parameter in strategy.table.trainable.items():
-            placement = strategy.table.placement(name)
-            if not placement.held(strategy.axes) or not strategy.table.is_updated(name, strategy.axes):
-                continue
-            whole, got = expected.gradients[name], parameter.grad
-            if whole is None or got is None:
-                if (whole is None) != (got is None) and bool((got if whole is None else whole).any()):  # type: ignore[union-attr]
-                    return self._words(
-                        f"the gradient of {name}", "is missing" if got is None else "should not be there"
-                    )
-                continue
-            part = whole if placement.whole else placement.part(whole, strategy.axes)
-            if self._rounding.differs("gradient", name, part, got.reshape(part.shape)):
-                return self._words(f"the gradient of {name}", apart(part, got))
-        return ""
-
-    def _wrong_state(self, strategy: Strategy, expected: StepResult) -> str:
-        assert self._rounding is not None
-        for name, buffer in strategy.table.buffers.items():
-            placement = strategy.table.placement(name)
-            if name not in expected.buffers or not placement.held(strategy.axes):
-                continue
-            whole = expected.buffers[name]
-            part = whole if placement.whole else placement.part(whole, strategy.axes)
-            if self._rounding.differs("buffer", name, part, buffer.reshape(part.shape)):
-                return self._words(f"buffer {name}", apart(part, buffer))
-        if strategy.axes.data.rank == 0 and self._plan.mesh.pp == 1:
-            for name, extra in extra_states(self._task.model).items():
-                if not same_state(extra, expected.extra.get(name)):
-                    return self._words(f"the extra state of {name or 'the model'}", "differs")
-        return ""
-
-    def _words(self, what: str, how: str) -> str:
-        return off_on_mesh(self._plan.mesh, what, how, sum(part.samples for part in self._slices))
+        counts = {
+            "gradients": sum(gradient is not None for gradient in expected.gradients.values()),
+            "updates": len(expected.updated),
+            "buffers": len(expected.buffers),
+        }
+        equal = ", ".join(["loss", *(f"{count} {what}" for what, count in counts.items() if count)])
+        self.findings.result = f"{equal} as in one process" + (f"; {self._left_out}" if self._left_out else "")
+        if self._left_out:
+            self.findings.notes.append(self._left_out)
 
     def _kept(self, paths: Sequence[str]) -> list[str]:
         """A note on what the step changes each time beside the model's tensors, which stays on the engines."""
@@ -376,6 +380,14 @@ def _differing(rounding: Rounding, first: StepResult, second: StepResult) -> str
         if one is not None and two is not None and rounding.differs("gradient", name, one, two):
             return name
     return None
+
+
+def _free_bytes(world: World) -> float | None:
+    """The memory that a rank may use, of its device; None if unknown."""
+    if world.device.type == "cuda":
+        return torch.cuda.mem_get_info(world.device)[0] * _FREE_SHARE
+    free = available_bytes()
+    return None if free is None else free * _FREE_SHARE / world.local_size
 
 
 def _finite(result: StepResult) -> bool:

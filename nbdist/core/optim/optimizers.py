@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.errors import PlanError, TaskError, suggest
 from nbdist.plan import Mesh
 
-__all__ = ["ELEMENTWISE", "OPTIMIZERS", "check_can_be_sharded", "make_optimizer", "optimizer_name"]
+__all__ = [
+    "ELEMENTWISE", "OPTIMIZERS", "check_can_be_sharded", "make_optimizer", "optimizer_name", "step_optimizers",
+]  # fmt: skip
 
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
 
@@ -76,6 +79,13 @@ def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.
     with skip_dynamo_import():
         made = optimizer(trainable, **settings)
     return _checked(made, model, optimizer)
+
+
+def step_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Let optimizers update the parameters, each once, by the gradients that these have. Local."""
+    with skip_dynamo_import():
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def optimizer_name(optimizer: Any) -> str:

@@ -13,23 +13,24 @@ __all__ = ["check_replicas"]
 
 
 @torch.no_grad()
-def check_replicas(table: ParamTable, axes: MeshChannels, step: int) -> None:
-    """Compare each tensor with the other replicas', after `average_buffers`. **Collective** over ``dp``.
+def check_replicas(table: ParamTable, axes: MeshChannels, step: int, *, buffers: bool = True) -> None:
+    """Compare each tensor with the other replicas'. **Collective** over ``dp``.
 
     Args:
         table: The model's tensors.
         axes: This rank's channels.
         step: The number of steps done.
+        buffers: Whether to compare buffers too, which are equal after `average_buffers`.
 
     Raises:
         TaskError: A tensor differs.
     """
     if axes.dp.size == 1:
         return
-    names = [name for name in table.objects if name not in table.owners and table.placement(name).held(axes)]
+    objects = table.objects if buffers else table.parameters
+    names = [name for name in objects if name not in table.owners and table.placement(name).held(axes)]
     if not names:
         return
-    objects = table.objects
     own = torch.stack([_checksum(detached(objects[name])) for name in names]).to(axes.dp.device)
     for rank, other in enumerate(axes.dp.all_gather(own)):
         if not torch.equal(other, own):

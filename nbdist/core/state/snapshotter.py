@@ -15,6 +15,7 @@ import torch
 
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.optim.lr_schedulers import Schedulers
+from nbdist.core.params.replicas import check_replicas
 from nbdist.core.process import rng
 from nbdist.core.state.checkpoint_writer import CheckpointWriter, prepare
 from nbdist.core.state.extra_states import ExtraStates
@@ -132,7 +133,10 @@ class Snapshotter:
             self._step_guard.begin_update()
 
     def end_step(self, progress: TrainProgress, agreed: ControlFlags | None) -> None:
-        """Call after a step or an epoch, with all ranks' summed flags. Local, on all ranks after the same step."""
+        """Call after a step or an epoch, with all ranks' summed flags, on all ranks after the same step.
+
+        **Collective** over ``dp`` where a checkpoint is due, else local.
+        """
         if self._step_guard is not None:
             self._step_guard.end_step()
         if self._step_record is not None:
@@ -156,6 +160,7 @@ class Snapshotter:
         """Start writing a checkpoint that the user asked for; emits a note if a rank cannot. **Collective** (world)."""
         world = self._axes.world
         self.wait_for_checkpoint()
+        self._check_replicas(progress)
         problem, buffer = "", None
         folder = world.broadcast_bytes(self._canonical_folder(folder).encode()).decode()
         try:
@@ -249,10 +254,15 @@ class Snapshotter:
             self._emit(Checkpointed(rank=self._rank, step=step, path=path, seconds=seconds))
 
     def _write(self, writer: CheckpointWriter, progress: TrainProgress) -> None:
-        """Start writing a checkpoint. Local, on all ranks after the same step."""
+        """Start writing a checkpoint, on all ranks after the same step. **Collective** over ``dp``."""
+        self._check_replicas(progress)
         buffer = self._try_snapshot(progress, for_checkpoint=True)
         if buffer is not None and self._shard_plan is not None:
             writer.begin(buffer, progress.step, self._shard_plan)
+
+    def _check_replicas(self, progress: TrainProgress) -> None:
+        """Raise `TaskError` rather than save weights of which replicas have others. **Collective** over ``dp``."""
+        check_replicas(self._strategy.table, self._axes, progress.step, buffers=False)
 
     def _check_optimizers(self) -> None:
         """Raise `TaskError` if an optimizer has state that cannot be saved; known after its first step. Local."""

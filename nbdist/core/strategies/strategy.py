@@ -13,10 +13,10 @@ from torch import nn
 
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.data.reader import Slice, to_device
+from nbdist.core.optim.optimizers import step_optimizers
 from nbdist.core.optim.precision import Precision
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
-from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.core.strategies.pipeline.schedules import Action, run_plain_backward, schedule_actions
 from nbdist.core.sync.agreement import ControlFlags
 from nbdist.core.sync.gradient_hooks import GradientHooks
@@ -218,9 +218,7 @@ class Strategy(ABC):
             if not finite:
                 return False
         self._run_hooks(hooks)
-        with skip_dynamo_import():
-            for optimizer in self.task.optimizers.values():
-                optimizer.step()
+        step_optimizers(self.task.optimizers.values())
         return True
 
     def _run_hooks(self, hooks: GradientHooks) -> None:

@@ -266,7 +266,8 @@ def test_what_was_forked_for_a_cluster_ends_with_its_folder(forks, tmp_path):
     for folder in folders:
         os.makedirs(folder)
         environment = {**os.environ, FOLDER_VARIABLE: folder}
-        arguments = ["engine", f"--profile-dir={folder}/profile"]  # waits for a controller
+        # It waits for a controller, and would give up after ten seconds.
+        arguments = ["engine", f"--profile-dir={folder}/profile", "--IPEngine.wait_for_url_file=1000000"]
         request = ForkRequest(arguments=arguments, environment=environment, folder=folder, log=os.devnull, cores={0})
         processes.append(psutil.Process(forks.fork(request)))
     forks.end_cluster(folders[0])

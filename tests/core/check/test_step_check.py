@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nbdist.core.check import step_check
 from nbdist.core.comm.world import World
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.sync.bucketed_reducer import BucketedReducer
@@ -207,7 +208,80 @@ def test_a_fault_of_one_percent_is_found(run_ranks, kind, what, words):
         assert words in found
         assert found.startswith("on mesh dp=2 ")
     for found in run_ranks(2, off_by_one_percent, "", *KINDS[kind]):
-        assert found == "loss, 6 gradients, 3 buffers equal those of one process"
+        assert found == "loss, 6 gradients, 6 updates, 3 buffers as in one process"
+
+
+class NormalizesLarge(torch.optim.SGD):
+    """Its update of a tensor depends on the norm of all of it, for tensors larger than those of the trial."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.numel() > 3000:
+                    parameter.grad.div_(parameter.grad.norm())
+        return super().step(closure)
+
+
+def normalizes_large(world):
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 1100), nn.Tanh(), nn.Linear(1100, 3)))
+    optimizer = NormalizesLarge(model.parameters(), lr=0.1)
+    with pytest.raises(PlanError) as error:
+        train(
+            world,
+            model,
+            classes(32, torch.float32),
+            loss="cross_entropy",
+            batch_size=8,
+            steps=1,
+            optimizer=optimizer,
+            strategy="shard",
+        )
+    return str(error.value), len(optimizer.state), weights(model)
+
+
+def test_an_update_of_parts_that_is_not_part_of_the_update_is_found(run_ranks):
+    """Of an optimizer that a trial on small tensors does not show; the weights are those before."""
+    expected = weights(seeded(lambda: nn.Sequential(nn.Linear(6, 1100), nn.Tanh(), nn.Linear(1100, 3))))
+    for error, states, after in run_ranks(2, normalizes_large):
+        assert re.search(r"on mesh shard=2 the update of \S+ is up to .* Use another one, such as adamw", error)
+        assert 0 == states
+        assert_same_bits(expected, after)
+
+
+def with_memory(world, free):
+    """The result of the check where so many bytes are free."""
+    real, step_check.available_bytes = step_check.available_bytes, lambda: free
+    try:
+        return train(world, mlp(), classes(32), loss="cross_entropy", **RUN)[0].plan.checked
+    finally:
+        step_check.available_bytes = real
+
+
+def test_where_memory_is_short_less_is_compared(run_ranks):
+    """It says what was left out, and what it needs."""
+    size = sum(tensor.nbytes for tensor in mlp().state_dict().values())
+    (found, _), (nothing, _) = run_ranks(2, with_memory, 8 * size), run_ranks(2, with_memory, 2 * size)
+    assert "loss as in one process; gradients were not compared: one process needs 0 MiB for it, 0 are free" == found
+    assert "not checked: it needs 0 MiB on each rank, of which 0 are free" == nothing
+
+
+def sums_if_large(model, batch):
+    """A mean for the weights that the model starts with, and a sum for those of the checkpoint."""
+    losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    return losses.sum() if next(model.parameters()).abs().max() > 100 else losses.mean()
+
+
+def test_a_resumed_run_is_checked_with_the_weights_of_its_checkpoint(tmp_path):
+    """They are those about to be used; where it is refused, the model is as before."""
+    model, fresh, given = mlp(), mlp(), {"checkpoint": str(tmp_path), "steps": 4}
+    with torch.no_grad():
+        next(model.parameters()).mul_(1000)
+    alone(model, sums_if_large, **given, check="no")
+    before = weights(fresh)
+    with pytest.raises(TaskError, match="it is no mean over samples"):
+        alone(fresh, sums_if_large, resume=str(tmp_path), steps=8)
+    assert_same_bits(before, weights(fresh))
 
 
 def steps_with_and_without(world, options):

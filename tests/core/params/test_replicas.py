@@ -1,4 +1,4 @@
-"""Replicas that drift apart are noticed at the end of an epoch."""
+"""Replicas that drift apart are noticed at the end of an epoch, and before a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ class Drawing(torch.optim.SGD):
                 parameter.add_(1e-9 * torch.randn_like(parameter))
 
 
-def drifts(world, optimizer):
+def drifts(world, optimizer, **options):
     model = mlp()
     try:
-        train(world, model, classes(32), optimizer=optimizer(model.parameters(), 0.1), batch_size=8, epochs=2)
+        optimizer = optimizer(model.parameters(), 0.1)
+        train(world, model, classes(32), optimizer=optimizer, batch_size=8, epochs=2, **options)
     except TaskError as error:
         return str(error)
     return ""
@@ -34,3 +35,14 @@ def test_drift_is_an_error_that_names_the_first_tensor(run_ranks, channel):
     for error in run_ranks(2, drifts, Drawing, channel=channel):
         assert error.startswith("after step 4 0.weight differs between replica ")
     assert run_ranks(2, drifts, torch.optim.SGD, channel=channel) == ["", ""]
+
+
+def drifts_into(world, folder):
+    return drifts(world, Drawing, checkpoint=folder, checkpoint_every=2)
+
+
+def test_no_checkpoint_of_drifted_replicas_is_written(run_ranks, tmp_path):
+    """The run ends at the first one instead."""
+    for error in run_ranks(2, drifts_into, str(tmp_path)):
+        assert error.startswith("after step 2 0.weight differs between replica ")
+    assert [] == [*tmp_path.glob("*/checkpoint.json")]
