@@ -38,7 +38,7 @@ from nbdist.core.transfer.rebuild import (
     with_cache,
 )
 from nbdist.core.transfer.refusal import Refusal
-from nbdist.core.transfer.registries import Registry, candidates
+from nbdist.core.transfer.registries import ClassEntries, Registry, candidates, class_entries
 from nbdist.core.transfer.slots import attributes, slot_names
 from nbdist.upstream.cloudpickle_private import is_class_by_value, reduced_class
 from nbdist.upstream.torch_private import (
@@ -72,10 +72,7 @@ def dump(value: Any, *, registries: bool = False) -> tuple[bytes, list[pickle.Pi
     """
     stream = io.BytesIO()
     pickler = _dumped(stream, value, [])
-    held = candidates(pickler.modules) if registries else []
-    if held:
-        known = pickler.memo.copy()
-        held = [registry for registry in held if any(id(one) in known for one in registry.objects)]
+    held = _registries_of(pickler) if registries else []
     if held:
         with contextlib.suppress(Refusal):  # it may hold anything else: then the engine's own stays as it is
             again, before = io.BytesIO(), pickler
@@ -87,7 +84,23 @@ def dump(value: Any, *, registries: bool = False) -> tuple[bytes, list[pickle.Pi
     return stream.getvalue(), pickler.buffers
 
 
-def _dumped(stream: io.BytesIO, value: Any, registries: list[Registry]) -> _Pickler:
+def _registries_of(pickler: _Pickler) -> list[Registry | ClassEntries]:
+    """The registries that hold something of what was pickled, and entries of others under its modules' classes."""
+    known = pickler.memo.copy()
+    held = [one for one in candidates(pickler.modules) if any(id(entry) in known for entry in one.objects)]
+    classes = [one for _, one in known.values() if isinstance(one, type) and issubclass(one, nn.Module)]
+    return [*held, *(entries for entries in class_entries(classes) if _can_be_pickled(entries))]
+
+
+def _can_be_pickled(entries: ClassEntries) -> bool:
+    try:
+        _dumped(io.BytesIO(), entries, [])
+    except Refusal:
+        return False
+    return True
+
+
+def _dumped(stream: io.BytesIO, value: Any, registries: list[Registry | ClassEntries]) -> _Pickler:
     pickler = _Pickler(stream)
     try:
         pickler.dump((_HookNumbers(), value, registries))

@@ -26,7 +26,7 @@ for payload in pickle.load(sys.stdin.buffer):
     answers.append((
         model(torch.ones(1, 2)).tolist(),
         registering.LAYERS == {layer.name: layer for layer in model},
-        [*registering.ORDER] == [*model], {*registering.ALIVE} == {*model}, registering.WORDS,
+        [*registering.ORDER] == [*model], {*registering.ALIVE} == {*model}, registering.WORDS, registering.FACTORS,
         all(registering.Layer.scales[layer.name] is layer.line.weight for layer in model),
     ))
 pickle.dump(answers, sys.stdout.buffer)
@@ -57,7 +57,8 @@ def there(models):
 def test_a_registry_has_what_was_made():
     """A second model sent takes the place of the first, as here."""
     model = nn.Sequential(registering.Layer("a"), registering.Layer("b"))
-    expected = model(torch.ones(1, 2)).tolist(), True, True, True, {"a": "word"}, True
+    factors = {"of another": 3.0, "<class 'registering.Layer'>": 0.5}
+    expected = model(torch.ones(1, 2)).tolist(), True, True, True, {"a": "word"}, factors, True
     assert [expected, expected] == there([model, model])
 
 
