@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from nbdist.core.check.step_check import Findings, StepCheck
+from nbdist.core.check.findings import Findings
+from nbdist.core.check.step_check import StepCheck
 from nbdist.core.comm import comm_timer
 from nbdist.core.comm.world import World
 from nbdist.core.control.commands import Commands

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["PerSample"]
@@ -13,15 +16,15 @@ _DROPOUTS = {
     "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "alpha_dropout_",
     "feature_dropout", "feature_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_",
 }  # fmt: skip
-_NOISES = {"rand", "rand_like", "randn", "randn_like"}
-_NOISES_IN_PLACE = {"uniform_", "normal_"}
 _NOISE = 0.4
+"""What all noise between 0 and 1 is, and how many deviations all other noise is above its mean."""
 
 
 class PerSample(TorchFunctionMode):
     """Context in which dropout returns its input, noise is one number, and BatchNorm uses no statistics. Local.
 
-    So a loss that is a mean over samples is the mean of its slices' losses.
+    What is drawn from a distribution of each sample's own depends on that alone. So a loss that is a mean over samples is
+    the mean of its slices' losses.
 
     Attributes:
         normalizes: Whether BatchNorm took statistics of a batch, or would have.
@@ -35,13 +38,8 @@ class PerSample(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name in _DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if name in _NOISES and kwargs.get("out") is None:
-            kwargs = {key: value for key, value in kwargs.items() if key != "generator"}
-            with torch.no_grad():
-                return torch.full_like(args[0], _NOISE, **kwargs) if name.endswith("_like") else _filled(args, kwargs)
-        if name in _NOISES_IN_PLACE:
-            low, high = _bounds(name, args, kwargs)
-            return args[0].fill_(low + _NOISE * (high - low))
+        if (fixed := _FIXED.get(name)) is not None and kwargs.get("out") is None:
+            return fixed(*args, **{key: value for key, value in kwargs.items() if key != "generator"})
         if name == "batch_norm" and (normalized := _normalized(args, kwargs)) is not None:
             self.normalizes = True
             return normalized
@@ -52,21 +50,98 @@ class PerSample(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _filled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """What ``torch.rand`` returns for some arguments, of one number."""
+def _sized(value: float, *size: Any, **kwargs: Any) -> torch.Tensor:
+    """What ``torch.rand`` returns for such arguments, of one number."""
     if "size" in kwargs:
-        kwargs = dict(kwargs)
-        args = (kwargs.pop("size"),)
-    size = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
-    return torch.full(tuple(size), _NOISE, **{"dtype": torch.get_default_dtype(), **kwargs})
+        size = (kwargs.pop("size"),)
+    shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+    return torch.full(tuple(shape), value, **{"dtype": torch.get_default_dtype(), **kwargs})
 
 
-def _bounds(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
-    """Two numbers of which noise in place is between: its bounds, or its mean and that plus its deviation."""
-    first, second = ("from", "to") if name == "uniform_" else ("mean", "std")
-    low = args[1] if len(args) > 1 else kwargs.get(first, 0.0)
-    high = args[2] if len(args) > 2 else kwargs.get(second, 1.0)
-    return low, high if name == "uniform_" else low + high
+def _like(like: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return torch.full_like(like, _NOISE, **kwargs)
+
+
+def _normal(mean: Any, std: Any = 1.0, size: Any = None, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        value = mean + _NOISE * std
+        return value if size is None else _sized(value, size, **kwargs)
+
+
+def _randint(low: int, high: Any, size: Any = None, **kwargs: Any) -> torch.Tensor:
+    if size is None and "size" not in kwargs:  # the lowest may be left out
+        low, high, size = 0, low, high
+    size = kwargs.pop("size", size)
+    return _sized(low + int(_NOISE * (high - low)), size, **{"dtype": torch.int64, **kwargs})
+
+
+def _randint_like(like: torch.Tensor, low: int, high: int | None = None, **kwargs: Any) -> torch.Tensor:
+    low, high = (0, low) if high is None else (low, high)
+    return torch.full_like(like, low + int(_NOISE * (high - low)), **kwargs)
+
+
+def _bernoulli(probability: torch.Tensor, p: float | None = None) -> torch.Tensor:
+    likely = probability if p is None else torch.full_like(probability, p)
+    return (likely > _NOISE).to(probability.dtype)
+
+
+def _multinomial(weights: torch.Tensor, number: int, replacement: bool = False) -> torch.Tensor:
+    if replacement:
+        return weights.argmax(-1, keepdim=True).expand(*weights.shape[:-1], number)
+    return weights.topk(number).indices
+
+
+def _gumbel_softmax(
+    logits: torch.Tensor, tau: float = 1, hard: bool = False, eps: float = 0.0, dim: int = -1
+) -> torch.Tensor:
+    del eps
+    soft = (logits / tau).softmax(dim)
+    if not hard:
+        return soft
+    most = torch.zeros_like(soft).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
+    return most - soft.detach() + soft
+
+
+def _normal_(tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
+    return tensor.fill_(mean + _NOISE * std)
+
+
+def _bernoulli_(tensor: torch.Tensor, p: Any = 0.5) -> torch.Tensor:
+    return tensor.copy_(p > _NOISE) if isinstance(p, torch.Tensor) else tensor.fill_(float(p > _NOISE))
+
+
+def _uniform_(tensor: torch.Tensor, *bounds: float, **named: float) -> torch.Tensor:
+    """Its first bound is called "from", which no parameter can be."""
+    low, high = (*bounds, *(0.0, 1.0)[len(bounds) :])
+    low, high = named.get("from", low), named.get("to", high)
+    return tensor.fill_(low + _NOISE * (high - low))
+
+
+_FIXED: dict[str, Callable[..., torch.Tensor]] = {
+    "rand": functools.partial(_sized, _NOISE),
+    "randn": functools.partial(_sized, _NOISE),
+    "rand_like": _like,
+    "randn_like": _like,
+    "normal": _normal,
+    "randint": _randint,
+    "randint_like": _randint_like,
+    "bernoulli": _bernoulli,
+    "multinomial": _multinomial,
+    "gumbel_softmax": _gumbel_softmax,
+    "poisson": torch.round,
+    "_standard_gamma": lambda shape: shape * 1.0,
+    "_sample_dirichlet": lambda shape: shape / shape.sum(-1, keepdim=True),
+    "rrelu": lambda x, lower=1 / 8, upper=1 / 3, *_, **__: nn.functional.leaky_relu(x, (lower + upper) / 2),
+    "normal_": _normal_,
+    "uniform_": _uniform_,
+    "bernoulli_": _bernoulli_,
+    "exponential_": lambda tensor, rate=1.0: tensor.fill_(_NOISE / rate),
+    "log_normal_": lambda tensor, *_, **__: tensor.fill_(_NOISE),
+    "cauchy_": lambda tensor, *_, **__: tensor.fill_(_NOISE),
+    "geometric_": lambda tensor, *_, **__: tensor.fill_(1),
+    "random_": lambda tensor, *_, **__: tensor.fill_(0),
+}
+"""Functions that draw random numbers, and what takes their place; ``torch.randperm`` has no such thing."""
 
 
 def _without(args: tuple[Any, ...], kwargs: dict[str, Any], place: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

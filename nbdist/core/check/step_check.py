@@ -3,59 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from nbdist.core.check.findings import CannotBeChecked, Findings, Refused
 from nbdist.core.check.mesh_difference import MeshDifference
 from nbdist.core.check.per_sample import PerSample
 from nbdist.core.check.plain_step import PlainStep, StepResult
 from nbdist.core.check.program_state import ProgramState
 from nbdist.core.check.rounding import Rounding
+from nbdist.core.check.samples import Samples, read_samples, synchronizes
 from nbdist.core.check.sentences import OTHER_DATA, no_mean, wrong_gradient
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice
-from nbdist.core.data.sources import tensors_in
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.sync.agreement import NO_FLAGS, first_of_all
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.sync.loss_forms import check_one_form
-from nbdist.core.sync.sync_batchnorm import BatchNorms
 from nbdist.core.task.modules import Modules
 from nbdist.core.task.task import SupervisedStep, Task
 from nbdist.errors import NbdistError, PlanError, TaskError
-from nbdist.plan import Plan, available_bytes, slice_bounds
+from nbdist.plan import Plan, available_bytes
 
-__all__ = ["Findings", "StepCheck"]
+__all__ = ["StepCheck"]
 
-_DATA_BYTES = 2**20
 _COPIES, _COPIES_OF_MESH, _COPIES_OF_LOSS = 8, 6, 2
 """How much memory the check needs at its peak, in sizes of the model: whole, with check="mesh", and for losses only."""
 _FREE_SHARE = 0.8
 _NORMS = nn.modules.batchnorm._BatchNorm
-
-
-@dataclass(kw_only=True)
-class Findings:
-    """What the check of a run has found.
-
-    Args:
-        result: One clause: what is equal, or why nothing was checked.
-        notes: Sentences for the user.
-    """
-
-    result: str = ""
-    notes: list[str] = field(default_factory=list)
 
 
 class StepCheck:
@@ -99,17 +84,17 @@ class StepCheck:
                 ParamTable.of(self._task.model).broadcast_(self._world.channel())
         with rng.fork_rng(self._device), _muted():
             try:
-                whole, replicas = self._read()
-                digest = _digest(whole.batch)
-                self._run_plain(whole, replicas)
-            except _Refused as error:
+                samples = read_samples(self._task, self._plan)
+                digest, self._slices = samples.digest, samples.slices
+                self._run_plain(samples)
+            except Refused as error:
                 message = {"error": str(error)}
             except NbdistError as error:  # of the step, which the first step of the run will raise too, if it is so
                 message = {"skip": str(error)}
             except Exception as error:
                 what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
                 message = {"skip": f"the step cannot be run on a few samples alone ({what})"}
-            except _CannotBeChecked as why:
+            except CannotBeChecked as why:
                 message = {"skip": str(why)}
         if before is not None:  # until the run is known to start
             before.restore()
@@ -127,44 +112,13 @@ class StepCheck:
             return
         raise TaskError(message["error"])
 
-    def _read(self) -> tuple[Slice, list[list[Slice]]]:
-        """The samples of the check as one batch, and as the slices of each replica."""
-        task, plan = self._task, self._plan
-        samples = min(plan.batch_size, 2 * plan.slices + 1, task.data.samples or plan.batch_size)
-        bounds = slice_bounds(samples, plan.slices)
-        if bounds[-1][0] == bounds[-1][1]:
-            raise _CannotBeChecked("there are fewer samples than slices")
-        rng.seed_all(rng.derive(plan.seed, "check"))
-        cuts = [range(*pair) for pair in bounds]
-        together = self._synchronized(cuts)
-        reads = ProgramState({"data": task.data.dataset or task.data.stream}, large_bytes=_DATA_BYTES)
-        try:
-            batches = task.data.batches([*cuts, range(samples), *together])
-        finally:
-            reads.restore()
-        if reads.excess:
-            raise _CannotBeChecked(f"the data holds too many objects to put back, such as {reads.excess}")
-        if batches is None:
-            raise _CannotBeChecked("the data can be read only once")
-        made = [
-            Slice(index=i, samples=len(cut), batch=batch, of=plan.slices)
-            for i, (cut, batch) in enumerate(zip(cuts, batches, strict=False))
-        ]
-        self._slices = made
-        whole = Slice(index=0, samples=samples, batch=batches[len(cuts)])
-        joined = [
-            Slice(index=i, samples=len(rows), batch=batch, of=plan.slices)
-            for i, (rows, batch) in enumerate(zip(together, batches[len(cuts) + 1 :], strict=True))
-        ]
-        return whole, [joined] if joined else self._replicas()
-
-    def _run_plain(self, whole: Slice, replicas: list[list[Slice]]) -> None:
+    def _run_plain(self, samples: Samples) -> None:
         step = PlainStep(
             self._task, self._plan, self._hooks, lambda: ProgramState(self._roots()), self._device,
             forward_only=self._limit_memory(),
         )  # fmt: skip
         try:
-            self._run_steps(step, whole, replicas)
+            self._run_steps(step, samples)
         finally:
             step.state.restore()
 
@@ -172,7 +126,7 @@ class StepCheck:
         """Whether gradients must be left out, which one process has no memory for. Local.
 
         Raises:
-            _CannotBeChecked: There is not even memory for a copy of the model.
+            CannotBeChecked: There is not even memory for a copy of the model.
         """
         copies = _COPIES if self._plan.check == "yes" else _COPIES_OF_MESH
         model = self._task.model
@@ -182,60 +136,38 @@ class StepCheck:
             return False
         need, has = copies * nbytes / 2**20, free / 2**20
         if _COPIES_OF_LOSS * nbytes > free:
-            raise _CannotBeChecked(f"it needs {need:,.0f} MiB on each rank, of which {has:,.0f} are free")
+            raise CannotBeChecked(f"it needs {need:,.0f} MiB on each rank, of which {has:,.0f} are free")
         self._left_out = f"gradients were not compared: one process needs {need:,.0f} MiB for it, {has:,.0f} are free"
         return True
 
-    def _run_steps(self, step: PlainStep, whole: Slice, replicas: list[list[Slice]]) -> None:
-        plan = self._plan
+    def _run_steps(self, step: PlainStep, samples: Samples) -> None:
+        plan, replicas = self._plan, samples.replicas
         if step.state.iterators:
-            raise _CannotBeChecked(
+            raise CannotBeChecked(
                 f"the step can reach {step.state.iterators[0]}, an iterator, which cannot be put back"
             )
         if step.state.excess:
-            raise _CannotBeChecked(f"the step can reach too many objects to put back, such as {step.state.excess}")
+            raise CannotBeChecked(f"the step can reach too many objects to put back, such as {step.state.excess}")
         expected = step.run(replicas, update=True)
         while not _finite(expected) and step.lower_scale():
             expected = step.run(replicas, update=True)
         self._scale = step.scale
         if not _finite(expected):
-            raise _CannotBeChecked("the loss, or a gradient, is not finite")
-        if step.draws and self._synchronizes:
-            raise _CannotBeChecked("the step draws random numbers, and layers synchronize their statistics")
+            raise CannotBeChecked("the loss, or a gradient, is not finite")
+        if step.draws and synchronizes(self._task, plan):
+            raise CannotBeChecked("the step draws random numbers, and layers synchronize their statistics")
         if step.draws_elsewhere and not plan.reproducible:
-            raise _CannotBeChecked("the step draws random numbers with Python or NumPy")
+            raise CannotBeChecked("the step draws random numbers with Python or NumPy")
         self._passes = 2 if step.kept else 1
         self.findings.notes += self._kept(step.kept_again)
         nudged = step.run(replicas, nudge=True)
         self._expected, self._rounding = expected, Rounding(expected, nudged)
         if plan.slices > 1 and plan.check == "yes":
             try:
-                self._compare_whole(step, whole, expected)
+                self._compare_whole(step, samples.whole, expected)
             except Exception as error:  # as of a checkpointed forward, which had dropout only when it ran again
                 what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
                 self.findings.notes.append(f"slices were not compared with the whole batch: {what}")
-
-    @property
-    def _synchronizes(self) -> bool:
-        plan = self._plan
-        return plan.sync_batchnorm and plan.mesh.data > 1 and bool(BatchNorms.layers_of(self._task.model))
-
-    def _synchronized(self, cuts: list[range]) -> list[list[int]]:
-        """The samples whose statistics BatchNorm takes together: those of a microbatch on all ranks. Else none."""
-        if not self._synchronizes:
-            return []
-        each = len(cuts) // self._plan.mesh.data
-        return [[i for cut in cuts[k::each] for i in cut] for k in range(each)]
-
-    def _replicas(self) -> list[list[Slice]]:
-        """The slices of each replica."""
-        plan, slices = self._plan, self._slices
-        if plan.reproducible:
-            return [[part] for part in slices]
-        return [
-            [slices[i] for i in ReductionTree.share(len(slices), rank, plan.mesh.data)]
-            for rank in range(plan.mesh.data)
-        ]
 
     def _compare_whole(self, step: PlainStep, whole: Slice, expected: StepResult) -> None:
         """Whether the loss of the whole batch is the mean of its slices' losses, and its gradients theirs."""
@@ -267,8 +199,8 @@ class StepCheck:
             self.findings.notes.append("slices were not compared with the whole batch: the step draws random numbers")
             return
         if not other:
-            raise _Refused(no_mean(single.loss, sliced, whole.samples))
-        raise _Refused(wrong_gradient(other, whole.samples, len(self._slices)))
+            raise Refused(no_mean(single.loss, sliced, whole.samples))
+        raise Refused(wrong_gradient(other, whole.samples, len(self._slices)))
 
     def _note_norms(self, norms: Sequence[str], per_sample: PerSample) -> None:
         if (norms or per_sample.normalizes) and not self._plan.sync_batchnorm:
@@ -354,14 +286,6 @@ class StepCheck:
         return {**self._models, "step": step, "root": task.model, **optimizers}
 
 
-class _CannotBeChecked(BaseException):
-    """Why nothing can be checked."""
-
-
-class _Refused(BaseException):
-    """Why the run is refused."""
-
-
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
     """Context in which what a step prints is dropped: the user has called it for none of these steps."""
@@ -393,11 +317,3 @@ def _free_bytes(world: World) -> float | None:
 def _finite(result: StepResult) -> bool:
     gradients = [g for g in result.gradients.values() if g is not None]
     return math.isfinite(result.loss) and all(bool(g.isfinite().all()) for g in gradients)
-
-
-def _digest(batch: Any) -> bytes:
-    """A digest of the tensors in a batch."""
-    made = hashlib.blake2b(digest_size=16)
-    for tensor in tensors_in(batch):
-        made.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return made.digest()

@@ -159,6 +159,39 @@ def test_a_loss_with_noise_is_compared_with_the_whole_batch():
     assert alone(mlp(), noisy_mean).notes == []
 
 
+def draws(x):
+    """Numbers for each sample from whatever torch can draw from; some depend on the sample."""
+    logits, likely, distributions = torch.cat([x, -x], 1), x.sigmoid(), torch.distributions
+    drawn = [
+        torch.normal(x, 0.5), torch.normal(0.0, likely), torch.normal(0.0, 1.0, x.shape, dtype=x.dtype),
+        torch.bernoulli(likely), torch.zeros_like(x).bernoulli_(likely), torch.zeros_like(x).bernoulli_(0.3),
+        torch.randint(5, x.shape), torch.randint(2, 5, x.shape), torch.randint_like(x, 3), torch.poisson(x.abs()),
+        torch.multinomial(likely, 2)[:, :1], torch.multinomial(likely, 3, replacement=True)[:, :1],
+        F.rrelu(x, training=True), F.gumbel_softmax(x), F.gumbel_softmax(x, hard=True), torch.randn(x.shape),
+        torch.empty_like(x).exponential_(2.0), torch.empty_like(x).log_normal_(), torch.empty_like(x).geometric_(0.5),
+        torch.empty_like(x).random_(3),
+        distributions.Normal(x, likely).rsample(), distributions.Normal(x, 1.0).sample(), torch.rand(size=x.shape),
+        distributions.Bernoulli(logits=x).sample(), distributions.Categorical(logits=logits).sample()[:, None],
+        distributions.Gamma(likely, 1.0).rsample(), distributions.Dirichlet(likely).rsample(),
+    ]  # fmt: skip
+    return sum(each.to(x.dtype) for each in drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whatever_is_drawn_is_the_same_in_slices_and_in_the_batch(dtype):
+    """So a sum is refused whatever noise it has, and a mean is not."""
+    data = classes(32, dtype)
+
+    def loss(reduction):
+        return lambda model, batch: F.cross_entropy(
+            model(batch[0] + 0.1 * draws(batch[0])), batch[1], reduction=reduction
+        )
+
+    with pytest.raises(TaskError, match="their sum is the loss"):
+        alone(mlp(dtype), loss("sum"), data)
+    assert alone(mlp(dtype), loss("mean"), data).notes == []
+
+
 def test_numbers_that_must_differ_are_named_as_not_compared():
     """A step that draws an order of the batch has no loss of the whole batch to compare with."""
     sink = alone(

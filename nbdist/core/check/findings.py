@@ -1,0 +1,28 @@
+"""Findings: what the check of a run has found, and why it ends early."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["CannotBeChecked", "Findings", "Refused"]
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What the check of a run has found.
+
+    Args:
+        result: One clause: what is equal, or why nothing was checked.
+        notes: Sentences for the user.
+    """
+
+    result: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+class CannotBeChecked(BaseException):
+    """Why nothing can be checked. No `Exception`, so that it is not taken for one of the user's step."""
+
+
+class Refused(BaseException):
+    """Why the run is refused. See `CannotBeChecked`."""
