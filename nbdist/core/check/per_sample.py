@@ -23,8 +23,8 @@ _NOISE = 0.4
 class PerSample(TorchFunctionMode):
     """Context in which dropout returns its input, noise is one number, and BatchNorm uses no statistics. Local.
 
-    What is drawn from a distribution of each sample's own depends on that alone. So a loss that is a mean over samples is
-    the mean of its slices' losses.
+    What is drawn from a distribution of each sample's own depends on that alone. So a loss that is a mean over samples
+    is the mean of its slices' losses.
 
     Attributes:
         normalizes: Whether BatchNorm took statistics of a batch, or would have.
