@@ -15,7 +15,7 @@ from nbdist.core.params.placeholder import detached, reveal
 from nbdist.core.params.placement import Placement
 from nbdist.errors import TaskError
 
-__all__ = ["ParamTable", "copy_or_zero_", "replace_data", "restore_buffers", "view_like"]
+__all__ = ["ParamTable", "assign_", "copy_or_zero_", "replace_data", "restore_buffers", "view_like"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,21 @@ class ParamTable:
     @torch.no_grad()
     def load_(self, tensors: dict[str, torch.Tensor]) -> None:
         """Copy `tensors` (those of another table of the same model) into this one's, in place. Local."""
-        for name, tensor in self.tensors.items():
-            tensor.copy_(tensors[name])
+        for name, tensor in self.objects.items():
+            assign_(tensor, tensors[name])
+
+
+@torch.no_grad()
+def assign_(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy values into a parameter or buffer. An expanded one gets memory of its own, unless nothing changes. Local."""
+    data = detached(tensor)
+    if data.layout is torch.strided and any(
+        size > 1 and not stride for size, stride in zip(data.shape, data.stride(), strict=True)
+    ):
+        if not torch.equal(data, values):
+            tensor.data = values.clone(memory_format=torch.contiguous_format)
+    else:
+        data.copy_(values)
 
 
 class _Buffers(Mapping[str, torch.Tensor]):

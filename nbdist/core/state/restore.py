@@ -18,7 +18,7 @@ from nbdist.core.optim.state import device_of_entry, is_split
 from nbdist.core.optim.tensor_references import TensorReferences, is_name
 from nbdist.core.params.extra_state import set_extra_states, stateful_modules
 from nbdist.core.params.made_buffers import adopt_buffers
-from nbdist.core.params.param_table import ParamTable
+from nbdist.core.params.param_table import ParamTable, assign_
 from nbdist.core.state.checkpoint_reader import CheckpointReader, candidates
 from nbdist.core.state.shard_plan import gather_texts
 from nbdist.core.state.train_progress import TrainProgress
@@ -120,7 +120,7 @@ def load(
             if not (name in names and placement.held(axes)) or name in made:
                 continue
             if name in table.buffers:
-                tensor.copy_(saved.buffer(name, data_rank))
+                assign_(table.buffers[name], saved.buffer(name, data_rank))
             elif table.is_updated(name, axes) or not table.parameters[name].requires_grad:
                 tensor.copy_(placement.part(saved.whole(name).to(tensor.device), axes))
         references = TensorReferences(table.objects)

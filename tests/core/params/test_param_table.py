@@ -39,6 +39,18 @@ def test_weights_come_home_in_place():
     assert target[2].weight is target[0].weight is parameters[0]
 
 
+def test_an_expanded_buffer_can_be_loaded():
+    """It stays expanded while nothing changes, and else gets memory of its own."""
+    target, source = nn.Module(), nn.Module()
+    for module in (target, source):
+        module.register_buffer("same", torch.ones(1).expand(3))
+        module.register_buffer("other", torch.zeros(1).expand(3))
+    source.other = torch.arange(3.0)
+    ParamTable.of(target).load_(ParamTable.of(source).tensors)
+    assert [0.0, 1.0, 2.0] == target.other.tolist()
+    assert ((0,), [1.0, 1.0, 1.0]) == (target.same.stride(), target.same.tolist())
+
+
 def test_what_is_read_is_not_copied():
     """The table's tensors are the model's own memory, detached."""
     net = mlp()
