@@ -196,7 +196,7 @@ def fit(
             step=progress.step, history=progress.history, checked=findings.result,
         )  # fmt: skip
         emit(started)
-        for note in findings.notes:
+        for note in findings.notes if world.rank == 0 else ():
             emit(Noted(rank=world.rank, text=note))
         reporter = Reporter(world, progress, schedulers, emit)
         structure = StructureWatch(model, task.optimizers.values())

@@ -18,7 +18,7 @@ from nbdist.core.sync.sync_batchnorm import BatchNorms
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan, slice_bounds
 
-__all__ = ["Samples", "read_samples", "synchronizes"]
+__all__ = ["Samples", "read_samples", "read_slice", "synchronizes"]
 
 _DATA_BYTES = 2**20
 
@@ -60,15 +60,7 @@ def read_samples(task: Task, plan: Plan) -> Samples:
     rng.seed_all(rng.derive(plan.seed, "check"))
     cuts = [range(*pair) for pair in bounds]
     together = _synchronized(task, plan, cuts)
-    reads = ProgramState({"data": task.data.dataset or task.data.stream}, large_bytes=_DATA_BYTES)
-    try:
-        batches = task.data.batches([*cuts, range(samples), *together])
-    finally:
-        reads.restore()
-    if reads.excess:
-        raise CannotBeChecked(f"the data holds too many objects to put back, such as {reads.excess}")
-    if batches is None:
-        raise CannotBeChecked("the data can be read only once")
+    batches = _read(task, [*cuts, range(samples), *together])
     slices = _slices_of(cuts, batches, plan)
     joined = _slices_of(together, batches[len(cuts) + 1 :], plan)
     return Samples(
@@ -76,6 +68,28 @@ def read_samples(task: Task, plan: Plan) -> Samples:
         slices=slices,
         replicas=[joined] if joined else _replicas(slices, plan),
     )
+
+
+def read_slice(task: Task, plan: Plan) -> Slice:
+    """Read the first slice of a batch, in full. See `read_samples`."""
+    samples = min(plan.batch_size, task.data.samples or plan.batch_size)
+    rng.seed_all(rng.derive(plan.seed, "check"))
+    rows = range(*slice_bounds(samples, plan.slices)[0])
+    return _slices_of([rows], _read(task, [rows]), plan)[0]
+
+
+def _read(task: Task, rows: list[Any]) -> list[Any]:
+    """The batches of some samples."""
+    reads = ProgramState({"data": task.data.dataset or task.data.stream}, large_bytes=_DATA_BYTES)
+    try:
+        batches = task.data.batches(rows)
+    finally:
+        reads.restore()
+    if reads.excess:
+        raise CannotBeChecked(f"the data holds too many objects to put back, such as {reads.excess}")
+    if batches is None:
+        raise CannotBeChecked("the data can be read only once")
+    return batches
 
 
 def synchronizes(task: Task, plan: Plan) -> bool:

@@ -19,7 +19,7 @@ from nbdist.core.check.per_sample import PerSample
 from nbdist.core.check.plain_step import PlainStep, StepResult
 from nbdist.core.check.program_state import ProgramState
 from nbdist.core.check.rounding import Rounding
-from nbdist.core.check.samples import Samples, read_samples, synchronizes
+from nbdist.core.check.samples import Samples, read_samples, read_slice, synchronizes
 from nbdist.core.check.sentences import OTHER_DATA, no_mean, wrong_gradient
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
@@ -92,12 +92,15 @@ class StepCheck:
             except NbdistError as error:  # of the step, which the first step of the run will raise too, if it is so
                 message = {"skip": str(error)}
             except Exception as error:
+                if self._always_fails():
+                    raise  # at once: another rank may be in an endless loop, and would never agree on it
                 what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
                 message = {"skip": f"the step cannot be run on a few samples alone ({what})"}
             except CannotBeChecked as why:
                 message = {"skip": str(why)}
-        if before is not None:  # until the run is known to start
-            before.restore()
+            finally:
+                if before is not None:  # until the run is known to start
+                    before.restore()
         read = self._world.channel().broadcast_bytes(digest)
         if not message and read != digest:
             message = {"error": OTHER_DATA.format(rank=self._world.rank)}
@@ -112,11 +115,31 @@ class StepCheck:
             return
         raise TaskError(message["error"])
 
-    def _run_plain(self, samples: Samples) -> None:
-        step = PlainStep(
+    def _plain_step(self, *, forward_only: bool) -> PlainStep:
+        return PlainStep(
             self._task, self._plan, self._hooks, lambda: ProgramState(self._roots()), self._device,
-            forward_only=self._limit_memory(),
+            forward_only=forward_only,
         )  # fmt: skip
+
+    def _always_fails(self) -> bool:
+        """Whether the step raises an error on a full slice too, so that the run could not begin. Local."""
+        if not self._slices or self._task.data.loading.get(
+            "num_workers"
+        ):  # which may read other data than this process
+            return False
+        step = self._plain_step(forward_only=False)
+        try:
+            step.run([[read_slice(self._task, self._plan)]], again=False)
+        except (NbdistError, MemoryError, torch.OutOfMemoryError, CannotBeChecked):  # which a mesh need not meet
+            return False
+        except Exception:
+            return True
+        finally:
+            step.state.restore()
+        return False
+
+    def _run_plain(self, samples: Samples) -> None:
+        step = self._plain_step(forward_only=self._limit_memory())
         try:
             self._run_steps(step, samples)
         finally:

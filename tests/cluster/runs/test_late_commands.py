@@ -18,7 +18,7 @@ from nbdist.errors import ClusterError, EngineError
 pytestmark = pytest.mark.engines
 
 STEPS = 3
-OPTIONS = {"loss": "cross_entropy", "steps": STEPS, "batch_size": 16, "threads": 1}
+OPTIONS = {"loss": "cross_entropy", "steps": STEPS, "batch_size": 16, "threads": 1, "check": "no"}
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def plateau(optimizer):
 def options_of(**more):
     return {
         "optimizer": ADAMW, "batch_size": BATCH, "epochs": 3, "val": classes(32, torch.float32), "metric": "accuracy",
-        "accumulate": 2, **more,
+        "accumulate": 2, "check": "no", **more,
     }  # fmt: skip
 
 
