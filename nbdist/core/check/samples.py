@@ -47,13 +47,18 @@ class Samples:
         return made.digest()
 
 
-def read_samples(task: Task, plan: Plan) -> Samples:
+def read_samples(task: Task, plan: Plan, *, even: bool) -> Samples:
     """Read the samples; the data is left as it was. Local, under its own random numbers.
+
+    Args:
+        task: Its data is read.
+        plan: Says how a batch is cut.
+        even: Whether all slices have the same size; else the first has a sample more, as in a last batch.
 
     Raises:
         CannotBeChecked: There are too few, or they cannot be read twice.
     """
-    samples = min(plan.batch_size, 2 * plan.slices + 1, task.data.samples or plan.batch_size)
+    samples = min(plan.batch_size, 2 * plan.slices + (not even), task.data.samples or plan.batch_size)
     bounds = slice_bounds(samples, plan.slices)
     if bounds[-1][0] == bounds[-1][1]:
         raise CannotBeChecked("there are fewer samples than slices")

@@ -84,13 +84,14 @@ class StepCheck:
                 ParamTable.of(self._task.model).broadcast_(self._world.channel())
         with rng.fork_rng(self._device), _muted():
             try:
-                samples = read_samples(self._task, self._plan)
-                digest, self._slices = samples.digest, samples.slices
-                self._run_plain(samples)
+                try:
+                    digest = self._run_plain(even=False)
+                except NbdistError:  # a loss may be a mean, or be known as one, in slices of equal size only
+                    digest = self._run_plain(even=True)
             except Refused as error:
                 message = {"error": str(error)}
-            except NbdistError as error:  # of the step, which the first step of the run will raise too, if it is so
-                message = {"skip": str(error)}
+            except NbdistError as error:
+                message = {"skip" if self._always_fails() else "error": str(error)}  # else the first step may raise it
             except Exception as error:
                 if self._always_fails():
                     raise  # at once: another rank may be in an endless loop, and would never agree on it
@@ -130,7 +131,7 @@ class StepCheck:
         step = self._plain_step(forward_only=False)
         try:
             step.run([[read_slice(self._task, self._plan)]], again=False)
-        except (NbdistError, MemoryError, torch.OutOfMemoryError, CannotBeChecked):  # which a mesh need not meet
+        except (MemoryError, torch.OutOfMemoryError, CannotBeChecked):  # which a mesh need not meet
             return False
         except Exception:
             return True
@@ -138,12 +139,16 @@ class StepCheck:
             step.state.restore()
         return False
 
-    def _run_plain(self, samples: Samples) -> None:
+    def _run_plain(self, *, even: bool) -> bytes:
+        """Run all steps, with slices of equal or of other size; returns a digest of the samples."""
+        samples = read_samples(self._task, self._plan, even=even)
+        self._slices = samples.slices
         step = self._plain_step(forward_only=self._limit_memory())
         try:
             self._run_steps(step, samples)
         finally:
             step.state.restore()
+        return samples.digest
 
     def _limit_memory(self) -> bool:
         """Whether gradients must be left out, which one process has no memory for. Local.
@@ -230,8 +235,12 @@ class StepCheck:
             more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
             self.findings.notes.append(
                 f"{norms[0] if norms else 'the step'}{more} (BatchNorm) uses the statistics of each slice, not of the "
-                "whole batch" + ("" if self._plan.reproducible else ": sync_batchnorm for those of all ranks")
+                "whole batch" + (": sync_batchnorm for those of all ranks" if self._can_synchronize else "")
             )
+
+    @property
+    def _can_synchronize(self) -> bool:
+        return self._plan.mesh.data > 1 and not self._plan.reproducible
 
     def compare(self, strategy: Strategy, loads: Sequence[Callable[[], None]] = ()) -> None:
         """Run the same step on the mesh, and compare; nothing of it is left. **Collective** over the world.

@@ -96,6 +96,29 @@ def test_a_loss_that_is_no_mean_over_samples_is_refused_before_the_update(step, 
     assert_same_bits(before, weights(model))
 
 
+class Contrastive(nn.Module):
+    """Two directions, each a mean over the samples of a slice; half of their sum counts two in a slice of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = mlp()
+
+    def forward(self, x, labels):
+        near = self.tower(x) @ self.tower(x.flip(1)).T
+        targets = torch.arange(len(x))
+        return {"loss": (F.cross_entropy(near, targets) + F.cross_entropy(near.T, targets)) / 2.0}
+
+
+def test_a_loss_that_is_known_as_no_mean_in_some_slices_only_is_refused():
+    """Though slices of the size that the run has would be averaged."""
+    x, y = classes(32)
+    model = Contrastive()
+    before = weights(model)
+    with pytest.raises(TaskError, match=r"it is no mean over samples|is not recognised as a mean"):
+        train(World(), model, {"x": x, "labels": y}, loss=None, **TWO_SLICES)
+    assert_same_bits(before, weights(model))
+
+
 def test_one_slice_may_have_any_loss():
     """There is nothing to average."""
     model, expected = mlp(), mlp()
