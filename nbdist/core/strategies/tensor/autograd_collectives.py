@@ -8,9 +8,9 @@ gather_out     all-gather   own part       out of columns without a row
 ```
 
 Activations outside are the same on every rank of the axis, and so are their gradients. Each backward can be
-differentiated again, as a gradient penalty needs: `copy_in` and `sum_out` are the backward of one another. In eager mode these are autograd
-functions. A tracer (`torch.export`, `torch.fx`, fake tensors) records custom ops instead, which name the axis by its
-number and do the same when the graph runs.
+differentiated again, as a gradient penalty needs: `copy_in` and `sum_out` are the backward of one another. In eager
+mode these are autograd functions. A tracer (`torch.export`, `torch.fx`, fake tensors) records custom ops instead, which name
+the axis by its number and do the same when the graph runs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from nbdist.core.comm import Channel
+from nbdist.core.params.func_transforms import check_no_transform
 
 __all__ = ["SharedCopyIn", "TensorAxis", "copy_in", "gather_out", "sum_out"]
 
@@ -104,6 +105,7 @@ def _is_traced(x: Any) -> bool:
 
 
 def _apply(function: Any, x: torch.Tensor, axis: TensorAxis) -> torch.Tensor:
+    check_no_transform()
     result: torch.Tensor = function.apply(x, axis.channel)
     return result
 
