@@ -348,11 +348,14 @@ def _check_model(model: Any, name: str) -> None:
     if lazy:
         raise TaskError(f"{lazy[0]} of {name} has no shape yet: run one batch through {name} first.")
     for path, tensor in every:
-        if tensor.is_meta:
+        if tensor.layout is not torch.strided:
             raise TaskError(
-                f"{path} of {name} is on the meta device, without values: allocate them with "
-                f"{name}.to_empty(device='cpu'), and set or load them."
+                f"{path} of {name} is a sparse tensor, and ranks share parameters and buffers as dense ones: register "
+                "it dense, and call to_sparse() in forward; a constant may be a plain attribute."
             )
+        if tensor.is_meta:
+            how = f"allocate them with {name}.to_empty(device='cpu'), and set or load them."
+            raise TaskError(f"{path} of {name} is on the meta device, without values: {how}")
     if not any(p.requires_grad for _, p in parameters):
         raise TaskError(f"{name} has no parameters to train" + (": all are frozen." if parameters else "."))
     for path, module in model.named_modules():
