@@ -9,8 +9,8 @@ gather_out     all-gather   own part       out of columns without a row
 
 Activations outside are the same on every rank of the axis, and so are their gradients. Each backward can be
 differentiated again, as a gradient penalty needs: `copy_in` and `sum_out` are the backward of one another. In eager
-mode these are autograd functions. A tracer (`torch.export`, `torch.fx`, fake tensors) records custom ops instead, which name
-the axis by its number and do the same when the graph runs.
+mode these are autograd functions. A tracer (`torch.export`, `torch.fx`, fake tensors) records custom ops instead, which
+name the axis by its number and do the same when the graph runs.
 """
 
 from __future__ import annotations
