@@ -54,6 +54,10 @@ MODELS = {
     "without values": (nn.Linear(3, 1, device="meta"), "weight of net is on the meta device, without values: allocate"),
     "a buffer without values": (Holder(), "table of net is on the meta device, without values: allocate"),
     "a sparse buffer": (sparse_buffer(), r"adjacency of net is a sparse tensor.*register it dense"),
+    "scripted": (
+        nn.Sequential(torch.jit.trace(nn.Linear(3, 1), torch.ones(1, 3))),
+        "0 is a module of TorchScript",
+    ),
     "sparse": (nn.Sequential(nn.Embedding(3, 3, sparse=True)), "0 makes sparse gradients, .*use sparse=False"),
 }
 
