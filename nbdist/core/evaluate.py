@@ -19,6 +19,12 @@ from nbdist.errors import PlanError, TaskError
 
 __all__ = ["evaluate", "in_mode"]
 
+_NO_GRADIENT = "does not require grad and does not have a grad_fn"
+_GRADIENTS_IN_EVALUATION = (
+    "the step, or the model's forward, takes a gradient (by torch.autograd.grad, say), but evaluation runs without "
+    "gradients on mesh {mesh}: do it in `with torch.enable_grad():`, or use the strategy data."
+)
+
 
 def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = "") -> dict[str, float]:
     """Measure the model on the validation data. **Collective**.
@@ -46,8 +52,27 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
     outputs: list[Any] = []
 
     def measure(batch: Any, part: Slice) -> tuple[tuple[torch.Tensor, Any], tuple[Any, Any]]:
-        loss = task.loss_and_weight(batch, part)
-        return loss, (0, 0) if task.metric is None else _measure(task, outputs, batch, part.samples, metric)
+        outputs.clear()
+        loss, weight = task.loss_and_weight(batch, part)
+        measured = (0, 0) if task.metric is None else _measure(task, outputs, batch, part.samples, metric)
+        return (loss.detach(), weight), measured
+
+    needs_gradients = False
+
+    def run(part: Slice, step: int) -> Any:
+        """Without gradients, as long as the step takes none itself, as forces from energies are."""
+        nonlocal needs_gradients
+        if not needs_gradients:
+            try:
+                return strategy.forward(part, ("val", step), measure)
+            except RuntimeError as error:
+                if _NO_GRADIENT not in str(error):
+                    raise
+                if strategy.plan.mesh.size > strategy.plan.mesh.dp:
+                    raise TaskError(_GRADIENTS_IN_EVALUATION.format(mesh=strategy.plan.mesh)) from error
+            needs_gradients = True
+        with torch.enable_grad():
+            return strategy.forward(part, ("val", step), measure)
 
     hook = task.model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     task.forms.begin()
@@ -58,8 +83,7 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
                     break
                 steps = step + 1 if by_slice else 1
                 for part in slices:
-                    outputs.clear()
-                    measured = strategy.forward(part, ("val", step), measure)
+                    measured = run(part, step)
                     if measured is not None and part.samples and strategy.axes.reports_loss:
                         place = (step, part.index) if by_slice else (0, 0)
                         sums_by_place.setdefault(place, _Sums(device)).add(part.samples, *measured)

@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 
+from nbdist.core.check.explained import explained
 from nbdist.core.check.findings import Findings
 from nbdist.core.check.step_check import StepCheck
 from nbdist.core.comm import comm_timer
 from nbdist.core.comm.world import World
 from nbdist.core.control.commands import Commands
 from nbdist.core.control.step_control import StepControl
-from nbdist.core.data.reader import Reader
+from nbdist.core.data.reader import Reader, Slice
 from nbdist.core.data.sources import Source
 from nbdist.core.evaluate import evaluate, in_mode
+from nbdist.core.optim.optimizer_modes import evaluating, set_mode
 from nbdist.core.params.gather import record_placements
 from nbdist.core.params.replicas import check_replicas
 from nbdist.core.params.structure_watch import StructureWatch
@@ -36,6 +38,8 @@ from nbdist.core.state.snapshot import RankSnapshots
 from nbdist.core.state.snapshotter import Snapshotter
 from nbdist.core.state.train_progress import TrainProgress
 from nbdist.core.strategies import choice
+from nbdist.core.strategies.strategy import Strategy
+from nbdist.core.sync.agreement import NO_FLAGS
 from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
 from nbdist.core.sync.loss_forms import check_one_form
 from nbdist.core.sync.step_tail import StepLosses, Totals
@@ -139,14 +143,15 @@ def fit(
             check = StepCheck(task, plan, world, hooks)
             onto_whole = [functools.partial(load_whole, saved, model, task.optimizers) for saved in saved_states]
             check.run_plain(onto_whole, same_weights=not on_every_rank)
-        strategy = choice.apply(task, plan, world)
-        cleanup.callback(strategy.close)
-        load_onto = functools.partial(
-            load, model=model, table=strategy.table, optimizers=task.optimizers, axes=strategy.axes
-        )
-        if check is not None:
-            check.compare(strategy, [functools.partial(load_onto, saved) for saved in saved_states])
-            findings = check.findings
+        with explained(plan.mesh, check is not None and check.runs_alone):
+            strategy = choice.apply(task, plan, world)
+            cleanup.callback(strategy.close)
+            load_onto = functools.partial(
+                load, model=model, table=strategy.table, optimizers=task.optimizers, axes=strategy.axes
+            )
+            if check is not None:
+                check.compare(strategy, [functools.partial(load_onto, saved) for saved in saved_states])
+                findings = check.findings
         axes, schedulers = strategy.axes, task.make_schedulers()
         progress, restored = TrainProgress(device), set[str]()
         rng.seed_all(rng.derive(plan.seed, "start", axes.data.rank))
@@ -202,6 +207,8 @@ def fit(
         structure = StructureWatch(model, task.optimizers.values())
         latest: Totals | None = None
 
+        for optimizer in task.optimizers.values():
+            set_mode(optimizer, training=True)
         with _snapshot_on_error(snapshotter, progress, world):
             step_control.begin(progress)
             progress.row.exclude(paused_s := step_control.pause_point(progress))
@@ -233,7 +240,10 @@ def fit(
                     snapshotter.begin_update()
                     # Update if any rank had data. A rank that had some knows it without reading totals from its GPU.
                     if losses.any_known or totals.weight:
-                        updated = strategy.update(hooks)
+                        computing = functools.partial(
+                            _compute_again, task, strategy, hooks, progress.step, slices or []
+                        )
+                        updated = strategy.update(hooks, computing)
                         if latest is None and plan.mesh.shard > 1 and plan.mesh.pp == 1:
                             keep_large_pages()  # the optimizer's state has its place
                         if updated:
@@ -279,7 +289,8 @@ def fit(
                 measured: dict[str, float] = {}
                 if val_reader is not None and not stopped:
                     emit(Evaluating(rank=world.rank))
-                    measured = evaluate(task, strategy, val_reader, metric=plan.metric)
+                    with evaluating(task.optimizers.values()):
+                        measured = evaluate(task, strategy, val_reader, metric=plan.metric)
                 row = progress.row.close(axes.world, axes.reports_loss, len(progress.history) + 1, seconds) | measured
                 emit(EpochFinished(rank=world.rank, row=row))
                 # The end of an epoch changes state too: an error inside it must not leave half of the change.
@@ -296,6 +307,8 @@ def fit(
 
             if not stopped:
                 snapshotter.finish(progress)
+        for optimizer in task.optimizers.values():
+            set_mode(optimizer, training=False)
         extra.gather()
         if plan.gather:
             strategy.gather(keep=on_every_rank or world.rank == 0)
@@ -340,6 +353,21 @@ def _snapshot_on_error(snapshotter: Snapshotter, progress: TrainProgress, world:
                 world.leave()
             snapshotter.snapshot_on_error(progress)
         raise
+
+
+def _compute_again(
+    task: Task, strategy: Strategy, hooks: GradientHooks, step: int, slices: list[Slice]
+) -> torch.Tensor:  # fmt: skip
+    """The loss of this step's batch with the present weights; sets its gradients too. **Collective**."""
+    losses = strategy.reducer.losses
+    with torch.enable_grad():
+        strategy.begin_step()
+        task.forms.begin()
+        strategy.forward_backward(step, slices)
+    totals = strategy.sync(task.forms.flags(NO_FLAGS, step))
+    strategy.finish_gradients(hooks)
+    strategy.reducer.losses = losses
+    return torch.tensor(totals.loss, dtype=torch.float64, device=strategy.device)
 
 
 def _check_finite(losses: StepLosses, progress: TrainProgress) -> None:

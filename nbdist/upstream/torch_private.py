@@ -20,6 +20,7 @@ __all__ = [
     "first_hook_number",
     "graph_task",
     "has_module_hooks",
+    "in_func_transform",
     "is_persistent",
     "make_subclass",
     "neg_view",
@@ -42,6 +43,7 @@ _NEEDED: dict[Any, tuple[str, ...]] = {
     torch.Tensor: ("_backward_hooks", "_make_subclass", "_post_accumulate_grad_hooks"),
     torch.UntypedStorage: ("_cdata",),
     torch._C: ("DisableTorchFunctionSubclass", "_current_graph_task_id"),
+    torch._C._functorch: ("peek_interpreter_stack",),
     RemovableHandle: ("next_id",),
     nn.BatchNorm1d: ("_check_input_dim",),
     pytree: ("TreeSpec", "tree_flatten", "tree_leaves", "tree_unflatten", "treespec_dumps", "treespec_loads"),
@@ -94,6 +96,11 @@ def replace_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) ->
 def graph_task() -> int:
     """The number of the backward that autograd runs in this thread, the innermost one; -1 outside of any."""
     return int(torch._C._current_graph_task_id())
+
+
+def in_func_transform() -> bool:
+    """Whether a transform of ``torch.func``, such as vmap, runs in this thread."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def first_hook_number() -> int:

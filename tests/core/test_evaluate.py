@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from problems import FEATURES, SGD, alone, classes, mlp, train
+from problems import FEATURES, SGD, alone, classes, mlp, seeded, train
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import data as torch_data
@@ -185,3 +185,39 @@ def test_what_is_no_metric_is_refused(metric, message):
     """The error names the value and the remedy."""
     with pytest.raises(TaskError, match=message):
         find_metric(metric)
+
+
+class Forces(nn.Module):
+    """The energy of each sample, and its gradient by the sample: `create_graph` in training only, as users write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        energy = self.energy(x)
+        return torch.autograd.grad(energy.sum(), x, create_graph=self.training)[0] + energy
+
+
+def forces(model, batch):
+    return (model(batch[0]) - batch[0].sin()).square().mean()
+
+
+def validate_forces(world, strategy):
+    model = seeded(Forces, torch.float64)
+    options = {"step": forces, "optimizer": SGD, "batch_size": 8, "strategy": strategy}
+    result, _ = train(world, model, TRAIN, val=classes(12), **options)
+    return result.history[-1], forces(model.eval(), classes(12)).item()
+
+
+def test_a_step_that_takes_gradients_is_evaluated_with_them(run_ranks):
+    """Forces from energies: the validation loss is that of the trained model."""
+    for row, expected in run_ranks(2, validate_forces, "data"):
+        assert expected == pytest.approx(row["val_loss"], rel=1e-12)
+
+
+def test_gradients_in_evaluation_are_refused_on_a_mesh_that_gathers(run_ranks):
+    """With the lines to write."""
+    with pytest.raises(TaskError, match=r"takes a gradient .*`with torch\.enable_grad\(\):`, or use the strategy data"):
+        run_ranks(2, validate_forces, "shard")

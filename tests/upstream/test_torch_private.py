@@ -74,6 +74,13 @@ def test_hooks_of_a_module_are_seen(register):
     assert private.has_module_hooks(module)
 
 
+def test_a_transform_of_torch_func_is_seen():
+    """While it runs, and not before or after it."""
+    seen = [private.in_func_transform()]
+    torch.func.vmap(lambda x: (seen.append(private.in_func_transform()), x)[1])(torch.ones(2))
+    assert [False, True, False] == [*seen, private.in_func_transform()]
+
+
 def test_a_backward_within_another_has_a_number_of_its_own():
     """And none is there outside."""
     x, inner, seen = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True), [private.graph_task()]

@@ -43,7 +43,7 @@ class KnownChecks:
 def _key(task: Task, plan: Plan) -> Hashable:
     """What a check depends on, but for values: another forward, step, shape or mesh has another key."""
     modules = tuple(
-        (name, type(module), getattr(type(module).forward, "__code__", None), module.training)
+        (name, type(module), getattr(getattr(type(module), "forward", None), "__code__", None), module.training)
         for name, module in task.model.named_modules()
     )
     tensors = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in task.model.named_parameters())

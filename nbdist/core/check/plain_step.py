@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -157,7 +156,7 @@ class PlainStep:
         rng.seed_all(seed)
         rng.seed_torch(seed, self._device)
         before, elsewhere = rng.get_state(self._device), rng.state_dict()
-        with self._precision.autocast(), contextlib.nullcontext() if backward else torch.no_grad():
+        with self._precision.autocast():  # with gradients, which the step may take itself
             loss, weight = self._task.loss_and_weight(to_device(part.batch, self._device), part)
         if backward:
             share = float(weight) / self._plan.batch_size * self._precision.scale
@@ -187,7 +186,6 @@ class PlainStep:
         self, gradients: dict[str, torch.Tensor | None]
     ) -> tuple[dict[str, torch.Tensor], list[list[dict[str, Any]]]]:
         """Run the optimizers; returns the parameters, and the settings. Nothing, if it cannot be done twice."""
-        self._restore()
         for name, gradient in gradients.items():
             self._table.parameters[name].grad = None if gradient is None else gradient.clone()
         optimizers = self._task.optimizers.values()

@@ -64,6 +64,11 @@ class StepCheck:
         self._left_out = ""
         self.findings = Findings()
 
+    @property
+    def runs_alone(self) -> bool:
+        """Whether the step has run in this process alone."""
+        return self._expected is not None
+
     def run_plain(self, loads: Sequence[Callable[[], None]] = (), *, same_weights: bool) -> None:
         """Run the step in this process alone, and compare slices with the whole batch. **Collective** over the world.
 

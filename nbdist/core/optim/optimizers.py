@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbdist.core.optim.closures import needs_closure
 from nbdist.core.optim.shardability import differs
 from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.errors import PlanError, TaskError, suggest
@@ -108,6 +109,11 @@ def check_can_be_sharded(optimizer: torch.optim.Optimizer, mesh: Mesh, *, gather
     """
     if type(optimizer) in ELEMENTWISE and not _has_own_step(optimizer):
         return
+    if mesh.size > mesh.dp and needs_closure(optimizer):
+        raise PlanError(
+            f"optimizer {type(optimizer).__name__} needs a closure, to compute the loss again within its step, which "
+            f"mesh {mesh} cannot: use another one, such as adamw, or the strategy data."
+        )
     cut = mesh.shard > 1 or mesh.tp > 1
     how = differs(optimizer, flat=mesh.shard > 1, along=mesh.tp > 1, apart=False, sent=gathered) if cut else ""
     if how:
@@ -140,6 +146,10 @@ def _checked(made: Any, model: nn.Module, given: Any) -> torch.optim.Optimizer:
     name = optimizer_name(given)
     if not isinstance(made, torch.optim.Optimizer):
         raise TaskError(f"optimizer {name} returned {type(made).__name__}, not a torch optimizer.")
+    if isinstance(made, torch.optim.SparseAdam):
+        raise TaskError(
+            "optimizer SparseAdam takes sparse gradients only, but they are summed as dense ones: use adam."
+        )
     own = {id(p) for p in model.parameters()}
     foreign = sum(id(p) not in own for group in made.param_groups for p in group["params"])
     if foreign:

@@ -12,12 +12,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from nbdist.core.optim.optimizer_modes import set_mode
 from nbdist.core.optim.state import entry_to_json, is_split
 from nbdist.core.process import rng
 from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.errors import TaskError
 
-__all__ = ["differs", "state_numbers"]
+__all__ = ["differs", "state_numbers", "steps_with_closure_only"]
 
 _Cut: TypeAlias = Callable[..., Any]
 _LENGTH, _STEPS = 32, 12
@@ -66,6 +67,21 @@ def state_numbers(optimizer: torch.optim.Optimizer) -> float:
         except Exception:
             return _OF_ADAM
     return trial.state_numel / max(1, sum(tensor.numel() for tensor in initial))
+
+
+def steps_with_closure_only(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step on small tensors raises an error, but none if it gets a closure. Local."""
+    examples = _examples(optimizer)
+    device = next((p.device for _, p in examples), torch.device("cpu"))
+    initial = [torch.ones([_LENGTH, _LENGTH, *[2] * like.ndim][: like.ndim], device=device) for _, like in examples]
+    raised = []
+    with rng.fork_rng(device), skip_dynamo_import():
+        for given in ([], [lambda: torch.ones((), dtype=torch.float64, device=device)]):
+            try:
+                _Trial(optimizer, examples, initial, lambda _index, tensor: tensor).step(initial, *given)
+            except Exception:
+                raised.append(len(given))
+    return raised == [0]
 
 
 def _cuts(*, flat: bool, along: bool, apart: bool) -> list[_Cut]:
@@ -162,13 +178,14 @@ class _Trial:
         self._initial = [cut(index, value) for index, value in enumerate(initial)]
         self._small = [None if value is None else nn.Parameter(value.clone()) for value in self._initial]
         self._made = self._copy(self._small)
+        set_mode(self._made, training=True)
 
-    def step(self, gradients: list[torch.Tensor]) -> None:
-        """Update the parts by their parts of gradients."""
+    def step(self, gradients: list[torch.Tensor], *closure: Callable[[], torch.Tensor]) -> None:
+        """Update the parts by their parts of gradients; a `closure` is passed on."""
         for index, (parameter, gradient) in enumerate(zip(self._small, gradients, strict=True)):
             if parameter is not None:
                 parameter.grad = self._cut(index, gradient).clone()
-        _step(self._made, self._optimizer)
+        _step(self._made, self._optimizer, *closure)
 
     @property
     def moved(self) -> list[Any]:
@@ -251,9 +268,9 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
 
 
-def _step(made: torch.optim.Optimizer, original: torch.optim.Optimizer) -> None:
+def _step(made: torch.optim.Optimizer, original: torch.optim.Optimizer, *closure: Any) -> None:
     own = vars(original).get("step")
     if isinstance(own, types.MethodType) and own.__self__ is original and not hasattr(own, "_wrapped_by_lr_sched"):
-        own.__func__(made)
+        own.__func__(made, *closure)
     else:
-        type(made).step(made)
+        type(made).step(made, *closure)

@@ -170,6 +170,9 @@ class MeshAxis(ABC):
         """See `Strategy.run_backward`. **Collective** over a replica."""
         run_plain_backward(loss, unwanted)
 
+    def end_update(self) -> None:  # noqa: B027
+        """Call after the optimizers have updated this rank's parts. Local."""
+
     def evaluate(
         self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T],
         compute: Callable[[Slice, tuple[Any, ...], Callable[[Any, Slice], T]], T],

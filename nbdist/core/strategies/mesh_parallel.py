@@ -8,6 +8,7 @@ read the table and know nothing else of the mesh.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.optimizers import check_can_be_sharded
 from nbdist.core.optim.state import cut_state_, gather_state_
+from nbdist.core.params.func_transforms import transforms_refused
 from nbdist.core.params.preserve_model import device_of
 from nbdist.core.process import rng
 from nbdist.core.strategies.mesh_axis import Example, MeshAxis, Placements, agree_on_proposals
@@ -31,7 +33,7 @@ from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.strategies.tensor_axis import TensorAxis
 from nbdist.core.sync.agreement import ControlFlags
 from nbdist.core.sync.bucketed_reducer import BucketedReducer
-from nbdist.core.sync.gradient_hooks import check_hooks
+from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
 from nbdist.core.sync.step_tail import LOSS_NUMBERS, StepLosses, StepTail, Totals
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
@@ -106,6 +108,9 @@ class MeshParallel(Strategy):
                 self._axes.append(kind(placements, tuple(self._axes)))
         self._runner = next((axis for axis in self._axes if axis.runs_slices), self._axes[0])
         self._cleanup = contextlib.ExitStack()
+        if plan.mesh.tp * plan.mesh.shard > 1 and "torch._dynamo" in sys.modules:
+            # A compiler traces no gathers and no collectives; nothing is compiled where it is not loaded.
+            self._cleanup.enter_context(torch.compiler.set_stance("force_eager"))
         self._cleanup.callback(axes.close)
         self._cleanup.callback(super().close)
         self._cleanup.callback(self._readable.close)
@@ -174,7 +179,7 @@ class MeshParallel(Strategy):
 
     def compute(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T:
         """See `Strategy`."""
-        with self._readable.guarded():
+        with self._readable.guarded(), transforms_refused():
             return super().compute(part, path, function)
 
     def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T | None:
@@ -183,6 +188,13 @@ class MeshParallel(Strategy):
             for axis in self._axes:
                 stack.enter_context(axis.evaluating())
             return self._runner.evaluate(part, path, function, self.compute)
+
+    def update(self, hooks: GradientHooks, compute_again: Callable[[], torch.Tensor]) -> bool:
+        """See `Strategy`."""
+        updated = super().update(hooks, compute_again)
+        for axis in self._axes:
+            axis.end_update()
+        return updated
 
     @torch.no_grad()
     def sync(self, flags: ControlFlags) -> Totals:

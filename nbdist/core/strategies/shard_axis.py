@@ -78,6 +78,11 @@ class ShardAxis(MeshAxis):
         assert loss is not None
         self.shards.run_backward(loss, unwanted)
 
+    def end_update(self) -> None:
+        """See `MeshAxis`."""
+        if self.shards is not None:
+            self.shards.take_values()
+
     def used(self) -> set[int]:
         """See `MeshAxis`."""
         return set() if self.shards is None else self.shards.used

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -104,9 +104,9 @@ class SharedWeights(Strategy):
             self._check_writes()
         return super().sync(flags)
 
-    def update(self, hooks: GradientHooks) -> bool:
+    def update(self, hooks: GradientHooks, compute_again: Callable[[], torch.Tensor]) -> bool:
         """See `Strategy`."""
-        self._updated = super().update(hooks)
+        self._updated = super().update(hooks, compute_again)
         for i in self._owned:
             if i in self._private:
                 self._shared_views[i].copy_(get_data(self._parameters[i]))

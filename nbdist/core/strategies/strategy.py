@@ -13,7 +13,7 @@ from torch import nn
 
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.data.reader import Slice, to_device
-from nbdist.core.optim.optimizers import step_optimizers
+from nbdist.core.optim.closures import OptimizerSteps
 from nbdist.core.optim.precision import Precision
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
@@ -72,6 +72,7 @@ class Strategy(ABC):
         self.equal_slices = self.batch_norms is not None
         self.schedule = schedule_actions("1f1b", 1, -(-plan.slices // axes.data.size))[0]
         self.computes_loss = True
+        self._optimizer_steps = OptimizerSteps()
         self._one_slice = plan.slices == 1 and not plan.reproducible
         self._units_per_weight = 1.0
         self._units_agreed = task.weight_is_samples
@@ -201,11 +202,12 @@ class Strategy(ABC):
         """Turn every gradient into the weighted mean over all ranks. **Collective**; see `GradientReducer.finish`."""
         return self.reducer.finish(flags)
 
-    def update(self, hooks: GradientHooks) -> bool:
+    def update(self, hooks: GradientHooks, compute_again: Callable[[], torch.Tensor]) -> bool:
         """Run the gradient hooks, clip, and step the optimizers. **Collective** over a replica.
 
         Args:
             hooks: The user's hooks; in fp16 they get unscaled gradients, and do not run after an overflow.
+            compute_again: Computes the loss and all gradients again, for an optimizer that does so within its step.
 
         Returns:
             Whether parameters were updated: not after an overflow in fp16.
@@ -218,7 +220,9 @@ class Strategy(ABC):
             if not finite:
                 return False
         self._run_hooks(hooks)
-        step_optimizers(self.task.optimizers.values())
+        with skip_dynamo_import():
+            for optimizer in self.task.optimizers.values():
+                self._optimizer_steps.step(optimizer, compute_again)
         return True
 
     def _run_hooks(self, hooks: GradientHooks) -> None:

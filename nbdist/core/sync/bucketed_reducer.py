@@ -139,6 +139,16 @@ class BucketedReducer(GradientReducer):
                     self._fill(bucket)
                 bucket.pending = self.channel.start_all_reduce_(bucket.flat)
 
+    @torch.no_grad()
+    def _take_replaced(self, used: list[bool]) -> None:
+        """Copy gradients that are no views into their places: the step has set them to None, as ``zero_grad`` does."""
+        for i, (parameter, view) in enumerate(zip(self._parameters, self._views, strict=True)):
+            gradient = parameter.grad
+            if gradient is not view:
+                used[i] &= gradient is not None
+                copy_or_zero_([view], [gradient])
+                parameter.grad = view
+
     def _fill(self, bucket: _Bucket) -> None:
         """Copy the gradients of a bucket into it; from now on they are views of it."""
         made = [self._parameters[i].grad for i in bucket.members]
@@ -154,6 +164,8 @@ class BucketedReducer(GradientReducer):
         self._armed = False
         losses: Sequence[Any] = self.losses.numbers
         used = [hit is not None for hit in self._used]
+        if not self._overlap:
+            self._take_replaced(used)
         if self._sum_replica is not None:
             losses, flags, used = self._sum_replica(self.losses.numbers, flags, used)
         self._tail.write(self._sums, losses, flags, used)

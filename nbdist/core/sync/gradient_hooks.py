@@ -90,9 +90,21 @@ def check_hooks(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], m
                 f"parameter {name} has a post-accumulate-grad hook, which would get a part of the gradient on mesh "
                 f"{mesh}: use register_hook, or the strategy data or pipeline."
             )
+    for name, parameter in model.named_parameters():
+        if any(_of_several_tensors(hook) for hook in (tensor_hooks(parameter)[0] or {}).values()):
+            raise PlanError(
+                f"parameter {name} has a hook of torch.autograd.graph.register_multi_grad_hook, which runs inside a "
+                "backward only, and hooks of parameters run after it, on the summed gradient: use register_hook."
+            )
     hooks = [getattr(one, f"_optimizer_step_{when}_hooks", None) for one in optimizers for when in ("pre", "post")]
     if mesh.size > mesh.dp and any(hooks):
         raise PlanError(
             f"the optimizer has step hooks, which would get only the parameters of one rank on mesh {mesh}: override "
             "step() in a class of your own, which is tried on small tensors first, or use the strategy data."
         )
+
+
+def _of_several_tensors(hook: Any) -> bool:
+    """Whether a hook was made by torch for several tensors."""
+    code = getattr(hook, "__code__", None)
+    return code is not None and code.co_filename == torch.autograd.graph.__file__

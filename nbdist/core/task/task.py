@@ -17,6 +17,7 @@ from nbdist.core.optim.lr_schedulers import Schedulers, check_scheduler
 from nbdist.core.optim.optimizers import make_optimizer, optimizer_name
 from nbdist.core.optim.state import move_state_
 from nbdist.core.sync.loss_forms import LossForms
+from nbdist.core.task.check_model import check_model
 from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
 from nbdist.core.task.losses import ClassLoss, Loss, find_loss, is_torch_own, loss_name
@@ -121,7 +122,7 @@ class Task:
             TaskError: An argument cannot be used.
             PlanError: An option contradicts the data's own.
         """
-        _check_model(model, names[0])
+        check_model(model, names[0])
         source = Source.of(data, names[1])
         own_loss = loss is None and step is None and isinstance(source.first(), Mapping)
         if own_loss:
@@ -333,31 +334,6 @@ class ModelLossStep:
 
 def _name(thing: Any) -> str:
     return thing if isinstance(thing, str) else getattr(thing, "__name__", None) or type(thing).__name__
-
-
-def _check_model(model: Any, name: str) -> None:
-    if isinstance(model, type) and issubclass(model, nn.Module):
-        raise TaskError(f"{name} is a class, not a model: write {model.__name__}().")
-    if not isinstance(model, nn.Module):
-        raise TaskError(f"{name} is a value of type {type(model).__name__}, not a torch.nn.Module.")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise TaskError(f"{name} is wrapped in {type(model).__name__}: pass the module inside, {name}.module.")
-    parameters = list(model.named_parameters())
-    every = [*parameters, *model.named_buffers()]
-    lazy = [n for n, t in every if isinstance(t, (nn.UninitializedParameter, nn.UninitializedBuffer))]
-    if lazy:
-        raise TaskError(f"{lazy[0]} of {name} has no shape yet: run one batch through {name} first.")
-    for path, tensor in every:
-        if tensor.is_meta:
-            raise TaskError(
-                f"{path} of {name} is on the meta device, without values: allocate them with "
-                f"{name}.to_empty(device='cpu'), and set or load them."
-            )
-    if not any(p.requires_grad for _, p in parameters):
-        raise TaskError(f"{name} has no parameters to train" + (": all are frozen." if parameters else "."))
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
-            raise TaskError(f"{path or name} makes sparse gradients, which are not supported: use sparse=False.")
 
 
 def _check_pairs(source: Source | None, what: str) -> None:

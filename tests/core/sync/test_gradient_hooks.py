@@ -10,8 +10,9 @@ from problems import SGD, seeded, train, weights
 from torch import nn
 from torch.nn import functional as F
 
-from nbdist.core.sync.gradient_hooks import GradientHooks
+from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
 from nbdist.errors import PlanError
+from nbdist.plan import Mesh
 
 MESHES = ["dp=2", "shard=2", "tp=2", "pp=2"]
 BATCH = 16
@@ -169,3 +170,11 @@ def test_hooks_are_restored_after_the_run():
         handle.remove()
     assert not model[0].weight._backward_hooks
     assert not model[0].bias._post_accumulate_grad_hooks
+
+
+def test_a_hook_of_several_tensors_is_refused():
+    """It runs inside a backward only, and said so in an assertion of torch's."""
+    model = net()
+    torch.autograd.graph.register_multi_grad_hook(list(model.parameters()), lambda gradients: None)
+    with pytest.raises(PlanError, match=r"register_multi_grad_hook, which runs inside a backward only"):
+        check_hooks(model, [], Mesh())

@@ -38,6 +38,12 @@ class Holder(nn.Linear):
         self.table = nn.Buffer(torch.empty(3, device="meta"))
 
 
+def sparse_buffer():
+    net = nn.Linear(3, 1)
+    net.register_buffer("adjacency", torch.eye(3).to_sparse())
+    return net
+
+
 MODELS = {
     "a class": (Net, r"net is a class, not a model: write Net\(\)\."),
     "no module": ([1], r"net is a value of type list, not a torch\.nn\.Module\."),
@@ -47,6 +53,11 @@ MODELS = {
     "lazy": (nn.LazyLinear(3), "weight of net has no shape yet: run one batch through net first"),
     "without values": (nn.Linear(3, 1, device="meta"), "weight of net is on the meta device, without values: allocate"),
     "a buffer without values": (Holder(), "table of net is on the meta device, without values: allocate"),
+    "a sparse buffer": (sparse_buffer(), r"adjacency of net is a sparse tensor.*register it dense"),
+    "scripted": (
+        nn.Sequential(torch.jit.trace(nn.Linear(3, 1), torch.ones(1, 3))),
+        "0 is a module of TorchScript",
+    ),
     "sparse": (nn.Sequential(nn.Embedding(3, 3, sparse=True)), "0 makes sparse gradients, .*use sparse=False"),
 }
 

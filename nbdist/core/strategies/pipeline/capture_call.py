@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from nbdist.core.params.func_transforms import check_no_transform
 from nbdist.core.task.task import Task
 from nbdist.errors import TaskError
 
@@ -48,6 +49,7 @@ def capture_call(task: Task, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any
     """
 
     def raise_call(*args: Any, **kwargs: Any) -> None:
+        check_no_transform()
         raise _ModelCalled(args, kwargs)
 
     try:

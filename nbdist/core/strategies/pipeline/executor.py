@@ -22,6 +22,7 @@ from nbdist.core.strategies.pipeline.capture_call import capture_call, forward_r
 from nbdist.core.strategies.pipeline.gradient_fusion import GradientFusion
 from nbdist.core.strategies.pipeline.partition import Call, Split, output_structure
 from nbdist.core.strategies.pipeline.schedules import Action, schedule_actions, surrogate_loss
+from nbdist.core.strategies.pipeline.step_gradients import StepGradients
 from nbdist.core.strategies.shard.fully_sharded import FullySharded
 from nbdist.core.sync.sync_batchnorm import BatchNorms, buffers_kept_if_empty
 from nbdist.core.task.task import Task
@@ -92,6 +93,7 @@ class Pipeline:
         if before is after:  # two ranks
             self._mail[1] = self._mail[-1]
         self._last = plan.stages - 1
+        self._step_gradients = StepGradients(plan.mesh)
         self.schedule = schedule_actions(plan.schedule, plan.mesh.pp, plan.slices_per_rank)[rank]
         self.computes_loss = self._last in self._stages
         self._activations: dict[tuple[int, int], _Activations] = {}
@@ -154,10 +156,15 @@ class Pipeline:
                 raise TaskError("the step calls model(...) twice: a pipeline runs one call per step, so call it once.")
             rng.set_state(state, self._device)
             output_structure(module).set_attributes()
-            return outputs
+            return self._step_gradients.connect((args, kwargs), outputs)
 
         self._seed(part, path)  # as on the first stage: the step draws the same numbers before it calls the model
-        with self._guarded(), self._precision.autocast(), forward_replaced(self._task.model, stage_outputs):
+        with (
+            self._guarded(),
+            self._precision.autocast(),
+            forward_replaced(self._task.model, stage_outputs),
+            self._step_gradients.refused(inputs),
+        ):
             result = function(batch, part)
         self._record_work("forward", action, start_s)
         return result

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nbdist.errors import PlanError, suggest
+from nbdist.errors import PlanError, TaskError, suggest
 from nbdist.plan.plan import SCHEDULES
 
 __all__ = ["Action", "run_plain_backward", "schedule_actions", "stages_per_rank", "surrogate_loss"]
@@ -112,8 +112,14 @@ def _forwards(rank: int, ranks: int, microbatches: int, local: int) -> list[tupl
 
 def run_plain_backward(loss: torch.Tensor | None, unwanted: bool) -> None:
     """Run the backward of a whole model. Local; see `Strategy.run_backward`."""
-    if loss is not None and not unwanted:
-        loss.backward()
+    if loss is None or unwanted:
+        return
+    if not loss.requires_grad:
+        raise TaskError(
+            "the loss that the step returns does not require grad, so it trains nothing: return it as it was computed, "
+            "without detach, no_grad or a backward of the step's own, which nbdist runs."
+        )
+    loss.backward()
 
 
 def surrogate_loss(outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:

@@ -79,6 +79,14 @@ class Block:
             parameter.grad = self._gradients[i]
 
     @torch.no_grad()
+    def take_values(self) -> None:
+        """Copy values that an optimizer has assigned as ``data`` into this rank's shards. Local, after an update."""
+        for parameter, shard in zip(self.parameters, self._shards, strict=True):
+            if (data := get_data(parameter)).data_ptr() != shard.data_ptr():
+                shard.copy_(data)
+                set_data(parameter, shard)
+
+    @torch.no_grad()
     def gather(self) -> None:
         """Make the parameters whole. **Collective**."""
         if self.gathered:
@@ -146,13 +154,19 @@ class Block:
             if parameter.requires_grad and own is not None
         }
 
+    def own_gradient(self) -> str:
+        """The name of a parameter that has a gradient which is not reduced yet; empty if there is none. Local."""
+        found = (name for name, p in zip(self._names, self.parameters, strict=True) if p.grad is not None)
+        return next(found, "")
+
     @torch.no_grad()
     def reduce(self, zero_gradients: bool) -> list[int]:
         """Add the ranks' gradients to the shards'; return the ids of used parameters. **Collective**."""
         gradients: dict[int, torch.Tensor | None] = {}
         for i, parameter in enumerate(self.parameters):
             if parameter.requires_grad:
-                gradients[i], parameter.grad = None if zero_gradients else parameter.grad, None
+                gradient, parameter.grad = parameter.grad, None
+                gradients[i] = None if zero_gradients or gradient is None else gradient.to_dense()
         if gradients:
             self._whole.reduce(self._number, gradients)
         return [id(self.parameters[i]) for i, gradient in gradients.items() if gradient is not None]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nbdist.core.comm import Channel, SharedMemoryChannel
+from nbdist.core.params.func_transforms import check_no_transform
 from nbdist.core.params.param_data_watch import DataWatch
 from nbdist.core.params.placeholder import Placeholders
 from nbdist.core.process.memory import memory_is_limited
@@ -21,6 +22,7 @@ from nbdist.core.strategies.shard.block import Block
 from nbdist.core.strategies.shard.gathered_blocks import GatheredBlocks
 from nbdist.core.strategies.shard.mapped_blocks import MappedBlocks
 from nbdist.core.strategies.shard.whole_blocks import EVALUATION, TRAINING, WholeBlocks, written_error
+from nbdist.errors import PlanError
 from nbdist.upstream.torch_private import pytree
 
 __all__ = ["FullySharded"]
@@ -65,6 +67,7 @@ class FullySharded:
             for number, parameters in enumerate(blocks)
         ]
         self.zero_gradients = False
+        self._running = False
         self.used: set[int] = set()
         self._hooks: list[Any] = []
         self._extra: list[Block] = []  # gathered for a read outside their module's forward
@@ -97,6 +100,11 @@ class FullySharded:
         for block in self.blocks:
             block.expose_shards(summed)
 
+    def take_values(self) -> None:
+        """Call after an update: an optimizer may have assigned ``data``. Local."""
+        for block in self.blocks:
+            block.take_values()
+
     def settle(self) -> None:
         """See `WholeBlocks`. **Collective**."""
         self._whole.settle()
@@ -122,6 +130,12 @@ class FullySharded:
 
     def end_backward(self, block: Block) -> None:
         """Reduce-scatter a block's gradients over the ranks, and free the block. **Collective**."""
+        if not self._running and (name := block.own_gradient()):
+            raise PlanError(
+                f"the step, or the model's forward, runs a backward of its own into the gradient of parameter {name}, "
+                "which a mesh with shard sums over its ranks at once: take gradients with torch.autograd.grad or "
+                "backward(inputs=[...]), or use the strategy data."
+            )
         block.in_backward = False
         self.used.update(block.reduce(self.zero_gradients))
         block.free()
@@ -135,11 +149,15 @@ class FullySharded:
             blocks: Blocks that no module of this rank gathers.
         """
         self.zero_gradients = unwanted
-        for block in blocks:
-            self.begin_backward(block)
-        if loss.requires_grad:
-            loss.backward()
-        self.finish_backward()
+        self._running = True
+        try:
+            for block in blocks:
+                self.begin_backward(block)
+            if loss.requires_grad:
+                loss.backward()
+            self.finish_backward()
+        finally:
+            self._running = False
 
     def finish_backward(self) -> None:
         """Reduce the remaining blocks: those whose inputs require no grad, or that other code has read.
@@ -160,6 +178,7 @@ class FullySharded:
             self._hooks.append(module.register_forward_hook(after))
 
     def _before(self, block: Block, _module: nn.Module, args: Any, kwargs: Any) -> Any:
+        check_no_transform()
         block.gather()
         if not torch.is_grad_enabled():
             return None
@@ -191,6 +210,7 @@ class FullySharded:
     def _read(self, parameters: list[nn.Parameter], data: bool) -> None:
         """Gather placeholders that are about to be read. **Collective**: all ranks must run the same reads."""
         self._check_read(parameters)
+        check_no_transform()
         if data:
             block = next(block for block in self.blocks if parameters[0] in block.places)
             raise written_error(block.name(parameters[0]), " (it takes its data; to read, use detach())")

@@ -7,9 +7,10 @@ sum_out        all-reduce   identity       out of rows
 gather_out     all-gather   own part       out of columns without a row
 ```
 
-Activations outside are the same on every rank of the axis, and so are their gradients. In eager mode these are autograd
-functions. A tracer (`torch.export`, `torch.fx`, fake tensors) records custom ops instead, which name the axis by its
-number and do the same when the graph runs.
+Activations outside are the same on every rank of the axis, and so are their gradients. Each backward can be
+differentiated again, as a gradient penalty needs: `copy_in` and `sum_out` are the backward of one another. In eager
+mode these are autograd functions. A tracer (`torch.export`, `torch.fx`, fake tensors) records custom ops instead, which
+name the axis by its number and do the same when the graph runs.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import itertools
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from nbdist.core.comm import Channel
+from nbdist.core.params.func_transforms import check_no_transform
 
 __all__ = ["SharedCopyIn", "TensorAxis", "copy_in", "gather_out", "sum_out"]
 
@@ -104,6 +105,7 @@ def _is_traced(x: Any) -> bool:
 
 
 def _apply(function: Any, x: torch.Tensor, axis: TensorAxis) -> torch.Tensor:
+    check_no_transform()
     result: torch.Tensor = function.apply(x, axis.channel)
     return result
 
@@ -115,8 +117,9 @@ class _CopyIn(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():  # gradients of gradients: what autograd keeps must not be changed
+            return _SumOut.apply(gradient.clone(memory_format=torch.contiguous_format), ctx.channel), None  # type: ignore[no-untyped-call]
         gradient = gradient.contiguous()
         ctx.channel.all_reduce_(gradient)
         return gradient, None
@@ -126,11 +129,14 @@ class _SumOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, channel: Channel) -> torch.Tensor:
         ctx.mark_dirty(x)
+        ctx.channel = channel
         channel.all_reduce_(x)
         return x
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return _CopyIn.apply(gradient, ctx.channel), None  # type: ignore[no-untyped-call]
         return gradient, None
 
 
@@ -141,8 +147,19 @@ class _GatherOut(torch.autograd.Function):
         return torch.cat(channel.all_gather(x.contiguous()), -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient.chunk(ctx.channel.size, -1)[ctx.channel.rank], None
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return _OwnPart.apply(gradient, ctx.channel), None  # type: ignore[no-untyped-call]
+
+
+class _OwnPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, channel: Channel) -> torch.Tensor:
+        ctx.channel = channel
+        return x.chunk(channel.size, -1)[channel.rank]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return _GatherOut.apply(gradient, ctx.channel), None  # type: ignore[no-untyped-call]
 
 
 def _channel(number: int) -> Channel:
@@ -183,5 +200,7 @@ _sum_out_op.register_fake(lambda x, axis: torch.empty_like(x, memory_format=torc
 _gather_out_op.register_fake(lambda x, axis, size: x.new_empty(*x.shape[:-1], x.shape[-1] * size))
 _own_part_op.register_fake(lambda x, axis, size: x.new_empty(*x.shape[:-1], x.shape[-1] // size))
 _copy_in_op.register_autograd(lambda ctx, g: (_sum_out_op(g, *ctx.axis), None), setup_context=_remember_axis)
-_sum_out_op.register_autograd(lambda ctx, g: (g, None), setup_context=_remember_axis)
+_sum_out_op.register_autograd(
+    lambda ctx, g: (_copy_in_op(g, *ctx.axis) if torch.is_grad_enabled() else g, None), setup_context=_remember_axis
+)
 _gather_out_op.register_autograd(lambda ctx, g: (_own_part_op(g, *ctx.axis), None, None), setup_context=_remember_axis)

@@ -164,7 +164,7 @@ class _Verifier:
         for parameter in self._trainable.values():
             parameter.grad = None
         loss.backward()  # type: ignore[union-attr]
-        found = {name: p.grad for name, p in self._trainable.items() if p.grad is not None}
+        found = {name: p.grad.to_dense() for name, p in self._trainable.items() if p.grad is not None}
         for parameter in self._trainable.values():
             parameter.grad = None
         return found

@@ -81,7 +81,7 @@ def _sums_of_gradients(loss: Any, parameters: list[nn.Parameter]) -> list[torch.
     def take(parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        flat = gradient.flatten()
+        flat = gradient.to_dense().flatten()
         slope = torch.linspace(1, 2, flat.numel(), dtype=flat.dtype, device=flat.device)
         sums[parameter] = torch.stack([flat.sum(), flat.abs().sum().to(flat.dtype), flat.mul_(slope).sum()])
 

@@ -1,0 +1,36 @@
+"""Errors of a step that only a mesh has: in one sentence, with the strategy on which it works."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from nbdist.errors import NbdistError, PlanError
+from nbdist.plan import Mesh
+
+__all__ = ["explained"]
+
+
+@contextlib.contextmanager
+def explained(mesh: Mesh, runs_alone: bool) -> Iterator[None]:
+    """Context in which a mesh is applied and tried, before the first update. Local.
+
+    Args:
+        mesh: The mesh.
+        runs_alone: Whether the same step has just run in one process.
+
+    Raises:
+        PlanError: Something raised an error of another kind, which one process did not.
+    """
+    try:
+        yield
+    except (NbdistError, MemoryError):
+        raise
+    except Exception as error:
+        if not runs_alone or mesh.size == mesh.dp:
+            raise
+        what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        raise PlanError(
+            f"the step runs in one process, but on mesh {mesh} it raises {what}: use the strategy data, which runs it "
+            "as one process does."
+        ) from error

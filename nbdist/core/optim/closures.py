@@ -1,0 +1,53 @@
+"""Optimizers that compute the loss again within their step, such as LBFGS and SAM: their ``step`` needs a closure."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nbdist.core.optim.shardability import steps_with_closure_only
+
+__all__ = ["OptimizerSteps", "needs_closure"]
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer cannot step without a closure, by its signature, or on small tensors. Local."""
+    return _requires_argument(optimizer) or steps_with_closure_only(optimizer)
+
+
+class OptimizerSteps:
+    """Steps optimizers: without a closure, as most are made for, or with one, if they fail otherwise."""
+
+    def __init__(self) -> None:
+        self._needing: dict[int, bool] = {}
+
+    def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> None:
+        """Run one step. **Collective** if it calls the closure, as it does on all ranks alike.
+
+        Args:
+            optimizer: Of all ranks the same, over equal parameters and gradients.
+            closure: Computes the loss and the gradients again.
+        """
+        needing = self._needing.setdefault(id(optimizer), _requires_argument(optimizer))
+        if needing:
+            optimizer.step(closure)
+            return
+        try:
+            optimizer.step()
+        except Exception:
+            if not steps_with_closure_only(optimizer):
+                raise
+            self._needing[id(optimizer)] = True
+            optimizer.step(closure)
+
+
+def _requires_argument(optimizer: torch.optim.Optimizer) -> bool:
+    try:
+        parameters = inspect.signature(optimizer.step).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(p.kind in kinds and p.default is p.empty for p in parameters)

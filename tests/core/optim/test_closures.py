@@ -1,0 +1,114 @@
+"""Optimizers whose step needs a closure: they compute the loss again, over all ranks, with strategy data."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from problems import classes, mlp, train, weights
+from torch.nn import functional as F
+
+from nbdist.core.comm.world import World
+from nbdist.core.optim.closures import needs_closure
+from nbdist.errors import PlanError
+
+STEPS, BATCH = 4, 8
+LBFGS = functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=4)
+
+
+class Sharpness(torch.optim.Optimizer):
+    """Sharpness-aware minimisation, as users write it; only an assertion tells that a closure is needed."""
+
+    def __init__(self, params, lr=0.1, rho=0.05):
+        super().__init__(params, {"lr": lr, "rho": rho})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is not None, "a closure is required"
+        every = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in every]).norm()
+        for p in every:
+            self.state[p]["old"] = p.data.clone()
+            p.add_(p.grad * 0.05 / norm)
+        with torch.enable_grad():
+            closure()
+        for p in every:
+            p.data = self.state[p]["old"]
+            p.sub_(p.grad, alpha=0.1)
+
+
+class Required(torch.optim.SGD):
+    def step(self, closure):
+        closure()
+        super().step()
+
+
+MADE = {"LBFGS": LBFGS, "asserted": Sharpness, "in the signature": functools.partial(Required, lr=0.1)}
+
+
+def by_hand(make, slices, clip_norm):
+    """Steps in one process, each of which computes the gradients before it too."""
+    model, (x, y) = mlp(), classes(STEPS * BATCH)
+    optimizer = make(model.parameters())
+    for rows in torch.arange(len(x)).split(BATCH):
+
+        def closure(rows=rows):
+            optimizer.zero_grad()
+            total = 0
+            for part in rows.chunk(slices):
+                loss = F.cross_entropy(model(x[part]), y[part]) * len(part) / len(rows)
+                loss.backward()
+                total = total + loss.detach()
+            if clip_norm:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+            return total
+
+        closure()
+        optimizer.step(closure)
+    return weights(model)
+
+
+def run(world, kind, **options):
+    _, found = train(
+        world, mlp(), classes(STEPS * BATCH), optimizer=MADE[kind], batch_size=BATCH, shuffle=False, **options
+    )
+    return found
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.2])
+@pytest.mark.parametrize("kind", MADE)
+def test_a_closure_computes_the_loss_of_all_ranks(run_ranks, kind, clip_norm):
+    """The weights are those of one process that computes the same slices, clipped as they are."""
+    expected = by_hand(MADE[kind], 2, clip_norm)
+    for found in run_ranks(2, functools.partial(run, kind=kind, clip_norm=clip_norm)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_the_loss_of_a_step_is_that_before_it():
+    """What closures compute within the step is not in the history."""
+    result, _ = train(
+        World(), mlp(), classes(BATCH), optimizer=LBFGS, batch_size=BATCH, shuffle=False, steps=1, accumulate=2
+    )
+    x, y = classes(BATCH)
+    assert F.cross_entropy(mlp()(x), y).item() == pytest.approx(result.history[0]["loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["shard", "pipeline", "tensor"])
+@pytest.mark.parametrize("kind", MADE)
+def test_a_mesh_that_splits_the_model_refuses_a_closure(run_ranks, kind, strategy):
+    """In one sentence, with the strategy on which it works."""
+    with pytest.raises(PlanError, match=r"needs a closure, to compute the loss again .*or the strategy data"):
+        run_ranks(2, functools.partial(run, kind=kind, strategy=strategy))
+
+
+def test_an_error_of_a_step_is_no_need_of_a_closure():
+    """It is raised as it is."""
+
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None):
+            raise ValueError("broken")
+
+    assert not needs_closure(Broken(mlp().parameters()))
+    with pytest.raises(ValueError, match="broken"):
+        train(World(), mlp(), classes(BATCH), optimizer=Broken, batch_size=BATCH)
