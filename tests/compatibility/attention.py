@@ -296,7 +296,7 @@ CASES = {
     ),
     "GPT, tied": Case(make=GPT, data=text, loss=lm_loss, optimizer="adamw", lr=0.003, split_at="transformer.h.1"),
     "nn.Transformer": Case(
-        make=Translator, data=sentence_pairs, loss=sequence_loss, split_at="transformer.decoder"
+        make=Translator, data=sentence_pairs, loss=sequence_loss, split_at="generator"
     ),
     "ALiBi": Case(make=lambda: LM(ALiBiAttention), data=text, loss=lm_loss, split_at="attn.1"),
     "rotary, cached": Case(make=lambda: LM(RotaryAttention), data=text, loss=lm_loss, split_at="attn.1"),
