@@ -344,3 +344,31 @@ def test_slices_without_samples_leave_no_trace(run_ranks):
     expected = run_ranks(2, with_statistics, "dp=2")
     for rank in run_ranks(2, with_statistics, "shard=2"):
         torch.testing.assert_close(rank, expected[0], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def penalized(model, batch):
+    x = batch[0].clone().requires_grad_()
+    y = model(x)
+    (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    return F.cross_entropy(y, batch[1]) + slope.square().mean()
+
+
+def train_penalized(world, mesh, check):
+    train(
+        world,
+        seeded(Net, torch.float64),
+        classes(SAMPLES),
+        step=penalized,
+        strategy=mesh,
+        check=check,
+        batch_size=BATCH,
+    )
+
+
+@pytest.mark.parametrize("mesh", ["pp=2", "tp=2", "dp=2,pp=2"])
+@pytest.mark.parametrize("check", ["yes", "no"])
+def test_gradients_of_what_a_model_returns_are_refused_where_its_graph_is_cut(run_ranks, mesh, check):
+    """One sentence, with the strategy that does it."""
+    words = r"^on mesh \S+ a step cannot take gradients .*differentiate.*Use the strategy data\.$"
+    with pytest.raises(PlanError, match=words):
+        run_ranks(size_of(mesh), train_penalized, mesh, check)

@@ -132,6 +132,7 @@ class PlainStep:
                     averaged.setdefault(name, []).append(buffer.detach().clone())
                 extra = copy.deepcopy(extra_states(self._task.model)) if number == 0 else extra
                 self._changed = bool(self.kept or nudge)
+            self._task.forms.check_no_sum()
             gradients = {} if self._forward_only else self._finished(sums, total)
             updated, settings = self._update(gradients) if update and gradients else ({}, [])
         finally:

@@ -2,11 +2,15 @@
 
 Constant factors, and the ratio of counts of several terms, must be the same in all slices. They are known only after
 the forward, so each rank hashes them to a small number and the gradient sync sums it.
+
+A factor that is a count makes a sum of a mean. One that equals a count of some slice, as the 2 of ``a + 2 * b`` does in
+a slice of two samples, is none if a slice of another size has it too, now or in an earlier step.
 """
 
 from __future__ import annotations
 
 import zlib
+from typing import Protocol
 
 from nbdist.core.sync.agreement import ControlFlags
 from nbdist.errors import TaskError
@@ -21,29 +25,73 @@ MANY_FORMS = (
 )
 
 
+class Mean(Protocol):
+    """What is known of a slice's loss; see `loss_weight.Mean`."""
+
+    @property
+    def form(self) -> tuple[float, ...]:
+        """What must be the same in every slice."""
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Those of its terms."""
+
+    @property
+    def numbers(self) -> frozenset[float]:
+        """Whole numbers in it."""
+
+    @property
+    def counts(self) -> frozenset[float]:
+        """Those of them that may be counts."""
+
+
 class LossForms:
     """The form of the losses in one step, or in one evaluation."""
 
     def __init__(self) -> None:
         self._form: tuple[float, ...] | None = None
+        self._constants: dict[tuple[float, ...], frozenset[float]] = {}  # by factors: numbers that are no counts
+        self._counts: dict[tuple[float, ...], frozenset[float]] = {}  # by factors: numbers that may be, in this step
+        self._refusal = ""
 
     def begin(self) -> None:
         """Reset, at the start of a step or evaluation. Local."""
-        self._form = None
+        self._form, self._counts = None, {}
 
-    def add(self, form: tuple[float, ...]) -> None:
+    def add(self, mean: Mean, refusal: str) -> None:
         """Add the form of a slice's loss. Local.
+
+        Args:
+            mean: How it is averaged.
+            refusal: What to say if it is a sum.
 
         Raises:
             TaskError: An earlier slice's loss has another form.
         """
         if self._form is None:
-            self._form = form
-        elif self._form != form:
-            raise TaskError(MANY_FORMS)
+            self._form = mean.form
+        elif self._form != mean.form:
+            raise TaskError(refusal if mean.counts or any(self._counts.values()) else MANY_FORMS)
+        for numbers, more in ((self._constants, mean.numbers - mean.counts), (self._counts, mean.counts)):
+            numbers[mean.factors] = numbers.get(mean.factors, frozenset()) | more
+        self._refusal = refusal
+
+    def check_no_sum(self) -> None:
+        """Check that no factor is a count, after the slices of a step. Local.
+
+        Raises:
+            TaskError: One may be.
+        """
+        if any(counts - self._constants[factors] for factors, counts in self._counts.items()):
+            raise TaskError(self._refusal)
 
     def flags(self, flags: ControlFlags, step: int) -> ControlFlags:
-        """`flags` with the form of this rank's losses. Local."""
+        """`flags` with the form of this rank's losses. Local.
+
+        Raises:
+            TaskError: A loss may be a sum.
+        """
+        self.check_no_sum()
         if self._form is None:
             return flags
         # Another hash in each step: forms that collide in one step differ in the next.

@@ -49,10 +49,16 @@ class Mean(NamedTuple):
     Args:
         over: Its weight: a number or a scalar tensor.
         form: What must be the same in every slice: factors, and elements per sample; empty for a plain mean.
+        factors: Of all terms.
+        numbers: Whole numbers among the factors, and the number of terms.
+        counts: Those of them that may be counts of this slice, so that the loss were a sum; see `LossForms`.
     """
 
     over: Any
     form: tuple[float, ...]
+    factors: tuple[float, ...] = ()
+    numbers: frozenset[float] = frozenset()
+    counts: frozenset[float] = frozenset()
 
 
 class _Term(NamedTuple):
@@ -86,13 +92,15 @@ def mean_over(loss: torch.Tensor, samples: int, constants: Callable[[], Iterable
     except (_Unknown, AttributeError, ZeroDivisionError):  # node names and saved attributes depend on torch's version
         return None
     factors = tuple(term.factor for term in terms)
-    if len(terms) >= samples > 2 and len(terms) % samples == 0 and len({*factors}) == 1:  # a loop over samples
-        return None
+    numbers, counts = found.numbers(samples, terms)
+    if len(terms) >= samples > 2 and len(terms) % samples == 0 and len({*factors}) == 1:  # a loop over samples?
+        counts |= {len(terms)}
     if len(terms) == 1 or len({(float(term.over), term.elements) for term in terms}) == 1:
-        return Mean(terms[0].over, factors if any(factor != 1 for factor in factors) else ())
+        form = factors if any(factor != 1 for factor in factors) else ()
+        return Mean(terms[0].over, form, factors, numbers, counts)
     each = tuple(term.elements / max(1, samples) for term in terms)
     every = all(float(t.over) == t.elements for t in terms) and all(e.is_integer() for e in each)
-    return Mean(samples, factors + each) if every else None
+    return Mean(samples, factors + each, factors, numbers, counts) if every else None
 
 
 def counted_targets(loss: torch.Tensor) -> int | None:
@@ -197,10 +205,12 @@ class _Terms:
                 raise _Unknown
             every = samples if value == samples else elements
             terms.append(same[0]._replace(factor=factor) if same else _Term(every, every, factor))
-        counts = {samples, *(term.elements for term in terms), *(float(t.over) for t in terms if self._integers)} - {1}
-        if not counts.isdisjoint(self._integers):  # a mean times its count is a sum again
-            raise _Unknown
         return terms or [_Term(samples, samples, 1.0)]
+
+    def numbers(self, samples: int, terms: list[_Term]) -> tuple[frozenset[float], frozenset[float]]:
+        """The whole numbers by which means are scaled, and those that may be counts: such a product is a sum again."""
+        counts = {samples, *(term.elements for term in terms), *(float(t.over) for t in terms if self._integers)} - {1}
+        return frozenset({*self._integers, len(terms)}), frozenset(counts.intersection(self._integers))
 
 
 def _scaled(node: Any, divides: bool) -> tuple[Any, Any]:

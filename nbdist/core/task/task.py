@@ -262,7 +262,7 @@ class Task:
             if part.of > 1 and part.samples:  # the loss of a batch in one slice is not averaged, so any is right
                 if mean is None:
                     raise TaskError(self._unknown_mean)
-                self.forms.add(mean.form)
+                self.forms.add(mean, self._unknown_mean)
         if weight is None:
             weight = part.samples
         elif isinstance(weight, torch.Tensor):  # on a GPU reading it would wait for the device

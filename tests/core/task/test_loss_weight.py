@@ -109,7 +109,7 @@ LOSSES = {
 
 def over(loss):
     mean = mean_over(loss, SAMPLES, lambda: [KNOWN])
-    return None if mean is None else pytest.approx(float(mean.over))
+    return None if mean is None or mean.counts else pytest.approx(float(mean.over))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -404,6 +404,39 @@ def rooted(output, target):
 
 def two(output, target):
     return F.cross_entropy(output, target) + output.square().mean()
+
+
+WHOLE = {
+    "twice": lambda o, y: F.cross_entropy(o, y) + 2.0 * F.multi_margin_loss(o, y),
+    "sixths": lambda o, y: sum((i + 1) * F.cross_entropy(o * i, y) for i in range(3)) / 6,
+    "three equal ones": lambda o, y: sum(F.cross_entropy(o * i, y) for i in range(1, 4)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_factor_that_equals_the_number_of_samples_is_no_count_if_another_slice_has_it_too(name):
+    """Slices of three, two and two samples: the check sees so many, and so do the last ones of an epoch."""
+    loss, model, y = WHOLE[name], nn.Linear(3, 3, dtype=torch.float64), Y[:7].clamp(0)
+    by_hand = copy.deepcopy(model)
+    optimizer = SGD(by_hand.parameters())
+    loss(by_hand(X[:7]), y).backward()
+    optimizer.step()
+    result, found = alone(model, (X[:7], y), loss=loss, optimizer=SGD, batch_size=7, shuffle=False, accumulate=3)
+    torch.testing.assert_close(found, weights(by_hand), rtol=1e-12, atol=1e-12)
+    assert result.plan.checked.startswith("loss, ")
+
+
+def by_count(output, target):
+    return F.cross_entropy(output, target) * len(target)
+
+
+@pytest.mark.parametrize(("samples", "accumulate"), [(8, 2), (7, 2), (7, 3)])
+@pytest.mark.parametrize("check", ["yes", "no"])
+def test_a_mean_by_the_number_of_samples_is_refused_however_it_is_cut(samples, accumulate, check):
+    """Its factor differs with the slice, or equals its size in all of them."""
+    model, data = nn.Linear(3, 3, dtype=torch.float64), (X[:samples], Y[:samples].clamp(0))
+    with pytest.raises(TaskError, match=r"^loss by_count is not recognised"):
+        alone(model, data, loss=by_count, optimizer=SGD, batch_size=samples, accumulate=accumulate, check=check)
 
 
 @pytest.mark.parametrize("loss", [masked, rooted, two])

@@ -54,7 +54,7 @@ def derive_plan(model: nn.Module, size: int, args: tuple[Any, ...], kwargs: dict
 
 def nothing_to_split(model: nn.Module, size: int, reasons: dict[str, str]) -> PlanError:
     """The error that lists the layers, and why each stays whole."""
-    shown = [f"{name} {reason}" for name, reason in list(reasons.items())[:4]]
+    shown = [f"{name or 'the model itself'} {reason}" for name, reason in list(reasons.items())[:4]]
     more = f", and {len(reasons) - 4} more layers" if len(reasons) > 4 else ""
     why = "; ".join(shown) + more if shown else "it has no linear layers, embeddings or attention"
     return PlanError(

@@ -49,7 +49,7 @@ def _before(crossings: Crossings, name: str) -> int:
         raise PlanError(
             f"'{name}' is not used in forward."
             if whole is None
-            else f"'{name}' is inside '{whole}', which stays whole."
+            else f"'{name}' is inside '{whole}', which stays whole: cut outside of it, or leave out split_at."
         )
     cut = first
     while cut not in crossings.cut_set and cut > 0 and not crossings.used_by(crossings.body[cut - 1]):

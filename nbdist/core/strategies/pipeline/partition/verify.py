@@ -97,6 +97,9 @@ def _sums_of_gradients(loss: Any, parameters: list[nn.Parameter]) -> list[torch.
     return [sums.get(parameter) for parameter in parameters]
 
 
+_WITHOUT_GRADIENTS = "computes gradients its own way (torch.no_grad, an autograd.Function, a reentrant checkpoint), "
+
+
 def verify_trace(
     crossings: Crossings, values: Sequence[torch.Tensor], expected: ForwardResult, effects: Sequence[Effect]
 ) -> None:
@@ -117,8 +120,9 @@ def verify_trace(
     ):
         if not agree:
             raise cannot_split(
-                model, "", f"the traced operations give other {what} than the model, for instance "
-                "because forward draws random numbers with Python, or keeps values from call to call"
+                model, "", f"the traced operations give other {what} than the model, for instance because forward "
+                f"{_WITHOUT_GRADIENTS if what == 'gradients' else ''}draws random numbers with Python, or keeps values "
+                "from call to call"
             )  # fmt: skip
 
 

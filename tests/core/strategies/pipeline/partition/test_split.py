@@ -438,7 +438,7 @@ def test_there_is_nothing_before_the_beginning():
 
 def test_a_name_inside_a_part_that_stays_whole():
     model, args, kwargs = example("branches")
-    with pytest.raises(PlanError, match=r"'3\.b' is inside '3', which stays whole"):
+    with pytest.raises(PlanError, match=r"'3\.b' is inside '3', which stays whole: cut outside of it"):
         split(model, args, kwargs, 2, at=["3.b"])
 
 
@@ -464,6 +464,21 @@ class Dice(Branch):
         return self.b(torch.relu(self.a(x))) * random.random()
 
 
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(_, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(_, grad):
+        return grad
+
+
+class OwnBackward(Branch):
+    def forward(self, x):
+        return self.b(Sign.apply(self.a(x)))
+
+
 class Own(Branch):
     def forward(self, x):
         class Output:
@@ -475,6 +490,7 @@ class Own(Branch):
 @pytest.mark.parametrize(("model", "says"), [
     (Item, "if self.a(x).max().item() > 0.5:"),
     (Dice, "draws random numbers with Python"),
+    (OwnBackward, "computes gradients its own way (torch.no_grad, an autograd.Function, a reentrant checkpoint)"),
     (Own, "its output contains no tensor"),
 ])  # fmt: skip
 def test_models_that_cannot_be_traced_are_refused(model, says):

@@ -1,0 +1,66 @@
+"""A model of the compatibility table, with its data, its loss or step, and how its cells are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a user trains.
+
+    Args:
+        make: The model.
+        data: ``data(samples)``: tensors, a dict of them, or a DataLoader.
+        loss: A name or a callable, as for `nbdist.train`.
+        step: ``step(model, batch)`` in place of a loss. With neither, the model computes its loss from a dict.
+        optimizer: "sgd" or "adamw".
+        lr: Its rate.
+        double: Whether model and data are float64; else float32.
+        sliced: Whether the result depends on how a batch is cut, because of random numbers, statistics of a batch or
+            buffers. The loop written by hand then cuts it as nbdist does; else it takes the whole batch.
+        check: The option.
+        split_at: Where a pipeline is cut; balanced by measured time if empty, which need not repeat.
+        weigh: What the mean loss of a batch is over; by default its samples.
+        tolerance: How far apart values may be; by default 1e-9 in float64 and 2e-5 in float32.
+    """
+
+    make: Callable[[], nn.Module]
+    data: Callable[[int], Any]
+    loss: Any = None
+    step: Callable[[nn.Module, Any], Any] | None = None
+    optimizer: str = "sgd"
+    lr: float = 0.05
+    double: bool = True
+    sliced: bool = False
+    check: str = "yes"
+    split_at: str = ""
+    weigh: Callable[[Any], float] | None = None
+    tolerance: float = 0.0
+
+    def model(self) -> nn.Module:
+        """The same weights each time."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = self.make()
+        return model.double() if self.double else model
+
+    def samples(self, count: int) -> Any:
+        """The same samples each time."""
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            data = self.data(count)
+        return _double(data) if self.double else data
+
+
+def _double(data: Any) -> Any:
+    if isinstance(data, torch.Tensor):
+        return data.double() if data.is_floating_point() else data
+    if isinstance(data, tuple):
+        return tuple(map(_double, data))
+    return {name: _double(value) for name, value in data.items()} if isinstance(data, dict) else data

@@ -1,0 +1,175 @@
+"""Cells of the compatibility table: a model on a mesh beside a plain loop in one process."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    str(Path(__file__).parent.parent),
+    str(Path(__file__).parent.parent / "core"),
+]
+
+import attention
+import dynamic
+import everyday
+import generative
+import science
+import sequence
+import vision
+from case import Case
+from problems import train
+from torch import nn
+from torch.nn import functional as F
+
+from nbdist.core.comm.world import World
+from nbdist.core.process import rng
+from nbdist.errors import PlanError, TaskError
+from nbdist.plan import Plan, slice_bounds
+
+CASES: dict[str, Case] = {
+    **everyday.CASES, **vision.CASES, **sequence.CASES, **attention.CASES, **dynamic.CASES, **generative.CASES,
+    **science.CASES,
+}  # fmt: skip
+MESHES = ["dp=2", "shard=2", "pp=2", "tp=2", "dp=2,shard=2", "dp=2,pp=2"]
+SAMPLES, BATCH, SEED = 34, 12, 3  # three steps, the last of 10 samples
+LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss, "l1": F.l1_loss}
+OPTIMIZERS = {
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    "adamw": functools.partial(torch.optim.AdamW, weight_decay=0.1),
+}
+
+
+def ranks_of(mesh: str) -> int:
+    """How many ranks a mesh has."""
+    return math.prod(int(part.partition("=")[2]) for part in mesh.split(","))
+
+
+def optimizer_of(case: Case) -> Any:
+    """What makes its optimizer."""
+    return functools.partial(OPTIMIZERS[case.optimizer], lr=case.lr)
+
+
+def options_of(case: Case, mesh: str) -> dict[str, Any]:
+    """How a cell is run."""
+    options: dict[str, Any] = {"strategy": mesh, "seed": SEED, "batch_size": BATCH, "check": case.check}
+    if "pp" in mesh:
+        options["microbatches"] = 2
+        if case.split_at:
+            options["split_at"] = [case.split_at]
+    return options
+
+
+def run_cell(world: World, name: str, mesh: str) -> Any:
+    """A model's mean loss and tensors on a mesh, and what the check found. On one rank."""
+    warnings.simplefilter("ignore")
+    case = CASES[name]
+    model = case.model()
+    result, _ = train(
+        world, model, case.samples(SAMPLES), shuffle=False, optimizer=optimizer_of(case),
+        **({"step": case.step} if case.step else {"loss": case.loss}), **options_of(case, mesh),
+    )  # fmt: skip
+    return result.history[-1]["loss"], _tensors(model), result.plan.checked
+
+
+def by_hand(case: Case, mesh: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """The same steps in plain PyTorch, in one process; of the whole batch, or slice by slice if that matters."""
+    options = options_of(case, mesh)
+    del options["check"]
+    plan = Plan.create(ranks=ranks_of(mesh), cores=1, **options)
+    model, data, losses, weights = case.model(), case.samples(SAMPLES), [], []
+    optimizer = optimizer_of(case)(model.parameters())
+    replicas = [{k: v.clone() for k, v in model.named_buffers()} for _ in range(plan.mesh.data if case.sliced else 1)]
+    for step, rows in enumerate(torch.arange(SAMPLES).split(BATCH)):
+        optimizer.zero_grad()
+        total = 0.0
+        slices = slice_bounds(len(rows), plan.slices) if case.sliced else [(0, len(rows))]
+        for i, (start, stop) in enumerate(slices):
+            buffers = replicas[i * len(replicas) // len(slices)]
+            for name, buffer in model.named_buffers():
+                buffer.data = buffers[name]
+            torch.manual_seed(rng.derive(SEED, "slice", step, i))
+            loss = loss_of(case, model, read(data, rows[start:stop])) * ((stop - start) / len(rows))
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        losses.append(total)
+        weights.append(case.weigh(read(data, rows)) if case.weigh else len(rows))
+    tensors = _tensors(model)
+    for name, buffer in replicas[0].items():
+        tensors[name] = torch.stack([r[name] for r in replicas]).mean(0) if buffer.is_floating_point() else buffer
+    return sum(a * b for a, b in zip(losses, weights, strict=True)) / sum(weights), tensors
+
+
+def read(data: Any, rows: torch.Tensor) -> Any:
+    """Samples as one batch."""
+    if isinstance(data, tuple):
+        return [tensor[rows] for tensor in data]
+    if isinstance(data, dict):
+        return {name: tensor[rows] for name, tensor in data.items()}
+    return data.collate_fn([data.dataset[i] for i in rows.tolist()])
+
+
+def loss_of(case: Case, model: nn.Module, batch: Any) -> torch.Tensor:
+    """The loss of a batch."""
+    if case.step is not None:
+        loss = case.step(model, batch)
+        return loss[0] if isinstance(loss, tuple) else loss
+    if case.loss is None:
+        output = model(**batch)
+        return output["loss"] if isinstance(output, dict) else output.loss
+    *inputs, target = batch
+    loss = case.loss if callable(case.loss) else LOSSES[case.loss]
+    return loss(model(*inputs), target)
+
+
+@functools.cache
+def _by_hand(name: str, mesh: str) -> tuple[float, dict[str, torch.Tensor]]:
+    with torch.random.fork_rng():
+        return by_hand(CASES[name], mesh)
+
+
+def outcome(name: str, mesh: str, found: Any) -> str:
+    """A cell's text: "equal", the sentence that refuses it, or a fault: what differs, or which error came."""
+    if isinstance(found, str):
+        return found
+    case, (loss, tensors, _) = CASES[name], found
+    expected_loss, expected = _by_hand(name, mesh if case.sliced else MESHES[0])
+    assert expected.keys() == tensors.keys(), f"{expected.keys() ^ tensors.keys()}"
+    tolerance = case.tolerance or (1e-9 if case.double else 2e-5)
+    gaps = {"loss": _gap(torch.tensor(expected_loss), torch.tensor(loss))}
+    gaps |= {key: _gap(tensor, tensors[key]) for key, tensor in expected.items()}
+    wrong = {key: gap for key, gap in gaps.items() if not gap <= tolerance}
+    return f"DIFFERS: {', '.join(f'{k} by {v:.1e}' for k, v in wrong.items())}" if wrong else "equal"
+
+
+def _gap(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    assert expected.dtype == actual.dtype
+    assert expected.shape == actual.shape
+    kind = torch.complex128 if expected.is_complex() else torch.float64
+    return (expected.to(kind) - actual.to(kind)).abs().max().item() if expected.numel() else 0.0
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def row(pool: Any, name: str, meshes: Sequence[str]) -> dict[str, str]:
+    """A model's cells on some meshes, whose ranks `pool` starts."""
+    found: dict[str, Any] = {}
+    for mesh in meshes:
+        try:
+            found[mesh] = pool(ranks_of(mesh), run_cell, name, mesh)[0]
+        except (PlanError, TaskError) as error:
+            found[mesh] = str(error)
+        except Exception as error:
+            found[mesh] = f"FAILS: {type(error).__name__}: {error}"
+    return {mesh: outcome(name, mesh, found[mesh]) for mesh in meshes}

@@ -1,0 +1,59 @@
+"""Models of many shapes on meshes: each cell of the compatibility table is as it is written."""
+
+from __future__ import annotations
+
+import pytest
+import table
+from cells import CASES, MESHES, outcome, row, run_cell
+
+# What `make test` runs: a model on each mesh that asks something of it.
+PART = {
+    ("dp=2", "packed bidirectional GRU"), ("dp=2", "MoE, top 2, balance loss"), ("dp=2", "early exits"),
+    ("dp=2", "VQ-VAE, moving codebook"), ("dp=2", "GAT, collated graphs"), ("shard=2", "neural operator, complex"),
+    ("shard=2", "critic, gradient penalty"), ("pp=2", "checkpoint"), ("pp=2", "U-Net, ignored labels"),
+    ("pp=2", "own autograd.Function"), ("tp=2", "LoRA"), ("tp=2", "capsules"), ("dp=2,shard=2", "masked LM, own loss"),
+    ("dp=2,pp=2", "diffusion"),
+}  # fmt: skip
+CELLS = [
+    pytest.param(mesh, name, marks=[] if (mesh, name) in PART else pytest.mark.compatibility)
+    for name in CASES for mesh in MESHES
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mesh", "name"), CELLS)
+def test_a_cell_is_as_it_is_written(run_ranks, mesh, name):
+    """Equal to a loop in plain PyTorch, or refused with the sentence of the table."""
+    written = table.read()[name][mesh]
+    assert table.gist(written) == table.gist(row(run_ranks, name, [mesh])[mesh])
+
+
+def test_the_table_is_whole():
+    """At least forty models, no cell empty, and no fault; a part of it, with every mesh, is in `make test`."""
+    rows = table.read()
+    assert list(CASES) == list(rows)
+    assert 40 <= len(rows)
+    cells = [cell for row in rows.values() for cell in row.values()]
+    assert not [cell for cell in cells if not cell or cell.startswith(table.FAULTS)]
+    assert set(MESHES) == {mesh for mesh, _ in PART}
+    assert {name for _, name in PART} <= set(CASES)
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path, monkeypatch):
+    """Sentences below it included."""
+    rows = {name: dict.fromkeys(MESHES, table.EQUAL) | {"tp=2": f"why {len(name)}."} for name in list(CASES)[:3]}
+    monkeypatch.setattr(table, "README", tmp_path / "README.md")
+    table.README.write_text(f"before {table.BEGIN}\n{table.END} after")
+    table.write(rows)
+    assert table.README.read_text().endswith(f"{table.END} after")
+    assert rows == table.read()
+
+
+def test_a_difference_is_seen():
+    """A loss or a tensor beside the plain loop's by more than rounding is a fault, by name."""
+    from nbdist.core.comm.world import World
+
+    name = "MLP, summed loss"
+    loss, tensors, checked = run_cell(World(), name, "dp=1")
+    assert table.EQUAL == outcome(name, "dp=1", (loss, tensors, checked))
+    tensors["0.bias"] += 1e-8
+    assert "DIFFERS: 0.bias by 1.0e-08" == outcome(name, "dp=1", (loss, tensors, checked))
