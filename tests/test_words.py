@@ -42,6 +42,7 @@ ALLOWED = {
     ("core/comm/shared_memory", "chunk"): "as much of one collective as its arena holds",
     ("core/params/param_data_watch", "callback"): "a function that is called back",
     ("cluster/launch/launcher", "config"): "the word of traitlets",
+    ("core/check/per_sample", "dim"): "of a tensor",
     ("core/params", "dim"): "of a tensor",
     ("core/strategies/tensor", "dim"): "of a tensor",
     ("core/sync/sync_batchnorm", "dim"): "of a tensor",

@@ -30,10 +30,10 @@ from nbdist.core.process import rng
 from nbdist.core.process.memory import frozen_gc, keep_freed_pages, keep_large_pages
 from nbdist.core.process.settings import deterministic, threads, uninterrupted
 from nbdist.core.reporter import Reporter
-from nbdist.core.state.checkpoint_reader import CheckpointReader
-from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_resume, prepare
+from nbdist.core.state.checkpoint_writer import prepare
 from nbdist.core.state.extra_states import ExtraStates, check_extra_states
-from nbdist.core.state.restore import load, load_whole, open_on_all_ranks, progress_of, same_mesh
+from nbdist.core.state.restore import load, load_whole, progress_of, same_mesh
+from nbdist.core.state.resumed_states import resumed_states
 from nbdist.core.state.snapshot import RankSnapshots
 from nbdist.core.state.snapshotter import Snapshotter
 from nbdist.core.state.train_progress import TrainProgress
@@ -137,7 +137,7 @@ def fit(
         check_hooks(model, task.optimizers.values(), plan.mesh)
         hooks = GradientHooks(model)
         cleanup.callback(hooks.restore)
-        saved_states = [*_saved_states(plan, world, snapshot_paths, run_id, from_snapshot)]
+        saved_states = [*resumed_states(plan, world, snapshot_paths, run_id, from_snapshot)]
         check, findings = None, Findings(result=plan.checked)
         if plan.check != "no" and not (plan.checked or from_snapshot) and plan.mesh.size * plan.slices > 1:
             check = StepCheck(task, plan, world, hooks)
@@ -320,26 +320,6 @@ def fit(
         state = "scaled" if stopped and step_control.scaling else state
         plan = replace(plan, checked=findings.result)
         return Result(state=state, history=progress.history, plan=plan, ranks=step_control.scaling)
-
-
-def _saved_states(
-    plan: Plan, world: World, snapshot_paths: Sequence[Sequence[str]], run_id: str, from_snapshot: bool
-) -> Iterator[CheckpointReader]:
-    """The states to load, the same on all ranks: a checkpoint, then a snapshot (without what has not changed since).
-
-    Without a snapshot of this run, the checkpoint is its own last one, if it has written any. **Collective**.
-    """
-    snapshot = CheckpointReader.of_snapshot(snapshot_paths) if from_snapshot else None
-    if plan.resume or (from_snapshot and plan.checkpoint):
-        folder = ""
-        if world.rank == 0:
-            own = from_snapshot and snapshot is None and checkpoint_of_run(plan, run_id) is not None
-            folder = plan.checkpoint if own else folder_to_resume(plan) if plan.resume else ""
-        folder = world.channel().broadcast_bytes(folder.encode()).decode()
-        if folder:
-            yield open_on_all_ranks(folder, world)
-    if snapshot is not None:
-        yield snapshot
 
 
 @contextlib.contextmanager

@@ -365,10 +365,10 @@ def train_penalized(world, mesh, check):
     )
 
 
-@pytest.mark.parametrize("mesh", ["pp=2", "tp=2", "dp=2,pp=2"])
+@pytest.mark.parametrize("mesh", ["pp=2", "dp=2,pp=2"])
 @pytest.mark.parametrize("check", ["yes", "no"])
 def test_gradients_of_what_a_model_returns_are_refused_where_its_graph_is_cut(run_ranks, mesh, check):
     """One sentence, with the strategy that does it."""
-    words = r"^on mesh \S+ a step cannot take gradients .*differentiate.*Use the strategy data\.$"
+    words = r"the step takes a gradient through the model itself .* of mesh \S+: use the strategy data"
     with pytest.raises(PlanError, match=words):
         run_ranks(size_of(mesh), train_penalized, mesh, check)

@@ -36,7 +36,6 @@ from nbdist.core.sync.bucketed_reducer import BucketedReducer
 from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
 from nbdist.core.sync.step_tail import LOSS_NUMBERS, StepLosses, StepTail, Totals
 from nbdist.core.task.task import Task
-from nbdist.errors import PlanError
 from nbdist.plan import Plan
 
 __all__ = ["MeshParallel", "estimate"]
@@ -44,10 +43,6 @@ __all__ = ["MeshParallel", "estimate"]
 T = TypeVar("T")
 _AXES: dict[str, type[MeshAxis]] = {"tp": TensorAxis, "pp": PipelineAxis, "shard": ShardAxis}
 """The axes that change the model, in the order in which they are applied."""
-_OWN_GRADIENTS = (
-    "on mesh {mesh} a step cannot take gradients (torch.autograd.grad) of what the model returns, as for a gradient "
-    "penalty or a differential equation: its graph is on several ranks ({why}). Use the strategy data."
-)
 
 
 def example_call(task: Task, plan: Plan, device: torch.device) -> Example:
@@ -162,12 +157,7 @@ class MeshParallel(Strategy):
         with contextlib.ExitStack() as stack:
             for axis in self._axes:
                 stack.enter_context(axis.computing())
-            try:
-                losses = super().forward_backward(step, slices)
-            except RuntimeError as error:
-                if "differentiate" not in str(error):  # which all of autograd's words for it contain
-                    raise
-                raise PlanError(_OWN_GRADIENTS.format(mesh=self.plan.mesh, why=str(error).partition(".")[0])) from error
+            losses = super().forward_backward(step, slices)
         if isinstance(self._runner, PipelineAxis):
             self.work = self._runner.pipeline.work
         return losses

@@ -17,6 +17,7 @@ from nbdist.core.optim.closures import OptimizerSteps
 from nbdist.core.optim.precision import Precision
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
+from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.core.strategies.pipeline.schedules import Action, run_plain_backward, schedule_actions
 from nbdist.core.sync.agreement import ControlFlags
 from nbdist.core.sync.gradient_hooks import GradientHooks
