@@ -124,7 +124,12 @@ def fit(
         cleanup.enter_context(keep_freed_pages(return_large=plan.mesh.size > plan.mesh.dp))
         cleanup.enter_context(frozen_gc())
         cleanup.enter_context(on_device(task, device))
-        cleanup.enter_context(_reporting_failure(emit, world.rank))
+        beginning = [RunStarted(
+            rank=world.rank, run_id=run_id, title=task.title, plan=plan.to_dict(), steps_total=plan.steps,
+            host=host_name(), pid=os.getpid(), device=str(device),
+            place={axis: plan.mesh.coordinate(world.rank, axis) for axis in AXES},
+        )]  # fmt: skip
+        cleanup.enter_context(_reporting_failure(emit, world.rank, beginning))
 
         for module in task.modules.values():
             if not module.training:  # else leave submodules as they are: the user may have set some to evaluation mode
@@ -194,13 +199,10 @@ def fit(
         def is_stopped() -> bool:  # a stop after the last step changes nothing: the run is finished
             return step_control.stopped and not _complete(plan, progress.step, steps_total)
 
-        started = RunStarted(
-            rank=world.rank, run_id=run_id, title=task.title, plan=plan.to_dict(), steps_total=steps_total,
-            host=host_name(), pid=os.getpid(), device=str(device), stages=strategy.infos,
-            place={axis: plan.mesh.coordinate(world.rank, axis) for axis in AXES}, lr=schedulers.rate,
-            step=progress.step, history=progress.history, checked=findings.result,
-        )  # fmt: skip
-        emit(started)
+        emit(replace(
+            beginning.pop(), steps_total=steps_total, stages=strategy.infos, lr=schedulers.rate, step=progress.step,
+            history=progress.history, checked=findings.result,
+        ))  # fmt: skip
         for note in findings.notes if world.rank == 0 else ():
             emit(Noted(rank=world.rank, text=note))
         reporter = Reporter(world, progress, schedulers, emit)
@@ -372,9 +374,11 @@ def _complete(plan: Plan, step: int, steps_total: int | None) -> bool:
 
 
 @contextlib.contextmanager
-def _reporting_failure(emit: Callable[[Event], None], rank: int) -> Iterator[None]:
+def _reporting_failure(emit: Callable[[Event], None], rank: int, beginning: Sequence[Event]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        for event in beginning:  # of a run that fails before its first step
+            emit(event)
         emit(RunFailed(rank=rank, error=f"{type(error).__name__}: {error}"))
         raise

@@ -61,6 +61,7 @@ class _Engine:
         self.world: Any = None
         self.result_segment: Any = None  # of the last trained weights, on rank 0
         self.failure: BaseException | None = None  # of the last run, with its frames, for the debugger
+        self.cell_error: BaseException | None = None  # the last one of a cell before that
         self.outcome: tuple[str, Outcome] | None = None  # of the last run, for a kernel that reattaches
 
 
@@ -183,6 +184,7 @@ def train(
             _ignore_interrupts()
             failure = Failure.of(world.rank, error)
             _engine.failure = None if failure.secondary else error
+            _engine.cell_error = getattr(sys, "last_value", None)
             world.leave()  # at once: its peers stop waiting for this rank
             snapshot = replace(states.state, state="failed")
             outcome = Outcome(rank=world.rank, state="failed", snapshot=snapshot, failure=failure)
@@ -196,7 +198,10 @@ def train(
 
 def debug(path: str, rank: int, prompt: str) -> None:
     """Run a debugger on the last failure here, for the kernel that listens at `path`; see `debug_server.serve`."""
-    serve(path, rank, prompt, _engine.failure or getattr(sys, "last_value", None))
+    newest = getattr(sys, "last_value", None)
+    if newest is _engine.cell_error:  # no cell has failed since the run
+        newest = _engine.failure or newest
+    serve(path, rank, prompt, newest)
 
 
 def outcome_of(run_id: str, rank: int) -> Outcome:

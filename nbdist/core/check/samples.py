@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,12 +75,14 @@ def read_samples(task: Task, plan: Plan, *, even: bool) -> Samples:
     )
 
 
-def read_slice(task: Task, plan: Plan) -> Slice:
-    """Read the first slice of a batch, in full. See `read_samples`."""
+def read_slice(task: Task, plan: Plan, rank: int) -> Slice:
+    """Read the first slice of a rank in the first batch, in full. See `read_samples`."""
     samples = min(plan.batch_size, task.data.samples or plan.batch_size)
     rng.seed_all(rng.derive(plan.seed, "check"))
-    rows = range(*slice_bounds(samples, plan.slices)[0])
-    return _slices_of([rows], _read(task, [rows]), plan)[0]
+    place = next(group.index(rank) for group in plan.mesh.groups("shard", "dp") if rank in group)
+    first = ReductionTree.share(plan.slices, place, plan.mesh.data)[0]
+    rows = range(*slice_bounds(samples, plan.slices)[first])
+    return replace(_slices_of([rows], _read(task, [rows]), plan)[0], index=first)
 
 
 def _read(task: Task, rows: list[Any]) -> list[Any]:

@@ -96,10 +96,11 @@ class StepCheck:
             except Refused as error:
                 message = {"error": str(error)}
             except NbdistError as error:
-                message = {"skip" if self._always_fails() else "error": str(error)}  # else the first step may raise it
+                always = self._error_of_full_slice()
+                message = {"skip" if always else "error": str(error)}  # the first step raises it, or never
             except Exception as error:
-                if self._always_fails():
-                    raise  # at once: another rank may be in an endless loop, and would never agree on it
+                if (always := self._error_of_full_slice()) is not None:
+                    raise always from None  # at once: a rank in an endless loop would never agree on it
                 what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
                 message = {"skip": f"the step cannot be run on a few samples alone ({what})"}
             except CannotBeChecked as why:
@@ -127,22 +128,22 @@ class StepCheck:
             forward_only=forward_only,
         )  # fmt: skip
 
-    def _always_fails(self) -> bool:
-        """Whether the step raises an error on a full slice too, so that the run could not begin. Local."""
+    def _error_of_full_slice(self) -> Exception | None:
+        """The error that the step raises on this rank's first slice in full, so that the run could not begin. Local."""
         if not self._slices or self._task.data.loading.get(
             "num_workers"
         ):  # which may read other data than this process
-            return False
+            return None
         step = self._plain_step(forward_only=False)
         try:
-            step.run([[read_slice(self._task, self._plan)]], again=False)
+            step.run([[read_slice(self._task, self._plan, self._world.rank)]], again=False)
         except (MemoryError, torch.OutOfMemoryError, CannotBeChecked):  # which a mesh need not meet
-            return False
-        except Exception:
-            return True
+            return None
+        except Exception as error:
+            return error
         finally:
             step.state.restore()
-        return False
+        return None
 
     def _run_plain(self, *, even: bool) -> bytes:
         """Run all steps, with slices of equal or of other size; returns a digest of the samples."""
@@ -264,11 +265,9 @@ class StepCheck:
         off = ""
         assert self._rounding is not None
         difference = MeshDifference(strategy, expected, self._rounding, sum(part.samples for part in self._slices))
-        with rng.fork_rng(self._device), _muted(), strategy.trial(self._scale):
+        with rng.fork_rng(self._device), _muted(), self._loaded(loads), strategy.trial(self._scale):
             state = ProgramState(self._roots(), keep_storage=True)
             try:
-                for load in loads:
-                    load()
                 for number in range(self._passes):
                     strategy.begin_step()
                     self._task.forms.begin()
@@ -295,6 +294,22 @@ class StepCheck:
         self.findings.result = f"{equal} as in one process" + (f"; {self._left_out}" if self._left_out else "")
         if self._left_out:
             self.findings.notes.append(self._left_out)
+
+    @contextlib.contextmanager
+    def _loaded(self, loads: Sequence[Callable[[], None]]) -> Iterator[None]:
+        """Context in which the mesh has what the run resumes from. **Collective** where there is any."""
+        if not loads:
+            yield
+            return
+        before = ProgramState(self._roots(), keep_storage=True)
+        for load in loads:
+            load()
+        # A barrier: where ranks share the memory of weights, each has now loaded its own.
+        first_of_all(b"", self._world.channel())
+        try:
+            yield
+        finally:
+            before.restore()
 
     def _kept(self, paths: Sequence[str]) -> list[str]:
         """A note on what the step changes each time beside the model's tensors, which stays on the engines."""

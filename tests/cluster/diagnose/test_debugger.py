@@ -127,3 +127,14 @@ def test_a_run_out_of_memory_holds_none_afterwards(cluster):
     talk = Conversation("q")
     cluster.debug(0, talk.ask, talk.show)
     assert "forward" in talk.output[0]
+
+
+def test_a_cell_that_failed_after_a_run_is_the_one_that_is_debugged(cluster):
+    """The newest failure of the rank, whichever it was in."""
+    with pytest.raises(EngineError):
+        cluster.train(net(), classes(), step=raising, epochs=1, batch_size=16)
+    with pytest.raises(EngineError, match="rank 1 is too much"):
+        cluster.execute(FAILING).wait()
+    talk = Conversation("q")
+    cluster.debug(1, talk.ask, talk.show)
+    assert talk.output[0].startswith("rank 1: AssertionError: rank 1 is too much")

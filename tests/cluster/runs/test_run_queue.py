@@ -21,7 +21,7 @@ from nbdist.errors import ClusterError
 pytestmark = pytest.mark.engines
 
 LONG = 10**9
-SHORT = {"loss": "cross_entropy", "steps": 1, "batch_size": 16, "threads": 1, "background": True}
+SHORT = {"loss": "cross_entropy", "steps": 1, "batch_size": 16, "threads": 1, "check": "mesh", "background": True}
 
 
 class Gate:
