@@ -45,9 +45,13 @@ class OptimizerSteps:
 
 
 def _requires_argument(optimizer: torch.optim.Optimizer) -> bool:
+    own = vars(optimizer).get("step")
+    is_own = own is not None and not hasattr(own, "_wrapped_by_lr_sched")  # a scheduler's wrapper looks as if unbound
     try:
-        parameters = inspect.signature(optimizer.step).parameters.values()
+        step: Any = own if is_own else type(optimizer).step
+        parameters = list(inspect.signature(step).parameters.values())
     except (TypeError, ValueError):
         return False
+    parameters = parameters if is_own else parameters[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return any(p.kind in kinds and p.default is p.empty for p in parameters)

@@ -112,3 +112,24 @@ def test_an_error_of_a_step_is_no_need_of_a_closure():
     assert not needs_closure(Broken(mlp().parameters()))
     with pytest.raises(ValueError, match="broken"):
         train(World(), mlp(), classes(BATCH), optimizer=Broken, batch_size=BATCH)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.LBFGS])
+def test_a_scheduler_changes_nothing_in_whether_a_closure_is_needed(optimizer):
+    """Its wrapper of `step` would seem to take the optimizer itself as an argument."""
+    made = optimizer(mlp().parameters(), lr=0.1)
+    expected = needs_closure(made)
+    torch.optim.lr_scheduler.StepLR(made, 1)
+    assert expected == needs_closure(made) == (optimizer is torch.optim.LBFGS)
+
+
+def test_a_step_computes_once_where_no_closure_is_needed():
+    """With the scheduler that every run has."""
+    calls = []
+
+    def step(model, batch):
+        calls.append(len(batch[0]))
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    train(World(), mlp(), classes(32), step=step, optimizer="sgd", lr=0.1, batch_size=BATCH, steps=STEPS)
+    assert [BATCH] * STEPS == calls
