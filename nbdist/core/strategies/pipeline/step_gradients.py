@@ -63,7 +63,7 @@ class StepGradients:
         if self._in_step:
             raise PlanError(
                 "the step takes a gradient through the model itself (by torch.autograd.grad or backward), whose first "
-                f"layers are on another rank of mesh {self._mesh}: use the strategy data, shard or tensor."
+                f"layers are on another rank of mesh {self._mesh}: use the strategy data."
             )
 
 
