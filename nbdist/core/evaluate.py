@@ -54,7 +54,11 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
     def measure(batch: Any, part: Slice) -> tuple[tuple[torch.Tensor, Any], tuple[Any, Any]]:
         outputs.clear()
         loss, weight = task.loss_and_weight(batch, part)
-        measured = (0, 0) if task.metric is None else _measure(task, outputs, batch, part.samples, metric)
+        measured = (0, 0)
+        if task.metric is not None:
+            outputs[:] = map(_detached, outputs)
+            with torch.no_grad():
+                measured = _measure(task, outputs, batch, part.samples, metric)
         return (loss.detach(), weight), measured
 
     needs_gradients = False
@@ -134,6 +138,15 @@ def _measure(task: Task, outputs: list[Any], batch: Any, samples: int, metric: s
         raise TaskError(f"metric {metric} takes the last element of a batch as target, but a batch is a {type(batch)}.")
     value = task.metric(outputs[-1], batch[-1])
     return value if isinstance(value, tuple) else (value, samples)
+
+
+def _detached(output: Any) -> Any:
+    """A model's output without its graph, which only a step that takes gradients itself leaves in evaluation."""
+    if isinstance(output, torch.Tensor):
+        return output.detach()
+    if type(output) in (tuple, list):
+        return type(output)(map(_detached, output))
+    return {key: _detached(value) for key, value in output.items()} if type(output) is dict else output
 
 
 @contextlib.contextmanager

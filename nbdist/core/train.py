@@ -148,6 +148,8 @@ def fit(
             check = StepCheck(task, plan, world, hooks)
             onto_whole = [functools.partial(load_whole, saved, model, task.optimizers) for saved in saved_states]
             check.run_plain(onto_whole, same_weights=not on_every_rank)
+        elif from_snapshot or plan.checked.startswith("loss"):  # it has been seen with slices of other sizes
+            task.forms.trust()
         with explained(plan.mesh, check is not None and check.runs_alone):
             strategy = choice.apply(task, plan, world)
             cleanup.callback(strategy.close)
@@ -211,6 +213,7 @@ def fit(
 
         for optimizer in task.optimizers.values():
             set_mode(optimizer, training=True)
+        strategy.take_values()
         with _snapshot_on_error(snapshotter, progress, world):
             step_control.begin(progress)
             progress.row.exclude(paused_s := step_control.pause_point(progress))
@@ -291,7 +294,7 @@ def fit(
                 measured: dict[str, float] = {}
                 if val_reader is not None and not stopped:
                     emit(Evaluating(rank=world.rank))
-                    with evaluating(task.optimizers.values()):
+                    with evaluating(task.optimizers.values(), strategy.take_values):
                         measured = evaluate(task, strategy, val_reader, metric=plan.metric)
                 row = progress.row.close(axes.world, axes.reports_loss, len(progress.history) + 1, seconds) | measured
                 emit(EpochFinished(rank=world.rank, row=row))
@@ -311,6 +314,7 @@ def fit(
                 snapshotter.finish(progress)
         for optimizer in task.optimizers.values():
             set_mode(optimizer, training=False)
+        strategy.take_values()
         extra.gather()
         if plan.gather:
             strategy.gather(keep=on_every_rank or world.rank == 0)

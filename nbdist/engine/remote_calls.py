@@ -148,7 +148,7 @@ def train(
     checked_collectives.allow_all()  # in case the cell of the last `prepare_cell` never came
     install(update)
     states = publisher.sink(world.rank)
-    _engine.failure = None
+    _engine.failure = _engine.cell_error = None
     free_unused_memory()  # reference cycles of an earlier run may hold as much memory as this one needs
     with contextlib.ExitStack() as cleanup:
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
+
 from nbdist.errors import NbdistError, PlanError
 from nbdist.plan import Mesh
 
@@ -24,7 +26,7 @@ def explained(mesh: Mesh, runs_alone: bool) -> Iterator[None]:
     """
     try:
         yield
-    except (NbdistError, MemoryError):
+    except (NbdistError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError, OSError):
         raise
     except Exception as error:
         if not runs_alone or mesh.size == mesh.dp:

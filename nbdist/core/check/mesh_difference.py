@@ -21,7 +21,7 @@ _UPDATE = 1e-3
 
 
 class MeshDifference:
-    """Compares what this rank has of a step with that of one process. Local, but for `of_update`.
+    """Compares what this rank has of a step with that of one process. Local.
 
     Each method returns the sentence for the first difference that rounding does not explain, or an empty string.
 
@@ -93,8 +93,11 @@ class MeshDifference:
         for optimizer, settings in zip(optimizers, expected.settings, strict=True):
             for group, values in zip(optimizer.param_groups, settings, strict=True):
                 group.update(copy.deepcopy(values))
-        with torch.enable_grad():
-            step_optimizers(optimizers)
+        try:
+            with torch.enable_grad():
+                step_optimizers(optimizers)
+        finally:
+            self._strategy.take_values()
         for name, parameter in self._updated.items():
             part = self._part(name, expected.updated[name]).double()
             got = parameter.detach().reshape(part.shape).double()

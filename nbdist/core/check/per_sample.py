@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,8 @@ class PerSample(TorchFunctionMode):
         if name in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if (fixed := _FIXED.get(name)) is not None and kwargs.get("out") is None:
-            return fixed(*args, **{key: value for key, value in kwargs.items() if key != "generator"})
+            with contextlib.suppress(TypeError):  # of arguments in yet another form: then it draws, which is noted
+                return fixed(*args, **{key: value for key, value in kwargs.items() if key != "generator"})
         if name == "batch_norm" and (normalized := _normalized(args, kwargs)) is not None:
             self.normalizes = True
             return normalized
@@ -58,8 +60,8 @@ def _sized(value: float, *size: Any, **kwargs: Any) -> torch.Tensor:
     return torch.full(tuple(shape), value, **{"dtype": torch.get_default_dtype(), **kwargs})
 
 
-def _like(like: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    return torch.full_like(like, _NOISE, **kwargs)
+def _like(input: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return torch.full_like(input, _NOISE, **kwargs)
 
 
 def _normal(mean: Any, std: Any = 1.0, size: Any = None, **kwargs: Any) -> torch.Tensor:
@@ -68,27 +70,29 @@ def _normal(mean: Any, std: Any = 1.0, size: Any = None, **kwargs: Any) -> torch
         return value if size is None else _sized(value, size, **kwargs)
 
 
-def _randint(low: int, high: Any, size: Any = None, **kwargs: Any) -> torch.Tensor:
-    if size is None and "size" not in kwargs:  # the lowest may be left out
-        low, high, size = 0, low, high
-    size = kwargs.pop("size", size)
+def _randint(*bounds: Any, size: Any = None, low: int = 0, high: int = 1, **kwargs: Any) -> torch.Tensor:
+    if size is None:
+        *bounds, size = bounds  # type: ignore[assignment]
+    if bounds:  # the lowest may be left out
+        low, high = bounds if len(bounds) > 1 else (low, bounds[0])
     return _sized(low + int(_NOISE * (high - low)), size, **{"dtype": torch.int64, **kwargs})
 
 
-def _randint_like(like: torch.Tensor, low: int, high: int | None = None, **kwargs: Any) -> torch.Tensor:
-    low, high = (0, low) if high is None else (low, high)
-    return torch.full_like(like, low + int(_NOISE * (high - low)), **kwargs)
+def _randint_like(input: torch.Tensor, *bounds: int, low: int = 0, high: int = 1, **kwargs: Any) -> torch.Tensor:
+    if bounds:
+        low, high = bounds if len(bounds) > 1 else (low, bounds[0])
+    return torch.full_like(input, low + int(_NOISE * (high - low)), **kwargs)
 
 
-def _bernoulli(probability: torch.Tensor, p: float | None = None) -> torch.Tensor:
-    likely = probability if p is None else torch.full_like(probability, p)
-    return (likely > _NOISE).to(probability.dtype)
+def _bernoulli(input: torch.Tensor, p: float | None = None) -> torch.Tensor:
+    likely = input if p is None else torch.full_like(input, p)
+    return (likely > _NOISE).to(input.dtype)
 
 
-def _multinomial(weights: torch.Tensor, number: int, replacement: bool = False) -> torch.Tensor:
+def _multinomial(input: torch.Tensor, num_samples: int, replacement: bool = False) -> torch.Tensor:
     if replacement:
-        return weights.argmax(-1, keepdim=True).expand(*weights.shape[:-1], number)
-    return weights.topk(number).indices
+        return input.argmax(-1, keepdim=True).expand(*input.shape[:-1], num_samples)
+    return input.topk(num_samples).indices
 
 
 def _gumbel_softmax(
@@ -135,7 +139,7 @@ _FIXED: dict[str, Callable[..., torch.Tensor]] = {
     "normal_": _normal_,
     "uniform_": _uniform_,
     "bernoulli_": _bernoulli_,
-    "exponential_": lambda tensor, rate=1.0: tensor.fill_(_NOISE / rate),
+    "exponential_": lambda tensor, lambd=1.0: tensor.fill_(_NOISE / lambd),
     "log_normal_": lambda tensor, *_, **__: tensor.fill_(_NOISE),
     "cauchy_": lambda tensor, *_, **__: tensor.fill_(_NOISE),
     "geometric_": lambda tensor, *_, **__: tensor.fill_(1),

@@ -18,6 +18,7 @@ from nbdist.core.optim.precision import Precision
 from nbdist.core.params.extra_state import extra_states
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
+from nbdist.core.strategies.pipeline.schedules import run_plain_backward
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
@@ -124,9 +125,9 @@ class PlainStep:
                     self.kept, self._knows_kept = self.state.changes(), True
                 if self.kept and again:
                     before = self._capture()
-                    self._task.forms.begin()
-                    for part in slices:
-                        self._slice(part, False)
+                    with self._task.forms.aside():
+                        for part in slices:
+                            self._slice(part, False)
                     self.kept_again = self.kept_again or before.changes()
                 for name, buffer in dict(self._task.model.named_buffers()).items():
                     averaged.setdefault(name, []).append(buffer.detach().clone())
@@ -162,7 +163,7 @@ class PlainStep:
         if backward:
             share = float(weight) / self._plan.batch_size * self._precision.scale
             if share:
-                (loss * share).backward()
+                run_plain_backward(loss * share, unwanted=False)
         self._loss_dtype = loss.dtype
         after = rng.get_state(self._device)
         self.draws |= not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # type: ignore[arg-type]

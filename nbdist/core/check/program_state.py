@@ -285,8 +285,16 @@ def _tensors(root: Any) -> Iterator[torch.Tensor]:
         yield from root.parameters()
         yield from root.buffers()
     elif isinstance(root, torch.optim.Optimizer):
-        states = [state.values() for state in root.state.values() if isinstance(state, dict)]
-        yield from (value for values in states for value in values if isinstance(value, torch.Tensor))
+        yield from _tensors_in(vars(root))
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in containers in containers."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -31,7 +31,9 @@ class OptimizerSteps:
             optimizer: Of all ranks the same, over equal parameters and gradients.
             closure: Computes the loss and the gradients again.
         """
-        needing = self._needing.setdefault(id(optimizer), _requires_argument(optimizer))
+        needing = self._needing.get(id(optimizer))
+        if needing is None:  # asked once: it takes longer than the step of a small model
+            needing = self._needing[id(optimizer)] = _requires_argument(optimizer)
         if needing:
             optimizer.step(closure)
             return

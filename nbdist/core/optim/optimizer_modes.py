@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -18,13 +18,20 @@ def set_mode(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
 
 
 @contextlib.contextmanager
-def evaluating(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
-    """Context in which the weights are those to evaluate. Local; no rank may need the others' weights at its end."""
+def evaluating(optimizers: Iterable[torch.optim.Optimizer], take_values: Callable[[], None]) -> Iterator[None]:
+    """Context in which the weights are those to evaluate. Local; no rank may need the others' weights at its end.
+
+    Args:
+        optimizers: Those that have modes, and others.
+        take_values: Called after they have written weights, see `Strategy.take_values`.
+    """
     every = list(optimizers)
     for optimizer in every:
         set_mode(optimizer, training=False)
+    take_values()
     try:
         yield
     finally:
         for optimizer in every:
             set_mode(optimizer, training=True)
+        take_values()

@@ -132,7 +132,7 @@ def assign_(tensor: torch.Tensor, values: torch.Tensor) -> None:
     if data.layout is torch.strided and any(
         size > 1 and not stride for size, stride in zip(data.shape, data.stride(), strict=True)
     ):
-        if not torch.equal(data, values):
+        if not torch.equal(data, values := values.to(data.device)):
             tensor.data = values.clone(memory_format=torch.contiguous_format)
     else:
         data.copy_(values)

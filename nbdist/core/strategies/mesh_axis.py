@@ -170,7 +170,7 @@ class MeshAxis(ABC):
         """See `Strategy.run_backward`. **Collective** over a replica."""
         run_plain_backward(loss, unwanted)
 
-    def end_update(self) -> None:  # noqa: B027
+    def take_values(self) -> None:  # noqa: B027
         """Call after the optimizers have updated this rank's parts. Local."""
 
     def evaluate(

@@ -33,7 +33,7 @@ from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.strategies.tensor_axis import TensorAxis
 from nbdist.core.sync.agreement import ControlFlags
 from nbdist.core.sync.bucketed_reducer import BucketedReducer
-from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
+from nbdist.core.sync.gradient_hooks import check_hooks
 from nbdist.core.sync.step_tail import LOSS_NUMBERS, StepLosses, StepTail, Totals
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
@@ -189,12 +189,10 @@ class MeshParallel(Strategy):
                 stack.enter_context(axis.evaluating())
             return self._runner.evaluate(part, path, function, self.compute)
 
-    def update(self, hooks: GradientHooks, compute_again: Callable[[], torch.Tensor]) -> bool:
+    def take_values(self) -> None:
         """See `Strategy`."""
-        updated = super().update(hooks, compute_again)
         for axis in self._axes:
-            axis.end_update()
-        return updated
+            axis.take_values()
 
     @torch.no_grad()
     def sync(self, flags: ControlFlags) -> Totals:

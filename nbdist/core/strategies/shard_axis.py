@@ -78,7 +78,7 @@ class ShardAxis(MeshAxis):
         assert loss is not None
         self.shards.run_backward(loss, unwanted)
 
-    def end_update(self) -> None:
+    def take_values(self) -> None:
         """See `MeshAxis`."""
         if self.shards is not None:
             self.shards.take_values()

@@ -224,7 +224,11 @@ class Strategy(ABC):
         with skip_dynamo_import():
             for optimizer in self.task.optimizers.values():
                 self._optimizer_steps.step(optimizer, compute_again)
+        self.take_values()
         return True
+
+    def take_values(self) -> None:  # noqa: B027 - nothing to do where parameters are the memory that is trained
+        """Call after optimizers have written weights, which they may have assigned as ``data``. Local."""
 
     def _run_hooks(self, hooks: GradientHooks) -> None:
         hooks.run(self.table, self.axes)

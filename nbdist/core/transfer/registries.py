@@ -7,6 +7,7 @@ tensor that is sent is sent too, and so is what a library has entered under the 
 from __future__ import annotations
 
 import collections
+import importlib
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ __all__ = ["ClassEntries", "Registry", "candidates", "class_entries"]
 
 _MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict, weakref.WeakValueDictionary)
 _KINDS = (*_MAPPINGS, list, set, weakref.WeakSet)
-_WITHOUT = {"torch", "numpy", "nbdist", "IPython", "cloudpickle"} | sys.stdlib_module_names
+_WITHOUT = {"torch", "numpy", "nbdist", "IPython", "cloudpickle", "__main__", "__mp_main__"} | sys.stdlib_module_names
 
 
 class Registry:
@@ -113,8 +114,10 @@ def _containers(attributes: Any) -> Iterator[tuple[str, Any]]:
 
 def _at(module: str, owner: str, name: str) -> Any:
     """The container at a place here; None if there is none."""
-    __import__(module)
-    place = sys.modules[module]
+    try:
+        place = importlib.import_module(module)
+    except ImportError:  # it was made when the other process ran, or is not installed here
+        return None
     return getattr(getattr(place, owner) if owner else place, name, None)
 
 

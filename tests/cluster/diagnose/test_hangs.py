@@ -50,7 +50,7 @@ class Net(nn.Module):
         return self.layers(x)
 
 
-OPTIONS = {"loss": "cross_entropy", "batch_size": 16, "epochs": 20, "threads": 1, "check": "mesh"}
+OPTIONS = {"loss": "cross_entropy", "batch_size": 16, "epochs": 20, "threads": 1, "check": "no"}
 LINES, FIRST = inspect.getsourcelines(Net)
 
 

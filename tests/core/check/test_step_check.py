@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import nbdist
 from nbdist.core.check import step_check
+from nbdist.core.check.program_state import ProgramState
 from nbdist.core.comm.world import World
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.sync.bucketed_reducer import BucketedReducer
@@ -188,7 +191,9 @@ def draws(x):
     drawn = [
         torch.normal(x, 0.5), torch.normal(0.0, likely), torch.normal(0.0, 1.0, x.shape, dtype=x.dtype),
         torch.bernoulli(likely), torch.zeros_like(x).bernoulli_(likely), torch.zeros_like(x).bernoulli_(0.3),
-        torch.randint(5, x.shape), torch.randint(2, 5, x.shape), torch.randint_like(x, 3), torch.poisson(x.abs()),
+        torch.randint(5, x.shape), torch.randint(2, 5, x.shape), torch.randint(5, size=x.shape),
+        torch.randint(low=1, high=5, size=x.shape), torch.multinomial(likely, num_samples=1),
+        torch.randint_like(x, 3), torch.poisson(x.abs()),
         torch.multinomial(likely, 2)[:, :1], torch.multinomial(likely, 3, replacement=True)[:, :1],
         F.rrelu(x, training=True), F.gumbel_softmax(x), F.gumbel_softmax(x, hard=True), torch.randn(x.shape),
         torch.empty_like(x).exponential_(2.0), torch.empty_like(x).log_normal_(), torch.empty_like(x).geometric_(0.5),
@@ -312,6 +317,93 @@ def with_memory(world, free):
         return train(world, mlp(), classes(32), loss="cross_entropy", **RUN)[0].plan.checked
     finally:
         step_check.available_bytes = real
+
+
+class Assigns(torch.optim.SGD):
+    """Writes in place, and then assigns what it has computed."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.mul_(0.5)
+            parameter.data = parameter.data - 0.1 * parameter.grad
+
+
+def assigned(world, strategy, check):
+    model = mlp()
+    train(
+        world, model, classes(32), loss="cross_entropy", batch_size=8, steps=1, strategy=strategy, shuffle=False,
+        optimizer=Assigns(model.parameters(), 0.1), check=check,
+    )  # fmt: skip
+    return weights(model)
+
+
+@pytest.mark.parametrize("strategy", ["data", "shard", "tensor"])
+def test_an_update_that_assigns_data_leaves_no_trace(run_ranks, strategy):
+    """The run begins with the weights that it was given."""
+    expected = run_ranks(2, assigned, "data", "no")[0]
+    torch.testing.assert_close(run_ranks(2, assigned, strategy, "yes")[0], expected, rtol=1e-9, atol=1e-9)
+
+
+def keeps_on_one_rank(world):
+    kept = []
+
+    def step(model, batch):
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        if world.rank == 0:
+            kept.append(loss.item())
+        return loss
+
+    return train(world, mlp(), classes(32), step=step, **RUN)[0].plan.checked
+
+
+@pytest.mark.parametrize("channel", ["shared memory", "process group"])
+def test_a_step_may_keep_something_on_one_rank_only(run_ranks, channel):
+    """All ranks run as many passes."""
+    for found in run_ranks(2, keeps_on_one_rank, channel=channel):
+        assert found.startswith("loss, 4 gradients")
+
+
+def test_what_was_checked_once_is_no_sum_in_the_next_run():
+    """A factor that equals the size of a slice was seen in slices of other sizes, and is in a run without check."""
+    plus = lambda o, t: F.cross_entropy(o, t) + 4.0 * o.abs().mean(1).mean()  # noqa: E731 - a loss as users write it
+    model, (x, y) = mlp(), classes(32)
+    results = [
+        nbdist.train(model, (x, y), loss=plus, accumulate=2, batch_size=8, steps=2, verbose=False, record=False)
+        for _ in range(2)
+    ]
+    assert ["finished", "finished"] == [result.state for result in results]
+
+
+def test_large_tensors_of_an_optimizer_are_put_back():
+    """Also in its own attributes, within containers."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.shadow = {"all": [torch.zeros(3)]}
+    state = ProgramState({"optimizer": optimizer}, large_bytes=1)
+    optimizer.shadow["all"][0].add_(1)
+    assert ["optimizer.shadow['all'][0]"] == state.changes()
+    state.restore()
+    assert [0.0, 0.0, 0.0] == optimizer.shadow["all"][0].tolist()
+
+
+def warns(model, batch):
+    warnings.warn("look at this", stacklevel=1)
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_a_warning_of_the_step_is_shown_by_the_run():
+    """Not only in the check, where nobody sees it."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        alone(mlp(), warns)
+    assert ["look at this"] == [str(each.message) for each in shown if each.category is UserWarning]
+
+
+def test_a_loss_without_gradient_is_a_sentence():
+    """As it is without the check."""
+    with pytest.raises(TaskError, match="the loss that the step returns does not require grad"):
+        alone(mlp(), lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]).detach())
 
 
 def test_where_memory_is_short_less_is_compared(run_ranks):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nbdist.core.transfer.payload import pack
+from nbdist.core.transfer.registries import _complete
 
 _RECEIVER = """
 import pickle, sys
@@ -82,3 +83,18 @@ def test_a_registry_of_others_is_not_sent():
     again, segment = pack(registering.Layer.forward, registries=True)
     segment.close()
     assert small.nbytes == again.nbytes
+
+
+def test_what_the_notebook_keeps_under_a_class_stays_there(monkeypatch):
+    """It is no registry of a library: the notebook's own variables are sent where they are used."""
+    kind = type("InNotebook", (nn.Linear,), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "InNotebook", kind, raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "results", {"InNotebook": torch.zeros(10_000)}, raising=False)
+    payload, segment = pack(kind(2, 2), registries=True)
+    segment.close()
+    assert payload.nbytes < 10_000
+
+
+def test_a_registry_of_a_module_that_is_not_here_is_left_out():
+    """As one that was made while the other process ran."""
+    assert None is _complete("no_such_module", "", "names", {"a": 1})
