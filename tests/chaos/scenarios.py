@@ -146,7 +146,7 @@ def exceptions(lab: Lab, rng: random.Random) -> Iterator[Trial]:
         step = STEPS // 2 if phase == "evaluation" else rng.randrange(STEPS)
         yield lab.fails(workload, phase, i % lab.ranks, step)
     for workload in WORKLOADS[:2]:
-        yield lab.fails(workload, "forward", 0, 0)
+        yield lab.fails(workload, "forward", 0, 0, check="no")  # which would meet the error, that comes once
     for workload in WORKLOADS[2:]:
         yield lab.fails(workload, "data", "any", rng.randrange(200, 600))
 
