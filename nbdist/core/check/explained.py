@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from nbdist.core.process.memory import is_out_of_memory
 from nbdist.errors import NbdistError, PlanError
 from nbdist.plan import Mesh
 
@@ -26,10 +27,10 @@ def explained(mesh: Mesh, runs_alone: bool) -> Iterator[None]:
     """
     try:
         yield
-    except (NbdistError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError, OSError):
+    except (NbdistError, torch.distributed.DistError, OSError):
         raise
     except Exception as error:
-        if not runs_alone or mesh.size == mesh.dp:
+        if not runs_alone or mesh.size == mesh.dp or is_out_of_memory(error):
             raise
         what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
         raise PlanError(

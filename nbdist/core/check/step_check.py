@@ -27,6 +27,7 @@ from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
+from nbdist.core.process.memory import bytes_within_limits, is_out_of_memory
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.sync.agreement import NO_FLAGS, first_of_all
 from nbdist.core.sync.gradient_hooks import GradientHooks
@@ -38,9 +39,10 @@ from nbdist.plan import Plan, available_bytes
 
 __all__ = ["StepCheck"]
 
-_COPIES, _COPIES_OF_MESH, _COPIES_OF_LOSS = 8, 6, 2
+_COPIES, _COPIES_OF_MESH, _COPIES_OF_LOSS = 8, 6, 4
 """How much memory the check needs at its peak, in sizes of the model: whole, with check="mesh", and for losses only."""
 _FREE_SHARE = 0.8
+_NO_MEMORY = "it needs {need:,.0f} MiB on each rank, of which {has:,.0f} are free"
 _NO_SAME_DATA = "the data draws random numbers that differ from process to process"
 _NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -101,7 +103,7 @@ class StepCheck:
                 always = self._error_of_full_slice()
                 message = {"skip" if always else "error": str(error)}  # the first step raises it, or never
             except Exception as error:
-                if (always := self._error_of_full_slice()) is not None:
+                if not is_out_of_memory(error) and (always := self._error_of_full_slice()) is not None:
                     raise always from None  # at once: a rank in an endless loop would never agree on it
                 what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
                 message = {"skip": f"the step cannot be run on a few samples alone ({what})"}
@@ -124,7 +126,7 @@ class StepCheck:
         message = json.loads(agreed)
         if "skip" in message:
             self.findings.result = f"not checked: {message['skip']}"
-            self.findings.notes = [self.findings.result]
+            self.findings.notes = [] if message["skip"].startswith(_NO_MEMORY[:8]) else [self.findings.result]
             return
         raise TaskError(message["error"])
 
@@ -143,10 +145,10 @@ class StepCheck:
         step = self._plain_step(forward_only=False)
         try:
             step.run([[read_slice(self._task, self._plan, self._world.rank)]], again=False)
-        except (MemoryError, torch.OutOfMemoryError, CannotBeChecked):  # which a mesh need not meet
+        except CannotBeChecked:
             return None
         except Exception as error:
-            return error
+            return None if is_out_of_memory(error) else error  # a mesh need not meet it
         finally:
             step.state.restore()
         return None
@@ -176,7 +178,7 @@ class StepCheck:
             return False
         need, has = copies * nbytes / 2**20, free / 2**20
         if _COPIES_OF_LOSS * nbytes > free:
-            raise CannotBeChecked(f"it needs {need:,.0f} MiB on each rank, of which {has:,.0f} are free")
+            raise CannotBeChecked(_NO_MEMORY.format(need=need, has=has))
         self._left_out = f"gradients were not compared: one process needs {need:,.0f} MiB for it, {has:,.0f} are free"
         return True
 
@@ -373,8 +375,9 @@ def _free_bytes(world: World) -> float | None:
     """The memory that a rank may use, of its device; None if unknown."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0] * _FREE_SHARE
-    free = available_bytes()
-    return None if free is None else free * _FREE_SHARE / world.local_size
+    free, within_limits = available_bytes(), bytes_within_limits()
+    known = [nbytes for nbytes in (free and free / world.local_size, within_limits) if nbytes is not None]
+    return min(known) * _FREE_SHARE if known else None
 
 
 def _finite(result: StepResult) -> bool:

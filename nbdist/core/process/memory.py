@@ -8,13 +8,16 @@ import gc
 import resource
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 __all__ = [
+    "bytes_within_limits",
     "free_frames",
     "free_unused_memory",
     "frozen_gc",
+    "is_out_of_memory",
     "keep_freed_pages",
     "keep_large_pages",
     "memory_is_limited",
@@ -62,6 +65,17 @@ def memory_is_limited() -> bool:
     return any(limit != resource.RLIM_INFINITY for limit in limits)
 
 
+def bytes_within_limits() -> int | None:
+    """How much more memory this process may take (``ulimit -v`` and ``-d``); None if that is not limited. Local."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    left = [
+        resource.getrlimit(kind)[0] - int(lines[used].split()[0]) * 1024
+        for kind, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))
+        if resource.getrlimit(kind)[0] != resource.RLIM_INFINITY
+    ]
+    return min(left, default=None)
+
+
 def keep_large_pages() -> None:
     """Within `keep_freed_pages`: return what is free, and keep blocks of any size from now on. Local.
 
@@ -96,13 +110,14 @@ def free_frames(error: BaseException) -> None:
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
-    if any(_is_out_of_memory(link) for link in chain):
+    if any(is_out_of_memory(link) for link in chain):
         for link in chain:
             traceback.clear_frames(link.__traceback__)
         free_unused_memory()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short, on whichever device. Local."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     )
