@@ -21,7 +21,16 @@ class Findings:
 
 
 class CannotBeChecked(BaseException):
-    """Why nothing can be checked. No `Exception`, so that it is not taken for one of the user's step."""
+    """Why nothing can be checked. No `Exception`, so that it is not taken for one of the user's step.
+
+    Args:
+        why: A clause.
+        noted: Whether the user gets a note; else it is in ``plan.checked`` only.
+    """
+
+    def __init__(self, why: str, *, noted: bool = True) -> None:
+        super().__init__(why)
+        self.noted = noted
 
 
 class Refused(BaseException):

@@ -42,7 +42,6 @@ __all__ = ["StepCheck"]
 _COPIES, _COPIES_OF_MESH, _COPIES_OF_LOSS = 8, 6, 4
 """How much memory the check needs at its peak, in sizes of the model: whole, with check="mesh", and for losses only."""
 _FREE_SHARE = 0.8
-_NO_MEMORY = "it needs {need:,.0f} MiB on each rank, of which {has:,.0f} are free"
 _NO_SAME_DATA = "the data draws random numbers that differ from process to process"
 _NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -108,7 +107,7 @@ class StepCheck:
                 what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
                 message = {"skip": f"the step cannot be run on a few samples alone ({what})"}
             except CannotBeChecked as why:
-                message = {"skip": str(why)}
+                message = {"skip": str(why)} if why.noted else {"skip": str(why), "quiet": "yes"}
             finally:
                 if before is not None:  # until the run is known to start
                     before.restore()
@@ -126,7 +125,7 @@ class StepCheck:
         message = json.loads(agreed)
         if "skip" in message:
             self.findings.result = f"not checked: {message['skip']}"
-            self.findings.notes = [] if message["skip"].startswith(_NO_MEMORY[:8]) else [self.findings.result]
+            self.findings.notes = [] if "quiet" in message else [self.findings.result]
             return
         raise TaskError(message["error"])
 
@@ -178,7 +177,8 @@ class StepCheck:
             return False
         need, has = copies * nbytes / 2**20, free / 2**20
         if _COPIES_OF_LOSS * nbytes > free:
-            raise CannotBeChecked(_NO_MEMORY.format(need=need, has=has))
+            # What is that large is trained by those who know: no note.
+            raise CannotBeChecked(f"it needs {need:,.0f} MiB on each rank, of which {has:,.0f} are free", noted=False)
         self._left_out = f"gradients were not compared: one process needs {need:,.0f} MiB for it, {has:,.0f} are free"
         return True
 
