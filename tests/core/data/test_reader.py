@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
+from multiprocessing import queues, reduction
 
 import numpy as np
 import pytest
@@ -286,8 +287,12 @@ def test_a_loading_process_does_not_begin_without_its_rank():
     assert 1 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_what_the_user_has_a_loading_process_do_is_done():
+def test_what_the_user_has_a_loading_process_do_is_done(monkeypatch):
     """It is called with the worker's number."""
+    monkeypatch.setattr(
+        reduction.ForkingPickler, "reducer_override", None, raising=False
+    )  # put back: this is no worker
+    monkeypatch.setattr(queues.Queue, "_on_queue_feeder_error", queues.Queue._on_queue_feeder_error)
     done = []
     first = EndsWithRank(done.append)
     first._rank_pid = os.getppid()

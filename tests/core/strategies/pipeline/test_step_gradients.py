@@ -53,9 +53,7 @@ def run(world, step, **options):
 @pytest.mark.parametrize("step", [penalty, adversarial, own_backward])
 def test_a_gradient_through_the_cut_is_refused(run_ranks, step):
     """With the strategies on which it works; torch only said that a tensor was not used in the graph."""
-    with pytest.raises(
-        PlanError, match=r"takes a gradient through the model itself .*use the strategy data, shard or t"
-    ):
+    with pytest.raises(PlanError, match=r"takes a gradient through the model itself .*use the strategy data"):
         run_ranks(2, functools.partial(run, step=step, strategy="pipeline", split_at=["3"], microbatches=1, check="no"))
 
 
