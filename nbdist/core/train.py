@@ -22,7 +22,6 @@ from nbdist.core.control.step_control import StepControl
 from nbdist.core.data.reader import Reader, Slice
 from nbdist.core.data.sources import Source
 from nbdist.core.evaluate import evaluate, in_mode
-from nbdist.core.optim.optimizer_modes import evaluating, set_mode
 from nbdist.core.params.gather import record_placements
 from nbdist.core.params.replicas import check_replicas
 from nbdist.core.params.structure_watch import StructureWatch
@@ -211,9 +210,7 @@ def fit(
         structure = StructureWatch(model, task.optimizers.values())
         latest: Totals | None = None
 
-        for optimizer in task.optimizers.values():
-            set_mode(optimizer, training=True)
-        strategy.take_values()
+        strategy.set_modes(training=True)
         with _snapshot_on_error(snapshotter, progress, world):
             step_control.begin(progress)
             progress.row.exclude(paused_s := step_control.pause_point(progress))
@@ -294,8 +291,11 @@ def fit(
                 measured: dict[str, float] = {}
                 if val_reader is not None and not stopped:
                     emit(Evaluating(rank=world.rank))
-                    with evaluating(task.optimizers.values(), strategy.take_values):
+                    strategy.set_modes(training=False)
+                    try:
                         measured = evaluate(task, strategy, val_reader, metric=plan.metric)
+                    finally:
+                        strategy.set_modes(training=True)
                 row = progress.row.close(axes.world, axes.reports_loss, len(progress.history) + 1, seconds) | measured
                 emit(EpochFinished(rank=world.rank, row=row))
                 # The end of an epoch changes state too: an error inside it must not leave half of the change.
@@ -312,9 +312,7 @@ def fit(
 
             if not stopped:
                 snapshotter.finish(progress)
-        for optimizer in task.optimizers.values():
-            set_mode(optimizer, training=False)
-        strategy.take_values()
+        strategy.set_modes(training=False)
         extra.gather()
         if plan.gather:
             strategy.gather(keep=on_every_rank or world.rank == 0)

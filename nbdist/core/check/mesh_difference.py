@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 from nbdist.core.check.plain_step import StepResult
@@ -89,13 +87,9 @@ class MeshDifference:
             whole = expected.gradients[name]
             if whole is not None and parameter.grad is not None and not parameter.grad.is_sparse:
                 parameter.grad.copy_(self._part(name, whole).reshape(parameter.grad.shape))
-        optimizers = self._strategy.task.optimizers.values()
-        for optimizer, settings in zip(optimizers, expected.settings, strict=True):
-            for group, values in zip(optimizer.param_groups, settings, strict=True):
-                group.update(copy.deepcopy(values))
         try:
             with torch.enable_grad():
-                step_optimizers(optimizers)
+                step_optimizers(self._strategy.task.optimizers.values())
         finally:
             self._strategy.take_values()
         for name, parameter in self._updated.items():

@@ -38,7 +38,6 @@ class StepResult:
         buffers: After the step, the mean over the replicas.
         extra: What each module's ``get_extra_state`` returns after it, on the first replica.
         updated: Parameters after an update by these gradients; empty if it was not run, or draws random numbers.
-        settings: The settings of each optimizer's groups in that update.
     """
 
     loss: float
@@ -48,7 +47,6 @@ class StepResult:
     buffers: dict[str, torch.Tensor]
     extra: dict[str, Any]
     updated: dict[str, torch.Tensor] = field(default_factory=dict)
-    settings: list[list[dict[str, Any]]] = field(default_factory=list)
 
 
 class PlainStep:
@@ -135,7 +133,7 @@ class PlainStep:
                 self._changed = bool(self.kept or nudge)
             self._task.forms.check_no_sum()
             gradients = {} if self._forward_only else self._finished(sums, total)
-            updated, settings = self._update(gradients) if update and gradients else ({}, [])
+            updated = self._update(gradients) if update and gradients else {}
         finally:
             self._restore()
         mean = sum(loss * weight for loss, weight in losses if weight) / total if total else math.nan
@@ -143,7 +141,7 @@ class PlainStep:
         each = [loss for loss, _ in losses]
         return StepResult(
             loss=mean, losses=each, dtype=self._loss_dtype, gradients=gradients, buffers=buffers, extra=extra,
-            updated=updated, settings=settings,
+            updated=updated,
         )  # fmt: skip
 
     def _restore(self) -> None:
@@ -157,7 +155,7 @@ class PlainStep:
         seed = rng.derive_slice(self._plan.seed, ("slice", 0), part.index)
         rng.seed_all(seed)
         rng.seed_torch(seed, self._device)
-        before, elsewhere = rng.get_state(self._device), rng.state_dict()
+        before = self._generators()
         with self._precision.autocast():  # with gradients, which the step may take itself
             loss, weight = self._task.loss_and_weight(to_device(part.batch, self._device), part)
         if backward:
@@ -165,9 +163,9 @@ class PlainStep:
             if share:
                 run_plain_backward(loss * share, unwanted=False)
         self._loss_dtype = loss.dtype
-        after = rng.get_state(self._device)
-        self.draws |= not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # type: ignore[arg-type]
-        self.draws_elsewhere |= rng.state_dict() != elsewhere
+        of_torch, elsewhere = self._drawn_since(before)
+        self.draws |= of_torch
+        self.draws_elsewhere |= elsewhere
         return float(loss.detach()), float(weight)
 
     def _finished(self, sums: dict[str, torch.Tensor | None], total: float) -> dict[str, torch.Tensor | None]:
@@ -184,24 +182,27 @@ class PlainStep:
             finished[name], self._table.parameters[name].grad = self._table.parameters[name].grad, None
         return finished
 
-    def _update(
-        self, gradients: dict[str, torch.Tensor | None]
-    ) -> tuple[dict[str, torch.Tensor], list[list[dict[str, Any]]]]:
-        """Run the optimizers; returns the parameters, and the settings. Nothing, if it cannot be done twice."""
+    def _update(self, gradients: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """Run the optimizers; returns the updated parameters, or nothing if it cannot be done twice."""
         for name, gradient in gradients.items():
             self._table.parameters[name].grad = None if gradient is None else gradient.clone()
-        optimizers = self._task.optimizers.values()
-        before, elsewhere = rng.get_state(self._device), rng.state_dict()
+        before = self._generators()
         self._changed = True
         try:
-            settings = [[_settings(group) for group in optimizer.param_groups] for optimizer in optimizers]
-            step_optimizers(optimizers)
+            step_optimizers(self._task.optimizers.values())
         except Exception:  # the run's first update will raise it again
-            return {}, []
-        after = rng.get_state(self._device)
-        if not all(map(torch.equal, before, after)) or rng.state_dict() != elsewhere:  # type: ignore[arg-type]
-            return {}, []
-        return {name: p.detach().clone() for name, p in self._table.trainable.items()}, settings
+            return {}
+        if any(self._drawn_since(before)):
+            return {}
+        return {name: p.detach().clone() for name, p in self._table.trainable.items()}
+
+    def _generators(self) -> tuple[list[torch.Tensor | None], list[Any]]:
+        return rng.get_state(self._device), rng.state_dict()
+
+    def _drawn_since(self, before: tuple[list[torch.Tensor | None], list[Any]]) -> tuple[bool, bool]:
+        """Whether random numbers were drawn since `_generators`: from torch's, and from Python's or NumPy's."""
+        (of_torch, elsewhere), (now, others) = before, self._generators()
+        return not all(map(torch.equal, of_torch, now)), others != elsewhere  # type: ignore[arg-type]
 
     @property
     def scale(self) -> float:
@@ -224,11 +225,6 @@ class PlainStep:
                 if parameter.is_floating_point() and parameter.numel():
                     half = parameter.detach()[..., ::2] if parameter.ndim else parameter.detach()
                     half.mul_(1 + max(share, torch.finfo(parameter.dtype).eps))
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """A copy of what an optimizer's group says beside its parameters."""
-    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
 
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:

@@ -38,6 +38,7 @@ from nbdist.core.check.value_records import (
     cell_value,
     items_of,
 )
+from nbdist.core.data.sources import tensors_in
 
 __all__ = ["ProgramState"]
 
@@ -285,16 +286,7 @@ def _tensors(root: Any) -> Iterator[torch.Tensor]:
         yield from root.parameters()
         yield from root.buffers()
     elif isinstance(root, torch.optim.Optimizer):
-        yield from _tensors_in(vars(root))
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in containers in containers."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
+        yield from tensors_in(vars(root))
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -137,10 +137,8 @@ class StepCheck:
 
     def _error_of_full_slice(self) -> Exception | None:
         """The error that the step raises on this rank's first slice in full, so that the run could not begin. Local."""
-        if not self._slices or self._task.data.loading.get(
-            "num_workers"
-        ):  # which may read other data than this process
-            return None
+        if not self._slices or self._task.data.loading.get("num_workers"):
+            return None  # loading processes may read other data than this one
         step = self._plain_step(forward_only=False)
         try:
             step.run([[read_slice(self._task, self._plan, self._world.rank)]], again=False)

@@ -57,9 +57,7 @@ def state_numbers(optimizer: torch.optim.Optimizer) -> float:
 
     One that cannot be tried counts as Adam.
     """
-    examples = _examples(optimizer)
-    device = next((p.device for _, p in examples), torch.device("cpu"))
-    initial = [torch.ones([_LENGTH, _LENGTH, *[2] * like.ndim][: like.ndim], device=device) for _, like in examples]
+    examples, device, initial = _ones(optimizer)
     with rng.fork_rng(device), skip_dynamo_import():
         try:
             trial = _Trial(optimizer, examples, initial, lambda _index, tensor: tensor)
@@ -71,9 +69,7 @@ def state_numbers(optimizer: torch.optim.Optimizer) -> float:
 
 def steps_with_closure_only(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step on small tensors raises an error, but none if it gets a closure. Local."""
-    examples = _examples(optimizer)
-    device = next((p.device for _, p in examples), torch.device("cpu"))
-    initial = [torch.ones([_LENGTH, _LENGTH, *[2] * like.ndim][: like.ndim], device=device) for _, like in examples]
+    examples, device, initial = _ones(optimizer)
     raised = []
     with rng.fork_rng(device), skip_dynamo_import():
         for given in ([], [lambda: torch.ones((), dtype=torch.float64, device=device)]):
@@ -82,6 +78,17 @@ def steps_with_closure_only(optimizer: torch.optim.Optimizer) -> bool:
             except Exception:
                 raised.append(len(given))
     return raised == [0]
+
+
+def _ones(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[list[tuple[int, nn.Parameter]], torch.device, list[torch.Tensor]]:
+    """`_examples`, their device, and a small tensor of ones for each."""
+    examples = _examples(optimizer)
+    device = next((p.device for _, p in examples), torch.device("cpu"))
+    return examples, device, [
+        torch.ones([_LENGTH, _LENGTH, *[2] * like.ndim][: like.ndim], device=device) for _, like in examples
+    ]  # fmt: skip
 
 
 def _cuts(*, flat: bool, along: bool, apart: bool) -> list[_Cut]:

@@ -28,6 +28,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _ANY_BYTES = 2**30
 _SMALL_BYTES = 2**22
+_STATUS = Path("/proc/self/status")  # Linux only
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
 _AFTERWARDS = {_M_TRIM_THRESHOLD: 2**26, _M_MMAP_THRESHOLD: 2**25}  # the largest values that glibc sets by itself
 
@@ -61,19 +62,23 @@ def keep_freed_pages(return_large: bool = False) -> Iterator[None]:
 
 def memory_is_limited() -> bool:
     """Whether a limit on this process's memory holds (``ulimit -v`` or ``-d``). Local."""
-    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    return any(limit != resource.RLIM_INFINITY for limit in limits)
+    return bool(_limits())
 
 
 def bytes_within_limits() -> int | None:
     """How much more memory this process may take (``ulimit -v`` and ``-d``); None if that is not limited. Local."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    left = [
-        resource.getrlimit(kind)[0] - int(lines[used].split()[0]) * 1024
-        for kind, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))
-        if resource.getrlimit(kind)[0] != resource.RLIM_INFINITY
-    ]
-    return min(left, default=None)
+    limits = _limits()
+    if not limits or not _STATUS.exists():
+        return None
+    used = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return min(limit - int(used[name].split()[0]) * 1024 for name, limit in limits.items())
+
+
+def _limits() -> dict[str, int]:
+    """The limits that hold, in bytes, by what counts towards them in `_STATUS`."""
+    kinds = {"VmSize": resource.RLIMIT_AS, "VmData": resource.RLIMIT_DATA}
+    found = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
+    return {name: limit for name, limit in found.items() if limit != resource.RLIM_INFINITY}
 
 
 def keep_large_pages() -> None:

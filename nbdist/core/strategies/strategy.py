@@ -14,6 +14,7 @@ from torch import nn
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.closures import OptimizerSteps
+from nbdist.core.optim.optimizer_modes import set_mode
 from nbdist.core.optim.precision import Precision
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
@@ -226,6 +227,12 @@ class Strategy(ABC):
                 self._optimizer_steps.step(optimizer, compute_again)
         self.take_values()
         return True
+
+    def set_modes(self, *, training: bool) -> None:
+        """Put optimizers that have modes into one. Local; no rank may need the others' weights then."""
+        for optimizer in self.task.optimizers.values():
+            set_mode(optimizer, training=training)
+        self.take_values()
 
     def take_values(self) -> None:  # noqa: B027 - nothing to do where parameters are the memory that is trained
         """Call after optimizers have written weights, which they may have assigned as ``data``. Local."""
