@@ -9,7 +9,7 @@ BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_tim
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-conditions test-notebooks test-browser test-gpu parity compatibility chaos hf bench \
+.PHONY: help env demo test test-conditions test-notebooks test-browser test-gpu parity compatibility precisions chaos hf bench \
 	bench-quick check lab clean
 
 help:  ## Show this list
@@ -32,7 +32,7 @@ demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print wh
 	@$(BIN)/python -m nbdist demo
 
 test: env  ## Run the tests, but for those with a target of their own
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not hf and not compatibility and not browser and not notebooks and not gpu'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not hf and not compatibility and not parity and not browser and not notebooks and not gpu'
 
 test-conditions: env  ## Run the same as on other machines: loaded, of one core, of half a core, and late: an hour
 	$(BIN)/python tests/conditions.py
@@ -50,9 +50,13 @@ test-gpu: env  ## Test what runs on GPUs, of which there has to be one: a few mi
 
 parity: env  ## Compare every model on every mesh with one process, and print the table: under 40 minutes
 	@$(BIN)/python tests/core/matrix.py
+	$(BIN)/python -m pytest -q -m parity
 
 compatibility: env  ## Compare models of many shapes on meshes with plain PyTorch, and write the table: ten minutes
 	@$(BIN)/python tests/compatibility/table.py
+
+precisions: env  ## Check each of those models on meshes in five precisions: nothing may be refused: half an hour
+	@$(BIN)/python tests/compatibility/precisions.py
 
 chaos: env  ## Kill, break and hang ranks in every way, and write the table into tests/README.md: half an hour
 	@$(BIN)/python tests/chaos/chaos.py --write

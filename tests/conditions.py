@@ -30,7 +30,7 @@ BUSY_LOOPS_A_CORE = 2
 SLICE_S = 0.1
 REMOVED_WITHIN_S = 300.0
 LATE_S = "2"
-TESTS = ["-m", "not hf and not compatibility and not browser and not notebooks and not gpu"]
+TESTS = ["-m", "not hf and not compatibility and not parity and not browser and not notebooks and not gpu"]
 
 
 @contextlib.contextmanager

@@ -99,8 +99,8 @@ class _Surroundings:
         assert distributed is None or not distributed.is_initialized(), "a process group is left"
 
     def _new_processes(self) -> list[psutil.Process]:
-        new = set(psutil.Process().children(recursive=True)) - _of_browsers(self.processes) - self.processes
-        return psutil.wait_procs(new, timeout=0)[1]
+        new = set(psutil.Process().children(recursive=True)) - self.processes
+        return psutil.wait_procs(new - _of_browsers(self.processes), timeout=0)[1] if new else []
 
 
 def _of_browsers(processes: set[psutil.Process]) -> set[psutil.Process]:

@@ -6,7 +6,7 @@ import torch
 
 from nbdist.core.check.plain_step import StepResult
 from nbdist.core.check.rounding import Rounding
-from nbdist.core.check.sentences import OPTIMIZER, apart, off_on_mesh
+from nbdist.core.check.sentences import OPTIMIZER, apart, off_on_mesh, unlike
 from nbdist.core.check.value_records import same_state
 from nbdist.core.optim.optimizers import step_optimizers
 from nbdist.core.params.extra_state import extra_states
@@ -41,8 +41,10 @@ class MeshDifference:
 
     def of_loss(self, loss: float | None) -> str:
         """That of the mean loss."""
-        if loss is None or self._rounding.differs_loss(self._expected.loss, loss):
-            return self._words("the loss", f"is {loss}, not {self._expected.loss:.6g}")
+        if loss is None:
+            return self._words("the loss", "is missing")
+        if self._rounding.differs_loss(self._expected.loss, loss):
+            return self._words("the loss", "is {}, not {}".format(*unlike(loss, self._expected.loss)))
         return ""
 
     def of_gradients(self) -> str:

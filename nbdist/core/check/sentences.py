@@ -7,12 +7,12 @@ import torch
 from nbdist.core.check.plain_step import StepResult
 from nbdist.plan import Mesh
 
-__all__ = ["OPTIMIZER", "OTHER_DATA", "apart", "no_mean", "off_on_mesh", "wrong_gradient"]
+__all__ = ["OPTIMIZER", "OTHER_DATA", "apart", "no_mean", "off_on_mesh", "unlike", "wrong_gradient"]
 
 _SUM = "divide it by the number of samples, as in `return loss / len(batch[0])`, or give the mean"
 _NO_MEAN = (
-    "the loss of {samples} samples in one batch is {whole:.6g}, but the mean of those of its {slices} slices is "
-    "{mean:.6g}{ratio}: it is no mean over samples. {cure}; where each slice is meant by itself (as in BatchNorm), "
+    "the loss of {samples} samples in one batch is {whole}, but the mean of those of its {slices} slices is "
+    "{mean}{ratio}: it is no mean over samples. {cure}; where each slice is meant by itself (as in BatchNorm), "
     "give check='mesh' (--check mesh)."
 )
 _REASONS = {
@@ -37,12 +37,19 @@ OTHER_DATA = (
 def no_mean(whole: float, sliced: StepResult, samples: int) -> str:
     """That the loss of a whole batch is not the mean of its slices' losses."""
     is_sum = abs(whole - sum(sliced.losses)) < 1e-3 * abs(whole)
+    in_one, mean = unlike(whole, sliced.loss)
     return _NO_MEAN.format(
-        samples=samples, whole=whole, slices=len(sliced.losses), mean=sliced.loss,
+        samples=samples, whole=in_one, slices=len(sliced.losses), mean=mean,
         ratio=", and their sum is the loss" if is_sum else "",
         cure=f"Of a sum, {_SUM}" if is_sum else "Return with it the number that it is a mean over, as in `return loss, "
         "mask.sum()`; where samples are compared with each other, one slice must hold all (one rank, accumulate=1)",
     )  # fmt: skip
+
+
+def unlike(first: float, second: float) -> tuple[str, str]:
+    """Two numbers with as many digits as show that they differ, six at least."""
+    texts = [(f"{first:.{digits}g}", f"{second:.{digits}g}") for digits in range(6, 18)]
+    return next((pair for pair in texts if pair[0] != pair[1]), texts[-1])
 
 
 def apart(expected: torch.Tensor, got: torch.Tensor) -> str:

@@ -94,7 +94,7 @@ class StepCheck:
                     ParamTable.of(self._task.model).broadcast_(self._world.channel())
                 try:
                     digest = self._run_plain(even=False)
-                except NbdistError:  # a loss may be a mean, or be known as one, in slices of equal size only
+                except NbdistError:  # a loss may be a mean in slices of equal size only, or be known by the whole batch
                     digest = self._run_plain(even=True)
             except Refused as error:
                 message = {"error": str(error)}
@@ -156,6 +156,8 @@ class StepCheck:
         self._slices = samples.slices
         step = self._plain_step(forward_only=self._limit_memory())
         try:
+            if even and len(self._slices) > 1:  # no form of it, seen in the whole batch, is a count of slices
+                step.run([[replace(samples.whole, of=len(self._slices))]], again=False)
             self._run_steps(step, samples)
         finally:
             step.state.restore()

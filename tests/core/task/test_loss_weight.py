@@ -413,15 +413,16 @@ WHOLE = {
 }
 
 
+@pytest.mark.parametrize("samples", [6, 7])
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_factor_that_equals_the_number_of_samples_is_no_count_if_another_slice_has_it_too(name):
-    """Slices of three, two and two samples: the check sees so many, and so do the last ones of an epoch."""
-    loss, model, y = WHOLE[name], nn.Linear(3, 3, dtype=torch.float64), Y[:7].clamp(0)
+def test_a_factor_that_equals_the_number_of_samples_is_no_count_if_another_slice_has_it_too(name, samples):
+    """A slice of the step, or the whole batch in the check."""
+    loss, model, x, y = WHOLE[name], nn.Linear(3, 3, dtype=torch.float64), X[:samples], Y[:samples].clamp(0)
     by_hand = copy.deepcopy(model)
     optimizer = SGD(by_hand.parameters())
-    loss(by_hand(X[:7]), y).backward()
+    loss(by_hand(x), y).backward()
     optimizer.step()
-    result, found = alone(model, (X[:7], y), loss=loss, optimizer=SGD, batch_size=7, shuffle=False, accumulate=3)
+    result, found = alone(model, (x, y), loss=loss, optimizer=SGD, batch_size=samples, shuffle=False, accumulate=3)
     torch.testing.assert_close(found, weights(by_hand), rtol=1e-12, atol=1e-12)
     assert result.plan.checked.startswith("loss, ")
 
@@ -430,7 +431,7 @@ def by_count(output, target):
     return F.cross_entropy(output, target) * len(target)
 
 
-@pytest.mark.parametrize(("samples", "accumulate"), [(8, 2), (7, 2), (7, 3)])
+@pytest.mark.parametrize(("samples", "accumulate"), [(8, 2), (7, 2), (7, 3), (6, 3), (4, 2)])
 @pytest.mark.parametrize("check", ["yes", "no"])
 def test_a_mean_by_the_number_of_samples_is_refused_however_it_is_cut(samples, accumulate, check):
     """Its factor differs with the slice, or equals its size in all of them."""

@@ -148,14 +148,16 @@ def assert_as_alone(results, model, slices):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("channel", ["shared memory", "process group"])
+@pytest.mark.parametrize("channel", ["shared memory", pytest.param("process group", marks=pytest.mark.parity)])
 @pytest.mark.parametrize("model", MODELS)
 def test_ranks_that_compute_other_layers_train_as_one_process(run_ranks, model, channel):
     """In forward, backward and evaluation: another choice, order or number of layers; mapped, and sent."""
     assert_as_alone(run_ranks(2, trained, model, {"strategy": "shard"}, channel=channel), model, 2)
 
 
-@pytest.mark.parametrize("channel", ["shared memory", "process group", "two hosts"])
+@pytest.mark.parametrize(
+    "channel", ["shared memory", *(pytest.param(c, marks=pytest.mark.parity) for c in ("process group", "two hosts"))]
+)
 @pytest.mark.parametrize("mesh", ["shard=4", "dp=2,shard=2", "shard=2,tp=2"])
 def test_so_do_four_ranks(run_ranks, mesh, channel):
     """On every mesh, and over several hosts."""
