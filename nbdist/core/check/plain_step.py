@@ -16,6 +16,7 @@ from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.optimizers import step_optimizers
 from nbdist.core.optim.precision import Precision
 from nbdist.core.params.extra_state import extra_states
+from nbdist.core.params.last_bits import nudge_
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
 from nbdist.core.strategies.pipeline.schedules import run_plain_backward
@@ -209,6 +210,11 @@ class PlainStep:
         """The loss scale of fp16; else 1."""
         return self._precision.scale
 
+    @property
+    def autocast_eps(self) -> float:
+        """The relative rounding of what autocast computes; 0 without."""
+        return self._precision.eps
+
     def lower_scale(self) -> bool:
         """Lower the loss scale after an overflow; returns whether it could be."""
         lower = self._precision.scales and self._precision.scale > 1
@@ -217,14 +223,8 @@ class PlainStep:
         return lower
 
     def _nudge(self) -> None:
-        """Change half of all weights by as much as numbers are rounded: in their last bit, or that of what computes."""
         tf32 = self._device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-        share = max(self._precision.eps, 2.0**-11 if tf32 else 0.0)
-        with torch.no_grad():
-            for parameter in self._table.parameters.values():
-                if parameter.is_floating_point() and parameter.numel():
-                    half = parameter.detach()[..., ::2] if parameter.ndim else parameter.detach()
-                    half.mul_(1 + max(share, torch.finfo(parameter.dtype).eps))
+        nudge_(self._table.parameters.values(), max(self._precision.eps, 2.0**-11 if tf32 else 0.0))
 
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:

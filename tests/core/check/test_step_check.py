@@ -272,6 +272,35 @@ def test_a_fault_of_one_percent_is_found(run_ranks, kind, what, words):
         assert found == "loss, 6 gradients, 6 updates, 3 buffers as in one process"
 
 
+class Residual(nn.Module):
+    """Gradients of small biases and of weights behind norms: the first are added up, the second are magnified."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.blocks = nn.Linear(6, 8), nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.norm, self.last = nn.LayerNorm(8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(self.norm(x)).tanh()
+        return self.last(self.norm(x))[:, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounding_of_slices_is_no_difference_from_the_whole_batch(kind):
+    """Slices of other sizes than a power of two, whose shares of the batch half precision rounds."""
+    dtype, options = KINDS[kind]
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model, x = Residual().to(dtype), torch.randn(12, 6).to(dtype)
+        data = x, x.sum(1)
+        result, _ = train(
+            World(), model, data, loss="mse", optimizer="sgd", batch_size=12, steps=1, accumulate=3, seed=seed, **options
+        )
+        assert "loss, 12 gradients, 12 updates as in one process" == result.plan.checked
+
+
 class NormalizesLarge(torch.optim.SGD):
     """Its update of a tensor depends on the norm of all of it, for tensors larger than those of the trial."""
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from nbdist.core.comm import Channel
 from nbdist.core.data.sources import tensors_in
+from nbdist.core.params.last_bits import nudge_
 from nbdist.core.params.param_table import replace_data
 from nbdist.core.params.preserve_model import device_of, preserve_model
 from nbdist.core.process.rng import seed_torch
@@ -23,6 +24,8 @@ __all__ = ["verify_plan"]
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
 _COARSE_TOLERANCE = 5e-2
+_NOISES = 4
+"""How many times what a change of weights in their last bit makes, if they are in half precision."""
 _SEED = 1
 
 
@@ -104,8 +107,28 @@ class _Verifier:
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         gradients = [(p, p.grad) for p in model.parameters()]
         self._expected = self._results()
+        self._noise = self._measured_noise()
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+    def _measured_noise(self) -> dict[str, float]:
+        """How far a change of half-precision weights in their last bit moves each result."""
+        if all(p.dtype in _TOLERANCE for p in self._trainable.values()):
+            return {}
+        wholes = [(p, p.detach().clone()) for p in self._model.parameters()]
+        try:
+            nudge_(p for p, _ in wholes)
+            nudged = self._results()
+        finally:
+            with torch.no_grad():
+                for parameter, whole in wholes:
+                    parameter.copy_(whole)
+        pairs = {name: (whole, nudged.get(name)) for name, whole in self._expected.items() if whole.numel()}
+        return {
+            name: _NOISES * _apart(whole, other)
+            for name, (whole, other) in pairs.items()
+            if other is not None and other.shape == whole.shape
+        }
 
     def mismatch(self, plan: TensorPlan, groups: Iterable[Group]) -> str:
         """How results differ if these groups are split, on any rank; an empty string if not. **Collective**."""
@@ -136,7 +159,7 @@ class _Verifier:
         for name, cut in split.cuts.items():
             if (gradient := expected.get(f"gradient of {name}")) is not None:
                 expected[f"gradient of {name}"] = cut.part(gradient, rank, size)
-        return _difference(expected, actual)
+        return _difference(expected, actual, self._noise)
 
     def _results(self) -> dict[str, torch.Tensor]:
         """Outputs and gradients by name."""
@@ -170,12 +193,16 @@ class _Verifier:
         return found
 
 
+def _apart(first: torch.Tensor, second: torch.Tensor) -> float:
+    return (first.nan_to_num() - second.nan_to_num()).abs().max().item()
+
+
 def _floats(output: Any) -> list[torch.Tensor]:
     known = isinstance(output, (torch.Tensor, tuple, list, dict))
     return [out for out in tensors_in(output if known else vars(output)) if out.is_floating_point()]
 
 
-def _difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> str:
+def _difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], noise: dict[str, float]) -> str:
     """The first result that differs, or an empty string."""
     if expected.keys() != actual.keys():
         return f"there is no {min(expected.keys() ^ actual.keys())}"
@@ -188,9 +215,9 @@ def _difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tenso
             return f"{name} has shape {tuple(got.shape)}, not {tuple(right.shape)}"
         if not right.numel():
             continue
-        off = (got.nan_to_num() - right.nan_to_num()).abs().max().item()
+        off = _apart(right, got)
         # A gradient that is rounding only, such as that of a key's bias, is compared on the scale of the largest one.
         scale = max(right.nan_to_num().abs().max().item(), 0.01 * largest if "gradient" in name else 0.0)
-        if off > _TOLERANCE.get(right.dtype, _COARSE_TOLERANCE) * scale:
+        if off > max(_TOLERANCE.get(right.dtype, _COARSE_TOLERANCE) * scale, noise.get(name, 0.0)):
             return f"{name} is off by {off:.2g} of {scale:.2g}"
     return ""

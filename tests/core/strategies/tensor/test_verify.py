@@ -52,9 +52,9 @@ class Torn(nn.Module):
         return x + self.good_b(self.good_a(x.tanh()).relu())
 
 
-def _verify(world, make):
+def _verify(world, make, dtype=torch.float64):
     channel = world.channel()
-    model, example = seeded(make, torch.float64), numbers(3, LENGTH, WIDTH)
+    model, example = seeded(make, dtype), numbers(3, LENGTH, WIDTH).to(dtype)
     plan = verify_plan(model, channel, derive_plan(model, channel.size, (example,)), (example,))
     parallelize(model, channel, plan).restore()
     return plan
@@ -73,3 +73,24 @@ def test_verification_keeps_correct_groups(run_ranks):
     assert plan.layers.get("twice") in (None, "column_gather")
     assert {"read", "table"} <= plan.reasons.keys()
     assert not {"read", "table"} & plan.layers.keys()
+
+
+class Normalized(nn.Module):
+    """Norms, which magnify a rounding, and one layer that can be split."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv1d(LENGTH, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1)
+        self.norms, self.last = nn.ModuleList([nn.BatchNorm1d(8), nn.BatchNorm1d(8)]), nn.Linear(8 * WIDTH, 4)
+
+    def forward(self, x):
+        for convolve, norm in zip([self.first, self.second], self.norms, strict=True):
+            x = norm(convolve(x)).relu()
+        return self.last(x.flatten(1))
+
+
+def test_in_half_precision_the_same_groups_are_kept(run_ranks):
+    """Rounding is measured, by weights that are changed in their last bit; wrong candidates stay whole."""
+    plan = run_ranks(2, _verify, Normalized, torch.bfloat16)[0]
+    assert {"last"} == plan.layers.keys()
+    assert not {"read", "table"} & run_ranks(2, _verify, Torn, torch.bfloat16)[0].layers.keys()
