@@ -108,6 +108,7 @@ def main(chosen: list[str]) -> int:
     warnings.simplefilter("ignore")
     pool, began_s, faults, cells, left_out = RankPool(), time.perf_counter(), 0, 0, 0
     table = written() | {ZOO + name: dict.fromkeys(MESHES, EQUAL) for name in zoo.CASES}
+    table[ZOO + "U-Net"]["tp=2"] = "convolutions alone"
     for name in chosen or table:
         errors = {p: plain_error(name, *PRECISIONS[p]) for p in PRECISIONS}
         left_out += sum(map(bool, errors.values()))

@@ -47,7 +47,7 @@ class Rounding:
         self._largest = max(norms, default=0.0)
         self._loss_dtype = plain.dtype
         dtypes = {plain.dtype, *(gradient.dtype for gradient in plain.gradients.values() if gradient is not None)}
-        self._order = max([autocast_eps, *(torch.finfo(dtype).eps for dtype in dtypes)]) if reordered else 0.0
+        self._reordered_eps = max([autocast_eps, *(torch.finfo(dtype).eps for dtype in dtypes)]) if reordered else 0.0
 
     def differs_loss(self, expected: float, got: float) -> bool:
         """Whether two mean losses differ by more than rounding."""
@@ -55,7 +55,7 @@ class Rounding:
         eps = max(torch.finfo(self._loss_dtype).eps, torch.finfo(torch.float32).eps)
         noise, size = self._noise["loss", ""], abs(expected)
         # A loss in half precision is rounded in each slice, by half of its last bit; more if its sums are other ones.
-        ulps = _ULPS if eps <= _SMALL else _FEW if self._order else 1
+        ulps = _ULPS if eps <= _SMALL else _FEW if self._reordered_eps else 1
         return abs(got - expected) > max(_allowed(noise, size), ulps * eps * size)
 
     def differs(self, kind: str, name: str, expected: torch.Tensor, got: torch.Tensor) -> bool:
@@ -71,7 +71,7 @@ class Rounding:
             return True
         if not (expected.is_floating_point() or expected.is_complex()):
             return not torch.equal(expected, got.to(expected.dtype))
-        eps = max(torch.finfo(expected.dtype).eps, self._order)
+        eps = max(torch.finfo(expected.dtype).eps, self._reordered_eps)
         expected, got = _double(expected), _double(got)
         finite = expected.isfinite()
         if not torch.equal(finite, got.isfinite()):
@@ -79,7 +79,7 @@ class Rounding:
         expected, got = expected.where(finite, 0.0), got.where(finite, 0.0)
         norm, off, noise = _norm(expected), _norm(got - expected), self._noise.get((kind, name), 0.0)
         if kind == "gradient":  # one that cancels, such as that of a shift before a softmax, is made of rounding
-            noise = max(noise, self._order * self._largest)
+            noise = max(noise, self._reordered_eps * self._largest)
         allowed = max(_allowed(noise, norm), _ULPS * eps * norm)
         if kind == "gradient" and not norm:  # of one that cancels to zero, what is left by rounding elsewhere
             allowed = _ULPS * eps * self._largest
@@ -90,7 +90,9 @@ class Rounding:
         # Errors of elements cancel in the scale of the whole tensor, so there it shows if it is too large as a whole.
         scale = float((expected.flatten() * got.flatten()).sum().real) / norm**2
         allowed = max(6 * noise / norm, 2 * eps) / math.sqrt(expected.numel())
-        return abs(scale - 1) > max(_SCALE, 2 * self._order, allowed)  # a slice's share of the batch is rounded too
+        return abs(scale - 1) > max(
+            _SCALE, 2 * self._reordered_eps, allowed
+        )  # a slice's share of the batch is rounded too
 
 
 def _allowed(noise: float, size: float) -> float:

@@ -50,5 +50,3 @@ def check_model(model: Any, name: str) -> None:
                 f"{path or name} is a module of TorchScript, whose weights no strategy can take over: train the module "
                 "that it was made from, and script or trace it afterwards."
             )
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
-            raise TaskError(f"{path or name} makes sparse gradients, which are not supported: use sparse=False.")

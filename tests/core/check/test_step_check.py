@@ -295,9 +295,8 @@ def test_rounding_of_slices_is_no_difference_from_the_whole_batch(kind):
         torch.manual_seed(seed)
         model, x = Residual().to(dtype), torch.randn(12, 6).to(dtype)
         data = x, x.sum(1)
-        result, _ = train(
-            World(), model, data, loss="mse", optimizer="sgd", batch_size=12, steps=1, accumulate=3, seed=seed, **options
-        )
+        options = {"batch_size": 12, "steps": 1, "accumulate": 3, "seed": seed, **options}
+        result, _ = train(World(), model, data, loss="mse", optimizer="sgd", **options)
         assert "loss, 12 gradients, 12 updates as in one process" == result.plan.checked
 
 

@@ -58,7 +58,6 @@ MODELS = {
         nn.Sequential(torch.jit.trace(nn.Linear(3, 1), torch.ones(1, 3))),
         "0 is a module of TorchScript",
     ),
-    "sparse": (nn.Sequential(nn.Embedding(3, 3, sparse=True)), "0 makes sparse gradients, .*use sparse=False"),
 }
 
 
