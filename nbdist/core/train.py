@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nbdist import interrupts
 from nbdist.core.check.explained import explained
 from nbdist.core.check.findings import Findings
 from nbdist.core.check.step_check import StepCheck
@@ -27,7 +28,7 @@ from nbdist.core.params.replicas import check_replicas
 from nbdist.core.params.structure_watch import StructureWatch
 from nbdist.core.process import rng
 from nbdist.core.process.memory import frozen_gc, keep_freed_pages, keep_large_pages
-from nbdist.core.process.settings import deterministic, threads, uninterrupted
+from nbdist.core.process.settings import deterministic, threads
 from nbdist.core.reporter import Reporter
 from nbdist.core.state.checkpoint_writer import prepare
 from nbdist.core.state.extra_states import ExtraStates, check_extra_states
@@ -332,7 +333,7 @@ def _snapshot_on_error(snapshotter: Snapshotter, progress: TrainProgress, world:
     try:
         yield
     except BaseException:
-        with uninterrupted():
+        with interrupts.ignored():
             if world.store is not None:  # without a store, the process group, if any, belongs to the caller
                 world.leave()
             snapshotter.snapshot_on_error(progress)

@@ -8,6 +8,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.display import display
 
+from nbdist import interrupts
 from nbdist.cluster import (
     Cluster,
     Run,
@@ -25,7 +26,6 @@ from nbdist.notebook.dashboard import has_front_end, load_panel, make_dashboard,
 from nbdist.notebook.detached import clusters_bundle
 from nbdist.notebook.dist_help import help_text, help_text_of
 from nbdist.notebook.expressions import evaluate, read_options, read_word
-from nbdist.notebook.interrupts import deferred
 from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.past_runs import runs_bundle
 from nbdist.notebook.status import describe_cluster, engines_text, show_status
@@ -261,7 +261,7 @@ class DistMagics(Magics):
             model, data = evaluate(self.shell, arguments.model), evaluate(self.shell, arguments.data)
             names = (arguments.model, arguments.data)
             run = cluster.train(model, data, names=names, background=True, watch=dashboard.update, **options)
-        with deferred() as interrupts:  # an interrupt while the panel is drawn would leave the run without a cell
+        with interrupts.collected() as came:  # an interrupt while the panel is drawn would leave the run without a cell
             dashboard.begin(run)
             self._drawn_in_cell = (run, self._cell)
             if arguments.output:
@@ -270,7 +270,7 @@ class DistMagics(Magics):
         if arguments.background:
             return run
         try:
-            return attend(run, printer.poll, len(interrupts))
+            return attend(run, printer.poll, len(came))
         finally:
             printer.flush()
 

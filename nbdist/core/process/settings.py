@@ -1,17 +1,15 @@
-"""Process settings during training: torch's threads, deterministic algorithms, ignored interrupts."""
+"""Process settings during training: torch's threads, deterministic algorithms."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-__all__ = ["deterministic", "threads", "uninterrupted"]
+__all__ = ["deterministic", "threads"]
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -46,16 +44,3 @@ def deterministic() -> Iterator[None]:
         torch.backends.cudnn.benchmark = tries
         if workspace is None:
             del os.environ[_CUBLAS]
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ignore interrupts (SIGINT) within the context. Local; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

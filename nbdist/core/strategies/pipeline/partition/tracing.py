@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from nbdist import interrupts
 from nbdist.core.params.preserve_model import device_of, preserve_model
 from nbdist.core.strategies.pipeline.partition.call_signature import Call, FlatModel, OutputStructure
 from nbdist.core.strategies.pipeline.partition.effects import Effect, refusal
@@ -122,7 +123,8 @@ def trace_forward(model: nn.Module, call: Call, kind: str, effects: Sequence[Eff
     with preserve_model(model):
         try:
             before = drawn(with_torch=False)
-            graph, root, guard = trace_fx(flat) if kind == "fx" else _trace_export(flat)
+            with interrupts.delayed():  # a tracer patches torch.nn.Module, and leaves it so if its end is interrupted
+                graph, root, guard = trace_fx(flat) if kind == "fx" else _trace_export(flat)
             if drawn(with_torch=False) != before:
                 raise TracedDraw
         except TaskError:
