@@ -264,7 +264,7 @@ def test_what_was_forked_for_a_cluster_ends_with_its_folder(forks, tmp_path):
     folders = [str(tmp_path / "one"), str(tmp_path / "other")]
     processes = []
     for folder in folders:
-        os.makedirs(folder)
+        os.makedirs(f"{folder}/profile")  # without it the engine ends
         environment = {**os.environ, FOLDER_VARIABLE: folder}
         # It waits for a controller, and would give up after ten seconds.
         arguments = ["engine", f"--profile-dir={folder}/profile", "--IPEngine.wait_for_url_file=1000000"]
