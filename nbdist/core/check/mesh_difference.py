@@ -6,7 +6,7 @@ import torch
 
 from nbdist.core.check.plain_step import StepResult
 from nbdist.core.check.rounding import Rounding
-from nbdist.core.check.sentences import OPTIMIZER, apart, off_on_mesh, unlike
+from nbdist.core.check.sentences import FIRST_FORWARD, OPTIMIZER, apart, off_on_mesh, unlike
 from nbdist.core.check.value_records import same_state
 from nbdist.core.optim.optimizers import step_optimizers
 from nbdist.core.params.extra_state import extra_states
@@ -108,5 +108,6 @@ class MeshDifference:
         return whole if placement.whole else placement.part(whole, self._strategy.axes)
 
     def _words(self, what: str, how: str, *, of_optimizer: bool = False) -> str:
-        reason = OPTIMIZER if of_optimizer else None
-        return off_on_mesh(self._strategy.axes.mesh, what, how, self._samples, reason)
+        mesh = self._strategy.axes.mesh
+        of_update = OPTIMIZER if mesh.size > mesh.dp else FIRST_FORWARD
+        return off_on_mesh(mesh, what, how, self._samples, of_update if of_optimizer else None)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from nbdist.core.check.plain_step import StepResult
 from nbdist.plan import Mesh
 
-__all__ = ["OPTIMIZER", "OTHER_DATA", "apart", "no_mean", "off_on_mesh", "unlike", "wrong_gradient"]
+__all__ = [
+    "FIRST_FORWARD",
+    "OPTIMIZER",
+    "OTHER_DATA",
+    "apart",
+    "no_mean",
+    "off_on_mesh",
+    "other_buffers",
+    "unlike",
+    "wrong_gradient",
+]
 
 _SUM = "divide it by the number of samples, as in `return loss / len(batch[0])`, or give the mean"
 _NO_MEAN = (
@@ -27,6 +39,10 @@ _REASONS = {
 OPTIMIZER = (
     "the optimizer computes something from whole tensors, or from all of them",
     "use another one, such as adamw, or the strategy data",
+)
+FIRST_FORWARD = (
+    "the forward, or the optimizer, gives a parameter values of its own in the first step",
+    "run one forward before the training, so that all ranks begin with the same values",
 )
 OTHER_DATA = (
     "rank {rank} reads other samples than rank 0: the data draws random numbers that differ from process to process. "
@@ -65,6 +81,16 @@ def wrong_gradient(name: str, samples: int, slices: int) -> str:
         f"the gradient of {name} for {samples} samples in one batch is not the mean of those of its {slices} slices, "
         "though the loss is: the step detaches, or divides by, something that depends on the batch. Return the loss as "
         "a mean over samples, with its weight; if each slice is meant by itself, give check='mesh' (--check mesh)."
+    )
+
+
+def other_buffers(names: Sequence[str]) -> str:
+    """That buffers are not those that the whole batch gives."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        f"buffer {names[0]}{more} is not what the whole batch in one process gives: forward changes it with each "
+        "slice, and in the end it is the mean over the ranks, or rank 0's if it is a whole number, also where a sum or "
+        "a maximum is meant"
     )
 
 

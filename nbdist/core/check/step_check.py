@@ -22,7 +22,7 @@ from nbdist.core.check.plain_step import PlainStep, StepResult
 from nbdist.core.check.program_state import ProgramState
 from nbdist.core.check.rounding import Rounding
 from nbdist.core.check.samples import Samples, read_samples, read_slice, synchronizes
-from nbdist.core.check.sentences import OTHER_DATA, no_mean, wrong_gradient
+from nbdist.core.check.sentences import OTHER_DATA, no_mean, other_buffers, wrong_gradient
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice
@@ -222,10 +222,10 @@ class StepCheck:
         per_sample, sliced = PerSample(), expected
         with per_sample:
             step.draws = False
-            single = step.run([[whole]], again=False)
+            single = step.run([[whole]])
             if norms or per_sample.normalizes or drew or step.kept:
                 sliced = step.run([[part] for part in self._slices], again=False)
-                nudged = step.run([[whole]], again=False, nudge=True)
+                nudged = step.run([[whole]], nudge=True)
                 rounding = Rounding(single, nudged, reordered=True, autocast_eps=step.autocast_eps)
         if not (_finite(single) and _finite(sliced)):
             self.findings.notes.append("slices were not compared with the whole batch: its loss is not finite")
@@ -236,6 +236,7 @@ class StepCheck:
         other = _differing(rounding, single, sliced)
         if other is None:
             self._note_norms(norms, per_sample)
+            self._note_buffers(rounding, single, expected, drew=drew)
             return
         # A forward that a checkpoint computes again in backward draws unseen: another seed shows it.
         with per_sample:
@@ -254,6 +255,16 @@ class StepCheck:
                 f"{norms[0] if norms else 'the step'}{more} (BatchNorm) uses the statistics of each slice, not of the "
                 "whole batch" + (": sync_batchnorm for those of all ranks" if self._can_synchronize else "")
             )
+
+    def _note_buffers(self, rounding: Rounding, single: StepResult, expected: StepResult, *, drew: bool) -> None:
+        statistics = [name for name, module in self._task.model.named_modules() if isinstance(module, _NORMS)]
+        own = {
+            n: b for n, b in expected.buffers.items() if n.rpartition(".")[0] not in statistics and n in single.buffers
+        }
+        comparable = [name for name, buffer in own.items() if not (drew and buffer.is_floating_point())]
+        other = [n for n in comparable if rounding.differs("buffer", n, single.buffers[n], own[n])]
+        if other:
+            self.findings.notes.append(other_buffers(other))
 
     @property
     def _can_synchronize(self) -> bool:

@@ -50,13 +50,13 @@ class Schedulers:
 
     @property
     def rate(self) -> float:
-        """The first learning rate, of the first optimizer. Waits for the device if it is a tensor there."""
-        return float(self._groups[0]["lr"])
+        """The first learning rate, of the first optimizer; 0 without one. Waits for its device if it is a tensor."""
+        return float(self._groups[0].get("lr", 0.0))
 
     def set_rate(self, rate: float) -> None:
         """Set the first learning rate to `rate`, and scale all other (also future) ones by the same factor. Local."""
         groups = self._groups
-        now, first = float(groups[0]["lr"]), float(groups[0].get("initial_lr", 0.0))
+        now, first = self.rate, float(groups[0].get("initial_lr", 0.0))
         if now or first:
             for group in groups:
                 for key in _RATES & group.keys():

@@ -21,10 +21,14 @@ from nbdist.errors import TaskError
 __all__ = ["differs", "state_numbers", "steps_with_closure_only"]
 
 _Cut: TypeAlias = Callable[..., Any]
-_LENGTH, _STEPS = 32, 12
-"""Length of the small tensors in their first two dims (further dims have 2), and the number of updates."""
+_LENGTH, _STEPS, _OUTWARD = 32, 12, 8
+"""Length of the small tensors in their first two dims (further dims have 2), number of updates, and of updates after
+them that make the tensors grow.
+
+The first two grow to an optimizer's integer settings up to `_MAX_SETTING`: some treat larger tensors, or later steps,
+differently.
+"""
 _MAX_SETTING = 128
-"""Both grow to an optimizer's integer settings up to this: some treat larger tensors, or later steps, differently."""
 _SEED, _TOLERANCE = 1_791_943, 1e-6
 _OF_ADAM = 2.0
 
@@ -122,9 +126,11 @@ def _difference(optimizer: torch.optim.Optimizer, cuts: list[_Cut], sent: bool, 
     except Exception as error:
         return f"cannot be tried on small tensors ({_line(error)})"
     parts: list[_Trial] = []
-    for step in range(steps):
-        # Gradients have a common part, as real ones do: some optimizers depend on the distance from the start.
-        gradients = [(c + 0.3 * g) * 1.3 ** (step % 8) for c, g in zip(common, draw(), strict=True)]
+    for step in range(steps + _OUTWARD):
+        # Gradients have a common part, as real ones do: some optimizers depend on the distance from the start, some on
+        # whether the norms of tensors grow.
+        directions = common if step < steps else [-tensor for tensor in initial]
+        gradients = [(c + 0.3 * g) * 1.3 ** (step % 8) for c, g in zip(directions, draw(), strict=True)]
         seeded = functools.partial(rng.seed_torch, _SEED + step, device)  # the same random numbers in each copy
         try:
             seeded()

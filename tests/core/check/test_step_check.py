@@ -300,6 +300,64 @@ def test_rounding_of_slices_is_no_difference_from_the_whole_batch(kind):
         assert "loss, 12 gradients, 12 updates as in one process" == result.plan.checked
 
 
+class Counting(nn.Module):
+    """Buffers that forward computes from its batch: a sum, a maximum, and one that any slice would give."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.norm = nn.Linear(6, 3), nn.BatchNorm1d(6)
+        self.register_buffer("samples", torch.zeros(()))
+        self.register_buffer("largest", torch.full((6,), -9.0))
+        self.register_buffer("weight", torch.zeros(3, 6))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.samples += len(x)
+            self.largest.copy_(torch.maximum(self.largest, x.amax(0)))
+            self.weight.copy_(self.last.weight)
+        return self.last(self.norm(x))
+
+
+def notes_of_counting(world):
+    sink = Kept()
+    train(world, seeded(Counting), classes(32, torch.float32), **RUN, sinks=[sink])
+    return sink.notes
+
+
+def test_a_buffer_that_the_whole_batch_would_change_otherwise_is_noted(run_ranks):
+    """Sums and maxima over ranks are averaged; BatchNorm has a note of its own."""
+    notes = [note for note in run_ranks(2, notes_of_counting)[0] if "BatchNorm" not in note]
+    assert 1 == len(notes)
+    assert notes[0].startswith("buffer samples and 1 more is not what the whole batch in one process gives")
+
+
+class LateWeights(nn.Module):
+    """Its weights are drawn in the first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.ready = nn.Linear(6, 3), False
+
+    def forward(self, x):
+        if not self.ready:
+            self.ready = True
+            nn.init.normal_(self.last.weight.data)
+        return self.last(x)
+
+
+def late_weights(world):
+    with pytest.raises(PlanError) as error:
+        train(world, seeded(LateWeights), classes(32, torch.float32), **RUN)
+    return str(error.value)
+
+
+def test_weights_that_are_made_in_the_first_forward_are_no_fault_of_the_optimizer(run_ranks):
+    """The cure is one forward before."""
+    for text in run_ranks(2, late_weights):
+        assert "optimizer computes" not in text
+        assert "Run one forward before the training" in text
+
+
 class NormalizesLarge(torch.optim.SGD):
     """Its update of a tensor depends on the norm of all of it, for tensors larger than those of the trial."""
 

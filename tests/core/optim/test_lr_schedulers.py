@@ -136,3 +136,10 @@ def test_a_factory_of_something_else():
 
 def factory(_optimizer):
     return SimpleNamespace()
+
+
+def test_an_optimizer_without_a_rate_has_none_to_report():
+    """Its groups hold other settings."""
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    del optimizer.param_groups[0]["lr"]
+    assert 0.0 == Schedulers({"": optimizer}, {}).rate

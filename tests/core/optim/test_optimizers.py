@@ -117,6 +117,25 @@ class Clipped(torch.optim.SGD):
         return super().step(closure)
 
 
+class Outward(torch.optim.SGD):
+    """Takes other steps once the norms of all parameters and of all gradients have grown, as an adaptive rate does."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.norms = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        tensors = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = [sum(float(t.norm()) ** 2 for t in both) ** 0.5 for both in (tensors, [p.grad for p in tensors])]
+        if self.norms is not None and all(map(float.__gt__, norms, self.norms)):
+            largest = (norms[0] - self.norms[0]) / (norms[1] - self.norms[1])
+            for group in self.param_groups:
+                group["lr"] = min(group["lr"], largest)
+        self.norms = norms
+        return super().step(closure)
+
+
 class Growing(torch.optim.SGD):
     """Estimates one rate from sums over all tensors, starting near zero, like Prodigy and D-Adaptation."""
 
@@ -253,6 +272,7 @@ def test_what_treats_each_element_by_itself_may_be_cut(make):
         (lambda ps: Lars(ps, torch.tensor(0.0)), ("shard=2", "tp=2")),
         (lambda ps: stepping_as(Unit, ps), ("shard=2", "tp=2")),
         (lambda ps: Growing(ps, 0.1), ("shard=2", "tp=2", "pp=2")),
+        (lambda ps: Outward(ps, 0.01), ("shard=2", "tp=2", "pp=2")),
         (lambda ps: Factored(ps, 0.1, min_size=16, start=0), ("shard=2", "tp=2")),
         (lambda ps: Factored(ps, 0.1, min_size=64, start=0), ("shard=2", "tp=2")),
         (lambda ps: Factored(ps, 0.1, min_size=1, start=25), ("shard=2", "tp=2")),
