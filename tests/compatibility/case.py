@@ -55,12 +55,13 @@ class Case:
         with torch.random.fork_rng():
             torch.manual_seed(1)
             data = self.data(count)
-        return _double(data) if self.double else data
+        return converted(data, torch.float64) if self.double else data
 
 
-def _double(data: Any) -> Any:
+def converted(data: Any, dtype: torch.dtype) -> Any:
+    """Data whose floating-point tensors are of a type; a DataLoader stays as it is."""
     if isinstance(data, torch.Tensor):
-        return data.double() if data.is_floating_point() else data
-    if isinstance(data, tuple):
-        return tuple(map(_double, data))
-    return {name: _double(value) for name, value in data.items()} if isinstance(data, dict) else data
+        return data.to(dtype) if data.is_floating_point() else data
+    if isinstance(data, (tuple, list)):
+        return type(data)(converted(value, dtype) for value in data)
+    return {name: converted(value, dtype) for name, value in data.items()} if isinstance(data, dict) else data

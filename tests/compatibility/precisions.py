@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "
 
 import torch
 import zoo
+from case import converted
 from cells import BATCH, CASES, MESHES, loss_of, optimizer_of, options_of, ranks_of, read
 from problems import train
 from table import EQUAL
@@ -44,25 +45,19 @@ def setting(name: str, dtype: torch.dtype) -> tuple[Any, Any, dict[str, Any]]:
         case = zoo.CASES[name.removeprefix(ZOO)]
         return case.model(dtype), case.data(BATCH, dtype), {"loss": case.loss}
     case = CASES[name]
-    model, data = case.model().to(dtype), converted(case.samples(BATCH), dtype)
+    model, data = case.model().to(dtype), with_loader(case.samples(BATCH), dtype)
     given = {"step": case.step} if case.step else {"loss": case.loss}
     return model, data, {"optimizer": optimizer_of(case), **given}
 
 
-def converted(data: Any, dtype: torch.dtype) -> Any:
-    """Data whose floating-point tensors are of a type; a DataLoader's are converted as it collates them."""
-    if isinstance(data, torch.Tensor):
-        return data.to(dtype) if data.is_floating_point() else data
-    if isinstance(data, dict):
-        return {name: converted(value, dtype) for name, value in data.items()}
-    if isinstance(data, (tuple, list)):
-        return type(data)(converted(value, dtype) for value in data)
-    if isinstance(data, torch.utils.data.DataLoader):
-        collate = data.collate_fn
-        return torch.utils.data.DataLoader(
-            data.dataset, batch_size=data.batch_size, collate_fn=lambda rows: converted(collate(rows), dtype)
-        )
-    return data
+def with_loader(data: Any, dtype: torch.dtype) -> Any:
+    """`converted`, also what a DataLoader collates."""
+    if not isinstance(data, torch.utils.data.DataLoader):
+        return converted(data, dtype)
+    collate = data.collate_fn
+    return torch.utils.data.DataLoader(
+        data.dataset, batch_size=data.batch_size, collate_fn=lambda rows: converted(collate(rows), dtype)
+    )
 
 
 def plain_error(name: str, dtype: torch.dtype, precision: str) -> str:

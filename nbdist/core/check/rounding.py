@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -27,14 +28,10 @@ class Rounding:
     Args:
         plain: The result of the step.
         nudged: That with the changed weights.
-        reordered: Whether what is compared adds in another order, as over a whole batch or with split layers. Then a
-            tensor may be off by some roundings of the coarsest numbers in the step, though the change did not show it.
         autocast_eps: The relative rounding of what autocast computes; 0 without.
     """
 
-    def __init__(
-        self, plain: StepResult, nudged: StepResult, *, reordered: bool = False, autocast_eps: float = 0.0
-    ) -> None:
+    def __init__(self, plain: StepResult, nudged: StepResult, *, autocast_eps: float = 0.0) -> None:
         self._noise = {("loss", ""): abs(plain.loss - nudged.loss)}
         for kind, first, second in (
             ("gradient", plain.gradients, nudged.gradients), ("buffer", plain.buffers, nudged.buffers),
@@ -43,11 +40,21 @@ class Rounding:
                 other = second.get(name)
                 if value is not None and other is not None and other.shape == value.shape:
                     self._noise[kind, name] = _norm(value.double() - other.double())
-        norms = [_norm(gradient) for gradient in plain.gradients.values() if gradient is not None]
-        self._largest = max(norms, default=0.0)
+        gradients = [gradient for gradient in plain.gradients.values() if gradient is not None]
+        self._largest = max(map(_norm, gradients), default=0.0)
         self._loss_dtype = plain.dtype
-        dtypes = {plain.dtype, *(gradient.dtype for gradient in plain.gradients.values() if gradient is not None)}
-        self._reordered_eps = max([autocast_eps, *(torch.finfo(dtype).eps for dtype in dtypes)]) if reordered else 0.0
+        dtypes = {plain.dtype, *(gradient.dtype for gradient in gradients)}
+        self._coarsest_eps = max([autocast_eps, *(torch.finfo(dtype).eps for dtype in dtypes)])
+        self._reordered_eps = 0.0
+
+    def reordered(self) -> Rounding:
+        """The same for a result that adds in another order, as over a whole batch or with split layers.
+
+        It may be off by some roundings of the coarsest numbers in the step, though the changed weights did not show it.
+        """
+        other = copy.copy(self)
+        other._reordered_eps = self._coarsest_eps
+        return other
 
     def differs_loss(self, expected: float, got: float) -> bool:
         """Whether two mean losses differ by more than rounding."""

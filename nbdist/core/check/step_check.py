@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import math
@@ -206,11 +205,10 @@ class StepCheck:
         self._passes = 2 if step.kept else 1
         self.findings.notes += self._kept(step.kept_again)
         nudged = step.run(replicas, nudge=True)
-        rounding = functools.partial(Rounding, autocast_eps=step.autocast_eps)
-        self._expected, self._rounding = expected, rounding(expected, nudged, reordered=plan.mesh.tp > 1)
+        self._expected, self._rounding = expected, Rounding(expected, nudged, autocast_eps=step.autocast_eps)
         if plan.slices > 1 and plan.check == "yes":
             try:
-                self._compare_whole(step, samples.whole, expected, rounding(expected, nudged, reordered=True))
+                self._compare_whole(step, samples.whole, expected, self._rounding.reordered())
             except Exception as error:  # as of a checkpointed forward, which had dropout only when it ran again
                 what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
                 self.findings.notes.append(f"slices were not compared with the whole batch: {what}")
@@ -226,7 +224,7 @@ class StepCheck:
             if norms or per_sample.normalizes or drew or step.kept:
                 sliced = step.run([[part] for part in self._slices], again=False)
                 nudged = step.run([[whole]], nudge=True)
-                rounding = Rounding(single, nudged, reordered=True, autocast_eps=step.autocast_eps)
+                rounding = Rounding(single, nudged, autocast_eps=step.autocast_eps).reordered()
         if not (_finite(single) and _finite(sliced)):
             self.findings.notes.append("slices were not compared with the whole batch: its loss is not finite")
             return
@@ -236,7 +234,7 @@ class StepCheck:
         other = _differing(rounding, single, sliced)
         if other is None:
             self._note_norms(norms, per_sample)
-            self._note_buffers(rounding, single, expected, drew=drew)
+            self._note_buffers(rounding, single, expected, norms, drew=drew)
             return
         # A forward that a checkpoint computes again in backward draws unseen: another seed shows it.
         with per_sample:
@@ -256,13 +254,13 @@ class StepCheck:
                 "whole batch" + (": sync_batchnorm for those of all ranks" if self._can_synchronize else "")
             )
 
-    def _note_buffers(self, rounding: Rounding, single: StepResult, expected: StepResult, *, drew: bool) -> None:
-        statistics = [name for name, module in self._task.model.named_modules() if isinstance(module, _NORMS)]
-        own = {
-            n: b for n, b in expected.buffers.items() if n.rpartition(".")[0] not in statistics and n in single.buffers
-        }
-        comparable = [name for name, buffer in own.items() if not (drew and buffer.is_floating_point())]
-        other = [n for n in comparable if rounding.differs("buffer", n, single.buffers[n], own[n])]
+    def _note_buffers(
+        self, rounding: Rounding, single: StepResult, expected: StepResult, norms: Sequence[str], *, drew: bool
+    ) -> None:
+        """A note on those that the whole batch changes otherwise; of random ones only whole numbers are compared."""
+        own = {n: b for n, b in expected.buffers.items() if n in single.buffers and n.rpartition(".")[0] not in norms}
+        kept = {n: b for n, b in own.items() if not (drew and b.is_floating_point())}
+        other = [n for n, buffer in kept.items() if rounding.differs("buffer", n, single.buffers[n], buffer)]
         if other:
             self.findings.notes.append(other_buffers(other))
 
@@ -286,7 +284,8 @@ class StepCheck:
         mine = [self._slices[i] for i in ReductionTree.share(len(self._slices), axes.data.rank, axes.data.size)]
         off = ""
         assert self._rounding is not None
-        difference = MeshDifference(strategy, expected, self._rounding, sum(part.samples for part in self._slices))
+        rounding = self._rounding.reordered() if axes.mesh.tp > 1 else self._rounding
+        difference = MeshDifference(strategy, expected, rounding, sum(part.samples for part in self._slices))
         with rng.fork_rng(self._device), _muted(), self._loaded(loads), strategy.trial(self._scale):
             state = ProgramState(self._roots(), keep_storage=True)
             try:
