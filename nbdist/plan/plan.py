@@ -60,7 +60,13 @@ class Plan:
         of_task=True,
     )
     lr: float | None = option(
-        None, "Learning rate.", parse=float, metavar="RATE", default="the optimizer's own default", of_task=True
+        None,
+        "Learning rate.",
+        parse=float,
+        metavar="RATE",
+        default="the optimizer's own default",
+        of_task=True,
+        elsewhere=("learning_rate",),
     )
     lr_scheduler: str = option(
         "",
@@ -71,31 +77,39 @@ class Plan:
         of_task=True,
     )
     epochs: int | None = option(
-        None, "Passes over the training data.", parse=int, metavar="N", default="1, unless `steps`"
-    )
+        None, "Passes over the training data.", parse=int, metavar="N", default="1, unless `steps`",
+        elsewhere=("num_epochs", "num_train_epochs", "max_epochs"),
+    )  # fmt: skip
     steps: int | None = option(
-        None, "Optimizer steps, instead of `epochs`; wraps round the data.", parse=int, metavar="N", default=""
-    )
+        None, "Optimizer steps, instead of `epochs`; wraps round the data.", parse=int, metavar="N", default="",
+        elsewhere=("max_steps",),
+    )  # fmt: skip
     batch_size: int = option(
         DEFAULT_BATCH_SIZE,
         "Global batch size: samples in one optimizer step, over all ranks.",
         parse=int,
         metavar="N",
         of_task=True,
+        elsewhere=("bs", "train_batch_size"),
     )
-    accumulate: int = option(1, "Microbatches each rank runs in one step.", parse=int, metavar="K")
+    accumulate: int = option(
+        1, "Microbatches each rank runs in one step.", parse=int, metavar="K",
+        elsewhere=("gradient_accumulation_steps", "accumulate_grad_batches"),
+    )  # fmt: skip
     clip_norm: float | None = option(
         None,
         "Largest global L2 norm of the gradient; larger ones are scaled down.",
         parse=float,
         metavar="X",
         default="",
+        elsewhere=("max_grad_norm", "gradient_clip_val"),
     )
     precision: str = option(
         "full",
         "Forward and loss under autocast to bf16 or fp16; weights stay as they are.",
         metavar="full|bf16|fp16",
         words=PRECISIONS,
+        elsewhere=("amp", "mixed_precision"),
     )
     sync_batchnorm: bool = option(False, "BatchNorm over the whole microbatch of all replicas.", parse=bool)
     microbatches: int | None = option(
@@ -239,7 +253,9 @@ class Plan:
             if getattr(self, name) is not None:
                 self._positive(name)
         if self.batch_size < self.slices:
-            how, what = f"{self.mesh.data} ranks x {self.slices_per_rank} microbatches", "ranks"
+            ranks, each = self.mesh.data, self.slices_per_rank
+            how = f"{ranks} rank{'s' if ranks > 1 else ''} x {each} microbatch{'es' if each > 1 else ''}"
+            what = "ranks"
             if self.reproducible:
                 how, what = f"reproducible={self.reproducible}", "slices"
             raise PlanError(

@@ -76,6 +76,7 @@ def test_yes_and_no(word, value):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("net --learning-rate=3", r"%train: unknown argument '--learning-rate'\. Did you mean '--lr'\?"),
         ("net --epoch 3", r"%train: unknown argument '--epoch'\. Did you mean '--epochs'\?"),
         ("net --batchsize 3", r"unknown argument '--batchsize'\. Did you mean '--batch-size'\?"),
         ("net other", r"%train: unknown argument 'other'\."),

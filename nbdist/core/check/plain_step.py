@@ -49,6 +49,11 @@ class StepResult:
     extra: dict[str, Any]
     updated: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def finite(self) -> bool:
+        """Whether the loss and all gradients are finite."""
+        return math.isfinite(self.loss) and all(g is None or bool(g.isfinite().all()) for g in self.gradients.values())
+
 
 class PlainStep:
     """Runs steps of a task in this process alone, on its whole model, and leaves no trace of them. Local.

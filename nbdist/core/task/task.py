@@ -254,7 +254,8 @@ class Task:
         loss, weight = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(type(loss))
-            raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {what}.")
+            cure = ": end it with .mean()" if isinstance(loss, torch.Tensor) and loss.numel() > 1 else ""
+            raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {what}{cure}.")
         if weight is None and self.infers_weight:
             mean = mean_over(loss if graph is None else graph.of(loss), part.samples, self._constants)
             if mean is not None:
