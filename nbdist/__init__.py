@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nbdist.cluster import Cluster, Run, current_cluster, last_run
     from nbdist.core.api import train
-    from nbdist.core.params.gather import gather
+    from nbdist.core.params.unshard import unshard
     from nbdist.core.state.checkpoint_writer import load_checkpoint
+    from nbdist.core.sync.batch_gather import gather
     from nbdist.core.train import Result
     from nbdist.plan import Mesh, Plan
     from nbdist.telemetry import past_runs
@@ -28,6 +29,7 @@ __all__ = [
     "load_checkpoint",
     "past_runs",
     "train",
+    "unshard",
 ]
 
 # Imported on first use: `%load_ext nbdist` must not import torch, a script under torchrun must not import IPython.
@@ -43,6 +45,7 @@ _MODULES = {
     "load_checkpoint": "nbdist.core",
     "past_runs": "nbdist.telemetry",
     "train": "nbdist.core",
+    "unshard": "nbdist.core",
 }
 
 

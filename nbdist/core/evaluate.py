@@ -53,6 +53,7 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
 
     def measure(batch: Any, part: Slice) -> tuple[tuple[torch.Tensor, Any], tuple[Any, Any]]:
         outputs.clear()
+        strategy.batch_gather.begin(counts=part.samples > 0)
         loss, weight = task.loss_and_weight(batch, part)
         measured = (0, 0)
         if task.metric is not None:

@@ -16,13 +16,14 @@ from nbdist.plan.known_names import LOSSES, METRICS, OPTIMIZERS
 from nbdist.plan.mesh import STRATEGY_WORDS, Mesh
 from nbdist.plan.option import Option, check_known, option, options_of
 
-__all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "SCHEDULES", "SLICES", "Plan"]
+__all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "REDUCTIONS", "SCHEDULES", "SLICES", "Plan"]
 
 DEFAULT_BATCH_SIZE = 32
 PRECISIONS = ("full", "bf16", "fp16")
 SLICES = 4
 """Default slices of a reproducible batch: twelve would divide by 3 ranks too, but cost up to half a step."""
 CHECKS = ("yes", "mesh", "no")
+REDUCTIONS = ("mean", "sum")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 """Pipeline schedules, and how many stages each gives a rank."""
@@ -51,6 +52,10 @@ class Plan:
         read="callable",
         of_task=True,
     )
+    reduction: str = option(
+        "mean", "What a loss is over the samples: their mean, or their sum. A loss that says so itself (torch's "
+        "reduction='sum') needs no option.", metavar="mean|sum", words=REDUCTIONS, of_task=True,
+    )  # fmt: skip
     optimizer: str = option(
         "adamw",
         "A class of torch.optim in small letters (sgd, adamw, ...), a callable that takes the parameters, or an "
@@ -198,8 +203,8 @@ class Plan:
         read="path",
     )
     stop_on_nan: bool = option(
-        False, "End with an error when a loss is not finite, before it reaches the weights.", parse=bool,
-    )  # fmt: skip
+        False, "End with an error when a loss is not finite, before it reaches the weights.", parse=bool
+    )
     check: str = option(
         "yes",
         "Before the first update, compare a step on few samples with one process, and its slices with the whole batch; "
@@ -227,7 +232,8 @@ class Plan:
         for name in ("shuffle", "sync_batchnorm", "gather", "stop_on_nan"):
             if getattr(self, name) not in (True, False):
                 raise PlanError(f"{name} must be True or False, not {getattr(self, name)!r}.")
-        for name, words in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("check", CHECKS)):
+        words_of = {"precision": PRECISIONS, "schedule": SCHEDULES, "check": CHECKS, "reduction": REDUCTIONS}
+        for name, words in words_of.items():
             if getattr(self, name) not in words:
                 raise PlanError(
                     f"unknown {name} {getattr(self, name)!r}: use {', '.join(words)}."

@@ -26,7 +26,7 @@ WORDS = {
     "split_at": ("blocks.2", ("blocks.2",)), "tensor_plan": ("rules", "rules"), "gather": ("no", False),
     "checkpoint": ("/tmp/here", "/tmp/here"), "checkpoint_every": ("5min", "5min"), "checkpoint_keep": ("2", 2),
     "resume": ("/tmp/here", "/tmp/here"), "stop_on_nan": ("yes", True), "tensorboard": ("/tmp/here", "/tmp/here"),
-    "check": ("no", "no"),
+    "check": ("no", "no"), "reduction": ("sum", "sum"),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from nbdist.core.check.program_state import ProgramState
 from nbdist.core.check.rounding import Rounding
 from nbdist.core.check.samples import Samples, read_samples, read_slice, synchronizes
 from nbdist.core.check.sentences import OTHER_DATA
-from nbdist.core.check.whole_batch import WholeBatch
+from nbdist.core.check.whole_batch import WholeBatch, has_norms
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice
@@ -62,6 +62,7 @@ class StepCheck:
         self._slices: list[Slice] = []
         self._scale = 1.0
         self._passes = 1
+        self._gathers = False
         self._left_out = ""
         self.findings = Findings()
 
@@ -188,7 +189,15 @@ class StepCheck:
             )
         if step.state.excess:
             raise CannotBeChecked(f"the step can reach too many objects to put back, such as {step.state.excess}")
-        expected = step.run(replicas, update=True)
+        try:
+            expected = step.run(replicas, update=True)
+        except Exception:
+            if not step.gather.called:
+                raise
+        self._gathers = step.gather.called and plan.slices > 1
+        if self._gathers:
+            replicas = [[samples.whole]]
+            expected = step.run(replicas, update=True)
         while not expected.finite and step.lower_scale():
             expected = step.run(replicas, update=True)
         if step.lower_scale():  # once more: parts of a sum on the mesh may be larger than the sum
@@ -198,15 +207,21 @@ class StepCheck:
             raise CannotBeChecked("the loss, or a gradient, is not finite")
         if step.draws and synchronizes(self._task, plan):
             raise CannotBeChecked("the step draws random numbers, and layers synchronize their statistics")
+        if self._gathers and (step.draws or (has_norms(self._task.model) and not synchronizes(self._task, plan))):
+            raise CannotBeChecked("the step gathers the whole batch, but draws random numbers, or normalizes, by slice")
         if step.draws_elsewhere and not plan.reproducible:
             raise CannotBeChecked("the step draws random numbers with Python or NumPy")
         self._passes = 2 if step.kept else 1
         self.findings.notes += self._kept(step.kept_again)
         nudged = step.run(replicas, nudge=True)
-        self._expected, self._rounding = expected, Rounding(expected, nudged, autocast_eps=step.autocast_eps)
+        rounding = Rounding(expected, nudged, autocast_eps=step.autocast_eps)
+        if self._gathers:  # then one process has the whole batch in one slice; buffers follow the slices
+            self._expected, self._rounding = replace(expected, buffers={}), rounding.reordered()
+            return
+        self._expected, self._rounding = expected, rounding
         if plan.slices > 1 and plan.check == "yes":
             try:
-                WholeBatch(self._task, plan, samples, self.findings).compare(step, expected, self._rounding.reordered())
+                WholeBatch(self._task, plan, samples, self.findings).compare(step, expected, rounding.reordered())
             except Exception as error:  # as of a checkpointed forward, which had dropout only when it ran again
                 what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
                 self.findings.notes.append(f"slices were not compared with the whole batch: {what}")
@@ -228,7 +243,8 @@ class StepCheck:
         off = ""
         assert self._rounding is not None
         rounding = self._rounding.reordered() if axes.mesh.tp > 1 else self._rounding
-        difference = MeshDifference(strategy, expected, rounding, sum(part.samples for part in self._slices))
+        samples = sum(part.samples for part in self._slices)
+        difference = MeshDifference(strategy, expected, rounding, samples, gathers=self._gathers)
         with rng.fork_rng(self._device), _muted(), self._loaded(loads), strategy.trial(self._scale):
             state = ProgramState(self._roots(), keep_storage=True)
             try:

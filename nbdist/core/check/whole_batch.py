@@ -16,7 +16,7 @@ from nbdist.core.check.sentences import no_mean, other_buffers, wrong_gradient
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 
-__all__ = ["WholeBatch"]
+__all__ = ["WholeBatch", "has_norms"]
 
 _NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -46,7 +46,7 @@ class WholeBatch:
             Refused: The loss is not the mean of the slices' losses, or a gradient not that of theirs.
         """
         whole, slices, drew = self._samples.whole, self._samples.slices, step.draws
-        norms = [name for name, m in self._task.model.named_modules() if isinstance(m, _NORMS) and m.training]
+        norms = _norms_of(self._task.model)
         per_sample, sliced = PerSample(), expected
         with per_sample:
             step.draws = False
@@ -97,6 +97,15 @@ class WholeBatch:
     @property
     def _can_synchronize(self) -> bool:
         return self._plan.mesh.data > 1 and not self._plan.reproducible
+
+
+def has_norms(model: nn.Module) -> bool:
+    """Whether some layer normalizes by the statistics of what it gets. Local."""
+    return bool(_norms_of(model))
+
+
+def _norms_of(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, _NORMS) and module.training]
 
 
 def _differing(rounding: Rounding, first: StepResult, second: StepResult) -> str | None:

@@ -23,8 +23,8 @@ __all__ = ["Reader", "Slice", "to_device"]
 _CPU = torch.device("cpu")
 _RESIDENT_SHARE = 8
 """Tensors that take less than this fraction (1/8) of a GPU's free memory are kept there during a run."""
-_SliceRows = tuple[int, torch.Tensor, int]
-"""A slice's index, its positions in the source, and its number of samples."""
+_SliceRows = tuple[int, torch.Tensor, int, int]
+"""A slice's index, its positions in the source, its number of samples, and that of its batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class Slice:
         target: Returns the last element of `batch` on the CPU, to be counted without waiting for the GPU; None where
             `batch` itself is on the CPU.
         of: Number of slices of its batch, over all ranks.
+        batch_samples: Samples of its batch, over all ranks; 0 if it is the whole batch.
     """
 
     index: int
@@ -45,6 +46,7 @@ class Slice:
     batch: Any
     target: Callable[[], torch.Tensor] | None = None
     of: int = 1
+    batch_samples: int = 0
 
 
 class Reader:
@@ -147,10 +149,11 @@ class Reader:
                 return
             bounds = slice_bounds(len(batch), self._slices)
             mine = ((index, bounds[index]) for index in share)
-            slices = [(index, batch[start:stop], stop - start) for index, (start, stop) in mine if stop > start]
+            total = len(batch)
+            slices = [(index, batch[start:stop], stop - start, total) for index, (start, stop) in mine if stop > start]
             if self._pad:
                 most = sum(stop > start for start, stop in bounds[: len(share)])  # the first rank has the most slices
-                slices += [(share.start + i, batch[slice(*bounds[0])], 0) for i in range(len(slices), most)]
+                slices += [(share.start + i, batch[slice(*bounds[0])], 0, total) for i in range(len(slices), most)]
             yield slices
 
     def _index(self, order: torch.Tensor, skip: int) -> Iterator[list[Slice]]:
@@ -159,8 +162,8 @@ class Reader:
         if self._device.type == "cpu":
             for batch in itertools.islice(self._slices_of(rows), skip, None):
                 yield [
-                    Slice(of=self._slices, index=index, samples=samples, batch=_rows(tensors, positions))
-                    for index, positions, samples in batch
+                    self._slice(index, samples, total, _rows(tensors, positions))
+                    for index, positions, samples, total in batch
                 ]
             return
         resident = self._keep_resident()
@@ -168,14 +171,14 @@ class Reader:
         both = zip(self._slices_of(rows), self._slices_of(rows.to(self._device)), strict=True)
         for batch, on_device in itertools.islice(both, skip, None):
             slices = []
-            for (index, positions, samples), (_, device_positions, _) in zip(batch, on_device, strict=True):
+            for (index, positions, samples, total), (_, device_positions, _, _) in zip(batch, on_device, strict=True):
                 if resident is None:
                     pinned = map_tensors(_rows(tensors, positions), torch.Tensor.pin_memory)
-                    slices.append(Slice(of=self._slices, index=index, samples=samples, batch=pinned))
+                    slices.append(self._slice(index, samples, total, pinned))
                 else:
                     read = None if target is None else functools.partial(target.__getitem__, positions)
                     taken = _rows(resident, device_positions)
-                    slices.append(Slice(of=self._slices, index=index, samples=samples, batch=taken, target=read))
+                    slices.append(self._slice(index, samples, total, taken, read))
             yield slices
 
     def _keep_resident(self) -> Any:
@@ -192,7 +195,7 @@ class Reader:
         self._requests[:] = [
             [rng.derive(self._seed, "data", epoch, step, index), *positions.tolist()]
             for step, batch in enumerate(batches, start=skip)
-            for index, positions, _ in batch
+            for index, positions, _, _ in batch
         ]
         if self._loader is None:
             self._loader = torch_data.DataLoader(
@@ -202,9 +205,7 @@ class Reader:
             )  # fmt: skip
         loaded = iter(self._loader)
         for batch in batches:
-            yield [
-                Slice(of=self._slices, index=index, samples=samples, batch=next(loaded)) for index, _, samples in batch
-            ]
+            yield [self._slice(index, samples, total, next(loaded)) for index, _, samples, total in batch]
 
     def _stream(self, epoch: int, skip: int) -> Iterator[list[Slice] | None]:
         readers = self._slices if self._stream_by_slice else self._channel.size  # slices, or ranks
@@ -228,12 +229,7 @@ class Reader:
                 taken, first = batch[(reader - offset) % readers :: readers], reader * each
                 bounds = slice_bounds(len(taken), each)
                 slices += [
-                    Slice(
-                        of=self._slices,
-                        index=first + i,
-                        samples=stop - start,
-                        batch=self._source.collate(taken[start:stop]),
-                    )
+                    self._slice(first + i, stop - start, len(batch), self._source.collate(taken[start:stop]))
                     for i, (start, stop) in enumerate(bounds)
                     if stop > start
                 ]
@@ -241,12 +237,14 @@ class Reader:
                     most = slice_bounds(-(-len(batch) // readers), each)  # the largest number on any rank
                     padding = self._source.collate((taken or batch)[:2])
                     filled = sum(stop > start for start, stop in most)
-                    slices += [
-                        Slice(of=self._slices, index=first + i, samples=0, batch=padding)
-                        for i in range(len(slices), filled)
-                    ]
+                    slices += [self._slice(first + i, 0, len(batch), padding) for i in range(len(slices), filled)]
             yield slices
         yield from itertools.repeat(None)
+
+    def _slice(self, index: int, samples: int, batch_samples: int, batch: Any, target: Any = None) -> Slice:
+        return Slice(
+            index=index, samples=samples, batch=batch, target=target, of=self._slices, batch_samples=batch_samples
+        )
 
     def close(self) -> None:
         """End the loader's worker processes, and free the tensors on the device."""
