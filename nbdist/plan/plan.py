@@ -176,7 +176,6 @@ class Plan:
     bucket_mib: float = option(
         25.0, "Gradient bucket in MiB, where the sync overlaps with backward (NCCL).", parse=float, metavar="MIB"
     )
-
     gather: bool = option(
         True,
         "Gather the whole model at the end; switch it off for one too large, which `checkpoint` saves.",
