@@ -18,6 +18,7 @@ __all__ = [
     "VERIFIED",
     "check_input_dim",
     "first_hook_number",
+    "graph_dtypes",
     "graph_task",
     "has_module_hooks",
     "in_func_transform",
@@ -91,6 +92,17 @@ def replace_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) ->
     if known:
         module._buffers[name] = buffer
     return known
+
+
+def graph_dtypes(loss: torch.Tensor) -> set[torch.dtype]:
+    """The dtypes of what the operations of a loss's graph have computed; none where torch does not say."""
+    found, seen, left = set(), set(), [loss.grad_fn]
+    while left:
+        if (function := left.pop()) is not None and function not in seen:
+            seen.add(function)
+            found.update(result.dtype for result in getattr(function, "_input_metadata", ()))
+            left += [other for other, _ in function.next_functions]
+    return found
 
 
 def graph_task() -> int:

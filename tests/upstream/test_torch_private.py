@@ -210,3 +210,11 @@ def test_a_buffer_of_a_module_can_be_replaced():
     assert not private.replace_buffer(module, "line", torch.ones(1))
     assert ["kept"] == [*module.state_dict()]
     assert (True, False) == (private.is_persistent(module, "kept"), private.is_persistent(module, "scratch"))
+
+
+def test_a_graph_says_in_which_dtypes_it_was_computed():
+    """Those between the loss and its leaves; none without a graph."""
+    leaf = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    loss = (leaf.float() * 2).bfloat16().double().sum()
+    assert {torch.float64, torch.float32, torch.bfloat16} == private.graph_dtypes(loss)
+    assert set() == private.graph_dtypes(torch.ones(()))

@@ -24,6 +24,7 @@ from nbdist.core.sync.batch_gather import PlainGather
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
+from nbdist.upstream.torch_private import graph_dtypes
 
 __all__ = ["PlainStep", "StepResult"]
 
@@ -90,6 +91,7 @@ class PlainStep:
         self._precision = Precision(plan.precision, device)
         self.draws = self.draws_elsewhere = False
         self.gather = PlainGather()
+        self._graph_eps: float | None = None
         self._loss_dtype = torch.float32
 
     def run(
@@ -167,6 +169,8 @@ class PlainStep:
         before = self._generators()
         with self.gather.in_use(), self._precision.autocast():  # with gradients, which the step may take itself
             loss, weight = self._task.loss_and_weight(to_device(part.batch, self._device), part)
+        if self._graph_eps is None:
+            self._graph_eps = max((torch.finfo(d).eps for d in graph_dtypes(loss) if d.is_floating_point), default=0.0)
         if backward:
             share = float(weight) / self._plan.batch_size * self._precision.scale
             if share:
@@ -219,9 +223,9 @@ class PlainStep:
         return self._precision.scale
 
     @property
-    def autocast_eps(self) -> float:
-        """The relative rounding of what autocast computes; 0 without."""
-        return self._precision.eps
+    def coarsest_eps(self) -> float:
+        """The relative rounding of the coarsest numbers: under autocast, or where a forward converts its tensors."""
+        return max(self._precision.eps, self._graph_eps or 0.0)
 
     def lower_scale(self) -> bool:
         """Lower the loss scale after an overflow; returns whether it could be."""
@@ -232,7 +236,7 @@ class PlainStep:
 
     def _nudge(self) -> None:
         tf32 = self._device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-        nudge_(self._table.parameters.values(), max(self._precision.eps, 2.0**-11 if tf32 else 0.0))
+        nudge_(self._table.parameters.values(), max(self.coarsest_eps, 2.0**-11 if tf32 else 0.0))
 
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:

@@ -28,10 +28,10 @@ class Rounding:
     Args:
         plain: The result of the step.
         nudged: That with the changed weights.
-        autocast_eps: The relative rounding of what autocast computes; 0 without.
+        coarsest_eps: The relative rounding of the coarsest numbers, as far as it is known; see `PlainStep`.
     """
 
-    def __init__(self, plain: StepResult, nudged: StepResult, *, autocast_eps: float = 0.0) -> None:
+    def __init__(self, plain: StepResult, nudged: StepResult, *, coarsest_eps: float = 0.0) -> None:
         self._noise = {("loss", ""): abs(plain.loss - nudged.loss)}
         for kind, first, second in (
             ("gradient", plain.gradients, nudged.gradients), ("buffer", plain.buffers, nudged.buffers),
@@ -44,7 +44,7 @@ class Rounding:
         self._largest = max(map(_norm, gradients), default=0.0)
         self._loss_dtype = plain.dtype
         dtypes = {plain.dtype, *(gradient.dtype for gradient in gradients)}
-        self._coarsest_eps = max([autocast_eps, *(torch.finfo(dtype).eps for dtype in dtypes)])
+        self._coarsest_eps = max([coarsest_eps, *(torch.finfo(dtype).eps for dtype in dtypes)])
         self._reordered_eps = 0.0
 
     def reordered(self) -> Rounding:

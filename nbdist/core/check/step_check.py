@@ -214,7 +214,7 @@ class StepCheck:
         self._passes = 2 if step.kept else 1
         self.findings.notes += self._kept(step.kept_again)
         nudged = step.run(replicas, nudge=True)
-        rounding = Rounding(expected, nudged, autocast_eps=step.autocast_eps)
+        rounding = Rounding(expected, nudged, coarsest_eps=step.coarsest_eps)
         if self._gathers:  # then one process has the whole batch in one slice; buffers follow the slices
             self._expected, self._rounding = replace(expected, buffers={}), rounding.reordered()
             return

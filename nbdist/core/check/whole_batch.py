@@ -54,7 +54,7 @@ class WholeBatch:
             if norms or per_sample.normalizes or drew or step.kept:
                 sliced = step.run([[part] for part in slices], again=False)
                 nudged = step.run([[whole]], nudge=True)
-                rounding = Rounding(single, nudged, autocast_eps=step.autocast_eps).reordered()
+                rounding = Rounding(single, nudged, coarsest_eps=step.coarsest_eps).reordered()
         if not (single.finite and sliced.finite):
             self._findings.notes.append("slices were not compared with the whole batch: its loss is not finite")
             return

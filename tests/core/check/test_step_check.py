@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from problems import assert_same_bits, classes, mlp, seeded, train, weights
+from problems import CLASSES, FEATURES, assert_same_bits, classes, mlp, seeded, train, weights
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -622,3 +622,26 @@ def test_data_of_very_many_objects_are_named():
     x, y = classes(8)
     sink = alone(mlp(), data=Samples([x, y, [[[i]] for i in range(200_001)]]))
     assert sink.checked.startswith("not checked: the data holds too many objects to put back, such as data.")
+
+
+class PartlyFloat32(nn.Module):
+    """In float64, but for one layer, as rotary embeddings, norms and codebooks often are."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(FEATURES, 32), nn.Linear(32, CLASSES)
+
+    def forward(self, x):
+        hidden = F.linear(x.float(), self.first.weight.float(), self.first.bias.float())
+        return self.last(torch.tanh(hidden).to(x.dtype))
+
+
+def test_a_part_in_lower_precision_is_no_reason_to_refuse(run_ranks):
+    """Sums over other samples are rounded as that part is; a change of the weights' last bits does not show it."""
+    for checked, _ in run_ranks(2, checked_of, PartlyFloat32):
+        assert "as in one process" in checked
+
+
+def checked_of(world, make):
+    result, trained = train(world, seeded(make, torch.float64), classes(64), **RUN)
+    return result.plan.checked, trained
