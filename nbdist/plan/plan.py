@@ -124,7 +124,9 @@ class Plan:
     )
     metric: str = option(
         "",
-        f"Measured on the `val` data: a callable metric(output, target), or one of {', '.join(METRICS)}.",
+        "Measured on the whole `val` data: a callable metric(output, target), whose (mean, weight) is averaged exactly "
+        "and which else is called once with all outputs; an object with update and compute; or one of "
+        f"{', '.join(METRICS)}.",
         default="",
         words=METRICS,
         read="callable",

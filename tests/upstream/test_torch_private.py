@@ -210,3 +210,21 @@ def test_a_buffer_of_a_module_can_be_replaced():
     assert not private.replace_buffer(module, "line", torch.ones(1))
     assert ["kept"] == [*module.state_dict()]
     assert (True, False) == (private.is_persistent(module, "kept"), private.is_persistent(module, "scratch"))
+
+
+def test_without_a_default_group_a_process_is_alone(tmp_path):
+    """What asks for the group finds none, and what uses it fails at once; afterwards it is there again."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        with private.without_default_group():
+            assert not dist.is_initialized()
+            with pytest.raises(ValueError, match="process group has not been initialized"):
+                dist.all_reduce(torch.ones(1))
+        assert dist.is_initialized()
+        assert group is dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+    with private.without_default_group():
+        assert not dist.is_initialized()

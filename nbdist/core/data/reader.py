@@ -23,8 +23,8 @@ __all__ = ["Reader", "Slice", "to_device"]
 _CPU = torch.device("cpu")
 _RESIDENT_SHARE = 8
 """Tensors that take less than this fraction (1/8) of a GPU's free memory are kept there during a run."""
-_SliceRows = tuple[int, torch.Tensor, int]
-"""A slice's index, its positions in the source, and its number of samples."""
+_SliceRows = tuple[int, torch.Tensor, int, int]
+"""A slice's index, its positions in the source, its number of samples, and the place of the first in the epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class Slice:
         target: Returns the last element of `batch` on the CPU, to be counted without waiting for the GPU; None where
             `batch` itself is on the CPU.
         of: Number of slices of its batch, over all ranks.
+        first: Place of its first sample among those of the epoch, counted over all ranks from 0.
+        stride: From one sample's place to the next one's.
     """
 
     index: int
@@ -45,6 +47,13 @@ class Slice:
     batch: Any
     target: Callable[[], torch.Tensor] | None = None
     of: int = 1
+    first: int = 0
+    stride: int = 1
+
+    @property
+    def places(self) -> range:
+        """The places of its samples in the epoch."""
+        return range(self.first, self.first + self.samples * self.stride, self.stride)
 
 
 class Reader:
@@ -141,16 +150,19 @@ class Reader:
 
     def _slices_of(self, order: torch.Tensor) -> Iterator[list[_SliceRows]]:
         """This rank's slices of each batch."""
-        share = self._share
+        share, begin = self._share, -self._batch_size
         for batch in order.split(self._batch_size):
+            begin += self._batch_size
             if self._source.drop_last and len(batch) < self._batch_size:
                 return
             bounds = slice_bounds(len(batch), self._slices)
             mine = ((index, bounds[index]) for index in share)
-            slices = [(index, batch[start:stop], stop - start) for index, (start, stop) in mine if stop > start]
+            slices = [
+                (index, batch[start:stop], stop - start, begin + start) for index, (start, stop) in mine if stop > start
+            ]
             if self._pad:
                 most = sum(stop > start for start, stop in bounds[: len(share)])  # the first rank has the most slices
-                slices += [(share.start + i, batch[slice(*bounds[0])], 0) for i in range(len(slices), most)]
+                slices += [(share.start + i, batch[slice(*bounds[0])], 0, begin) for i in range(len(slices), most)]
             yield slices
 
     def _index(self, order: torch.Tensor, skip: int) -> Iterator[list[Slice]]:
@@ -159,8 +171,8 @@ class Reader:
         if self._device.type == "cpu":
             for batch in itertools.islice(self._slices_of(rows), skip, None):
                 yield [
-                    Slice(of=self._slices, index=index, samples=samples, batch=_rows(tensors, positions))
-                    for index, positions, samples in batch
+                    Slice(of=self._slices, index=index, samples=samples, first=first, batch=_rows(tensors, positions))
+                    for index, positions, samples, first in batch
                 ]
             return
         resident = self._keep_resident()
@@ -168,14 +180,16 @@ class Reader:
         both = zip(self._slices_of(rows), self._slices_of(rows.to(self._device)), strict=True)
         for batch, on_device in itertools.islice(both, skip, None):
             slices = []
-            for (index, positions, samples), (_, device_positions, _) in zip(batch, on_device, strict=True):
+            for (index, positions, samples, first), (_, device_positions, *_) in zip(batch, on_device, strict=True):
                 if resident is None:
                     pinned = map_tensors(_rows(tensors, positions), torch.Tensor.pin_memory)
-                    slices.append(Slice(of=self._slices, index=index, samples=samples, batch=pinned))
+                    slices.append(Slice(of=self._slices, index=index, samples=samples, first=first, batch=pinned))
                 else:
                     read = None if target is None else functools.partial(target.__getitem__, positions)
                     taken = _rows(resident, device_positions)
-                    slices.append(Slice(of=self._slices, index=index, samples=samples, batch=taken, target=read))
+                    slices.append(
+                        Slice(of=self._slices, index=index, samples=samples, first=first, batch=taken, target=read)
+                    )
             yield slices
 
     def _keep_resident(self) -> Any:
@@ -192,7 +206,7 @@ class Reader:
         self._requests[:] = [
             [rng.derive(self._seed, "data", epoch, step, index), *positions.tolist()]
             for step, batch in enumerate(batches, start=skip)
-            for index, positions, _ in batch
+            for index, positions, *_ in batch
         ]
         if self._loader is None:
             self._loader = torch_data.DataLoader(
@@ -203,7 +217,8 @@ class Reader:
         loaded = iter(self._loader)
         for batch in batches:
             yield [
-                Slice(of=self._slices, index=index, samples=samples, batch=next(loaded)) for index, _, samples in batch
+                Slice(of=self._slices, index=index, samples=samples, first=first, batch=next(loaded))
+                for index, _, samples, first in batch
             ]
 
     def _stream(self, epoch: int, skip: int) -> Iterator[list[Slice] | None]:
@@ -225,13 +240,16 @@ class Reader:
             offset = step * self._batch_size
             slices = []
             for reader in mine:
-                taken, first = batch[(reader - offset) % readers :: readers], reader * each
+                begin, first = (reader - offset) % readers, reader * each
+                taken = batch[begin::readers]
                 bounds = slice_bounds(len(taken), each)
                 slices += [
                     Slice(
                         of=self._slices,
                         index=first + i,
                         samples=stop - start,
+                        first=offset + begin + start * readers,
+                        stride=readers,
                         batch=self._source.collate(taken[start:stop]),
                     )
                     for i, (start, stop) in enumerate(bounds)

@@ -21,7 +21,7 @@ from nbdist.core.task.check_model import check_model
 from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
 from nbdist.core.task.losses import ClassLoss, Loss, find_loss, is_torch_own, loss_name
-from nbdist.core.task.metrics import Metric, find_metric
+from nbdist.core.task.metrics import Metric, find_metric, metric_name, target_of
 from nbdist.core.task.modules import Modules
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan.option import check_known
@@ -113,7 +113,7 @@ class Task:
             lr: Learning rate.
             lr_scheduler: A callable that makes a torch scheduler from an optimizer.
             val: Validation data, in the same forms as `data`.
-            metric: A name, or a callable ``metric(output, target)``.
+            metric: A name, a callable ``metric(output, target)``, or an object with `update` and `compute`.
             batch_size: Global batch size, if the user gave one.
             shuffle: Whether to shuffle, if the user gave it.
             names: The user's names for `model` and `data`.
@@ -135,12 +135,13 @@ class Task:
             raise TaskError(f"step must be a callable step(model, batch), not {step!r}.")
         found_metric = None if metric is None else find_metric(metric)
         if metric is not None and val is None:
-            raise TaskError(f"metric {_name(metric)} has no data to be measured on: give val=... too.")
+            raise TaskError(f"metric {metric_name(metric)} has no data to be measured on: give val=... too.")
         # every validation sample counts, so a loader's drop_last is ignored
         val_source = None if val is None else replace(Source.of(val, "val"), drop_last=False)
-        supervised = [] if loss is None else [("loss", source)]
-        for what, needs_target in [*supervised, *([("metric", val_source)] if metric is not None else [])]:
-            _check_pairs(needs_target, what)
+        if loss is not None:
+            _check_pairs(source, "loss")
+        if metric is not None and val_source is not None and (first := val_source.first()) is not None:
+            target_of(first, metric_name(metric))
         _check_agree("batch_size", batch_size, source.batch_size, names[1])
         _check_agree("shuffle", shuffle, source.shuffle, names[1])
         made = make_optimizer(optimizer, model, lr)
@@ -160,7 +161,7 @@ class Task:
                 "lr_scheduler": "" if lr_scheduler is None else _name(lr_scheduler),
                 "optimizer": optimizer_name(optimizer),
                 "lr": lr,
-                "metric": "" if metric is None else _name(metric),
+                "metric": "" if metric is None else metric_name(metric),
                 "batch_size": source.batch_size if batch_size is None else batch_size,
                 "shuffle": source.shuffle if shuffle is None else shuffle,
             },
