@@ -19,7 +19,7 @@ from nbdist.core.task.task import Task
 from nbdist.core.validation_metric import ValidationMetric
 from nbdist.errors import PlanError, TaskError
 
-__all__ = ["Evaluation", "in_mode"]
+__all__ = ["Evaluation", "Forwards", "in_mode"]
 
 T = TypeVar("T")
 _NO_GRADIENT = "does not require grad and does not have a grad_fn"
@@ -43,7 +43,7 @@ class Evaluation:
     def __init__(self, task: Task, strategy: Strategy, reader: Reader, world: World, *, metric: str = "") -> None:
         self._task, self._strategy, self._reader = task, strategy, reader
         self._metric = None if task.metric is None else ValidationMetric(task, strategy, world, metric)
-        self._needs_gradients = False
+        self._forwards = Forwards(strategy, "val")
 
     def run(self) -> dict[str, Any]:
         """Measure the model on the validation data. **Collective**.
@@ -84,7 +84,7 @@ class Evaluation:
                         break
                     steps = step + 1 if by_slice else 1
                     for part in slices:
-                        measured = self._forward(part, step, measure)
+                        measured = self._forwards.run(part, step, measure)
                         if measured is not None and part.samples and strategy.axes.reports_loss:
                             place = (step, part.index) if by_slice else (0, 0)
                             sums_by_place.setdefault(place, _Sums(device)).add(part.samples, *measured)
@@ -108,12 +108,29 @@ class Evaluation:
             result |= metric.end(metric_sum / metric_weight if metric_weight else 0.0, metric_weight)
         return result
 
-    def _forward(self, part: Slice, step: int, measure: Callable[[Any, Slice], T]) -> T | None:
-        """Run a slice without gradients, as long as the step takes none itself, as forces from energies are."""
-        strategy = self._strategy
+
+class Forwards:
+    """Forwards without gradients, as long as the step or the model takes none itself, as forces from energies are.
+
+    Args:
+        strategy: Runs them.
+        kind: A word for the path of their random numbers.
+    """
+
+    def __init__(self, strategy: Strategy, kind: str) -> None:
+        self._strategy, self._kind = strategy, kind
+        self._needs_gradients = False
+
+    def run(self, part: Slice, step: int, function: Callable[[Any, Slice], T]) -> T | None:
+        """`Strategy.forward`. **Collective** over a replica.
+
+        Raises:
+            TaskError: Gradients are needed, on a mesh that cannot take them here.
+        """
+        strategy, path = self._strategy, (self._kind, step)
         if not self._needs_gradients:
             try:
-                return strategy.forward(part, ("val", step), measure)
+                return strategy.forward(part, path, function)
             except RuntimeError as error:
                 if _NO_GRADIENT not in str(error):
                     raise
@@ -121,7 +138,7 @@ class Evaluation:
                     raise TaskError(_GRADIENTS_IN_EVALUATION.format(mesh=strategy.plan.mesh)) from error
             self._needs_gradients = True
         with torch.enable_grad():
-            return strategy.forward(part, ("val", step), measure)
+            return strategy.forward(part, path, function)
 
 
 class _Sums:

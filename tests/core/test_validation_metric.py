@@ -207,7 +207,7 @@ def test_the_target_of_a_dict(key):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"x": 1, "z": 2}, "metric f1 takes .* one of the keys labels, .*, y, but a batch here is a dict with the keys"),
+        ({"x": 1, "z": 2}, "metric f1 takes .* one of the keys labels, .*, y, but a batch here is a dict with the"),
         ({"label": 1, "y": 2}, "metric f1 has one target, but a batch has several, label, y: leave one"),
         (torch.zeros(3), "but a batch here is a single value"),
         ([torch.zeros(3)], "but a batch here is a single value"),

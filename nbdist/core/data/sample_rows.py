@@ -16,7 +16,18 @@ import torch
 from nbdist.errors import TaskError
 from nbdist.upstream.torch_private import pytree
 
-__all__ = ["Rows", "SentRows", "join", "kept", "nbytes", "pack_rows", "unpack_rows", "without_rowless"]
+__all__ = [
+    "Rows",
+    "SentRows",
+    "from_note",
+    "join",
+    "kept",
+    "nbytes",
+    "pack_rows",
+    "to_note",
+    "unpack_rows",
+    "without_rowless",
+]
 
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -63,7 +74,7 @@ def pack_rows(rows: Rows, what: str) -> SentRows:
     tensors: list[torch.Tensor | None] = []
     notes = []
     for value in rows.values:
-        leaves, spec = _taken_apart(value, len(rows.places))
+        leaves, spec = _taken_apart(value)
         notes.append([str(spec), [_packed(leaf, tensors, what) for leaf in leaves]])
     places = rows.places
     return [[places.start, places.stop, places.step], notes], tensors
@@ -84,11 +95,28 @@ def unpack_rows(note: Any, tensors: list[torch.Tensor | None], like: Rows, what:
     (start, stop, step), notes = note
     values = []
     for (text, leaves), own in zip(notes, like.values, strict=True):
-        _, spec = _taken_apart(own, len(like.places))
+        _, spec = _taken_apart(own)
         if str(spec) != text:
             raise _differ(what, str(spec), text)
         values.append(pytree.tree_unflatten([_unpacked(leaf, tensors) for leaf in leaves], spec))
     return Rows(range(start, stop, step), tuple(values))
+
+
+def to_note(value: Any, what: str) -> tuple[Any, list[torch.Tensor]]:
+    """A nest as plain data and tensors, for a rank that has none like it.
+
+    Raises:
+        TaskError: It holds what cannot be sent.
+    """
+    tensors: list[torch.Tensor] = []
+    leaves, spec = pytree.tree_flatten(value)
+    return [pytree.treespec_dumps(spec), [_packed(leaf, tensors, what) for leaf in leaves]], tensors
+
+
+def from_note(note: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """The inverse of `to_note`."""
+    text, leaves = note
+    return pytree.tree_unflatten([_unpacked(leaf, tensors) for leaf in leaves], pytree.treespec_loads(text))
 
 
 def join(parts: Sequence[Rows], what: str) -> Rows:
@@ -106,42 +134,32 @@ def join(parts: Sequence[Rows], what: str) -> Rows:
         return ordered[0]
     places = [place for rows in ordered for place in rows.places]
     order = None if places == sorted(places) else np.argsort(places, kind="stable")
-    values = []
-    for of_value in zip(*(rows.values for rows in ordered), strict=True):
-        apart = [_taken_apart(value, len(rows.places)) for value, rows in zip(of_value, ordered, strict=True)]
-        spec = apart[0][1]
-        for _, other in apart:
-            if str(other) != str(spec):
-                raise _differ(what, str(spec), str(other))
-        columns = zip(*(leaves for leaves, _ in apart), strict=True)
-        sizes = [len(rows.places) for rows in ordered]
-        values.append(pytree.tree_unflatten([_joined(column, sizes, order, what) for column in columns], spec))
-    return Rows(range(min(places), max(places) + 1), tuple(values))
+    sizes = [len(rows.places) for rows in ordered]
+    values = tuple(
+        _join_nests(of_value, sizes, order, what) for of_value in zip(*(rows.values for rows in ordered), strict=True)
+    )
+    return Rows(range(min(places), max(places) + 1), values)
+
+
+def _join_nests(nests: Sequence[Any], sizes: list[int], order: Any, what: str) -> Any:
+    apart = [_taken_apart(nest) for nest in nests]
+    spec = apart[0][1]
+    for _, other in apart:
+        if str(other) != str(spec):
+            raise _differ(what, str(spec), str(other))
+    columns = zip(*(leaves for leaves, _ in apart), strict=True)
+    return pytree.tree_unflatten([_joined(column, sizes, order, what) for column in columns], spec)
 
 
 def _joined(column: tuple[Any, ...], sizes: list[int], order: Any, what: str) -> Any:
     first = column[0]
     if isinstance(first, (torch.Tensor, np.ndarray)):
-        shapes = [tuple(part.shape) for part in column]
-        if any(len(shape) == 0 for shape in shapes):
-            raise TaskError(f"{what} are numbers, without a row for each sample: return one row for each.")
-        if len({shape[1:] for shape in shapes}) > 1:
-            odd = next(shape for shape in shapes if shape[1:] != shapes[0][1:])
-            raise TaskError(
-                f"{what} differ in shape from slice to slice, {shapes[0]} and {odd}, so they cannot be put together: "
-                "pad all batches to one length, or reduce them."
-            )
-        if order is not None and [shape[0] for shape in shapes] != sizes:
-            raise TaskError(
-                f"{what} have {shapes[0][0]} rows for {sizes[0]} samples of a stream, so their order is not known: "
-                "return one row for each sample, or give a data set with a length."
-            )
-        if isinstance(first, torch.Tensor):
-            whole = torch.cat(column)
-            return whole if order is None else whole[torch.as_tensor(order, device=whole.device)]
-        array = np.concatenate(column)
-        return array if order is None else array[order]
+        return _joined_tensors(column, sizes, order, what)
     if isinstance(first, (list, tuple)):
+        if not _have_entries(column, sizes, what):
+            if len({len(part) for part in column}) > 1:
+                raise _differ(what, f"a list of {len(first)}", f"of {[len(part) for part in column]}")
+            return [_join_nests(entries, sizes, order, what) for entries in zip(*column, strict=True)]
         entries = [entry for part in column for entry in part]
         return type(first)(entries if order is None else [entries[i] for i in order])
     if any(not _same(first, other) for other in column[1:]):
@@ -149,36 +167,60 @@ def _joined(column: tuple[Any, ...], sizes: list[int], order: Any, what: str) ->
     return first
 
 
-def _same(one: Any, other: Any) -> bool:
-    return one is other or (type(one) in _PLAIN and type(one) is type(other) and bool(one == other))
-
-
-def _taken_apart(value: Any, samples: int) -> tuple[list[Any], Any]:
-    """Leaves and structure of a nest."""
-    leaves, spec = pytree.tree_flatten(value, is_leaf=lambda one: _has_entries(one, samples))
-    return leaves, spec
-
-
-def _has_entries(value: Any, samples: int) -> bool:
-    """Whether a list has an entry for each sample, and is no list of tensors that have a row for each."""
-    if type(value) not in (list, tuple) or len(value) != samples:
-        return False
-    if all(isinstance(entry, (str, bytes, int, float)) for entry in value):
-        return True
-    if type(value) is tuple:
-        return False
-    rows = [isinstance(entry, torch.Tensor) and entry.ndim > 0 and len(entry) == samples for entry in value]
-    if all(rows):
-        if samples == 1:
-            return False
+def _joined_tensors(column: tuple[Any, ...], sizes: list[int], order: Any, what: str) -> Any:
+    shapes = [tuple(part.shape) for part in column]
+    if any(len(shape) == 0 for shape in shapes):
+        raise TaskError(f"{what} are numbers, without a row for each sample: return one row for each.")
+    if len({shape[1:] for shape in shapes}) > 1:
+        odd = next(shape for shape in shapes if shape[1:] != shapes[0][1:])
         raise TaskError(
-            f"a list of {samples} tensors of {samples} rows each may have an entry for each of {samples} samples, or a "
-            "row: give a tuple, or one tensor."
+            f"{what} differ in shape from slice to slice, {shapes[0]} and {odd}, so they cannot be put together: "
+            "pad all batches to one length, or reduce them."
+        )
+    if order is not None and [shape[0] for shape in shapes] != sizes:
+        raise TaskError(
+            f"{what} have {shapes[0][0]} rows for {sizes[0]} samples of a stream, so their order is not known: "
+            "return one row for each sample, or give a data set with a length."
+        )
+    if isinstance(column[0], torch.Tensor):
+        whole = torch.cat(column)
+        return whole if order is None else whole[torch.as_tensor(order, device=whole.device)]
+    array = np.concatenate(column)
+    return array if order is None else array[order]
+
+
+def _have_entries(column: Sequence[Any], sizes: list[int], what: str) -> bool:
+    """Whether lists have an entry for each sample; else they are always of the same few values.
+
+    Raises:
+        TaskError: They may be either, for all that is known of them.
+    """
+    if [len(part) for part in column] != sizes:
+        return False
+    if len(set(sizes)) == 1 and all(_is_rows(entry, sizes[0]) for part in column for entry in part):
+        size = sizes[0]
+        raise TaskError(
+            f"{what} are lists of {size} values of {size} rows, which may be one for each of {size} samples or not: "
+            "give a tuple, or use another batch size."
         )
     return True
 
 
-def _packed(value: Any, tensors: list[torch.Tensor | None], what: str) -> Any:
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) in _PLAIN and type(one) is type(other) and bool(one == other))
+
+
+def _taken_apart(value: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure of a nest; a list is a leaf, because it may have an entry for each sample."""
+    leaves, spec = pytree.tree_flatten(value, is_leaf=_is_list)
+    return leaves, spec
+
+
+def _is_list(value: Any) -> bool:
+    return type(value) is list or (type(value) is tuple and value != () and all(type(one) in _PLAIN for one in value))
+
+
+def _packed(value: Any, tensors: Any, what: str) -> Any:
     """A leaf as plain data; its tensors are appended to `tensors`."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         tensor = value if isinstance(value, torch.Tensor) else None
@@ -201,7 +243,7 @@ def _packed(value: Any, tensors: list[torch.Tensor | None], what: str) -> Any:
     )
 
 
-def _unpacked(packed: Any, tensors: list[torch.Tensor | None]) -> Any:
+def _unpacked(packed: Any, tensors: Sequence[torch.Tensor | None]) -> Any:
     kind, content = packed
     if kind in ("tensor", "array"):
         tensor = tensors[content]
@@ -234,10 +276,11 @@ def without_rowless(value: Any, samples: int) -> tuple[Any, list[str]]:
     return type(value)(**{k: v for k, v in value.items() if str(k) not in dropped}), dropped
 
 
-def _is_rows(entry: Any, samples: int) -> bool:
-    leaves, _ = _taken_apart(entry, samples)
+def _is_rows(value: Any, samples: int) -> bool:
+    """Whether a nest has a row for each sample."""
     return all(
-        leaf is None or isinstance(leaf, (list, tuple))
+        leaf is None
+        or (_is_list(leaf) and (len(leaf) == samples or all(_is_rows(entry, samples) for entry in leaf)))
         or (isinstance(leaf, (torch.Tensor, np.ndarray)) and leaf.ndim > 0 and len(leaf) == samples)
-        for leaf in leaves
-    )  # fmt: skip
+        for leaf in _taken_apart(value)[0]
+    )

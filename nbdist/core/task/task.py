@@ -27,7 +27,7 @@ from nbdist.errors import PlanError, TaskError
 from nbdist.plan.option import check_known
 from nbdist.plan.train_options import TRAIN_OPTIONS
 
-__all__ = ["ModelLossStep", "Step", "SupervisedStep", "Task"]
+__all__ = ["ModelLossStep", "Step", "SupervisedStep", "Task", "check_agree", "on_device"]
 
 Step = Callable[[nn.Module, Any], Any]
 """``step(model, batch)``: the loss, a mean over samples, or ``(loss, weight)`` with the number that it is over."""
@@ -142,8 +142,8 @@ class Task:
             _check_pairs(source, "loss")
         if metric is not None and val_source is not None and (first := val_source.first()) is not None:
             target_of(first, metric_name(metric))
-        _check_agree("batch_size", batch_size, source.batch_size, names[1])
-        _check_agree("shuffle", shuffle, source.shuffle, names[1])
+        check_agree("batch_size", batch_size, source.batch_size, names[1])
+        check_agree("shuffle", shuffle, source.shuffle, names[1])
         made = make_optimizer(optimizer, model, lr)
         if lr_scheduler is not None:
             check_scheduler(lr_scheduler, made)
@@ -193,7 +193,7 @@ class Task:
     def title(self) -> str:
         """The class of each module, and the number of parameters, as text for the user."""
         count = sum(p.numel() for p in self.model.parameters())
-        scale, unit = next((s, u) for s, u in ((1_000_000, " M"), (1_000, " k"), (1, "")) if count >= s)
+        scale, unit = next((s, u) for s, u in ((1_000_000, " M"), (1_000, " k"), (1, "")) if count >= s or s == 1)
         kinds = " + ".join(type(module).__name__ for module in self.modules.values())
         return f"{kinds} ({count / scale:.3g}{unit} parameters)"
 
@@ -347,7 +347,8 @@ def _check_pairs(source: Source | None, what: str) -> None:
         )
 
 
-def _check_agree(option: str, given: Any, of_loader: Any, name: str) -> None:
+def check_agree(option: str, given: Any, of_loader: Any, name: str) -> None:
+    """Raise `PlanError` if an option contradicts the user's DataLoader. Local."""
     if given is not None and of_loader is not None and given != of_loader:
         raise PlanError(
             f"{option}={given} contradicts the DataLoader {name}, which has {of_loader}: omit one of the two."
@@ -357,7 +358,8 @@ def _check_agree(option: str, given: Any, of_loader: Any, name: str) -> None:
 @contextlib.contextmanager
 def on_device(task: Task, device: torch.device) -> Iterator[None]:
     """Move the model and its optimizers' state to a device within the context. Local."""
-    before = next(task.model.parameters()).device
+    first = next(task.model.parameters(), None)
+    before = device if first is None else first.device
     _move(task, before, device)
     try:
         yield
