@@ -15,12 +15,12 @@ from nbdist.cluster.engines.starting import start_engines, take_over_engines
 from nbdist.cluster.launch import fork_client
 from nbdist.cluster.launch.anchor_client import Anchor, check_detach
 from nbdist.cluster.launch.devices import choose_size
+from nbdist.cluster.prediction import predict
 from nbdist.cluster.runs.run import Run, attend, resume_arguments
 from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunOptions
 from nbdist.engine.cell_sources import CellSources, class_marks
 from nbdist.errors import ClusterError, PlanError
 from nbdist.plan.option import takes_options
-from nbdist.plan.predict_options import PREDICT_OPTIONS, PredictOptions
 from nbdist.plan.train_options import TRAIN_OPTIONS, Unpack
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ _COMPLETED_WITHIN_S = 0.3
 
 
 class Cluster:
-    """Engines of this kernel.
-
-    A context manager: ``with nbdist.Cluster(engines=2) as cluster: ...``
+    """Engines of this kernel, and a context manager: ``with nbdist.Cluster(engines=2) as cluster: ...``.
 
     Args:
         engines: How many; by default one per GPU, else one per CPU core, up to four.
@@ -176,7 +174,7 @@ class Cluster:
 
         Args:
             name: The cluster's name; not needed if there is only one.
-            namespace: Gets the run's model under its name; a model of the same shapes under that name gets the weights.
+            namespace: Gets the run's model under its name; one of the same shapes there gets the weights.
             watch: See `train`.
 
         Raises:
@@ -276,8 +274,8 @@ class Cluster:
             engines.ensure_ready()
 
     def _refuse_while_busy(self) -> None:
-        if self._run_queue is not None:
-            self._run_queue.refuse_while_busy()
+        if (run_queue := self._run_queue) is not None:
+            run_queue.refuse_while_busy()
 
     def execute(self, source: str, ranks: Iterable[int] | None = None, *, number: int | None = None) -> CellRun:
         """Start to run a cell's source on ranks, all by default; `number` is its In[...] in tracebacks.
@@ -358,40 +356,6 @@ class Cluster:
         run = self._run_queue.add(model, data, names, {**options}, watch)
         return run if background else attend(run)
 
-    @takes_options(PREDICT_OPTIONS)
-    def predict(
-        self, model: Any, data: Any, *, names: tuple[str, str] = ("model", "data"),
-        while_waiting: Callable[[Run], None] = lambda run: None, **options: Unpack[PredictOptions],
-    ) -> Any:  # fmt: skip
-        """The outputs of `model` for a data set, in its order, computed on all engines.
-
-        The model is in evaluation mode there, without gradients, and unchanged here. A lost engine is replaced, and
-        the prediction starts anew; an interrupt ends it.
-
-        Args:
-            model: An ``nn.Module``.
-            data: In the same forms as the data of `train`. The last element of a tuple is the target, and left out,
-                unless the model's forward requires it; a dict is passed as keywords. A DataLoader's order is that of
-                its dataset, and every sample counts.
-            names: The user's names of `model` and `data`, for errors.
-            while_waiting: Called with the run in a loop meanwhile.
-            **options: Each of `PREDICT_OPTIONS`; ``help(cluster.predict)`` explains them here.
-
-        Returns:
-            What the model returns, of all samples: CPU tensors, concatenated along their first dimension, in the same
-            tuples, dicts and model outputs. Entries of a dict without a row for each sample, such as a loss, are left
-            out.
-
-        Raises:
-            PlanError: An option is not possible.
-            TaskError: The model or data cannot be used, or its outputs cannot be put together.
-            ClusterError: The engines are busy or lost.
-            EngineError: It failed.
-        """
-        self._running().check_alive()
-        assert self._run_queue is not None
-        return self._run_queue.predict(model, data, names, {**options}, while_waiting)
-
     @takes_options(TRAIN_OPTIONS | RUN_OPTIONS)
     def resume(
         self, *, background: bool = False, watch: Callable[[Run], None] | None = None, **options: Unpack[RunOptions]
@@ -412,6 +376,8 @@ class Cluster:
         return self.train(
             arguments.pop("model"), arguments.pop("data"), background=background, watch=watch, **arguments
         )
+
+    predict = predict
 
     def _check_rank(self, rank: int) -> int:
         if not 0 <= rank < self.size:

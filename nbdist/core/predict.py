@@ -93,7 +93,14 @@ def predict(
                 output, left_out[:] = without_rowless(output, part.samples)
                 gather.put(part, output, device=_CPU)
 
-        forwards, meter, samples = Forwards(strategy, "predict"), Meter(), 0
+        def report(step: int) -> None:
+            speed, step_s, _ = meter.read(samples, step)
+            emit(Progress(
+                rank=world.rank, step=step, epoch=1, samples=samples, loss=None, samples_per_s=speed,
+                memory_mib=0.0, step_s=step_s,
+            ))  # fmt: skip
+
+        forwards, meter, samples, step = Forwards(strategy, "predict"), Meter(), 0, -1
         with torch.no_grad():
             for step, slices in enumerate(reader.epoch(1)):
                 if slices is None:
@@ -106,13 +113,10 @@ def predict(
                     needed = reader.steps * sum(nbytes(rows.values) for rows in parts)
                     check_fits(needed, _WHAT, "let the model return less in evaluation mode, such as the argmax")
                 if meter.due():
-                    speed, step_s, _ = meter.read(samples, step + 1)
-                    emit(Progress(
-                        rank=world.rank, step=step + 1, epoch=1, samples=samples, loss=None, samples_per_s=speed,
-                        memory_mib=0.0, step_s=step_s,
-                    ))  # fmt: skip
+                    report(step + 1)
             for rows in gather.end():
                 parts += rows
+            report(step + 1)
         outputs = _joined(parts, strategy.axes.world, gather)
         if gather.gathers and left_out:
             emit(Noted(rank=world.rank, text=f"left out, having no row for each sample: {', '.join(left_out)}"))

@@ -161,7 +161,10 @@ class RunQueue:
         )  # fmt: skip
         with interrupts.collected() as came:  # one meanwhile would leave the run unattended
             run = self._enqueue(spec, {}, None)
-        attend(run, lambda: while_waiting(run), len(came))
+        try:
+            attend(run, lambda: while_waiting(run), len(came))
+        finally:
+            while_waiting(run)
         outputs, run.control.outputs = run.control.outputs, None
         return outputs
 

@@ -91,7 +91,7 @@ def test_a_run_predicts_with_what_it_has_trained(shared_cluster):
     assert later is last_run()
 
 
-def test_what_is_wrong_is_said_before_an_engine_works(shared_cluster, monkeypatch):
+def test_mistakes_are_found_before_an_engine_works(shared_cluster, monkeypatch):
     """An argument, an option, a model, data."""
     cluster, model = shared_cluster.ready(), net()
     calls = []
