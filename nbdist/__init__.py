@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nbdist.cluster import Cluster, Run, current_cluster, last_run
     from nbdist.core.api import predict, train
-    from nbdist.core.params.gather import gather
+    from nbdist.core.params.unshard import unshard
     from nbdist.core.state.checkpoint_writer import load_checkpoint
+    from nbdist.core.sync.batch_gather import gather
     from nbdist.core.train import Result
     from nbdist.plan import Mesh, Plan
     from nbdist.telemetry import past_runs
@@ -29,6 +30,7 @@ __all__ = [
     "past_runs",
     "predict",
     "train",
+    "unshard",
 ]
 
 # Imported on first use: `%load_ext nbdist` must not import torch, a script under torchrun must not import IPython.
@@ -45,6 +47,7 @@ _MODULES = {
     "past_runs": "nbdist.telemetry",
     "predict": "nbdist.core",
     "train": "nbdist.core",
+    "unshard": "nbdist.core",
 }
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "ClusterError",
@@ -85,9 +85,9 @@ def interrupted(message: str) -> KeyboardInterrupt:
     return error
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the nearest known word, or an empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+def suggest(word: str, known: Iterable[str], meant: Sequence[str] = ()) -> str:
+    """Return " Did you mean 'x'?" for the first one `meant`, else for the nearest known word, or an empty string."""
+    near = meant or difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

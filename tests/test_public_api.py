@@ -24,11 +24,12 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = [
     "Cluster", "Mesh", "Plan", "Result", "Run", "current_cluster", "gather", "last_run", "load_checkpoint",
-    "past_runs", "predict", "train",
+    "past_runs", "predict", "train", "unshard",
 ]  # fmt: skip
 
 TRAIN_ARGUMENTS = [
-    "MODEL", "DATA", "--val", "--strategy", "--loss", "--optimizer", "--lr", "--lr-scheduler", "--epochs", "--steps",
+    "MODEL", "DATA", "--val", "--strategy", "--loss", "--reduction", "--optimizer", "--lr", "--lr-scheduler",
+    "--epochs", "--steps",
     "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
     "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--reproducible", "--threads", "--bucket-mib",
     "--gather", "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--check",

@@ -386,7 +386,7 @@ class Cluster:
 
     def _running(self) -> Engines:
         if (up := self._up) is None:
-            raise ClusterError("the cluster is not running: start it first.")
+            raise ClusterError("the cluster is not running: start it first (%dist_start, or cluster.start()).")
         if up.owner != os.getpid():
             raise ClusterError(f"the engines belong to process {up.owner}, and this is a fork of it: use them there.")
         return up

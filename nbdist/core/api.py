@@ -14,7 +14,7 @@ import torch.distributed as dist
 from nbdist.core.check.known_checks import KnownChecks
 from nbdist.core.comm.world import World
 from nbdist.core.console import console_sink
-from nbdist.core.params.gather import check_whole
+from nbdist.core.params.unshard import check_whole
 from nbdist.core.predict import predict as run_prediction
 from nbdist.core.state.checkpoint_writer import check_resume
 from nbdist.core.task.prediction import prediction_task

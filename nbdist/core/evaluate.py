@@ -67,6 +67,7 @@ class Evaluation:
 
         def measure(batch: Any, part: Slice) -> tuple[tuple[torch.Tensor, Any], tuple[Any, Any]]:
             outputs.clear()
+            strategy.batch_gather.begin(counts=part.samples > 0)
             loss, weight = task.loss_and_weight(batch, part)
             measured = (0, 0)
             if metric is not None and strategy.axes.reports_loss:

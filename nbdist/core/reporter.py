@@ -38,6 +38,7 @@ class Reporter:
         self._schedulers = schedulers
         self._emit = emit
         self._meter = Meter(progress.samples, progress.step)
+        self._second = progress.step + 2
         self._losses = Losses()
         self._process = psutil.Process()
         self._memory, self._memory_due_s = 0, 0.0
@@ -59,8 +60,8 @@ class Reporter:
         self._comm_times = comm_timer.waiting, comm_timer.communication, comm_timer.data
 
     def report_if_due(self, progress: TrainProgress, loss: RunningMean) -> None:
-        """Emit progress, unless an event was emitted a moment ago."""
-        if self._meter.due():
+        """Emit progress, unless an event was emitted a moment ago; the second step always: hangs count from it."""
+        if self._meter.due() or progress.step == self._second:
             self.report(progress, loss.value)
 
     def report(self, progress: TrainProgress, loss: float | None, samples_per_s: float | None = None) -> None:

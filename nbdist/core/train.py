@@ -23,9 +23,9 @@ from nbdist.core.control.step_control import StepControl
 from nbdist.core.data.reader import Reader, Slice
 from nbdist.core.data.sources import Source
 from nbdist.core.evaluate import Evaluation, in_mode
-from nbdist.core.params.gather import record_placements
 from nbdist.core.params.replicas import check_replicas
 from nbdist.core.params.structure_watch import StructureWatch
+from nbdist.core.params.unshard import record_placements
 from nbdist.core.process import rng
 from nbdist.core.process.memory import frozen_gc, keep_freed_pages, keep_large_pages
 from nbdist.core.process.settings import deterministic, threads
@@ -153,6 +153,7 @@ def fit(
         with explained(plan.mesh, check is not None and check.runs_alone):
             strategy = choice.apply(task, plan, world)
             cleanup.callback(strategy.close)
+            cleanup.enter_context(strategy.batch_gather.in_use())
             load_onto = functools.partial(
                 load, model=model, table=strategy.table, optimizers=task.optimizers, axes=strategy.axes
             )

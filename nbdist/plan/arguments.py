@@ -22,6 +22,8 @@ class OptionParser(argparse.ArgumentParser):
             prog=prog, usage=usage, description=description, add_help=False, allow_abbrev=False,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
         )  # fmt: skip
+        self.elsewhere: dict[str, tuple[str, ...]] = {}
+        """Each option's names in other trainers."""
 
     @property
     def arguments(self) -> list[argparse.Action]:
@@ -36,8 +38,10 @@ class OptionParser(argparse.ArgumentParser):
         """Parse `words`; the error for an unknown option suggests the nearest known one."""
         namespace, unknown = self.parse_known_args(words)
         if unknown:
+            name = unknown[0].partition("=")[0]
             known = [flag for action in self.arguments for flag in action.option_strings]
-            raise PlanError(f"{self.prog}: unknown argument {unknown[0]!r}.{suggest(unknown[0], known)}")
+            meant = [flag(option) for option, others in self.elsewhere.items() if name in map(flag, others)]
+            raise PlanError(f"{self.prog}: unknown argument {name!r}.{suggest(name, known, meant)}")
         return namespace
 
 
@@ -54,8 +58,9 @@ def line_help(option: Option) -> str:
     return explained(option, flag, {"True": "yes", "False": "no"})
 
 
-def add_options(parser: argparse.ArgumentParser, options: Mapping[str, Option]) -> None:
+def add_options(parser: OptionParser, options: Mapping[str, Option]) -> None:
     """Add options to `parser`, each with its sentence, unit and default."""
+    parser.elsewhere |= {name: option.elsewhere for name, option in options.items()}
     for name, option in options.items():
         parse: Any = _yes_or_no if option.parse is bool else option.parse
         many: Any = {"nargs": "+"} if option.many else {"nargs": "?", "const": True} if option.bare else {}

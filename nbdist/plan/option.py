@@ -32,6 +32,7 @@ class Option:
         read: How a magic reads its word in the notebook: as "text"; as a "callable" of the notebook or a known word; as
             an expression with a "value", which may be "quotable"; as a "path", in which ``{name}`` stands for a value.
         of_task: Whether it describes the task (what is trained), not only the plan.
+        elsewhere: Its names in other trainers: whoever writes one of these is told this option's name.
     """
 
     help: str
@@ -43,6 +44,7 @@ class Option:
     words: tuple[str, ...] = ()
     read: str = "text"
     of_task: bool = False
+    elsewhere: tuple[str, ...] = ()
 
 
 def option(value: Any, help: str, *, default: str | None = None, **described: Any) -> Any:
@@ -83,11 +85,12 @@ def explained(
     return re.sub(r"`(\w+)`", lambda found: mention(found[1]), text)
 
 
-def check_known(names: Iterable[str], known: Mapping[str, Any]) -> None:
+def check_known(names: Iterable[str], known: Mapping[str, Option]) -> None:
     """Raise `PlanError` for a name that is no option, with the nearest one that is."""
     for name in names:
         if name not in known:
-            raise PlanError(f"unknown option {name!r}.{suggest(name, known)}")
+            meant = [option for option, about in known.items() if name in about.elsewhere]
+            raise PlanError(f"unknown option {name!r}.{suggest(name, known, meant)}")
 
 
 def takes_options(options: Mapping[str, Option]) -> Callable[[F], F]:

@@ -16,13 +16,14 @@ from nbdist.plan.known_names import LOSSES, METRICS, OPTIMIZERS
 from nbdist.plan.mesh import STRATEGY_WORDS, Mesh
 from nbdist.plan.option import Option, check_known, option, options_of
 
-__all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "SCHEDULES", "SLICES", "Plan"]
+__all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "REDUCTIONS", "SCHEDULES", "SLICES", "Plan"]
 
 DEFAULT_BATCH_SIZE = 32
 PRECISIONS = ("full", "bf16", "fp16")
 SLICES = 4
 """Default slices of a reproducible batch: twelve would divide by 3 ranks too, but cost up to half a step."""
 CHECKS = ("yes", "mesh", "no")
+REDUCTIONS = ("mean", "sum")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 """Pipeline schedules, and how many stages each gives a rank."""
@@ -51,6 +52,10 @@ class Plan:
         read="callable",
         of_task=True,
     )
+    reduction: str = option(
+        "mean", "What a loss is over the samples: their mean, or their sum. A loss that says so itself (torch's "
+        "reduction='sum') needs no option.", metavar="mean|sum", words=REDUCTIONS, of_task=True,
+    )  # fmt: skip
     optimizer: str = option(
         "adamw",
         "A class of torch.optim in small letters (sgd, adamw, ...), a callable that takes the parameters, or an "
@@ -60,7 +65,13 @@ class Plan:
         of_task=True,
     )
     lr: float | None = option(
-        None, "Learning rate.", parse=float, metavar="RATE", default="the optimizer's own default", of_task=True
+        None,
+        "Learning rate.",
+        parse=float,
+        metavar="RATE",
+        default="the optimizer's own default",
+        of_task=True,
+        elsewhere=("learning_rate",),
     )
     lr_scheduler: str = option(
         "",
@@ -71,31 +82,39 @@ class Plan:
         of_task=True,
     )
     epochs: int | None = option(
-        None, "Passes over the training data.", parse=int, metavar="N", default="1, unless `steps`"
-    )
+        None, "Passes over the training data.", parse=int, metavar="N", default="1, unless `steps`",
+        elsewhere=("num_epochs", "num_train_epochs", "max_epochs"),
+    )  # fmt: skip
     steps: int | None = option(
-        None, "Optimizer steps, instead of `epochs`; wraps round the data.", parse=int, metavar="N", default=""
-    )
+        None, "Optimizer steps, instead of `epochs`; wraps round the data.", parse=int, metavar="N", default="",
+        elsewhere=("max_steps",),
+    )  # fmt: skip
     batch_size: int = option(
         DEFAULT_BATCH_SIZE,
         "Global batch size: samples in one optimizer step, over all ranks.",
         parse=int,
         metavar="N",
         of_task=True,
+        elsewhere=("bs", "train_batch_size"),
     )
-    accumulate: int = option(1, "Microbatches each rank runs in one step.", parse=int, metavar="K")
+    accumulate: int = option(
+        1, "Microbatches each rank runs in one step.", parse=int, metavar="K",
+        elsewhere=("gradient_accumulation_steps", "accumulate_grad_batches"),
+    )  # fmt: skip
     clip_norm: float | None = option(
         None,
         "Largest global L2 norm of the gradient; larger ones are scaled down.",
         parse=float,
         metavar="X",
         default="",
+        elsewhere=("max_grad_norm", "gradient_clip_val"),
     )
     precision: str = option(
         "full",
         "Forward and loss under autocast to bf16 or fp16; weights stay as they are.",
         metavar="full|bf16|fp16",
         words=PRECISIONS,
+        elsewhere=("amp", "mixed_precision"),
     )
     sync_batchnorm: bool = option(False, "BatchNorm over the whole microbatch of all replicas.", parse=bool)
     microbatches: int | None = option(
@@ -124,9 +143,7 @@ class Plan:
     )
     metric: str = option(
         "",
-        "Measured on the whole `val` data: a callable metric(output, target), whose (mean, weight) is averaged exactly "
-        "and which else is called once with all outputs; an object with update and compute; or one of "
-        f"{', '.join(METRICS)}.",
+        f"Measured on all `val` data: metric(output, target), an object with update and compute, {', '.join(METRICS)}.",
         default="",
         words=METRICS,
         read="callable",
@@ -159,7 +176,6 @@ class Plan:
     bucket_mib: float = option(
         25.0, "Gradient bucket in MiB, where the sync overlaps with backward (NCCL).", parse=float, metavar="MIB"
     )
-
     gather: bool = option(
         True,
         "Gather the whole model at the end; switch it off for one too large, which `checkpoint` saves.",
@@ -186,8 +202,8 @@ class Plan:
         read="path",
     )
     stop_on_nan: bool = option(
-        False, "End with an error when a loss is not finite, before it reaches the weights.", parse=bool,
-    )  # fmt: skip
+        False, "End with an error when a loss is not finite, before it reaches the weights.", parse=bool
+    )
     check: str = option(
         "yes",
         "Before the first update, compare a step on few samples with one process, and its slices with the whole batch; "
@@ -215,7 +231,8 @@ class Plan:
         for name in ("shuffle", "sync_batchnorm", "gather", "stop_on_nan"):
             if getattr(self, name) not in (True, False):
                 raise PlanError(f"{name} must be True or False, not {getattr(self, name)!r}.")
-        for name, words in (("precision", PRECISIONS), ("schedule", SCHEDULES), ("check", CHECKS)):
+        words_of = {"precision": PRECISIONS, "schedule": SCHEDULES, "check": CHECKS, "reduction": REDUCTIONS}
+        for name, words in words_of.items():
             if getattr(self, name) not in words:
                 raise PlanError(
                     f"unknown {name} {getattr(self, name)!r}: use {', '.join(words)}."
@@ -241,7 +258,9 @@ class Plan:
             if getattr(self, name) is not None:
                 self._positive(name)
         if self.batch_size < self.slices:
-            how, what = f"{self.mesh.data} ranks x {self.slices_per_rank} microbatches", "ranks"
+            ranks, each = self.mesh.data, self.slices_per_rank
+            how = f"{ranks} rank{'s' if ranks > 1 else ''} x {each} microbatch{'es' if each > 1 else ''}"
+            what = "ranks"
             if self.reproducible:
                 how, what = f"reproducible={self.reproducible}", "slices"
             raise PlanError(

@@ -38,6 +38,7 @@ class TrainOptions(TypedDict, total=False):
     val: Any
     strategy: str | None
     loss: Any
+    reduction: str | None
     optimizer: Any
     lr: float | None
     lr_scheduler: Callable[[Any], Any] | None

@@ -112,7 +112,8 @@ class RankStateSink(Sink):
         """Fold, and publish if it is time."""
         self.state = fold(self.state, event)
         now_s = time.monotonic()
-        usual = isinstance(event, (Progress, EpochFinished))
+        # A rank that hangs after two steps tells no more, and hangs are looked for from the second step on.
+        usual = isinstance(event, (Progress, EpochFinished)) and self.state.step - self.state.first_step > 2
         if usual and now_s < self._next_s:
             return
         whole = now_s >= self._next_whole_s or not (usual or isinstance(event, Evaluating))

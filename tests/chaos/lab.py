@@ -302,14 +302,14 @@ class _Left:
 
     Args:
         processes: What they are.
-        listening: Sockets that listen, of all of them.
+        listening: The port, and the process, of each of their sockets that listens.
         shared: Names in /dev/shm.
         folders: Our names in the temporary folder.
         files: What this process has open, by kind.
     """
 
     processes: tuple[str, ...]
-    listening: int
+    listening: frozenset[tuple[int, str]]
     shared: frozenset[str]
     folders: frozenset[str]
     files: collections.Counter[str]
@@ -317,13 +317,14 @@ class _Left:
     @classmethod
     def now(cls) -> _Left:
         gc.collect()  # an error that was caught above holds what its frames held
-        listening = collections.Counter[bool]()
+        listening = set()
         processes = [psutil.Process(), *marked()]
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                listening.update(c.status == psutil.CONN_LISTEN for c in process.net_connections("inet"))
+                found = process.net_connections("inet")
+                listening |= {(c.laddr.port, _described(process)) for c in found if c.status == psutil.CONN_LISTEN}
         return cls(
-            processes=tuple(filter(None, map(_described, processes))), listening=listening[True],
+            processes=tuple(filter(None, map(_described, processes))), listening=frozenset(listening),
             shared=frozenset(os.listdir("/dev/shm")),
             folders=frozenset(path.name for path in Path(tempfile.gettempdir()).glob("nbdist-*")),
             files=_open_files(),
@@ -334,8 +335,9 @@ class _Left:
         problems = []
         if len(self.processes) > len(before.processes):
             problems.append(f"{len(self.processes)} processes in place of {len(before.processes)}: {self.processes}")
-        if self.listening > before.listening:
-            problems.append(f"{self.listening} listening sockets in place of {before.listening}")
+        if len(self.listening) > len(before.listening):
+            new = ", ".join(f"{port} of {process}" for port, process in sorted(self.listening - before.listening))
+            problems.append(f"{len(self.listening)} listening sockets in place of {len(before.listening)}: {new}")
         problems += [
             f"{name} is left" for name in sorted((self.shared | self.folders) - before.shared - before.folders)
         ]

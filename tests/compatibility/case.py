@@ -19,6 +19,7 @@ class Case:
         data: ``data(samples)``: tensors, a dict of them, or a DataLoader.
         loss: A name or a callable, as for `nbdist.train`.
         step: ``step(model, batch)`` in place of a loss. With neither, the model computes its loss from a dict.
+        reduction: The option.
         optimizer: "sgd" or "adamw".
         lr: Its rate.
         double: Whether model and data are float64; else float32.
@@ -34,6 +35,7 @@ class Case:
     data: Callable[[int], Any]
     loss: Any = None
     step: Callable[[nn.Module, Any], Any] | None = None
+    reduction: str = "mean"
     optimizer: str = "sgd"
     lr: float = 0.05
     double: bool = True

@@ -22,6 +22,7 @@ import attention
 import dynamic
 import everyday
 import generative
+import losses
 import science
 import sequence
 import vision
@@ -37,7 +38,7 @@ from nbdist.plan import Plan, slice_bounds
 
 CASES: dict[str, Case] = {
     **everyday.CASES, **vision.CASES, **sequence.CASES, **attention.CASES, **dynamic.CASES, **generative.CASES,
-    **science.CASES,
+    **science.CASES, **losses.CASES,
 }  # fmt: skip
 MESHES = ["dp=2", "shard=2", "pp=2", "tp=2", "dp=2,shard=2", "dp=2,pp=2"]
 SAMPLES, BATCH, SEED = 34, 12, 3  # three steps, the last of 10 samples
@@ -61,6 +62,8 @@ def optimizer_of(case: Case) -> Any:
 def options_of(case: Case, mesh: str) -> dict[str, Any]:
     """How a cell is run."""
     options: dict[str, Any] = {"strategy": mesh, "seed": SEED, "batch_size": BATCH, "check": case.check}
+    if case.reduction != "mean":
+        options["reduction"] = case.reduction
     if "pp" in mesh:
         options["microbatches"] = 2
         if case.split_at:
@@ -85,7 +88,7 @@ def by_hand(case: Case, mesh: str) -> tuple[float, dict[str, torch.Tensor]]:
     options = options_of(case, mesh)
     del options["check"]
     plan = Plan.create(ranks=ranks_of(mesh), cores=1, **options)
-    model, data, losses, weights = case.model(), case.samples(SAMPLES), [], []
+    model, data, totals, weights = case.model(), case.samples(SAMPLES), [], []
     optimizer = optimizer_of(case)(model.parameters())
     replicas = [{k: v.clone() for k, v in model.named_buffers()} for _ in range(plan.mesh.data if case.sliced else 1)]
     for step, rows in enumerate(torch.arange(SAMPLES).split(BATCH)):
@@ -97,16 +100,17 @@ def by_hand(case: Case, mesh: str) -> tuple[float, dict[str, torch.Tensor]]:
             for name, buffer in model.named_buffers():
                 buffer.data = buffers[name]
             torch.manual_seed(rng.derive(SEED, "slice", step, i))
-            loss = loss_of(case, model, read(data, rows[start:stop])) * ((stop - start) / len(rows))
+            share = 1 if case.reduction == "sum" else (stop - start) / len(rows)
+            loss = loss_of(case, model, read(data, rows[start:stop])) * share
             loss.backward()
             total += loss.item()
         optimizer.step()
-        losses.append(total)
+        totals.append(total)
         weights.append(case.weigh(read(data, rows)) if case.weigh else len(rows))
     tensors = _tensors(model)
     for name, buffer in replicas[0].items():
         tensors[name] = torch.stack([r[name] for r in replicas]).mean(0) if buffer.is_floating_point() else buffer
-    return sum(a * b for a, b in zip(losses, weights, strict=True)) / sum(weights), tensors
+    return sum(a * b for a, b in zip(totals, weights, strict=True)) / sum(weights), tensors
 
 
 def read(data: Any, rows: torch.Tensor) -> Any:
@@ -128,6 +132,8 @@ def loss_of(case: Case, model: nn.Module, batch: Any) -> torch.Tensor:
         return output["loss"] if isinstance(output, dict) else output.loss
     *inputs, target = batch
     loss = case.loss if callable(case.loss) else LOSSES[case.loss]
+    if case.reduction == "sum":
+        loss = functools.partial(loss, reduction="sum")
     return loss(model(*inputs), target)
 
 

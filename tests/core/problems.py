@@ -79,7 +79,18 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def train(world: World, model: nn.Module, data: Any, **options: Any) -> tuple[Result, dict[str, torch.Tensor]]:
     """Train as `nbdist.train` would, on one thread, and return the result and the weights."""
-    supplied = {"loss", "step", "optimizer", "lr", "lr_scheduler", "val", "metric", "batch_size", "shuffle"}
+    supplied = {
+        "loss",
+        "step",
+        "optimizer",
+        "lr",
+        "lr_scheduler",
+        "val",
+        "metric",
+        "batch_size",
+        "shuffle",
+        "reduction",
+    }
     if "step" not in options:
         options.setdefault("loss", "cross_entropy")
     task = Task.create(model, data, **{k: v for k, v in options.items() if k in supplied})

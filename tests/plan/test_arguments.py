@@ -26,7 +26,7 @@ WORDS = {
     "split_at": ("blocks.2", ("blocks.2",)), "tensor_plan": ("rules", "rules"), "gather": ("no", False),
     "checkpoint": ("/tmp/here", "/tmp/here"), "checkpoint_every": ("5min", "5min"), "checkpoint_keep": ("2", 2),
     "resume": ("/tmp/here", "/tmp/here"), "stop_on_nan": ("yes", True), "tensorboard": ("/tmp/here", "/tmp/here"),
-    "check": ("no", "no"),
+    "check": ("no", "no"), "reduction": ("sum", "sum"),
 }  # fmt: skip
 
 
@@ -76,6 +76,7 @@ def test_yes_and_no(word, value):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("net --learning-rate=3", r"%train: unknown argument '--learning-rate'\. Did you mean '--lr'\?"),
         ("net --epoch 3", r"%train: unknown argument '--epoch'\. Did you mean '--epochs'\?"),
         ("net --batchsize 3", r"unknown argument '--batchsize'\. Did you mean '--batch-size'\?"),
         ("net other", r"%train: unknown argument 'other'\."),

@@ -89,6 +89,7 @@ def test_numbers_of_other_libraries_become_pythons():
         ({"bucket_mib": float("inf")}, "bucket_mib inf must be a positive number"),
         ({"lr": "fast"}, "lr must be a number, not 'fast'"),
         ({"shuffle": "no"}, "shuffle must be True or False, not 'no'"),
+        ({"learning_rate": 0.1}, r"unknown option 'learning_rate'\. Did you mean 'lr'\?"),
         ({"batchsize": 3}, r"unknown option 'batchsize'\. Did you mean 'batch_size'\?"),
         ({"precision": "bf8"}, "unknown precision 'bf8': use full, bf16, fp16"),
         ({"schedule": "1f2b", "strategy": "pp"}, "unknown schedule '1f2b': use gpipe, 1f1b, interleaved"),

@@ -6,7 +6,7 @@ import torch
 
 from nbdist.core.check.plain_step import StepResult
 from nbdist.core.check.rounding import Rounding
-from nbdist.core.check.sentences import FIRST_FORWARD, OPTIMIZER, apart, off_on_mesh, unlike
+from nbdist.core.check.sentences import FIRST_FORWARD, GATHERED, OPTIMIZER, apart, off_on_mesh, unlike
 from nbdist.core.check.value_records import same_state
 from nbdist.core.optim.optimizers import step_optimizers
 from nbdist.core.params.extra_state import extra_states
@@ -28,10 +28,14 @@ class MeshDifference:
         expected: The step of one process.
         rounding: Its rounding.
         samples: How many samples the step has.
+        gathers: Whether the step calls `nbdist.gather`.
     """
 
-    def __init__(self, strategy: Strategy, expected: StepResult, rounding: Rounding, samples: int) -> None:
+    def __init__(
+        self, strategy: Strategy, expected: StepResult, rounding: Rounding, samples: int, *, gathers: bool = False
+    ) -> None:
         self._strategy, self._expected, self._rounding, self._samples = strategy, expected, rounding, samples
+        self._gathers = gathers
         axes, table = strategy.axes, strategy.table
         self._updated = {
             name: parameter
@@ -110,4 +114,5 @@ class MeshDifference:
     def _words(self, what: str, how: str, *, of_optimizer: bool = False) -> str:
         mesh = self._strategy.axes.mesh
         of_update = OPTIMIZER if mesh.size > mesh.dp else FIRST_FORWARD
-        return off_on_mesh(mesh, what, how, self._samples, of_update if of_optimizer else None)
+        of_step = GATHERED if self._gathers else None
+        return off_on_mesh(mesh, what, how, self._samples, of_update if of_optimizer else of_step)

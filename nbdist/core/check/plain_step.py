@@ -20,6 +20,7 @@ from nbdist.core.params.last_bits import nudge_
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
 from nbdist.core.strategies.pipeline.schedules import run_plain_backward
+from nbdist.core.sync.batch_gather import PlainGather
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
@@ -49,6 +50,11 @@ class StepResult:
     extra: dict[str, Any]
     updated: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def finite(self) -> bool:
+        """Whether the loss and all gradients are finite."""
+        return math.isfinite(self.loss) and all(g is None or bool(g.isfinite().all()) for g in self.gradients.values())
+
 
 class PlainStep:
     """Runs steps of a task in this process alone, on its whole model, and leaves no trace of them. Local.
@@ -66,6 +72,7 @@ class PlainStep:
         kept_again: The paths of what a second pass over them has changed again.
         draws: Whether a slice has drawn random numbers from torch's generators.
         draws_elsewhere: Whether one has drawn some from Python's or NumPy's.
+        gather: In use while a slice is computed.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class PlainStep:
         self._table = ParamTable.of(task.model)
         self._precision = Precision(plan.precision, device)
         self.draws = self.draws_elsewhere = False
+        self.gather = PlainGather()
         self._loss_dtype = torch.float32
 
     def run(
@@ -157,7 +165,7 @@ class PlainStep:
         rng.seed_all(seed)
         rng.seed_torch(seed, self._device)
         before = self._generators()
-        with self._precision.autocast():  # with gradients, which the step may take itself
+        with self.gather.in_use(), self._precision.autocast():  # with gradients, which the step may take itself
             loss, weight = self._task.loss_and_weight(to_device(part.batch, self._device), part)
         if backward:
             share = float(weight) / self._plan.batch_size * self._precision.scale

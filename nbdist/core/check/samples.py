@@ -83,7 +83,7 @@ def read_slice(task: Task, plan: Plan, rank: int) -> Slice:
     place = next(group.index(rank) for group in plan.mesh.groups("shard", "dp") if rank in group)
     first = ReductionTree.share(plan.slices, place, plan.mesh.data)[0]
     rows = range(*slice_bounds(samples, plan.slices)[first])
-    return replace(_slices_of([rows], _read(task, [rows]), plan)[0], index=first)
+    return replace(_slices_of([rows], _read(task, [rows]), plan)[0], index=first, batch_samples=samples)
 
 
 def _read(task: Task, rows: list[Any]) -> list[Any]:
@@ -114,8 +114,9 @@ def _synchronized(task: Task, plan: Plan, cuts: list[range]) -> list[list[int]]:
 
 
 def _slices_of(rows: list[Any], batches: list[Any], plan: Plan) -> list[Slice]:
+    total = sum(map(len, rows))
     return [
-        Slice(index=i, samples=len(part), batch=batch, of=plan.slices)
+        Slice(index=i, samples=len(part), batch=batch, of=plan.slices, batch_samples=total)
         for i, (part, batch) in enumerate(zip(rows, batches, strict=False))
     ]
 

@@ -11,6 +11,7 @@ from nbdist.plan import Mesh
 
 __all__ = [
     "FIRST_FORWARD",
+    "GATHERED",
     "OPTIMIZER",
     "OTHER_DATA",
     "apart",
@@ -21,7 +22,9 @@ __all__ = [
     "wrong_gradient",
 ]
 
-_SUM = "divide it by the number of samples, as in `return loss / len(batch[0])`, or give the mean"
+_SUM = (
+    "give reduction='sum' (--reduction sum), or divide it by the number of samples, as in `return loss / len(batch[0])`"
+)
 _NO_MEAN = (
     "the loss of {samples} samples in one batch is {whole}, but the mean of those of its {slices} slices is "
     "{mean}{ratio}: it is no mean over samples. {cure}; where each slice is meant by itself (as in BatchNorm), "
@@ -44,6 +47,10 @@ FIRST_FORWARD = (
     "the forward, or the optimizer, gives a parameter values of its own in the first step",
     "run one forward before the training, so that all ranks begin with the same values",
 )
+GATHERED = (
+    "the rows of nbdist.gather are not in the samples' order, as where one tensor has two kinds of rows",
+    "gather each kind by itself, or one row for each sample",
+)
 OTHER_DATA = (
     "rank {rank} reads other samples than rank 0: the data draws random numbers that differ from process to process. "
     "Give it a generator with a fixed seed, or draw from torch's, Python's or NumPy's own, which nbdist seeds."
@@ -58,7 +65,7 @@ def no_mean(whole: float, sliced: StepResult, samples: int) -> str:
         samples=samples, whole=in_one, slices=len(sliced.losses), mean=mean,
         ratio=", and their sum is the loss" if is_sum else "",
         cure=f"Of a sum, {_SUM}" if is_sum else "Return with it the number that it is a mean over, as in `return loss, "
-        "mask.sum()`; where samples are compared with each other, one slice must hold all (one rank, accumulate=1)",
+        "mask.sum()`; where samples are compared with each other, nbdist.gather(z) gives a step those of all slices",
     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,12 +15,12 @@ from torch import nn
 
 from nbdist.core.check.findings import CannotBeChecked, Findings, Refused
 from nbdist.core.check.mesh_difference import MeshDifference
-from nbdist.core.check.per_sample import PerSample
 from nbdist.core.check.plain_step import PlainStep, StepResult
 from nbdist.core.check.program_state import ProgramState
 from nbdist.core.check.rounding import Rounding
 from nbdist.core.check.samples import Samples, read_samples, read_slice, synchronizes
-from nbdist.core.check.sentences import OTHER_DATA, no_mean, other_buffers, wrong_gradient
+from nbdist.core.check.sentences import OTHER_DATA
+from nbdist.core.check.whole_batch import WholeBatch, has_norms
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice
@@ -43,7 +42,6 @@ _COPIES, _COPIES_OF_MESH, _COPIES_OF_LOSS = 8, 6, 4
 """How much memory the check needs at its peak, in sizes of the model: whole, with check="mesh", and for losses only."""
 _FREE_SHARE = 0.8
 _NO_SAME_DATA = "the data draws random numbers that differ from process to process"
-_NORMS = nn.modules.batchnorm._BatchNorm
 
 
 class StepCheck:
@@ -64,6 +62,7 @@ class StepCheck:
         self._slices: list[Slice] = []
         self._scale = 1.0
         self._passes = 1
+        self._gathers = False
         self._left_out = ""
         self.findings = Findings()
 
@@ -190,83 +189,42 @@ class StepCheck:
             )
         if step.state.excess:
             raise CannotBeChecked(f"the step can reach too many objects to put back, such as {step.state.excess}")
-        expected = step.run(replicas, update=True)
-        while not _finite(expected) and step.lower_scale():
+        try:
+            expected = step.run(replicas, update=True)
+        except Exception:
+            if not step.gather.called:
+                raise
+        self._gathers = step.gather.called and plan.slices > 1
+        if self._gathers:
+            replicas = [[samples.whole]]
+            expected = step.run(replicas, update=True)
+        while not expected.finite and step.lower_scale():
             expected = step.run(replicas, update=True)
         if step.lower_scale():  # once more: parts of a sum on the mesh may be larger than the sum
             expected = step.run(replicas, update=True)
         self._scale = step.scale
-        if not _finite(expected):
+        if not expected.finite:
             raise CannotBeChecked("the loss, or a gradient, is not finite")
         if step.draws and synchronizes(self._task, plan):
             raise CannotBeChecked("the step draws random numbers, and layers synchronize their statistics")
+        if self._gathers and (step.draws or (has_norms(self._task.model) and not synchronizes(self._task, plan))):
+            raise CannotBeChecked("the step gathers the whole batch, but draws random numbers, or normalizes, by slice")
         if step.draws_elsewhere and not plan.reproducible:
             raise CannotBeChecked("the step draws random numbers with Python or NumPy")
         self._passes = 2 if step.kept else 1
         self.findings.notes += self._kept(step.kept_again)
         nudged = step.run(replicas, nudge=True)
-        self._expected, self._rounding = expected, Rounding(expected, nudged, autocast_eps=step.autocast_eps)
+        rounding = Rounding(expected, nudged, autocast_eps=step.autocast_eps)
+        if self._gathers:  # then one process has the whole batch in one slice; buffers follow the slices
+            self._expected, self._rounding = replace(expected, buffers={}), rounding.reordered()
+            return
+        self._expected, self._rounding = expected, rounding
         if plan.slices > 1 and plan.check == "yes":
             try:
-                self._compare_whole(step, samples.whole, expected, self._rounding.reordered())
+                WholeBatch(self._task, plan, samples, self.findings).compare(step, expected, rounding.reordered())
             except Exception as error:  # as of a checkpointed forward, which had dropout only when it ran again
                 what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
                 self.findings.notes.append(f"slices were not compared with the whole batch: {what}")
-
-    def _compare_whole(self, step: PlainStep, whole: Slice, expected: StepResult, rounding: Rounding) -> None:
-        """Whether the loss of the whole batch is the mean of its slices' losses, and its gradients theirs."""
-        drew = step.draws
-        norms = [name for name, m in self._task.model.named_modules() if isinstance(m, _NORMS) and m.training]
-        per_sample, sliced = PerSample(), expected
-        with per_sample:
-            step.draws = False
-            single = step.run([[whole]])
-            if norms or per_sample.normalizes or drew or step.kept:
-                sliced = step.run([[part] for part in self._slices], again=False)
-                nudged = step.run([[whole]], nudge=True)
-                rounding = Rounding(single, nudged, autocast_eps=step.autocast_eps).reordered()
-        if not (_finite(single) and _finite(sliced)):
-            self.findings.notes.append("slices were not compared with the whole batch: its loss is not finite")
-            return
-        if step.draws:
-            self.findings.notes.append("slices were not compared with the whole batch: the step draws random numbers")
-            return
-        other = _differing(rounding, single, sliced)
-        if other is None:
-            self._note_norms(norms, per_sample)
-            self._note_buffers(rounding, single, expected, norms, drew=drew)
-            return
-        # A forward that a checkpoint computes again in backward draws unseen: another seed shows it.
-        with per_sample:
-            reseeded = step.run([[replace(whole, index=self._plan.slices)]], again=False)
-        if _differing(rounding, single, reseeded) is not None:
-            self.findings.notes.append("slices were not compared with the whole batch: the step draws random numbers")
-            return
-        if not other:
-            raise Refused(no_mean(single.loss, sliced, whole.samples))
-        raise Refused(wrong_gradient(other, whole.samples, len(self._slices)))
-
-    def _note_norms(self, norms: Sequence[str], per_sample: PerSample) -> None:
-        if (norms or per_sample.normalizes) and not self._plan.sync_batchnorm:
-            more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
-            self.findings.notes.append(
-                f"{norms[0] if norms else 'the step'}{more} (BatchNorm) uses the statistics of each slice, not of the "
-                "whole batch" + (": sync_batchnorm for those of all ranks" if self._can_synchronize else "")
-            )
-
-    def _note_buffers(
-        self, rounding: Rounding, single: StepResult, expected: StepResult, norms: Sequence[str], *, drew: bool
-    ) -> None:
-        """A note on those that the whole batch changes otherwise; of random ones only whole numbers are compared."""
-        own = {n: b for n, b in expected.buffers.items() if n in single.buffers and n.rpartition(".")[0] not in norms}
-        kept = {n: b for n, b in own.items() if not (drew and b.is_floating_point())}
-        other = [n for n, buffer in kept.items() if rounding.differs("buffer", n, single.buffers[n], buffer)]
-        if other:
-            self.findings.notes.append(other_buffers(other))
-
-    @property
-    def _can_synchronize(self) -> bool:
-        return self._plan.mesh.data > 1 and not self._plan.reproducible
 
     def compare(self, strategy: Strategy, loads: Sequence[Callable[[], None]] = ()) -> None:
         """Run the same step on the mesh, and compare; nothing of it is left. **Collective** over the world.
@@ -285,7 +243,8 @@ class StepCheck:
         off = ""
         assert self._rounding is not None
         rounding = self._rounding.reordered() if axes.mesh.tp > 1 else self._rounding
-        difference = MeshDifference(strategy, expected, rounding, sum(part.samples for part in self._slices))
+        samples = sum(part.samples for part in self._slices)
+        difference = MeshDifference(strategy, expected, rounding, samples, gathers=self._gathers)
         with rng.fork_rng(self._device), _muted(), self._loaded(loads), strategy.trial(self._scale):
             state = ProgramState(self._roots(), keep_storage=True)
             try:
@@ -371,19 +330,6 @@ def _muted() -> Iterator[None]:
         yield
 
 
-def _differing(rounding: Rounding, first: StepResult, second: StepResult) -> str | None:
-    """The first parameter whose gradients differ by more than rounding; empty for the loss, None for none."""
-    if rounding.differs_loss(first.loss, second.loss):
-        return ""
-    for name, one in first.gradients.items():
-        two = second.gradients[name]
-        if (one is None) != (two is None):
-            return name
-        if one is not None and two is not None and rounding.differs("gradient", name, one, two):
-            return name
-    return None
-
-
 def _free_bytes(world: World) -> float | None:
     """The memory that a rank may use, of its device; None if unknown."""
     if world.device.type == "cuda":
@@ -391,8 +337,3 @@ def _free_bytes(world: World) -> float | None:
     free, within_limits = available_bytes(), bytes_within_limits()
     known = [nbytes for nbytes in (free and free / world.local_size, within_limits) if nbytes is not None]
     return min(known) * _FREE_SHARE if known else None
-
-
-def _finite(result: StepResult) -> bool:
-    gradients = [g for g in result.gradients.values() if g is not None]
-    return math.isfinite(result.loss) and all(bool(g.isfinite().all()) for g in gradients)

@@ -21,13 +21,14 @@ from nbdist.errors import TaskError
 __all__ = ["differs", "state_numbers", "steps_with_closure_only"]
 
 _Cut: TypeAlias = Callable[..., Any]
-_LENGTH, _STEPS, _OUTWARD = 32, 12, 8
-"""Length of the small tensors in their first two dims (further dims have 2), number of updates, and of updates after
-them that make the tensors grow.
+_LENGTH, _STEPS, _OUTWARD, _SLOW = 32, 12, 8, 8
+"""Length of the small tensors in their first two dims (further dims have 2), and number of updates: at a rate of 1;
+then some that make the tensors grow; then some at a small rate.
 
-The first two grow to an optimizer's integer settings up to `_MAX_SETTING`: some treat larger tensors, or later steps,
-differently.
+The first two numbers grow to an optimizer's integer settings up to `_MAX_SETTING`: some treat larger tensors, or later
+steps, differently.
 """
+_SLOW_RATE = 0.01
 _MAX_SETTING = 128
 _SEED, _TOLERANCE = 1_791_943, 1e-6
 _OF_ADAM = 2.0
@@ -126,10 +127,13 @@ def _difference(optimizer: torch.optim.Optimizer, cuts: list[_Cut], sent: bool, 
     except Exception as error:
         return f"cannot be tried on small tensors ({_line(error)})"
     parts: list[_Trial] = []
-    for step in range(steps + _OUTWARD):
+    for step in range(steps + _OUTWARD + _SLOW):
         # Gradients have a common part, as real ones do: some optimizers depend on the distance from the start, some on
-        # whether the norms of tensors grow.
-        directions = common if step < steps else [-tensor for tensor in initial]
+        # whether the norms of tensors grow, some on the change of a gradient over the length of the step.
+        directions = [-tensor for tensor in initial] if steps <= step < steps + _OUTWARD else common
+        if step == steps + _OUTWARD:
+            for trial in (whole, *parts):
+                trial.set_rate(_SLOW_RATE)
         gradients = [(c + 0.3 * g) * 1.3 ** (step % 8) for c, g in zip(directions, draw(), strict=True)]
         seeded = functools.partial(rng.seed_torch, _SEED + step, device)  # the same random numbers in each copy
         try:
@@ -193,6 +197,11 @@ class _Trial:
         self._made = self._copy(self._small)
         set_mode(self._made, training=True)
 
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of all groups, and measure `moved` from where the parts are now."""
+        _set_rate(self._made, rate)
+        self._initial = [None if p is None else p.detach().clone() for p in self._small]
+
     def step(self, gradients: list[torch.Tensor], *closure: Callable[[], torch.Tensor]) -> None:
         """Update the parts by their parts of gradients; a `closure` is passed on."""
         for index, (parameter, gradient) in enumerate(zip(self._small, gradients, strict=True)):
@@ -202,7 +211,7 @@ class _Trial:
 
     @property
     def moved(self) -> list[Any]:
-        """The total update of each part so far; None for a tensor of which this copy has no part."""
+        """The total update of each part since the rate was set; None for a tensor of which this copy has no part."""
         return [None if p is None else p.detach() - value for p, value in zip(self._small, self._initial, strict=True)]
 
     def is_part_of(self, wholes: list[torch.Tensor]) -> bool:
@@ -244,9 +253,6 @@ class _Trial:
             groups.append({k: here if k == "params" else _copied(v, memo) for k, v in group.items()})
             if not here:
                 groups[-1]["params"] = []
-            lr = groups[-1].get("lr")
-            if isinstance(lr, (int, float, torch.Tensor)):  # a small or zero rate would hide differences
-                groups[-1]["lr"] = torch.ones_like(lr) if isinstance(lr, torch.Tensor) else 1.0
         made: torch.optim.Optimizer = object.__new__(type(original))
         memo[id(original)], memo[id(original.param_groups)] = made, groups
         for name, value in vars(original).items():
@@ -254,6 +260,7 @@ class _Trial:
                 continue
             vars(made)[name] = OrderedDict() if name.startswith("_optimizer_") else _copied(value, memo)
         made.param_groups = groups
+        _set_rate(made, 1.0)  # a small or zero rate would hide differences
         common = {key: v for key, v in original.state.items() if not isinstance(key, torch.Tensor)}
         made.state = defaultdict(dict, _copied(common, memo))
         for (_, like), parameter in zip(self._examples, small, strict=True):
@@ -272,6 +279,12 @@ def _like(entry: str, value: Any, like: nn.Parameter, parameter: nn.Parameter) -
     if isinstance(value, torch.Tensor):
         return value.clone() if value.ndim == 0 else None
     return copy.deepcopy(value)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(lr := group.get("lr"), (int, float, torch.Tensor)):
+            group["lr"] = torch.full_like(lr, rate) if isinstance(lr, torch.Tensor) else rate
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

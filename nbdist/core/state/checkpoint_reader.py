@@ -151,7 +151,7 @@ class CheckpointReader:
         """
         about = _read_sealed(place / MANIFEST, FORMATS)
         files = _files(place, about)
-        saved = cls(repr(str(place)), [_File(place / name) for name in files])
+        saved = cls(f"checkpoint {str(place)!r}", [_File(place / name) for name in files])
         saved.complete, saved.seal = True, about["checksum"]
         saved._checksums = {place / name: expected for name, (_, expected) in files.items()}
         return saved
@@ -229,7 +229,7 @@ class CheckpointReader:
             raise self._malformed(f"{entry} of {name}" if entry else name)
 
     def _malformed(self, what: str) -> PlanError:
-        return PlanError(f"checkpoint {self.name} was not written by nbdist: {what} is malformed.")
+        return PlanError(f"{self.name} was not written by nbdist: {what} is malformed.")
 
     def buffer(self, name: str, data_rank: int | None = None) -> torch.Tensor:
         """A buffer: that of one rank, or else the mean over ranks, as in `ParamTable.average_buffers_`."""

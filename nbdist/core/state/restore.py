@@ -108,7 +108,7 @@ def load(
     unknown = states.keys() - stateful_modules(model).keys()
     if unknown:
         raise TaskError(
-            f"checkpoint {saved.name} is of another model: the extra state of {min(unknown) or 'the model'} is only in "
+            f"{saved.name} is of another model: the extra state of {min(unknown) or 'the model'} is only in "
             "it; build the model as it was."
         )
     set_extra_states(model, states)
@@ -155,15 +155,13 @@ def check_same(saved: CheckpointReader, table: ParamTable, optimizers: Mapping[s
                 else f"has shape {saved_shape} in it"
             )
             own = "" if own_shape is None else f" {own_shape}"
-            raise TaskError(
-                f"checkpoint {saved.name} is of another model: {name}{own} {what}; build the model as it was."
-            )
+            raise TaskError(f"{saved.name} is of another model: {name}{own} {what}; build the model as it was.")
     for name in table.parameters if saved.complete else ():
         if not saved.holds(name):
-            raise TaskError(f"checkpoint {saved.name} is not whole: the values of {name} are not in it.")
+            raise TaskError(f"{saved.name} is not whole: the values of {name} are not in it.")
     if optimizers and optimizers.keys() != saved.optimizers.keys():
         raise TaskError(
-            f"checkpoint {saved.name} is of {_listed(saved.optimizers)}, not of {_listed(optimizers)}: give "
+            f"{saved.name} is of {_listed(saved.optimizers)}, not of {_listed(optimizers)}: give "
             "optimizers of the same names."
         )
     names = {id(parameter): name for name, parameter in table.parameters.items()}
@@ -181,14 +179,14 @@ def _check_groups(
     own_groups = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
     if own_groups != [group["params"] for group in groups]:
         raise TaskError(
-            f"checkpoint {of} has other parameter groups than the optimizer: build the optimizer as it was, "
+            f"{of} has other parameter groups than the optimizer: build the optimizer as it was, "
             "over the same parameters in the same order."
         )
     for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
         for key in {*group} & {*saved_group} - {"params"}:
             if not _is_compatible(group[key], saved_group[key]):
                 raise TaskError(
-                    f"checkpoint {of} has {key}={saved_group[key]!r}, where the optimizer has "
+                    f"{of} has {key}={saved_group[key]!r}, where the optimizer has "
                     f"{key}={group[key]!r}: build the optimizer as it was."
                 )
 
@@ -214,15 +212,15 @@ def check_can_resume(saved: CheckpointReader, plan: Plan) -> None:
         for name in SAMPLE_ORDER_OPTIONS:
             if first["plan"][name] != getattr(plan, name):
                 raise PlanError(
-                    f"checkpoint {saved.name} is from the middle of epoch {position['epoch']} of a run with "
+                    f"{saved.name} is from the middle of epoch {position['epoch']} of a run with "
                     f"{name}={first['plan'][name]}, but {name}={getattr(plan, name)} is given: give the same, or a "
                     "checkpoint from the end of an epoch."
                 )
-    if TrainProgress.from_state_dict(position, torch.device("cpu")).complete(plan):
+    progress = TrainProgress.from_state_dict(position, torch.device("cpu"))
+    if progress.complete(plan) or progress.beyond(plan):
         done, word = (position["step"], "steps") if plan.steps is not None else (position["epoch"] - 1, "epochs")
-        raise PlanError(
-            f"checkpoint {saved.name} has already completed {done} {word}: give a larger total (--{word} {done + 1})."
-        )
+        passed = f"{done} {word if done != 1 else word[:-1]}"
+        raise PlanError(f"{saved.name} was saved after {passed}: give a larger total (--{word} {done + 1}).")
 
 
 def same_mesh(saved: CheckpointReader, axes: MeshChannels) -> bool:

@@ -136,3 +136,9 @@ class TrainProgress:
         """Whether all epochs or steps of `plan` are complete, the last row included."""
         passed = self.step >= plan.steps if plan.steps is not None else self.epoch > (plan.epochs or 0)
         return passed and self.row.steps == 0
+
+    def beyond(self, plan: Plan) -> bool:
+        """Whether it has passed the epochs or steps of `plan`: those of another plan, with a larger total."""
+        if plan.steps is not None:
+            return self.step > plan.steps
+        return (self.epoch, self.batch) > ((plan.epochs or 0) + 1, 0)

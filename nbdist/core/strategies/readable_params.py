@@ -89,12 +89,14 @@ class ReadableParams:
             reveal(parameter)
 
     def _refuse_absent(self, parameters: list[nn.Parameter], _data: bool) -> None:
-        raise self._error(parameters, "whose values are on other ranks")
+        reader = "a layer of another rank, the step, a metric or the optimizer"
+        raise self._error(parameters, reader, "whose values are on other ranks")
 
     def _refuse_split(self, parameters: list[nn.Parameter], _data: bool) -> None:
-        raise self._error(parameters, "which is split over ranks, or whose gradient is summed over them,")
+        reader = "something outside the model's forward (the step, a metric or the optimizer)"
+        raise self._error(parameters, reader, "which is split over ranks, or whose gradient is summed over them,")
 
-    def _error(self, parameters: list[nn.Parameter], why: str) -> PlanError:
+    def _error(self, parameters: list[nn.Parameter], reader: str, why: str) -> PlanError:
         found = next(parameter for parameter in parameters if is_placeholder(parameter))
         if found in self._stale:
             return PlanError(
@@ -104,7 +106,6 @@ class ReadableParams:
         name = self.names[found]
         others = "data or shard" if self._mesh.tp * self._mesh.pp > 1 else "data"
         return PlanError(
-            f"something outside the model's forward (the step, a metric or the optimizer) reads parameter {name}, "
-            f"{why} on mesh {self._mesh}: leave it to the optimizer (a penalty on weights is its weight_decay), or use "
-            f"the strategy {others}."
+            f"{reader} reads parameter {name}, {why} on mesh {self._mesh}: leave it to the optimizer (a penalty on "
+            f"weights is its weight_decay), or use the strategy {others}."
         )

@@ -19,8 +19,9 @@ from nbdist.core.optim.precision import Precision
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
 from nbdist.core.process.lazy_dynamo import skip_dynamo_import
-from nbdist.core.strategies.pipeline.schedules import Action, run_plain_backward, schedule_actions
+from nbdist.core.strategies.pipeline.schedules import Action, run_plain_backward, schedule_actions, surrogate_loss
 from nbdist.core.sync.agreement import ControlFlags
+from nbdist.core.sync.batch_gather import RankGather
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.sync.gradient_reducer import GradientReducer
 from nbdist.core.sync.step_tail import StepLosses, Totals
@@ -50,6 +51,7 @@ class Strategy(ABC):
         lag: After how many steps the summed control flags are read: 1 on a GPU, so that no step waits for it.
         equal_slices: Whether all ranks must compute equally many slices, with empty ones on ranks without data.
         batch_norms: Synchronizes BatchNorm statistics over the data-parallel ranks, or None.
+        batch_gather: Gathers rows of all slices for the user's step.
         reducer: Sums gradients over the data-parallel ranks; subclasses make it.
         schedule: The forwards and backwards of this rank in a step, in order.
         computes_loss: Whether this rank computes losses.
@@ -71,7 +73,9 @@ class Strategy(ABC):
         if plan.sync_batchnorm and axes.data.size > 1:
             norms = BatchNorms(task.model, axes.data)
             self.batch_norms = norms if norms.layers else None
-        self.equal_slices = self.batch_norms is not None
+        at_once = plan.slices == axes.data.size and not plan.reproducible
+        self.batch_gather = RankGather(axes.data, plan, at_once=at_once)
+        self.equal_slices = self.batch_norms is not None or at_once  # `gather` needs all ranks, also in a short batch
         self.schedule = schedule_actions("1f1b", 1, -(-plan.slices // axes.data.size))[0]
         self.computes_loss = True
         self._optimizer_steps = OptimizerSteps()
@@ -95,6 +99,7 @@ class Strategy(ABC):
                 continue
             part, key = slices[action.microbatch], (action.stage, action.microbatch)
             if action.kind == "forward":
+                self.batch_gather.begin(counts=part.samples > 0)
                 computed = self.run_forward(action, part, ("slice", step), self.task.loss_and_weight)
                 if computed is not None:
                     waiting[key] = self._weigh(part, *computed, first=action.microbatch == 0)
@@ -114,6 +119,9 @@ class Strategy(ABC):
         units = self.units(weight if counts else 0, part, first=first)
         if counts:
             self.reducer.losses.add(part.index, loss, weight, units)
+        elif self.batch_gather.gathered:  # its rows count for other ranks, its loss does not
+            gathered = self.batch_gather.gathered
+            return surrogate_loss(gathered, [torch.zeros_like(rows) for rows in gathered]), False
         elif self.batch_norms is not None:  # its backward serves other ranks only
             self.batch_norms.zero_output_gradients()
         return self.scale_loss(loss, units if counts else 1), not counts and self.batch_norms is None

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from nbdist.core.task.loss_weight import counted_targets
 from nbdist.errors import TaskError, suggest
+from nbdist.plan.plan import REDUCTIONS
 
-__all__ = ["LOSSES", "ClassLoss", "Loss", "find_loss", "is_torch_own", "loss_name"]
+__all__ = ["LOSSES", "ClassLoss", "Loss", "find_loss", "is_torch_own", "loss_name", "reduction_of"]
 
 Loss = Callable[[Any, Any], Any]
 """``loss(output, target)``: a mean, or ``(mean, weight)`` with the number (or sum of weights) that it is over."""
@@ -34,11 +35,33 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 """Losses by the names that ``--loss`` takes; "bce" takes logits."""
 
 
-def find_loss(loss: Any) -> Loss:
-    """Turn a name or a callable into a loss whose mean averages exactly over ranks and microbatches.
+def reduction_of(loss: Any, given: str | None) -> str:
+    """Whether a loss is a "mean" or a "sum" over samples: as it says itself, else as it is `given`.
 
     Raises:
-        TaskError: The name is unknown, the value is not callable, or the loss is a sum.
+        TaskError: Both say something else, or it says neither.
+    """
+    bound = loss.keywords if isinstance(loss, functools.partial) else {}
+    own = bound.get("reduction", getattr(loss, "reduction", None))
+    if own is None:
+        return given or "mean"
+    own = "mean" if own == "batchmean" else own
+    if own not in REDUCTIONS:
+        raise TaskError(f"loss {loss_name(loss)} has reduction={own!r}: use reduction='mean', or 'sum'.")
+    if given not in (None, own):
+        raise TaskError(f"loss {loss_name(loss)} has reduction={own!r}, but reduction={given!r} is given: omit one.")
+    return str(own)
+
+
+def find_loss(loss: Any, reduction: str = "mean") -> Loss:
+    """Turn a name or a callable into a loss that averages, or adds up, exactly over ranks and microbatches.
+
+    Args:
+        loss: The name, or the callable.
+        reduction: See `reduction_of`.
+
+    Raises:
+        TaskError: The name is unknown, or the value is not callable.
     """
     if isinstance(loss, str):
         if loss not in LOSSES:
@@ -48,10 +71,9 @@ def find_loss(loss: Any) -> Loss:
         raise TaskError(f"loss {loss.__name__} is a class, not a loss: write {loss.__name__}().")
     if not callable(loss):
         raise TaskError(f"loss must be a name or a callable, not {loss!r}.")
-    bound = loss.keywords if isinstance(loss, functools.partial) else {}
-    reduction = bound.get("reduction", getattr(loss, "reduction", "mean"))
-    if reduction not in ("mean", "batchmean"):
-        raise TaskError(f"loss {loss_name(loss)} has reduction={reduction!r}: use reduction='mean'.")
+    if reduction == "sum":
+        known = any(loss is function for function in LOSSES.values())
+        return functools.partial(getattr(loss, "func", loss), reduction="sum") if known else loss
     if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and is_torch_own(loss):
         return ClassLoss(loss, loss.ignore_index, loss.weight)
     if loss in (F.cross_entropy, F.nll_loss):

@@ -20,7 +20,7 @@ from nbdist.core.sync.loss_forms import LossForms
 from nbdist.core.task.check_model import check_model
 from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
-from nbdist.core.task.losses import ClassLoss, Loss, find_loss, is_torch_own, loss_name
+from nbdist.core.task.losses import ClassLoss, Loss, find_loss, is_torch_own, loss_name, reduction_of
 from nbdist.core.task.metrics import Metric, find_metric, metric_name, target_of
 from nbdist.core.task.modules import Modules
 from nbdist.errors import PlanError, TaskError
@@ -45,7 +45,7 @@ _OF_MODEL = (
 )
 _OF_CALLABLE = (
     "return with it the number that the mean is over, as in `return loss, (target != -100).sum()`, or `return loss, "
-    "len(target)` for samples; of a sum, return the mean"
+    "len(target)` for samples; of a sum, give reduction='sum' (--reduction sum)"
 )
 
 
@@ -64,6 +64,7 @@ class Task:
         schedulers: Each makes a torch scheduler from the optimizer of that name; others have none.
         options: The Plan options that follow from the arguments: names, batch size, shuffle.
         forms: Checks that all slices' losses have the same form, if their weights are inferred.
+        sums: Whether the step returns the sum over samples, not a mean.
     """
 
     model: nn.Module
@@ -76,6 +77,7 @@ class Task:
     schedulers: dict[str, Callable[[torch.optim.Optimizer], Any]] = field(default_factory=dict)
     options: dict[str, Any]
     forms: LossForms = field(default_factory=LossForms)
+    sums: bool = False
 
     def __post_init__(self) -> None:
         """Check what each field by itself cannot show.
@@ -99,7 +101,7 @@ class Task:
     def create(
         cls, model: Any, data: Any, *, loss: Any = None, step: Step | None = None, optimizer: Any = "adamw",
         lr: float | None = None, lr_scheduler: Any = None, val: Any = None, metric: Any = None,
-        batch_size: int | None = None,
+        batch_size: int | None = None, reduction: str | None = None,
         shuffle: bool | None = None, names: tuple[str, str] = ("model", "data"),
     ) -> Task:  # fmt: skip
         """Check the user's arguments and bring them to one form. Local; nothing is changed.
@@ -115,6 +117,7 @@ class Task:
             val: Validation data, in the same forms as `data`.
             metric: A name, a callable ``metric(output, target)``, or an object with `update` and `compute`.
             batch_size: Global batch size, if the user gave one.
+            reduction: Whether the loss is a "mean" or a "sum", if the user said so.
             shuffle: Whether to shuffle, if the user gave it.
             names: The user's names for `model` and `data`.
 
@@ -130,7 +133,8 @@ class Task:
         elif (loss is None) == (step is None):
             raise TaskError(NO_LOSS if loss is None else "give loss=... or step=..., not both.")
         elif loss is not None:
-            step = SupervisedStep(find_loss(loss))
+            reduction = reduction_of(loss, reduction)
+            step = SupervisedStep(find_loss(loss, reduction))
         if not callable(step):
             raise TaskError(f"step must be a callable step(model, batch), not {step!r}.")
         found_metric = None if metric is None else find_metric(metric)
@@ -156,11 +160,13 @@ class Task:
             val=val_source,
             metric=found_metric,
             own_optimizers=isinstance(optimizer, torch.optim.Optimizer),
+            sums=reduction == "sum",
             options={
                 "loss": "the model's own" if own_loss else "step" if loss is None else loss_name(loss),
                 "lr_scheduler": "" if lr_scheduler is None else _name(lr_scheduler),
                 "optimizer": optimizer_name(optimizer),
                 "lr": lr,
+                "reduction": reduction,
                 "metric": "" if metric is None else metric_name(metric),
                 "batch_size": source.batch_size if batch_size is None else batch_size,
                 "shuffle": source.shuffle if shuffle is None else shuffle,
@@ -221,6 +227,8 @@ class Task:
     @property
     def infers_weight(self) -> bool:
         """Whether the loss's weight is read from its graph: the model or a user's callable computes the loss."""
+        if self.sums:
+            return False
         if isinstance(self.step, SupervisedStep):
             return self.step.infers_weight
         return isinstance(self.step, ModelLossStep)
@@ -228,8 +236,8 @@ class Task:
     @property
     def weight_is_samples(self) -> bool:
         """Whether a slice's weight is always its number of samples."""
-        return isinstance(self.step, SupervisedStep) and not (
-            self.infers_weight or isinstance(self.step.loss, ClassLoss)
+        return self.sums or (
+            isinstance(self.step, SupervisedStep) and not (self.infers_weight or isinstance(self.step.loss, ClassLoss))
         )
 
     def loss_and_weight(self, batch: Any, part: Slice) -> tuple[torch.Tensor, Any]:
@@ -255,8 +263,14 @@ class Task:
         loss, weight = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(type(loss))
-            raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {what}.")
-        if weight is None and self.infers_weight:
+            cure = ": end it with .mean()" if isinstance(loss, torch.Tensor) and loss.numel() > 1 else ""
+            raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {what}{cure}.")
+        if self.sums:
+            if weight is not None:
+                raise TaskError("with reduction='sum' the step returns a sum, without a weight: omit one of the two.")
+            if part.samples and part.batch_samples:  # its share of the sum, as a mean that slices average
+                loss = loss * (part.batch_samples / part.samples)
+        elif weight is None and self.infers_weight:
             mean = mean_over(loss if graph is None else graph.of(loss), part.samples, self._constants)
             if mean is not None:
                 weight = mean.over

@@ -244,7 +244,7 @@ def test_stopped_and_resumed(cluster, undisturbed, tmp_path, how):
     assert undisturbed[0] == bits(model)
     assert undisturbed[1] == rows(again)
     with pytest.raises(
-        PlanError, match=rf"has already completed {EPOCHS} epochs: give a larger total .*--epochs {EPOCHS + 1}"
+        PlanError, match=rf"was saved after {EPOCHS} epochs: give a larger total .*--epochs {EPOCHS + 1}"
     ):
         cluster.resume()
 

@@ -136,6 +136,22 @@ class Outward(torch.optim.SGD):
         return super().step(closure)
 
 
+class Curved(torch.optim.SGD):
+    """Divides by the change of a tensor's gradient over the length of its step, where that is above 1, like Apollo."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            if state:
+                change = float((p.grad - state["grad"]).norm() / (p - state["at"]).norm())
+                state["curvature"] += 0.1 * (change - state["curvature"])
+            state.setdefault("curvature", torch.zeros(()))
+            state["grad"], state["at"] = p.grad.clone(), p.clone()
+            p.grad /= max(1.0, float(state["curvature"]))
+        return super().step(closure)
+
+
 class Growing(torch.optim.SGD):
     """Estimates one rate from sums over all tensors, starting near zero, like Prodigy and D-Adaptation."""
 
@@ -273,6 +289,7 @@ def test_what_treats_each_element_by_itself_may_be_cut(make):
         (lambda ps: stepping_as(Unit, ps), ("shard=2", "tp=2")),
         (lambda ps: Growing(ps, 0.1), ("shard=2", "tp=2", "pp=2")),
         (lambda ps: Outward(ps, 0.01), ("shard=2", "tp=2", "pp=2")),
+        (lambda ps: Curved(ps, 0.01), ("shard=2", "tp=2")),
         (lambda ps: Factored(ps, 0.1, min_size=16, start=0), ("shard=2", "tp=2")),
         (lambda ps: Factored(ps, 0.1, min_size=64, start=0), ("shard=2", "tp=2")),
         (lambda ps: Factored(ps, 0.1, min_size=1, start=25), ("shard=2", "tp=2")),

@@ -167,13 +167,13 @@ def resume(folder, **options):
 @pytest.mark.parametrize(
     ("made", "asked", "message"),
     [
-        ({"epochs": 2}, {"epochs": 2}, r"has already completed 2 epochs: give a larger total \(--epochs 3\)"),
-        ({"epochs": 2}, {"epochs": 1}, r"has already completed 2 epochs"),
-        ({"epochs": 2}, {}, r"has already completed 2 epochs"),
-        ({"epochs": 2}, {"steps": 10}, r"has already completed 10 steps: give a larger total \(--steps 11\)"),
-        ({"steps": 7}, {"steps": 7}, r"has already completed 7 steps"),
-        ({"steps": 7}, {"steps": 3}, r"has already completed 7 steps"),
-        ({"steps": 7}, {"epochs": 1}, r"has already completed 1 epochs"),
+        ({"epochs": 2}, {"epochs": 2}, r"was saved after 2 epochs: give a larger total \(--epochs 3\)"),
+        ({"epochs": 2}, {"epochs": 1}, r"was saved after 2 epochs"),
+        ({"epochs": 2}, {}, r"was saved after 2 epochs"),
+        ({"epochs": 2}, {"steps": 10}, r"was saved after 10 steps: give a larger total \(--steps 11\)"),
+        ({"steps": 7}, {"steps": 7}, r"was saved after 7 steps"),
+        ({"steps": 7}, {"steps": 3}, r"was saved after 7 steps"),
+        ({"steps": 7}, {"epochs": 1}, r"was saved after 1 epoch:"),
         ({"steps": 7}, {"epochs": 3, "batch_size": 10},
          "from the middle of epoch 2 of a run with batch_size=8, but batch_size=10 is given: give the same"),
         ({"steps": 7}, {"epochs": 3, "seed": 1}, "with seed=0, but seed=1 is given: give"),
@@ -185,6 +185,16 @@ def test_checkpoints_that_a_plan_cannot_resume_from(tmp_path, made, asked, messa
     alone(mlp(), classes(40), optimizer="sgd", batch_size=8, checkpoint=str(tmp_path), **made)
     with pytest.raises(PlanError, match=message):
         resume(tmp_path, **{"batch_size": 8, **asked})
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"), [({"epochs": 1}, "after 1 epoch: give a larger"), ({"steps": 7}, "after 8 steps")]
+)
+def test_a_checkpoint_from_a_later_step_is_not_resumed_from(tmp_path, asked, message):
+    """It is from the middle of an epoch, whose row is not complete, as after an interrupt."""
+    alone(mlp(), classes(40), optimizer="sgd", batch_size=8, steps=9, checkpoint=str(tmp_path), checkpoint_every=8)
+    with pytest.raises(PlanError, match=message):
+        resume(next(tmp_path.glob("*8")), batch_size=8, **asked)
 
 
 @pytest.mark.parametrize("asked", [{"batch_size": 10}, {"seed": 3}, {"shuffle": False}])

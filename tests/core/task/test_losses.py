@@ -6,11 +6,12 @@ import functools
 
 import pytest
 import torch
-from problems import CLASSES, FEATURES, SGD, classes, mlp, train, weights
+from problems import CLASSES, FEATURES, SGD, alone, classes, mlp, train, weights
 from torch import nn
 from torch.nn import functional as F
 
 from nbdist.core.task.losses import LOSSES, find_loss, loss_name
+from nbdist.core.task.task import Task
 from nbdist.errors import TaskError
 
 IGNORED = -100
@@ -134,11 +135,83 @@ def test_probabilities_of_classes_count_samples():
         ("cross_entrpy", r"unknown loss 'cross_entrpy': use bce, .*, or a callable\. Did you mean 'cross_entropy'\?"),
         (3, "loss must be a name or a callable, not 3"),
         (nn.MSELoss, r"loss MSELoss is a class, not a loss: write MSELoss\(\)"),
-        (nn.MSELoss(reduction="sum"), "loss MSELoss has reduction='sum': use reduction='mean'"),
-        (functools.partial(F.mse_loss, reduction="sum"), "loss mse_loss has reduction='sum': use reduction='mean'"),
     ],
 )
 def test_what_is_no_loss_is_refused(loss, message):
     """The error names the value and the cure."""
     with pytest.raises(TaskError, match=message):
         find_loss(loss)
+
+
+def summed(output, target):
+    return F.cross_entropy(output, target, reduction="sum")
+
+
+def summed_step(model, batch):
+    return summed(model(batch[0]), batch[1])
+
+
+SUMS = {
+    "a name": {"loss": "cross_entropy", "reduction": "sum"},
+    "a function of torch": {"loss": F.cross_entropy, "reduction": "sum"},
+    "a callable": {"loss": summed, "reduction": "sum"},
+    "a step": {"step": summed_step, "reduction": "sum"},
+    "a module that says so": {"loss": nn.CrossEntropyLoss(reduction="sum")},
+    "a partial that says so": {"loss": functools.partial(F.cross_entropy, reduction="sum")},
+}
+SUM_OPTIONS = {"optimizer": "sgd", "lr": 1e-2, "batch_size": 8, "epochs": 2, "shuffle": False}
+
+
+def train_on_sums(world, given, strategy):
+    data = classes(27)  # the last batch has three samples
+    result, trained = train(world, mlp(), data, val=data, **SUM_OPTIONS, **given, strategy=strategy)
+    return trained, [row["loss"] for row in result.history], result.plan.checked
+
+
+@pytest.mark.parametrize("given", SUMS.values(), ids=SUMS)
+@pytest.mark.parametrize("strategy", ["data", "shard", "pipeline"])
+def test_losses_that_are_sums_train_by_the_sum_of_the_batch(run_ranks, given, strategy):
+    """Also in a short batch; the loss that is shown is the mean of the batches' sums, each as often as its samples."""
+    model, (x, y) = mlp(), classes(27)
+    optimizer, sums = torch.optim.SGD(model.parameters(), 1e-2), []
+    for epoch in range(2):
+        sums.append(0.0)
+        for start in range(0, 27, 8):
+            rows = slice(start, start + 8)
+            optimizer.zero_grad()
+            loss = summed(model(x[rows]), y[rows])
+            loss.backward()
+            optimizer.step()
+            sums[epoch] += loss.item() * len(y[rows]) / 27
+    for trained, shown, checked in run_ranks(2, train_on_sums, given, strategy):
+        torch.testing.assert_close(trained, weights(model), rtol=0, atol=1e-12)
+        assert "as in one process" in checked
+        if shown != [0.0, 0.0]:
+            assert sums == pytest.approx(shown, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"loss": nn.MSELoss(), "reduction": "sum"}, "has reduction='mean', but reduction='sum' is given: omit one"),
+        ({"loss": nn.MSELoss(reduction="none")}, "has reduction='none': use reduction='mean', or 'sum'"),
+    ],
+)
+def test_reductions_that_contradict_each_other_are_refused(given, message):
+    """A loss says itself what it is, or the option does."""
+    with pytest.raises(TaskError, match=message):
+        Task.create(mlp(), classes(8), **given)
+
+
+@pytest.mark.parametrize(
+    ("step", "given", "message"),
+    [
+        (summed_step, {}, r"and their sum is the loss: .* Of a sum, give reduction='sum' \(--reduction sum\)"),
+        (lambda m, b: F.cross_entropy(m(b[0]), b[1]), {"reduction": "sum"}, "it is no mean over samples"),
+        (lambda m, b: (summed_step(m, b), 3), {"reduction": "sum"}, "returns a sum, without a weight: omit one"),
+    ],
+)
+def test_a_reduction_that_is_not_the_steps_is_found(step, given, message):
+    """By the check, where slices differ in size; nothing is trained."""
+    with pytest.raises(TaskError, match=message):
+        alone(mlp(), classes(27), step=step, **SUM_OPTIONS, **given, accumulate=2)

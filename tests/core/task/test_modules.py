@@ -187,7 +187,7 @@ def left_in_parts(world, mesh):
     for module in modules.values():
         with pytest.raises(TaskError, match="is sharded, because it was trained with gather=False"):
             nbdist.train(module, classes(8), loss="cross_entropy", device="cpu")
-        assert nbdist.gather(module, device="cpu") is module
+        assert nbdist.unshard(module, device="cpu") is module
     return {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
 
 

@@ -131,8 +131,8 @@ def test_what_was_supplied_names_itself():
         mlp(), LOADER, loss=nn.CrossEntropyLoss(), optimizer=torch.optim.SGD, lr=0.5, val=DATA, metric=len
     )
     assert {
-        "loss": "CrossEntropyLoss", "optimizer": "SGD", "lr": 0.5, "lr_scheduler": "", "metric": "len",
-        "batch_size": 4, "shuffle": True,
+        "loss": "CrossEntropyLoss", "reduction": "mean", "optimizer": "SGD", "lr": 0.5, "lr_scheduler": "",
+        "metric": "len", "batch_size": 4, "shuffle": True,
     } == task.options  # fmt: skip
     assert "step" == Task.create(mlp(), DATA, step=step).options["loss"]
 

@@ -1,4 +1,4 @@
-"""`nbdist.gather`: makes a model whole on rank 0 after training with ``gather=False`` has left it sharded."""
+"""`nbdist.unshard`: makes a model whole on rank 0 after training with ``gather=False`` has left it sharded."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nbdist.core.params.placement import Placement
 from nbdist.errors import TaskError
 from nbdist.plan import Mesh
 
-__all__ = ["check_whole", "gather", "record_placements"]
+__all__ = ["check_whole", "record_placements", "unshard"]
 
 _parts: weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, Placement], Mesh]] = weakref.WeakKeyDictionary()
 """Where the parts of a sharded model lie; emptied, but not removed, when rank 0 has gathered it."""
 
 
 def record_placements(model: nn.Module, placements: dict[str, Placement], mesh: Mesh, prefix: str = "") -> None:
-    """Record where the parts of a model lie, for `gather`; their names in `placements` have a prefix. Local."""
+    """Record where the parts of a model lie, for `unshard`; their names in `placements` have a prefix. Local."""
     own = {name.removeprefix(prefix): part for name, part in placements.items() if name.startswith(prefix)}
     if own:
         _parts[model] = own, mesh
@@ -35,7 +35,7 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-def gather(model: nn.Module, *, device: str = "auto") -> nn.Module:
+def unshard(model: nn.Module, *, device: str = "auto") -> nn.Module:
     """Gather a model that ``nbdist.train(..., gather=False)`` has left sharded: on rank 0, in place.
 
     **Collective** over the ranks it was trained on. The other ranks take part for one tensor at a time, and their model

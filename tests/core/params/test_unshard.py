@@ -120,7 +120,7 @@ def train_in_parts(world, mesh):
     with pytest.raises(TaskError, match="is sharded, because it was trained with gather=False: create it again"):
         nbdist.train(model, classes(64), loss="cross_entropy", device="cpu")
 
-    assert nbdist.gather(model, device="cpu") is model
+    assert nbdist.unshard(model, device="cpu") is model
     assert before == look(model)
     for again in range(2):
         if world.rank == 0:
@@ -131,11 +131,11 @@ def train_in_parts(world, mesh):
             here = weights(model)
         else:
             assert held(model) == bytes_here
-        nbdist.gather(model, device="cpu")  # twice is fine, and does not undo anything
+        nbdist.unshard(model, device="cpu")  # twice is fine, and does not undo anything
     if world.rank == 0:
         assert_same_bits(here, weights(model))
     kept = weights(never)
-    assert nbdist.gather(never) is never
+    assert nbdist.unshard(never) is never
     assert_same_bits(kept, weights(never))
     return bytes_here / full
 
@@ -155,14 +155,14 @@ def test_a_model_that_was_never_split(run_ranks):
     expected = alone(net(), classes(64), **options_of(Mesh()))[1]
     model = net()
     assert_same_bits(expected, train(World(), model, classes(64), gather=False, **options_of(Mesh()))[1])
-    assert nbdist.gather(model) is model
+    assert nbdist.unshard(model) is model
     assert_same_bits(*run_ranks(2, gather_replicas))
 
 
 def gather_replicas(world):
     model = net()
     train(world, model, classes(64), gather=False, **options_of(Mesh(dp=2)))
-    return weights(nbdist.gather(model, device="cpu"))
+    return weights(nbdist.unshard(model, device="cpu"))
 
 
 def train_and_fail(world, mesh):
