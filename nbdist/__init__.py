@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nbdist.cluster import Cluster, Run, current_cluster, last_run
-    from nbdist.core.api import train
+    from nbdist.core.api import predict, train
     from nbdist.core.params.unshard import unshard
     from nbdist.core.state.checkpoint_writer import load_checkpoint
     from nbdist.core.sync.batch_gather import gather
@@ -28,6 +28,7 @@ __all__ = [
     "last_run",
     "load_checkpoint",
     "past_runs",
+    "predict",
     "train",
     "unshard",
 ]
@@ -44,6 +45,7 @@ _MODULES = {
     "last_run": "nbdist.cluster",
     "load_checkpoint": "nbdist.core",
     "past_runs": "nbdist.telemetry",
+    "predict": "nbdist.core",
     "train": "nbdist.core",
     "unshard": "nbdist.core",
 }

@@ -16,6 +16,7 @@ from nbdist import errors
 from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunOptions
 from nbdist.notebook.parsers import TRAIN
 from nbdist.plan.option import explained
+from nbdist.plan.predict_options import PREDICT_OPTIONS, PredictOptions
 from nbdist.plan.train_options import TRAIN_OPTIONS, TrainOptions
 
 ROOT = Path(nbdist.__file__).parent
@@ -23,7 +24,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = [
     "Cluster", "Mesh", "Plan", "Result", "Run", "current_cluster", "gather", "last_run", "load_checkpoint",
-    "past_runs", "train", "unshard",
+    "past_runs", "predict", "train", "unshard",
 ]  # fmt: skip
 
 TRAIN_ARGUMENTS = [
@@ -42,6 +43,7 @@ MAGICS = [
     "dist_clusters",
     "dist_debug",
     "dist_help",
+    "dist_predict",
     "dist_pull",
     "dist_push",
     "dist_run",
@@ -118,6 +120,16 @@ def test_an_option_is_defined_once(function, options, types):
     assert [] == [name for name, option in options.items() if f" {name}: {explained(option)}" not in shown]
     assert [] == [name for name in parameters if name != "self" and f" {name}: " not in shown]
     assert set(options) == set(types.__annotations__)
+
+
+@pytest.mark.parametrize("function", [nbdist.predict, nbdist.Cluster.predict])
+def test_the_options_of_a_prediction(function):
+    """Those of a training that say how a forward is run, each explained."""
+    parameters = inspect.signature(function).parameters
+    assert set(PREDICT_OPTIONS) <= set(parameters)
+    shown = " ".join(inspect.getdoc(function).split())
+    assert [] == [name for name, option in PREDICT_OPTIONS.items() if f" {name}: {explained(option)}" not in shown]
+    assert set(PREDICT_OPTIONS) == set(PredictOptions.__annotations__) < set(TRAIN_OPTIONS)
 
 
 TYPED = """

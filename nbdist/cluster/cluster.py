@@ -15,6 +15,7 @@ from nbdist.cluster.engines.starting import start_engines, take_over_engines
 from nbdist.cluster.launch import fork_client
 from nbdist.cluster.launch.anchor_client import Anchor, check_detach
 from nbdist.cluster.launch.devices import choose_size
+from nbdist.cluster.prediction import predict
 from nbdist.cluster.runs.run import Run, attend, resume_arguments
 from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunOptions
 from nbdist.engine.cell_sources import CellSources, class_marks
@@ -32,9 +33,7 @@ _COMPLETED_WITHIN_S = 0.3
 
 
 class Cluster:
-    """Engines of this kernel.
-
-    A context manager: ``with nbdist.Cluster(engines=2) as cluster: ...``
+    """Engines of this kernel, and a context manager: ``with nbdist.Cluster(engines=2) as cluster: ...``.
 
     Args:
         engines: How many; by default one per GPU, else one per CPU core, up to four.
@@ -175,7 +174,7 @@ class Cluster:
 
         Args:
             name: The cluster's name; not needed if there is only one.
-            namespace: Gets the run's model under its name; a model of the same shapes under that name gets the weights.
+            namespace: Gets the run's model under its name; one of the same shapes there gets the weights.
             watch: See `train`.
 
         Raises:
@@ -275,8 +274,8 @@ class Cluster:
             engines.ensure_ready()
 
     def _refuse_while_busy(self) -> None:
-        if self._run_queue is not None:
-            self._run_queue.refuse_while_busy()
+        if (run_queue := self._run_queue) is not None:
+            run_queue.refuse_while_busy()
 
     def execute(self, source: str, ranks: Iterable[int] | None = None, *, number: int | None = None) -> CellRun:
         """Start to run a cell's source on ranks, all by default; `number` is its In[...] in tracebacks.
@@ -377,6 +376,8 @@ class Cluster:
         return self.train(
             arguments.pop("model"), arguments.pop("data"), background=background, watch=watch, **arguments
         )
+
+    predict = predict
 
     def _check_rank(self, rank: int) -> int:
         if not 0 <= rank < self.size:

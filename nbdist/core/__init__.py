@@ -1,9 +1,9 @@
 """HOW one rank trains: world, channels, parameters, data, strategies, the training loop. torch, never IPython."""
 
-from nbdist.core.api import train
+from nbdist.core.api import predict, train
 from nbdist.core.params.unshard import unshard
 from nbdist.core.state.checkpoint_writer import load_checkpoint
 from nbdist.core.sync.batch_gather import gather
 from nbdist.core.train import Result, fit
 
-__all__ = ["Result", "fit", "gather", "load_checkpoint", "train", "unshard"]
+__all__ = ["Result", "fit", "gather", "load_checkpoint", "predict", "train", "unshard"]

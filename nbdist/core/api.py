@@ -1,4 +1,4 @@
-"""`nbdist.train`: trains a model from a script, in one process or under torchrun."""
+"""`nbdist.train` and `nbdist.predict`: for scripts, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from nbdist.core.check.known_checks import KnownChecks
 from nbdist.core.comm.world import World
 from nbdist.core.console import console_sink
 from nbdist.core.params.unshard import check_whole
+from nbdist.core.predict import predict as run_prediction
 from nbdist.core.state.checkpoint_writer import check_resume
+from nbdist.core.task.prediction import prediction_task
 from nbdist.core.task.task import Task
 from nbdist.core.train import Result, fit
 from nbdist.errors import PlanError
 from nbdist.plan import Plan, available_cores
-from nbdist.plan.option import takes_options
+from nbdist.plan.option import check_known, takes_options
+from nbdist.plan.predict_options import PREDICT_OPTIONS, PredictOptions
 from nbdist.plan.train_options import TRAIN_OPTIONS, TrainOptions, Unpack
 from nbdist.telemetry import JsonlSink, Sink, TextSink
 from nbdist.telemetry.record import new_run_id, record_path
 
-__all__ = ["train"]
+__all__ = ["predict", "train"]
 
 _checks = KnownChecks()
 
@@ -86,6 +89,41 @@ def train(
         if plan.check != "no":
             _checks.add(task, plan, result.plan)
         return result
+
+
+@takes_options(PREDICT_OPTIONS)
+def predict(model: Any, data: Any, *, device: str = "auto", **options: Unpack[PredictOptions]) -> Any:
+    """The outputs of `model` for a data set, in its order, on all ranks of torchrun; else in this process alone.
+
+    **Collective** under torchrun: every rank calls it with the same arguments. The model is in evaluation mode
+    meanwhile, without gradients, and holds rank 0's weights on every rank when it returns.
+
+    Args:
+        model: An ``nn.Module``.
+        data: As of `train`. The last element of a tuple is the target, and left out, unless the model's forward
+            requires it; a dict is passed as keywords. A DataLoader's order is that of its dataset.
+        device: "auto", "cpu" or "cuda".
+        **options: Each of `PREDICT_OPTIONS`; ``help(nbdist.predict)`` explains them here.
+
+    Returns:
+        What the model returns, of all samples, on every rank: CPU tensors, concatenated along their first dimension,
+        in the same tuples, dicts and model outputs. Entries of a dict without a row for each sample, such as a loss,
+        are left out.
+
+    Raises:
+        PlanError: An option is invalid, or impossible here.
+        TaskError: The model or the data cannot be used, or the outputs cannot be put together.
+    """
+    check_known(options, PREDICT_OPTIONS)
+    given = {name: value for name, value in options.items() if value is not None}
+    batch_size: Any = given.pop("batch_size", None)
+    task = prediction_task(model, data, batch_size=batch_size)
+    size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    plan = Plan.create(ranks=size, cores=_cores(size), **{**given, **task.options})
+    check_whole(task.model)
+    with World.from_environment(device) as world:
+        _agree(plan, world, False)
+        return run_prediction(task, plan, world)
 
 
 def _agreed_check(task: Task, plan: Plan, world: World) -> str:

@@ -22,7 +22,7 @@ from nbdist.core.control.commands import Commands
 from nbdist.core.control.step_control import StepControl
 from nbdist.core.data.reader import Reader, Slice
 from nbdist.core.data.sources import Source
-from nbdist.core.evaluate import evaluate, in_mode
+from nbdist.core.evaluate import Evaluation, in_mode
 from nbdist.core.params.replicas import check_replicas
 from nbdist.core.params.structure_watch import StructureWatch
 from nbdist.core.params.unshard import record_placements
@@ -190,7 +190,10 @@ def fit(
             return reader
 
         reader = reader_of(task.data, plan.slices, plan.shuffle)
-        val_reader = reader_of(task.val, plan.reproducible, False) if task.val is not None else None
+        evaluation = None
+        if task.val is not None:
+            val_reader = reader_of(task.val, plan.reproducible, False)
+            evaluation = Evaluation(task, strategy, val_reader, world, metric=plan.metric)
         steps_total = _steps_total(plan, reader)
         snapshotter = Snapshotter(
             strategy, plan, schedulers, RankSnapshots(snapshot_paths[world.rank]) if snapshot_paths else None,
@@ -290,12 +293,12 @@ def fit(
                 strategy.average_buffers()
                 check_replicas(strategy.table, axes, progress.step)
                 reporter.report(progress, progress.row.loss.value, progress.row.samples / seconds)
-                measured: dict[str, float] = {}
-                if val_reader is not None and not stopped:
+                measured: dict[str, Any] = {}
+                if evaluation is not None and not stopped:
                     emit(Evaluating(rank=world.rank))
                     strategy.set_modes(training=False)
                     try:
-                        measured = evaluate(task, strategy, val_reader, metric=plan.metric)
+                        measured = evaluation.run()
                     finally:
                         strategy.set_modes(training=True)
                 row = progress.row.close(axes.world, axes.reports_loss, len(progress.history) + 1, seconds) | measured

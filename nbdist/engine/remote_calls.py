@@ -19,7 +19,11 @@ from nbdist.core.optim.trained_optimizer import TrainedOptimizer
 from nbdist.core.params.extra_state import extra_states
 from nbdist.core.params.made_buffers import persistence
 from nbdist.core.params.param_table import ParamTable
+from nbdist.core.predict import predict
 from nbdist.core.process.memory import free_frames, free_unused_memory
+from nbdist.core.sample_gather import gathering_rank
+from nbdist.core.task.prediction import ForwardStep
+from nbdist.core.task.task import Task
 from nbdist.core.train import fit
 from nbdist.core.transfer.payload import SegmentCache, is_released, unpack
 from nbdist.engine import checked_collectives
@@ -30,9 +34,9 @@ from nbdist.engine.exchange.exchange import Exchange, StatePublisher
 from nbdist.engine.failure import Failure
 from nbdist.engine.stack_dump import enable
 from nbdist.engine.train_outcome import Outcome
-from nbdist.plan import available_cores
+from nbdist.plan import Plan, available_cores
 from nbdist.process_mark import process_mark
-from nbdist.telemetry import JsonlSink
+from nbdist.telemetry import JsonlSink, RankStateSink
 from nbdist.telemetry.host import host_id, host_name
 from nbdist.telemetry.record import record_path
 
@@ -60,9 +64,16 @@ class _Engine:
         self.store: Any = None  # one connection for all generations: a new one takes seconds if name resolution fails
         self.world: Any = None
         self.result_segment: Any = None  # of the last trained weights, on rank 0
+        self.output_segment: Any = None  # of the last prediction; never reused: the user may keep the outputs
         self.failure: BaseException | None = None  # of the last run, with its frames, for the debugger
         self.cell_error: BaseException | None = None  # the last one of a cell before that
         self.outcome: tuple[str, Outcome] | None = None  # of the last run, for a kernel that reattaches
+
+    def free_outputs(self) -> None:
+        """Close the segment of the last prediction, which the kernel has mapped."""
+        if self.output_segment is not None:
+            self.output_segment.close()
+            self.output_segment = None
 
 
 _engine = _Engine()
@@ -132,7 +143,7 @@ def train(
     from_snapshot: bool,
     publisher: StatePublisher,
 ) -> Outcome:
-    """Train one rank of a run. **Collective**.
+    """Train one rank of a run, or predict. **Collective**.
 
     Args:
         payload: Task and plan.
@@ -149,37 +160,32 @@ def train(
     install(update)
     states = publisher.sink(world.rank)
     _engine.failure = _engine.cell_error = None
+    _engine.free_outputs()
     free_unused_memory()  # reference cycles of an earlier run may hold as much memory as this one needs
     with contextlib.ExitStack() as cleanup:
         try:
             task, plan = unpack(payload)
-            record = JsonlSink(record_path(run_id, world.rank, publisher.records))
-            cleanup.callback(record.close)
-            result = fit(
-                task,
-                plan,
-                world,
-                run_id=run_id,
-                sinks=[record, states],
-                commands=CommandLog(_engine.store, run_id),
-                on_every_rank=False,
-                snapshot_paths=snapshot_paths,
-                from_snapshot=from_snapshot,
-            )
-            trained = None
-            if world.rank == 0 and plan.gather:
-                table = ParamTable.of(task.model)
-                own = task.optimizers if task.own_optimizers else {}
-                optimizers = {name: TrainedOptimizer(optimizer, table.objects) for name, optimizer in own.items()}
-                tensors = (table.tensors, persistence(task.model), optimizers, extra_states(task.model))
-                segment_cache = SegmentCache()
-                if _engine.result_segment is not None and result_released:
-                    segment_cache.recycle(_engine.result_segment, lambda: True)
-                trained, _engine.result_segment = exchange.pack(tensors, segment_cache=segment_cache)
+            if isinstance(task.step, ForwardStep):
+                outcome = _predict(task, plan, run_id, exchange, states)
+            else:
+                record = JsonlSink(record_path(run_id, world.rank, publisher.records))
+                cleanup.callback(record.close)
+                result = fit(
+                    task,
+                    plan,
+                    world,
+                    run_id=run_id,
+                    sinks=[record, states],
+                    commands=CommandLog(_engine.store, run_id),
+                    on_every_rank=False,
+                    snapshot_paths=snapshot_paths,
+                    from_snapshot=from_snapshot,
+                )
+                trained = _pack_trained(task, exchange, result_released) if world.rank == 0 and plan.gather else None
+                outcome = Outcome(
+                    rank=world.rank, state=result.state, snapshot=states.state, result=trained, ranks=result.ranks
+                )
             _ignore_interrupts()
-            outcome = Outcome(
-                rank=world.rank, state=result.state, snapshot=states.state, result=trained, ranks=result.ranks
-            )
         except BaseException as error:
             _ignore_interrupts()
             failure = Failure.of(world.rank, error)
@@ -194,6 +200,28 @@ def train(
         free_unused_memory()  # free torch's CUDA cache for other processes, such as the notebook
     _engine.outcome = run_id, outcome
     return outcome
+
+
+def _pack_trained(task: Task, exchange: Exchange, released: bool) -> Any:
+    """The payload of the trained tensors, and of the state of the user's own optimizers."""
+    table = ParamTable.of(task.model)
+    own = task.optimizers if task.own_optimizers else {}
+    optimizers = {name: TrainedOptimizer(optimizer, table.objects) for name, optimizer in own.items()}
+    tensors = (table.tensors, persistence(task.model), optimizers, extra_states(task.model))
+    segment_cache = SegmentCache()
+    if _engine.result_segment is not None and released:
+        segment_cache.recycle(_engine.result_segment, lambda: True)
+    payload, _engine.result_segment = exchange.pack(tensors, segment_cache=segment_cache)
+    return payload
+
+
+def _predict(task: Task, plan: Plan, run_id: str, exchange: Exchange, states: RankStateSink) -> Outcome:
+    """Predict on one rank; the gathering rank's result is the payload of a tuple with the outputs. **Collective**."""
+    world, payload = _engine.world, None
+    outputs = predict(task, plan, world, run_id=run_id, sinks=[states], on_every_rank=False)
+    if world.rank == gathering_rank(plan.mesh):
+        payload, _engine.output_segment = exchange.pack((outputs,))
+    return Outcome(rank=world.rank, state="finished", snapshot=states.state, result=payload)
 
 
 def debug(path: str, rank: int, prompt: str) -> None:

@@ -19,7 +19,7 @@ class Outcome:
         rank: The rank.
         state: "finished", "stopped", "scaled" or "failed".
         snapshot: The rank's last state; published ones may arrive late.
-        result: The payload of trained tensors, from rank 0.
+        result: The payload of trained tensors, from rank 0; or of outputs, from the rank that has gathered them.
         failure: What failed, if anything.
         ranks: The number of ranks to continue with after a scale command; else 0.
     """

@@ -173,7 +173,9 @@ def _or_functions(name: str, *kinds: str) -> Callable[[dict[str, Any], str], lis
         mine = [
             name
             for name, value in names.items()
-            if (type(value) is types.FunctionType and value.__module__ == "__main__") or (kinds and _is(value, *kinds))
+            if (type(value) is types.FunctionType and value.__module__ == "__main__")
+            or (kinds and _is(value, *kinds))
+            or (name == "metric" and all(hasattr(type(value), word) for word in ("update", "compute")))
         ]
         return [*LINE_OPTIONS[name].words, *mine]
 

@@ -63,5 +63,6 @@ def _callable(shell: InteractiveShell, text: str) -> Any:
     """The notebook's object of that name, or of an expression; else a well-known name."""
     if text.isidentifier():
         value = shell.user_ns.get(text)
-        return value if callable(value) or hasattr(value, "param_groups") else text
+        known = callable(value) or hasattr(value, "param_groups") or hasattr(value, "compute")
+        return value if known else text
     return evaluate(shell, text)

@@ -31,9 +31,11 @@ from nbdist.notebook.past_runs import runs_bundle
 from nbdist.notebook.status import describe_cluster, engines_text, show_status
 from nbdist.notebook.step_cell import compile_step
 from nbdist.plan.arguments import OptionParser, given_options, split_line
+from nbdist.plan.predict_options import PREDICT_OPTIONS
 from nbdist.telemetry import PastRun, past_run, past_runs
 from nbdist.telemetry.command_table import COMMANDS
 from nbdist.telemetry.record import records
+from nbdist.telemetry.run_view import mesh_text
 from nbdist.telemetry.units import duration
 
 __all__ = ["DistMagics"]
@@ -273,6 +275,38 @@ class DistMagics(Magics):
             return attend(run, printer.poll, len(came))
         finally:
             printer.flush()
+
+    @no_var_expand
+    @line_magic
+    @_documented(parsers.PREDICT)
+    def dist_predict(self, line: str) -> Any:
+        arguments = parsers.PREDICT.parse(split_line(line))
+        cluster = require_cluster()
+        options = read_options(self.shell, given_options(arguments, PREDICT_OPTIONS), PREDICT_OPTIONS)
+        model, data = evaluate(self.shell, arguments.model), evaluate(self.shell, arguments.data)
+        seen: list[Run] = []
+        printer = RankPrinter(lambda stream: seen[-1].printed(stream) if seen else {})
+        with StatusLine(live=has_front_end(self.shell), failed="no outputs") as status:
+
+            def while_waiting(run: Run) -> None:
+                seen[:] = [run]
+                printer.poll()
+                total = "" if run.progress.steps_total is None else f" of {run.progress.steps_total}"
+                status.report(f"predicting, batch {run.progress.step}{total}")
+
+            try:
+                names = (arguments.model, arguments.data)
+                outputs = cluster.predict(model, data, names=names, while_waiting=while_waiting, **options)
+            finally:
+                printer.flush()
+            run = seen[-1]
+            noted = "".join(f"; {text}" for text in run.progress.notes)
+            took = f"{run.progress.samples:,} samples on {mesh_text(run.progress.plan)}"
+            status.end(f"predicted {took}, in {duration(run.progress.elapsed_s)}{noted}")
+        if not arguments.output:
+            return outputs
+        self.shell.user_ns[arguments.output] = outputs
+        return None
 
     @no_var_expand
     @line_magic

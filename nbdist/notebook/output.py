@@ -136,10 +136,12 @@ class StatusLine:
 
     Args:
         live: Whether a front end shows it and can change it; a terminal gets the result only.
+        failed: What it shows after an error.
     """
 
-    def __init__(self, live: bool) -> None:
+    def __init__(self, live: bool, failed: str = "not started") -> None:
         self._live = live
+        self._failed = failed
         self._shown = ""
         self._display: Any = None
 
@@ -148,7 +150,7 @@ class StatusLine:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None and self._shown:
-            self.end("not started")
+            self.end(self._failed)
 
     def report(self, words: str) -> None:
         """Show what is being done."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from nbdist.cluster.runs.run_spec import RUN_OPTIONS
 from nbdist.errors import PlanError
 from nbdist.plan.arguments import OptionParser, add_options
+from nbdist.plan.predict_options import PREDICT_OPTIONS
 from nbdist.plan.train_options import TRAIN_OPTIONS
 from nbdist.telemetry.command_table import COMMANDS
 
 __all__ = [
-    "ATTACH", "CLUSTERS", "DEBUG", "DIST", "HELP", "LINE_OPTIONS", "PARSERS", "PULL", "PUSH", "RUN",
+    "ATTACH", "CLUSTERS", "DEBUG", "DIST", "HELP", "LINE_OPTIONS", "PARSERS", "PREDICT", "PULL", "PUSH", "RUN",
     "RUNS", "RUN_COMMANDS", "SCALE", "START", "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
 ]  # fmt: skip
 
@@ -141,6 +142,21 @@ def _train_parser() -> OptionParser:
     return parser
 
 
+def _predict_parser() -> OptionParser:
+    parser = OptionParser(
+        "%dist_predict",
+        "Return MODEL's outputs for DATA, in its order: every sample once, shared over all engines, on the CPU. MODEL "
+        "is in evaluation mode, and stays as it is. The last element of a tuple (x, y) is the target, and left out.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="A name or expression: a torch.nn.Module.")
+    parser.add_argument("data", metavar="DATA", help="A name or expression: a Dataset, a DataLoader, (X, y), a tensor.")
+    add_options(parser, PREDICT_OPTIONS)
+    parser.add_argument(
+        "-o", dest="output", metavar="NAME", help="Store the outputs under this name, and show nothing."
+    )
+    return parser
+
+
 def _run_parser() -> OptionParser:
     parser = OptionParser(
         "%dist_run",
@@ -183,6 +199,7 @@ STOP = _stop_parser()
 DIST = _dist_parser()
 HELP = _help_parser()
 PUSH = _push_parser()
+PREDICT = _predict_parser()
 PULL = _pull_parser()
 RUN = _run_parser()
 RUNS = _runs_parser()
@@ -191,7 +208,24 @@ WHERE = _where_parser()
 
 PARSERS: dict[str, OptionParser] = {
     parser.prog: parser
-    for parser in (START, TRAIN, RUN, RUNS, DIST, PUSH, PULL, STATUS, SCALE, WHERE, DEBUG, ATTACH, CLUSTERS, STOP, HELP)
+    for parser in (
+        START,
+        TRAIN,
+        PREDICT,
+        RUN,
+        RUNS,
+        DIST,
+        PUSH,
+        PULL,
+        STATUS,
+        SCALE,
+        WHERE,
+        DEBUG,
+        ATTACH,
+        CLUSTERS,
+        STOP,
+        HELP,
+    )
 } | {"%%dist_train": TRAIN}
 """By the word that begins the line, in the order of a first session."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["LOSSES", "METRICS", "OPTIMIZERS"]
 
 LOSSES = ("bce", "cross_entropy", "huber", "kl_div", "l1", "mae", "mse", "nll", "smooth_l1")
-METRICS = ("accuracy", "mae", "mse")
+METRICS = ("accuracy", "mae", "mse", "perplexity")
 OPTIMIZERS = (
     "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "muon", "nadam", "radam", "rmsprop", "rprop",
     "sgd",

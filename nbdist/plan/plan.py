@@ -143,7 +143,7 @@ class Plan:
     )
     metric: str = option(
         "",
-        f"Measured on the `val` data: a callable metric(output, target), or one of {', '.join(METRICS)}.",
+        f"Measured on all `val` data: metric(output, target), an object with update and compute, {', '.join(METRICS)}.",
         default="",
         words=METRICS,
         read="callable",

@@ -79,7 +79,8 @@ def loss_chart(run: RunState, *, width: int = 640, height: int = 180) -> str:
 
 def metric_chart(run: RunState, *, width: int = 320, height: int = 180) -> str:
     """The metric on the validation data after each epoch; empty where none was measured."""
-    names = [name for row in run.history for name in row if name.startswith("val_") and name != "val_loss"]
+    measured = [pair for row in run.history for pair in row.items() if not isinstance(pair[1], list)]
+    names = [name for name, _ in measured if name.startswith("val_") and name != "val_loss"]
     if not names:
         return ""
     values = _measured(run, names[0], _ends(run))

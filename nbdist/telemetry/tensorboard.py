@@ -53,7 +53,7 @@ class TensorBoardSink(Sink):
                 self._steps += row["steps"]
                 self._add("samples per second", row["samples"] / max(row["seconds"], 1e-9), self._steps, event)
                 for name, value in row.items():
-                    if name.startswith("val_"):
+                    if name.startswith("val_") and not isinstance(value, list):
                         self._add(f"{name.removeprefix('val_')}/validation", value, self._steps, event)
 
     def close(self) -> None:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = ["duration", "left", "number"]
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """A number for display: ``1234.5`` as "1,234", small ones with `digits` significant digits, None as a dash."""
+def number(value: float | list[Any] | None, digits: int = 4) -> str:
+    """A number for display: ``1234.5`` as "1,234", small ones with `digits` significant digits, None as a dash.
+
+    Nested lists of numbers, such as a confusion matrix, are displayed by their size: "3×3 numbers".
+    """
     if value is None:
         return "–"
+    if isinstance(value, list):
+        sizes: list[str] = []
+        inner: Any = value
+        while isinstance(inner, list):
+            sizes.append(str(len(inner)))
+            inner = inner[0] if inner else None
+        return f"{'×'.join(sizes)} numbers"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"

@@ -6,6 +6,8 @@ What is private but the subject of a whole module stays there: see "Private APIs
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ __all__ = [
     "storage_key",
     "tensor_hooks",
     "typed_storage",
+    "without_default_group",
     "without_torch_function",
 ]
 
@@ -43,6 +46,7 @@ _NEEDED: dict[Any, tuple[str, ...]] = {
     torch: ("TypedStorage", "_neg_view"),
     torch.Tensor: ("_backward_hooks", "_make_subclass", "_post_accumulate_grad_hooks"),
     torch.UntypedStorage: ("_cdata",),
+    dist.GroupMember: ("WORLD",),
     torch._C: ("DisableTorchFunctionSubclass", "_current_graph_task_id"),
     torch._C._functorch: ("peek_interpreter_stack",),
     RemovableHandle: ("next_id",),
@@ -164,3 +168,17 @@ def reset_group_count() -> None:
     numbered = getattr(dist.distributed_c10d, "_world", None)
     if numbered is not None and hasattr(numbered, "group_count") and not dist.is_initialized():
         numbered.group_count = 0
+
+
+@contextlib.contextmanager
+def without_default_group() -> Iterator[None]:
+    """Context in which this process has no default process group: what asks `torch.distributed` is alone. Local."""
+    if not dist.is_available() or not dist.is_initialized():
+        yield
+        return
+    group = dist.GroupMember.WORLD
+    dist.GroupMember.WORLD = None
+    try:
+        yield
+    finally:
+        dist.GroupMember.WORLD = group

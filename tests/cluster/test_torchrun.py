@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tasks import copied
 
@@ -152,3 +153,31 @@ def test_one_process_resumes_a_job_of_torchrun_and_the_other_way_round(tmp_path)
     assert [6, 2, 4] == [row["steps"] for row in result.history]  # the first run's row, then one an epoch
     for state in (actual.state_dict(), *(torch.load(tmp_path / f"{rank}.pt") for rank in range(2))):
         torch.testing.assert_close(state, expected.state_dict(), rtol=0, atol=0)
+
+
+PREDICTS = (
+    SETUP
+    + """
+import nbdist, os, sys
+
+outputs = nbdist.predict(model, data, strategy=os.environ["STRATEGY"])
+torch.save((outputs, model.state_dict(), model.training), f"{sys.argv[1]}/{os.environ['RANK']}.pt")
+"""
+)
+
+
+@pytest.mark.parametrize("strategy", ["data", "shard"])
+def test_a_script_predicts_on_every_rank(tmp_path, monkeypatch, strategy):
+    """Outputs in order, and the whole model, as it was."""
+    monkeypatch.setenv("STRATEGY", strategy)
+    torchrun(PREDICTS, tmp_path)
+    script = {}
+    with torch.random.fork_rng():
+        exec(SETUP, script)
+    with torch.no_grad():
+        expected = copied(script["model"]), script["model"].eval()(script["data"][0])
+    for rank in range(2):
+        outputs, state, training = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(outputs, expected[1])
+        torch.testing.assert_close(state, expected[0], rtol=0, atol=0)
+        assert training

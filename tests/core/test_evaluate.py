@@ -176,15 +176,28 @@ def test_accuracy(output, target, expected):
 
 
 def test_errors_by_name():
-    """Mean absolute and mean squared error."""
+    """Mean absolute and mean squared error, with the number of values that they are over."""
     output, target = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])
-    assert (1.5, 2.5) == (METRICS["mae"](output, target), METRICS["mse"](output, target))
+    assert (1.5, 2) == METRICS["mae"](output, target)
+    assert (2.5, 2) == METRICS["mse"](output, target)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mae", "mse"])
+def test_output_and_target_are_compared_one_by_one(metric):
+    """A column is not broadcast against a row, and other shapes are refused by name."""
+    column, row = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1.0, 2.0, 3.0])
+    value, weight = METRICS[metric](column, row)
+    assert (float(metric == "accuracy"), 3) == (value, weight)
+    with pytest.raises(
+        TaskError, match=rf"metric {metric} compares an output of shape \(3, 1\) with a target of shape"
+    ):
+        METRICS[metric](column, torch.ones(2, 2))
 
 
 @pytest.mark.parametrize(
     ("metric", "message"),
-    [("acuracy", r"unknown metric 'acuracy': use accuracy, mae, mse, or a callable\. Did you mean 'accuracy'\?"),
-     (3, "metric must be a name or a callable, not 3")],
+    [("acuracy", r"unknown metric 'acuracy': use accuracy, .*, or a callable\. Did you mean 'accuracy'\?"),
+     (3, "metric must be a name or a callable, or have update and compute, not 3")],
 )  # fmt: skip
 def test_what_is_no_metric_is_refused(metric, message):
     """The error names the value and the remedy."""

@@ -94,7 +94,7 @@ class RunDispatch:
         update = self._cells.new(engines.processes.values())
         snapshot_paths = [] if store is None else store.paths
         states = self._read_states()
-        if engines.anchor is not None:
+        if engines.anchor is not None and not self.control.spec.predicts:
             spec = replace(self.control.spec, task=None)  # which the payload holds
             engines.anchor.note("ended", ("running", ""))
             engines.anchor.note(
@@ -133,7 +133,7 @@ class RunDispatch:
         if self._states is not None:
             self._states.close()
         self._states = states = engines.exchange.state_reader(engines.size, engines.anchor, paths)
-        if engines.anchor is not None:
+        if engines.anchor is not None and not self.control.spec.predicts:
             engines.anchor.note("boards", states.paths)
         return states
 
@@ -178,18 +178,22 @@ class RunDispatch:
         self._cells.forget()
 
     def open_result(self, payload: Any) -> Any:
-        """Map rank 0's result, which then outlives that rank; None if `gather` is off.
+        """Map the result of a rank, which then outlives that rank; None if `gather` is off.
 
         Raises:
             ClusterError: The rank has ended, and its memory with it.
         """
         if payload is None:
             return None
-        self.engines.result_read(payload.path)
+        if not self.control.spec.predicts:
+            self.engines.result_read(payload.path)
         return unpack(payload)
 
     def load_result(self, result: Any) -> None:
-        """Load the trained tensors of an `open_result`."""
+        """Load the trained tensors of an `open_result`; of a prediction, keep its outputs."""
+        if self.control.spec.predicts:
+            (self.control.outputs,) = result
+            return
         if result is None:
             return
         tensors, persistent, optimizers, states = result
@@ -254,7 +258,7 @@ class RunDispatch:
             self._segment_cache.recycle(self._segment, lambda: all(r.succeeded and r.result() for r in replies))
         if control.snapshot_store is not None:
             control.snapshot_store.trim()
-        if engines.anchor is not None:
+        if engines.anchor is not None and not control.spec.predicts:
             engines.anchor.note("ended", (control.progress.state, control.progress.error))
         deadline = time.monotonic() + _FORM_AGAIN_WITHIN_S
         while failed and engines.reachable and not (engines.ended or engines.formed) and time.monotonic() < deadline:

@@ -69,7 +69,7 @@ class RunMonitor:
         self._last_step, self._tries = -1, 0  # the step at which ranks were lost, and how often
         self._on_end = on_end
         self._calls = calls
-        self._result: Any = None  # of rank 0, opened
+        self._result: Any = None  # of the rank that has one, opened
         self._thread = threading.Thread(target=context.run, args=(self._monitor,), daemon=True, name="nbdist-monitor")
 
     def start(self) -> None:
@@ -176,10 +176,11 @@ class RunMonitor:
             self._merge(outcomes)
             self._draw()
         if not any(outcome.failure for outcome in outcomes.values()):
+            source = next((rank for rank, outcome in outcomes.items() if outcome.result is not None), 0)
             try:
-                self._result = self._dispatch.open_result(outcomes[0].result)
-            except ClusterError:  # lost between its last step and now, with the weights that only it had gathered
-                outcomes[0] = self._lost_outcome(0)
+                self._result = self._dispatch.open_result(outcomes[source].result)
+            except ClusterError:  # lost between its last step and now, with what only it had gathered
+                outcomes[source] = self._lost_outcome(source)
         return [outcomes[rank] for rank in range(len(self._calls))]
 
     def _is_hung(self) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdist.errors import ClusterError, NbdistError, PlanError, interrupted, suggest
 from nbdist.plan import Plan
+from nbdist.plan.predict_options import PREDICT_OPTIONS
 from nbdist.telemetry import Report, RunState, Timeline
 from nbdist.telemetry.command_table import COMMANDS
 
@@ -177,6 +178,34 @@ class Run(Report):
             raise self.error
         return self
 
+    def predict(self, data: Any, **options: Any) -> Any:
+        """The outputs of the trained model for a data set, in its order: `Cluster.predict`, with this run's options.
+
+        Args:
+            data: See `Cluster.predict`.
+            **options: See `Cluster.predict`; by default strategy, batch size and precision are those of the training.
+
+        Raises:
+            ClusterError: It runs, or a later run has taken its place, or its cluster has ended.
+        """
+        control = self.control
+        if self.progress.running:
+            raise ClusterError(f"run {self.run_id} is running: wait for it (run.wait()), then predict.")
+        if control.predict is None or "model" not in control.arguments:
+            raise ClusterError(
+                f"run {self.run_id} has been followed by another one, and no longer has its model: use "
+                "cluster.predict(model, data)."
+            )
+        own = {name: control.spec.options.get(name) for name in PREDICT_OPTIONS}
+        if getattr(data, "batch_size", None) is not None:  # a DataLoader's
+            del own["batch_size"]
+        if len(self.plan.split_at) == self.plan.stages - 1:
+            own["split_at"] = self.plan.split_at or None
+        if options.get("strategy") is not None:
+            del own["split_at"], own["tensor_plan"]
+        names = (control.spec.names[0], "data")
+        return control.predict(control.arguments["model"], data, names, {**own, **options})
+
     def timeline(self) -> Timeline:
         """What each rank of the pipeline did in the newest step that all reported; they report one every few seconds.
 
@@ -242,6 +271,8 @@ def attend(run: Run, while_waiting: Callable[[], None] = lambda: None, interrupt
         except KeyboardInterrupt:
             interrupts += 1
             run.stop(now=interrupts > 1)
+    if interrupts and run.error is None and run.control.spec.predicts:
+        raise interrupted("the prediction has been stopped, without outputs.")
     if interrupts and run.error is None:
         raise interrupted(f"run {run.run_id} {run.state} after step {run.progress.step}, its weights are loaded.")
     return run.wait()

@@ -31,6 +31,7 @@ class RunControl:
         progress: Its state.
         give_command: How commands reach the ranks.
         arguments: The user's arguments of `Cluster.train`, to resume with; {} for the run of another kernel.
+        predict: Predicts with a model and data, under names, with options; returns the outputs.
 
     Attributes:
         spec: What is run, on the present number of ranks.
@@ -39,12 +40,14 @@ class RunControl:
         snapshot_store: The ranks' snapshot buffers; None where no memory is shared with them.
         abandoned: Whether it is to stop at once, within a step.
         wanted: The number of engines to continue with; 0 for no change.
+        outputs: Those of a prediction, once it has ended.
         changing: A lock for commands, state updates and the end, so that a command comes before the end or is refused.
     """
 
     def __init__(
-        self, spec: RunSpec, progress: RunState, give_command: GiveCommand, arguments: dict[str, Any] | None = None
-    ) -> None:
+        self, spec: RunSpec, progress: RunState, give_command: GiveCommand, arguments: dict[str, Any] | None = None,
+        predict: Callable[..., Any] | None = None,
+    ) -> None:  # fmt: skip
         self.spec = spec
         self.progress = progress
         self.arguments = arguments or {}
@@ -52,6 +55,8 @@ class RunControl:
         self.snapshot_store: SnapshotStore | None = None
         self.abandoned = False
         self.wanted = 0
+        self.outputs: Any = None
+        self.predict = predict
         self.changing = threading.RLock()
         self._give_command = give_command
         self._outputs: list[Output] = []
@@ -66,6 +71,10 @@ class RunControl:
             ClusterError: The run is not running.
         """
         with self.changing:
+            if self.spec.predicts:
+                raise ClusterError(
+                    f"{self.spec.run_id} is a prediction, which can only be stopped: {kind} needs a training."
+                )
             if self.progress.state == "queued":
                 raise ClusterError(f"run {self.spec.run_id} has not started: it can only be stopped.")
             if not self.progress.running:
@@ -76,7 +85,7 @@ class RunControl:
         """See `Run.stop`; once is enough, and after the end it has no effect."""
         with self.changing:
             if self.progress.running:
-                self.abandoned |= now
+                self.abandoned |= now or self.spec.predicts  # half of the outputs are of no use
                 if self.progress.state != "stopping":
                     self._give_command(self, "stop", None)
 

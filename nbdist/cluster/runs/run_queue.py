@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nbdist import interrupts
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.runs.dispatch import RunDispatch
 from nbdist.cluster.runs.monitor import RunMonitor, Watch, draw
 from nbdist.cluster.runs.reattach import take_over
 from nbdist.cluster.runs.resume import resumed
-from nbdist.cluster.runs.run import Run
+from nbdist.cluster.runs.run import Run, attend
 from nbdist.cluster.runs.run_control import RunControl
 from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunSpec, check_run_options
 from nbdist.core.check.known_checks import KnownChecks
@@ -24,12 +25,14 @@ from nbdist.core.state.checkpoint_writer import check_no_live_writer
 from nbdist.core.state.extra_states import check_extra_states
 from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.sync.gradient_hooks import check_hooks
+from nbdist.core.task.prediction import prediction_task
 from nbdist.core.task.task import Task
 from nbdist.core.transfer.payload import SegmentCache
 from nbdist.engine.cell_sources import CellSources
 from nbdist.errors import ClusterError, NbdistError, PeerLostError, ranks_text
 from nbdist.plan import Plan
 from nbdist.plan.option import check_known
+from nbdist.plan.predict_options import PREDICT_OPTIONS
 from nbdist.plan.train_options import TRAIN_OPTIONS
 from nbdist.telemetry import RankState, RunState
 from nbdist.telemetry.record import new_run_id
@@ -133,10 +136,44 @@ class RunQueue:
         )  # fmt: skip
         check_extra_states(task.model, plan)
         check_hooks(task.model, task.optimizers.values(), plan.mesh)
+        return self._enqueue(spec, {"model": model, "data": data, "names": names, **options}, watch)
+
+    def predict(
+        self, model: Any, data: Any, names: tuple[str, str], options: dict[str, Any],
+        while_waiting: Callable[[Run], None] = lambda run: None,
+    ) -> Any:  # fmt: skip
+        """Predict in the foreground; see `Cluster.predict`.
+
+        Raises:
+            NbdistError: It cannot start, or has failed.
+        """
+        check_known(options, PREDICT_OPTIONS)
+        self._engines.check_alive()
+        self.refuse_while_busy()
+        engines, given = self._engines, {name: value for name, value in options.items() if value is not None}
+        task = prediction_task(model, data, batch_size=given.pop("batch_size", None), names=names)
+        cores = engines.threads * engines.size
+        plan_options = {**given, **task.options, "check": "no"}
+        plan = Plan.create(ranks=engines.size, cores=cores, **plan_options)
+        spec = RunSpec(
+            run_id=new_run_id(), task=task, plan=plan, title=f"prediction of {task.title}", names=names,
+            options=plan_options, cores=cores, predicts=True,
+        )  # fmt: skip
+        with interrupts.collected() as came:  # one meanwhile would leave the run unattended
+            run = self._enqueue(spec, {}, None)
+        try:
+            attend(run, lambda: while_waiting(run), len(came))
+        finally:
+            while_waiting(run)
+        outputs, run.control.outputs = run.control.outputs, None
+        return outputs
+
+    def _enqueue(self, spec: RunSpec, arguments: dict[str, Any], watch: Watch | None) -> Run:
+        """Start a run, or queue it."""
+        engines, plan = self._engines, spec.plan
         ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in engines.records()}
         progress = RunState(title=spec.title, plan=plan.to_dict(), ranks=ranks)
-        arguments = {"model": model, "data": data, "names": names, **options}
-        run = Run(RunControl(spec, progress, self._give_command, arguments))
+        run = Run(RunControl(spec, progress, self._give_command, arguments, self.predict))
         queued = _QueuedRun(run, watch, contextvars.copy_context())
         with self._queueing:
             before, waits = self._run, self._is_busy()
@@ -181,7 +218,7 @@ class RunQueue:
         from_snapshot = snapshot_store is not None
         if snapshot_store is not None:
             snapshot_store.grow(engines.size)
-        elif engines.exchange.shares_memory:
+        elif engines.exchange.shares_memory and not control.spec.predicts:
             snapshot_store = SnapshotStore(engines.size, engines.anchor)
         control.keep_snapshots(snapshot_store)
         control.begin()
@@ -189,7 +226,8 @@ class RunQueue:
         if replaced:
             were = "was" if len(replaced) == 1 else "were"
             run.progress.note(f"{ranks_text(replaced)} had been lost and {were} replaced", "lost")
-        self._note_run(run)
+        if not control.spec.predicts:
+            self._note_run(run)
         self._monitor(run, dispatch, calls, queued.watch, queued.context)
 
     def _make_ready(self) -> list[int]:

@@ -30,6 +30,7 @@ class RunSpec:
         names: The user's names of model and data, for errors.
         options: Those of the plan, as the user gave them.
         cores: CPU cores of all ranks together.
+        predicts: Whether it is a prediction: nothing is trained, and its result are outputs.
 
     The sentence beside each further field is the help text of the option with the same name.
 
@@ -44,6 +45,7 @@ class RunSpec:
     names: tuple[str, str] = ("model", "data")
     options: dict[str, Any] = field(default_factory=dict)
     cores: int = 1
+    predicts: bool = False
     hang_timeout: float | None = option(
         None, "Seconds without a step, evaluation included, after which a run counts as hanging; inf for no limit.",
         parse=float, metavar="S",

@@ -23,8 +23,8 @@ __all__ = ["Reader", "Slice", "to_device"]
 _CPU = torch.device("cpu")
 _RESIDENT_SHARE = 8
 """Tensors that take less than this fraction (1/8) of a GPU's free memory are kept there during a run."""
-_SliceRows = tuple[int, torch.Tensor, int, int]
-"""A slice's index, its positions in the source, its number of samples, and that of its batch."""
+_SliceRows = tuple[int, torch.Tensor, int, int, int]
+"""A slice's index, positions in the source and number of samples, that of its batch, and its first place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ class Slice:
             `batch` itself is on the CPU.
         of: Number of slices of its batch, over all ranks.
         batch_samples: Samples of its batch, over all ranks; 0 if it is the whole batch.
+        first: Place of its first sample among those of the epoch, counted over all ranks from 0.
+        stride: From one sample's place to the next one's.
     """
 
     index: int
@@ -47,6 +49,13 @@ class Slice:
     target: Callable[[], torch.Tensor] | None = None
     of: int = 1
     batch_samples: int = 0
+    first: int = 0
+    stride: int = 1
+
+    @property
+    def places(self) -> range:
+        """The places of its samples in the epoch."""
+        return range(self.first, self.first + self.samples * self.stride, self.stride)
 
 
 class Reader:
@@ -143,17 +152,23 @@ class Reader:
 
     def _slices_of(self, order: torch.Tensor) -> Iterator[list[_SliceRows]]:
         """This rank's slices of each batch."""
-        share = self._share
+        share, begin = self._share, -self._batch_size
         for batch in order.split(self._batch_size):
+            begin += self._batch_size
             if self._source.drop_last and len(batch) < self._batch_size:
                 return
             bounds = slice_bounds(len(batch), self._slices)
             mine = ((index, bounds[index]) for index in share)
             total = len(batch)
-            slices = [(index, batch[start:stop], stop - start, total) for index, (start, stop) in mine if stop > start]
+            slices = [
+                (index, batch[start:stop], stop - start, total, begin + start)
+                for index, (start, stop) in mine
+                if stop > start
+            ]
             if self._pad:
                 most = sum(stop > start for start, stop in bounds[: len(share)])  # the first rank has the most slices
-                slices += [(share.start + i, batch[slice(*bounds[0])], 0, total) for i in range(len(slices), most)]
+                rows = batch[slice(*bounds[0])]
+                slices += [(share.start + i, rows, 0, total, begin) for i in range(len(slices), most)]
             yield slices
 
     def _index(self, order: torch.Tensor, skip: int) -> Iterator[list[Slice]]:
@@ -162,8 +177,8 @@ class Reader:
         if self._device.type == "cpu":
             for batch in itertools.islice(self._slices_of(rows), skip, None):
                 yield [
-                    self._slice(index, samples, total, _rows(tensors, positions))
-                    for index, positions, samples, total in batch
+                    self._slice(index, samples, total, first, _rows(tensors, positions))
+                    for index, positions, samples, total, first in batch
                 ]
             return
         resident = self._keep_resident()
@@ -171,14 +186,13 @@ class Reader:
         both = zip(self._slices_of(rows), self._slices_of(rows.to(self._device)), strict=True)
         for batch, on_device in itertools.islice(both, skip, None):
             slices = []
-            for (index, positions, samples, total), (_, device_positions, _, _) in zip(batch, on_device, strict=True):
+            for (index, positions, samples, total, first), moved in zip(batch, on_device, strict=True):
                 if resident is None:
                     pinned = map_tensors(_rows(tensors, positions), torch.Tensor.pin_memory)
-                    slices.append(self._slice(index, samples, total, pinned))
+                    slices.append(self._slice(index, samples, total, first, pinned))
                 else:
                     read = None if target is None else functools.partial(target.__getitem__, positions)
-                    taken = _rows(resident, device_positions)
-                    slices.append(self._slice(index, samples, total, taken, read))
+                    slices.append(self._slice(index, samples, total, first, _rows(resident, moved[1]), read))
             yield slices
 
     def _keep_resident(self) -> Any:
@@ -195,7 +209,7 @@ class Reader:
         self._requests[:] = [
             [rng.derive(self._seed, "data", epoch, step, index), *positions.tolist()]
             for step, batch in enumerate(batches, start=skip)
-            for index, positions, _, _ in batch
+            for index, positions, *_ in batch
         ]
         if self._loader is None:
             self._loader = torch_data.DataLoader(
@@ -205,7 +219,7 @@ class Reader:
             )  # fmt: skip
         loaded = iter(self._loader)
         for batch in batches:
-            yield [self._slice(index, samples, total, next(loaded)) for index, _, samples, total in batch]
+            yield [self._slice(index, samples, total, first, next(loaded)) for index, _, samples, total, first in batch]
 
     def _stream(self, epoch: int, skip: int) -> Iterator[list[Slice] | None]:
         readers = self._slices if self._stream_by_slice else self._channel.size  # slices, or ranks
@@ -226,10 +240,18 @@ class Reader:
             offset = step * self._batch_size
             slices = []
             for reader in mine:
-                taken, first = batch[(reader - offset) % readers :: readers], reader * each
+                begin, first = (reader - offset) % readers, reader * each
+                taken = batch[begin::readers]
                 bounds = slice_bounds(len(taken), each)
                 slices += [
-                    self._slice(first + i, stop - start, len(batch), self._source.collate(taken[start:stop]))
+                    self._slice(
+                        first + i,
+                        stop - start,
+                        len(batch),
+                        offset + begin + start * readers,
+                        self._source.collate(taken[start:stop]),
+                        stride=readers,
+                    )
                     for i, (start, stop) in enumerate(bounds)
                     if stop > start
                 ]
@@ -237,14 +259,17 @@ class Reader:
                     most = slice_bounds(-(-len(batch) // readers), each)  # the largest number on any rank
                     padding = self._source.collate((taken or batch)[:2])
                     filled = sum(stop > start for start, stop in most)
-                    slices += [self._slice(first + i, 0, len(batch), padding) for i in range(len(slices), filled)]
+                    slices += [self._slice(first + i, 0, len(batch), 0, padding) for i in range(len(slices), filled)]
             yield slices
         yield from itertools.repeat(None)
 
-    def _slice(self, index: int, samples: int, batch_samples: int, batch: Any, target: Any = None) -> Slice:
+    def _slice(
+        self, index: int, samples: int, batch_samples: int, first: int, batch: Any, target: Any = None, stride: int = 1
+    ) -> Slice:
         return Slice(
-            index=index, samples=samples, batch=batch, target=target, of=self._slices, batch_samples=batch_samples
-        )
+            index=index, samples=samples, batch=batch, target=target, of=self._slices, batch_samples=batch_samples,
+            first=first, stride=stride,
+        )  # fmt: skip
 
     def close(self) -> None:
         """End the loader's worker processes, and free the tensors on the device."""

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import torch
 
+from nbdist.errors import TaskError
+
 __all__ = [
     "bytes_within_limits",
+    "check_fits",
     "free_frames",
     "free_unused_memory",
     "frozen_gc",
@@ -29,6 +32,7 @@ _M_MMAP_THRESHOLD = -3
 _ANY_BYTES = 2**30
 _SMALL_BYTES = 2**22
 _STATUS = Path("/proc/self/status")  # Linux only
+_FREE = Path("/proc/meminfo")
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
 _AFTERWARDS = {_M_TRIM_THRESHOLD: 2**26, _M_MMAP_THRESHOLD: 2**25}  # the largest values that glibc sets by itself
 
@@ -72,6 +76,23 @@ def bytes_within_limits() -> int | None:
         return None
     used = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return min(limit - int(used[name].split()[0]) * 1024 for name, limit in limits.items())
+
+
+def check_fits(needed: int, what: str, cure: str) -> None:
+    """Check that so many bytes of this host's memory are free, as far as that is known. Local.
+
+    Raises:
+        TaskError: They are not.
+    """
+    if not _FREE.exists():
+        return
+    free = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in _FREE.read_text().splitlines()}
+    within = bytes_within_limits()
+    available = free["MemAvailable"] if within is None else min(within, free["MemAvailable"])
+    if needed > available:
+        raise TaskError(
+            f"{what} take {needed / 2**30:.1f} GiB of memory, and {available / 2**30:.1f} GiB are free: {cure}."
+        )
 
 
 def _limits() -> dict[str, int]:

@@ -12,12 +12,13 @@ from nbdist.errors import TaskError
 __all__ = ["check_model"]
 
 
-def check_model(model: Any, name: str) -> None:
+def check_model(model: Any, name: str, *, trained: bool = True) -> None:
     """Check that a value is a model whose weights can be trained. Local.
 
     Args:
         model: What the user gave.
         name: The user's name for it.
+        trained: Whether it is to be trained; else it may be frozen.
 
     Raises:
         TaskError: It is not.
@@ -42,7 +43,7 @@ def check_model(model: Any, name: str) -> None:
         if tensor.is_meta:
             how = f"allocate them with {name}.to_empty(device='cpu'), and set or load them."
             raise TaskError(f"{path} of {name} is on the meta device, without values: {how}")
-    if not any(p.requires_grad for _, p in parameters):
+    if trained and not any(p.requires_grad for _, p in parameters):
         raise TaskError(f"{name} has no parameters to train" + (": all are frozen." if parameters else "."))
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):

@@ -1,18 +1,37 @@
-"""Metrics by name (accuracy, mae, mse): a mean per batch, averaged over the batches."""
+"""Metrics: by name, as a callable, or as an object with `update` and `compute`; what they are given, and their errors.
+
+A metric that is a mean over something is averaged over the slices, exactly, by the number that each mean is over. Any
+other (F1, AUROC, a corpus score) has to see the whole validation set at once, or batch by batch in one object.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
+from torch.nn import functional as F
 
-from nbdist.errors import TaskError, suggest
+from nbdist.errors import NbdistError, TaskError, suggest
+from nbdist.upstream.torch_private import without_default_group
 
-__all__ = ["METRICS", "Metric", "find_metric"]
+__all__ = [
+    "FINISHES", "METRICS", "TARGET_KEYS", "Metric", "accumulates", "find_metric", "metric_name", "named_errors",
+    "output_of", "perplexity", "target_of", "updates_by_pair",
+]  # fmt: skip
 
 Metric = Callable[[Any, Any], Any]
-"""``metric(output, target)``: a mean, or ``(mean, weight)``."""
+"""``metric(output, target)``: ``(mean, weight)`` of a slice, or any values of the whole set. Or an object."""
+
+TARGET_KEYS = ("labels", "label", "target", "targets", "y")
+"""Where the target is in a batch that is a dict, or an object with attributes."""
+
+IGNORED = -100
+"""The class number of targets that do not count."""
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,29 +46,65 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, 
         classes_last = output.shape[:-1] == target.shape
         hits = output.argmax(-1 if classes_last else 1) == target
     else:
-        hits = (output > 0).reshape(target.shape) == (target > 0.5)
-    counted = target != -100
+        hits = (_as_target(output, target, "accuracy") > 0) == (target > 0.5)
+    counted = target != IGNORED
     total = counted.sum()
     return (hits & counted).sum().double() / total.clamp(min=1), total
 
 
-def _mae(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return (output - target).abs().mean()
+def perplexity(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean negative log-likelihood of the targets; of all slices together, its exponential is the perplexity.
+
+    Args:
+        output: Logits ``(batch, ..., classes)`` or ``(batch, classes, ...)``.
+        target: Class numbers ``(batch, ...)``, -100 for ignored ones.
+    """
+    if output.ndim != target.ndim + 1:
+        raise TaskError(
+            f"metric perplexity needs logits of one more dimension than the targets, but they are of shapes "
+            f"{tuple(output.shape)} and {tuple(target.shape)}: give a callable metric(output, target)."
+        )
+    scores = output if output.shape[:-1] == target.shape else output.movedim(1, -1)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    total = F.cross_entropy(wide.flatten(0, -2), target.flatten().long(), ignore_index=IGNORED, reduction="sum")
+    count = (target != IGNORED).sum()
+    return total.double() / count.clamp(min=1), count
 
 
-def _mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return (output - target).square().mean()
+def _mae(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return (_as_target(output, target, "mae") - target).abs().mean(), target.numel()
 
 
-METRICS: dict[str, Metric] = {"accuracy": accuracy, "mae": _mae, "mse": _mse}
+def _mse(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return (_as_target(output, target, "mse") - target).square().mean(), target.numel()
+
+
+def _as_target(output: torch.Tensor, target: torch.Tensor, metric: str) -> torch.Tensor:
+    """The output in the shape of its target; broadcast, each would be compared with every other one."""
+    if output.shape != target.shape:
+        if [n for n in output.shape if n != 1] != [n for n in target.shape if n != 1]:
+            raise TaskError(
+                f"metric {metric} compares an output of shape {tuple(output.shape)} with a target of shape "
+                f"{tuple(target.shape)}: give a callable metric(output, target)."
+            )
+        return output.reshape(target.shape)
+    return output
+
+
+METRICS: dict[str, Metric] = {"accuracy": accuracy, "mae": _mae, "mse": _mse, "perplexity": perplexity}
 """Metrics by the names that ``--metric`` takes."""
+
+FINISHES: dict[Metric, Callable[[float], float]] = {
+    perplexity: lambda mean: math.exp(mean) if mean < math.log(1e308) else math.inf
+}
+"""What turns the mean of all slices into the metric, where it is not the mean itself."""
 
 
 def find_metric(metric: Any) -> Metric:
-    """Turn a name or a callable into a metric.
+    """Check a name, a callable, or an object with `update` and `compute`.
 
     Raises:
-        TaskError: The name is unknown, or the value is not callable.
+        TaskError: The name is unknown, or the value is none of them.
     """
     if isinstance(metric, str):
         if metric not in METRICS:
@@ -57,7 +112,104 @@ def find_metric(metric: Any) -> Metric:
                 f"unknown metric {metric!r}: use {', '.join(METRICS)}, or a callable.{suggest(metric, METRICS)}"
             )
         return METRICS[metric]
-    if not callable(metric):
-        raise TaskError(f"metric must be a name or a callable, not {metric!r}.")
-    made: Metric = metric
-    return made
+    if isinstance(metric, type):
+        raise TaskError(f"metric {metric.__name__} is a class, not a metric: write {metric.__name__}().")
+    if not (callable(metric) or accumulates(metric)):
+        if callable(getattr(metric, "compute", None)):
+            raise TaskError(
+                f"metric {type(metric).__name__} has compute, but no update: give a callable metric(output, target) "
+                "that calls compute, and returns a number or a dict of them."
+            )
+        raise TaskError(f"metric must be a name or a callable, or have update and compute, not {metric!r}.")
+    return cast(Metric, metric)
+
+
+def metric_name(metric: Any) -> str:
+    """The name of a metric in the plan and the history."""
+    if isinstance(metric, str):
+        return metric
+    if isinstance(metric, functools.partial):
+        return metric_name(metric.func)
+    name = getattr(metric, "__name__", None) or type(metric).__name__
+    return "metric" if name == "<lambda>" else name
+
+
+def accumulates(metric: Any) -> bool:
+    """Whether a metric is an object with `update` and `compute`, which is given batches one by one."""
+    return callable(getattr(metric, "update", None)) and callable(getattr(metric, "compute", None))
+
+
+def updates_by_pair(metric: Any) -> bool:
+    """Whether `update` takes one argument, ``(output, target)``, instead of two."""
+    try:
+        signature = inspect.signature(metric.update)
+    except (TypeError, ValueError):
+        return False
+    for arguments in ((None, None), (None,)):
+        with contextlib.suppress(TypeError):
+            signature.bind(*arguments)
+            return len(arguments) == 1
+    return False
+
+
+@contextlib.contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """Context in which the metric runs: an error names it, and it sees one process, which has all that it is given.
+
+    Raises:
+        TaskError: The metric raised an exception; with its own frames.
+    """
+    try:
+        with without_default_group():
+            yield
+    except NbdistError:
+        raise
+    except Exception as error:
+        text = f"metric {name} raised {type(error).__name__}: {error}"
+        raise TaskError(text).with_traceback(error.__traceback__) from error
+
+
+def target_of(batch: Any, name: str) -> Any:
+    """The target in a batch: the last element of a tuple or list; in a dict or an object, one of `TARGET_KEYS`.
+
+    Raises:
+        TaskError: There is none, or there are several.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return batch[-1]
+    keyed = isinstance(batch, Mapping)
+    found = [
+        key for key in TARGET_KEYS if (key in batch if keyed else getattr(batch, key, None) is not None)
+    ]  # fmt: skip
+    if len(found) == 1 and not isinstance(batch, torch.Tensor):
+        return batch[found[0]] if keyed else getattr(batch, found[0])
+    kind = f"a dict with the keys {', '.join(map(str, batch))}" if keyed else "a single value"
+    if len(found) > 1:
+        raise TaskError(
+            f"metric {name} has one target, but a batch has several, {', '.join(found)}: leave one of those names."
+        )
+    raise TaskError(
+        f"metric {name} takes the last element of a batch (x, y) as target, or in a dict one of the keys "
+        f"{', '.join(TARGET_KEYS)}, but a batch here is {kind}: give such data."
+    )
+
+
+def output_of(output: Any, metric: Any, name: str) -> Any:
+    """What a metric is given of a model's output: its `logits`, if it has any, else all of it.
+
+    Raises:
+        TaskError: A metric known by its name needs one tensor, and the output is none.
+    """
+    known = any(metric is one for one in METRICS.values())
+    if not isinstance(output, torch.Tensor):
+        logits = getattr(output, "logits", None)
+        if logits is None and known and isinstance(output, Mapping):
+            logits = output.get("logits")
+        output = output if logits is None else logits
+    if known and not isinstance(output, torch.Tensor):
+        kind = f"a dict with the keys {', '.join(output)}" if isinstance(output, Mapping) else type(output).__name__
+        raise TaskError(
+            f"metric {name} needs a tensor, but the model returned a {kind.removeprefix('a ')}: give a callable "
+            "metric(output, target) that takes what it needs of it."
+        )
+    return output

@@ -21,13 +21,13 @@ from nbdist.core.task.check_model import check_model
 from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
 from nbdist.core.task.losses import ClassLoss, Loss, find_loss, is_torch_own, loss_name, reduction_of
-from nbdist.core.task.metrics import Metric, find_metric
+from nbdist.core.task.metrics import Metric, find_metric, metric_name, target_of
 from nbdist.core.task.modules import Modules
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan.option import check_known
 from nbdist.plan.train_options import TRAIN_OPTIONS
 
-__all__ = ["ModelLossStep", "Step", "SupervisedStep", "Task"]
+__all__ = ["ModelLossStep", "Step", "SupervisedStep", "Task", "check_agree", "on_device"]
 
 Step = Callable[[nn.Module, Any], Any]
 """``step(model, batch)``: the loss, a mean over samples, or ``(loss, weight)`` with the number that it is over."""
@@ -115,7 +115,7 @@ class Task:
             lr: Learning rate.
             lr_scheduler: A callable that makes a torch scheduler from an optimizer.
             val: Validation data, in the same forms as `data`.
-            metric: A name, or a callable ``metric(output, target)``.
+            metric: A name, a callable ``metric(output, target)``, or an object with `update` and `compute`.
             batch_size: Global batch size, if the user gave one.
             reduction: Whether the loss is a "mean" or a "sum", if the user said so.
             shuffle: Whether to shuffle, if the user gave it.
@@ -139,14 +139,15 @@ class Task:
             raise TaskError(f"step must be a callable step(model, batch), not {step!r}.")
         found_metric = None if metric is None else find_metric(metric)
         if metric is not None and val is None:
-            raise TaskError(f"metric {_name(metric)} has no data to be measured on: give val=... too.")
+            raise TaskError(f"metric {metric_name(metric)} has no data to be measured on: give val=... too.")
         # every validation sample counts, so a loader's drop_last is ignored
         val_source = None if val is None else replace(Source.of(val, "val"), drop_last=False)
-        supervised = [] if loss is None else [("loss", source)]
-        for what, needs_target in [*supervised, *([("metric", val_source)] if metric is not None else [])]:
-            _check_pairs(needs_target, what)
-        _check_agree("batch_size", batch_size, source.batch_size, names[1])
-        _check_agree("shuffle", shuffle, source.shuffle, names[1])
+        if loss is not None:
+            _check_pairs(source, "loss")
+        if metric is not None and val_source is not None and (first := val_source.first()) is not None:
+            target_of(first, metric_name(metric))
+        check_agree("batch_size", batch_size, source.batch_size, names[1])
+        check_agree("shuffle", shuffle, source.shuffle, names[1])
         made = make_optimizer(optimizer, model, lr)
         if lr_scheduler is not None:
             check_scheduler(lr_scheduler, made)
@@ -166,7 +167,7 @@ class Task:
                 "optimizer": optimizer_name(optimizer),
                 "lr": lr,
                 "reduction": reduction,
-                "metric": "" if metric is None else _name(metric),
+                "metric": "" if metric is None else metric_name(metric),
                 "batch_size": source.batch_size if batch_size is None else batch_size,
                 "shuffle": source.shuffle if shuffle is None else shuffle,
             },
@@ -198,7 +199,7 @@ class Task:
     def title(self) -> str:
         """The class of each module, and the number of parameters, as text for the user."""
         count = sum(p.numel() for p in self.model.parameters())
-        scale, unit = next((s, u) for s, u in ((1_000_000, " M"), (1_000, " k"), (1, "")) if count >= s)
+        scale, unit = next((s, u) for s, u in ((1_000_000, " M"), (1_000, " k"), (1, "")) if count >= s or s == 1)
         kinds = " + ".join(type(module).__name__ for module in self.modules.values())
         return f"{kinds} ({count / scale:.3g}{unit} parameters)"
 
@@ -360,7 +361,8 @@ def _check_pairs(source: Source | None, what: str) -> None:
         )
 
 
-def _check_agree(option: str, given: Any, of_loader: Any, name: str) -> None:
+def check_agree(option: str, given: Any, of_loader: Any, name: str) -> None:
+    """Raise `PlanError` if an option contradicts the user's DataLoader. Local."""
     if given is not None and of_loader is not None and given != of_loader:
         raise PlanError(
             f"{option}={given} contradicts the DataLoader {name}, which has {of_loader}: omit one of the two."
@@ -370,7 +372,8 @@ def _check_agree(option: str, given: Any, of_loader: Any, name: str) -> None:
 @contextlib.contextmanager
 def on_device(task: Task, device: torch.device) -> Iterator[None]:
     """Move the model and its optimizers' state to a device within the context. Local."""
-    before = next(task.model.parameters()).device
+    first = next(task.model.parameters(), None)
+    before = device if first is None else first.device
     _move(task, before, device)
     try:
         yield

@@ -79,7 +79,7 @@ SUPPLIED = {
     "no pairs": ({"data": DATA[0]}, TaskError, r"loss compares .* but a batch here is a single value: give \(x, y\) d"),
     "a dict": ({"data": {"x": DATA[0]}}, TaskError, "but a batch here is a dict: .* write the step yourself"),
     "val without pairs": (
-        {"val": DATA[0], "metric": "accuracy"}, TaskError, "metric compares .* but a batch here is a single value",
+        {"val": DATA[0], "metric": "accuracy"}, TaskError, "metric accuracy takes the last .* batch here is a single v",
     ),
     "no val": ({"val": 3}, TaskError, "val is a value of type int, not data"),
     "two batch sizes": (
