@@ -329,3 +329,26 @@ def test_an_interrupt_that_comes_while_the_panel_is_drawn_stops_the_run(notebook
     error, _ = notebook.fails("%dist_train model train_set --loss cross_entropy --steps 1000000000")
     assert isinstance(error, KeyboardInterrupt)
     assert nbdist.last_run().state == "stopped"
+
+
+def test_engines_run_what_autoreload_has_patched(notebook, tmp_path, monkeypatch):
+    """Without a reload in the notebook, and where a cell on the engines has imported the function by its name."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path, clock = tmp_path / "patched_text.py", iter(range(2_000_000_000, 2_000_000_100))
+
+    def write(number):
+        path.write_text(f"def number():\n    return {number}\n")
+        os.utime(path, (now := next(clock), now))
+
+    write(1)
+    notebook("%load_ext autoreload", "%autoreload 2", "import patched_text", "%%dist\nfrom patched_text import number")
+    write(2)
+    notebook.printed()
+    notebook("%%dist\nprint(number())")
+    assert ("2", 2) == (notebook.printed().split()[-1], notebook("patched_text.number()"))
+    run = notebook(
+        "%%dist_train model train_set --epochs 1 --check no --batch-size 60\n"
+        "loss = model(batch[0]).sum() * 0 + patched_text.number()"
+    )
+    assert 2.0 == run.history[0]["loss"]
+    notebook("%autoreload 0")
