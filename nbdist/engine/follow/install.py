@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 
@@ -79,4 +78,3 @@ def _set_path(path: SearchPath) -> None:
     else:
         sys.path += [entry for entry in path.entries if entry not in sys.path]
     _Installed.path = path.entries
-    importlib.invalidate_caches()
