@@ -352,3 +352,30 @@ def test_engines_run_what_autoreload_has_patched(notebook, tmp_path, monkeypatch
     )
     assert 2.0 == run.history[0]["loss"]
     notebook("%autoreload 0")
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "line"),
+    [
+        ("scale = scale * 2\nloss = model(batch[0]).mean() * scale", "scale", 2),
+        ("x = batch[0]\nscale += 1\nloss = model(x).mean() * scale", "scale", 3),
+    ],
+)
+def test_a_cell_that_assigns_a_name_after_it_has_read_it(notebook, body, name, line):
+    """To Python it is local, and has no value there."""
+    notebook("scale = 1.0")
+    error, _ = notebook.fails(f"%%dist_train model train_set --epochs 1\n{body}")
+    assert isinstance(error, PlanError)
+    assert (
+        f"the cell assigns {name}, so {name} is a local name of the step, and line {line} of the cell reads it"
+        in str(error)
+    )
+
+
+def test_a_cell_may_assign_a_name_of_the_notebook(notebook):
+    """Before it reads it, or in what a comprehension has for itself."""
+    notebook("x = y = loss = 1.0")
+    notebook(
+        "%%dist_train model train_set --epochs 1\nx, y = batch\n"
+        "loss = torch.stack([y for y in [model(x).mean()]]).mean()"
+    )
