@@ -7,6 +7,7 @@ from nbdist.cluster.launch.anchor_client import Detached, detached_clusters
 from nbdist.cluster.launch.fork_client import current_server, end_server
 from nbdist.cluster.runs.run import Run, attend
 from nbdist.cluster.session import current_cluster, last_run, require_cluster
+from nbdist.engine.follow.module_texts import watched_modules
 
 __all__ = [
     "CellRun",
@@ -21,4 +22,5 @@ __all__ = [
     "end_server",
     "last_run",
     "require_cluster",
+    "watched_modules",
 ]

@@ -18,7 +18,7 @@ from nbdist.cluster.launch.devices import choose_size
 from nbdist.cluster.prediction import predict
 from nbdist.cluster.runs.run import Run, attend, resume_arguments
 from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunOptions
-from nbdist.engine.cell_sources import CellSources, class_marks
+from nbdist.engine.follow.changes import NotebookChanges
 from nbdist.errors import ClusterError, PlanError
 from nbdist.plan.option import takes_options
 from nbdist.plan.train_options import TRAIN_OPTIONS, Unpack
@@ -62,7 +62,7 @@ class Cluster:
         self.timeout_s = timeout_s
         self.spares = int(fork_client.can_fork()) if spares is None else spares
         self.detach = detach
-        self._sources = CellSources()
+        self._changes: NotebookChanges | None = None  # since the engines were started
         self._replay: Any = None  # a Replay, once engines have started: importing it loads torch
 
     @property
@@ -145,18 +145,17 @@ class Cluster:
         if self._up is not None and not self.reachable:
             self._end()
         if self._up is not None:
-            self._running()
+            self._running().set_timeout(self.timeout_s)
             self._refuse_while_busy()
-            self._up.set_timeout(self.timeout_s)
             self._up.replace_lost(tell)
             self._up.keep_spares(self.spares)
             self.check_ready()
             return self
         if session.current_cluster() is not None:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
-        self._sources = CellSources()
-        self._drive(start_engines(self.size, self.device, self.timeout_s, tell, self.spares, self.detach))
-        self._replay.follow(self._up)
+        self._changes = changes = self._changes or NotebookChanges()  # before they start
+        self._drive(start_engines(self.size, self.device, self.timeout_s, tell, self.spares, self.detach), changes)
+        self._replay.follow(self._up, changes)
         session.set_cluster(self)
         if self.detach is None:
             session.stop_at_exit(self)
@@ -187,8 +186,9 @@ class Cluster:
         try:
             engines = take_over_engines(anchor)
             cluster = cls(engines.size, device=engines.device, timeout_s=engines.timeout_s, detach=anchor.patience_s)
-            run_queue = cluster._drive(engines)
-            cluster._replay.take_over(engines)
+            cluster._changes = NotebookChanges(anchor.state()["notes"].get("notebook"))
+            run_queue = cluster._drive(engines, cluster._changes)
+            cluster._replay.take_over(engines, cluster._changes)
             run_queue.take_over({} if namespace is None else namespace, watch)
         except BaseException:
             anchor.leave()
@@ -196,14 +196,14 @@ class Cluster:
         session.set_cluster(cluster)
         return cluster
 
-    def _drive(self, engines: Engines) -> RunQueue:
+    def _drive(self, engines: Engines, changes: NotebookChanges) -> RunQueue:
         """Build queue and replay for engines. Imported here: both load torch, which ``%load_ext`` must not wait for."""
         from nbdist.cluster.cells.replay import Replay
         from nbdist.cluster.runs.run_queue import RunQueue
 
         self._up = engines
         self._replay = self._replay or Replay()
-        self._run_queue = RunQueue(engines, self._sources, session.last_run, session.note_run, self.where)
+        self._run_queue = RunQueue(engines, changes, session.last_run, session.note_run, self.where)
         return self._run_queue
 
     def scale(self, engines: int) -> None:
@@ -230,6 +230,7 @@ class Cluster:
     def stop(self) -> None:
         """End the engines, and all that belongs to them. Twice is fine."""
         self._end()
+        self._changes = None
         if self._replay is not None:
             self._replay.clear()
 
@@ -307,7 +308,7 @@ class Cluster:
     def push(self, **values: Any) -> None:
         """Assign values in the namespace of every engine's cells; all ranks map one shared copy of the tensors."""
         self.check_ready()
-        self._replay.push(values, self._sources.new(self._running().processes.values()))
+        self._replay.push(values)
 
     def pull(self, name: str, rank: int = 0) -> Any:
         """Get the value of a name from the namespace of one engine's cells.
@@ -321,7 +322,7 @@ class Cluster:
     def tie_classes(self, namespace: dict[str, Any], ranks: Iterable[int] | None = None) -> None:
         """Make classes that one cell defined here and on ranks identical, so `isinstance` holds after a transfer."""
         self._running()
-        self._replay.tie(class_marks(namespace), list(range(self.size) if ranks is None else ranks))
+        self._replay.tie(namespace, list(range(self.size) if ranks is None else ranks))
 
     @takes_options(TRAIN_OPTIONS | RUN_OPTIONS)
     def train(

@@ -43,7 +43,9 @@ from nbdist.core.sync.agreement import NO_FLAGS
 from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
 from nbdist.core.sync.loss_forms import check_one_form
 from nbdist.core.sync.step_tail import StepLosses, Totals
-from nbdist.core.task.task import Task, on_device
+from nbdist.core.task.notes import notes_on_modes, notes_on_optimizers, notes_on_outside, outside_parameters
+from nbdist.core.task.own_loop import explained_step
+from nbdist.core.task.task import Step, Task, on_device
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
 from nbdist.plan.mesh import AXES
@@ -129,7 +131,8 @@ def fit(
             host=host_name(), pid=os.getpid(), device=str(device),
             place={axis: plan.mesh.coordinate(world.rank, axis) for axis in AXES},
         )]  # fmt: skip
-        cleanup.enter_context(_reporting_failure(emit, world.rank, beginning))
+        cleanup.enter_context(_reporting_failure(emit, world.rank, beginning, task.step))
+        notes, outside = notes_on_modes(task) + notes_on_optimizers(task), outside_parameters(task)
 
         for module in task.modules.values():
             if not module.training:  # else leave submodules as they are: the user may have set some to evaluation mode
@@ -209,7 +212,8 @@ def fit(
             beginning.pop(), steps_total=steps_total, stages=strategy.infos, lr=schedulers.rate, step=progress.step,
             history=progress.history, checked=findings.result,
         ))  # fmt: skip
-        for note in findings.notes if world.rank == 0 else ():
+        notes += schedulers.notes(plan.epochs, steps_total)
+        for note in [*findings.notes, *(notes if progress.step == 0 else ())] if world.rank == 0 else ():
             emit(Noted(rank=world.rank, text=note))
         reporter = Reporter(world, progress, schedulers, emit)
         structure = StructureWatch(model, task.optimizers.values())
@@ -229,6 +233,10 @@ def fit(
                     strategy.begin_step()
                     task.forms.begin()
                     losses = strategy.forward_backward(progress.step, slices or [])
+                    if outside:  # in the first step
+                        for note in notes_on_outside(outside) if world.rank == 0 and progress.step == 0 else ():
+                            emit(Noted(rank=world.rank, text=note))
+                        outside = {}
                     structure.check(progress.step)
                     if plan.stop_on_nan:
                         _check_finite(losses, progress)
@@ -381,11 +389,17 @@ def _complete(plan: Plan, step: int, steps_total: int | None) -> bool:
 
 
 @contextlib.contextmanager
-def _reporting_failure(emit: Callable[[Event], None], rank: int, beginning: Sequence[Event]) -> Iterator[None]:
+def _reporting_failure(
+    emit: Callable[[Event], None], rank: int, beginning: Sequence[Event], step: Step
+) -> Iterator[None]:
     try:
         yield
-    except BaseException as error:
+    except BaseException as failure:
+        known = explained_step(failure, step)
+        error = failure if known is None else known.with_traceback(failure.__traceback__)
         for event in beginning:  # of a run that fails before its first step
             emit(event)
         emit(RunFailed(rank=rank, error=f"{type(error).__name__}: {error}"))
+        if known is not None:
+            raise error from None
         raise

@@ -5,14 +5,17 @@ The source itself arrives as an execute request of ipyparallel, right after `pre
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from IPython import get_ipython
 
 from nbdist.core.transfer.payload import unpack
 from nbdist.engine import checked_collectives
-from nbdist.engine.cell_sources import NotebookUpdate, install, tie_classes
 from nbdist.engine.exchange.exchange import Exchange
+from nbdist.engine.follow.cell_sources import tie_classes
+from nbdist.engine.follow.changes import NotebookUpdate
+from nbdist.engine.follow.install import install
 
 __all__ = ["complete", "namespace", "prepare_cell", "pull", "push", "tie"]
 
@@ -26,7 +29,7 @@ def namespace() -> dict[str, Any]:
     return get_ipython().user_ns
 
 
-def push(payload: Any, update: NotebookUpdate) -> None:
+def push(update: NotebookUpdate, payload: Any) -> None:
     """Assign the values of a packed dict in the namespace of this engine's cells."""
     install(update)
     namespace().update(unpack(payload))
@@ -58,7 +61,8 @@ def prepare_cell(update: NotebookUpdate, number: int | None, only_ranks: list[in
         number: The cell's execution count in the notebook, if it has one.
         only_ranks: The ranks that run it; None for all ranks.
     """
-    install(update)
+    if notes := install(update):
+        _print_with_cell(notes)
     if only_ranks is None:
         checked_collectives.allow_all()
     else:
@@ -74,6 +78,18 @@ def prepare_cell(update: NotebookUpdate, number: int | None, only_ranks: list[in
         get_ipython().execution_count = number
 
 
-def tie(marks: dict[str, str]) -> None:
+def _print_with_cell(notes: list[str]) -> None:
+    """Print notes when the next cell begins, so that they are part of what it prints."""
+    events = get_ipython().events
+
+    def began(info: Any) -> None:
+        events.unregister("pre_run_cell", began)
+        print(*(f"nbdist: {note}" for note in notes), sep="\n", file=sys.stderr)
+
+    events.register("pre_run_cell", began)
+
+
+def tie(update: NotebookUpdate, marks: dict[str, str]) -> None:
     """Make classes that one cell defined here and in the notebook identical."""
+    install(update)
     tie_classes(marks, namespace())

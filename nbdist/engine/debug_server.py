@@ -7,7 +7,7 @@ import socket
 import traceback
 import types
 
-from nbdist.engine.cell_sources import label_of
+from nbdist.engine.follow.cell_sources import label_of
 from nbdist.engine.stack_frames import is_users
 from nbdist.errors import ranks_text
 from nbdist.peer_auth import same_user

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from nbdist.engine.cell_sources import label_of, labelled
+from nbdist.engine.follow.cell_sources import label_of, labelled
 from nbdist.engine.stack_frames import frame_text, is_ours, is_plumbing, place_of
 from nbdist.errors import EngineError, NbdistError, PeerLostError, PlanError, TaskError, ranks_text
 

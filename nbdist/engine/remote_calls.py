@@ -27,13 +27,16 @@ from nbdist.core.task.task import Task
 from nbdist.core.train import fit
 from nbdist.core.transfer.payload import SegmentCache, is_released, unpack
 from nbdist.engine import checked_collectives
-from nbdist.engine.cell_sources import NotebookUpdate, install
 from nbdist.engine.cells import complete, namespace, prepare_cell, pull, push, tie
 from nbdist.engine.debug_server import serve
 from nbdist.engine.exchange.exchange import Exchange, StatePublisher
 from nbdist.engine.failure import Failure
+from nbdist.engine.follow.changes import NotebookUpdate
+from nbdist.engine.follow.install import install
+from nbdist.engine.follow.module_texts import watched_modules
 from nbdist.engine.stack_dump import enable
 from nbdist.engine.train_outcome import Outcome
+from nbdist.errors import TaskError
 from nbdist.plan import Plan, available_cores
 from nbdist.process_mark import process_mark
 from nbdist.telemetry import JsonlSink, RankStateSink
@@ -77,6 +80,7 @@ class _Engine:
 
 
 _engine = _Engine()
+watched_modules()  # from now on: so that it is known which text each module runs
 
 
 def ping() -> int:
@@ -157,13 +161,17 @@ def train(
     """
     world = _engine.world
     checked_collectives.allow_all()  # in case the cell of the last `prepare_cell` never came
-    install(update)
+    notes = install(update)
     states = publisher.sink(world.rank)
     _engine.failure = _engine.cell_error = None
     _engine.free_outputs()
     free_unused_memory()  # reference cycles of an earlier run may hold as much memory as this one needs
     with contextlib.ExitStack() as cleanup:
         try:
+            if failed := watched_modules().failures:
+                raise TaskError(failed[0])
+            for note in notes:
+                print(f"nbdist: {note}", file=sys.stderr)
             task, plan = unpack(payload)
             if isinstance(task.step, ForwardStep):
                 outcome = _predict(task, plan, run_id, exchange, states)

@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import linecache
-import site
-import sysconfig
 import traceback
-from pathlib import Path
 
-from nbdist.engine.cell_sources import label_of
+from nbdist.engine.follow.cell_sources import label_of
+from nbdist.engine.follow.libraries import OWN_FOLDER, library_folders
 
 __all__ = ["frame_text", "is_ours", "is_plumbing", "is_users", "place_of"]
 
-_OWN_FOLDER = str(Path(__file__).parents[1])
-_PACKAGES = ("torch", "numpy", "IPython", "ipykernel", "ipyparallel", "tornado", "traitlets", "zmq")
 _CONTEXT = 2
 
 
 def is_ours(frame: traceback.FrameSummary) -> bool:
     """Whether it is a frame of nbdist."""
-    return frame.filename.startswith(_OWN_FOLDER)
+    return frame.filename.startswith(OWN_FOLDER)
 
 
 def is_users(frame: traceback.FrameSummary) -> bool:
     """Whether it is in a cell, or in a file of no library."""
     if label_of(frame.filename):
         return True
-    return not frame.filename.startswith((*_libraries(), "<")) and not is_ours(frame)
-
-
-@functools.cache
-def _libraries() -> tuple[str, ...]:
-    """Folders of libraries: Python's, the user's site-packages, and our dependencies' wherever installed."""
-    folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    folders |= {site.getusersitepackages(), *site.getsitepackages()}
-    for package in _PACKAGES:
-        found = importlib.util.find_spec(package)
-        if found is not None and found.origin:
-            folders.add(str(Path(found.origin).parent))
-    return tuple(f"{folder}/" for folder in folders)
+    return not frame.filename.startswith((*library_folders(), "<")) and not is_ours(frame)
 
 
 def is_plumbing(frame: traceback.FrameSummary) -> bool:

@@ -9,10 +9,11 @@ __all__ = ["load", "unload"]
 
 def load(shell: Any) -> None:
     """Register the magics and how a Run is shown."""
-    from nbdist.cluster import Run
+    from nbdist.cluster import Run, watched_modules
     from nbdist.notebook import completion
     from nbdist.notebook.magics import DistMagics
 
+    watched_modules()
     magics = DistMagics(shell)
     shell.register_magics(magics)
     completion.install(shell)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import symtable
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nbdist.errors import PlanError
@@ -40,6 +40,12 @@ def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any
         raise PlanError(f"the cell is empty: {_HOW}.")
     if "loss" not in names.get_identifiers() or not names.lookup("loss").is_assigned():
         raise PlanError(f"the cell does not assign `loss`: {_HOW}.")
+    for name, line_number in _read_before(tree, names, shell.user_ns):
+        raise PlanError(
+            f"the cell assigns {name}, so {name} is a local name of the step, and line {line_number + 1} of the cell "
+            f"reads it before: call what is assigned by another name (new_{name} = ...); what stays from step to step "
+            "belongs into a buffer of the model."
+        )
     frame = ast.parse("def step(model, batch):\n    weight = None\n    return loss, weight\n")
     function = frame.body[0]
     assert isinstance(function, ast.FunctionDef)
@@ -53,6 +59,26 @@ def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any
     built: dict[str, Any] = {}
     exec(code, shell.user_ns, built)
     return built["step"]
+
+
+def _read_before(tree: ast.Module, names: symtable.SymbolTable, known: Any) -> Iterator[tuple[str, int]]:
+    """Names of the notebook that the cell's own statements read before they assign them, with the line; the first only.
+
+    Statements with others inside them are passed over from there on: whether they run first is not known.
+    """
+    local = {s.get_name() for s in names.get_symbols() if s.is_assigned() and s.get_name() in known}
+    assigned = {"model", "batch", "weight"}
+    for statement in tree.body:
+        if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr)):
+            return
+        found = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        if any(isinstance(node, (ast.Lambda, ast.comprehension, ast.NamedExpr)) for node in ast.walk(statement)):
+            found = [node for node in found if isinstance(node.ctx, ast.Store)]
+        added = isinstance(statement, ast.AugAssign)
+        for node in found:
+            if (isinstance(node.ctx, ast.Load) or added) and node.id in local - assigned:
+                yield node.id, node.lineno
+        assigned |= {node.id for node in found if isinstance(node.ctx, ast.Store)}
 
 
 def _refusal(error: SyntaxError, line: int) -> PlanError:

@@ -5,11 +5,22 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+from types import ModuleType
 from typing import Any
 
-__all__ = ["VERIFIED", "answer_while_busy", "cell_file", "cell_number", "class_mark", "set_class_mark"]
+__all__ = [
+    "VERIFIED",
+    "answer_while_busy",
+    "autoreloaded_text",
+    "cell_file",
+    "cell_number",
+    "class_mark",
+    "reload_in_place",
+    "set_class_mark",
+]
 
 VERIFIED = {
     "IPython": ("7.34.0", "8.39.0", "9.18.1"),
@@ -56,6 +67,33 @@ def set_class_mark(kind: type, mark: str) -> None:
     if mark and by_class is not None and by_id is not None:
         by_class[kind] = mark
         by_id[mark] = kind
+
+
+def autoreloaded_text(name: str) -> str | None:
+    """The text that ``%autoreload`` has for a module, if it is on: it may patch functions without a reload.
+
+    Empty where it has none. IPython before 8.29 always reloads.
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    registered: dict[str, Any] = getattr(getattr(shell, "magics_manager", None), "registry", {})
+    reloader = getattr(registered.get("AutoreloadMagics"), "_reloader", None)
+    if reloader is None or not getattr(reloader, "enabled", False):
+        return None
+    texts: dict[str, str] = getattr(getattr(reloader, "deduper_reloader", None), "source_by_modname", {})
+    return texts.get(name, "")
+
+
+def reload_in_place(module: ModuleType) -> None:
+    """Reload a module as ``%autoreload`` does: functions and classes that exist become the new ones.
+
+    Without IPython's function for it they stay as they are, and what is made later is new.
+    """
+    try:
+        from IPython.extensions.autoreload import superreload
+    except ImportError:
+        importlib.reload(module)
+    else:
+        superreload(module, importlib.reload, {})  # type: ignore[no-untyped-call]
 
 
 def answer_while_busy(widget: Any) -> None:

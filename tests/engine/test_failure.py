@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nbdist.engine.cell_sources import NotebookUpdate, install
 from nbdist.engine.failure import LOST, Failure, as_error
+from nbdist.engine.follow.cell_sources import add_cells
 from nbdist.engine.stack_frames import is_users
 from nbdist.errors import EngineError, PeerLostError, PlanError, TaskError, ranks_text
 
@@ -77,7 +77,7 @@ def raised(source, file_name="<cell>"):
 def test_a_failure_names_the_cell_and_shows_its_lines():
     """The innermost line of a cell is the place, though the error was raised deeper, in a library."""
     source = "import json\ndef read(text):\n    return json.loads(text)\n\nread('torn')\n"
-    install(NotebookUpdate(sources={"<cell>": ("Cell In[4]", source)}, path=[]))
+    add_cells({"<cell>": ("Cell In[4]", source)})
     failed = raised(source)
     linecache.cache.pop("<cell>")
     assert (failed.rank, failed.kind, failed.place) == (1, "JSONDecodeError", "Cell In[4], line 3")

@@ -329,3 +329,53 @@ def test_an_interrupt_that_comes_while_the_panel_is_drawn_stops_the_run(notebook
     error, _ = notebook.fails("%dist_train model train_set --loss cross_entropy --steps 1000000000")
     assert isinstance(error, KeyboardInterrupt)
     assert nbdist.last_run().state == "stopped"
+
+
+def test_engines_run_what_autoreload_has_patched(notebook, tmp_path, monkeypatch):
+    """Without a reload in the notebook, and where a cell on the engines has imported the function by its name."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path, clock = tmp_path / "patched_text.py", iter(range(2_000_000_000, 2_000_000_100))
+
+    def write(number):
+        path.write_text(f"def number():\n    return {number}\n")
+        os.utime(path, (now := next(clock), now))
+
+    write(1)
+    notebook("%load_ext autoreload", "%autoreload 2", "import patched_text", "%%dist\nfrom patched_text import number")
+    write(2)
+    notebook.printed()
+    notebook("%%dist\nprint(number())")
+    assert ("2", 2) == (notebook.printed().split()[-1], notebook("patched_text.number()"))
+    run = notebook(
+        "%%dist_train model train_set --epochs 1 --check no --batch-size 60\n"
+        "loss = model(batch[0]).sum() * 0 + patched_text.number()"
+    )
+    assert 2.0 == run.history[0]["loss"]
+    notebook("%autoreload 0")
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "line"),
+    [
+        ("scale = scale * 2\nloss = model(batch[0]).mean() * scale", "scale", 2),
+        ("x = batch[0]\nscale += 1\nloss = model(x).mean() * scale", "scale", 3),
+    ],
+)
+def test_a_cell_that_assigns_a_name_after_it_has_read_it(notebook, body, name, line):
+    """To Python it is local, and has no value there."""
+    notebook("scale = 1.0")
+    error, _ = notebook.fails(f"%%dist_train model train_set --epochs 1\n{body}")
+    assert isinstance(error, PlanError)
+    assert (
+        f"the cell assigns {name}, so {name} is a local name of the step, and line {line} of the cell reads it"
+        in str(error)
+    )
+
+
+def test_a_cell_may_assign_a_name_of_the_notebook(notebook):
+    """Before it reads it, or in what a comprehension has for itself."""
+    notebook("x = y = loss = 1.0")
+    notebook(
+        "%%dist_train model train_set --epochs 1\nx, y = batch\n"
+        "loss = torch.stack([y for y in [model(x).mean()]]).mean()"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pickle
 import sys
 import types
@@ -45,6 +46,55 @@ def test_without_ipythons_map_a_cell_has_no_number(shell, monkeypatch):
     assert private.cell_number(name) is None
     monkeypatch.delitem(sys.modules, "IPython")
     assert private.cell_number(name) is None
+
+
+def autoreloads(shell, folder, monkeypatch, text):
+    """A module of a text, imported in a shell with ``%autoreload 2``; and a function that writes another one."""
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "autoreloaded", raising=False)
+    path, clock = folder / "autoreloaded.py", iter(range(2_000_000_000, 2_000_000_100))
+
+    def write(text):
+        path.write_text(text)
+        os.utime(path, (now := next(clock), now))
+
+    write(text)
+    shell.run_line_magic("load_ext", "autoreload")
+    shell.run_line_magic("autoreload", "2")
+    module = importlib.import_module("autoreloaded")
+    shell.run_cell("1")
+    return module, write
+
+
+def test_what_autoreload_has_patched_is_known(shell, tmp_path, monkeypatch):
+    """With and without a reload; without it there is no such text."""
+    assert private.autoreloaded_text("autoreloaded") is None
+    module, write = autoreloads(shell, tmp_path, monkeypatch, "def f():\n    return 1\n")
+    write("def f():\n    return 2\n")
+    spec = module.__spec__
+    shell.run_cell("1")
+    assert 2 == module.f()
+    if module.__spec__ is spec:  # patched; IPython 7.34 reloads
+        assert "def f():\n    return 2\n" == private.autoreloaded_text("autoreloaded")
+
+
+def test_a_reload_in_place_changes_what_exists(shell, tmp_path, monkeypatch):
+    """A function that was imported from the module, and an instance's class."""
+    module, write = autoreloads(shell, tmp_path, monkeypatch, "class A:\n    x = 1\ndef f():\n    return 1\n")
+    f, a = module.f, module.A()
+    write("class A:\n    x = 2\ndef f():\n    return 2\n")
+    private.reload_in_place(module)
+    assert (2, 2, True) == (f(), a.x, isinstance(a, module.A))
+
+
+def test_without_ipythons_reload_a_module_is_reloaded_as_python_does(tmp_path, monkeypatch, shell):
+    """What exists stays old."""
+    module, write = autoreloads(shell, tmp_path, monkeypatch, "def f():\n    return 1\n")
+    monkeypatch.setitem(sys.modules, "IPython.extensions.autoreload", None)
+    f = module.f
+    write("def f():\n    return 2\n")
+    private.reload_in_place(module)
+    assert (1, 2) == (f(), module.f())
 
 
 def test_the_file_of_a_cell_is_the_one_that_ipykernel_compiles_it_as():

@@ -6,7 +6,7 @@ So all cells and pushes to ranks go through here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,8 @@ from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engines import Engines
 from nbdist.core.transfer.payload import Segment, SegmentCache, unpack
-from nbdist.engine.cell_sources import NotebookUpdate, search_path
+from nbdist.engine.follow.cell_sources import class_marks
+from nbdist.engine.follow.changes import NotebookChanges, NotebookUpdate
 from nbdist.errors import ClusterError, EngineError
 from nbdist.upstream.ipython_private import cell_file
 
@@ -32,7 +33,8 @@ class _Entry:
     Args:
         name: Its name in warnings.
         ranks: The ranks that ran it.
-        call: The function of `remote_calls` that does it, or prepares the cell, and its arguments.
+        call: The function of `remote_calls` that does it, or prepares the cell, and its arguments after the update.
+        changes: How many changes of the notebook came before it.
         cell: The cell's source, if it is one.
         everyone: Whether all ranks ran it: then ranks added later run it too.
         names: The names that a push assigns.
@@ -42,15 +44,16 @@ class _Entry:
     name: str
     ranks: frozenset[int]
     call: tuple[str, tuple[Any, ...]]
+    changes: int
     cell: str | None = None
     everyone: bool = False
     names: frozenset[str] = frozenset()
     segment: Any = None
 
-    def start(self, engines: Engines, rank: int) -> PendingCall:
+    def start(self, engines: Engines, rank: int, update: NotebookUpdate) -> PendingCall:
         """Start it on one rank."""
         function, arguments = self.call
-        call = engines.start_call(rank, function, *arguments)
+        call = engines.start_call(rank, function, update, *arguments)
         return call if self.cell is None else engines.start_cell(rank, self.cell)
 
 
@@ -63,13 +66,23 @@ class Replay:
 
     def __init__(self) -> None:
         self._engines: Engines
+        self._changes: NotebookChanges
         self._entries: list[_Entry] = []
         self._known_processes: dict[int, tuple[str, str]] = {}
         self.cells: dict[str, tuple[str, str]] = {}
 
-    def follow(self, engines: Engines) -> None:
-        """Use these new engines from now on; they have run nothing yet."""
-        self._engines, self._known_processes = engines, {}
+    def follow(self, engines: Engines, changes: NotebookChanges) -> None:
+        """Use these new engines from now on, which have run nothing yet; they get these changes of the notebook."""
+        self._engines, self._changes, self._known_processes = engines, changes, {}
+
+    def _update(self, ranks: Iterable[int], count: int | None = None) -> NotebookUpdate:
+        processes = self._engines.processes
+        return self._changes.update([processes[rank] for rank in ranks], count)
+
+    def _forget(self, ranks: Iterable[int]) -> None:
+        """These ranks may not have got the last update."""
+        processes = self._engines.processes
+        self._changes.forget(processes[rank] for rank in ranks if rank in processes)
 
     def run_cell(self, source: str, number: int | None, ranks: list[int]) -> CellRun:
         """Start a cell on ranks; `number` is its In[...] in tracebacks."""
@@ -77,23 +90,27 @@ class Replay:
         name = f"the cell {first_line!r}" if number is None else f"Cell In[{number}]"
         only_ranks = ranks if len(ranks) < self._engines.size else None
         self.cells[cell_file(source)] = name, source
-        call = "prepare_cell", (NotebookUpdate(sources={}, path=search_path()), number, only_ranks)
-        entry, size = _Entry(name=name, ranks=frozenset(ranks), call=call, cell=source), self._engines.size
+        call = "prepare_cell", (number, only_ranks)
+        entry = _Entry(name=name, ranks=frozenset(ranks), call=call, cell=source, changes=self._changes.look())
+        update, size = self._update(ranks), self._engines.size
 
         def note(done: list[int]) -> None:
+            self._forget(set(ranks) - set(done))
             if done:
                 self._record(replace(entry, ranks=frozenset(done), everyone=len(done) == size))
 
-        return self._follow({rank: entry.start(self._engines, rank) for rank in ranks}, note)
+        return self._follow({rank: entry.start(self._engines, rank, update) for rank in ranks}, note)
 
-    def push(self, values: dict[str, Any], update: NotebookUpdate) -> None:
+    def push(self, values: dict[str, Any]) -> None:
         """Assign values in the namespace of all ranks' cells; all ranks map one shared copy of the tensors."""
         engines = self._engines
         ranks, names = frozenset(range(engines.size)), frozenset(values)
         payload, segment = engines.exchange.pack(values, names=values, segment_cache=SegmentCache(engines.anchor))
+        changes = self._changes.look()
         try:
-            engines.call(ranks, "push", (payload, update))
+            engines.call(ranks, "push", (self._update(ranks), payload))
         except BaseException:
+            self._forget(ranks)
             segment.close()
             raise
         name = f"the push of {', '.join(values)}"
@@ -101,7 +118,8 @@ class Replay:
             _Entry(
                 name=name,
                 ranks=ranks,
-                call=("push", (payload, update)),
+                call=("push", (payload,)),
+                changes=changes,
                 everyone=True,
                 names=names,
                 segment=segment,
@@ -125,19 +143,22 @@ class Replay:
                 raise ClusterError(f"{name!r} is not defined on rank {rank}.") from None
             raise
 
-    def tie(self, marks: dict[str, str], ranks: list[int]) -> None:
-        """Give the cells' classes the cloudpickle ids that they have in the notebook."""
-        self._engines.call(ranks, "tie", (marks,))
+    def tie(self, namespace: dict[str, Any], ranks: list[int]) -> None:
+        """Give the cells' classes the cloudpickle ids that they have in the notebook's namespace."""
+        marks = class_marks(namespace)
+        changes = self._changes.count
+        self._engines.call(ranks, "tie", (self._update(ranks), marks))
         everyone = len(ranks) == self._engines.size
-        self._record(_Entry(name="the classes", ranks=frozenset(ranks), call=("tie", (marks,)), everyone=everyone))
+        entry = _Entry(name="the classes", ranks=frozenset(ranks), call=("tie", (marks,)), changes=changes)
+        self._record(replace(entry, everyone=everyone))
 
-    def take_over(self, engines: Engines) -> None:
-        """Load the entries that another kernel has left at the anchor."""
+    def take_over(self, engines: Engines, changes: NotebookChanges) -> None:
+        """Load the entries that another kernel has left at the anchor, and continue with its changes."""
         anchor = engines.anchor
         assert anchor is not None
         notes = anchor.state()["notes"]
         entries, self._known_processes, self.cells = notes.get("replay", ([], engines.processes, {}))
-        self._engines = engines
+        self._engines, self._changes = engines, changes
         self._entries = [
             replace(entry, segment=entry.segment and Segment(1, anchor, entry.segment)) for entry in entries
         ]
@@ -148,6 +169,7 @@ class Replay:
 
     def _note(self) -> None:
         """Save the entries at the anchor, for the next kernel."""
+        self._changes.save(self._engines.anchor)
         if self._engines.anchor is not None:
             # Segments as paths: an open file cannot be pickled.
             plain = [replace(entry, segment=entry.segment and entry.segment.path) for entry in self._entries]
@@ -171,8 +193,11 @@ class Replay:
         if pending:
             engines.call(sorted(new), "leave")
             engines.dissolve()
+            run_again = new.intersection(rank for entry in pending for rank in entry.ranks)
+            self._changes.rewind(now[rank] for rank in run_again)  # each entry sees the notebook as it was
         for entry in pending:
-            calls = {rank: entry.start(engines, rank) for rank in sorted(entry.ranks & new)}
+            ranks = sorted(entry.ranks & new)
+            calls = {rank: entry.start(engines, rank, self._update([rank], entry.changes)) for rank in ranks}
             try:
                 self._follow(calls).wait()
             except EngineError as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nbdist.cluster.engines.engine_info import Engine
 from nbdist.cluster.launch import fork_server
 from nbdist.engine import parent_watch, stack_dump
-from nbdist.engine.cell_sources import NotebookUpdate, install
+from nbdist.engine.follow.cell_sources import add_cells
 from nbdist.engine.stack_frames import frame_text, is_ours, is_users, place_of
 from nbdist.errors import ranks_text
 from nbdist.telemetry.host import host_id
@@ -196,7 +196,7 @@ def _rank_where(engine: Engine, here: str, step: int | None, cells: Mapping[str,
     if frames is None:
         return RankWhere(rank=rank, state="stopped" if stack_dump.is_stopped(engine.pid) else "silent", step=step)
     sources = {f.filename: cells[name] for f in frames if (name := os.path.basename(f.filename)) in cells}
-    install(NotebookUpdate(sources=sources, path=[]))
+    add_cells(sources)
     for frame in frames:
         linecache.checkcache(frame.filename)
     if not any(is_users(frame) or (is_ours(frame) and frame.filename not in _BASE_FILES) for frame in frames):

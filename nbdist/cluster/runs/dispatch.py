@@ -22,8 +22,8 @@ from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_res
 from nbdist.core.state.restore import load_whole
 from nbdist.core.task.task import Task
 from nbdist.core.transfer.payload import Segment, SegmentCache, unpack
-from nbdist.engine.cell_sources import CellSources
 from nbdist.engine.exchange.exchange import StateReader
+from nbdist.engine.follow.changes import NotebookChanges
 from nbdist.errors import ClusterError, EngineError, PlanError
 from nbdist.telemetry import RankState
 
@@ -39,7 +39,8 @@ class RunDispatch:
         control: The run. Its task's model receives the weights in place, and the user's own optimizers their state.
         engines: Idle engines with a world.
         segment_cache: Makes the segments of payloads.
-        cells: The notebook cells that were sent to the engines.
+        changes: Of the notebook, for the engines.
+        count: How many of them came before the run: later ones are not for it.
         packed: The payload of task and plan, and its segment; by default they are packed now.
         into: Another model that receives the weights too.
 
@@ -52,7 +53,8 @@ class RunDispatch:
         control: RunControl,
         engines: Engines,
         segment_cache: SegmentCache,
-        cells: CellSources,
+        changes: NotebookChanges,
+        count: int,
         *,
         packed: tuple[Any, Segment] | None = None,
         into: Any = None,
@@ -61,7 +63,7 @@ class RunDispatch:
         self.engines = engines
         self._segment_cache = segment_cache
         self._payload, self._segment = packed or self._pack()
-        self._cells = cells
+        self._changes, self._count = changes, count
         self._into = into
         self._states: StateReader | None = None
         self.scale_error = ""
@@ -91,7 +93,8 @@ class RunDispatch:
             engines.form()
         if restart and store is not None:
             store.trim()  # newer snapshots of only some ranks would occupy a buffer each
-        update = self._cells.new(engines.processes.values())
+        update = self._changes.update(engines.processes.values(), self._count)
+        self._changes.save(engines.anchor)
         snapshot_paths = [] if store is None else store.paths
         states = self._read_states()
         if engines.anchor is not None and not self.control.spec.predicts:
@@ -175,7 +178,7 @@ class RunDispatch:
     def _resize(self, size: int) -> None:
         self.engines.release()
         self.engines.resize(size)
-        self._cells.forget()
+        self._changes.forget()  # ranks were interrupted, perhaps before they had taken the last ones
 
     def open_result(self, payload: Any) -> Any:
         """Map the result of a rank, which then outlives that rank; None if `gather` is off.
@@ -246,6 +249,7 @@ class RunDispatch:
         wanted = control.wanted or engines.size
         if failed:
             engines.dissolve()  # ranks leave the process group of a failed run
+            self._changes.forget()
             self._segment.close()
         else:
             if wanted != engines.size:  # a scale command came after the last step

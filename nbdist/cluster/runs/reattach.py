@@ -13,7 +13,7 @@ from nbdist.cluster.runs.run_control import GiveCommand, RunControl
 from nbdist.cluster.runs.run_spec import RunHandoff, RunSpec
 from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.core.transfer.payload import Segment, unpack
-from nbdist.engine.cell_sources import CellSources
+from nbdist.engine.follow.changes import NotebookChanges
 from nbdist.errors import ClusterError, EngineError, PlanError
 from nbdist.telemetry import RankState, RunState, past_run
 
@@ -25,7 +25,7 @@ def take_over(
     namespace: dict[str, Any],
     give_command: GiveCommand,
     segment_cache: Any,
-    cells: CellSources,
+    changes: NotebookChanges,
 ) -> tuple[RunDispatch, list[str] | None] | None:
     """Take over the newest run on engines of an anchor; load its weights if it has ended.
 
@@ -36,7 +36,7 @@ def take_over(
         namespace: The notebook's.
         give_command: See `RunControl`.
         segment_cache: See `RunDispatch`.
-        cells: See `RunDispatch`.
+        changes: See `RunDispatch`.
 
     Returns:
         The dispatch, and the paths of the ranks' boards if the run has not ended; None if there was no run.
@@ -65,7 +65,7 @@ def take_over(
     segment = Segment(1, engines.anchor, handoff.payload.path)
     into = existing if same_shapes else None
     packed = handoff.payload, segment
-    dispatch = RunDispatch(control, engines, segment_cache, cells, packed=packed, into=into)
+    dispatch = RunDispatch(control, engines, segment_cache, changes, changes.count, packed=packed, into=into)
     state, error_text = notes["ended"]
     if state == "running":
         return dispatch, notes["boards"]

@@ -28,7 +28,7 @@ from nbdist.core.sync.gradient_hooks import check_hooks
 from nbdist.core.task.prediction import prediction_task
 from nbdist.core.task.task import Task
 from nbdist.core.transfer.payload import SegmentCache
-from nbdist.engine.cell_sources import CellSources
+from nbdist.engine.follow.changes import NotebookChanges
 from nbdist.errors import ClusterError, NbdistError, PeerLostError, ranks_text
 from nbdist.plan import Plan
 from nbdist.plan.option import check_known
@@ -45,11 +45,12 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class _QueuedRun:
-    """A run that has not started, and who watches it."""
+    """A run that has not started, who watches it, and how many changes of the notebook came before it."""
 
     run: Run
     watch: Watch | None
     context: contextvars.Context
+    changes: int
 
 
 class RunQueue:
@@ -57,18 +58,18 @@ class RunQueue:
 
     Args:
         engines: Where.
-        sources: The notebook cells that were sent to the engines.
+        changes: Of the notebook, for the engines.
         last_run: The newest run of this kernel.
         note_run: Called with a run when it starts.
         where: Returns the stacks of all ranks.
     """
 
     def __init__(
-        self, engines: Engines, sources: CellSources, last_run: Callable[[], Run | None],
+        self, engines: Engines, changes: NotebookChanges, last_run: Callable[[], Run | None],
         note_run: Callable[[Run], None], where: Callable[[], Where],
     ) -> None:  # fmt: skip
         self._engines = engines
-        self._sources = sources
+        self._changes = changes
         self._last_run = last_run
         self._note_run = note_run
         self._where = where
@@ -174,7 +175,7 @@ class RunQueue:
         ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in engines.records()}
         progress = RunState(title=spec.title, plan=plan.to_dict(), ranks=ranks)
         run = Run(RunControl(spec, progress, self._give_command, arguments, self.predict))
-        queued = _QueuedRun(run, watch, contextvars.copy_context())
+        queued = _QueuedRun(run, watch, contextvars.copy_context(), self._changes.look())
         with self._queueing:
             before, waits = self._run, self._is_busy()
             if waits:
@@ -214,7 +215,7 @@ class RunQueue:
         control.use_plan(plan)
         if plan.checkpoint:
             check_no_live_writer(plan.checkpoint, run.run_id)
-        dispatch = RunDispatch(control, engines, self._segment_cache, self._sources)
+        dispatch = RunDispatch(control, engines, self._segment_cache, self._changes, queued.changes)
         from_snapshot = snapshot_store is not None
         if snapshot_store is not None:
             snapshot_store.grow(engines.size)
@@ -255,7 +256,7 @@ class RunQueue:
 
     def take_over(self, namespace: dict[str, Any], watch: Watch | None) -> Run | None:
         """Monitor the run that another kernel started, or load its result if it has ended; see `take_over`."""
-        taken = take_over(self._engines, namespace, self._give_command, self._segment_cache, self._sources)
+        taken = take_over(self._engines, namespace, self._give_command, self._segment_cache, self._changes)
         if taken is None:
             return None
         dispatch, boards = taken

@@ -124,7 +124,7 @@ class World:
                 shared=shared,
                 hosts=hosts,
             )
-            world.channel().all_reduce_(torch.ones(1, device=chosen))
+            world.channel().all_reduce_(torch.ones(1, dtype=torch.float32, device=chosen))
             undo.pop_all()
         return world
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,34 @@ class Schedulers:
         """Call at the end of an epoch, with its measured value. Local."""
         for scheduler in self._by_epoch:
             scheduler.step(measured)
+
+    def notes(self, epochs: int | None, steps: int | None) -> list[str]:
+        """Sentences on schedulers that seem to be meant for epochs, but are stepped after each update. Local.
+
+        Args:
+            epochs: Of the run; None if its length is in steps.
+            steps: Of the run; None if it is not known.
+
+        Raises:
+            TaskError: One ends before the run does, and would raise then.
+        """
+        if steps is None:
+            return []
+        notes = []
+        for scheduler in (part for one in self._by_step for part in _parts(one)):
+            name, total = type(scheduler).__name__, getattr(scheduler, "total_steps", None)
+            if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR) and total is not None and total < steps:
+                raise TaskError(
+                    f"lr_scheduler {name} ends after {total} steps, and the run has {steps}: it is stepped after each "
+                    f"update, so give total_steps={steps}."
+                )
+            what, number = _period(scheduler)
+            if epochs is not None and number is not None and 1 < number <= epochs and 2 * epochs <= steps:
+                notes.append(
+                    f"lr_scheduler {name} has {what} {number}, as if it counted the {epochs} epochs, but it is stepped "
+                    f"after each of the {steps} updates: one epoch has {steps // epochs}"
+                )
+        return notes
 
     @property
     def rate(self) -> float:
@@ -97,6 +125,27 @@ class Schedulers:
                     "are."
                 )
             self._schedulers[name].load_state_dict(state)
+
+
+def _parts(scheduler: Any) -> Iterator[Any]:
+    """A torch scheduler, or those that it chains."""
+    inner = getattr(scheduler, "_schedulers", ())
+    if not inner:
+        yield scheduler
+    for part in inner:
+        yield from _parts(part)
+
+
+def _period(scheduler: Any) -> tuple[str, int | None]:
+    """The number of steps after which a torch scheduler changes the rate for the last time, or for the first."""
+    known = torch.optim.lr_scheduler
+    if isinstance(scheduler, known.CosineAnnealingLR):
+        return "T_max", scheduler.T_max
+    if isinstance(scheduler, known.MultiStepLR):
+        return "the last milestone", max(scheduler.milestones, default=None)
+    if isinstance(scheduler, known.StepLR):
+        return "step_size", scheduler.step_size
+    return "", None
 
 
 def _scale_scheduler(scheduler: Any, factor: float) -> None:

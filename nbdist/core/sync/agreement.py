@@ -47,14 +47,14 @@ NO_FLAGS = ControlFlags()
 
 def agree(flags: ControlFlags, channel: Channel) -> ControlFlags:
     """Sum flags in an all-reduce of their own. **Collective** over the channel; waits for the device."""
-    sums = torch.tensor(flags, device=channel.device)
+    sums = torch.tensor(flags, dtype=torch.float32, device=channel.device)
     channel.all_reduce_(sums)
     return ControlFlags(*sums.tolist())
 
 
 def first_of_all(message: bytes, channel: Channel) -> bytes:
     """The message of the first rank whose own is not empty; empty if all are. **Collective** over the channel."""
-    given = torch.zeros(channel.size, device=channel.device)
+    given = torch.zeros(channel.size, dtype=torch.float32, device=channel.device)
     given[channel.rank] = bool(message)
     channel.all_reduce_(given)
     ranks = given.nonzero().flatten().tolist()

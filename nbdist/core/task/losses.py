@@ -16,7 +16,9 @@ from nbdist.core.task.loss_weight import counted_targets
 from nbdist.errors import TaskError, suggest
 from nbdist.plan.plan import REDUCTIONS
 
-__all__ = ["LOSSES", "ClassLoss", "Loss", "find_loss", "is_torch_own", "loss_name", "reduction_of"]
+__all__ = [
+    "LOSSES", "ClassLoss", "Loss", "compares_elements", "find_loss", "is_torch_own", "loss_name", "reduction_of",
+]  # fmt: skip
 
 Loss = Callable[[Any, Any], Any]
 """``loss(output, target)``: a mean, or ``(mean, weight)`` with the number (or sum of weights) that it is over."""
@@ -78,8 +80,21 @@ def find_loss(loss: Any, reduction: str = "mean") -> Loss:
         return ClassLoss(loss, loss.ignore_index, loss.weight)
     if loss in (F.cross_entropy, F.nll_loss):
         return ClassLoss(loss, inspect.signature(loss).parameters["ignore_index"].default, None)
+    if isinstance(loss, nn.Module) and (own := [n for n, p in loss.named_parameters() if p.requires_grad]):
+        raise TaskError(
+            f"loss {loss_name(loss)} has parameters of its own ({own[0]}), which would not be trained: make model and "
+            "loss one module, whose forward(x, y) returns the loss, and train it by the step `loss = model(*batch)`; "
+            "or freeze them: loss.requires_grad_(False)."
+        )
     made: Loss = loss
     return made
+
+
+def compares_elements(loss: Any) -> bool:
+    """Whether a loss is one of torch's own that compares each element of an output with one of the target."""
+    kinds = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.KLDivLoss)
+    functions = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, LOSSES["kl_div"])
+    return is_torch_own(loss) and (isinstance(loss, kinds) or loss in functions)
 
 
 def is_torch_own(loss: Any) -> bool:
@@ -107,7 +122,7 @@ class ClassLoss:
 
     def __init__(self, loss: Callable[..., torch.Tensor], ignore_index: int, class_weight: torch.Tensor | None) -> None:
         self._loss = loss
-        self._ignore_index = ignore_index
+        self.ignore_index = ignore_index
         self._class_weight = class_weight
 
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -124,8 +139,8 @@ class ClassLoss:
             counted_before = counted_targets(mean) if mean.device.type == "cpu" else None
             if counted_before is not None:
                 return counted_before
-            return int(np.count_nonzero(target.detach().numpy() != self._ignore_index))  # a third of torch's time
-        counted = target != self._ignore_index
+            return int(np.count_nonzero(target.detach().numpy() != self.ignore_index))  # a third of torch's time
+        counted = target != self.ignore_index
         if self._class_weight is None:
             return counted.sum()
         weights = self._class_weight.to(target.device)

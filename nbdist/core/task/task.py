@@ -20,9 +20,19 @@ from nbdist.core.sync.loss_forms import LossForms
 from nbdist.core.task.check_model import check_model
 from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
-from nbdist.core.task.losses import ClassLoss, Loss, find_loss, is_torch_own, loss_name, reduction_of
+from nbdist.core.task.losses import (
+    ClassLoss,
+    Loss,
+    compares_elements,
+    find_loss,
+    is_torch_own,
+    loss_name,
+    reduction_of,
+)
 from nbdist.core.task.metrics import Metric, find_metric, metric_name, target_of
+from nbdist.core.task.mismatch import check_shapes, mismatch
 from nbdist.core.task.modules import Modules
+from nbdist.core.task.own_loop import check_step
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan.option import check_known
 from nbdist.plan.train_options import TRAIN_OPTIONS
@@ -134,9 +144,11 @@ class Task:
             raise TaskError(NO_LOSS if loss is None else "give loss=... or step=..., not both.")
         elif loss is not None:
             reduction = reduction_of(loss, reduction)
-            step = SupervisedStep(find_loss(loss, reduction))
-        if not callable(step):
+            step = SupervisedStep(find_loss(loss, reduction), loss_name(loss))
+        elif not callable(step):
             raise TaskError(f"step must be a callable step(model, batch), not {step!r}.")
+        else:
+            check_step(step, model)
         found_metric = None if metric is None else find_metric(metric)
         if metric is not None and val is None:
             raise TaskError(f"metric {metric_name(metric)} has no data to be measured on: give val=... too.")
@@ -262,9 +274,7 @@ class Task:
             returned = self.step(self.model, batch)
         loss, weight = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(type(loss))
-            cure = ": end it with .mean()" if isinstance(loss, torch.Tensor) and loss.numel() > 1 else ""
-            raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {what}{cure}.")
+            raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {_no_scalar(loss)}.")
         if self.sums:
             if weight is not None:
                 raise TaskError("with reduction='sum' the step returns a sum, without a weight: omit one of the two.")
@@ -307,9 +317,11 @@ class Task:
 class SupervisedStep:
     """The step of supervised training: the last element of a batch is the target, the others go to the model."""
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: Loss, name: str = "") -> None:
         self.loss = loss
         self.infers_weight = not (isinstance(loss, ClassLoss) or is_torch_own(loss))
+        self._name = name or loss_name(loss)
+        self._by_element = compares_elements(loss)
 
     def __call__(self, model: nn.Module, batch: Any, part: Slice | None = None, graph: _Context | None = None) -> Any:
         """Return ``loss(model(*inputs), target)``, with its weight if that is known.
@@ -322,8 +334,17 @@ class SupervisedStep:
         """
         *inputs, target = batch
         output = model(*inputs)
-        with graph or contextlib.nullcontext():
-            mean = self.loss(output, target)
+        if self._by_element:
+            check_shapes(self._name, output, target)
+        try:
+            with graph or contextlib.nullcontext():
+                mean = self.loss(output, target)
+        except Exception as error:
+            ignored = self.loss.ignore_index if isinstance(self.loss, ClassLoss) else None
+            known = None if self.infers_weight else mismatch(self._name, output, target, ignored)
+            if known is None:
+                raise
+            raise known from error
         if not isinstance(self.loss, ClassLoss):
             return mean
         if part is not None:
@@ -345,6 +366,19 @@ class ModelLossStep:
                 f"{type(output).__name__} without a loss: add labels to the batch, name a loss, or write the step."
             )
         return loss
+
+
+def _no_scalar(loss: Any) -> str:
+    """What a step has returned in place of a scalar tensor, and the cure."""
+    if isinstance(loss, torch.Tensor):
+        return f"a tensor of shape {tuple(loss.shape)}" + (": end it with .mean()" if loss.numel() > 1 else "")
+    if loss is None:
+        return "None: end the step with `return loss`"
+    if isinstance(loss, (int, float)):
+        return f"a {type(loss).__name__}: return the tensor itself, without .item() or float()"
+    if isinstance(loss, Mapping) or hasattr(loss, "loss"):
+        return f"a {type(loss).__name__}: return the loss in it"
+    return repr(type(loss))
 
 
 def _name(thing: Any) -> str:

@@ -1,0 +1,126 @@
+"""What a step must leave to the training loop: backward, and the steps of optimizers and schedulers."""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbdist.errors import TaskError
+
+__all__ = ["check_step", "explained_step", "outside_modules"]
+
+_CURE = "leave it out: nbdist runs backward, sums gradients over ranks, and steps optimizer and lr_scheduler"
+_LOADS = ("LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME")
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+_AGAIN = "backward through the graph a second time"
+_UNBOUND = "cannot access local variable", "referenced before assignment"
+
+
+def check_step(step: Any, model: nn.Module) -> None:
+    """Check that a step can be called, and leaves optimizers and schedulers to nbdist. Local; it is not called.
+
+    Raises:
+        TaskError: It takes other arguments, or steps an optimizer of the model itself.
+    """
+    try:
+        inspect.signature(step).bind(model, None)
+    except TypeError as error:
+        raise TaskError(
+            f"step takes other arguments than (model, batch), with which it is called ({error}): take the batch apart "
+            "in the step, as in `x, y = batch`."
+        ) from None
+    except ValueError:  # a builtin without a signature
+        pass
+    function = _function(step)
+    if function is None:
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    for name, value, attribute in _uses(function):
+        optimizer = getattr(value, "optimizer", value)
+        if attribute != "step" or not isinstance(optimizer, torch.optim.Optimizer):
+            continue
+        if own.intersection(id(p) for group in optimizer.param_groups for p in group["params"]):
+            option = "optimizer" if optimizer is value else "lr_scheduler"
+            how = f"{option}=... (--{option.replace('_', '-')})"
+            raise TaskError(f"the step calls {name}.step(): {_CURE}; give the {option} as {how}.")
+    names = _names(function.__code__)
+    if "zero_grad" in names and "backward" not in names:
+        raise TaskError(f"the step calls zero_grad(), which clears what earlier slices of the batch gave: {_CURE}.")
+
+
+def explained_step(error: BaseException, step: Any) -> TaskError | None:
+    """The sentence for an error of a step that only Python or torch has described; None for others. Local."""
+    text = str(error)
+    function = _function(step)
+    names = set[str]() if function is None else _names(function.__code__)
+    if isinstance(error, RuntimeError) and _AGAIN in text and "backward" in names:
+        return TaskError(f"the step calls backward() on the loss that it returns: {_CURE}.")
+    if isinstance(error, UnboundLocalError) and any(words in text for words in _UNBOUND):
+        name = text.split("'")[1] if "'" in text else "a name"
+        return TaskError(unbound(name))
+    return None
+
+
+def unbound(name: str) -> str:
+    """That a step reads a name before it assigns it."""
+    return (
+        f"the step assigns {name}, so {name} is a local name of it, and it is read before: call what is assigned by "
+        f"another name (new_{name} = ...); what stays from step to step belongs into a buffer of the model."
+    )
+
+
+def outside_modules(step: Any, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that a step uses beside the model, by the names that it has for them. Local."""
+    function = _function(step)
+    inside = {id(module) for module in model.modules()}
+    found = {} if function is None else dict(_values(function))
+    return {name: value for name, value in found.items() if isinstance(value, nn.Module) and id(value) not in inside}
+
+
+def _function(step: Any) -> types.FunctionType | None:
+    while isinstance(step, functools.partial):
+        step = step.func
+    step = getattr(step, "__func__", step)
+    return step if isinstance(step, types.FunctionType) else None
+
+
+def _values(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function, and functions inside it, find under global names, and those of functions around it."""
+    names = {
+        one.argval for code in _codes(function.__code__) for one in dis.get_instructions(code) if one.opname in _LOADS
+    }
+    yield from ((name, function.__globals__[name]) for name in names if name in function.__globals__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            yield name, cell.cell_contents
+
+
+def _uses(function: types.FunctionType) -> Iterator[tuple[str, Any, str]]:
+    """Each attribute that a function takes of a value from outside: name, value, attribute."""
+    values = dict(_values(function))
+    for code in _codes(function.__code__):
+        before: dis.Instruction | None = None
+        for instruction in dis.get_instructions(code):
+            loaded = before is not None and before.opname in _LOADS and before.argval in values
+            if loaded and before is not None and instruction.opname in _ATTRIBUTES:
+                yield before.argval, values[before.argval], instruction.argval
+            before = instruction
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    return {name for one in _codes(code) for name in one.co_names}

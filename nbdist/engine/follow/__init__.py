@@ -1,0 +1,1 @@
+"""How engines follow the notebook: its cells, search path, folder, variables, torch's settings, edited modules."""
