@@ -45,7 +45,8 @@ from nbdist.core.sync.loss_forms import check_one_form
 from nbdist.core.sync.step_tail import StepLosses, Totals
 from nbdist.core.task.notes import notes_on_modes, notes_on_optimizers, notes_on_outside, outside_parameters
 from nbdist.core.task.own_loop import explained_step
-from nbdist.core.task.task import Step, Task, on_device
+from nbdist.core.task.steps import Step
+from nbdist.core.task.task import Task, on_device
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
 from nbdist.plan.mesh import AXES

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from nbdist.core.task.task import SupervisedStep, Task
+from nbdist.core.task.steps import SupervisedStep
+from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 
 __all__ = ["Checked", "KnownChecks"]

@@ -32,7 +32,8 @@ from nbdist.core.sync.agreement import NO_FLAGS, first_of_all
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.sync.loss_forms import check_one_form
 from nbdist.core.task.modules import Modules
-from nbdist.core.task.task import SupervisedStep, Task
+from nbdist.core.task.steps import SupervisedStep
+from nbdist.core.task.task import Task
 from nbdist.errors import NbdistError, PlanError, TaskError
 from nbdist.plan import Plan, available_bytes
 

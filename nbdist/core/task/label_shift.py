@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from nbdist.core.task.metrics import METRICS, perplexity
-from nbdist.core.task.task import ModelLossStep, SupervisedStep, Task
+from nbdist.core.task.steps import ModelLossStep, SupervisedStep
+from nbdist.core.task.task import Task
 from nbdist.errors import TaskError
 
 __all__ = ["LabelShift"]

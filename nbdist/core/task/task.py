@@ -20,29 +20,17 @@ from nbdist.core.sync.loss_forms import LossForms
 from nbdist.core.task.check_model import check_model
 from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
-from nbdist.core.task.losses import (
-    ClassLoss,
-    Loss,
-    compares_elements,
-    find_loss,
-    is_torch_own,
-    loss_name,
-    reduction_of,
-)
+from nbdist.core.task.losses import ClassLoss, find_loss, loss_name, reduction_of
 from nbdist.core.task.metrics import Metric, find_metric, metric_name, target_of
-from nbdist.core.task.mismatch import check_shapes, mismatch
 from nbdist.core.task.modules import Modules
 from nbdist.core.task.own_loop import check_step
+from nbdist.core.task.steps import ModelLossStep, Step, SupervisedStep
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan.option import check_known
 from nbdist.plan.train_options import TRAIN_OPTIONS
 
-__all__ = ["ModelLossStep", "Step", "SupervisedStep", "Task", "check_agree", "on_device"]
+__all__ = ["Task", "check_agree", "on_device"]
 
-Step = Callable[[nn.Module, Any], Any]
-"""``step(model, batch)``: the loss, a mean over samples, or ``(loss, weight)`` with the number that it is over."""
-
-_Context = contextlib.AbstractContextManager[Any]
 
 NO_LOSS = "no loss: name one (--loss mse, or loss='mse'), or write the step (a %%dist_train cell's body, or step=...)."
 UNKNOWN_MEAN = (
@@ -312,60 +300,6 @@ class Task:
         if isinstance(self.step, SupervisedStep):
             return UNKNOWN_MEAN.format(loss=f"loss {loss_name(self.step.loss)}", cure=_OF_CALLABLE)
         return UNKNOWN_MEAN.format(loss=f"the loss that {type(self.model).__name__} computes", cure=_OF_MODEL)
-
-
-class SupervisedStep:
-    """The step of supervised training: the last element of a batch is the target, the others go to the model."""
-
-    def __init__(self, loss: Loss, name: str = "") -> None:
-        self.loss = loss
-        self.infers_weight = not (isinstance(loss, ClassLoss) or is_torch_own(loss))
-        self._name = name or loss_name(loss)
-        self._by_element = compares_elements(loss)
-
-    def __call__(self, model: nn.Module, batch: Any, part: Slice | None = None, graph: _Context | None = None) -> Any:
-        """Return ``loss(model(*inputs), target)``, with its weight if that is known.
-
-        Args:
-            model: The model.
-            batch: Inputs and target, on the device.
-            part: The batch's slice, whose target can be counted without waiting for the GPU.
-            graph: Context in which the loss is computed, see `LossGraph`.
-        """
-        *inputs, target = batch
-        output = model(*inputs)
-        if self._by_element:
-            check_shapes(self._name, output, target)
-        try:
-            with graph or contextlib.nullcontext():
-                mean = self.loss(output, target)
-        except Exception as error:
-            ignored = self.loss.ignore_index if isinstance(self.loss, ClassLoss) else None
-            known = None if self.infers_weight else mismatch(self._name, output, target, ignored)
-            if known is None:
-                raise
-            raise known from error
-        if not isinstance(self.loss, ClassLoss):
-            return mean
-        if part is not None:
-            target = part.batch[-1] if part.target is None else part.target()
-        return mean, self.loss.weight(mean, target)
-
-
-class ModelLossStep:
-    """The step of a model that takes the batch as keywords and computes its loss, like those of transformers."""
-
-    def __call__(self, model: nn.Module, batch: Any, graph: _Context | None = None) -> Any:
-        """Return the loss in ``model(**batch)``: an attribute or key ``loss``."""
-        with graph or contextlib.nullcontext():
-            output = model(**batch)
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if loss is None:
-            raise TaskError(
-                f"the batch is a dict, so the model must compute the loss, but model(**batch) returned "
-                f"{type(output).__name__} without a loss: add labels to the batch, name a loss, or write the step."
-            )
-        return loss
 
 
 def _no_scalar(loss: Any) -> str:
