@@ -83,8 +83,6 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
     try:
         with in_mode(task.model, training=False), torch.no_grad():
             for step, slices in enumerate(reader.epoch(1)):
-                if slices is None:
-                    break
                 steps = step + 1 if by_slice else 1
                 for part in slices:
                     measured = run(part, step)
@@ -96,8 +94,6 @@ def evaluate(task: Task, strategy: Strategy, reader: Reader, *, metric: str = ""
     world = strategy.axes.world
     if task.infers_weight:
         check_one_form(agree(task.forms.flags(NO_FLAGS, 0), world))
-    if by_slice:  # a stream may end at different steps on different ranks
-        steps = int(torch.stack(world.all_gather(torch.tensor([steps], device=device))).max())
     table = torch.zeros((steps, strategy.plan.slices if by_slice else 1, 5), dtype=torch.float64, device=device)
     for place, one in sums_by_place.items():
         table[place] = one.sums

@@ -15,13 +15,16 @@ import torch
 from nbdist import interrupts
 from nbdist.core.check.explained import explained
 from nbdist.core.check.findings import Findings
+from nbdist.core.check.samples import with_head
 from nbdist.core.check.step_check import StepCheck
 from nbdist.core.comm import comm_timer
 from nbdist.core.comm.world import World
 from nbdist.core.control.commands import Commands
 from nbdist.core.control.step_control import StepControl
+from nbdist.core.data.feed import Feed
 from nbdist.core.data.reader import Reader, Slice
 from nbdist.core.data.sources import Source
+from nbdist.core.data.workers import worker_errors
 from nbdist.core.evaluate import evaluate, in_mode
 from nbdist.core.params.gather import record_placements
 from nbdist.core.params.replicas import check_replicas
@@ -135,6 +138,13 @@ def fit(
             if not module.training:  # else leave submodules as they are: the user may have set some to evaluation mode
                 cleanup.enter_context(in_mode(module, training=True))
 
+        feed = None
+        if task.data.is_fed or (task.val is not None and task.val.is_fed):
+            feed = Feed(world, plan.mesh.data_places)
+            cleanup.callback(feed.close)
+            checks = plan.check != "no" and not (plan.checked or from_snapshot) and plan.mesh.size * plan.slices > 1
+            if task.data.is_fed and (checks or (on_every_rank and world.size > 1) or plan.mesh.size > plan.mesh.dp):
+                task = with_head(task, plan, feed, world if on_every_rank else None)
         lease = prepare(plan.checkpoint, task.optimizers, world.channel(), run_id) if plan.checkpoint else None
         if lease is not None:
             cleanup.callback(lease.release)
@@ -181,9 +191,8 @@ def fit(
 
         def reader_of(source: Source, slices: int, shuffle: bool) -> Reader:
             reader = Reader(
-                source, axes.data, sampler_channel=axes.world, batch_size=plan.batch_size, slices=slices,
+                source, axes.data, feed=feed, batch_size=plan.batch_size, slices=slices,
                 seed=plan.seed, shuffle=shuffle, device=device, pad=strategy.equal_slices,
-                stream_by_slice=plan.reproducible > 0,
             )  # fmt: skip
             cleanup.callback(reader.close)
             return reader
@@ -212,7 +221,7 @@ def fit(
         latest: Totals | None = None
 
         strategy.set_modes(training=True)
-        with _snapshot_on_error(snapshotter, progress, world):
+        with _snapshot_on_error(snapshotter, progress, world), worker_errors():
             step_control.begin(progress)
             progress.row.exclude(paused_s := step_control.pause_point(progress))
             reporter.exclude(paused_s)
@@ -224,36 +233,29 @@ def fit(
                 for slices in () if trained else comm_timer.reading(reader.epoch(progress.epoch, skip=progress.batch)):
                     strategy.begin_step()
                     task.forms.begin()
-                    losses = strategy.forward_backward(progress.step, slices or [])
+                    losses = strategy.forward_backward(progress.step, slices)
                     structure.check(progress.step)
                     if plan.stop_on_nan:
                         _check_finite(losses, progress)
 
                     own_flags, pending = snapshotter.flags(progress), step_control.pending(progress)
-                    if pending or slices is None:
-                        own_flags = own_flags._replace(commands=pending, exhausted=slices is None)
+                    if pending:
+                        own_flags = own_flags._replace(commands=pending)
                     own_flags = task.forms.flags(own_flags, progress.step)
                     totals = strategy.sync(own_flags)
-                    # A rank whose stream has ended takes part in collectives until all streams have.
-                    if slices is None and totals.flags.exhausted == axes.data.size:
-                        break
                     # On a GPU, reading the flags waits for it: only the first step does, before weights change.
                     if latest is None or not strategy.lag:
                         check_one_form(totals.flags)
                     snapshotter.begin_update()
                     # Update if any rank had data. A rank that had some knows it without reading totals from its GPU.
                     if losses.any_known or totals.weight:
-                        computing = functools.partial(
-                            _compute_again, task, strategy, hooks, progress.step, slices or []
-                        )
+                        computing = functools.partial(_compute_again, task, strategy, hooks, progress.step, slices)
                         updated = strategy.update(hooks, computing)
                         if latest is None and plan.mesh.shard > 1 and plan.mesh.pp == 1:
                             keep_large_pages()  # the optimizer's state has its place
                         if updated:
                             schedulers.end_update()
-                    progress.advance(
-                        sum(part.samples for part in slices or ()), strategy.reducer.counted_losses(totals)
-                    )
+                    progress.advance(sum(part.samples for part in slices), strategy.reducer.counted_losses(totals))
 
                     # On a GPU these are the previous step's totals, so that no step waits for the device; all ranks
                     # see them after the same step.

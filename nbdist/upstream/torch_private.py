@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "VERIFIED",
+    "GroupHidden",
     "check_input_dim",
     "first_hook_number",
     "graph_task",
@@ -152,3 +153,43 @@ def reset_group_count() -> None:
     numbered = getattr(dist.distributed_c10d, "_world", None)
     if numbered is not None and hasattr(numbered, "group_count") and not dist.is_initialized():
         numbered.group_count = 0
+
+
+class GroupHidden:
+    """Context in which `torch.distributed` has no group in this process: it is not initialised, rank 0 of 1. Local.
+
+    For code that asks while no collective is under way in another thread. Where a version keeps its group elsewhere,
+    nothing is hidden.
+    """
+
+    def __enter__(self) -> None:
+        """Take the group away."""
+        self._module: Any = getattr(dist, "distributed_c10d", None)
+        world: Any = getattr(self._module, "_world", None)
+        self._group = getattr(world, "default_pg", None)
+        self._find = getattr(self._module, "_get_default_group", None)
+        if self._group is not None:
+            module: Any = self._module
+            world.default_pg, module._get_default_group = None, _alone
+
+    def __exit__(self, *_: Any) -> None:
+        """Give it back."""
+        if self._group is not None:
+            module: Any = self._module
+            module._world.default_pg, module._get_default_group = self._group, self._find
+
+
+class _Alone:
+    """What code that asks the default group for its rank and size gets while the group is hidden."""
+
+    @staticmethod
+    def rank() -> int:
+        return 0
+
+    @staticmethod
+    def size() -> int:
+        return 1
+
+
+def _alone() -> Any:
+    return _Alone

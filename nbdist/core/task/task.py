@@ -123,8 +123,8 @@ class Task:
             PlanError: An option contradicts the data's own.
         """
         check_model(model, names[0])
-        source = Source.of(data, names[1])
-        own_loss = loss is None and step is None and isinstance(source.first(), Mapping)
+        source = Source.of(data, names[1], batch_size=batch_size)
+        own_loss = loss is None and step is None and isinstance(source.first(), (Mapping, type(None)))
         if own_loss:
             step = ModelLossStep()
         elif (loss is None) == (step is None):
@@ -137,10 +137,15 @@ class Task:
         if metric is not None and val is None:
             raise TaskError(f"metric {_name(metric)} has no data to be measured on: give val=... too.")
         # every validation sample counts, so a loader's drop_last is ignored
-        val_source = None if val is None else replace(Source.of(val, "val"), drop_last=False)
+        val_source = None if val is None else replace(Source.of(val, "val", batch_size=batch_size), drop_last=False)
         supervised = [] if loss is None else [("loss", source)]
         for what, needs_target in [*supervised, *([("metric", val_source)] if metric is not None else [])]:
             _check_pairs(needs_target, what)
+        if batch_size is not None and source.sets_batches:
+            raise PlanError(
+                f"batch_size={batch_size} is given, but the batches of {names[1]} are made already (each is a global "
+                "one): omit it."
+            )
         _check_agree("batch_size", batch_size, source.batch_size, names[1])
         _check_agree("shuffle", shuffle, source.shuffle, names[1])
         made = make_optimizer(optimizer, model, lr)
@@ -305,6 +310,8 @@ class SupervisedStep:
             part: The batch's slice, whose target can be counted without waiting for the GPU.
             graph: Context in which the loss is computed, see `LossGraph`.
         """
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise TaskError(_no_pair("loss", batch))
         *inputs, target = batch
         output = model(*inputs)
         with graph or contextlib.nullcontext():
@@ -321,6 +328,8 @@ class ModelLossStep:
 
     def __call__(self, model: nn.Module, batch: Any, graph: _Context | None = None) -> Any:
         """Return the loss in ``model(**batch)``: an attribute or key ``loss``."""
+        if not isinstance(batch, Mapping):
+            raise TaskError(NO_LOSS)
         with graph or contextlib.nullcontext():
             output = model(**batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -339,11 +348,15 @@ def _name(thing: Any) -> str:
 def _check_pairs(source: Source | None, what: str) -> None:
     first = None if source is None else source.first()
     if first is not None and not (isinstance(first, (tuple, list)) and len(first) >= 2):
-        shape = "a dict" if isinstance(first, dict) else "a single value"
-        raise TaskError(
-            f"{what} compares the model's output with the last element of a batch (x, y), but a batch here is {shape}: "
-            "give (x, y) data, or write the step yourself."
-        )
+        raise TaskError(_no_pair(what, first))
+
+
+def _no_pair(what: str, batch: Any) -> str:
+    shape = "a dict" if isinstance(batch, Mapping) else "a single value"
+    return (
+        f"{what} compares the model's output with the last element of a batch (x, y), but a batch here is {shape}: "
+        "give (x, y) data, or write the step yourself."
+    )
 
 
 def _check_agree(option: str, given: Any, of_loader: Any, name: str) -> None:
