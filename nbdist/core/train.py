@@ -133,6 +133,7 @@ def fit(
             place={axis: plan.mesh.coordinate(world.rank, axis) for axis in AXES},
         )]  # fmt: skip
         cleanup.enter_context(_reporting_failure(emit, world.rank, beginning))
+        cleanup.enter_context(worker_errors())
 
         for module in task.modules.values():
             if not module.training:  # else leave submodules as they are: the user may have set some to evaluation mode
@@ -221,7 +222,7 @@ def fit(
         latest: Totals | None = None
 
         strategy.set_modes(training=True)
-        with _snapshot_on_error(snapshotter, progress, world), worker_errors():
+        with _snapshot_on_error(snapshotter, progress, world):
             step_control.begin(progress)
             progress.row.exclude(paused_s := step_control.pause_point(progress))
             reporter.exclude(paused_s)

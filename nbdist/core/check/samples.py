@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cloudpickle
 import torch
 
 from nbdist.core.check.findings import CannotBeChecked
 from nbdist.core.check.program_state import ProgramState
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
-from nbdist.core.data.feed import Feed
+from nbdist.core.data.feed import Feed, digest
 from nbdist.core.data.reader import Slice
 from nbdist.core.data.sources import tensors_in
 from nbdist.core.data.untouched import untouched
@@ -75,9 +74,9 @@ def with_head(task: Task, plan: Plan, feed: Feed, own_data: World | None) -> Tas
     head = feed.share(lambda: _read_head(task, plan))
     if own_data is not None and own_data.size > 1 and (task.data.stream is not None or task.data.ready is not None):
         own = head if feed.is_first else _read_head(task, plan)
-        digests = own_data.channel().all_gather(torch.tensor(list(_digest(own)), device=own_data.device))
-        others = [rank for rank, digest in enumerate(digests) if not torch.equal(digest, digests[0])]
-        if others and feed.share(lambda: _digest(_read_head(task, plan)) == _digest(head)):
+        digests = own_data.channel().all_gather(torch.tensor(list(digest(own)), device=own_data.device))
+        others = [rank for rank, one in enumerate(digests) if not torch.equal(one, digests[0])]
+        if others and feed.share(lambda: digest(_read_head(task, plan)) == digest(head)):
             raise TaskError(_A_PART.format(rank=others[0]))
     return task if head is None else replace(task, data=replace(task.data, head=head))
 
@@ -97,14 +96,6 @@ def _read_head(task: Task, plan: Plan) -> Any:
                 return copied.read_head(samples)
         finally:
             reads.restore()
-
-
-def _digest(head: Any) -> bytes:
-    try:
-        code = cloudpickle.dumps(head)
-    except Exception:  # of anybody's class: then it is known by its text
-        code = repr(head).encode()
-    return hashlib.blake2b(code, digest_size=16).digest()
 
 
 def read_samples(task: Task, plan: Plan, *, even: bool) -> Samples:

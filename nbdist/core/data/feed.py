@@ -16,7 +16,7 @@ from nbdist.core.comm.world import World
 from nbdist.errors import PeerLostError
 from nbdist.upstream.multiprocessing_private import by_value
 
-__all__ = ["Feed"]
+__all__ = ["Feed", "digest"]
 
 _DIGEST = hashlib.sha256
 
@@ -89,6 +89,23 @@ class Feed:
             link.close()
 
 
+def digest(value: Any) -> bytes:
+    """16 bytes that depend on the values in a batch, and not on where they lie. Local."""
+    stream = io.BytesIO()
+    pickler = _Pickler(stream, all_tensors=True)
+    try:
+        pickler.dump(value)
+        code = stream.getvalue()
+    except Exception:  # of a class that cannot be pickled
+        code = repr(value).encode()
+    made = hashlib.blake2b(code, digest_size=16)
+    for tensor in pickler.tensors:
+        flat = tensor.detach().as_subclass(torch.Tensor).cpu().to_dense().resolve_conj().resolve_neg().contiguous()
+        made.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
+        made.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return made.digest()
+
+
 def _packed(value: Any) -> tuple[bytes, list[torch.Tensor]]:
     stream = io.BytesIO()
     pickler = _Pickler(stream)
@@ -97,16 +114,17 @@ def _packed(value: Any) -> tuple[bytes, list[torch.Tensor]]:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles all but plain tensors, which it collects."""
+    """Pickles all but plain tensors, or but all tensors, which it collects."""
 
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self, file: io.BytesIO, *, all_tensors: bool = False) -> None:
         super().__init__(file, protocol=5)
+        self._all_tensors = all_tensors
         self.tensors: list[torch.Tensor] = []
         self._places: dict[int, int] = {}
 
     def persistent_id(self, value: Any) -> int | None:
         """The place of a tensor in `tensors`; None for all else."""
-        if type(value) is not torch.Tensor or not _is_plain(value):
+        if not (isinstance(value, torch.Tensor) if self._all_tensors else _is_plain(value)):
             return None
         place = self._places.setdefault(id(value), len(self.tensors))
         if place == len(self.tensors):
@@ -128,10 +146,11 @@ class _Unpickler(pickle.Unpickler):
         return self._tensors[place]
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether values, dtype and shape are all that a tensor is."""
+def _is_plain(tensor: Any) -> bool:
+    """Whether an object is a tensor of which values, dtype and shape are all."""
     return (
-        tensor.layout is torch.strided
+        type(tensor) is torch.Tensor
+        and tensor.layout is torch.strided
         and not (tensor.requires_grad or tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
         and not vars(tensor)
     )

@@ -149,7 +149,7 @@ def _ways(value: Any, path: str, *, top: bool = False) -> _Ways:
     if isinstance(value, _ATOMS):
         return {None: [FieldForm("whole", path)]}
     if isinstance(value, PackedSequence):
-        raise _CannotBeCutError(f"{path} is a PackedSequence, whose samples lie across each other: pack in forward")
+        raise _CannotBeCutError(f"{path} is a PackedSequence, whose samples lie across each other")
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided or value.is_nested:
             raise _CannotBeCutError(f"{path} is a tensor of layout {value.layout}")
@@ -223,7 +223,7 @@ def _may_be_samples(items: Sequence[Any]) -> bool:
 
 
 def _is_plain_sequence(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
+    return isinstance(value, (list, tuple)) and not hasattr(type(value), "_fields")
 
 
 def _fields(value: Any) -> list[tuple[Any, Any]] | None:
@@ -244,7 +244,7 @@ def _get(value: Any, key: Any) -> Any:
 
 
 def _path(value: Any, path: str, key: Any) -> str:
-    if hasattr(value, "_fields"):
+    if hasattr(type(value), "_fields"):
         return f"{path}.{value._fields[key]}"
     return f"{path}[{key!r}]" if isinstance(value, (Mapping, list, tuple)) else f"{path}.{key}"
 
@@ -277,7 +277,7 @@ def _taken(value: Any, rows: Sequence[int]) -> Any:
 def _rebuilt(value: Any, fields: dict[Any, Any]) -> Any:
     """A structure of the same type with other fields."""
     kind: Any = type(value)
-    if hasattr(value, "_fields"):
+    if hasattr(type(value), "_fields"):
         return kind(*fields.values())
     if isinstance(value, (list, tuple)):
         return kind(fields.values())

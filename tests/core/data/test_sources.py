@@ -206,7 +206,7 @@ def test_a_list_of_what_may_be_batches_is_one_of_samples_if_a_batch_size_says_so
             torch_data.DataLoader(BOTH, sampler=torch_data.DistributedSampler(BOTH, num_replicas=2, rank=0)),
             "train_set uses a DistributedSampler, but nbdist distributes the samples itself: omit it",
         ),
-        (torch_data.DataLoader(BOTH, batch_sampler=Replicated()), "a Replicated for one of 2 replicas.* num_replicas=1"),
+        (torch_data.DataLoader(BOTH, batch_sampler=Replicated()), "a Replicated for one of 2 replicas.*replicas=1"),
         ((batch for batch in [X]), "train_set is a generator, which can be read only once: give a list, or an object"),
         (map(abs, [1]), "train_set is a map, which can be read only once"),
         ({(X, Y)}, "train_set is a value of type set, not data"),
