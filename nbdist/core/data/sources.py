@@ -181,7 +181,7 @@ class Source:
 def _len(given: Any) -> int | None:
     try:
         return len(given)
-    except (TypeError, NotImplementedError, AttributeError):
+    except Exception:  # its class may say in any way that it does not know
         return None
 
 

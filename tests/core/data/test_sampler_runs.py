@@ -78,6 +78,16 @@ def test_a_sampler_is_told_the_epoch(nested):
     assert [[[0]], [[1]]] == [keys(drawn.blocks(epoch)) for epoch in (1, 2)]
 
 
+class Vague(Told):
+    def __len__(self):
+        raise ValueError("ambiguous")
+
+
+def test_a_sampler_may_say_in_any_way_that_it_has_no_length():
+    """Then the number of steps is not known."""
+    assert Source.of(torch_data.DataLoader(ROWS, sampler=Vague(), batch_size=4)).samples is None
+
+
 def test_the_last_batch_is_dropped_where_the_loader_drops_it():
     """Of a sampler; a batch sampler decides by itself."""
     assert [4, 4] == [len(batch) for batch in keys(runs(list(range(10)), drop_last=True).blocks(1))]
