@@ -81,8 +81,6 @@ class Evaluation:
         try:
             with in_mode(task.model, training=False), torch.no_grad():
                 for step, slices in enumerate(self._reader.epoch(1)):
-                    if slices is None:
-                        break
                     steps = step + 1 if by_slice else 1
                     for part in slices:
                         measured = self._forwards.run(part, step, measure)

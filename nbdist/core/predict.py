@@ -5,26 +5,29 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from nbdist.core.check.samples import with_head
 from nbdist.core.comm import Channel
 from nbdist.core.comm.world import World
+from nbdist.core.data.feed import Feed
 from nbdist.core.data.reader import Reader, Slice
 from nbdist.core.data.sample_rows import Rows, from_note, join, nbytes, to_note, without_rowless
 from nbdist.core.evaluate import Forwards, in_mode
 from nbdist.core.process import rng
 from nbdist.core.process.memory import check_fits, keep_freed_pages
 from nbdist.core.process.settings import threads
+from nbdist.core.reporter import reporting_failure
 from nbdist.core.sample_gather import SampleGather
 from nbdist.core.strategies import choice
 from nbdist.core.task.task import Task, on_device
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
 from nbdist.plan.mesh import AXES
-from nbdist.telemetry import Event, Meter, Noted, Progress, RunFailed, RunFinished, RunStarted, Sink
+from nbdist.telemetry import Event, Meter, Noted, Progress, RunFinished, RunStarted, Sink
 from nbdist.telemetry.host import host_name
 
 __all__ = ["predict"]
@@ -64,19 +67,22 @@ def predict(
             sink.emit(event)
 
     with contextlib.ExitStack() as cleanup:
-        cleanup.enter_context(_reporting_failure(emit, world.rank))
+        cleanup.enter_context(reporting_failure(emit, world.rank))
         cleanup.enter_context(rng.fork_rng(world.device))
         cleanup.enter_context(threads(plan.threads))
         cleanup.enter_context(keep_freed_pages(return_large=plan.mesh.size > plan.mesh.dp))
         cleanup.enter_context(on_device(task, world.device))
         cleanup.enter_context(_frozen(task))
         cleanup.enter_context(in_mode(task.model, training=False))
+        feed = Feed.of([task.data], world, plan.mesh, cleanup)
+        if task.data.is_fed and plan.mesh.size > plan.mesh.dp:
+            task = with_head(task, plan, feed, world if on_every_rank else None)
         strategy = choice.apply(task, plan, world)
         cleanup.callback(strategy.close)
         gather = SampleGather(world, plan.mesh, _WHAT)
         cleanup.callback(gather.close)
         reader = Reader(
-            task.data, strategy.axes.data, sampler_channel=strategy.axes.world, batch_size=plan.batch_size,
+            task.data, strategy.axes.data, feed=feed, batch_size=plan.batch_size,
             seed=plan.seed, device=world.device, pad=strategy.equal_slices,
         )  # fmt: skip
         cleanup.callback(reader.close)
@@ -103,8 +109,6 @@ def predict(
         forwards, meter, samples, step = Forwards(strategy, "predict"), Meter(), 0, -1
         with torch.no_grad():
             for step, slices in enumerate(reader.epoch(1)):
-                if slices is None:
-                    break
                 for part in slices:
                     forwards.run(part, step, keep)
                     samples += part.samples
@@ -164,12 +168,3 @@ def _frozen(task: Task) -> Any:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _reporting_failure(emit: Callable[[Event], None], rank: int) -> Any:
-    try:
-        yield
-    except BaseException as error:
-        emit(RunFailed(rank=rank, error=f"{type(error).__name__}: {error}"))
-        raise

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import psutil
 import torch
@@ -14,9 +15,11 @@ from nbdist.core.optim.lr_schedulers import Schedulers
 from nbdist.core.state.train_progress import TrainProgress
 from nbdist.core.sync.running_mean import RunningMean
 from nbdist.core.sync.step_tail import Totals
-from nbdist.telemetry import Event, Losses, Meter, Progress, Shares
+from nbdist.core.task.own_loop import explained_step
+from nbdist.core.task.steps import Step
+from nbdist.telemetry import Event, Losses, Meter, Progress, RunFailed, Shares
 
-__all__ = ["Reporter"]
+__all__ = ["Reporter", "reporting_failure"]
 
 _MEMORY_EVERY_S = 1.0
 
@@ -90,3 +93,28 @@ class Reporter:
         if (now_s := time.monotonic()) >= self._memory_due_s:
             self._memory, self._memory_due_s = self._process.memory_info().rss, now_s + _MEMORY_EVERY_S
         return self._memory
+
+
+@contextlib.contextmanager
+def reporting_failure(
+    emit: Callable[[Event], None], rank: int, beginning: Sequence[Event] = (), step: Step | None = None
+) -> Iterator[None]:
+    """Context that emits the failure of a run, as the user is told of it. Local.
+
+    Args:
+        emit: Called with the events.
+        rank: This rank.
+        beginning: Events that are emitted before, as long as they are in it.
+        step: The training step, in which some errors have a sentence of their own.
+    """
+    try:
+        yield
+    except BaseException as failure:
+        known = None if step is None else explained_step(failure, step)
+        error = failure if known is None else known.with_traceback(failure.__traceback__)
+        for event in beginning:  # of a run that fails before its first step
+            emit(event)
+        emit(RunFailed(rank=rank, error=f"{type(error).__name__}: {error}"))
+        if known is not None:
+            raise error from None
+        raise

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +15,16 @@ import torch
 from nbdist import interrupts
 from nbdist.core.check.explained import explained
 from nbdist.core.check.findings import Findings
+from nbdist.core.check.samples import with_head
 from nbdist.core.check.step_check import StepCheck
 from nbdist.core.comm import comm_timer
 from nbdist.core.comm.world import World
 from nbdist.core.control.commands import Commands
 from nbdist.core.control.step_control import StepControl
+from nbdist.core.data.feed import Feed
 from nbdist.core.data.reader import Reader, Slice
 from nbdist.core.data.sources import Source
+from nbdist.core.data.workers import worker_errors
 from nbdist.core.evaluate import Evaluation, in_mode
 from nbdist.core.params.replicas import check_replicas
 from nbdist.core.params.structure_watch import StructureWatch
@@ -29,7 +32,7 @@ from nbdist.core.params.unshard import record_placements
 from nbdist.core.process import rng
 from nbdist.core.process.memory import frozen_gc, keep_freed_pages, keep_large_pages
 from nbdist.core.process.settings import deterministic, threads
-from nbdist.core.reporter import Reporter
+from nbdist.core.reporter import Reporter, reporting_failure
 from nbdist.core.state.checkpoint_writer import prepare
 from nbdist.core.state.extra_states import ExtraStates, check_extra_states
 from nbdist.core.state.restore import load, load_whole, progress_of, same_mesh
@@ -44,8 +47,6 @@ from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
 from nbdist.core.sync.loss_forms import check_one_form
 from nbdist.core.sync.step_tail import StepLosses, Totals
 from nbdist.core.task.notes import notes_on_modes, notes_on_optimizers, notes_on_outside, outside_parameters
-from nbdist.core.task.own_loop import explained_step
-from nbdist.core.task.steps import Step
 from nbdist.core.task.task import Task, on_device
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
@@ -55,7 +56,6 @@ from nbdist.telemetry import (
     Evaluating,
     Event,
     Noted,
-    RunFailed,
     RunFinished,
     RunStarted,
     Sink,
@@ -132,13 +132,18 @@ def fit(
             host=host_name(), pid=os.getpid(), device=str(device),
             place={axis: plan.mesh.coordinate(world.rank, axis) for axis in AXES},
         )]  # fmt: skip
-        cleanup.enter_context(_reporting_failure(emit, world.rank, beginning, task.step))
+        cleanup.enter_context(reporting_failure(emit, world.rank, beginning, task.step))
+        cleanup.enter_context(worker_errors())
         notes, outside = notes_on_modes(task) + notes_on_optimizers(task), outside_parameters(task)
 
         for module in task.modules.values():
             if not module.training:  # else leave submodules as they are: the user may have set some to evaluation mode
                 cleanup.enter_context(in_mode(module, training=True))
 
+        checks = plan.check != "no" and not (plan.checked or from_snapshot) and plan.mesh.size * plan.slices > 1
+        feed = Feed.of([task.data, task.val], world, plan.mesh, cleanup)
+        if task.data.is_fed and (checks or (on_every_rank and world.size > 1) or plan.mesh.size > plan.mesh.dp):
+            task = with_head(task, plan, feed, world if on_every_rank else None)
         lease = prepare(plan.checkpoint, task.optimizers, world.channel(), run_id) if plan.checkpoint else None
         if lease is not None:
             cleanup.callback(lease.release)
@@ -148,7 +153,7 @@ def fit(
         cleanup.callback(hooks.restore)
         saved_states = [*resumed_states(plan, world, snapshot_paths, run_id, from_snapshot)]
         check, findings = None, Findings(result=plan.checked)
-        if plan.check != "no" and not (plan.checked or from_snapshot) and plan.mesh.size * plan.slices > 1:
+        if checks:
             check = StepCheck(task, plan, world, hooks)
             onto_whole = [functools.partial(load_whole, saved, model, task.optimizers) for saved in saved_states]
             check.run_plain(onto_whole, same_weights=not on_every_rank)
@@ -186,9 +191,8 @@ def fit(
 
         def reader_of(source: Source, slices: int, shuffle: bool) -> Reader:
             reader = Reader(
-                source, axes.data, sampler_channel=axes.world, batch_size=plan.batch_size, slices=slices,
+                source, axes.data, feed=feed, batch_size=plan.batch_size, slices=slices,
                 seed=plan.seed, shuffle=shuffle, device=device, pad=strategy.equal_slices,
-                stream_by_slice=plan.reproducible > 0,
             )  # fmt: skip
             cleanup.callback(reader.close)
             return reader
@@ -233,7 +237,7 @@ def fit(
                 for slices in () if trained else comm_timer.reading(reader.epoch(progress.epoch, skip=progress.batch)):
                     strategy.begin_step()
                     task.forms.begin()
-                    losses = strategy.forward_backward(progress.step, slices or [])
+                    losses = strategy.forward_backward(progress.step, slices)
                     if outside:  # in the first step
                         for note in notes_on_outside(outside) if world.rank == 0 and progress.step == 0 else ():
                             emit(Noted(rank=world.rank, text=note))
@@ -243,30 +247,23 @@ def fit(
                         _check_finite(losses, progress)
 
                     own_flags, pending = snapshotter.flags(progress), step_control.pending(progress)
-                    if pending or slices is None:
-                        own_flags = own_flags._replace(commands=pending, exhausted=slices is None)
+                    if pending:
+                        own_flags = own_flags._replace(commands=pending)
                     own_flags = task.forms.flags(own_flags, progress.step)
                     totals = strategy.sync(own_flags)
-                    # A rank whose stream has ended takes part in collectives until all streams have.
-                    if slices is None and totals.flags.exhausted == axes.data.size:
-                        break
                     # On a GPU, reading the flags waits for it: only the first step does, before weights change.
                     if latest is None or not strategy.lag:
                         check_one_form(totals.flags)
                     snapshotter.begin_update()
                     # Update if any rank had data. A rank that had some knows it without reading totals from its GPU.
                     if losses.any_known or totals.weight:
-                        computing = functools.partial(
-                            _compute_again, task, strategy, hooks, progress.step, slices or []
-                        )
+                        computing = functools.partial(_compute_again, task, strategy, hooks, progress.step, slices)
                         updated = strategy.update(hooks, computing)
                         if latest is None and plan.mesh.shard > 1 and plan.mesh.pp == 1:
                             keep_large_pages()  # the optimizer's state has its place
                         if updated:
                             schedulers.end_update()
-                    progress.advance(
-                        sum(part.samples for part in slices or ()), strategy.reducer.counted_losses(totals)
-                    )
+                    progress.advance(sum(part.samples for part in slices), strategy.reducer.counted_losses(totals))
 
                     # On a GPU these are the previous step's totals, so that no step waits for the device; all ranks
                     # see them after the same step.
@@ -387,20 +384,3 @@ def _steps_total(plan: Plan, reader: Reader) -> int | None:
 
 def _complete(plan: Plan, step: int, steps_total: int | None) -> bool:
     return steps_total is not None and step >= steps_total
-
-
-@contextlib.contextmanager
-def _reporting_failure(
-    emit: Callable[[Event], None], rank: int, beginning: Sequence[Event], step: Step
-) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as failure:
-        known = explained_step(failure, step)
-        error = failure if known is None else known.with_traceback(failure.__traceback__)
-        for event in beginning:  # of a run that fails before its first step
-            emit(event)
-        emit(RunFailed(rank=rank, error=f"{type(error).__name__}: {error}"))
-        if known is not None:
-            raise error from None
-        raise

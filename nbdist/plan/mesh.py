@@ -61,6 +61,12 @@ class Mesh:
         """Over how many ranks a global batch is distributed."""
         return self.dp * self.shard
 
+    @property
+    def data_places(self) -> tuple[int, ...]:
+        """Of each rank, its place among the ranks over which a global batch is distributed."""
+        lines = self.groups("shard", "dp")
+        return tuple(next(line.index(rank) for line in lines if rank in line) for rank in range(self.size))
+
     def coordinate(self, rank: int, axis: str) -> int:
         """The coordinate of a rank on an axis."""
         return self._coordinates(rank)[AXES.index(axis)]

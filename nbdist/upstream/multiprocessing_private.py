@@ -14,7 +14,7 @@ from typing import Any
 import cloudpickle
 from torch._utils import ExceptionWrapper
 
-__all__ = ["send_anything"]
+__all__ = ["by_value", "send_anything"]
 
 
 def send_anything() -> None:
@@ -29,6 +29,14 @@ def send_anything() -> None:
 
 def _by_value(_pickler: Any, value: Any) -> Any:
     """See `pickle.Pickler.reducer_override`."""
+    return by_value(value)
+
+
+def by_value(value: Any) -> Any:
+    """How a class or function that no module has is reduced, for `pickle.Pickler.reducer_override`: by value.
+
+    The receiver makes it once, however often it is sent.
+    """
     if not isinstance(value, (type, types.FunctionType)) or _is_importable(value):
         return NotImplemented
     return _loaded, (_dumped(value),)

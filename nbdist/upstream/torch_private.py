@@ -6,8 +6,6 @@ What is private but the subject of a whole module stays there: see "Private APIs
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "VERIFIED",
+    "GroupHidden",
     "check_input_dim",
     "first_hook_number",
     "graph_dtypes",
@@ -35,7 +34,6 @@ __all__ = [
     "storage_key",
     "tensor_hooks",
     "typed_storage",
-    "without_default_group",
     "without_torch_function",
 ]
 
@@ -170,15 +168,41 @@ def reset_group_count() -> None:
         numbered.group_count = 0
 
 
-@contextlib.contextmanager
-def without_default_group() -> Iterator[None]:
-    """Context in which this process has no default process group: what asks `torch.distributed` is alone. Local."""
-    if not dist.is_available() or not dist.is_initialized():
-        yield
-        return
-    group = dist.GroupMember.WORLD
-    dist.GroupMember.WORLD = None
-    try:
-        yield
-    finally:
-        dist.GroupMember.WORLD = group
+class GroupHidden:
+    """Context in which `torch.distributed` has no group in this process: it is not initialised, rank 0 of 1. Local.
+
+    For code that asks while no collective is under way in another thread. Where a version keeps its group elsewhere,
+    nothing is hidden.
+    """
+
+    def __enter__(self) -> None:
+        """Take the group away."""
+        self._module: Any = getattr(dist, "distributed_c10d", None)
+        world: Any = getattr(self._module, "_world", None)
+        self._group = getattr(world, "default_pg", None)
+        self._find = getattr(self._module, "_get_default_group", None)
+        if self._group is not None:
+            module: Any = self._module
+            world.default_pg, module._get_default_group = None, _alone
+
+    def __exit__(self, *_: Any) -> None:
+        """Give it back."""
+        if self._group is not None:
+            module: Any = self._module
+            module._world.default_pg, module._get_default_group = self._group, self._find
+
+
+class _Alone:
+    """What code that asks the default group for its rank and size gets while the group is hidden."""
+
+    @staticmethod
+    def rank() -> int:
+        return 0
+
+    @staticmethod
+    def size() -> int:
+        return 1
+
+
+def _alone() -> Any:
+    return _Alone

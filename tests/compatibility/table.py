@@ -1,6 +1,6 @@
-"""The compatibility table: ``make compatibility`` writes it into README.md beside this file, tests compare with it.
+"""The compatibility tables: ``make compatibility`` writes them into README.md beside this file, tests read them.
 
-python tests/compatibility/table.py [MODEL ...]    with models, only their rows are filled anew
+python tests/compatibility/table.py [MODEL|DATA ...]    with names, only their rows are filled anew
 """
 
 from __future__ import annotations
@@ -8,40 +8,75 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from cells import CASES, MESHES, row
+import cells
+import source_cells
 
 README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- compatibility: written by make compatibility -->", "<!-- end of compatibility -->"
+
+
+class Table(NamedTuple):
+    """What a table is about, and how its rows are filled.
+
+    Args:
+        head: Of its first column.
+        what: Of which kind its rows are, in the plural.
+        begin: Stands before it in the README.
+        end: Stands behind it.
+        cases: Its rows.
+        meshes: Its columns.
+        row: Fills a row: the cells of a name on some meshes, whose ranks the first argument starts.
+    """
+
+    head: str
+    what: str
+    begin: str
+    end: str
+    cases: dict[str, Any]
+    meshes: list[str]
+    row: Callable[..., dict[str, str]]
+
+
+MODELS = Table(
+    "model", "models", "<!-- compatibility: written by make compatibility -->", "<!-- end of compatibility -->",
+    cells.CASES, cells.MESHES, cells.row,
+)  # fmt: skip
+SOURCES = Table(
+    "data", "forms of data", "<!-- data: written by make compatibility -->", "<!-- end of data -->",
+    source_cells.CASES, source_cells.MESHES, source_cells.row,
+)  # fmt: skip
 EQUAL, FAULTS = "equal", ("DIFFERS", "FAILS")
 
 
-def as_text(rows: dict[str, dict[str, str]]) -> str:
+def as_text(rows: dict[str, dict[str, str]], table: Table = MODELS) -> str:
     """The table, with a numbered line below it for each sentence."""
-    sentences = list(dict.fromkeys(cell for cells in rows.values() for cell in cells.values() if cell != EQUAL))
-    lines = [f"| model | {' | '.join(f'`{mesh}`' for mesh in MESHES)} |", f"| --- |{' --- |' * len(MESHES)}"]
-    for name, cells in rows.items():
-        texts = [EQUAL if cells[m] == EQUAL else f"({sentences.index(cells[m]) + 1})" for m in MESHES]
+    sentences = list(dict.fromkeys(cell for found in rows.values() for cell in found.values() if cell != EQUAL))
+    meshes = table.meshes
+    lines = [f"| {table.head} | {' | '.join(f'`{mesh}`' for mesh in meshes)} |", f"| --- |{' --- |' * len(meshes)}"]
+    for name, found in rows.items():
+        texts = [EQUAL if found[m] == EQUAL else f"({sentences.index(found[m]) + 1})" for m in meshes]
         lines.append(f"| {name} | {' | '.join(texts)} |")
-    counts = ", ".join(f"{sum(cells[mesh] == EQUAL for cells in rows.values())} on `{mesh}`" for mesh in MESHES)
-    lines += ["", f"{len(rows)} models, of which are equal: {counts}.", ""]
+    counts = ", ".join(f"{sum(found[mesh] == EQUAL for found in rows.values())} on `{mesh}`" for mesh in meshes)
+    lines += ["", f"{len(rows)} {table.what}, of which are equal: {counts}.", ""]
     lines += [f"{i}. {sentence}" for i, sentence in enumerate(sentences, start=1)]
     return "\n".join(lines)
 
 
-def read() -> dict[str, dict[str, str]]:
-    """The table as it was written: each model's cells, by mesh."""
-    text = README.read_text().partition(BEGIN)[2].partition(END)[0]
+def read(table: Table = MODELS) -> dict[str, dict[str, str]]:
+    """The table as it was written: each row's cells, by mesh."""
+    text = README.read_text().partition(table.begin)[2].partition(table.end)[0]
     sentences = dict(re.findall(r"^(\d+)\. (.+)$", text, re.MULTILINE))
     rows = {}
     for line in text.splitlines():
         name, *texts = [part.strip() for part in line.strip("|").split(" | ")]
-        if name in CASES:
-            cells = [text if text == EQUAL else sentences[text.strip("()")] for text in texts]
-            rows[name] = dict(zip(MESHES, cells, strict=True))
+        if name in table.cases:
+            found = [text if text == EQUAL else sentences[text.strip("()")] for text in texts]
+            rows[name] = dict(zip(table.meshes, found, strict=True))
     return rows
 
 
@@ -50,31 +85,41 @@ def gist(cell: str) -> str:
     return re.sub(r"line \d+|\d+\.\d+(e[-+]?\d+)?", "_", cell)
 
 
-def write(rows: dict[str, dict[str, str]]) -> None:
+def write(rows: dict[str, dict[str, str]], table: Table = MODELS) -> None:
     """Put the table into the README."""
-    start, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(f"{start}{BEGIN}\n\n{as_text(rows)}\n\n{END}{rest.partition(END)[2]}")
+    start, _, rest = README.read_text().partition(table.begin)
+    text = as_text(rows, table)
+    README.write_text(f"{start}{table.begin}\n\n{text}\n\n{table.end}{rest.partition(table.end)[2]}")
+
+
+def fill(table: Table, pool: Any, chosen: list[str]) -> int:
+    """Fill a table's rows; returns how many cells are faults."""
+    began_s, before = time.perf_counter(), read(table)
+    rows = {name: before.get(name, {}) for name in table.cases}
+    for name in chosen:
+        found = rows[name] = table.row(pool, name, table.meshes)
+        marks = [cell if cell.startswith(FAULTS) else EQUAL if cell == EQUAL else "refused" for cell in found.values()]
+        print(f"{name:34}" + "".join(f"{mark:>14}" for mark in marks), flush=True)
+        for mesh, cell in found.items():
+            was = before.get(name, {}).get(mesh, "")
+            if before and gist(was) != gist(cell):
+                print(f"    {mesh} was: {was or '-'}\n    {mesh} is: {cell}", flush=True)
+    write({name: found for name, found in rows.items() if found}, table)
+    faults = sum(cell.startswith(FAULTS) for found in rows.values() for cell in found.values())
+    print(f"{len(rows) * len(table.meshes)} cells, {faults} faults, {time.perf_counter() - began_s:.0f} s")
+    return faults
 
 
 def main(chosen: list[str]) -> int:
-    """Fill the table; returns how many cells are faults."""
+    """Fill the tables, or the rows of these names; returns how many cells are faults."""
     import torch
     from ranks import RankPool
 
     torch.set_num_threads(1)
-    pool, began_s, before = RankPool(), time.perf_counter(), read()
-    rows = {name: before.get(name, {}) for name in CASES}
-    for name in chosen or CASES:
-        cells = rows[name] = row(pool, name, MESHES)
-        marks = [cell if cell.startswith(FAULTS) else EQUAL if cell == EQUAL else "refused" for cell in cells.values()]
-        print(f"{name:34}" + "".join(f"{mark:>14}" for mark in marks), flush=True)
-        for mesh, cell in cells.items():
-            was = before.get(name, {}).get(mesh, "")
-            if before and gist(was) != gist(cell):
-                print(f"    {mesh} was: {was or '-'}\n    {mesh} is: {cell}", flush=True)
-    write({name: cells for name, cells in rows.items() if cells})
-    faults = sum(cell.startswith(FAULTS) for cells in rows.values() for cell in cells.values())
-    print(f"{len(rows) * len(MESHES)} cells, {faults} faults, {time.perf_counter() - began_s:.0f} s")
+    pool, faults = RankPool(), 0
+    for table in (MODELS, SOURCES):
+        names = [name for name in table.cases if not chosen or name in chosen]
+        faults += fill(table, pool, names) if names else 0
     return faults
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import source_cells
 import table
 from cells import CASES, MESHES, outcome, row, run_cell
 
@@ -18,6 +19,36 @@ CELLS = [
     pytest.param(mesh, name, marks=[] if (mesh, name) in PART else pytest.mark.compatibility)
     for name in CASES for mesh in MESHES
 ]  # fmt: skip
+
+
+# What `make test` runs of the data: a form on each mesh.
+SOURCES_PART = {
+    ("dp=1", "batches, mappings"), ("dp=2", "loader, own iter, a worker"), ("dp=2", "stream by get_rank"),
+    ("dp=2", "database"), ("dp=3", "buckets by length"), ("dp=3", "images of other sizes"),
+    ("dp=3", "stream, two workers"), ("tp=2", "sampler of pairs"), ("dp=2,pp=2", "batches of other sizes"),
+}  # fmt: skip
+SOURCE_CELLS = [
+    pytest.param(mesh, name, marks=[] if (mesh, name) in SOURCES_PART else pytest.mark.compatibility)
+    for name in source_cells.CASES for mesh in source_cells.MESHES
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mesh", "name"), SOURCE_CELLS)
+def test_a_form_of_data_is_as_it_is_written(run_ranks, mesh, name):
+    """The weights are those of a plain loop over the same batches, or a sentence refuses the data."""
+    written = table.read(table.SOURCES)[name][mesh]
+    assert table.gist(written) == table.gist(source_cells.row(run_ranks, name, [mesh])[mesh])
+
+
+def test_the_table_of_data_is_whole():
+    """At least thirty forms, no cell empty, and no fault; a part of it, with every mesh, is in `make test`."""
+    rows = table.read(table.SOURCES)
+    assert list(source_cells.CASES) == list(rows)
+    assert 30 <= len(rows)
+    cells = [cell for row in rows.values() for cell in row.values()]
+    assert not [cell for cell in cells if not cell or cell.startswith(table.FAULTS)]
+    assert set(source_cells.MESHES) == {mesh for mesh, _ in SOURCES_PART}
+    assert {name for _, name in SOURCES_PART} <= set(source_cells.CASES)
 
 
 @pytest.mark.parametrize(("mesh", "name"), CELLS)
@@ -42,9 +73,9 @@ def test_a_table_is_read_as_it_was_written(tmp_path, monkeypatch):
     """Sentences below it included."""
     rows = {name: dict.fromkeys(MESHES, table.EQUAL) | {"tp=2": f"why {len(name)}."} for name in list(CASES)[:3]}
     monkeypatch.setattr(table, "README", tmp_path / "README.md")
-    table.README.write_text(f"before {table.BEGIN}\n{table.END} after")
+    table.README.write_text(f"before {table.MODELS.begin}\n{table.MODELS.end} after")
     table.write(rows)
-    assert table.README.read_text().endswith(f"{table.END} after")
+    assert table.README.read_text().endswith(f"{table.MODELS.end} after")
     assert rows == table.read()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,16 +12,25 @@ import torch
 from nbdist.core.check.findings import CannotBeChecked
 from nbdist.core.check.program_state import ProgramState
 from nbdist.core.comm.reduction_order import ReductionTree
+from nbdist.core.comm.world import World
+from nbdist.core.data.feed import Feed, digest
 from nbdist.core.data.reader import Slice
 from nbdist.core.data.sources import tensors_in
+from nbdist.core.data.untouched import untouched
 from nbdist.core.process import rng
 from nbdist.core.sync.sync_batchnorm import BatchNorms
 from nbdist.core.task.task import Task
+from nbdist.errors import TaskError
 from nbdist.plan import Plan, slice_bounds
 
-__all__ = ["Samples", "read_samples", "read_slice", "synchronizes"]
+__all__ = ["Samples", "read_samples", "read_slice", "synchronizes", "with_head"]
 
 _DATA_BYTES = 2**20
+_A_PART = (
+    "rank {rank} reads other samples of the data than rank 0, each time the same ones: each process takes a part by "
+    "its rank (RANK, get_rank, split_by_node), but rank 0 reads for all, and would train on its part alone. Give "
+    "every process the whole data: nbdist distributes it."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +58,46 @@ class Samples:
         return made.digest()
 
 
+def with_head(task: Task, plan: Plan, feed: Feed, own_data: World | None) -> Task:
+    """The task with the first samples of data that rank 0 reads for all. **Collective** over the world.
+
+    Args:
+        task: Its data is read; it is left as it was.
+        plan: Says how a batch is cut.
+        feed: From rank 0.
+        own_data: The world, where each process made its data by itself (torchrun); else all have the notebook's.
+
+    Raises:
+        TaskError: Processes take parts of the data by their rank.
+        Exception: What the user's data raises.
+    """
+    head = feed.share(lambda: _read_head(task, plan))
+    if own_data is not None and own_data.size > 1 and (task.data.stream is not None or task.data.ready is not None):
+        own = head if feed.is_first else _read_head(task, plan)
+        digests = own_data.channel().all_gather(torch.tensor(list(digest(own)), device=own_data.device))
+        others = [rank for rank, one in enumerate(digests) if not torch.equal(one, digests[0])]
+        if others and feed.share(lambda: digest(_read_head(task, plan)) == digest(head)):
+            raise TaskError(_A_PART.format(rank=others[0]))
+    return task if head is None else replace(task, data=replace(task.data, head=head))
+
+
+def _read_head(task: Task, plan: Plan) -> Any:
+    """The first samples of what rank 0 reads for all, or keys of them; None if they can be read only once. Local."""
+    source, samples = task.data, max(2 * plan.slices + 1, plan.batch_size // plan.slices)
+    with rng.fork_rng(torch.device("cpu")):
+        rng.seed_all(rng.derive(plan.seed, "check"))
+        given = [source.ready, source.stream, source.batch_sampler, source.sampler]
+        reads = ProgramState({"data": next(one for one in given if one is not None)}, large_bytes=_DATA_BYTES)
+        try:
+            with untouched(source) as copied:
+                once = copied.ready if copied.ready is not None else copied.stream
+                if once is not None and isinstance(once, Iterator) and once is iter(once):
+                    return None
+                return copied.read_head(samples)
+        finally:
+            reads.restore()
+
+
 def read_samples(task: Task, plan: Plan, *, even: bool) -> Samples:
     """Read the samples; the data is left as it was. Local, under its own random numbers.
 
@@ -59,7 +109,7 @@ def read_samples(task: Task, plan: Plan, *, even: bool) -> Samples:
     Raises:
         CannotBeChecked: There are too few, or they cannot be read twice.
     """
-    samples = min(plan.batch_size, 2 * plan.slices + (not even), task.data.samples or plan.batch_size)
+    samples = min(_known(task, plan), 2 * plan.slices + (not even))
     bounds = slice_bounds(samples, plan.slices)
     if bounds[-1][0] == bounds[-1][1]:
         raise CannotBeChecked("there are fewer samples than slices")
@@ -78,17 +128,24 @@ def read_samples(task: Task, plan: Plan, *, even: bool) -> Samples:
 
 def read_slice(task: Task, plan: Plan, rank: int) -> Slice:
     """Read the first slice of a rank in the first batch, in full. See `read_samples`."""
-    samples = min(plan.batch_size, task.data.samples or plan.batch_size)
+    samples = _known(task, plan)
     rng.seed_all(rng.derive(plan.seed, "check"))
-    place = next(group.index(rank) for group in plan.mesh.groups("shard", "dp") if rank in group)
-    first = ReductionTree.share(plan.slices, place, plan.mesh.data)[0]
+    first = ReductionTree.share(plan.slices, plan.mesh.data_places[rank], plan.mesh.data)[0]
     rows = range(*slice_bounds(samples, plan.slices)[first])
     return replace(_slices_of([rows], _read(task, [rows]), plan)[0], index=first, batch_samples=samples)
 
 
+def _known(task: Task, plan: Plan) -> int:
+    """How many samples of the first batch can be read."""
+    if task.data.head is not None:
+        known = task.data.head_samples
+        return known if task.data.sets_batches else min(plan.batch_size, known)
+    return min(plan.batch_size, task.data.samples or plan.batch_size)
+
+
 def _read(task: Task, rows: list[Any]) -> list[Any]:
     """The batches of some samples."""
-    reads = ProgramState({"data": task.data.dataset or task.data.stream}, large_bytes=_DATA_BYTES)
+    reads = ProgramState({"data": task.data.given}, large_bytes=_DATA_BYTES)
     try:
         batches = task.data.batches(rows)
     finally:

@@ -114,7 +114,7 @@ class StepCheck:
         read = self._world.channel().broadcast_bytes(digest)
         if not message and read != digest:
             # Where each sample is read by one rank, such as one that is augmented at random, it may differ.
-            one_reader = self._task.data.stream is None and self._plan.mesh.size == self._plan.mesh.data
+            one_reader = self._task.data.dataset is not None and self._plan.mesh.size == self._plan.mesh.data
             message = {"skip": _NO_SAME_DATA} if one_reader else {"error": OTHER_DATA.format(rank=self._world.rank)}
         agreed = first_of_all(json.dumps(message).encode() if message else b"", self._world.channel())
         if not agreed:
@@ -137,8 +137,8 @@ class StepCheck:
 
     def _error_of_full_slice(self) -> Exception | None:
         """The error that the step raises on this rank's first slice in full, so that the run could not begin. Local."""
-        if not self._slices or self._task.data.loading.get("num_workers"):
-            return None  # loading processes may read other data than this one
+        if not self._slices or self._task.data.loading.get("num_workers") or self._task.data.head is not None:
+            return None  # loading processes may read other data than this one, and rank 0 other data than others
         step = self._plain_step(forward_only=False)
         try:
             step.run([[read_slice(self._task, self._plan, self._world.rank)]], again=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,11 @@ from torch.utils import data as torch_data
 
 from nbdist.core.comm import Channel
 from nbdist.core.comm.reduction_order import ReductionTree
+from nbdist.core.data.cut_batches import CutBatches
+from nbdist.core.data.feed import Feed
+from nbdist.core.data.sampler_runs import SamplerRuns
 from nbdist.core.data.sources import Source, map_tensors, tensors_in
-from nbdist.core.data.workers import EndsWithRank
+from nbdist.core.data.workers import SeededSlices, loading_of
 from nbdist.core.process import rng
 from nbdist.plan import slice_bounds
 
@@ -23,8 +26,6 @@ __all__ = ["Reader", "Slice", "to_device"]
 _CPU = torch.device("cpu")
 _RESIDENT_SHARE = 8
 """Tensors that take less than this fraction (1/8) of a GPU's free memory are kept there during a run."""
-_SliceRows = tuple[int, torch.Tensor, int, int, int]
-"""A slice's index, positions in the source and number of samples, that of its batch, and its first place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,6 @@ class Slice:
         of: Number of slices of its batch, over all ranks.
         batch_samples: Samples of its batch, over all ranks; 0 if it is the whole batch.
         first: Place of its first sample among those of the epoch, counted over all ranks from 0.
-        stride: From one sample's place to the next one's.
     """
 
     index: int
@@ -50,23 +50,23 @@ class Slice:
     of: int = 1
     batch_samples: int = 0
     first: int = 0
-    stride: int = 1
 
     @property
     def places(self) -> range:
         """The places of its samples in the epoch."""
-        return range(self.first, self.first + self.samples * self.stride, self.stride)
+        return range(self.first, self.first + self.samples)
 
 
 class Reader:
     """Distributes a source over the ranks of one channel.
 
     The sample order is a function of (seed, epoch). Each global batch is cut into contiguous slices, and each rank
-    reads a range of them, so the ranks of a mesh read exactly what one process with as many microbatches would. Of a
-    stream, rank r of N reads elements r, r + N, ...; with `stream_by_slice`, slice i of M has elements i, i + M, ...
+    reads a range of them, so the ranks of a mesh read exactly what one process with as many microbatches would. Streams
+    and ready-made batches are read by rank 0 alone, which sends each rank its slices; so an epoch ends after the same
+    step on all ranks, whatever the data does.
 
     Args:
-        source: The data, the same on every rank.
+        source: The data, the same on every rank; rank 0's where it alone reads.
         channel: The axis over which the data is distributed.
         batch_size: Global batch size.
         slices: Slices per batch, over all ranks; by default one per rank.
@@ -74,125 +74,115 @@ class Reader:
         shuffle: Whether to read in a new order each epoch.
         device: Where the step computes. For a GPU, small tensors are kept on it; else each batch is read into pinned
             memory.
-        sampler_channel: Over all ranks that read the same epochs, for a sampler's order; by default `channel`.
+        feed: From rank 0 to all ranks that read the same epochs, for what it alone reads.
         pad: Whether every rank gets as many slices as any other: padding slices have 0 samples, and another's data.
-        stream_by_slice: Whether the content of a stream's slices must not depend on the number of ranks.
     """
 
     def __init__(
         self, source: Source, channel: Channel, *, batch_size: int, slices: int = 0, seed: int = 0,
-        shuffle: bool = False, device: torch.device = _CPU, sampler_channel: Channel | None = None,
-        pad: bool = False, stream_by_slice: bool = False,
+        shuffle: bool = False, device: torch.device = _CPU, feed: Feed | None = None, pad: bool = False,
     ) -> None:  # fmt: skip
         self._source = source
-        self._channel = channel
-        self._sampler_channel = sampler_channel or channel
+        self._feed = feed or Feed()
         self._pad = pad
         self._batch_size = batch_size
         self._slices = slices or channel.size
+        self._places = channel.size
         self._share = ReductionTree.share(self._slices, channel.rank, channel.size)
-        self._stream_by_slice = stream_by_slice
         self._seed = seed
         self._shuffle = shuffle
         self._device = device
         self._resident: Any = None
-        self._requests: list[list[int]] = []
+        self._requests = _Requests()
         self._loader: Any = None
-        self._sampled = 0  # epochs for which the source's own sampler has run
+        self._sampler = SamplerRuns(source, batch_size, seed)
 
     @property
     def steps(self) -> int | None:
         """Batches per epoch; None if the data has no length."""
+        if self._source.sets_batches:
+            return self._source.batches_given
         samples = self._source.samples
         if samples is None:
             return None
         return samples // self._batch_size if self._source.drop_last else -(-samples // self._batch_size)
 
-    @property
-    def streams(self) -> bool:
-        """Whether the length of an epoch is unknown: after its last batch a rank then reads None, again and again."""
-        return self._source.stream is not None
-
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[list[Slice] | None]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[list[Slice]]:
         """This rank's slices of each batch, in order; empty if a short batch has no samples for this rank.
 
-        **Collective** if the source has its own sampler: rank 0 runs it and broadcasts the order.
+        **Collective** if rank 0 reads the source, or runs its sampler, for all.
 
         Args:
             epoch: Counted from 1.
             skip: Batches to skip at the beginning; the others are the same as without.
         """
-        if self.streams:
-            return self._stream(epoch, skip)
-        order = self._order(epoch)
-        return self._index(order, skip) if self._source.tensors is not None else self._load(order, epoch, skip)
+        if self._source.tensors is not None:
+            return self._index(epoch, skip)
+        if self._source.dataset is not None:
+            return self._load(epoch, skip)
+        return self._fed(epoch, skip)
 
-    def _order(self, epoch: int) -> torch.Tensor:
+    def _batches(self, epoch: int, skip: int) -> Iterator[Any]:
+        """The samples of each global batch: rows as a tensor, or keys as a list."""
+        order = self._order(epoch)
+        return itertools.islice(self._sampled(epoch) if order is None else self._split(order), skip, None)
+
+    def _order(self, epoch: int) -> torch.Tensor | None:
+        """All rows in the order of an epoch; None if a sampler decides it."""
         source, samples = self._source, self._source.samples
+        if source.sampler is not None or source.batch_sampler is not None:
+            return None
         assert samples is not None
-        if source.sampler is not None:
-            order = torch.empty(0, dtype=torch.long)
-            if self._sampler_channel.rank == 0:
-                # Earlier epochs too, after a resume: the sampler may have its own generator, which must advance.
-                for passed in range(self._sampled + 1, epoch + 1):
-                    order = self._sample(passed, samples)
-                if self._sampled >= epoch:
-                    order = self._sample(epoch, samples)
-                self._sampled = max(self._sampled, epoch)
-            data = self._sampler_channel.broadcast_bytes(order.numpy().tobytes())
-            return torch.frombuffer(bytearray(data), dtype=torch.long) if data else order
         if not self._shuffle:
             return torch.arange(samples)
         return torch.randperm(samples, generator=torch.Generator().manual_seed(rng.derive(self._seed, "order", epoch)))
 
-    def _sample(self, epoch: int, samples: int) -> torch.Tensor:
-        with rng.fork_rng(torch.device("cpu")):  # so that the order is the same after a resume
-            rng.seed_all(rng.derive(self._seed, "sampler", epoch))
-            return torch.tensor(list(itertools.islice(self._source.sampler, samples)), dtype=torch.long)
+    def _split(self, order: torch.Tensor) -> Sequence[torch.Tensor]:
+        batches: Sequence[torch.Tensor] = order.split(self._batch_size)
+        return batches[:-1] if self._source.drop_last and len(batches[-1]) < self._batch_size else batches
 
-    def _slices_of(self, order: torch.Tensor) -> Iterator[list[_SliceRows]]:
-        """This rank's slices of each batch."""
-        share, begin = self._share, -self._batch_size
-        for batch in order.split(self._batch_size):
-            begin += self._batch_size
-            if self._source.drop_last and len(batch) < self._batch_size:
-                return
-            bounds = slice_bounds(len(batch), self._slices)
-            mine = ((index, bounds[index]) for index in share)
-            total = len(batch)
-            slices = [
-                (index, batch[start:stop], stop - start, total, begin + start)
-                for index, (start, stop) in mine
-                if stop > start
-            ]
-            if self._pad:
-                most = sum(stop > start for start, stop in bounds[: len(share)])  # the first rank has the most slices
-                rows = batch[slice(*bounds[0])]
-                slices += [(share.start + i, rows, 0, total, begin) for i in range(len(slices), most)]
-            yield slices
+    def _sampled(self, epoch: int) -> Iterator[list[Any]]:
+        """The keys of each batch, from the sampler on rank 0. **Collective** now and then, before the same batch."""
+        blocks = self._sampler.blocks(epoch) if self._feed.is_first else iter(())
+        while (block := self._feed.share(lambda: next(blocks, None))) is not None:
+            yield from block
 
-    def _index(self, order: torch.Tensor, skip: int) -> Iterator[list[Slice]]:
-        tensors, indices = self._source.tensors, self._source.indices
-        rows = order if indices is None else indices[order]
-        if self._device.type == "cpu":
-            for batch in itertools.islice(self._slices_of(rows), skip, None):
-                yield [
-                    self._slice(index, samples, total, first, _rows(tensors, positions))
-                    for index, positions, samples, total, first in batch
-                ]
-            return
-        resident = self._keep_resident()
+    def _parts(self, samples: int, share: range) -> list[tuple[int, int, int, int]]:
+        """The slices of a batch in a rank's share: index, first and last position, and number of samples."""
+        bounds = slice_bounds(samples, self._slices)
+        parts = [(i, *bounds[i], bounds[i][1] - bounds[i][0]) for i in share if bounds[i][1] > bounds[i][0]]
+        if self._pad:
+            most = sum(stop > start for start, stop in bounds[: len(share)])  # the first rank has the most slices
+            parts += [(share.start + i, *bounds[0], 0) for i in range(len(parts), most)]
+        return parts
+
+    def _index(self, epoch: int, skip: int) -> Iterator[list[Slice]]:
+        tensors, indices, order = self._source.tensors, self._source.indices, self._order(epoch)
+        resident = None if self._device.type == "cpu" else self._keep_resident()
         target = tensors[-1] if isinstance(tensors, tuple) else None
-        both = zip(self._slices_of(rows), self._slices_of(rows.to(self._device)), strict=True)
-        for batch, on_device in itertools.islice(both, skip, None):
+        batches: Iterable[Any]
+        if order is None:
+            drawn = map(torch.tensor, self._sampled(epoch))
+            batches = ((rows if indices is None else indices[rows],) * 2 for rows in drawn)
+        else:
+            rows = order if indices is None else indices[order]
+            batches = zip(
+                self._split(rows), self._split(rows if resident is None else rows.to(self._device)), strict=True
+            )
+        begin = skip * self._batch_size
+        for batch, on_device in itertools.islice(batches, skip, None):
             slices = []
-            for (index, positions, samples, total, first), moved in zip(batch, on_device, strict=True):
-                if resident is None:
-                    pinned = map_tensors(_rows(tensors, positions), torch.Tensor.pin_memory)
-                    slices.append(self._slice(index, samples, total, first, pinned))
-                else:
+            for index, start, stop, samples in self._parts(len(batch), self._share):
+                positions, read = batch[start:stop], None
+                if resident is not None:
+                    taken = _rows(resident, on_device[start:stop].to(self._device))
                     read = None if target is None else functools.partial(target.__getitem__, positions)
-                    slices.append(self._slice(index, samples, total, first, _rows(resident, moved[1]), read))
+                else:
+                    taken = _rows(tensors, positions)
+                    if self._device.type != "cpu":
+                        taken = map_tensors(taken, torch.Tensor.pin_memory)
+                slices.append(self._slice(index, samples, len(batch), begin + start, taken, read))
+            begin += len(batch)
             yield slices
 
     def _keep_resident(self) -> Any:
@@ -204,71 +194,75 @@ class Reader:
                 self._resident = map_tensors(tensors, lambda tensor: tensor.to(self._device))
         return self._resident
 
-    def _load(self, order: torch.Tensor, epoch: int, skip: int) -> Iterator[list[Slice]]:
-        batches = list(itertools.islice(self._slices_of(order), skip, None))
-        self._requests[:] = [
-            [rng.derive(self._seed, "data", epoch, step, index), *positions.tolist()]
-            for step, batch in enumerate(batches, start=skip)
-            for index, positions, *_ in batch
-        ]
+    def _load(self, epoch: int, skip: int) -> Iterator[list[Slice]]:
+        # A loader with workers takes the batches before they are read here, equally many on every rank.
+        taken, batches = itertools.tee(self._batches(epoch, skip))
+        self._requests.batches = (
+            [
+                (rng.derive(self._seed, "data", epoch, step, index), _keys(batch[start:stop]))
+                for index, start, stop, _ in self._parts(len(batch), self._share)
+            ]
+            for step, batch in enumerate(taken, start=skip)
+        )
         if self._loader is None:
             self._loader = torch_data.DataLoader(
-                _Seeded(self._source.dataset), batch_sampler=_Requests(self._requests), collate_fn=self._source.collate,
-                pin_memory=self._device.type == "cuda",
-                persistent_workers=bool(self._source.loading.get("num_workers")), **_loading(self._source),
+                SeededSlices(self._source.dataset, self._source.collate), batch_sampler=self._requests,
+                collate_fn=_as_it_is, pin_memory=self._device.type == "cuda",
+                persistent_workers=bool(self._source.loading.get("num_workers")), **loading_of(self._source.loading),
             )  # fmt: skip
-        loaded = iter(self._loader)
-        for batch in batches:
-            yield [self._slice(index, samples, total, first, next(loaded)) for index, _, samples, total, first in batch]
+        begin = skip * self._batch_size
+        for batch, loaded in zip(batches, self._loader, strict=True):
+            parts = self._parts(len(batch), self._share)
+            yield [
+                self._slice(index, samples, len(batch), begin + start, one)
+                for (index, start, _, samples), one in zip(parts, loaded, strict=True)
+            ]
+            begin += len(batch)
 
-    def _stream(self, epoch: int, skip: int) -> Iterator[list[Slice] | None]:
-        readers = self._slices if self._stream_by_slice else self._channel.size  # slices, or ranks
-        each = self._slices // readers
-        mine = self._share if self._stream_by_slice else [self._channel.rank]
-        rng.seed_all(rng.derive(self._seed, "stream", epoch))
-        loader = torch_data.DataLoader(
-            self._source.stream, batch_size=None, collate_fn=_as_it_is, **_loading(self._source)
-        )
-        elements = iter(loader)
-        for step in itertools.count():
-            rng.seed_all(rng.derive(self._seed, "data", epoch, step))
-            batch = list(itertools.islice(elements, self._batch_size))
-            if not batch or (self._source.drop_last and len(batch) < self._batch_size):
-                break
-            if step < skip:
-                continue
-            offset = step * self._batch_size
-            slices = []
-            for reader in mine:
-                begin, first = (reader - offset) % readers, reader * each
-                taken = batch[begin::readers]
-                bounds = slice_bounds(len(taken), each)
-                slices += [
-                    self._slice(
-                        first + i,
-                        stop - start,
-                        len(batch),
-                        offset + begin + start * readers,
-                        self._source.collate(taken[start:stop]),
-                        stride=readers,
-                    )
-                    for i, (start, stop) in enumerate(bounds)
-                    if stop > start
-                ]
-                if self._pad:
-                    most = slice_bounds(-(-len(batch) // readers), each)  # the largest number on any rank
-                    padding = self._source.collate((taken or batch)[:2])
-                    filled = sum(stop > start for start, stop in most)
-                    slices += [self._slice(first + i, 0, len(batch), 0, padding) for i in range(len(slices), filled)]
-            yield slices
-        yield from itertools.repeat(None)
+    def _fed(self, epoch: int, skip: int) -> Iterator[list[Slice]]:
+        """Of each batch that rank 0 reads. **Collective** once a step."""
+        feed, own = self._feed, self._share
+        batches = CutBatches(self._source, self._batch_size, self._slices, self._seed)
+        read = batches.epoch(epoch) if feed.is_first else iter(())
+        for _ in itertools.islice(read, skip):
+            pass
+        begin = skip * self._batch_size
+        for step in itertools.count(skip):
+            if feed.is_first:
+                cut = next(read, None)
+                feed.send(functools.partial(self._of_place, cut))
+                mine = self._of_place(cut, 0)
+            else:
+                mine = feed.receive()
+            if mine is None:
+                return
+            total, parts = mine
+            # The same numbers on ranks that compute the same slices, whichever of them has read the data.
+            rng.seed_all(rng.derive(self._seed, "data", epoch, step, own.start))
+            yield [self._slice(index, samples, total, begin + start, batch) for index, start, samples, batch in parts]
+            begin += total
 
-    def _slice(
-        self, index: int, samples: int, batch_samples: int, first: int, batch: Any, target: Any = None, stride: int = 1
-    ) -> Slice:
+    def _of_place(
+        self, cut: tuple[int, list[Any]] | None, place: int
+    ) -> tuple[int, list[tuple[int, int, int, Any]]] | None:
+        """The samples of a batch; index, first position, number of samples and batch of each slice at a place.
+
+        None after the last batch.
+        """
+        if cut is None:
+            return None
+        samples, batches = cut
+        bounds = [bound for bound in slice_bounds(samples, self._slices) if bound[1] > bound[0]]
+        share = ReductionTree.share(self._slices, place, self._places)
+        return samples, [
+            (index, start, count, batches[bounds.index((start, stop))])
+            for index, start, stop, count in self._parts(samples, share)
+        ]
+
+    def _slice(self, index: int, samples: int, batch_samples: int, first: int, batch: Any, target: Any = None) -> Slice:
         return Slice(
             index=index, samples=samples, batch=batch, target=target, of=self._slices, batch_samples=batch_samples,
-            first=first, stride=stride,
+            first=first,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -281,41 +275,21 @@ def _rows(tensors: Any, rows: torch.Tensor) -> Any:
     return map_tensors(tensors, lambda t: t.index_select(0, rows) if type(t) is torch.Tensor else t[rows])
 
 
-def _loading(source: Source) -> dict[str, Any]:
-    if not source.loading.get("num_workers"):
-        return source.loading
-    return {**source.loading, "worker_init_fn": EndsWithRank(source.loading.get("worker_init_fn"))}
+def _keys(batch: Any) -> list[Any]:
+    return batch.tolist() if isinstance(batch, torch.Tensor) else list(batch)
 
 
-def _as_it_is(element: Any) -> Any:
-    return element
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _Requests:
-    """A batch sampler over a list that is refilled each epoch, so that the loader and its workers can be reused."""
+    """A batch sampler that is given other batches in each epoch, so that the loader and its workers can be reused."""
 
-    def __init__(self, requests: list[list[int]]) -> None:
-        self._requests = requests
+    batches: Iterator[list[Any]] = iter(())
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(list(self._requests))
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-
-class _Seeded(torch_data.Dataset[Any]):
-    """A map-style data set that reads whole slices, each under the seed in its request."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-
-    def __getitems__(self, request: list[int]) -> list[Any]:
-        seed, *positions = request
-        rng.seed_all(seed)
-        if callable(getattr(self._dataset, "__getitems__", None)):
-            return list(self._dataset.__getitems__(positions))
-        return [self._dataset[position] for position in positions]
+    def __iter__(self) -> Iterator[list[Any]]:
+        return self.batches
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -206,7 +206,7 @@ class MeshParallel(Strategy):
     ) -> tuple[list[float], ControlFlags, list[bool]]:
         """See `SumReplica`: of ranks that compute the same loss, one counts. **Collective** over the replica."""
         if not self.axes.reports_loss:
-            losses, flags = (0.0,) * LOSS_NUMBERS, flags._replace(exhausted=0.0)
+            losses = (0.0,) * LOSS_NUMBERS
         here = {name for name, hit in zip(self._held, used, strict=True) if hit}
         ids = set[int]().union(*(axis.used() for axis in self._axes))
         here |= {name for name, parameter in self._held.items() if id(parameter) in ids}

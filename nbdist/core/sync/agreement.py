@@ -1,4 +1,4 @@
-"""What ranks agree on after a step: stop, snapshot, checkpoint, pending commands, exhausted data, the loss's form.
+"""What ranks agree on after a step: stop, snapshot, checkpoint, pending commands, the loss's form.
 
 Each rank sets **control flags**; their sums over all ranks are the same everywhere, so all ranks act alike after the
 same step. The flags ride in the tail of the gradient sync (`core/sync/step_tail.py`), where they cost no collective of
@@ -21,7 +21,6 @@ class ControlFlags(NamedTuple):
 
     Args:
         commands: The rank has commands for all ranks, see `StepControl`.
-        exhausted: It has no data left.
         snapshot: It asks all ranks to take a snapshot after this step.
         checkpoint: It asks all ranks to write a checkpoint of this step to disk.
         written: Its part of the checkpoint under way is on disk.
@@ -32,7 +31,6 @@ class ControlFlags(NamedTuple):
     """
 
     commands: float = 0
-    exhausted: float = 0
     snapshot: float = 0
     checkpoint: float = 0
     written: float = 0

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from nbdist.errors import NbdistError, TaskError, suggest
-from nbdist.upstream.torch_private import without_default_group
+from nbdist.upstream.torch_private import GroupHidden
 
 __all__ = [
     "FINISHES", "METRICS", "TARGET_KEYS", "Metric", "accumulates", "find_metric", "metric_name", "named_errors",
@@ -160,7 +160,7 @@ def named_errors(name: str) -> Iterator[None]:
         TaskError: The metric raised an exception; with its own frames.
     """
     try:
-        with without_default_group():
+        with GroupHidden():
             yield
     except NbdistError:
         raise

@@ -13,10 +13,12 @@ from nbdist.core.task.losses import ClassLoss, Loss, compares_elements, is_torch
 from nbdist.core.task.mismatch import check_shapes, mismatch
 from nbdist.errors import TaskError
 
-__all__ = ["ModelLossStep", "Step", "SupervisedStep"]
+__all__ = ["NO_LOSS", "ModelLossStep", "Step", "SupervisedStep", "no_pair"]
 
 Step = Callable[[nn.Module, Any], Any]
 """``step(model, batch)``: the loss, a mean over samples, or ``(loss, weight)`` with the number that it is over."""
+
+NO_LOSS = "no loss: name one (--loss mse, or loss='mse'), or write the step (a %%dist_train cell's body, or step=...)."
 
 _Context = contextlib.AbstractContextManager[Any]
 
@@ -39,6 +41,8 @@ class SupervisedStep:
             part: The batch's slice, whose target can be counted without waiting for the GPU.
             graph: Context in which the loss is computed, see `LossGraph`.
         """
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise TaskError(no_pair("loss", batch))
         *inputs, target = batch
         output = model(*inputs)
         if self._by_element:
@@ -64,6 +68,8 @@ class ModelLossStep:
 
     def __call__(self, model: nn.Module, batch: Any, graph: _Context | None = None) -> Any:
         """Return the loss in ``model(**batch)``: an attribute or key ``loss``."""
+        if not isinstance(batch, Mapping):
+            raise TaskError(NO_LOSS)
         with graph or contextlib.nullcontext():
             output = model(**batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -73,3 +79,12 @@ class ModelLossStep:
                 f"{type(output).__name__} without a loss: add labels to the batch, name a loss, or write the step."
             )
         return loss
+
+
+def no_pair(what: str, batch: Any) -> str:
+    """Why a batch has no target for a loss or metric, as a sentence."""
+    shape = "a dict" if isinstance(batch, Mapping) else "a single value"
+    return (
+        f"{what} compares the model's output with the last element of a batch (x, y), but a batch here is {shape}: "
+        "give (x, y) data, or write the step yourself."
+    )

@@ -24,7 +24,7 @@ from nbdist.core.task.losses import ClassLoss, find_loss, loss_name, reduction_o
 from nbdist.core.task.metrics import Metric, find_metric, metric_name, target_of
 from nbdist.core.task.modules import Modules
 from nbdist.core.task.own_loop import check_step
-from nbdist.core.task.steps import ModelLossStep, Step, SupervisedStep
+from nbdist.core.task.steps import NO_LOSS, ModelLossStep, Step, SupervisedStep, no_pair
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan.option import check_known
 from nbdist.plan.train_options import TRAIN_OPTIONS
@@ -32,7 +32,6 @@ from nbdist.plan.train_options import TRAIN_OPTIONS
 __all__ = ["Task", "check_agree", "on_device"]
 
 
-NO_LOSS = "no loss: name one (--loss mse, or loss='mse'), or write the step (a %%dist_train cell's body, or step=...)."
 UNKNOWN_MEAN = (
     "{loss} is not recognised as a mean (it is a sum, a ratio, or several means over different numbers), so slices "
     "could not be averaged exactly: {cure}."
@@ -124,8 +123,8 @@ class Task:
             PlanError: An option contradicts the data's own.
         """
         check_model(model, names[0])
-        source = Source.of(data, names[1])
-        own_loss = loss is None and step is None and isinstance(source.first(), Mapping)
+        source = Source.of(data, names[1], batch_size=batch_size)
+        own_loss = loss is None and step is None and isinstance(source.first(), (Mapping, type(None)))
         if own_loss:
             step = ModelLossStep()
         elif (loss is None) == (step is None):
@@ -141,11 +140,16 @@ class Task:
         if metric is not None and val is None:
             raise TaskError(f"metric {metric_name(metric)} has no data to be measured on: give val=... too.")
         # every validation sample counts, so a loader's drop_last is ignored
-        val_source = None if val is None else replace(Source.of(val, "val"), drop_last=False)
+        val_source = None if val is None else replace(Source.of(val, "val", batch_size=batch_size), drop_last=False)
         if loss is not None:
             _check_pairs(source, "loss")
         if metric is not None and val_source is not None and (first := val_source.first()) is not None:
             target_of(first, metric_name(metric))
+        if batch_size is not None and source.sets_batches:
+            raise PlanError(
+                f"batch_size={batch_size} is given, but the batches of {names[1]} are made already (each is a global "
+                "one): omit it."
+            )
         check_agree("batch_size", batch_size, source.batch_size, names[1])
         check_agree("shuffle", shuffle, source.shuffle, names[1])
         made = make_optimizer(optimizer, model, lr)
@@ -322,11 +326,7 @@ def _name(thing: Any) -> str:
 def _check_pairs(source: Source | None, what: str) -> None:
     first = None if source is None else source.first()
     if first is not None and not (isinstance(first, (tuple, list)) and len(first) >= 2):
-        shape = "a dict" if isinstance(first, dict) else "a single value"
-        raise TaskError(
-            f"{what} compares the model's output with the last element of a batch (x, y), but a batch here is {shape}: "
-            "give (x, y) data, or write the step yourself."
-        )
+        raise TaskError(no_pair(what, first))
 
 
 def check_agree(option: str, given: Any, of_loader: Any, name: str) -> None:

@@ -15,6 +15,7 @@ from torch.utils import data as torch_data
 
 from nbdist.core.comm import SoloChannel
 from nbdist.core.comm.world import World
+from nbdist.core.data.feed import Feed
 from nbdist.core.data.reader import Reader
 from nbdist.core.data.sources import Source
 from nbdist.core.data.workers import EndsWithRank
@@ -85,8 +86,10 @@ def read(world, form, slices=0, seed=7):
     """Two epochs: for each step of each the slices of this rank, as plain values."""
     source = Source.of(DATA[form]())
     shuffle = True if source.shuffle is None else source.shuffle
-    reader = Reader(source, world.channel(), batch_size=BATCH, slices=slices, seed=seed, shuffle=shuffle)
+    feed = Feed(world, range(world.size))
+    reader = Reader(source, world.channel(), batch_size=BATCH, slices=slices, seed=seed, shuffle=shuffle, feed=feed)
     epochs = [[[(s.index, s.samples, plain(s.batch)) for s in step] for step in reader.epoch(e)] for e in (1, 2)]
+    world.channel().all_reduce_(torch.ones(1))  # as each step: no rank leaves before the others have read
     reader.close()
     assert len(epochs[0]) == reader.steps
     return epochs
@@ -193,23 +196,23 @@ class SampleStream(torch_data.IterableDataset):
 
 
 def read_stream(world, samples, per_rank):
-    reader = Reader(Source.of(Stream(samples)), world.channel(), batch_size=6, slices=per_rank * world.size)
-    steps = []
-    for step in reader.epoch(1):
-        if step is None:
-            break
-        steps.append([(part.index, part.batch[0].tolist()) for part in step])
+    feed = Feed(world, range(world.size))
+    reader = Reader(Source.of(Stream(samples)), world.channel(), batch_size=6, slices=per_rank * world.size, feed=feed)
+    steps = [[(part.index, part.batch[0].tolist()) for part in step] for step in reader.epoch(1)]
+    world.channel().all_reduce_(torch.ones(1))
     return steps
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("samples", [1, 6, 23])
-def test_a_rank_reads_the_elements_of_a_stream_modulo_the_ranks(run_ranks, size, samples):
-    """Rank r reads elements r, r + N, r + 2N, ... in order, each batch cut into microbatches."""
-    for rank, steps in enumerate(run_ranks(size, read_stream, samples, 2)):
-        assert list(range(samples))[rank::size] == [i for step in steps for _, part in step for i in part]
-        assert {2 * rank, 2 * rank + 1} >= {index for step in steps for index, _ in step}
-        assert -(-samples // 6) == len(steps)
+def test_the_batches_of_a_stream_are_cut_as_others_are(run_ranks, size, samples):
+    """Rank 0 reads six samples at a time, and each rank gets a part of them, cut into microbatches."""
+    ranks = run_ranks(size, read_stream, samples, 2)
+    for step in range(-(-samples // 6)):
+        parts = [part for rank in ranks for part in rank[step]]
+        assert sorted(parts) == parts
+        assert list(range(6 * step, min(6 * step + 6, samples))) == [i for _, part in parts for i in part]
+    assert {-(-samples // 6)} == {len(steps) for steps in ranks}
 
 
 def train_on_stream(world, accumulate=1, uneven=False, **options):
@@ -229,10 +232,10 @@ def train_on_uneven_streams(world):
     return train_on_stream(world, uneven=True, epochs=2)
 
 
-def test_a_rank_whose_stream_ends_first_keeps_the_others_company(run_ranks):
-    """Streams of 13, 12 and 11 samples are read to their ends, and the next epoch begins together."""
+def test_streams_of_other_lengths_end_together(run_ranks):
+    """Of streams of 13, 12 and 11 samples rank 0's is read to its end, and the next epoch begins together."""
     results = run_ranks(3, train_on_uneven_streams)
-    assert [(3, 5 + 4 + 3)] * 2 == [(row["steps"], row["samples"]) for row in results[0][0].history]
+    assert [(3, 13)] * 2 == [(row["steps"], row["samples"]) for row in results[0][0].history]
     for _, weights in results[1:]:
         assert_same_bits(results[0][1], weights)
 

@@ -87,7 +87,7 @@ def test_a_dict_of_tensors_stays_a_dict():
 def test_other_data_is_read_through_a_loader(data, form, samples):
     """Anything with a length and items is map-style, an IterableDataset is a stream."""
     source = Source.of(data)
-    assert [form] == [f for f in ("tensors", "dataset", "stream") if getattr(source, f) is not None]
+    assert [form] == [f for f in ("tensors", "dataset", "stream", "ready") if getattr(source, f) is not None]
     assert samples == source.samples
 
 
@@ -118,17 +118,76 @@ def test_a_loader_with_a_collate_of_its_own_is_not_read_by_index():
     assert (1, 9) == (source.loading["num_workers"], source.loading["timeout"])
 
 
-def batches_of(*, cls=torch_data.BatchSampler):
-    return cls(torch_data.SequentialSampler(BOTH), 2, False)
+class Replicated(torch_data.Sampler):
+    num_replicas, rank = 2, 0
 
-
-class Bucketed(torch_data.BatchSampler):
-    pass
-
-
-class Endless(torch_data.Sampler):
     def __iter__(self):
-        return iter(range(10))
+        return iter([[0, 2], [4, 6]])
+
+
+class Frame:
+    """The form of a data frame."""
+
+    columns = ("x", "y")
+
+    def to_numpy(self):
+        return X.numpy()
+
+
+class Doubled(torch_data.DataLoader):
+    def __iter__(self):
+        return ((2 * x, y) for x, y in super().__iter__())
+
+
+class Named(torch_data.DataLoader):
+    """A subclass that reads as torch does."""
+
+    def __init__(self, dataset):
+        super().__init__(dataset, batch_size=4)
+
+
+class Batches:
+    def __iter__(self):
+        return iter([(X, Y)])
+
+
+class Pipeline(torch_data.IterableDataset):
+    """Passes the batches of a loader on."""
+
+    def __init__(self):
+        self.stages = [torch_data.DataLoader(BOTH, batch_size=5)]
+
+    def __iter__(self):
+        return iter(self.stages[0])
+
+
+def buckets():
+    return torch_data.BatchSampler(torch_data.SequentialSampler(BOTH), 2, False)
+
+
+@pytest.mark.parametrize(
+    ("data", "form"),
+    [
+        (torch_data.DataLoader(BOTH, batch_size=None), "ready"),
+        (torch_data.DataLoader([(X, Y)], batch_size=None), "ready"),
+        (torch_data.DataLoader(Stream(), batch_size=None), "ready"),
+        (Doubled(BOTH, batch_size=4), "ready"),
+        (Batches(), "ready"),
+        (Pipeline(), "ready"),
+        (Named(BOTH), "tensors"),
+        (torch_data.DataLoader(BOTH, batch_sampler=buckets()), "dataset"),
+        ([torch.ones(3)] * 9, "dataset"),
+    ],
+)
+def test_what_gives_batches_is_known_from_what_gives_samples(data, form):
+    """A loader that reads in its own way, one without a batch size, and whatever can only be iterated."""
+    source = Source.of(data)
+    assert [form] == [f for f in ("tensors", "dataset", "stream", "ready") if getattr(source, f) is not None]
+
+
+def test_a_list_of_what_may_be_batches_is_one_of_samples_if_a_batch_size_says_so():
+    """As sequences with a label for each element are."""
+    assert 3 == Source.of([(X, Y)] * 3, batch_size=2).samples
 
 
 @pytest.mark.parametrize(
@@ -143,13 +202,20 @@ class Endless(torch_data.Sampler):
         ((X, 3), "train_set holds a value of type int"),
         ((X, torch.tensor(1)), "train_set holds a scalar, which has no samples"),
         ((X, Y[:9]), r"the tensors of train_set differ in their number of samples, \[10, 9\]: make them equal"),
-        (torch_data.DataLoader(BOTH, batch_sampler=batches_of(cls=Bucketed)), "train_set .*with Bucketed, whose batc"),
-        (torch_data.DataLoader(BOTH, batch_size=None), "train_set .*with batch_size=None, .*give it a batch_size"),
         (
             torch_data.DataLoader(BOTH, sampler=torch_data.DistributedSampler(BOTH, num_replicas=2, rank=0)),
             "train_set uses a DistributedSampler, but nbdist distributes the samples itself: omit it",
         ),
-        (torch_data.DataLoader(BOTH, sampler=Endless()), "uses Endless, a sampler without a length: give it a __len__"),
+        (torch_data.DataLoader(BOTH, batch_sampler=Replicated()), "a Replicated for one of 2 replicas.*replicas=1"),
+        ((batch for batch in [X]), "train_set is a generator, which can be read only once: give a list, or an object"),
+        (map(abs, [1]), "train_set is a map, which can be read only once"),
+        ({(X, Y)}, "train_set is a value of type set, not data"),
+        ({}.values(), "train_set is a value of type dict_values, not data"),
+        ({0: X, 1: X}, r"train_set is a dict by a value of type int: .* give list\(train_set.values\(\)\)"),
+        ([X, Y], "train_set is a list of 2 tensors of 10 rows each: give a tuple if they are inputs and targets"),
+        ([(X, Y)] * 3, r"a list of 3 items, which may be batches .* or DataLoader\(train_set, batch_size=None\) if"),
+        ({"x": np.array(["a", "b"])}, "train_set holds an array of <U1, which no tensor can be"),
+        (Frame(), r"train_set is a Frame, .* give arrays, as in \(train_set\[inputs\].to_numpy"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_dealt_out_is_refused(data, message):

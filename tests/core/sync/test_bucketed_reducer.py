@@ -32,7 +32,7 @@ class Branches(nn.Module):
 
 
 def unpack(totals):
-    return totals.weight, totals.flags.commands, totals.flags.exhausted
+    return totals.weight, totals.flags.commands, totals.flags.snapshot
 
 
 def gradients(world, overlap, bucket_mib, accumulate):
@@ -50,7 +50,7 @@ def gradients(world, overlap, bucket_mib, accumulate):
                 strategy.reducer.expect_last()
             strategy.scale_loss(loss, 2).backward()
             strategy.reducer.losses.add(i, loss.detach(), 2, 2)
-        totals = strategy.sync(ControlFlags(commands=world.rank == 1, exhausted=not slices))
+        totals = strategy.sync(ControlFlags(commands=world.rank == 1, snapshot=not slices))
         outcomes.append(({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}, totals))
     strategy.close()
     return outcomes
