@@ -18,7 +18,7 @@ _MOST = 256
 
 
 def as_values(value: Any, name: str) -> dict[str, Any]:
-    """``val_<name>``; of a dict a value for each key, ``val_<key>``.
+    """``val_<name>``; of a dict a value for each key, ``val_<key>``, and of dicts in it ``val_<key>_<key>``.
 
     Args:
         value: A number, a tensor or array, or a list of numbers; or a dict of them.
@@ -32,7 +32,11 @@ def as_values(value: Any, name: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, one in value.items():
         called = f"{name}_{key}" if str(key) == "loss" else str(key)  # val_loss is the validation loss
-        values |= as_values(one, called)
+        if isinstance(one, Mapping):  # as of a report with a dict for each class
+            inner = as_values(one, called)
+            values |= {f"val_{called}_{of_one.removeprefix('val_')}": number for of_one, number in inner.items()}
+        else:
+            values |= as_values(one, called)
     if not values:
         raise TaskError(f"metric {name} returned an empty dict: return a number, or a dict of numbers.")
     return values

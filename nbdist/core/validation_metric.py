@@ -81,7 +81,7 @@ class ValidationMetric:
             self._metric = copy.deepcopy(self._given)
             if callable(getattr(self._metric, "reset", None)):
                 self._metric.reset()
-            if callable(getattr(self._metric, "to", None)):  # torch's own way to follow the data
+            if callable(getattr(type(self._metric), "to", None)):  # torch's own way to follow the data
                 moved = self._metric.to(self._device)
                 self._metric = self._metric if moved is None else moved
 
@@ -117,7 +117,7 @@ class ValidationMetric:
             with named_errors(self._name):
                 return self._mean(self._metric(output, target))
         assert self._gather is not None
-        follows = self._kind == "object" and callable(getattr(self._given, "to", None))
+        follows = self._kind == "object" and callable(getattr(type(self._given), "to", None))
         self._gather.put(part, output, target, device=self._device if follows else _CPU)
         return _NOTHING
 

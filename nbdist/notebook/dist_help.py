@@ -11,7 +11,7 @@ _PHRASES = {
     "%dist_start": ("[-n N] [--detach]", "start engines, one rank each"),
     "%dist_train": ("MODEL DATA [OPTIONS]", "train MODEL on all of them, in place"),
     "%%dist_train": ("MODEL DATA [OPTIONS]", "the same, the cell is one training step"),
-    "%dist_predict": ("MODEL DATA [-o NAME]", "return MODEL's outputs for DATA, in order"),
+    "%dist_predict": ("MODEL DATA", "return MODEL's outputs for DATA, in order"),
     "%dist_run": ("[stop|pause|resume|...]", "show the newest run, or send it a command"),
     "%dist_runs": ("[-n N] [RUN_ID]", "list past runs, or show one"),
     "%%dist": ("[--ranks 0,2-3] [--local]", "run the cell on engines"),

@@ -283,6 +283,27 @@ def test_values_are_plain_numbers(value, expected):
     assert {"val_a": expected, "val_f1_loss": expected} == as_values({"a": value, "loss": value}, "f1")
 
 
+def test_dicts_in_a_dict_have_names_of_both():
+    """As a report of every class: none hides another."""
+    report = {"cat": {"recall": 1, "loss": 2}, "dog": {"recall": 0.5}, "accuracy": 0.75}
+    expected = {"val_cat_recall": 1.0, "val_cat_cat_loss": 2.0, "val_dog_recall": 0.5, "val_accuracy": 0.75}
+    assert expected == as_values(report, "report")
+
+
+class AnyAttribute(State):
+    """Makes up every attribute that it does not have, as lazy metrics of some libraries do."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_: self.nothing_of_the_kind[name]
+
+
+def test_only_what_a_class_defines_follows_the_data():
+    """An attribute made up on the fly is not called."""
+    assert 29.0 == counted_alone(AnyAttribute())[0]["val_samples"]
+
+
 def confusion(output, target):
     return torch.bincount(target * 3 + output.argmax(-1), minlength=9).view(3, 3)
 
