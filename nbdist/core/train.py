@@ -238,10 +238,8 @@ def fit(
                     strategy.begin_step()
                     task.forms.begin()
                     losses = strategy.forward_backward(progress.step, slices)
-                    if outside:  # in the first step
-                        for note in notes_on_outside(outside) if world.rank == 0 and progress.step == 0 else ():
-                            emit(Noted(rank=world.rank, text=note))
-                        outside = {}
+                    for note in notes_on_outside(outside) if progress.step == 0 == world.rank else ():
+                        emit(Noted(rank=world.rank, text=note))
                     structure.check(progress.step)
                     if plan.stop_on_nan:
                         _check_finite(losses, progress)
