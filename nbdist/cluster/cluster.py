@@ -39,8 +39,7 @@ class Cluster:
         engines: How many; by default one per GPU, else one per CPU core, up to four.
         device: "auto" (GPUs if there are any), "cpu" or "cuda".
         timeout_s: Timeout of the start, in seconds.
-        spares: How many idle spare engines to hold ready, which replace lost ones at once. By default one where engines
-            are forked (it shares their memory), else none.
+        spares: How many idle spare engines to hold ready, which replace lost ones at once; by default 1 if forked
         detach: For how many seconds the engines, and a run, continue without a kernel, however this one ends. Another
             kernel may `attach` meanwhile. By default they end with this kernel.
 
@@ -263,7 +262,7 @@ class Cluster:
     def check_ready(self) -> None:
         """Make sure that engines are idle and alive; create a new process group if the last one failed.
 
-        Replacements of lost engines run the cells and get the pushed values that their ranks had.
+        Replacements of lost engines run their ranks' cells, and get what was pushed.
 
         Raises:
             ClusterError: Engines are busy or lost, or the cluster does not run.
@@ -396,5 +395,5 @@ class Cluster:
 def _check_start(timeout_s: float | None, spares: int | None) -> None:
     if timeout_s is not None and timeout_s <= 0:
         raise PlanError(f"timeout {timeout_s:g} s is too short: use a positive number.")
-    if spares is not None and (isinstance(spares, bool) or not isinstance(spares, int) or spares < 0):
+    if spares is not None and not (isinstance(spares, int) and spares is not True and spares >= 0):
         raise PlanError(f"{spares!r} spares are not possible: use a whole number, 0 or more.")

@@ -71,14 +71,14 @@ def _read_before(tree: ast.Module, names: symtable.SymbolTable, known: Any) -> I
     for statement in tree.body:
         if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr)):
             return
-        found = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
-        if any(isinstance(node, (ast.Lambda, ast.comprehension, ast.NamedExpr)) for node in ast.walk(statement)):
-            found = [node for node in found if isinstance(node.ctx, ast.Store)]
+        found = [part for part in ast.walk(statement) if isinstance(part, ast.Name)]
+        if any(isinstance(part, (ast.Lambda, ast.comprehension, ast.NamedExpr)) for part in ast.walk(statement)):
+            found = [name for name in found if isinstance(name.ctx, ast.Store)]
         added = isinstance(statement, ast.AugAssign)
-        for node in found:
-            if (isinstance(node.ctx, ast.Load) or added) and node.id in local - assigned:
-                yield node.id, node.lineno
-        assigned |= {node.id for node in found if isinstance(node.ctx, ast.Store)}
+        for name in found:
+            if (isinstance(name.ctx, ast.Load) or added) and name.id in local - assigned:
+                yield name.id, name.lineno
+        assigned |= {name.id for name in found if isinstance(name.ctx, ast.Store)}
 
 
 def _refusal(error: SyntaxError, line: int) -> PlanError:

@@ -165,7 +165,7 @@ class Buckets(Sampler):
 
 
 class ByEpoch(Sampler):
-    """Another order in each epoch that it is told."""
+    """Another order in each epoch that is set."""
 
     epoch = 0
 
@@ -186,7 +186,7 @@ def by_epoch(loader):
     return loader
 
 
-def told(loader):
+def informed(loader):
     loader.epochs = 0
     return loader
 
@@ -442,7 +442,7 @@ CASES: dict[str, SourceCase] = {
     "sampler of names": SourceCase(lambda: DataLoader(ByName(), batch_size=BATCH, sampler=Names())),
     "sampler of pairs": SourceCase(lambda: DataLoader(Pairs(), batch_size=BATCH, sampler=OfPairs(), drop_last=True)),
     "sampler with set_epoch": SourceCase(
-        lambda: told(DataLoader(Rows(), batch_size=BATCH, sampler=ByEpoch())), plain=by_epoch
+        lambda: informed(DataLoader(Rows(), batch_size=BATCH, sampler=ByEpoch())), plain=by_epoch
     ),
     "sampler without an end": SourceCase(
         lambda: DataLoader(Rows(), batch_size=BATCH, sampler=Endless()), options={"steps": 7}, steps=7

@@ -159,6 +159,6 @@ def test_parts_of_a_later_batch_that_disagree_are_named():
         ((X, Y[:5]), False),
     ],
 )
-def test_a_sample_is_told_from_what_may_be_a_batch(value, expected):
+def test_a_sample_differs_from_what_may_be_a_batch(value, expected):
     """A batch has tensors that share their first dimension, and one with another."""
     assert expected is looks_like_batch(value)

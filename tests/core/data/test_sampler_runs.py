@@ -25,7 +25,7 @@ class Own(torch_data.Sampler):
             yield i + 10 * int(torch.randint(5, ()))
 
 
-class Told(torch_data.Sampler):
+class Informed(torch_data.Sampler):
     epoch = None
 
     def set_epoch(self, epoch):
@@ -74,11 +74,11 @@ class Endless(torch_data.Sampler):
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_sampler_is_told_the_epoch(nested):
     """Counted from 0, as users of a DistributedSampler do, also inside of a batch sampler."""
-    drawn = runs(torch_data.BatchSampler(Told(), 4, False) if nested else Told())
+    drawn = runs(torch_data.BatchSampler(Informed(), 4, False) if nested else Informed())
     assert [[[0]], [[1]]] == [keys(drawn.blocks(epoch)) for epoch in (1, 2)]
 
 
-class Vague(Told):
+class Vague(Informed):
     def __len__(self):
         raise ValueError("ambiguous")
 
