@@ -72,7 +72,7 @@ class Endless(torch_data.Sampler):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_sampler_is_told_the_epoch(nested):
+def test_a_sampler_gets_the_epoch(nested):
     """Counted from 0, as users of a DistributedSampler do, also inside of a batch sampler."""
     drawn = runs(torch_data.BatchSampler(Informed(), 4, False) if nested else Informed())
     assert [[[0]], [[1]]] == [keys(drawn.blocks(epoch)) for epoch in (1, 2)]
