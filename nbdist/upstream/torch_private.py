@@ -96,7 +96,7 @@ def replace_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) ->
 
 def graph_dtypes(loss: torch.Tensor) -> set[torch.dtype]:
     """The dtypes of what the operations of a loss's graph have computed; none where torch does not say."""
-    found, seen, left = set(), set(), [loss.grad_fn]
+    found, seen, left = set[torch.dtype](), set[Any](), [loss.grad_fn]
     while left:
         if (function := left.pop()) is not None and function not in seen:
             seen.add(function)
