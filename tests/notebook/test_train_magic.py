@@ -52,7 +52,7 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
         "%dist_train deep train_set --loss cross_entropy --optimizer sgd --lr 0.1 --steps 3 --batch-size 16 "
         "--accumulate 2 --clip-norm 0.5 --seed 7 --threads 1 --strategy dp=2 --shuffle no --bucket-mib 8 "
         "--val test_set --metric accuracy --lr-scheduler 'lambda o: torch.optim.lr_scheduler.StepLR(o, 1)' "
-        "--precision bf16 --sync-batchnorm no "
+        "--precision bf16 --sync-batchnorm no --reduction mean "
         "--checkpoint {folder}/kept --checkpoint-every 2 --checkpoint-keep 1 --stop-on-nan yes --check mesh"
     )
     assert [*(tmp_path / "kept").glob("*-step00000003*/checkpoint.json")]
@@ -65,7 +65,8 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
     assert reported == (("1",), 2, "gpipe", str(tmp_path / "kept"), False)
     plan = {name: value for name, value in run.plan.to_dict().items() if name not in ("mesh", "checked")}
     assert plan == {
-        "loss": "cross_entropy", "optimizer": "sgd", "lr": 0.1, "steps": 3, "epochs": None, "batch_size": 16,
+        "loss": "cross_entropy", "reduction": "mean", "optimizer": "sgd", "lr": 0.1, "steps": 3, "epochs": None,
+        "batch_size": 16,
         "accumulate": 2, "clip_norm": 0.5, "seed": 7, "threads": 1, "strategy": "dp=2", "shuffle": False,
         "bucket_mib": 8.0, "metric": "accuracy", "lr_scheduler": "<lambda>", "precision": "bf16",
         "sync_batchnorm": False, "reproducible": 0, "microbatches": None, "schedule": "1f1b", "split_at": (),

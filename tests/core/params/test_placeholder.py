@@ -140,7 +140,7 @@ def test_a_step_that_reads_what_is_not_here(run_ranks, mesh, step):
 
 def test_an_optimizer_that_reads_what_has_no_gradient(run_ranks):
     """It must not write to parameters that the rank does not have."""
-    with pytest.raises(PlanError, match=r"optimizer\) reads parameter .*on mesh pp=2"):
+    with pytest.raises(PlanError, match=r"the optimizer reads parameter .*on mesh pp=2"):
         run_ranks(2, refused, "pp=2", error, Greedy)
 
 
