@@ -107,12 +107,12 @@ def fail(world, where, rank, call, paths, options):
         options = failing.options(options)
         model.failing = failing
         data.failing = failing if where == "data" else None
-    elif where in ("optimizer", "lr_scheduler"):  # the same kind on all ranks
+    elif where in ("optimizer", "lr_scheduler", "metric"):  # the same kind on all ranks
         options = Failing(where, rank, -1).options(options)
     try:
         train(world, model, data, snapshot_paths=paths, **options)
-    except (ZeroDivisionError, PeerLostError) as error:
-        return type(error).__name__
+    except (ZeroDivisionError, PeerLostError, TaskError) as error:
+        return type(error.__cause__ if isinstance(error, TaskError) else error).__name__
 
 
 def loaded_snapshot(paths, make=FailingNet):
@@ -142,7 +142,7 @@ PLACES = {  # the call that fails, and the last complete step; None if the error
     "backward": (2 * 7 + 1, 7),
     "loss": (2 * 7 + 2, 7),
     "data": (SAMPLES // 2 + 8 * 2 + 3, 7),
-    "metric": (1, 5),
+    "metric": (2, 5),  # the first call only finds out what it returns
     "optimizer": (2 * 7 + 2, None),
     "lr_scheduler": (2 + 8, None),
 }
