@@ -20,7 +20,7 @@ from nbdist.core.check.program_state import ProgramState
 from nbdist.core.check.rounding import Rounding
 from nbdist.core.check.samples import Samples, read_samples, read_slice, synchronizes
 from nbdist.core.check.sentences import OTHER_DATA
-from nbdist.core.check.whole_batch import WholeBatch, has_norms
+from nbdist.core.check.whole_batch import WholeBatch, norms_of
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice
@@ -208,7 +208,7 @@ class StepCheck:
             raise CannotBeChecked("the loss, or a gradient, is not finite")
         if step.draws and synchronizes(self._task, plan):
             raise CannotBeChecked("the step draws random numbers, and layers synchronize their statistics")
-        if self._gathers and (step.draws or (has_norms(self._task.model) and not synchronizes(self._task, plan))):
+        if self._gathers and (step.draws or (norms_of(self._task.model) and not synchronizes(self._task, plan))):
             raise CannotBeChecked("the step gathers the whole batch, but draws random numbers, or normalizes, by slice")
         if step.draws_elsewhere and not plan.reproducible:
             raise CannotBeChecked("the step draws random numbers with Python or NumPy")

@@ -16,7 +16,7 @@ from nbdist.core.check.sentences import no_mean, other_buffers, wrong_gradient
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 
-__all__ = ["WholeBatch", "has_norms"]
+__all__ = ["WholeBatch", "norms_of"]
 
 _NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -46,7 +46,7 @@ class WholeBatch:
             Refused: The loss is not the mean of the slices' losses, or a gradient not that of theirs.
         """
         whole, slices, drew = self._samples.whole, self._samples.slices, step.draws
-        norms = _norms_of(self._task.model)
+        norms = norms_of(self._task.model)
         per_sample, sliced = PerSample(), expected
         with per_sample:
             step.draws = False
@@ -99,12 +99,8 @@ class WholeBatch:
         return self._plan.mesh.data > 1 and not self._plan.reproducible
 
 
-def has_norms(model: nn.Module) -> bool:
-    """Whether some layer normalizes by the statistics of what it gets. Local."""
-    return bool(_norms_of(model))
-
-
-def _norms_of(model: nn.Module) -> list[str]:
+def norms_of(model: nn.Module) -> list[str]:
+    """The layers that normalize by the statistics of what they get, by name. Local."""
     return [name for name, module in model.named_modules() if isinstance(module, _NORMS) and module.training]
 
 

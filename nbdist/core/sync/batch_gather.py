@@ -84,19 +84,19 @@ class RankGather(BatchGather):
 
     def begin(self, *, counts: bool) -> None:
         """Begin a slice. Local."""
-        self.counts = counts
-        if self.gathered:
-            self.gathered = []
+        self.counts, self.gathered = counts, []
 
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `gather`."""
         channel = self._channel
         if not self._at_once:
             plan = self._plan
-            given = f"reproducible={plan.reproducible}" if plan.reproducible else f"accumulate={plan.accumulate}"
-            cure = "omit it" if plan.reproducible else "use 1"
-            if plan.mesh.pp > 1 and not plan.reproducible:
+            if plan.reproducible:
+                given, cure = f"reproducible={plan.reproducible}", "omit it"
+            elif plan.mesh.pp > 1:
                 given, cure = f"a pipeline of {plan.slices_per_rank} microbatches", "use microbatches=1, accumulate=1"
+            else:
+                given, cure = f"accumulate={plan.accumulate}", "use 1"
             raise TaskError(
                 f"nbdist.gather needs all samples of a batch at the same time, but with {given} a rank may compute "
                 f"several slices of it one after another: {cure}."
@@ -105,7 +105,7 @@ class RankGather(BatchGather):
             return tensor
         with channel.used_for("nbdist.gather"):
             counts = self._counts(tensor)
-            gathered: torch.Tensor = _GatherRows.apply(tensor, self, channel, counts)  # type: ignore[no-untyped-call]
+            gathered: torch.Tensor = _GatherRows.apply(tensor, channel, counts)  # type: ignore[no-untyped-call]
         if gathered.requires_grad:
             self.gathered.append(gathered)
         return gathered
@@ -125,8 +125,8 @@ class RankGather(BatchGather):
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, own: RankGather, channel: Channel, counts: list[int]) -> torch.Tensor:
-        ctx.own, ctx.channel, ctx.counts, ctx.shape = own, channel, counts, tensor.shape
+    def forward(ctx: Any, tensor: torch.Tensor, channel: Channel, counts: list[int]) -> torch.Tensor:
+        ctx.channel, ctx.counts, ctx.shape = channel, counts, tensor.shape
         padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
         padded[: counts[channel.rank]] = tensor[: counts[channel.rank]]
         parts = channel.all_gather(padded)
@@ -134,7 +134,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         total = gradient.clone(memory_format=torch.contiguous_format)
         with ctx.channel.used_for("the backward of nbdist.gather"):
             ctx.channel.all_reduce_(total)
@@ -142,7 +142,7 @@ class _GatherRows(torch.autograd.Function):
         own = total.new_zeros(ctx.shape)
         start = sum(counts[:rank])
         own[: counts[rank]] = total[start : start + counts[rank]]
-        return own, None, None, None
+        return own, None, None
 
 
 class PlainGather(BatchGather):

@@ -41,7 +41,7 @@ def reduction_of(loss: Any, given: str | None) -> str:
     """Whether a loss is a "mean" or a "sum" over samples: as it says itself, else as it is `given`.
 
     Raises:
-        TaskError: Both say something else, or it says neither.
+        TaskError: It is `given` as something else than it says, or it says something else than these two.
     """
     bound = loss.keywords if isinstance(loss, functools.partial) else {}
     own = bound.get("reduction", getattr(loss, "reduction", None))

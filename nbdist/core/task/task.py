@@ -270,7 +270,7 @@ class Task:
         if self.sums:
             if weight is not None:
                 raise TaskError("with reduction='sum' the step returns a sum, without a weight: omit one of the two.")
-            if part.samples and part.batch_samples:  # its share of the sum, as a mean that slices average
+            if 0 < part.samples < part.batch_samples:  # its share of the sum, as a mean that slices average
                 loss = loss * (part.batch_samples / part.samples)
         elif weight is None and self.infers_weight:
             mean = mean_over(loss if graph is None else graph.of(loss), part.samples, self._constants)
