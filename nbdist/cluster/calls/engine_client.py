@@ -51,8 +51,8 @@ class EngineClient(abc.ABC):
         """Wait until none of the engines is alive as `ids` has it; returns whether that is so."""
 
     @abc.abstractmethod
-    def look_again(self) -> None:
-        """Find engines whose registration was missed."""
+    def look_again(self) -> bool:
+        """Find engines whose registration or death was missed while it connected; returns whether there were any."""
 
     @abc.abstractmethod
     def close(self) -> None:

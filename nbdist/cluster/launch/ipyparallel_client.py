@@ -72,17 +72,21 @@ class IpyparallelClient(EngineClient):
             time.sleep(_POLL_S)
         return dead
 
-    def look_again(self) -> None:
-        """Replace the connection if a new one knows more engines.
+    def look_again(self) -> bool:
+        """Replace the connection if a new one knows other engines; returns whether it did.
 
         It receives the list of engines, and then subscribes to changes: it never learns of an engine that registers in
-        between.
+        between, nor of one that dies, whose calls would not end.
         """
-        with contextlib.suppress(TimeoutError):  # of the controller, which the next call notices
+        try:
             client = self._new_client()
-            if len(client.ids) > len(self.ids):
-                client, self._client = self._client, client
-            client.close()
+        except TimeoutError:  # of the controller, which the next call notices
+            return False
+        changed = client.ids != self.ids
+        if changed:
+            client, self._client = self._client, client
+        client.close()
+        return changed
 
     def close(self) -> None:
         """See `EngineClient`."""

@@ -98,6 +98,8 @@ class Launch:
         )
         launch.client = IpyparallelClient(launch._cluster.connect_client_sync)
         launch.client.connect()
+        while launch.client.look_again():  # engines may die at this very moment
+            pass
         return launch
 
     def _note(self) -> None:
