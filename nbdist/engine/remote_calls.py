@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from IPython import get_ipython
 
 from nbdist.core.comm.rendezvous import connect_store
 from nbdist.core.comm.world import World
@@ -42,6 +43,7 @@ from nbdist.process_mark import process_mark
 from nbdist.telemetry import JsonlSink, RankStateSink
 from nbdist.telemetry.host import host_id, host_name
 from nbdist.telemetry.record import record_path
+from nbdist.upstream.ipython_private import run_cells_after_errors
 
 __all__ = [
     "complete",
@@ -84,7 +86,8 @@ watched_modules()  # from now on: so that it is known which text each module run
 
 
 def ping() -> int:
-    """Return this process's pid: the kernel calls it until one answer comes."""
+    """Make this process an engine, and return its pid: the kernel calls it until one answer comes."""
+    run_cells_after_errors(getattr(get_ipython(), "kernel", None))
     return os.getpid()
 
 

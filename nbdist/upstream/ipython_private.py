@@ -19,6 +19,7 @@ __all__ = [
     "cell_number",
     "class_mark",
     "reload_in_place",
+    "run_cells_after_errors",
     "set_class_mark",
 ]
 
@@ -94,6 +95,15 @@ def reload_in_place(module: ModuleType) -> None:
         importlib.reload(module)
     else:
         superreload(module, importlib.reload, {})  # type: ignore[no-untyped-call]
+
+
+def run_cells_after_errors(kernel: Any) -> None:
+    """Let a kernel run cells that have arrived when one before them fails; without it they are aborted, by chance.
+
+    ipykernel aborts them, since a notebook sends all of its cells at once. An engine gets each as a call of its own.
+    """
+    if hasattr(kernel, "_abort_queues"):
+        kernel._abort_queues = lambda *_: None
 
 
 def answer_while_busy(widget: Any) -> None:

@@ -140,6 +140,12 @@ def test_without_cloudpickles_tracker_a_class_has_no_mark(monkeypatch):
     private.set_class_mark(defined(), "mark")
 
 
+def test_what_aborts_cells_after_an_error_is_there():
+    """Cells run without it, as `test_a_cell_runs_though_the_one_before_failed` shows."""
+    assert callable(Kernel._abort_queues)
+    private.run_cells_after_errors(None)
+
+
 def test_clicks_go_where_the_front_end_chose():
     """Where a comm has a choice; elsewhere nothing is set."""
     choosing = types.SimpleNamespace(comm=types.SimpleNamespace(_reply_subshell_for=None))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import signal
 import threading
 
 import pytest
+import zmq
 from shared_cluster import HUNG_S
 
 from nbdist.cluster.calls.pending_call import CallError, EngineDied, LostCall
@@ -19,6 +21,7 @@ def launch():
     """One engine of the module's own."""
     launched = Launch(1)
     launched.wait_for(1, HUNG_S, lambda text: None)
+    launched.client.start_call(*launched.client.ids, "ping").result(HUNG_S)  # as of every engine of a cluster
     yield launched
     launched.end()
 
@@ -36,6 +39,14 @@ def test_an_exception_of_the_same_name_is_no_death(launch):
     error = call.exception(HUNG_S)
     assert (CallError, "EngineError", "the engine overheats") == (type(error), error.kind, error.message)
     assert not call.succeeded
+
+
+def test_a_cell_runs_though_the_one_before_failed(launch, engine):
+    """ipykernel aborts what waits behind a cell that fails."""
+    first = launch.client.start_cell(engine, "1 / 0")
+    waiting = [launch.client.start_cell(engine, f"after = {number}") for number in range(3)]
+    assert "ZeroDivisionError" == first.exception(HUNG_S).kind
+    assert [None] * 3 == [call.result(HUNG_S) for call in waiting]
 
 
 def test_output_of_a_cell(launch):
@@ -123,3 +134,26 @@ def test_calls_may_be_started_and_awaited_by_any_thread(launch, engine):
     for thread in threads:
         thread.join()
     assert [*launch.pids()] * 4 == replies
+
+
+def test_a_death_that_a_connection_has_missed_is_found():
+    """Its list of engines is older than its subscription to changes."""
+    launched = Launch(2)
+    try:
+        launched.wait_for(2, HUNG_S, lambda text: None)
+        client = launched.client
+        client._client._notification_socket.setsockopt(zmq.UNSUBSCRIBE, b"")
+        assert not client.look_again()
+        first, second = client.ids
+        client.send_signal(first, signal.SIGKILL)
+        other = IpyparallelClient(client._new_client)
+        other.connect()
+        assert other.wait_until_dead([first], HUNG_S)
+        other.close()
+        assert [first, second] == client.ids
+        assert client.look_again()
+        assert [second] == client.ids
+        with pytest.raises(EngineDied):
+            client.start_call(first, "ping")
+    finally:
+        launched.end()
