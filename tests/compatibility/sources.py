@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import itertools
 import os
+import shutil
 import sqlite3
 import tempfile
+import weakref
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -349,9 +351,10 @@ class Pipeline(IterableDataset):
         return map(self.stages[1], self.stages[0])
 
 
-def written():
-    """A database and an archive with the samples."""
+def written(owner):
+    """A database and an archive with the samples, as long as there is their owner."""
     folder = Path(tempfile.mkdtemp(prefix="nbdist-sources-"))
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
     with sqlite3.connect(folder / "rows.db") as database:
         database.execute("create table rows (id integer primary key, x blob, y blob)")
         database.executemany(
@@ -369,7 +372,7 @@ class Database(Dataset):
     """Opened where it is first read."""
 
     def __init__(self):
-        self.path, self.open = written() / "rows.db", None
+        self.path, self.open = written(self) / "rows.db", None
 
     def __len__(self):
         return SAMPLES
@@ -385,7 +388,7 @@ class Archive(Dataset):
     """The same, nested in another data set."""
 
     def __init__(self):
-        self.path, self.cache = written() / "rows.zip", {}
+        self.path, self.cache = written(self) / "rows.zip", {}
 
     def __len__(self):
         return SAMPLES
