@@ -33,7 +33,7 @@ TRAIN_ARGUMENTS = [
     "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
     "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--reproducible", "--threads", "--bucket-mib",
     "--gather", "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--check",
-    "--tensorboard",
+    "--tensorboard", "--weights",
     "--background", "--hang-timeout", "--on-hang", "--on-failure", "-o",
 ]  # fmt: skip
 

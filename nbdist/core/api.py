@@ -50,7 +50,8 @@ def train(
     returns, every rank's `model` holds the trained ones, whatever the mesh.
 
     Args:
-        model: An ``nn.Module``.
+        model: An ``nn.Module``, or a callable that builds it: its weights then lie in files, for models that are too
+            large for one process. See ``Result.model``.
         data: A Dataset, a DataLoader (its batch size is the global one), or a tuple of tensors or NumPy arrays.
         device: "auto", "cpu" or "cuda".
         record: Whether to keep a record of the run: one file per rank, one JSON line per event.
@@ -88,7 +89,7 @@ def train(
         result = fit(task, plan, world, run_id=run_id, sinks=sinks)
         if plan.check != "no":
             _checks.add(task, plan, result.plan)
-        return result
+        return replace(result, model=task.given)
 
 
 @takes_options(PREDICT_OPTIONS)

@@ -77,12 +77,14 @@ class Result:
             weighted mean), `seconds`; with validation data also `val_loss` and `val_<metric>`.
         plan: The plan that was run.
         ranks: The number of ranks that a "scale" command asked for; 0 without one.
+        model: The trained model: the user's own, or what their callable has built.
     """
 
     state: str
     history: list[dict[str, Any]]
     plan: Plan
     ranks: int = 0
+    model: Any = None
 
 
 def fit(

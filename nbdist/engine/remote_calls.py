@@ -23,9 +23,11 @@ from nbdist.core.params.param_table import ParamTable
 from nbdist.core.predict import predict
 from nbdist.core.process.memory import free_frames, free_unused_memory
 from nbdist.core.sample_gather import gathering_rank
+from nbdist.core.task.built_model import move_to_file
 from nbdist.core.task.prediction import ForwardStep
 from nbdist.core.task.task import Task
 from nbdist.core.train import fit
+from nbdist.core.transfer.file_memory import FileMemory
 from nbdist.core.transfer.payload import SegmentCache, is_released, unpack
 from nbdist.engine import checked_collectives
 from nbdist.engine.cells import complete, namespace, prepare_cell, pull, push, tie
@@ -69,13 +71,15 @@ class _Engine:
         self.store: Any = None  # one connection for all generations: a new one takes seconds if name resolution fails
         self.world: Any = None
         self.result_segment: Any = None  # of the last trained weights, on rank 0
+        self.result_tensors: Any = None  # the same, of a model that lies in files, which these keep open
         self.output_segment: Any = None  # of the last prediction; never reused: the user may keep the outputs
         self.failure: BaseException | None = None  # of the last run, with its frames, for the debugger
         self.cell_error: BaseException | None = None  # the last one of a cell before that
         self.outcome: tuple[str, Outcome] | None = None  # of the last run, for a kernel that reattaches
 
     def free_outputs(self) -> None:
-        """Close the segment of the last prediction, which the kernel has mapped."""
+        """Close what the kernel has mapped: the segment of the last prediction, files of the last training."""
+        self.result_tensors = None
         if self.output_segment is not None:
             self.output_segment.close()
             self.output_segment = None
@@ -215,7 +219,10 @@ def train(
 
 def _pack_trained(task: Task, exchange: Exchange, released: bool) -> Any:
     """The payload of the trained tensors, and of the state of the user's own optimizers."""
+    if task.in_file:
+        move_to_file(task.model, FileMemory(), but_files=True)
     table = ParamTable.of(task.model)
+    _engine.result_tensors = dict(table.tensors) if task.in_file else None
     own = task.optimizers if task.own_optimizers else {}
     optimizers = {name: TrainedOptimizer(optimizer, table.objects) for name, optimizer in own.items()}
     tensors = (table.tensors, persistence(task.model), optimizers, extra_states(task.model))

@@ -131,7 +131,10 @@ def _train_parser() -> OptionParser:
         "       %%dist_train --resume [OPTIONS]        (continues the last run)\n"
         "       %%%%dist_train MODEL DATA [OPTIONS]   (the cell is one step)",
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="A name or expression: a torch.nn.Module.")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?",
+        help="A name or expression: a torch.nn.Module, or a function that builds one too large for memory.",
+    )  # fmt: skip
     parser.add_argument(
         "data", metavar="DATA", nargs="?", help="A name or expression: a Dataset, a DataLoader, (X, y)."
     )

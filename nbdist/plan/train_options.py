@@ -28,6 +28,13 @@ TRAIN_OPTIONS: dict[str, Option] = {
         read="value",
         of_task=True,
     ),
+    "weights": Option(
+        help="A safetensors file, or a folder of them, with the weights of a MODEL that is a callable; each rank reads "
+        "its part.",
+        metavar="PATH",
+        read="path",
+        of_task=True,
+    ),
 }
 """By name, in the order of help texts."""
 
@@ -68,3 +75,4 @@ class TrainOptions(TypedDict, total=False):
     check: str | None
     tensorboard: str | None
     step: Callable[[Any, Any], Any] | None
+    weights: str | None

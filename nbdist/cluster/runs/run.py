@@ -46,6 +46,21 @@ class Run(Report):
         return self.control.spec.run_id
 
     @property
+    def model(self) -> Any:
+        """The trained model, if a callable has built it: its weights lie in a temporary file.
+
+        Raises:
+            ClusterError: The run has not ended, or trains the user's own model.
+        """
+        if self.control.model is None:
+            task = self.control.spec.task
+            why = (
+                "has not ended" if task is not None and task.in_file else f"trains {self.control.spec.names[0]} itself"
+            )
+            raise ClusterError(f"run {self.run_id} {why}: run.model is the model that a callable has built.")
+        return self.control.model
+
+    @property
     def error(self) -> NbdistError | None:
         """Why it failed, if it did."""
         return self.control.error
@@ -204,7 +219,8 @@ class Run(Report):
         if options.get("strategy") is not None:
             del own["split_at"], own["tensor_plan"]
         names = (control.spec.names[0], "data")
-        return control.predict(control.arguments["model"], data, names, {**own, **options})
+        model = control.arguments["model"] if control.model is None else control.model
+        return control.predict(model, data, names, {**own, **options})
 
     def timeline(self) -> Timeline:
         """What each rank of the pipeline did in the newest step that all reported; they report one every few seconds.
@@ -242,6 +258,8 @@ def resume_arguments(last: Run | None, options: dict[str, Any]) -> dict[str, Any
     if not given:
         raise PlanError("there is no run of this notebook to resume: name a model, data and a folder.")
     arguments = {**given, **options}  # None leaves an option of the last run out
+    if last is not None and last.control.model is not None:
+        arguments |= {"model": last.control.model, "weights": None}
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if options.get(name) is not None:
             arguments.pop(other, None)

@@ -41,6 +41,7 @@ class RunControl:
         abandoned: Whether it is to stop at once, within a step.
         wanted: The number of engines to continue with; 0 for no change.
         outputs: Those of a prediction, once it has ended.
+        model: The model, once it has ended, if a callable has built it.
         changing: A lock for commands, state updates and the end, so that a command comes before the end or is refused.
     """
 
@@ -56,6 +57,7 @@ class RunControl:
         self.abandoned = False
         self.wanted = 0
         self.outputs: Any = None
+        self.model: Any = None
         self.predict = predict
         self.changing = threading.RLock()
         self._give_command = give_command
@@ -161,5 +163,7 @@ class RunControl:
 
     def release(self) -> None:
         """Wake up `wait`: the end is complete and drawn. The task, with its data, is no longer needed."""
+        if self.spec.task is not None and self.spec.task.in_file:
+            self.model = self.spec.task.given
         self.spec = replace(self.spec, task=None)
         self._ended.set()

@@ -29,7 +29,7 @@ from nbdist.core.task.prediction import prediction_task
 from nbdist.core.task.task import Task
 from nbdist.core.transfer.payload import SegmentCache
 from nbdist.engine.follow.changes import NotebookChanges
-from nbdist.errors import ClusterError, NbdistError, PeerLostError, ranks_text
+from nbdist.errors import ClusterError, NbdistError, PeerLostError, TaskError, ranks_text
 from nbdist.plan import Plan
 from nbdist.plan.option import check_known
 from nbdist.plan.predict_options import PREDICT_OPTIONS
@@ -135,6 +135,11 @@ class RunQueue:
             run_id=new_run_id(), task=task, plan=plan, title=task.title, names=names, options=plan_options, cores=cores,
             **on_trouble,
         )  # fmt: skip
+        if task.in_file and engines.anchor is not None:
+            raise TaskError(
+                f"{names[0]} builds a model whose weights lie in a file of this kernel, but with --detach a run "
+                "continues without it: start the cluster without --detach."
+            )
         check_extra_states(task.model, plan)
         check_hooks(task.model, task.optimizers.values(), plan.mesh)
         return self._enqueue(spec, {"model": model, "data": data, "names": names, **options}, watch)

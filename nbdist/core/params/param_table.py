@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -83,8 +83,17 @@ class ParamTable:
                 tensor.copy_(received)
 
     @torch.no_grad()
-    def gather_(self, axes: MeshChannels, *, keep: bool = True) -> None:
-        """Gather every tensor, one by one, into the model on ranks with `keep`. **Collective** over the replica."""
+    def gather_(
+        self, axes: MeshChannels, *, keep: bool = True,
+        empty_like: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Gather every tensor, one by one, into the model on ranks with `keep`. **Collective** over the replica.
+
+        Args:
+            axes: The mesh.
+            keep: Whether this rank keeps it.
+            empty_like: Makes the memory of whole parameters; by default it is torch's.
+        """
         for name, placement in self.placements.items():
             held = placement.held(axes)
             if name in self.buffers:
@@ -94,7 +103,7 @@ class ParamTable:
             parameter = self.parameters[name]
             whole = placement.gather(parameter.data if held else None, axes)
             if keep:
-                replace_data(parameter, placement.with_layout(whole))
+                replace_data(parameter, placement.with_layout(whole, empty_like))
         if keep:
             self.placements.clear()
 

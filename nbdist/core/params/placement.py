@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,11 +93,15 @@ class Placement:
             axes.pp.broadcast_any_(whole, source)
         return whole
 
-    def with_layout(self, whole: torch.Tensor) -> torch.Tensor:
-        """A copy of the whole tensor, with the original strides. Local.
+    def with_layout(
+        self, whole: torch.Tensor, empty_like: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """A copy of the whole tensor, with the original strides; in memory of `empty_like`, if given. Local.
 
         Fused optimizers iterate over a parameter and its state in memory order, so their strides must be the same.
         """
+        if empty_like is not None and whole.dtype == self.layout.dtype:
+            return empty_like(self.layout).copy_(whole)
         strides = self.layout.stride()
         result = torch.empty_strided(self.layout.shape, strides, dtype=whole.dtype, device=whole.device)
         return result.copy_(whole)

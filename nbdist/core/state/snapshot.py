@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 from nbdist.core.state.tensor_buffer import TensorBuffer, TensorLayout
-from nbdist.core.transfer.payload import Holder, Segment, open_segment
+from nbdist.core.transfer.payload import Holder, Segment
+from nbdist.core.transfer.segment_path import open_segment
 
 __all__ = ["BUFFERS_PER_RANK", "RankSnapshots", "SnapshotBuffer", "SnapshotStore", "newest", "read"]
 

@@ -36,6 +36,7 @@ from nbdist.core.sync.bucketed_reducer import BucketedReducer
 from nbdist.core.sync.gradient_hooks import check_hooks
 from nbdist.core.sync.step_tail import LOSS_NUMBERS, StepLosses, StepTail, Totals
 from nbdist.core.task.task import Task
+from nbdist.core.transfer.file_memory import FileMemory
 from nbdist.plan import Plan
 
 __all__ = ["MeshParallel", "estimate"]
@@ -254,7 +255,8 @@ class MeshParallel(Strategy):
                 gather_state_(optimizer, self.table, self.axes, keep=keep)
             else:
                 optimizer.state.clear()
-        self.table.gather_(self.axes, keep=keep)
+        in_file = FileMemory().empty_like if self.task.in_file else None
+        self.table.gather_(self.axes, keep=keep, empty_like=in_file)
 
     def close(self) -> None:
         """See `Strategy`."""

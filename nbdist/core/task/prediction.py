@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import data as torch_data
 
 from nbdist.core.data.sources import Source
+from nbdist.core.task.built_model import builds_model, built_model, lies_in_file
 from nbdist.core.task.check_model import check_model
 from nbdist.core.task.metrics import TARGET_KEYS
 from nbdist.core.task.task import Task, check_agree
@@ -76,7 +77,7 @@ def prediction_task(
     """The task of a prediction. Local; nothing is changed.
 
     Args:
-        model: An ``nn.Module``; its parameters may be frozen.
+        model: An ``nn.Module``, or a callable that builds it; its parameters may be frozen.
         data: See `Source`.
         batch_size: Global batch size, if the user gave one.
         names: The user's names for `model` and `data`.
@@ -85,6 +86,8 @@ def prediction_task(
         TaskError: An argument cannot be used.
         PlanError: The batch size contradicts the data's own.
     """
+    if builds_model(model):
+        model = built_model(model, None, names[0])
     check_model(model, names[0], trained=False)
     source = Source.of(data, names[1])
     if isinstance(source.sampler, _RANDOM):
@@ -101,5 +104,6 @@ def prediction_task(
         val=None,
         metric=None,
         own_optimizers=False,
+        in_file=lies_in_file(model),
         options={"batch_size": batch_size or source.batch_size},
     )

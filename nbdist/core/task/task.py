@@ -17,6 +17,7 @@ from nbdist.core.optim.lr_schedulers import Schedulers, check_scheduler
 from nbdist.core.optim.optimizers import make_optimizer, optimizer_name
 from nbdist.core.optim.state import move_state_
 from nbdist.core.sync.loss_forms import LossForms
+from nbdist.core.task.built_model import builds_model, built_model, lies_in_file
 from nbdist.core.task.check_model import check_model
 from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
@@ -62,6 +63,7 @@ class Task:
         options: The Plan options that follow from the arguments: names, batch size, shuffle.
         forms: Checks that all slices' losses have the same form, if their weights are inferred.
         sums: Whether the step returns the sum over samples, not a mean.
+        in_file: Whether the model's weights lie in files, as a callable has built it, see `built_model`.
     """
 
     model: nn.Module
@@ -75,6 +77,7 @@ class Task:
     options: dict[str, Any]
     forms: LossForms = field(default_factory=LossForms)
     sums: bool = False
+    in_file: bool = False
 
     def __post_init__(self) -> None:
         """Check what each field by itself cannot show.
@@ -99,12 +102,12 @@ class Task:
         cls, model: Any, data: Any, *, loss: Any = None, step: Step | None = None, optimizer: Any = "adamw",
         lr: float | None = None, lr_scheduler: Any = None, val: Any = None, metric: Any = None,
         batch_size: int | None = None, reduction: str | None = None,
-        shuffle: bool | None = None, names: tuple[str, str] = ("model", "data"),
+        shuffle: bool | None = None, weights: str | None = None, names: tuple[str, str] = ("model", "data"),
     ) -> Task:  # fmt: skip
         """Check the user's arguments and bring them to one form. Local; nothing is changed.
 
         Args:
-            model: An ``nn.Module`` with trainable parameters.
+            model: An ``nn.Module`` with trainable parameters, or a callable that builds it, see `built_model`.
             data: See `Source`.
             loss: A name, or a callable ``loss(output, target)``; the step is then ``loss(model(x), y)``.
             step: A callable ``step(model, batch)`` in place of `loss`.
@@ -116,12 +119,17 @@ class Task:
             batch_size: Global batch size, if the user gave one.
             reduction: Whether the loss is a "mean" or a "sum", if the user said so.
             shuffle: Whether to shuffle, if the user gave it.
+            weights: See `built_model`.
             names: The user's names for `model` and `data`.
 
         Raises:
             TaskError: An argument cannot be used.
             PlanError: An option contradicts the data's own.
         """
+        if builds_model(model):
+            model = built_model(model, weights, names[0])
+        elif weights is not None:
+            raise TaskError(f"weights={weights} is for a model that a callable builds, and {names[0]} is a model.")
         check_model(model, names[0])
         source = Source.of(data, names[1], batch_size=batch_size)
         own_loss = loss is None and step is None and isinstance(source.first(), (Mapping, type(None)))
@@ -165,6 +173,7 @@ class Task:
             metric=found_metric,
             own_optimizers=isinstance(optimizer, torch.optim.Optimizer),
             sums=reduction == "sum",
+            in_file=lies_in_file(model),
             options={
                 "loss": "the model's own" if own_loss else "step" if loss is None else loss_name(loss),
                 "lr_scheduler": "" if lr_scheduler is None else _name(lr_scheduler),

@@ -1,5 +1,7 @@
 """Payloads: objects pickled for other processes, their tensors and arrays in one shared-memory segment.
 
+Tensors that lie in a file (`file_memory.py`) stay there.
+
 On one host the *segment* is anonymous shared memory, which every process maps privately (copy-on-write): receivers do
 not copy, a write is visible to the writer only, and the memory is freed when the last process closes or unmaps it, even
 by being killed. To another host the segment's bytes are sent.
@@ -8,7 +10,6 @@ by being killed. To another host the segment's bytes are sent.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import functools
 import gc
 import itertools
@@ -26,9 +27,10 @@ import torch
 
 from nbdist.core.transfer import pickler
 from nbdist.core.transfer.refusal import Refusal
-from nbdist.errors import ClusterError, TaskError
+from nbdist.core.transfer.segment_path import open_segment, segment_path
+from nbdist.errors import TaskError
 
-__all__ = ["Holder", "Payload", "Segment", "SegmentCache", "is_released", "open_segment", "pack", "unpack"]
+__all__ = ["Holder", "Payload", "Segment", "SegmentCache", "is_released", "pack", "unpack"]
 
 _ALIGNMENT = 64
 _OWN_MAPPING_BYTES = 1 << 20  # a larger storage gets its own mapping, which is unmapped when the storage is freed
@@ -51,29 +53,6 @@ class Holder(Protocol):
 
     def release_later(self, path: str) -> None:
         """`release` without waiting for a reply: garbage collection may call it while this thread waits for one."""
-
-
-def segment_path(file: int, place: str) -> str:
-    """The path by which other processes open a segment: with device and inode, which `open_segment` checks."""
-    found = os.fstat(file)
-    return f"{place}:{found.st_dev}.{found.st_ino}"
-
-
-def open_segment(path: str) -> int:
-    """Open the segment with this path; returns its descriptor. Local.
-
-    Raises:
-        ClusterError: It is gone; descriptor numbers are reused, so the place may be another file by now.
-    """
-    place = path.rpartition(":")[0]
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-        found = os.stat(place)  # before opening, because opening another file may have effects, a pipe's for one
-        if path == f"{place}:{found.st_dev}.{found.st_ino}":
-            file = os.open(place, os.O_RDWR | os.O_CLOEXEC)
-            if path == segment_path(file, place):
-                return file
-            os.close(file)
-    raise ClusterError(f"the shared memory {place} is gone, the process that held it closed it or ended: start again.")
 
 
 class Segment:
@@ -235,7 +214,7 @@ def pack(
         TaskError: Something in `value` cannot be pickled.
     """
     try:
-        code, buffers = pickler.dump(value, registries=registries)
+        code, buffers = pickler.dump(value, registries=registries, by_file=not inline)
     except Refusal as refusal:
         raise TaskError(refusal.sentence(names or {"it": value})) from refusal
     views = [buffer.raw() for buffer in buffers]

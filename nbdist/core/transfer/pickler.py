@@ -23,9 +23,11 @@ from torch import fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
+from nbdist.core.transfer.file_memory import Extent, extent_of
 from nbdist.core.transfer.importable import is_importable
 from nbdist.core.transfer.process_state import LOCAL, LOCKS, refused_as, sent_local, sent_lock
 from nbdist.core.transfer.rebuild import (
+    as_mapped,
     as_storage,
     as_tensor,
     as_weak,
@@ -60,23 +62,24 @@ _STATE = {"defaults", "state", "param_groups"}  # what torch pickles of an optim
 _DEFAULT = getattr(object, "__getstate__", None)  # exists since Python 3.11
 
 
-def dump(value: Any, *, registries: bool = False) -> tuple[bytes, list[pickle.PickleBuffer]]:
+def dump(value: Any, *, registries: bool = False, by_file: bool = False) -> tuple[bytes, list[pickle.PickleBuffer]]:
     """Pickle `value`; returns the pickle, and the memory of its tensors and arrays as buffers. Local.
 
     Args:
         value: Anything.
         registries: Whether to send registries too that hold a part of it, see `Registry`.
+        by_file: Whether tensors in files (`file_memory`) are sent as places there; else they are buffers too.
 
     Raises:
         Refusal: Something in it cannot be pickled.
     """
     stream = io.BytesIO()
-    pickler = _dumped(stream, value, [])
+    pickler = _dumped(stream, value, [], by_file)
     held = _registries_of(pickler) if registries else []
     if held:
         with contextlib.suppress(Refusal):  # it may hold anything else: then the engine's own stays as it is
             again, before = io.BytesIO(), pickler
-            pickler, stream = _dumped(again, value, held), again
+            pickler, stream = _dumped(again, value, held, by_file), again
             for buffer in before.buffers:
                 buffer.release()
     if pickler.referents:
@@ -94,14 +97,14 @@ def _registries_of(pickler: _Pickler) -> list[Registry | ClassEntries]:
 
 def _can_be_pickled(entries: ClassEntries) -> bool:
     try:
-        _dumped(io.BytesIO(), entries, [])
+        _dumped(io.BytesIO(), entries, [], by_file=True)
     except Refusal:
         return False
     return True
 
 
-def _dumped(stream: io.BytesIO, value: Any, registries: list[Registry | ClassEntries]) -> _Pickler:
-    pickler = _Pickler(stream)
+def _dumped(stream: io.BytesIO, value: Any, registries: list[Registry | ClassEntries], by_file: bool) -> _Pickler:
+    pickler = _Pickler(stream, by_file=by_file)
     try:
         pickler.dump((_HookNumbers(), value, registries))
     except Refusal:
@@ -125,14 +128,16 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         file: Where the pickle is written.
         known: An earlier pickler, whose storages are not copied again; the referents of weak references are left out
             then.
+        by_file: See `dump`.
     """
 
-    def __init__(self, file: io.BytesIO, known: _Pickler | None = None) -> None:
+    def __init__(self, file: io.BytesIO, known: _Pickler | None = None, *, by_file: bool = False) -> None:
         self.buffers: list[pickle.PickleBuffer] = []
         self.referents: list[tuple[Any, Any]] = []  # each weak reference, and what it refers to
         self.last: Any = None
         super().__init__(file, protocol=5, buffer_callback=self.buffers.append)
         self._strong_only = known is not None
+        self._by_file = by_file
         self._storages: dict[tuple[str, int, int], _Storage] = {} if known is None else known._storages
         self.modules: set[str] = set()  # of which something is sent by name
         self._by_value: list[ModuleType] = []
@@ -262,7 +267,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no 
         if not storage.nbytes():
             return _Storage(storage)
         if key not in self._storages:
-            self._storages[key] = _Storage(storage)
+            self._storages[key] = _Storage(storage, extent_of(storage) if self._by_file else None)
         return self._storages[key]
 
     def _weak(self, value: Any) -> Any:
@@ -354,13 +359,16 @@ def _refuse(value: Any) -> Any:
 
 
 class _Storage:
-    """A tensor storage to be pickled: once, however many tensors view it."""
+    """A tensor storage to be pickled: once, however many tensors view it; or its place in a file."""
 
-    def __init__(self, storage: torch.UntypedStorage) -> None:
+    def __init__(self, storage: torch.UntypedStorage, extent: Extent | None = None) -> None:
         self._original = storage  # kept alive, because the pickler knows it by its address
+        self._extent = extent
         self._bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._extent is not None:
+            return as_mapped, (self._extent,)
         content: Any = self._bytes.numpy()
         return as_storage, (pickle.PickleBuffer(content),)
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from nbdist.core.transfer.file_memory import Extent, map_extent
 from nbdist.core.transfer.slots import slot_names
 from nbdist.errors import TaskError
 from nbdist.upstream.torch_private import make_subclass, neg_view, set_tensor_hooks
 
 __all__ = [
+    "as_mapped",
     "as_storage",
     "as_tensor",
     "as_weak",
@@ -47,6 +49,11 @@ class _DroppedGraph(torch.autograd.Function):
 def itself(value: Any) -> Any:
     """The value."""
     return value
+
+
+def as_mapped(extent: Extent) -> torch.UntypedStorage:
+    """A storage that is a private mapping of a part of a file."""
+    return map_extent(extent).untyped_storage()
 
 
 def as_storage(view: memoryview) -> torch.UntypedStorage:

@@ -10,7 +10,8 @@ import re
 import pytest
 
 from nbdist.cluster.launch.anchor_client import Anchor
-from nbdist.core.transfer.payload import Segment, open_segment
+from nbdist.core.transfer.payload import Segment
+from nbdist.core.transfer.segment_path import open_segment
 from nbdist.errors import ClusterError, PlanError
 from nbdist.telemetry import host
 
