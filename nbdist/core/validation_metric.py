@@ -26,6 +26,7 @@ from nbdist.core.task.metrics import (
     FINISHES,
     METRICS,
     accumulates,
+    is_count,
     named_errors,
     output_of,
     target_of,
@@ -137,7 +138,7 @@ class ValidationMetric:
         ):  # fmt: skip
             value = self._metric(kept(output), kept(target))
         if type(value) is tuple and len(value) == 2:
-            found, self._kind = self._mean(value), "mean"
+            found, self._kind = self._mean(value, first=True), "mean"
             sys.stdout.write(out.getvalue())
             sys.stderr.write(err.getvalue())
             for one in warned:
@@ -145,7 +146,8 @@ class ValidationMetric:
         gather.tell(self._kind)
         return found
 
-    def _mean(self, value: Any) -> tuple[Any, Any]:
+    def _mean(self, value: Any, *, first: bool = False) -> tuple[Any, Any]:
+        """A mean and its weight; `first` if nothing but the two values says that they are."""
         if type(value) is not tuple or len(value) != 2:
             raise TaskError(
                 f"metric {self._name} returned (mean, weight) for one slice and {type(value).__name__} for another: "
@@ -155,6 +157,11 @@ class ValidationMetric:
             raise TaskError(
                 f"metric {self._name} returned two values that are not (mean, weight), two numbers: return a dict for "
                 "several values."
+            )
+        if not is_count(value[1], sure=not first):
+            raise TaskError(
+                f"metric {self._name} returned ({float(value[0]):.4g}, {float(value[1]):.4g}), and in (mean, weight) "
+                "the weight is the number that the mean is over, as an int: return a dict for two values."
             )
         return value
 
@@ -239,7 +246,7 @@ class ValidationMetric:
             del parts
             value = self._metric(*whole.values)
             if type(value) is tuple and len(value) == 2:
-                value = value[0]
+                value, _ = self._mean(value, first=True)
             return as_values(value, self._name)
 
 

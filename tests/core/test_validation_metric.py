@@ -133,6 +133,12 @@ def changes(output, target):
     return (0.5, 8) if len(target) == 8 else 0.5
 
 
+def whole_only(output, target):
+    if len(target) < 29:
+        raise ValueError("a score needs all samples")
+    return 0.5, 0.25
+
+
 def pair_of_vectors(output, target):
     return torch.zeros(3), torch.ones(3)
 
@@ -145,6 +151,12 @@ def pair_of_vectors(output, target):
         (FailsInCompute(), "metric FailsInCompute raised KeyError: 'lost'"),
         (changes, r"metric changes returned \(mean, weight\) for one slice and float for another: return the same"),
         (pair_of_vectors, r"metric pair_of_vectors returned two values that are not \(mean, weight\)"),
+        (
+            lambda output, target: (0.8, 0.75),
+            r"returned \(0.8, 0.75\), and in \(mean, weight\) the weight is",
+        ),
+        (lambda output, target: (torch.tensor(1.0), torch.tensor(1.0)), r"returned \(1, 1\), .* return a dict for two"),
+        (whole_only, r"metric whole_only returned \(0.5, 0.25\), .* return a dict for two values"),
         (lambda output, target: None, "metric metric returned nothing: return a number"),
         (lambda output, target: "good", "metric metric returned a value of type str: return a number"),
         (lambda output, target: torch.zeros(17, 16), "metric metric returned 272 numbers, and a history keeps 256"),

@@ -20,8 +20,8 @@ from nbdist.errors import NbdistError, TaskError, suggest
 from nbdist.upstream.torch_private import GroupHidden
 
 __all__ = [
-    "FINISHES", "METRICS", "TARGET_KEYS", "Metric", "accumulates", "find_metric", "metric_name", "named_errors",
-    "output_of", "perplexity", "target_of", "updates_by_pair",
+    "FINISHES", "METRICS", "TARGET_KEYS", "Metric", "accumulates", "find_metric", "is_count", "metric_name",
+    "named_errors", "output_of", "perplexity", "target_of", "updates_by_pair",
 ]  # fmt: skip
 
 Metric = Callable[[Any, Any], Any]
@@ -150,6 +150,19 @@ def updates_by_pair(metric: Any) -> bool:
             signature.bind(*arguments)
             return len(arguments) == 1
     return False
+
+
+def is_count(weight: Any, *, sure: bool) -> bool:
+    """Whether a number can be that of what a mean is over: an integer, or a whole float. Local.
+
+    Args:
+        weight: The number.
+        sure: Whether it is one, if a float of 0 or 1 can be: else (precision, recall) of a perfect model would do.
+    """
+    dtype = getattr(weight, "dtype", None)
+    if isinstance(weight, int) or (dtype is not None and not str(dtype).removeprefix("torch.").startswith("float")):
+        return float(weight) >= 0
+    return float(weight).is_integer() and float(weight) >= (0 if sure else 2)
 
 
 @contextlib.contextmanager

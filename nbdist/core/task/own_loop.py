@@ -6,6 +6,7 @@ import contextlib
 import dis
 import functools
 import inspect
+import re
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,8 @@ _CURE = "leave it out: nbdist runs backward, sums gradients over ranks, and step
 _LOADS = ("LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME")
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _AGAIN = "backward through the graph a second time"
+_MIXED = re.compile(r"same dtype|type .* should be the same|expected scalar type|mixed dtype")
+_WHOLE = re.compile(r"long|int\b|byte", re.IGNORECASE)
 _UNBOUND = "cannot access local variable", "referenced before assignment"
 
 
@@ -63,6 +66,11 @@ def explained_step(error: BaseException, step: Any) -> TaskError | None:
     names = set[str]() if function is None else _names(function.__code__)
     if isinstance(error, RuntimeError) and _AGAIN in text and "backward" in names:
         return TaskError(f"the step calls backward() on the loss that it returns: {_CURE}.")
+    if isinstance(error, RuntimeError) and _MIXED.search(text) and not _WHOLE.search(text):
+        return TaskError(
+            f"tensors of two dtypes meet in the step (torch: {text.splitlines()[0].rstrip('.')}): give the data in the "
+            "model's, as in x.float(), or array.astype('float32'), since NumPy's numbers are float64."
+        )
     if isinstance(error, UnboundLocalError) and any(words in text for words in _UNBOUND):
         name = text.split("'")[1] if "'" in text else "a name"
         return TaskError(unbound(name))

@@ -113,6 +113,25 @@ def test_a_name_that_is_read_before_it_is_assigned():
     )
 
 
+X64 = torch.randn(16, 6, 8, dtype=torch.float64)
+Y32 = torch.randn(16, 1)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Flatten(), nn.Linear(48, 1)),
+        nn.Sequential(nn.Conv1d(6, 1, 3), nn.Flatten(), nn.Linear(6, 1)),
+        nn.Sequential(nn.Flatten(), nn.LayerNorm(48), nn.Linear(48, 1)),
+        nn.Sequential(nn.TransformerEncoderLayer(8, 1), nn.Flatten(), nn.Linear(48, 1)),
+    ],
+)
+def test_data_in_another_precision_than_the_model(model):
+    """As NumPy's is by default."""
+    with pytest.raises(TaskError, match=r"tensors of two dtypes meet in the step .*: give the data in the model's, as"):
+        train(World(), model, (X64, Y32), loss="mse", batch_size=8)
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
