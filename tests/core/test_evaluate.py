@@ -239,3 +239,37 @@ def test_gradients_in_evaluation_are_refused_on_a_mesh_that_gathers(run_ranks):
     """With the lines to write."""
     with pytest.raises(TaskError, match=r"takes a gradient .*`with torch\.enable_grad\(\):`, or use the strategy data"):
         run_ranks(2, validate_forces, "shard")
+
+
+class OwnLoss(nn.Module):
+    """Computes its loss over labels, most of which the last samples ignore."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.hidden, self.last = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9)
+
+    def forward(self, tokens, labels):
+        logits = self.last(self.hidden(self.embedding(tokens)).tanh())
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def tokens(samples):
+    drawn = torch.randint(0, 9, (samples, 5), generator=torch.Generator().manual_seed(4))
+    labels = drawn.roll(1, 1)
+    labels[samples // 2 :, 1:] = IGNORED
+    return {"tokens": drawn, "labels": labels}
+
+
+def validate_own_loss(world, strategy):
+    model = seeded(OwnLoss, torch.float64)
+    options = {"loss": None, "optimizer": SGD, "batch_size": 8, "strategy": strategy}
+    result, _ = train(world, model, tokens(16), val=tokens(21), **options)
+    with torch.no_grad():
+        return result.history[-1]["val_loss"], model.eval()(**tokens(21))["loss"].item()
+
+
+@pytest.mark.parametrize("strategy", ["dp=2", "pp=2", "shard=2", "tp=2", "dp=2,pp=2", "pp=2,tp=2", "shard=2,pp=2"])
+def test_a_loss_of_the_models_own_is_weighted_by_its_labels(run_ranks, strategy):
+    """Also in a pipeline, whose last stage computes it."""
+    for measured, expected in run_ranks(4 if "," in strategy else 2, validate_own_loss, strategy):
+        assert expected == pytest.approx(measured, rel=1e-12)

@@ -20,10 +20,24 @@ class LossGraph(TorchFunctionMode):
     backward. The graph's leaves are the non-scalar inputs, except for tensors computed from parameters alone.
     """
 
+    active: LossGraph | None = None
+    """The one that records now."""
+
     def __init__(self) -> None:
         super().__init__()
+        self._before: LossGraph | None = None
         # By id of the tensor, which the entry keeps alive, so that the id is not reused.
         self._twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __enter__(self) -> Any:
+        """Begin to record."""
+        self._before, LossGraph.active = LossGraph.active, self
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> Any:
+        """End."""
+        LossGraph.active = self._before
+        return super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's twin with a graph; the tensor itself if none was recorded."""

@@ -253,6 +253,13 @@ class Task:
             isinstance(self.step, SupervisedStep) and not (self.infers_weight or isinstance(self.step.loss, ClassLoss))
         )
 
+    def loss_graph(self) -> LossGraph | None:
+        """What records the loss's graph, if its weight is read from it and autograd does not record it. Local.
+
+        For where the loss is computed before `loss_and_weight` is called: in the last stage of a pipeline.
+        """
+        return LossGraph() if self.infers_weight and not torch.is_grad_enabled() else None
+
     def loss_and_weight(self, batch: Any, part: Slice) -> tuple[torch.Tensor, Any]:
         """Run the step on one slice.
 
@@ -266,11 +273,12 @@ class Task:
         Raises:
             TaskError: The step returned something else.
         """
-        graph = LossGraph() if self.infers_weight and not torch.is_grad_enabled() else None
+        graph = LossGraph.active or self.loss_graph()
+        own = None if graph is LossGraph.active else graph
         if isinstance(self.step, SupervisedStep):
-            returned = self.step(self.model, batch, part, graph)
+            returned = self.step(self.model, batch, part, own)
         elif isinstance(self.step, ModelLossStep):
-            returned = self.step(self.model, batch, graph)
+            returned = self.step(self.model, batch, own)
         else:
             returned = self.step(self.model, batch)
         loss, weight = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)

@@ -131,8 +131,10 @@ class Pipeline:
             module: Any = self._split.stage(stage, call)
             if self._fusion is not None:
                 module = self._fusion.fused(module)
+        graph = (self._task.loss_graph() if stage == self._last else None) or contextlib.nullcontext()
         with (
             buffers_kept_if_empty(self._task.model, part, self._batch_norms),
+            graph,
             self._gathered(stage),
             self._precision.autocast(),
             self._split.computing(),
@@ -160,6 +162,7 @@ class Pipeline:
 
         self._seed(part, path)  # as on the first stage: the step draws the same numbers before it calls the model
         with (
+            graph,
             self._guarded(),
             self._precision.autocast(),
             forward_replaced(self._task.model, stage_outputs),
