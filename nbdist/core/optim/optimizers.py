@@ -154,6 +154,7 @@ def _checked(made: Any, model: nn.Module, given: Any) -> torch.optim.Optimizer:
     foreign = sum(id(p) not in own for group in made.param_groups for p in group["params"])
     if foreign:
         raise TaskError(
-            f"optimizer {name} holds {foreign} parameters that are not the model's: build it from model.parameters()."
+            f"optimizer {name} holds {foreign} parameters that are not the model's: build it from model.parameters(), "
+            "or give a function of the parameters that makes it."
         )
     return made

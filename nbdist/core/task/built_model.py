@@ -126,7 +126,10 @@ def _load(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         has = f"it has {next(iter(stored))} and {len(stored) - 1} more" if stored else "it is empty"
-        raise TaskError(f"weights={weights} lacks {missing[0]}{more} of the model that {name}() builds; {has}.")
+        raise TaskError(
+            f"weights={weights} lacks {missing[0]}{more} of the model that {name}() builds; {has}. If a library "
+            f"renames weights where it loads them, let {name}() do that."
+        )
     for owners in places.values():
         path = next(path for path, *_ in owners if path in stored)
         parameter: Any = owners[0][1]._parameters[owners[0][2]]
