@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from nbdist.cluster.runs.run import Run, resume_arguments
 from nbdist.cluster.runs.run_control import RunControl
 from nbdist.cluster.runs.run_spec import RunSpec
+from nbdist.core.task.task import Task
 from nbdist.errors import ClusterError, PlanError
 from nbdist.plan import Plan
 from nbdist.telemetry import RankState, RunState
@@ -24,7 +26,8 @@ def given():
 def run(given):
     """A running run that was started with some options."""
     plan = Plan.create(ranks=1, cores=1)
-    spec = RunSpec(run_id="r", task=nn.Linear(1, 1), plan=plan, title="Net")
+    task = Task.create(nn.Linear(1, 1), (torch.ones(4, 1), torch.ones(4, 1)), loss="mse")
+    spec = RunSpec(run_id="r", task=task, plan=plan, title="Net")
     progress = RunState(title="Net", plan=plan.to_dict(), ranks={0: RankState(rank=0)}, state="running")
     arguments = {"model": nn.Linear(1, 1), "data": (), "names": ("m", "d"), "epochs": 3, "clip_norm": 1.0}
     return Run(RunControl(spec, progress, lambda control, kind, value: given.append((kind, value)), arguments))
