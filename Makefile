@@ -9,7 +9,7 @@ BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_tim
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-conditions test-notebooks test-browser test-gpu parity compatibility precisions chaos hf bench \
+.PHONY: help env demo test test-programs test-conditions test-notebooks test-browser test-gpu parity compatibility precisions chaos hf bench \
 	bench-quick check lab clean
 
 help:  ## Show this list
@@ -32,7 +32,10 @@ demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print wh
 	@$(BIN)/python -m nbdist demo
 
 test: env  ## Run the tests, but for those with a target of their own
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not hf and not compatibility and not parity and not browser and not notebooks and not gpu'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not programs and not hf and not compatibility and not parity and not browser and not notebooks and not gpu'
+
+test-programs: env  ## Run those that start and end whole programs: kernels, torchrun, servers
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m programs
 
 test-conditions: env  ## Run the same as on other machines: loaded, of one core, of half a core, and late: an hour
 	$(BIN)/python tests/conditions.py

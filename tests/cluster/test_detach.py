@@ -21,6 +21,8 @@ from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.errors import ClusterError, PlanError
 from nbdist.telemetry.host import host_name
 
+pytestmark = pytest.mark.programs
+
 OWNER = """
 import json, sys
 import nbdist, torch

@@ -14,6 +14,8 @@ from tasks import copied
 import nbdist
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 
+pytestmark = pytest.mark.programs
+
 SETUP = """
 import torch
 from torch import nn

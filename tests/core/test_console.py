@@ -9,6 +9,8 @@ import sys
 import pexpect
 import pytest
 
+pytestmark = pytest.mark.programs
+
 SCRIPT = """
 import os, torch, nbdist
 from torch.nn import functional as F

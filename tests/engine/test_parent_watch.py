@@ -13,6 +13,8 @@ from shared_cluster import HUNG_S, folder_of, gone, marked, until
 
 from nbdist.process_mark import process_mark
 
+pytestmark = pytest.mark.programs
+
 OWNER = """
 import json, os, sys, tempfile
 import nbdist, psutil, torch

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from gate import Gate
 from kernels import GATE, Kernel
 from net import NET
+
+pytestmark = pytest.mark.programs
 
 
 def test_a_new_kernel_brings_the_trained_model_home(shared_cluster, tmp_path):

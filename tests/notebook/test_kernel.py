@@ -11,6 +11,8 @@ from shared_cluster import gone, until
 from nbdist.plan.option import explained, flag
 from nbdist.plan.plan import OPTIONS
 
+pytestmark = pytest.mark.programs
+
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ENDLESS = "--steps 1000000000"
 

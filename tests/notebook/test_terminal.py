@@ -9,6 +9,8 @@ import pytest
 from net import NET
 from shared_cluster import HUNG_S
 
+pytestmark = pytest.mark.programs
+
 HELD = """
 
 def held(output, target):

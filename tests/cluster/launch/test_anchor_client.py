@@ -15,6 +15,8 @@ from nbdist.core.transfer.segment_path import open_segment
 from nbdist.errors import ClusterError, PlanError
 from nbdist.telemetry import host
 
+pytestmark = pytest.mark.programs
+
 
 @pytest.fixture
 def anchor(home, tmp_path):

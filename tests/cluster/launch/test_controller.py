@@ -15,6 +15,8 @@ from tasks import classes, net
 from nbdist.cluster import current_cluster, current_server
 from nbdist.errors import ClusterError
 
+pytestmark = pytest.mark.programs
+
 ENDED = "has ended, so the engines cannot be reached: %dist_start starts new ones"
 
 

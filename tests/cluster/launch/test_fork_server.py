@@ -21,6 +21,8 @@ from nbdist.engine.parent_watch import FOLDER_VARIABLE
 from nbdist.errors import ClusterError
 from nbdist.process_mark import has_ended
 
+pytestmark = pytest.mark.programs
+
 COMPILER = "import sys; print(bool({'torch._dynamo', 'sympy'} & set(sys.modules)))"
 FACTS = "import os, time; print(os.environ.get('NBDIST_TEST'), os.getcwd(), time.localtime().tm_zone, sep='\\n')"
 OWNER = """

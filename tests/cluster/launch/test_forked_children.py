@@ -14,7 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from nbdist.cluster import current_cluster, current_server
 from nbdist.errors import ClusterError
 
-pytestmark = [pytest.mark.engines, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")]
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.programs,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks"),
+]
 
 
 def in_child(work):

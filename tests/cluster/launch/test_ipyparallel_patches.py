@@ -24,6 +24,8 @@ from nbdist.cluster.calls.pending_call import EngineDied
 from nbdist.cluster.launch import ipyparallel_patches as patches
 from nbdist.cluster.launch.launcher import ForkedController, ForkedEngines, Launch
 
+pytestmark = pytest.mark.programs
+
 
 @pytest.fixture
 def launch():

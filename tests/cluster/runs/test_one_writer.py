@@ -17,6 +17,8 @@ from nbdist.core.state.folder_lease import Lease
 from nbdist.errors import PlanError
 from nbdist.telemetry.record import records
 
+pytestmark = pytest.mark.programs
+
 OPTIONS = {"loss": "cross_entropy", "batch_size": 16, "epochs": 2, "threads": 1}
 
 

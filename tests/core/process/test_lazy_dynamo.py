@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.programs
+
 START = """
 import json, sys, torch
 from nbdist.core.process.lazy_dynamo import skip_dynamo_import
