@@ -19,6 +19,7 @@ __all__ = ["form_of", "loader_form"]
 _FORMS = "give a Dataset, a DataLoader, or a tuple of tensors or NumPy arrays"
 _OWN_READING = ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation")
 _LOADING = ("num_workers", "worker_init_fn", "timeout", "prefetch_factor", "multiprocessing_context")
+_COLUMNS = (torch.Tensor, np.ndarray, str, bytes, list, tuple, dict)
 _FEW = 4
 """A list of so few tensors is not a data set of so few samples."""
 
@@ -163,6 +164,13 @@ def _in_memory(data: Any, name: str) -> Any:
             f"{name} is a dict by {_article(next(iter(data)))}: a dict is taken for columns by name, so give "
             f"list({name}.values()) if its values are samples."
         )
+    if isinstance(data, dict):
+        for key, part in data.items():
+            if isinstance(part, Sized) and hasattr(part, "__getitem__") and not isinstance(part, _COLUMNS):
+                raise TaskError(
+                    f"{name}[{key!r}] is {_article(part)}, not a column of tensors or NumPy arrays: give "
+                    f"{name}[{key!r}] if it is a data set."
+                )
     for part in parts:
         if not isinstance(part, (torch.Tensor, np.ndarray)):
             raise TaskError(f"{name} holds {_article(part)}: {_FORMS}.")

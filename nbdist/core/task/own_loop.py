@@ -24,6 +24,7 @@ _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _AGAIN = "backward through the graph a second time"
 _MIXED = re.compile(r"same dtype|type .* should be the same|expected scalar type|mixed dtype")
 _WHOLE = re.compile(r"long|int\b|byte", re.IGNORECASE)
+_NO_TENSOR = re.compile(r"must be Tensor, not (list|tuple)$")
 _UNBOUND = "cannot access local variable", "referenced before assignment"
 
 
@@ -70,6 +71,12 @@ def explained_step(error: BaseException, step: Any) -> TaskError | None:
         return TaskError(
             f"tensors of two dtypes meet in the step (torch: {text.splitlines()[0].rstrip('.')}): give the data in the "
             "model's, as in x.float(), or array.astype('float32'), since NumPy's numbers are float64."
+        )
+    if isinstance(error, TypeError) and _NO_TENSOR.search(text):
+        return TaskError(
+            f"a list is where the step needs a tensor (torch: {text.splitlines()[0].rstrip('.')}): let the data give "
+            "tensors or NumPy arrays; lists of numbers are collated number by number (of Hugging Face's datasets, "
+            "give data.with_format('torch'))."
         )
     if isinstance(error, UnboundLocalError) and any(words in text for words in _UNBOUND):
         name = text.split("'")[1] if "'" in text else "a name"

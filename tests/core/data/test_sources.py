@@ -211,6 +211,10 @@ def test_a_list_of_what_may_be_batches_is_one_of_samples_if_a_batch_size_says_so
         (map(abs, [1]), "train_set is a map, which can be read only once"),
         ({(X, Y)}, "train_set is a value of type set, not data"),
         ({}.values(), "train_set is a value of type dict_values, not data"),
+        (
+            {"train": torch_data.TensorDataset(X), "test": torch_data.TensorDataset(X)},
+            r"train_set\['train'\] is a value of type TensorDataset, .*: give train_set\['train'\] if it is a data set",
+        ),
         ({0: X, 1: X}, r"train_set is a dict by a value of type int: .* give list\(train_set.values\(\)\)"),
         ([X, Y], "train_set is a list of 2 tensors of 10 rows each: give a tuple if they are inputs and targets"),
         ([(X, Y)] * 3, r"a list of 3 items, which may be batches .* or DataLoader\(train_set, batch_size=None\) if"),
