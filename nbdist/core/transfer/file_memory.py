@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from nbdist.core.transfer.segment_path import open_segment, segment_path
+from nbdist.errors import TaskError
 
 __all__ = ["Extent", "FileMemory", "extent_of", "has_extents", "map_extent"]
 
@@ -63,6 +64,7 @@ class FileMemory:
         folder = tempfile.gettempdir()
         if _file_system(folder) in _IN_MEMORY and _ON_DISK.is_dir():
             folder = str(_ON_DISK)
+        self._folder = folder
         self._file, name = tempfile.mkstemp(prefix="nbdist-", dir=folder)
         os.unlink(name)
         weakref.finalize(self, os.close, self._file).atexit = False
@@ -73,11 +75,17 @@ class FileMemory:
         """A tensor with the shape, strides and dtype of another one, of zeros, in the file. Local.
 
         Raises:
-            OSError: The disk is full.
+            TaskError: The disk is full.
         """
         # Of a tensor on the meta device, torch loads its symbolic shapes to make another: 2 s.
         layout = tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")
         nbytes = layout.untyped_storage().nbytes()
+        free = os.fstatvfs(self._file)
+        if nbytes > free.f_bavail * free.f_frsize:
+            raise TaskError(
+                f"the weights need {nbytes / 2**30:,.1f} GiB more in {self._folder}, and "
+                f"{free.f_bavail * free.f_frsize / 2**30:,.1f} GiB are free there: set TMPDIR to a larger folder."
+            )
         start = self._end
         self._end += nbytes + -nbytes % mmap.ALLOCATIONGRANULARITY
         os.posix_fallocate(self._file, start, self._end - start)  # else a full disk were a fatal signal later

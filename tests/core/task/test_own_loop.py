@@ -135,9 +135,7 @@ def test_data_in_another_precision_than_the_model(model):
 def test_data_of_lists():
     """torch collates a list of numbers to a tensor for each place in it."""
     rows = [([1.0, 2.0, 3.0], [1.0]) for _ in range(16)]
-    with pytest.raises(
-        TaskError, match=r"a list is where the step needs a tensor .*: let the data give tensors"
-    ):
+    with pytest.raises(TaskError, match=r"a list is where the step needs a tensor .*: let the data give tensors"):
         train(World(), nn.Linear(3, 1).float(), rows, step=lambda m, b: m(b[0]).mean(), batch_size=8)
 
 

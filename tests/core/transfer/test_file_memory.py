@@ -11,7 +11,7 @@ from torch import nn
 from nbdist.core.transfer.file_memory import Extent, FileMemory, extent_of, map_extent
 from nbdist.core.transfer.payload import pack, unpack
 from nbdist.core.transfer.segment_path import segment_path
-from nbdist.errors import ClusterError
+from nbdist.errors import ClusterError, TaskError
 
 NUMBERS = 100_000
 
@@ -91,6 +91,11 @@ def test_a_view_arrives_as_one(held):
 def test_small_tensors_stay_in_memory():
     small = torch.ones(3)
     assert FileMemory().hold(small) is small
+
+
+def test_a_full_disk_is_one_sentence():
+    with pytest.raises(TaskError, match=r"the weights need 1,048,576\.0 GiB more in .*: set TMPDIR to a larger folder"):
+        FileMemory().empty_like(torch.empty(2**50, dtype=torch.uint8, device="meta"))
 
 
 def test_what_is_held_is_not_moved_again(held):
