@@ -27,7 +27,6 @@ from nbdist.core.task.built_model import move_to_file
 from nbdist.core.task.prediction import ForwardStep
 from nbdist.core.task.task import Task
 from nbdist.core.train import fit
-from nbdist.core.transfer.file_memory import FileMemory
 from nbdist.core.transfer.payload import SegmentCache, is_released, unpack
 from nbdist.engine import checked_collectives
 from nbdist.engine.cells import complete, namespace, prepare_cell, pull, push, tie
@@ -220,7 +219,7 @@ def train(
 def _pack_trained(task: Task, exchange: Exchange, released: bool) -> Any:
     """The payload of the trained tensors, and of the state of the user's own optimizers."""
     if task.in_file:
-        move_to_file(task.model, FileMemory(), but_files=True)
+        move_to_file(task.model)
     table = ParamTable.of(task.model)
     _engine.result_tensors = dict(table.tensors) if task.in_file else None
     own = task.optimizers if task.own_optimizers else {}

@@ -29,8 +29,7 @@ TRAIN_OPTIONS: dict[str, Option] = {
         of_task=True,
     ),
     "weights": Option(
-        help="A safetensors file, or a folder of them, with the weights of a MODEL that is a callable; each rank reads "
-        "its part.",
+        help="A safetensors file, or a folder of them, that is loaded into a MODEL which a callable builds.",
         metavar="PATH",
         read="path",
         of_task=True,

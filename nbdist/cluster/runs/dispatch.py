@@ -20,9 +20,7 @@ from nbdist.core.params.param_table import ParamTable
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_resume
 from nbdist.core.state.restore import load_whole
-from nbdist.core.task.built_model import move_to_file
 from nbdist.core.task.task import Task
-from nbdist.core.transfer.file_memory import FileMemory
 from nbdist.core.transfer.payload import Segment, SegmentCache, unpack
 from nbdist.engine.exchange.exchange import StateReader
 from nbdist.engine.follow.changes import NotebookChanges
@@ -201,7 +199,6 @@ class RunDispatch:
             return
         if result is None:
             return
-        self._make_writable()
         tensors, persistent, optimizers, states = result
         adopt_buffers(self._task.model, tensors, persistent)
         table = ParamTable.of(self._task.model)
@@ -228,7 +225,6 @@ class RunDispatch:
         plan, store = self.control.spec.plan, self.control.snapshot_store
         if store is None or not plan.gather or (snapshot := CheckpointReader.of_snapshot(store.paths)) is None:
             return None
-        self._make_writable()
         optimizers = self._task.optimizers if self._task.own_optimizers else {}
         folder = folder_to_resume(plan) if plan.resume else ""
         if folder:  # snapshots leave out what never changes: only this checkpoint has it
@@ -236,11 +232,6 @@ class RunDispatch:
         load_whole(snapshot, self._task.model, optimizers)
         self._copy_to_other()
         return snapshot.step
-
-    def _make_writable(self) -> None:
-        """Move weights that lie in the user's own files, which stay as they are, into one of ours."""
-        if self._task.in_file:
-            move_to_file(self._task.model, FileMemory())
 
     def _copy_to_other(self) -> None:
         """Copy the loaded weights into the other model too."""
@@ -252,7 +243,6 @@ class RunDispatch:
     def end(self, *, failed: bool) -> None:
         """Make the engines ready for the next run; the last snapshot stays."""
         engines, control = self.engines, self.control
-        self._make_writable()
         if self._states is not None:
             self._states.close()
             self._states = None

@@ -160,7 +160,7 @@ def is_count(weight: Any, *, sure: bool) -> bool:
         sure: Whether it is one, if a float of 0 or 1 can be: else (precision, recall) of a perfect model would do.
     """
     dtype = getattr(weight, "dtype", None)
-    if isinstance(weight, int) or (dtype is not None and not str(dtype).removeprefix("torch.").startswith("float")):
+    if isinstance(weight, int) or (dtype is not None and "float" not in str(dtype)):
         return float(weight) >= 0
     return float(weight).is_integer() and float(weight) >= (0 if sure else 2)
 

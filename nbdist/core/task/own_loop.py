@@ -23,7 +23,7 @@ _LOADS = ("LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME")
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _AGAIN = "backward through the graph a second time"
 _MIXED = re.compile(r"same dtype|type .* should be the same|expected scalar type|mixed dtype")
-_WHOLE = re.compile(r"long|int\b|byte", re.IGNORECASE)
+_WHOLE = re.compile(r"long|int\b|byte|cuda", re.IGNORECASE)
 _NO_TENSOR = re.compile(r"must be Tensor, not (list|tuple)$")
 _UNBOUND = "cannot access local variable", "referenced before assignment"
 

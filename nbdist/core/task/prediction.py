@@ -86,7 +86,7 @@ def prediction_task(
         TaskError: An argument cannot be used.
         PlanError: The batch size contradicts the data's own.
     """
-    if builds_model(model):
+    if built := builds_model(model):
         model = built_model(model, None, names[0])
     check_model(model, names[0], trained=False)
     source = Source.of(data, names[1])
@@ -104,6 +104,6 @@ def prediction_task(
         val=None,
         metric=None,
         own_optimizers=False,
-        in_file=lies_in_file(model),
+        in_file=built or lies_in_file(model),
         options={"batch_size": batch_size or source.batch_size},
     )

@@ -126,7 +126,7 @@ class Task:
             TaskError: An argument cannot be used.
             PlanError: An option contradicts the data's own.
         """
-        if builds_model(model):
+        if built := builds_model(model):
             model = built_model(model, weights, names[0])
         elif weights is not None:
             raise TaskError(f"weights={weights} is for a model that a callable builds, and {names[0]} is a model.")
@@ -173,7 +173,7 @@ class Task:
             metric=found_metric,
             own_optimizers=isinstance(optimizer, torch.optim.Optimizer),
             sums=reduction == "sum",
-            in_file=lies_in_file(model),
+            in_file=built or lies_in_file(model),
             options={
                 "loss": "the model's own" if own_loss else "step" if loss is None else loss_name(loss),
                 "lr_scheduler": "" if lr_scheduler is None else _name(lr_scheduler),

@@ -1,16 +1,18 @@
 """File memory: tensors that lie in a file, which other processes map without a copy and the system may page out.
 
-A model that is larger than the memory of a process lies there: in a temporary file, or in the safetensors files that it
-comes from. `pack` sends such a tensor as a place in the file. Each process that unpacks it maps the file privately, and
-reads the pages that it uses.
+A model that is larger than the memory of a process lies there. `pack` sends such a tensor as a place in the file. Each
+process that unpacks it maps the file privately, and reads the pages that it uses.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import mmap
 import os
 import tempfile
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +21,11 @@ import torch
 from nbdist.core.transfer.segment_path import open_segment, segment_path
 from nbdist.errors import TaskError
 
-__all__ = ["Extent", "FileMemory", "extent_of", "has_extents", "map_extent"]
+__all__ = ["Extent", "FileMemory", "extent_of", "has_extents", "map_extent", "mapping_together"]
 
 _SMALL_BYTES = 1 << 16
-"""Smaller tensors stay in ordinary memory: a mapping is whole pages."""
+"""Smaller tensors stay in ordinary memory: a place in the file is whole pages."""
+_FIRST_CHUNK = 1 << 28
 _ON_DISK = Path("/var/tmp")
 _IN_MEMORY = ("tmpfs", "ramfs")
 
@@ -33,19 +36,19 @@ class Extent:
 
     Args:
         path: As `segment_path` has it.
-        start: Its first byte.
+        chunk: First byte and length of the part of the file that is mapped as one.
+        start: Its first byte in that part.
         nbytes: Its length.
-        writable: Whether a write to the storage changes the file; else nothing may write to it.
     """
 
     path: str
+    chunk: tuple[int, int]
     start: int
     nbytes: int
-    writable: bool = False
 
 
 _extents: dict[int, Extent] = {}
-"""Where storages lie, by their addresses: of those that are what is in the file."""
+"""Where storages lie, by their addresses: of those whose writes are seen in the file."""
 
 
 class _Mapping(mmap.mmap):
@@ -57,7 +60,8 @@ class _Mapping(mmap.mmap):
 class FileMemory:
     """A temporary file for tensors. It has no name, and is freed with the last tensor in any process.
 
-    The file is in the folder for temporary files (``TMPDIR``), or in /var/tmp if that one is memory.
+    The file is in the folder for temporary files (``TMPDIR``), or in /var/tmp if that one is memory. It is mapped in
+    few parts, each as large as all before it, because a process may not have many mappings of files.
     """
 
     def __init__(self) -> None:
@@ -69,10 +73,12 @@ class FileMemory:
         os.unlink(name)
         weakref.finalize(self, os.close, self._file).atexit = False
         self._path = segment_path(self._file, f"/proc/{os.getpid()}/fd/{self._file}")
-        self._end = 0
+        self._chunk = (0, 0)
+        self._mapping: weakref.ref[_Mapping] | None = None
+        self._used = 0  # of the chunk
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor with the shape, strides and dtype of another one, of zeros, in the file. Local.
+        """A tensor with the shape, strides and dtype of another one, in the file; in memory if it is small. Local.
 
         Raises:
             TaskError: The disk is full.
@@ -80,28 +86,38 @@ class FileMemory:
         # Of a tensor on the meta device, torch loads its symbolic shapes to make another: 2 s.
         layout = tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")
         nbytes = layout.untyped_storage().nbytes()
+        if nbytes < _SMALL_BYTES:
+            return torch.empty_strided(layout.shape, layout.stride(), dtype=layout.dtype)
+        return self.bytes(nbytes).view(layout.dtype).as_strided(layout.shape, layout.stride())
+
+    def bytes(self, nbytes: int) -> torch.Tensor:
+        """So many zeros, ``(nbytes,)``, in the file. Local.
+
+        Raises:
+            TaskError: The disk is full.
+        """
         free = os.fstatvfs(self._file)
         if nbytes > free.f_bavail * free.f_frsize:
             raise TaskError(
                 f"the weights need {nbytes / 2**30:,.1f} GiB more in {self._folder}, and "
                 f"{free.f_bavail * free.f_frsize / 2**30:,.1f} GiB are free there: set TMPDIR to a larger folder."
             )
-        start = self._end
-        self._end += nbytes + -nbytes % mmap.ALLOCATIONGRANULARITY
-        os.posix_fallocate(self._file, start, self._end - start)  # else a full disk were a fatal signal later
-        mapping = _Mapping(self._file, nbytes, offset=start)
-        mapping.file = self
-        flat = _registered(mapping, 0, Extent(self._path, start, nbytes, writable=True))
-        return flat.view(layout.dtype).as_strided(layout.shape, layout.stride())
-
-    def hold(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a tensor in the file; the tensor itself if it lies in such a file already, or is small. Local."""
-        if tensor.is_meta or tensor.layout is not torch.strided or tensor.nbytes < _SMALL_BYTES:
-            return tensor
-        extent = extent_of(tensor.untyped_storage())
-        if extent is not None and extent.writable:
-            return tensor
-        return self.empty_like(tensor).copy_(tensor)
+        mapping = None if self._mapping is None else self._mapping()
+        if mapping is None or self._used + nbytes > self._chunk[1]:
+            begin = sum(self._chunk)
+            length = max(_FIRST_CHUNK, begin, nbytes)
+            length += -length % mmap.ALLOCATIONGRANULARITY
+            os.ftruncate(self._file, begin + length)  # without blocks on the disk
+            mapping = _Mapping(self._file, length, offset=begin)
+            mapping.file = self
+            self._chunk, self._mapping, self._used = (begin, length), weakref.ref(mapping), 0
+        start = self._used
+        self._used += nbytes + -nbytes % mmap.PAGESIZE
+        os.posix_fallocate(self._file, self._chunk[0] + start, nbytes)  # else a full disk were a fatal signal later
+        flat = torch.frombuffer(mapping, dtype=torch.uint8, offset=start, count=nbytes)
+        _extents[flat.data_ptr()] = Extent(self._path, self._chunk, start, nbytes)
+        weakref.finalize(mapping, _extents.pop, flat.data_ptr(), None).atexit = False
+        return flat
 
 
 def extent_of(storage: torch.UntypedStorage) -> Extent | None:
@@ -115,29 +131,36 @@ def has_extents() -> bool:
     return bool(_extents)
 
 
-def map_extent(extent: Extent, *, unchanged: bool = False) -> torch.Tensor:
-    """Bytes of a file, mapped privately: a write is seen in this process only. Local.
+_together: contextvars.ContextVar[dict[tuple[str, tuple[int, int]], _Mapping] | None] = contextvars.ContextVar(
+    "_together", default=None
+)
 
-    Args:
-        extent: The place.
-        unchanged: Whether nothing will write to it, so that this process can send it as a place too.
+
+@contextlib.contextmanager
+def mapping_together() -> Iterator[None]:
+    """Context in which tensors of one part of a file are mapped as one. Local."""
+    token = _together.set({})
+    try:
+        yield
+    finally:
+        _together.reset(token)
+
+
+def map_extent(extent: Extent) -> torch.Tensor:
+    """Bytes of a file, mapped privately: a write is seen in this process only. Local.
 
     Raises:
         ClusterError: The file is gone.
     """
-    before = extent.start % mmap.ALLOCATIONGRANULARITY
-    with os.fdopen(open_segment(extent.path, write=False), "rb") as file:
-        mapping = _Mapping(file.fileno(), before + extent.nbytes, access=mmap.ACCESS_COPY, offset=extent.start - before)
-    if unchanged:
-        return _registered(mapping, before, extent)
-    return torch.frombuffer(mapping, dtype=torch.uint8, offset=before)
-
-
-def _registered(mapping: _Mapping, offset: int, extent: Extent) -> torch.Tensor:
-    flat = torch.frombuffer(mapping, dtype=torch.uint8, offset=offset)
-    _extents[flat.data_ptr()] = extent
-    weakref.finalize(mapping, _extents.pop, flat.data_ptr(), None).atexit = False
-    return flat
+    known, key = _together.get(), (extent.path, extent.chunk)
+    mapping = None if known is None else known.get(key)
+    if mapping is None:
+        begin, length = extent.chunk
+        with os.fdopen(open_segment(extent.path), "rb") as file:
+            mapping = _Mapping(file.fileno(), length, access=mmap.ACCESS_COPY, offset=begin)
+        if known is not None:
+            known[key] = mapping
+    return torch.frombuffer(mapping, dtype=torch.uint8, offset=extent.start, count=extent.nbytes)
 
 
 def _file_system(folder: str) -> str:

@@ -23,7 +23,7 @@ from torch import fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from nbdist.core.transfer.file_memory import Extent, extent_of
+from nbdist.core.transfer.file_memory import Extent, extent_of, mapping_together
 from nbdist.core.transfer.importable import is_importable
 from nbdist.core.transfer.process_state import LOCAL, LOCKS, refused_as, sent_local, sent_lock
 from nbdist.core.transfer.rebuild import (
@@ -118,7 +118,8 @@ def _dumped(stream: io.BytesIO, value: Any, registries: list[Registry | ClassEnt
 
 def load(code: Any, buffers: Sequence[Any]) -> Any:
     """Unpickle; tensors and arrays use the memory of `buffers`. Local."""
-    return pickle.loads(code, buffers=buffers)[1]
+    with mapping_together():
+        return pickle.loads(code, buffers=buffers)[1]
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no types

@@ -16,7 +16,7 @@ def segment_path(file: int, place: str) -> str:
     return f"{place}:{found.st_dev}.{found.st_ino}"
 
 
-def open_segment(path: str, *, write: bool = True) -> int:
+def open_segment(path: str) -> int:
     """Open the segment with this path; returns its descriptor. Local.
 
     Raises:
@@ -26,7 +26,7 @@ def open_segment(path: str, *, write: bool = True) -> int:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         found = os.stat(place)  # before opening, because opening another file may have effects, a pipe's for one
         if path == f"{place}:{found.st_dev}.{found.st_ino}":
-            file = os.open(place, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
+            file = os.open(place, os.O_RDWR | os.O_CLOEXEC)
             if path == segment_path(file, place):
                 return file
             os.close(file)

@@ -117,6 +117,20 @@ def test_it_is_trained_on(cluster):
     assert torch.equal(resumed.model[0].weight, plain[0].weight)
 
 
+def test_small_weights_from_a_file_are_trained_on(cluster, tmp_path):
+    """Those that stay in ordinary memory, too."""
+
+    def small():
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 2))
+
+    save_file({name: value.clone() for name, value in small().state_dict().items()}, tmp_path / "s.safetensors")
+    options = {"loss": "mse", "batch_size": 16, "steps": 5, "optimizer": "sgd", "lr": 0.1, "strategy": "shard"}
+    run = cluster.train(small, (DATA[0], DATA[0][:, :2]), weights=str(tmp_path / "s.safetensors"), **options)
+    with torch.no_grad():
+        torch.testing.assert_close(cluster.predict(run.model, DATA[0]), run.model(DATA[0]))
+
+
 def test_a_failed_run_leaves_the_model_as_it_was_built(cluster, weights):
     def fails(model, batch):
         raise ValueError("no such thing")

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import nbdist
-from nbdist.core.task.built_model import built_model, move_to_file
+from nbdist.core.task.built_model import built_model
 from nbdist.core.task.task import Task
-from nbdist.core.transfer.file_memory import FileMemory, extent_of
+from nbdist.core.transfer.file_memory import extent_of
 from nbdist.errors import TaskError
 
 WIDTH = 200
@@ -87,7 +87,6 @@ def test_the_users_file_is_not_written(tmp_path):
     path = saved(tmp_path, build())
     before = (tmp_path / "w.safetensors").read_bytes()
     model = built_model(build, path, "build")
-    move_to_file(model, FileMemory())
     assert_same(model, build())
     with torch.no_grad():
         model.scale.zero_()
@@ -98,7 +97,7 @@ def test_the_users_file_is_not_written(tmp_path):
     ("change", "sentence"),
     [
         ({"weights": "no"}, "weights=no does not exist"),
-        ({"build": lambda: nn.Linear(2, 2)}, r"lacks weight and 1 more of the model that build\(\) builds; it has"),
+        ({"build": lambda: nn.Linear(2, 2)}, r"lacks weight and 1 more of the model that build\(\) builds"),
         ({"build": lambda: 5}, r"build\(\) returned a value of type int: let it return a torch.nn.Module"),
         ({"build": lambda: {}["x"]}, r"build\(\) raised KeyError: 'x'"),
     ],
@@ -107,6 +106,56 @@ def test_what_cannot_be_built_is_one_sentence(tmp_path, change, sentence):
     path = saved(tmp_path, build())
     with pytest.raises(TaskError, match=sentence):
         built_model(change.get("build", build), change.get("weights", path), "build")
+
+
+def test_hooks_and_other_references_stay():
+    """The parameter is the object that the builder has made."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+            self.weight, self.held = weight, [weight]
+            weight.register_hook(lambda gradient: gradient * 0)
+
+        def forward(self, x):
+            return x @ self.held[0]
+
+    model = built_model(lambda: Odd(), None, "build")
+    assert model.held[0] is model.weight
+    model(torch.ones(2, WIDTH)).sum().backward()
+    assert model.weight.grad.abs().sum() == 0
+
+
+def test_tensors_that_share_memory_still_do():
+    def transposed():
+        torch.manual_seed(1)
+        model, weight = nn.Module(), torch.randn(WIDTH, WIDTH)
+        model.a, model.b = nn.Parameter(weight), nn.Parameter(weight.t())
+        return model
+
+    model = built_model(transposed, None, "build")
+    with torch.no_grad():
+        model.a[0, 1] = 7.0
+    assert model.b[1, 0] == 7.0
+
+
+def test_memory_that_something_else_holds_is_refused():
+    def sharing():
+        model = nn.Module()
+        model.plain = torch.randn(WIDTH, WIDTH)
+        model.register_buffer("table", model.plain[:])
+        return model
+
+    with pytest.raises(TaskError, match=r"table of the model that build\(\) builds shares its memory with another"):
+        built_model(sharing, None, "build")
+
+
+def test_a_model_of_small_tensors_is_one_too():
+    data = torch.randn(16, 4), torch.randn(16, 1)
+    options = {"loss": "mse", "batch_size": 8, "epochs": 1, "verbose": False, "record": False}
+    result = nbdist.train(lambda: nn.Linear(4, 1), data, **options)
+    assert isinstance(result.model, nn.Linear)
 
 
 def test_another_shape_is_refused(tmp_path):
