@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils import _python_dispatch
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "VERIFIED",
     "GroupHidden",
+    "ThreadModes",
     "check_input_dim",
     "first_hook_number",
     "graph_dtypes",
@@ -125,6 +127,31 @@ def first_hook_number() -> int:
 def number_hooks_from(number: int) -> None:
     """Hooks of this process get this number or a later one."""
     RemovableHandle.next_id = max(RemovableHandle.next_id, number)
+
+
+class ThreadModes:
+    """The modes of torch in this thread (of gradients, functions, dispatch), to be put back after an interrupt. Local.
+
+    One may land in the first or last line of a context such as ``torch.no_grad()``, which then stays open: what runs
+    next in the thread would compute without gradients, or without dropout, and nobody would see why. Modes that others
+    have opened before stay. Without torch's functions for the stacks, gradients alone are put back.
+    """
+
+    def __init__(self) -> None:
+        self._gradients = torch.is_grad_enabled()
+        self._depths = [length() for length, _ in self._stacks()]
+
+    def put_back(self) -> None:
+        """Close what has been opened since, and let gradients be as they were."""
+        torch.set_grad_enabled(self._gradients)
+        for depth, (length, pop) in zip(self._depths, self._stacks(), strict=True):
+            while length() > depth:
+                pop()
+
+    @staticmethod
+    def _stacks() -> list[tuple[Any, Any]]:
+        places = (torch.overrides, "_len_torch_function_stack"), (_python_dispatch, "_len_torch_dispatch_stack")
+        return [(getattr(p, n), p._pop_mode) for p, n in places if hasattr(p, n) and hasattr(p, "_pop_mode")]
 
 
 def make_subclass(kind: type[torch.Tensor], data: torch.Tensor, requires_grad: bool) -> torch.Tensor:

@@ -235,3 +235,30 @@ def test_without_a_default_group_a_process_is_alone(tmp_path):
         dist.destroy_process_group()
     with private.GroupHidden():
         assert not dist.is_initialized()
+
+
+class _Function(torch.overrides.TorchFunctionMode):
+    """A mode that changes nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class _Dispatch(torch.utils._python_dispatch.TorchDispatchMode):
+    """The same, below autograd."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_that_stay_open_are_closed_and_those_before_are_not():
+    """As an interrupt in the first line of a context leaves them."""
+    with _Function() as own:
+        modes = private.ThreadModes()
+        torch.set_grad_enabled(False)
+        _Function().__enter__()
+        _Dispatch().__enter__()
+        modes.put_back()
+        assert torch.is_grad_enabled()
+        assert torch.overrides._get_current_function_mode_stack() == [own]
+        assert torch.utils._python_dispatch._get_current_dispatch_mode_stack() == []
