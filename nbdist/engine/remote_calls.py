@@ -169,7 +169,7 @@ def train(
     world = _engine.world
     checked_collectives.allow_all()  # in case the cell of the last `prepare_cell` never came
     notes = install(update)
-    modes = ThreadModes()
+    torch_state = ThreadModes()
     states = publisher.sink(world.rank)
     _engine.failure = _engine.cell_error = None
     _engine.free_outputs()
@@ -212,7 +212,7 @@ def train(
             outcome = Outcome(rank=world.rank, state="failed", snapshot=snapshot, failure=failure)
             task = None
             free_frames(error)
-    modes.put_back()
+    torch_state.put_back()
     if world.device.type == "cuda":
         free_unused_memory()  # free torch's CUDA cache for other processes, such as the notebook
     _engine.outcome = run_id, outcome

@@ -25,7 +25,7 @@ __all__ = ["Extent", "FileMemory", "extent_of", "has_extents", "map_extent", "ma
 
 _SMALL_BYTES = 1 << 16
 """Smaller tensors stay in ordinary memory: a place in the file is whole pages."""
-_FIRST_CHUNK = 1 << 28
+_FIRST_REGION = 1 << 28
 _ON_DISK = Path("/var/tmp")
 _IN_MEMORY = ("tmpfs", "ramfs")
 
@@ -36,13 +36,13 @@ class Extent:
 
     Args:
         path: As `segment_path` has it.
-        chunk: First byte and length of the part of the file that is mapped as one.
+        region: First byte and length of the part of the file that is mapped as one.
         start: Its first byte in that part.
         nbytes: Its length.
     """
 
     path: str
-    chunk: tuple[int, int]
+    region: tuple[int, int]
     start: int
     nbytes: int
 
@@ -73,9 +73,9 @@ class FileMemory:
         os.unlink(name)
         weakref.finalize(self, os.close, self._file).atexit = False
         self._path = segment_path(self._file, f"/proc/{os.getpid()}/fd/{self._file}")
-        self._chunk = (0, 0)
+        self._region = (0, 0)
         self._mapping: weakref.ref[_Mapping] | None = None
-        self._used = 0  # of the chunk
+        self._used = 0  # of the region
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor with the shape, strides and dtype of another one, in the file; in memory if it is small. Local.
@@ -103,19 +103,19 @@ class FileMemory:
                 f"{free.f_bavail * free.f_frsize / 2**30:,.1f} GiB are free there: set TMPDIR to a larger folder."
             )
         mapping = None if self._mapping is None else self._mapping()
-        if mapping is None or self._used + nbytes > self._chunk[1]:
-            begin = sum(self._chunk)
-            length = max(_FIRST_CHUNK, begin, nbytes)
+        if mapping is None or self._used + nbytes > self._region[1]:
+            begin = sum(self._region)
+            length = max(_FIRST_REGION, begin, nbytes)
             length += -length % mmap.ALLOCATIONGRANULARITY
             os.ftruncate(self._file, begin + length)  # without blocks on the disk
             mapping = _Mapping(self._file, length, offset=begin)
             mapping.file = self
-            self._chunk, self._mapping, self._used = (begin, length), weakref.ref(mapping), 0
+            self._region, self._mapping, self._used = (begin, length), weakref.ref(mapping), 0
         start = self._used
         self._used += nbytes + -nbytes % mmap.PAGESIZE
-        os.posix_fallocate(self._file, self._chunk[0] + start, nbytes)  # else a full disk were a fatal signal later
+        os.posix_fallocate(self._file, self._region[0] + start, nbytes)  # else a full disk were a fatal signal later
         flat = torch.frombuffer(mapping, dtype=torch.uint8, offset=start, count=nbytes)
-        _extents[flat.data_ptr()] = Extent(self._path, self._chunk, start, nbytes)
+        _extents[flat.data_ptr()] = Extent(self._path, self._region, start, nbytes)
         weakref.finalize(mapping, _extents.pop, flat.data_ptr(), None).atexit = False
         return flat
 
@@ -152,10 +152,10 @@ def map_extent(extent: Extent) -> torch.Tensor:
     Raises:
         ClusterError: The file is gone.
     """
-    known, key = _together.get(), (extent.path, extent.chunk)
+    known, key = _together.get(), (extent.path, extent.region)
     mapping = None if known is None else known.get(key)
     if mapping is None:
-        begin, length = extent.chunk
+        begin, length = extent.region
         with os.fdopen(open_segment(extent.path), "rb") as file:
             mapping = _Mapping(file.fileno(), length, access=mmap.ACCESS_COPY, offset=begin)
         if known is not None:
