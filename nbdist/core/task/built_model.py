@@ -17,12 +17,10 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from nbdist.core.transfer.file_memory import FileMemory, extent_of, has_extents
+from nbdist.core.transfer.file_memory import SMALL_BYTES, FileMemory, extent_of, has_extents
 from nbdist.errors import NbdistError, TaskError
 
 __all__ = ["builds_model", "built_model", "lies_in_file", "move_to_file"]
-
-_SMALL_BYTES = 1 << 16
 
 
 def builds_model(value: Any) -> bool:
@@ -101,7 +99,7 @@ class _Mover:
             return
         data = tensor.data
         storage = data.untyped_storage()
-        if storage.nbytes() < _SMALL_BYTES or extent_of(storage):
+        if storage.nbytes() < SMALL_BYTES or extent_of(storage):
             return
         before, flat = self._moved.get(storage.data_ptr(), (None, None))
         if flat is None or before is None or before.expired():

@@ -21,9 +21,9 @@ import torch
 from nbdist.core.transfer.segment_path import open_segment, segment_path
 from nbdist.errors import TaskError
 
-__all__ = ["Extent", "FileMemory", "extent_of", "has_extents", "map_extent", "mapping_together"]
+__all__ = ["SMALL_BYTES", "Extent", "FileMemory", "extent_of", "has_extents", "map_extent", "mapping_together"]
 
-_SMALL_BYTES = 1 << 16
+SMALL_BYTES = 1 << 16
 """Smaller tensors stay in ordinary memory: a place in the file is whole pages."""
 _FIRST_REGION = 1 << 28
 _ON_DISK = Path("/var/tmp")
@@ -86,7 +86,7 @@ class FileMemory:
         # Of a tensor on the meta device, torch loads its symbolic shapes to make another: 2 s.
         layout = tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")
         nbytes = layout.untyped_storage().nbytes()
-        if nbytes < _SMALL_BYTES:
+        if nbytes < SMALL_BYTES:
             return torch.empty_strided(layout.shape, layout.stride(), dtype=layout.dtype)
         return self.bytes(nbytes).view(layout.dtype).as_strided(layout.shape, layout.stride())
 
@@ -131,9 +131,7 @@ def has_extents() -> bool:
     return bool(_extents)
 
 
-_together: contextvars.ContextVar[dict[tuple[str, tuple[int, int]], _Mapping] | None] = contextvars.ContextVar(
-    "_together", default=None
-)
+_together: contextvars.ContextVar[dict[tuple[str, tuple[int, int]], _Mapping]] = contextvars.ContextVar("_together")
 
 
 @contextlib.contextmanager
@@ -147,20 +145,17 @@ def mapping_together() -> Iterator[None]:
 
 
 def map_extent(extent: Extent) -> torch.Tensor:
-    """Bytes of a file, mapped privately: a write is seen in this process only. Local.
+    """Bytes of a file, mapped privately: a write is seen in this process only. Local, within `mapping_together`.
 
     Raises:
         ClusterError: The file is gone.
     """
-    known, key = _together.get(), (extent.path, extent.region)
-    mapping = None if known is None else known.get(key)
-    if mapping is None:
+    mapped, key = _together.get(), (extent.path, extent.region)
+    if key not in mapped:
         begin, length = extent.region
         with os.fdopen(open_segment(extent.path), "rb") as file:
-            mapping = _Mapping(file.fileno(), length, access=mmap.ACCESS_COPY, offset=begin)
-        if known is not None:
-            known[key] = mapping
-    return torch.frombuffer(mapping, dtype=torch.uint8, offset=extent.start, count=extent.nbytes)
+            mapped[key] = _Mapping(file.fileno(), length, access=mmap.ACCESS_COPY, offset=begin)
+    return torch.frombuffer(mapped[key], dtype=torch.uint8, offset=extent.start, count=extent.nbytes)
 
 
 def _file_system(folder: str) -> str:
