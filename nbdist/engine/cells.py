@@ -16,6 +16,7 @@ from nbdist.engine.exchange.exchange import Exchange
 from nbdist.engine.follow.cell_sources import tie_classes
 from nbdist.engine.follow.changes import NotebookUpdate
 from nbdist.engine.follow.install import install
+from nbdist.upstream.torch_private import ThreadModes
 
 __all__ = ["complete", "namespace", "prepare_cell", "pull", "push", "tie"]
 
@@ -63,17 +64,20 @@ def prepare_cell(update: NotebookUpdate, number: int | None, only_ranks: list[in
     """
     if notes := install(update):
         _print_with_cell(notes)
+    torch_state = ThreadModes()  # an interrupt may land in the first line of a context, which then stays open
+    events = get_ipython().events
     if only_ranks is None:
         checked_collectives.allow_all()
     else:
-        events = get_ipython().events
-
-        def ended(result: Any) -> None:
-            checked_collectives.allow_all()
-            events.unregister("post_run_cell", ended)
-
-        events.register("post_run_cell", ended)
         checked_collectives.allow_only(only_ranks)
+
+    def ended(result: Any) -> None:
+        events.unregister("post_run_cell", ended)
+        checked_collectives.allow_all()
+        if isinstance(result.error_in_exec, KeyboardInterrupt):
+            torch_state.put_back()
+
+    events.register("post_run_cell", ended)
     if number is not None:
         get_ipython().execution_count = number
 

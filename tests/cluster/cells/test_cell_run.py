@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -80,6 +81,20 @@ def test_an_interrupt_ends_a_cell_and_keeps_the_namespace(cluster):
         cell.wait(lambda: os.kill(os.getpid(), signal.SIGINT) if next(pending, False) else None)
     assert cell.done()
     assert run(cluster, "print(kept)").printed() == dict.fromkeys(range(ENGINES), "5\n")
+
+
+@pytest.mark.parametrize(
+    ("end", "grad"), [("raise KeyboardInterrupt", True), ("1 / 0", False), ("pass", False)], ids=["stop", "fail", "end"]
+)
+def test_a_mode_that_an_interrupt_left_open_is_closed(cluster, end, grad):
+    """It may land in the first line of `no_grad`; a cell that sets a mode itself and ends, or fails, has set it."""
+    cell = cluster.execute(f"import torch\ntorch.no_grad().__enter__()\n{end}")
+    with contextlib.suppress(EngineError):
+        cell.wait()
+    try:
+        assert run(cluster, "print(torch.is_grad_enabled())").printed() == dict.fromkeys(range(ENGINES), f"{grad}\n")
+    finally:
+        run(cluster, "torch.set_grad_enabled(True)")
 
 
 def test_a_collective_on_some_ranks_is_explained(cluster):
