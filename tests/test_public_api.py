@@ -29,7 +29,7 @@ PUBLIC = [
 
 TRAIN_ARGUMENTS = [
     "MODEL", "DATA", "--val", "--strategy", "--loss", "--reduction", "--optimizer", "--lr", "--lr-scheduler",
-    "--epochs", "--steps",
+    "--schedule-by", "--epochs", "--steps",
     "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
     "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--reproducible", "--threads", "--bucket-mib",
     "--gather", "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--check",

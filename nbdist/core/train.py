@@ -171,7 +171,7 @@ def fit(
             if check is not None:
                 check.compare(strategy, [functools.partial(load_onto, saved) for saved in saved_states])
                 findings = check.findings
-        axes, schedulers = strategy.axes, task.make_schedulers()
+        axes, schedulers = strategy.axes, task.make_schedulers(plan.schedule_by)
         progress, restored = TrainProgress(device), set[str]()
         rng.seed_all(rng.derive(plan.seed, "start", axes.data.rank))
         for saved in saved_states:
@@ -290,7 +290,10 @@ def fit(
                     raise PlanError(f"the data gave no batch in epoch {progress.epoch}: can it be read only once?")
                 ended = stopped or progress.step == plan.steps or progress.epoch == plan.epochs
                 if not (ended or plan.epochs is not None):
+                    snapshotter.begin_update()
+                    schedulers.end_epoch()
                     progress.next_epoch(None)  # under `steps`, the row continues
+                    snapshotter.end_step(progress, None)
                     continue
                 if stopped:
                     snapshotter.finish(progress)  # before the row is closed, so that a resumed run continues it
@@ -311,8 +314,10 @@ def fit(
                 emit(EpochFinished(rank=world.rank, row=row))
                 # The end of an epoch changes state too: an error inside it must not leave half of the change.
                 snapshotter.begin_update()
-                schedulers.end_epoch(measured.get("val_loss", row["loss"]))
+                if not stopped:
+                    schedulers.end_row(measured.get("val_loss", row["loss"]))
                 if plan.epochs is not None and not stopped:
+                    schedulers.end_epoch()
                     progress.next_epoch(row)
                 else:
                     progress.close(row)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import operator
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nbdist.errors import PlanError, suggest
+from nbdist.errors import PlanError
 from nbdist.plan.known_names import LOSSES, METRICS, OPTIMIZERS
 from nbdist.plan.mesh import STRATEGY_WORDS, Mesh
 from nbdist.plan.option import Option, check_known, option, options_of
+from nbdist.plan.option_values import check_word, check_yes_or_no, positive_number, whole_number
 
 __all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "REDUCTIONS", "SCHEDULES", "SLICES", "Plan"]
 
@@ -75,12 +75,15 @@ class Plan:
     )
     lr_scheduler: str = option(
         "",
-        "A callable that makes a torch scheduler from an optimizer; it steps with the optimizer (ReduceLROnPlateau: "
-        "after each epoch).",
+        "A callable that makes a torch scheduler from an optimizer.",
         default="",
         read="quotable",
         of_task=True,
     )
+    schedule_by: str = option(
+        "step", "When `lr_scheduler` steps: after each optimizer step, or after each epoch, as ReduceLROnPlateau always "
+        "does.", metavar="step|epoch", words=("step", "epoch"),
+    )  # fmt: skip
     epochs: int | None = option(
         None, "Passes over the training data.", parse=int, metavar="N", default="1, unless `steps`",
         elsewhere=("num_epochs", "num_train_epochs", "max_epochs"),
@@ -219,25 +222,23 @@ class Plan:
     """What the check before the first update found, in a clause; empty before it, and without it."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps"):
+        for name in ("epochs", "steps", "microbatches"):
             if getattr(self, name) is not None:
-                self._at_least(name, 1)
+                self._set(name, whole_number(name, getattr(self, name), 1))
         if (self.epochs is None) == (self.steps is None):
             raise PlanError(f"epochs={self.epochs} and steps={self.steps}: give one of the two.")
         for name in ("batch_size", "accumulate", "threads", "checkpoint_keep"):
-            self._at_least(name, 1)
-        self._integer("seed")
+            self._set(name, whole_number(name, getattr(self, name), 1))
+        self._set("seed", whole_number("seed", self.seed))
         self._check_reproducible()
         for name in ("shuffle", "sync_batchnorm", "gather", "stop_on_nan"):
-            if getattr(self, name) not in (True, False):
-                raise PlanError(f"{name} must be True or False, not {getattr(self, name)!r}.")
-        words_of = {"precision": PRECISIONS, "schedule": SCHEDULES, "check": CHECKS, "reduction": REDUCTIONS}
+            check_yes_or_no(name, getattr(self, name))
+        words_of = {"precision": PRECISIONS, "schedule": SCHEDULES, "check": CHECKS, "reduction": REDUCTIONS,
+                    "schedule_by": ("step", "epoch")}  # fmt: skip
         for name, words in words_of.items():
-            if getattr(self, name) not in words:
-                raise PlanError(
-                    f"unknown {name} {getattr(self, name)!r}: use {', '.join(words)}."
-                    f"{suggest(str(getattr(self, name)), words)}"
-                )
+            check_word(name, getattr(self, name), words)
+        if self.schedule_by != "step" and not self.lr_scheduler:
+            raise PlanError(f"schedule_by={self.schedule_by} is for an lr_scheduler, and none is given: leave it out.")
         self._check_axes()
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise PlanError(
@@ -245,18 +246,18 @@ class Plan:
             )
         for name in ("checkpoint", "resume", "tensorboard"):  # ranks may have another working directory
             if getattr(self, name) not in ("", True, False):
-                object.__setattr__(self, name, os.path.abspath(os.path.expanduser(getattr(self, name))))
+                self._set(name, os.path.abspath(os.path.expanduser(getattr(self, name))))
         if self.checkpoint_every:
             if not self.checkpoint:
                 raise PlanError(
                     f"checkpoint_every={self.checkpoint_every} needs a folder: name one with checkpoint "
                     "(--checkpoint DIR)."
                 )
-            object.__setattr__(self, "checkpoint_every", str(self.checkpoint_every))
+            self._set("checkpoint_every", str(self.checkpoint_every))
             self.checkpoint_cadence  # noqa: B018 - it is checked
         for name in ("lr", "clip_norm", "bucket_mib"):
             if getattr(self, name) is not None:
-                self._positive(name)
+                self._set(name, positive_number(name, getattr(self, name)))
         if self.batch_size < self.slices:
             ranks, each = self.mesh.data, self.slices_per_rank
             how = f"{ranks} rank{'s' if ranks > 1 else ''} x {each} microbatch{'es' if each > 1 else ''}"
@@ -268,11 +269,14 @@ class Plan:
                 f"({how}): use {self.slices} or more, or fewer {what}."
             )
 
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
     def _check_reproducible(self) -> None:
         """Refuse options that would make bits depend on the number of ranks."""
         if self.reproducible is True or self.reproducible is False:
-            object.__setattr__(self, "reproducible", SLICES if self.reproducible else 0)
-        self._at_least("reproducible", 0)
+            self._set("reproducible", SLICES if self.reproducible else 0)
+        self._set("reproducible", whole_number("reproducible", self.reproducible, 0))
         if not self.reproducible:
             return
         if self.mesh.size > self.mesh.dp:
@@ -291,11 +295,9 @@ class Plan:
 
     def _check_axes(self) -> None:
         """Refuse options of an axis that the mesh does not have."""
-        if self.microbatches is not None:
-            self._at_least("microbatches", 1)
         if isinstance(self.split_at, str):
-            object.__setattr__(self, "split_at", tuple(self.split_at.replace(",", " ").split()))
-        object.__setattr__(self, "split_at", tuple(self.split_at))
+            self._set("split_at", tuple(self.split_at.replace(",", " ").split()))
+        self._set("split_at", tuple(self.split_at))
         for name, axis, word in (("microbatches", "pp", "pipeline"), ("split_at", "pp", "pipeline"),
                                  ("tensor_plan", "tp", "tensor")):  # fmt: skip
             if getattr(self, name) and getattr(self.mesh, axis) == 1:
@@ -368,31 +370,6 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able data."""
         return asdict(self)
-
-    def _integer(self, name: str) -> int:
-        value = getattr(self, name)
-        try:
-            if isinstance(value, bool):
-                raise TypeError
-            number = operator.index(value)
-        except TypeError:
-            raise PlanError(f"{name} must be a whole number, not {value!r}.") from None
-        object.__setattr__(self, name, number)
-        return number
-
-    def _at_least(self, name: str, least: int) -> None:
-        if self._integer(name) < least:
-            raise PlanError(f"{name} {getattr(self, name)} is too small: use {least} or more.")
-
-    def _positive(self, name: str) -> None:
-        value = getattr(self, name)
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise PlanError(f"{name} must be a number, not {value!r}.") from None
-        if not (math.isfinite(number) and number > 0):
-            raise PlanError(f"{name} {value} must be a positive number.")
-        object.__setattr__(self, name, number)
 
 
 OPTIONS: dict[str, Option] = options_of(Plan)

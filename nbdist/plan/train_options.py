@@ -48,6 +48,7 @@ class TrainOptions(TypedDict, total=False):
     optimizer: Any
     lr: float | None
     lr_scheduler: Callable[[Any], Any] | None
+    schedule_by: str | None
     epochs: int | None
     steps: int | None
     batch_size: int | None

@@ -118,6 +118,9 @@ FEATURES_BY_NAME = {
     "clipping": lambda model: {"clip_norm": 0.03, "optimizer": SGD},
     "clipping little": lambda model: {"clip_norm": 1e3, "optimizer": in_groups},
     "a rate a step": lambda model: {"lr_scheduler": functools.partial(torch.optim.lr_scheduler.StepLR, step_size=2)},
+    "a rate an epoch": lambda model: {
+        "lr_scheduler": functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1), "schedule_by": "epoch",
+    },
     "a cosine": lambda model: {
         "lr_scheduler": functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4), "optimizer": SGD,
     },

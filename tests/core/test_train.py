@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from problems import SGD, Given, alone, assert_same_bits, classes, mlp, stop_after, train, weights
@@ -82,6 +84,38 @@ def rows_and_events(world):
         world, mlp(), DATA, optimizer=SGD, batch_size=6, epochs=2, val=classes(7), metric="accuracy", sinks=[sink]
     )
     return result, sink.events
+
+
+def plain_epochs(epochs, steps):
+    """The plain loop: one step of the scheduler after each pass over the data."""
+    model = mlp()
+    optimizer = SGD(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    for _ in range(epochs):
+        for x, y in list(zip(DATA[0].split(8), DATA[1].split(8), strict=True))[:steps]:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            steps -= 1
+        scheduler.step()
+    return weights(model)
+
+
+@pytest.mark.parametrize(("length", "epochs", "steps"), [({"epochs": 3}, 3, 9), ({"steps": 8}, 3, 8)])
+@pytest.mark.parametrize("first", [1, 3, 4])
+def test_a_scheduler_of_epochs_is_that_of_the_plain_loop(tmp_path, length, epochs, steps, first):
+    """Whether a run's length is in epochs or steps, and across a resume in, at the end of, and after an epoch."""
+    options = {
+        "optimizer": SGD, "batch_size": 8, "shuffle": False, "schedule_by": "epoch",
+        "lr_scheduler": functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+        "checkpoint": str(tmp_path),
+    }  # fmt: skip
+    expected = plain_epochs(epochs, steps)
+    torch.testing.assert_close(alone(mlp(), DATA, **options, **length)[1], expected, rtol=1e-12, atol=1e-12)
+    stopped = alone(mlp(), DATA, **options, **length, commands=stop_after(first))[0]
+    assert "stopped" == stopped.state
+    again = alone(mlp(), DATA, **options, **length, resume=str(tmp_path))[1]
+    torch.testing.assert_close(again, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -26,7 +26,7 @@ WORDS = {
     "split_at": ("blocks.2", ("blocks.2",)), "tensor_plan": ("rules", "rules"), "gather": ("no", False),
     "checkpoint": ("/tmp/here", "/tmp/here"), "checkpoint_every": ("5min", "5min"), "checkpoint_keep": ("2", 2),
     "resume": ("/tmp/here", "/tmp/here"), "stop_on_nan": ("yes", True), "tensorboard": ("/tmp/here", "/tmp/here"),
-    "check": ("no", "no"), "reduction": ("sum", "sum"),
+    "schedule_by": ("epoch", "epoch"), "check": ("no", "no"), "reduction": ("sum", "sum"),
 }  # fmt: skip
 
 
@@ -39,9 +39,9 @@ def test_every_option_can_be_given(name):
     if name == "tensor_plan":  # a magic evaluates it
         given["tensor_plan"] = value = {"*.up": "column"}
     mesh = {"microbatches": "pp", "split_at": "pp", "tensor_plan": "tp"}.get(name)
-    options = given if mesh is None else given | {"strategy": mesh}
-    if name == "checkpoint_every":
-        options["checkpoint"] = "/tmp/here"
+    options = given | ({} if mesh is None else {"strategy": mesh})
+    needed = {"checkpoint_every": {"checkpoint": "/tmp/here"}, "schedule_by": {"lr_scheduler": "warm"}}
+    options |= needed.get(name, {})
     assert value == getattr(Plan.create(ranks=2, cores=2, **options), name)
 
 

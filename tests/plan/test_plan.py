@@ -92,6 +92,8 @@ def test_numbers_of_other_libraries_become_pythons():
         ({"learning_rate": 0.1}, r"unknown option 'learning_rate'\. Did you mean 'lr'\?"),
         ({"batchsize": 3}, r"unknown option 'batchsize'\. Did you mean 'batch_size'\?"),
         ({"precision": "bf8"}, "unknown precision 'bf8': use full, bf16, fp16"),
+        ({"schedule_by": "epoch"}, "schedule_by=epoch is for an lr_scheduler, and none is"),
+        ({"schedule_by": "epochs"}, r"unknown schedule_by 'epochs': use step, epoch. Did you mean 'epoch'\?"),
         ({"schedule": "1f2b", "strategy": "pp"}, "unknown schedule '1f2b': use gpipe, 1f1b, interleaved"),
         ({"microbatches": 4}, "microbatches is given, but mesh dp=2 has no pp: use --strategy pipeline"),
         ({"split_at": "a"}, "split_at is given, but mesh dp=2 has no pp"),

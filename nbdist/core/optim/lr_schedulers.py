@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,36 +21,46 @@ _SCHEDULED = {"base_lrs", "max_lrs"}
 
 
 class Schedulers:
-    """The torch schedulers of all optimizers: stepped after each update, a ReduceLROnPlateau after each epoch.
+    """The torch schedulers of all optimizers: stepped after each update or epoch, a ReduceLROnPlateau after each row.
 
     Args:
         optimizers: Whose rates are set, by name.
         factories: Each makes the scheduler of the optimizer of that name; without one its rates are constant.
+        by: After what they are stepped, a "step" or an "epoch".
     """
 
     def __init__(
         self,
         optimizers: Mapping[str, torch.optim.Optimizer],
         factories: Mapping[str, Callable[[torch.optim.Optimizer], Any]],
+        by: str = "step",
     ) -> None:
         self._optimizers = optimizers
         self._schedulers = {name: make(optimizers[name]) for name, make in factories.items()}
         made = self._schedulers.values()
-        self._by_epoch = [one for one in made if isinstance(one, torch.optim.lr_scheduler.ReduceLROnPlateau)]
-        self._by_step = [one for one in made if one not in self._by_epoch]
+        self._by_row = [one for one in made if isinstance(one, torch.optim.lr_scheduler.ReduceLROnPlateau)]
+        others = [one for one in made if one not in self._by_row]
+        self._by_step, self._by_epoch = (others, []) if by == "step" else ([], others)
 
     def end_update(self) -> None:
         """Call when all optimizers have stepped. Local."""
         for scheduler in self._by_step:
             scheduler.step()
 
-    def end_epoch(self, measured: float) -> None:
-        """Call at the end of an epoch, with its measured value. Local."""
-        for scheduler in self._by_epoch:
+    def end_epoch(self) -> None:
+        """Call at the end of a pass over the data. Local."""
+        with warnings.catch_warnings():  # a run that resumes there has not called its optimizer yet
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
+            for scheduler in self._by_epoch:
+                scheduler.step()
+
+    def end_row(self, measured: float) -> None:
+        """Call at the end of a row of the history, with its measured value. Local."""
+        for scheduler in self._by_row:
             scheduler.step(measured)
 
     def notes(self, epochs: int | None, steps: int | None) -> list[str]:
-        """Sentences on schedulers that seem to be meant for epochs, but are stepped after each update. Local.
+        """Sentences on schedulers that seem to be meant for steps, and count epochs, or the reverse. Local.
 
         Args:
             epochs: Of the run; None if its length is in steps.
@@ -61,18 +72,26 @@ class Schedulers:
         if steps is None:
             return []
         notes = []
-        for scheduler in (part for one in self._by_step for part in _parts(one)):
+        for scheduler in (part for one in (*self._by_step, *self._by_epoch) for part in _parts(one)):
             name, total = type(scheduler).__name__, getattr(scheduler, "total_steps", None)
-            if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR) and total is not None and total < steps:
+            length, unit = (steps, "update") if self._by_step else (epochs, "epoch")
+            if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR) and length and total and total < length:
                 raise TaskError(
-                    f"lr_scheduler {name} ends after {total} steps, and the run has {steps}: it is stepped after each "
-                    f"update, so give total_steps={steps}."
+                    f"lr_scheduler {name} ends after {total} steps, and the run has {length}: it is stepped after each "
+                    f"{unit}, so give total_steps={length}."
                 )
             what, number = _period(scheduler)
-            if epochs is not None and number is not None and 1 < number <= epochs and 2 * epochs <= steps:
+            if epochs is None or number is None:
+                continue
+            if self._by_step and 1 < number <= epochs and 2 * epochs <= steps:
                 notes.append(
                     f"lr_scheduler {name} has {what} {number}, as if it counted the {epochs} epochs, but it is stepped "
-                    f"after each of the {steps} updates: one epoch has {steps // epochs}"
+                    f"after each of the {steps} updates: schedule_by='epoch' (--schedule-by epoch) steps it by epochs"
+                )
+            elif self._by_epoch and epochs < number == steps:
+                notes.append(
+                    f"lr_scheduler {name} has {what} {number}, as if it counted the {steps} updates, but it is stepped "
+                    f"after each of the {epochs} epochs: leave schedule_by out"
                 )
         return notes
 

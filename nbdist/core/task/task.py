@@ -233,9 +233,9 @@ class Task:
             "step": self.step, "val": self.val and self.val.given, "metric": self.metric, "the task": self,
         }  # fmt: skip
 
-    def make_schedulers(self) -> Schedulers:
-        """The learning-rate schedulers of the optimizers. Local."""
-        return Schedulers(self.optimizers, self.schedulers)
+    def make_schedulers(self, by: str) -> Schedulers:
+        """The learning-rate schedulers of the optimizers, stepped after each "step" or "epoch". Local."""
+        return Schedulers(self.optimizers, self.schedulers, by)
 
     @property
     def infers_weight(self) -> bool:

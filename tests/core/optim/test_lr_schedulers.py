@@ -27,7 +27,8 @@ def test_without_one_rates_stay():
     sgd = optimizer()
     schedulers = Schedulers({"": sgd}, {})
     schedulers.end_update()
-    schedulers.end_epoch(1.0)
+    schedulers.end_epoch()
+    schedulers.end_row(1.0)
     assert rates(sgd) == [0.1, 0.5]
 
 
@@ -37,8 +38,28 @@ def test_it_steps_with_the_optimizer():
     schedulers = Schedulers({"": sgd}, {"": functools.partial(lr_scheduler.StepLR, step_size=1, gamma=0.5)})
     sgd.step()
     schedulers.end_update()
-    schedulers.end_epoch(1.0)
+    schedulers.end_epoch()
+    schedulers.end_row(1.0)
     assert rates(sgd) == [0.05, 0.25]
+
+
+def test_it_steps_by_epochs():
+    """Where it is asked to; one that follows a value does so anyway, once a row."""
+    first, second = optimizer(), optimizer()
+    factories = {
+        "first": functools.partial(lr_scheduler.StepLR, step_size=1, gamma=0.5),
+        "second": functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.1),
+    }
+    schedulers = Schedulers({"first": first, "second": second}, factories, "epoch")
+    for one in (first, second):
+        one.step()
+    schedulers.end_update()
+    assert [0.1, 0.1] == [rates(one)[0] for one in (first, second)]
+    schedulers.end_epoch()
+    assert [0.05, 0.1] == [rates(one)[0] for one in (first, second)]
+    for loss in (1.0, 2.0):
+        schedulers.end_row(loss)
+    assert [0.05, 0.01] == pytest.approx([rates(one)[0] for one in (first, second)])
 
 
 def test_one_that_follows_a_value_steps_after_an_epoch():
@@ -48,7 +69,7 @@ def test_one_that_follows_a_value_steps_after_an_epoch():
     schedulers = Schedulers({"": sgd}, {"": make})
     for loss in (1.0, 0.5, 0.7):
         schedulers.end_update()
-        schedulers.end_epoch(loss)
+        schedulers.end_row(loss)
     assert rates(sgd) == [0.05, 0.25]
 
 
@@ -65,7 +86,7 @@ def test_each_optimizer_has_its_own():
     schedulers.end_update()
     assert [rates(one) for one in (first, second, third)] == [[0.05, 0.25], [0.1, 0.5], [0.1, 0.5]]
     for loss in (1.0, 2.0):
-        schedulers.end_epoch(loss)
+        schedulers.end_row(loss)
     assert [0.05, 0.01, 0.1] == pytest.approx([rates(one)[0] for one in (first, second, third)])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from problems import SGD, alone, classes, mlp, train
@@ -92,7 +94,16 @@ def test_a_scheduler_that_seems_to_count_epochs(make, what):
     """It is stepped after each update."""
     (note,) = notes_of(mlp(torch.float32), lr_scheduler=make, epochs=4)
     assert f"lr_scheduler {what}, as if it counted the 4 epochs, but it is stepped after each of the 16 updates" in note
-    assert note.endswith("one epoch has 4")
+    assert note.endswith("schedule_by='epoch' (--schedule-by epoch) steps it by epochs")
+    assert [] == notes_of(mlp(torch.float32), lr_scheduler=make, epochs=4, schedule_by="epoch")
+
+
+def test_a_scheduler_that_seems_to_count_steps():
+    """It is stepped after each epoch."""
+    make = functools.partial(SCHEDULERS.CosineAnnealingLR, T_max=16)
+    (note,) = notes_of(mlp(torch.float32), lr_scheduler=make, epochs=4, schedule_by="epoch")
+    what = "has T_max 16, as if it counted the 16 updates, but it is stepped after each of the 4 epochs"
+    assert note == f"lr_scheduler CosineAnnealingLR {what}: leave schedule_by out"
 
 
 @pytest.mark.parametrize(
@@ -114,3 +125,7 @@ def test_a_scheduler_that_ends_before_the_run():
     """It would raise in the middle."""
     with pytest.raises(TaskError, match=r"OneCycleLR ends after 4 steps, and the run has 16: .* total_steps=16"):
         notes_of(mlp(torch.float32), lr_scheduler=lambda o: SCHEDULERS.OneCycleLR(o, 0.1, total_steps=4), epochs=4)
+    make = functools.partial(SCHEDULERS.OneCycleLR, max_lr=0.1, total_steps=4)
+    with pytest.raises(TaskError, match=r"OneCycleLR ends after 4 steps, and the run has 5: .* each epoch"):
+        notes_of(mlp(torch.float32), lr_scheduler=make, epochs=5, schedule_by="epoch")
+    assert [] == notes_of(mlp(torch.float32), lr_scheduler=make, epochs=4, schedule_by="epoch")
