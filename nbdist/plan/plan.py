@@ -81,8 +81,8 @@ class Plan:
         of_task=True,
     )
     schedule_by: str = option(
-        "step", "When `lr_scheduler` steps: after each optimizer step, or after each epoch, as ReduceLROnPlateau always "
-        "does.", metavar="step|epoch", words=("step", "epoch"),
+        "step", "When `lr_scheduler` steps: after each optimizer step or each epoch; ReduceLROnPlateau always after an "
+        "epoch.", metavar="step|epoch", words=("step", "epoch"),
     )  # fmt: skip
     epochs: int | None = option(
         None, "Passes over the training data.", parse=int, metavar="N", default="1, unless `steps`",
