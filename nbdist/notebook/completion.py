@@ -207,12 +207,17 @@ def _words(*words: str) -> Callable[[dict[str, Any], str], list[str]]:
     return lambda names, word: list(words)
 
 
+def _numbers(names: dict[str, Any], word: str) -> list[str]:
+    return [name for name, value in names.items() if type(value) in (int, float)]
+
+
 def _magics(names: dict[str, Any], word: str) -> list[str]:
     return [name.lstrip("%") for name in PARSERS]
 
 
 _VALUES: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
     **{name: _words(*option.words) for name, option in LINE_OPTIONS.items() if option.words},
+    **{name: _numbers for name, option in LINE_OPTIONS.items() if option.parse in (int, float)},
     **{name: _words("yes", "no") for name, option in LINE_OPTIONS.items() if option.parse is bool},
     "data": _data,
     "val": _data,

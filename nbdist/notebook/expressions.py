@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
@@ -30,16 +30,31 @@ def evaluate(shell: InteractiveShell, expression: str) -> Any:
 
 def read_options(shell: InteractiveShell, given: Mapping[str, Any], options: Mapping[str, Option]) -> dict[str, Any]:
     """The values of options on a magic's line, each read as its `Option.read` says."""
-    return {name: read_word(shell, word, options[name].read) for name, word in given.items()}
+    return {name: read_word(shell, word, options[name].read, options[name].words) for name, word in given.items()}
 
 
-def read_word(shell: InteractiveShell, word: Any, read: str) -> Any:
-    """The value of a word on a magic's line, read as `Option.read` says."""
-    readers = {
-        "text": lambda shell, word: word, "callable": _callable, "value": evaluate, "quotable": _quotable,
-        "path": _path,
-    }  # fmt: skip
+def read_word(shell: InteractiveShell, word: Any, read: str, known: Collection[str] = ()) -> Any:
+    """The value of a word on a magic's line, read as `Option.read` says; what is `known` stays as it is."""
+    if read == "text":
+        return word if word in known else _text(shell, word)
+    if read == "callable":
+        return _callable(shell, word, known)
+    readers = {"value": evaluate, "quotable": _quotable, "path": _path}
     return readers[read](shell, word)
+
+
+def _text(shell: InteractiveShell, word: Any) -> Any:
+    """The text that is the value of an expression, or the texts, where several may be given; else the word itself."""
+    (text,) = word if isinstance(word, list) and len(word) == 1 else (word,)
+    if not isinstance(text, str):
+        return word
+    try:
+        value = eval(text, shell.user_ns)
+    except Exception:  # it is no expression, or has no value
+        return word
+    if isinstance(word, list) and isinstance(value, (list, tuple)):
+        return value
+    return str(value) if isinstance(value, (str, int)) else word
 
 
 def _path(shell: InteractiveShell, text: str | bool) -> str | bool:
@@ -59,10 +74,11 @@ def _quotable(shell: InteractiveShell, text: str) -> Any:
     return evaluate(shell, value) if isinstance(value, str) else value
 
 
-def _callable(shell: InteractiveShell, text: str) -> Any:
-    """The notebook's object of that name, or of an expression; else a well-known name."""
-    if text.isidentifier():
-        value = shell.user_ns.get(text)
-        known = callable(value) or hasattr(value, "param_groups") or hasattr(value, "compute")
-        return value if known else text
-    return evaluate(shell, text)
+def _callable(shell: InteractiveShell, text: str, known: Collection[str]) -> Any:
+    """The notebook's object of that name, or of an expression; else a well-known name, which a string may hold."""
+    if not text.isidentifier():
+        return evaluate(shell, text)
+    value = shell.user_ns.get(text)
+    if callable(value) or hasattr(value, "param_groups") or hasattr(value, "compute"):
+        return value
+    return text if text in known else _text(shell, text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
@@ -69,6 +71,10 @@ class DistMagics(Magics):
         parent: dict[str, Any] = getattr(self.shell, "get_parent", dict)()
         return self._cell_number, parent.get("header", {}).get("msg_id")
 
+    def _parse(self, parser: OptionParser, line: str) -> argparse.Namespace:
+        """The arguments on a magic's line; numbers among them may be expressions of the notebook."""
+        return parser.parse(split_line(line), functools.partial(evaluate, self.shell))
+
     def show_run(self, run: Run) -> None:
         """Display a Run, unless its panel is already in this cell: as the cell's value it would be shown twice."""
         if self._drawn_in_cell != (run, self._cell):
@@ -78,7 +84,7 @@ class DistMagics(Magics):
     @line_magic
     @_documented(parsers.START)
     def dist_start(self, line: str) -> None:
-        arguments = parsers.START.parse(split_line(line))
+        arguments = self._parse(parsers.START, line)
         cluster = current_cluster()
         if has_front_end(self.shell):
             load_panel()
@@ -117,7 +123,7 @@ class DistMagics(Magics):
     @line_magic
     @_documented(parsers.ATTACH)
     def dist_attach(self, line: str) -> Run | None:
-        arguments = parsers.ATTACH.parse(split_line(line))
+        arguments = self._parse(parsers.ATTACH, line)
         dashboard = make_dashboard(self.shell, background=True)
         cluster = Cluster.attach(arguments.name, namespace=self.shell.user_ns, watch=dashboard.update)
         print(f"took over cluster {cluster.name}: {describe_cluster(cluster)}")
@@ -133,7 +139,7 @@ class DistMagics(Magics):
     @line_magic
     @_documented(parsers.CLUSTERS)
     def dist_clusters(self, line: str) -> None:
-        parsers.CLUSTERS.parse(split_line(line))
+        self._parse(parsers.CLUSTERS, line)
         if clusters := detached_clusters():
             display(clusters_bundle(clusters), raw=True)
         else:
@@ -143,21 +149,21 @@ class DistMagics(Magics):
     @line_magic
     @_documented(parsers.STATUS)
     def dist_status(self, line: str) -> None:
-        parsers.STATUS.parse(split_line(line))
+        self._parse(parsers.STATUS, line)
         show_status(live=has_front_end(self.shell))
 
     @no_var_expand
     @line_magic
     @_documented(parsers.WHERE)
     def dist_where(self, line: str) -> None:
-        parsers.WHERE.parse(split_line(line))
+        self._parse(parsers.WHERE, line)
         print(require_cluster().where())
 
     @no_var_expand
     @line_magic
     @_documented(parsers.SCALE)
     def dist_scale(self, line: str) -> None:
-        engines, cluster = parsers.SCALE.parse(split_line(line)).n, require_cluster()
+        engines, cluster = self._parse(parsers.SCALE, line).n, require_cluster()
         cluster.scale(engines)
         run = cluster.current_run
         if run is not None:
@@ -169,13 +175,13 @@ class DistMagics(Magics):
     @line_magic
     @_documented(parsers.DEBUG)
     def dist_debug(self, line: str) -> None:
-        require_cluster().debug(parsers.DEBUG.parse(split_line(line)).rank)
+        require_cluster().debug(self._parse(parsers.DEBUG, line).rank)
 
     @no_var_expand
     @line_magic
     @_documented(parsers.STOP)
     def dist_stop(self, line: str) -> None:
-        arguments = parsers.STOP.parse(split_line(line))
+        arguments = self._parse(parsers.STOP, line)
         cluster = current_cluster()
         stopped = []
         if cluster is not None:
@@ -190,14 +196,14 @@ class DistMagics(Magics):
     @line_magic
     @_documented(parsers.HELP)
     def dist_help(self, line: str) -> None:
-        name = parsers.HELP.parse(split_line(line)).magic
+        name = self._parse(parsers.HELP, line).magic
         print(help_text() if name is None else help_text_of(name))
 
     @no_var_expand
     @cell_magic
     @_documented(parsers.DIST)
     def dist(self, line: str, cell: str) -> None:
-        arguments = parsers.DIST.parse(split_line(line))
+        arguments = self._parse(parsers.DIST, line)
         cluster = require_cluster()
         ranks = None if arguments.ranks is None else parsers.parse_ranks(arguments.ranks, cluster.size)
         if arguments.local:
@@ -224,7 +230,7 @@ class DistMagics(Magics):
     @line_magic
     @_documented(parsers.PUSH)
     def dist_push(self, line: str) -> None:
-        arguments = parsers.PUSH.parse(split_line(line))
+        arguments = self._parse(parsers.PUSH, line)
         cluster = require_cluster()
         odd = [name for name in arguments.names if not name.isidentifier()]
         if odd:
@@ -236,14 +242,14 @@ class DistMagics(Magics):
     @line_magic
     @_documented(parsers.PULL)
     def dist_pull(self, line: str) -> Any:
-        arguments = parsers.PULL.parse(split_line(line))
+        arguments = self._parse(parsers.PULL, line)
         return require_cluster().pull(arguments.name, arguments.rank)
 
     @no_var_expand
     @line_cell_magic
     @_documented(parsers.TRAIN)
     def dist_train(self, line: str, cell: str | None = None) -> Run:
-        arguments = parsers.TRAIN.parse(split_line(line))
+        arguments = self._parse(parsers.TRAIN, line)
         cluster = require_cluster()
         if cell is not None and arguments.loss is not None:
             raise PlanError("--loss and a cell body both define the loss: leave one of them out.")
@@ -280,7 +286,7 @@ class DistMagics(Magics):
     @line_magic
     @_documented(parsers.PREDICT)
     def dist_predict(self, line: str) -> Any:
-        arguments = parsers.PREDICT.parse(split_line(line))
+        arguments = self._parse(parsers.PREDICT, line)
         cluster = require_cluster()
         options = read_options(self.shell, given_options(arguments, PREDICT_OPTIONS), PREDICT_OPTIONS)
         model, data = evaluate(self.shell, arguments.model), evaluate(self.shell, arguments.data)
@@ -312,7 +318,7 @@ class DistMagics(Magics):
     @line_magic
     @_documented(parsers.RUNS)
     def dist_runs(self, line: str) -> PastRun | None:
-        arguments = parsers.RUNS.parse(split_line(line))
+        arguments = self._parse(parsers.RUNS, line)
         if arguments.run_id is not None:
             return past_run(arguments.run_id)
         if arguments.n < 1:
@@ -328,7 +334,7 @@ class DistMagics(Magics):
     @line_magic
     @_documented(parsers.RUN)
     def dist_run(self, line: str) -> Run | None:
-        arguments = parsers.RUN.parse(split_line(line))
+        arguments = self._parse(parsers.RUN, line)
         run, command, value = last_run(), arguments.command, arguments.value
         if run is None:
             raise ClusterError("no run has been started in this notebook: %dist_train starts one.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from nbdist.cluster.runs.run_spec import RUN_OPTIONS
 from nbdist.errors import PlanError
 from nbdist.plan.arguments import OptionParser, add_options
@@ -20,8 +22,11 @@ LINE_OPTIONS = {name: option for name, option in (TRAIN_OPTIONS | RUN_OPTIONS).i
 """The options of ``%dist_train``, whose cell is the step."""
 
 
+_Parser = functools.partial(OptionParser, expressions=True)
+
+
 def _start_parser() -> OptionParser:
-    parser = OptionParser("%dist_start", "Start engines, one rank each, and report them. Can be called twice.")
+    parser = _Parser("%dist_start", "Start engines, one rank each, and report them. Can be called twice.")
     parser.add_argument("-n", type=int, metavar="N", help="Engines. Default: one a GPU, else one a core up to 4.")
     parser.add_argument(
         "--device", default="auto", metavar="auto|cpu|cuda", help="What ranks compute on. Default: auto."
@@ -41,7 +46,7 @@ def _start_parser() -> OptionParser:
 
 
 def _attach_parser() -> OptionParser:
-    parser = OptionParser(
+    parser = _Parser(
         "%dist_attach",
         "Take over a detached cluster whose kernel has ended: its engines with all their variables, and the newest run "
         "with its panel. The model is assigned to its name here, or receives the weights if it exists. "
@@ -53,20 +58,18 @@ def _attach_parser() -> OptionParser:
 
 
 def _clusters_parser() -> OptionParser:
-    return OptionParser(
-        "%dist_clusters", "List the running detached clusters, and how long each still waits for a kernel."
-    )
+    return _Parser("%dist_clusters", "List the running detached clusters, and how long each still waits for a kernel.")
 
 
 def _status_parser() -> OptionParser:
-    return OptionParser(
+    return _Parser(
         "%dist_status",
         "Show the engines (rank, process, host, device, state, memory), the newest run, and the fork server.",
     )
 
 
 def _where_parser() -> OptionParser:
-    return OptionParser(
+    return _Parser(
         "%dist_where",
         "Show the line and the collective that every rank is in, and which rank waits for which. Disturbs no run. "
         "During a run it needs --background or a subshell, as any other cell does.",
@@ -74,7 +77,7 @@ def _where_parser() -> OptionParser:
 
 
 def _scale_parser() -> OptionParser:
-    parser = OptionParser(
+    parser = _Parser(
         "%dist_scale",
         "Scale to N engines: engines are added or the last ones removed, the others keep their variables. A running "
         "training scales after the current step, with the same global batch.",
@@ -84,7 +87,7 @@ def _scale_parser() -> OptionParser:
 
 
 def _debug_parser() -> OptionParser:
-    parser = OptionParser(
+    parser = _Parser(
         "%dist_debug",
         "Post-mortem pdb on the last error of a run or a cell on a rank: it begins on your own line; up, down, "
         "p NAME, l, and q to quit. The other ranks stay free.",
@@ -94,7 +97,7 @@ def _debug_parser() -> OptionParser:
 
 
 def _stop_parser() -> OptionParser:
-    parser = OptionParser("%dist_stop", "Stop the engines. Can be called twice.")
+    parser = _Parser("%dist_stop", "Stop the engines. Can be called twice.")
     parser.add_argument(
         "--all", action="store_true", help="Also stop the fork server, which otherwise makes the next start quicker."
     )
@@ -102,31 +105,32 @@ def _stop_parser() -> OptionParser:
 
 
 def _dist_parser() -> OptionParser:
-    parser = OptionParser("%%dist", "Run the cell on engines, which have `rank`, `world_size` and `device`.")
+    parser = _Parser("%%dist", "Run the cell on engines, which have `rank`, `world_size` and `device`.")
     parser.add_argument("--ranks", metavar="0,2-3", help="The ranks that run it. Default: all ranks.")
     parser.add_argument("--local", action="store_true", help="First run it in the notebook too.")
     return parser
 
 
 def _push_parser() -> OptionParser:
-    parser = OptionParser("%dist_push", "Send values of the notebook to every engine, under the same names.")
+    parser = _Parser("%dist_push", "Send values of the notebook to every engine, under the same names.")
     parser.add_argument("names", nargs="+", metavar="NAME", help="Names in the notebook.")
     return parser
 
 
 def _pull_parser() -> OptionParser:
-    parser = OptionParser("%dist_pull", "Return the value of a name on one engine.")
+    parser = _Parser("%dist_pull", "Return the value of a name on one engine.")
     parser.add_argument("name", metavar="NAME", help="A name on the engine.")
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="Which engine. Default: 0.")
     return parser
 
 
 def _train_parser() -> OptionParser:
-    parser = OptionParser(
+    parser = _Parser(
         "%dist_train",
         "Train MODEL on DATA on all engines; the notebook's own MODEL then holds the trained weights. Returns a Run. "
         "As a cell magic the body is one training step: it sees `model` and `batch` and assigns `loss`, a mean "
-        "(and `weight`, what that mean is over, if that is not samples).",
+        "(and `weight`, what that mean is over, if that is not samples). Numbers and words may be expressions of the "
+        "notebook: --lr rate, --epochs config.epochs.",
         usage="%%dist_train MODEL DATA [OPTIONS]\n"
         "       %%dist_train --resume [OPTIONS]        (continues the last run)\n"
         "       %%%%dist_train MODEL DATA [OPTIONS]   (the cell is one step)",
@@ -146,7 +150,7 @@ def _train_parser() -> OptionParser:
 
 
 def _predict_parser() -> OptionParser:
-    parser = OptionParser(
+    parser = _Parser(
         "%dist_predict",
         "Return MODEL's outputs for DATA, in its order: every sample once, shared over all engines, on the CPU. MODEL "
         "is in evaluation mode, and stays as it is. The last element of a tuple (x, y) is the target, and left out.",
@@ -161,7 +165,7 @@ def _predict_parser() -> OptionParser:
 
 
 def _run_parser() -> OptionParser:
-    parser = OptionParser(
+    parser = _Parser(
         "%dist_run",
         f"Show the newest run, or send it a command, which all ranks apply after the same step: "
         f"{', '.join(COMMANDS[name].usage for name in RUN_COMMANDS)}. None of them loses a step. A command after the "
@@ -178,7 +182,7 @@ def _run_parser() -> OptionParser:
 
 
 def _runs_parser() -> OptionParser:
-    parser = OptionParser("%dist_runs", "List the recorded runs, the newest first, or show one. Needs no engines.")
+    parser = _Parser("%dist_runs", "List the recorded runs, the newest first, or show one. Needs no engines.")
     parser.add_argument(
         "run_id", nargs="?", metavar="RUN_ID", help="The run to show; the beginning of its name is enough."
     )
@@ -187,7 +191,7 @@ def _runs_parser() -> OptionParser:
 
 
 def _help_parser() -> OptionParser:
-    parser = OptionParser("%dist_help", "Show all magics, or all about one of them.")
+    parser = _Parser("%dist_help", "Show all magics, or all about one of them.")
     parser.add_argument("magic", nargs="?", metavar="MAGIC", help="Which, such as dist_train.")
     return parser
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from nbdist.errors import PlanError, suggest
+from nbdist.errors import NbdistError, PlanError, suggest
 from nbdist.plan.option import Option, explained, flag
 
 __all__ = ["OptionParser", "add_options", "given_options", "line_help", "split_line"]
@@ -14,16 +17,48 @@ __all__ = ["OptionParser", "add_options", "given_options", "line_help", "split_l
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
-class OptionParser(argparse.ArgumentParser):
-    """An argument parser that raises `PlanError`, for magics and the command line alike."""
+@dataclass(frozen=True)
+class _Expression:
+    """A word where an option takes a number or a yes, and which is none: the notebook may have its value."""
 
-    def __init__(self, prog: str, description: str, usage: str | None = None) -> None:
+    text: str
+    option: str
+    kind: Any
+
+    def value(self, evaluate: Callable[[str], Any]) -> Any:
+        """Its value, as the option's type."""
+        convert, what = _CONVERSIONS[self.kind]
+        try:
+            value = evaluate(self.text)
+        except NbdistError as error:
+            if self.kind is _yes_or_no and self.text.isidentifier():  # more likely a word than a name
+                raise PlanError(f"{self.option} {self.text} is {what}.") from None
+            raise type(error)(f"{self.option}: {error}") from error
+        try:
+            return convert(value)
+        except (TypeError, ValueError, OverflowError):
+            found = "" if repr(value) == self.text else f"{value!r}, "
+            raise PlanError(f"{self.option} {self.text} is {found}{what}.") from None
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An argument parser that raises `PlanError`, for magics and the command line alike.
+
+    Args:
+        prog: The word that begins the line.
+        description: For the help text.
+        usage: For the help text; by argparse if it is None.
+        expressions: Whether numbers may be written as expressions, whose values `parse` then asks for.
+    """
+
+    def __init__(self, prog: str, description: str, usage: str | None = None, *, expressions: bool = False) -> None:
         super().__init__(
             prog=prog, usage=usage, description=description, add_help=False, allow_abbrev=False,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
         )  # fmt: skip
         self.elsewhere: dict[str, tuple[str, ...]] = {}
         """Each option's names in other trainers."""
+        self._expressions = expressions
 
     @property
     def arguments(self) -> list[argparse.Action]:
@@ -34,14 +69,29 @@ class OptionParser(argparse.ArgumentParser):
         """Raise `PlanError` instead of ending the process."""
         raise PlanError(f"{self.prog}: {message}.")
 
-    def parse(self, words: list[str]) -> argparse.Namespace:
-        """Parse `words`; the error for an unknown option suggests the nearest known one."""
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """See `argparse.ArgumentParser.add_argument`."""
+        kind: Any = settings.get("type")
+        if self._expressions and kind in _CONVERSIONS:
+            settings["type"] = functools.partial(_literal_or_expression, names[-1], kind)
+        return super().add_argument(*names, **settings)
+
+    def parse(self, words: list[str], evaluate: Callable[[str], Any] | None = None) -> argparse.Namespace:
+        """Parse `words`; the error for an unknown option suggests the nearest known one.
+
+        Args:
+            words: Of the line.
+            evaluate: Returns the value of an expression; needed with `expressions`.
+        """
         namespace, unknown = self.parse_known_args(words)
         if unknown:
             name = unknown[0].partition("=")[0]
             known = [flag for action in self.arguments for flag in action.option_strings]
             meant = [flag(option) for option, others in self.elsewhere.items() if name in map(flag, others)]
             raise PlanError(f"{self.prog}: unknown argument {name!r}.{suggest(name, known, meant)}")
+        for name, value in vars(namespace).items():
+            if isinstance(value, _Expression) and evaluate is not None:
+                setattr(namespace, name, value.value(evaluate))
         return namespace
 
 
@@ -51,6 +101,27 @@ def _yes_or_no(word: str) -> bool:
     if word.lower() in ("no", "false", "0"):
         return False
     raise argparse.ArgumentTypeError(f"{word!r} is neither yes nor no")
+
+
+def _bool(value: Any) -> bool:
+    if value not in (True, False):
+        raise ValueError
+    return bool(value)
+
+
+_CONVERSIONS: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    int: (operator.index, "not a whole number"),
+    float: (float, "not a number"),
+    _yes_or_no: (_bool, "neither yes nor no"),
+}
+"""For what a word is parsed by: how a value becomes the same, and what it is if it cannot."""
+
+
+def _literal_or_expression(option: str, kind: Callable[[str], Any], word: str) -> Any:
+    try:
+        return kind(word)
+    except (ValueError, argparse.ArgumentTypeError):
+        return _Expression(word, option, kind)
 
 
 def line_help(option: Option) -> str:

@@ -42,8 +42,9 @@ def test_the_words_are_those_that_core_knows():
         ("%dist_train model train_set --loss my", ["my_loss"]),
         ("%dist_train model train_set --precision b", ["bf16"]),
         ("%dist_train model train_set --shuffle ", ["yes", "no"]),
-        ("%dist_train model train_set --split-at body --sched", ["--schedule"]),
-        ("%%dist_train model train_set --sched", ["--schedule"]),
+        ("%dist_train model train_set --lr ra", ["rate"]),
+        ("%dist_train model train_set --split-at body --sched", ["--schedule-by", "--schedule"]),
+        ("%%dist_train model train_set --sched", ["--schedule-by", "--schedule"]),
         ("%dist_start --dev", ["--device"]),
         ("%dist_start --device c", ["cpu", "cuda"]),
         ("%dist_run st", ["stop"]),
@@ -55,6 +56,7 @@ def test_the_words_are_those_that_core_knows():
 )
 def test_options_and_values(notebook, line, expected):
     """Where each is allowed; names are those of objects that fit."""
+    notebook.names["rate"] = 0.1
     notebook(NET + "def my_loss(output, target): return F.cross_entropy(output, target)")
     assert expected == texts(notebook, line)
 

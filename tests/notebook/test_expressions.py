@@ -15,19 +15,37 @@ from nbdist.notebook.expressions import read_word
         ("'kept/{name}'", "path", "kept/first"),
         ("kept/{word}", "path", "kept/{word}"),  # a local of the reader
         (True, "path", True),
-        ("name", "text", "name"),
+        ("nam", "text", "nam"),
         ("name", "value", "first"),
         ("text", "value", "name"),
         ("text", "quotable", "first"),
         ("'1 + 1'", "quotable", 2),
         ("mse", "callable", "mse"),
         ("own", "callable", len),
+        ("text", "callable", "name"),
+        ("text", "text", "name"),
+        ("text + '=2'", "text", "name=2"),
+        ("dp=2", "text", "dp=2"),
+        ("200", "text", "200"),
+        (["names"], "text", ["a", "b"]),
+        (["a", "b"], "text", ["a", "b"]),
+        (["len"], "text", ["len"]),
+        (4, "text", 4),
     ],
 )
 def test_a_word_is_read_in_the_notebook(notebook, word, read, value):
     """By the notebook's names alone, and evaluated once, or once more where it may stand in quotes."""
-    notebook.shell.user_ns.update(name="first", text="name", own=len)
+    notebook.shell.user_ns.update(name="first", text="name", own=len, names=["a", "b"], mse=1.5)
     assert value == read_word(notebook.shell, word, read)
+
+
+@pytest.mark.parametrize("read", ["text", "callable"])
+def test_a_known_word_is_no_expression(notebook, read):
+    """Whatever has its name in the notebook, but a callable where one is wanted."""
+    notebook.shell.user_ns.update(mse="other")
+    assert "mse" == read_word(notebook.shell, "mse", read, ["mse"])
+    notebook.shell.user_ns.update(mse=len)
+    assert {"text": "mse", "callable": len}[read] == read_word(notebook.shell, "mse", read, ["mse"])
 
 
 def test_a_name_that_is_not_there(notebook):

@@ -196,7 +196,7 @@ def test_values_go_to_the_engines_and_return(notebook):
         ("%dist_pull nowhere", ClusterError, "'nowhere' is not defined on rank 0."),
         ("%dist_pull rank --rank 2", PlanError, "rank 2 does not exist: use 0 to 1."),
         ("%dist_pull rank --rnak 1", PlanError, "%dist_pull: unknown argument '--rnak'. Did you mean '--rank'?"),
-        ("%dist_start -n many", PlanError, "%dist_start: argument -n: invalid int value: 'many'."),
+        ("%dist_start -n many", TaskError, "-n: 'many' is not defined in the notebook."),
         ("%dist_start -n 0", PlanError, "0 engines is too few: use 1 or more."),
         ("%dist_start -n 9999", PlanError, "9999 engines are more than this machine can run"),
         ("%dist_start --device tpu", PlanError, "unknown device 'tpu': use auto, cpu or cuda."),

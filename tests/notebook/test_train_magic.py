@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import types
 
 import pytest
 import torch
@@ -45,6 +46,22 @@ def test_one_line_trains_the_notebooks_own_model(notebook):
     assert run.history[-1]["val_accuracy"] == pytest.approx(hits)
 
 
+def test_numbers_and_words_are_expressions_of_the_notebook(notebook):
+    """Read when the line runs: so a loop can train with each value of a list."""
+    notebook.names.update(config=types.SimpleNamespace(epochs=2, mesh="dp=2"), rates=[0.5, 0.25])
+    notebook(
+        "runs = {}\n"
+        "for rate in rates:\n"
+        "    runs[rate] = %dist_train Net() train_set --loss cross_entropy --optimizer sgd --lr rate/2 "
+        "--epochs config.epochs --strategy config.mesh --batch-size 4*4 --background\n"
+        "for run in runs.values():\n"
+        "    run.wait()"
+    )
+    plans = {rate: run.plan for rate, run in notebook.names["runs"].items()}
+    assert {0.5: 0.25, 0.25: 0.125} == {rate: plan.lr for rate, plan in plans.items()}
+    assert {(2, "dp=2", 16)} == {(plan.epochs, plan.strategy, plan.batch_size) for plan in plans.values()}
+
+
 def test_every_option_reaches_the_plan(notebook, tmp_path):
     """As a user writes it, by its own name; a path takes names of the notebook in braces."""
     notebook.names.update(folder=tmp_path, deep=nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)))
@@ -52,7 +69,7 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
         "%dist_train deep train_set --loss cross_entropy --optimizer sgd --lr 0.1 --steps 3 --batch-size 16 "
         "--accumulate 2 --clip-norm 0.5 --seed 7 --threads 1 --strategy dp=2 --shuffle no --bucket-mib 8 "
         "--val test_set --metric accuracy --lr-scheduler 'lambda o: torch.optim.lr_scheduler.StepLR(o, 1)' "
-        "--precision bf16 --sync-batchnorm no --reduction mean "
+        "--schedule-by epoch --precision bf16 --sync-batchnorm no --reduction mean "
         "--checkpoint {folder}/kept --checkpoint-every 2 --checkpoint-keep 1 --stop-on-nan yes --check mesh"
     )
     assert [*(tmp_path / "kept").glob("*-step00000003*/checkpoint.json")]
@@ -66,7 +83,7 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
     plan = {name: value for name, value in run.plan.to_dict().items() if name not in ("mesh", "checked")}
     assert plan == {
         "loss": "cross_entropy", "reduction": "mean", "optimizer": "sgd", "lr": 0.1, "steps": 3, "epochs": None,
-        "batch_size": 16,
+        "batch_size": 16, "schedule_by": "epoch",
         "accumulate": 2, "clip_norm": 0.5, "seed": 7, "threads": 1, "strategy": "dp=2", "shuffle": False,
         "bucket_mib": 8.0, "metric": "accuracy", "lr_scheduler": "<lambda>", "precision": "bf16",
         "sync_batchnorm": False, "reproducible": 0, "microbatches": None, "schedule": "1f1b", "split_at": (),
@@ -239,12 +256,14 @@ MISTAKES = [
     ("%dist_train model train_set --loss mse --strategy fsdpp", PlanError, "unknown strategy 'fsdpp': use data"),
     ("%dist_train model train_set --loss mse --strategy dp=4", PlanError, "strategy 'dp=4' needs 4 ranks"),
     ("%dist_train model train_set --loss mse --batch-size 1", PlanError, "batch_size 1 is smaller than its 2 slices"),
-    ("%dist_train model train_set --loss mse --batch-size big", PlanError,
-     "%dist_train: argument --batch-size: invalid int value: 'big'."),
+    ("%dist_train model train_set --loss mse --batch-size big", TaskError,
+     "--batch-size: 'big' is not defined in the notebook."),
+    ("%dist_train model train_set --loss mse --epochs 1/2", PlanError, "--epochs 1/2 is 0.5, not a whole number."),
+    ("%dist_train model train_set --loss mse --epochs 2.0", PlanError, "--epochs 2.0 is not a whole number."),
     ("%dist_train model train_set --loss mse --lr 0", PlanError, "lr 0.0 must be a positive number."),
     ("%dist_train model train_set --loss mse --epochs 1 --steps 1", PlanError, "epochs=1 and steps=1: give one of"),
     ("%dist_train model train_set --loss mse --shuffle maybe", PlanError,
-     "%dist_train: argument --shuffle: 'maybe' is neither yes nor no."),
+     "--shuffle maybe is neither yes nor no."),
     ("%dist_train model (X, y --loss mse", PlanError, "')' is missing in: model (X, y --loss mse"),
     ("%dist_train model X+ --loss mse", PlanError, "'X+' is not a Python expression."),
     ("%dist_train model X[9,9,9] --loss mse", TaskError, "X[9,9,9] cannot be evaluated: IndexError: "),

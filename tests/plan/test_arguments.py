@@ -115,3 +115,21 @@ def test_what_is_not_closed_is_named(line, missing):
     """The error says which bracket or quote is missing, and where."""
     with pytest.raises(PlanError, match=f"{missing} is missing in: m "):
         split_line(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("--epochs 3", {"epochs": 3}),
+        ("--epochs n", {"epochs": 4}),
+        ("--epochs n*2 --lr 1/100 --shuffle yes", {"epochs": 8, "lr": 0.01, "shuffle": True}),
+        ("--lr n --shuffle n>5 --seed -5", {"lr": 4.0, "shuffle": False, "seed": -5}),
+        ("--reproducible n --seed whole", {"reproducible": 4, "seed": 7}),
+    ],
+)
+def test_a_number_may_be_an_expression(line, value):
+    """In a notebook; the value is of the option's type."""
+    made = OptionParser("%train", "Train.", expressions=True)
+    add_options(made, OPTIONS)
+    names = {"n": 4, "whole": type("Whole", (), {"__index__": lambda self: 7})()}
+    assert value == given_options(made.parse(split_line(line), lambda text: eval(text, {}, names)), OPTIONS)
