@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nbdist.core.sync.batch_gather import gather
     from nbdist.core.train import Result
     from nbdist.plan import Mesh, Plan
-    from nbdist.telemetry import past_runs
+    from nbdist.telemetry import compare, past_runs
 
     __version__: str
 
@@ -23,6 +23,7 @@ __all__ = [
     "Plan",
     "Result",
     "Run",
+    "compare",
     "current_cluster",
     "gather",
     "last_run",
@@ -40,6 +41,7 @@ _MODULES = {
     "Plan": "nbdist.plan",
     "Result": "nbdist.core",
     "Run": "nbdist.cluster",
+    "compare": "nbdist.telemetry",
     "current_cluster": "nbdist.cluster",
     "gather": "nbdist.core",
     "last_run": "nbdist.cluster",

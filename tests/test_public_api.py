@@ -23,8 +23,8 @@ ROOT = Path(nbdist.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = [
-    "Cluster", "Mesh", "Plan", "Result", "Run", "current_cluster", "gather", "last_run", "load_checkpoint",
-    "past_runs", "predict", "train", "unshard",
+    "Cluster", "Mesh", "Plan", "Result", "Run", "compare", "current_cluster", "gather", "last_run",
+    "load_checkpoint", "past_runs", "predict", "train", "unshard",
 ]  # fmt: skip
 
 TRAIN_ARGUMENTS = [
@@ -41,6 +41,7 @@ MAGICS = [
     "dist",
     "dist_attach",
     "dist_clusters",
+    "dist_compare",
     "dist_debug",
     "dist_help",
     "dist_predict",

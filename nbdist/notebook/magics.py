@@ -34,7 +34,7 @@ from nbdist.notebook.status import describe_cluster, engines_text, show_status
 from nbdist.notebook.step_cell import compile_step
 from nbdist.plan.arguments import OptionParser, given_options, split_line
 from nbdist.plan.predict_options import PREDICT_OPTIONS
-from nbdist.telemetry import PastRun, past_run, past_runs
+from nbdist.telemetry import Comparison, PastRun, compare, past_run, past_runs
 from nbdist.telemetry.command_table import COMMANDS
 from nbdist.telemetry.record import records
 from nbdist.telemetry.run_view import mesh_text
@@ -329,6 +329,16 @@ class DistMagics(Magics):
         else:
             print(f"no run has left a record in {records()}")
         return None
+
+    @no_var_expand
+    @line_magic
+    @_documented(parsers.COMPARE)
+    def dist_compare(self, line: str) -> Comparison:
+        arguments = self._parse(parsers.COMPARE, line)
+        if not arguments.runs:
+            return compare(past_runs(arguments.n))
+        given = [word if word[0].isdigit() else evaluate(self.shell, word) for word in arguments.runs]
+        return compare(given[0] if len(given) == 1 else given)
 
     @no_var_expand
     @line_magic

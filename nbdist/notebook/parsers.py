@@ -12,8 +12,8 @@ from nbdist.plan.train_options import TRAIN_OPTIONS
 from nbdist.telemetry.command_table import COMMANDS
 
 __all__ = [
-    "ATTACH", "CLUSTERS", "DEBUG", "DIST", "HELP", "LINE_OPTIONS", "PARSERS", "PREDICT", "PULL", "PUSH", "RUN",
-    "RUNS", "RUN_COMMANDS", "SCALE", "START", "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
+    "ATTACH", "CLUSTERS", "COMPARE", "DEBUG", "DIST", "HELP", "LINE_OPTIONS", "PARSERS", "PREDICT", "PULL", "PUSH",
+    "RUN", "RUNS", "RUN_COMMANDS", "SCALE", "START", "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
 ]  # fmt: skip
 
 RUN_COMMANDS = tuple(name for name, kind in COMMANDS.items() if kind.usage)
@@ -190,6 +190,20 @@ def _runs_parser() -> OptionParser:
     return parser
 
 
+def _compare_parser() -> OptionParser:
+    parser = _Parser(
+        "%dist_compare",
+        "Compare runs, running or past: the options that differ, the best epoch of each, and their curves. Returns a "
+        "Comparison. Needs no engines.",
+    )
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN",
+        help="A name or expression: a Run, a dict or list of Runs; or the name of a recorded run. Default: the newest.",
+    )  # fmt: skip
+    parser.add_argument("-n", type=int, default=5, metavar="N", help="How many of the newest. Default: 5.")
+    return parser
+
+
 def _help_parser() -> OptionParser:
     parser = _Parser("%dist_help", "Show all magics, or all about one of them.")
     parser.add_argument("magic", nargs="?", metavar="MAGIC", help="Which, such as dist_train.")
@@ -198,6 +212,7 @@ def _help_parser() -> OptionParser:
 
 ATTACH = _attach_parser()
 CLUSTERS = _clusters_parser()
+COMPARE = _compare_parser()
 DEBUG = _debug_parser()
 SCALE = _scale_parser()
 START = _start_parser()
@@ -221,6 +236,7 @@ PARSERS: dict[str, OptionParser] = {
         PREDICT,
         RUN,
         RUNS,
+        COMPARE,
         DIST,
         PUSH,
         PULL,

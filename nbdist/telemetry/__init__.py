@@ -1,5 +1,6 @@
 """WHAT happened in a run: events, their fold into state, sinks, views. Standard library only."""
 
+from nbdist.telemetry.comparison import Comparison, compare
 from nbdist.telemetry.events import (
     Checkpointed,
     CommandApplied,
@@ -30,6 +31,7 @@ from nbdist.telemetry.timeline import Timeline
 __all__ = [
     "Checkpointed",
     "CommandApplied",
+    "Comparison",
     "EpochFinished",
     "Evaluating",
     "Event",
@@ -56,6 +58,7 @@ __all__ = [
     "Timeline",
     "Work",
     "Worked",
+    "compare",
     "fold",
     "past_run",
     "past_runs",

@@ -15,6 +15,7 @@ from nbdist.telemetry.units import duration, left, number
 __all__ = [
     "RANK_COLUMNS",
     "SHOWN_RANKS",
+    "chart_image",
     "chosen_ranks",
     "epoch_text",
     "happened",
@@ -178,7 +179,7 @@ def html_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _image(chart: str) -> str:
+def chart_image(chart: str) -> str:
     """A chart as an ``<img>``: untrusted notebooks remove an ``<svg>``."""
     words = chart.partition("<title>")[2].partition("</title>")[0]
     return f'<img alt="{words}" src="data:image/svg+xml;base64,{base64.b64encode(chart.encode()).decode()}">'
@@ -194,7 +195,7 @@ def run_html(run: RunState) -> str:
         parts.append(f"<p>{'<br>'.join(map(escape, lines))}</p>")
     charts = [chart for chart in (loss_chart(run, width=480), metric_chart(run, width=280)) if chart]
     if charts:
-        parts.append(f"<p>{''.join(map(_image, charts))}</p>")
+        parts.append(f"<p>{''.join(map(chart_image, charts))}</p>")
     if rows:
         parts.append(html_table(columns, rows))
     if run.stages:

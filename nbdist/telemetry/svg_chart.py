@@ -1,10 +1,10 @@
-"""Charts of a run as SVG: the loss over its steps, and the metric on the validation data."""
+"""Charts as SVG: a run's loss over its steps, its metric on the validation data, and curves of several runs."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -12,9 +12,10 @@ from nbdist.telemetry.events import Point
 from nbdist.telemetry.run_state import RunState
 from nbdist.telemetry.units import number
 
-__all__ = ["SVG_COLORS", "loss_chart", "metric_chart"]
+__all__ = ["SVG_COLORS", "Pairs", "curves_chart", "loss_chart", "metric_chart"]
 
-SVG_COLORS = {"train": "#3b82c4", "val": "#d9772b", "axis": "#808080"}
+_RUNS = ("#3b82c4", "#d9772b", "#3f9b57", "#b35fb8", "#c9544f", "#8a7f2d", "#5f7fa8", "#9b6b4f")
+SVG_COLORS = {"train": _RUNS[0], "val": _RUNS[1], "axis": "#808080"} | {f"run{i}": c for i, c in enumerate(_RUNS)}
 """Of lines and texts: readable on white and on dark, because an image does not know its page's theme."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 86, 10, 26
 _TICKS = 5
@@ -73,7 +74,7 @@ def loss_chart(run: RunState, *, width: int = 640, height: int = 180) -> str:
     if val:
         title += f"; on the validation data {number(val[-1][1])}"
     drawn = [_axes(frame, "step"), _band(frame, band), _line(frame, train, "train"), _line(frame, val, "val", True)]
-    labels = [("train", train[-1])] + ([("val", val[-1])] if val else [])
+    labels = [("train", "train", train[-1][1])] + ([("val", "val", val[-1][1])] if val else [])
     return _svg(frame, title, [*drawn, *_labels(frame, labels)])
 
 
@@ -90,7 +91,31 @@ def metric_chart(run: RunState, *, width: int = 320, height: int = 180) -> str:
     frame = _Frame(width, height, (0.0, values[-1][0]), _range([y for _, y in values], []))
     title = f"{name} on the validation data: from {number(values[0][1])} to {number(values[-1][1])}"
     drawn = [_axes(frame, "step"), _line(frame, values, "val", True)]
-    return _svg(frame, title, [*drawn, *_labels(frame, [("val", values[-1])], name)])
+    return _svg(frame, title, [*drawn, *_labels(frame, [("val", name, values[-1][1])])])
+
+
+def curves_chart(title: str, curves: Mapping[str, Pairs], *, width: int = 400, height: int = 200) -> str:
+    """Curves of several runs over their steps; empty where there is nothing to draw.
+
+    Args:
+        title: What is drawn.
+        curves: Pairs of step and value by the run's name; one without pairs is left out.
+        width: In pixels.
+        height: In pixels.
+    """
+    kinds = {name: f"run{number % len(_RUNS)}" for number, name in enumerate(curves)}
+    drawn = {name: finite for name, pairs in curves.items() if (finite := [p for p in pairs if math.isfinite(p[1])])}
+    if not drawn:
+        return ""
+    points = [pair for pairs in drawn.values() for pair in pairs]
+    frame = _Frame(width, height, (0.0, max(x for x, _ in points)), _range([y for _, y in points], []))
+    lines = [_line(frame, pairs, kinds[name], dots=True) for name, pairs in drawn.items()]
+    labels = [(kinds[name], _cut(name), pairs[-1][1]) for name, pairs in drawn.items()]
+    return _svg(frame, title, [_axes(frame, "step"), *lines, *_labels(frame, labels)])
+
+
+def _cut(name: str, most: int = 8) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _ends(run: RunState) -> list[float]:
@@ -182,17 +207,16 @@ def _line(frame: _Frame, pairs: Pairs, kind: str, dots: bool = False) -> str:
     return drawn
 
 
-def _labels(frame: _Frame, ends: Iterable[tuple[str, tuple[float, float]]], name: str = "") -> list[str]:
-    """The name and last value of each line, beside its end, moved apart where they would overlap."""
-    words = {"train": "train", "val": name or "val"}
-    sorted_ends = sorted(ends, key=lambda end: frame.up(end[1][1]))
+def _labels(frame: _Frame, ends: Iterable[tuple[str, str, float]]) -> list[str]:
+    """Name and last value of each line (kind, name, value), beside its end, moved apart where they would overlap."""
+    sorted_ends = sorted(ends, key=lambda end: frame.up(end[2]))
     heights: list[float] = []
-    for _, (_, value) in sorted_ends:
+    for _, _, value in sorted_ends:
         heights.append(max(frame.up(value) + 4, heights[-1] + 13 if heights else -math.inf))
     lift = max(0.0, heights[-1] - (frame.height - _BOTTOM))
     return [
-        _text(frame.width - _RIGHT + 8, y - lift, "start", f"{words[kind]} {_short(value)}", kind)
-        for y, (kind, (_, value)) in zip(heights, sorted_ends, strict=True)
+        _text(frame.width - _RIGHT + 8, y - lift, "start", f"{name} {_short(value)}", kind)
+        for y, (kind, name, value) in zip(heights, sorted_ends, strict=True)
     ]
 
 
