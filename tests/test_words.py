@@ -46,7 +46,6 @@ ALLOWED = {
     ("core/params", "dim"): "of a tensor",
     ("core/strategies/tensor", "dim"): "of a tensor",
     ("core/sync/sync_batchnorm", "dim"): "of a tensor",
-    ("telemetry/run_view", "image"): "a picture in HTML",
     ("core/comm", "lock"): "of a thread",
     ("cluster/launch", "lock"): "of a thread",
     ("demo", "lock"): "of a thread",
