@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from nbdist.core.api import predict, train
     from nbdist.core.params.unshard import unshard
     from nbdist.core.state.checkpoint_writer import load_checkpoint
-    from nbdist.core.sync.batch_gather import gather
+    from nbdist.core.sync.batch_gather import gather, rank, world_size
     from nbdist.core.train import Result
     from nbdist.plan import Mesh, Plan
     from nbdist.telemetry import compare, past_runs
@@ -30,8 +30,10 @@ __all__ = [
     "load_checkpoint",
     "past_runs",
     "predict",
+    "rank",
     "train",
     "unshard",
+    "world_size",
 ]
 
 # Imported on first use: `%load_ext nbdist` must not import torch, a script under torchrun must not import IPython.
@@ -48,8 +50,10 @@ _MODULES = {
     "load_checkpoint": "nbdist.core",
     "past_runs": "nbdist.telemetry",
     "predict": "nbdist.core",
+    "rank": "nbdist.core",
     "train": "nbdist.core",
     "unshard": "nbdist.core",
+    "world_size": "nbdist.core",
 }
 
 

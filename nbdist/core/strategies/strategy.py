@@ -74,7 +74,7 @@ class Strategy(ABC):
             norms = BatchNorms(task.model, axes.data)
             self.batch_norms = norms if norms.layers else None
         at_once = plan.slices == axes.data.size and not plan.reproducible
-        self.batch_gather = RankGather(axes.data, plan, at_once=at_once)
+        self.batch_gather = RankGather(axes.data, plan, rank=axes.world.rank, at_once=at_once)
         self.equal_slices = self.batch_norms is not None or at_once  # `gather` needs all ranks, also in a short batch
         self.schedule = schedule_actions("1f1b", 1, -(-plan.slices // axes.data.size))[0]
         self.computes_loss = True

@@ -1,8 +1,9 @@
-"""`nbdist.gather`: a tensor's rows from all slices of the batch, for losses that compare samples with each other."""
+"""What a step may ask of its run: `nbdist.gather`, a tensor's rows from all slices of the batch; rank, world size."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,11 +15,14 @@ from nbdist.core.comm import Channel
 from nbdist.errors import TaskError
 from nbdist.plan import Plan
 
-__all__ = ["BatchGather", "PlainGather", "RankGather", "gather"]
+__all__ = ["BatchGather", "PlainGather", "RankGather", "gather", "rank", "world_size"]
 
 
 class BatchGather(ABC):
-    """What `gather` does in the steps of a run."""
+    """What `gather` does in the steps of a run, and what `rank` and `world_size` are there."""
+
+    rank = 0
+    world_size = 1
 
     @abstractmethod
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -64,12 +68,28 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if _present is None else _present.rows(tensor)
 
 
+def rank() -> int:
+    """The rank of this process: in a step, in the run; elsewhere torchrun's or the engine's; 0 in a notebook. Local.
+
+    For what one rank does for all, such as printing. It does not say which rows of a batch a slice has: slices differ
+    in size, and with ``tp`` or ``pp`` several ranks compute the same ones. Of the rows that `gather` returns, one's
+    own are found by a number that each sample has, for example ``nbdist.gather(index)[None] == index[:, None]``.
+    """
+    return int(os.environ.get("RANK", "0")) if _present is None else _present.rank
+
+
+def world_size() -> int:
+    """The number of ranks: in a step, of the run; elsewhere torchrun's or the engines'; 1 in a notebook. Local."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if _present is None else _present.world_size
+
+
 class RankGather(BatchGather):
     """Gathers over the ranks of the data axis, each of which computes one slice of a batch.
 
     Args:
         channel: The data axis.
         plan: For errors.
+        rank: This process's, in the world.
         at_once: Whether each rank has one slice of every batch, if need be one without samples.
 
     Attributes:
@@ -77,8 +97,9 @@ class RankGather(BatchGather):
         gathered: The results in this slice that have gradients.
     """
 
-    def __init__(self, channel: Channel, plan: Plan, *, at_once: bool) -> None:
+    def __init__(self, channel: Channel, plan: Plan, *, rank: int, at_once: bool) -> None:
         self._channel, self._plan, self._at_once = channel, plan, at_once
+        self.rank, self.world_size = rank, plan.mesh.size
         self.counts = True
         self.gathered: list[torch.Tensor] = []
 

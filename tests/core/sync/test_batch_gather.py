@@ -178,3 +178,40 @@ def test_outside_of_a_run_it_changes_nothing():
         nbdist.gather(torch.tensor(1.0))
     with pytest.raises(TaskError, match="not a list"):
         nbdist.gather([1, 2])
+
+
+def ranks_seen(world, options):
+    seen = []
+
+    def step(model, batch):
+        seen.append((nbdist.rank(), nbdist.world_size()))
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    x, _ = classes(BATCH)
+    train(
+        world,
+        seeded(lambda: nn.Linear(FEATURES, FEATURES), torch.float64),
+        (x, x),
+        step=step,
+        batch_size=BATCH,
+        **options,
+    )
+    return world.rank, seen[-1], {*seen[:-1]}
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "shard=2", "tp=2"])
+def test_a_step_knows_its_rank(run_ranks, mesh):
+    """In the world; the check before the first update runs it as the only one."""
+    seen = run_ranks(2, ranks_seen, {"strategy": mesh, "steps": 2, "optimizer": "sgd"})
+    assert [(rank, (rank, 2)) for rank in range(2)] == [(rank, last) for rank, last, _ in seen]
+    assert {(0, 1), (0, 2), (1, 2)} == set().union(*(before for *_, before in seen))
+
+
+def test_outside_of_a_run(monkeypatch):
+    """They are those of torchrun, and of an only process in a notebook."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert (0, 1) == (nbdist.rank(), nbdist.world_size())
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert (3, 4) == (nbdist.rank(), nbdist.world_size())
