@@ -7,9 +7,9 @@ import torch
 from nbdist.core.check.plain_step import StepResult
 from nbdist.core.check.rounding import Rounding
 from nbdist.core.check.sentences import FIRST_FORWARD, GATHERED, OPTIMIZER, apart, off_on_mesh, unlike
-from nbdist.core.check.value_records import same_state
 from nbdist.core.optim.optimizers import step_optimizers
 from nbdist.core.params.extra_state import extra_states
+from nbdist.core.params.value_records import same_state
 from nbdist.core.strategies.strategy import Strategy
 
 __all__ = ["MeshDifference"]

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.check.program_state import ProgramState
 from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.optimizers import step_optimizers
 from nbdist.core.optim.precision import Precision
 from nbdist.core.params.extra_state import extra_states
 from nbdist.core.params.last_bits import nudge_
 from nbdist.core.params.param_table import ParamTable
+from nbdist.core.params.program_state import ProgramState
 from nbdist.core.process import rng
 from nbdist.core.strategies.pipeline.schedules import run_plain_backward
 from nbdist.core.sync.batch_gather import PlainGather

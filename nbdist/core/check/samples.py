@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from nbdist.core.check.findings import CannotBeChecked
-from nbdist.core.check.program_state import ProgramState
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
 from nbdist.core.data.feed import Feed, digest
 from nbdist.core.data.reader import Slice
 from nbdist.core.data.sources import tensors_in
 from nbdist.core.data.untouched import untouched
+from nbdist.core.params.program_state import ProgramState
 from nbdist.core.process import rng
 from nbdist.core.sync.sync_batchnorm import BatchNorms
 from nbdist.core.task.task import Task

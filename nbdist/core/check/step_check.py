@@ -16,7 +16,6 @@ from torch import nn
 from nbdist.core.check.findings import CannotBeChecked, Findings, Refused
 from nbdist.core.check.mesh_difference import MeshDifference
 from nbdist.core.check.plain_step import PlainStep, StepResult
-from nbdist.core.check.program_state import ProgramState
 from nbdist.core.check.rounding import Rounding
 from nbdist.core.check.samples import Samples, read_samples, read_slice, synchronizes
 from nbdist.core.check.sentences import OTHER_DATA
@@ -25,6 +24,7 @@ from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice
 from nbdist.core.params.param_table import ParamTable
+from nbdist.core.params.program_state import ProgramState
 from nbdist.core.process import rng
 from nbdist.core.process.memory import bytes_within_limits, is_out_of_memory
 from nbdist.core.strategies.strategy import Strategy

@@ -21,6 +21,7 @@ from nbdist.core.optim.optimizers import check_can_be_sharded
 from nbdist.core.optim.state import cut_state_, gather_state_
 from nbdist.core.params.func_transforms import transforms_refused
 from nbdist.core.params.preserve_model import device_of
+from nbdist.core.params.program_state import ProgramState
 from nbdist.core.process import rng
 from nbdist.core.strategies.mesh_axis import Example, MeshAxis, Placements, agree_on_proposals
 from nbdist.core.strategies.mesh_cost import MeshCost, cost_of
@@ -125,9 +126,14 @@ class MeshParallel(Strategy):
 
     def _apply(self) -> None:
         axes, plan = self.axes, self.plan
-        example = example_call(self.task, plan, self.device)
-        kinds = [type(axis) for axis in self._axes]
-        proposals = agree_on_proposals(kinds, self.task, plan, example, axes.world)  # before a weight is touched
+        # Both run the user's code, on some ranks more often than on others: what it counts or keeps is put back.
+        before = ProgramState({"step": self.task.step, "model": self.task.model}, leave=self.task.model.parameters())
+        try:
+            example = example_call(self.task, plan, self.device)
+            kinds = [type(axis) for axis in self._axes]
+            proposals = agree_on_proposals(kinds, self.task, plan, example, axes.world)  # before a weight is touched
+        finally:
+            before.restore()
         self.table.broadcast_(axes.world)
         for axis, proposal in zip(self._axes, proposals, strict=True):
             axis.apply(proposal, example)

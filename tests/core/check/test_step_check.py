@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import nbdist
 from nbdist.core.check import step_check
-from nbdist.core.check.program_state import ProgramState
 from nbdist.core.comm.world import World
+from nbdist.core.params.program_state import ProgramState
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.sync.bucketed_reducer import BucketedReducer
 from nbdist.errors import PlanError, TaskError

@@ -14,14 +14,14 @@ import sysconfig
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from nbdist.core.check.value_records import (
+from nbdist.core.params.value_records import (
     ATOMS,
     ArrayRecord,
     AttributesRecord,
@@ -38,7 +38,6 @@ from nbdist.core.check.value_records import (
     cell_value,
     items_of,
 )
-from nbdist.core.data.sources import tensors_in
 
 __all__ = ["ProgramState"]
 
@@ -83,6 +82,7 @@ class ProgramState:
         roots: The objects, by the names that the user knows them by.
         keep_storage: Whether tensors keep the memory that they have when they are put back, and only get their values:
             for a model on a mesh, whose strategy decides where they lie.
+        leave: Objects that stay out, such as weights that nothing will change.
         large_bytes: Larger tensors and arrays that are no part of a model or an optimizer are taken for data, which is
             only read.
 
@@ -92,16 +92,19 @@ class ProgramState:
     """
 
     def __init__(
-        self, roots: Mapping[str, Any], *, keep_storage: bool = False, large_bytes: int = _LARGE_BYTES
-    ) -> None:
+        self, roots: Mapping[str, Any], *, keep_storage: bool = False, leave: Iterable[Any] = (),
+        large_bytes: int = _LARGE_BYTES,
+    ) -> None:  # fmt: skip
         self._large_bytes = large_bytes
         self._keep_storage = keep_storage
         self.iterators: list[str] = []
         self.excess = ""
         self._records: list[Record] = []
-        self._seen: dict[Any, Any] = {}  # held, so that no id comes twice
+        self._seen: dict[Any, Any] = {id(one): one for one in leave}  # held, so that no id comes twice
         self._queue: collections.deque[tuple[str, Any]] = collections.deque(roots.items())
-        self._own = {id(tensor) for root in roots.values() for tensor in _tensors(root)}
+        # They are known to change these, however large they are.
+        changing = [root for root in roots.values() if isinstance(root, (nn.Module, torch.optim.Optimizer))]
+        self._own = {id(tensor) for root in changing for tensor in _tensors(root)}
         while self._queue:
             self._visit(*self._queue.popleft())
             if len(self._seen) + len(self._queue) > _MOST:
@@ -280,13 +283,16 @@ def _generator_state(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any
     return None
 
 
-def _tensors(root: Any) -> Iterator[torch.Tensor]:
-    """The tensors that a model or an optimizer is known to change, however large they are."""
-    if isinstance(root, nn.Module):
-        yield from root.parameters()
-        yield from root.buffers()
-    elif isinstance(root, torch.optim.Optimizer):
-        yield from tensors_in(vars(root))
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a model, of an optimizer or of a nest of containers."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, nn.Module):
+        yield from (*value.parameters(), *value.buffers())
+    elif isinstance(value, (dict, list, tuple, torch.optim.Optimizer)):
+        inner = vars(value).values() if isinstance(value, torch.optim.Optimizer) else value
+        for each in inner.values() if isinstance(inner, dict) else inner:
+            yield from _tensors(each)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -15,7 +15,7 @@ def step(): return next(NAMES)
 """
 ASK = """
 import a_package
-from nbdist.core.check.program_state import ProgramState
+from nbdist.core.params.program_state import ProgramState
 print(ProgramState({'step': a_package.step}).iterators)
 """
 
