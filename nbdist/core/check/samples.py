@@ -98,18 +98,19 @@ def _read_head(task: Task, plan: Plan) -> Any:
             reads.restore()
 
 
-def read_samples(task: Task, plan: Plan, *, even: bool) -> Samples:
+def read_samples(task: Task, plan: Plan, *, even: bool, all_known: bool = False) -> Samples:
     """Read the samples; the data is left as it was. Local, under its own random numbers.
 
     Args:
         task: Its data is read.
         plan: Says how a batch is cut.
         even: Whether all slices have the same size; else the first has a sample more, as in a last batch.
+        all_known: Whether to read the whole first batch, as far as it is known; else as few as possible.
 
     Raises:
         CannotBeChecked: There are too few, or they cannot be read twice.
     """
-    samples = min(_known(task, plan), 2 * plan.slices + (not even))
+    samples = _known(task, plan) if all_known else min(_known(task, plan), 2 * plan.slices + (not even))
     bounds = slice_bounds(samples, plan.slices)
     if bounds[-1][0] == bounds[-1][1]:
         raise CannotBeChecked("there are fewer samples than slices")

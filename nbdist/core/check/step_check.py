@@ -92,10 +92,7 @@ class StepCheck:
                     load()
                 if not same_weights:
                     ParamTable.of(self._task.model).broadcast_(self._world.channel())
-                try:
-                    digest = self._run_plain(even=False)
-                except NbdistError:  # a loss may be a mean in slices of equal size only, or be known by the whole batch
-                    digest = self._run_plain(even=True)
+                digest = self._run_attempts()
             except Refused as error:
                 message = {"error": str(error)}
             except NbdistError as error:
@@ -150,9 +147,20 @@ class StepCheck:
             step.state.restore()
         return None
 
-    def _run_plain(self, *, even: bool) -> bytes:
+    def _run_attempts(self) -> bytes:
+        """Run all steps on the first samples that allow it; returns a digest of them."""
+        try:
+            return self._run_plain(even=False)
+        except NbdistError:  # a loss may be a mean in slices of equal size only, or be known by the whole batch
+            return self._run_plain(even=True)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+        return self._run_plain(even=True, all_known=True)  # a step may need more, such as the ten largest losses
+
+    def _run_plain(self, *, even: bool, all_known: bool = False) -> bytes:
         """Run all steps, with slices of equal or of other size; returns a digest of the samples."""
-        samples = read_samples(self._task, self._plan, even=even)
+        samples = read_samples(self._task, self._plan, even=even, all_known=all_known)
         self._slices = samples.slices
         step = self._plain_step(forward_only=self._limit_memory())
         try:

@@ -38,6 +38,7 @@ from nbdist.core.sync.gradient_hooks import check_hooks
 from nbdist.core.sync.step_tail import LOSS_NUMBERS, StepLosses, StepTail, Totals
 from nbdist.core.task.task import Task
 from nbdist.core.transfer.file_memory import FileMemory
+from nbdist.errors import PlanError
 from nbdist.plan import Plan
 
 __all__ = ["MeshParallel", "estimate"]
@@ -128,6 +129,12 @@ class MeshParallel(Strategy):
         axes, plan = self.axes, self.plan
         # Both run the user's code, on some ranks more often than on others: what it counts or keeps is put back.
         before = ProgramState({"step": self.task.step, "model": self.task.model}, leave=self.task.model.parameters())
+        if before.iterators:
+            raise PlanError(
+                f"the step or the model can reach {before.iterators[0]}, an iterator, which dry runs for mesh "
+                f"{plan.mesh} would advance, and nobody can put back: keep a number or a list in its place, or use the "
+                "strategy data."
+            )
         try:
             example = example_call(self.task, plan, self.device)
             kinds = [type(axis) for axis in self._axes]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from problems import FEATURES, classes, seeded, train
 from torch import nn
 from torch.nn import functional as F
+
+from nbdist.errors import PlanError
 
 SAMPLES, STEPS = 16, 2
 
@@ -58,3 +62,34 @@ def test_a_pipeline_counts_each_microbatch(run_ranks, check):
     """Once on each rank; what a traced forward counts beside its output is not run."""
     for own, total, *_ in run_ranks(2, counts, {"strategy": "pp=2", "check": check, "microbatches": 2}):
         assert (own, total) == (2 * STEPS, 2 * STEPS)
+
+
+class WithIterator(Net):
+    def __init__(self):
+        super().__init__()
+        self.numbers = itertools.count()
+
+    def forward(self, x):
+        return super().forward(x) * (1 + 0.01 * next(self.numbers))
+
+
+def trained_with_iterator(world, mesh):
+    model = seeded(WithIterator)
+    x = classes(SAMPLES)[0].float()
+    try:
+        train(world, model, (x, x), loss="mse", batch_size=8, steps=STEPS, optimizer="sgd", strategy=mesh)
+    except PlanError as error:
+        return str(error), next(model.numbers)
+    return "", next(model.numbers)
+
+
+@pytest.mark.parametrize("mesh", ["shard=2", "tp=2", "pp=2"])
+def test_an_iterator_that_dry_runs_would_advance_is_refused(run_ranks, mesh):
+    """Nobody can put it back; with the strategy data there are no dry runs, and the check leaves it alone."""
+    message = (
+        f"the step or the model can reach model.numbers, an iterator, which dry runs for mesh {mesh} would advance"
+    )
+    for error, following in run_ranks(2, trained_with_iterator, mesh):
+        assert error.startswith(message)
+        assert following == 0
+    assert [("", STEPS)] * 2 == run_ranks(2, trained_with_iterator, "dp=2")
