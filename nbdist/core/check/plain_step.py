@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.data.reader import Slice, to_device
+from nbdist.core.data.reader import Slice, copy_batch, to_device
 from nbdist.core.optim.optimizers import step_optimizers
 from nbdist.core.optim.precision import Precision
 from nbdist.core.params.extra_state import extra_states
@@ -168,7 +168,7 @@ class PlainStep:
         rng.seed_torch(seed, self._device)
         before = self._generators()
         with self.gather.in_use(), self._precision.autocast():  # with gradients, which the step may take itself
-            loss, weight = self._task.loss_and_weight(to_device(part.batch, self._device), part)
+            loss, weight = self._task.loss_and_weight(to_device(copy_batch(part.batch), self._device), part)
         if self._graph_eps is None:
             self._graph_eps = max((torch.finfo(d).eps for d in graph_dtypes(loss) if d.is_floating_point), default=0.0)
         if backward:

@@ -22,9 +22,10 @@ from nbdist.core.check.sentences import OTHER_DATA
 from nbdist.core.check.whole_batch import WholeBatch, norms_of
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
-from nbdist.core.data.reader import Slice
+from nbdist.core.data.reader import Slice, copy_batch
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.program_state import ProgramState
+from nbdist.core.params.structure_watch import StructureWatch
 from nbdist.core.process import rng
 from nbdist.core.process.memory import bytes_within_limits, is_out_of_memory
 from nbdist.core.strategies.strategy import Strategy
@@ -244,6 +245,7 @@ class StepCheck:
 
         Raises:
             PlanError: The mesh gives another result than one process.
+            TaskError: The step changes what is trained, see `StructureWatch`.
         """
         if (expected := self._expected) is None:
             return
@@ -256,11 +258,13 @@ class StepCheck:
         difference = MeshDifference(strategy, expected, rounding, samples, gathers=self._gathers)
         with rng.fork_rng(self._device), _muted(), self._loaded(loads), strategy.trial(self._scale):
             state = ProgramState(self._roots(), keep_storage=True)
+            structure = StructureWatch(self._task.model, self._task.optimizers.values())
             try:
                 for number in range(self._passes):
                     strategy.begin_step()
                     self._task.forms.begin()
-                    strategy.forward_backward(0, mine)
+                    strategy.forward_backward(0, [replace(part, batch=copy_batch(part.batch)) for part in mine])
+                    structure.check(number)
                     totals = strategy.sync(self._task.forms.flags(NO_FLAGS, 0))
                     check_one_form(totals.flags)
                     if number == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import data as torch_data
 
 from nbdist.core.comm import Channel
@@ -21,7 +23,7 @@ from nbdist.core.data.workers import SeededSlices, loading_of
 from nbdist.core.process import rng
 from nbdist.plan import slice_bounds
 
-__all__ = ["Reader", "Slice", "to_device"]
+__all__ = ["Reader", "Slice", "copy_batch", "to_device"]
 
 _CPU = torch.device("cpu")
 _RESIDENT_SHARE = 8
@@ -296,12 +298,34 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor of a batch; objects with a ``to`` method (token batches, graphs) move themselves."""
     if device.type == "cpu":
         return batch
+    return _map_batch(
+        batch,
+        lambda tensor: tensor.to(device, non_blocking=True),
+        lambda value: value.to(device) if callable(getattr(value, "to", None)) else value,
+    )
+
+
+def copy_batch(batch: Any) -> Any:
+    """A batch of its own memory: a step may write into its batch, and the user's data, or the next step, needs it."""
+    return _map_batch(batch, torch.clone, _copied)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, nn.Module) or callable(value):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # of a class that cannot be copied
+        return value
+
+
+def _map_batch(batch: Any, of_tensor: Callable[[torch.Tensor], Any], of_other: Callable[[Any], Any]) -> Any:
+    """Apply functions to the tensors and to the other values in the tuples, lists and dicts of a batch."""
+    inner = functools.partial(_map_batch, of_tensor=of_tensor, of_other=of_other)
     if type(batch) is dict:
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: inner(value) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
+        return type(batch)(*map(inner, batch))
     if type(batch) in (tuple, list):
-        return type(batch)(to_device(value, device) for value in batch)
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    return batch.to(device) if callable(getattr(batch, "to", None)) else batch
+        return type(batch)(map(inner, batch))
+    return of_tensor(batch) if isinstance(batch, torch.Tensor) else of_other(batch)

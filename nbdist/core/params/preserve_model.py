@@ -21,11 +21,11 @@ def preserve_model(model: nn.Module) -> Iterator[None]:
     """Restore what the model's forward can change, and all random states, at the end of the context. Local.
 
     These are its attributes, buffers and extra states, and all Python objects that it reaches, such as a counter in an
-    object of the user's, or in a global. Parameters are left out: a dry run changes none. Inside, gradients are enabled
-    and autocast is off, whatever holds outside.
+    object of the user's, or in a global. The values of parameters are left out: a dry run changes none. Inside,
+    gradients are enabled and autocast is off, whatever holds outside.
     """
     device = device_of(model)
-    state = ProgramState({"model": model}, leave=model.parameters())
+    state = ProgramState({"model": model}, unwritten=model.parameters())
     extra = copy.deepcopy(extra_states(model))  # an object that is not Python's shows its state there alone
     with (
         fork_rng(device),

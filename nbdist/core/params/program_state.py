@@ -82,7 +82,7 @@ class ProgramState:
         roots: The objects, by the names that the user knows them by.
         keep_storage: Whether tensors keep the memory that they have when they are put back, and only get their values:
             for a model on a mesh, whose strategy decides where they lie.
-        leave: Objects that stay out, such as weights that nothing will change.
+        unwritten: Tensors whose values nothing will change, such as weights in a dry run: they are not copied.
         large_bytes: Larger tensors and arrays that are no part of a model or an optimizer are taken for data, which is
             only read.
 
@@ -92,7 +92,7 @@ class ProgramState:
     """
 
     def __init__(
-        self, roots: Mapping[str, Any], *, keep_storage: bool = False, leave: Iterable[Any] = (),
+        self, roots: Mapping[str, Any], *, keep_storage: bool = False, unwritten: Iterable[torch.Tensor] = (),
         large_bytes: int = _LARGE_BYTES,
     ) -> None:  # fmt: skip
         self._large_bytes = large_bytes
@@ -100,7 +100,8 @@ class ProgramState:
         self.iterators: list[str] = []
         self.excess = ""
         self._records: list[Record] = []
-        self._seen: dict[Any, Any] = {id(one): one for one in leave}  # held, so that no id comes twice
+        self._unwritten = {id(tensor) for tensor in unwritten}
+        self._seen: dict[Any, Any] = {}  # held, so that no id comes twice
         self._queue: collections.deque[tuple[str, Any]] = collections.deque(roots.items())
         # They are known to change these, however large they are.
         changing = [root for root in roots.values() if isinstance(root, (nn.Module, torch.optim.Optimizer))]
@@ -128,7 +129,9 @@ class ProgramState:
         if isinstance(value, _LEFT_ALONE) or _is_ours(value) or _is_context(value):
             return
         if isinstance(value, torch.Tensor):
-            if id(value) in self._own or _bytes(value) <= self._large_bytes:
+            if id(value) in self._unwritten:
+                self._records.append(TensorRecord(path, value, self._keep_storage, values=False))
+            elif id(value) in self._own or _bytes(value) <= self._large_bytes:
                 self._records.append(TensorRecord(path, value, self._keep_storage))
             self._attributes(path, value)
         elif isinstance(value, np.ndarray):

@@ -41,9 +41,9 @@ class Record(ABC):
 
 
 class TensorRecord(Record):
-    """The values, the memory and the gradient of a tensor."""
+    """The values and the memory of a tensor, unless it is made without `values`, and its gradient."""
 
-    def __init__(self, path: str, tensor: Any, keep_storage: bool) -> None:
+    def __init__(self, path: str, tensor: Any, keep_storage: bool, *, values: bool = True) -> None:
         super().__init__(path)
         self.tensor = tensor
         self._keep_storage = keep_storage
@@ -51,7 +51,7 @@ class TensorRecord(Record):
         self._needs_gradient = tensor.requires_grad
         self._data: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
-        if tensor.layout == torch.strided and not tensor.is_meta and not is_placeholder(tensor):
+        if values and tensor.layout == torch.strided and not tensor.is_meta and not is_placeholder(tensor):
             data = get_data(tensor)
             # A dummy of a mesh, or another subclass, need not hold a value for each element.
             if type(data) in (torch.Tensor, nn.Parameter) and data.untyped_storage().nbytes() >= data.nbytes:

@@ -16,7 +16,7 @@ import torch
 
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.world import World
-from nbdist.core.data.reader import Slice, to_device
+from nbdist.core.data.reader import Slice, copy_batch, to_device
 from nbdist.core.optim.optimizers import check_can_be_sharded
 from nbdist.core.optim.state import cut_state_, gather_state_
 from nbdist.core.params.func_transforms import transforms_refused
@@ -53,7 +53,7 @@ def example_call(task: Task, plan: Plan, device: torch.device) -> Example:
     samples = max(2, plan.batch_size // plan.slices)
     with rng.fork_rng(device):
         rng.seed_all(rng.derive(plan.seed, "example"))
-        return capture_call(task, to_device(task.data.first(samples, consume=True), device))
+        return capture_call(task, to_device(copy_batch(task.data.first(samples, consume=True)), device))
 
 
 def estimate(task: Task, plan: Plan) -> MeshCost:
@@ -128,7 +128,9 @@ class MeshParallel(Strategy):
     def _apply(self) -> None:
         axes, plan = self.axes, self.plan
         # Both run the user's code, on some ranks more often than on others: what it counts or keeps is put back.
-        before = ProgramState({"step": self.task.step, "model": self.task.model}, leave=self.task.model.parameters())
+        before = ProgramState(
+            {"step": self.task.step, "model": self.task.model}, unwritten=self.task.model.parameters()
+        )
         if before.iterators:
             raise PlanError(
                 f"the step or the model can reach {before.iterators[0]}, an iterator, which dry runs for mesh "

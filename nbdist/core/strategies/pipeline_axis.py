@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nbdist.core.comm import Channel
-from nbdist.core.data.reader import Slice
+from nbdist.core.data.reader import Slice, copy_batch
 from nbdist.core.params.extra_state import stateful_modules
 from nbdist.core.params.preserve_model import preserve_model
 from nbdist.core.params.tagged_json import to_json
@@ -40,7 +40,7 @@ def check_root_state(model: nn.Module, example: Example) -> dict[str, nn.Module]
     stateful = stateful_modules(model)
     root = stateful.pop("", None)
     if root is not None:
-        args, kwargs = example
+        args, kwargs = copy_batch(example)
         with preserve_model(model), torch.no_grad():
             before = json.dumps(to_json(root.get_extra_state(), "the extra state of the model"))
             model(*args, **kwargs)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from nbdist.core.data.reader import copy_batch
 from nbdist.core.strategies.mesh_axis import Example, MeshAxis, Proposal
 from nbdist.core.strategies.mesh_cost import AxisCost
 from nbdist.core.strategies.pipeline.schedules import Action
@@ -30,7 +31,7 @@ class ShardAxis(MeshAxis):
         shares = {name: 1 / plan.mesh.shard for name, _ in task.model.named_parameters()}
         if plan.mesh.pp > 1:
             return Proposal([], AxisCost(shares=[shares], together=[list(shares)]))
-        blocks = blocks_of(task.model, *example)
+        blocks = blocks_of(task.model, *copy_batch(example))
         return Proposal(blocks, AxisCost(shares=[shares], together=[names for _, names in blocks]))
 
     def apply(self, proposal: Proposal, example: Example) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbdist.core.data.reader import copy_batch
 from nbdist.core.params.preserve_model import preserve_model
 from nbdist.core.strategies import tensor as tensor_parallel
 from nbdist.core.strategies.mesh_axis import Example, MeshAxis, Proposal
@@ -82,7 +83,8 @@ def _bytes_summed(model: nn.Module, plan: tensor_parallel.TensorPlan, example: E
     ]
     try:
         with preserve_model(model):
-            model(*example[0], **example[1])
+            args, kwargs = copy_batch(example)
+            model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -91,7 +91,7 @@ def hardest(model, batch):
             sums,
             r"of its 2 slices is \S+, and their sum is the loss: .*divide it by the number",
         ),
-        (hardest, r"the loss of \S+ samples in one batch is \S+, but the mean of those of its 2 slices is \S+ .*no mean"),
+        (hardest, r"the loss of 8 samples in one batch is \S+, but the mean of those of its 2 slices is \S+ .*no mean"),
         (contrasts, r"is no mean over samples.*`return loss, mask.sum\(\)`"),
         (centred, r"the gradient of \S+ for 5 samples in one batch is not the mean of those of its 2 slices"),
     ],

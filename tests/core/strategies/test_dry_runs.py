@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from problems import FEATURES, classes, seeded, train
 from torch import nn
 from torch.nn import functional as F
 
-from nbdist.errors import PlanError
+from nbdist.errors import PeerLostError, PlanError, TaskError
 
 SAMPLES, STEPS = 16, 2
 
@@ -93,3 +94,67 @@ def test_an_iterator_that_dry_runs_would_advance_is_refused(run_ranks, mesh):
         assert error.startswith(message)
         assert following == 0
     assert [("", STEPS)] * 2 == run_ranks(2, trained_with_iterator, "dp=2")
+
+
+class Writing(Net):
+    """Its forward writes into its input."""
+
+    def forward(self, x):
+        return super().forward(x.div_(2.0))
+
+
+def writing(model, batch):
+    """A step that writes into its batch before the model sees it."""
+    x, y = batch
+    x.sub_(0.5).mul_(1.5)
+    return F.mse_loss(model(x), y)
+
+
+def step_of(kind):
+    return writing if kind == "step" else lambda model, batch: F.mse_loss(model(batch[0]), batch[1])
+
+
+def trained_in_place(world, kind, mesh):
+    model = seeded(Writing if kind == "forward" else Net, torch.float64)
+    x = classes(SAMPLES)[0]
+    data = x.clone(), x.clone()
+    options = {"optimizer": "sgd", "lr": 0.1, "batch_size": 8, "shuffle": False, "strategy": mesh}
+    result, trained = train(world, model, data, step=step_of(kind), steps=2 * STEPS, **options)
+    assert all(torch.equal(x, tensor) for tensor in data)
+    return result.plan.checked, trained
+
+
+@pytest.mark.parametrize("kind", ["step", "forward"])
+@pytest.mark.parametrize("mesh", ["dp=2", "shard=2", "tp=2", "pp=2"])
+def test_a_batch_that_is_written_into_is_read_anew(run_ranks, kind, mesh):
+    """By the check and by each dry run: the user's data stay as they are, and the result is the plain loop's."""
+    model = seeded(Writing if kind == "forward" else Net, torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for x in classes(SAMPLES)[0].split(8) * STEPS:
+        optimizer.zero_grad()
+        step_of(kind)(model, (x.clone(), x.clone())).backward()
+        optimizer.step()
+    for checked, trained in run_ranks(2, trained_in_place, kind, mesh):
+        assert checked.startswith("loss, 4 gradients, 4 updates")
+        torch.testing.assert_close(trained, dict(model.state_dict()), rtol=1e-12, atol=1e-12)
+
+
+def thawing(world, mesh):
+    model, calls = seeded(Net), []
+
+    def step(model, batch):
+        calls.append(1)
+        model.first.requires_grad_(len(calls) > 10)
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    x = classes(SAMPLES)[0].float()
+    with pytest.raises((TaskError, PeerLostError)) as raised:
+        train(world, model, (x, x), step=step, batch_size=8, steps=STEPS, optimizer="sgd", strategy=mesh)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "shard=2", "tp=2", "pp=2"])
+def test_a_step_that_freezes_is_refused_before_the_first_update(run_ranks, mesh):
+    """In a sentence; what its dry runs froze is as it was."""
+    assert any(error.startswith("first.weight was frozen in step 1: ") for error in run_ranks(2, thawing, mesh))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbdist.core.data.reader import copy_batch
 from nbdist.core.data.sources import tensors_in
 from nbdist.core.strategies.tensor.dropout import Draws
 from nbdist.core.strategies.tensor.layers import features
@@ -69,6 +70,7 @@ class Trace:
             for parameter in frozen:
                 parameter.requires_grad_(True)
             with torch.enable_grad(), Draws(self._draw):
+                args, kwargs = copy_batch((args, kwargs))
                 self._output = model(*args, **kwargs)
         finally:
             for parameter in frozen:

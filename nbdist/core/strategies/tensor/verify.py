@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nbdist.core.comm import Channel
+from nbdist.core.data.reader import copy_batch
 from nbdist.core.data.sources import tensors_in
 from nbdist.core.params.last_bits import nudge_
 from nbdist.core.params.param_table import replace_data
@@ -166,14 +167,18 @@ class _Verifier:
         with preserve_model(self._model):
             self._model.train()
             seed_torch(_SEED, device_of(self._model))
-            outputs = _floats(self._model(*self._args, **self._kwargs))
+            outputs = _floats(self._called())
             gradients = self._gradients(outputs)
             results = {f"output {number} in training": out.detach() for number, out in enumerate(outputs)}
             results |= {f"gradient of {name}": g for name, g in gradients.items()}
             self._model.eval()
             with torch.no_grad():
-                evaluated = _floats(self._model(*self._args, **self._kwargs))
+                evaluated = _floats(self._called())
         return results | {f"output {number} in evaluation": out for number, out in enumerate(evaluated)}
+
+    def _called(self) -> Any:
+        args, kwargs = copy_batch((self._args, self._kwargs))  # a forward may write into its inputs
+        return self._model(*args, **kwargs)
 
     def _gradients(self, outputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         differentiable = [out for out in outputs if out.requires_grad]
