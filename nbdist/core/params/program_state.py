@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dis
 import functools
 import io
 import logging
@@ -246,10 +247,12 @@ def _function_of(value: Any) -> types.FunctionType | None:
     return value if isinstance(value, types.FunctionType) else None
 
 
-def _names_in(code: types.CodeType) -> set[str]:
-    """The names that a function's code, and that of functions inside it, takes from globals."""
-    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*(_names_in(one) for one in inner))
+@functools.lru_cache(4096)
+def _names_in(code: types.CodeType) -> frozenset[str]:
+    """The names that a function's code, and that of functions inside it, takes from globals; no attributes."""
+    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    own = {each.argval for each in dis.get_instructions(code) if each.opname.endswith(("_GLOBAL", "_NAME"))}
+    return frozenset(own.intersection(code.co_names).union(*inner))
 
 
 @functools.lru_cache(4096)

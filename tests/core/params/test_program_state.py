@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from nbdist.core.params.program_state import ProgramState
+
 PACKAGE = """
 import itertools
 NAMES = itertools.count()
@@ -31,3 +33,11 @@ def test_a_package_of_any_folder_of_packages_is_no_code_of_the_user(tmp_path, in
         [sys.executable, "-c", ASK], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
     )
     assert ran.stdout.strip() == found, ran.stderr
+
+
+def test_an_attribute_is_no_global():
+    """A step that reads ``x.data`` does not reach what the notebook calls `data`; one that reads `data` does."""
+    names = {"data": iter([1])}
+    exec("def apart(x): return x.data.mean()\ndef reaching(x): return next(data)", names)
+    assert [] == ProgramState({"step": names["apart"]}).iterators
+    assert ["data"] == ProgramState({"step": names["reaching"]}).iterators
