@@ -39,7 +39,7 @@ def help_text() -> str:
     """All magics, a line each, on one screen of 80 columns."""
     width = max(len(f"{name} {usage}") for name, (usage, _) in _PHRASES.items())
     lines = [f"  {f'{name} {usage}':<{width}}  {phrase}" for name, (usage, phrase) in _PHRASES.items()]
-    return "\n".join(["Train on all processors, from this notebook:", *lines, "", _EXAMPLE])
+    return "\n".join(["Train on all processors, from this notebook:", *lines, _EXAMPLE])
 
 
 def help_text_of(name: str) -> str:

@@ -35,16 +35,22 @@ def read_options(shell: InteractiveShell, given: Mapping[str, Any], options: Map
 
 def read_word(shell: InteractiveShell, word: Any, read: str, known: Collection[str] = ()) -> Any:
     """The value of a word on a magic's line, read as `Option.read` says; what is `known` stays as it is."""
-    if read == "text":
-        return word if word in known else _text(shell, word)
+    if read in ("text", "amount"):
+        return word if word in known else _text(shell, word, int if read == "amount" else str)
     if read == "callable":
         return _callable(shell, word, known)
     readers = {"value": evaluate, "quotable": _quotable, "path": _path}
     return readers[read](shell, word)
 
 
-def _text(shell: InteractiveShell, word: Any) -> Any:
-    """The text that is the value of an expression, or the texts, where several may be given; else the word itself."""
+def _text(shell: InteractiveShell, word: Any, more: type = str) -> Any:
+    """The text that is the value of an expression, or the texts, where several may be given; else the word itself.
+
+    Args:
+        shell: The shell.
+        word: Of the line; a list where there may be several.
+        more: A type whose values are texts too.
+    """
     (text,) = word if isinstance(word, list) and len(word) == 1 else (word,)
     if not isinstance(text, str):
         return word
@@ -52,9 +58,9 @@ def _text(shell: InteractiveShell, word: Any) -> Any:
         value = eval(text, shell.user_ns)
     except Exception:  # it is no expression, or has no value
         return word
-    if isinstance(word, list) and isinstance(value, (list, tuple)):
+    if isinstance(word, list) and isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value):
         return value
-    return str(value) if isinstance(value, (str, int)) else word
+    return str(value) if isinstance(value, (str, more)) else None if value is None else word
 
 
 def _path(shell: InteractiveShell, text: str | bool) -> str | bool:

@@ -335,6 +335,8 @@ class DistMagics(Magics):
     @_documented(parsers.COMPARE)
     def dist_compare(self, line: str) -> Comparison:
         arguments = self._parse(parsers.COMPARE, line)
+        if arguments.n < 1:
+            raise PlanError(f"%dist_compare -n {arguments.n} compares nothing: use a positive number.")
         if not arguments.runs:
             return compare(past_runs(arguments.n))
         given = [word if word[0].isdigit() else evaluate(self.shell, word) for word in arguments.runs]

@@ -34,9 +34,11 @@ class _Expression:
             if self.kind is _yes_or_no and self.text.isidentifier():  # more likely a word than a name
                 raise PlanError(f"{self.option} {self.text} is {what}.") from None
             raise type(error)(f"{self.option}: {error}") from error
+        if value is None:  # as good as not given
+            return None
         try:
             return convert(value)
-        except (TypeError, ValueError, OverflowError):
+        except Exception:  # of whatever kind of value
             found = "" if repr(value) == self.text else f"{value!r}, "
             raise PlanError(f"{self.option} {self.text} is {found}{what}.") from None
 
@@ -103,6 +105,16 @@ def _yes_or_no(word: str) -> bool:
     raise argparse.ArgumentTypeError(f"{word!r} is neither yes nor no")
 
 
+def _int(value: Any) -> int:
+    return operator.index(_number(value))
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise TypeError
+    return value
+
+
 def _bool(value: Any) -> bool:
     if value not in (True, False):
         raise ValueError
@@ -110,8 +122,8 @@ def _bool(value: Any) -> bool:
 
 
 _CONVERSIONS: dict[Any, tuple[Callable[[Any], Any], str]] = {
-    int: (operator.index, "not a whole number"),
-    float: (float, "not a number"),
+    int: (_int, "not a whole number"),
+    float: (lambda value: float(_number(value)), "not a number"),
     _yes_or_no: (_bool, "neither yes nor no"),
 }
 """For what a word is parsed by: how a value becomes the same, and what it is if it cannot."""

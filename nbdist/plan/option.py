@@ -29,8 +29,9 @@ class Option:
         many: Whether it takes several words.
         bare: Whether it may come without a word, which then means True.
         words: Its possible or best known words, for completion and errors.
-        read: How a magic reads its word in the notebook: as "text"; as a "callable" of the notebook or a known word; as
-            an expression with a "value", which may be "quotable"; as a "path", in which ``{name}`` stands for a value.
+        read: How a magic reads its word in the notebook: as "text", or as an "amount", which may be a number too; as a
+            "callable" of the notebook or a known word; as an expression with a "value", which may be "quotable"; as a
+            "path", in which ``{name}`` stands for a value.
         of_task: Whether it describes the task (what is trained), not only the plan.
         elsewhere: Its names in other trainers: whoever writes one of these is told this option's name.
     """

@@ -192,7 +192,11 @@ class Plan:
         read="path",
     )
     checkpoint_every: str = option(
-        "", "How often to write one, in the background: steps (200) or time (90s, 5min).", metavar="N|TIME", default=""
+        "",
+        "How often to write one, in the background: steps (200) or time (90s, 5min).",
+        metavar="N|TIME",
+        default="",
+        read="amount",
     )
     checkpoint_keep: int = option(3, "How many of the newest checkpoints stay.", parse=int, metavar="K")
     resume: str | bool = option(

@@ -90,7 +90,7 @@ class Comparison:
 
     def _best_row(self, history: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
         measure = self.measure
-        finite = [row for row in history if math.isfinite(row.get(measure, math.nan))]
+        finite = [row for row in history if (value := row.get(measure)) is not None and math.isfinite(value)]
         return min(finite, key=lambda row: row[measure], default=None)
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

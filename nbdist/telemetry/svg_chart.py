@@ -18,6 +18,7 @@ _RUNS = ("#3b82c4", "#d9772b", "#3f9b57", "#b35fb8", "#c9544f", "#8a7f2d", "#5f7
 SVG_COLORS = {"train": _RUNS[0], "val": _RUNS[1], "axis": "#808080"} | {f"run{i}": c for i, c in enumerate(_RUNS)}
 """Of lines and texts: readable on white and on dark, because an image does not know its page's theme."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 86, 10, 26
+_LINE = 13  # pixels from one label to the next
 _TICKS = 5
 _TICK_WIDTH = 55
 _CHARACTER = 6.6  # pixels, of the texts
@@ -110,12 +111,18 @@ def curves_chart(title: str, curves: Mapping[str, Pairs], *, width: int = 400, h
     points = [pair for pairs in drawn.values() for pair in pairs]
     frame = _Frame(width, height, (0.0, max(x for x, _ in points)), _range([y for _, y in points], []))
     lines = [_line(frame, pairs, kinds[name], dots=True) for name, pairs in drawn.items()]
-    labels = [(kinds[name], _cut(name), pairs[-1][1]) for name, pairs in drawn.items()]
+    short = _short_names(drawn)
+    labels = [(kinds[name], short[name], pairs[-1][1]) for name, pairs in drawn.items()][: (height - _TOP) // _LINE]
     return _svg(frame, title, [_axes(frame, "step"), *lines, *_labels(frame, labels)])
 
 
-def _cut(name: str, most: int = 8) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+def _short_names(names: Iterable[str], most: int = 8) -> dict[str, str]:
+    """Names of few characters: without what all begin with, such as the day of runs' ids."""
+    known = list(names)
+    begin = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*known, strict=False))
+    same = len(list(begin)) if len(known) > 1 and max(map(len, known)) > most else 0
+    shown = {name: name[same:] if same > 2 else name for name in known}
+    return {name: text if len(text) <= most else text[: most - 1] + "…" for name, text in shown.items()}
 
 
 def _ends(run: RunState) -> list[float]:
@@ -212,7 +219,7 @@ def _labels(frame: _Frame, ends: Iterable[tuple[str, str, float]]) -> list[str]:
     sorted_ends = sorted(ends, key=lambda end: frame.up(end[2]))
     heights: list[float] = []
     for _, _, value in sorted_ends:
-        heights.append(max(frame.up(value) + 4, heights[-1] + 13 if heights else -math.inf))
+        heights.append(max(frame.up(value) + 4, heights[-1] + _LINE if heights else -math.inf))
     lift = max(0.0, heights[-1] - (frame.height - _BOTTOM))
     return [
         _text(frame.width - _RIGHT + 8, y - lift, "start", f"{name} {_short(value)}", kind)

@@ -26,16 +26,22 @@ from nbdist.notebook.expressions import read_word
         ("text", "text", "name"),
         ("text + '=2'", "text", "name=2"),
         ("dp=2", "text", "dp=2"),
-        ("200", "text", "200"),
+        ("200", "amount", "200"),
+        ("every", "amount", "20"),
+        ("every", "text", "every"),
+        ("5min", "amount", "5min"),
+        ("None", "text", None),
+        ("None", "callable", None),
         (["names"], "text", ["a", "b"]),
         (["a", "b"], "text", ["a", "b"]),
         (["len"], "text", ["len"]),
+        (["blocks"], "text", ["blocks"]),
         (4, "text", 4),
     ],
 )
 def test_a_word_is_read_in_the_notebook(notebook, word, read, value):
     """By the notebook's names alone, and evaluated once, or once more where it may stand in quotes."""
-    notebook.shell.user_ns.update(name="first", text="name", own=len, names=["a", "b"], mse=1.5)
+    notebook.shell.user_ns.update(name="first", text="name", own=len, names=["a", "b"], mse=1.5, every=20, blocks=[1])
     assert value == read_word(notebook.shell, word, read)
 
 

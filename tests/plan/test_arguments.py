@@ -133,3 +133,22 @@ def test_a_number_may_be_an_expression(line, value):
     add_options(made, OPTIONS)
     names = {"n": 4, "whole": type("Whole", (), {"__index__": lambda self: 7})()}
     assert value == given_options(made.parse(split_line(line), lambda text: eval(text, {}, names)), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--epochs yes_", "--epochs yes_ is True, not a whole number"),
+        ("--lr yes_", "--lr yes_ is True, not a number"),
+        ("--shuffle odd", r"--shuffle odd is .*, neither yes nor no"),
+        ("--epochs 1/3", r"--epochs 1/3 is 0\.3.*, not a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(line, message):
+    """With the option, the expression and its value; None is as good as not given."""
+    made = OptionParser("%train", "Train.", expressions=True)
+    add_options(made, OPTIONS)
+    names = {"yes_": True, "odd": type("Odd", (), {"__eq__": lambda self, other: 1 / 0, "__hash__": None})()}
+    with pytest.raises(PlanError, match=message):
+        made.parse(split_line(line), lambda text: eval(text, {}, names))
+    assert {} == given_options(made.parse(["--lr", "None"], eval), OPTIONS)

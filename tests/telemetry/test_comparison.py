@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import re
 
 import pytest
 from sample_events import run_of
@@ -116,3 +118,19 @@ def test_what_is_no_run_is_refused(home, given, message):
     """In one sentence."""
     with pytest.raises(PlanError, match=message):
         compare(given)
+
+
+def test_charts_name_runs_by_what_differs():
+    """Ids of one day begin alike; of many runs the first have labels, as far as they fit."""
+    runs = [report(f"20261129-22{i:04}-5af4ec", history=rows(1.0 + i)) for i in range(30)]
+    few = base64.b64decode(re.findall(r"base64,([^\"]+)", compare(runs[:2])._repr_html_())[0]).decode()
+    assert all(text in few for text in (">0-5af4ec ", ">1-5af4ec "))
+    many = base64.b64decode(re.findall(r"base64,([^\"]+)", compare(runs)._repr_html_())[0]).decode()
+    assert all(0 <= float(y) <= 200 for y in re.findall(r'class="nbdist-run\d" x="[\d.]+" y="([-\d.]+)"', many))
+
+
+def test_a_row_without_a_value_is_not_the_best():
+    """A metric may have none in an epoch."""
+    history = rows(2.0, 1.0)
+    compared = compare({"r": report(history=({**history[0]}, {**history[1], "val_loss": None}))})
+    assert "the lowest val_loss is 2, of r in epoch 1" in repr(compared)

@@ -44,6 +44,8 @@ _COPIES, _COPIES_OF_MESH, _COPIES_OF_LOSS = 8, 6, 4
 """How much memory the check needs at its peak, in sizes of the model: whole, with check="mesh", and for losses only."""
 _FREE_SHARE = 0.8
 _NO_SAME_DATA = "the data draws random numbers that differ from process to process"
+_FEW_SLICES = 4
+"""Up to so many, a rank runs the whole first batch where a step fails on few samples."""
 
 
 class StepCheck:
@@ -155,9 +157,14 @@ class StepCheck:
         except NbdistError:  # a loss may be a mean in slices of equal size only, or be known by the whole batch
             return self._run_plain(even=True)
         except Exception as error:
-            if is_out_of_memory(error):
+            # A step may need more samples, such as one of the ten largest losses; the ranks of a host then hold a whole
+            # batch each, which is no more than twice what they hold in a run, if there are few of them.
+            if is_out_of_memory(error) or self._plan.slices > _FEW_SLICES or self._error_of_full_slice() is not None:
                 raise
-        return self._run_plain(even=True, all_known=True)  # a step may need more, such as the ten largest losses
+            try:
+                return self._run_plain(even=True, all_known=True)
+            except Exception:  # the first error says more
+                raise error from None
 
     def _run_plain(self, *, even: bool, all_known: bool = False) -> bytes:
         """Run all steps, with slices of equal or of other size; returns a digest of the samples."""
@@ -195,7 +202,7 @@ class StepCheck:
         plan, replicas = self._plan, samples.replicas
         if step.state.iterators:
             raise CannotBeChecked(
-                f"the step can reach {step.state.iterators[0]}, an iterator, which cannot be put back"
+                f"the step can reach {next(iter(step.state.iterators))}, an iterator, which cannot be put back"
             )
         if step.state.excess:
             raise CannotBeChecked(f"the step can reach too many objects to put back, such as {step.state.excess}")

@@ -307,7 +307,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def copy_batch(batch: Any) -> Any:
     """A batch of its own memory: a step may write into its batch, and the user's data, or the next step, needs it."""
-    return _map_batch(batch, torch.clone, _copied)
+    return _map_batch(batch, _cloned, _copied)
+
+
+def _cloned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _copied(value: Any) -> Any:

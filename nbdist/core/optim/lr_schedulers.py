@@ -35,7 +35,7 @@ class Schedulers:
         factories: Mapping[str, Callable[[torch.optim.Optimizer], Any]],
         by: str = "step",
     ) -> None:
-        self._optimizers = optimizers
+        self._optimizers, self._by = optimizers, by
         self._schedulers = {name: make(optimizers[name]) for name, make in factories.items()}
         made = self._schedulers.values()
         self._by_row = [one for one in made if isinstance(one, torch.optim.lr_scheduler.ReduceLROnPlateau)]
@@ -126,15 +126,23 @@ class Schedulers:
         Raises:
             TaskError: A state holds something that JSON cannot represent.
         """
-        return {name: _to_json(scheduler.state_dict()) for name, scheduler in self._schedulers.items()}
+        return {
+            name: {**_to_json(scheduler.state_dict()), "by": self._by} for name, scheduler in self._schedulers.items()
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a `state_dict`; the current rates are in the optimizers' state, and not changed here. Local.
 
         Raises:
-            TaskError: It is another scheduler's.
+            TaskError: It is another scheduler's, or of one that was stepped otherwise.
         """
         for name in self._schedulers.keys() & state_dict.keys():
+            by = state_dict[name].get("by", self._by)
+            if by != self._by and self._schedulers[name] not in self._by_row:
+                raise TaskError(
+                    f"the saved lr_scheduler was stepped by {by}s, and this one is by {self._by}s: give "
+                    f"schedule_by={by!r} (--schedule-by {by})."
+                )
             own, state = self._schedulers[name].state_dict(), None
             with contextlib.suppress(TypeError, ValueError, KeyError):
                 state = _like(own, state_dict[name])

@@ -25,7 +25,7 @@ def preserve_model(model: nn.Module) -> Iterator[None]:
     gradients are enabled and autocast is off, whatever holds outside.
     """
     device = device_of(model)
-    state = ProgramState({"model": model}, unwritten=model.parameters())
+    state = ProgramState({"model": model}, unwritten=model.parameters(), most=None)
     extra = copy.deepcopy(extra_states(model))  # an object that is not Python's shows its state there alone
     with (
         fork_rng(device),

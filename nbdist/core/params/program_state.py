@@ -7,6 +7,7 @@ import contextlib
 import dis
 import functools
 import io
+import itertools
 import logging
 import os
 import random
@@ -40,7 +41,7 @@ from nbdist.core.params.value_records import (
     items_of,
 )
 
-__all__ = ["ProgramState"]
+__all__ = ["ProgramState", "is_of_library"]
 
 _LARGE_BYTES = 64 * 2**20
 _MOST = 200_000
@@ -86,19 +87,20 @@ class ProgramState:
         unwritten: Tensors whose values nothing will change, such as weights in a dry run: they are not copied.
         large_bytes: Larger tensors and arrays that are no part of a model or an optimizer are taken for data, which is
             only read.
+        most: How many objects are visited; None for all.
 
     Attributes:
-        iterators: The paths of iterators, which nobody can put back.
+        iterators: Iterators, which nobody can put back, by their paths.
         excess: The path at which more objects were reached than can be put back; empty if all were.
     """
 
     def __init__(
         self, roots: Mapping[str, Any], *, keep_storage: bool = False, unwritten: Iterable[torch.Tensor] = (),
-        large_bytes: int = _LARGE_BYTES,
+        large_bytes: int = _LARGE_BYTES, most: int | None = _MOST,
     ) -> None:  # fmt: skip
         self._large_bytes = large_bytes
         self._keep_storage = keep_storage
-        self.iterators: list[str] = []
+        self.iterators: dict[str, Any] = {}
         self.excess = ""
         self._records: list[Record] = []
         self._unwritten = {id(tensor) for tensor in unwritten}
@@ -109,7 +111,7 @@ class ProgramState:
         self._own = {id(tensor) for root in changing for tensor in _tensors(root)}
         while self._queue:
             self._visit(*self._queue.popleft())
-            if len(self._seen) + len(self._queue) > _MOST:
+            if most is not None and len(self._seen) + len(self._queue) > most:
                 self.excess = self._queue[-1][0] if self._queue else "itself"
                 self._queue.clear()
 
@@ -153,8 +155,8 @@ class ProgramState:
             self._queue += [(path, value.func), (f"{path}.args", value.args), (f"{path}.keywords", value.keywords)]
         elif (pair := _generator_state(value)) is not None:
             self._records.append(GeneratorRecord(path, *pair))
-        elif hasattr(type(value), "__next__"):
-            self.iterators.append(path)
+        elif hasattr(type(value), "__next__") and not hasattr(type(value), "write"):  # a file is outside
+            self.iterators[path] = value
         else:
             self._attributes(path, value)
             self._class(type(value))
@@ -162,7 +164,8 @@ class ProgramState:
     def _container(self, path: str, value: Any, kind: Any, items: Iterator[tuple[str, Any]]) -> None:
         if kind is not None:
             self._records.append(kind(path, value))
-        if len(value) > _MANY and all(isinstance(item, ATOMS) for _, item in zip(range(_MANY), value, strict=False)):
+        held = (item for _, item in items_of(value)) if isinstance(value, dict) else value
+        if len(value) > _MANY and all(isinstance(item, ATOMS) for item in itertools.islice(held, _MANY)):
             return
         self._queue += ((name, item) for name, item in items if not isinstance(item, ATOMS))
 
@@ -198,7 +201,7 @@ class ProgramState:
                 self._seen[id(cell)] = cell
                 self._records.append(CellRecord(name, cell))
                 self._queue += [(name, value) for value in cell_value(cell)]
-        if _is_of_library(function.__code__):
+        if is_of_library(function.__code__):
             return
         names = function.__globals__
         for name in sorted(_names_in(function.__code__)):
@@ -217,7 +220,7 @@ class ProgramState:
             self._seen[id(base)] = base
             functions = [_function_of(value) for value in vars(base).values()]
             mine = [function for function in functions if function is not None]
-            if not any(not _is_of_library(function.__code__) for function in mine):
+            if not any(not is_of_library(function.__code__) for function in mine):
                 continue
             self._records.append(ClassRecord(base.__qualname__, base))
             self._queue += ((base.__qualname__, function) for function in mine)
@@ -256,7 +259,8 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
 
 
 @functools.lru_cache(4096)
-def _is_of_library(code: types.CodeType) -> bool:
+def is_of_library(code: types.CodeType) -> bool:
+    """Whether code is nbdist's, Python's or an installed package's, and not the user's. Local."""
     path = code.co_filename
     if path.startswith("<frozen"):
         return True

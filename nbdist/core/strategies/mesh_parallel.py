@@ -20,6 +20,7 @@ from nbdist.core.data.reader import Slice, copy_batch, to_device
 from nbdist.core.optim.optimizers import check_can_be_sharded
 from nbdist.core.optim.state import cut_state_, gather_state_
 from nbdist.core.params.func_transforms import transforms_refused
+from nbdist.core.params.iterator_watch import IteratorWatch
 from nbdist.core.params.preserve_model import device_of
 from nbdist.core.params.program_state import ProgramState
 from nbdist.core.process import rng
@@ -46,6 +47,10 @@ __all__ = ["MeshParallel", "estimate"]
 T = TypeVar("T")
 _AXES: dict[str, type[MeshAxis]] = {"tp": TensorAxis, "pp": PipelineAxis, "shard": ShardAxis}
 """The axes that change the model, in the order in which they are applied."""
+
+
+_SMALL_BYTES = 2**20
+"""Larger tensors that the step reaches beside the model, such as a teacher's weights, are only read before its call."""
 
 
 def example_call(task: Task, plan: Plan, device: torch.device) -> Example:
@@ -128,21 +133,22 @@ class MeshParallel(Strategy):
     def _apply(self) -> None:
         axes, plan = self.axes, self.plan
         # Both run the user's code, on some ranks more often than on others: what it counts or keeps is put back.
-        before = ProgramState(
-            {"step": self.task.step, "model": self.task.model}, unwritten=self.task.model.parameters()
-        )
-        if before.iterators:
-            raise PlanError(
-                f"the step or the model can reach {before.iterators[0]}, an iterator, which dry runs for mesh "
-                f"{plan.mesh} would advance, and nobody can put back: keep a number or a list in its place, or use the "
-                "strategy data."
-            )
+        weights = [*self.task.model.parameters()]
+        of_model = ProgramState({"model": self.task.model}, unwritten=weights, most=None)
+        of_step = ProgramState({"step": self.task.step}, unwritten=weights, large_bytes=_SMALL_BYTES, most=None)
         try:
-            example = example_call(self.task, plan, self.device)
+            with IteratorWatch(of_step.iterators.values()) as watch:
+                example = example_call(self.task, plan, self.device)
+            if advanced := [*of_model.iterators, *(of_step.iterators if watch.taken else ())]:
+                raise PlanError(
+                    f"the step or the model takes from {advanced[0]}, an iterator, which dry runs for mesh {plan.mesh} "
+                    "advance, and nobody can put back: keep a number or a list in its place, or use the strategy data."
+                )
             kinds = [type(axis) for axis in self._axes]
             proposals = agree_on_proposals(kinds, self.task, plan, example, axes.world)  # before a weight is touched
         finally:
-            before.restore()
+            of_step.restore()
+            of_model.restore()
         self.table.broadcast_(axes.world)
         for axis, proposal in zip(self._axes, proposals, strict=True):
             axis.apply(proposal, example)

@@ -164,3 +164,11 @@ def test_an_optimizer_without_a_rate_has_none_to_report():
     optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
     del optimizer.param_groups[0]["lr"]
     assert 0.0 == Schedulers({"": optimizer}, {}).rate
+
+
+def test_a_state_that_was_stepped_otherwise_is_refused():
+    """Its counter would stand for something else."""
+    make = functools.partial(lr_scheduler.StepLR, step_size=5)
+    saved = Schedulers({"": optimizer()}, {"": make}).state_dict()
+    with pytest.raises(TaskError, match=r"was stepped by steps, and this one is by epochs: give schedule_by='step'"):
+        Schedulers({"": optimizer()}, {"": make}, "epoch").load_state_dict(saved)

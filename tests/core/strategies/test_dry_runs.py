@@ -87,9 +87,7 @@ def trained_with_iterator(world, mesh):
 @pytest.mark.parametrize("mesh", ["shard=2", "tp=2", "pp=2"])
 def test_an_iterator_that_dry_runs_would_advance_is_refused(run_ranks, mesh):
     """Nobody can put it back; with the strategy data there are no dry runs, and the check leaves it alone."""
-    message = (
-        f"the step or the model can reach model.numbers, an iterator, which dry runs for mesh {mesh} would advance"
-    )
+    message = f"the step or the model takes from model.numbers, an iterator, which dry runs for mesh {mesh} advance"
     for error, following in run_ranks(2, trained_with_iterator, mesh):
         assert error.startswith(message)
         assert following == 0
@@ -158,3 +156,26 @@ def thawing(world, mesh):
 def test_a_step_that_freezes_is_refused_before_the_first_update(run_ranks, mesh):
     """In a sentence; what its dry runs froze is as it was."""
     assert any(error.startswith("first.weight was frozen in step 1: ") for error in run_ranks(2, thawing, mesh))
+
+
+def trained_beside_iterator(world, when):
+    numbers = itertools.count()
+
+    def step(model, batch):
+        before = next(numbers) if when == "before" else 0
+        loss = F.mse_loss(model(batch[0]), batch[1])
+        return loss * (1 + 0.01 * (next(numbers) if when == "after" else before))
+
+    x = classes(SAMPLES)[0].float()
+    try:
+        train(world, seeded(Net), (x, x), step=step, batch_size=8, steps=STEPS, optimizer="sgd", strategy="shard=2")
+    except PlanError as error:
+        return str(error)
+    return next(numbers)
+
+
+def test_an_iterator_of_the_step_is_refused_if_a_dry_run_takes_from_it(run_ranks):
+    """A dry run ends at the call of the model, so what is taken afterwards is right."""
+    refused = "the step or the model takes from numbers, an iterator, which dry runs for mesh shard=2 advance"
+    assert all(error.startswith(refused) for error in run_ranks(2, trained_beside_iterator, "before"))
+    assert [STEPS] * 2 == run_ranks(2, trained_beside_iterator, "after")

@@ -180,31 +180,28 @@ def test_outside_of_a_run_it_changes_nothing():
         nbdist.gather([1, 2])
 
 
-def ranks_seen(world, options):
+def ranks_seen(world, mesh):
     seen = []
 
     def step(model, batch):
         seen.append((nbdist.rank(), nbdist.world_size()))
         return F.mse_loss(model(batch[0]), batch[1])
 
+    def by_rank(model, batch):
+        return F.mse_loss(model(batch[0]), batch[1]) * (1 + nbdist.rank())
+
     x, _ = classes(BATCH)
-    train(
-        world,
-        seeded(lambda: nn.Linear(FEATURES, FEATURES), torch.float64),
-        (x, x),
-        step=step,
-        batch_size=BATCH,
-        **options,
-    )
-    return world.rank, seen[-1], {*seen[:-1]}
+    model = seeded(lambda: nn.Linear(FEATURES, FEATURES), torch.float64)
+    train(world, model, (x, x), step=step, batch_size=BATCH, steps=2, optimizer="sgd", strategy=mesh)
+    with pytest.raises(PlanError, match="as one process has it for the same"):
+        train(world, model, (x, x), step=by_rank, batch_size=BATCH, steps=2, optimizer="sgd", strategy=mesh)
+    return seen
 
 
 @pytest.mark.parametrize("mesh", ["dp=2", "shard=2", "tp=2"])
 def test_a_step_knows_its_rank(run_ranks, mesh):
-    """In the world; the check before the first update runs it as the only one."""
-    seen = run_ranks(2, ranks_seen, {"strategy": mesh, "steps": 2, "optimizer": "sgd"})
-    assert [(rank, (rank, 2)) for rank in range(2)] == [(rank, last) for rank, last, _ in seen]
-    assert {(0, 1), (0, 2), (1, 2)} == set().union(*(before for *_, before in seen))
+    """In the world; in the check it is the only one, so that a loss which depends on it is found."""
+    assert [[(0, 2)] * 2, [(1, 2)] * 2] == run_ranks(2, ranks_seen, mesh)
 
 
 def test_outside_of_a_run(monkeypatch):
