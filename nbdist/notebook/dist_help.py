@@ -28,7 +28,6 @@ _PHRASES = {
     "%dist_help": ("[MAGIC]", "this, or all about one magic"),
 }
 _EXAMPLE = """\
-  %dist_start -n 2
   %dist_train model train_set --loss cross_entropy --epochs 5 --val test_set
 
 ■ stops after the step, a second ■ at once; --resume continues. Tab completes.
@@ -39,7 +38,7 @@ def help_text() -> str:
     """All magics, a line each, on one screen of 80 columns."""
     width = max(len(f"{name} {usage}") for name, (usage, _) in _PHRASES.items())
     lines = [f"  {f'{name} {usage}':<{width}}  {phrase}" for name, (usage, phrase) in _PHRASES.items()]
-    return "\n".join(["Train on all processors, from this notebook:", *lines, _EXAMPLE])
+    return "\n".join(["Train on all processors, from this notebook:", *lines, "", _EXAMPLE])
 
 
 def help_text_of(name: str) -> str:
