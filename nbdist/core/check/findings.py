@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["CannotBeChecked", "Findings", "Refused"]
+__all__ = ["CannotBeChecked", "Findings", "NotFinite", "Refused"]
 
 
 @dataclass(kw_only=True)
@@ -31,6 +31,10 @@ class CannotBeChecked(BaseException):
     def __init__(self, why: str, *, noted: bool = True) -> None:
         super().__init__(why)
         self.noted = noted
+
+
+class NotFinite(CannotBeChecked):
+    """The loss or a gradient of the samples is not finite, such as where all labels of a slice are ignored."""
 
 
 class Refused(BaseException):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.check.findings import CannotBeChecked, Findings, Refused
+from nbdist.core.check.findings import CannotBeChecked, Findings, NotFinite, Refused
 from nbdist.core.check.mesh_difference import MeshDifference
 from nbdist.core.check.plain_step import PlainStep, StepResult
 from nbdist.core.check.rounding import Rounding
@@ -156,6 +156,10 @@ class StepCheck:
             return self._run_plain(even=False)
         except NbdistError:  # a loss may be a mean in slices of equal size only, or be known by the whole batch
             return self._run_plain(even=True)
+        except NotFinite:
+            if self._plan.slices > _FEW_SLICES:
+                raise
+            return self._run_plain(even=True, all_known=True)
         except Exception as error:
             # A step may need more samples, such as one of the ten largest losses; the ranks of a host then hold a whole
             # batch each, which is no more than twice what they hold in a run, if there are few of them.
@@ -221,7 +225,7 @@ class StepCheck:
             expected = step.run(replicas, update=True)
         self._scale = step.scale
         if not expected.finite:
-            raise CannotBeChecked("the loss, or a gradient, is not finite")
+            raise NotFinite("the loss, or a gradient, is not finite")
         if step.draws and synchronizes(self._task, plan):
             raise CannotBeChecked("the step draws random numbers, and layers synchronize their statistics")
         if self._gathers and (step.draws or (norms_of(self._task.model) and not synchronizes(self._task, plan))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import warnings
 
@@ -651,3 +652,13 @@ def test_a_part_in_lower_precision_is_no_reason_to_refuse(run_ranks):
 def checked_of(world, make):
     result, trained = train(world, seeded(make, torch.float64), classes(64), **RUN)
     return result.plan.checked, trained
+
+
+def test_samples_whose_labels_are_all_ignored_are_not_all_there_is():
+    """A slice of few may have none that counts, and no finite loss; the whole first batch has."""
+    x, y = classes(32)
+    y = torch.where(torch.arange(32) % 8 >= 6, y, -100)
+    loss = functools.partial(F.cross_entropy, ignore_index=-100)
+    sink = Kept()
+    train(World(), mlp(), (x, y), sinks=[sink], loss=loss, **TWO_SLICES)
+    assert sink.checked.startswith("loss, 4 gradients")
