@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from nbdist.errors import NbdistError, PlanError, suggest
 from nbdist.plan.option import Option, explained, flag
+from nbdist.plan.option_values import as_int
 
 __all__ = ["OptionParser", "add_options", "given_options", "line_help", "split_line"]
 
@@ -105,14 +105,10 @@ def _yes_or_no(word: str) -> bool:
     raise argparse.ArgumentTypeError(f"{word!r} is neither yes nor no")
 
 
-def _int(value: Any) -> int:
-    return operator.index(_number(value))
-
-
-def _number(value: Any) -> Any:
+def _float(value: Any) -> float:
     if isinstance(value, bool):
         raise TypeError
-    return value
+    return float(value)
 
 
 def _bool(value: Any) -> bool:
@@ -122,8 +118,8 @@ def _bool(value: Any) -> bool:
 
 
 _CONVERSIONS: dict[Any, tuple[Callable[[Any], Any], str]] = {
-    int: (_int, "not a whole number"),
-    float: (lambda value: float(_number(value)), "not a number"),
+    int: (as_int, "not a whole number"),
+    float: (_float, "not a number"),
     _yes_or_no: (_bool, "neither yes nor no"),
 }
 """For what a word is parsed by: how a value becomes the same, and what it is if it cannot."""

@@ -9,7 +9,14 @@ from typing import Any
 
 from nbdist.errors import PlanError, suggest
 
-__all__ = ["check_word", "check_yes_or_no", "positive_number", "whole_number"]
+__all__ = ["as_int", "check_word", "check_yes_or_no", "positive_number", "whole_number"]
+
+
+def as_int(value: Any) -> int:
+    """A whole number of any type as an int; raises `TypeError` for others, and for True and False."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
@@ -19,9 +26,7 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
         PlanError: It is no whole number, or smaller.
     """
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
+        number = as_int(value)
     except TypeError:
         raise PlanError(f"{name} must be a whole number, not {value!r}.") from None
     if least is not None and number < least:
