@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nbdist.errors import PlanError
@@ -15,6 +15,7 @@ from nbdist.plan.known_names import LOSSES, METRICS, OPTIMIZERS
 from nbdist.plan.mesh import STRATEGY_WORDS, Mesh
 from nbdist.plan.option import Option, check_known, option, options_of
 from nbdist.plan.option_values import check_word, check_yes_or_no, positive_number, whole_number
+from nbdist.plan.slices import default_microbatches
 
 __all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "REDUCTIONS", "SCHEDULES", "SLICES", "Plan"]
 
@@ -125,7 +126,7 @@ class Plan:
         "Microbatches in flight through a pipeline, for each one of `accumulate`.",
         parse=int,
         metavar="M",
-        default="twice the ranks of the pipeline",
+        default="twice the ranks of the pipeline, or fewer",
     )
     schedule: str = option(
         "1f1b",
@@ -316,12 +317,13 @@ class Plan:
             raise PlanError(f"tensor_plan must be a dict of layer names and kinds, not {self.tensor_plan!r}.")
 
     @classmethod
-    def create(cls, *, ranks: int, cores: int, **options: Any) -> Plan:
+    def create(cls, *, ranks: int, cores: int, flat_samples: bool = False, **options: Any) -> Plan:
         """Create a Plan from a user's options; None means not given.
 
         Args:
             ranks: Ranks in the world.
             cores: CPU cores of all hosts together.
+            flat_samples: Whether a sample is a single row of numbers, so that a microbatch has few rows.
             **options: Any field of Plan except `mesh`.
 
         Raises:
@@ -332,8 +334,11 @@ class Plan:
         if "epochs" not in given and "steps" not in given:
             given["epochs"] = 1
         given.setdefault("threads", 1 if given.get("reproducible") else max(1, cores // ranks))
-        mesh = Mesh.parse(given.get("strategy", "data"), ranks)
-        return cls(mesh=mesh, **given)
+        plan = cls(mesh=Mesh.parse(given.get("strategy", "data"), ranks), **given)
+        if plan.mesh.pp > 1 and flat_samples and plan.microbatches is None:
+            few = default_microbatches(plan.mesh.pp, plan.batch_size // plan._shares, flat=True)
+            return replace(plan, microbatches=few)
+        return plan
 
     @property
     def checkpoint_cadence(self) -> tuple[int, float]:
@@ -361,10 +366,12 @@ class Plan:
             return self.accumulate
         if self.microbatches is not None:
             return self.accumulate * self.microbatches
-        # At least two samples in each, because layers such as BatchNorm cannot train on one.
-        return self.accumulate * max(
-            1, min(2 * self.mesh.pp, self.batch_size // (2 * self.mesh.data * self.accumulate))
-        )
+        return self.accumulate * default_microbatches(self.mesh.pp, self.batch_size // self._shares)
+
+    @property
+    def _shares(self) -> int:
+        """Into how many parts a batch is cut before pipelines cut theirs into microbatches."""
+        return self.mesh.data * self.accumulate
 
     @property
     def slices(self) -> int:

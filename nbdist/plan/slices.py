@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["slice_bounds"]
+__all__ = ["default_microbatches", "slice_bounds"]
+
+_FEW_ROWS = 32
+"""A layer that reads its weights for fewer rows waits for memory: another microbatch costs it a whole pass."""
+
+
+def default_microbatches(ranks: int, samples: int, *, flat: bool = False) -> int:
+    """Microbatches in flight through a pipeline: more of them fill it better, and cost a pass over all weights each.
+
+    Args:
+        ranks: Of the pipeline.
+        samples: That are cut into microbatches; each gets two at least, as BatchNorm cannot train on one.
+        flat: Whether a sample is a single row of numbers.
+    """
+    many = max(1, min(2 * ranks, samples // 2))
+    return many if not flat or samples >= 2 * ranks * _FEW_ROWS else min(many, ranks)
 
 
 def slice_bounds(samples: int, slices: int) -> list[tuple[int, int]]:

@@ -41,6 +41,18 @@ def test_a_plan_is_pure_data():
     assert plan == Plan(**{**data, "mesh": Mesh(**data["mesh"])})
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "flat", "microbatches"),
+    [(64, False, 4), (64, True, 2), (127, True, 2), (128, True, 4), (4, False, 2), (4, True, 2), (2, True, 1)],
+)
+def test_a_pipeline_gets_fewer_microbatches_of_flat_samples(batch_size, flat, microbatches):
+    """Each costs its layers a pass over their weights, which few rows do not pay for."""
+    plan = Plan.create(ranks=2, cores=2, strategy="pp", batch_size=batch_size, flat_samples=flat)
+    assert microbatches == plan.slices_per_rank
+    given = Plan.create(ranks=2, cores=2, strategy="pp", batch_size=64, microbatches=4, flat_samples=flat)
+    assert 4 == given.microbatches
+
+
 def test_slices_are_ranks_times_microbatches():
     """Each slice is one forward and backward."""
     assert 6 == create(accumulate=3).slices

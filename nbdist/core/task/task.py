@@ -132,7 +132,8 @@ class Task:
             raise TaskError(f"weights={weights} is for a model that a callable builds, and {names[0]} is a model.")
         check_model(model, names[0])
         source = Source.of(data, names[1], batch_size=batch_size)
-        own_loss = loss is None and step is None and isinstance(source.first(), (Mapping, type(None)))
+        first = source.first()
+        own_loss = loss is None and step is None and isinstance(first, (Mapping, type(None)))
         if own_loss:
             step = ModelLossStep()
         elif (loss is None) == (step is None):
@@ -151,8 +152,8 @@ class Task:
         val_source = None if val is None else replace(Source.of(val, "val", batch_size=batch_size), drop_last=False)
         if loss is not None:
             _check_pairs(source, "loss")
-        if metric is not None and val_source is not None and (first := val_source.first()) is not None:
-            target_of(first, metric_name(metric))
+        if metric is not None and val_source is not None and (sample := val_source.first()) is not None:
+            target_of(sample, metric_name(metric))
         if batch_size is not None and source.sets_batches:
             raise PlanError(
                 f"batch_size={batch_size} is given, but the batches of {names[1]} are made already (each is a global "
@@ -183,6 +184,7 @@ class Task:
                 "metric": "" if metric is None else metric_name(metric),
                 "batch_size": source.batch_size if batch_size is None else batch_size,
                 "shuffle": source.shuffle if shuffle is None else shuffle,
+                "flat_samples": _is_flat(first),
             },
         )
 
@@ -338,6 +340,12 @@ def _no_scalar(loss: Any) -> str:
 
 def _name(thing: Any) -> str:
     return thing if isinstance(thing, str) else getattr(thing, "__name__", None) or type(thing).__name__
+
+
+def _is_flat(first: Any) -> bool:
+    """Whether the first of a batch's values is a row of numbers for each sample."""
+    value = first[0] if isinstance(first, (tuple, list)) and len(first) else first
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 2
 
 
 def _check_pairs(source: Source | None, what: str) -> None:
