@@ -31,9 +31,9 @@ TRAIN_ARGUMENTS = [
     "MODEL", "DATA", "--val", "--strategy", "--loss", "--reduction", "--optimizer", "--lr", "--lr-scheduler",
     "--schedule-by", "--epochs", "--steps",
     "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
-    "--split-at", "--tensor-plan", "--metric", "--shuffle", "--seed", "--reproducible", "--threads", "--bucket-mib",
-    "--gather", "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan", "--check",
-    "--tensorboard", "--weights",
+    "--split-at", "--tensor-plan", "--metric", "--evaluate", "--shuffle", "--seed", "--reproducible", "--threads",
+    "--bucket-mib", "--gather", "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan",
+    "--check", "--tensorboard", "--weights",
     "--background", "--hang-timeout", "--on-hang", "--on-failure", "-o",
 ]  # fmt: skip
 

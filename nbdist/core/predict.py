@@ -16,12 +16,13 @@ from nbdist.core.comm.world import World
 from nbdist.core.data.feed import Feed
 from nbdist.core.data.reader import Reader, Slice
 from nbdist.core.data.sample_rows import Rows, from_note, join, nbytes, to_note, without_rowless
-from nbdist.core.evaluate import Forwards, in_mode
+from nbdist.core.evaluation.evaluation import Forwards
+from nbdist.core.evaluation.sample_gather import SampleGather
+from nbdist.core.params.training_mode import in_mode
 from nbdist.core.process import rng
 from nbdist.core.process.memory import check_fits, keep_freed_pages
 from nbdist.core.process.settings import threads
 from nbdist.core.reporter import reporting_failure
-from nbdist.core.sample_gather import SampleGather
 from nbdist.core.strategies import choice
 from nbdist.core.task.task import Task, on_device
 from nbdist.errors import PlanError

@@ -17,7 +17,7 @@ from nbdist.core.sync.running_mean import RunningMean
 from nbdist.core.sync.step_tail import Totals
 from nbdist.core.task.own_loop import explained_step
 from nbdist.core.task.steps import Step
-from nbdist.telemetry import Event, Losses, Meter, Progress, RunFailed, Shares
+from nbdist.telemetry import Curves, Event, Meter, Progress, RunFailed, Shares
 
 __all__ = ["Reporter", "reporting_failure"]
 
@@ -42,16 +42,19 @@ class Reporter:
         self._emit = emit
         self._meter = Meter(progress.samples, progress.step)
         self._second = progress.step + 2
-        self._losses = Losses()
+        self._curves = Curves()
         self._process = psutil.Process()
         self._memory, self._memory_due_s = 0, 0.0
         self._comm_times = comm_timer.waiting, comm_timer.communication, comm_timer.data
 
-    def add_loss(self, totals: Totals, step: int) -> None:
-        """Add the mean loss of `step` over all ranks to the loss curve, on rank 0."""
-        loss = totals.loss if self._rank == 0 else None
-        if loss is not None:
-            self._losses.add(step, loss)
+    def add_totals(self, totals: Totals, step: int) -> None:
+        """Add the mean loss of `step` over all ranks, and what it logs, to the curves, on rank 0."""
+        if self._rank:
+            return
+        if (loss := totals.loss) is not None:
+            self._curves.add("loss", step, loss)
+        for name, mean in totals.log.means.items() if totals.log is not None else ():
+            self._curves.add(name, step, mean)
 
     def exclude(self, seconds: float) -> None:
         """Leave a pause out of the speed."""
@@ -83,7 +86,7 @@ class Reporter:
         self._emit(Progress(
             rank=self._rank, step=progress.step, epoch=progress.epoch, samples=progress.samples, loss=loss,
             samples_per_s=speed if samples_per_s is None else samples_per_s, memory_mib=self._memory_in_use() / 2**20,
-            lr=self._schedulers.rate, step_s=step_s, shares=shares, losses=self._losses.take(),
+            lr=self._schedulers.rate, step_s=step_s, shares=shares, curves=self._curves.take(),
         ))  # fmt: skip
 
     def _memory_in_use(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nbdist import interrupts
+from nbdist.core.check.evaluation_means import check_evaluation_means
 from nbdist.core.check.explained import explained
 from nbdist.core.check.findings import Findings
 from nbdist.core.check.samples import with_head
@@ -22,12 +23,13 @@ from nbdist.core.comm.world import World
 from nbdist.core.control.commands import Commands
 from nbdist.core.control.step_control import StepControl
 from nbdist.core.data.feed import Feed
-from nbdist.core.data.reader import Reader, Slice
+from nbdist.core.data.reader import Reader
 from nbdist.core.data.sources import Source
 from nbdist.core.data.workers import worker_errors
-from nbdist.core.evaluate import Evaluation, in_mode
+from nbdist.core.evaluation.evaluation import Evaluation
 from nbdist.core.params.replicas import check_replicas
 from nbdist.core.params.structure_watch import StructureWatch
+from nbdist.core.params.training_mode import in_mode
 from nbdist.core.params.unshard import record_placements
 from nbdist.core.process import rng
 from nbdist.core.process.memory import frozen_gc, keep_freed_pages, keep_large_pages
@@ -41,10 +43,9 @@ from nbdist.core.state.snapshot import RankSnapshots
 from nbdist.core.state.snapshotter import Snapshotter
 from nbdist.core.state.train_progress import TrainProgress
 from nbdist.core.strategies import choice
-from nbdist.core.strategies.strategy import Strategy
-from nbdist.core.sync.agreement import NO_FLAGS
 from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
 from nbdist.core.sync.loss_forms import check_one_form
+from nbdist.core.sync.step_log import LogReducer
 from nbdist.core.sync.step_tail import StepLosses, Totals
 from nbdist.core.task.notes import notes_on_modes, notes_on_optimizers, notes_on_outside, outside_parameters
 from nbdist.core.task.task import Task, on_device
@@ -74,7 +75,7 @@ class Result:
     Args:
         state: "finished" or "stopped"; "scaled" if it is to resume on another number of ranks.
         history: One dict per epoch (one for the whole run under `steps`): `epoch`, `steps`, `samples`, `loss` (its
-            weighted mean), `seconds`; with validation data also `val_loss` and `val_<metric>`.
+            weighted mean), `seconds`, what steps log; with validation data also `val_loss` and `val_<name>`.
         plan: The plan that was run.
         ranks: The number of ranks that a "scale" command asked for; 0 without one.
         model: The trained model: the user's own, or what their callable has built.
@@ -161,6 +162,8 @@ def fit(
             check.run_plain(onto_whole, same_weights=not on_every_rank)
         elif from_snapshot or plan.checked.startswith("loss"):  # it has been seen with slices of other sizes
             task.forms.trust()
+        if not from_snapshot:
+            check_evaluation_means(task, plan, world)
         with explained(plan.mesh, check is not None and check.runs_alone):
             strategy = choice.apply(task, plan, world)
             cleanup.callback(strategy.close)
@@ -223,6 +226,7 @@ def fit(
         for note in [*findings.notes, *(notes if progress.step == 0 else ())] if world.rank == 0 else ():
             emit(Noted(rank=world.rank, text=note))
         reporter = Reporter(world, progress, schedulers, emit)
+        log_reducer = LogReducer.of(task.log, axes, plan)
         structure = StructureWatch(model, task.optimizers.values())
         latest: Totals | None = None
 
@@ -238,7 +242,7 @@ def fit(
                 trained = stopped or progress.step == plan.steps
                 for slices in () if trained else comm_timer.reading(reader.epoch(progress.epoch, skip=progress.batch)):
                     strategy.begin_step()
-                    task.forms.begin()
+                    task.begin()
                     losses = strategy.forward_backward(progress.step, slices)
                     for note in notes_on_outside(outside) if progress.step == 0 == world.rank else ():
                         emit(Noted(rank=world.rank, text=note))
@@ -249,31 +253,32 @@ def fit(
                     own_flags, pending = snapshotter.flags(progress), step_control.pending(progress)
                     if pending:
                         own_flags = own_flags._replace(commands=pending)
-                    own_flags = task.forms.flags(own_flags, progress.step)
+                    own_flags = log_reducer.flags(task.forms.flags(own_flags, progress.step))
                     totals = strategy.sync(own_flags)
                     # On a GPU, reading the flags waits for it: only the first step does, before weights change.
-                    if latest is None or not strategy.lag:
-                        check_one_form(totals.flags)
+                    known = totals.flags if latest is None or not strategy.lag else latest.flags
+                    check_one_form(known)
+                    totals.log = log_reducer.reduce(known)
                     snapshotter.begin_update()
                     # Update if any rank had data. A rank that had some knows it without reading totals from its GPU.
                     if losses.any_known or totals.weight:
-                        computing = functools.partial(_compute_again, task, strategy, hooks, progress.step, slices)
+                        computing = functools.partial(strategy.compute_again, hooks, progress.step, slices)
                         updated = strategy.update(hooks, computing)
                         if latest is None and plan.mesh.shard > 1 and plan.mesh.pp == 1:
                             keep_large_pages()  # the optimizer's state has its place
                         if updated:
                             schedulers.end_update()
-                    progress.advance(sum(part.samples for part in slices), strategy.reducer.counted_losses(totals))
+                    counted = strategy.reducer.counted_losses(totals)
+                    progress.advance(sum(part.samples for part in slices), counted, totals.log)
 
                     # On a GPU these are the previous step's totals, so that no step waits for the device; all ranks
                     # see them after the same step.
                     agreed, latest = latest if strategy.lag else totals, totals
                     flags = None if agreed is None else agreed.flags
-                    check_one_form(flags)
                     step_control.apply_agreed(progress, flags)  # before the snapshot, which counts applied commands
                     snapshotter.end_step(progress, flags)
                     if agreed is not None:
-                        reporter.add_loss(agreed, progress.step - (agreed is not totals))
+                        reporter.add_totals(agreed, progress.step - (agreed is not totals))
                     reporter.report_if_due(progress, losses.mean)
                     if strategy.work and progress.step & (progress.step - 1) == 0:  # steps 1, 2, 4, 8 ... on every rank
                         emit(Worked(rank=world.rank, step=progress.step, work=tuple(strategy.work)))
@@ -286,6 +291,8 @@ def fit(
 
                 # With a lag, the last step's flags have not been read yet.
                 check_one_form(None if latest is None else latest.flags)
+                if strategy.lag and latest is not None and (rest := log_reducer.reduce(latest.flags)) is not None:
+                    progress.row.add_log(rest)
                 if progress.batch == 0 and not stopped:
                     raise PlanError(f"the data gave no batch in epoch {progress.epoch}: can it be read only once?")
                 ended = stopped or progress.step == plan.steps or progress.epoch == plan.epochs
@@ -353,21 +360,6 @@ def _snapshot_on_error(snapshotter: Snapshotter, progress: TrainProgress, world:
                 world.leave()
             snapshotter.snapshot_on_error(progress)
         raise
-
-
-def _compute_again(
-    task: Task, strategy: Strategy, hooks: GradientHooks, step: int, slices: list[Slice]
-) -> torch.Tensor:  # fmt: skip
-    """The loss of this step's batch with the present weights; sets its gradients too. **Collective**."""
-    losses = strategy.reducer.losses
-    with torch.enable_grad():
-        strategy.begin_step()
-        task.forms.begin()
-        strategy.forward_backward(step, slices)
-    totals = strategy.sync(task.forms.flags(NO_FLAGS, step))
-    strategy.finish_gradients(hooks)
-    strategy.reducer.losses = losses
-    return torch.tensor(totals.loss, dtype=torch.float64, device=strategy.device)
 
 
 def _check_finite(losses: StepLosses, progress: TrainProgress) -> None:

@@ -16,13 +16,13 @@ from IPython import get_ipython
 from nbdist.core.comm.rendezvous import connect_store
 from nbdist.core.comm.world import World
 from nbdist.core.control.command_log import CommandLog
+from nbdist.core.evaluation.sample_gather import gathering_rank
 from nbdist.core.optim.trained_optimizer import TrainedOptimizer
 from nbdist.core.params.extra_state import extra_states
 from nbdist.core.params.made_buffers import persistence
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.predict import predict
 from nbdist.core.process.memory import free_frames, free_unused_memory
-from nbdist.core.sample_gather import gathering_rank
 from nbdist.core.task.built_model import move_to_file
 from nbdist.core.task.prediction import ForwardStep
 from nbdist.core.task.task import Task

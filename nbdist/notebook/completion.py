@@ -225,6 +225,7 @@ _VALUES: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
     "strategy": _meshes,
     "loss": _or_functions("loss", "module"),
     "metric": _or_functions("metric"),
+    "evaluate": _or_functions("evaluate"),
     "optimizer": _or_functions("optimizer", "optimizer"),
     "lr_scheduler": _or_functions("lr_scheduler"),
     "device": _words("auto", "cpu", "cuda"),

@@ -8,7 +8,7 @@ from typing import Any
 from nbdist.telemetry import RankState, RunState
 from nbdist.telemetry.command_table import COMMANDS
 from nbdist.telemetry.run_view import chosen_ranks, memory_text, mesh_text
-from nbdist.telemetry.svg_chart import loss_chart, metric_chart
+from nbdist.telemetry.svg_chart import loss_chart, value_charts
 from nbdist.telemetry.units import duration, left, number
 
 __all__ = ["buttons", "charts", "events", "head", "rows"]
@@ -65,10 +65,9 @@ def rows(run: RunState) -> dict[str, Any]:
 
 
 def charts(run: RunState) -> list[str]:
-    """SVGs of the loss and the metric, if they have data."""
-    return [
-        chart for chart in (loss_chart(run, width=450, height=150), metric_chart(run, width=270, height=150)) if chart
-    ]
+    """SVGs of the loss, metrics, and what steps log, if they have data."""
+    drawn = [loss_chart(run, width=450, height=150), *value_charts(run, width=270, height=150)]
+    return [chart for chart in drawn if chart]
 
 
 def events(run: RunState) -> list[list[str]]:

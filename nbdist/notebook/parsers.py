@@ -129,8 +129,8 @@ def _train_parser() -> OptionParser:
         "%dist_train",
         "Train MODEL on DATA on all engines; the notebook's own MODEL then holds the trained weights. Returns a Run. "
         "As a cell magic the body is one training step: it sees `model` and `batch` and assigns `loss`, a mean "
-        "(and `weight`, what that mean is over, if that is not samples). Numbers and words may be expressions of the "
-        "notebook: --lr rate, --epochs config.epochs.",
+        "(and `weight`, what that mean is over, if that is not samples, and `log`, a dict of numbers to follow). "
+        "Numbers and words may be expressions of the notebook: --lr rate, --epochs config.epochs.",
         usage="%%dist_train MODEL DATA [OPTIONS]\n"
         "       %%dist_train --resume [OPTIONS]        (continues the last run)\n"
         "       %%%%dist_train MODEL DATA [OPTIONS]   (the cell is one step)",

@@ -15,7 +15,7 @@ _HOW = "the cell body is one training step: it sees `model` and `batch`, and ass
 
 
 def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any, Any], Any]:
-    """Compile a cell body into ``step(model, batch)``, which returns ``(loss, weight)``.
+    """Compile a cell body into ``step(model, batch)``, which returns ``(loss, weight)``, or ``(loss, weight, log)``.
 
     It is an ordinary function over the notebook's namespace: names that the body assigns are local, names that it
     only reads are the notebook's globals. Tracebacks have the line numbers of the cell.
@@ -38,7 +38,7 @@ def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any
         raise _refusal(error, (error.lineno or 0) + 1) from None
     if not tree.body:
         raise PlanError(f"the cell is empty: {_HOW}.")
-    if "loss" not in names.get_identifiers() or not names.lookup("loss").is_assigned():
+    if not _assigns(names, "loss"):
         raise PlanError(f"the cell does not assign `loss`: {_HOW}.")
     for name, line_number in _read_before(tree, names, shell.user_ns):
         raise PlanError(
@@ -46,7 +46,11 @@ def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any
             f"reads it before: call what is assigned by another name (new_{name} = ...); what stays from step to step "
             "belongs into a buffer of the model."
         )
-    frame = ast.parse("def step(model, batch):\n    weight = None\n    return loss, weight\n")
+    logs = _assigns(names, "log")
+    frame = ast.parse(
+        "def step(model, batch):\n    weight = log = None\n    return loss, weight, log\n" if logs else
+        "def step(model, batch):\n    weight = None\n    return loss, weight\n"
+    )  # fmt: skip
     function = frame.body[0]
     assert isinstance(function, ast.FunctionDef)
     ast.increment_lineno(tree, 1)  # the magic's own line comes first
@@ -59,6 +63,14 @@ def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any
     built: dict[str, Any] = {}
     exec(code, shell.user_ns, built)
     return built["step"]
+
+
+def _assigns(names: symtable.SymbolTable, name: str) -> bool:
+    """Whether the cell assigns a name; an import or a definition of that name is something else."""
+    if name not in names.get_identifiers():
+        return False
+    symbol = names.lookup(name)
+    return symbol.is_assigned() and not (symbol.is_imported() or symbol.is_namespace())
 
 
 def _read_before(tree: ast.Module, names: symtable.SymbolTable, known: Any) -> Iterator[tuple[str, int]]:

@@ -153,6 +153,14 @@ class Plan:
         read="callable",
         of_task=True,
     )
+    evaluate: str = option(
+        "",
+        "Called on `val` data in place of the step: evaluate(model, batch), a dict of means, or objects with compute.",
+        metavar="FUNCTION",
+        default="",
+        read="callable",
+        of_task=True,
+    )
     shuffle: bool = option(
         True,
         "Read the training data in a new order each epoch.",

@@ -24,7 +24,7 @@ TRAIN_OPTIONS: dict[str, Option] = {
     ),
     **OPTIONS,
     "step": Option(
-        help="In place of `loss`: step(model, batch), which returns the loss, a mean, or (mean, weight).",
+        help="In place of `loss`: step(model, batch), which returns a mean; or (mean, weight), or (mean, weight, log).",
         read="value",
         of_task=True,
     ),
@@ -61,6 +61,7 @@ class TrainOptions(TypedDict, total=False):
     split_at: Sequence[str] | None
     tensor_plan: Mapping[str, str] | None
     metric: Any
+    evaluate: Callable[[Any, Any], Any] | None
     shuffle: bool | None
     seed: int | None
     reproducible: int | bool | None

@@ -1,6 +1,7 @@
 """WHAT happened in a run: events, their fold into state, sinks, views. Standard library only."""
 
 from nbdist.telemetry.comparison import Comparison, compare
+from nbdist.telemetry.curves import Curves
 from nbdist.telemetry.events import (
     Checkpointed,
     CommandApplied,
@@ -18,7 +19,6 @@ from nbdist.telemetry.events import (
     Work,
     Worked,
 )
-from nbdist.telemetry.loss_curve import Losses
 from nbdist.telemetry.meter import Meter
 from nbdist.telemetry.rank_state import Happening, RankState, fold
 from nbdist.telemetry.record_reader import PastRun, past_run, past_runs
@@ -32,13 +32,13 @@ __all__ = [
     "Checkpointed",
     "CommandApplied",
     "Comparison",
+    "Curves",
     "EpochFinished",
     "Evaluating",
     "Event",
     "Happening",
     "JsonlSink",
     "ListSink",
-    "Losses",
     "Meter",
     "Noted",
     "PastRun",

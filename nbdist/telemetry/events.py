@@ -68,14 +68,14 @@ class RunStarted(Event):
 
 
 class Point(NamedTuple):
-    """A point of the loss curve: the loss over all ranks in consecutive steps.
+    """A point of a curve: the mean loss over all ranks, or a number that the step logs, in consecutive steps.
 
     Args:
         step: The last of the steps, counted from 1.
         steps: How many steps.
-        mean: The mean of their losses.
-        low: The least of their losses.
-        high: The greatest of their losses.
+        mean: The mean of their values.
+        low: The least of their values.
+        high: The greatest of their values.
     """
 
     step: int
@@ -115,7 +115,8 @@ class Progress(Event):
         lr: Learning rate of the optimizer's first group.
         step_s: Seconds a step since the previous event, without evaluations and pauses.
         shares: How that time splits, on this rank.
-        losses: The loss over all ranks in the steps since the previous event; rank 0 alone reports it.
+        curves: The loss over all ranks, as "loss", and what the step logs, in the steps since the previous event; rank
+            0 alone reports them.
     """
 
     step: int
@@ -127,7 +128,7 @@ class Progress(Event):
     lr: float | None = None
     step_s: float = 0.0
     shares: Shares | None = None
-    losses: tuple[Point, ...] = ()
+    curves: dict[str, tuple[Point, ...]] = field(default_factory=dict)
 
 
 class Work(NamedTuple):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from nbdist.telemetry.command_table import COMMANDS
+from nbdist.telemetry.curves import Curve, all_extended
 from nbdist.telemetry.events import (
     Checkpointed,
     CommandApplied,
@@ -24,12 +25,11 @@ from nbdist.telemetry.events import (
     Work,
     Worked,
 )
-from nbdist.telemetry.loss_curve import extended
 
 __all__ = ["Happening", "RankState", "fold"]
 
 _KEPT_HAPPENINGS = 50
-_LARGE = ("curve", "history", "stages", "place", "work", "happenings", "checked")
+_LARGE = ("curves", "history", "stages", "place", "work", "happenings", "checked")
 _BUSY_SMOOTHING = 0.3
 
 
@@ -55,8 +55,8 @@ class RankState:
 
     Fields are those of the events they come from; `work` is the newest `Worked`. `state` is one of "starting",
     "running", "paused", "evaluating", "finished", "stopped", "failed", "lost", "recovering". `first_step` is the step
-    after which the rank began, `busy_s` the smoothed seconds of a step in which it did not wait for others. `curve` is
-    the loss over all ranks, on rank 0.
+    after which the rank began, `busy_s` the smoothed seconds of a step in which it did not wait for others. `curves`
+    are the loss over all ranks and what steps log, on rank 0.
     """
 
     rank: int
@@ -75,7 +75,7 @@ class RankState:
     lr: float | None = None
     shares: Shares | None = None
     busy_s: float = 0.0
-    curve: tuple[Point, ...] = ()
+    curves: dict[str, Curve] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
     stages: tuple[dict[str, Any], ...] = ()
     place: dict[str, int] | None = None
@@ -95,6 +95,11 @@ class RankState:
             data["work"] = data["work"].to_dict()
         return data
 
+    @staticmethod
+    def is_whole(data: dict[str, Any]) -> bool:
+        """Whether a `to_dict` has the large fields."""
+        return _LARGE[0] in data
+
     @classmethod
     def from_dict(cls, data: dict[str, Any], before: RankState | None = None) -> RankState:
         """The inverse of `to_dict`; missing fields are those of `before`, if it is of the same process and start."""
@@ -112,7 +117,7 @@ def _worked(data: dict[str, Any]) -> Worked:
 _OF_JSON: dict[str, Callable[[Any], Any]] = {
     "work": _worked,
     "shares": lambda value: Shares(*value),
-    "curve": lambda value: tuple(Point(*point) for point in value),
+    "curves": lambda value: {name: tuple(Point(*point) for point in curve) for name, curve in value.items()},
     "happenings": lambda value: tuple(Happening(*happening) for happening in value),
     "history": tuple,
     "stages": tuple,
@@ -143,7 +148,7 @@ def fold(state: RankState, event: Event) -> RankState:
                 loss=state.loss if event.loss is None else event.loss,
                 samples_per_s=event.samples_per_s, memory_mib=event.memory_mib, lr=event.lr,
                 shares=event.shares or state.shares, busy_s=_smoothed(state, event),
-                curve=extended(state.curve, event.losses),
+                curves=all_extended(state.curves, event.curves),
             )  # fmt: skip
         case CommandApplied(command="pause"):
             return _with(_after(state, event, "command", _command_text(event)), state="paused", samples_per_s=0.0)

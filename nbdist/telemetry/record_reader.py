@@ -170,14 +170,16 @@ def _events(lines: Iterable[dict[str, Any]]) -> Iterator[Event]:
         kind = _KINDS.get(line.get("event", ""))
         if kind is None:
             continue
+        if "losses" in line:  # of 0.1
+            line = {**line, "curves": {"loss": line["losses"]}}
         names = {field.name for field in dataclasses.fields(kind)}
         yield kind(**{name: _of_json(name, value) for name, value in line.items() if name in names})
 
 
 def _of_json(name: str, value: Any) -> Any:
     match name, value:
-        case "losses", list():
-            return tuple(Point(*point) for point in value)
+        case "curves", dict():
+            return {key: tuple(Point(*point) for point in curve) for key, curve in value.items()}
         case "shares", list():
             return Shares(*value)
         case "work", list():

@@ -28,7 +28,8 @@ class Report(ABC):
     def history(self) -> list[dict[str, Any]]:
         """One dict an epoch, or one for the whole run under `steps`: `epoch`, `steps`, `samples`, `loss`, `seconds`.
 
-        All but `epoch` are counted over that epoch's training; `val_loss` and `val_<metric>` follow if requested.
+        All but `epoch` are counted over that epoch's training; what steps log follows, and `val_<name>` of the loss,
+        the metric and what steps log, if there is validation data.
         """
         return [dict(row) for row in self.progress.history]
 

@@ -8,8 +8,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nbdist.telemetry.events import Point
-from nbdist.telemetry.loss_curve import extended
+from nbdist.telemetry.curves import Curve, all_extended
 from nbdist.telemetry.rank_state import Happening, RankState
 
 __all__ = ["RunState"]
@@ -50,7 +49,7 @@ class RunState:
 
     def __post_init__(self) -> None:
         self._known: set[tuple[str, str, int]] = set()
-        self._curve: tuple[Point, ...] = ()  # before the ranks last began
+        self._curves: dict[str, Curve] = {}  # before the ranks last began
         self._marks: collections.deque[tuple[float, int]] = collections.deque()
         self._stepped_s = time.monotonic()
 
@@ -97,7 +96,7 @@ class RunState:
 
     def restart_ranks(self) -> None:
         """Ranks are about to resume from an earlier step: keep the loss curve so far."""
-        self._curve = self.curve
+        self._curves = self.curves
         self._marks.clear()
 
     def resize(self, count: int) -> None:
@@ -224,11 +223,16 @@ class RunState:
         return sum(losses) / len(losses) if losses else None
 
     @property
-    def curve(self) -> tuple[Point, ...]:
-        """The loss curve over all ranks, in fewer than `POINTS` points."""
+    def curves(self) -> dict[str, Curve]:
+        """The loss over all ranks, as "loss", and what steps log, by name; each in fewer than `POINTS` points."""
         first = self.ranks[0].first_step
-        earlier = [point for point in self._curve if point.step <= first]
-        return extended(tuple(earlier), self.ranks[0].curve) if earlier else self.ranks[0].curve
+        earlier = {name: tuple(point for point in curve if point.step <= first) for name, curve in self._curves.items()}
+        return all_extended(earlier, self.ranks[0].curves) if earlier else self.ranks[0].curves
+
+    @property
+    def curve(self) -> Curve:
+        """That of the loss."""
+        return self.curves.get("loss", ())
 
     @property
     def history(self) -> tuple[dict[str, Any], ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from nbdist.telemetry.events import Shares
 from nbdist.telemetry.rank_state import RankState
 from nbdist.telemetry.run_state import RunState
-from nbdist.telemetry.svg_chart import loss_chart, metric_chart
+from nbdist.telemetry.svg_chart import loss_chart, value_charts
 from nbdist.telemetry.units import duration, left, number
 
 __all__ = [
@@ -39,12 +39,13 @@ RANK_COLUMNS = ("rank", "device", "state", "step", "loss", "samples/s", "memory"
 SHOWN_RANKS = 16
 """With more ranks than this, half as many are shown: those in trouble, then the slowest."""
 _SHOWN_HAPPENINGS = 8
+_COUNTED = ("epoch", "steps", "samples", "loss", "seconds")
 _TROUBLED = ("failed", "lost", "recovering", "slow")
 
 
 def epoch_text(row: dict[str, Any]) -> str:
     """One row of the history as a line."""
-    rest = "".join(f"  {key} {number(value)}" for key, value in row.items() if key.startswith("val_"))
+    rest = "".join(f"  {key} {number(value)}" for key, value in row.items() if key not in _COUNTED)
     speed = row["samples"] / row["seconds"] if row["seconds"] else 0.0
     return (
         f"epoch {row['epoch']}  loss {number(row['loss'])}{rest}  {number(speed)} samples/s  {duration(row['seconds'])}"
@@ -193,9 +194,9 @@ def run_html(run: RunState) -> str:
     lines = happened(run)
     if lines:
         parts.append(f"<p>{'<br>'.join(map(escape, lines))}</p>")
-    charts = [chart for chart in (loss_chart(run, width=480), metric_chart(run, width=280)) if chart]
-    if charts:
-        parts.append(f"<p>{''.join(map(chart_image, charts))}</p>")
+    charts = [loss_chart(run, width=480), *value_charts(run, width=280)]
+    if any(charts):
+        parts.append(f"<p>{''.join(chart_image(chart) for chart in charts if chart)}</p>")
     if rows:
         parts.append(html_table(columns, rows))
     if run.stages:

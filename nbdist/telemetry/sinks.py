@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from nbdist.telemetry.events import EpochFinished, Evaluating, Event, Noted, Point, Progress, RunFinished, RunStarted
-from nbdist.telemetry.loss_curve import joined
+from nbdist.telemetry.curves import Curve, joined
+from nbdist.telemetry.events import EpochFinished, Evaluating, Event, Noted, Progress, RunFinished, RunStarted
 from nbdist.telemetry.rank_state import RankState, fold
 from nbdist.telemetry.record import lock
 from nbdist.telemetry.run_view import epoch_text, mesh_text
@@ -55,7 +55,7 @@ class JsonlSink(Sink):
         self._interval_s = interval_s
         self._next_s = 0.0
         self._held: Progress | None = None
-        self._losses: list[Point] = []  # of the held events
+        self._curves: dict[str, Curve] = {}  # of the held events
         for folder in reversed(path.parents):  # `parents=True` would leave the folders above readable by all
             if not folder.exists():
                 folder.mkdir(exist_ok=True, mode=0o700)
@@ -66,7 +66,7 @@ class JsonlSink(Sink):
         """Write one line and flush it, so that a killed rank's last events are in the file."""
         if isinstance(event, Progress):
             self._held = event
-            self._losses += event.losses
+            self._curves = joined(self._curves, event.curves)
             if time.monotonic() < self._next_s:
                 return
         self._write_held()
@@ -80,9 +80,9 @@ class JsonlSink(Sink):
 
     def _write_held(self) -> None:
         if self._held is not None:
-            self._write(replace(self._held, losses=joined((), self._losses)))
+            self._write(replace(self._held, curves=self._curves))
             self._held, self._next_s = None, time.monotonic() + self._interval_s
-            self._losses.clear()
+            self._curves = {}
 
     def _write(self, event: Event) -> None:
         self._file.write(json.dumps(event.to_dict()) + "\n")

@@ -1,4 +1,4 @@
-"""Charts as SVG: a run's loss over its steps, its metric on the validation data, and curves of several runs."""
+"""Charts as SVG: a run's loss, its metrics and what its steps log, and curves of several runs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from nbdist.telemetry.curves import Curve
 from nbdist.telemetry.events import Point
 from nbdist.telemetry.run_state import RunState
 from nbdist.telemetry.units import number
 
-__all__ = ["SVG_COLORS", "Pairs", "curves_chart", "loss_chart", "metric_chart"]
+__all__ = ["SVG_COLORS", "Pairs", "curves_chart", "loss_chart", "value_charts"]
 
 _RUNS = ("#3b82c4", "#d9772b", "#3f9b57", "#b35fb8", "#c9544f", "#8a7f2d", "#5f7fa8", "#9b6b4f")
 SVG_COLORS = {"train": _RUNS[0], "val": _RUNS[1], "axis": "#808080"} | {f"run{i}": c for i, c in enumerate(_RUNS)}
@@ -22,6 +23,7 @@ _LINE = 13  # pixels from one label to the next
 _TICKS = 5
 _TICK_WIDTH = 55
 _CHARACTER = 6.6  # pixels, of the texts
+_VALUE_CHARTS = 8
 _SPARED = 0.02
 """The share of the highest losses that may lie outside, so that a bad beginning does not flatten the rest."""
 _STEEP = 20.0
@@ -79,20 +81,38 @@ def loss_chart(run: RunState, *, width: int = 640, height: int = 180) -> str:
     return _svg(frame, title, [*drawn, *_labels(frame, labels)])
 
 
-def metric_chart(run: RunState, *, width: int = 320, height: int = 180) -> str:
-    """The metric on the validation data after each epoch; empty where none was measured."""
-    measured = [pair for row in run.history for pair in row.items() if not isinstance(pair[1], list)]
-    names = [name for name, _ in measured if name.startswith("val_") and name != "val_loss"]
-    if not names:
+def value_charts(run: RunState, *, width: int = 320, height: int = 180) -> list[str]:
+    """Charts of the metrics on the validation data, and of what steps log: in training, and on that data.
+
+    Args:
+        run: The run.
+        width: Of each, in pixels.
+        height: Of each, in pixels.
+    """
+    ends, curves = _ends(run), run.curves
+    numbers = [name for row in run.history for name, value in row.items() if not isinstance(value, list)]
+    measured = [name.removeprefix("val_") for name in numbers if name.startswith("val_")]
+    names = [name for name in dict.fromkeys([*measured, *curves]) if name != "loss"]
+    drawn = (
+        _value_chart(name, curves.get(name, ()), _measured(run, f"val_{name}", ends), width, height)
+        for name in names[:_VALUE_CHARTS]
+    )
+    return [chart for chart in drawn if chart]
+
+
+def _value_chart(name: str, curve: Curve, val: Pairs, width: int, height: int) -> str:
+    train = [(float(point.step), point.mean) for point in curve if math.isfinite(point.mean)]
+    if not train and not val:
         return ""
-    values = _measured(run, names[0], _ends(run))
-    if not values:
-        return ""
-    name = names[0].removeprefix("val_")
-    frame = _Frame(width, height, (0.0, values[-1][0]), _range([y for _, y in values], []))
-    title = f"{name} on the validation data: from {number(values[0][1])} to {number(values[-1][1])}"
-    drawn = [_axes(frame, "step"), _line(frame, values, "val", True)]
-    return _svg(frame, title, [*drawn, *_labels(frame, [("val", name, values[-1][1])])])
+    points = train + val
+    frame = _Frame(width, height, (0.0, max(x for x, _ in points)), _range([y for _, y in points], []))
+    lines, labels, titles = [], [], list[str]()
+    for kind, pairs, where in (("train", train, ""), ("val", val, " on the validation data")):
+        if pairs:
+            lines.append(_line(frame, pairs, kind, dots=kind == "val"))
+            labels.append((kind, name if len(titles) == 0 else "val", pairs[-1][1]))
+            titles.append(f"{name}{where}: from {number(pairs[0][1])} to {number(pairs[-1][1])}")
+    return _svg(frame, "; ".join(titles), [_axes(frame, "step"), *lines, *_labels(frame, labels)])
 
 
 def curves_chart(title: str, curves: Mapping[str, Pairs], *, width: int = 400, height: int = 200) -> str:

@@ -14,7 +14,7 @@ __all__ = ["TensorBoardSink"]
 
 
 class TensorBoardSink(Sink):
-    """Writes rank 0's loss, learning rate and speed by step, and validation loss and metrics after each epoch.
+    """Writes the loss, what the step logs, learning rate and speed by step, and validation values after each epoch.
 
     Args:
         folder: TensorBoard's log folder; the run gets a subfolder.
@@ -44,8 +44,9 @@ class TensorBoardSink(Sink):
                 self._writer.add_text("plan", f"    {json.dumps(event.plan, indent=1)}".replace("\n", "\n    "))
                 self._steps = sum(row["steps"] for row in event.history)
             case Progress() if self._writer is not None:
-                for point in event.losses:
-                    self._add("loss/train", point.mean, point.step, event)
+                for name, points in event.curves.items():
+                    for point in points:
+                        self._add(f"{name}/train", point.mean, point.step, event)
                 if event.lr is not None:
                     self._add("learning rate", event.lr, event.step, event)
             case EpochFinished() if self._writer is not None:

@@ -65,7 +65,7 @@ def _run(size: int, plan: Plan) -> RunState:
             rank=rank, state="lost" if rank == LOST else "running", host=f"node-{rank // 8}", pid=1000 + rank,
             device=f"cuda:{rank % 8}", step=_FIRST, steps_total=_LAST, epoch=6, samples=4 * _FIRST,
             loss=0.30 + 0.02 * chance.random(), samples_per_s=9.7 + 0.2 * chance.random(), memory_mib=31_204.0,
-            lr=3e-4, busy_s=busy, curve=curve, history=rows, shares=Shares(0.84 - idle, 0.13, 0.03, idle),
+            lr=3e-4, busy_s=busy, curves={"loss": curve}, history=rows, shares=Shares(0.84 - idle, 0.13, 0.03, idle),
             stages=stages, place={axis: plan.mesh.coordinate(rank, axis) for axis in ("dp", "pp")},
         ))  # fmt: skip
     return progress

@@ -87,6 +87,7 @@ def train(world: World, model: nn.Module, data: Any, **options: Any) -> tuple[Re
         "lr_scheduler",
         "val",
         "metric",
+        "evaluate",
         "batch_size",
         "shuffle",
         "reduction",

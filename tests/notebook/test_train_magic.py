@@ -87,7 +87,7 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
         "accumulate": 2, "clip_norm": 0.5, "seed": 7, "threads": 1, "strategy": "dp=2", "shuffle": False,
         "bucket_mib": 8.0, "metric": "accuracy", "lr_scheduler": "<lambda>", "precision": "bf16",
         "sync_batchnorm": False, "reproducible": 0, "microbatches": None, "schedule": "1f1b", "split_at": (),
-        "tensor_plan": None,
+        "tensor_plan": None, "evaluate": "",
         "gather": True, "checkpoint": str(tmp_path / "kept"), "checkpoint_every": "2", "checkpoint_keep": 1,
         "resume": "", "stop_on_nan": True, "tensorboard": "",
         "check": "mesh",
@@ -206,6 +206,33 @@ def test_a_weight_says_what_the_mean_is_over(notebook):
     losses = [names[name].history[0]["loss"] for name in "abc"]
     assert losses[:2] == pytest.approx([names["exact"]] * 2, rel=1e-5)
     assert losses[2] != pytest.approx(names["exact"], rel=1e-4)
+
+
+def test_a_step_may_log_numbers(notebook):
+    """A dict that the cell assigns is in the history, and an evaluation of one's own beside it."""
+    notebook(
+        "def judge(model, batch):\n    return {'right': (model(batch[0]).argmax(1) == batch[1]).float().mean()}",
+        "%%dist_train model train_set --lr 1e-9 --optimizer sgd --val test_set --evaluate judge -o run\n"
+        "x, target = batch\noutput = model(x)\nloss = F.cross_entropy(output, target)\n"
+        "log = {'right': (output.argmax(1) == target).float().mean()}",
+    )
+    row = notebook.names["run"].history[0]
+    model, names = notebook.names["model"], notebook.names
+    for name, data in (("right", names["train_set"]), ("val_right", names["test_set"])):
+        x, target = data.tensors
+        assert (model(x).argmax(1) == target).float().mean().item() == pytest.approx(row[name])
+    assert "right" in names["run"].to_frame().columns
+    assert "log" not in names
+
+
+def test_log_may_be_something_else_in_a_cell(notebook):
+    """What is imported under that name is no log; another value is refused in a sentence."""
+    notebook(
+        "%%dist_train model train_set --steps 1\nfrom math import log\nx, target = batch\n"
+        "loss = F.cross_entropy(model(x), target) * log(3.0)"
+    )
+    with pytest.raises(TaskError, match="the step's log is a value of type Tensor: log is a dict of numbers by name"):
+        notebook("%%dist_train model train_set --steps 1\nlog = model(batch[0])\nloss = F.cross_entropy(log, batch[1])")
 
 
 def test_an_error_in_the_step_is_shown_with_its_cell_and_line(notebook):

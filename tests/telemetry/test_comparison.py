@@ -35,7 +35,7 @@ def rows(*losses, **more):
 
 def report(run_id="r", history=(), title="", **plan):
     curve = tuple(Point(step, 1, 2.0 / step, 1.0, 3.0) for step in range(1, 11))
-    run = run_of(RankState(rank=0, history=history, curve=curve))
+    run = run_of(RankState(rank=0, history=history, curves={"loss": curve}))
     run.plan = {**run.plan, "mesh": {"dp": 2}, "lr": 0.1, "optimizer": "sgd", **plan}
     run.title = title or run.title
     return FixedReport(run_id, run)

@@ -167,7 +167,19 @@ def test_a_run_of_another_host_is_as_it_last_reported(monkeypatch):
 
 
 def test_losses_keep_their_points():
-    """Rank 0's losses are the curve."""
+    """Rank 0's losses are the curve, and what steps log curves beside it."""
     points = (Point(1, 1, 2.0, 2.0, 2.0), Point(2, 1, 1.5, 1.5, 1.5))
-    reported("20261121-000000-abcd", STARTED, type(PROGRESS)(**{**vars(PROGRESS), "rank": 0, "losses": points}))
-    assert points == past_run("20261121").progress.curve
+    curves = {"loss": points, "kl": points[1:]}
+    reported("20261121-000000-abcd", STARTED, type(PROGRESS)(**{**vars(PROGRESS), "rank": 0, "curves": curves}))
+    assert curves == past_run("20261121").progress.curves
+
+
+def test_a_record_of_another_version_has_its_curve():
+    """Before there were several curves, progress held the losses alone."""
+    reported("20261121-000000-abcd", STARTED, PROGRESS)
+    path = past_run("20261121").path / "rank0.jsonl"
+    first, *_ = path.read_text().splitlines()
+    line = {"event": "Progress", "rank": 0, "time_s": 1.0, "step": 1, "epoch": 1, "samples": 4, "loss": 2.0}
+    line |= {"samples_per_s": 1.0, "memory_mib": 1.0, "losses": [[1, 1, 2.0, 2.0, 2.0]]}
+    path.write_text(f"{first}\n{json.dumps(line)}\n")
+    assert (Point(1, 1, 2.0, 2.0, 2.0),) == past_run("20261121").progress.curve

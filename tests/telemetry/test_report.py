@@ -33,7 +33,7 @@ CURVE = tuple(Point(step, 1, 2.0, 1.0, 3.0) for step in range(1, 21))
 
 @pytest.fixture
 def report():
-    return FixedReport(run_of(RankState(rank=0, history=ROWS, curve=CURVE)))
+    return FixedReport(run_of(RankState(rank=0, history=ROWS, curves={"loss": CURVE})))
 
 
 def test_the_history_is_a_frame(report):

@@ -45,10 +45,10 @@ def test_a_run_is_paused_while_rank_0_says_so(before):
 def test_the_loss_so_far_stays_where_ranks_begin_again():
     """Up to the step from which they resume; after it, the new losses."""
     points = [Point(step, 1, loss, loss, loss) for step, loss in [(1, 4.0), (2, 3.0), (3, 2.0)]]
-    run = run_of(dataclasses.replace(FAST, curve=tuple(points)), SLOW)
+    run = run_of(dataclasses.replace(FAST, curves={"loss": tuple(points)}), SLOW)
     run.restart_ranks()
     again = Point(3, 1, 2.5, 2.5, 2.5)
-    run.merge(dataclasses.replace(FAST, first_step=2, step=3, curve=(again,)))
+    run.merge(dataclasses.replace(FAST, first_step=2, step=3, curves={"loss": (again,)}))
     assert (*points[:2], again) == run.curve
 
 

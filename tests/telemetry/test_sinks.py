@@ -70,28 +70,30 @@ def test_a_snapshot_is_published_when_it_is_time():
 
 def test_progress_within_a_second_is_one_line(tmp_path):
     """The newest counts, and the losses of all; an event of another kind comes after earlier ones."""
-    reported = [dataclasses.replace(PROGRESS, step=s, losses=(Point(s, 1, 0.5, 0.5, 0.5),)) for s in (8, 9, 10)]
+    reported = [
+        dataclasses.replace(PROGRESS, step=s, curves={"loss": (Point(s, 1, 0.5, 0.5, 0.5),)}) for s in (8, 9, 10)
+    ]
     sink = JsonlSink(tmp_path / "r.jsonl", 3600.0)
     for event in (*reported, Noted(rank=1, text="so"), reported[0]):
         sink.emit(event)
     sink.close()
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [8, 10, None, 8] == [line.get("step") for line in lines]
-    assert [[8], [9, 10], [], [8]] == [[point[0] for point in line.get("losses", [])] for line in lines]
+    assert [[8], [9, 10], [], [8]] == [[point[0] for point in line.get("curves", {}).get("loss", [])] for line in lines]
 
 
 def test_what_is_large_is_published_less_often():
     """The curve is most of a state; a reader keeps it in between, until the rank begins again."""
-    reported = [dataclasses.replace(PROGRESS, losses=(Point(step, 1, 0.5, 0.5, 0.5),)) for step in (9, 10)]
+    reported = [dataclasses.replace(PROGRESS, curves={"loss": (Point(step, 1, 0.5, 0.5, 0.5),)}) for step in (9, 10)]
     for every_s, sizes in ((3600.0, [1, 0]), (0.0, [1, 2])):
         published = []
         sink = RankStateSink(1, published.append, 0.0, every_s)
         for event in reported:
             sink.emit(event)
-        assert sizes == [len(state.get("curve", ())) for state in published]
+        assert sizes == [len(state.get("curves", {}).get("loss", ())) for state in published]
     first, last = RankState.from_dict(published[0]), sink.state.to_dict(whole=False)
-    assert first.curve == RankState.from_dict(last, first).curve
-    assert () == RankState.from_dict({**last, "first_step": 5}, first).curve
+    assert first.curves == RankState.from_dict(last, first).curves
+    assert {} == RankState.from_dict({**last, "first_step": 5}, first).curves
 
 
 def test_a_list_keeps_events():

@@ -10,8 +10,8 @@ import pytest
 from sample_events import FAST, ROW, SLOW, run_of
 
 from nbdist.telemetry import Point
-from nbdist.telemetry.loss_curve import POINTS, extended
-from nbdist.telemetry.svg_chart import loss_chart, metric_chart
+from nbdist.telemetry.curves import POINTS, extended
+from nbdist.telemetry.svg_chart import loss_chart, value_charts
 
 
 def curve_of(losses):
@@ -19,7 +19,7 @@ def curve_of(losses):
 
 
 def run_with(losses, history=(), **changes):
-    return run_of(dataclasses.replace(FAST, curve=curve_of(losses), history=tuple(history), **changes), SLOW)
+    return run_of(dataclasses.replace(FAST, curves={"loss": curve_of(losses)}, history=tuple(history), **changes), SLOW)
 
 
 def parsed(svg):
@@ -35,7 +35,7 @@ def test_nothing_is_drawn_of_nothing():
     """A run without a loss has no loss chart, a run without a metric no metric chart."""
     assert "" == loss_chart(run_with([]))
     assert "" == loss_chart(run_with([math.nan, math.inf]))
-    assert "" == metric_chart(run_with([1.0], [ROW]))
+    assert [] == value_charts(run_with([1.0], [ROW]))
 
 
 def test_the_line_goes_where_the_loss_went():
@@ -73,9 +73,22 @@ def test_validation_stands_at_the_ends_of_epochs():
     root, found = parsed(loss_chart(run))
     assert 2 == sum(element.tag.endswith("circle") for element in found["val"])
     assert root.attrib["aria-label"].endswith("on the validation data 0.7")
-    root, found = parsed(metric_chart(run))
+    (chart,) = value_charts(run)
+    root, found = parsed(chart)
     assert "accuracy on the validation data: from 0.5 to 0.5" == root.attrib["aria-label"]
     assert "accuracy 0.5" in [element.text for element in found["val"]]
+
+
+def test_what_steps_log_has_charts_of_its_own():
+    """A chart for each name, with the values of training and those on the validation data."""
+    run = run_with([1.0] * 10, [{**ROW, "kl": 3.0, "val_kl": 2.5}])
+    (rank, *others) = run.ranks.values()
+    rank = dataclasses.replace(rank, curves={**rank.curves, "kl": curve_of([4.0, 3.0]), "recon": curve_of([7.0])})
+    kl, recon = map(parsed, value_charts(run_of(rank, *others)))
+    assert "kl: from 4 to 3; kl on the validation data: from 2.5 to 2.5" == kl[0].attrib["aria-label"]
+    assert "kl 3" in [element.text for element in kl[1]["train"]]
+    assert "val 2.5" in [element.text for element in kl[1]["val"]]
+    assert "recon: from 7 to 7" == recon[0].attrib["aria-label"]
 
 
 def test_a_run_without_a_curve_shows_its_epochs():
@@ -97,5 +110,6 @@ def test_it_stays_small_and_names_are_text():
     losses = [2 / (1 + step / 1e4) + 0.1 * math.sin(step) for step in range(100_000)]
     assert len(loss_chart(run_with(losses, steps_total=100_000))) < 20_000
     name = 'val_<b> & "x"'
-    assert "<b>" not in metric_chart(run_with([1.0], [{**ROW, name: 0.5}]))
-    parsed(metric_chart(run_with([1.0], [{**ROW, name: 0.5}])))
+    (chart,) = value_charts(run_with([1.0], [{**ROW, name: 0.5}]))
+    assert "<b>" not in chart
+    parsed(chart)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from nbdist.core.check.plain_step import StepResult
 from nbdist.core.check.rounding import Rounding
-from nbdist.core.check.sentences import FIRST_FORWARD, GATHERED, OPTIMIZER, apart, off_on_mesh, unlike
+from nbdist.core.check.sentences import (
+    FIRST_FORWARD,
+    GATHERED,
+    OPTIMIZER,
+    apart,
+    off_on_mesh,
+    other_log_on_mesh,
+    unlike,
+)
 from nbdist.core.optim.optimizers import step_optimizers
 from nbdist.core.params.extra_state import extra_states
 from nbdist.core.params.value_records import same_state
@@ -50,6 +60,12 @@ class MeshDifference:
         if self._rounding.differs_loss(self._expected.loss, loss):
             return self._words("the loss", "is {}, not {}".format(*unlike(loss, self._expected.loss)))
         return ""
+
+    def of_log(self, log: Mapping[str, float]) -> list[str]:
+        """Notes on numbers that the step logs, and that are others here."""
+        mesh, expected = self._strategy.axes.mesh, self._expected.logged
+        other = [n for n in log.keys() & expected if self._rounding.differs_log(n, expected[n], log[n])]
+        return [other_log_on_mesh(name, mesh, log[name], expected[name]) for name in sorted(other)]
 
     def of_gradients(self) -> str:
         """That of the gradients, after hooks and clipping."""

@@ -40,6 +40,7 @@ class StepResult:
         gradients: Of the batch, by parameter; None for one that no slice used.
         buffers: After the step, the mean over the replicas.
         extra: What each module's ``get_extra_state`` returns after it, on the first replica.
+        logged: What the step logs: means over the slices, by name.
         updated: Parameters after an update by these gradients; empty if it was not run, or draws random numbers.
     """
 
@@ -49,6 +50,7 @@ class StepResult:
     gradients: dict[str, torch.Tensor | None]
     buffers: dict[str, torch.Tensor]
     extra: dict[str, Any]
+    logged: dict[str, float] = field(default_factory=dict)
     updated: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -112,7 +114,7 @@ class PlainStep:
         sums = dict[str, torch.Tensor | None].fromkeys(self._table.trainable)
         losses: list[tuple[float, float]] = []
         total, averaged, extra = 0.0, dict[str, list[torch.Tensor]](), dict[str, Any]()
-        self._task.forms.begin()
+        self._task.begin()
         try:
             for number, slices in enumerate(replicas):
                 self._restore()
@@ -134,7 +136,7 @@ class PlainStep:
                     self.kept, self._knows_kept = self.state.changes(), True
                 if self.kept and again:
                     before = self._capture()
-                    with self._task.forms.aside():
+                    with self._task.forms.aside(), self._task.log.aside():
                         for part in slices:
                             self._slice(part, False)
                     self.kept_again = self.kept_again or before.changes()
@@ -143,6 +145,7 @@ class PlainStep:
                 extra = copy.deepcopy(extra_states(self._task.model)) if number == 0 else extra
                 self._changed = bool(self.kept or nudge)
             self._task.forms.check_no_sum()
+            logged = self._task.log.means()
             gradients = {} if self._forward_only else self._finished(sums, total)
             updated = self._update(gradients) if update and gradients else {}
         finally:
@@ -152,7 +155,7 @@ class PlainStep:
         each = [loss for loss, _ in losses]
         return StepResult(
             loss=mean, losses=each, dtype=self._loss_dtype, gradients=gradients, buffers=buffers, extra=extra,
-            updated=updated,
+            logged=logged, updated=updated,
         )  # fmt: skip
 
     def _restore(self) -> None:

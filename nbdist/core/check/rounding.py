@@ -33,6 +33,8 @@ class Rounding:
 
     def __init__(self, plain: StepResult, nudged: StepResult, *, coarsest_eps: float = 0.0) -> None:
         self._noise = {("loss", ""): abs(plain.loss - nudged.loss)}
+        for name in plain.logged.keys() & nudged.logged.keys():
+            self._noise["log", name] = abs(plain.logged[name] - nudged.logged[name])
         for kind, first, second in (
             ("gradient", plain.gradients, nudged.gradients), ("buffer", plain.buffers, nudged.buffers),
         ):  # fmt: skip
@@ -64,6 +66,13 @@ class Rounding:
         # A loss in half precision is rounded in each slice, by half of its last bit; more if its sums are other ones.
         ulps = _ULPS if eps <= _SMALL else _FEW if self._reordered_eps else 1
         return abs(got - expected) > max(_allowed(noise, size), ulps * eps * size)
+
+    def differs_log(self, name: str, expected: float, got: float) -> bool:
+        """Whether two means of a number that the step logs differ by more than rounding."""
+        if not (math.isfinite(expected) and math.isfinite(got)):
+            return math.isfinite(expected) != math.isfinite(got)
+        noise, size = self._noise.get(("log", name), 0.0), abs(expected)
+        return abs(got - expected) > max(_FEW * noise, _SMALL * size, _ULPS * self._coarsest_eps * max(size, 1.0))
 
     def differs(self, kind: str, name: str, expected: torch.Tensor, got: torch.Tensor) -> bool:
         """Whether two values of a tensor, or of the same part of it, differ by more than rounding.

@@ -14,7 +14,7 @@ from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
 from nbdist.core.data.feed import Feed, digest
 from nbdist.core.data.reader import Slice
-from nbdist.core.data.sources import tensors_in
+from nbdist.core.data.sources import Source, tensors_in
 from nbdist.core.data.untouched import untouched
 from nbdist.core.params.program_state import ProgramState
 from nbdist.core.process import rng
@@ -23,7 +23,7 @@ from nbdist.core.task.task import Task
 from nbdist.errors import TaskError
 from nbdist.plan import Plan, slice_bounds
 
-__all__ = ["Samples", "read_samples", "read_slice", "synchronizes", "with_head"]
+__all__ = ["Samples", "read_rows", "read_samples", "read_slice", "synchronizes", "with_head"]
 
 _DATA_BYTES = 2**20
 _A_PART = (
@@ -117,7 +117,7 @@ def read_samples(task: Task, plan: Plan, *, even: bool, all_known: bool = False)
     rng.seed_all(rng.derive(plan.seed, "check"))
     cuts = [range(*pair) for pair in bounds]
     together = _synchronized(task, plan, cuts)
-    batches = _read(task, [*cuts, range(samples), *together])
+    batches = read_rows(task.data, [*cuts, range(samples), *together])
     slices = _slices_of(cuts, batches, plan)
     joined = _slices_of(together, batches[len(cuts) + 1 :], plan)
     return Samples(
@@ -133,7 +133,7 @@ def read_slice(task: Task, plan: Plan, rank: int) -> Slice:
     rng.seed_all(rng.derive(plan.seed, "check"))
     first = ReductionTree.share(plan.slices, plan.mesh.data_places[rank], plan.mesh.data)[0]
     rows = range(*slice_bounds(samples, plan.slices)[first])
-    return replace(_slices_of([rows], _read(task, [rows]), plan)[0], index=first, batch_samples=samples)
+    return replace(_slices_of([rows], read_rows(task.data, [rows]), plan)[0], index=first, batch_samples=samples)
 
 
 def _known(task: Task, plan: Plan) -> int:
@@ -144,11 +144,15 @@ def _known(task: Task, plan: Plan) -> int:
     return min(plan.batch_size, task.data.samples or plan.batch_size)
 
 
-def _read(task: Task, rows: list[Any]) -> list[Any]:
-    """The batches of some samples."""
-    reads = ProgramState({"data": task.data.given}, large_bytes=_DATA_BYTES)
+def read_rows(source: Source, rows: list[Any]) -> list[Any]:
+    """The batches of some samples; the data is left as it was. Local.
+
+    Raises:
+        CannotBeChecked: They cannot be read twice.
+    """
+    reads = ProgramState({"data": source.given}, large_bytes=_DATA_BYTES)
     try:
-        batches = task.data.batches(rows)
+        batches = source.batches(rows)
     finally:
         reads.restore()
     if reads.excess:

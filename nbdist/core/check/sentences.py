@@ -101,6 +101,32 @@ def other_buffers(names: Sequence[str]) -> str:
     )
 
 
+def log_no_mean(name: str, whole: float, sliced: float, samples: int) -> str:
+    """That a number that the step logs is not the mean over the slices of a batch."""
+    of_batch, mean = unlike(whole, sliced)
+    return (
+        f"log[{name!r}] is {of_batch} for a batch of {samples} samples, and {mean} as the mean over its slices, which "
+        "is shown: log a mean over what the loss is a mean over"
+    )
+
+
+def other_log_on_mesh(name: str, mesh: Mesh, got: float, expected: float) -> str:
+    """That a number that the step logs is another one on a mesh."""
+    here, plain = unlike(got, expected)
+    where = f"on mesh {mesh}, and {plain} in one process"
+    return f"log[{name!r}] is {here} {where}: the step makes it of more than its slice"
+
+
+def evaluate_no_mean(function: str, name: str, whole: float, halves: float, samples: int) -> str:
+    """That a number that an evaluation returns is no mean over samples."""
+    in_one, mean = unlike(whole, halves)
+    return (
+        f"{function} returns {name}={in_one} for {samples} samples, and {mean} as the mean over their halves, so "
+        "batches and slices could not be averaged: return (mean, weight), with the number that the mean is over, or an "
+        "object with update and compute."
+    )
+
+
 def off_on_mesh(mesh: Mesh, what: str, how: str, samples: int, reason: tuple[str, str] | None = None) -> str:
     """That a mesh gives another result than one process; `reason` is why, probably, and the cure."""
     axes = ("tp", "pp", "shard", "dp")

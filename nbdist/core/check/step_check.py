@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +13,7 @@ from torch import nn
 
 from nbdist.core.check.findings import CannotBeChecked, Findings, NotFinite, Refused
 from nbdist.core.check.mesh_difference import MeshDifference
+from nbdist.core.check.muted import muted
 from nbdist.core.check.plain_step import PlainStep, StepResult
 from nbdist.core.check.rounding import Rounding
 from nbdist.core.check.samples import Samples, read_samples, read_slice, synchronizes
@@ -32,6 +31,7 @@ from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.sync.agreement import NO_FLAGS, first_of_all
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.sync.loss_forms import check_one_form
+from nbdist.core.sync.step_log import LogReducer
 from nbdist.core.task.modules import Modules
 from nbdist.core.task.steps import SupervisedStep
 from nbdist.core.task.task import Task
@@ -89,7 +89,7 @@ class StepCheck:
         digest, before = b"", None
         if loads or not same_weights:
             before = ProgramState(self._roots())
-        with rng.fork_rng(self._device), _muted():
+        with rng.fork_rng(self._device), muted():
             try:
                 for load in loads:
                     load()
@@ -267,17 +267,21 @@ class StepCheck:
         rounding = self._rounding.reordered() if axes.mesh.tp > 1 else self._rounding
         samples = sum(part.samples for part in self._slices)
         difference = MeshDifference(strategy, expected, rounding, samples, gathers=self._gathers)
-        with rng.fork_rng(self._device), _muted(), self._loaded(loads), strategy.trial(self._scale):
+        log_reducer = LogReducer.of(self._task.log, axes, self._plan)
+        with rng.fork_rng(self._device), muted(), self._loaded(loads), strategy.trial(self._scale):
             state = ProgramState(self._roots(), keep_storage=True)
             structure = StructureWatch(self._task.model, self._task.optimizers.values())
             try:
                 for number in range(self._passes):
                     strategy.begin_step()
-                    self._task.forms.begin()
+                    self._task.begin()
                     strategy.forward_backward(0, [replace(part, batch=copy_batch(part.batch)) for part in mine])
                     structure.check(number)
-                    totals = strategy.sync(self._task.forms.flags(NO_FLAGS, 0))
+                    totals = strategy.sync(log_reducer.flags(self._task.forms.flags(NO_FLAGS, 0)))
                     check_one_form(totals.flags)
+                    log = log_reducer.reduce(totals.flags)
+                    if number == 0 and log is not None:
+                        self.findings.notes += difference.of_log(log.means)
                     if number == 0:
                         strategy.finish_gradients(self._hooks)
                         off = difference.of_loss(totals.loss) or difference.of_gradients()
@@ -340,18 +344,6 @@ class StepCheck:
         step = task.step.loss if isinstance(task.step, SupervisedStep) else task.step
         optimizers = {f"optimizer {name}".strip(): optimizer for name, optimizer in task.optimizers.items()}
         return {**self._models, "step": step, "root": task.model, **optimizers}
-
-
-@contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """Context in which what a step prints is dropped: the user has called it for none of these steps."""
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # which does not enter them as shown: the run is to show them
-        yield
 
 
 def _free_bytes(world: World) -> float | None:

@@ -12,7 +12,7 @@ from nbdist.core.check.per_sample import PerSample
 from nbdist.core.check.plain_step import PlainStep, StepResult
 from nbdist.core.check.rounding import Rounding
 from nbdist.core.check.samples import Samples
-from nbdist.core.check.sentences import no_mean, other_buffers, wrong_gradient
+from nbdist.core.check.sentences import log_no_mean, no_mean, other_buffers, wrong_gradient
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 
@@ -64,6 +64,7 @@ class WholeBatch:
         other = _differing(rounding, single, sliced)
         if other is None:
             self._note_norms(norms, per_sample)
+            self._note_log(rounding, single, sliced)
             self._note_buffers(rounding, single, expected, norms, drew=drew)
             return
         # A forward that a checkpoint computes again in backward draws unseen: another seed shows it.
@@ -83,6 +84,12 @@ class WholeBatch:
                 f"{norms[0] if norms else 'the step'}{more} (BatchNorm) uses the statistics of each slice, not of the "
                 "whole batch" + (": sync_batchnorm for those of all ranks" if self._can_synchronize else "")
             )
+
+    def _note_log(self, rounding: Rounding, single: StepResult, sliced: StepResult) -> None:
+        """A note on numbers that the step logs, and that are no means over slices."""
+        for name, whole in single.logged.items():
+            if name in sliced.logged and rounding.differs_log(name, whole, sliced.logged[name]):
+                self._findings.notes.append(log_no_mean(name, whole, sliced.logged[name], self._samples.whole.samples))
 
     def _note_buffers(
         self, rounding: Rounding, single: StepResult, expected: StepResult, norms: Sequence[str], *, drew: bool

@@ -20,10 +20,13 @@ __all__ = [
     "Rows",
     "SentRows",
     "from_note",
+    "has_rows",
     "join",
     "kept",
     "nbytes",
     "pack_rows",
+    "rows_from_note",
+    "rows_to_note",
     "to_note",
     "unpack_rows",
     "without_rowless",
@@ -113,10 +116,22 @@ def to_note(value: Any, what: str) -> tuple[Any, list[torch.Tensor]]:
     return [pytree.treespec_dumps(spec), [_packed(leaf, tensors, what) for leaf in leaves]], tensors
 
 
-def from_note(note: Any, tensors: Sequence[torch.Tensor]) -> Any:
+def from_note(note: Any, tensors: Sequence[torch.Tensor | None]) -> Any:
     """The inverse of `to_note`."""
     text, leaves = note
     return pytree.tree_unflatten([_unpacked(leaf, tensors) for leaf in leaves], pytree.treespec_loads(text))
+
+
+def rows_to_note(rows: Rows, what: str) -> SentRows:
+    """Rows as `to_note`, with their places."""
+    places, (note, tensors) = rows.places, to_note(rows.values, what)
+    return [[places.start, places.stop, places.step], note], [*tensors]
+
+
+def rows_from_note(note: Any, tensors: Sequence[torch.Tensor | None]) -> Rows:
+    """The inverse of `rows_to_note`."""
+    (start, stop, step), values = note
+    return Rows(range(start, stop, step), from_note(values, tensors))
 
 
 def join(parts: Sequence[Rows], what: str) -> Rows:
@@ -197,7 +212,7 @@ def _have_entries(column: Sequence[Any], sizes: list[int], what: str) -> bool:
     """
     if [len(part) for part in column] != sizes:
         return False
-    if len(set(sizes)) == 1 and all(_is_rows(entry, sizes[0]) for part in column for entry in part):
+    if len(set(sizes)) == 1 and all(has_rows(entry, sizes[0]) for part in column for entry in part):
         size = sizes[0]
         raise TaskError(
             f"{what} are lists of {size} values of {size} rows, which may be one for each of {size} samples or not: "
@@ -270,17 +285,17 @@ def without_rowless(value: Any, samples: int) -> tuple[Any, list[str]]:
     """
     if not isinstance(value, Mapping):
         return value, []
-    dropped = [str(key) for key, entry in value.items() if not _is_rows(entry, samples)]
+    dropped = [str(key) for key, entry in value.items() if not has_rows(entry, samples)]
     if not dropped or len(dropped) == len(value):
         return value, []
     return type(value)(**{k: v for k, v in value.items() if str(k) not in dropped}), dropped
 
 
-def _is_rows(value: Any, samples: int) -> bool:
+def has_rows(value: Any, samples: int) -> bool:
     """Whether a nest has a row for each sample."""
     return all(
         leaf is None
-        or (_is_list(leaf) and (len(leaf) == samples or all(_is_rows(entry, samples) for entry in leaf)))
+        or (_is_list(leaf) and (len(leaf) == samples or all(has_rows(entry, samples) for entry in leaf)))
         or (isinstance(leaf, (torch.Tensor, np.ndarray)) and leaf.ndim > 0 and len(leaf) == samples)
         for leaf in _taken_apart(value)[0]
     )

@@ -9,6 +9,7 @@ import torch
 
 from nbdist.core.comm import Channel
 from nbdist.core.sync.running_mean import RunningMean
+from nbdist.core.sync.step_tail import LogTotals
 from nbdist.plan import Plan
 
 __all__ = ["Row", "TrainProgress"]
@@ -23,10 +24,13 @@ class Row:
     """
 
     def __init__(self, device: torch.device, state_dict: dict[str, Any] | None = None) -> None:
-        state_dict = state_dict or {"steps": 0, "samples": 0, "loss": (0.0, 0.0), "seconds": 0.0}
+        state_dict = state_dict or {"steps": 0, "samples": 0, "loss": (0.0, 0.0), "seconds": 0.0, "log": {}}
         self.steps: int = state_dict["steps"]
         self.samples: int = state_dict["samples"]
         self.loss = RunningMean(device, tuple(state_dict["loss"]))
+        logged = state_dict.get("log", {})  # not in checkpoints of 0.1
+        self._log = {name: RunningMean(device, tuple(sums)) for name, sums in logged.items()}
+        self._device = device
         self._started_s: float = time.perf_counter() - state_dict["seconds"]
 
     @property
@@ -38,10 +42,16 @@ class Row:
         """Leave a pause out of `seconds`."""
         self._started_s += seconds
 
+    def add_log(self, log: LogTotals) -> None:
+        """Add a step's log, which all ranks have alike."""
+        for name, parts in log.parts.items():
+            self._log.setdefault(name, RunningMean(self._device)).add_sums(*parts)
+
     def state_dict(self) -> dict[str, Any]:
         """The counts as JSON-able data. Waits for the device."""
         return {
             "steps": self.steps, "samples": self.samples, "loss": self.loss.sums.tolist(), "seconds": self.seconds,
+            "log": {name: mean.sums.tolist() for name, mean in self._log.items()},
         }  # fmt: skip
 
     def close(self, channel: Channel, reports_loss: bool, epoch: int, seconds: float) -> dict[str, Any]:
@@ -63,7 +73,7 @@ class Row:
             "samples": round(samples),
             "loss": loss_sum / weight if weight else float("nan"),
             "seconds": seconds,
-        }
+        } | {name: mean for name, one in self._log.items() if (mean := one.value) is not None}
 
 
 class TrainProgress:
@@ -111,8 +121,14 @@ class TrainProgress:
         progress.commands = tuple(state_dict.get("commands", progress.commands))  # not in checkpoints of 0.1
         return progress
 
-    def advance(self, samples: int, losses: list[tuple[Any, Any]]) -> None:
-        """A step is complete, in which this rank read `samples` and computed `losses` with their weights."""
+    def advance(self, samples: int, losses: list[tuple[Any, Any]], log: LogTotals | None = None) -> None:
+        """A step is complete.
+
+        Args:
+            samples: How many this rank has read.
+            losses: Those that it computed, with their weights.
+            log: The step's log over all ranks.
+        """
         self.batch += 1
         self.step += 1
         self.samples += samples
@@ -120,6 +136,8 @@ class TrainProgress:
         self.row.samples += samples
         for loss, weight in losses:
             self.row.loss.add(loss, weight)
+        if log is not None:
+            self.row.add_log(log)
 
     def next_epoch(self, row: dict[str, Any] | None) -> None:
         """A pass over the data is complete; its row too, unless the whole run is one."""

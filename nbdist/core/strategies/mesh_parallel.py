@@ -58,7 +58,8 @@ def example_call(task: Task, plan: Plan, device: torch.device) -> Example:
     samples = max(2, plan.batch_size // plan.slices)
     with rng.fork_rng(device):
         rng.seed_all(rng.derive(plan.seed, "example"))
-        return capture_call(task, to_device(copy_batch(task.data.first(samples, consume=True)), device))
+        batch = to_device(copy_batch(task.data.first(samples, consume=True)), device)
+        return capture_call(task.model, lambda: task.step(task.model, batch))
 
 
 def estimate(task: Task, plan: Plan) -> MeshCost:

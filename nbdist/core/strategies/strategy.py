@@ -20,7 +20,7 @@ from nbdist.core.params.param_table import ParamTable
 from nbdist.core.process import rng
 from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.core.strategies.pipeline.schedules import Action, run_plain_backward, schedule_actions, surrogate_loss
-from nbdist.core.sync.agreement import ControlFlags
+from nbdist.core.sync.agreement import NO_FLAGS, ControlFlags
 from nbdist.core.sync.batch_gather import RankGather
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.sync.gradient_reducer import GradientReducer
@@ -235,6 +235,18 @@ class Strategy(ABC):
                 self._optimizer_steps.step(optimizer, compute_again)
         self.take_values()
         return True
+
+    def compute_again(self, hooks: GradientHooks, step: int, slices: list[Slice]) -> torch.Tensor:
+        """The loss of a step's batch with the present weights; sets its gradients too. **Collective**."""
+        losses = self.reducer.losses
+        with torch.enable_grad():
+            self.begin_step()
+            self.task.begin()
+            self.forward_backward(step, slices)
+        totals = self.sync(self.task.forms.flags(NO_FLAGS, step))
+        self.finish_gradients(hooks)
+        self.reducer.losses = losses
+        return torch.tensor(totals.loss, dtype=torch.float64, device=self.device)
 
     def set_modes(self, *, training: bool) -> None:
         """Put optimizers that have modes into one. Local; no rank may need the others' weights then."""

@@ -28,6 +28,7 @@ class ControlFlags(NamedTuple):
         losses: It has a loss whose form must be the same on all ranks.
         form: That form as a number, see `LossForms`.
         form_squared: The square of that number.
+        names: Its step logs a number under a new name, see `LogReducer`.
     """
 
     commands: float = 0
@@ -38,6 +39,7 @@ class ControlFlags(NamedTuple):
     losses: float = 0
     form: float = 0
     form_squared: float = 0
+    names: float = 0
 
 
 NO_FLAGS = ControlFlags()

@@ -41,6 +41,10 @@ class RunningMean:
             self._sum = self._sum + torch.as_tensor(value, device=self._device).double() * weight
         self._weight = self._weight + weight
 
+    def add_sums(self, total: Any, weight: Any) -> None:
+        """Add the `parts` of another mean, on the same device."""
+        self._sum, self._weight = self._sum + total, self._weight + weight
+
     @property
     def parts(self) -> tuple[Any, Any]:
         """The weighted sum and the weight, as they are: numbers or scalar tensors."""

@@ -11,7 +11,7 @@ import torch
 from nbdist.core.sync.agreement import ControlFlags
 from nbdist.core.sync.running_mean import RunningMean
 
-__all__ = ["LOSS_NUMBERS", "StepLosses", "StepTail", "Totals", "tail_dtype"]
+__all__ = ["LOSS_NUMBERS", "LogTotals", "StepLosses", "StepTail", "Totals", "tail_dtype"]
 
 _POLL_S = 5e-5
 LOSS_NUMBERS = 3
@@ -54,51 +54,90 @@ class StepLosses:
         return (self.units, *self.mean.parts)
 
 
+class AsyncNumbers:
+    """Numbers that are read later: on a GPU they are copied meanwhile, and reading waits for that copy alone.
+
+    Args:
+        numbers: A list, or a tensor of one dimension.
+    """
+
+    def __init__(self, numbers: list[float] | torch.Tensor) -> None:
+        self._read: list[float] | None = None
+        if isinstance(numbers, torch.Tensor) and numbers.device.type == "cuda":
+            self._host: Any = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._read = numbers.tolist() if isinstance(numbers, torch.Tensor) else numbers
+
+    def read(self) -> list[float]:
+        """The numbers."""
+        if self._read is None:
+            while not self._copied.query():
+                time.sleep(_POLL_S)  # polled, so that an interrupt gets through: a dead peer's event never completes
+            self._read = self._host.tolist()
+        return self._read
+
+
 class Totals:
     """Sums of one step over all ranks: loss, weights, flags. On a GPU, reading the first one waits for the copy.
 
     Args:
         sums: `LOSS_NUMBERS` with the loss times its weight, then the flags: numbers, or a tensor.
+
+    Attributes:
+        log: The sums of the step's log; None before any rank has logged anything. The loop sets it.
     """
 
     def __init__(self, sums: list[float] | torch.Tensor) -> None:
-        self._read: list[float] | None = None
-        if isinstance(sums, torch.Tensor) and sums.device.type == "cuda":
-            self._sums: Any = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
-            self._sums.copy_(sums, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        else:
-            self._read = sums.tolist() if isinstance(sums, torch.Tensor) else sums
-
-    @property
-    def _numbers(self) -> list[float]:
-        if self._read is None:
-            while not self._copied.query():
-                time.sleep(_POLL_S)  # polled, so that an interrupt gets through: a dead peer's event never completes
-            self._read = self._sums.tolist()
-        return self._read
+        self._numbers = AsyncNumbers(sums)
+        self.log: LogTotals | None = None
 
     @property
     def weight(self) -> float:
         """Sum of the slices' weights, in `Strategy.units`; zero if no rank had data."""
-        return self._numbers[0]
+        return self._numbers.read()[0]
 
     @property
     def loss_weight(self) -> float:
         """What the loss is a mean over."""
-        return self._numbers[2]
+        return self._numbers.read()[2]
 
     @property
     def loss(self) -> float | None:
         """The mean loss over all ranks; None if no rank had data."""
-        _, total, weight = self._numbers[:LOSS_NUMBERS]
+        _, total, weight = self._numbers.read()[:LOSS_NUMBERS]
         return total / weight if weight else None
 
     @property
     def flags(self) -> ControlFlags:
         """How many ranks set each flag."""
-        return ControlFlags(*self._numbers[LOSS_NUMBERS:])
+        return ControlFlags(*self._numbers.read()[LOSS_NUMBERS:])
+
+
+class LogTotals:
+    """The sums of one step's log over all ranks. On a GPU, reading `means` waits for the copy.
+
+    Args:
+        names: In the order of the sums.
+        sums: ``(names, 2)`` in float64, on the device: value times weight, and weight.
+
+    Attributes:
+        parts: Both sums by name: numbers, or on a GPU scalar tensors.
+    """
+
+    def __init__(self, names: tuple[str, ...], sums: torch.Tensor) -> None:
+        rows: Any = sums.tolist() if sums.device.type == "cpu" else (row.unbind() for row in sums)
+        self.parts: dict[str, tuple[Any, Any]] = {name: tuple(row) for name, row in zip(names, rows, strict=True)}
+        self._numbers = AsyncNumbers(sums.flatten())
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean of each name that any slice has logged."""
+        numbers = self._numbers.read()
+        pairs = zip(self.parts, numbers[::2], numbers[1::2], strict=True)
+        return {name: total / weight for name, total, weight in pairs if weight}
 
 
 class StepTail:

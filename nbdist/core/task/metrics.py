@@ -20,12 +20,15 @@ from nbdist.errors import NbdistError, TaskError, suggest
 from nbdist.upstream.torch_private import GroupHidden
 
 __all__ = [
-    "FINISHES", "METRICS", "TARGET_KEYS", "Metric", "accumulates", "find_metric", "is_count", "metric_name",
-    "named_errors", "output_of", "perplexity", "target_of", "updates_by_pair",
+    "FINISHES", "METRICS", "TARGET_KEYS", "Evaluate", "Metric", "accumulates", "check_evaluate", "find_metric",
+    "is_count", "metric_name", "named_errors", "output_of", "perplexity", "target_of", "updates_by_pair",
 ]  # fmt: skip
 
 Metric = Callable[[Any, Any], Any]
 """``metric(output, target)``: ``(mean, weight)`` of a slice, or any values of the whole set. Or an object."""
+
+Evaluate = Callable[[Any, Any], Any]
+"""``evaluate(model, batch)``: a dict of numbers, ``(mean, weight)`` pairs, or objects with `update` and `compute`."""
 
 TARGET_KEYS = ("labels", "label", "target", "targets", "y")
 """Where the target is in a batch that is a dict, or an object with attributes."""
@@ -122,6 +125,22 @@ def find_metric(metric: Any) -> Metric:
             )
         raise TaskError(f"metric must be a name or a callable, or have update and compute, not {metric!r}.")
     return cast(Metric, metric)
+
+
+def check_evaluate(evaluate: Any, val: Any, metric: Any) -> str:
+    """Check a user's `Evaluate`; returns its name. Local.
+
+    Raises:
+        TaskError: It cannot be called, there is no validation data, or a metric is given too.
+    """
+    if isinstance(evaluate, type) or not callable(evaluate):
+        raise TaskError(f"evaluate must be a callable evaluate(model, batch), not {evaluate!r}.")
+    name = metric_name(evaluate)
+    if val is None:
+        raise TaskError(f"evaluate={name} has no data to be called with: give val=... too.")
+    if metric is not None:
+        raise TaskError(f"give metric or evaluate, not both: {name} may return the metric in its dict.")
+    return name
 
 
 def metric_name(metric: Any) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from nbdist.errors import TaskError
 
-__all__ = ["check_step", "explained_step", "outside_modules"]
+__all__ = ["check_step", "explained_step", "outside_modules", "outside_values"]
 
 _CURE = "leave it out: nbdist runs backward, sums gradients over ranks, and steps optimizer and lr_scheduler"
 _LOADS = ("LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME")
@@ -96,7 +96,7 @@ def outside_modules(step: Any, model: nn.Module) -> dict[str, nn.Module]:
     """The modules that a step uses beside the model, by the names that it has for them. Local."""
     function = _function(step)
     inside = {id(module) for module in model.modules()}
-    found = {} if function is None else dict(_values(function))
+    found = {} if function is None else dict(outside_values(function))
     return {name: value for name, value in found.items() if isinstance(value, nn.Module) and id(value) not in inside}
 
 
@@ -107,8 +107,8 @@ def _function(step: Any) -> types.FunctionType | None:
     return step if isinstance(step, types.FunctionType) else None
 
 
-def _values(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function, and functions inside it, find under global names, and those of functions around it."""
+def outside_values(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function, and functions inside it, find under global names, and those of functions around it. Local."""
     names = {
         one.argval for code in _codes(function.__code__) for one in dis.get_instructions(code) if one.opname in _LOADS
     }
@@ -120,7 +120,7 @@ def _values(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 def _uses(function: types.FunctionType) -> Iterator[tuple[str, Any, str]]:
     """Each attribute that a function takes of a value from outside: name, value, attribute."""
-    values = dict(_values(function))
+    values = dict(outside_values(function))
     for code in _codes(function.__code__):
         before: dis.Instruction | None = None
         for instruction in dis.get_instructions(code):

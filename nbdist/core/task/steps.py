@@ -16,7 +16,10 @@ from nbdist.errors import TaskError
 __all__ = ["NO_LOSS", "ModelLossStep", "Step", "SupervisedStep", "no_pair"]
 
 Step = Callable[[nn.Module, Any], Any]
-"""``step(model, batch)``: the loss, a mean over samples, or ``(loss, weight)`` with the number that it is over."""
+"""``step(model, batch)``: the loss, a mean over samples, or ``(loss, weight)`` with the number that it is over.
+
+A dict of numbers at the end, ``(loss, log)`` or ``(loss, weight, log)``, is the step's log, see `StepLog`.
+"""
 
 NO_LOSS = "no loss: name one (--loss mse, or loss='mse'), or write the step (a %%dist_train cell's body, or step=...)."
 

@@ -17,14 +17,16 @@ from nbdist.core.optim.lr_schedulers import Schedulers, check_scheduler
 from nbdist.core.optim.optimizers import make_optimizer, optimizer_name
 from nbdist.core.optim.state import move_state_
 from nbdist.core.sync.loss_forms import LossForms
+from nbdist.core.sync.step_log import StepLog
 from nbdist.core.task.built_model import builds_model, built_model, lies_in_file
 from nbdist.core.task.check_model import check_model
 from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
 from nbdist.core.task.losses import ClassLoss, find_loss, loss_name, reduction_of
-from nbdist.core.task.metrics import Metric, find_metric, metric_name, target_of
+from nbdist.core.task.metrics import Evaluate, Metric, check_evaluate, find_metric, metric_name, target_of
 from nbdist.core.task.modules import Modules
 from nbdist.core.task.own_loop import check_step
+from nbdist.core.task.step_output import no_scalar, parts_of
 from nbdist.core.task.steps import NO_LOSS, ModelLossStep, Step, SupervisedStep, no_pair
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan.option import check_known
@@ -58,10 +60,12 @@ class Task:
         optimizers: Over parameters of `model`, no two over the same, by name; the name of an only one is empty.
         val: Validation data, or None.
         metric: Measured on `val` beside the loss, or None.
+        evaluate: Called on `val` in place of the step, or None.
         own_optimizers: Whether the user made one of them, so that their state is loaded back into them.
         schedulers: Each makes a torch scheduler from the optimizer of that name; others have none.
         options: The Plan options that follow from the arguments: names, batch size, shuffle.
         forms: Checks that all slices' losses have the same form, if their weights are inferred.
+        log: Collects the numbers that the step logs beside its loss.
         sums: Whether the step returns the sum over samples, not a mean.
         in_file: Whether the model's weights lie in files, as a callable has built it, see `built_model`.
     """
@@ -72,10 +76,12 @@ class Task:
     optimizers: dict[str, torch.optim.Optimizer]
     val: Source | None
     metric: Metric | None
+    evaluate: Evaluate | None = None
     own_optimizers: bool
     schedulers: dict[str, Callable[[torch.optim.Optimizer], Any]] = field(default_factory=dict)
     options: dict[str, Any]
     forms: LossForms = field(default_factory=LossForms)
+    log: StepLog = field(default_factory=StepLog)
     sums: bool = False
     in_file: bool = False
 
@@ -100,7 +106,7 @@ class Task:
     @classmethod
     def create(
         cls, model: Any, data: Any, *, loss: Any = None, step: Step | None = None, optimizer: Any = "adamw",
-        lr: float | None = None, lr_scheduler: Any = None, val: Any = None, metric: Any = None,
+        lr: float | None = None, lr_scheduler: Any = None, val: Any = None, metric: Any = None, evaluate: Any = None,
         batch_size: int | None = None, reduction: str | None = None,
         shuffle: bool | None = None, weights: str | None = None, names: tuple[str, str] = ("model", "data"),
     ) -> Task:  # fmt: skip
@@ -116,6 +122,7 @@ class Task:
             lr_scheduler: A callable that makes a torch scheduler from an optimizer.
             val: Validation data, in the same forms as `data`.
             metric: A name, a callable ``metric(output, target)``, or an object with `update` and `compute`.
+            evaluate: See `Evaluate`.
             batch_size: Global batch size, if the user gave one.
             reduction: Whether the loss is a "mean" or a "sum", if the user said so.
             shuffle: Whether to shuffle, if the user gave it.
@@ -145,6 +152,7 @@ class Task:
             raise TaskError(f"step must be a callable step(model, batch), not {step!r}.")
         else:
             check_step(step, model)
+        own_evaluation = "" if evaluate is None else check_evaluate(evaluate, val, metric)
         found_metric = None if metric is None else find_metric(metric)
         if metric is not None and val is None:
             raise TaskError(f"metric {metric_name(metric)} has no data to be measured on: give val=... too.")
@@ -172,6 +180,7 @@ class Task:
             schedulers={} if lr_scheduler is None else {"": lr_scheduler},
             val=val_source,
             metric=found_metric,
+            evaluate=evaluate,
             own_optimizers=isinstance(optimizer, torch.optim.Optimizer),
             sums=reduction == "sum",
             in_file=built or lies_in_file(model),
@@ -182,6 +191,7 @@ class Task:
                 "lr": lr,
                 "reduction": reduction,
                 "metric": "" if metric is None else metric_name(metric),
+                "evaluate": own_evaluation,
                 "batch_size": source.batch_size if batch_size is None else batch_size,
                 "shuffle": source.shuffle if shuffle is None else shuffle,
                 "flat_samples": _is_flat(first),
@@ -210,6 +220,11 @@ class Task:
         task = cls.create(model, data, names=names, **of_task)
         return task, given | task.options
 
+    def begin(self) -> None:
+        """A step begins, or an evaluation. Local."""
+        self.forms.begin()
+        self.log.begin()
+
     @property
     def title(self) -> str:
         """The class of each module, and the number of parameters, as text for the user."""
@@ -232,7 +247,8 @@ class Task:
         """What the user supplied, by names for errors; `model` and `data` are the user's own. Local."""
         return {
             model: self.given, data: self.data.given, "optimizer": self.optimizers.get("", self.optimizers),
-            "step": self.step, "val": self.val and self.val.given, "metric": self.metric, "the task": self,
+            "step": self.step, "val": self.val and self.val.given, "metric": self.metric,
+            "evaluate": self.evaluate, "the task": self,
         }  # fmt: skip
 
     def make_schedulers(self, by: str) -> Schedulers:
@@ -283,9 +299,9 @@ class Task:
             returned = self.step(self.model, batch, own)
         else:
             returned = self.step(self.model, batch)
-        loss, weight = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+        loss, weight, log = parts_of(returned)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {_no_scalar(loss)}.")
+            raise TaskError(f"the loss must be a scalar tensor, the mean over a batch, but it is {no_scalar(loss)}.")
         if self.sums:
             if weight is not None:
                 raise TaskError("with reduction='sum' the step returns a sum, without a weight: omit one of the two.")
@@ -303,6 +319,8 @@ class Task:
             weight = part.samples
         elif isinstance(weight, torch.Tensor):  # on a GPU reading it would wait for the device
             weight = weight.item() if weight.device.type == "cpu" else weight.double()
+        if log is not None:
+            self.log.add(log, part.index, weight if part.samples else 0)
         return loss if loss.ndim == 0 else loss.reshape(()), weight  # a view would be one more node of the graph
 
     def _constants(self) -> Iterator[torch.Tensor]:
@@ -323,19 +341,6 @@ class Task:
         if isinstance(self.step, SupervisedStep):
             return UNKNOWN_MEAN.format(loss=f"loss {loss_name(self.step.loss)}", cure=_OF_CALLABLE)
         return UNKNOWN_MEAN.format(loss=f"the loss that {type(self.model).__name__} computes", cure=_OF_MODEL)
-
-
-def _no_scalar(loss: Any) -> str:
-    """What a step has returned in place of a scalar tensor, and the cure."""
-    if isinstance(loss, torch.Tensor):
-        return f"a tensor of shape {tuple(loss.shape)}" + (": end it with .mean()" if loss.numel() > 1 else "")
-    if loss is None:
-        return "None: end the step with `return loss`"
-    if isinstance(loss, (int, float)):
-        return f"a {type(loss).__name__}: return the tensor itself, without .item() or float()"
-    if isinstance(loss, Mapping) or hasattr(loss, "loss"):
-        return f"a {type(loss).__name__}: return the loss in it"
-    return repr(type(loss))
 
 
 def _name(thing: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from nbdist.core.transfer.payload import Holder, Segment
 from nbdist.engine.exchange.exchange import Exchange, StatePublisher, StateReader
 from nbdist.engine.exchange.status_board import BOARD_BYTES, Board
-from nbdist.telemetry import RankStateSink
+from nbdist.telemetry import RankState, RankStateSink
 from nbdist.telemetry.record import records
 
 __all__ = ["OneHost"]
@@ -26,7 +26,7 @@ class _BoardPublisher(StatePublisher):
 
         def publish(state: dict[str, Any]) -> None:
             # A state that does not fit (thousands of rows) is dropped: the outcome holds the last one.
-            board.write(json.dumps(state).encode(), seldom="curve" in state)
+            board.write(json.dumps(state).encode(), seldom=RankState.is_whole(state))
 
         return RankStateSink(rank, publish)
 

@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from nbdist.core.params.func_transforms import check_no_transform
-from nbdist.core.task.task import Task
 from nbdist.errors import TaskError
 
 __all__ = ["capture_call", "forward_replaced"]
@@ -41,11 +40,15 @@ def forward_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[
             vars(model)["forward"] = own
 
 
-def capture_call(task: Task, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with which the step calls the model; the rest of the step is not run. Local.
+def capture_call(model: nn.Module, step: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which a step calls the model; the rest of the step is not run. Local.
+
+    Args:
+        model: The model.
+        step: The step, or whatever else calls the model, on some batch.
 
     Raises:
-        TaskError: The step does not call the model.
+        TaskError: It does not call the model.
     """
 
     def raise_call(*args: Any, **kwargs: Any) -> None:
@@ -53,8 +56,8 @@ def capture_call(task: Task, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any
         raise _ModelCalled(args, kwargs)
 
     try:
-        with forward_replaced(task.model, raise_call):
-            task.step(task.model, batch)
+        with forward_replaced(model, raise_call):
+            step()
     except _ModelCalled as call:
         return call.args_given, call.kwargs_given
     raise TaskError(

@@ -7,6 +7,7 @@ random generators' state is sent with them: a microbatch draws the numbers that 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -119,7 +120,8 @@ class Pipeline:
             start_s = time.time()
             self._seed(part, path)
             with self._guarded(), self._precision.autocast():
-                call, inputs = Call.of(*capture_call(self._task, batch))
+                captured = capture_call(self._task.model, functools.partial(function, batch, part))
+                call, inputs = Call.of(*captured)
         else:
             (text, requires_grad), (inputs, state) = self._receive("forward", action, stage - 1)
             call = Call.from_text(text)

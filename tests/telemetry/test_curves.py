@@ -1,11 +1,11 @@
-"""The loss curve: few points for any number of steps."""
+"""Curves: few points for any number of steps."""
 
 from __future__ import annotations
 
 import pytest
 
-from nbdist.telemetry import Losses, Point
-from nbdist.telemetry.loss_curve import POINTS, extended
+from nbdist.telemetry import Curves, Point
+from nbdist.telemetry.curves import POINTS, all_extended, extended
 
 
 def at(step, loss):
@@ -39,13 +39,24 @@ def test_points_stand_for_as_many_steps_each():
 
 def test_losses_are_reported_once():
     """The losses since the last call, in few points for any number of steps."""
-    losses = Losses()
-    assert () == losses.take()
+    curves = Curves()
+    assert {} == curves.take()
     for step in range(1, 4):
-        losses.add(step, 1.0 / step)
-    assert [at(1, 1.0), at(2, 0.5), at(3, 1.0 / 3)] == list(losses.take())
+        curves.add("loss", step, 1.0 / step)
+    curves.add("kl", 3, 0.5)
+    assert {"loss": (at(1, 1.0), at(2, 0.5), at(3, 1.0 / 3)), "kl": (at(3, 0.5),)} == curves.take()
     for step in range(4, 1004):
-        losses.add(step, 0.25)
-    reported = losses.take()
+        curves.add("loss", step, 0.25)
+    reported = curves.take()["loss"]
     assert (1000, 1003, True) == (sum(point.steps for point in reported), reported[-1].step, len(reported) < 32)
-    assert () == losses.take()
+    assert {} == curves.take()
+
+
+def test_curves_grow_by_name():
+    """A name that comes later begins a curve; what steps log has fewer points than the loss, as there may be many."""
+    curves = {}
+    for step in range(1, 1001):
+        curves = all_extended(curves, {"loss": (at(step, 1.0),)} | ({"kl": (at(step, 2.0),)} if step > 500 else {}))
+    assert ["loss", "kl"] == list(curves)
+    assert [1000, 500] == [sum(point.steps for point in curve) for curve in curves.values()]
+    assert len(curves["kl"]) < 128 < len(curves["loss"]) < POINTS

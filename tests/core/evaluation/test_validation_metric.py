@@ -11,7 +11,7 @@ import torch
 from problems import SGD, alone, classes, mlp, train
 from torch import nn
 
-from nbdist.core.metric_values import as_values
+from nbdist.core.evaluation.metric_values import as_values
 from nbdist.core.process import memory
 from nbdist.core.task.metrics import find_metric, metric_name, target_of, updates_by_pair
 from nbdist.errors import TaskError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import io
 import json
 import math
@@ -16,10 +16,11 @@ import torch
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice
 from nbdist.core.data.sample_rows import Rows, join, kept, nbytes
-from nbdist.core.metric_values import as_values
+from nbdist.core.evaluation.metric_values import as_values
+from nbdist.core.evaluation.sample_gather import SampleGather
+from nbdist.core.evaluation.updated_metric import UpdatedMetric, follows_device
 from nbdist.core.process import rng
 from nbdist.core.process.memory import check_fits
-from nbdist.core.sample_gather import SampleGather
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.task.label_shift import LabelShift
 from nbdist.core.task.metrics import (
@@ -60,31 +61,23 @@ class ValidationMetric:
         self._name, self._device = name, strategy.device
         self._channel = strategy.axes.world
         self._kind = ""  # "mean", "whole" or "object", once that is known
-        if any(self._given is known for known in METRICS.values()):
-            self._kind = "mean"
-        elif accumulates(self._given):
-            self._kind = "object"
-        self._shift = LabelShift(task) if self._kind == "mean" else None
+        self._shift: LabelShift | None = None
         self._gather: SampleGather | None = None
-        if self._kind != "mean":
+        self._object: UpdatedMetric | None = None  # of one evaluation, on the gathering rank
+        if any(self._given is known for known in METRICS.values()):
+            self._kind, self._shift = "mean", LabelShift(task)
+        else:
+            self._kind = "object" if accumulates(self._given) else ""
             what = f"outputs or targets that metric {name} needs together"
             self._gather = SampleGather(world, strategy.plan.mesh, what)
-        self._metric: Any = None
         self._parts: list[Rows] = []
         self._batches: int | None = None
 
     def begin(self, batches: int | None) -> None:
         """Begin an evaluation of so many batches, None if that is not known. Local."""
-        self._parts, self._batches, self._metric = [], batches, self._given
-        if self._kind != "object" or not (self._gather and self._gather.gathers):
-            return
-        with named_errors(self._name):
-            self._metric = copy.deepcopy(self._given)
-            if callable(getattr(self._metric, "reset", None)):
-                self._metric.reset()
-            if callable(getattr(type(self._metric), "to", None)):  # torch's own way to follow the data
-                moved = self._metric.to(self._device)
-                self._metric = self._metric if moved is None else moved
+        self._parts, self._batches = [], batches
+        if self._kind == "object" and self._gather is not None and self._gather.gathers:
+            self._object = UpdatedMetric(self._given, self._name, self._device)
 
     @torch.no_grad()
     def measure(self, outputs: list[Any], batch: Any, part: Slice, loss: torch.Tensor) -> tuple[Any, Any]:
@@ -116,9 +109,9 @@ class ValidationMetric:
                 return found
         if self._kind == "mean":
             with named_errors(self._name):
-                return self._mean(self._metric(output, target))
+                return self._mean(self._given(output, target))
         assert self._gather is not None
-        follows = self._kind == "object" and callable(getattr(type(self._given), "to", None))
+        follows = self._kind == "object" and follows_device(self._given)
         self._gather.put(part, output, target, device=self._device if follows else _CPU)
         return _NOTHING
 
@@ -136,7 +129,7 @@ class ValidationMetric:
             warnings.catch_warnings(record=True) as warned, contextlib.suppress(Exception), rng.fork_rng(self._device),
             contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), named_errors(self._name),
         ):  # fmt: skip
-            value = self._metric(kept(output), kept(target))
+            value = self._given(kept(output), kept(target))
         if type(value) is tuple and len(value) == 2:
             found, self._kind = self._mean(value, first=True), "mean"
             sys.stdout.write(out.getvalue())
@@ -185,29 +178,17 @@ class ValidationMetric:
             self._gather.tell(self._kind)
 
     def _take(self, rows: list[Rows]) -> None:
-        if not rows:
+        if self._object is not None:
+            self._update(self._object, rows)
             return
-        if self._kind == "whole":
-            self._parts += rows
-            if self._batches is not None and len(self._parts) == len(rows):
-                needed = self._batches * sum(nbytes(one.values) for one in rows)
-                check_fits(
-                    needed, f"the outputs of all validation data, which metric {self._name} needs together,",
-                    "return (mean, weight) from it, use an object with update and compute, or let the model return "
-                    "less in evaluation, such as the argmax",
-                )  # fmt: skip
-            return
-        try:
-            batches = [join(rows, self._name)]
-        except TaskError:  # batches padded to different lengths: each slice is then a batch of its own
-            batches = sorted(rows, key=lambda one: one.places.start)
-        with named_errors(self._name):
-            for one in batches:
-                output, target = one.values
-                if updates_by_pair(self._metric):
-                    self._metric.update((output, target))
-                else:
-                    self._metric.update(output, target)
+        self._parts += rows
+        if rows and self._batches is not None and len(self._parts) == len(rows):
+            needed = self._batches * sum(nbytes(one.values) for one in rows)
+            check_fits(
+                needed, f"the outputs of all validation data, which metric {self._name} needs together,",
+                "return (mean, weight) from it, use an object with update and compute, or let the model return less "
+                "in evaluation, such as the argmax",
+            )  # fmt: skip
 
     def end(self, mean: float, weight: float) -> dict[str, float]:
         """The values, by name. **Collective** over the world.
@@ -216,6 +197,7 @@ class ValidationMetric:
             mean: The weighted mean over all slices, where it is one.
             weight: Its weight.
         """
+        values: dict[str, Any] = {}
         gather = self._gather
         if gather is None:
             finish = FINISHES.get(self._given, float)
@@ -225,29 +207,45 @@ class ValidationMetric:
             if self._kind != "mean":
                 for rows in gather.end():
                     self._take(rows)
-        values: dict[str, Any] = {}
         if gather.gathers:
             values = self._values(mean, weight)
-        sent = json.dumps(values).encode()
-        received: dict[str, Any] = json.loads(self._channel.broadcast_bytes(sent, gather.rank))
-        self._parts, self._metric = [], None
+        self._parts, self._object = [], None
+        received: dict[str, Any] = json.loads(self._channel.broadcast_bytes(json.dumps(values).encode(), gather.rank))
         return received
+
+    def _update(self, metric: UpdatedMetric, rows: list[Rows]) -> None:
+        """Update by a whole batch."""
+        if not rows:
+            return
+        try:
+            batches = [join(rows, self._name)]
+        except TaskError:  # batches padded to different lengths: each slice is then a batch of its own
+            batches = sorted(rows, key=lambda one: one.places.start)
+        for one in batches:
+            metric.update(functools.partial(_updated, *one.values))
 
     def _values(self, mean: float, weight: float) -> dict[str, Any]:
         if self._kind == "mean":
             return as_values(mean if weight else float("nan"), self._name)
+        if self._object is not None:
+            return as_values(self._object.compute(), self._name)
         with named_errors(self._name):
-            if self._kind == "object":
-                return as_values(self._metric.compute(), self._name)
             if not self._parts:
                 return as_values(float("nan"), self._name)
             parts, self._parts = self._parts, []
             whole = join(parts, f"outputs or targets that metric {self._name} needs together")
             del parts
-            value = self._metric(*whole.values)
+            value = self._given(*whole.values)
             if type(value) is tuple and len(value) == 2:
                 value, _ = self._mean(value, first=True)
             return as_values(value, self._name)
+
+
+def _updated(output: Any, target: Any, metric: Any) -> None:
+    if updates_by_pair(metric):
+        metric.update((output, target))
+    else:
+        metric.update(output, target)
 
 
 def kept_graphless(output: Any) -> Any:

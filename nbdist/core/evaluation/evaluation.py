@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Reader, Slice
+from nbdist.core.evaluation.own_evaluation import OwnEvaluation
+from nbdist.core.evaluation.validation_metric import ValidationMetric
+from nbdist.core.params.training_mode import in_mode
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.sync.agreement import NO_FLAGS, agree
 from nbdist.core.sync.loss_forms import check_one_form
 from nbdist.core.sync.running_mean import RunningMean
+from nbdist.core.sync.step_log import LogReducer
 from nbdist.core.task.task import Task
-from nbdist.core.validation_metric import ValidationMetric
 from nbdist.errors import PlanError, TaskError
 
-__all__ = ["Evaluation", "Forwards", "in_mode"]
+__all__ = ["Evaluation", "Forwards"]
 
 T = TypeVar("T")
 _NO_GRADIENT = "does not require grad and does not have a grad_fn"
@@ -43,6 +45,7 @@ class Evaluation:
     def __init__(self, task: Task, strategy: Strategy, reader: Reader, world: World, *, metric: str = "") -> None:
         self._task, self._strategy, self._reader = task, strategy, reader
         self._metric = None if task.metric is None else ValidationMetric(task, strategy, world, metric)
+        self._own = None if task.evaluate is None else OwnEvaluation(task, strategy, world)
         self._forwards = Forwards(strategy, "val")
 
     def run(self) -> dict[str, Any]:
@@ -51,13 +54,14 @@ class Evaluation:
         The metric is called with the output of the model's last call, and the target of the batch.
 
         Returns:
-            ``val_loss``, a weighted mean over all samples, and the metric's values, see `ValidationMetric`.
+            ``val_loss``, a weighted mean over all samples, what the step logs, as ``val_<name>``, and the metric's
+            values, see `ValidationMetric`; or what the user's own function gives, see `OwnEvaluation`.
 
         Raises:
             PlanError: The data gave no batch.
             TaskError: The metric cannot be computed from the model's output or the batch.
         """
-        task, strategy, metric = self._task, self._strategy, self._metric
+        task, strategy, metric, own = self._task, self._strategy, self._metric, self._own
         device, world = strategy.device, strategy.axes.world
         # One sum per rank; under `reproducible` one per slice, so that bits do not depend on which rank ran which.
         by_slice = strategy.plan.reproducible > 0
@@ -65,23 +69,32 @@ class Evaluation:
         steps = 1
         outputs: list[Any] = []
 
-        def measure(batch: Any, part: Slice) -> tuple[tuple[torch.Tensor, Any], tuple[Any, Any]]:
+        def measure(batch: Any, part: Slice) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
             outputs.clear()
             strategy.batch_gather.begin(counts=part.samples > 0)
+            if own is not None:
+                own.measure(batch, part)
+                return (0, 0), (0, 0)
             loss, weight = task.loss_and_weight(batch, part)
-            measured = (0, 0)
+            measured: tuple[Any, Any] = (0, 0)
             if metric is not None and strategy.axes.reports_loss:
                 measured = metric.measure(outputs, batch, part, loss.detach())
             return (loss.detach(), weight), measured
 
         if metric is not None:
             metric.begin(self._reader.steps)
-        hook = task.model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
-        task.forms.begin()
-        try:
+        if own is not None:
+            own.begin()
+        task.begin()
+        with contextlib.ExitStack() as cleanup:
+            if metric is not None:
+                hook = task.model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+                cleanup.callback(hook.remove)
             with in_mode(task.model, training=False), torch.no_grad():
                 for step, slices in enumerate(self._reader.epoch(1)):
                     steps = step + 1 if by_slice else 1
+                    if by_slice:
+                        task.log.begin_batch(step * strategy.plan.slices)
                     for part in slices:
                         measured = self._forwards.run(part, step, measure)
                         if measured is not None and part.samples and strategy.axes.reports_loss:
@@ -89,12 +102,14 @@ class Evaluation:
                             sums_by_place.setdefault(place, _Sums(device)).add(part.samples, *measured)
                     if metric is not None:
                         metric.end_batch()
-        finally:
-            hook.remove()
-        if task.infers_weight:
-            check_one_form(agree(task.forms.flags(NO_FLAGS, 0), world))
+                    if own is not None:
+                        own.end_batch()
         if by_slice:  # a stream may end at different steps on different ranks
             steps = int(torch.stack(world.all_gather(torch.tensor([steps], device=device))).max())
+        log_reducer = LogReducer.of(task.log, strategy.axes, strategy.plan, batches=steps)
+        agreed = agree(log_reducer.flags(task.forms.flags(NO_FLAGS, 0)), world)
+        check_one_form(agreed)
+        log = log_reducer.reduce(agreed)
         table = torch.zeros((steps, strategy.plan.slices if by_slice else 1, 5), dtype=torch.float64, device=device)
         for place, one in sums_by_place.items():
             table[place] = one.sums
@@ -102,9 +117,22 @@ class Evaluation:
         loss_sum, loss_weight, metric_sum, metric_weight, samples = table.sum((0, 1)).tolist()
         if not samples:
             raise PlanError("the validation data gave no batch: can it be read only once?")
-        result: dict[str, Any] = {"val_loss": loss_sum / loss_weight if loss_weight else float("nan")}
+        result: dict[str, Any] = {}
+        if own is None:
+            result["val_loss"] = loss_sum / loss_weight if loss_weight else float("nan")
+        if log is not None:
+            result |= {f"val_{name}": mean for name, mean in log.means.items()}
         if metric is not None:
-            result |= metric.end(metric_sum / metric_weight if metric_weight else 0.0, metric_weight)
+            values = metric.end(metric_sum / metric_weight if metric_weight else 0.0, metric_weight)
+            if both := result.keys() & values.keys():
+                name = min(both)
+                raise TaskError(f"the metric and the step's log both give {name}: log it under another name.")
+            result |= values
+        if own is not None:
+            values = own.end()
+            if both := result.keys() & values.keys():
+                raise TaskError(f"evaluate gives {min(both)} twice, as a number and by an object: use another name.")
+            result |= values
         return result
 
 
@@ -157,15 +185,3 @@ class _Sums:
         """``(5,)`` in float64."""
         samples = self._means[0].sums.new_tensor([self._samples])
         return torch.cat([mean.sums for mean in self._means] + [samples])
-
-
-@contextlib.contextmanager
-def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put every module in training or evaluation mode, and afterwards each one back into its own."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -9,7 +9,7 @@ import torch
 from nbdist.core.comm import Link
 from nbdist.core.comm.world import World
 from nbdist.core.data.reader import Slice
-from nbdist.core.data.sample_rows import Rows, kept, pack_rows, unpack_rows
+from nbdist.core.data.sample_rows import Rows, kept, pack_rows, rows_from_note, rows_to_note, unpack_rows
 from nbdist.plan import Mesh
 
 __all__ = ["SampleGather", "gathering_rank"]
@@ -39,6 +39,7 @@ class SampleGather:
         world: All ranks.
         mesh: Their mesh.
         what: What is gathered, for errors.
+        alike: Whether all slices give values of one structure, and the classes of those of the gathering rank.
 
     Attributes:
         rank: The gathering rank.
@@ -46,11 +47,11 @@ class SampleGather:
         reports: Whether this rank has outputs.
     """
 
-    def __init__(self, world: World, mesh: Mesh, what: str) -> None:
+    def __init__(self, world: World, mesh: Mesh, what: str, *, alike: bool = True) -> None:
         ranks = _reporting_ranks(mesh)
         self.rank = ranks[0]
         self.gathers, self.reports = world.rank == self.rank, world.rank in ranks
-        self._what = what
+        self._what, self._alike = what, alike
         self._links: dict[int, Link] = world.links([(self.rank, rank) for rank in ranks[1:]]) if ranks[1:] else {}
         self._others = [rank for rank in ranks[1:] if rank in self._links]
         self._own: list[Rows] = []
@@ -108,7 +109,7 @@ class SampleGather:
     def _send(self, own: list[Rows], *, ended: bool) -> None:
         notes, tensors = [], list[torch.Tensor | None]()
         for rows in own:
-            note, more = pack_rows(rows, self._what)
+            note, more = pack_rows(rows, self._what) if self._alike else rows_to_note(rows, self._what)
             notes.append([note, len(more)])
             tensors += more
         self._links[self.rank].send([ended, notes], tensors)
@@ -118,8 +119,11 @@ class SampleGather:
         for rank in list(self._open):
             (ended, notes), tensors = self._links[rank].receive()
             for note, count in notes:
-                assert self._like is not None  # the first share of the data has rows if any has
-                received.append(unpack_rows(note, tensors[:count], self._like, self._what))
+                if self._alike:
+                    assert self._like is not None  # the first share of the data has rows if any has
+                    received.append(unpack_rows(note, tensors[:count], self._like, self._what))
+                else:
+                    received.append(rows_from_note(note, tensors[:count]))
                 tensors = tensors[count:]
             if ended:
                 self._open.remove(rank)
