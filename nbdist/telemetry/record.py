@@ -47,9 +47,11 @@ def record_path(run_id: str, rank: int, folder: Path | None = None) -> Path:
     """
     folder = folder or records()
     if rank == 0 and folder.is_dir():  # one rank cleans up for all
-        for old in sorted(path for path in folder.iterdir() if path.is_dir())[: -KEPT_RUNS or None]:
-            if not _goes_on(old):
-                shutil.rmtree(old, ignore_errors=True)
+        with os.scandir(folder) as entries:  # which knows what each is: a run waits for this
+            names = sorted(entry.name for entry in entries if entry.is_dir())
+        for name in names[: -KEPT_RUNS or None]:
+            if not _goes_on(folder / name):
+                shutil.rmtree(folder / name, ignore_errors=True)
     return folder / run_id / f"rank{rank}.jsonl"
 
 

@@ -160,6 +160,10 @@ def _load(modules: list[str]) -> str:
         return f"{type(error).__name__}: {error}"
     gc.collect()
     gc.freeze()  # else a collection in a child would write to, and so copy, all pages
+    if "torch" in sys.modules:
+        from nbdist.core.process.memory import note_frozen
+
+        note_frozen()
     return ""
 
 

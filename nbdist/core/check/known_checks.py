@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from nbdist.core.task.losses import ClassLoss
 from nbdist.core.task.steps import SupervisedStep
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
@@ -59,9 +60,31 @@ def _key(task: Task, plan: Plan) -> Hashable:
 
 def _step_key(step: Any) -> Hashable:
     """Equal for functions of equal code over the same values, such as a cell that runs again."""
+    if isinstance(step, ClassLoss):  # made anew for each run
+        return _step_key(step.given)
     if isinstance(step, types.FunctionType):
-        cells = tuple(id(cell.cell_contents) for cell in step.__closure__ or () if cell != types.CellType())
+        cells = tuple(_Same(cell.cell_contents) for cell in step.__closure__ or () if cell != types.CellType())
         return step.__code__, cells
     if isinstance(step, functools.partial):
         return _step_key(step.func), repr(step.args), repr(step.keywords)
-    return type(step), id(step) if getattr(step, "__dict__", None) else 0
+    return type(step), _Same(step) if getattr(step, "__dict__", None) else None
+
+
+class _Same:
+    """Equal to that of the same object, as long as it lives: another one may have its address later."""
+
+    def __init__(self, value: Any) -> None:
+        self._address = id(value)
+        self._value: Any = None
+        try:
+            self._alive: Any = weakref.ref(value)
+        except TypeError:  # such as a number: it lives as long as this
+            self._value, self._alive = value, lambda: True
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same) or self._address != other._address:
+            return False
+        return self._alive() is not None and other._alive() is not None
+
+    def __hash__(self) -> int:
+        return hash(self._address)

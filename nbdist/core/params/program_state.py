@@ -258,10 +258,13 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
     return frozenset(own.intersection(code.co_names).union(*inner))
 
 
-@functools.lru_cache(4096)
 def is_of_library(code: types.CodeType) -> bool:
     """Whether code is nbdist's, Python's or an installed package's, and not the user's. Local."""
-    path = code.co_filename
+    return _is_of_library(code.co_filename)
+
+
+@functools.lru_cache(4096)  # by file: a class of torch has a hundred functions, and a path takes ten system calls
+def _is_of_library(path: str) -> bool:
     if path.startswith("<frozen"):
         return True
     return os.path.realpath(path).startswith((*_LIBRARIES, _NBDIST)) if os.path.isabs(path) else False

@@ -24,6 +24,7 @@ __all__ = [
     "keep_freed_pages",
     "keep_large_pages",
     "memory_is_limited",
+    "note_frozen",
 ]
 
 # From malloc.h, see mallopt(3).
@@ -153,6 +154,12 @@ _frozen_before = False
 """Whether other code has called `gc.freeze` here. Cached, because Python counts frozen objects one by one: 12 ms."""
 _runs = 0
 """How many runs are inside of `frozen_gc`: one may start within another."""
+
+
+def note_frozen() -> None:
+    """Say that other code has called `gc.freeze`, which forks of this process need not find out then. Local."""
+    global _frozen_before
+    _frozen_before = True
 
 
 @contextlib.contextmanager

@@ -125,6 +125,11 @@ class ClassLoss:
         self.ignore_index = ignore_index
         self._class_weight = class_weight
 
+    @property
+    def given(self) -> Callable[..., torch.Tensor]:
+        """The loss as it was given."""
+        return self._loss
+
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The mean loss."""
         if isinstance(self._loss, nn.Module):
