@@ -50,7 +50,10 @@ def known(first, second):
 LOSS, MODULE, FUNCTION = Scaled(2.0), nn.CrossEntropyLoss(), scaled_by(2.0)
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", MODULE, LOSS, FUNCTION, F.cross_entropy], ids=str)
+@pytest.mark.parametrize(
+    "loss", ["cross_entropy", MODULE, LOSS, FUNCTION, F.cross_entropy],
+    ids=["a name", "a module", "an object", "a closure", "of torch"],
+)  # fmt: skip
 def test_the_same_loss_is_known(loss):
     """Also one given by its name, for which a new object is made in each run."""
     assert known(loss, loss) == Found.checked
