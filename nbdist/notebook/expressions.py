@@ -83,7 +83,9 @@ def _quotable(shell: InteractiveShell, text: str) -> Any:
 def _callable(shell: InteractiveShell, text: str, known: Collection[str]) -> Any:
     """The notebook's object of that name, or of an expression; else a well-known name, which a string may hold."""
     if not text.isidentifier():
-        return evaluate(shell, text)
+        value = evaluate(shell, text)
+        # In quotes, as an expression with blanks has to be; a string without any is a name.
+        return value if not isinstance(value, str) or value.isidentifier() else evaluate(shell, value)
     value = shell.user_ns.get(text)
     if callable(value) or hasattr(value, "param_groups") or hasattr(value, "compute"):
         return value

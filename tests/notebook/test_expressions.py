@@ -23,6 +23,8 @@ from nbdist.notebook.expressions import read_word
         ("mse", "callable", "mse"),
         ("own", "callable", len),
         ("text", "callable", "name"),
+        ("'len if name else None'", "callable", len),
+        ("'mse'", "callable", "mse"),
         ("text", "text", "name"),
         ("text + '=2'", "text", "name=2"),
         ("dp=2", "text", "dp=2"),
