@@ -77,6 +77,45 @@ def rows(samples: int, seed: int = 1):
     return torch.randn(samples, FEATURES, generator=generator), torch.randint(CLASSES, (samples,), generator=generator)
 
 
+def logging_step(model, batch):
+    """A step with numbers of its own."""
+    x, y = batch
+    scores = model(x)
+    loss = nn.functional.cross_entropy(scores, y)
+    return loss, {"right": (scores.argmax(1) == y).double().mean(), "spread": scores.detach().double().std(1).mean()}
+
+
+class Right:
+    """How many predictions are right, as an object that batches update."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self):
+        """Forget all."""
+        self.right = self.seen = 0
+
+    def update(self, predicted, y):
+        """Add a batch."""
+        self.right += int((predicted == y).sum())
+        self.seen += len(y)
+
+    def compute(self):
+        """Their share."""
+        return self.right / self.seen
+
+
+right = Right()
+
+
+def judge(model, batch):
+    """An evaluation of one's own."""
+    x, y = batch
+    scores = model(x)
+    right.update(scores.argmax(1), y)
+    return {"loss": nn.functional.cross_entropy(scores, y), "right": right}
+
+
 def make(name: str, traps: Traps) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Model, data and options of a workload of 20 steps."""
     with torch.random.fork_rng():
@@ -92,7 +131,8 @@ def make(name: str, traps: Traps) -> tuple[nn.Module, Any, dict[str, Any]]:
         options["strategy"] = name
     elif name == "replicas":
         data = rows(SAMPLES - 11)  # a last batch that is not like the others
-        options |= {"clip_norm": 1.0, "accumulate": 2}
+        del options["loss"]
+        options |= {"clip_norm": 1.0, "accumulate": 2, "step": logging_step}
     elif name == "own optimizer":
         first, *others = model.parameters()
         options["optimizer"] = torch.optim.AdamW([{"params": [first], "lr": 0.002}, {"params": others}], lr=0.001)
@@ -100,6 +140,8 @@ def make(name: str, traps: Traps) -> tuple[nn.Module, Any, dict[str, Any]]:
         del options["batch_size"]
     elif name == "stream":
         options["optimizer"] = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+        del options["metric"]
+        options["evaluate"] = judge
         data = Stream(traps)
     return model, data, options
 
