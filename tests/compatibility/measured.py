@@ -51,6 +51,8 @@ class Measured:
     step: Any = None
     loss: Any = "cross_entropy"
     split_at: str = "2"
+    evaluate: Any = None
+    """Evaluates in place of the step, and without a metric."""
 
 
 # Callables over the whole set.
@@ -173,6 +175,54 @@ class MeanOfBatches:
 
     def compute(self):
         return sum(self.means) / len(self.means)
+
+
+# Functions that evaluate by themselves, and what a step logs.
+
+f1, of_batches = F1State(), MeanOfBatches()
+
+
+def judge(model, batch):
+    """An object by its update, one by a call of each batch, a mean, and one over something else than samples."""
+    x, y = batch
+    output = model(x)
+    f1.update(output.argmax(-1).eq(torch.arange(3)[:, None]).T.double(), target=y)
+    of_batches.update((output, y))
+    share, over = half_weighted(output, y)
+    mean = (output.argmax(-1) == y).double().mean()
+    return {
+        "loss": F.cross_entropy(output, y),
+        "f1": f1,
+        "batches": of_batches,
+        "weighted": (share, over),
+        "share": mean,
+    }
+
+
+def judged(model, batches):
+    values = updated("f1", F1State)(model, batches) | updated("batches", MeanOfBatches)(model, batches)
+    values |= whole("weighted", lambda output, target: half_weighted(output, target)[0])(model, batches)
+    return values | whole("share", lambda output, target: (output.argmax(-1) == target).double().mean())(model, batches)
+
+
+def judge_labels(model, batch):
+    """A dict, whose mean is over labels that count."""
+    output, counted = model(**batch), (batch["labels"][:, 1:] != IGNORED).sum()
+    return {"loss": (output["loss"], counted), "share": (_shares(True)(output["logits"], batch["labels"]), counted)}
+
+
+def logging_step(model, batch):
+    x, y = batch
+    output = model(x)
+    return F.cross_entropy(output, y), {
+        "share": (output.argmax(-1) == y).double().mean(),
+        "size": output.square().mean(),
+    }
+
+
+def logged(model, batches):
+    values = whole("share", lambda output, target: (output.argmax(-1) == target).double().mean())(model, batches)
+    return values | whole("size", lambda output, _target: output.square().mean())(model, batches)
 
 
 # Models and data of other forms.
@@ -370,6 +420,16 @@ CASES: dict[str, Measured] = {
         metric=lambda: next_label_loss, expected=whole("next_label_loss", next_label_loss, logits=True),
         model=_language(Sequences), **_LANGUAGE,
     ),
+    "evaluate, of all kinds": Measured(metric=lambda: None, evaluate=judge, expected=judged),
+    "evaluate, a stream": Measured(
+        metric=lambda: None, evaluate=judge, expected=judged,
+        data=lambda: torch_data.DataLoader(Stream(), batch_size=BATCH),
+    ),
+    "evaluate, labels of a dict": Measured(
+        metric=lambda: None, evaluate=judge_labels, expected=whole("share", _shares(True), logits=True),
+        model=_language(Sequences), **_LANGUAGE,
+    ),
+    "the step's log": Measured(metric=lambda: None, step=logging_step, loss=None, expected=logged),
 }  # fmt: skip
 
 
@@ -381,7 +441,8 @@ def run_case(world: World, name: str, mesh: str, epochs: int = 1, **options: Any
     if "pp" in mesh:
         options |= {"split_at": [case.split_at], "microbatches": 2}
     result, weights = train(
-        world, model, case.training(), val=case.data(), metric=case.metric(), optimizer=SGD, batch_size=BATCH,
+        world, model, case.training(), val=case.data(), metric=case.metric(), evaluate=case.evaluate, optimizer=SGD,
+        batch_size=BATCH,
         strategy=mesh, check="yes" if case.loss is None else "no", epochs=epochs, **given, **options,
     )  # fmt: skip
     return result.history[-1], weights

@@ -14,6 +14,8 @@ PART = {
     ("F1, module", "dp=2"), ("collection", "dp=2,shard=2"), ("mean of batches", "dp=4"), ("F1, stream", "dp=3"),
     ("mean of batches, stream", "dp=2"), ("perplexity, causal", "dp=2"), ("accuracy, causal", "pp=2"),
     ("accuracy, masked", "tp=2"), ("loss of a dict's labels", "dp=3"), ("F1, module", "dp=1"),
+    ("evaluate, of all kinds", "pp=2"), ("evaluate, a stream", "dp=3"), ("evaluate, labels of a dict", "dp=2"),
+    ("the step's log", "dp=4"),
 }  # fmt: skip
 CELLS = [
     pytest.param(mesh, name, marks=[] if (name, mesh) in PART else pytest.mark.compatibility)
