@@ -32,8 +32,8 @@ TRAIN_ARGUMENTS = [
     "--schedule-by", "--epochs", "--steps",
     "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
     "--split-at", "--tensor-plan", "--metric", "--evaluate", "--shuffle", "--seed", "--reproducible", "--threads",
-    "--bucket-mib", "--gather", "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--stop-on-nan",
-    "--check", "--tensorboard", "--weights",
+    "--bucket-mib", "--gather", "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--early-stop",
+    "--stop-on-nan", "--check", "--tensorboard", "--weights",
     "--background", "--hang-timeout", "--on-hang", "--on-failure", "-o",
 ]  # fmt: skip
 

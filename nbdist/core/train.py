@@ -51,6 +51,7 @@ from nbdist.core.task.notes import notes_on_modes, notes_on_optimizers, notes_on
 from nbdist.core.task.task import Task, on_device
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
+from nbdist.plan.early_stop import EarlyStop
 from nbdist.plan.mesh import AXES
 from nbdist.telemetry import (
     EpochFinished,
@@ -237,7 +238,9 @@ def fit(
             reporter.exclude(paused_s)
             stopped = is_stopped()
             # Under `steps`, the whole run is one row, however often it wraps round the data.
-            while not (progress.complete(plan) or (stopped and progress.row.steps == 0)):
+            while not (
+                progress.complete(plan) or ((stopped or _ended_early(plan, progress)) and progress.row.steps == 0)
+            ):  # fmt: skip
                 # Resumed after the last step: only evaluation and the history row are left to do.
                 trained = stopped or progress.step == plan.steps
                 for slices in () if trained else comm_timer.reading(reader.epoch(progress.epoch, skip=progress.batch)):
@@ -330,6 +333,10 @@ def fit(
                     progress.close(row)
                 snapshotter.end_step(progress, None)
                 reporter.resume(progress)
+                if not ended and (reason := _ended_early(plan, progress)):
+                    ended = True
+                    if world.rank == 0:
+                        emit(Noted(rank=world.rank, text=f"the run ends early: {reason}"))
                 if ended:
                     break
 
@@ -360,6 +367,11 @@ def _snapshot_on_error(snapshotter: Snapshotter, progress: TrainProgress, world:
                 world.leave()
             snapshotter.snapshot_on_error(progress)
         raise
+
+
+def _ended_early(plan: Plan, progress: TrainProgress) -> str:
+    """Why a run ends before its last epoch; empty if it goes on."""
+    return EarlyStop.parse(plan.early_stop).reason(progress.history) if plan.early_stop else ""
 
 
 def _check_finite(losses: StepLosses, progress: TrainProgress) -> None:

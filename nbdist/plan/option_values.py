@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from nbdist.errors import PlanError, suggest
 
-__all__ = ["as_int", "check_word", "check_yes_or_no", "positive_number", "whole_number"]
+__all__ = ["as_int", "check_word", "check_yes_or_no", "positive_number", "steps_or_seconds", "whole_number"]
+
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 
 def as_int(value: Any) -> int:
@@ -47,6 +50,20 @@ def positive_number(name: str, value: Any) -> float:
     if not (math.isfinite(number) and number > 0):
         raise PlanError(f"{name} {value} must be a positive number.")
     return number
+
+
+def steps_or_seconds(name: str, text: str) -> tuple[int, float]:
+    """The value of option `name`, such as "200" or "5min", as steps or as seconds; the other one is 0.
+
+    Raises:
+        PlanError: It is neither.
+    """
+    found = re.fullmatch(r"(\d{1,18})|(\d{1,18}\.?\d*|\.\d+) ?(s|min|h)", text, re.ASCII)
+    steps = int(found[1] or 0) if found else 0
+    seconds = float(found[2]) * _SECONDS[found[3]] if found and found[2] else 0.0
+    if not (steps or 0 < seconds < math.inf):
+        raise PlanError(f"{name} {text!r} is neither steps nor a time: write 200, 90s, 5min or 1h.")
+    return steps, seconds
 
 
 def check_word(name: str, value: Any, words: Iterable[str]) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nbdist.errors import PlanError
+from nbdist.plan.early_stop import EarlyStop
 from nbdist.plan.known_names import LOSSES, METRICS, OPTIMIZERS
 from nbdist.plan.mesh import STRATEGY_WORDS, Mesh
 from nbdist.plan.option import Option, check_known, option, options_of
-from nbdist.plan.option_values import check_word, check_yes_or_no, positive_number, whole_number
+from nbdist.plan.option_values import check_word, check_yes_or_no, positive_number, steps_or_seconds, whole_number
 from nbdist.plan.slices import default_microbatches
 
 __all__ = ["DEFAULT_BATCH_SIZE", "OPTIONS", "PRECISIONS", "REDUCTIONS", "SCHEDULES", "SLICES", "Plan"]
@@ -25,7 +24,6 @@ SLICES = 4
 """Default slices of a reproducible batch: twelve would divide by 3 ranks too, but cost up to half a step."""
 CHECKS = ("yes", "mesh", "no")
 REDUCTIONS = ("mean", "sum")
-_SECONDS = {"s": 1, "min": 60, "h": 3600}
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 """Pipeline schedules, and how many stages each gives a rank."""
 
@@ -217,6 +215,12 @@ class Plan:
         bare=True,
         read="path",
     )
+    early_stop: str = option(
+        "",
+        "End after the epoch in which a number of the history has not improved for so many epochs: val_loss:3.",
+        metavar="NAME:EPOCHS",
+        default="",
+    )
     stop_on_nan: bool = option(
         False, "End with an error when a loss is not finite, before it reaches the weights.", parse=bool
     )
@@ -260,6 +264,10 @@ class Plan:
         for name in ("checkpoint", "resume", "tensorboard"):  # ranks may have another working directory
             if getattr(self, name) not in ("", True, False):
                 self._set(name, os.path.abspath(os.path.expanduser(getattr(self, name))))
+        if self.early_stop:
+            EarlyStop.parse(self.early_stop)
+            if self.steps is not None:
+                raise PlanError(f"early_stop={self.early_stop} looks at epochs, and steps={self.steps}: give epochs.")
         if self.checkpoint_every:
             if not self.checkpoint:
                 raise PlanError(
@@ -351,16 +359,7 @@ class Plan:
     @property
     def checkpoint_cadence(self) -> tuple[int, float]:
         """Steps and seconds between checkpoints; at most one is not 0, and 0 is never."""
-        if not self.checkpoint_every:
-            return 0, 0.0
-        found = re.fullmatch(r"(\d{1,18})|(\d{1,18}\.?\d*|\.\d+) ?(s|min|h)", self.checkpoint_every, re.ASCII)
-        steps = int(found[1] or 0) if found else 0
-        seconds = float(found[2]) * _SECONDS[found[3]] if found and found[2] else 0.0
-        if not (steps or 0 < seconds < math.inf):
-            raise PlanError(
-                f"checkpoint_every {self.checkpoint_every!r} is neither steps nor a time: write 200, 90s, 5min or 1h."
-            )
-        return steps, seconds
+        return steps_or_seconds("checkpoint_every", self.checkpoint_every) if self.checkpoint_every else (0, 0.0)
 
     @property
     def stages(self) -> int:

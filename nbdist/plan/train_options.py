@@ -72,6 +72,7 @@ class TrainOptions(TypedDict, total=False):
     checkpoint_every: int | str | None
     checkpoint_keep: int | None
     resume: str | bool | None
+    early_stop: str | None
     stop_on_nan: bool | None
     check: str | None
     tensorboard: str | None

@@ -87,7 +87,7 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
         "accumulate": 2, "clip_norm": 0.5, "seed": 7, "threads": 1, "strategy": "dp=2", "shuffle": False,
         "bucket_mib": 8.0, "metric": "accuracy", "lr_scheduler": "<lambda>", "precision": "bf16",
         "sync_batchnorm": False, "reproducible": 0, "microbatches": None, "schedule": "1f1b", "split_at": (),
-        "tensor_plan": None, "evaluate": "",
+        "tensor_plan": None, "evaluate": "", "early_stop": "",
         "gather": True, "checkpoint": str(tmp_path / "kept"), "checkpoint_every": "2", "checkpoint_keep": 1,
         "resume": "", "stop_on_nan": True, "tensorboard": "",
         "check": "mesh",

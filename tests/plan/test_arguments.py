@@ -27,7 +27,7 @@ WORDS = {
     "checkpoint": ("/tmp/here", "/tmp/here"), "checkpoint_every": ("5min", "5min"), "checkpoint_keep": ("2", 2),
     "resume": ("/tmp/here", "/tmp/here"), "stop_on_nan": ("yes", True), "tensorboard": ("/tmp/here", "/tmp/here"),
     "schedule_by": ("epoch", "epoch"), "check": ("no", "no"), "reduction": ("sum", "sum"),
-    "evaluate": ("judge", "judge"),
+    "evaluate": ("judge", "judge"), "early_stop": ("val_loss:3", "val_loss:3"),
 }  # fmt: skip
 
 
