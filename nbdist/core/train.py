@@ -216,6 +216,12 @@ def fit(
         cleanup.callback(snapshotter.close)
         step_control = StepControl(commands, run_id, strategy, schedulers, snapshotter, emit)
 
+        def ends_early() -> bool:
+            reason = EarlyStop.parse(plan.early_stop).reason(progress.history) if plan.early_stop else ""
+            if reason and world.rank == 0:
+                emit(Noted(rank=world.rank, text=f"the run ends early: {reason}"))
+            return bool(reason)
+
         def is_stopped() -> bool:  # a stop after the last step changes nothing: the run is finished
             return step_control.stopped and not _complete(plan, progress.step, steps_total)
 
@@ -238,9 +244,8 @@ def fit(
             reporter.exclude(paused_s)
             stopped = is_stopped()
             # Under `steps`, the whole run is one row, however often it wraps round the data.
-            while not (
-                progress.complete(plan) or ((stopped or _ended_early(plan, progress)) and progress.row.steps == 0)
-            ):  # fmt: skip
+            ended = progress.row.steps == 0 and (stopped or ends_early())
+            while not (progress.complete(plan) or ended):
                 # Resumed after the last step: only evaluation and the history row are left to do.
                 trained = stopped or progress.step == plan.steps
                 for slices in () if trained else comm_timer.reading(reader.epoch(progress.epoch, skip=progress.batch)):
@@ -333,12 +338,7 @@ def fit(
                     progress.close(row)
                 snapshotter.end_step(progress, None)
                 reporter.resume(progress)
-                if not ended and (reason := _ended_early(plan, progress)):
-                    ended = True
-                    if world.rank == 0:
-                        emit(Noted(rank=world.rank, text=f"the run ends early: {reason}"))
-                if ended:
-                    break
+                ended = ended or ends_early()
 
             if not stopped:
                 snapshotter.finish(progress)
@@ -367,11 +367,6 @@ def _snapshot_on_error(snapshotter: Snapshotter, progress: TrainProgress, world:
                 world.leave()
             snapshotter.snapshot_on_error(progress)
         raise
-
-
-def _ended_early(plan: Plan, progress: TrainProgress) -> str:
-    """Why a run ends before its last epoch; empty if it goes on."""
-    return EarlyStop.parse(plan.early_stop).reason(progress.history) if plan.early_stop else ""
 
 
 def _check_finite(losses: StepLosses, progress: TrainProgress) -> None:

@@ -53,7 +53,9 @@ def test_what_ended_early_stays_ended(tmp_path):
     options = {**OPTIONS, "check": "no", "checkpoint": str(tmp_path)}
     step = Scored([1.0, 5.0, 4.0, 3.0, 9.0])
     first, weights = alone(mlp(), classes(16), step=step, **options)
-    again, same = alone(mlp(), classes(16), step=step, resume=True, **options)
+    sink = ListSink()
+    again, same = alone(mlp(), classes(16), step=step, resume=True, sinks=[sink], **options)
+    assert any("the run ends early" in event.text for event in sink.events if isinstance(event, Noted))
     assert losses(first) == losses(again)
     assert all(torch.equal(tensor, same[name]) for name, tensor in weights.items())
     longer, _ = alone(mlp(), classes(16), step=step, resume=True, **{**options, "early_stop": "score:4"})
