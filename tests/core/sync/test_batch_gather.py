@@ -138,7 +138,7 @@ def test_evaluation_sees_the_whole_batch_too(run_ranks):
     [
         ({"accumulate": 2}, "but with accumulate=2 a rank may compute several slices .* one after another: use 1"),
         ({"reproducible": 2}, "but with reproducible=2 a rank may compute several .*: omit it"),
-        ({"strategy": "pipeline"}, r"but with a pipeline of 4 microbatches .*: use microbatches=1, accumulate=1"),
+        ({"strategy": "pipeline"}, r"but with a pipeline of 2 microbatches .*: use microbatches=1, accumulate=1"),
     ],
 )
 def test_slices_one_after_another_are_refused(run_ranks, options, message):

@@ -41,7 +41,7 @@ def test_states_arrive_during_a_run(apart):
     until(lambda: len(run.progress.ranks) == ENGINES and all(rank.step > 3 for rank in run.progress.ranks.values()))
     run.stop()
     assert run.wait().state == "stopped"
-    assert run.progress.ranks[0].curve
+    assert run.progress.curves["loss"]
 
 
 def test_no_snapshot_is_kept(apart):
