@@ -24,7 +24,6 @@ class UpdatedMetric:
 
     def __init__(self, given: Any, name: str, device: torch.device) -> None:
         self._name = name
-        self.updates = 0
         with named_errors(name):
             self._metric = copy.deepcopy(given)
             if callable(getattr(self._metric, "reset", None)):
@@ -35,7 +34,6 @@ class UpdatedMetric:
 
     def update(self, function: Callable[[Any], None]) -> None:
         """Call a function that updates the copy."""
-        self.updates += 1
         with named_errors(self._name):
             function(self._metric)
 
