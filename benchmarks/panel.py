@@ -27,7 +27,7 @@ LONG = LINE.replace(f"--steps {SHORT}", f"--steps {STEPS}")
 COUNT = """
 import time
 from nbdist.core.reporter import Reporter
-real, told_s, empty_s = (Reporter.report_if_due, Reporter.add_loss), 0.0, 0.0
+real, told_s, empty_s = (Reporter.report_if_due, Reporter.add_totals), 0.0, 0.0
 def counted(function):
     def count(*arguments):
         global told_s
@@ -43,7 +43,7 @@ for _ in range(10000):
 empty_s, told_s = told_s / 10000, 0.0
 def silence(silent):
     given = [(lambda *none: None) if silent else counted(function) for function in real]
-    Reporter.report_if_due, Reporter.add_loss = given
+    Reporter.report_if_due, Reporter.add_totals = given
 """
 DRAW = """
 import nbdist

@@ -1,0 +1,52 @@
+"""The benchmarks name what is in the package: they patch and import parts that no other test would miss."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbdist.core.reporter import Reporter
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+PEERS = {"accelerate"}
+"""Installed by ``make bench`` only."""
+
+
+def load(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = {*sys.modules}
+    spec = importlib.util.spec_from_file_location(f"benchmark_{script}", FOLDER / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        for name in {*sys.modules} - before:  # the others of the folder, by names such as "kernel"
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
+                del sys.modules[name]
+    return module
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_every_script_imports(script, monkeypatch):
+    """What it takes from the package is there."""
+    try:
+        load(script, monkeypatch)
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] not in PEERS:
+            raise
+
+
+def test_what_the_panels_benchmark_patches_is_there(monkeypatch):
+    """It counts what the reporter spends, and silences it."""
+    names = {}
+    given = Reporter.report_if_due, Reporter.add_totals
+    try:
+        exec(load("panel", monkeypatch).COUNT, names)
+        for silent in (True, False):
+            names["silence"](silent)
+            assert given != (Reporter.report_if_due, Reporter.add_totals)
+    finally:
+        Reporter.report_if_due, Reporter.add_totals = given
