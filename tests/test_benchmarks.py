@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -16,17 +16,15 @@ PEERS = {"accelerate"}
 
 
 def load(script, monkeypatch):
+    """The module of a script, made anew; nothing stays of it, nor of those in its folder that it imports."""
     monkeypatch.syspath_prepend(str(FOLDER))
     before = {*sys.modules}
-    spec = importlib.util.spec_from_file_location(f"benchmark_{script}", FOLDER / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        return importlib.import_module(script)
     finally:
-        for name in {*sys.modules} - before:  # the others of the folder, by names such as "kernel"
+        for name in {*sys.modules} - before:
             if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
                 del sys.modules[name]
-    return module
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in FOLDER.glob("*.py")))
