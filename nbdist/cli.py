@@ -75,7 +75,7 @@ def _doctor(words: list[str]) -> int:
     parser = OptionParser("nbdist doctor", "Check that engines start, communicate and train on this machine.")
     parser.add_argument("-n", type=int, metavar="N", help="Engines.")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="What ranks compute on.")
-    options = {name: option for name, option in OPTIONS.items() if name not in ("loss", "metric", "evaluate")}
+    options = {name: option for name, option in OPTIONS.items() if option.read != "callable" or name == "optimizer"}
     add_options(parser, options)
     arguments = parser.parse(words)
     print(f"nbdist {nbdist.__version__}, Python {platform.python_version()}, {platform.platform()}")

@@ -11,7 +11,7 @@ from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.diagnose.debugger import debug
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engine_info import Engine
-from nbdist.cluster.engines.starting import start_engines, take_over_engines
+from nbdist.cluster.engines.starting import check_start, start_engines, take_over_engines
 from nbdist.cluster.launch import fork_client
 from nbdist.cluster.launch.anchor_client import Anchor, check_detach
 from nbdist.cluster.launch.devices import choose_size
@@ -51,7 +51,7 @@ class Cluster:
         self, engines: int | None = None, *, device: str = "auto", timeout_s: float = 60.0, spares: int | None = None,
         detach: float | None = None,
     ) -> None:  # fmt: skip
-        _check_start(timeout_s, spares)
+        check_start(timeout_s, spares)
         if detach is not None:
             check_detach(detach)
         self._size = choose_size(engines, device, warm_up=session.current_cluster() is None)
@@ -138,7 +138,7 @@ class Cluster:
             PlanError: A number is not possible.
             ClusterError: Another cluster runs in this kernel, or an engine did not become ready in time.
         """
-        _check_start(timeout_s, spares)
+        check_start(timeout_s, spares)
         self.timeout_s = self.timeout_s if timeout_s is None else timeout_s
         self.spares = self.spares if spares is None else spares
         if self._up is not None and not self.reachable:
@@ -325,8 +325,9 @@ class Cluster:
 
     @takes_options(TRAIN_OPTIONS | RUN_OPTIONS)
     def train(
-        self, model: Any, data: Any, *, background: bool = False, watch: Callable[[Run], None] | None = None,
-        names: tuple[str, str] = ("model", "data"), **options: Unpack[RunOptions],
+        self, model: Any, data: Any, *, background: bool = False, attended: bool | None = None,
+        watch: Callable[[Run], None] | None = None, names: tuple[str, str] = ("model", "data"),
+        **options: Unpack[RunOptions],
     ) -> Run:  # fmt: skip
         """Train `model` on all engines.
 
@@ -339,6 +340,8 @@ class Cluster:
             data: A Dataset, a DataLoader (its batch size is the global one), or a tuple of tensors or NumPy arrays.
             background: Whether to return at once instead of waiting for the end. While another run is running, this
                 one is queued, and starts when that one has ended.
+            attended: Whether a caller in the main thread attends the run until its end, who calls `each_epoch` then;
+                by default unless it is in the background.
             watch: Called with the run several times a second, and once after its end.
             names: The user's names of `model` and `data`, for errors.
             **options: Each of `TRAIN_OPTIONS` and `RUN_OPTIONS`; ``help(cluster.train)`` explains them here.
@@ -353,19 +356,22 @@ class Cluster:
         if not background:
             self._refuse_while_busy()
         assert self._run_queue is not None
-        run = self._run_queue.add(model, data, names, {**options}, watch)
+        attended = not background if attended is None else attended
+        run = self._run_queue.add(model, data, names, {**options}, watch, attended)
         return run if background else attend(run)
 
     @takes_options(TRAIN_OPTIONS | RUN_OPTIONS)
     def resume(
-        self, *, background: bool = False, watch: Callable[[Run], None] | None = None, **options: Unpack[RunOptions]
-    ) -> Run:
+        self, *, background: bool = False, attended: bool | None = None, watch: Callable[[Run], None] | None = None,
+        **options: Unpack[RunOptions],
+    ) -> Run:  # fmt: skip
         """Resume the last run of this notebook: `train` with the same model, data and options, changed by these.
 
         None leaves an option of the last run out.
 
         Args:
             background: See `train`.
+            attended: See `train`.
             watch: See `train`.
             **options: Each of `TRAIN_OPTIONS` and `RUN_OPTIONS`; ``help(cluster.resume)`` explains them here.
 
@@ -374,8 +380,9 @@ class Cluster:
         """
         arguments = resume_arguments(session.last_run(), {**options})
         return self.train(
-            arguments.pop("model"), arguments.pop("data"), background=background, watch=watch, **arguments
-        )
+            arguments.pop("model"), arguments.pop("data"), background=background, attended=attended, watch=watch,
+            **arguments,
+        )  # fmt: skip
 
     predict = predict
 
@@ -390,10 +397,3 @@ class Cluster:
         if up.owner != os.getpid():
             raise ClusterError(f"the engines belong to process {up.owner}, and this is a fork of it: use them there.")
         return up
-
-
-def _check_start(timeout_s: float | None, spares: int | None) -> None:
-    if timeout_s is not None and timeout_s <= 0:
-        raise PlanError(f"timeout {timeout_s:g} s is too short: use a positive number.")
-    if spares is not None and not (isinstance(spares, int) and spares is not True and spares >= 0):
-        raise PlanError(f"{spares!r} spares are not possible: use a whole number, 0 or more.")

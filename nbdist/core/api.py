@@ -17,6 +17,7 @@ from nbdist.core.console import console_sink
 from nbdist.core.params.unshard import check_whole
 from nbdist.core.predict import predict as run_prediction
 from nbdist.core.state.checkpoint_writer import check_resume
+from nbdist.core.task.modules import with_averages
 from nbdist.core.task.prediction import prediction_task
 from nbdist.core.task.task import Task
 from nbdist.core.train import Result, fit
@@ -89,7 +90,8 @@ def train(
         result = fit(task, plan, world, run_id=run_id, sinks=sinks)
         if plan.check != "no":
             _checks.add(task, plan, result.plan)
-        return replace(result, model=task.given)
+        ema = None if plan.ema is None or not plan.gather else with_averages(task.model, result.average)
+        return replace(result, model=task.given, ema=ema)
 
 
 @takes_options(PREDICT_OPTIONS)

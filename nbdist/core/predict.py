@@ -24,7 +24,8 @@ from nbdist.core.process.memory import check_fits, keep_freed_pages
 from nbdist.core.process.settings import threads
 from nbdist.core.reporter import reporting_failure
 from nbdist.core.strategies import choice
-from nbdist.core.task.task import Task, on_device
+from nbdist.core.task.task import Task
+from nbdist.core.task.task_device import on_device
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
 from nbdist.plan.mesh import AXES

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from nbdist import interrupts
+from nbdist.core.check.after_step import check_after_step
 from nbdist.core.check.evaluation_means import check_evaluation_means
 from nbdist.core.check.explained import explained
 from nbdist.core.check.findings import Findings
@@ -26,18 +26,19 @@ from nbdist.core.data.feed import Feed
 from nbdist.core.data.reader import Reader
 from nbdist.core.data.sources import Source
 from nbdist.core.data.workers import worker_errors
+from nbdist.core.epoch_end import EpochEnd
 from nbdist.core.evaluation.evaluation import Evaluation
-from nbdist.core.params.replicas import check_replicas
 from nbdist.core.params.structure_watch import StructureWatch
 from nbdist.core.params.training_mode import in_mode
 from nbdist.core.params.unshard import record_placements
+from nbdist.core.params.weight_copies import WeightCopies
 from nbdist.core.process import rng
 from nbdist.core.process.memory import frozen_gc, keep_freed_pages, keep_large_pages
 from nbdist.core.process.settings import deterministic, threads
 from nbdist.core.reporter import Reporter, reporting_failure
 from nbdist.core.state.checkpoint_writer import prepare
 from nbdist.core.state.extra_states import ExtraStates, check_extra_states
-from nbdist.core.state.restore import load, load_whole, progress_of, same_mesh
+from nbdist.core.state.restore import load, load_copies, load_whole, progress_of, same_mesh
 from nbdist.core.state.resumed_states import resumed_states
 from nbdist.core.state.snapshot import RankSnapshots
 from nbdist.core.state.snapshotter import Snapshotter
@@ -46,16 +47,16 @@ from nbdist.core.strategies import choice
 from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
 from nbdist.core.sync.loss_forms import check_one_form
 from nbdist.core.sync.step_log import LogReducer
-from nbdist.core.sync.step_tail import StepLosses, Totals
+from nbdist.core.sync.step_tail import Totals
+from nbdist.core.task.after_step import AfterStep
+from nbdist.core.task.each_epoch import EpochHook, RankHook
 from nbdist.core.task.notes import notes_on_modes, notes_on_optimizers, notes_on_outside, outside_parameters
-from nbdist.core.task.task import Task, on_device
-from nbdist.errors import PlanError, TaskError
+from nbdist.core.task.task import Task
+from nbdist.core.task.task_device import on_device
+from nbdist.errors import PlanError
 from nbdist.plan import Plan
-from nbdist.plan.early_stop import EarlyStop
 from nbdist.plan.mesh import AXES
 from nbdist.telemetry import (
-    EpochFinished,
-    Evaluating,
     Event,
     Noted,
     RunFinished,
@@ -80,6 +81,9 @@ class Result:
         plan: The plan that was run.
         ranks: The number of ranks that a "scale" command asked for; 0 without one.
         model: The trained model: the user's own, or what their callable has built.
+        ema: With the option `ema` the moving average of the weights, as a state_dict of the model (of several, a dict,
+            list or tuple of them); frozen parameters are the model's own.
+        average: The same as it is sent: what is averaged, by name.
     """
 
     state: str
@@ -87,6 +91,8 @@ class Result:
     plan: Plan
     ranks: int = 0
     model: Any = None
+    ema: Any = None
+    average: dict[str, Any] = field(default_factory=dict)
 
 
 def fit(
@@ -100,6 +106,7 @@ def fit(
     on_every_rank: bool = True,
     snapshot_paths: Sequence[Sequence[str]] = (),
     from_snapshot: bool = False,
+    epoch_hook: EpochHook | None = None,
 ) -> Result:
     """Train on this rank. **Collective**: all ranks of `world`, with equal plans and data.
 
@@ -112,6 +119,7 @@ def fit(
         commands: The user's commands during the run; given on all ranks or on none, rank 0's are read.
         on_every_rank: Whether `gather` gives every rank all weights, or rank 0 alone.
         snapshot_paths: Each rank's snapshot buffers, see `SnapshotStore`; without them no snapshots are taken.
+        epoch_hook: Where the user's function runs at the end of each epoch, for rank 0; by default there.
         from_snapshot: Whether to resume from the newest snapshot, if there is one, or from this run's last checkpoint.
     """
     model, device = task.model, world.device
@@ -138,6 +146,8 @@ def fit(
         )]  # fmt: skip
         cleanup.enter_context(reporting_failure(emit, world.rank, beginning, task.step))
         cleanup.enter_context(worker_errors())
+        if task.each_epoch is not None and epoch_hook is None and world.rank == 0:  # while the model is whole
+            epoch_hook = RankHook(model, task.each_epoch, plan.each_epoch, device)
         notes, outside = notes_on_modes(task) + notes_on_optimizers(task), outside_parameters(task)
 
         for module in task.modules.values():
@@ -165,6 +175,7 @@ def fit(
             task.forms.trust()
         if not from_snapshot:
             check_evaluation_means(task, plan, world)
+            check_after_step(task, plan, world)
         with explained(plan.mesh, check is not None and check.runs_alone):
             strategy = choice.apply(task, plan, world)
             cleanup.callback(strategy.close)
@@ -192,6 +203,9 @@ def fit(
             # A barrier: where ranks share the memory of weights, each has now loaded its own.
             axes.world.all_reduce_(torch.ones(1, device=device))
 
+        copies = WeightCopies(plan, strategy.table, axes)
+        for saved in saved_states:
+            load_copies(saved, copies, strategy.table, axes)
         saved_states.clear()  # they keep files mapped
         extra = ExtraStates(model, axes)
 
@@ -211,16 +225,12 @@ def fit(
         steps_total = _steps_total(plan, reader)
         snapshotter = Snapshotter(
             strategy, plan, schedulers, RankSnapshots(snapshot_paths[world.rank]) if snapshot_paths else None,
-            emit, extra, run_id, lease, changed=restored,
+            emit, extra, copies, run_id, lease, changed=restored,
         )  # fmt: skip
         cleanup.callback(snapshotter.close)
         step_control = StepControl(commands, run_id, strategy, schedulers, snapshotter, emit)
 
-        def ends_early() -> bool:
-            reason = EarlyStop.parse(plan.early_stop).reason(progress.history) if plan.early_stop else ""
-            if reason and world.rank == 0:
-                emit(Noted(rank=world.rank, text=f"the run ends early: {reason}"))
-            return bool(reason)
+        epoch_end = EpochEnd(strategy, plan, world, evaluation, extra, epoch_hook, emit)
 
         def is_stopped() -> bool:  # a stop after the last step changes nothing: the run is finished
             return step_control.stopped and not _complete(plan, progress.step, steps_total)
@@ -233,6 +243,7 @@ def fit(
         for note in [*findings.notes, *(notes if progress.step == 0 else ())] if world.rank == 0 else ():
             emit(Noted(rank=world.rank, text=note))
         reporter = Reporter(world, progress, schedulers, emit)
+        after_step = AfterStep(task, plan, device)
         log_reducer = LogReducer.of(task.log, axes, plan)
         structure = StructureWatch(model, task.optimizers.values())
         latest: Totals | None = None
@@ -244,7 +255,7 @@ def fit(
             reporter.exclude(paused_s)
             stopped = is_stopped()
             # Under `steps`, the whole run is one row, however often it wraps round the data.
-            ended = progress.row.steps == 0 and (stopped or ends_early())
+            ended = progress.row.steps == 0 and (stopped or epoch_end.ends(progress) or epoch_end.was_ended(progress))
             while not (progress.complete(plan) or ended):
                 # Resumed after the last step: only evaluation and the history row are left to do.
                 trained = stopped or progress.step == plan.steps
@@ -256,7 +267,7 @@ def fit(
                         emit(Noted(rank=world.rank, text=note))
                     structure.check(progress.step)
                     if plan.stop_on_nan:
-                        _check_finite(losses, progress)
+                        losses.check_finite(progress.step + 1)
 
                     own_flags, pending = snapshotter.flags(progress), step_control.pending(progress)
                     if pending:
@@ -275,6 +286,8 @@ def fit(
                         if latest is None and plan.mesh.shard > 1 and plan.mesh.pp == 1:
                             keep_large_pages()  # the optimizer's state has its place
                         if updated:
+                            after_step.call(progress.step)
+                            copies.end_update()
                             schedulers.end_update()
                     counted = strategy.reducer.counted_losses(totals)
                     progress.advance(sum(part.samples for part in slices), counted, totals.log)
@@ -313,37 +326,29 @@ def fit(
                 if stopped:
                     snapshotter.finish(progress)  # before the row is closed, so that a resumed run continues it
 
-                seconds = progress.row.seconds  # before evaluation: a row counts training only
-                strategy.average_buffers()
-                check_replicas(strategy.table, axes, progress.step)
-                reporter.report(progress, progress.row.loss.value, progress.row.samples / seconds)
-                measured: dict[str, Any] = {}
-                if evaluation is not None and not stopped:
-                    emit(Evaluating(rank=world.rank))
-                    strategy.set_modes(training=False)
-                    try:
-                        measured = evaluation.run()
-                    finally:
-                        strategy.set_modes(training=True)
-                row = progress.row.close(axes.world, axes.reports_loss, len(progress.history) + 1, seconds) | measured
-                emit(EpochFinished(rank=world.rank, row=row))
+                row = epoch_end.row(progress, reporter, stopped=stopped)
                 # The end of an epoch changes state too: an error inside it must not leave half of the change.
                 snapshotter.begin_update()
                 if not stopped:
-                    schedulers.end_row(measured.get("val_loss", row["loss"]))
+                    copies.end_row(row)
+                    schedulers.end_row(row.get("val_loss", row["loss"]))
                 if plan.epochs is not None and not stopped:
                     schedulers.end_epoch()
                     progress.next_epoch(row)
                 else:
                     progress.close(row)
                 snapshotter.end_step(progress, None)
+                called = not stopped and epoch_end.call(progress)
                 reporter.resume(progress)
-                ended = ended or ends_early()
+                ended = ended or called or epoch_end.ends(progress)
 
             if not stopped:
                 snapshotter.finish(progress)
         strategy.set_modes(training=False)
         extra.gather()
+        if plan.keep_best and not step_control.scaling:
+            strategy.write(copies.put_best())
+        average = copies.gather_average(axes, keep=on_every_rank or world.rank == 0) if plan.gather else {}
         if plan.gather:
             strategy.gather(keep=on_every_rank or world.rank == 0)
         else:
@@ -353,7 +358,7 @@ def fit(
         emit(RunFinished(rank=world.rank, state=state))
         state = "scaled" if stopped and step_control.scaling else state
         plan = replace(plan, checked=findings.result)
-        return Result(state=state, history=progress.history, plan=plan, ranks=step_control.scaling)
+        return Result(state=state, history=progress.history, plan=plan, ranks=step_control.scaling, average=average)
 
 
 @contextlib.contextmanager
@@ -367,15 +372,6 @@ def _snapshot_on_error(snapshotter: Snapshotter, progress: TrainProgress, world:
                 world.leave()
             snapshotter.snapshot_on_error(progress)
         raise
-
-
-def _check_finite(losses: StepLosses, progress: TrainProgress) -> None:
-    for _, loss, *_ in losses.each:
-        if not math.isfinite(loss):
-            raise TaskError(
-                f"the loss is {float(loss)} in step {progress.step + 1}: lower the learning rate, clip the gradient "
-                "(clip_norm), or look at the data of this step."
-            )
 
 
 def _steps_total(plan: Plan, reader: Reader) -> int | None:

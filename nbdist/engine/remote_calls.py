@@ -24,6 +24,7 @@ from nbdist.core.params.param_table import ParamTable
 from nbdist.core.predict import predict
 from nbdist.core.process.memory import free_frames, free_unused_memory
 from nbdist.core.task.built_model import move_to_file
+from nbdist.core.task.each_epoch import RankHook
 from nbdist.core.task.prediction import ForwardStep
 from nbdist.core.task.task import Task
 from nbdist.core.train import fit
@@ -31,6 +32,7 @@ from nbdist.core.transfer.payload import SegmentCache, is_released, unpack
 from nbdist.engine import checked_collectives
 from nbdist.engine.cells import complete, namespace, prepare_cell, pull, push, tie
 from nbdist.engine.debug_server import serve
+from nbdist.engine.epoch_hook import ClusterHook
 from nbdist.engine.exchange.exchange import Exchange, StatePublisher
 from nbdist.engine.failure import Failure
 from nbdist.engine.follow.changes import NotebookUpdate
@@ -186,6 +188,12 @@ def train(
             else:
                 record = JsonlSink(record_path(run_id, world.rank, publisher.records))
                 cleanup.callback(record.close)
+                hook = None
+                if plan.each_epoch and world.rank == 0:
+                    here = None  # the notebook has kept it
+                    if task.each_epoch is not None:
+                        here = RankHook(task.model, task.each_epoch, plan.each_epoch, world.device)
+                    hook = ClusterHook(_engine.store, run_id, exchange, here)
                 result = fit(
                     task,
                     plan,
@@ -196,8 +204,11 @@ def train(
                     on_every_rank=False,
                     snapshot_paths=snapshot_paths,
                     from_snapshot=from_snapshot,
+                    epoch_hook=hook,
                 )
-                trained = _pack_trained(task, exchange, result_released) if world.rank == 0 and plan.gather else None
+                trained = None
+                if world.rank == 0 and plan.gather:
+                    trained = _pack_trained(task, exchange, result_released, result.average)
                 outcome = Outcome(
                     rank=world.rank, state=result.state, snapshot=states.state, result=trained, ranks=result.ranks
                 )
@@ -219,15 +230,15 @@ def train(
     return outcome
 
 
-def _pack_trained(task: Task, exchange: Exchange, released: bool) -> Any:
-    """The payload of the trained tensors, and of the state of the user's own optimizers."""
+def _pack_trained(task: Task, exchange: Exchange, released: bool, average: dict[str, Any]) -> Any:
+    """The payload of the trained tensors, of the state of the user's own optimizers, and of the weights' average."""
     if task.in_file:
         move_to_file(task.model)
     table = ParamTable.of(task.model)
     _engine.result_tensors = dict(table.tensors) if task.in_file else None
     own = task.optimizers if task.own_optimizers else {}
     optimizers = {name: TrainedOptimizer(optimizer, table.objects) for name, optimizer in own.items()}
-    tensors = (table.tensors, persistence(task.model), optimizers, extra_states(task.model))
+    tensors = (table.tensors, persistence(task.model), optimizers, extra_states(task.model), average)
     segment_cache = SegmentCache()
     if _engine.result_segment is not None and released:
         segment_cache.recycle(_engine.result_segment, lambda: True)

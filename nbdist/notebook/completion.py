@@ -226,6 +226,8 @@ _VALUES: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
     "loss": _or_functions("loss", "module"),
     "metric": _or_functions("metric"),
     "evaluate": _or_functions("evaluate"),
+    "after_step": _or_functions("after_step"),
+    "each_epoch": _or_functions("each_epoch"),
     "optimizer": _or_functions("optimizer", "optimizer"),
     "lr_scheduler": _or_functions("lr_scheduler"),
     "device": _words("auto", "cpu", "cuda"),

@@ -254,6 +254,7 @@ class DistMagics(Magics):
         if cell is not None and arguments.loss is not None:
             raise PlanError("--loss and a cell body both define the loss: leave one of them out.")
         options = read_options(self.shell, given_options(arguments, parsers.LINE_OPTIONS), parsers.LINE_OPTIONS)
+        attended = not arguments.background
         if cell is not None:
             options["step"] = compile_step(self.shell, line, cell, self._cell_number)
         dashboard = make_dashboard(self.shell, arguments.background)
@@ -264,11 +265,13 @@ class DistMagics(Magics):
                     f"%dist_train: the following arguments are required: {missing}. --resume alone continues the "
                     "last run."
                 )
-            run = cluster.resume(**options, background=True, watch=dashboard.update)
+            run = cluster.resume(**options, background=True, attended=attended, watch=dashboard.update)
         else:
             model, data = evaluate(self.shell, arguments.model), evaluate(self.shell, arguments.data)
             names = (arguments.model, arguments.data)
-            run = cluster.train(model, data, names=names, background=True, watch=dashboard.update, **options)
+            run = cluster.train(
+                model, data, names=names, background=True, attended=attended, watch=dashboard.update, **options
+            )
         with interrupts.collected() as came:  # an interrupt while the panel is drawn would leave the run without a cell
             dashboard.begin(run)
             self._drawn_in_cell = (run, self._cell)

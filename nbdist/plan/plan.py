@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nbdist.errors import PlanError
-from nbdist.plan.early_stop import EarlyStop
+from nbdist.plan.combinations import check_combinations
 from nbdist.plan.known_names import LOSSES, METRICS, OPTIMIZERS
 from nbdist.plan.mesh import STRATEGY_WORDS, Mesh
 from nbdist.plan.option import Option, check_known, option, options_of
@@ -159,6 +159,23 @@ class Plan:
         read="callable",
         of_task=True,
     )
+    after_step: str = option(
+        "", "Called after each optimizer step: after_step(model), which may change weights. For the strategy data.",
+        metavar="FUNCTION", default="", read="callable", of_task=True,
+    )  # fmt: skip
+    ema: float | None = option(
+        None, "Keep a moving average of the weights, updated after each optimizer step with this decay: 0.999. At the "
+        "end it is in run.ema, a state_dict.", parse=float, metavar="DECAY", default="", elsewhere=("ema_decay",),
+    )  # fmt: skip
+    each_epoch: str = option(
+        "", "Called after each epoch: each_epoch(model, row), with the whole model and the row of the history, in the "
+        "notebook while the cell waits, else on rank 0; returns True to end the run.",
+        metavar="FUNCTION", default="", read="callable", of_task=True,
+    )  # fmt: skip
+    keep_best: str = option(
+        "", "At the end, the model has the weights of the epoch in which a number of the history was best: val_loss.",
+        metavar="NAME", default="", elsewhere=("restore_best_weights", "load_best_model_at_end"),
+    )  # fmt: skip
     shuffle: bool = option(
         True,
         "Read the training data in a new order each epoch.",
@@ -247,16 +264,18 @@ class Plan:
         for name in ("batch_size", "accumulate", "threads", "checkpoint_keep"):
             self._set(name, whole_number(name, getattr(self, name), 1))
         self._set("seed", whole_number("seed", self.seed))
-        self._check_reproducible()
+        if self.reproducible is True or self.reproducible is False:
+            self._set("reproducible", SLICES if self.reproducible else 0)
+        self._set("reproducible", whole_number("reproducible", self.reproducible, 0))
         for name in ("shuffle", "sync_batchnorm", "gather", "stop_on_nan"):
             check_yes_or_no(name, getattr(self, name))
         words_of = {"precision": PRECISIONS, "schedule": SCHEDULES, "check": CHECKS, "reduction": REDUCTIONS,
                     "schedule_by": ("step", "epoch")}  # fmt: skip
         for name, words in words_of.items():
             check_word(name, getattr(self, name), words)
-        if self.schedule_by != "step" and not self.lr_scheduler:
-            raise PlanError(f"schedule_by={self.schedule_by} is for an lr_scheduler, and none is given: leave it out.")
-        self._check_axes()
+        if isinstance(self.split_at, str):
+            self._set("split_at", tuple(self.split_at.replace(",", " ").split()))
+        self._set("split_at", tuple(self.split_at))
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise PlanError(
                 f"tensorboard={self.tensorboard} needs a package that is missing: pip install 'nbdist[tensorboard]'."
@@ -264,73 +283,14 @@ class Plan:
         for name in ("checkpoint", "resume", "tensorboard"):  # ranks may have another working directory
             if getattr(self, name) not in ("", True, False):
                 self._set(name, os.path.abspath(os.path.expanduser(getattr(self, name))))
-        if self.early_stop:
-            EarlyStop.parse(self.early_stop)
-            if self.steps is not None:
-                raise PlanError(f"early_stop={self.early_stop} looks at epochs, and steps={self.steps}: give epochs.")
-        if self.checkpoint_every:
-            if not self.checkpoint:
-                raise PlanError(
-                    f"checkpoint_every={self.checkpoint_every} needs a folder: name one with checkpoint "
-                    "(--checkpoint DIR)."
-                )
-            self._set("checkpoint_every", str(self.checkpoint_every))
-            self.checkpoint_cadence  # noqa: B018 - it is checked
-        for name in ("lr", "clip_norm", "bucket_mib"):
+        self._set("checkpoint_every", str(self.checkpoint_every or ""))
+        for name in ("lr", "clip_norm", "bucket_mib", "ema"):
             if getattr(self, name) is not None:
                 self._set(name, positive_number(name, getattr(self, name)))
-        if self.batch_size < self.slices:
-            ranks, each = self.mesh.data, self.slices_per_rank
-            how = f"{ranks} rank{'s' if ranks > 1 else ''} x {each} microbatch{'es' if each > 1 else ''}"
-            what = "ranks"
-            if self.reproducible:
-                how, what = f"reproducible={self.reproducible}", "slices"
-            raise PlanError(
-                f"batch_size {self.batch_size} is smaller than its {self.slices} slices "
-                f"({how}): use {self.slices} or more, or fewer {what}."
-            )
+        check_combinations(self)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-
-    def _check_reproducible(self) -> None:
-        """Refuse options that would make bits depend on the number of ranks."""
-        if self.reproducible is True or self.reproducible is False:
-            self._set("reproducible", SLICES if self.reproducible else 0)
-        self._set("reproducible", whole_number("reproducible", self.reproducible, 0))
-        if not self.reproducible:
-            return
-        if self.mesh.size > self.mesh.dp:
-            raise PlanError(
-                f"reproducible needs ranks that each hold the whole model, and mesh {self.mesh} cuts it: "
-                "use --strategy data."
-            )
-        if self.accumulate > 1 or self.sync_batchnorm:
-            name = "accumulate" if self.accumulate > 1 else "sync_batchnorm"
-            raise PlanError(f"{name} depends on the number of ranks, so reproducible excludes it: leave one out.")
-        if self.mesh.size > self.reproducible:
-            raise PlanError(
-                f"reproducible cuts a batch into {self.reproducible} slices, too few for {self.mesh.size} ranks: "
-                f"use --reproducible {self.mesh.size} or fewer ranks."
-            )
-
-    def _check_axes(self) -> None:
-        """Refuse options of an axis that the mesh does not have."""
-        if isinstance(self.split_at, str):
-            self._set("split_at", tuple(self.split_at.replace(",", " ").split()))
-        self._set("split_at", tuple(self.split_at))
-        for name, axis, word in (("microbatches", "pp", "pipeline"), ("split_at", "pp", "pipeline"),
-                                 ("tensor_plan", "tp", "tensor")):  # fmt: skip
-            if getattr(self, name) and getattr(self.mesh, axis) == 1:
-                cure = " (accumulate cuts a batch on any mesh)" if name == "microbatches" else ""
-                raise PlanError(f"{name} is given, but mesh {self.mesh} has no {axis}: use --strategy {word}{cure}.")
-        if self.split_at and len(self.split_at) != self.stages - 1:
-            raise PlanError(
-                f"split_at names {len(self.split_at)} modules, but {self.stages} stages have {self.stages - 1} "
-                f"cuts between them: give {self.stages - 1} names."
-            )
-        if self.tensor_plan is not None and not isinstance(self.tensor_plan, dict):
-            raise PlanError(f"tensor_plan must be a dict of layer names and kinds, not {self.tensor_plan!r}.")
 
     @classmethod
     def create(cls, *, ranks: int, cores: int, flat_samples: bool = False, **options: Any) -> Plan:

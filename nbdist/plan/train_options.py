@@ -62,6 +62,10 @@ class TrainOptions(TypedDict, total=False):
     tensor_plan: Mapping[str, str] | None
     metric: Any
     evaluate: Callable[[Any, Any], Any] | None
+    after_step: Callable[[Any], Any] | None
+    ema: float | None
+    each_epoch: Callable[[Any, Any], Any] | None
+    keep_best: str | None
     shuffle: bool | None
     seed: int | None
     reproducible: int | bool | None

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from traps import Rates, Traps
 
+from nbdist.core.params.weight_copies import COPIES
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 
 STEPS = 20
@@ -116,6 +117,16 @@ def judge(model, batch):
     return {"loss": nn.functional.cross_entropy(scores, y), "right": right}
 
 
+def jittered(model):
+    """Random weights after each step, the same on every rank."""
+    model.layers[0].weight += 1e-3 * torch.randn_like(model.layers[0].weight)
+
+
+def shown(model, row):
+    """Draws random numbers between two epochs."""
+    torch.rand(3)
+
+
 def make(name: str, traps: Traps) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Model, data and options of a workload of 20 steps."""
     with torch.random.fork_rng():
@@ -128,11 +139,13 @@ def make(name: str, traps: Traps) -> tuple[nn.Module, Any, dict[str, Any]]:
     data: Any = rows(SAMPLES)
     if name in MESHES:
         model = model.layers  # no trap in what is cut into stages
-        options["strategy"] = name
+        options |= {"strategy": name, "ema": 0.9, "keep_best": "val_loss"}
+    elif name == "shared weights":
+        options |= {"ema": 0.9, "keep_best": "val_accuracy", "each_epoch": shown}
     elif name == "replicas":
         data = rows(SAMPLES - 11)  # a last batch that is not like the others
         del options["loss"]
-        options |= {"clip_norm": 1.0, "accumulate": 2, "step": logging_step}
+        options |= {"clip_norm": 1.0, "accumulate": 2, "step": logging_step, "after_step": jittered}
     elif name == "own optimizer":
         first, *others = model.parameters()
         options["optimizer"] = torch.optim.AdamW([{"params": [first], "lr": 0.002}, {"params": others}], lr=0.001)
@@ -167,6 +180,8 @@ def optimizer_digest(run: Any, options: dict[str, Any]) -> str:
     groups = {name: settings["groups"] for name, settings in saved.optimizers.items()}
     values = json.dumps([saved.values, groups], sort_keys=True)
     tensors = {f"{name} {entry}": saved.whole(name, entry) for name in saved.names for entry in saved.entries(name)}
+    for entry in COPIES:
+        tensors |= {f"{name} {entry}": saved.whole(name, entry) for name in saved.copies(entry)}
     for name in saved.names:  # buffers that other ranks have alike count once, however many they are at the end
         for entry in saved.entries(name):
             if entry.startswith("@") and torch.equal(saved.whole(name), tensors[f"{name} {entry}"]):

@@ -88,6 +88,8 @@ def train(world: World, model: nn.Module, data: Any, **options: Any) -> tuple[Re
         "val",
         "metric",
         "evaluate",
+        "after_step",
+        "each_epoch",
         "batch_size",
         "shuffle",
         "reduction",

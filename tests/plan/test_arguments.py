@@ -28,6 +28,8 @@ WORDS = {
     "resume": ("/tmp/here", "/tmp/here"), "stop_on_nan": ("yes", True), "tensorboard": ("/tmp/here", "/tmp/here"),
     "schedule_by": ("epoch", "epoch"), "check": ("no", "no"), "reduction": ("sum", "sum"),
     "evaluate": ("judge", "judge"), "early_stop": ("val_loss:3", "val_loss:3"),
+    "after_step": ("clamp", "clamp"), "each_epoch": ("show", "show"), "ema": ("0.999", 0.999),
+    "keep_best": ("val_loss", "val_loss"),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
 from nbdist.plan.early_stop import EarlyStop
+from nbdist.plan.monitor import Monitor
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,9 @@ from nbdist.plan.early_stop import EarlyStop
 )  # fmt: skip
 def test_most_names_say_what_is_better(text, name, patience, higher):
     """A loss is to fall, an accuracy to rise; what follows the patience says it for all others."""
-    assert EarlyStop(name=name, patience=patience, higher=higher) == EarlyStop.parse(text)
+    assert EarlyStop(
+        monitor=Monitor(option="early_stop", name=name, higher=higher), patience=patience
+    ) == EarlyStop.parse(text)
 
 
 @pytest.mark.parametrize(

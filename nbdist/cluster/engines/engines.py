@@ -184,10 +184,14 @@ class Engines:
         """How values and states are exchanged with these engines."""
         return OneHost() if all(record.host_id == self.host_id for record in self._records) else SeveralHosts()
 
+    @property
+    def store(self) -> Any:
+        """The ranks' store; None if it has ended."""
+        return self._store if self._store is not None and self._store.lives else None
+
     def commands(self, run_id: str) -> Any:
         """The `CommandLog` of a run, which rank 0 reads; None if the store has ended."""
-        store = self._store
-        return CommandLog(store, run_id) if store is not None and store.lives else None
+        return None if self.store is None else CommandLog(self.store, run_id)
 
     def set_timeout(self, timeout_s: float) -> None:
         """A replacement may take so long from now on, in seconds."""

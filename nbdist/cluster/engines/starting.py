@@ -13,12 +13,20 @@ from typing import TYPE_CHECKING, Any
 from nbdist.cluster.launch import fork_client
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.launcher import Launch
-from nbdist.errors import ClusterError
+from nbdist.errors import ClusterError, PlanError
 
 if TYPE_CHECKING:
     from nbdist.cluster.engines.engines import Engines
 
-__all__ = ["start_engines", "take_over_engines"]
+__all__ = ["check_start", "start_engines", "take_over_engines"]
+
+
+def check_start(timeout_s: float | None, spares: int | None) -> None:
+    """Raise `PlanError` for numbers with which engines cannot be started."""
+    if timeout_s is not None and timeout_s <= 0:
+        raise PlanError(f"timeout {timeout_s:g} s is too short: use a positive number.")
+    if spares is not None and not (isinstance(spares, int) and spares is not True and spares >= 0):
+        raise PlanError(f"{spares!r} spares are not possible: use a whole number, 0 or more.")
 
 
 def start_engines(

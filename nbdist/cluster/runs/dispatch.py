@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from nbdist.cluster.calls.pending_call import LostCall, PendingCall
 from nbdist.cluster.cells.cell_run import printed
 from nbdist.cluster.engines.engines import Engines
@@ -17,9 +19,11 @@ from nbdist.cluster.runs.run_spec import RunHandoff
 from nbdist.core.params.extra_state import extra_states, set_extra_states
 from nbdist.core.params.made_buffers import adopt_buffers, persistence
 from nbdist.core.params.param_table import ParamTable
+from nbdist.core.params.weight_copies import EMA
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_resume
-from nbdist.core.state.restore import load_whole
+from nbdist.core.state.restore import load_best, load_whole
+from nbdist.core.task.modules import with_averages
 from nbdist.core.task.task import Task
 from nbdist.core.transfer.payload import Segment, SegmentCache, unpack
 from nbdist.engine.exchange.exchange import StateReader
@@ -199,7 +203,7 @@ class RunDispatch:
             return
         if result is None:
             return
-        tensors, persistent, optimizers, states = result
+        tensors, persistent, optimizers, states, average = result
         adopt_buffers(self._task.model, tensors, persistent)
         table = ParamTable.of(self._task.model)
         table.load_(tensors)
@@ -207,6 +211,7 @@ class RunDispatch:
         self._copy_to_other()
         for name, optimizer in optimizers.items():
             optimizer.load_into(self._task.optimizers[name], table.objects)
+        self._keep_average(average)
 
     def resume_step(self) -> int:
         """The step from which a restart would continue: of the newest snapshot, else of a checkpoint, else 0."""
@@ -220,8 +225,12 @@ class RunDispatch:
                 saved = CheckpointReader.in_folder(folder, hashed=False)
         return 0 if saved is None else saved.step
 
-    def load_newest_snapshot(self) -> int | None:
-        """Load the newest snapshot that all ranks have; returns its step, None if the model stays unchanged."""
+    def load_newest_snapshot(self, *, best: bool = False) -> int | None:
+        """Load the newest snapshot that all ranks have; returns its step, None if the model stays unchanged.
+
+        Args:
+            best: Whether to load the weights of the best epoch in it, if the run keeps them.
+        """
         plan, store = self.control.spec.plan, self.control.snapshot_store
         if store is None or not plan.gather or (snapshot := CheckpointReader.of_snapshot(store.paths)) is None:
             return None
@@ -230,8 +239,15 @@ class RunDispatch:
         if folder:  # snapshots leave out what never changes: only this checkpoint has it
             load_whole(CheckpointReader.in_folder(folder), self._task.model, optimizers)
         load_whole(snapshot, self._task.model, optimizers)
+        if best and plan.keep_best:
+            load_best(snapshot, self._task.model)
         self._copy_to_other()
+        self._keep_average({name: snapshot.whole(name, EMA).clone() for name in snapshot.copies(EMA)})
         return snapshot.step
+
+    def _keep_average(self, average: dict[str, torch.Tensor]) -> None:
+        if self.control.spec.plan.ema is not None and average:
+            self.control.ema = with_averages(self._task.model, average)
 
     def _copy_to_other(self) -> None:
         """Copy the loaded weights into the other model too."""

@@ -108,7 +108,7 @@ class RunMonitor:
             control.want(control.wanted or outcomes[0].ranks)  # scaled in the last step, perhaps from another kernel
             control.end(outcomes[0].state)
         elif control.abandoned:
-            step = self._dispatch.load_newest_snapshot()
+            step = self._dispatch.load_newest_snapshot(best=True)
             if step is not None:
                 control.progress.set_step(step)
             elif control.spec.plan.gather and not control.spec.plan.resume:

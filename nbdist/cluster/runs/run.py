@@ -23,6 +23,7 @@ __all__ = ["Run", "attend", "resume_arguments"]
 
 _POLL_S = 0.02
 _ATTENDED_S = 0.1
+_CALLED_S = 0.01  # ranks wait for the function that is called after each epoch
 _SAME_STEP_S = 2.0  # wait for the last rank to report a step after the first has
 
 
@@ -59,6 +60,20 @@ class Run(Report):
             )
             raise ClusterError(f"run {self.run_id} {why}: run.model is the model that a callable has built.")
         return self.control.model
+
+    @property
+    def ema(self) -> Any:
+        """The moving average of the weights, as a state_dict of the model; of several, a dict, list or tuple of them.
+
+        Frozen parameters in it are the model's own.
+
+        Raises:
+            ClusterError: The run has not ended, or its option `ema` was not given.
+        """
+        if self.control.ema is None:
+            why = "has not ended" if self.progress.running else "has no moving average of the weights"
+            raise ClusterError(f"run {self.run_id} {why}: run.ema is there after a run with ema=0.999 (--ema 0.999).")
+        return self.control.ema
 
     @property
     def error(self) -> NbdistError | None:
@@ -278,17 +293,23 @@ def attend(run: Run, while_waiting: Callable[[], None] = lambda: None, interrupt
     Raises:
         KeyboardInterrupt: It was interrupted, and has ended now.
         EngineError: The run failed.
+        Exception: What the function that is called after each epoch has raised; the run has ended then.
     """
+    calls = run.control.epoch_calls
     if interrupts:
         run.stop(now=interrupts > 1)
     while not run.ended:
         try:
             with contextlib.suppress(NbdistError):  # raised below, once the run has ended completely
-                run.wait(_ATTENDED_S)
+                run.wait(_ATTENDED_S if calls is None else _CALLED_S)
+            if calls is not None:
+                calls.poll()
             while_waiting()
         except KeyboardInterrupt:
             interrupts += 1
             run.stop(now=interrupts > 1)
+    if calls is not None and calls.error is not None and run.error is None:
+        raise calls.error
     if interrupts and run.error is None and run.control.spec.predicts:
         raise interrupted("the prediction has been stopped, without outputs.")
     if interrupts and run.error is None:

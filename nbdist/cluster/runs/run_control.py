@@ -12,6 +12,7 @@ from nbdist.plan import Plan
 from nbdist.telemetry import RunState
 
 if TYPE_CHECKING:
+    from nbdist.cluster.runs.epoch_calls import EpochCalls
     from nbdist.cluster.runs.run_spec import RunSpec
     from nbdist.core.state.snapshot import SnapshotStore
 
@@ -41,6 +42,8 @@ class RunControl:
         abandoned: Whether it is to stop at once, within a step.
         wanted: The number of engines to continue with; 0 for no change.
         outputs: Those of a prediction, once it has ended.
+        epoch_calls: Of the function that the notebook calls after each epoch, if it has one.
+        ema: The moving average of the weights, once it has ended, if its plan asks for it.
         model: The model, once it has ended, if a callable has built it.
         changing: A lock for commands, state updates and the end, so that a command comes before the end or is refused.
     """
@@ -57,6 +60,8 @@ class RunControl:
         self.abandoned = False
         self.wanted = 0
         self.outputs: Any = None
+        self.epoch_calls: EpochCalls | None = None
+        self.ema: Any = None
         self.model: Any = None
         self.predict = predict
         self.changing = threading.RLock()

@@ -14,6 +14,7 @@ from nbdist import interrupts
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.runs.dispatch import RunDispatch
+from nbdist.cluster.runs.epoch_calls import EpochCalls
 from nbdist.cluster.runs.monitor import RunMonitor, Watch, draw
 from nbdist.cluster.runs.reattach import take_over
 from nbdist.cluster.runs.resume import resumed
@@ -28,6 +29,7 @@ from nbdist.core.sync.gradient_hooks import check_hooks
 from nbdist.core.task.prediction import prediction_task
 from nbdist.core.task.task import Task
 from nbdist.core.transfer.payload import SegmentCache
+from nbdist.engine.epoch_hook import EpochRequests
 from nbdist.engine.follow.changes import NotebookChanges
 from nbdist.errors import ClusterError, NbdistError, PeerLostError, TaskError, ranks_text
 from nbdist.plan import Plan
@@ -117,7 +119,7 @@ class RunQueue:
 
     def add(
         self, model: Any, data: Any, names: tuple[str, str], options: dict[str, Any],
-        watch: Watch | None,
+        watch: Watch | None, attended: bool,
     ) -> Run:  # fmt: skip
         """Start a run, or queue it behind those before it; see `Cluster.train`.
 
@@ -131,6 +133,9 @@ class RunQueue:
         task, plan_options = Task.of_options(model, data, given, names=names)
         cores = engines.threads * engines.size
         plan = Plan.create(ranks=engines.size, cores=cores, **plan_options)
+        # A detached run goes on without a notebook; engines of other hosts do not share its memory.
+        here = attended and engines.anchor is None and engines.exchange.shares_memory and not task.in_file
+        function, task = task.each_epoch, replace(task, each_epoch=None) if here else task
         spec = RunSpec(
             run_id=new_run_id(), task=task, plan=plan, title=task.title, names=names, options=plan_options, cores=cores,
             **on_trouble,
@@ -142,7 +147,10 @@ class RunQueue:
             )
         check_extra_states(task.model, plan)
         check_hooks(task.model, task.optimizers.values(), plan.mesh)
-        return self._enqueue(spec, {"model": model, "data": data, "names": names, **options}, watch)
+        calls = None
+        if function is not None and here and engines.store is not None:
+            calls = EpochCalls(task.model, function, plan.each_epoch, EpochRequests(engines.store, spec.run_id))
+        return self._enqueue(spec, {"model": model, "data": data, "names": names, **options}, watch, calls)
 
     def predict(
         self, model: Any, data: Any, names: tuple[str, str], options: dict[str, Any],
@@ -174,12 +182,15 @@ class RunQueue:
         outputs, run.control.outputs = run.control.outputs, None
         return outputs
 
-    def _enqueue(self, spec: RunSpec, arguments: dict[str, Any], watch: Watch | None) -> Run:
+    def _enqueue(
+        self, spec: RunSpec, arguments: dict[str, Any], watch: Watch | None, calls: EpochCalls | None = None
+    ) -> Run:
         """Start a run, or queue it."""
         engines, plan = self._engines, spec.plan
         ranks = {r.rank: RankState(rank=r.rank, host=r.host, device=r.device) for r in engines.records()}
         progress = RunState(title=spec.title, plan=plan.to_dict(), ranks=ranks)
         run = Run(RunControl(spec, progress, self._give_command, arguments, self.predict))
+        run.control.epoch_calls = calls
         queued = _QueuedRun(run, watch, contextvars.copy_context(), self._changes.look())
         with self._queueing:
             before, waits = self._run, self._is_busy()

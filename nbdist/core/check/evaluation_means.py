@@ -87,14 +87,14 @@ def _found(task: Task, plan: Plan, device: torch.device) -> str:
         mean = _mean([part[name] for part in parts if name in part])
         allowed = max(_TOLERANCE * max(abs(value), abs(mean)), _ROUNDING)
         if weight and math.isfinite(value) and math.isfinite(mean) and abs(value - mean) > allowed:
-            return evaluate_no_mean(metric_name(task.evaluate), name, value, mean, samples)
+            return evaluate_no_mean(metric_name(task.evaluate, "evaluate"), name, value, mean, samples)
     return ""
 
 
 def _means(task: Task, batch: Any, samples: int) -> Mapping[str, tuple[float, float]]:
     """The numbers of one call, with their weights."""
     assert task.evaluate is not None
-    objects, name, log = used_objects(task.evaluate), metric_name(task.evaluate), StepLog()
+    objects, name, log = used_objects(task.evaluate), metric_name(task.evaluate, "evaluate"), StepLog()
     with recorded(objects, name) as calls:
         numbers, _ = numbers_of(task.evaluate(task.model, batch), objects, calls, name)
     for key, (value, weight) in numbers.items():

@@ -37,7 +37,7 @@ class OwnEvaluation:
 
     def __init__(self, task: Task, strategy: Strategy, world: World) -> None:
         self._task, self._function = task, task.evaluate
-        self._name = metric_name(task.evaluate)
+        self._name = metric_name(task.evaluate, "evaluate")
         self._channel, self._device = strategy.axes.world, strategy.device
         self._objects = used_objects(task.evaluate)
         self._gather: SampleGather | None = None

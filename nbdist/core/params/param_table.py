@@ -108,6 +108,22 @@ class ParamTable:
             self.placements.clear()
 
     @torch.no_grad()
+    def whole(self, axes: MeshChannels, *, keep: bool) -> dict[str, torch.Tensor]:
+        """Every tensor, whole, on ranks with `keep`; the model stays as it is. **Collective** over the replica.
+
+        What is whole on this rank is not copied.
+        """
+        whole: dict[str, torch.Tensor] = {}
+        for name, tensor in self.tensors.items():
+            placement = self.placements.get(name)
+            if placement is not None:
+                tensor = placement.gather(tensor if placement.held(axes) else None, axes)
+                tensor = placement.with_layout(tensor) if keep else tensor
+            if keep:
+                whole[name] = tensor
+        return whole
+
+    @torch.no_grad()
     def average_buffers_(self, channel: Channel, axes: MeshChannels | None = None) -> None:
         """Average the floating-point buffers over ranks, and broadcast rank 0's other buffers. **Collective**.
 

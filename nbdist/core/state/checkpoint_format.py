@@ -8,7 +8,7 @@ import torch
 
 from nbdist.core.params.placement import Cut
 
-__all__ = ["EXTRA_STATE", "FORMATS", "MADE", "RANK", "cut_of", "fits", "upgraded"]
+__all__ = ["COPIES_STATE", "EXTRA_STATE", "FORMATS", "MADE", "RANK", "cut_of", "fits", "upgraded"]
 
 FORMATS = (2, 3)
 """The versions that are read; the last one is written."""
@@ -34,6 +34,9 @@ RANK = {
 
 MADE = {str: {**_TENSOR, "persistent": bool}}
 """The schema of its `made`, the buffers that a forward has made or given another shape, if there are any."""
+
+COPIES_STATE = {"monitor": str, "best_row": int, "best_value": float}
+"""The schema of its `copies`, if the run keeps copies of the weights, see `WeightCopies.state_dict`."""
 
 EXTRA_STATE = {"data": int, "states": {str: object}, "changed": [str]}
 """The schema of its `extra_state`, which models without any lack, see `ExtraStates.state_dict`."""

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nbdist.core.params.placement import Cut
-from nbdist.core.state.checkpoint_format import EXTRA_STATE, FORMATS, MADE, RANK, cut_of, fits, upgraded
+from nbdist.core.params.weight_copies import COPIES
+from nbdist.core.state.checkpoint_format import COPIES_STATE, EXTRA_STATE, FORMATS, MADE, RANK, cut_of, fits, upgraded
 from nbdist.core.state.checksum_files import checksum
 from nbdist.core.state.extra_states import merged
 from nbdist.core.state.shard_plan import buffer_entry, key_of
@@ -57,6 +58,7 @@ class CheckpointReader:
         optimizers: Of each optimizer by name, the settings of its `groups`, with parameters by name, and its own
             `attributes`.
         values: Optimizer state that is not a tensor, by parameter.
+        copies_state: A `WeightCopies.state_dict`; empty if none was saved.
         complete: Whether all of the model must be in it; a snapshot leaves out what never changes.
         seal: The checksum over a checkpoint's checksums: checkpoints with the same one are identical.
     """
@@ -81,6 +83,9 @@ class CheckpointReader:
         if not fits(made, [MADE]):
             raise self._malformed("the description of the buffers")
         self.made: dict[str, dict[str, Any]] = {name: about for each in made for name, about in each.items()}
+        self.copies_state: dict[str, Any] = first.get("copies", {})
+        if self.copies_state and not fits(self.copies_state, COPIES_STATE):
+            raise self._malformed("the state of the copies")
         self.tensors: dict[str, dict[str, Any]] = {**first["tensors"], **self.made}
         self.optimizers: dict[str, dict[str, Any]] = first["optimizers"]
         self.values: dict[str, dict[str, Any]] = {
@@ -92,15 +97,17 @@ class CheckpointReader:
             raise self._malformed("the description of the tensors") from None
         self._part_of: dict[str, _Part] = {}
         self._entries: dict[str, dict[str, bool]] = {}
+        self._copies: dict[str, dict[str, bool]] = {}
         for part in parts:
             for key in part.keys:
                 of, entry, kind, *_ = key.rsplit("|", 4) if key.count("|") >= 4 else ("",) * 4
                 if of not in self.tensors:
                     raise self._malformed(f"the tensor {key!r}")
                 self._part_of.setdefault(key, part)
-                self._entries.setdefault(of, {})[entry] = kind == "part"
-        for of, entries in self._entries.items():
-            for entry in entries:
+                entries = self._copies if entry in COPIES else self._entries
+                entries.setdefault(of, {})[entry] = kind == "part"
+        for of, copied in [*self._entries.items(), *self._copies.items()]:
+            for entry in copied:
                 self._check(of, entry)
 
     @property
@@ -192,7 +199,7 @@ class CheckpointReader:
     def whole(self, name: str, entry: str = "") -> torch.Tensor:
         """A whole tensor of the model, or entry of its optimizer state; it may share memory with the file or buffer."""
         about = self.tensors[name]
-        if not self._entries[name][entry]:
+        if not self._is_split(name, entry):
             return self._read(key_of(name, entry, None, None))
         cut, local = self._local(name)
         pieces = []
@@ -201,6 +208,13 @@ class CheckpointReader:
             flat = parts[0] if about["shard"] == 1 else torch.cat(parts)[: local.numel()]
             pieces.append(flat.view(local))
         return pieces[0] if cut is None else cut.join(pieces)
+
+    def copies(self, entry: str) -> list[str]:
+        """The parameters and buffers of which a copy was saved, see `WeightCopies`."""
+        return [name for name, entries in self._copies.items() if entry in entries]
+
+    def _is_split(self, name: str, entry: str) -> bool:
+        return (self._copies if entry in COPIES else self._entries)[name][entry]
 
     def _local(self, name: str) -> tuple[Cut | None, torch.Size]:
         """How a tensor was split over ``tp``, and the shape of a part."""
@@ -214,7 +228,7 @@ class CheckpointReader:
         """Check that all parts of an entry exist and fit together."""
         about = self.tensors[name]
         try:
-            if not self._entries[name][entry]:
+            if not self._is_split(name, entry):
                 key = key_of(name, entry, None, None)
                 whole = self._part_of[key].shape(key)
                 fits_shape = whole == about["shape"] or (entry and not entry.startswith(buffer_entry(1)[0]))

@@ -10,6 +10,7 @@ from torch import nn
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.params.extra_state import extra_states, set_extra_states, stateful_modules
 from nbdist.core.params.tagged_json import from_json, to_json
+from nbdist.errors import TaskError
 from nbdist.plan import Plan
 
 __all__ = ["ExtraStates", "check_extra_states", "merged"]
@@ -48,13 +49,18 @@ class ExtraStates:
         changed = [name for name, state in states.items() if self._staged and json.dumps(state) != self._at_first[name]]
         return {"data": self._axes.data.rank, "states": states, "changed": changed}
 
-    def gather(self) -> None:
-        """Give all ranks of a pipeline the states of all stages. **Collective** over ``pp``."""
+    def whole(self) -> dict[str, Any]:
+        """The states by module, in a pipeline those of all stages. **Collective** over ``pp``."""
         if not (self._staged and self._modules):
-            return
+            return extra_states(self._model)
         own, channel = json.dumps(self.state_dict()).encode(), self._axes.pp
         saved = [json.loads(channel.broadcast_bytes(own, rank)) for rank in range(channel.size)]
-        set_extra_states(self._model, merged(saved, self._axes.data.rank))
+        return merged(saved, self._axes.data.rank)
+
+    def gather(self) -> None:
+        """Give all ranks of a pipeline the states of all stages. **Collective** over ``pp``."""
+        if self._staged and self._modules:
+            set_extra_states(self._model, self.whole())
 
     def _states(self) -> dict[str, Any]:
         return {
@@ -83,7 +89,16 @@ def merged(saved: list[dict[str, Any]], data_rank: int) -> dict[str, Any]:
 
 
 def check_extra_states(model: nn.Module, plan: Plan) -> None:
-    """Raise `TaskError` if extra state cannot be saved where a plan needs it: for checkpoints, in a pipeline. Local."""
+    """Check that extra state can be saved where a plan needs it: for checkpoints, in a pipeline. Local.
+
+    Raises:
+        TaskError: It cannot, or the best epoch's is needed, of which weights and buffers alone are kept.
+    """
+    if plan.keep_best and (names := stateful_modules(model)):
+        raise TaskError(
+            f"keep_best keeps weights and buffers, but {min(names) or 'the model'} has state beside them "
+            "(get_extra_state): leave keep_best out, and take the best epoch's checkpoint (--checkpoint)."
+        )
     if plan.checkpoint or plan.mesh.pp > 1:
         for name, state in extra_states(model).items():
             to_json(state, f"the extra state of {name or 'the model'}")

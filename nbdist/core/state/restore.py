@@ -19,6 +19,7 @@ from nbdist.core.optim.tensor_references import TensorReferences, is_name
 from nbdist.core.params.extra_state import set_extra_states, stateful_modules
 from nbdist.core.params.made_buffers import adopt_buffers
 from nbdist.core.params.param_table import ParamTable, assign_
+from nbdist.core.params.weight_copies import BEST, COPIES, WeightCopies
 from nbdist.core.state.checkpoint_reader import CheckpointReader, candidates
 from nbdist.core.state.shard_plan import gather_texts
 from nbdist.core.state.train_progress import TrainProgress
@@ -30,6 +31,8 @@ __all__ = [
     "check_can_resume",
     "check_same",
     "load",
+    "load_best",
+    "load_copies",
     "load_whole",
     "open_on_all_ranks",
     "progress_of",
@@ -132,6 +135,26 @@ def load(
                 for name in saved_group["params"]:
                     if name in names:
                         _load_state(saved, name, table, optimizer, group, axes)
+
+
+def load_copies(saved: CheckpointReader, copies: WeightCopies, table: ParamTable, axes: MeshChannels) -> None:
+    """Load the copies of the weights that were saved, from any mesh onto any mesh. Local."""
+    tensors = {
+        entry: {
+            name: table.placement(name).part(saved.whole(name, entry).to(axes.world.device), axes)
+            for name in saved.copies(entry)
+            if copies.wanted(entry, name)
+        }
+        for entry in COPIES
+    }
+    copies.load_state_dict(saved.copies_state, tensors)
+
+
+def load_best(saved: CheckpointReader, model: nn.Module) -> None:
+    """Load the weights and buffers of the best epoch into an ordinary model, if they were saved. Local."""
+    objects = ParamTable.of(model).objects
+    for name in saved.copies(BEST):
+        assign_(objects[name], saved.whole(name, BEST))
 
 
 def load_whole(

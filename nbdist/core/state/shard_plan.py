@@ -20,6 +20,7 @@ from nbdist.core.params.made_buffers import persistence
 from nbdist.core.params.param_data_watch import DataWatch
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.placement import Placement
+from nbdist.core.params.weight_copies import WeightCopies
 from nbdist.errors import TaskError
 
 __all__ = ["SMALL_BYTES", "ShardPlan", "buffer_entry", "check_state", "gather_texts", "key_of"]
@@ -39,17 +40,19 @@ class ShardPlan:
         table: The model's tensors, placed.
         optimizers: Over its parameters, by name.
         axes: This rank's channels.
+        copies: Of its weights, saved beside them.
         changed: Buffers and frozen parameters whose values are neither the task's nor those of the checkpoint from
             which the run resumed.
     """
 
     def __init__(
         self, model: nn.Module, table: ParamTable, optimizers: Mapping[str, torch.optim.Optimizer],
-        axes: MeshChannels, changed: Collection[str] = (),
+        axes: MeshChannels, copies: WeightCopies, changed: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._model = model
         self._table = table
         self._optimizers = optimizers
+        self._copies = copies
         self._axes = axes
         self.described = {name: _described(table.placement(name), axes) for name in table.tensors}
         candidates: dict[str, tuple[str, int]] = {
@@ -89,10 +92,14 @@ class ShardPlan:
                     split = is_split(entry, value, parameter.shape)
                     part = placement if split else Placement(layout=placement.layout)
                     shards[_key(name, entry, part, axes)] = value.detach()
+            shards |= {_key(name, entry, placement, axes): copy for entry, copy in self._copies.of(name).items()}
         for name, buffer in self._buffers():
             changes = buffer.nbytes <= SMALL_BYTES or buffer._version != self._versions.get(name)
             if changes or (buffers and axes.data.rank == 0):
                 shards[_key(name, buffer_entry(axes.data.rank), table.placement(name), axes)] = buffer.detach()
+            if axes.data.rank == 0:
+                copies = self._copies.of(name)
+                shards |= {_key(name, entry, table.placement(name), axes): copy for entry, copy in copies.items()}
         for name, buffer in self._made():
             shards[key_of(name, buffer_entry(axes.data.rank), None, None)] = buffer.detach()
         return shards
@@ -179,7 +186,8 @@ class ShardPlan:
             for entry, value in _state(parameter, self._optimizers.values()):
                 if not isinstance(value, torch.Tensor):
                     values.setdefault(name, {})[entry] = plain(value, f"the optimizer's {entry}")
-        return {"optimizers": settings, "values": values}
+        copies = {"copies": self._copies.state_dict()} if self._copies.tensors else {}
+        return {"optimizers": settings, "values": values, **copies}
 
     def _group(self, group: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
         own = {key: value for key, value in group.items() if key != "params"}

@@ -16,6 +16,7 @@ import torch
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.optim.lr_schedulers import Schedulers
 from nbdist.core.params.replicas import check_replicas
+from nbdist.core.params.weight_copies import COPIES, WeightCopies
 from nbdist.core.process import rng
 from nbdist.core.state.checkpoint_writer import CheckpointWriter, prepare
 from nbdist.core.state.extra_states import ExtraStates
@@ -55,13 +56,14 @@ class Snapshotter:
         extra: The modules' extra states, saved too.
         run_id: The run's id.
         lease: Of the plan's checkpoint folder, on rank 0.
+        copies: See `ShardPlan`.
         changed: See `ShardPlan`.
     """
 
     def __init__(
         self, strategy: Strategy, plan: Plan, schedulers: Schedulers, rank_snapshots: RankSnapshots | None,
-        emit: Callable[[Event], None], extra: ExtraStates, run_id: str = "", lease: Lease | None = None,
-        changed: Collection[str] = (),
+        emit: Callable[[Event], None], extra: ExtraStates, copies: WeightCopies, run_id: str = "",
+        lease: Lease | None = None, changed: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._strategy = strategy
         self._plan = plan
@@ -72,6 +74,7 @@ class Snapshotter:
         self._emit = emit
         self._changed = changed
         self._extra = extra
+        self._copies = copies
         self._run_id = run_id
         self._leases: dict[str, Lease | None] = {}  # of folders of "checkpoint" commands, until the end of the run
         self._axes: MeshChannels = strategy.axes
@@ -97,7 +100,9 @@ class Snapshotter:
         """Plan this rank's shards, and create a buffer for checkpoints if there is none. **Collective** (world)."""
         if self._shard_plan is None:
             task, strategy = self._strategy.task, self._strategy
-            self._shard_plan = ShardPlan(task.model, strategy.table, task.optimizers, strategy.axes, self._changed)
+            self._shard_plan = ShardPlan(
+                task.model, strategy.table, task.optimizers, strategy.axes, self._copies, self._changed
+            )
             self._described = json.dumps(self._shard_plan.described)
         if self._buffers is None:
             self._own_store = SnapshotStore(1)
@@ -327,7 +332,11 @@ class Snapshotter:
         generators = rng.state_dict() if buffers is None else None  # after an error they have advanced
         text = self._text(progress, generators, self._shard_plan)
         if buffers is not None:
-            tensors = {key: buffers.get(key.rsplit("|", 4)[0], tensor) for key, tensor in tensors.items()}
+            kept = {key: key.rsplit("|", 4)[:2] for key in tensors}
+            tensors = {
+                key: tensor if kept[key][1] in COPIES else buffers.get(kept[key][0], tensor)
+                for key, tensor in tensors.items()
+            }
         buffer = self._buffers.write(progress.moment, self._ranks, layout, tensors, text)
         self._last_snapshot_step = progress.step
         now = time.monotonic()

@@ -44,6 +44,7 @@ def _can_split_update(task: Task, plan: Plan) -> bool:
         plan.clip_norm is None
         and plan.precision != "fp16"
         and not task.own_optimizers
+        and task.after_step is None  # it would write to weights of others
         and all(type(optimizer) in OPTIMIZERS.values() for optimizer in task.optimizers.values())
         and all(type(parameter.data) is torch.Tensor for parameter in trainable)
         # An embedding with max_norm writes to its weight in forward.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -107,11 +107,23 @@ class SharedWeights(Strategy):
     def update(self, hooks: GradientHooks, compute_again: Callable[[], torch.Tensor]) -> bool:
         """See `Strategy`."""
         self._updated = super().update(hooks, compute_again)
+        self._share_owned()
+        return self._updated
+
+    def write(self, parts: Mapping[str, torch.Tensor]) -> None:
+        """See `Strategy`."""
+        self._wait_for_owners()  # all ranks have read the weights
+        super().write(parts)
+        self._share_owned()
+        self._updated = True
+        self._wait_for_owners()
+
+    def _share_owned(self) -> None:
         for i in self._owned:
             if i in self._private:
                 self._shared_views[i].copy_(get_data(self._parameters[i]))
-            self._versions[i] = self._parameters[i]._version
-        return self._updated
+            if self._versions:  # else there has been no step
+                self._versions[i] = self._parameters[i]._version
 
     @contextlib.contextmanager
     def trial(self, scale: float) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from nbdist.core.optim.closures import OptimizerSteps
 from nbdist.core.optim.optimizer_modes import set_mode
 from nbdist.core.optim.precision import Precision
 from nbdist.core.params.param_table import ParamTable
+from nbdist.core.params.placeholder import detached
 from nbdist.core.process import rng
 from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.core.strategies.pipeline.schedules import Action, run_plain_backward, schedule_actions, surrogate_loss
@@ -256,6 +257,13 @@ class Strategy(ABC):
 
     def take_values(self) -> None:  # noqa: B027 - nothing to do where parameters are the memory that is trained
         """Call after optimizers have written weights, which they may have assigned as ``data``. Local."""
+
+    @torch.no_grad()
+    def write(self, parts: Mapping[str, torch.Tensor]) -> None:
+        """Give parameters other values: those of which this rank updates its parts. **Collective**."""
+        for name, part in parts.items():
+            detached(self.table.parameters[name]).copy_(part)
+        self.take_values()
 
     def _run_hooks(self, hooks: GradientHooks) -> None:
         hooks.run(self.table, self.axes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from nbdist.core.sync.agreement import ControlFlags
 from nbdist.core.sync.running_mean import RunningMean
+from nbdist.errors import TaskError
 
 __all__ = ["LOSS_NUMBERS", "LogTotals", "StepLosses", "StepTail", "Totals", "tail_dtype"]
 
@@ -47,6 +49,15 @@ class StepLosses:
     def any_known(self) -> bool:
         """Whether this rank had data, as far as is known without waiting for a GPU."""
         return not isinstance(self.units, torch.Tensor) and self.units > 0
+
+    def check_finite(self, step: int) -> None:
+        """Raise `TaskError` if a loss of this step, counted from 1, is not finite. On a GPU this waits for it."""
+        for _, loss, *_ in self.each:
+            if not math.isfinite(loss):
+                raise TaskError(
+                    f"the loss is {float(loss)} in step {step}: lower the learning rate, clip the gradient "
+                    "(clip_norm), or look at the data of this step."
+                )
 
     @property
     def numbers(self) -> tuple[Any, Any, Any]:

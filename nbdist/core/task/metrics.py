@@ -20,8 +20,8 @@ from nbdist.errors import NbdistError, TaskError, suggest
 from nbdist.upstream.torch_private import GroupHidden
 
 __all__ = [
-    "FINISHES", "METRICS", "TARGET_KEYS", "Evaluate", "Metric", "accumulates", "check_evaluate", "find_metric",
-    "is_count", "metric_name", "named_errors", "output_of", "perplexity", "target_of", "updates_by_pair",
+    "FINISHES", "METRICS", "TARGET_KEYS", "Evaluate", "Metric", "accumulates", "called_name", "check_evaluate",
+    "find_metric", "is_count", "metric_name", "named_errors", "output_of", "perplexity", "target_of", "updates_by_pair",
 ]  # fmt: skip
 
 Metric = Callable[[Any, Any], Any]
@@ -133,9 +133,7 @@ def check_evaluate(evaluate: Any, val: Any, metric: Any) -> str:
     Raises:
         TaskError: It cannot be called, there is no validation data, or a metric is given too.
     """
-    if isinstance(evaluate, type) or not callable(evaluate):
-        raise TaskError(f"evaluate must be a callable evaluate(model, batch), not {evaluate!r}.")
-    name = metric_name(evaluate)
+    name = called_name("evaluate(model, batch)", evaluate)
     if val is None:
         raise TaskError(f"evaluate={name} has no data to be called with: give val=... too.")
     if metric is not None:
@@ -143,14 +141,32 @@ def check_evaluate(evaluate: Any, val: Any, metric: Any) -> str:
     return name
 
 
-def metric_name(metric: Any) -> str:
-    """The name of a metric in the plan and the history."""
+def called_name(form: str, function: Any) -> str:
+    """The name of a function that the user gives for an option; empty if there is none. Local.
+
+    Args:
+        form: How it is called: the option's name and its arguments.
+        function: What was given.
+
+    Raises:
+        TaskError: It cannot be called.
+    """
+    if function is None:
+        return ""
+    option = form.partition("(")[0]
+    if isinstance(function, type) or not callable(function):
+        raise TaskError(f"{option} must be a callable {form}, not {function!r}.")
+    return metric_name(function, option)
+
+
+def metric_name(metric: Any, nameless: str = "metric") -> str:
+    """The name of a metric in the plan and the history; a lambda's is `nameless`."""
     if isinstance(metric, str):
         return metric
     if isinstance(metric, functools.partial):
-        return metric_name(metric.func)
+        return metric_name(metric.func, nameless)
     name = getattr(metric, "__name__", None) or type(metric).__name__
-    return "metric" if name == "<lambda>" else name
+    return nameless if name == "<lambda>" else name
 
 
 def accumulates(metric: Any) -> bool:

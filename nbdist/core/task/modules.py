@@ -6,11 +6,12 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from nbdist.errors import TaskError
 
-__all__ = ["Modules", "call_step"]
+__all__ = ["Modules", "call_step", "with_averages"]
 
 
 class Modules(nn.Module):
@@ -45,6 +46,39 @@ class Modules(nn.Module):
     def forward(self, batch: Any) -> Any:
         """Run the step; returns the loss, or loss and weight."""
         return self._step(batch)
+
+
+def with_averages(model: nn.Module, averages: Mapping[str, torch.Tensor]) -> Any:
+    """The state_dict of a model, with the averages of its parameters in their place. Local.
+
+    Args:
+        model: The model.
+        averages: By the parameter's name in it.
+
+    Returns:
+        A state_dict; of `Modules` a dict, list or tuple of them, as the modules were given. Buffers are copies, and
+        parameters without an average the model's own.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    buffers = {id(buffer) for buffer in model.buffers()}
+
+    def value_of(value: Any) -> Any:
+        if names.get(id(value)) in averages:
+            return averages[names[id(value)]]
+        if id(value) in buffers:
+            return value.detach().clone()
+        return value.detach() if isinstance(value, torch.Tensor) else value
+
+    def state_of(module: nn.Module) -> dict[str, Any]:
+        return {key: value_of(value) for key, value in module.state_dict(keep_vars=True).items()}
+
+    given = model.given if isinstance(model, Modules) else model
+    if isinstance(given, nn.Module):
+        return state_of(given)
+    if isinstance(given, Mapping):
+        return {name: state_of(module) for name, module in given.items()}
+    states = [state_of(module) for module in given]
+    return tuple(states) if isinstance(given, tuple) else states
 
 
 def call_step(model: nn.Module, batch: Any) -> Any:

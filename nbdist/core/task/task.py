@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,6 @@ from nbdist.core.data.reader import Slice
 from nbdist.core.data.sources import Source
 from nbdist.core.optim.lr_schedulers import Schedulers, check_scheduler
 from nbdist.core.optim.optimizers import make_optimizer, optimizer_name
-from nbdist.core.optim.state import move_state_
 from nbdist.core.sync.loss_forms import LossForms
 from nbdist.core.sync.step_log import StepLog
 from nbdist.core.task.built_model import builds_model, built_model, lies_in_file
@@ -23,7 +21,7 @@ from nbdist.core.task.check_model import check_model
 from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
 from nbdist.core.task.losses import ClassLoss, find_loss, loss_name, reduction_of
-from nbdist.core.task.metrics import Evaluate, Metric, check_evaluate, find_metric, metric_name, target_of
+from nbdist.core.task.metrics import Evaluate, Metric, called_name, check_evaluate, find_metric, metric_name, target_of
 from nbdist.core.task.modules import Modules
 from nbdist.core.task.own_loop import check_step
 from nbdist.core.task.step_output import no_scalar, parts_of
@@ -32,7 +30,7 @@ from nbdist.errors import PlanError, TaskError
 from nbdist.plan.option import check_known
 from nbdist.plan.train_options import TRAIN_OPTIONS
 
-__all__ = ["Task", "check_agree", "on_device"]
+__all__ = ["Task", "check_agree"]
 
 
 UNKNOWN_MEAN = (
@@ -61,6 +59,8 @@ class Task:
         val: Validation data, or None.
         metric: Measured on `val` beside the loss, or None.
         evaluate: Called on `val` in place of the step, or None.
+        after_step: Called with the model after each optimizer step, or None.
+        each_epoch: Called on rank 0 with the whole model and the row after each epoch, or None.
         own_optimizers: Whether the user made one of them, so that their state is loaded back into them.
         schedulers: Each makes a torch scheduler from the optimizer of that name; others have none.
         options: The Plan options that follow from the arguments: names, batch size, shuffle.
@@ -77,6 +77,8 @@ class Task:
     val: Source | None
     metric: Metric | None
     evaluate: Evaluate | None = None
+    after_step: Callable[[Any], Any] | None = None
+    each_epoch: Callable[[Any, Any], Any] | None = None
     own_optimizers: bool
     schedulers: dict[str, Callable[[torch.optim.Optimizer], Any]] = field(default_factory=dict)
     options: dict[str, Any]
@@ -107,7 +109,7 @@ class Task:
     def create(
         cls, model: Any, data: Any, *, loss: Any = None, step: Step | None = None, optimizer: Any = "adamw",
         lr: float | None = None, lr_scheduler: Any = None, val: Any = None, metric: Any = None, evaluate: Any = None,
-        batch_size: int | None = None, reduction: str | None = None,
+        after_step: Any = None, each_epoch: Any = None, batch_size: int | None = None, reduction: str | None = None,
         shuffle: bool | None = None, weights: str | None = None, names: tuple[str, str] = ("model", "data"),
     ) -> Task:  # fmt: skip
         """Check the user's arguments and bring them to one form. Local; nothing is changed.
@@ -123,6 +125,8 @@ class Task:
             val: Validation data, in the same forms as `data`.
             metric: A name, a callable ``metric(output, target)``, or an object with `update` and `compute`.
             evaluate: See `Evaluate`.
+            after_step: A callable ``after_step(model)``.
+            each_epoch: A callable ``each_epoch(model, row)``.
             batch_size: Global batch size, if the user gave one.
             reduction: Whether the loss is a "mean" or a "sum", if the user said so.
             shuffle: Whether to shuffle, if the user gave it.
@@ -154,6 +158,8 @@ class Task:
             check_step(step, model)
         own_evaluation = "" if evaluate is None else check_evaluate(evaluate, val, metric)
         found_metric = None if metric is None else find_metric(metric)
+        after_step_name = called_name("after_step(model)", after_step)
+        each_epoch_name = called_name("each_epoch(model, row)", each_epoch)
         if metric is not None and val is None:
             raise TaskError(f"metric {metric_name(metric)} has no data to be measured on: give val=... too.")
         # every validation sample counts, so a loader's drop_last is ignored
@@ -181,6 +187,8 @@ class Task:
             val=val_source,
             metric=found_metric,
             evaluate=evaluate,
+            after_step=after_step,
+            each_epoch=each_epoch,
             own_optimizers=isinstance(optimizer, torch.optim.Optimizer),
             sums=reduction == "sum",
             in_file=built or lies_in_file(model),
@@ -192,6 +200,8 @@ class Task:
                 "reduction": reduction,
                 "metric": "" if metric is None else metric_name(metric),
                 "evaluate": own_evaluation,
+                "after_step": after_step_name,
+                "each_epoch": each_epoch_name,
                 "batch_size": source.batch_size if batch_size is None else batch_size,
                 "shuffle": source.shuffle if shuffle is None else shuffle,
                 "flat_samples": _is_flat(first),
@@ -248,7 +258,8 @@ class Task:
         return {
             model: self.given, data: self.data.given, "optimizer": self.optimizers.get("", self.optimizers),
             "step": self.step, "val": self.val and self.val.given, "metric": self.metric,
-            "evaluate": self.evaluate, "the task": self,
+            "evaluate": self.evaluate, "after_step": self.after_step, "each_epoch": self.each_epoch,
+            "the task": self,
         }  # fmt: skip
 
     def make_schedulers(self, by: str) -> Schedulers:
@@ -365,23 +376,3 @@ def check_agree(option: str, given: Any, of_loader: Any, name: str) -> None:
         raise PlanError(
             f"{option}={given} contradicts the DataLoader {name}, which has {of_loader}: omit one of the two."
         )
-
-
-@contextlib.contextmanager
-def on_device(task: Task, device: torch.device) -> Iterator[None]:
-    """Move the model and its optimizers' state to a device within the context. Local."""
-    first = next(task.model.parameters(), None)
-    before = device if first is None else first.device
-    _move(task, before, device)
-    try:
-        yield
-    finally:
-        _move(task, device, before)
-
-
-def _move(task: Task, source: torch.device, target: torch.device) -> None:
-    if source == target:
-        return
-    task.model.to(target)
-    for optimizer in task.optimizers.values():
-        move_state_(optimizer)

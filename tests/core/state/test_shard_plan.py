@@ -16,9 +16,10 @@ from nbdist.core.comm.world import World
 from nbdist.core.optim.json_value import plain
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.placement import Placement
+from nbdist.core.params.weight_copies import WeightCopies
 from nbdist.core.state.shard_plan import ShardPlan, buffer_entry, check_state, gather_texts, key_of
 from nbdist.errors import TaskError
-from nbdist.plan import Mesh
+from nbdist.plan import Mesh, Plan
 
 made_plans = []
 
@@ -34,8 +35,9 @@ def _closed():
 def shard_plan_of(model, optimizer=None, world=None, changed=()):
     world = world or World()
     made = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
-    axes = MeshChannels(world, Mesh(dp=world.size))
-    made_plans.append(ShardPlan(model, ParamTable.of(model), {"": made}, axes, changed))
+    axes, table = MeshChannels(world, Mesh(dp=world.size)), ParamTable.of(model)
+    copies = WeightCopies(Plan.create(ranks=world.size, cores=1), table, axes)
+    made_plans.append(ShardPlan(model, table, {"": made}, axes, copies, changed))
     return made_plans[-1]
 
 

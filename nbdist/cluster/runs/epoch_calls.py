@@ -1,0 +1,61 @@
+"""The user's function at the end of each epoch, called in the notebook's main thread while a cell waits for the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from nbdist.core.task.each_epoch import call_with
+from nbdist.engine.epoch_hook import EpochRequests
+from nbdist.errors import PeerLostError
+
+__all__ = ["EpochCalls"]
+
+
+class EpochCalls:
+    """Calls ``each_epoch(model, row)`` with the user's own model, which holds the weights after that epoch then.
+
+    Args:
+        model: The model of the task.
+        function: The function.
+        name: Of the function.
+        requests: What rank 0 asks.
+
+    Attributes:
+        error: What the function has raised.
+    """
+
+    def __init__(
+        self, model: nn.Module, function: Callable[[Any, Any], Any], name: str, requests: EpochRequests
+    ) -> None:
+        self._model, self._function, self._name = model, function, name
+        self._requests: EpochRequests | None = requests
+        self.error: Exception | None = None
+
+    def poll(self) -> None:
+        """Call it, if an epoch has ended; the ranks go on afterwards.
+
+        Raises:
+            KeyboardInterrupt: It was interrupted.
+        """
+        if self._requests is None:
+            return
+        try:
+            state = self._requests.new()
+        except PeerLostError:
+            state = None
+        if state is None:
+            return
+        reason = ""
+        try:
+            state.load_into(self._model)
+            reason = call_with(self._model, self._function, state.row, self._name)
+        except Exception as error:
+            self.error, reason = error, f"{self._name} failed: {type(error).__name__}: {error}"
+        finally:  # also after an interrupt, which stops the run in its next step
+            try:
+                self._requests.answer(state.number, reason)
+            except PeerLostError:
+                self._requests = None
