@@ -11,6 +11,7 @@ import pytest
 from nbdist.core.reporter import Reporter
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
 PEERS = {"accelerate"}
 """Installed by ``make bench`` only."""
 
@@ -18,16 +19,16 @@ PEERS = {"accelerate"}
 def load(script, monkeypatch):
     """The module of a script, made anew; nothing stays of it, nor of those in its folder that it imports."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    before = {*sys.modules}
+    for name in SCRIPTS:  # the tests have a module called ranks too
+        monkeypatch.delitem(sys.modules, name, raising=False)
     try:
         return importlib.import_module(script)
     finally:
-        for name in {*sys.modules} - before:
-            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
-                del sys.modules[name]
+        for name in SCRIPTS:
+            sys.modules.pop(name, None)  # what was there before, monkeypatch puts back
 
 
-@pytest.mark.parametrize("script", sorted(path.stem for path in FOLDER.glob("*.py")))
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_imports(script, monkeypatch):
     """What it takes from the package is there."""
     try:

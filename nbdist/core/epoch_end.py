@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nbdist.core.comm.world import World
 from nbdist.core.evaluation.evaluation import Evaluation
 from nbdist.core.params.made_buffers import persistence
 from nbdist.core.params.replicas import check_replicas
+from nbdist.core.params.weight_copies import WeightCopies
 from nbdist.core.reporter import Reporter
 from nbdist.core.state.extra_states import ExtraStates
 from nbdist.core.state.train_progress import TrainProgress
@@ -32,16 +33,18 @@ class EpochEnd:
         world: All ranks.
         evaluation: On the validation data, if there are any.
         extra: The modules' extra states.
+        copies: Of the weights.
         hook: Of the user's function, on rank 0.
         emit: Called with events.
     """
 
     def __init__(
         self, strategy: Strategy, plan: Plan, world: World, evaluation: Evaluation | None, extra: ExtraStates,
-        hook: EpochHook | None, emit: Callable[[Event], None],
+        copies: WeightCopies, hook: EpochHook | None, emit: Callable[[Event], None],
     ) -> None:  # fmt: skip
         self._strategy, self._plan, self._world = strategy, plan, world
-        self._evaluation, self._extra, self._hook, self._emit = evaluation, extra, hook, emit
+        self._evaluation, self._extra, self._copies = evaluation, extra, copies
+        self._hook, self._emit = hook, emit
 
     def row(self, progress: TrainProgress, reporter: Reporter, *, stopped: bool) -> dict[str, Any]:
         """Close the row of the history; a stopped run is not evaluated. **Collective** over the world."""
@@ -62,6 +65,15 @@ class EpochEnd:
         self._emit(EpochFinished(rank=self._world.rank, row=row))
         return row
 
+    def keep(self, row: Mapping[str, Any]) -> None:
+        """Keep the weights of the best epoch, as they are evaluated: some optimizers train others. Local."""
+        if self._plan.keep_best:
+            self._strategy.set_modes(training=False)
+            try:
+                self._copies.end_row(row)
+            finally:
+                self._strategy.set_modes(training=True)
+
     def ends(self, progress: TrainProgress) -> bool:
         """Whether the history says that the run ends now, before its last epoch. Local."""
         reason = EarlyStop.parse(self._plan.early_stop).reason(progress.history) if self._plan.early_stop else ""
@@ -76,13 +88,14 @@ class EpochEnd:
         """
         if not self._plan.each_epoch:
             return False
-        strategy, channel, name = self._strategy, self._strategy.axes.world, self._plan.each_epoch
+        strategy, channel = self._strategy, self._strategy.axes.world
         self._emit(Evaluating(rank=self._world.rank))
         strategy.set_modes(training=False)  # some optimizers evaluate other weights than they train
         try:
             whole = strategy.table.whole(strategy.axes, keep=self._world.rank == 0)
             extra = self._extra.whole()
-            problem, number = "", len(progress.history)
+            failure: TaskError | None = None
+            number = len(progress.history)
             if self._hook is not None and self._hook.answer(number) is None:
                 persistent = persistence(strategy.task.model)
                 state = EpochState(
@@ -91,15 +104,14 @@ class EpochEnd:
                 try:
                     self._hook.begin(state)
                 except TaskError as error:
-                    problem = str(error)
-                except Exception as error:
-                    problem = f"each_epoch={name} fails after epoch {number}: {type(error).__name__}: {error}"
+                    failure = error
             reason = None
             while reason is None:  # a collective a moment, so that every rank notices if another one dies
-                answer = self._hook.answer(number) if self._hook is not None and not problem else None
-                reason, problem = json.loads(channel.broadcast_bytes(json.dumps([answer, problem]).encode()))
+                answer = self._hook.answer(number) if self._hook is not None and failure is None else None
+                message = json.dumps([answer, "" if failure is None else str(failure)]).encode()
+                reason, problem = json.loads(channel.broadcast_bytes(message))
                 if problem:
-                    raise TaskError(problem)
+                    raise failure or TaskError(problem)
         finally:
             strategy.set_modes(training=True)
         self._note(reason)

@@ -230,7 +230,7 @@ def fit(
         cleanup.callback(snapshotter.close)
         step_control = StepControl(commands, run_id, strategy, schedulers, snapshotter, emit)
 
-        epoch_end = EpochEnd(strategy, plan, world, evaluation, extra, epoch_hook, emit)
+        epoch_end = EpochEnd(strategy, plan, world, evaluation, extra, copies, epoch_hook, emit)
 
         def is_stopped() -> bool:  # a stop after the last step changes nothing: the run is finished
             return step_control.stopped and not _complete(plan, progress.step, steps_total)
@@ -330,7 +330,7 @@ def fit(
                 # The end of an epoch changes state too: an error inside it must not leave half of the change.
                 snapshotter.begin_update()
                 if not stopped:
-                    copies.end_row(row)
+                    epoch_end.keep(row)
                     schedulers.end_row(row.get("val_loss", row["loss"]))
                 if plan.epochs is not None and not stopped:
                     schedulers.end_epoch()

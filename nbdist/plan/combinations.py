@@ -32,6 +32,10 @@ def check_combinations(plan: Plan) -> None:
         raise PlanError(
             f"after_step={plan.after_step} sees the whole model, and mesh {plan.mesh} cuts it: use --strategy data."
         )
+    if plan.each_epoch and not plan.gather:
+        raise PlanError(
+            f"each_epoch={plan.each_epoch} gets the whole model, and gather is off: leave one of the two out."
+        )
     if plan.checkpoint_every:
         if not plan.checkpoint:
             raise PlanError(

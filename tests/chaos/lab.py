@@ -261,6 +261,8 @@ class Lab:
         except NbdistError as error:
             reached = [(rank.step, rank.state) for rank in last.progress.ranks.values()]
             problems.append(f"cannot go on after step {step}: {error}, {last.state}, {reached}, {last.error}")
+        if "keep_best" in options:  # then it holds those of the best epoch
+            return problems
         # Of weights only: buffers are averaged at the end of an epoch, which a run of so many steps does not have.
         if (whole != before) if step == 0 else (weights != self._weights_after(workload, step)):
             problems.append(f"not the weights of step {step}")
@@ -269,7 +271,8 @@ class Lab:
     def _weights_after(self, workload: str, step: int) -> str:
         if (workload, step) not in self._weights:
             traps, model, data, options = self.make(workload, steps=step)
-            del options["epochs"]
+            for name in ("epochs", "keep_best", "each_epoch"):
+                options.pop(name, None)
             self.cluster.train(model, data, **options)
             self._weights[workload, step] = digest(dict(model.named_parameters()))
             self.tidy(traps, options)

@@ -139,9 +139,9 @@ def make(name: str, traps: Traps) -> tuple[nn.Module, Any, dict[str, Any]]:
     data: Any = rows(SAMPLES)
     if name in MESHES:
         model = model.layers  # no trap in what is cut into stages
-        options |= {"strategy": name, "ema": 0.9, "keep_best": "val_loss"}
+        options |= {"strategy": name, "ema": 0.9} | ({"keep_best": "val_loss"} if "dp=2" in name else {})
     elif name == "shared weights":
-        options |= {"ema": 0.9, "keep_best": "val_accuracy", "each_epoch": shown}
+        options |= {"ema": 0.9, "each_epoch": shown}
     elif name == "replicas":
         data = rows(SAMPLES - 11)  # a last batch that is not like the others
         del options["loss"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from problems import SGD, alone, assert_same_bits, classes, mlp, train, weights
@@ -66,6 +67,15 @@ def test_it_ends_the_run(run_ranks, mesh, ranks):
     assert [0] * (ranks - 1) == [len(seen.rows) for _, _, seen, _ in results[1:]]
 
 
+@pytest.mark.parametrize(
+    ("returned", "epochs"), [(np.True_, 1), (torch.tensor(True), 1), (None, 3), (1, 3), (np.False_, 3), ("yes", 3)]
+)
+def test_only_true_ends_it(returned, epochs):
+    """NumPy's and torch's too; a number or a figure does not."""
+    result, _ = alone(mlp(), classes(16), each_epoch=lambda model, row: returned, **OPTIONS)
+    assert epochs == len(result.history)
+
+
 def breaking(model, row):
     """Fails in the second epoch."""
     if row["epoch"] == 2:
@@ -95,6 +105,14 @@ def test_what_goes_wrong_in_it_is_an_error_of_the_run(run_ranks, ranks, function
     """Of every rank; a change that would be lost is one too."""
     with pytest.raises(TaskError, match=sentence):
         run_ranks(ranks, run, f"dp={ranks}", mlp, function, {})
+
+
+def test_it_needs_the_whole_model():
+    """Which is not gathered for it alone."""
+    with pytest.raises(
+        PlanError, match="each_epoch=show gets the whole model, and gather is off: leave one of the two"
+    ):
+        Plan.create(ranks=1, cores=1, gather=False, each_epoch="show")
 
 
 def test_it_sees_epochs():

@@ -21,7 +21,7 @@ from nbdist.core.process import rng
 from nbdist.core.sync.agreement import first_of_all
 from nbdist.core.sync.step_log import StepLog
 from nbdist.core.task.metrics import metric_name
-from nbdist.core.task.recorded_updates import numbers_of, recorded, used_objects
+from nbdist.core.task.recorded_updates import add_numbers, numbers_of, recorded, used_objects
 from nbdist.core.task.task import Task
 from nbdist.errors import NbdistError, TaskError
 from nbdist.plan import Plan
@@ -70,12 +70,12 @@ def _found(task: Task, plan: Plan, device: torch.device) -> str:
         try:
             rng.seed_all(rng.derive(plan.seed, "check"))
             batches = read_rows(task.val, rows)
-            before = _generators(device)
+            before = rng.generators(device)
             whole, *parts = (
                 _means(task, to_device(copy_batch(batch), device), len(part))
                 for batch, part in zip(batches, rows, strict=True)
             )
-            if _generators(device) != before:  # random numbers differ from call to call
+            if any(rng.drawn_since(before, device)):  # random numbers differ from call to call
                 return ""
         except NbdistError as error:
             return str(error)
@@ -97,17 +97,10 @@ def _means(task: Task, batch: Any, samples: int) -> Mapping[str, tuple[float, fl
     objects, name, log = used_objects(task.evaluate), metric_name(task.evaluate, "evaluate"), StepLog()
     with recorded(objects, name) as calls:
         numbers, _ = numbers_of(task.evaluate(task.model, batch), objects, calls, name)
-    for key, (value, weight) in numbers.items():
-        log.add({key: value}, 0, samples if weight is None else weight, of=name, reserved=())
-    weights = {key: float(samples if weight is None else weight) for key, (_, weight) in numbers.items()}
-    return {key: (mean, weights[key]) for key, mean in log.means().items()}
+    weights = add_numbers(log, numbers, 0, samples, name)
+    return {key: (mean, float(weights[key])) for key, mean in log.means().items()}
 
 
 def _mean(pairs: list[tuple[float, float]]) -> float:
     total = sum(weight for _, weight in pairs)
     return sum(value * weight for value, weight in pairs) / total if total else math.nan
-
-
-def _generators(device: torch.device) -> list[object]:
-    states = [None if state is None else state.tolist() for state in rng.get_state(device)]
-    return [*states, *rng.state_dict()]

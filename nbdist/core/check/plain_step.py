@@ -169,7 +169,7 @@ class PlainStep:
         seed = rng.derive_slice(self._plan.seed, ("slice", 0), part.index)
         rng.seed_all(seed)
         rng.seed_torch(seed, self._device)
-        before = self._generators()
+        before = rng.generators(self._device)
         with self.gather.in_use(), self._precision.autocast():  # with gradients, which the step may take itself
             loss, weight = self._task.loss_and_weight(to_device(copy_batch(part.batch), self._device), part)
         if self._graph_eps is None:
@@ -179,7 +179,7 @@ class PlainStep:
             if share:
                 run_plain_backward(loss * share, unwanted=False)
         self._loss_dtype = loss.dtype
-        of_torch, elsewhere = self._drawn_since(before)
+        of_torch, elsewhere = rng.drawn_since(before, self._device)
         self.draws |= of_torch
         self.draws_elsewhere |= elsewhere
         return float(loss.detach()), float(weight)
@@ -202,23 +202,15 @@ class PlainStep:
         """Run the optimizers; returns the updated parameters, or nothing if it cannot be done twice."""
         for name, gradient in gradients.items():
             self._table.parameters[name].grad = None if gradient is None else gradient.clone()
-        before = self._generators()
+        before = rng.generators(self._device)
         self._changed = True
         try:
             step_optimizers(self._task.optimizers.values())
         except Exception:  # the run's first update will raise it again
             return {}
-        if any(self._drawn_since(before)):
+        if any(rng.drawn_since(before, self._device)):
             return {}
         return {name: p.detach().clone() for name, p in self._table.trainable.items()}
-
-    def _generators(self) -> tuple[list[torch.Tensor | None], list[Any]]:
-        return rng.get_state(self._device), rng.state_dict()
-
-    def _drawn_since(self, before: tuple[list[torch.Tensor | None], list[Any]]) -> tuple[bool, bool]:
-        """Whether random numbers were drawn since `_generators`: from torch's, and from Python's or NumPy's."""
-        (of_torch, elsewhere), (now, others) = before, self._generators()
-        return not all(map(torch.equal, of_torch, now)), others != elsewhere  # type: ignore[arg-type]
 
     @property
     def scale(self) -> float:

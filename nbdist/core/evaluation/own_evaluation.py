@@ -15,7 +15,7 @@ from nbdist.core.evaluation.sample_gather import SampleGather
 from nbdist.core.evaluation.updated_metric import UpdatedMetric
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.task.metrics import metric_name
-from nbdist.core.task.recorded_updates import numbers_of, recorded, used_objects
+from nbdist.core.task.recorded_updates import add_numbers, numbers_of, recorded, used_objects
 from nbdist.core.task.task import Task
 from nbdist.errors import TaskError
 
@@ -65,9 +65,7 @@ class OwnEvaluation:
         self._named |= named
         if self._gather is not None and self._gather.reports:
             self._gather.put(part, calls)
-        for key, (value, weight) in numbers.items():
-            weight = part.samples if weight is None or not part.samples else weight
-            self._task.log.add({key: value}, part.index, weight, of=self._name, reserved=())
+        add_numbers(self._task.log, numbers, part.index, part.samples, self._name)
 
     def end_batch(self) -> None:
         """Take the batch's calls to the gathering rank. Waits for slower ranks."""

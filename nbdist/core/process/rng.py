@@ -15,8 +15,8 @@ import torch
 from nbdist.errors import PlanError
 
 __all__ = [
-    "derive", "derive_slice", "fork_rng", "get_state", "load_state_dict", "seed_all", "seed_torch", "set_state",
-    "state_dict",
+    "derive", "derive_slice", "drawn_since", "fork_rng", "generators", "get_state", "load_state_dict", "seed_all",
+    "seed_torch", "set_state", "state_dict",
 ]  # fmt: skip
 
 _BLOCK, _SLICES = 32, 1024
@@ -98,6 +98,21 @@ def load_state_dict(state_dict: list[Any]) -> None:
         random.setstate((version, tuple(np.frombuffer(bytes.fromhex(words), np.uint32).tolist()), gauss))
     except (TypeError, ValueError, LookupError, OverflowError) as error:
         raise PlanError(f"the saved random number generator state is not in nbdist's format ({error}).") from None
+
+
+Generators = tuple[list[Any], list[Any]]
+"""The states of torch's generators, and of Python's and NumPy's."""
+
+
+def generators(device: torch.device) -> Generators:
+    """The states of all generators that a step may draw from, for `drawn_since`. Local."""
+    return get_state(device), state_dict()
+
+
+def drawn_since(before: Generators, device: torch.device) -> tuple[bool, bool]:
+    """Whether random numbers were drawn since `generators`: from torch's, and from Python's or NumPy's. Local."""
+    (of_torch, elsewhere), (now, others) = before, generators(device)
+    return not all(map(torch.equal, of_torch, now)), others != elsewhere
 
 
 @contextlib.contextmanager

@@ -65,6 +65,7 @@ def cost_of(
         (state_numbers(optimizer), [names[id(p)] for group in optimizer.param_groups for p in group["params"]])
         for optimizer in optimizers
     ]
+    copies = (plan.ema is not None) + bool(plan.keep_best)
     slices = -(-plan.slices // plan.mesh.data)
 
     def share(name: str, coordinate: int, but: str = "") -> float:
@@ -80,7 +81,8 @@ def cost_of(
     coordinates = range(max((len(axis.shares) for axis in axes.values()), default=1))
     for coordinate in coordinates:
         state = sum(numbers * nbytes(own, coordinate, trainable=True) for numbers, own in with_state)
-        memory.append(nbytes(every, coordinate) + nbytes(every, coordinate, trainable=True) + round(state))
+        copied = nbytes(every, coordinate, trainable=True)  # gradients, and copies of the weights
+        memory.append(nbytes(every, coordinate) + copied * (1 + copies) + round(state))
         blocks = [names for axis in axes.values() for names in axis.together]
         gathered += [
             nbytes(names, coordinate, "shard") + nbytes(names, coordinate, "shard", trainable=True) for names in blocks

@@ -31,5 +31,7 @@ class AfterStep:
         if self._function is None:
             return
         with torch.no_grad(), rng.fork_rng(self._device):
-            rng.seed_all(rng.derive(self._seed, "after", step))
+            seed = rng.derive(self._seed, "after", step)
+            rng.seed_all(seed)
+            rng.seed_torch(seed, self._device)
             self._function(self._given)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -87,10 +88,20 @@ class RankHook(EpochHook):
         self._answers: dict[int, str] = {}
 
     def begin(self, state: EpochState) -> None:
-        """See `EpochHook`."""
+        """See `EpochHook`.
+
+        Raises:
+            TaskError: The function fails, or changes a parameter.
+        """
         state.load_into(self._model)
-        with rng.fork_rng(self._device):
-            self._answers[state.number] = call_with(self._model, self._function, state.row, self._name)
+        try:
+            with rng.fork_rng(self._device):
+                self._answers[state.number] = call_with(self._model, self._function, state.row, self._name)
+        except TaskError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise TaskError(f"each_epoch={self._name} fails after epoch {state.number}: {what}") from error
 
     def answer(self, number: int) -> str | None:
         """See `EpochHook`."""
@@ -109,7 +120,11 @@ def call_with(model: nn.Module, function: Callable[[Any, Any], Any], row: dict[s
     """
     given = model.given if isinstance(model, Modules) else model
     with torch.no_grad(), in_mode(model, training=False), _unchanged(model, name):
-        return f"{name} returned True" if function(given, dict(row)) is True else ""
+        returned = function(given, dict(row))
+        true = isinstance(returned, (bool, np.bool_)) or (
+            isinstance(returned, torch.Tensor) and returned.dtype is torch.bool
+        )
+        return f"{name} returned True" if true and returned else ""
 
 
 @contextlib.contextmanager

@@ -14,11 +14,12 @@ from torch import nn
 
 from nbdist.core.data.sample_rows import kept
 from nbdist.core.params.program_state import is_of_library
+from nbdist.core.sync.step_log import StepLog
 from nbdist.core.task.metrics import accumulates, is_count
 from nbdist.core.task.own_loop import outside_values
 from nbdist.errors import TaskError
 
-__all__ = ["Call", "numbers_of", "recorded", "used_objects"]
+__all__ = ["Call", "add_numbers", "numbers_of", "recorded", "used_objects"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one `update`."""
@@ -166,6 +167,25 @@ def numbers_of(
     if left:
         raise TaskError(_UPDATES.format(evaluate=evaluate, name=left[0]))
     return numbers, named
+
+
+def add_numbers(
+    log: StepLog, numbers: Mapping[Any, tuple[Any, Any]], index: int, samples: int, evaluate: str
+) -> dict[Any, Any]:
+    """Add the numbers of one slice to a log; returns their weights. Local.
+
+    Args:
+        log: The log.
+        numbers: See `numbers_of`.
+        index: Of the slice.
+        samples: In it: the weight of numbers without one, and of an empty slice's.
+        evaluate: The name of the function.
+    """
+    weights = {}
+    for key, (value, weight) in numbers.items():
+        weights[key] = samples if weight is None or not samples else weight
+        log.add({key: value}, index, weights[key], of=evaluate, reserved=())
+    return weights
 
 
 def _is_number(value: Any) -> bool:

@@ -175,6 +175,12 @@ class Task:
             )
         check_agree("batch_size", batch_size, source.batch_size, names[1])
         check_agree("shuffle", shuffle, source.shuffle, names[1])
+        in_file = built or lies_in_file(model)
+        if each_epoch is not None and in_file:
+            raise TaskError(
+                f"each_epoch={each_epoch_name} gets the whole model in memory, and {names[0]} lies in a file, as one "
+                "that is too large for it: leave each_epoch out."
+            )
         made = make_optimizer(optimizer, model, lr)
         if lr_scheduler is not None:
             check_scheduler(lr_scheduler, made)
@@ -191,7 +197,7 @@ class Task:
             each_epoch=each_epoch,
             own_optimizers=isinstance(optimizer, torch.optim.Optimizer),
             sums=reduction == "sum",
-            in_file=built or lies_in_file(model),
+            in_file=in_file,
             options={
                 "loss": "the model's own" if own_loss else "step" if loss is None else loss_name(loss),
                 "lr_scheduler": "" if lr_scheduler is None else _name(lr_scheduler),

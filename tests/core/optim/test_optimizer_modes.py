@@ -53,6 +53,32 @@ def model():
     return seeded(lambda: nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 4)), torch.float64)
 
 
+class Scored:
+    """A step that logs a score, of which the first epoch's is best."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, net, batch):
+        x, y = batch
+        self.calls += 1
+        return F.cross_entropy(net(x), y), {"score": -float((self.calls - 1) // STEPS)}
+
+
+def kept(world, epochs, options):
+    data = classes(STEPS * BATCH * world.size)
+    given = {"optimizer": Averaging, "batch_size": BATCH * world.size, "check": "no", "epochs": epochs, **options}
+    return train(world, model(), data, step=Scored(), **given)[1]
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "shard=2"])
+def test_the_best_epoch_is_kept_as_it_was_evaluated(run_ranks, mesh):
+    """Not as it was trained."""
+    best = run_ranks(2, kept, 1, {"strategy": mesh})[0]
+    found = run_ranks(2, kept, 3, {"strategy": mesh, "keep_best": "score"})[0]
+    torch.testing.assert_close(found, best, rtol=1e-12, atol=1e-14)
+
+
 def by_hand():
     net, (x, y) = model(), classes(STEPS * BATCH)
     optimizer = Averaging(net.parameters())
