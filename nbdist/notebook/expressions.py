@@ -86,6 +86,8 @@ def _callable(shell: InteractiveShell, text: str, known: Collection[str]) -> Any
         value = evaluate(shell, text)
         # In quotes, as an expression with blanks has to be; a string without any is a name.
         return value if not isinstance(value, str) or value.isidentifier() else evaluate(shell, value)
+    if not known and text not in shell.user_ns:
+        return evaluate(shell, text)
     value = shell.user_ns.get(text)
     if callable(value) or hasattr(value, "param_groups") or hasattr(value, "compute"):
         return value

@@ -59,5 +59,7 @@ def test_a_known_word_is_no_expression(notebook, read):
 def test_a_name_that_is_not_there(notebook):
     """With the nearest one."""
     notebook.shell.user_ns.update(rate=1)
-    with pytest.raises(TaskError, match=r"'rat' is not defined in the notebook. Did you mean 'rate'"):
-        read_word(notebook.shell, "rat", "value")
+    for read in ("value", "callable"):  # of an option that knows no words itself
+        with pytest.raises(TaskError, match=r"'rat' is not defined in the notebook. Did you mean 'rate'"):
+            read_word(notebook.shell, "rat", read)
+    assert "rat" == read_word(notebook.shell, "rat", "callable", ["mse"])

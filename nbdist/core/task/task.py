@@ -234,6 +234,11 @@ class Task:
         given = {name: value for name, value in options.items() if value is not None}
         of_task = {name: given.pop(name) for name in tuple(given) if TRAIN_OPTIONS[name].of_task}
         task = cls.create(model, data, names=names, **of_task)
+        for name in ("early_stop", "keep_best"):
+            if task.val is None and str(given.get(name, "")).strip().startswith("val_"):
+                raise PlanError(
+                    f"{name}={given[name]} is measured on validation data, and there is none: give val=... too."
+                )
         return task, given | task.options
 
     def begin(self) -> None:

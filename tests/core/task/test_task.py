@@ -116,6 +116,16 @@ def test_what_cannot_be_used_is_refused(case):
     assert [f"{error.__name__}: {caught.value}"] == caught.value._render_traceback_()
 
 
+@pytest.mark.parametrize("option", [{"early_stop": "val_loss:3"}, {"keep_best": "val_loss"}])
+def test_what_looks_at_validation_needs_data_for_it(option):
+    """Else the run would fail after its first epoch."""
+    ((name, value),) = option.items()
+    given = {"loss": "mse", **option}
+    with pytest.raises(PlanError, match=f"{name}={value} is measured on validation data, and there is none: give val="):
+        Task.of_options(mlp(), DATA, given)
+    Task.of_options(mlp(), DATA, {**given, "val": DATA})
+
+
 def test_creating_a_task_changes_nothing():
     """Neither the model nor the caller's random states change."""
     model, state = mlp(), torch.get_rng_state()
