@@ -36,11 +36,11 @@ def tags(cell: nbformat.NotebookNode) -> list[str]:
 # --------------------------------------------------------------------------------------------- as they are committed
 
 
-def test_there_are_eight():
+def test_there_are_nine():
     """The order of their names is the order to read them in."""
     assert [path.stem for path in NOTEBOOKS] == [
         "00_quickstart", "01_engines_and_ranks", "02_data_parallel", "03_pipeline", "04_tensor_and_shard", "05_hybrid",
-        "06_failures", "07_panel",
+        "06_failures", "07_panel", "08_your_own_step",
     ]  # fmt: skip
 
 
