@@ -9,10 +9,10 @@ import os
 import random
 import threading
 
-import psutil
 import pytest
 import torch
 from gate import NotedLock
+from open_files import memory_files
 from other_user import in_fork
 
 from nbdist.core.state.snapshot import BUFFERS_PER_RANK, RankSnapshots, SnapshotBuffer, SnapshotStore, newest, read
@@ -233,14 +233,13 @@ def test_hundreds_leave_nothing_behind(snapshot_store):
                 write(rank_snapshots, step, numel=100_000)
             held(snapshot_store)
 
-    process = psutil.Process()
     some()
     gc.collect()
-    files, mapped = process.num_fds(), maps()
+    files, mapped = memory_files(), maps()
     for _ in range(10):
         some()
     gc.collect()
-    assert files == process.num_fds()
+    assert files == memory_files()
     assert mapped == maps()
 
 
