@@ -11,7 +11,7 @@ from nbdist.core.data.one_process import AsOneProcess
 from nbdist.core.data.ready_batch import BatchForm
 from nbdist.core.data.sampler_runs import set_epoch
 from nbdist.core.data.sources import Source
-from nbdist.core.data.workers import loading_of, with_its_rank
+from nbdist.core.data.workers import loading_of, started, with_its_rank
 from nbdist.core.process import rng
 from nbdist.plan import slice_bounds
 
@@ -45,7 +45,7 @@ class CutBatches:
         rng.seed_all(rng.derive(self._seed, "stream", epoch))
         set_epoch(source.given, epoch)
         with AsOneProcess(), with_its_rank(source.ready):
-            elements = iter(source.ready if source.ready is not None else self._stream_loader())
+            elements = started(source.ready if source.ready is not None else self._stream_loader())
         form, step = None, 0
         while True:
             rng.seed_all(rng.derive(self._seed, "data", epoch, step))

@@ -19,7 +19,7 @@ from nbdist.core.data.cut_batches import CutBatches
 from nbdist.core.data.feed import Feed
 from nbdist.core.data.sampler_runs import SamplerRuns
 from nbdist.core.data.sources import Source, map_tensors, tensors_in
-from nbdist.core.data.workers import SeededSlices, loading_of
+from nbdist.core.data.workers import SeededSlices, loading_of, started
 from nbdist.core.process import rng
 from nbdist.plan import slice_bounds
 
@@ -213,7 +213,7 @@ class Reader:
                 persistent_workers=bool(self._source.loading.get("num_workers")), **loading_of(self._source.loading),
             )  # fmt: skip
         begin = skip * self._batch_size
-        for batch, loaded in zip(batches, self._loader, strict=True):
+        for batch, loaded in zip(batches, started(self._loader), strict=True):
             parts = self._parts(len(batch), self._share)
             yield [
                 self._slice(index, samples, len(batch), begin + start, one)

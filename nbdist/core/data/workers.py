@@ -6,17 +6,18 @@ import contextlib
 import multiprocessing
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import context
 from typing import Any
 
 from torch.utils import data as torch_data
 
+from nbdist import interrupts
 from nbdist.core.process import rng
 from nbdist.errors import TaskError
 from nbdist.upstream.multiprocessing_private import send_anything
 
-__all__ = ["EndsWithRank", "SeededSlices", "loading_of", "with_its_rank", "worker_errors"]
+__all__ = ["EndsWithRank", "SeededSlices", "loading_of", "started", "with_its_rank", "worker_errors"]
 
 _DIED = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w[\w ]*)|exited unexpectedly)"
@@ -85,6 +86,15 @@ def loading_of(loading: dict[str, Any]) -> dict[str, Any]:
     if not loading.get("num_workers"):
         return loading
     return {**loading, "worker_init_fn": EndsWithRank(loading.get("worker_init_fn"))}
+
+
+def started(loader: Iterable[Any]) -> Iterator[Any]:
+    """The iterator of a loader, with its workers started. Local.
+
+    An interrupt meanwhile comes afterwards: right after a fork it would leave a worker that no iterator ends.
+    """
+    with interrupts.delayed():
+        return iter(loader)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 
 import pytest
 import torch
-from problems import train
+from problems import alone, mlp, train
+from shared_cluster import until
 from torch.utils import data as torch_data
 
 from nbdist.core.data.workers import worker_errors
@@ -81,6 +83,21 @@ def test_a_killed_loading_process_is_one_sentence(run_ranks, form):
     """As when memory runs out."""
     with pytest.raises(TaskError, match=r"a loading process \(pid \d+\) was (killed|ended).*use fewer num_work"):
         run_ranks(2, fails, form, Dying(), 1)
+
+
+@pytest.mark.parametrize("form", ["a data set", "a stream"])
+def test_an_interrupt_while_a_worker_starts_leaves_none(monkeypatch, form):
+    """It comes once the worker is known to what ends it."""
+    start = multiprocessing.process.BaseProcess.start
+
+    def interrupted(process):
+        start(process)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        alone(mlp(), FORMS[form](Failing(), 1), loss="cross_entropy", check="no")
+    until(lambda: not multiprocessing.active_children())
 
 
 def test_the_sample_that_cannot_be_read_is_named():
