@@ -21,7 +21,7 @@ class EngineClient(abc.ABC):
         """Connect, before anything else.
 
         Raises:
-            TimeoutError: The other side does not answer.
+            ClusterError: The other side does not answer.
         """
 
     @property

@@ -52,8 +52,9 @@ def start_engines(
     stores: list[Any] = []
     loading = threading.Thread(target=_load_and_host, args=(stores, patience_s is None, cold), daemon=True)
     loading.start()  # the kernel needs torch too: loaded while the engines start
-    started: Launch | Engines = (launch := Launch(size, patience_s))
+    started: Launch | Engines | None = None
     try:
+        started = launch = Launch(size, patience_s)
         launch.wait_for(size, timeout_s, report)
         loading.join()
         engines = started = _engines(
@@ -62,7 +63,8 @@ def start_engines(
         report("forming the world")
         engines.initialize()
     except BaseException:
-        started.end()
+        if started is not None:
+            started.end()
         loading.join()
         stores.clear()  # else the traceback would hold the store, and its process
         raise

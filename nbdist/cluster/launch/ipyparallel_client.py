@@ -19,6 +19,7 @@ from nbdist.errors import ClusterError
 __all__ = ["IpyparallelClient"]
 
 _POLL_S = 0.005
+_TRIES = 3
 
 
 class IpyparallelClient(EngineClient):
@@ -33,8 +34,19 @@ class IpyparallelClient(EngineClient):
         self._client: ipyparallel.Client | None = None
 
     def connect(self) -> None:
-        """See `EngineClient`."""
-        self._client = self._new_client()
+        """See `EngineClient`. A request that the controller has not answered, within ipyparallel's 10 s, is repeated.
+
+        Raises:
+            ClusterError: It has answered none.
+        """
+        for _ in range(_TRIES):
+            with contextlib.suppress(TimeoutError):
+                self._client = self._new_client()
+                return
+        raise ClusterError(
+            f"the controller's process has not answered {_TRIES} requests, each within 10 s: start the engines again; "
+            "if that fails too, the machine has no memory or processor left for it."
+        )
 
     @property
     def ids(self) -> list[int]:

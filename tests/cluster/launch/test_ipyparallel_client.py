@@ -114,6 +114,26 @@ def test_a_client_that_is_not_connected_knows_no_engine(launch):
     client.send_signal(0, 2)
 
 
+def test_a_request_without_an_answer_is_repeated(launch):
+    """The controller may have been too busy; after three it is an error with the cure."""
+    unanswered = iter([TimeoutError, TimeoutError])
+
+    def connect():
+        for error in unanswered:
+            raise error
+        return launch._cluster.connect_client_sync()
+
+    client = IpyparallelClient(connect)
+    client.connect()
+    assert launch.client.ids == client.ids
+    client.close()
+    unanswered = iter([TimeoutError] * 3)
+    with pytest.raises(
+        ClusterError, match="the controller's process has not answered 3 requests, each within 10 s: sta"
+    ):
+        client.connect()
+
+
 def test_an_id_that_no_engine_has_is_a_dead_one(launch, engine):
     """A call raises, a signal goes nowhere; waiting for the living one ends with its timeout."""
     with pytest.raises(EngineDied):
