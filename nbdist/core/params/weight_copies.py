@@ -51,6 +51,9 @@ class WeightCopies:
     def _parts(self) -> dict[str, torch.Tensor]:
         return {name: detached(self._table.parameters[name]) for name in self._updated}
 
+    def _parts_and_buffers(self) -> dict[str, torch.Tensor]:
+        return self._parts() | {name: detached(self._table.buffers[name]) for name in self._buffers}
+
     @torch.no_grad()
     def end_update(self) -> None:
         """Move the average towards the weights, after an update of these."""
@@ -73,7 +76,7 @@ class WeightCopies:
         if self.best_row and not self._monitor.improves(value, self._best_value):
             return
         self.best_row, self._best_value = int(row["epoch"]), value
-        now = self._parts() | {name: detached(self._table.buffers[name]) for name in self._buffers}
+        now = self._parts_and_buffers()
         best = self.tensors.setdefault(BEST, {name: torch.empty_like(values) for name, values in now.items()})
         for name, values in now.items():
             if best[name].shape != values.shape:
@@ -135,10 +138,9 @@ class WeightCopies:
                 self.tensors[EMA][name].copy_(values)
         if self._monitor is not None and state.get("best_row") and state["monitor"] == str(self._monitor):
             self.best_row, self._best_value = state["best_row"], state["best_value"]
-            now = self._parts() | {name: detached(self._table.buffers[name]) for name in self._buffers}
             self.tensors[BEST] = {
                 name: torch.empty_like(values).copy_(tensors.get(BEST, {}).get(name, values))
-                for name, values in now.items()
+                for name, values in self._parts_and_buffers().items()
             }
 
 
