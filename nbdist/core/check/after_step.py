@@ -8,10 +8,9 @@ from nbdist.core.check.muted import muted
 from nbdist.core.comm.world import World
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.program_state import ProgramState
-from nbdist.core.sync.agreement import first_of_all
+from nbdist.core.sync.agreement import raise_on_all
 from nbdist.core.task.after_step import AfterStep
 from nbdist.core.task.task import Task
-from nbdist.errors import TaskError
 from nbdist.plan import Plan
 
 __all__ = ["check_after_step"]
@@ -30,9 +29,7 @@ def check_after_step(task: Task, plan: Plan, world: World) -> None:
     """
     if task.after_step is None or plan.check == "no":
         return
-    found = _found(task, plan, world.device).encode() if world.rank == 0 else b""
-    if sentence := first_of_all(found, world.channel()).decode():
-        raise TaskError(sentence)
+    raise_on_all(_found(task, plan, world.device) if world.rank == 0 else "", world.channel())
 
 
 def _found(task: Task, plan: Plan, device: torch.device) -> str:

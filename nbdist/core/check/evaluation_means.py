@@ -18,12 +18,12 @@ from nbdist.core.data.reader import copy_batch, to_device
 from nbdist.core.params.program_state import ProgramState
 from nbdist.core.params.training_mode import in_mode
 from nbdist.core.process import rng
-from nbdist.core.sync.agreement import first_of_all
+from nbdist.core.sync.agreement import raise_on_all
 from nbdist.core.sync.step_log import StepLog
 from nbdist.core.task.metrics import metric_name
 from nbdist.core.task.recorded_updates import add_numbers, numbers_of, recorded, used_objects
 from nbdist.core.task.task import Task
-from nbdist.errors import NbdistError, TaskError
+from nbdist.errors import NbdistError
 from nbdist.plan import Plan
 
 __all__ = ["check_evaluation_means"]
@@ -47,12 +47,11 @@ def check_evaluation_means(task: Task, plan: Plan, world: World) -> None:
     """
     if task.evaluate is None or plan.check == "no":
         return
-    found = b""
+    found = ""
     if world.rank == 0:
         with contextlib.suppress(CannotBeChecked):
-            found = _found(task, plan, world.device).encode()
-    if sentence := first_of_all(found, world.channel()).decode():
-        raise TaskError(sentence)
+            found = _found(task, plan, world.device)
+    raise_on_all(found, world.channel())
 
 
 def _found(task: Task, plan: Plan, device: torch.device) -> str:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 from nbdist.core.comm import Channel
+from nbdist.errors import TaskError
 
-__all__ = ["NO_FLAGS", "ControlFlags", "agree", "first_of_all"]
+__all__ = ["NO_FLAGS", "ControlFlags", "agree", "first_of_all", "raise_on_all"]
 
 
 class ControlFlags(NamedTuple):
@@ -59,3 +60,17 @@ def first_of_all(message: bytes, channel: Channel) -> bytes:
     channel.all_reduce_(given)
     ranks = given.nonzero().flatten().tolist()
     return channel.broadcast_bytes(message, ranks[0]) if ranks else b""
+
+
+def raise_on_all(sentence: str, channel: Channel) -> None:
+    """Raise on every rank what the first rank found that found anything. **Collective** over the channel.
+
+    Args:
+        sentence: What this rank found wrong with the task; empty if nothing.
+        channel: Of the ranks.
+
+    Raises:
+        TaskError: A rank found something.
+    """
+    if found := first_of_all(sentence.encode(), channel).decode():
+        raise TaskError(found)
