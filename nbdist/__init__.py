@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from nbdist.core.params.unshard import unshard
     from nbdist.core.state.checkpoint_writer import load_checkpoint
     from nbdist.core.sync.batch_gather import gather, rank, world_size
+    from nbdist.core.task.step_updates import update
     from nbdist.core.train import Result
     from nbdist.plan import Mesh, Plan
     from nbdist.telemetry import compare, past_runs
@@ -33,6 +34,7 @@ __all__ = [
     "rank",
     "train",
     "unshard",
+    "update",
     "world_size",
 ]
 
@@ -53,6 +55,7 @@ _MODULES = {
     "rank": "nbdist.core",
     "train": "nbdist.core",
     "unshard": "nbdist.core",
+    "update": "nbdist.core",
     "world_size": "nbdist.core",
 }
 

@@ -24,7 +24,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = [
     "Cluster", "Mesh", "Plan", "Result", "Run", "compare", "current_cluster", "gather", "last_run",
-    "load_checkpoint", "past_runs", "predict", "rank", "train", "unshard", "world_size",
+    "load_checkpoint", "past_runs", "predict", "rank", "train", "unshard", "update", "world_size",
 ]  # fmt: skip
 
 TRAIN_ARGUMENTS = [

@@ -144,7 +144,7 @@ def fit(
             host=host_name(), pid=os.getpid(), device=str(device),
             place={axis: plan.mesh.coordinate(world.rank, axis) for axis in AXES},
         )]  # fmt: skip
-        cleanup.enter_context(reporting_failure(emit, world.rank, beginning, task.step))
+        cleanup.enter_context(reporting_failure(emit, world.rank, beginning, task.own_step))
         cleanup.enter_context(worker_errors())
         if task.each_epoch is not None and epoch_hook is None and world.rank == 0:  # while the model is whole
             epoch_hook = RankHook(model, task.each_epoch, plan.each_epoch, device)
@@ -177,7 +177,7 @@ def fit(
             check_evaluation_means(task, plan, world)
             check_after_step(task, plan, world)
         with explained(plan.mesh, check is not None and check.runs_alone):
-            strategy = choice.apply(task, plan, world)
+            strategy = choice.apply(task, plan, world, hooks)
             cleanup.callback(strategy.close)
             cleanup.enter_context(strategy.batch_gather.in_use())
             load_onto = functools.partial(
@@ -260,6 +260,8 @@ def fit(
                 # Resumed after the last step: only evaluation and the history row are left to do.
                 trained = stopped or progress.step == plan.steps
                 for slices in () if trained else comm_timer.reading(reader.epoch(progress.epoch, skip=progress.batch)):
+                    if task.updates:  # within the step
+                        snapshotter.begin_update()
                     strategy.begin_step()
                     task.begin()
                     losses = strategy.forward_backward(progress.step, slices)
@@ -281,8 +283,8 @@ def fit(
                     snapshotter.begin_update()
                     # Update if any rank had data. A rank that had some knows it without reading totals from its GPU.
                     if losses.any_known or totals.weight:
-                        computing = functools.partial(strategy.compute_again, hooks, progress.step, slices)
-                        updated = strategy.update(hooks, computing)
+                        computing = functools.partial(strategy.compute_again, progress.step, slices)
+                        updated = strategy.update(computing)
                         if latest is None and plan.mesh.shard > 1 and plan.mesh.pp == 1:
                             keep_large_pages()  # the optimizer's state has its place
                         if updated:

@@ -11,11 +11,16 @@ from nbdist.errors import PlanError
 
 __all__ = ["compile_step"]
 
-_HOW = "the cell body is one training step: it sees `model` and `batch`, and assigns `loss`"
+_HOW = (
+    "the cell body is one training step: it sees `model` and `batch`, and assigns `loss`, or calls nbdist.update for "
+    "each of several"
+)
 
 
 def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any, Any], Any]:
     """Compile a cell body into ``step(model, batch)``, which returns ``(loss, weight)``, or ``(loss, weight, log)``.
+
+    A body that calls `nbdist.update` returns the log alone.
 
     It is an ordinary function over the notebook's namespace: names that the body assigns are local, names that it
     only reads are the notebook's globals. Tracebacks have the line numbers of the cell.
@@ -27,7 +32,7 @@ def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any
         number: The cell's ``In[...]``.
 
     Raises:
-        PlanError: The body is empty, is not Python, or does not assign `loss`.
+        PlanError: The body is empty, is not Python, or does not assign `loss`, and updates nothing itself.
     """
     source = shell.transform_cell(cell)
     try:
@@ -38,7 +43,8 @@ def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any
         raise _refusal(error, (error.lineno or 0) + 1) from None
     if not tree.body:
         raise PlanError(f"the cell is empty: {_HOW}.")
-    if not _assigns(names, "loss"):
+    updates = _updates(tree)
+    if not (updates or _assigns(names, "loss")):
         raise PlanError(f"the cell does not assign `loss`: {_HOW}.")
     for name, line_number in _read_before(tree, names, shell.user_ns):
         raise PlanError(
@@ -48,6 +54,7 @@ def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any
         )
     logs = _assigns(names, "log")
     frame = ast.parse(
+        "def step(model, batch):\n    log = None\n    return log\n" if updates else
         "def step(model, batch):\n    weight = log = None\n    return loss, weight, log\n" if logs else
         "def step(model, batch):\n    weight = None\n    return loss, weight\n"
     )  # fmt: skip
@@ -71,6 +78,12 @@ def _assigns(names: symtable.SymbolTable, name: str) -> bool:
         return False
     symbol = names.lookup(name)
     return symbol.is_assigned() and not (symbol.is_imported() or symbol.is_namespace())
+
+
+def _updates(tree: ast.Module) -> bool:
+    """Whether the cell calls ``nbdist.update``, or ``update`` as it may be imported: then it needs no loss."""
+    called = {ast.unparse(part.func) for part in ast.walk(tree) if isinstance(part, ast.Call)}
+    return bool(called & {"nbdist.update", "update"})
 
 
 def _read_before(tree: ast.Module, names: symtable.SymbolTable, known: Any) -> Iterator[tuple[str, int]]:

@@ -32,6 +32,8 @@ def check_combinations(plan: Plan) -> None:
         raise PlanError(
             f"after_step={plan.after_step} sees the whole model, and mesh {plan.mesh} cuts it: use --strategy data."
         )
+    if plan.updates:
+        _check_updates(plan)
     if plan.each_epoch and not plan.gather:
         raise PlanError(
             f"each_epoch={plan.each_epoch} gets the whole model, and gather is off: leave one of the two out."
@@ -69,6 +71,23 @@ def _check_reproducible(plan: Plan) -> None:
             f"reproducible cuts a batch into {plan.reproducible} slices, too few for {plan.mesh.size} ranks: "
             f"use --reproducible {plan.mesh.size} or fewer ranks."
         )
+
+
+def _check_updates(plan: Plan) -> None:
+    """Refuse what a step that updates in its midst cannot have: slices one after another, or a part of the model."""
+    why = "the step updates with nbdist.update"
+    if plan.mesh.size > plan.mesh.dp:
+        raise PlanError(f"{why}, and mesh {plan.mesh} cuts the model: use --strategy data.")
+    for name, without in (("accumulate", 1), ("reproducible", 0)):
+        if getattr(plan, name) > without:
+            raise PlanError(
+                f"{why}, so each rank computes one slice of a batch, and {name}={getattr(plan, name)} makes several: "
+                "leave it out."
+            )
+    if plan.precision == "fp16":
+        raise PlanError(f"{why}, and fp16 scales the loss of a whole step: use bf16.")
+    if plan.reduction != "mean":
+        raise PlanError(f"{why}, and reduction={plan.reduction} is for one loss: give it means.")
 
 
 def _check_axes(plan: Plan) -> None:

@@ -58,7 +58,7 @@ class Plan:
     optimizer: str = option(
         "adamw",
         "A class of torch.optim in small letters (sgd, adamw, ...), a callable that takes the parameters, or an "
-        "optimizer of the model.",
+        "optimizer of the model; or a dict of several, each for the module of its name, or ready-made.",
         words=OPTIMIZERS,
         read="callable",
         of_task=True,
@@ -252,6 +252,8 @@ class Plan:
         "", "Folder for TensorBoard: loss, rate and metrics of each run.", metavar="DIR", default="", read="path"
     )
 
+    updates: bool = False
+    """Whether the step itself updates parameters, with `nbdist.update`."""
     checked: str = ""
     """What the check before the first update found, in a clause; empty before it, and without it."""
 
@@ -293,13 +295,16 @@ class Plan:
         object.__setattr__(self, name, value)
 
     @classmethod
-    def create(cls, *, ranks: int, cores: int, flat_samples: bool = False, **options: Any) -> Plan:
+    def create(
+        cls, *, ranks: int, cores: int, flat_samples: bool = False, updates: bool = False, **options: Any
+    ) -> Plan:
         """Create a Plan from a user's options; None means not given.
 
         Args:
             ranks: Ranks in the world.
             cores: CPU cores of all hosts together.
             flat_samples: Whether a sample is a single row of numbers, so that a microbatch has few rows.
+            updates: See `Plan.updates`.
             **options: Any field of Plan except `mesh`.
 
         Raises:
@@ -310,7 +315,7 @@ class Plan:
         if "epochs" not in given and "steps" not in given:
             given["epochs"] = 1
         given.setdefault("threads", 1 if given.get("reproducible") else max(1, cores // ranks))
-        plan = cls(mesh=Mesh.parse(given.get("strategy", "data"), ranks), **given)
+        plan = cls(mesh=Mesh.parse(given.get("strategy", "data"), ranks), updates=updates, **given)
         if plan.mesh.pp > 1 and flat_samples and plan.microbatches is None:
             few = default_microbatches(plan.mesh.pp, plan.batch_size // plan._shares, flat=True)
             return replace(plan, microbatches=few)

@@ -40,6 +40,12 @@ def in_the_update(lab: Lab, rng: random.Random) -> Iterator[Trial]:
         yield lab.survives(workload, (phase, rank, rng.randrange(STEPS)))
 
 
+def between_two_updates(lab: Lab, rng: random.Random) -> Iterator[Trial]:
+    """When a step has updated by one optimizer, and in the other phases of such a step."""
+    for phase, rank in itertools.product((*PHASES, "update"), range(lab.ranks)):
+        yield lab.survives("two optimizers", (phase, rank, rng.randrange(STEPS)))
+
+
 def by_a_segfault(lab: Lab, rng: random.Random) -> Iterator[Trial]:
     """In place of a kill."""
     for rank in range(lab.ranks):
@@ -204,6 +210,7 @@ LOST: dict[str, Scenario] = {
     "`kill -9` of every rank at every step": every_rank_at_every_step,
     "`kill -9` in a collective": in_a_collective,
     "`kill -9` in the optimizer's step": in_the_update,
+    "`kill -9` between a step's two updates": between_two_updates,
     "`kill -9` while data is read": reading_data,
     "`kill -9` in evaluation": in_evaluation,
     "`kill -9` while a checkpoint is written": writing_a_checkpoint,

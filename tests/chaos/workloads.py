@@ -12,12 +12,20 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from traps import Rates, Traps
 
+import nbdist
 from nbdist.core.params.weight_copies import COPIES
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 
 STEPS = 20
 SAMPLES, BATCH, FEATURES, CLASSES = 600, 60, 40, 5
-WIDTHS = {"shared weights": 300, "replicas": 64, "own optimizer": 48, "stream": 48, "30 MiB": 1550}
+WIDTHS = {
+    "shared weights": 300,
+    "replicas": 64,
+    "own optimizer": 48,
+    "stream": 48,
+    "two optimizers": 64,
+    "30 MiB": 1550,
+}
 WORKLOADS = tuple(WIDTHS)[:4]
 MESHES = (
     "shard=4", "pp=4", "tp=4", "dp=2,shard=2", "dp=2,pp=2", "dp=2,tp=2", "shard=2,pp=2", "shard=2,tp=2", "pp=2,tp=2",
@@ -86,6 +94,13 @@ def logging_step(model, batch):
     return loss, {"right": (scores.argmax(1) == y).double().mean(), "spread": scores.detach().double().std(1).mean()}
 
 
+def updating_step(model, batch):
+    """A step that updates by one optimizer, and then by the other."""
+    x, y = batch
+    nbdist.update(nn.functional.cross_entropy(model(x), y), "back")
+    nbdist.update(nn.functional.cross_entropy(model(x), y) + model(x).square().mean(), "front")
+
+
 class Right:
     """How many predictions are right, as an object that batches update."""
 
@@ -151,6 +166,12 @@ def make(name: str, traps: Traps) -> tuple[nn.Module, Any, dict[str, Any]]:
         options["optimizer"] = torch.optim.AdamW([{"params": [first], "lr": 0.002}, {"params": others}], lr=0.001)
         data = DataLoader(Rows(traps), batch_size=BATCH, shuffle=True, num_workers=1)
         del options["batch_size"]
+    elif name == "two optimizers":
+        front, *back = model.layers.children()
+        optimizers = {"front": front.parameters(), "back": nn.Sequential(*back).parameters()}
+        options["optimizer"] = {part: torch.optim.AdamW(own, lr=0.002) for part, own in optimizers.items()}
+        del options["loss"], options["metric"]
+        options |= {"step": updating_step, "evaluate": judge, "lr_scheduler": {"front": Rates(traps)}, "ema": 0.9}
     elif name == "stream":
         options["optimizer"] = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
         del options["metric"]

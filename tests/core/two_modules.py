@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-from nbdist.core.task.modules import Modules, call_step
 from nbdist.core.task.task import Task
 
 WIDTH, SAMPLES, BATCH, EPOCHS = 8, 40, 16, 3
@@ -45,10 +43,12 @@ def step(modules: dict[str, nn.Module], batch: Any) -> torch.Tensor:
 
 def task_of(modules: dict[str, nn.Module], data: Any = None, **more: Any) -> Task:
     """The task of training both."""
-    made = {name: OPTIMIZERS[name](module.parameters()) for name, module in modules.items()}
-    given = {"batch_size": BATCH, "shuffle": False, **more}
-    task = Task.create(Modules(modules, step), classes(SAMPLES) if data is None else data, step=call_step, **given)
-    return replace(task, optimizers=made, schedulers=SCHEDULERS)
+    return Task.create(modules, classes(SAMPLES) if data is None else data, **given() | more)
+
+
+def given() -> dict[str, Any]:
+    """How both are trained, as options."""
+    return {"step": step, "optimizer": OPTIMIZERS, "lr_scheduler": SCHEDULERS, "batch_size": BATCH, "shuffle": False}
 
 
 def state_of(task: Task) -> dict[str, torch.Tensor]:

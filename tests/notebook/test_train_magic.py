@@ -261,7 +261,10 @@ def test_an_error_in_a_function_of_another_cell_names_that_cell(notebook):
     assert "---->   2     raise ValueError('torn')" in shown
 
 
-CELL = "the cell body is one training step: it sees `model` and `batch`, and assigns `loss`."
+CELL = (
+    "the cell body is one training step: it sees `model` and `batch`, and assigns `loss`, or calls nbdist.update for "
+    "each of several."
+)
 MISTAKES = [
     ("%dist_train modle train_set --loss mse", TaskError,
      "'modle' is not defined in the notebook. Did you mean 'model'?"),

@@ -95,7 +95,7 @@ def _means(task: Task, batch: Any, samples: int) -> Mapping[str, tuple[float, fl
     assert task.evaluate is not None
     objects, name, log = used_objects(task.evaluate), metric_name(task.evaluate, "evaluate"), StepLog()
     with recorded(objects, name) as calls:
-        numbers, _ = numbers_of(task.evaluate(task.model, batch), objects, calls, name)
+        numbers, _ = numbers_of(task.evaluate(task.given, batch), objects, calls, name)
     weights = add_numbers(log, numbers, 0, samples, name)
     return {key: (mean, float(weights[key])) for key, mean in log.means().items()}
 

@@ -39,7 +39,7 @@ class KnownChecks:
 
     def add(self, task: Task, plan: Plan, checked: Checked) -> None:
         """Remember what will know the result."""
-        self._of_model.setdefault(task.model, {})[_key(task, plan)] = checked
+        self._of_model.setdefault(next(iter(task.modules.values())), {})[_key(task, plan)] = checked
 
 
 def _key(task: Task, plan: Plan) -> Hashable:
@@ -49,7 +49,7 @@ def _key(task: Task, plan: Plan) -> Hashable:
         for name, module in task.model.named_modules()
     )
     tensors = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in task.model.named_parameters())
-    step = task.step.loss if isinstance(task.step, SupervisedStep) else task.step
+    step = task.step.loss if isinstance(task.step, SupervisedStep) else task.own_step
     optimizers = tuple(type(optimizer) for optimizer in task.optimizers.values())
     how = (
         plan.check, str(plan.mesh), plan.slices, plan.precision, plan.reproducible, plan.sync_batchnorm, plan.clip_norm,

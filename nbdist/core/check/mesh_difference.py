@@ -107,8 +107,11 @@ class MeshDifference:
         before = {name: parameter.detach().clone() for name, parameter in self._updated.items()}
         for name, parameter in self._updated.items():
             whole = expected.gradients[name]
-            if whole is not None and parameter.grad is not None and not parameter.grad.is_sparse:
-                parameter.grad.copy_(self._part(name, whole).reshape(parameter.grad.shape))
+            if whole is None:  # a second pass may have used it
+                parameter.grad = None
+            elif parameter.grad is None or not parameter.grad.is_sparse:
+                parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad.copy_(self._part(name, whole).reshape(parameter.shape))
         try:
             with torch.enable_grad():
                 step_optimizers(self._strategy.task.optimizers.values())

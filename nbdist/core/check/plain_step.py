@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from nbdist.core.process import rng
 from nbdist.core.strategies.pipeline.schedules import run_plain_backward
 from nbdist.core.sync.batch_gather import PlainGather
 from nbdist.core.sync.gradient_hooks import GradientHooks
+from nbdist.core.task.step_updates import StepUpdates
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 from nbdist.upstream.torch_private import graph_dtypes
@@ -93,6 +94,7 @@ class PlainStep:
         self._precision = Precision(plan.precision, device)
         self.draws = self.draws_elsewhere = False
         self.gather = PlainGather()
+        self._updates = PlainUpdates(task, plan) if task.updates else None
         self._graph_eps: float | None = None
         self._loss_dtype = torch.float32
 
@@ -115,6 +117,8 @@ class PlainStep:
         losses: list[tuple[float, float]] = []
         total, averaged, extra = 0.0, dict[str, list[torch.Tensor]](), dict[str, Any]()
         self._task.begin()
+        if self._updates is not None:
+            self._updates.begin()
         try:
             for number, slices in enumerate(replicas):
                 self._restore()
@@ -146,7 +150,10 @@ class PlainStep:
                 self._changed = bool(self.kept or nudge)
             self._task.forms.check_no_sum()
             logged = self._task.log.means()
-            gradients = {} if self._forward_only else self._finished(sums, total)
+            weight = total
+            if self._updates is not None:  # of each update they are means already
+                sums, weight = self._updates.gradients(self._table.trainable), float(self._plan.batch_size)
+            gradients = {} if self._forward_only else self._finished(sums, weight)
             updated = self._update(gradients) if update and gradients else {}
         finally:
             self._restore()
@@ -170,11 +177,15 @@ class PlainStep:
         rng.seed_all(seed)
         rng.seed_torch(seed, self._device)
         before = rng.generators(self._device)
+        updates = self._updates
+        if updates is not None:
+            updates.backward = backward
+        compute = self._task.loss_and_weight if updates is None else updates.loss_and_weight
         with self.gather.in_use(), self._precision.autocast():  # with gradients, which the step may take itself
-            loss, weight = self._task.loss_and_weight(to_device(copy_batch(part.batch), self._device), part)
+            loss, weight = compute(to_device(copy_batch(part.batch), self._device), part)
         if self._graph_eps is None:
             self._graph_eps = max((torch.finfo(d).eps for d in graph_dtypes(loss) if d.is_floating_point), default=0.0)
-        if backward:
+        if backward and updates is None:
             share = float(weight) / self._plan.batch_size * self._precision.scale
             if share:
                 run_plain_backward(loss * share, unwanted=False)
@@ -232,6 +243,54 @@ class PlainStep:
     def _nudge(self) -> None:
         tf32 = self._device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         nudge_(self._table.parameters.values(), max(self.coarsest_eps, 2.0**-11 if tf32 else 0.0))
+
+
+class PlainUpdates(StepUpdates):
+    """Holds back the updates within steps: each gives gradients only, which are averaged over the slices. Local.
+
+    Args:
+        task: What is trained.
+        plan: How.
+
+    Attributes:
+        backward: Whether gradients are computed.
+    """
+
+    def __init__(self, task: Task, plan: Plan) -> None:
+        super().__init__(task)
+        self._plan = plan
+        self.backward = True
+        self._sums: list[tuple[dict[torch.Tensor, torch.Tensor], float]] = []
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._sums = []
+
+    def apply(self, name: str, loss: torch.Tensor, weight: Any, retain_graph: bool) -> None:
+        """See `StepUpdates`. Local."""
+        if not self.backward:
+            return
+        if len(self._sums) < self.calls:
+            self._sums.append(({}, 0.0))
+        sums, total = self._sums[self.calls - 1]
+        if weight:
+            parameters = self.parameters[name]
+            torch.autograd.backward(loss * float(weight), inputs=parameters, retain_graph=retain_graph)
+            for parameter in parameters:
+                gradient, parameter.grad = parameter.grad, None
+                if gradient is not None:
+                    gradient = gradient.to_dense() if gradient.is_sparse else gradient
+                    sums[parameter] = gradient + sums.get(parameter, 0)
+        self._sums[self.calls - 1] = sums, total + float(weight)
+
+    def gradients(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor | None]:
+        """The sum of each parameter's gradients in the step, one for each update; None for one that has none."""
+        found = dict[str, torch.Tensor | None].fromkeys(parameters)
+        for name, parameter in parameters.items():
+            means = [sums[parameter] / total for sums, total in self._sums if parameter in sums]
+            if means:
+                found[name] = sum(means[1:], start=means[0])
+        return found
 
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:

@@ -283,7 +283,7 @@ class StepCheck:
                     if number == 0 and log is not None:
                         self.findings.notes += difference.of_log(log.means)
                     if number == 0:
-                        strategy.finish_gradients(self._hooks)
+                        strategy.finish_gradients()
                         off = difference.of_loss(totals.loss) or difference.of_gradients()
                 strategy.average_buffers()
                 off = off or difference.of_state() or difference.of_update()
@@ -341,7 +341,7 @@ class StepCheck:
 
     def _roots(self) -> dict[str, Any]:
         task = self._task
-        step = task.step.loss if isinstance(task.step, SupervisedStep) else task.step
+        step = task.step.loss if isinstance(task.step, SupervisedStep) else task.own_step
         optimizers = {f"optimizer {name}".strip(): optimizer for name, optimizer in task.optimizers.items()}
         return {**self._models, "step": step, "root": task.model, **optimizers}
 

@@ -16,7 +16,7 @@ from nbdist.core.data.one_process import AsOneProcess
 from nbdist.core.data.ready_batch import BatchForm
 from nbdist.core.data.untouched import untouched
 from nbdist.core.process import rng
-from nbdist.errors import TaskError
+from nbdist.errors import PlanError, TaskError
 
 __all__ = ["Source", "map_tensors", "tensors_in"]
 
@@ -72,6 +72,14 @@ class Source:
         if source.samples == 0:
             raise TaskError(f"{name} is empty: there is no sample to train on.")
         return source
+
+    def check_agrees(self, name: str, option: str, given: Any) -> None:
+        """Raise `PlanError` if an option contradicts the DataLoader, which the user calls `name`. Local."""
+        own = getattr(self, option)
+        if given is not None and own is not None and given != own:
+            raise PlanError(
+                f"{option}={given} contradicts the DataLoader {name}, which has {own}: omit one of the two."
+            )
 
     @property
     def given(self) -> Any:

@@ -60,7 +60,7 @@ class OwnEvaluation:
         """
         assert self._function is not None
         with recorded(self._objects, self._name) as calls:
-            returned = self._function(self._task.model, batch)
+            returned = self._function(self._task.given, batch)
             numbers, named = numbers_of(returned, self._objects, calls, self._name)
         self._named |= named
         if self._gather is not None and self._gather.reports:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from nbdist.errors import TaskError
+from nbdist.errors import TaskError, suggest
 
-__all__ = ["Schedulers", "check_scheduler"]
+__all__ = ["Schedulers", "check_scheduler", "scheduler_factories"]
 
 _RATES = {"lr", "initial_lr", "max_lr", "min_lr"}
 """Keys of a parameter group that hold a learning rate."""
@@ -220,6 +220,28 @@ def _like(fresh: Any, state_dict: Any) -> Any:
         values = [_like(a, b) for a, b in itertools.zip_longest(own, state_dict)][: len(state_dict)]
         return tuple(values) if isinstance(fresh, tuple) else values
     return torch.tensor(state_dict).to(fresh) if isinstance(fresh, torch.Tensor) else state_dict
+
+
+def scheduler_factories(
+    given: Any, optimizers: Mapping[str, torch.optim.Optimizer]
+) -> dict[str, Callable[[torch.optim.Optimizer], Any]]:
+    """The factory of each optimizer's scheduler, by the names of optimizers, each tried on a dummy. Local.
+
+    Args:
+        given: One for all optimizers, a dict of them, or None.
+        optimizers: By name; they are not changed.
+
+    Raises:
+        TaskError: One cannot make a scheduler, or a name is no optimizer's.
+    """
+    if given is None:
+        return {}
+    factories = dict(given) if isinstance(given, Mapping) else dict.fromkeys(optimizers, given)
+    for name, factory in factories.items():
+        if name not in optimizers:
+            raise TaskError(f"lr_scheduler has a value for {name!r}, which is no optimizer.{suggest(name, optimizers)}")
+        check_scheduler(factory, optimizers[name])
+    return factories
 
 
 def check_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> None:

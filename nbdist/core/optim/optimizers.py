@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from nbdist.errors import PlanError, TaskError, suggest
 from nbdist.plan import Mesh
 
 __all__ = [
-    "ELEMENTWISE", "OPTIMIZERS", "check_can_be_sharded", "make_optimizer", "optimizer_name", "step_optimizers",
+    "ELEMENTWISE", "OPTIMIZERS", "check_can_be_sharded", "is_ready_made", "make_optimizer", "make_optimizers",
+    "optimizer_name", "step_optimizers",
 ]  # fmt: skip
 
 _UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}  # abstract; needs a closure; needs sparse gradients
@@ -37,6 +38,43 @@ ELEMENTWISE = {
     for name in ("adadelta", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop", "rprop", "sgd")
 }
 """Element-wise optimizers, whatever their settings: they need no trial, which takes 50 ms."""
+
+
+def make_optimizers(optimizer: Any, model: nn.Module, lr: float | None) -> dict[str, torch.optim.Optimizer]:
+    """Build the optimizers of `model` by name; the name of an only one is empty.
+
+    Args:
+        optimizer: See `make_optimizer`; or a dict of several by name, of which each that is not ready-made gets the
+            parameters of the module of that name.
+        model: The module.
+        lr: See `make_optimizer`.
+
+    Raises:
+        TaskError: See `make_optimizer`; or the dict has no module for a name.
+        PlanError: See `make_optimizer`.
+    """
+    if not isinstance(optimizer, Mapping):
+        return {"": make_optimizer(optimizer, model, lr)}
+    if not optimizer or not all(isinstance(name, str) and name for name in optimizer):
+        raise TaskError(
+            f"optimizer is a dict with the keys {list(optimizer)}: give each a name, by which nbdist.update calls it."
+        )
+    modules, made = dict(model.named_children()), dict[str, torch.optim.Optimizer]()
+    for name, one in optimizer.items():
+        ready = isinstance(one, torch.optim.Optimizer)
+        if not ready and name not in modules:
+            raise TaskError(
+                f"optimizer {name} is given as {optimizer_name(one)}, and the model has no module {name} whose "
+                f"parameters it could take: give a ready-made optimizer.{suggest(name, modules)}"
+            )
+        made[name] = make_optimizer(one, model if ready else modules[name], lr)
+    return made
+
+
+def is_ready_made(optimizer: Any) -> bool:
+    """Whether the user made an optimizer, or one of a dict of them."""
+    ones = optimizer.values() if isinstance(optimizer, Mapping) else [optimizer]
+    return any(isinstance(one, torch.optim.Optimizer) for one in ones)
 
 
 def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:
@@ -93,6 +131,8 @@ def optimizer_name(optimizer: Any) -> str:
     """The name of an optimizer in the plan and the panel."""
     if isinstance(optimizer, str):
         return optimizer.lower()
+    if isinstance(optimizer, Mapping):
+        return ", ".join(f"{name}: {optimizer_name(one)}" for name, one in optimizer.items())
     return getattr(optimizer, "__name__", None) or type(optimizer).__name__
 
 

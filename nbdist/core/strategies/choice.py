@@ -12,6 +12,7 @@ from nbdist.core.strategies.data_parallel import DataParallel
 from nbdist.core.strategies.mesh_parallel import MeshParallel
 from nbdist.core.strategies.shared_weights import SharedWeights
 from nbdist.core.strategies.strategy import Strategy
+from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 
@@ -21,20 +22,27 @@ SHARED_ABOVE = 100_000
 """Number of trainable parameter elements from which splitting the update over ranks saves more than the wait costs."""
 
 
-def apply(task: Task, plan: Plan, world: World) -> Strategy:
-    """Create the strategy for `plan.mesh`. **Collective** over the world."""
-    strategy = _make_strategy(task, plan, MeshChannels(world, plan.mesh), world)
+def apply(task: Task, plan: Plan, world: World, hooks: GradientHooks | None = None) -> Strategy:
+    """Create the strategy for `plan.mesh`. **Collective** over the world.
+
+    Args:
+        task: What is trained.
+        plan: How.
+        world: All ranks.
+        hooks: The user's gradient hooks, if it trains.
+    """
+    strategy = _make_strategy(task, plan, MeshChannels(world, plan.mesh), world, hooks)
     if strategy.batch_norms is not None:
         strategy.batch_norms.install()
     return strategy
 
 
-def _make_strategy(task: Task, plan: Plan, axes: MeshChannels, world: World) -> Strategy:
+def _make_strategy(task: Task, plan: Plan, axes: MeshChannels, world: World, hooks: GradientHooks | None) -> Strategy:
     if plan.mesh.size > plan.mesh.dp:
-        return MeshParallel(task, plan, axes, world)
+        return MeshParallel(task, plan, axes, world, hooks)
     if isinstance(axes.dp, SharedMemoryChannel) and _can_split_update(task, plan):
-        return SharedWeights(task, plan, axes)
-    return DataParallel(task, plan, axes)
+        return SharedWeights(task, plan, axes, hooks)
+    return DataParallel(task, plan, axes, hooks)
 
 
 def _can_split_update(task: Task, plan: Plan) -> bool:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from nbdist.core.comm.mesh_channels import MeshChannels
+from nbdist.core.strategies.rank_updates import RankUpdates
 from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.sync.bucketed_reducer import BucketedReducer
+from nbdist.core.sync.gradient_hooks import GradientHooks
+from nbdist.core.sync.gradient_reducer import GradientReducer
 from nbdist.core.sync.slice_accumulator import TreeAccumulator
 from nbdist.core.sync.solo_reducer import SoloReducer
 from nbdist.core.sync.tree_reducer import TreeReducer
@@ -23,25 +28,38 @@ class DataParallel(Strategy):
         task: See `Strategy`.
         plan: See `Strategy`.
         axes: See `Strategy`.
+        hooks: See `Strategy`.
         overlap: See `BucketedReducer`.
     """
 
-    def __init__(self, task: Task, plan: Plan, axes: MeshChannels, *, overlap: bool | None = None) -> None:
-        super().__init__(task, plan, axes)
+    def __init__(
+        self, task: Task, plan: Plan, axes: MeshChannels, hooks: GradientHooks | None = None, *,
+        overlap: bool | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(task, plan, axes, hooks)
         self.table.broadcast_(axes.world)
-        parameters, channel, full_batch = list(self.table.trainable.values()), axes.dp, plan.batch_size
+        self._overlap = overlap
+        if task.updates:
+            self.reducer = self._reducer([])  # for the tail of a step
+            self.updates = RankUpdates(self, self._reducer)
+        else:
+            self.reducer = self._reducer(list(self.table.trainable.values()))
+
+    def _reducer(self, parameters: list[nn.Parameter]) -> GradientReducer:
+        plan, channel = self.plan, self.axes.dp
         if plan.reproducible:
             accumulator = TreeAccumulator(parameters, list(self.table.buffers.values()), channel, plan.slices)
-            self.reducer = TreeReducer(parameters, channel, accumulator, full_batch=full_batch)
-        elif channel.size == 1:
-            self.reducer = SoloReducer(parameters, channel, full_batch=full_batch)
-        else:
-            self.reducer = BucketedReducer(
-                parameters, channel, full_batch=full_batch, bucket_mib=plan.bucket_mib, overlap=overlap
-            )
+            return TreeReducer(parameters, channel, accumulator, full_batch=plan.batch_size)
+        if channel.size == 1:
+            return SoloReducer(parameters, channel, full_batch=plan.batch_size)
+        return BucketedReducer(
+            parameters, channel, full_batch=plan.batch_size, bucket_mib=plan.bucket_mib, overlap=self._overlap
+        )
 
     def close(self) -> None:
         """See `Strategy`."""
         super().close()
         self.reducer.close()
+        if self.updates is not None:
+            self.updates.close()
         self.axes.close()

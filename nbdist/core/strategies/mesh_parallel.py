@@ -35,7 +35,7 @@ from nbdist.core.strategies.strategy import Strategy
 from nbdist.core.strategies.tensor_axis import TensorAxis
 from nbdist.core.sync.agreement import ControlFlags
 from nbdist.core.sync.bucketed_reducer import BucketedReducer
-from nbdist.core.sync.gradient_hooks import check_hooks
+from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
 from nbdist.core.sync.step_tail import LOSS_NUMBERS, StepLosses, StepTail, Totals
 from nbdist.core.task.task import Task
 from nbdist.core.transfer.file_memory import FileMemory
@@ -96,14 +96,17 @@ class MeshParallel(Strategy):
         plan: See `Strategy`.
         axes: See `Strategy`.
         world: The process group of all ranks.
+        hooks: See `Strategy`.
 
     Raises:
         PlanError: The model cannot be split as the plan says.
         TaskError: Its forward cannot be traced.
     """
 
-    def __init__(self, task: Task, plan: Plan, axes: MeshChannels, world: World) -> None:
-        super().__init__(task, plan, axes)
+    def __init__(
+        self, task: Task, plan: Plan, axes: MeshChannels, world: World, hooks: GradientHooks | None = None
+    ) -> None:
+        super().__init__(task, plan, axes, hooks)
         _check_optimizers(task, plan)
         self.equal_slices |= axes.shard.size > 1
         self._readable = ReadableParams(self.table.parameters, plan)

@@ -45,10 +45,11 @@ class SharedWeights(Strategy):
         task: See `Strategy`; its model is on the CPU.
         plan: See `Strategy`.
         axes: See `Strategy`.
+        hooks: See `Strategy`.
     """
 
-    def __init__(self, task: Task, plan: Plan, axes: MeshChannels) -> None:
-        super().__init__(task, plan, axes)
+    def __init__(self, task: Task, plan: Plan, axes: MeshChannels, hooks: GradientHooks | None = None) -> None:
+        super().__init__(task, plan, axes, hooks)
         channel, parameters = axes.dp, list(self.table.trainable.values())
         assert isinstance(channel, SharedMemoryChannel)
         owners = _owners([parameter.numel() for parameter in parameters], channel.size)
@@ -104,9 +105,9 @@ class SharedWeights(Strategy):
             self._check_writes()
         return super().sync(flags)
 
-    def update(self, hooks: GradientHooks, compute_again: Callable[[], torch.Tensor]) -> bool:
+    def update(self, compute_again: Callable[[], torch.Tensor]) -> bool:
         """See `Strategy`."""
-        self._updated = super().update(hooks, compute_again)
+        self._updated = super().update(compute_again)
         self._share_owned()
         return self._updated
 

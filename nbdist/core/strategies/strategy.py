@@ -21,6 +21,7 @@ from nbdist.core.params.placeholder import detached
 from nbdist.core.process import rng
 from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.core.strategies.pipeline.schedules import Action, run_plain_backward, schedule_actions, surrogate_loss
+from nbdist.core.strategies.rank_updates import RankUpdates
 from nbdist.core.sync.agreement import NO_FLAGS, ControlFlags
 from nbdist.core.sync.batch_gather import RankGather
 from nbdist.core.sync.gradient_hooks import GradientHooks
@@ -44,6 +45,7 @@ class Strategy(ABC):
         task: What is trained.
         plan: How.
         axes: This rank's channels, one for each mesh axis.
+        hooks: The user's gradient hooks; in fp16 they get unscaled gradients, and do not run after an overflow.
 
     Attributes:
         table: The model's parameters and buffers, and which ranks hold which parts.
@@ -56,11 +58,12 @@ class Strategy(ABC):
         reducer: Sums gradients over the data-parallel ranks; subclasses make it.
         schedule: The forwards and backwards of this rank in a step, in order.
         computes_loss: Whether this rank computes losses.
+        updates: Runs steps that call `nbdist.update`; None for others.
     """
 
     reducer: GradientReducer
 
-    def __init__(self, task: Task, plan: Plan, axes: MeshChannels) -> None:
+    def __init__(self, task: Task, plan: Plan, axes: MeshChannels, hooks: GradientHooks | None = None) -> None:
         self.task = task
         self.plan = plan
         self.axes = axes
@@ -79,6 +82,8 @@ class Strategy(ABC):
         self.equal_slices = self.batch_norms is not None or at_once  # `gather` needs all ranks, also in a short batch
         self.schedule = schedule_actions("1f1b", 1, -(-plan.slices // axes.data.size))[0]
         self.computes_loss = True
+        self.updates: RankUpdates | None = None
+        self._hooks = hooks
         self._optimizer_steps = OptimizerSteps()
         self._one_slice = plan.slices == 1 and not plan.reproducible
         self._units_per_weight = 1.0
@@ -94,6 +99,9 @@ class Strategy(ABC):
         Returns:
             The losses that this rank computed.
         """
+        if self.updates is not None:
+            (part,) = slices  # `equal_slices`: every rank has one
+            return self.updates.run(step, part)
         reducer, waiting = self.reducer, dict[tuple[int, int], _Loss]()
         for action in self.schedule:
             if action.microbatch >= len(slices):
@@ -103,7 +111,7 @@ class Strategy(ABC):
                 self.batch_gather.begin(counts=part.samples > 0)
                 computed = self.run_forward(action, part, ("slice", step), self.task.loss_and_weight)
                 if computed is not None:
-                    waiting[key] = self._weigh(part, *computed, first=action.microbatch == 0)
+                    waiting[key] = self.weigh(part, *computed, reducer.losses, first=action.microbatch == 0)
             else:
                 if action.microbatch == len(slices) - 1:
                     reducer.expect_last()
@@ -113,13 +121,17 @@ class Strategy(ABC):
             self.units(0, None)
         return reducer.losses
 
-    def _weigh(self, part: Slice, loss: torch.Tensor, weight: Any, *, first: bool) -> _Loss:
-        """Record a slice's loss. Returns what to run backward from, and whether its gradients are not wanted."""
+    def weigh(self, part: Slice, loss: torch.Tensor, weight: Any, losses: StepLosses, *, first: bool) -> _Loss:
+        """Record a slice's loss among `losses`; `first` as for `units`, which this calls.
+
+        Returns:
+            What to run backward from, and whether its gradients are not wanted.
+        """
         # A mean over nothing (all targets ignored) is NaN, and so would be its gradient.
         counts = part.samples > 0 and bool(weight != 0)
         units = self.units(weight if counts else 0, part, first=first)
         if counts:
-            self.reducer.losses.add(part.index, loss, weight, units)
+            losses.add(part.index, loss, weight, units)
         elif self.batch_gather.gathered:  # its rows count for other ranks, its loss does not
             gathered = self.batch_gather.gathered
             return surrogate_loss(gathered, [torch.zeros_like(rows) for rows in gathered]), False
@@ -213,11 +225,10 @@ class Strategy(ABC):
         """Turn every gradient into the weighted mean over all ranks. **Collective**; see `GradientReducer.finish`."""
         return self.reducer.finish(flags)
 
-    def update(self, hooks: GradientHooks, compute_again: Callable[[], torch.Tensor]) -> bool:
+    def update(self, compute_again: Callable[[], torch.Tensor]) -> bool:
         """Run the gradient hooks, clip, and step the optimizers. **Collective** over a replica.
 
         Args:
-            hooks: The user's hooks; in fp16 they get unscaled gradients, and do not run after an overflow.
             compute_again: Computes the loss and all gradients again, for an optimizer that does so within its step.
 
         Returns:
@@ -230,14 +241,26 @@ class Strategy(ABC):
             self.precision.adapt(finite)
             if not finite:
                 return False
-        self._run_hooks(hooks)
+        if self.updates is not None:  # by the step itself
+            return True
+        self._run_hooks()
         with skip_dynamo_import():
             for optimizer in self.task.optimizers.values():
                 self._optimizer_steps.step(optimizer, compute_again)
         self.take_values()
         return True
 
-    def compute_again(self, hooks: GradientHooks, step: int, slices: list[Slice]) -> torch.Tensor:
+    def update_by(self, name: str) -> None:
+        """Run the gradient hooks, clip, and step one optimizer: within a step that calls `nbdist.update`. Local.
+
+        Args:
+            name: Of the optimizer, whose parameters alone have gradients.
+        """
+        self._run_hooks()
+        with skip_dynamo_import():
+            self.task.optimizers[name].step()
+
+    def compute_again(self, step: int, slices: list[Slice]) -> torch.Tensor:
         """The loss of a step's batch with the present weights; sets its gradients too. **Collective**."""
         losses = self.reducer.losses
         with torch.enable_grad():
@@ -245,7 +268,7 @@ class Strategy(ABC):
             self.task.begin()
             self.forward_backward(step, slices)
         totals = self.sync(self.task.forms.flags(NO_FLAGS, step))
-        self.finish_gradients(hooks)
+        self.finish_gradients()
         self.reducer.losses = losses
         return torch.tensor(totals.loss, dtype=torch.float64, device=self.device)
 
@@ -265,8 +288,9 @@ class Strategy(ABC):
             detached(self.table.parameters[name]).copy_(part)
         self.take_values()
 
-    def _run_hooks(self, hooks: GradientHooks) -> None:
-        hooks.run(self.table, self.axes)
+    def _run_hooks(self) -> None:
+        if self._hooks is not None:
+            self._hooks.run(self.table, self.axes)
         if self.plan.clip_norm is not None:
             self.clip_(self.plan.clip_norm)
 
@@ -280,16 +304,17 @@ class Strategy(ABC):
         agreed, precision = (self._units_per_weight, self._units_agreed), self.precision.state_dict()
         self.precision.load_state_dict([scale, 0])
         try:
-            yield
+            with contextlib.nullcontext() if self.updates is None else self.updates.held():
+                yield
         finally:
             self._units_per_weight, self._units_agreed = agreed
             self.precision.load_state_dict(precision)
 
-    def finish_gradients(self, hooks: GradientHooks) -> None:
+    def finish_gradients(self) -> None:
         """What `update` does to gradients before the optimizers step, where none overflows. **Collective** as it is."""
         if self.precision.scales:
             self.scale_(1 / self.precision.scale)
-        self._run_hooks(hooks)
+        self._run_hooks()
 
     def clip_(self, largest: float) -> None:
         """Clip all gradients to a global L2 norm of at most `largest`. **Collective** over a replica."""

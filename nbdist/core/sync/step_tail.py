@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -217,6 +217,6 @@ class StepTail:
         return changed
 
 
-def tail_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The dtype of a step's tail beside gradients of `dtypes`; half precision could not count exactly."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+def tail_dtype(dtypes: Collection[torch.dtype]) -> torch.dtype:
+    """The dtype of a step's tail beside gradients of `dtypes`, if any; half precision could not count exactly."""
+    return torch.float64 if torch.float64 in dtypes or not dtypes else torch.float32

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from nbdist.core.task.check_model import check_model
 from nbdist.errors import TaskError
 
-__all__ = ["Modules", "call_step", "with_averages"]
+__all__ = ["Modules", "as_one", "call_step", "with_averages"]
 
 
 class Modules(nn.Module):
@@ -26,6 +26,7 @@ class Modules(nn.Module):
 
     Attributes:
         given: The same.
+        step: The same.
 
     Raises:
         TaskError: A name cannot be an attribute's.
@@ -34,7 +35,7 @@ class Modules(nn.Module):
     def __init__(self, given: Mapping[str, nn.Module] | Sequence[nn.Module], step: Callable[[Any, Any], Any]) -> None:
         super().__init__()
         self.given = given
-        self._step = functools.partial(step, given)
+        self.step = step
         for name, module in given.items() if isinstance(given, Mapping) else enumerate(given):
             if str(name) in self._modules:
                 raise TaskError(f"two modules are called {name}: give each a name of its own.")
@@ -45,7 +46,34 @@ class Modules(nn.Module):
 
     def forward(self, batch: Any) -> Any:
         """Run the step; returns the loss, or loss and weight."""
-        return self._step(batch)
+        return self.step(self.given, batch)
+
+
+def as_one(model: Any, step: Any, name: str) -> tuple[Any, Any]:
+    """One module, and its step, of what the user gave: of a dict, list or tuple of several, `Modules`. Local.
+
+    Args:
+        model: The module, or several.
+        step: The step, or None.
+        name: The user's name for `model`.
+
+    Raises:
+        TaskError: One of several is no module, or there is no step.
+    """
+    if not isinstance(model, (Mapping, list, tuple)):
+        return model, step
+    items = dict(model.items() if isinstance(model, Mapping) else enumerate(model))
+    if not any(isinstance(module, nn.Module) for module in items.values()):
+        return model, step
+    for key, module in items.items():
+        check_model(module, f"{name}[{key!r}]", trained=False)
+    if not callable(step):
+        names = ", ".join(map(str, items))
+        raise TaskError(
+            f"{name} is several modules ({names}), and how they make one loss is not known: write the step (a "
+            "%%dist_train cell's body, or step=...), which gets them as they are."
+        )
+    return Modules(model, step), call_step
 
 
 def with_averages(model: nn.Module, averages: Mapping[str, torch.Tensor]) -> Any:

@@ -40,7 +40,7 @@ def notes_on_optimizers(task: Task) -> list[str]:
 
 def outside_parameters(task: Task) -> dict[str, nn.Parameter]:
     """The parameters of modules that a step uses beside the model, which have no gradients yet, by name. Local."""
-    modules = outside_modules(task.step, task.model)
+    modules = outside_modules(task.own_step, task.model)
     every = {f"{name}.{path}": p for name, module in modules.items() for path, p in module.named_parameters()}
     return {path: p for path, p in every.items() if p.requires_grad and p.grad is None}
 

@@ -7,6 +7,7 @@ import dis
 import functools
 import inspect
 import re
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from nbdist.errors import TaskError
 
-__all__ = ["check_step", "explained_step", "outside_modules", "outside_values"]
+__all__ = ["check_step", "explained_step", "outside_modules", "outside_values", "uses"]
 
 _CURE = "leave it out: nbdist runs backward, sums gradients over ranks, and steps optimizer and lr_scheduler"
 _LOADS = ("LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME")
@@ -100,9 +101,32 @@ def outside_modules(step: Any, model: nn.Module) -> dict[str, nn.Module]:
     return {name: value for name, value in found.items() if isinstance(value, nn.Module) and id(value) not in inside}
 
 
+def uses(step: Any, function: Any) -> bool:
+    """Whether a step names a function in its code, or in that of Python functions which this names. Local."""
+    waiting, seen = [_function(step)], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if any(getattr(value, attribute, None) is function for _, value, attribute in _uses(one)):
+            return True
+        instructions = [i for code in _codes(one.__code__) for i in dis.get_instructions(code)]
+        imported = [sys.modules.get(i.argval) for i in instructions if i.opname == "IMPORT_NAME"]
+        if any(getattr(module, name, None) is function for module in imported for name in _names(one.__code__)):
+            return True
+        values = [value for _, value in outside_values(one)]
+        if any(value is function for value in values):
+            return True
+        waiting += [value for value in values if isinstance(value, types.FunctionType)]
+    return False
+
+
 def _function(step: Any) -> types.FunctionType | None:
     while isinstance(step, functools.partial):
         step = step.func
+    if not isinstance(step, (type, torch.nn.Module, types.FunctionType, types.MethodType)):
+        step = type(step).__call__  # of an object that is callable
     step = getattr(step, "__func__", step)
     return step if isinstance(step, types.FunctionType) else None
 

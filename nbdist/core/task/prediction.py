@@ -14,7 +14,7 @@ from nbdist.core.data.sources import Source
 from nbdist.core.task.built_model import builds_model, built_model, lies_in_file
 from nbdist.core.task.check_model import check_model
 from nbdist.core.task.metrics import TARGET_KEYS
-from nbdist.core.task.task import Task, check_agree
+from nbdist.core.task.task import Task
 from nbdist.errors import TaskError
 
 __all__ = ["ForwardStep", "prediction_task"]
@@ -95,7 +95,7 @@ def prediction_task(
             f"{names[1]} reads in the random order of {type(source.sampler).__name__}, which its outputs would have "
             f"too: give {names[1]}.dataset."
         )
-    check_agree("batch_size", batch_size, source.batch_size, names[1])
+    source.check_agrees(names[1], "batch_size", batch_size)
     return Task(
         model=model,
         data=replace(source, drop_last=False, shuffle=None),

@@ -12,8 +12,8 @@ from torch import nn
 
 from nbdist.core.data.reader import Slice
 from nbdist.core.data.sources import Source
-from nbdist.core.optim.lr_schedulers import Schedulers, check_scheduler
-from nbdist.core.optim.optimizers import make_optimizer, optimizer_name
+from nbdist.core.optim.lr_schedulers import Schedulers, scheduler_factories
+from nbdist.core.optim.optimizers import is_ready_made, make_optimizers, optimizer_name
 from nbdist.core.sync.loss_forms import LossForms
 from nbdist.core.sync.step_log import StepLog
 from nbdist.core.task.built_model import builds_model, built_model, lies_in_file
@@ -22,15 +22,16 @@ from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
 from nbdist.core.task.losses import ClassLoss, find_loss, loss_name, reduction_of
 from nbdist.core.task.metrics import Evaluate, Metric, called_name, check_evaluate, find_metric, metric_name, target_of
-from nbdist.core.task.modules import Modules
-from nbdist.core.task.own_loop import check_step
+from nbdist.core.task.modules import Modules, as_one
+from nbdist.core.task.own_loop import check_step, uses
 from nbdist.core.task.step_output import no_scalar, parts_of
-from nbdist.core.task.steps import NO_LOSS, ModelLossStep, Step, SupervisedStep, no_pair
+from nbdist.core.task.step_updates import update
+from nbdist.core.task.steps import NO_EVALUATION, NO_LOSS, ModelLossStep, Step, SupervisedStep, no_pair
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan.option import check_known
 from nbdist.plan.train_options import TRAIN_OPTIONS
 
-__all__ = ["Task", "check_agree"]
+__all__ = ["Task"]
 
 
 UNKNOWN_MEAN = (
@@ -61,6 +62,7 @@ class Task:
         evaluate: Called on `val` in place of the step, or None.
         after_step: Called with the model after each optimizer step, or None.
         each_epoch: Called on rank 0 with the whole model and the row after each epoch, or None.
+        updates: Whether the step itself updates parameters, with `nbdist.update`.
         own_optimizers: Whether the user made one of them, so that their state is loaded back into them.
         schedulers: Each makes a torch scheduler from the optimizer of that name; others have none.
         options: The Plan options that follow from the arguments: names, batch size, shuffle.
@@ -79,6 +81,7 @@ class Task:
     evaluate: Evaluate | None = None
     after_step: Callable[[Any], Any] | None = None
     each_epoch: Callable[[Any, Any], Any] | None = None
+    updates: bool = False
     own_optimizers: bool
     schedulers: dict[str, Callable[[torch.optim.Optimizer], Any]] = field(default_factory=dict)
     options: dict[str, Any]
@@ -102,6 +105,8 @@ class Task:
                     raise TaskError(
                         f"optimizers {other} and {name} both hold parameter {names[id(parameter)]}: give it to one."
                     )
+        if self.updates and self.val is not None and self.evaluate is None:
+            raise TaskError(NO_EVALUATION)
         if self.metric is not None and isinstance(self.model, Modules):
             raise TaskError("a metric is measured on the output of one model, and here are several: omit it.")
 
@@ -115,13 +120,14 @@ class Task:
         """Check the user's arguments and bring them to one form. Local; nothing is changed.
 
         Args:
-            model: An ``nn.Module`` with trainable parameters, or a callable that builds it, see `built_model`.
+            model: An ``nn.Module`` with trainable parameters, or a callable that builds it, see `built_model`; or a
+                dict, list or tuple of modules, which the step gets as it is.
             data: See `Source`.
             loss: A name, or a callable ``loss(output, target)``; the step is then ``loss(model(x), y)``.
             step: A callable ``step(model, batch)`` in place of `loss`.
-            optimizer: See `make_optimizer`.
+            optimizer: See `make_optimizers`.
             lr: Learning rate.
-            lr_scheduler: A callable that makes a torch scheduler from an optimizer.
+            lr_scheduler: A callable that makes a torch scheduler from an optimizer, for each; or a dict of them.
             val: Validation data, in the same forms as `data`.
             metric: A name, a callable ``metric(output, target)``, or an object with `update` and `compute`.
             evaluate: See `Evaluate`.
@@ -141,6 +147,8 @@ class Task:
             model = built_model(model, weights, names[0])
         elif weights is not None:
             raise TaskError(f"weights={weights} is for a model that a callable builds, and {names[0]} is a model.")
+        updates = False if step is None else uses(step, update)
+        model, step = as_one(model, step, names[0])
         check_model(model, names[0])
         source = Source.of(data, names[1], batch_size=batch_size)
         first = source.first()
@@ -155,7 +163,7 @@ class Task:
         elif not callable(step):
             raise TaskError(f"step must be a callable step(model, batch), not {step!r}.")
         else:
-            check_step(step, model)
+            check_step(model.step if isinstance(model, Modules) else step, model)
         own_evaluation = "" if evaluate is None else check_evaluate(evaluate, val, metric)
         found_metric = None if metric is None else find_metric(metric)
         after_step_name = called_name("after_step(model)", after_step)
@@ -173,35 +181,35 @@ class Task:
                 f"batch_size={batch_size} is given, but the batches of {names[1]} are made already (each is a global "
                 "one): omit it."
             )
-        check_agree("batch_size", batch_size, source.batch_size, names[1])
-        check_agree("shuffle", shuffle, source.shuffle, names[1])
+        source.check_agrees(names[1], "batch_size", batch_size)
+        source.check_agrees(names[1], "shuffle", shuffle)
         in_file = built or lies_in_file(model)
         if each_epoch is not None and in_file:
             raise TaskError(
                 f"each_epoch={each_epoch_name} gets the whole model in memory, and {names[0]} lies in a file, as one "
                 "that is too large for it: leave each_epoch out."
             )
-        made = make_optimizer(optimizer, model, lr)
-        if lr_scheduler is not None:
-            check_scheduler(lr_scheduler, made)
+        made = make_optimizers(optimizer, model, lr)
         return cls(
             model=model,
             data=source,
             step=step,
-            optimizers={"": made},
-            schedulers={} if lr_scheduler is None else {"": lr_scheduler},
+            optimizers=made,
+            schedulers=scheduler_factories(lr_scheduler, made),
             val=val_source,
             metric=found_metric,
             evaluate=evaluate,
             after_step=after_step,
             each_epoch=each_epoch,
-            own_optimizers=isinstance(optimizer, torch.optim.Optimizer),
+            updates=updates,
+            own_optimizers=is_ready_made(optimizer),
             sums=reduction == "sum",
             in_file=in_file,
             options={
                 "loss": "the model's own" if own_loss else "step" if loss is None else loss_name(loss),
                 "lr_scheduler": "" if lr_scheduler is None else _name(lr_scheduler),
                 "optimizer": optimizer_name(optimizer),
+                "updates": updates,
                 "lr": lr,
                 "reduction": reduction,
                 "metric": "" if metric is None else metric_name(metric),
@@ -268,10 +276,15 @@ class Task:
         """What the user supplied, by names for errors; `model` and `data` are the user's own. Local."""
         return {
             model: self.given, data: self.data.given, "optimizer": self.optimizers.get("", self.optimizers),
-            "step": self.step, "val": self.val and self.val.given, "metric": self.metric,
+            "step": self.own_step, "val": self.val and self.val.given, "metric": self.metric,
             "evaluate": self.evaluate, "after_step": self.after_step, "each_epoch": self.each_epoch,
             "the task": self,
         }  # fmt: skip
+
+    @property
+    def own_step(self) -> Any:
+        """The step as the user gave it."""
+        return self.model.step if isinstance(self.model, Modules) else self.step
 
     def make_schedulers(self, by: str) -> Schedulers:
         """The learning-rate schedulers of the optimizers, stepped after each "step" or "epoch". Local."""
@@ -379,11 +392,3 @@ def _check_pairs(source: Source | None, what: str) -> None:
     first = None if source is None else source.first()
     if first is not None and not (isinstance(first, (tuple, list)) and len(first) >= 2):
         raise TaskError(no_pair(what, first))
-
-
-def check_agree(option: str, given: Any, of_loader: Any, name: str) -> None:
-    """Raise `PlanError` if an option contradicts the user's DataLoader. Local."""
-    if given is not None and of_loader is not None and given != of_loader:
-        raise PlanError(
-            f"{option}={given} contradicts the DataLoader {name}, which has {of_loader}: omit one of the two."
-        )

@@ -1,0 +1,136 @@
+"""Several optimizers in one step: `nbdist.update`, with which a step trains by one loss after another."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nbdist.core.data.reader import Slice
+from nbdist.core.task.step_output import no_scalar, parts_of
+from nbdist.errors import TaskError, suggest
+
+if TYPE_CHECKING:
+    from nbdist.core.task.task import Task
+
+__all__ = ["StepUpdates", "update"]
+
+_present: StepUpdates | None = None
+
+
+def update(loss: torch.Tensor, optimizer: str = "", *, weight: Any = None, retain_graph: bool = False) -> None:
+    """In a step, train the parameters of one optimizer by a loss, at once: for steps with several losses.
+
+    A step that calls it is trained by these calls alone. Each stands for ``zero_grad()``, ``loss.backward()`` and
+    ``step()`` of one optimizer in a loop of one process: gradients are computed for its parameters alone, averaged over
+    the slices of the batch, clipped by `clip_norm`, and applied; what the step computes afterwards sees the new
+    weights. A step may call it several times for an optimizer, or not in each. It has to stand in the step's own code,
+    or in that of functions that it calls by name.
+
+    **Collective** over the data axis: every rank calls it equally often, for the same optimizers in the same order.
+
+    Args:
+        loss: A scalar, the mean over the slice's samples. The history has it as ``loss_<optimizer>`` if
+            optimizers have names, and the sum of a step's losses as ``loss``.
+        optimizer: Its key, where the run's `optimizer` is a dict.
+        weight: The number that the mean is over, if that is not the number of samples.
+        retain_graph: As for ``backward``: whether a later loss of this step goes through the same graph.
+
+    Raises:
+        TaskError: It is called outside of a step; there is no such optimizer; the loss is no scalar that requires grad;
+            ranks differ.
+    """
+    if _present is None:
+        raise TaskError(
+            "nbdist.update is called outside of a training step, or where nbdist did not find it: let it stand in the "
+            "step's own code (a %%dist_train cell's body, or step=...), or in a function that this calls by name."
+        )
+    _present.update(loss, optimizer, weight, retain_graph)
+
+
+class StepUpdates(ABC):
+    """Runs steps that call `update`.
+
+    Args:
+        task: What is trained.
+
+    Attributes:
+        parameters: The trainable ones of each optimizer.
+        part: The slice that is computed.
+        calls: How often its step has called `update`.
+    """
+
+    part: Slice
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.parameters = {
+            name: [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            for name, optimizer in task.optimizers.items()
+        }
+        self.calls = 0
+        self._total: Any = 0.0
+        self._weight: Any = 0
+
+    def loss_and_weight(self, batch: Any, part: Slice) -> tuple[torch.Tensor, Any]:
+        """Run the step on one slice, as `Task.loss_and_weight` does. **Collective** as `apply` is.
+
+        Returns:
+            The sum of the step's losses, and the weight of the first.
+
+        Raises:
+            TaskError: See `update`; or the step has not called it.
+        """
+        global _present
+        before, _present = _present, self
+        self.part, self.calls, self._total = part, 0, 0.0
+        try:
+            returned = self._task.step(self._task.model, batch)
+        finally:
+            _present = before
+        if not self.calls:
+            raise TaskError(
+                "the step has nbdist.update in its code, and has not called it for a batch: call it for at least one "
+                "loss in each."
+            )
+        log = returned if isinstance(returned, Mapping) else parts_of(returned)[2]
+        if log is not None:
+            self._task.log.add(log, part.index, self._weight)
+        return self._total, self._weight
+
+    def update(self, loss: Any, name: str, weight: Any, retain_graph: bool) -> None:
+        """See the function `update`."""
+        if name not in self.parameters:
+            known = ", ".join(filter(None, self.parameters)) or "one only, which has no name"
+            raise TaskError(
+                f"nbdist.update names optimizer {name!r}, and the run has {known}.{suggest(str(name), self.parameters)}"
+            )
+        of = f" for optimizer {name}" if name else ""
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise TaskError(f"the loss{of} must be a scalar tensor, but it is {no_scalar(loss)}.")
+        if not loss.requires_grad:
+            raise TaskError(
+                f"the loss{of} does not require grad, so it trains nothing: give it as it was "
+                "computed, without detach, no_grad or a backward of the step's own, which nbdist.update runs."
+            )
+        if not self.part.samples:
+            weight = 0
+        elif weight is None:
+            weight = self.part.samples
+        elif isinstance(weight, torch.Tensor):  # on a GPU reading it would wait for the device
+            weight = weight.item() if weight.device.type == "cpu" else weight.double()
+        if not self.calls:
+            self._weight = weight
+        self.calls += 1
+        self._total = self._total + loss.detach().reshape(())
+        if name:
+            self._task.log.add({f"loss_{name}": loss}, self.part.index, weight)
+        with torch.autocast(loss.device.type, enabled=False):
+            self.apply(name, loss if loss.ndim == 0 else loss.reshape(()), weight, retain_graph)
+        torch.clear_autocast_cache()  # it may hold weights as they were before
+
+    @abstractmethod
+    def apply(self, name: str, loss: torch.Tensor, weight: Any, retain_graph: bool) -> None:
+        """Run backward, and train the parameters of an optimizer. **Collective** over the data axis."""
