@@ -76,8 +76,8 @@ def _check_reproducible(plan: Plan) -> None:
 def _check_updates(plan: Plan) -> None:
     """Refuse what a step that updates in its midst cannot have: slices one after another, or a part of the model."""
     why = "the step updates with nbdist.update"
-    if plan.mesh.size > plan.mesh.dp:
-        raise PlanError(f"{why}, and mesh {plan.mesh} cuts the model: use --strategy data.")
+    if plan.mesh.tp * plan.mesh.pp > 1:
+        raise PlanError(f"{why}, and mesh {plan.mesh} cuts layers or the model: use --strategy data or shard.")
     for name, without in (("accumulate", 1), ("reproducible", 0)):
         if getattr(plan, name) > without:
             raise PlanError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 from nbdist.core.comm import Channel
 from nbdist.core.comm.mesh_channels import MeshChannels
@@ -169,6 +170,13 @@ class MeshAxis(ABC):
     def run_backward(self, action: Action, loss: torch.Tensor | None, unwanted: bool) -> None:
         """See `Strategy.run_backward`. **Collective** over a replica."""
         run_plain_backward(loss, unwanted)
+
+    def run_backward_within(self, loss: torch.Tensor, unwanted: bool, retain_graph: bool) -> None:
+        """Run a backward within a step that goes on, see `MeshParallel.at_rest`. **Collective** over the axis."""
+        raise NotImplementedError  # `check_combinations` refuses such steps on other axes
+
+    def mark_written(self, parameters: Sequence[nn.Parameter]) -> None:  # noqa: B027
+        """See `MeshParallel.mark_written`. Local."""
 
     def take_values(self) -> None:  # noqa: B027
         """Call after the optimizers have updated this rank's parts. Local."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.comm.world import World
@@ -29,6 +30,7 @@ from nbdist.core.strategies.mesh_cost import MeshCost, cost_of
 from nbdist.core.strategies.pipeline.capture_call import capture_call
 from nbdist.core.strategies.pipeline.schedules import Action
 from nbdist.core.strategies.pipeline_axis import PipelineAxis
+from nbdist.core.strategies.rank_updates import ShardUpdates
 from nbdist.core.strategies.readable_params import ReadableParams
 from nbdist.core.strategies.shard_axis import ShardAxis
 from nbdist.core.strategies.strategy import Strategy
@@ -37,6 +39,7 @@ from nbdist.core.sync.agreement import ControlFlags
 from nbdist.core.sync.bucketed_reducer import BucketedReducer
 from nbdist.core.sync.gradient_hooks import GradientHooks, check_hooks
 from nbdist.core.sync.step_tail import LOSS_NUMBERS, StepLosses, StepTail, Totals
+from nbdist.core.task.step_updates import IgnoredUpdates
 from nbdist.core.task.task import Task
 from nbdist.core.transfer.file_memory import FileMemory
 from nbdist.errors import PlanError
@@ -75,9 +78,10 @@ def estimate(task: Task, plan: Plan) -> MeshCost:
     if plan.mesh.size == plan.mesh.dp:
         return cost_of(task.model, task.optimizers.values(), plan, {})
     _check_optimizers(task, plan)
-    example = example_call(task, plan, device_of(task.model))
     kinds = {name: kind for name, kind in _AXES.items() if getattr(plan.mesh, name) > 1}
-    costs = {name: kind.propose(task, plan, example).cost for name, kind in kinds.items()}
+    with IgnoredUpdates.of(task):
+        example = example_call(task, plan, device_of(task.model))
+        costs = {name: kind.propose(task, plan, example).cost for name, kind in kinds.items()}
     return cost_of(task.model, task.optimizers.values(), plan, costs)
 
 
@@ -119,7 +123,7 @@ class MeshParallel(Strategy):
             if getattr(plan.mesh, name) > 1:
                 self._axes.append(kind(placements, tuple(self._axes)))
         self._runner = next((axis for axis in self._axes if axis.runs_slices), self._axes[0])
-        self._cleanup = contextlib.ExitStack()
+        self._cleanup, self._computing = contextlib.ExitStack(), contextlib.ExitStack()
         if plan.mesh.tp * plan.mesh.shard > 1 and "torch._dynamo" in sys.modules:
             # A compiler traces no gathers and no collectives; nothing is compiled where it is not loaded.
             self._cleanup.enter_context(torch.compiler.set_stance("force_eager"))
@@ -141,7 +145,7 @@ class MeshParallel(Strategy):
         of_model = ProgramState({"model": self.task.model}, unwritten=weights, most=None)
         of_step = ProgramState({"step": self.task.step}, unwritten=weights, large_bytes=_SMALL_BYTES, most=None)
         try:
-            with IteratorWatch(of_step.iterators.values()) as watch:
+            with IteratorWatch(of_step.iterators.values()) as watch, IgnoredUpdates.of(self.task):
                 example = example_call(self.task, plan, self.device)
             if advanced := [*of_model.iterators, *(of_step.iterators if watch.taken else ())]:
                 raise PlanError(
@@ -149,7 +153,10 @@ class MeshParallel(Strategy):
                     "advance, and nobody can put back: keep a number or a list in its place, or use the strategy data."
                 )
             kinds = [type(axis) for axis in self._axes]
-            proposals = agree_on_proposals(kinds, self.task, plan, example, axes.world)  # before a weight is touched
+            with IgnoredUpdates.of(self.task):
+                proposals = agree_on_proposals(
+                    kinds, self.task, plan, example, axes.world
+                )  # before a weight is touched
         finally:
             of_step.restore()
             of_model.restore()
@@ -169,6 +176,8 @@ class MeshParallel(Strategy):
             sum_replica=self._sum_replica,
         )  # fmt: skip
         self._cleanup.callback(self.reducer.close)
+        if self.task.updates:
+            self.updates = ShardUpdates(self)
 
     # One step.
 
@@ -180,13 +189,39 @@ class MeshParallel(Strategy):
 
     def forward_backward(self, step: int, slices: list[Slice]) -> StepLosses:
         """See `Strategy`."""
-        with contextlib.ExitStack() as stack:
-            for axis in self._axes:
-                stack.enter_context(axis.computing())
+        with self._computing:
+            self._compute()
             losses = super().forward_backward(step, slices)
         if isinstance(self._runner, PipelineAxis):
             self.work = self._runner.pipeline.work
         return losses
+
+    def _compute(self) -> None:
+        for axis in self._axes:
+            self._computing.enter_context(axis.computing())
+
+    @contextlib.contextmanager
+    def at_rest(self, loss: torch.Tensor, unwanted: bool, retain_graph: bool) -> Iterator[None]:
+        """Context within a step: after a backward, parameters are this rank's parts, with gradients. **Collective**.
+
+        Args:
+            loss: From where to run backward.
+            unwanted: As for `run_backward`.
+            retain_graph: As for ``backward``.
+        """
+        self._runner.run_backward_within(loss, unwanted, retain_graph)
+        self._computing.close()
+        with torch.no_grad():
+            for axis in self._axes:
+                axis.sum_gradients()
+        yield
+        self.begin_step()
+        self._compute()
+
+    def mark_written(self, parameters: list[nn.Parameter]) -> None:
+        """Call before an optimizer writes to parameters within a step, whose graphs may need the old ones. Local."""
+        for axis in self._axes:
+            axis.mark_written(parameters)
 
     def run_forward(
         self, action: Action, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]

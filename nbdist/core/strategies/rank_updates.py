@@ -12,14 +12,15 @@ from torch import nn
 
 from nbdist.core.data.reader import Slice
 from nbdist.core.sync.gradient_reducer import GradientReducer
-from nbdist.core.sync.step_tail import StepLosses
+from nbdist.core.sync.step_tail import StepLosses, Totals
 from nbdist.core.task.step_updates import StepUpdates
 from nbdist.errors import TaskError
 
 if TYPE_CHECKING:
+    from nbdist.core.strategies.mesh_parallel import MeshParallel
     from nbdist.core.strategies.strategy import Strategy
 
-__all__ = ["RankUpdates"]
+__all__ = ["RankUpdates", "ShardUpdates"]
 
 _ENDS = ""
 """In place of an optimizer's name: the rank's step ends."""
@@ -58,42 +59,58 @@ class RankUpdates(StepUpdates):
         self._agree(_ENDS)
         if part.samples:
             strategy.reducer.losses.add(part.index, loss, weight, strategy.units(weight, part, first=False))
-        if self._held is not None:
-            for parameter in (parameter for own in self.parameters.values() for parameter in own):
-                parameter.grad = self._held.get(parameter)
         return strategy.reducer.losses
 
     def apply(self, name: str, loss: torch.Tensor, weight: Any, retain_graph: bool) -> None:
         """See `StepUpdates`."""
         self._agree(name)
-        strategy, reducer, parameters = self._strategy, self._reducers[name], self.parameters[name]
+        parameters = self.parameters[name]
+        with self._gradients(name, loss, weight, retain_graph) as (losses, totals):
+            if self._held is not None:
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        self._held[parameter] = parameter.grad + self._held.get(parameter, 0)
+            elif losses.any_known or totals.weight:  # any rank had data
+                self._strategy.update_by(name)
+            for parameter in parameters:  # another optimizer's hooks and clipping are to see its own alone
+                parameter.grad = None
+
+    @contextlib.contextmanager
+    def _gradients(
+        self, name: str, loss: torch.Tensor, weight: Any, retain_graph: bool
+    ) -> Iterator[tuple[StepLosses, Totals]]:
+        """Context in which an optimizer's parameters, and no others, have the gradients of a loss. **Collective**."""
+        reducer = self._reducers[name]
         reducer.begin()
-        scaled, unwanted = strategy.weigh(self.part, loss, weight, reducer.losses, first=self.calls == 1)
-        if strategy.plan.stop_on_nan:
-            reducer.losses.check_finite(self._step + 1)
+        scaled, unwanted = self._weigh(loss, weight, reducer.losses)
         reducer.expect_last()
-        if scaled is not None and not unwanted:
-            torch.autograd.backward(scaled, inputs=parameters, retain_graph=retain_graph)
+        if not unwanted:
+            torch.autograd.backward(scaled, inputs=self.parameters[name], retain_graph=retain_graph)
         reducer.add_slice(self.part.index)
-        totals = reducer.finish()
-        if self._held is None:
-            if reducer.losses.any_known or totals.weight:  # any rank had data
-                strategy.update_by(name)
-        else:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    self._held[parameter] = parameter.grad + self._held.get(parameter, 0)
-        for parameter in parameters:  # another optimizer's hooks and clipping are to see its own alone
-            parameter.grad = None
+        yield reducer.losses, reducer.finish()
+
+    def _weigh(self, loss: torch.Tensor, weight: Any, losses: StepLosses) -> tuple[torch.Tensor, bool]:
+        """See `Strategy.weigh`; a loss that is not finite is an error, if it is to be."""
+        scaled, unwanted = self._strategy.weigh(self.part, loss, weight, losses, first=self.calls == 1)
+        if self._strategy.plan.stop_on_nan:
+            losses.check_finite(self._step + 1)
+        assert scaled is not None
+        return scaled, unwanted
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Context of steps that update nothing: at their end parameters have the sums of their gradients. Local."""
+        """Context of steps that update nothing, see `put_held`. Local."""
         self._held = {}
         try:
             yield
         finally:
             self._held = None
+
+    def put_held(self) -> None:
+        """After a step that has updated nothing, set each gradient to the sum of those of its updates. Local."""
+        assert self._held is not None
+        for parameter in (parameter for own in self.parameters.values() for parameter in own):
+            parameter.grad = self._held.get(parameter)
 
     def close(self) -> None:
         """Release the parameters. Local."""
@@ -105,6 +122,7 @@ class RankUpdates(StepUpdates):
         channel = self._strategy.axes.data
         if channel.size == 1:
             return
+        self._strategy.settle()
         code = zlib.crc32(name.encode())
         with channel.used_for("nbdist.update"):
             codes = [int(one) for one in channel.all_gather(torch.tensor([code], device=channel.device))]
@@ -114,3 +132,32 @@ class RankUpdates(StepUpdates):
                 f"ranks call nbdist.update for other optimizers, or not equally often (rank {channel.rank} is at "
                 f"{here}): let each slice call the same ones in the same order, whatever its samples are."
             )
+
+
+class ShardUpdates(RankUpdates):
+    """The same where each rank holds a shard of every parameter: between two backwards all are put at rest.
+
+    One reducer serves all optimizers. A backward runs through all that the loss depends on, and the gradients of other
+    optimizers' parameters are dropped, as ``zero_grad`` does in a loop of one process.
+
+    Args:
+        strategy: See `RankUpdates`.
+    """
+
+    def __init__(self, strategy: MeshParallel) -> None:
+        super().__init__(strategy, lambda _parameters: strategy.reducer)
+        self._mesh = strategy
+
+    @contextlib.contextmanager
+    def _gradients(
+        self, name: str, loss: torch.Tensor, weight: Any, retain_graph: bool
+    ) -> Iterator[tuple[StepLosses, Totals]]:
+        losses = self._mesh.reducer.losses
+        scaled, unwanted = self._weigh(loss, weight, losses)
+        with self._mesh.at_rest(scaled, unwanted, retain_graph):
+            totals = self._mesh.reducer.finish()
+            for other, parameters in self.parameters.items():
+                for parameter in parameters if other != name else ():
+                    parameter.grad = None
+            self._mesh.mark_written([p for p in self.parameters[name] if p.grad is not None and self._held is None])
+            yield losses, totals

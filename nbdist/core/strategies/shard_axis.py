@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -78,6 +78,16 @@ class ShardAxis(MeshAxis):
         assert self.shards is not None
         assert loss is not None
         self.shards.run_backward(loss, unwanted)
+
+    def run_backward_within(self, loss: torch.Tensor, unwanted: bool, retain_graph: bool) -> None:
+        """See `MeshAxis`."""
+        assert self.shards is not None
+        self.shards.run_backward(loss, unwanted, retain_graph=retain_graph)
+
+    def mark_written(self, parameters: Sequence[nn.Parameter]) -> None:
+        """See `MeshAxis`."""
+        if self.shards is not None:
+            self.shards.mark_written(parameters)
 
     def take_values(self) -> None:
         """See `MeshAxis`."""

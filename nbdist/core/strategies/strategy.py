@@ -259,6 +259,7 @@ class Strategy(ABC):
         self._run_hooks()
         with skip_dynamo_import():
             self.task.optimizers[name].step()
+        self.take_values()
 
     def compute_again(self, step: int, slices: list[Slice]) -> torch.Tensor:
         """The loss of a step's batch with the present weights; sets its gradients too. **Collective**."""
@@ -312,6 +313,8 @@ class Strategy(ABC):
 
     def finish_gradients(self) -> None:
         """What `update` does to gradients before the optimizers step, where none overflows. **Collective** as it is."""
+        if self.updates is not None:
+            self.updates.put_held()
         if self.precision.scales:
             self.scale_(1 / self.precision.scale)
         self._run_hooks()

@@ -23,6 +23,7 @@ _CURE = "leave it out: nbdist runs backward, sums gradients over ranks, and step
 _LOADS = ("LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME")
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _AGAIN = "backward through the graph a second time"
+_WRITTEN = "modified by an inplace operation"
 _MIXED = re.compile(r"same dtype|type .* should be the same|expected scalar type|mixed dtype")
 _WHOLE = re.compile(r"long|int\b|byte|cuda", re.IGNORECASE)
 _NO_TENSOR = re.compile(r"must be Tensor, not (list|tuple)$")
@@ -68,6 +69,11 @@ def explained_step(error: BaseException, step: Any) -> TaskError | None:
     names = set[str]() if function is None else _names(function.__code__)
     if isinstance(error, RuntimeError) and _AGAIN in text and "backward" in names:
         return TaskError(f"the step calls backward() on the loss that it returns: {_CURE}.")
+    if isinstance(error, RuntimeError) and _WRITTEN in text and "update" in names:
+        return TaskError(
+            "a loss goes through parameters as they were before nbdist.update changed them: compute what it needs of "
+            "them again after that update, as a loop of one process has to."
+        )
     if isinstance(error, RuntimeError) and _MIXED.search(text) and not _WHOLE.search(text):
         return TaskError(
             f"tensors of two dtypes meet in the step (torch: {text.splitlines()[0].rstrip('.')}): give the data in the "

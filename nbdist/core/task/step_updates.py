@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from nbdist.errors import TaskError, suggest
 if TYPE_CHECKING:
     from nbdist.core.task.task import Task
 
-__all__ = ["StepUpdates", "update"]
+__all__ = ["IgnoredUpdates", "StepUpdates", "update"]
 
 _present: StepUpdates | None = None
 
@@ -83,13 +84,8 @@ class StepUpdates(ABC):
         Raises:
             TaskError: See `update`; or the step has not called it.
         """
-        global _present
-        before, _present = _present, self
-        self.part, self.calls, self._total = part, 0, 0.0
-        try:
+        with self.in_use(part):
             returned = self._task.step(self._task.model, batch)
-        finally:
-            _present = before
         if not self.calls:
             raise TaskError(
                 "the step has nbdist.update in its code, and has not called it for a batch: call it for at least one "
@@ -99,6 +95,17 @@ class StepUpdates(ABC):
         if log is not None:
             self._task.log.add(log, part.index, self._weight)
         return self._total, self._weight
+
+    @contextlib.contextmanager
+    def in_use(self, part: Slice) -> Iterator[None]:
+        """Context of the step on one slice, in which `update` calls `apply`. Local."""
+        global _present
+        before, _present = _present, self
+        self.part, self.calls, self._total = part, 0, 0.0
+        try:
+            yield
+        finally:
+            _present = before
 
     def update(self, loss: Any, name: str, weight: Any, retain_graph: bool) -> None:
         """See the function `update`."""
@@ -134,3 +141,17 @@ class StepUpdates(ABC):
     @abstractmethod
     def apply(self, name: str, loss: torch.Tensor, weight: Any, retain_graph: bool) -> None:
         """Run backward, and train the parameters of an optimizer. **Collective** over the data axis."""
+
+
+class IgnoredUpdates(StepUpdates):
+    """For steps that only show how they compute: nothing is updated. Local."""
+
+    def apply(self, name: str, loss: torch.Tensor, weight: Any, retain_graph: bool) -> None:
+        """See `StepUpdates`."""
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, task: Task) -> Iterator[None]:
+        """Context of such steps of a task."""
+        with cls(task).in_use(Slice(index=0, samples=1, batch=None)):
+            yield

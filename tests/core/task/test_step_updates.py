@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 
 import pytest
 import torch
@@ -84,6 +86,17 @@ def weights_of(modules):
     return {f"{name}.{key}": t.detach() for name, module in modules.items() for key, t in module.state_dict().items()}
 
 
+@pytest.fixture
+def run_on(run_ranks):
+    """Runs a function on a mesh."""
+
+    def run(mesh, function, step, options):
+        size = math.prod(int(degree) for degree in re.findall(r"\d+", mesh))
+        return run_ranks(size, function, step, {"strategy": mesh, **options})
+
+    return run
+
+
 def run(world, step, options):
     """Train both; returns the result and the weights."""
     modules = adversaries()
@@ -93,23 +106,27 @@ def run(world, step, options):
     return train_task(world, task, **options), weights_of(modules)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_a_gan_is_trained_as_in_one_process(run_ranks, ranks):
+MESHES = pytest.mark.parametrize("mesh", ["dp=1", "dp=2", "shard=2"])
+ALL_MESHES = pytest.mark.parametrize("mesh", ["dp=1", "dp=2", "dp=3", "shard=2", "shard=3", "dp=2,shard=2"])
+
+
+@ALL_MESHES
+def test_a_gan_is_trained_as_in_one_process(run_on, mesh):
     """Weights and each loss, on batches of which some are short."""
     weights, rows = plain()
-    for result, trained in run_ranks(ranks, run, gan, {}):
+    for result, trained in run_on(mesh, run, gan, {}):
         for name, expected in weights.items():
             torch.testing.assert_close(trained[name], expected, **CLOSE)
         for row, expected in zip(result.history, rows, strict=True):
             assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_each_update_is_clipped_by_itself(run_ranks, ranks):
+@MESHES
+def test_each_update_is_clipped_by_itself(run_on, mesh):
     """By the norm of one optimizer's gradients."""
     weights, _ = plain(clip=0.1)
     assert not torch.allclose(weights["d.0.weight"], plain()[0]["d.0.weight"], rtol=1e-3)
-    for _, trained in run_ranks(ranks, run, gan, {"clip_norm": 0.1}):
+    for _, trained in run_on(mesh, run, gan, {"clip_norm": 0.1}):
         torch.testing.assert_close(trained, weights, **CLOSE)
 
 
@@ -134,12 +151,12 @@ def step_of(losses_of, model, batch):
     losses_of(model, batch, nbdist.update)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@MESHES
 @pytest.mark.parametrize("losses_of", [attached, penalized])
-def test_graphs_of_other_shapes(run_ranks, ranks, losses_of):
+def test_graphs_of_other_shapes(run_on, mesh, losses_of):
     """Graphs that two losses share, and gradients within a loss."""
     weights, rows = plain(losses_of)
-    for result, trained in run_ranks(ranks, run, functools.partial(step_of, losses_of), {}):
+    for result, trained in run_on(mesh, run, functools.partial(step_of, losses_of), {}):
         torch.testing.assert_close(trained, weights, **CLOSE)
         assert {name: result.history[-1][name] for name in rows[-1]} == pytest.approx(rows[-1], rel=1e-10)
 
@@ -161,11 +178,11 @@ class Alternating:
             update(bce(model["d"](fake), 1.0), "g")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_an_optimizer_at_another_interval(run_ranks, ranks):
+@MESHES
+def test_an_optimizer_at_another_interval(run_on, mesh):
     """Moments and weight decay of the other one stand still meanwhile."""
     weights, _ = plain(Alternating().losses)
-    for _, trained in run_ranks(ranks, run, Alternating(), {}):
+    for _, trained in run_on(mesh, run, Alternating(), {}):
         torch.testing.assert_close(trained, weights, **CLOSE)
 
 
@@ -177,12 +194,25 @@ def weighted(model, batch, update):
     update((model["g"](x[few][:, :NOISE]) - x[few]).square().mean(), "g", weight=few.sum())
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_means_over_other_numbers(run_ranks, ranks):
+@ALL_MESHES
+def test_means_over_other_numbers(run_on, mesh):
     """As many ranks as there are, the means are those of the whole batch."""
     weights, _ = plain(weighted)
-    for _, trained in run_ranks(ranks, run, functools.partial(step_of, weighted), {}):
+    for _, trained in run_on(mesh, run, functools.partial(step_of, weighted), {}):
         torch.testing.assert_close(trained, weights, **CLOSE)
+
+
+def stale(model, batch):
+    scores = model["d"](model["g"](batch[0][:, :NOISE]))
+    nbdist.update(bce(model["d"](batch[0]), 1.0), "d")
+    nbdist.update(bce(scores, 1.0), "g")
+
+
+@MESHES
+def test_a_graph_through_old_weights_is_refused(run_on, mesh):
+    """As by torch in one process; on a mesh that frees weights too."""
+    with pytest.raises(TaskError, match=r"a loss goes through parameters as they were before nbdist\.update changed"):
+        run_on(mesh, run, stale, {})
 
 
 def one_model():
@@ -202,8 +232,8 @@ def run_one(world, step, options):
     return train_task(world, task, **options), model.state_dict()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_one_optimizer_that_steps_twice(run_ranks, ranks):
+@MESHES
+def test_one_optimizer_that_steps_twice(run_on, mesh):
     """It needs no name, and the step may log."""
     model, (x, _) = one_model(), classes(SAMPLES)
     optimizer, shifts, losses = ADAM(model.parameters()), [], []
@@ -215,7 +245,7 @@ def test_one_optimizer_that_steps_twice(run_ranks, ranks):
             optimizer.step()
             losses.append(loss.item() * len(rows))
         shifts.append(model(x[rows]).mean().item() * len(rows))
-    for result, weights in run_ranks(ranks, run_one, twice, {}):
+    for result, weights in run_on(mesh, run_one, twice, {}):
         torch.testing.assert_close(weights, model.state_dict(), **CLOSE)
         assert sum(losses) / SAMPLES == pytest.approx(result.history[0]["loss"], rel=1e-10)
         assert sum(shifts) / SAMPLES == pytest.approx(result.history[0]["shift"], rel=1e-10)
@@ -316,7 +346,8 @@ def test_outside_of_a_step():
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
-    ({"strategy": "shard"}, "the step updates with nbdist.update, and mesh shard=2 cuts the model"),
+    ({"strategy": "tp"}, "the step updates with nbdist.update, and mesh tp=2 cuts layers or the model: use --strategy"),
+    ({"strategy": "pp"}, "the step updates with nbdist.update, and mesh pp=2 cuts layers or the model: use --strategy"),
     ({"accumulate": 2}, "each rank computes one slice of a batch, and accumulate=2 makes several: leave it out"),
     ({"reproducible": 4}, "each rank computes one slice of a batch, and reproducible=4 makes several: leave it out"),
     ({"precision": "fp16"}, "fp16 scales the loss of a whole step: use bf16"),
@@ -343,3 +374,29 @@ def test_dicts_that_are_no_optimizers(optimizer, sentence):
     """Are refused by name."""
     with pytest.raises(TaskError, match=sentence):
         Task.create(adversaries(), classes(SAMPLES), step=gan, optimizer=optimizer)
+
+
+def in_bfloat16(world, step):
+    modules = {name: module.float() for name, module in adversaries().items()}
+    data = tuple(part.float() if part.is_floating_point() else part for part in classes(SAMPLES))
+    optimizer = {"d": ADAM, "g": ADAM}
+    task = Task.create(modules, data, step=step, optimizer=optimizer, batch_size=BATCH, shuffle=False)
+    train_task(world, task, precision="bf16", epochs=1)
+    return weights_of(modules)
+
+
+def test_half_precision_uses_the_new_weights():
+    """Autocast keeps copies of weights in bfloat16, which an update makes old; the bits are those of a plain loop."""
+    loop = PlainLoop({name: module.float() for name, module in adversaries().items()})
+    data = tuple(part.float() if part.is_floating_point() else part for part in classes(SAMPLES))
+
+    def update(loss, name, **_):
+        with torch.autocast("cpu", enabled=False):
+            PlainLoop.update(loop, loss, name)
+        torch.clear_autocast_cache()
+
+    for rows in torch.arange(SAMPLES).split(BATCH):
+        loop.samples = len(rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses_of(loop.modules, tuple(part[rows] for part in data), update)
+    torch.testing.assert_close(in_bfloat16(World(), gan), weights_of(loop.modules), rtol=0, atol=0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +70,7 @@ class FullySharded:
         self._running = False
         self.used: set[int] = set()
         self._hooks: list[Any] = []
+        self._writes: dict[nn.Parameter, int] = {}  # how often each was written within steps
         self._extra: list[Block] = []  # gathered for a read outside their module's forward
         places = [(block, place) for block in self.blocks for place in range(len(block.parameters))]
         parameters = [block.parameters[place] for block, place in places]
@@ -140,13 +141,16 @@ class FullySharded:
         self.used.update(block.reduce(self.zero_gradients))
         block.free()
 
-    def run_backward(self, loss: torch.Tensor, unwanted: bool, blocks: Collection[Block] = ()) -> None:
+    def run_backward(
+        self, loss: torch.Tensor, unwanted: bool, blocks: Collection[Block] = (), *, retain_graph: bool = False
+    ) -> None:
         """Run a backward, with the collectives in it even if its gradients are unwanted. **Collective**.
 
         Args:
             loss: From where; it may not require grad on this rank.
             unwanted: Whether its gradients count as zero.
             blocks: Blocks that no module of this rank gathers.
+            retain_graph: As for ``backward``.
         """
         self.zero_gradients = unwanted
         self._running = True
@@ -154,7 +158,7 @@ class FullySharded:
             for block in blocks:
                 self.begin_backward(block)
             if loss.requires_grad:
-                loss.backward()
+                loss.backward(retain_graph=retain_graph)
             self.finish_backward()
         finally:
             self._running = False
@@ -162,13 +166,19 @@ class FullySharded:
     def finish_backward(self) -> None:
         """Reduce the remaining blocks: those whose inputs require no grad, or that other code has read.
 
-        **Collective**, after each backward.
+        And those that got gradients when theirs had been reduced, as from a gradient within the loss. **Collective**,
+        after each backward.
         """
         self._free_extra(())
         for block in reversed(self.blocks):
-            if block.in_backward or block.late_gradients:
+            if block.in_backward or block.late_gradients or block.own_gradient():
                 block.late_gradients = False
                 self.end_backward(block)
+
+    def mark_written(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Call before an optimizer writes to parameters within a step, whose graphs may need the old ones. Local."""
+        for parameter in parameters:
+            self._writes[parameter] = self._writes.get(parameter, 0) + 1
 
     def hook(self, modules: list[nn.Module]) -> None:
         """Register hooks that gather each block while its module computes. Local."""
@@ -233,7 +243,8 @@ class FullySharded:
         except (NotImplementedError, RuntimeError):  # no storage, for instance sparse
             found = None
         if found is not None and not (tensor.is_conj() or tensor.is_neg()):
-            return _Reference(found, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
+            writes = self._writes.get(found[0].parameters[found[1]], 0) if self._writes else 0
+            return _Reference(found, writes, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
         # Detached: a saved output would make a reference cycle with its node. `_unpack` checks the version, as torch.
         return tensor if tensor.is_leaf else tensor.detach(), tensor._version
 
@@ -248,6 +259,11 @@ class FullySharded:
                 )
             return tensor
         block, place = packed.found
+        if self._writes and self._writes.get(block.parameters[place], 0) != packed.writes:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"parameter {block.name(block.parameters[place])} was updated after it was used."
+            )
         if not block.gathered:
             self.begin_backward(block)
         view = torch.empty(0, dtype=packed.dtype, device=block.parameters[place].device)
@@ -278,6 +294,7 @@ class _Reference(NamedTuple):
     """What autograd saves in place of a view of a gathered parameter."""
 
     found: tuple[Block, int]
+    writes: int
     dtype: torch.dtype
     offset: Any
     size: Any
