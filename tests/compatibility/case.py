@@ -15,10 +15,11 @@ class Case:
     """What a user trains.
 
     Args:
-        make: The model.
+        make: The model, or a dict of several, which have an optimizer each.
         data: ``data(samples)``: tensors, a dict of them, or a DataLoader.
         loss: A name or a callable, as for `nbdist.train`.
-        step: ``step(model, batch)`` in place of a loss. With neither, the model computes its loss from a dict.
+        step: ``step(model, batch)`` in place of a loss; it may call `nbdist.update`. With neither, the model computes
+            its loss from a dict.
         reduction: The option.
         optimizer: "sgd" or "adamw".
         lr: Its rate.
@@ -31,7 +32,7 @@ class Case:
         tolerance: How far apart values may be; by default 1e-9 in float64 and 2e-5 in float32.
     """
 
-    make: Callable[[], nn.Module]
+    make: Callable[[], Any]
     data: Callable[[int], Any]
     loss: Any = None
     step: Callable[[nn.Module, Any], Any] | None = None
@@ -45,12 +46,14 @@ class Case:
     weigh: Callable[[Any], float] | None = None
     tolerance: float = 0.0
 
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """The same weights each time."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = self.make()
-        return model.double() if self.double else model
+        for module in model.values() if isinstance(model, dict) else [model]:
+            module.to(torch.float64 if self.double else None)
+        return model
 
     def samples(self, count: int) -> Any:
         """The same samples each time."""

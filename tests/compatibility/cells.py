@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 sys.path[:0] = [
@@ -18,6 +19,7 @@ sys.path[:0] = [
     str(Path(__file__).parent.parent / "core"),
 ]
 
+import adversarial
 import attention
 import dynamic
 import everyday
@@ -33,12 +35,13 @@ from torch.nn import functional as F
 
 from nbdist.core.comm.world import World
 from nbdist.core.process import rng
+from nbdist.core.task import step_updates
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan, slice_bounds
 
 CASES: dict[str, Case] = {
     **everyday.CASES, **vision.CASES, **sequence.CASES, **attention.CASES, **dynamic.CASES, **generative.CASES,
-    **science.CASES, **losses.CASES,
+    **science.CASES, **losses.CASES, **adversarial.CASES,
 }  # fmt: skip
 MESHES = ["dp=2", "shard=2", "pp=2", "tp=2", "dp=2,shard=2", "dp=2,pp=2"]
 SAMPLES, BATCH, SEED = 34, 12, 3  # three steps, the last of 10 samples
@@ -55,8 +58,15 @@ def ranks_of(mesh: str) -> int:
 
 
 def optimizer_of(case: Case) -> Any:
-    """What makes its optimizer."""
-    return functools.partial(OPTIMIZERS[case.optimizer], lr=case.lr)
+    """What makes its optimizer, or each of a dict of several."""
+    make = functools.partial(OPTIMIZERS[case.optimizer], lr=case.lr)
+    model = case.model()
+    return dict.fromkeys(model, make) if isinstance(model, dict) else make
+
+
+def modules_of(model: Any) -> nn.Module:
+    """The model, or several as one."""
+    return nn.ModuleDict(model) if isinstance(model, dict) else model
 
 
 def options_of(case: Case, mesh: str) -> dict[str, Any]:
@@ -89,8 +99,11 @@ def by_hand(case: Case, mesh: str) -> tuple[float, dict[str, torch.Tensor]]:
     del options["check"]
     plan = Plan.create(ranks=ranks_of(mesh), cores=1, **options)
     model, data, totals, weights = case.model(), case.samples(SAMPLES), [], []
-    optimizer = optimizer_of(case)(model.parameters())
-    replicas = [{k: v.clone() for k, v in model.named_buffers()} for _ in range(plan.mesh.data if case.sliced else 1)]
+    make, modules = optimizer_of(case), modules_of(model)
+    if isinstance(make, dict):
+        return _with_updates(case, model, {name: make[name](module.parameters()) for name, module in model.items()})
+    optimizer = make(model.parameters())
+    replicas = [{k: v.clone() for k, v in modules.named_buffers()} for _ in range(plan.mesh.data if case.sliced else 1)]
     for step, rows in enumerate(torch.arange(SAMPLES).split(BATCH)):
         optimizer.zero_grad()
         total = 0.0
@@ -111,6 +124,35 @@ def by_hand(case: Case, mesh: str) -> tuple[float, dict[str, torch.Tensor]]:
     for name, buffer in replicas[0].items():
         tensors[name] = torch.stack([r[name] for r in replicas]).mean(0) if buffer.is_floating_point() else buffer
     return sum(a * b for a, b in zip(totals, weights, strict=True)) / sum(weights), tensors
+
+
+def _with_updates(case: Case, model: Any, optimizers: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The same steps in plain PyTorch, with several optimizers: one loss for all, or an update for each."""
+    data, losses = case.samples(SAMPLES), []
+
+    class Loop:
+        def update(self, loss, name, weight, retain_graph):
+            for optimizer in optimizers.values():
+                optimizer.zero_grad()
+            loss.backward(retain_graph=retain_graph)
+            optimizers[name].step()
+            losses.append(loss.item() * self.samples / SAMPLES)
+
+    loop = Loop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_updates, "_present", loop)
+        for step, rows in enumerate(torch.arange(SAMPLES).split(BATCH)):
+            loop.samples = len(rows)
+            torch.manual_seed(rng.derive(SEED, "slice", step, 0))
+            loss = case.step(model, read(data, rows))
+            if loss is None:
+                continue
+            loss.backward()
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item() * len(rows) / SAMPLES)
+    return sum(losses), _tensors(model)
 
 
 def read(data: Any, rows: torch.Tensor) -> Any:
@@ -164,8 +206,9 @@ def _gap(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return (expected.to(kind) - actual.to(kind)).abs().max().item() if expected.numel() else 0.0
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+def _tensors(model: Any) -> dict[str, torch.Tensor]:
+    named = [*modules_of(model).named_parameters(), *modules_of(model).named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
 
 
 def row(pool: Any, name: str, meshes: Sequence[str]) -> dict[str, str]:

@@ -13,7 +13,8 @@ PART = {
     ("dp=2", "VQ-VAE, moving codebook"), ("dp=2", "GAT, collated graphs"), ("shard=2", "neural operator, complex"),
     ("shard=2", "critic, gradient penalty"), ("pp=2", "checkpoint"), ("pp=2", "U-Net, ignored labels"),
     ("pp=2", "own autograd.Function"), ("tp=2", "LoRA"), ("tp=2", "capsules"), ("dp=2,shard=2", "masked LM, own loss"),
-    ("dp=2,pp=2", "diffusion"), ("dp=2", "SimCLR, gathered"), ("pp=2", "a sum"),
+    ("dp=2,pp=2", "diffusion"), ("dp=2", "SimCLR, gathered"), ("pp=2", "a sum"), ("shard=2", "WGAN-GP"),
+    ("pp=2", "two modules, one loss"),
 }  # fmt: skip
 CELLS = [
     pytest.param(mesh, name, marks=[] if (mesh, name) in PART else pytest.mark.compatibility)

@@ -77,7 +77,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def train(world: World, model: nn.Module, data: Any, **options: Any) -> tuple[Result, dict[str, torch.Tensor]]:
+def train(world: World, model: Any, data: Any, **options: Any) -> tuple[Result, dict[str, torch.Tensor]]:
     """Train as `nbdist.train` would, on one thread, and return the result and the weights."""
     supplied = {
         "loss",
@@ -97,7 +97,7 @@ def train(world: World, model: nn.Module, data: Any, **options: Any) -> tuple[Re
     if "step" not in options:
         options.setdefault("loss", "cross_entropy")
     task = Task.create(model, data, **{k: v for k, v in options.items() if k in supplied})
-    return train_task(world, task, **{k: v for k, v in options.items() if k not in supplied}), weights(model)
+    return train_task(world, task, **{k: v for k, v in options.items() if k not in supplied}), weights(task.model)
 
 
 def train_task(world: World, task: Task, **options: Any) -> Result:
