@@ -53,6 +53,7 @@ def _can_split_update(task: Task, plan: Plan) -> bool:
         and plan.precision != "fp16"
         and not task.own_optimizers
         and task.after_step is None  # it would write to weights of others
+        and not task.updates  # owners would have to wait for each other at each
         and all(type(optimizer) in OPTIMIZERS.values() for optimizer in task.optimizers.values())
         and all(type(parameter.data) is torch.Tensor for parameter in trainable)
         # An embedding with max_norm writes to its weight in forward.

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RankUpdates", "ShardUpdates"]
 
-_ENDS = ""
-"""In place of an optimizer's name: the rank's step ends."""
-
 
 class RankUpdates(StepUpdates):
     """Runs the step of a task that calls `nbdist.update`, on ranks that compute one slice of each batch.
@@ -56,7 +53,7 @@ class RankUpdates(StepUpdates):
             self._held.clear()
         strategy.batch_gather.begin(counts=part.samples > 0)
         loss, weight = strategy.compute(part, ("slice", step), self.loss_and_weight)
-        self._agree(_ENDS)
+        self._agree(None)
         if part.samples:
             strategy.reducer.losses.add(part.index, loss, weight, strategy.units(weight, part, first=False))
         return strategy.reducer.losses
@@ -117,17 +114,21 @@ class RankUpdates(StepUpdates):
         for reducer in self._reducers.values():
             reducer.close()
 
-    def _agree(self, name: str) -> None:
-        """Check that all ranks do the same next. **Collective** over the data axis; waits for a GPU."""
+    def _agree(self, name: str | None) -> None:
+        """Check that all ranks update by the same optimizer next. **Collective** over the data axis; waits for a GPU.
+
+        Args:
+            name: Of the optimizer; None at the end of the step.
+        """
         channel = self._strategy.axes.data
         if channel.size == 1:
             return
         self._strategy.settle()
-        code = zlib.crc32(name.encode())
+        code = -1 if name is None else zlib.crc32(name.encode())
         with channel.used_for("nbdist.update"):
             codes = [int(one) for one in channel.all_gather(torch.tensor([code], device=channel.device))]
         if len(set(codes)) > 1:
-            here = f"nbdist.update for {name}" if name else "the end of the step"
+            here = "the end of the step" if name is None else f"nbdist.update {name}".rstrip()
             raise TaskError(
                 f"ranks call nbdist.update for other optimizers, or not equally often (rank {channel.rank} is at "
                 f"{here}): let each slice call the same ones in the same order, whatever its samples are."

@@ -111,8 +111,9 @@ class StepUpdates(ABC):
         """See the function `update`."""
         if name not in self.parameters:
             known = ", ".join(filter(None, self.parameters)) or "one only, which has no name"
+            shown = repr(name) if isinstance(name, str) else f"a value of type {type(name).__name__}"
             raise TaskError(
-                f"nbdist.update names optimizer {name!r}, and the run has {known}.{suggest(str(name), self.parameters)}"
+                f"nbdist.update names optimizer {shown}, and the run has {known}.{suggest(str(name), self.parameters)}"
             )
         of = f" for optimizer {name}" if name else ""
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:

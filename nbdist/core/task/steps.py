@@ -13,7 +13,7 @@ from nbdist.core.task.losses import ClassLoss, Loss, compares_elements, is_torch
 from nbdist.core.task.mismatch import check_shapes, mismatch
 from nbdist.errors import TaskError
 
-__all__ = ["NO_EVALUATION", "NO_LOSS", "ModelLossStep", "Step", "SupervisedStep", "no_pair"]
+__all__ = ["NO_CLOSURE", "NO_EVALUATION", "NO_LOSS", "ModelLossStep", "Step", "SupervisedStep", "no_pair"]
 
 Step = Callable[[nn.Module, Any], Any]
 """``step(model, batch)``: the loss, a mean over samples, or ``(loss, weight)`` with the number that it is over.
@@ -23,6 +23,10 @@ A dict of numbers at the end, ``(loss, log)`` or ``(loss, weight, log)``, is the
 
 NO_LOSS = "no loss: name one (--loss mse, or loss='mse'), or write the step (a %%dist_train cell's body, or step=...)."
 
+NO_CLOSURE = (
+    "the step updates with nbdist.update, and an optimizer needs a closure, to compute a loss again within its step: "
+    "use another one, such as adamw, or a step with one loss."
+)
 NO_EVALUATION = (
     "the step updates with nbdist.update, so it cannot measure the validation data: give evaluate=..., a function "
     "evaluate(model, batch) that returns a dict of numbers (--evaluate)."

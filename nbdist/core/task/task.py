@@ -12,6 +12,7 @@ from torch import nn
 
 from nbdist.core.data.reader import Slice
 from nbdist.core.data.sources import Source
+from nbdist.core.optim.closures import needs_closure
 from nbdist.core.optim.lr_schedulers import Schedulers, scheduler_factories
 from nbdist.core.optim.optimizers import is_ready_made, make_optimizers, optimizer_name
 from nbdist.core.sync.loss_forms import LossForms
@@ -26,7 +27,7 @@ from nbdist.core.task.modules import Modules, as_one
 from nbdist.core.task.own_loop import check_step, uses
 from nbdist.core.task.step_output import no_scalar, parts_of
 from nbdist.core.task.step_updates import update
-from nbdist.core.task.steps import NO_EVALUATION, NO_LOSS, ModelLossStep, Step, SupervisedStep, no_pair
+from nbdist.core.task.steps import NO_CLOSURE, NO_EVALUATION, NO_LOSS, ModelLossStep, Step, SupervisedStep, no_pair
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan.option import check_known
 from nbdist.plan.train_options import TRAIN_OPTIONS
@@ -107,6 +108,8 @@ class Task:
                     )
         if self.updates and self.val is not None and self.evaluate is None:
             raise TaskError(NO_EVALUATION)
+        if self.updates and any(needs_closure(optimizer) for optimizer in self.optimizers.values()):
+            raise TaskError(NO_CLOSURE)
         if self.metric is not None and isinstance(self.model, Modules):
             raise TaskError("a metric is measured on the output of one model, and here are several: omit it.")
 

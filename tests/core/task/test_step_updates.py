@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import nbdist
 from nbdist.core.comm.world import World
+from nbdist.core.strategies import choice
 from nbdist.core.task.task import Task
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
@@ -296,6 +297,29 @@ def test_ranks_that_update_differently_are_refused(run_ranks):
         run_ranks(2, run, apart, {"check": "no"})
 
 
+def once_or_twice(model, batch):
+    for _ in range(1 + bool((batch[0][:, 0] == classes(SAMPLES)[0][0, 0]).any())):
+        nbdist.update(model(batch[0]).square().mean())
+
+
+def test_ranks_that_update_more_often_are_refused(run_ranks):
+    """By an optimizer without a name too."""
+    with pytest.raises(TaskError, match=r"or not equally often \(rank \d is at (nbdist|the end of)"):
+        run_ranks(2, run_one, once_or_twice, {"check": "no"})
+
+
+def of_large_models(world, step, options):
+    choice.SHARED_ABOVE = 0  # else a model of this size would not share its weights
+    return run(world, step, options)
+
+
+def test_weights_are_not_shared(run_ranks):
+    """Each rank steps for all parameters."""
+    weights, _ = plain()
+    for _, trained in run_ranks(2, of_large_models, gan, {}):
+        torch.testing.assert_close(trained, weights, **CLOSE)
+
+
 def no_name(model, batch):
     nbdist.update(model["d"](batch[0]).mean(), "critic")
 
@@ -362,6 +386,12 @@ def test_validation_data_need_a_function():
     """The step would train on them."""
     with pytest.raises(TaskError, match=r"it cannot measure the validation data: give evaluate=\.\.\."):
         Task.create(adversaries(), classes(SAMPLES), step=gan, optimizer={"d": ADAM, "g": ADAM}, val=classes(8))
+
+
+def test_an_optimizer_with_a_closure_is_refused():
+    """It would compute a loss of its own again."""
+    with pytest.raises(TaskError, match="an optimizer needs a closure, to compute a loss again within its step: use"):
+        Task.create(adversaries(), classes(SAMPLES), step=gan, optimizer={"d": ADAM, "g": torch.optim.LBFGS})
 
 
 @pytest.mark.parametrize(("optimizer", "sentence"), [
