@@ -336,7 +336,7 @@ class Cluster:
         error `model` holds the weights of the last step that all ranks completed.
 
         Args:
-            model: An ``nn.Module``, or a callable that builds it: its weights then lie in a file, see `Run.model`.
+            model: An ``nn.Module``; a dict, list or tuple of them; or a callable that makes one, see `Run.model`.
             data: A Dataset, a DataLoader (its batch size is the global one), or a tuple of tensors or NumPy arrays.
             background: Whether to return at once instead of waiting for the end. While another run is running, this
                 one is queued, and starts when that one has ended.

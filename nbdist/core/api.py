@@ -51,8 +51,8 @@ def train(
     returns, every rank's `model` holds the trained ones, whatever the mesh.
 
     Args:
-        model: An ``nn.Module``, or a callable that builds it: its weights then lie in files, for models that are too
-            large for one process. See ``Result.model``.
+        model: An ``nn.Module``; a dict, list or tuple of them, which the step gets as it is; or a callable that builds
+            one: its weights then lie in files, for models that are too large for one process. See ``Result.model``.
         data: A Dataset, a DataLoader (its batch size is the global one), or a tuple of tensors or NumPy arrays.
         device: "auto", "cpu" or "cuda".
         record: Whether to keep a record of the run: one file per rank, one JSON line per event.

@@ -137,7 +137,8 @@ def _train_parser() -> OptionParser:
     )
     parser.add_argument(
         "model", metavar="MODEL", nargs="?",
-        help="A name or expression: a torch.nn.Module, or a function that builds one too large for memory.",
+        help="A name or expression: a torch.nn.Module, a dict, list or tuple of them, or a function that "
+        "builds one too large for memory.",
     )  # fmt: skip
     parser.add_argument(
         "data", metavar="DATA", nargs="?", help="A name or expression: a Dataset, a DataLoader, (X, y)."

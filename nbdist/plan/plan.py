@@ -74,7 +74,7 @@ class Plan:
     )
     lr_scheduler: str = option(
         "",
-        "A callable that makes a torch scheduler from an optimizer.",
+        "A callable that makes a torch scheduler from an optimizer; or a dict of them, by the names of optimizers.",
         default="",
         read="quotable",
         of_task=True,

@@ -21,11 +21,13 @@ class Case:
         step: ``step(model, batch)`` in place of a loss; it may call `nbdist.update`. With neither, the model computes
             its loss from a dict.
         reduction: The option.
-        optimizer: "sgd" or "adamw".
+        optimizer: "sgd", "adamw", or "lbfgs", which computes a loss several times in a step.
         lr: Its rate.
         double: Whether model and data are float64; else float32.
         sliced: Whether the result depends on how a batch is cut, because of random numbers, statistics of a batch or
             buffers. The loop written by hand then cuts it as nbdist does; else it takes the whole batch.
+        after: The option `after_step`.
+        ema: The option.
         check: The option.
         split_at: Where a pipeline is cut; balanced by measured time if empty, which need not repeat.
         weigh: What the mean loss of a batch is over; by default its samples.
@@ -41,6 +43,8 @@ class Case:
     lr: float = 0.05
     double: bool = True
     sliced: bool = False
+    after: Callable[[nn.Module], None] | None = None
+    ema: float | None = None
     check: str = "yes"
     split_at: str = ""
     weigh: Callable[[Any], float] | None = None

@@ -32,6 +32,7 @@ from case import Case
 from problems import train
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nbdist.core.comm.world import World
 from nbdist.core.process import rng
@@ -49,6 +50,7 @@ LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss, "l1": F.l1_loss}
 OPTIMIZERS = {
     "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
     "adamw": functools.partial(torch.optim.AdamW, weight_decay=0.1),
+    "lbfgs": functools.partial(torch.optim.LBFGS, max_iter=4, history_size=5),
 }
 
 
@@ -74,6 +76,8 @@ def options_of(case: Case, mesh: str) -> dict[str, Any]:
     options: dict[str, Any] = {"strategy": mesh, "seed": SEED, "batch_size": BATCH, "check": case.check}
     if case.reduction != "mean":
         options["reduction"] = case.reduction
+    if case.ema is not None:
+        options["ema"] = case.ema
     if "pp" in mesh:
         options["microbatches"] = 2
         if case.split_at:
@@ -87,10 +91,11 @@ def run_cell(world: World, name: str, mesh: str) -> Any:
     case = CASES[name]
     model = case.model()
     result, _ = train(
-        world, model, case.samples(SAMPLES), shuffle=False, optimizer=optimizer_of(case),
+        world, model, case.samples(SAMPLES), shuffle=False, optimizer=optimizer_of(case), after_step=case.after,
         **({"step": case.step} if case.step else {"loss": case.loss}), **options_of(case, mesh),
     )  # fmt: skip
-    return result.history[-1]["loss"], _tensors(model), result.plan.checked
+    averages = {f"average of {name}": tensor for name, tensor in result.average.items()}
+    return result.history[-1]["loss"], _tensors(model) | averages, result.plan.checked
 
 
 def by_hand(case: Case, mesh: str) -> tuple[float, dict[str, torch.Tensor]]:
@@ -103,6 +108,9 @@ def by_hand(case: Case, mesh: str) -> tuple[float, dict[str, torch.Tensor]]:
     if isinstance(make, dict):
         return _with_updates(case, model, {name: make[name](module.parameters()) for name, module in model.items()})
     optimizer = make(model.parameters())
+    average = None if case.ema is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(case.ema))
+    if average is not None:
+        average.update_parameters(model)  # it begins with the first weights
     replicas = [{k: v.clone() for k, v in modules.named_buffers()} for _ in range(plan.mesh.data if case.sliced else 1)]
     for step, rows in enumerate(torch.arange(SAMPLES).split(BATCH)):
         optimizer.zero_grad()
@@ -117,12 +125,26 @@ def by_hand(case: Case, mesh: str) -> tuple[float, dict[str, torch.Tensor]]:
             loss = loss_of(case, model, read(data, rows[start:stop])) * share
             loss.backward()
             total += loss.item()
-        optimizer.step()
+
+        def again(rows: torch.Tensor = rows) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(case, model, read(data, rows))
+            loss.backward()
+            return loss
+
+        optimizer.step(again if case.optimizer == "lbfgs" else None)
+        if case.after is not None:
+            with torch.no_grad():
+                case.after(model)
+        if average is not None:
+            average.update_parameters(model)
         totals.append(total)
         weights.append(case.weigh(read(data, rows)) if case.weigh else len(rows))
     tensors = _tensors(model)
     for name, buffer in replicas[0].items():
         tensors[name] = torch.stack([r[name] for r in replicas]).mean(0) if buffer.is_floating_point() else buffer
+    if average is not None:
+        tensors |= {f"average of {name}": p.detach() for name, p in average.module.named_parameters()}
     return sum(a * b for a, b in zip(totals, weights, strict=True)) / sum(weights), tensors
 
 

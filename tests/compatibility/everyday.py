@@ -230,6 +230,11 @@ def pairs(n):
     return torch.randn(n, 6), torch.randn(n, 6), torch.randint(0, 2, (n,)) * 2 - 1
 
 
+def clamp(model):
+    for parameter in model.parameters():
+        parameter.clamp_(-0.3, 0.3)
+
+
 CASES = {
     "MLP, class weights": Case(
         make=mlp, data=rows, loss=UNEVEN, double=False, split_at="2",
@@ -267,5 +272,10 @@ CASES = {
     ),
     "wide and deep, einsum": Case(
         make=WideAndDeep, data=lambda n: (torch.randn(n, 6), torch.randn(n, 1)), loss="mse", split_at="deep"
+    ),
+    "LBFGS, a closure": Case(make=mlp, data=rows, loss="cross_entropy", optimizer="lbfgs", lr=0.5, split_at="2"),
+    "clamped after each step": Case(make=mlp, data=rows, loss="cross_entropy", after=clamp, split_at="2"),
+    "moving average of weights": Case(
+        make=mlp, data=rows, loss="cross_entropy", optimizer="adamw", lr=0.01, ema=0.9, split_at="2"
     ),
 }  # fmt: skip
