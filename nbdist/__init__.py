@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from nbdist.core.api import predict, train
     from nbdist.core.params.unshard import unshard
     from nbdist.core.state.checkpoint_writer import load_checkpoint
-    from nbdist.core.sync.batch_gather import gather, rank, world_size
+    from nbdist.core.sync.batch_gather import current_step, gather, rank, world_size
     from nbdist.core.task.step_updates import update
     from nbdist.core.train import Result
     from nbdist.plan import Mesh, Plan
@@ -26,6 +26,7 @@ __all__ = [
     "Run",
     "compare",
     "current_cluster",
+    "current_step",
     "gather",
     "last_run",
     "load_checkpoint",
@@ -47,6 +48,7 @@ _MODULES = {
     "Run": "nbdist.cluster",
     "compare": "nbdist.telemetry",
     "current_cluster": "nbdist.cluster",
+    "current_step": "nbdist.core",
     "gather": "nbdist.core",
     "last_run": "nbdist.cluster",
     "load_checkpoint": "nbdist.core",

@@ -3,8 +3,11 @@
 from nbdist.core.api import predict, train
 from nbdist.core.params.unshard import unshard
 from nbdist.core.state.checkpoint_writer import load_checkpoint
-from nbdist.core.sync.batch_gather import gather, rank, world_size
+from nbdist.core.sync.batch_gather import current_step, gather, rank, world_size
 from nbdist.core.task.step_updates import update
 from nbdist.core.train import Result, fit
 
-__all__ = ["Result", "fit", "gather", "load_checkpoint", "predict", "rank", "train", "unshard", "update", "world_size"]
+__all__ = [
+    "Result", "current_step", "fit", "gather", "load_checkpoint", "predict", "rank", "train", "unshard", "update",
+    "world_size",
+]  # fmt: skip

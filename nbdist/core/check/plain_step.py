@@ -266,7 +266,7 @@ class PlainUpdates(StepUpdates):
         """A step begins."""
         self._sums = []
 
-    def apply(self, name: str, loss: torch.Tensor, weight: Any, retain_graph: bool) -> None:
+    def apply(self, names: Sequence[str], loss: torch.Tensor, weight: Any, retain_graph: bool) -> None:
         """See `StepUpdates`. Local."""
         if not self.backward:
             return
@@ -274,7 +274,7 @@ class PlainUpdates(StepUpdates):
             self._sums.append(({}, 0.0))
         sums, total = self._sums[self.calls - 1]
         if weight:
-            parameters = self.parameters[name]
+            parameters = self.parameters_of(names)
             torch.autograd.backward(loss * float(weight), inputs=parameters, retain_graph=retain_graph)
             for parameter in parameters:
                 gradient, parameter.grad = parameter.grad, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +39,7 @@ class RankUpdates(StepUpdates):
         self._step = 0
 
     def run(self, step: int, part: Slice) -> StepLosses:
-        """Run the step on this rank's slice. **Collective** over the data axis.
+        """Run the step on this rank's slice, of which `Strategy.equal_slices` gives it one. **Collective** (data axis).
 
         Returns:
             The sum of the slice's losses.
@@ -53,38 +53,45 @@ class RankUpdates(StepUpdates):
             self._held.clear()
         strategy.batch_gather.begin(counts=part.samples > 0)
         loss, weight = strategy.compute(part, ("slice", step), self.loss_and_weight)
-        self._agree(None)
+        self._agree(())
         if part.samples:
             strategy.reducer.losses.add(part.index, loss, weight, strategy.units(weight, part, first=False))
         return strategy.reducer.losses
 
-    def apply(self, name: str, loss: torch.Tensor, weight: Any, retain_graph: bool) -> None:
+    def apply(self, names: Sequence[str], loss: torch.Tensor, weight: Any, retain_graph: bool) -> None:
         """See `StepUpdates`."""
-        self._agree(name)
-        parameters = self.parameters[name]
-        with self._gradients(name, loss, weight, retain_graph) as (losses, totals):
+        self._agree(names)
+        parameters = self.parameters_of(names)
+        with self._gradients(names, loss, weight, retain_graph) as (losses, totals):
             if self._held is not None:
                 for parameter in parameters:
                     if parameter.grad is not None:
                         self._held[parameter] = parameter.grad + self._held.get(parameter, 0)
             elif losses.any_known or totals.weight:  # any rank had data
-                self._strategy.update_by(name)
+                self._strategy.update_by(names)
             for parameter in parameters:  # another optimizer's hooks and clipping are to see its own alone
                 parameter.grad = None
 
     @contextlib.contextmanager
     def _gradients(
-        self, name: str, loss: torch.Tensor, weight: Any, retain_graph: bool
+        self, names: Sequence[str], loss: torch.Tensor, weight: Any, retain_graph: bool
     ) -> Iterator[tuple[StepLosses, Totals]]:
-        """Context in which an optimizer's parameters, and no others, have the gradients of a loss. **Collective**."""
-        reducer = self._reducers[name]
-        reducer.begin()
-        scaled, unwanted = self._weigh(loss, weight, reducer.losses)
-        reducer.expect_last()
+        """Context in which these optimizers' parameters, and no others, have a loss's gradients. **Collective**."""
+        first, *others = reducers = [self._reducers[name] for name in names]
+        for reducer in reducers:
+            reducer.begin()
+        scaled, unwanted = self._weigh(loss, weight, first.losses)
+        for reducer in reducers:
+            reducer.losses = first.losses
+            reducer.expect_last()
         if not unwanted:
-            torch.autograd.backward(scaled, inputs=self.parameters[name], retain_graph=retain_graph)
-        reducer.add_slice(self.part.index)
-        yield reducer.losses, reducer.finish()
+            torch.autograd.backward(scaled, inputs=self.parameters_of(names), retain_graph=retain_graph)
+        for reducer in reducers:
+            reducer.add_slice(self.part.index)
+        totals = first.finish()
+        for reducer in others:
+            reducer.finish()
+        yield first.losses, totals
 
     def _weigh(self, loss: torch.Tensor, weight: Any, losses: StepLosses) -> tuple[torch.Tensor, bool]:
         """See `Strategy.weigh`; a loss that is not finite is an error, if it is to be."""
@@ -106,7 +113,7 @@ class RankUpdates(StepUpdates):
     def put_held(self) -> None:
         """After a step that has updated nothing, set each gradient to the sum of those of its updates. Local."""
         assert self._held is not None
-        for parameter in (parameter for own in self.parameters.values() for parameter in own):
+        for parameter in self.parameters_of(self.parameters):
             parameter.grad = self._held.get(parameter)
 
     def close(self) -> None:
@@ -114,21 +121,21 @@ class RankUpdates(StepUpdates):
         for reducer in self._reducers.values():
             reducer.close()
 
-    def _agree(self, name: str | None) -> None:
-        """Check that all ranks update by the same optimizer next. **Collective** over the data axis; waits for a GPU.
+    def _agree(self, names: Sequence[str]) -> None:
+        """Check that all ranks update by the same optimizers next. **Collective** over the data axis; waits for a GPU.
 
         Args:
-            name: Of the optimizer; None at the end of the step.
+            names: Of the optimizers; none at the end of the step.
         """
         channel = self._strategy.axes.data
         if channel.size == 1:
             return
         self._strategy.settle()
-        code = -1 if name is None else zlib.crc32(name.encode())
+        code = zlib.crc32("\n".join(names).encode()) if names else -1
         with channel.used_for("nbdist.update"):
             codes = [int(one) for one in channel.all_gather(torch.tensor([code], device=channel.device))]
         if len(set(codes)) > 1:
-            here = "the end of the step" if name is None else f"nbdist.update {name}".rstrip()
+            here = f"nbdist.update {', '.join(names)}".rstrip() if names else "the end of the step"
             raise TaskError(
                 f"ranks call nbdist.update for other optimizers, or not equally often (rank {channel.rank} is at "
                 f"{here}): let each slice call the same ones in the same order, whatever its samples are."
@@ -151,14 +158,14 @@ class ShardUpdates(RankUpdates):
 
     @contextlib.contextmanager
     def _gradients(
-        self, name: str, loss: torch.Tensor, weight: Any, retain_graph: bool
+        self, names: Sequence[str], loss: torch.Tensor, weight: Any, retain_graph: bool
     ) -> Iterator[tuple[StepLosses, Totals]]:
         losses = self._mesh.reducer.losses
         scaled, unwanted = self._weigh(loss, weight, losses)
         with self._mesh.at_rest(scaled, unwanted, retain_graph):
             totals = self._mesh.reducer.finish()
-            for other, parameters in self.parameters.items():
-                for parameter in parameters if other != name else ():
-                    parameter.grad = None
-            self._mesh.mark_written([p for p in self.parameters[name] if p.grad is not None and self._held is None])
+            for parameter in self.parameters_of(self.parameters.keys() - {*names}):
+                parameter.grad = None
+            own = self.parameters_of(names) if self._held is None else ()
+            self._mesh.mark_written([parameter for parameter in own if parameter.grad is not None])
             yield losses, totals

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -99,9 +99,13 @@ class Strategy(ABC):
         Returns:
             The losses that this rank computed.
         """
-        if self.updates is not None:
-            (part,) = slices  # `equal_slices`: every rank has one
-            return self.updates.run(step, part)
+        self.batch_gather.step = step
+        try:
+            return self._run_slices(step, slices) if self.updates is None else self.updates.run(step, *slices)
+        finally:
+            self.batch_gather.step = 0
+
+    def _run_slices(self, step: int, slices: list[Slice]) -> StepLosses:
         reducer, waiting = self.reducer, dict[tuple[int, int], _Loss]()
         for action in self.schedule:
             if action.microbatch >= len(slices):
@@ -250,15 +254,18 @@ class Strategy(ABC):
         self.take_values()
         return True
 
-    def update_by(self, name: str) -> None:
-        """Run the gradient hooks, clip, and step one optimizer: within a step that calls `nbdist.update`. Local.
+    def update_by(self, names: Sequence[str]) -> None:
+        """Run the gradient hooks, clip, and step some optimizers: in a step that calls `nbdist.update`. **Collective**.
+
+        Over a replica.
 
         Args:
-            name: Of the optimizer, whose parameters alone have gradients.
+            names: Of the optimizers, whose parameters alone have gradients.
         """
         self._run_hooks()
         with skip_dynamo_import():
-            self.task.optimizers[name].step()
+            for name in names:
+                self.task.optimizers[name].step()
         self.take_values()
 
     def compute_again(self, step: int, slices: list[Slice]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a step may ask of its run: `nbdist.gather`, a tensor's rows from all slices of the batch; rank, world size."""
+"""What a step may ask of its run: `nbdist.gather`, a tensor's rows from all slices; rank, world size, step number."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from nbdist.core.comm import Channel
 from nbdist.errors import TaskError
 from nbdist.plan import Plan
 
-__all__ = ["BatchGather", "PlainGather", "RankGather", "gather", "rank", "world_size"]
+__all__ = ["BatchGather", "PlainGather", "RankGather", "current_step", "gather", "rank", "world_size"]
 
 
 class BatchGather(ABC):
-    """What `gather` does in the steps of a run, and what `rank` and `world_size` are there."""
+    """What `gather` does in the steps of a run, and what `rank`, `world_size` and `current_step` are there."""
 
     rank = 0
     world_size = 1
+    step = 0
 
     @abstractmethod
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -83,6 +84,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if _present is None else _present.world_size
 
 
+def current_step() -> int:
+    """The number of the step that is computed, from 0; outside of a step 0. Local.
+
+    It is the same on all ranks and in all slices, and goes on after a recovery or a resume, which a counter of the
+    step's own does not. For what happens in some steps only, as in ``if nbdist.current_step() % 5 == 0``, or grows
+    with them, such as the weight of a loss.
+    """
+    return 0 if _present is None else _present.step
+
+
 class RankGather(BatchGather):
     """Gathers over the ranks of the data axis, each of which computes one slice of a batch.
 
@@ -95,6 +106,7 @@ class RankGather(BatchGather):
     Attributes:
         counts: Whether the slice that is computed has samples; else its rows are left out.
         gathered: The results in this slice that have gradients.
+        step: The number of the step.
     """
 
     def __init__(self, channel: Channel, plan: Plan, *, rank: int, at_once: bool) -> None:

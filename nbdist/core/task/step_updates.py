@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from nbdist.core.data.reader import Slice
 from nbdist.core.task.step_output import no_scalar, parts_of
@@ -21,8 +22,10 @@ __all__ = ["IgnoredUpdates", "StepUpdates", "update"]
 _present: StepUpdates | None = None
 
 
-def update(loss: torch.Tensor, optimizer: str = "", *, weight: Any = None, retain_graph: bool = False) -> None:
-    """In a step, train the parameters of one optimizer by a loss, at once: for steps with several losses.
+def update(
+    loss: torch.Tensor, optimizer: str | Sequence[str] = "", *, weight: Any = None, retain_graph: bool = False
+) -> None:
+    """In a step, train the parameters of an optimizer by a loss, at once: for steps with several losses.
 
     A step that calls it is trained by these calls alone. Each stands for ``zero_grad()``, ``loss.backward()`` and
     ``step()`` of one optimizer in a loop of one process: gradients are computed for its parameters alone, averaged over
@@ -35,7 +38,8 @@ def update(loss: torch.Tensor, optimizer: str = "", *, weight: Any = None, retai
     Args:
         loss: A scalar, the mean over the slice's samples. The history has it as ``loss_<optimizer>`` if
             optimizers have names, and the sum of a step's losses as ``loss``.
-        optimizer: Its key, where the run's `optimizer` is a dict.
+        optimizer: Its key, where the run's `optimizer` is a dict; or several keys, for optimizers that step by the
+            same loss. Then the history has it as ``loss_<optimizer>_<optimizer>``, and `clip_norm` is of all of them.
         weight: The number that the mean is over, if that is not the number of samples.
         retain_graph: As for ``backward``: whether a later loss of this step goes through the same graph.
 
@@ -107,15 +111,21 @@ class StepUpdates(ABC):
         finally:
             _present = before
 
-    def update(self, loss: Any, name: str, weight: Any, retain_graph: bool) -> None:
+    def update(self, loss: Any, optimizer: Any, weight: Any, retain_graph: bool) -> None:
         """See the function `update`."""
-        if name not in self.parameters:
-            known = ", ".join(filter(None, self.parameters)) or "one only, which has no name"
-            shown = repr(name) if isinstance(name, str) else f"a value of type {type(name).__name__}"
-            raise TaskError(
-                f"nbdist.update names optimizer {shown}, and the run has {known}.{suggest(str(name), self.parameters)}"
-            )
-        of = f" for optimizer {name}" if name else ""
+        names = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
+        for name in names:
+            if not isinstance(name, str) or name not in self.parameters:
+                known = ", ".join(filter(None, self.parameters)) or "one only, which has no name"
+                shown = repr(name) if isinstance(name, str) else f"by a value of type {type(name).__name__}"
+                raise TaskError(
+                    f"nbdist.update names optimizer {shown}, and the run has {known}."
+                    f"{suggest(str(name), self.parameters)}"
+                )
+        if not names or len({*names}) < len(names):
+            raise TaskError(f"nbdist.update names the optimizers {names}: give one, or several, each once.")
+        name = "_".join(names)
+        of = f" for optimizer {', '.join(names)}" if name else ""
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise TaskError(f"the loss{of} must be a scalar tensor, but it is {no_scalar(loss)}.")
         if not loss.requires_grad:
@@ -136,18 +146,22 @@ class StepUpdates(ABC):
         if name:
             self._task.log.add({f"loss_{name}": loss}, self.part.index, weight)
         with torch.autocast(loss.device.type, enabled=False):
-            self.apply(name, loss if loss.ndim == 0 else loss.reshape(()), weight, retain_graph)
+            self.apply(names, loss if loss.ndim == 0 else loss.reshape(()), weight, retain_graph)
         torch.clear_autocast_cache()  # it may hold weights as they were before
 
+    def parameters_of(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """Those of some optimizers. Local."""
+        return [parameter for name in names for parameter in self.parameters[name]]
+
     @abstractmethod
-    def apply(self, name: str, loss: torch.Tensor, weight: Any, retain_graph: bool) -> None:
-        """Run backward, and train the parameters of an optimizer. **Collective** over the data axis."""
+    def apply(self, names: Sequence[str], loss: torch.Tensor, weight: Any, retain_graph: bool) -> None:
+        """Run backward, and train the parameters of these optimizers. **Collective** over the data axis."""
 
 
 class IgnoredUpdates(StepUpdates):
     """For steps that only show how they compute: nothing is updated. Local."""
 
-    def apply(self, name: str, loss: torch.Tensor, weight: Any, retain_graph: bool) -> None:
+    def apply(self, names: Sequence[str], loss: torch.Tensor, weight: Any, retain_graph: bool) -> None:
         """See `StepUpdates`."""
 
     @classmethod

@@ -104,7 +104,8 @@ class Task:
                 other = owners.setdefault(id(parameter), name)
                 if other != name:
                     raise TaskError(
-                        f"optimizers {other} and {name} both hold parameter {names[id(parameter)]}: give it to one."
+                        f"optimizers {other} and {name} both hold parameter {names[id(parameter)]}: give it to one; a "
+                        f'loss may update by several, as in nbdist.update(loss, ("{other}", "{name}")).'
                     )
         if self.updates and self.val is not None and self.evaluate is None:
             raise TaskError(NO_EVALUATION)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from problems import FEATURES, classes, seeded, train, weights
+from problems import FEATURES, classes, seeded, stop_after, train, weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -212,3 +212,29 @@ def test_outside_of_a_run(monkeypatch):
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
     assert (3, 4) == (nbdist.rank(), nbdist.world_size())
+
+
+def counting(model, batch):
+    return F.mse_loss(model(batch[0]), batch[0][:, :4]), {"at": nbdist.current_step()}
+
+
+def counted(world, options, folder):
+    """The mean number of the step in each epoch, of a run that stops in the second one and is resumed."""
+    first = {"commands": stop_after(7), "checkpoint": folder}
+    train(world, encoder(), data(), step=counting, **OPTIONS | options | first)
+    result, _ = train(world, encoder(), data(), step=counting, **OPTIONS | options, resume=folder)
+    return [row["at"] for row in result.history]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [(1, {"accumulate": 2}), (2, {}), (2, {"strategy": "shard"}), (2, {"strategy": "pp", "split_at": "last"}),
+     (3, {"reproducible": 4})],
+)  # fmt: skip
+def test_a_step_knows_its_number(run_ranks, tmp_path, ranks, options):
+    """Of all slices the same; it goes on in a run that is resumed."""
+    sizes = [BATCH] * 4 + [1]
+    expected = [sum((first + i) * n for i, n in enumerate(sizes)) / SAMPLES for first in (0, 5)]
+    for means in run_ranks(ranks, counted, options, str(tmp_path)):
+        assert expected == pytest.approx(means)
+    assert 0 == nbdist.current_step()

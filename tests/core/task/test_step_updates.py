@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 
@@ -62,9 +63,11 @@ class PlainLoop:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         loss.backward(retain_graph=retain_graph)
+        names = (name,) if isinstance(name, str) else name
         if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.modules[name].parameters(), self.clip)
-        self.optimizers[name].step()
+            nn.utils.clip_grad_norm_([p for one in names for p in self.modules[one].parameters()], self.clip)
+        for one in names:
+            self.optimizers[one].step()
         self.losses.append((name, loss.item(), self.samples))
 
     def epoch(self, data, losses_of):
@@ -74,7 +77,11 @@ class PlainLoop:
             self.samples = len(rows)
             losses_of(self.modules, tuple(part[rows] for part in data), self.update)
         of = {name: [(loss, n) for other, loss, n in self.losses if other == name] for name in self.modules}
-        return {f"loss_{name}": sum(a * n for a, n in pairs) / sum(n for _, n in pairs) for name, pairs in of.items()}
+        return {
+            f"loss_{name}": sum(a * n for a, n in pairs) / sum(n for _, n in pairs)
+            for name, pairs in of.items()
+            if pairs
+        }
 
 
 def plain(losses_of=losses_of, **settings):
@@ -162,29 +169,42 @@ def test_graphs_of_other_shapes(run_on, mesh, losses_of):
         assert {name: result.history[-1][name] for name in rows[-1]} == pytest.approx(rows[-1], rel=1e-10)
 
 
-class Alternating:
-    """The generator is trained in every second step only; what it counts is each rank's own, and equal."""
+def alternating(model, batch, update, step):
+    """The generator is trained in every second step only."""
+    fake = model["g"](batch[0][:, :NOISE])
+    update(bce(model["d"](batch[0]), 1.0) + bce(model["d"](fake.detach()), 0.0), "d")
+    if step % 2:
+        update(bce(model["d"](fake), 1.0), "g")
 
-    def __init__(self):
-        self.steps = 0
 
-    def __call__(self, model, batch):
-        self.losses(model, batch, nbdist.update)
-
-    def losses(self, model, batch, update):
-        fake = model["g"](batch[0][:, :NOISE])
-        self.steps += 1
-        update(bce(model["d"](batch[0]), 1.0) + bce(model["d"](fake.detach()), 0.0), "d")
-        if self.steps % 2 == 0:
-            update(bce(model["d"](fake), 1.0), "g")
+def alternating_step(model, batch):
+    alternating(model, batch, nbdist.update, nbdist.current_step())
 
 
 @MESHES
 def test_an_optimizer_at_another_interval(run_on, mesh):
-    """Moments and weight decay of the other one stand still meanwhile."""
-    weights, _ = plain(Alternating().losses)
-    for _, trained in run_on(mesh, run, Alternating(), {}):
+    """Moments and weight decay of the other one stand still meanwhile; the number of the step is known."""
+    steps = itertools.count()
+    weights, _ = plain(lambda *args: alternating(*args, next(steps)))
+    for _, trained in run_on(mesh, run, alternating_step, {}):
         torch.testing.assert_close(trained, weights, **CLOSE)
+    assert nbdist.current_step() == 0
+
+
+def information(model, batch, update):
+    """As InfoGAN: a loss by which both step."""
+    fake = model["g"](batch[0][:, :NOISE])
+    update(bce(model["d"](batch[0]), 1.0) + bce(model["d"](fake.detach()), 0.0), "d")
+    update((model["d"](model["g"](batch[0][:, :NOISE])) - batch[0].mean(1, keepdim=True)).square().mean(), ("g", "d"))
+
+
+@MESHES
+def test_several_optimizers_by_one_loss(run_on, mesh):
+    """Each once, with the gradients of the same weights; clipped together."""
+    weights, _ = plain(information, clip=0.2)
+    for result, trained in run_on(mesh, run, functools.partial(step_of, information), {"clip_norm": 0.2}):
+        torch.testing.assert_close(trained, weights, **CLOSE)
+        assert {"loss_d", "loss_g_d"} < result.history[0].keys()
 
 
 def weighted(model, batch, update):
@@ -324,6 +344,14 @@ def no_name(model, batch):
     nbdist.update(model["d"](batch[0]).mean(), "critic")
 
 
+def twice_the_same(model, batch):
+    nbdist.update(model["d"](batch[0]).mean(), ["d", "d"])
+
+
+def no_string(model, batch):
+    nbdist.update(model["d"](batch[0]).mean(), model["d"])
+
+
 def no_call(model, batch):
     if len(batch) > 2:
         nbdist.update(model["d"](batch[0]).mean(), "d")
@@ -343,6 +371,8 @@ def nothing_named(model, batch):
 
 MISTAKES = {
     "name": (no_name, "nbdist.update names optimizer 'critic', and the run has d, g"),
+    "twice": (twice_the_same, r"nbdist.update names the optimizers \('d', 'd'\): give one, or several, each once"),
+    "string": (no_string, "nbdist.update names optimizer by a value of type Sequential, and the run has d, g"),
     "call": (no_call, "the step has nbdist.update in its code, and has not called it for a batch"),
     "scalar": (
         no_scalar,
