@@ -331,7 +331,8 @@ class StepCheck:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         return [
             f"the step changes {found[0]}{more} beside weights and buffers: each rank has its own, and it does not "
-            "come back to the notebook; keep it in a buffer of the model, or in get_extra_state"
+            "come back to the notebook; keep it in a buffer of the model, or in get_extra_state (a step's number is "
+            "nbdist.current_step())"
         ]
 
     @property

@@ -105,7 +105,7 @@ class Task:
                 if other != name:
                     raise TaskError(
                         f"optimizers {other} and {name} both hold parameter {names[id(parameter)]}: give it to one; a "
-                        f'loss may update by several, as in nbdist.update(loss, ("{other}", "{name}")).'
+                        "loss may update by several, as in nbdist.update(loss, (name, other))."
                     )
         if self.updates and self.val is not None and self.evaluate is None:
             raise TaskError(NO_EVALUATION)
