@@ -20,6 +20,7 @@ SVG_COLORS = {"train": _RUNS[0], "val": _RUNS[1], "axis": "#808080"} | {f"run{i}
 """Of lines and texts: readable on white and on dark, because an image does not know its page's theme."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 86, 10, 26
 _LINE = 13  # pixels from one label to the next
+_BELOW_NAME = 26
 _TICKS = 5
 _TICK_WIDTH = 55
 _CHARACTER = 6.6  # pixels, of the texts
@@ -40,6 +41,7 @@ class _Frame:
     height: int
     x: tuple[float, float]
     y: tuple[float, float]
+    top: int = _TOP
 
     def at(self, x: float, y: float) -> str:
         return f"{self.across(x):.1f},{self.up(y):.1f}"
@@ -51,7 +53,7 @@ class _Frame:
     def up(self, y: float) -> float:
         low, high = self.y
         share = min(max((y - low) / ((high - low) or 1.0), 0.0), 1.0)
-        return self.height - _BOTTOM - (self.height - _BOTTOM - _TOP) * share
+        return self.height - _BOTTOM - (self.height - _BOTTOM - self.top) * share
 
 
 def loss_chart(run: RunState, *, width: int = 640, height: int = 180) -> str:
@@ -105,12 +107,16 @@ def _value_chart(name: str, curve: Curve, val: Pairs, width: int, height: int) -
     if not train and not val:
         return ""
     points = train + val
-    frame = _Frame(width, height, (0.0, max(x for x, _ in points)), _range([y for _, y in points], []))
-    lines, labels, titles = [], [], list[str]()
+    frame = _Frame(width, height, (0.0, max(x for x, _ in points)), _range([y for _, y in points], []), top=_BELOW_NAME)
+    lines, labels, titles = (
+        [_text(_LEFT, _LINE, "start", _clipped(name, (width - _LEFT) / _CHARACTER))],
+        [],
+        list[str](),
+    )
     for kind, pairs, where in (("train", train, ""), ("val", val, " on the validation data")):
         if pairs:
             lines.append(_line(frame, pairs, kind, dots=kind == "val"))
-            labels.append((kind, name if len(titles) == 0 else "val", pairs[-1][1]))
+            labels.append((kind, kind, pairs[-1][1]))
             titles.append(f"{name}{where}: from {number(pairs[0][1])} to {number(pairs[-1][1])}")
     return _svg(frame, "; ".join(titles), [_axes(frame, "step"), *lines, *_labels(frame, labels)])
 
@@ -245,6 +251,11 @@ def _labels(frame: _Frame, ends: Iterable[tuple[str, str, float]]) -> list[str]:
         _text(frame.width - _RIGHT + 8, y - lift, "start", f"{name} {_short(value)}", kind)
         for y, (kind, name, value) in zip(heights, sorted_ends, strict=True)
     ]
+
+
+def _clipped(text: str, most: float) -> str:
+    """A text of at most so many characters."""
+    return text if len(text) <= most else f"{text[: int(most) - 1]}…"
 
 
 def _short(value: float) -> str:

@@ -58,6 +58,35 @@ def test_bars_move_and_rows_stand_while_the_cell_runs(open_notebook):
         expect(sheet.static).to_be_visible()
 
 
+NETS = """torch.manual_seed(0)
+points = torch.randn(4000, 2)
+nets = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 1)), nn.Linear(4, 2)
+adam = {name: torch.optim.Adam(net.parameters()) for name, net in zip(("critic", "generator"), nets)}"""
+IN_TURNS = """%%dist_train nets points --optimizer adam --epochs 100000000 --batch-size 64
+from nbdist import update
+critic, generator = model
+fake = generator(torch.randn(len(batch), 4))
+update(nn.functional.softplus(critic(fake.detach()) - critic(batch)).mean(), "critic")
+update(-critic(fake).mean(), "generator")
+log = {"spread": fake.std(0).mean()}"""
+
+
+def test_what_a_step_logs_has_charts_of_its_own(open_notebook):
+    """The losses of each optimizer, and the step's own numbers; they stay when the run has ended."""
+    with open_notebook("own.ipynb", START, NETS, IN_TURNS) as sheet:
+        sheet.run_all()
+        sheet.expect_state("running")
+        sheet.expect_step_after(2000)
+        for name in ("loss_critic", "loss_generator", "spread"):
+            expect(sheet.panel.locator(f"svg[aria-label*='{name}']").first).to_be_visible()
+        assert sheet.panel.bounding_box()["height"] < 560
+        sheet.shot("own-charts")
+        sheet.button("Stop").click()
+        expect(sheet.static).to_be_visible()
+        for name in ("loss_critic", "loss_generator", "spread"):
+            expect(sheet.static.locator(f"img[alt*='{name}']").first).to_be_visible()
+
+
 def test_the_front_end_gets_at_most_10_messages_a_second(open_notebook):
     """However quick the steps are: by the times at which the kernel has sent them."""
     with open_notebook("traffic.ipynb", START, NET, ENDLESS) as sheet:

@@ -76,7 +76,8 @@ def test_validation_stands_at_the_ends_of_epochs():
     (chart,) = value_charts(run)
     root, found = parsed(chart)
     assert "accuracy on the validation data: from 0.5 to 0.5" == root.attrib["aria-label"]
-    assert "accuracy 0.5" in [element.text for element in found["val"]]
+    assert "val 0.5" in [element.text for element in found["val"]]
+    assert "accuracy" in [element.text for element in found["axis"]]
 
 
 def test_what_steps_log_has_charts_of_its_own():
@@ -86,9 +87,19 @@ def test_what_steps_log_has_charts_of_its_own():
     rank = dataclasses.replace(rank, curves={**rank.curves, "kl": curve_of([4.0, 3.0]), "recon": curve_of([7.0])})
     kl, recon = map(parsed, value_charts(run_of(rank, *others)))
     assert "kl: from 4 to 3; kl on the validation data: from 2.5 to 2.5" == kl[0].attrib["aria-label"]
-    assert "kl 3" in [element.text for element in kl[1]["train"]]
+    assert "train 3" in [element.text for element in kl[1]["train"]]
     assert "val 2.5" in [element.text for element in kl[1]["val"]]
     assert "recon: from 7 to 7" == recon[0].attrib["aria-label"]
+
+
+def test_a_long_name_stays_inside_its_chart():
+    """It stands above the curve, and its end is left out where it would not fit."""
+    run = run_with([1.0] * 10, [{**ROW, f"val_{name}": 0.5} for name in ("loss_discriminator", 60 * "x")])
+    short, long = map(parsed, value_charts(run))
+    assert "loss_discriminator" in [element.text for element in short[1]["axis"]]
+    (text,) = [element.text for element in long[1]["axis"] if element.text and element.text.startswith("x")]
+    assert text.endswith("x…")
+    assert len(text) < 45
 
 
 def test_a_run_without_a_curve_shows_its_epochs():
