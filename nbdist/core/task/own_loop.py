@@ -109,23 +109,29 @@ def outside_modules(step: Any, model: nn.Module) -> dict[str, nn.Module]:
 
 def uses(step: Any, function: Any) -> bool:
     """Whether a step names a function in its code, or in that of Python functions which this names. Local."""
-    waiting, seen = [_function(step)], set[int]()
+    waiting, seen, wanted = [_function(step)], set[int](), function.__name__
     while waiting:
         one = waiting.pop()
         if one is None or id(one) in seen:
             continue
         seen.add(id(one))
-        if any(getattr(value, attribute, None) is function for _, value, attribute in _uses(one)):
+        # No other attribute is read: some import modules, or run the user's code.
+        if any(attribute == wanted and getattr(value, wanted, None) is function for _, value, attribute in _uses(one)):
             return True
         instructions = [i for code in _codes(one.__code__) for i in dis.get_instructions(code)]
         imported = [sys.modules.get(i.argval) for i in instructions if i.opname == "IMPORT_NAME"]
-        if any(getattr(module, name, None) is function for module in imported for name in _names(one.__code__)):
+        if wanted in _names(one.__code__) and any(getattr(module, wanted, None) is function for module in imported):
             return True
         values = [value for _, value in outside_values(one)]
         if any(value is function for value in values):
             return True
-        waiting += [value for value in values if isinstance(value, types.FunctionType)]
+        waiting += [value for value in values if isinstance(value, types.FunctionType) and not _is_of_torch(value)]
     return False
+
+
+def _is_of_torch(function: types.FunctionType) -> bool:
+    """Whether torch defines a function: those name hundreds of others, and nothing of nbdist."""
+    return str(function.__module__).partition(".")[0] == "torch"
 
 
 def _function(step: Any) -> types.FunctionType | None:

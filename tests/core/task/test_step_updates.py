@@ -12,10 +12,12 @@ import torch
 from problems import classes, seeded, train_task
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import nbdist
 from nbdist.core.comm.world import World
 from nbdist.core.strategies import choice
+from nbdist.core.task import own_loop
 from nbdist.core.task.task import Task
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan
@@ -302,6 +304,27 @@ def test_where_a_step_may_name_it(step):
     task = Task.create(adversaries(), classes(SAMPLES), step=step, optimizer={"d": ADAM, "g": ADAM}, batch_size=BATCH)
     assert task.updates
     train_task(World(), task, steps=1)
+
+
+class Untouchable:
+    def __getattr__(self, name):
+        raise AssertionError(name)
+
+
+untouchable = Untouchable()
+
+
+def recomputed(model, batch):
+    return checkpoint(model, batch[0], use_reentrant=untouchable.how).mean()
+
+
+def test_looking_for_it_reads_nothing_else(monkeypatch):
+    """No attribute of the user's objects, and none of the functions of torch, which name hundreds of others."""
+    read = []
+    codes = own_loop._codes
+    monkeypatch.setattr(own_loop, "_codes", lambda code: [read.append(code.co_filename), *codes(code)][1:])
+    assert not own_loop.uses(recomputed, nbdist.update)
+    assert {__file__} == {*read}
 
 
 def apart(model, batch):
