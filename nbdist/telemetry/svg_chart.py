@@ -108,17 +108,14 @@ def _value_chart(name: str, curve: Curve, val: Pairs, width: int, height: int) -
         return ""
     points = train + val
     frame = _Frame(width, height, (0.0, max(x for x, _ in points)), _range([y for _, y in points], []), top=_BELOW_NAME)
-    lines, labels, titles = (
-        [_text(_LEFT, _LINE, "start", _clipped(name, (width - _LEFT) / _CHARACTER))],
-        [],
-        list[str](),
-    )
+    lines, labels, titles = [], [], list[str]()
+    heading = _text(_LEFT, _LINE, "start", _clipped(name, (width - _LEFT) / _CHARACTER))
     for kind, pairs, where in (("train", train, ""), ("val", val, " on the validation data")):
         if pairs:
             lines.append(_line(frame, pairs, kind, dots=kind == "val"))
             labels.append((kind, kind, pairs[-1][1]))
             titles.append(f"{name}{where}: from {number(pairs[0][1])} to {number(pairs[-1][1])}")
-    return _svg(frame, "; ".join(titles), [_axes(frame, "step"), *lines, *_labels(frame, labels)])
+    return _svg(frame, "; ".join(titles), [_axes(frame, "step"), heading, *lines, *_labels(frame, labels)])
 
 
 def curves_chart(title: str, curves: Mapping[str, Pairs], *, width: int = 400, height: int = 200) -> str:

@@ -94,7 +94,7 @@ class PlainStep:
         self._precision = Precision(plan.precision, device)
         self.draws = self.draws_elsewhere = False
         self.gather = PlainGather()
-        self._updates = PlainUpdates(task, plan) if task.updates else None
+        self._updates = PlainUpdates(task) if task.updates else None
         self._graph_eps: float | None = None
         self._loss_dtype = torch.float32
 
@@ -250,15 +250,13 @@ class PlainUpdates(StepUpdates):
 
     Args:
         task: What is trained.
-        plan: How.
 
     Attributes:
         backward: Whether gradients are computed.
     """
 
-    def __init__(self, task: Task, plan: Plan) -> None:
+    def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self._plan = plan
         self.backward = True
         self._sums: list[tuple[dict[torch.Tensor, torch.Tensor], float]] = []
 

@@ -154,9 +154,8 @@ class MeshParallel(Strategy):
                 )
             kinds = [type(axis) for axis in self._axes]
             with IgnoredUpdates.of(self.task):
-                proposals = agree_on_proposals(
-                    kinds, self.task, plan, example, axes.world
-                )  # before a weight is touched
+                # before a weight is touched
+                proposals = agree_on_proposals(kinds, self.task, plan, example, axes.world)
         finally:
             of_step.restore()
             of_model.restore()

@@ -15,6 +15,7 @@ from nbdist.core.comm.mesh_channels import MeshChannels
 from nbdist.core.data.reader import Slice, to_device
 from nbdist.core.optim.closures import OptimizerSteps
 from nbdist.core.optim.optimizer_modes import set_mode
+from nbdist.core.optim.optimizers import step_optimizers
 from nbdist.core.optim.precision import Precision
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.placeholder import detached
@@ -263,9 +264,7 @@ class Strategy(ABC):
             names: Of the optimizers, whose parameters alone have gradients.
         """
         self._run_hooks()
-        with skip_dynamo_import():
-            for name in names:
-                self.task.optimizers[name].step()
+        step_optimizers(self.task.optimizers[name] for name in names)
         self.take_values()
 
     def compute_again(self, step: int, slices: list[Slice]) -> torch.Tensor:

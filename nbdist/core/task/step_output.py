@@ -10,7 +10,7 @@ import torch
 from nbdist.core.sync.step_log import LOG_HOW
 from nbdist.errors import TaskError
 
-__all__ = ["no_scalar", "parts_of"]
+__all__ = ["no_scalar", "parts_of", "weight_of"]
 
 
 def parts_of(returned: Any) -> tuple[Any, Any, Mapping[Any, Any] | None]:
@@ -37,3 +37,12 @@ def no_scalar(loss: Any) -> str:
     if isinstance(loss, Mapping) or hasattr(loss, "loss"):
         return f"a {type(loss).__name__}: return the loss in it"
     return repr(type(loss))
+
+
+def weight_of(given: Any, samples: int) -> Any:
+    """A slice's weight as a number, or on a GPU as a scalar tensor in float64; by default its number of samples."""
+    if given is None:
+        return samples
+    if not isinstance(given, torch.Tensor):
+        return given
+    return given.item() if given.device.type == "cpu" else given.double()  # reading it would wait for the GPU

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nbdist.core.data.reader import Slice
-from nbdist.core.task.step_output import no_scalar, parts_of
+from nbdist.core.task.step_output import no_scalar, parts_of, weight_of
 from nbdist.errors import TaskError, suggest
 
 if TYPE_CHECKING:
@@ -133,12 +133,7 @@ class StepUpdates(ABC):
                 f"the loss{of} does not require grad, so it trains nothing: give it as it was "
                 "computed, without detach, no_grad or a backward of the step's own, which nbdist.update runs."
             )
-        if not self.part.samples:
-            weight = 0
-        elif weight is None:
-            weight = self.part.samples
-        elif isinstance(weight, torch.Tensor):  # on a GPU reading it would wait for the device
-            weight = weight.item() if weight.device.type == "cpu" else weight.double()
+        weight = weight_of(weight, self.part.samples) if self.part.samples else 0
         if not self.calls:
             self._weight = weight
         self.calls += 1

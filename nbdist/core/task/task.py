@@ -25,7 +25,7 @@ from nbdist.core.task.losses import ClassLoss, find_loss, loss_name, reduction_o
 from nbdist.core.task.metrics import Evaluate, Metric, called_name, check_evaluate, find_metric, metric_name, target_of
 from nbdist.core.task.modules import Modules, as_one
 from nbdist.core.task.own_loop import check_step, uses
-from nbdist.core.task.step_output import no_scalar, parts_of
+from nbdist.core.task.step_output import no_scalar, parts_of, weight_of
 from nbdist.core.task.step_updates import update
 from nbdist.core.task.steps import NO_CLOSURE, NO_EVALUATION, NO_LOSS, ModelLossStep, Step, SupervisedStep, no_pair
 from nbdist.errors import PlanError, TaskError
@@ -354,10 +354,7 @@ class Task:
                 if mean is None:
                     raise TaskError(self._unknown_mean)
                 self.forms.add(mean, self._unknown_mean)
-        if weight is None:
-            weight = part.samples
-        elif isinstance(weight, torch.Tensor):  # on a GPU reading it would wait for the device
-            weight = weight.item() if weight.device.type == "cpu" else weight.double()
+        weight = weight_of(weight, part.samples)
         if log is not None:
             self.log.add(log, part.index, weight if part.samples else 0)
         return loss if loss.ndim == 0 else loss.reshape(()), weight  # a view would be one more node of the graph
