@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from nbdist.core.params.unshard import unshard
     from nbdist.core.state.checkpoint_writer import load_checkpoint
     from nbdist.core.sync.batch_gather import current_step, gather, rank, world_size
+    from nbdist.core.task.carried_state import carried
     from nbdist.core.task.step_updates import update
     from nbdist.core.train import Result
     from nbdist.plan import Mesh, Plan
@@ -24,6 +25,7 @@ __all__ = [
     "Plan",
     "Result",
     "Run",
+    "carried",
     "compare",
     "current_cluster",
     "current_step",
@@ -46,6 +48,7 @@ _MODULES = {
     "Plan": "nbdist.plan",
     "Result": "nbdist.core",
     "Run": "nbdist.cluster",
+    "carried": "nbdist.core",
     "compare": "nbdist.telemetry",
     "current_cluster": "nbdist.cluster",
     "current_step": "nbdist.core",

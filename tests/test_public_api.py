@@ -23,8 +23,8 @@ ROOT = Path(nbdist.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
 PUBLIC = [
-    "Cluster", "Mesh", "Plan", "Result", "Run", "compare", "current_cluster", "current_step", "gather", "last_run",
-    "load_checkpoint", "past_runs", "predict", "rank", "train", "unshard", "update", "world_size",
+    "Cluster", "Mesh", "Plan", "Result", "Run", "carried", "compare", "current_cluster", "current_step", "gather",
+    "last_run", "load_checkpoint", "past_runs", "predict", "rank", "train", "unshard", "update", "world_size",
 ]  # fmt: skip
 
 TRAIN_ARGUMENTS = [

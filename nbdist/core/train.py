@@ -38,7 +38,7 @@ from nbdist.core.process.settings import deterministic, threads
 from nbdist.core.reporter import Reporter, reporting_failure
 from nbdist.core.state.checkpoint_writer import prepare
 from nbdist.core.state.extra_states import ExtraStates, check_extra_states
-from nbdist.core.state.restore import load, load_copies, load_whole, progress_of, same_mesh
+from nbdist.core.state.restore import load, load_carried, load_copies, load_whole, progress_of, same_mesh
 from nbdist.core.state.resumed_states import resumed_states
 from nbdist.core.state.snapshot import RankSnapshots
 from nbdist.core.state.snapshotter import Snapshotter
@@ -170,13 +170,15 @@ def fit(
         if checks:
             check = StepCheck(task, plan, world, hooks)
             onto_whole = [functools.partial(load_whole, saved, model, task.optimizers) for saved in saved_states]
-            check.run_plain(onto_whole, same_weights=not on_every_rank)
+            with task.carried.apart():
+                check.run_plain(onto_whole, same_weights=not on_every_rank)
         elif from_snapshot or plan.checked.startswith("loss"):  # it has been seen with slices of other sizes
             task.forms.trust()
         if not from_snapshot:
-            check_evaluation_means(task, plan, world)
+            with task.carried.apart():
+                check_evaluation_means(task, plan, world)
             check_after_step(task, plan, world)
-        with explained(plan.mesh, check is not None and check.runs_alone):
+        with explained(plan.mesh, check is not None and check.runs_alone), task.carried.apart():
             strategy = choice.apply(task, plan, world, hooks)
             cleanup.callback(strategy.close)
             cleanup.enter_context(strategy.batch_gather.in_use())
@@ -206,6 +208,7 @@ def fit(
         copies = WeightCopies(plan, strategy.table, axes)
         for saved in saved_states:
             load_copies(saved, copies, strategy.table, axes)
+            load_carried(saved, task.carried, plan, device)
         saved_states.clear()  # they keep files mapped
         extra = ExtraStates(model, axes)
 
@@ -291,6 +294,7 @@ def fit(
                             after_step.call(progress.step)
                             copies.end_update()
                             schedulers.end_update()
+                    task.carried.end_step(progress.step)
                     counted = strategy.reducer.counted_losses(totals)
                     progress.advance(sum(part.samples for part in slices), counted, totals.log)
 
@@ -322,6 +326,7 @@ def fit(
                 if not (ended or plan.epochs is not None):
                     snapshotter.begin_update()
                     schedulers.end_epoch()
+                    task.carried.end_epoch()
                     progress.next_epoch(None)  # under `steps`, the row continues
                     snapshotter.end_step(progress, None)
                     continue
@@ -336,6 +341,7 @@ def fit(
                     schedulers.end_row(row.get("val_loss", row["loss"]))
                 if plan.epochs is not None and not stopped:
                     schedulers.end_epoch()
+                    task.carried.end_epoch()
                     progress.next_epoch(row)
                 else:
                     progress.close(row)

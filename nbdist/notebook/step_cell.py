@@ -49,8 +49,8 @@ def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any
     for name, line_number in _read_before(tree, names, shell.user_ns):
         raise PlanError(
             f"the cell assigns {name}, so {name} is a local name of the step, and line {line_number + 1} of the cell "
-            f"reads it before: call what is assigned by another name (new_{name} = ...); what stays from step to step "
-            "belongs into a buffer of the model."
+            f"reads it before: call what is assigned by another name (new_{name} = ...); for what stays from step to "
+            "step there is nbdist.carried."
         )
     logs = _assigns(names, "log")
     frame = ast.parse(

@@ -34,6 +34,11 @@ def check_combinations(plan: Plan) -> None:
         )
     if plan.updates:
         _check_updates(plan)
+    if plan.carries and plan.mesh.pp > 1:
+        raise PlanError(
+            f"the step carries values from batch to batch, and mesh {plan.mesh} has no rank that runs the whole step: "
+            "use --strategy data, shard or tensor."
+        )
     if plan.each_epoch and not plan.gather:
         raise PlanError(
             f"each_epoch={plan.each_epoch} gets the whole model, and gather is off: leave one of the two out."

@@ -254,6 +254,8 @@ class Plan:
 
     updates: bool = False
     """Whether the step itself updates parameters, with `nbdist.update`."""
+    carries: bool = False
+    """Whether the step carries values from batch to batch, with `nbdist.carried`."""
     checked: str = ""
     """What the check before the first update found, in a clause; empty before it, and without it."""
 
@@ -296,8 +298,9 @@ class Plan:
 
     @classmethod
     def create(
-        cls, *, ranks: int, cores: int, flat_samples: bool = False, updates: bool = False, **options: Any
-    ) -> Plan:
+        cls, *, ranks: int, cores: int, flat_samples: bool = False, updates: bool = False, carries: bool = False,
+        **options: Any,
+    ) -> Plan:  # fmt: skip
         """Create a Plan from a user's options; None means not given.
 
         Args:
@@ -305,6 +308,7 @@ class Plan:
             cores: CPU cores of all hosts together.
             flat_samples: Whether a sample is a single row of numbers, so that a microbatch has few rows.
             updates: See `Plan.updates`.
+            carries: See `Plan.carries`.
             **options: Any field of Plan except `mesh`.
 
         Raises:
@@ -315,7 +319,7 @@ class Plan:
         if "epochs" not in given and "steps" not in given:
             given["epochs"] = 1
         given.setdefault("threads", 1 if given.get("reproducible") else max(1, cores // ranks))
-        plan = cls(mesh=Mesh.parse(given.get("strategy", "data"), ranks), updates=updates, **given)
+        plan = cls(mesh=Mesh.parse(given.get("strategy", "data"), ranks), updates=updates, carries=carries, **given)
         if plan.mesh.pp > 1 and flat_samples and plan.microbatches is None:
             few = default_microbatches(plan.mesh.pp, plan.batch_size // plan._shares, flat=True)
             return replace(plan, microbatches=few)

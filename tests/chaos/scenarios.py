@@ -46,6 +46,12 @@ def between_two_updates(lab: Lab, rng: random.Random) -> Iterator[Trial]:
         yield lab.survives("two optimizers", (phase, rank, rng.randrange(STEPS)))
 
 
+def while_values_are_carried(lab: Lab, rng: random.Random) -> Iterator[Trial]:
+    """In each phase of a step that keeps values of its own from batch to batch."""
+    for phase, rank in itertools.product((*PHASES, "update"), range(lab.ranks)):
+        yield lab.survives("carried values", (phase, rank, rng.randrange(STEPS)))
+
+
 def by_a_segfault(lab: Lab, rng: random.Random) -> Iterator[Trial]:
     """In place of a kill."""
     for rank in range(lab.ranks):
@@ -211,6 +217,7 @@ LOST: dict[str, Scenario] = {
     "`kill -9` in a collective": in_a_collective,
     "`kill -9` in the optimizer's step": in_the_update,
     "`kill -9` between a step's two updates": between_two_updates,
+    "`kill -9` where a step carries values": while_values_are_carried,
     "`kill -9` while data is read": reading_data,
     "`kill -9` in evaluation": in_evaluation,
     "`kill -9` while a checkpoint is written": writing_a_checkpoint,

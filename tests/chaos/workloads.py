@@ -24,6 +24,7 @@ WIDTHS = {
     "own optimizer": 48,
     "stream": 48,
     "two optimizers": 64,
+    "carried values": 64,
     "30 MiB": 1550,
 }
 WORKLOADS = tuple(WIDTHS)[:4]
@@ -101,6 +102,18 @@ def updating_step(model, batch):
     nbdist.update(nn.functional.cross_entropy(model(x), y) + model(x).square().mean(), "front")
 
 
+def carrying_step(model, batch):
+    """A step that keeps a mean of its scores, and a generator, from batch to batch and from epoch to epoch."""
+    x, y = batch
+    state = nbdist.carried(over_epochs=True, mean=torch.zeros(CLASSES), rng=None)
+    generator = torch.Generator()
+    if state.rng is not None:
+        generator.set_state(state.rng)
+    scores = model(x + 0.1 * torch.randn(x.shape, generator=generator))
+    state.mean, state.rng = 0.9 * state.mean + 0.1 * scores.detach().mean(0), generator.get_state()
+    return nn.functional.cross_entropy(scores - state.mean, y)
+
+
 class Right:
     """How many predictions are right, as an object that batches update."""
 
@@ -172,6 +185,9 @@ def make(name: str, traps: Traps) -> tuple[nn.Module, Any, dict[str, Any]]:
         options["optimizer"] = {part: torch.optim.AdamW(own, lr=0.002) for part, own in optimizers.items()}
         del options["loss"], options["metric"]
         options |= {"step": updating_step, "evaluate": judge, "lr_scheduler": {"front": Rates(traps)}, "ema": 0.9}
+    elif name == "carried values":
+        del options["loss"], options["metric"]
+        options |= {"step": carrying_step, "evaluate": judge, "shuffle": True, "check": "mesh"}
     elif name == "stream":
         options["optimizer"] = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
         del options["metric"]

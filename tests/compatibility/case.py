@@ -26,6 +26,7 @@ class Case:
         double: Whether model and data are float64; else float32.
         sliced: Whether the result depends on how a batch is cut, because of random numbers, statistics of a batch or
             buffers. The loop written by hand then cuts it as nbdist does; else it takes the whole batch.
+        carries: Whether the step calls `nbdist.carried`.
         after: The option `after_step`.
         ema: The option.
         check: The option.
@@ -43,6 +44,7 @@ class Case:
     lr: float = 0.05
     double: bool = True
     sliced: bool = False
+    carries: bool = False
     after: Callable[[nn.Module], None] | None = None
     ema: float | None = None
     check: str = "yes"

@@ -6,7 +6,8 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ sys.path[:0] = [
     str(Path(__file__).parent.parent / "core"),
 ]
 
-import adversarial
 import attention
 import dynamic
 import everyday
 import generative
 import losses
+import own_steps
 import science
 import sequence
 import vision
@@ -36,13 +37,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nbdist.core.comm.world import World
 from nbdist.core.process import rng
-from nbdist.core.task import step_updates
+from nbdist.core.task import carried_state, step_updates
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Plan, slice_bounds
 
 CASES: dict[str, Case] = {
     **everyday.CASES, **vision.CASES, **sequence.CASES, **attention.CASES, **dynamic.CASES, **generative.CASES,
-    **science.CASES, **losses.CASES, **adversarial.CASES,
+    **science.CASES, **losses.CASES, **own_steps.CASES,
 }  # fmt: skip
 MESHES = ["dp=2", "shard=2", "pp=2", "tp=2", "dp=2,shard=2", "dp=2,pp=2"]
 SAMPLES, BATCH, SEED = 34, 12, 3  # three steps, the last of 10 samples
@@ -91,8 +92,8 @@ def run_cell(world: World, name: str, mesh: str) -> Any:
     case = CASES[name]
     model = case.model()
     result, _ = train(
-        world, model, case.samples(SAMPLES), shuffle=False, optimizer=optimizer_of(case), after_step=case.after,
-        **({"step": case.step} if case.step else {"loss": case.loss}), **options_of(case, mesh),
+        world, model, case.samples(samples_of(case)), shuffle=False, optimizer=optimizer_of(case),
+        after_step=case.after, **({"step": case.step} if case.step else {"loss": case.loss}), **options_of(case, mesh),
     )  # fmt: skip
     averages = {f"average of {name}": tensor for name, tensor in result.average.items()}
     return result.history[-1]["loss"], _tensors(model) | averages, result.plan.checked
@@ -103,7 +104,7 @@ def by_hand(case: Case, mesh: str) -> tuple[float, dict[str, torch.Tensor]]:
     options = options_of(case, mesh)
     del options["check"]
     plan = Plan.create(ranks=ranks_of(mesh), cores=1, **options)
-    model, data, totals, weights = case.model(), case.samples(SAMPLES), [], []
+    model, data, totals, weights = case.model(), case.samples(samples_of(case)), [], []
     make, modules = optimizer_of(case), modules_of(model)
     if isinstance(make, dict):
         return _with_updates(case, model, {name: make[name](module.parameters()) for name, module in model.items()})
@@ -112,7 +113,8 @@ def by_hand(case: Case, mesh: str) -> tuple[float, dict[str, torch.Tensor]]:
     if average is not None:
         average.update_parameters(model)  # it begins with the first weights
     replicas = [{k: v.clone() for k, v in modules.named_buffers()} for _ in range(plan.mesh.data if case.sliced else 1)]
-    for step, rows in enumerate(torch.arange(SAMPLES).split(BATCH)):
+    state: dict[str, Any] = {}
+    for step, rows in enumerate(torch.arange(samples_of(case)).split(BATCH)):
         optimizer.zero_grad()
         total = 0.0
         slices = slice_bounds(len(rows), plan.slices) if case.sliced else [(0, len(rows))]
@@ -122,7 +124,9 @@ def by_hand(case: Case, mesh: str) -> tuple[float, dict[str, torch.Tensor]]:
                 buffer.data = buffers[name]
             torch.manual_seed(rng.derive(SEED, "slice", step, i))
             share = 1 if case.reduction == "sum" else (stop - start) / len(rows)
-            loss = loss_of(case, model, read(data, rows[start:stop])) * share
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(carried_state, "_present", Carrying(state) if case.carries else None)
+                loss = loss_of(case, model, read(data, rows[start:stop])) * share
             loss.backward()
             total += loss.item()
 
@@ -146,6 +150,24 @@ def by_hand(case: Case, mesh: str) -> tuple[float, dict[str, torch.Tensor]]:
     if average is not None:
         tensors |= {f"average of {name}": p.detach() for name, p in average.module.named_parameters()}
     return sum(a * b for a, b in zip(totals, weights, strict=True)) / sum(weights), tensors
+
+
+@dataclass
+class Carrying:
+    """What a loop of one process carries from batch to batch."""
+
+    state: dict[str, Any]
+
+    def values(self, first: Mapping[str, Any], over_epochs: bool) -> carried_state.Carried:
+        """As `nbdist.carried` gives them."""
+        for name, value in first.items():
+            self.state.setdefault(name, value)
+        return carried_state.Carried(self.state)
+
+
+def samples_of(case: Case) -> int:
+    """How many samples a case has; where values are carried, all batches are of one size."""
+    return SAMPLES // BATCH * BATCH if case.carries else SAMPLES
 
 
 def _with_updates(case: Case, model: Any, optimizers: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:

@@ -60,7 +60,9 @@ def test_slices_are_ranks_times_microbatches():
 
 def test_every_option_has_a_sentence():
     """Each field but the mesh, and what is found of the step, is an option, with a help and a placeholder."""
-    assert {field.name for field in dataclasses.fields(Plan)} - {"mesh", "checked", "updates"} == set(OPTIONS)
+    assert {field.name for field in dataclasses.fields(Plan)} - {"mesh", "checked", "updates", "carries"} == set(
+        OPTIONS
+    )
     for name, option in OPTIONS.items():
         assert option.help.endswith("."), name
         assert option.metavar, name

@@ -67,9 +67,16 @@ class RunSpec:
         """The plan on another number of ranks; it keeps what the run resumes from.
 
         Raises:
-            PlanError: The mesh does not fit on so many ranks, or the batch cannot be partitioned over them.
+            PlanError: The mesh does not fit on so many ranks, the batch cannot be partitioned over them, or the slices
+                that carry values would be others.
         """
-        return replace(replan(self.options, ranks, self.cores), resume=self.plan.resume)
+        plan = replace(replan(self.options, ranks, self.cores), resume=self.plan.resume)
+        if plan.carries and plan.slices != self.plan.slices:
+            raise PlanError(
+                f"the step carries values from batch to batch, of {self.plan.slices} slices, and on {ranks} ranks a "
+                f"batch has {plan.slices}: begin with --reproducible, which cuts every batch alike on any number."
+            )
+        return plan
 
 
 RUN_OPTIONS = options_of(RunSpec)

@@ -29,9 +29,10 @@ class PerSample(TorchFunctionMode):
 
     Attributes:
         normalizes: Whether BatchNorm took statistics of a batch, or would have.
+        replaces: Whether something was to be drawn, perhaps from a generator of the step's own.
     """
 
-    normalizes = False
+    normalizes = replaces = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of torch."""
@@ -41,7 +42,9 @@ class PerSample(TorchFunctionMode):
             return args[0] if args else kwargs["input"]
         if (fixed := _FIXED.get(name)) is not None and kwargs.get("out") is None:
             with contextlib.suppress(TypeError):  # of arguments in yet another form: then it draws, which is noted
-                return fixed(*args, **{key: value for key, value in kwargs.items() if key != "generator"})
+                fixed_value = fixed(*args, **{key: value for key, value in kwargs.items() if key != "generator"})
+                self.replaces = True
+                return fixed_value
         if name == "batch_norm" and (normalized := _normalized(args, kwargs)) is not None:
             self.normalizes = True
             return normalized

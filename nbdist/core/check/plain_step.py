@@ -181,7 +181,11 @@ class PlainStep:
         if updates is not None:
             updates.backward = backward
         compute = self._task.loss_and_weight if updates is None else updates.loss_and_weight
-        with self.gather.in_use(), self._precision.autocast():  # with gradients, which the step may take itself
+        with (
+            self.gather.in_use(),
+            self._task.carried.in_use(part),
+            self._precision.autocast(),
+        ):  # with gradients, which the step may take itself
             loss, weight = compute(to_device(copy_batch(part.batch), self._device), part)
         if self._graph_eps is None:
             self._graph_eps = max((torch.finfo(d).eps for d in graph_dtypes(loss) if d.is_floating_point), default=0.0)

@@ -51,7 +51,7 @@ class WholeBatch:
         with per_sample:
             step.draws = False
             single = step.run([[whole]])
-            if norms or per_sample.normalizes or drew or step.kept:
+            if norms or per_sample.normalizes or per_sample.replaces or drew or step.kept:
                 sliced = step.run([[part] for part in slices], again=False)
                 nudged = step.run([[whole]], nudge=True)
                 rounding = Rounding(single, nudged, coarsest_eps=step.coarsest_eps).reordered()

@@ -14,7 +14,7 @@ from torch.utils import data as torch_data
 from nbdist.core.data.ready_batch import looks_like_batch
 from nbdist.errors import TaskError
 
-__all__ = ["form_of", "loader_form"]
+__all__ = ["form_of", "is_flat", "loader_form"]
 
 _FORMS = "give a Dataset, a DataLoader, or a tuple of tensors or NumPy arrays"
 _OWN_READING = ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation")
@@ -196,3 +196,9 @@ def _tensor(part: Any) -> torch.Tensor:
 
 def _article(value: Any) -> str:
     return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def is_flat(first: Any) -> bool:
+    """Whether the first of a batch's values is a row of numbers for each sample. Local."""
+    value = first[0] if isinstance(first, (tuple, list)) and len(first) else first
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 2

@@ -87,6 +87,7 @@ class Evaluation:
             own.begin()
         task.begin()
         with contextlib.ExitStack() as cleanup:
+            cleanup.enter_context(task.carried.apart())
             if metric is not None:
                 hook = task.model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
                 cleanup.callback(hook.remove)
@@ -100,6 +101,7 @@ class Evaluation:
                         if measured is not None and part.samples and strategy.axes.reports_loss:
                             place = (step, part.index) if by_slice else (0, 0)
                             sums_by_place.setdefault(place, _Sums(device)).add(part.samples, *measured)
+                    task.carried.end_step(step)
                     if metric is not None:
                         metric.end_batch()
                     if own is not None:

@@ -59,7 +59,8 @@ def to_json(value: Any, what: str) -> Any:
         plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
         content = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
         dtype = str(plain.dtype).removeprefix("torch.")
-        return {_TAG: "tensor", "dtype": dtype, "shape": list(plain.shape), "data": _text(content)}
+        on = {} if value.device.type == "cpu" else {"on": value.device.type}
+        return {_TAG: "tensor", "dtype": dtype, "shape": list(plain.shape), "data": _text(content), **on}
     if (kind is np.ndarray or isinstance(value, np.generic)) and value.dtype.kind in "biufc":
         scalar = kind is not np.ndarray
         content = np.ascontiguousarray(value).tobytes()
@@ -73,31 +74,35 @@ def to_json(value: Any, what: str) -> Any:
     )
 
 
-def from_json(value: Any) -> Any:
+def from_json(value: Any, device: torch.device | None = None) -> Any:
     """The value of `to_json`.
+
+    Args:
+        value: What it made.
+        device: Of those tensors that were not on the CPU; by default they are there now.
 
     Raises:
         ValueError: Nothing that `to_json` has made.
     """
     if isinstance(value, list):
-        return [from_json(item) for item in value]
+        return [from_json(item, device) for item in value]
     if not isinstance(value, dict):
         return value
     if _TAG not in value:
-        return {key: from_json(item) for key, item in value.items()}
+        return {key: from_json(item, device) for key, item in value.items()}
     try:
-        return _tagged(value[_TAG], value)
+        return _tagged(value[_TAG], value, device)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"malformed {value.get(_TAG)!r}") from error
 
 
-def _tagged(tag: str, value: dict[str, Any]) -> Any:
+def _tagged(tag: str, value: dict[str, Any], device: torch.device | None) -> Any:
     if tag in _MAPPINGS:
-        return _MAPPINGS[tag]((from_json(key), from_json(item)) for key, item in value["items"])
+        return _MAPPINGS[tag]((from_json(key, device), from_json(item, device)) for key, item in value["items"])
     if tag == "deque":
-        return collections.deque(from_json(value["items"]), value["maxlen"])
+        return collections.deque(from_json(value["items"], device), value["maxlen"])
     if tag in _SEQUENCES:
-        return _SEQUENCES[tag](from_json(value["items"]))
+        return _SEQUENCES[tag](from_json(value["items"], device))
     if tag in _BYTES:
         return _BYTES[tag](_bytes(value["data"]))
     if tag == "complex":
@@ -110,7 +115,8 @@ def _tagged(tag: str, value: dict[str, Any]) -> Any:
         flat = torch.frombuffer(bytearray(_bytes(value["data"])) or bytearray(1), dtype=torch.uint8)
         dtype = _dtype(value["dtype"])
         nbytes = len(_bytes(value["data"]))
-        return flat[:nbytes].view(dtype).reshape(value["shape"]) if nbytes else torch.empty(value["shape"], dtype=dtype)
+        made = flat[:nbytes].view(dtype).reshape(value["shape"]) if nbytes else torch.empty(value["shape"], dtype=dtype)
+        return made.to(device) if device is not None and "on" in value else made
     if tag == "array":
         made = np.frombuffer(_bytes(value["data"]), np.dtype(value["dtype"])).reshape(value["shape"]).copy()
         return made[()] if value["scalar"] else made

@@ -8,7 +8,7 @@ import torch
 
 from nbdist.core.params.placement import Cut
 
-__all__ = ["COPIES_STATE", "EXTRA_STATE", "FORMATS", "MADE", "RANK", "cut_of", "fits", "upgraded"]
+__all__ = ["FORMATS", "OPTIONAL", "RANK", "cut_of", "fits", "upgraded"]
 
 FORMATS = (2, 3)
 """The versions that are read; the last one is written."""
@@ -32,14 +32,18 @@ RANK = {
 }
 """The schema of each rank's metadata, see `fits`."""
 
-MADE = {str: {**_TENSOR, "persistent": bool}}
-"""The schema of its `made`, the buffers that a forward has made or given another shape, if there are any."""
+_KEPT = {"step": int, "samples": int, "over_epochs": [str], "values": {str: object}}
+OPTIONAL: dict[str, Any] = {
+    "made": {str: {**_TENSOR, "persistent": bool}},
+    "copies": {"monitor": str, "best_row": int, "best_value": float},
+    "extra_state": {"data": int, "states": {str: object}, "changed": [str]},
+    "carried": {"slices": int, "kept": {str: _KEPT}},
+}
+"""The schemas of what not every rank's metadata have.
 
-COPIES_STATE = {"monitor": str, "best_row": int, "best_value": float}
-"""The schema of its `copies`, if the run keeps copies of the weights, see `WeightCopies.state_dict`."""
-
-EXTRA_STATE = {"data": int, "states": {str: object}, "changed": [str]}
-"""The schema of its `extra_state`, which models without any lack, see `ExtraStates.state_dict`."""
+``made`` are the buffers that a forward has made or given another shape; ``copies`` is a `WeightCopies.state_dict`,
+``extra_state`` an `ExtraStates.state_dict`, and ``carried`` a `CarriedState.state_dict`.
+"""
 
 
 def upgraded(rank: Any) -> Any:

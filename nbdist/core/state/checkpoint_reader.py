@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from nbdist.core.params.placement import Cut
 from nbdist.core.params.weight_copies import COPIES
-from nbdist.core.state.checkpoint_format import COPIES_STATE, EXTRA_STATE, FORMATS, MADE, RANK, cut_of, fits, upgraded
+from nbdist.core.state.checkpoint_format import FORMATS, OPTIONAL, RANK, cut_of, fits, upgraded
 from nbdist.core.state.checksum_files import checksum
 from nbdist.core.state.extra_states import merged
 from nbdist.core.state.shard_plan import buffer_entry, key_of
@@ -80,11 +80,11 @@ class CheckpointReader:
             raise self._malformed("the list of ranks")
         first = self.ranks[0]
         made = [rank["made"] for rank in reversed(self.ranks) if "made" in rank]
-        if not fits(made, [MADE]):
+        if not fits(made, [OPTIONAL["made"]]):
             raise self._malformed("the description of the buffers")
         self.made: dict[str, dict[str, Any]] = {name: about for each in made for name, about in each.items()}
         self.copies_state: dict[str, Any] = first.get("copies", {})
-        if self.copies_state and not fits(self.copies_state, COPIES_STATE):
+        if self.copies_state and not fits(self.copies_state, OPTIONAL["copies"]):
             raise self._malformed("the state of the copies")
         self.tensors: dict[str, dict[str, Any]] = {**first["tensors"], **self.made}
         self.optimizers: dict[str, dict[str, Any]] = first["optimizers"]
@@ -266,12 +266,26 @@ class CheckpointReader:
             PlanError: They are malformed.
         """
         saved = [rank["extra_state"] for rank in self.ranks if "extra_state" in rank]
-        if not fits(saved, [EXTRA_STATE]):
+        if not fits(saved, [OPTIONAL["extra_state"]]):
             raise self._malformed("the extra state of a module")
         try:
             return merged(saved, data_rank or 0)
         except (ValueError, KeyError):
             raise self._malformed("the extra state of a module") from None
+
+    @property
+    def carried_states(self) -> list[dict[str, Any]]:
+        """What each rank has saved of its `CarriedState`.
+
+        Raises:
+            PlanError: It is malformed.
+        """
+        saved = [rank["carried"] for rank in self.ranks if "carried" in rank]
+        if not (
+            fits(saved, [OPTIONAL["carried"]]) and all(index.isdecimal() for one in saved for index in one["kept"])
+        ):
+            raise self._malformed("what the step carries")
+        return saved
 
     def _read(self, key: str) -> torch.Tensor:
         return self._part_of[key].read(key)

@@ -23,6 +23,7 @@ from nbdist.core.params.weight_copies import BEST, COPIES, WeightCopies
 from nbdist.core.state.checkpoint_reader import CheckpointReader, candidates
 from nbdist.core.state.shard_plan import gather_texts
 from nbdist.core.state.train_progress import TrainProgress
+from nbdist.core.task.carried_state import CarriedState, check_carried
 from nbdist.errors import PlanError, TaskError
 from nbdist.plan import Mesh, Plan
 
@@ -32,6 +33,7 @@ __all__ = [
     "check_same",
     "load",
     "load_best",
+    "load_carried",
     "load_copies",
     "load_whole",
     "open_on_all_ranks",
@@ -150,6 +152,17 @@ def load_copies(saved: CheckpointReader, copies: WeightCopies, table: ParamTable
     copies.load_state_dict(saved.copies_state, tensors)
 
 
+def load_carried(saved: CheckpointReader, carried: CarriedState, plan: Plan, device: torch.device) -> None:
+    """Load what the slices carried from batch to batch, from any mesh with as many slices. Local.
+
+    Raises:
+        PlanError: The batches of the run have another number of slices.
+    """
+    states = saved.carried_states
+    check_carried(saved.name, states, plan.slices)
+    carried.load(states, device)
+
+
 def load_best(saved: CheckpointReader, model: nn.Module) -> None:
     """Load the weights and buffers of the best epoch into an ordinary model, if they were saved. Local."""
     objects = ParamTable.of(model).objects
@@ -231,6 +244,7 @@ def check_can_resume(saved: CheckpointReader, plan: Plan) -> None:
     """Raise `PlanError` if a run of `plan` cannot resume from it. Local."""
     first = saved.ranks[0]
     position = first["position"]
+    check_carried(saved.name, saved.carried_states, plan.slices)
     if position["batch"]:
         for name in SAMPLE_ORDER_OPTIONS:
             if first["plan"][name] != getattr(plan, name):

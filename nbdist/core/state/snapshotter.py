@@ -368,4 +368,6 @@ class Snapshotter:
             state["made"] = made
         if self._extra.any:
             state["extra_state"] = self._extra.state_dict()
+        if strategy.task.carried.any:
+            state["carried"] = strategy.task.carried.state_dict(plan.slices)
         return f'{{"tensors":{self._described},{json.dumps(state)[1:]}'

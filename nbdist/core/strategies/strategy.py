@@ -206,10 +206,11 @@ class Strategy(ABC):
             rng.seed_all(seed)  # the user's step may draw from Python's or NumPy's generator too
         rng.seed_torch(seed, self.device)
         batch = to_device(part.batch, self.device)
-        if part.samples and self.batch_norms is None and self.precision.full:  # the contexts would slow a small step
-            return function(batch, part)
-        with buffers_kept_if_empty(self.task.model, part, self.batch_norms), self.precision.autocast():
-            return function(batch, part)
+        with self.task.carried.in_use(part):
+            if part.samples and self.batch_norms is None and self.precision.full:  # contexts would slow a small step
+                return function(batch, part)
+            with buffers_kept_if_empty(self.task.model, part, self.batch_norms), self.precision.autocast():
+                return function(batch, part)
 
     def forward(self, part: Slice, path: tuple[Any, ...], function: Callable[[Any, Slice], T]) -> T | None:
         """`compute` without gradients, for evaluation; None on ranks that do not have the model's output.

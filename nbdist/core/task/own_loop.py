@@ -95,7 +95,7 @@ def unbound(name: str) -> str:
     """That a step reads a name before it assigns it."""
     return (
         f"the step assigns {name}, so {name} is a local name of it, and it is read before: call what is assigned by "
-        f"another name (new_{name} = ...); what stays from step to step belongs into a buffer of the model."
+        f"another name (new_{name} = ...); for what stays from step to step there is nbdist.carried."
     )
 
 

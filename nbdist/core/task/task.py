@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbdist.core.data.forms import is_flat
 from nbdist.core.data.reader import Slice
 from nbdist.core.data.sources import Source
 from nbdist.core.optim.closures import needs_closure
@@ -18,6 +19,7 @@ from nbdist.core.optim.optimizers import is_ready_made, make_optimizers, optimiz
 from nbdist.core.sync.loss_forms import LossForms
 from nbdist.core.sync.step_log import StepLog
 from nbdist.core.task.built_model import builds_model, built_model, lies_in_file
+from nbdist.core.task.carried_state import CarriedState, carried, check_order
 from nbdist.core.task.check_model import check_model
 from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
@@ -69,6 +71,7 @@ class Task:
         options: The Plan options that follow from the arguments: names, batch size, shuffle.
         forms: Checks that all slices' losses have the same form, if their weights are inferred.
         log: Collects the numbers that the step logs beside its loss.
+        carried: What the step carries from batch to batch.
         sums: Whether the step returns the sum over samples, not a mean.
         in_file: Whether the model's weights lie in files, as a callable has built it, see `built_model`.
     """
@@ -88,6 +91,7 @@ class Task:
     options: dict[str, Any]
     forms: LossForms = field(default_factory=LossForms)
     log: StepLog = field(default_factory=StepLog)
+    carried: CarriedState = field(default_factory=CarriedState)
     sums: bool = False
     in_file: bool = False
 
@@ -151,7 +155,7 @@ class Task:
             model = built_model(model, weights, names[0])
         elif weights is not None:
             raise TaskError(f"weights={weights} is for a model that a callable builds, and {names[0]} is a model.")
-        updates = False if step is None else uses(step, update)
+        updates, carries = (step is not None and uses(step, function) for function in (update, carried))
         model, step = as_one(model, step, names[0])
         check_model(model, names[0])
         source = Source.of(data, names[1], batch_size=batch_size)
@@ -174,8 +178,9 @@ class Task:
         each_epoch_name = called_name("each_epoch(model, row)", each_epoch)
         if metric is not None and val is None:
             raise TaskError(f"metric {metric_name(metric)} has no data to be measured on: give val=... too.")
-        # every validation sample counts, so a loader's drop_last is ignored
-        val_source = None if val is None else replace(Source.of(val, "val", batch_size=batch_size), drop_last=False)
+        val_source = None if val is None else Source.of(val, "val", batch_size=batch_size)
+        if val_source is not None and not carries:  # every validation sample counts, so drop_last is ignored
+            val_source = replace(val_source, drop_last=False)
         if loss is not None:
             _check_pairs(source, "loss")
         if metric is not None and val_source is not None and (sample := val_source.first()) is not None:
@@ -185,6 +190,8 @@ class Task:
                 f"batch_size={batch_size} is given, but the batches of {names[1]} are made already (each is a global "
                 "one): omit it."
             )
+        if carries:
+            check_order(source, shuffle, names[1])
         source.check_agrees(names[1], "batch_size", batch_size)
         source.check_agrees(names[1], "shuffle", shuffle)
         in_file = built or lies_in_file(model)
@@ -207,6 +214,7 @@ class Task:
             each_epoch=each_epoch,
             updates=updates,
             own_optimizers=is_ready_made(optimizer),
+            carried=CarriedState(carries),
             sums=reduction == "sum",
             in_file=in_file,
             options={
@@ -214,6 +222,7 @@ class Task:
                 "lr_scheduler": "" if lr_scheduler is None else _name(lr_scheduler),
                 "optimizer": optimizer_name(optimizer),
                 "updates": updates,
+                "carries": carries,
                 "lr": lr,
                 "reduction": reduction,
                 "metric": "" if metric is None else metric_name(metric),
@@ -222,7 +231,7 @@ class Task:
                 "each_epoch": each_epoch_name,
                 "batch_size": source.batch_size if batch_size is None else batch_size,
                 "shuffle": source.shuffle if shuffle is None else shuffle,
-                "flat_samples": _is_flat(first),
+                "flat_samples": is_flat(first),
             },
         )
 
@@ -257,6 +266,7 @@ class Task:
         """A step begins, or an evaluation. Local."""
         self.forms.begin()
         self.log.begin()
+        self.carried.begin()
 
     @property
     def title(self) -> str:
@@ -381,12 +391,6 @@ class Task:
 
 def _name(thing: Any) -> str:
     return thing if isinstance(thing, str) else getattr(thing, "__name__", None) or type(thing).__name__
-
-
-def _is_flat(first: Any) -> bool:
-    """Whether the first of a batch's values is a row of numbers for each sample."""
-    value = first[0] if isinstance(first, (tuple, list)) and len(first) else first
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 2
 
 
 def _check_pairs(source: Source | None, what: str) -> None:

@@ -98,6 +98,35 @@ def test_a_run_scales_up_and_down(scaled, undisturbed, tmp_path):
     assert ({0, 1}, STEPS) == (set(past.progress.ranks), past.progress.step)
 
 
+def carrying(model, batch):
+    """Adds to the loss what the slice has seen in the batch before."""
+    state = nbdist.carried(before=0.0)
+    scores = model(batch[0])
+    loss = (scores - batch[1] - 0.1 * state.before).square().mean()
+    state.before = scores.detach().mean()
+    return loss
+
+
+def test_what_a_step_carries_goes_with_its_slice_to_another_rank(scaled, tmp_path):
+    """With as many slices the weights are those without scaling; without, scaling is refused, and the run goes on."""
+    options = {**OPTIONS, "loss": None, "step": carrying, "shuffle": False, "check": "mesh"}
+    still, model, gate = make(), make(), Gate(tmp_path, 5, 15)
+    scaled.train(still, rows(), reproducible=4, **options)
+    run = scaled.train(model, rows(), background=True, reproducible=4, lr_scheduler=gate, **options)
+    for step, size in ((5, 3), (15, 2)):
+        scale(scaled, gate, step, run, size)
+    run.wait()
+    torch.testing.assert_close(model.state_dict(), still.state_dict(), rtol=0, atol=0)
+
+    gate = Gate(tmp_path, 7)
+    run = scaled.train(make(), rows(), background=True, lr_scheduler=gate, **options)
+    gate.wait(7, ranks=2, run=run)
+    with pytest.raises(PlanError, match=r"of 2 slices, and on 3 ranks a batch has 3: begin with --reproducible"):
+        scaled.scale(3)
+    gate.open(7)
+    assert ("finished", 2) == (run.wait().state, scaled.size)
+
+
 @pytest.mark.parametrize("strategy", ["shard", "dp=2"])
 def test_a_run_scales_on_other_meshes(scaled, undisturbed, tmp_path, strategy):
     """A strategy name puts all ranks on its axis; in an explicit mesh only dp changes."""

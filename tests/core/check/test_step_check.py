@@ -192,6 +192,16 @@ def test_a_loss_with_noise_is_compared_with_the_whole_batch():
     assert alone(mlp(), noisy_mean).notes == []
 
 
+def own_generator(model, batch):
+    drawn = torch.rand(1, generator=torch.Generator().manual_seed(3))
+    return F.cross_entropy(model(batch[0]), batch[1]) * (1 + drawn)
+
+
+def test_a_loss_with_a_number_of_a_generator_of_its_own_is_a_mean():
+    """The same number in each slice, which torch's own generators know nothing of."""
+    assert alone(mlp(), own_generator).notes == []
+
+
 def draws(x):
     """Numbers for each sample from whatever torch can draw from; some depend on the sample."""
     logits, likely, distributions = torch.cat([x, -x], 1), x.sigmoid(), torch.distributions

@@ -143,7 +143,7 @@ def test_what_was_supplied_names_itself():
     assert {
         "loss": "CrossEntropyLoss", "reduction": "mean", "optimizer": "SGD", "lr": 0.5, "lr_scheduler": "",
         "metric": "len", "evaluate": "", "after_step": "", "each_epoch": "", "batch_size": 4,
-        "shuffle": True, "flat_samples": True, "updates": False,
+        "shuffle": True, "flat_samples": True, "updates": False, "carries": False,
     } == task.options  # fmt: skip
     assert "step" == Task.create(mlp(), DATA, step=step).options["loss"]
 

@@ -1,4 +1,4 @@
-"""Several modules with an optimizer each, which a step updates in turn: adversaries, actor and critic."""
+"""Steps that do more than to compute one loss: update several modules in turn, or carry values on."""
 
 from __future__ import annotations
 
@@ -75,6 +75,27 @@ def regularized_step(model, batch):
     return F.cross_entropy(scores, actions) + F.mse_loss(values, returns) + 0.1 * scores.square().mean()
 
 
+class Reader(nn.Module):
+    """Reads the next piece of each sequence from where the piece before has ended."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x, hidden=None):
+        out, hidden = self.rnn(x, hidden)
+        return self.head(out), hidden
+
+
+def reading_step(model, batch):
+    """Truncated backpropagation through time."""
+    x, y = batch
+    state = nbdist.carried(hidden=None)
+    out, hidden = model(x, state.hidden)
+    state.hidden = tuple(part.detach() for part in hidden)
+    return F.mse_loss(out, y)
+
+
 def games(n):
     return torch.randn(n, 6), torch.randint(3, (n,)), torch.randn(n)
 
@@ -89,5 +110,9 @@ CASES = {
         make=cycle, data=lambda n: (torch.randn(n, 6), torch.randn(n, 4)), step=cycle_step
     ),
     "actor and critic": Case(make=actor_and_critic, data=games, step=actor_critic_step, optimizer="adamw", lr=0.003),
+    "LSTM, hidden state carried on": Case(
+        make=Reader, data=lambda n: (torch.randn(n, 5, 4), torch.randn(n, 5, 4)), step=reading_step,
+        carries=True,
+    ),
     "two modules, one loss": Case(make=actor_and_critic, data=games, step=regularized_step, split_at="critic"),
 }  # fmt: skip
