@@ -34,7 +34,7 @@ TRAIN_ARGUMENTS = [
     "--split-at", "--tensor-plan", "--metric", "--evaluate", "--after-step", "--ema", "--each-epoch",
     "--keep-best", "--shuffle", "--seed", "--reproducible", "--threads",
     "--bucket-mib", "--gather", "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--early-stop",
-    "--stop-on-nan", "--check", "--tensorboard", "--weights",
+    "--stop-on-nan", "--check", "--rehearse", "--tensorboard", "--weights",
     "--background", "--hang-timeout", "--on-hang", "--on-failure", "-o",
 ]  # fmt: skip
 

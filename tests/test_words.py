@@ -17,7 +17,7 @@ PARTS = {
     "parcel": "payload", "outbox": "segment cache", "vault": "snapshot store", "keeper": "snapshotter",
     "steering": "step control", "obey": "apply", "told": "state_dict, reported", "said": "flags, reported",
     "heard": "received, agreed", "go_on": "load_state_dict, resume", "relay": "monitor", "orders": "commands",
-    "stand_in": "dummy", "rehearsal": "dry run", "speaks": "reports_loss", "bring_home": "load_result",
+    "stand_in": "dummy", "speaks": "reports_loss", "bring_home": "load_result",
     "come_back": "restore_shards", "brood": "child processes", "echo": "secondary",
 }  # fmt: skip
 """Words of the private language that this package once had: no identifier contains one."""
@@ -25,7 +25,6 @@ PROSE = {
     r"parcels?": "payload",
     r"vaults?": "snapshot store",
     r"stand-ins?": "dummy",
-    r"rehears\w+": "dry run",
     r"persons?|somebody": "user, caller, another process",
     r"(?:deal|deals|dealt|dealing) out": "shard, partition, distribute",
     r"(?:brings?|brought|comes?|came|come) home|home-coming": "gather, load the result",

@@ -16,6 +16,7 @@ from nbdist.core.comm.world import World
 from nbdist.core.console import console_sink
 from nbdist.core.params.unshard import check_whole
 from nbdist.core.predict import predict as run_prediction
+from nbdist.core.rehearsal import rehearse
 from nbdist.core.state.checkpoint_writer import check_resume
 from nbdist.core.task.modules import with_averages
 from nbdist.core.task.prediction import prediction_task
@@ -79,7 +80,7 @@ def train(
         if plan.check != "no":
             plan = replace(plan, checked=_agreed_check(task, plan, world))
         sinks: list[Sink] = []
-        if record:
+        if record and not plan.rehearse:
             sinks.append(JsonlSink(record_path(run_id, world.rank)))
         if verbose and live:
             sinks.append(console_sink(world, run_id))
@@ -87,6 +88,8 @@ def train(
             sinks.append(TextSink())
         for sink in sinks:
             cleanup.callback(sink.close)
+        if plan.rehearse:
+            return replace(rehearse(task, plan, world, run_id=run_id, sinks=sinks), model=task.given)
         result = fit(task, plan, world, run_id=run_id, sinks=sinks)
         if plan.check != "no":
             _checks.add(task, plan, result.plan)

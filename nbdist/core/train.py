@@ -22,6 +22,7 @@ from nbdist.core.comm import comm_timer
 from nbdist.core.comm.world import World
 from nbdist.core.control.commands import Commands
 from nbdist.core.control.step_control import StepControl
+from nbdist.core.data.excerpt import Excerpt
 from nbdist.core.data.feed import Feed
 from nbdist.core.data.reader import Reader
 from nbdist.core.data.sources import Source
@@ -107,6 +108,7 @@ def fit(
     snapshot_paths: Sequence[Sequence[str]] = (),
     from_snapshot: bool = False,
     epoch_hook: EpochHook | None = None,
+    excerpts: tuple[Excerpt | None, Excerpt | None] = (None, None),
 ) -> Result:
     """Train on this rank. **Collective**: all ranks of `world`, with equal plans and data.
 
@@ -121,6 +123,7 @@ def fit(
         snapshot_paths: Each rank's snapshot buffers, see `SnapshotStore`; without them no snapshots are taken.
         epoch_hook: Where the user's function runs at the end of each epoch, for rank 0; by default there.
         from_snapshot: Whether to resume from the newest snapshot, if there is one, or from this run's last checkpoint.
+        excerpts: Cut epochs of the training data short, and evaluations.
     """
     model, device = task.model, world.device
 
@@ -212,18 +215,19 @@ def fit(
         saved_states.clear()  # they keep files mapped
         extra = ExtraStates(model, axes)
 
-        def reader_of(source: Source, slices: int, shuffle: bool) -> Reader:
+        def reader_of(source: Source, slices: int, shuffle: bool, excerpt: Excerpt | None) -> Reader:
             reader = Reader(
                 source, axes.data, feed=feed, batch_size=plan.batch_size, slices=slices,
                 seed=plan.seed, shuffle=shuffle, device=device, pad=strategy.equal_slices,
+                excerpt=excerpt,
             )  # fmt: skip
             cleanup.callback(reader.close)
             return reader
 
-        reader = reader_of(task.data, plan.slices, plan.shuffle)
+        reader = reader_of(task.data, plan.slices, plan.shuffle, excerpts[0])
         evaluation = None
         if task.val is not None:
-            val_reader = reader_of(task.val, plan.reproducible, False)
+            val_reader = reader_of(task.val, plan.reproducible, False, excerpts[1])
             evaluation = Evaluation(task, strategy, val_reader, world, metric=plan.metric)
         steps_total = _steps_total(plan, reader)
         snapshotter = Snapshotter(

@@ -23,6 +23,7 @@ from nbdist.core.params.made_buffers import persistence
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.predict import predict
 from nbdist.core.process.memory import free_frames, free_unused_memory
+from nbdist.core.rehearsal import rehearse
 from nbdist.core.task.built_model import move_to_file
 from nbdist.core.task.each_epoch import RankHook
 from nbdist.core.task.prediction import ForwardStep
@@ -186,28 +187,27 @@ def train(
             if isinstance(task.step, ForwardStep):
                 outcome = _predict(task, plan, run_id, exchange, states)
             else:
-                record = JsonlSink(record_path(run_id, world.rank, publisher.records))
-                cleanup.callback(record.close)
                 hook = None
                 if plan.each_epoch and world.rank == 0:
                     here = None  # the notebook has kept it
                     if task.each_epoch is not None:
                         here = RankHook(task.model, task.each_epoch, plan.each_epoch, world.device)
                     hook = ClusterHook(_engine.store, run_id, exchange, here)
-                result = fit(
-                    task,
-                    plan,
-                    world,
-                    run_id=run_id,
-                    sinks=[record, states],
-                    commands=CommandLog(_engine.store, run_id),
-                    on_every_rank=False,
-                    snapshot_paths=snapshot_paths,
-                    from_snapshot=from_snapshot,
-                    epoch_hook=hook,
-                )
+                options: dict[str, Any] = {
+                    "run_id": run_id, "commands": CommandLog(_engine.store, run_id), "on_every_rank": False,
+                    "epoch_hook": hook,
+                }  # fmt: skip
+                if plan.rehearse:
+                    result = rehearse(task, plan, world, sinks=[states], **options)
+                else:
+                    record = JsonlSink(record_path(run_id, world.rank, publisher.records))
+                    cleanup.callback(record.close)
+                    result = fit(
+                        task, plan, world, sinks=[record, states], snapshot_paths=snapshot_paths,
+                        from_snapshot=from_snapshot, **options,
+                    )  # fmt: skip
                 trained = None
-                if world.rank == 0 and plan.gather:
+                if world.rank == 0 and plan.gather and not plan.rehearse:
                     trained = _pack_trained(task, exchange, result_released, result.average)
                 outcome = Outcome(
                     rank=world.rank, state=result.state, snapshot=states.state, result=trained, ranks=result.ranks

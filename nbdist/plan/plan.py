@@ -248,6 +248,14 @@ class Plan:
         metavar="yes|mesh|no",
         words=CHECKS,
     )
+    rehearse: bool = option(
+        False,
+        "Train nothing: run two steps, a batch of the evaluation, each function of yours, a checkpoint and its resume; "
+        "put all back, and say what the run would take.",
+        parse=bool,
+        bare=True,
+        elsewhere=("fast_dev_run", "dry_run"),
+    )
     tensorboard: str = option(
         "", "Folder for TensorBoard: loss, rate and metrics of each run.", metavar="DIR", default="", read="path"
     )
@@ -271,7 +279,7 @@ class Plan:
         if self.reproducible is True or self.reproducible is False:
             self._set("reproducible", SLICES if self.reproducible else 0)
         self._set("reproducible", whole_number("reproducible", self.reproducible, 0))
-        for name in ("shuffle", "sync_batchnorm", "gather", "stop_on_nan"):
+        for name in ("shuffle", "sync_batchnorm", "gather", "stop_on_nan", "rehearse"):
             check_yes_or_no(name, getattr(self, name))
         words_of = {"precision": PRECISIONS, "schedule": SCHEDULES, "check": CHECKS, "reduction": REDUCTIONS,
                     "schedule_by": ("step", "epoch")}  # fmt: skip

@@ -80,6 +80,7 @@ class TrainOptions(TypedDict, total=False):
     early_stop: str | None
     stop_on_nan: bool | None
     check: str | None
+    rehearse: bool | None
     tensorboard: str | None
     step: Callable[[Any, Any], Any] | None
     weights: str | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["duration", "left", "number"]
+__all__ = ["duration", "left", "number", "size", "span"]
 
 
 def number(value: float | list[Any] | None, digits: int = 4) -> str:
@@ -34,6 +34,16 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def span(seconds: float) -> str:
+    """A short time for display: "1.2 ms", "340 ms", "2.5 s"; a long one as `duration`."""
+    return duration(seconds) if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+def size(nbytes: float) -> str:
+    """An amount of memory for display: "0.3 MiB", "12 MiB", "1.5 GiB"."""
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.3g} MiB"
 
 
 def left(seconds: float) -> str:

@@ -94,7 +94,7 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
         "tensor_plan": None, "evaluate": "", "early_stop": "", "after_step": "", "each_epoch": "", "ema": None,
         "keep_best": "",
         "gather": True, "checkpoint": str(tmp_path / "kept"), "checkpoint_every": "2", "checkpoint_keep": 1,
-        "resume": "", "stop_on_nan": True, "tensorboard": "",
+        "resume": "", "stop_on_nan": True, "rehearse": False, "tensorboard": "",
         "check": "mesh",
     }  # fmt: skip
     assert set(plan) == {*OPTIONS}
@@ -339,7 +339,8 @@ def test_the_help_explains_every_option_once(notebook):
     flat = " ".join(help_text.split())
     for name, option in LINE_OPTIONS.items():
         more = f" [{option.metavar} ...]" if option.many else ""
-        metavar = "yes|no" if option.parse is bool else f"[{option.metavar}]" if option.bare else option.metavar
+        word = "yes|no" if option.parse is bool else option.metavar
+        metavar = f"[{word}]" if option.bare else word
         assert flat.count(f"{flag(name)} {metavar}{more} {line_help(option)}") == 1, name
     for part in ("usage: %dist_train", "MODEL", "DATA", "--val DATA", "--background", "-o NAME"):
         assert part in flat

@@ -25,7 +25,8 @@ WORDS = {
     "sync_batchnorm": ("yes", True), "reproducible": ("8", 8), "microbatches": ("4", 4), "schedule": ("gpipe", "gpipe"),
     "split_at": ("blocks.2", ("blocks.2",)), "tensor_plan": ("rules", "rules"), "gather": ("no", False),
     "checkpoint": ("/tmp/here", "/tmp/here"), "checkpoint_every": ("5min", "5min"), "checkpoint_keep": ("2", 2),
-    "resume": ("/tmp/here", "/tmp/here"), "stop_on_nan": ("yes", True), "tensorboard": ("/tmp/here", "/tmp/here"),
+    "resume": ("/tmp/here", "/tmp/here"), "stop_on_nan": ("yes", True), "rehearse": ("yes", True),
+    "tensorboard": ("/tmp/here", "/tmp/here"),
     "schedule_by": ("epoch", "epoch"), "check": ("no", "no"), "reduction": ("sum", "sum"),
     "evaluate": ("judge", "judge"), "early_stop": ("val_loss:3", "val_loss:3"),
     "after_step": ("clamp", "clamp"), "each_epoch": ("show", "show"), "ema": ("0.999", 0.999),
@@ -53,7 +54,8 @@ def test_the_help_shows_every_option():
     text = " ".join(parser().format_help().split())
     for name, option in OPTIONS.items():
         more = f" [{option.metavar} ...]" if option.many else ""
-        metavar = "yes|no" if option.parse is bool else f"[{option.metavar}]" if option.bare else option.metavar
+        word = "yes|no" if option.parse is bool else option.metavar
+        metavar = f"[{word}]" if option.bare else word
         assert f"{flag(name)} {metavar}{more} {line_help(option)}" in text
     assert "Read the training data in a new order each epoch. Default: yes." in text
     assert "Optimizer steps, instead of --epochs; wraps round the data." in text

@@ -101,7 +101,7 @@ class RunDispatch:
         self._changes.save(engines.anchor)
         snapshot_paths = [] if store is None else store.paths
         states = self._read_states()
-        if engines.anchor is not None and not self.control.spec.predicts:
+        if engines.anchor is not None and self.control.spec.trains:
             spec = replace(self.control.spec, task=None)  # which the payload holds
             engines.anchor.note("ended", ("running", ""))
             engines.anchor.note(
@@ -140,7 +140,7 @@ class RunDispatch:
         if self._states is not None:
             self._states.close()
         self._states = states = engines.exchange.state_reader(engines.size, engines.anchor, paths)
-        if engines.anchor is not None and not self.control.spec.predicts:
+        if engines.anchor is not None and self.control.spec.trains:
             engines.anchor.note("boards", states.paths)
         return states
 
@@ -278,7 +278,7 @@ class RunDispatch:
             self._segment_cache.recycle(self._segment, lambda: all(r.succeeded and r.result() for r in replies))
         if control.snapshot_store is not None:
             control.snapshot_store.trim()
-        if engines.anchor is not None and not control.spec.predicts:
+        if engines.anchor is not None and control.spec.trains:
             engines.anchor.note("ended", (control.progress.state, control.progress.error))
         deadline = time.monotonic() + _FORM_AGAIN_WITHIN_S
         while failed and engines.reachable and not (engines.ended or engines.formed) and time.monotonic() < deadline:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from nbdist.core.params.program_state import ProgramState
 from nbdist.core.task.each_epoch import call_with
 from nbdist.engine.epoch_hook import EpochRequests
 from nbdist.errors import PeerLostError
@@ -22,16 +23,19 @@ class EpochCalls:
         function: The function.
         name: Of the function.
         requests: What rank 0 asks.
+        restores: Whether the model, and what the function keeps in Python, are put back after each call.
 
     Attributes:
         error: What the function has raised.
     """
 
     def __init__(
-        self, model: nn.Module, function: Callable[[Any, Any], Any], name: str, requests: EpochRequests
-    ) -> None:
+        self, model: nn.Module, function: Callable[[Any, Any], Any], name: str, requests: EpochRequests, *,
+        restores: bool = False,
+    ) -> None:  # fmt: skip
         self._model, self._function, self._name = model, function, name
         self._requests: EpochRequests | None = requests
+        self._restores = restores
         self.error: Exception | None = None
 
     def poll(self) -> None:
@@ -49,12 +53,15 @@ class EpochCalls:
         if state is None:
             return
         reason = ""
+        before = ProgramState({"model": self._model, self._name: self._function}) if self._restores else None
         try:
             state.load_into(self._model)
             reason = call_with(self._model, self._function, state.row, self._name)
         except Exception as error:
             self.error, reason = error, f"{self._name} failed: {type(error).__name__}: {error}"
         finally:  # also after an interrupt, which stops the run in its next step
+            if before is not None:
+                before.restore()
             try:
                 self._requests.answer(state.number, reason)
             except PeerLostError:

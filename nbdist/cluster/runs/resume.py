@@ -28,6 +28,8 @@ def resumed(plan: Plan, task: Any, last: RunControl | None) -> tuple[Plan, Any]:
     if plan.resume is not True or plan.checkpoint:
         check_resume(plan, task.model, task.optimizers)
         return plan, None
+    if plan.rehearse:
+        return replace(plan, resume=""), None
     snapshot_store = None if last is None else last.snapshot_store
     saved = None if snapshot_store is None else CheckpointReader.of_snapshot(snapshot_store.paths)
     if saved is None:

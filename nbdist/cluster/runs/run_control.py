@@ -78,9 +78,9 @@ class RunControl:
             ClusterError: The run is not running.
         """
         with self.changing:
-            if self.spec.predicts:
+            if not self.spec.trains:
                 raise ClusterError(
-                    f"{self.spec.run_id} is a prediction, which can only be stopped: {kind} needs a training."
+                    f"{self.spec.run_id} is a {self.spec.kind}, which can only be stopped: {kind} needs a training."
                 )
             if self.progress.state == "queued":
                 raise ClusterError(f"run {self.spec.run_id} has not started: it can only be stopped.")
@@ -92,7 +92,7 @@ class RunControl:
         """See `Run.stop`; once is enough, and after the end it has no effect."""
         with self.changing:
             if self.progress.running:
-                self.abandoned |= now or self.spec.predicts  # half of the outputs are of no use
+                self.abandoned |= now or not self.spec.trains  # half of the outputs are of no use
                 if self.progress.state != "stopping":
                     self._give_command(self, "stop", None)
 

@@ -137,8 +137,8 @@ class RunQueue:
         here = attended and engines.anchor is None and engines.exchange.shares_memory and not task.in_file
         function, task = task.each_epoch, replace(task, each_epoch=None) if here else task
         spec = RunSpec(
-            run_id=new_run_id(), task=task, plan=plan, title=task.title, names=names, options=plan_options, cores=cores,
-            **on_trouble,
+            run_id=new_run_id(), task=task, plan=plan, names=names, options=plan_options, cores=cores,
+            title=f"{'rehearsal of ' * plan.rehearse}{task.title}", **on_trouble,
         )  # fmt: skip
         if task.in_file and engines.anchor is not None:
             raise TaskError(
@@ -149,7 +149,8 @@ class RunQueue:
         check_hooks(task.model, task.optimizers.values(), plan.mesh)
         calls = None
         if function is not None and here and engines.store is not None:
-            calls = EpochCalls(task.model, function, plan.each_epoch, EpochRequests(engines.store, spec.run_id))
+            requests = EpochRequests(engines.store, spec.run_id)
+            calls = EpochCalls(task.model, function, plan.each_epoch, requests, restores=plan.rehearse)
         return self._enqueue(spec, {"model": model, "data": data, "names": names, **options}, watch, calls)
 
     def predict(
@@ -235,7 +236,7 @@ class RunQueue:
         from_snapshot = snapshot_store is not None
         if snapshot_store is not None:
             snapshot_store.grow(engines.size)
-        elif engines.exchange.shares_memory and not control.spec.predicts:
+        elif engines.exchange.shares_memory and control.spec.trains:
             snapshot_store = SnapshotStore(engines.size, engines.anchor)
         control.keep_snapshots(snapshot_store)
         control.begin()
@@ -243,7 +244,7 @@ class RunQueue:
         if replaced:
             were = "was" if len(replaced) == 1 else "were"
             run.progress.note(f"{ranks_text(replaced)} had been lost and {were} replaced", "lost")
-        if not control.spec.predicts:
+        if control.spec.trains:
             self._note_run(run)
         self._monitor(run, dispatch, calls, queued.watch, queued.context)
 

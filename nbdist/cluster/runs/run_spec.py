@@ -63,6 +63,16 @@ class RunSpec:
     def __post_init__(self) -> None:
         check_run_options({name: getattr(self, name) for name in RUN_OPTIONS})
 
+    @property
+    def kind(self) -> str:
+        """What the user started."""
+        return "prediction" if self.predicts else "rehearsal" if self.plan.rehearse else "training"
+
+    @property
+    def trains(self) -> bool:
+        """Whether something of it stays: weights, a record, snapshots."""
+        return self.kind == "training"
+
     def plan_for(self, ranks: int) -> Plan:
         """The plan on another number of ranks; it keeps what the run resumes from.
 

@@ -34,12 +34,17 @@ class KnownChecks:
 
     def find(self, task: Task, plan: Plan) -> str:
         """The result of an earlier check of the same model, step and mesh; empty if there is none."""
-        known = self._of_model.get(task.model, {}).get(_key(task, plan))
+        known = self._of_model.get(_first(task), {}).get(_key(task, plan))
         return "" if known is None else known.checked
 
     def add(self, task: Task, plan: Plan, checked: Checked) -> None:
         """Remember what will know the result."""
-        self._of_model.setdefault(next(iter(task.modules.values())), {})[_key(task, plan)] = checked
+        self._of_model.setdefault(_first(task), {})[_key(task, plan)] = checked
+
+
+def _first(task: Task) -> nn.Module:
+    """The first of the user's modules, which outlives a run."""
+    return next(iter(task.modules.values()))
 
 
 def _key(task: Task, plan: Plan) -> Hashable:

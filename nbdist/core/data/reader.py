@@ -16,6 +16,7 @@ from torch.utils import data as torch_data
 from nbdist.core.comm import Channel
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.data.cut_batches import CutBatches
+from nbdist.core.data.excerpt import Excerpt
 from nbdist.core.data.feed import Feed
 from nbdist.core.data.sampler_runs import SamplerRuns
 from nbdist.core.data.sources import Source, map_tensors, tensors_in
@@ -78,15 +79,18 @@ class Reader:
             memory.
         feed: From rank 0 to all ranks that read the same epochs, for what it alone reads.
         pad: Whether every rank gets as many slices as any other: padding slices have 0 samples, and another's data.
+        excerpt: Cuts epochs short.
     """
 
     def __init__(
         self, source: Source, channel: Channel, *, batch_size: int, slices: int = 0, seed: int = 0,
         shuffle: bool = False, device: torch.device = _CPU, feed: Feed | None = None, pad: bool = False,
+        excerpt: Excerpt | None = None,
     ) -> None:  # fmt: skip
         self._source = source
         self._feed = feed or Feed()
         self._pad = pad
+        self._excerpt = excerpt
         self._batch_size = batch_size
         self._slices = slices or channel.size
         self._places = channel.size
@@ -102,12 +106,7 @@ class Reader:
     @property
     def steps(self) -> int | None:
         """Batches per epoch; None if the data has no length."""
-        if self._source.sets_batches:
-            return self._source.batches_given
-        samples = self._source.samples
-        if samples is None:
-            return None
-        return samples // self._batch_size if self._source.drop_last else -(-samples // self._batch_size)
+        return self._source.steps(self._batch_size)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[list[Slice]]:
         """This rank's slices of each batch, in order; empty if a short batch has no samples for this rank.
@@ -119,10 +118,10 @@ class Reader:
             skip: Batches to skip at the beginning; the others are the same as without.
         """
         if self._source.tensors is not None:
-            return self._index(epoch, skip)
-        if self._source.dataset is not None:
-            return self._load(epoch, skip)
-        return self._fed(epoch, skip)
+            batches = self._index(epoch, skip)
+        else:
+            batches = self._fed(epoch, skip) if self._source.dataset is None else self._load(epoch, skip)
+        return batches if self._excerpt is None else self._excerpt.of(batches)
 
     def _batches(self, epoch: int, skip: int) -> Iterator[Any]:
         """The samples of each global batch: rows as a tensor, or keys as a list."""

@@ -114,6 +114,15 @@ class Source:
         """Batches per epoch, where the data decides it and has a length; else None."""
         return _len(self.batch_sampler if self.batch_sampler is not None else self.ready)
 
+    def steps(self, batch_size: int) -> int | None:
+        """Batches per epoch, of a size if the data does not decide it; None if the data has no length."""
+        if self.sets_batches:
+            return self.batches_given
+        samples = self.samples
+        if samples is None:
+            return None
+        return samples // batch_size if self.drop_last else -(-samples // batch_size)
+
     def first(self, samples: int = 1, *, consume: bool = False) -> Any:
         """The first samples as a batch; None if that would consume a stream, unless `consume` allows it.
 

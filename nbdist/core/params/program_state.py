@@ -115,6 +115,11 @@ class ProgramState:
                 self.excess = self._queue[-1][0] if self._queue else "itself"
                 self._queue.clear()
 
+    @property
+    def nbytes(self) -> int:
+        """How much memory the copies of tensors and arrays take."""
+        return sum(record.nbytes for record in self._records)
+
     def changes(self) -> list[str]:
         """The paths of what has changed since, as ``model.encoder.calls``."""
         return [path for record in self._records for path in record.changes()]

@@ -26,7 +26,13 @@ ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.d
 
 
 class Record(ABC):
-    """One value to compare and to put back."""
+    """One value to compare and to put back.
+
+    Attributes:
+        nbytes: The memory that the copy takes, if it is a tensor or an array.
+    """
+
+    nbytes = 0
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -56,6 +62,7 @@ class TensorRecord(Record):
             # A dummy of a mesh, or another subclass, need not hold a value for each element.
             if type(data) in (torch.Tensor, nn.Parameter) and data.untyped_storage().nbytes() >= data.nbytes:
                 self._data, self._values = data, data.clone()
+                self.nbytes = data.nbytes
 
     def changes(self) -> list[str]:
         """See `Record`."""
@@ -86,7 +93,7 @@ class ArrayRecord(Record):
 
     def __init__(self, path: str, array: Any) -> None:
         super().__init__(path)
-        self._array, self._values = array, array.copy()
+        self._array, self._values, self.nbytes = array, array.copy(), array.nbytes
 
     def changes(self) -> list[str]:
         """See `Record`."""

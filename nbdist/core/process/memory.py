@@ -15,6 +15,7 @@ import torch
 from nbdist.errors import TaskError
 
 __all__ = [
+    "PeakMemory",
     "bytes_within_limits",
     "check_fits",
     "free_frames",
@@ -34,6 +35,7 @@ _ANY_BYTES = 2**30
 _SMALL_BYTES = 2**22
 _STATUS = Path("/proc/self/status")  # Linux only
 _FREE = Path("/proc/meminfo")
+_RESET = Path("/proc/self/clear_refs")  # proc(5): a 5 resets the peak of the resident memory
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
 _AFTERWARDS = {_M_TRIM_THRESHOLD: 2**26, _M_MMAP_THRESHOLD: 2**25}  # the largest values that glibc sets by itself
 
@@ -115,6 +117,34 @@ def keep_large_pages() -> None:
     if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
         library.mallopt(_M_MMAP_THRESHOLD, _ANY_BYTES)
+
+
+class PeakMemory:
+    """The most memory that this process has had since: of a GPU what torch has allocated, else what is resident. Local.
+
+    Where Linux does not let it begin anew, it is that since the process began.
+
+    Args:
+        device: Of the computation.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with contextlib.suppress(OSError):
+                _RESET.write_text("5")
+
+    @property
+    def nbytes(self) -> int:
+        """How much, in bytes."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        if _STATUS.exists():
+            found = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+            return int(found["VmHWM"].split()[0]) * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def free_unused_memory() -> None:
