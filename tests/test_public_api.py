@@ -44,6 +44,7 @@ MAGICS = [
     "dist_clusters",
     "dist_compare",
     "dist_debug",
+    "dist_export",
     "dist_help",
     "dist_predict",
     "dist_pull",

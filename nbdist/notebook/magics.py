@@ -27,9 +27,11 @@ from nbdist.notebook import parsers
 from nbdist.notebook.dashboard import has_front_end, load_panel, make_dashboard, show_run
 from nbdist.notebook.detached import clusters_bundle
 from nbdist.notebook.dist_help import help_text, help_text_of
+from nbdist.notebook.export import export
 from nbdist.notebook.expressions import evaluate, read_options, read_word
 from nbdist.notebook.output import RankPrinter, StatusLine, show_rich
 from nbdist.notebook.past_runs import runs_bundle
+from nbdist.notebook.script import TrainCall
 from nbdist.notebook.status import describe_cluster, engines_text, show_status
 from nbdist.notebook.step_cell import compile_step
 from nbdist.plan.arguments import OptionParser, given_options, split_line
@@ -59,6 +61,7 @@ class DistMagics(Magics):
 
     shell: InteractiveShell
     _drawn_in_cell: tuple[Run, Any] | None = None
+    _call: tuple[Run, TrainCall] | None = None
 
     @property
     def _cell_number(self) -> int:
@@ -253,8 +256,13 @@ class DistMagics(Magics):
         cluster = require_cluster()
         if cell is not None and arguments.loss is not None:
             raise PlanError("--loss and a cell body both define the loss: leave one of them out.")
-        options = read_options(self.shell, given_options(arguments, parsers.LINE_OPTIONS), parsers.LINE_OPTIONS)
+        words = given_options(arguments, parsers.LINE_OPTIONS)
+        options = read_options(self.shell, words, parsers.LINE_OPTIONS)
         attended = not arguments.background
+        call = TrainCall(
+            model=arguments.model, data=arguments.data, words=words, options={**options}, cell=self._cell_number,
+            body="" if cell is None else self.shell.transform_cell(cell),
+        )  # fmt: skip
         if cell is not None:
             options["step"] = compile_step(self.shell, line, cell, self._cell_number)
         dashboard = make_dashboard(self.shell, arguments.background)
@@ -272,6 +280,9 @@ class DistMagics(Magics):
             run = cluster.train(
                 model, data, names=names, background=True, attended=attended, watch=dashboard.update, **options
             )
+        if not options.get("rehearse"):
+            before = None if self._call is None else self._call[1]
+            self._call = run, call if arguments.data is not None or before is None else before.resumed(call)
         with interrupts.collected() as came:  # an interrupt while the panel is drawn would leave the run without a cell
             dashboard.begin(run)
             self._drawn_in_cell = (run, self._cell)
@@ -344,6 +355,21 @@ class DistMagics(Magics):
             return compare(past_runs(arguments.n))
         given = [word if word[0].isdigit() else evaluate(self.shell, word) for word in arguments.runs]
         return compare(given[0] if len(given) == 1 else given)
+
+    @no_var_expand
+    @line_magic
+    @_documented(parsers.EXPORT)
+    def dist_export(self, line: str) -> None:
+        file = read_word(self.shell, self._parse(parsers.EXPORT, line).file, "path")
+        run = last_run()
+        if run is None:
+            raise ClusterError("no run has been started in this notebook: %dist_train starts one.")
+        if self._call is None or self._call[0] is not run:
+            raise PlanError(
+                f"{run.run_id} was not started by %dist_train, whose line would say what it needs: nbdist.train takes "
+                "the same arguments as cluster.train."
+            )
+        print(export(self.shell, *self._call, file))
 
     @no_var_expand
     @line_magic

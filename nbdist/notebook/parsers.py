@@ -12,8 +12,8 @@ from nbdist.plan.train_options import TRAIN_OPTIONS
 from nbdist.telemetry.command_table import COMMANDS
 
 __all__ = [
-    "ATTACH", "CLUSTERS", "COMPARE", "DEBUG", "DIST", "HELP", "LINE_OPTIONS", "PARSERS", "PREDICT", "PULL", "PUSH",
-    "RUN", "RUNS", "RUN_COMMANDS", "SCALE", "START", "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
+    "ATTACH", "CLUSTERS", "COMPARE", "DEBUG", "DIST", "EXPORT", "HELP", "LINE_OPTIONS", "PARSERS", "PREDICT", "PULL",
+    "PUSH", "RUN", "RUNS", "RUN_COMMANDS", "SCALE", "START", "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
 ]  # fmt: skip
 
 RUN_COMMANDS = tuple(name for name, kind in COMMANDS.items() if kind.usage)
@@ -205,6 +205,17 @@ def _compare_parser() -> OptionParser:
     return parser
 
 
+def _export_parser() -> OptionParser:
+    parser = _Parser(
+        "%dist_export",
+        "Write the newest run as a plain Python script, which trains to the same bits under torchrun: the statements "
+        "of your cells that it needs, its step, and its call. Where they do not make its first weights or its data "
+        "again, a file beside it has them.",
+    )
+    parser.add_argument("file", metavar="FILE", help="The script, such as train.py.")
+    return parser
+
+
 def _help_parser() -> OptionParser:
     parser = _Parser("%dist_help", "Show all magics, or all about one of them.")
     parser.add_argument("magic", nargs="?", metavar="MAGIC", help="Which, such as dist_train.")
@@ -220,6 +231,7 @@ START = _start_parser()
 STATUS = _status_parser()
 STOP = _stop_parser()
 DIST = _dist_parser()
+EXPORT = _export_parser()
 HELP = _help_parser()
 PUSH = _push_parser()
 PREDICT = _predict_parser()
@@ -238,6 +250,7 @@ PARSERS: dict[str, OptionParser] = {
         RUN,
         RUNS,
         COMPARE,
+        EXPORT,
         DIST,
         PUSH,
         PULL,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import symtable
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from nbdist.errors import PlanError
 
-__all__ = ["compile_step"]
+__all__ = ["compile_step", "step_source"]
 
 _HOW = (
     "the cell body is one training step: it sees `model` and `batch`, and assigns `loss`, or calls nbdist.update for "
@@ -70,6 +71,27 @@ def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any
     built: dict[str, Any] = {}
     exec(code, shell.user_ns, built)
     return built["step"]
+
+
+def step_source(body: str, name: str) -> str:
+    """A cell body that `compile_step` has accepted, as the source of a function ``step(model, batch)`` of some name."""
+    tree, names = ast.parse(body), symtable.symtable(body, "cell", "exec")
+    at_top = {
+        target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets
+        if isinstance(target, ast.Name)
+    }  # fmt: skip
+    weight, log = (_assigns(names, given) for given in ("weight", "log"))
+    first = [f"{given} = None" for given, used in (("weight", weight), ("log", log)) if used and given not in at_top]
+    if _updates(tree):
+        last = ["return log"] if log else []
+    else:
+        last = ["return loss" + (", weight" if weight else ", None" if log else "") + (", log" if log else "")]
+    indented = textwrap.indent(body.strip("\n"), "    ")
+    (function,) = ast.parse(f"def step():\n{indented}").body
+    if ast.dump(ast.Module(getattr(function, "body"), [])) != ast.dump(tree):  # noqa: B009 - of a function
+        indented = textwrap.indent(ast.unparse(tree), "    ")  # a text over several lines would be indented too
+    lines = [f"def {name}(model, batch):", *(f"    {one}" for one in first), indented, *(f"    {one}" for one in last)]
+    return "\n".join(lines)
 
 
 def _assigns(names: symtable.SymbolTable, name: str) -> bool:

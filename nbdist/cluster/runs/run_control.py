@@ -45,6 +45,7 @@ class RunControl:
         epoch_calls: Of the function that the notebook calls after each epoch, if it has one.
         ema: The moving average of the weights, once it has ended, if its plan asks for it.
         model: The model, once it has ended, if a callable has built it.
+        start: The weights that it began with, see `keep_start`; None if they are not kept.
         changing: A lock for commands, state updates and the end, so that a command comes before the end or is refused.
     """
 
@@ -63,6 +64,7 @@ class RunControl:
         self.epoch_calls: EpochCalls | None = None
         self.ema: Any = None
         self.model: Any = None
+        self.start: Any = None
         self.predict = predict
         self.changing = threading.RLock()
         self._give_command = give_command
@@ -112,7 +114,7 @@ class RunControl:
         """Free what a resume needs, except snapshots that run `but` has taken over. Local."""
         if self.snapshot_store is not None and self.snapshot_store is not but.snapshot_store:
             self.snapshot_store.close()
-        self.snapshot_store, self.arguments = None, {}
+        self.snapshot_store, self.start, self.arguments = None, None, {}
 
     # Its start.
 

@@ -21,6 +21,7 @@ from nbdist.cluster.runs.resume import resumed
 from nbdist.cluster.runs.run import Run, attend
 from nbdist.cluster.runs.run_control import RunControl
 from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunSpec, check_run_options
+from nbdist.cluster.runs.start_state import keep_start
 from nbdist.core.check.known_checks import KnownChecks
 from nbdist.core.state.checkpoint_writer import check_no_live_writer
 from nbdist.core.state.extra_states import check_extra_states
@@ -239,6 +240,8 @@ class RunQueue:
         elif engines.exchange.shares_memory and control.spec.trains:
             snapshot_store = SnapshotStore(engines.size, engines.anchor)
         control.keep_snapshots(snapshot_store)
+        if control.arguments and task is not None:
+            control.start = last.control.start if from_snapshot and last is not None else keep_start(task)
         control.begin()
         calls = dispatch.start(from_snapshot=from_snapshot)
         if replaced:
