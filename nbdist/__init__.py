@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from nbdist.cluster import Cluster, Run, current_cluster, last_run
     from nbdist.core.api import predict, train
     from nbdist.core.params.unshard import unshard
+    from nbdist.core.result import Result
     from nbdist.core.state.checkpoint_writer import load_checkpoint
     from nbdist.core.sync.batch_gather import current_step, gather, rank, world_size
     from nbdist.core.task.carried_state import carried
     from nbdist.core.task.step_updates import update
-    from nbdist.core.train import Result
     from nbdist.plan import Mesh, Plan
     from nbdist.telemetry import compare, past_runs
 

@@ -199,8 +199,9 @@ class Cluster:
         """Build queue and replay for engines. Imported here: both load torch, which ``%load_ext`` must not wait for."""
         from nbdist.cluster.cells.replay import Replay
         from nbdist.cluster.runs.run_queue import RunQueue
+        from nbdist.core import api
 
-        self._up = engines
+        self._up, api.engines_beside = engines, session.engines_here
         self._replay = self._replay or Replay()
         self._run_queue = RunQueue(engines, changes, session.last_run, session.note_run, self.where)
         return self._run_queue
@@ -379,10 +380,8 @@ class Cluster:
             PlanError: There was no run, or no steps are left.
         """
         arguments = resume_arguments(session.last_run(), {**options})
-        return self.train(
-            arguments.pop("model"), arguments.pop("data"), background=background, attended=attended, watch=watch,
-            **arguments,
-        )  # fmt: skip
+        arguments |= {"background": background, "attended": attended, "watch": watch}
+        return self.train(arguments.pop("model"), arguments.pop("data"), **arguments)
 
     predict = predict
 

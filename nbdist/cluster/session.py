@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nbdist.cluster.cluster import Cluster
     from nbdist.cluster.runs.run import Run
 
-__all__ = ["current_cluster", "last_run", "note_run", "require_cluster", "set_cluster", "stop_at_exit"]
+__all__ = ["current_cluster", "engines_here", "last_run", "note_run", "require_cluster", "set_cluster", "stop_at_exit"]
 
 _cluster: Cluster | None = None
 _owner = 0
@@ -23,6 +23,12 @@ _run: Run | None = None
 def current_cluster() -> Cluster | None:
     """The running cluster of this kernel, or None; a forked child has none."""
     return _cluster if _owner == os.getpid() else None
+
+
+def engines_here() -> int:
+    """How many engines this kernel has; a forked child has none."""
+    cluster = current_cluster()
+    return 0 if cluster is None else cluster.size
 
 
 def require_cluster() -> Cluster:

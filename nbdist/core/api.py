@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +19,12 @@ from nbdist.core.console import console_sink
 from nbdist.core.params.unshard import check_whole
 from nbdist.core.predict import predict as run_prediction
 from nbdist.core.rehearsal import rehearse
+from nbdist.core.result import Result
 from nbdist.core.state.checkpoint_writer import check_resume
 from nbdist.core.task.modules import with_averages
 from nbdist.core.task.prediction import prediction_task
 from nbdist.core.task.task import Task
-from nbdist.core.train import Result, fit
+from nbdist.core.train import fit
 from nbdist.errors import PlanError
 from nbdist.plan import Plan, available_cores
 from nbdist.plan.option import check_known, takes_options
@@ -33,6 +36,8 @@ from nbdist.telemetry.record import new_run_id, record_path
 __all__ = ["predict", "train"]
 
 _checks = KnownChecks()
+engines_beside: Callable[[], int] = lambda: 0  # noqa: E731 - a cluster sets it
+"""How many engines this process has, none of which `train` uses."""
 
 
 @takes_options(TRAIN_OPTIONS)
@@ -69,6 +74,11 @@ def train(
         TaskError: The model, the data or another argument cannot be used.
     """
     task, plan_options = Task.of_options(model, data, options)
+    if engines := engines_beside():
+        warnings.warn(
+            f"nbdist.train trains in this process alone, beside {engines} running engines: for a run on them use "
+            "%dist_train, or cluster.train, which takes the same arguments.", stacklevel=3,
+        )  # fmt: skip
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     plan = Plan.create(ranks=size, cores=_cores(size), **plan_options)
     for module in task.modules.values():

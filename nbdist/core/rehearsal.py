@@ -20,10 +20,11 @@ from nbdist.core.data.excerpt import Excerpt
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.program_state import ProgramState
 from nbdist.core.process.memory import PeakMemory
+from nbdist.core.result import Result
 from nbdist.core.sync.agreement import raise_on_all
 from nbdist.core.task.each_epoch import EpochHook
 from nbdist.core.task.task import Task
-from nbdist.core.train import Result, fit
+from nbdist.core.train import fit
 from nbdist.plan import Plan, available_bytes
 from nbdist.telemetry import Checkpointed, EpochFinished, Evaluating, Event, Noted, RunFinished, Sink
 from nbdist.telemetry.units import duration, size, span

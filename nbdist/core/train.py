@@ -6,8 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -16,7 +15,7 @@ from nbdist.core.check.after_step import check_after_step
 from nbdist.core.check.evaluation_means import check_evaluation_means
 from nbdist.core.check.explained import explained
 from nbdist.core.check.findings import Findings
-from nbdist.core.check.samples import with_head
+from nbdist.core.check.samples import check_same_val, with_head
 from nbdist.core.check.step_check import StepCheck
 from nbdist.core.comm import comm_timer
 from nbdist.core.comm.world import World
@@ -37,6 +36,7 @@ from nbdist.core.process import rng
 from nbdist.core.process.memory import frozen_gc, keep_freed_pages, keep_large_pages
 from nbdist.core.process.settings import deterministic, threads
 from nbdist.core.reporter import Reporter, reporting_failure
+from nbdist.core.result import Result
 from nbdist.core.state.checkpoint_writer import prepare
 from nbdist.core.state.extra_states import ExtraStates, check_extra_states
 from nbdist.core.state.restore import load, load_carried, load_copies, load_whole, progress_of, same_mesh
@@ -68,32 +68,7 @@ from nbdist.telemetry import (
 from nbdist.telemetry.host import host_name
 from nbdist.telemetry.tensorboard import TensorBoardSink
 
-__all__ = ["Result", "fit"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """The result of a training.
-
-    Args:
-        state: "finished" or "stopped"; "scaled" if it is to resume on another number of ranks.
-        history: One dict per epoch (one for the whole run under `steps`): `epoch`, `steps`, `samples`, `loss` (its
-            weighted mean), `seconds`, what steps log; with validation data also `val_loss` and `val_<name>`.
-        plan: The plan that was run.
-        ranks: The number of ranks that a "scale" command asked for; 0 without one.
-        model: The trained model: the user's own, or what their callable has built.
-        ema: With the option `ema` the moving average of the weights, as a state_dict of the model (of several, a dict,
-            list or tuple of them); frozen parameters are the model's own.
-        average: The same as it is sent: what is averaged, by name.
-    """
-
-    state: str
-    history: list[dict[str, Any]]
-    plan: Plan
-    ranks: int = 0
-    model: Any = None
-    ema: Any = None
-    average: dict[str, Any] = field(default_factory=dict)
+__all__ = ["fit"]
 
 
 def fit(
@@ -150,7 +125,7 @@ def fit(
         cleanup.enter_context(reporting_failure(emit, world.rank, beginning, task.own_step))
         cleanup.enter_context(worker_errors())
         if task.each_epoch is not None and epoch_hook is None and world.rank == 0:  # while the model is whole
-            epoch_hook = RankHook(model, task.each_epoch, plan.each_epoch, device)
+            epoch_hook = RankHook(model, task.each_epoch, plan.each_epoch, device, task.optimizers)
         notes, outside = notes_on_modes(task) + notes_on_optimizers(task), outside_parameters(task)
 
         for module in task.modules.values():
@@ -178,9 +153,10 @@ def fit(
         elif from_snapshot or plan.checked.startswith("loss"):  # it has been seen with slices of other sizes
             task.forms.trust()
         if not from_snapshot:
+            check_same_val(task, plan, world, apart=on_every_rank)
             with task.carried.apart():
                 check_evaluation_means(task, plan, world)
-            check_after_step(task, plan, world)
+            notes += check_after_step(task, plan, world, sent=not on_every_rank)
         with explained(plan.mesh, check is not None and check.runs_alone), task.carried.apart():
             strategy = choice.apply(task, plan, world, hooks)
             cleanup.callback(strategy.close)
@@ -370,7 +346,10 @@ def fit(
         emit(RunFinished(rank=world.rank, state=state))
         state = "scaled" if stopped and step_control.scaling else state
         plan = replace(plan, checked=findings.result)
-        return Result(state=state, history=progress.history, plan=plan, ranks=step_control.scaling, average=average)
+        return Result(
+            state=state, history=progress.history, plan=plan, ranks=step_control.scaling, average=average,
+            schedulers=schedulers.state_dict(),
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

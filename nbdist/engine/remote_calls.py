@@ -24,6 +24,7 @@ from nbdist.core.params.param_table import ParamTable
 from nbdist.core.predict import predict
 from nbdist.core.process.memory import free_frames, free_unused_memory
 from nbdist.core.rehearsal import rehearse
+from nbdist.core.result import Result
 from nbdist.core.task.built_model import move_to_file
 from nbdist.core.task.each_epoch import RankHook
 from nbdist.core.task.prediction import ForwardStep
@@ -191,7 +192,7 @@ def train(
                 if plan.each_epoch and world.rank == 0:
                     here = None  # the notebook has kept it
                     if task.each_epoch is not None:
-                        here = RankHook(task.model, task.each_epoch, plan.each_epoch, world.device)
+                        here = RankHook(task.model, task.each_epoch, plan.each_epoch, world.device, task.optimizers)
                     hook = ClusterHook(_engine.store, run_id, exchange, here)
                 options: dict[str, Any] = {
                     "run_id": run_id, "commands": CommandLog(_engine.store, run_id), "on_every_rank": False,
@@ -208,7 +209,7 @@ def train(
                     )  # fmt: skip
                 trained = None
                 if world.rank == 0 and plan.gather and not plan.rehearse:
-                    trained = _pack_trained(task, exchange, result_released, result.average)
+                    trained = _pack_trained(task, exchange, result_released, result)
                 outcome = Outcome(
                     rank=world.rank, state=result.state, snapshot=states.state, result=trained, ranks=result.ranks
                 )
@@ -230,15 +231,16 @@ def train(
     return outcome
 
 
-def _pack_trained(task: Task, exchange: Exchange, released: bool, average: dict[str, Any]) -> Any:
-    """The payload of the trained tensors, of the state of the user's own optimizers, and of the weights' average."""
+def _pack_trained(task: Task, exchange: Exchange, released: bool, result: Result) -> Any:
+    """The payload of the trained tensors, of the state of the user's own optimizers, and of what a result has."""
     if task.in_file:
         move_to_file(task.model)
     table = ParamTable.of(task.model)
     _engine.result_tensors = dict(table.tensors) if task.in_file else None
     own = task.optimizers if task.own_optimizers else {}
     optimizers = {name: TrainedOptimizer(optimizer, table.objects) for name, optimizer in own.items()}
-    tensors = (table.tensors, persistence(task.model), optimizers, extra_states(task.model), average)
+    tensors = (table.tensors, persistence(task.model), optimizers, extra_states(task.model), result.average,
+               result.schedulers)  # fmt: skip
     segment_cache = SegmentCache()
     if _engine.result_segment is not None and released:
         segment_cache.recycle(_engine.result_segment, lambda: True)

@@ -30,7 +30,6 @@ _PHRASES = {
 }
 _EXAMPLE = """\
   %dist_train model train_set --loss cross_entropy --epochs 5 --val test_set
-
 ■ stops after the step, a second ■ at once; --resume continues. Tab completes.
 All options: %dist_help dist_train, or %dist_train? in any notebook."""
 

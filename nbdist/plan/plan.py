@@ -78,6 +78,7 @@ class Plan:
         default="",
         read="quotable",
         of_task=True,
+        elsewhere=("scheduler",),
     )
     schedule_by: str = option(
         "step", "When `lr_scheduler` steps: after each optimizer step or each epoch; ReduceLROnPlateau always after an "
@@ -100,7 +101,8 @@ class Plan:
         elsewhere=("bs", "train_batch_size"),
     )
     accumulate: int = option(
-        1, "Microbatches each rank runs in one step.", parse=int, metavar="K",
+        1, "Microbatches that each rank runs in one step: they cut the batch, which keeps its size.", parse=int,
+        metavar="K",
         elsewhere=("gradient_accumulation_steps", "accumulate_grad_batches"),
     )  # fmt: skip
     clip_norm: float | None = option(

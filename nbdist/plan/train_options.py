@@ -24,7 +24,8 @@ TRAIN_OPTIONS: dict[str, Option] = {
     ),
     **OPTIONS,
     "step": Option(
-        help="In place of `loss`: step(model, batch), which returns a mean; or (mean, weight), or (mean, weight, log). "
+        help="In place of `loss`: step(model, batch), which returns a mean; or (mean, weight), (mean, log), or "
+        "(mean, weight, log). "
         "One that calls nbdist.update(loss, optimizer) for each of several losses returns nothing, or the log.",
         read="value",
         of_task=True,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from nbdist.core.params.program_state import ProgramState
 from nbdist.core.task.each_epoch import call_with
+from nbdist.core.task.task import Task
 from nbdist.engine.epoch_hook import EpochRequests
 from nbdist.errors import PeerLostError
 
@@ -19,7 +18,7 @@ class EpochCalls:
     """Calls ``each_epoch(model, row)`` with the user's own model, which holds the weights after that epoch then.
 
     Args:
-        model: The model of the task.
+        task: Model and optimizers.
         function: The function.
         name: Of the function.
         requests: What rank 0 asks.
@@ -30,10 +29,10 @@ class EpochCalls:
     """
 
     def __init__(
-        self, model: nn.Module, function: Callable[[Any, Any], Any], name: str, requests: EpochRequests, *,
+        self, task: Task, function: Callable[[Any, Any], Any], name: str, requests: EpochRequests, *,
         restores: bool = False,
     ) -> None:  # fmt: skip
-        self._model, self._function, self._name = model, function, name
+        self._model, self._optimizers, self._function, self._name = task.model, task.optimizers, function, name
         self._requests: EpochRequests | None = requests
         self._restores = restores
         self.error: Exception | None = None
@@ -56,7 +55,7 @@ class EpochCalls:
         before = ProgramState({"model": self._model, self._name: self._function}) if self._restores else None
         try:
             state.load_into(self._model)
-            reason = call_with(self._model, self._function, state.row, self._name)
+            reason = call_with(self._model, self._function, state.row, self._name, self._optimizers)
         except Exception as error:
             self.error, reason = error, f"{self._name} failed: {type(error).__name__}: {error}"
         finally:  # also after an interrupt, which stops the run in its next step

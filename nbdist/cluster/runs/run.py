@@ -311,7 +311,8 @@ def attend(run: Run, while_waiting: Callable[[], None] = lambda: None, interrupt
     if calls is not None and calls.error is not None and run.error is None:
         raise calls.error
     if interrupts and run.error is None and not run.control.spec.trains:
-        raise interrupted(f"the {run.control.spec.kind} has been stopped, without a result.")
+        kind = run.control.spec.kind
+        raise interrupted(f"the {kind} has been stopped, without {'outputs' if kind == 'prediction' else 'a result'}.")
     if interrupts and run.error is None:
         raise interrupted(f"run {run.run_id} {run.state} after step {run.progress.step}, its weights are loaded.")
     return run.wait()

@@ -151,7 +151,7 @@ class RunQueue:
         calls = None
         if function is not None and here and engines.store is not None:
             requests = EpochRequests(engines.store, spec.run_id)
-            calls = EpochCalls(task.model, function, plan.each_epoch, requests, restores=plan.rehearse)
+            calls = EpochCalls(task, function, plan.each_epoch, requests, restores=plan.rehearse)
         return self._enqueue(spec, {"model": model, "data": data, "names": names, **options}, watch, calls)
 
     def predict(

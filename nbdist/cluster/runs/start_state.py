@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -40,8 +41,8 @@ _IGNORED = ("mesh", "strategy", "checked", "rehearse", "checkpoint", "resume", "
 
 def keep_start(task: Task) -> Any:
     """A copy of the weights that a run begins with; None if they are large, or lie in files. Local."""
-    tensors = task.model.state_dict()
-    if task.in_file or sum(tensor.nbytes for tensor in tensors.values()) > _MOST_WEIGHTS:
+    tensors = (*task.model.parameters(), *task.model.buffers())
+    if task.in_file or sum(tensor.nbytes for tensor in tensors) > _MOST_WEIGHTS:
         return None
     return _copied(state_of(task.given))
 
@@ -126,7 +127,7 @@ def _copied(state: Any) -> Any:
         return state.detach().clone()
     if isinstance(state, Mapping):
         return {key: _copied(value) for key, value in state.items()}
-    return [_copied(value) for value in state] if isinstance(state, list) else state
+    return [_copied(value) for value in state] if isinstance(state, list) else copy.deepcopy(state)
 
 
 def _plain(given: Any) -> Any:

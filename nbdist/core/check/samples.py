@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nbdist.core.check.findings import CannotBeChecked
+from nbdist.core.check.sentences import OTHER_DATA
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.comm.world import World
 from nbdist.core.data.feed import Feed, digest
@@ -23,9 +24,10 @@ from nbdist.core.task.task import Task
 from nbdist.errors import TaskError
 from nbdist.plan import Plan, slice_bounds
 
-__all__ = ["Samples", "read_rows", "read_samples", "read_slice", "synchronizes", "with_head"]
+__all__ = ["Samples", "check_same_val", "read_rows", "read_samples", "read_slice", "synchronizes", "with_head"]
 
 _DATA_BYTES = 2**20
+_FEW = 8
 _A_PART = (
     "rank {rank} reads other samples of the data than rank 0, each time the same ones: each process takes a part by "
     "its rank (RANK, get_rank, split_by_node), but rank 0 reads for all, and would train on its part alone. Give "
@@ -79,6 +81,40 @@ def with_head(task: Task, plan: Plan, feed: Feed, own_data: World | None) -> Tas
         if others and feed.share(lambda: digest(_read_head(task, plan)) == digest(head)):
             raise TaskError(_A_PART.format(rank=others[0]))
     return task if head is None else replace(task, data=replace(task.data, head=head))
+
+
+def check_same_val(task: Task, plan: Plan, world: World, *, apart: bool) -> None:
+    """Check that all ranks have the same validation data. **Collective** over the world.
+
+    Args:
+        task: Its validation data.
+        plan: Its options.
+        world: All ranks.
+        apart: Whether each process made its data by itself (torchrun); else all have the notebook's.
+
+    Raises:
+        TaskError: They have not.
+    """
+    val = task.val
+    if val is None or not apart or val.is_fed or world.size == 1 or plan.check == "no":
+        return
+    own, again = (_digest_of_first(val, plan) for _ in range(2))
+    steady = torch.tensor([*own, own == again], dtype=torch.uint8, device=world.device)
+    found = world.channel().all_gather(steady)
+    others = [rank for rank, one in enumerate(found) if not torch.equal(one, found[0])]
+    if others and all(bool(one[-1]) for one in found):  # else samples are drawn anew each time
+        raise TaskError("of val, " + OTHER_DATA.format(rank=others[0]))
+
+
+def _digest_of_first(source: Source, plan: Plan) -> bytes:
+    """The digest of the first samples, and of how many there are; empty ones if they cannot be read. Local."""
+    count = min(_FEW, source.samples or 0)
+    with rng.fork_rng(torch.device("cpu")):
+        rng.seed_all(rng.derive(plan.seed, "check"))
+        try:
+            return digest([source.samples, read_rows(source, [range(count)])])
+        except Exception:  # the first evaluation raises it
+            return digest([source.samples])
 
 
 def _read_head(task: Task, plan: Plan) -> Any:

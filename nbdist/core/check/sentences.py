@@ -53,7 +53,8 @@ GATHERED = (
 )
 OTHER_DATA = (
     "rank {rank} reads other samples than rank 0: the data draws random numbers that differ from process to process. "
-    "Give it a generator with a fixed seed, or draw from torch's, Python's or NumPy's own, which nbdist seeds."
+    "Call torch.manual_seed(0) before the data are made; where a data set draws in each sample, from torch's, Python's "
+    "or NumPy's own generators, which nbdist seeds, or one with a fixed seed."
 )
 
 

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from nbdist.errors import TaskError, suggest
 
-__all__ = ["Schedulers", "check_scheduler", "scheduler_factories"]
+__all__ = ["ReadyScheduler", "Schedulers", "check_scheduler", "scheduler_factories"]
 
 _RATES = {"lr", "initial_lr", "max_lr", "min_lr"}
 """Keys of a parameter group that hold a learning rate."""
 _SCHEDULED = {"base_lrs", "max_lrs"}
 """Attributes of torch's schedulers that hold a rate for each group."""
+
+
+class ReadyScheduler:
+    """Stands for a scheduler that the user has made, where others are made by a factory.
+
+    Args:
+        scheduler: Of the user's own optimizer.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def __call__(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The scheduler itself for its optimizer, else a copy."""
+        own = self.scheduler.optimizer
+        return self.scheduler if own is optimizer else copy.deepcopy(self.scheduler, {id(own): optimizer})
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Give it the state of the one that was stepped, see `Schedulers.state_dict`. Local."""
+        self.scheduler.load_state_dict(_like(self.scheduler.state_dict(), state))
 
 
 class Schedulers:
@@ -40,19 +61,21 @@ class Schedulers:
         made = self._schedulers.values()
         self._by_row = [one for one in made if isinstance(one, torch.optim.lr_scheduler.ReduceLROnPlateau)]
         others = [one for one in made if one not in self._by_row]
+        self._stepped = False
         self._by_step, self._by_epoch = (others, []) if by == "step" else ([], others)
 
     def end_update(self) -> None:
         """Call when all optimizers have stepped. Local."""
+        if not self._stepped:
+            self._stepped = True
+            _step_first(self._by_step)
+            return
         for scheduler in self._by_step:
             scheduler.step()
 
     def end_epoch(self) -> None:
         """Call at the end of a pass over the data. Local."""
-        with warnings.catch_warnings():  # a run that resumes there has not called its optimizer yet
-            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
-            for scheduler in self._by_epoch:
-                scheduler.step()
+        _step_first(self._by_epoch)
 
     def end_row(self, measured: float) -> None:
         """Call at the end of a row of the history, with its measured value. Local."""
@@ -154,6 +177,15 @@ class Schedulers:
             self._schedulers[name].load_state_dict(state)
 
 
+def _step_first(schedulers: Iterable[Any]) -> None:
+    """Step, without what torch says where it did not see the optimizer's step: resumed, or in another process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
+        warnings.filterwarnings("ignore", r"Seems like `optimizer\.step\(\)` has been overridden")
+        for scheduler in schedulers:
+            scheduler.step()
+
+
 def _parts(scheduler: Any) -> Iterator[Any]:
     """A torch scheduler, or those that it chains."""
     inner = getattr(scheduler, "_schedulers", ())
@@ -228,7 +260,7 @@ def scheduler_factories(
     """The factory of each optimizer's scheduler, by the names of optimizers, each tried on a dummy. Local.
 
     Args:
-        given: One for all optimizers, a dict of them, or None.
+        given: One for all optimizers, a dict of them, or None; a factory, or a scheduler of a ready-made optimizer.
         optimizers: By name; they are not changed.
 
     Raises:
@@ -236,12 +268,27 @@ def scheduler_factories(
     """
     if given is None:
         return {}
+    if _is_ready(given):
+        given = {name: given for name, optimizer in optimizers.items() if given.optimizer is optimizer} or given
     factories = dict(given) if isinstance(given, Mapping) else dict.fromkeys(optimizers, given)
     for name, factory in factories.items():
         if name not in optimizers:
             raise TaskError(f"lr_scheduler has a value for {name!r}, which is no optimizer.{suggest(name, optimizers)}")
-        check_scheduler(factory, optimizers[name])
+        if not _is_ready(factory):
+            check_scheduler(factory, optimizers[name])
+        elif factory.optimizer is optimizers[name]:
+            factories[name] = ReadyScheduler(factory)
+        else:
+            raise TaskError(
+                f"lr_scheduler {type(factory).__name__} sets the rates of another optimizer: give that one as "
+                "optimizer=... (--optimizer) too, or write lambda optimizer: ..., which makes a scheduler."
+            )
     return factories
+
+
+def _is_ready(given: Any) -> bool:
+    known = torch.optim.lr_scheduler
+    return isinstance(given, (known.LRScheduler, known.ReduceLROnPlateau))
 
 
 def check_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -253,8 +300,8 @@ def check_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> None:
     name = getattr(make, "__name__", None) or type(make).__name__
     if not callable(make):
         raise TaskError(
-            f"lr_scheduler must be a callable that makes a torch scheduler from an optimizer, not a value of type "
-            f"{type(make).__name__}: write lambda optimizer: ..."
+            f"lr_scheduler must be a torch scheduler, or a callable that makes one from an optimizer, not a value of "
+            f"type {type(make).__name__}: write lambda optimizer: ..."
         )
     groups = [{**group, "params": [torch.zeros(1)]} for group in optimizer.param_groups]
     dummy = torch.optim.SGD([torch.zeros(1)], lr=0.1)

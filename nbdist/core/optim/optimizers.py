@@ -45,7 +45,7 @@ def make_optimizers(optimizer: Any, model: nn.Module, lr: float | None) -> dict[
 
     Args:
         optimizer: See `make_optimizer`; or a dict of several by name, of which each that is not ready-made gets the
-            parameters of the module of that name.
+            parameters of the module of that name; or a list or tuple, where names are "0", "1" and so on.
         model: The module.
         lr: See `make_optimizer`.
 
@@ -53,6 +53,8 @@ def make_optimizers(optimizer: Any, model: nn.Module, lr: float | None) -> dict[
         TaskError: See `make_optimizer`; or the dict has no module for a name.
         PlanError: See `make_optimizer`.
     """
+    if isinstance(optimizer, (list, tuple)):
+        optimizer = {str(number): one for number, one in enumerate(optimizer)}
     if not isinstance(optimizer, Mapping):
         return {"": make_optimizer(optimizer, model, lr)}
     if not optimizer or not all(isinstance(name, str) and name for name in optimizer):
@@ -73,7 +75,8 @@ def make_optimizers(optimizer: Any, model: nn.Module, lr: float | None) -> dict[
 
 def is_ready_made(optimizer: Any) -> bool:
     """Whether the user made an optimizer, or one of a dict of them."""
-    ones = optimizer.values() if isinstance(optimizer, Mapping) else [optimizer]
+    several = isinstance(optimizer, (list, tuple))
+    ones = optimizer.values() if isinstance(optimizer, Mapping) else optimizer if several else [optimizer]
     return any(isinstance(one, torch.optim.Optimizer) for one in ones)
 
 
@@ -131,6 +134,8 @@ def optimizer_name(optimizer: Any) -> str:
     """The name of an optimizer in the plan and the panel."""
     if isinstance(optimizer, str):
         return optimizer.lower()
+    if isinstance(optimizer, (list, tuple)):
+        optimizer = {str(number): one for number, one in enumerate(optimizer)}
     if isinstance(optimizer, Mapping):
         return ", ".join(f"{name}: {optimizer_name(one)}" for name, one in optimizer.items())
     return getattr(optimizer, "__name__", None) or type(optimizer).__name__

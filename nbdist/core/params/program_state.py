@@ -124,6 +124,10 @@ class ProgramState:
         """The paths of what has changed since, as ``model.encoder.calls``."""
         return [path for record in self._records for path in record.changes()]
 
+    def written(self) -> list[str]:
+        """The paths of tensors that were written since, if only with the values that they had."""
+        return [one.path for one in self._records if isinstance(one, TensorRecord) and (one.written or one.changes())]
+
     def restore(self) -> None:
         """Put everything back, in place: each object stays the same object. Local."""
         with torch.no_grad():

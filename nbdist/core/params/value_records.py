@@ -53,6 +53,7 @@ class TensorRecord(Record):
         super().__init__(path)
         self.tensor = tensor
         self._keep_storage = keep_storage
+        self._version: int | None = None
         self._gradient = tensor.grad if tensor.is_leaf else None
         self._needs_gradient = tensor.requires_grad
         self._data: torch.Tensor | None = None
@@ -63,6 +64,12 @@ class TensorRecord(Record):
             if type(data) in (torch.Tensor, nn.Parameter) and data.untyped_storage().nbytes() >= data.nbytes:
                 self._data, self._values = data, data.clone()
                 self.nbytes = data.nbytes
+                self._version = None if tensor.is_inference() else tensor._version
+
+    @property
+    def written(self) -> bool:
+        """Whether it was written in place since."""
+        return self._version is not None and self.tensor._version != self._version
 
     def changes(self) -> list[str]:
         """See `Record`."""

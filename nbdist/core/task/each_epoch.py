@@ -18,6 +18,7 @@ from nbdist.core.params.made_buffers import adopt_buffers
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.training_mode import in_mode
 from nbdist.core.process import rng
+from nbdist.core.task.lost_changes import changed_rates, settings_of
 from nbdist.core.task.modules import Modules
 from nbdist.errors import TaskError
 
@@ -72,19 +73,23 @@ class RankHook(EpochHook):
         function: ``each_epoch(model, row)``.
         name: Of the function.
         device: Where the copy is.
+        optimizers: Of the run.
 
     Raises:
         TaskError: The model cannot be copied.
     """
 
-    def __init__(self, model: nn.Module, function: Callable[[Any, Any], Any], name: str, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, function: Callable[[Any, Any], Any], name: str, device: torch.device,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+    ) -> None:  # fmt: skip
         try:
             self._model = copy.deepcopy(model).to(device)
         except Exception as error:
             raise TaskError(
                 f"each_epoch={name} gets a copy of the model, which cannot be copied: {type(error).__name__}: {error}"
             ) from error
-        self._function, self._name, self._device = function, name, device
+        self._function, self._name, self._device, self._optimizers = function, name, device, optimizers
         self._answers: dict[int, str] = {}
 
     def begin(self, state: EpochState) -> None:
@@ -96,7 +101,9 @@ class RankHook(EpochHook):
         state.load_into(self._model)
         try:
             with rng.fork_rng(self._device):
-                self._answers[state.number] = call_with(self._model, self._function, state.row, self._name)
+                self._answers[state.number] = call_with(
+                    self._model, self._function, state.row, self._name, self._optimizers
+                )
         except TaskError:
             raise
         except Exception as error:
@@ -108,19 +115,24 @@ class RankHook(EpochHook):
         return self._answers.get(number)
 
 
-def call_with(model: nn.Module, function: Callable[[Any, Any], Any], row: dict[str, Any], name: str) -> str:
+def call_with(
+    model: nn.Module, function: Callable[[Any, Any], Any], row: dict[str, Any], name: str,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+) -> str:  # fmt: skip
     """Call ``each_epoch(model, row)`` with a model in evaluation mode, without gradients. Local.
 
     Returns:
         Why the run is to end, if it returned True; else nothing.
 
     Raises:
-        TaskError: It changed a parameter, which no rank would have noticed.
+        TaskError: It changed a parameter, or a setting of an optimizer, which no rank would have noticed.
         Exception: What the function raises.
     """
     given = model.given if isinstance(model, Modules) else model
+    settings = settings_of(optimizers)
     with torch.no_grad(), in_mode(model, training=False), _unchanged(model, name):
         returned = function(given, dict(row))
+        changed_rates(name, settings, optimizers)
         true = isinstance(returned, (bool, np.bool_)) or (
             isinstance(returned, torch.Tensor) and returned.dtype is torch.bool
         )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
+from nbdist.core.data.feed import digest
 from nbdist.core.data.sources import Source
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 
-__all__ = ["digest", "fingerprint", "state_of", "write_fingerprint"]
+__all__ = ["fingerprint", "state_of", "write_fingerprint"]
 
 _SAMPLES = 8
 
@@ -47,7 +45,7 @@ def fingerprint(
     return {
         "plan": json.loads(json.dumps(plan.to_dict())),
         "model": {"tensors": tensors, "trained": trained, "modules": json.loads(json.dumps(modules))},
-        "weights": digest(state_of(task.given) if weights is None else weights),
+        "weights": digest(state_of(task.given) if weights is None else weights).hex(),
         "data": _digest_of(task.data),
         "val": None if task.val is None else _digest_of(task.val),
     }
@@ -61,41 +59,15 @@ def write_fingerprint(path: str, *arguments: Any, **options: Any) -> None:
 def state_of(given: Any) -> Any:
     """The state_dict of a module; of several, a dict or list of them."""
     if isinstance(given, nn.Module):
-        return given.state_dict()
+        return dict(given.state_dict())
     if isinstance(given, Mapping):
-        return {key: module.state_dict() for key, module in given.items()}
-    return [module.state_dict() for module in given]
-
-
-def digest(value: Any) -> str:
-    """The SHA-256 of tensors, arrays and plain values in lists, tuples and dicts. Local; waits for their device."""
-    found = hashlib.sha256()
-    _feed(found, value)
-    return found.hexdigest()
-
-
-def _feed(found: Any, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        plain = value.detach().cpu().contiguous()
-        found.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
-        found.update(plain.reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(value, np.ndarray) and value.dtype != object:
-        _feed(found, torch.from_numpy(np.ascontiguousarray(value).view(np.uint8)))
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            found.update(repr(key).encode())
-            _feed(found, item)
-    elif isinstance(value, (list, tuple)):
-        found.update(str(len(value)).encode())
-        for item in value:
-            _feed(found, item)
-    else:
-        found.update(repr(value).encode() if not hasattr(value, "__dict__") else type(value).__name__.encode())
+        return {key: dict(module.state_dict()) for key, module in given.items()}
+    return [dict(module.state_dict()) for module in given]
 
 
 def _digest_of(source: Source) -> str | None:
     """The digest of all tensors in memory; of others the number of samples, and the first of them."""
     if source.tensors is not None:
-        return digest([source.tensors, source.indices])
+        return digest([source.tensors, source.indices]).hex()
     first = source.first(min(_SAMPLES, source.samples or _SAMPLES))
-    return None if first is None else digest([source.samples, first])
+    return None if first is None else digest([source.samples, first]).hex()

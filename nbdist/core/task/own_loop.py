@@ -17,7 +17,7 @@ from torch import nn
 
 from nbdist.errors import TaskError
 
-__all__ = ["check_step", "explained_step", "outside_modules", "outside_values", "uses"]
+__all__ = ["check_step", "explained_step", "function_of", "names_read", "outside_modules", "outside_values", "uses"]
 
 _CURE = "leave it out: nbdist runs backward, sums gradients over ranks, and steps optimizer and lr_scheduler"
 _LOADS = ("LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME")
@@ -30,11 +30,16 @@ _NO_TENSOR = re.compile(r"must be Tensor, not (list|tuple)$")
 _UNBOUND = "cannot access local variable", "referenced before assignment"
 
 
-def check_step(step: Any, model: nn.Module) -> None:
+def check_step(step: Any, model: nn.Module, data: Any = None) -> None:
     """Check that a step can be called, and leaves optimizers and schedulers to nbdist. Local; it is not called.
 
+    Args:
+        step: The step.
+        model: Its first argument.
+        data: The training data, whose batches it gets.
+
     Raises:
-        TaskError: It takes other arguments, or steps an optimizer of the model itself.
+        TaskError: It takes other arguments, steps an optimizer of the model itself, or reads the data itself.
     """
     try:
         inspect.signature(step).bind(model, None)
@@ -45,7 +50,7 @@ def check_step(step: Any, model: nn.Module) -> None:
         ) from None
     except ValueError:  # a builtin without a signature
         pass
-    function = _function(step)
+    function = function_of(step)
     if function is None:
         return
     own = {id(parameter) for parameter in model.parameters()}
@@ -57,15 +62,35 @@ def check_step(step: Any, model: nn.Module) -> None:
             option = "optimizer" if optimizer is value else "lr_scheduler"
             how = f"{option}=... (--{option.replace('_', '-')})"
             raise TaskError(f"the step calls {name}.step(): {_CURE}; give the {option} as {how}.")
+    if (read := _reads_itself(function, data)) is not None:
+        raise TaskError(
+            f"the step reads {read} itself, and not its batch, so every rank would go through all of it in each step: "
+            "leave the loop out, and take the batch apart, as in `x, y = batch`."
+        )
     names = _names(function.__code__)
     if "zero_grad" in names and "backward" not in names:
         raise TaskError(f"the step calls zero_grad(), which clears what earlier slices of the batch gave: {_CURE}.")
 
 
+def _reads_itself(function: types.FunctionType, data: Any) -> str | None:
+    """The name by which a step reads the training data, if it does not read its second argument."""
+    code = function.__code__
+    arguments = code.co_varnames[: code.co_argcount]
+    if data is None or isinstance(data, (int, float, str)) or len(arguments) < 2:
+        return None
+    batch = arguments[1 + (arguments[0] == "self") :][:1]
+    instructions = (one for part in _codes(code) for one in dis.get_instructions(part))
+    for one in instructions:
+        found = one.argval if isinstance(one.argval, tuple) else (one.argval,)
+        if one.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and set(batch) & set(found):
+            return None
+    return next((name for name, value in outside_values(function) if value is data), None)
+
+
 def explained_step(error: BaseException, step: Any) -> TaskError | None:
     """The sentence for an error of a step that only Python or torch has described; None for others. Local."""
     text = str(error)
-    function = _function(step)
+    function = function_of(step)
     names = set[str]() if function is None else _names(function.__code__)
     if isinstance(error, RuntimeError) and _AGAIN in text and "backward" in names:
         return TaskError(f"the step calls backward() on the loss that it returns: {_CURE}.")
@@ -101,7 +126,7 @@ def unbound(name: str) -> str:
 
 def outside_modules(step: Any, model: nn.Module) -> dict[str, nn.Module]:
     """The modules that a step uses beside the model, by the names that it has for them. Local."""
-    function = _function(step)
+    function = function_of(step)
     inside = {id(module) for module in model.modules()}
     found = {} if function is None else dict(outside_values(function))
     return {name: value for name, value in found.items() if isinstance(value, nn.Module) and id(value) not in inside}
@@ -109,7 +134,7 @@ def outside_modules(step: Any, model: nn.Module) -> dict[str, nn.Module]:
 
 def uses(step: Any, function: Any) -> bool:
     """Whether a step names a function in its code, or in that of Python functions which this names. Local."""
-    waiting, seen, wanted = [_function(step)], set[int](), function.__name__
+    waiting, seen, wanted = [function_of(step)], set[int](), function.__name__
     while waiting:
         one = waiting.pop()
         if one is None or id(one) in seen:
@@ -134,7 +159,22 @@ def _is_of_torch(function: types.FunctionType) -> bool:
     return str(function.__module__).partition(".")[0] == "torch"
 
 
-def _function(step: Any) -> types.FunctionType | None:
+def names_read(step: Any) -> frozenset[str]:
+    """The names from outside that a function reads, and Python functions of the user that it names. Local."""
+    waiting, seen, names = [function_of(step)], set[int](), set[str]()
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen or _is_of_torch(one):
+            continue
+        seen.add(id(one))
+        found = dict(outside_values(one))
+        names |= found.keys()
+        waiting += [value for value in found.values() if isinstance(value, types.FunctionType)]
+    return frozenset(names)
+
+
+def function_of(step: Any) -> types.FunctionType | None:
+    """The Python function behind a callable; None for others. Local."""
     while isinstance(step, functools.partial):
         step = step.func
     if not isinstance(step, (type, torch.nn.Module, types.FunctionType, types.MethodType)):

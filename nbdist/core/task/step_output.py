@@ -31,7 +31,7 @@ def no_scalar(loss: Any) -> str:
     if isinstance(loss, torch.Tensor):
         return f"a tensor of shape {tuple(loss.shape)}" + (": end it with .mean()" if loss.numel() > 1 else "")
     if loss is None:
-        return "None: end the step with `return loss`"
+        return "None: end the step with `return loss`, or call nbdist.update(loss, optimizer) for each of several"
     if isinstance(loss, (int, float)):
         return f"a {type(loss).__name__}: return the tensor itself, without .item() or float()"
     if isinstance(loss, Mapping) or hasattr(loss, "loss"):

@@ -22,9 +22,7 @@ __all__ = ["IgnoredUpdates", "StepUpdates", "update"]
 _present: StepUpdates | None = None
 
 
-def update(
-    loss: torch.Tensor, optimizer: str | Sequence[str] = "", *, weight: Any = None, retain_graph: bool = False
-) -> None:
+def update(loss: torch.Tensor, optimizer: Any = "", *, weight: Any = None, retain_graph: bool = False) -> None:
     """In a step, train the parameters of an optimizer by a loss, at once: for steps with several losses.
 
     A step that calls it is trained by these calls alone. Each stands for ``zero_grad()``, ``loss.backward()`` and
@@ -38,8 +36,9 @@ def update(
     Args:
         loss: A scalar, the mean over the slice's samples. The history has it as ``loss_<optimizer>`` if
             optimizers have names, and the sum of a step's losses as ``loss``.
-        optimizer: Its key, where the run's `optimizer` is a dict; or several keys, for optimizers that step by the
-            same loss. Then the history has it as ``loss_<optimizer>_<optimizer>``, and `clip_norm` is of all of them.
+        optimizer: Its key, where the run's `optimizer` is a dict, its number in a list, or the ready-made optimizer
+            itself; or several of these, for optimizers that step by the same loss. Then the history has it as
+            ``loss_<optimizer>_<optimizer>``, and `clip_norm` is of all of them.
         weight: The number that the mean is over, if that is not the number of samples.
         retain_graph: As for ``backward``: whether a later loss of this step goes through the same graph.
 
@@ -113,7 +112,8 @@ class StepUpdates(ABC):
 
     def update(self, loss: Any, optimizer: Any, weight: Any, retain_graph: bool) -> None:
         """See the function `update`."""
-        names = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
+        given = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
+        names = tuple(self._name_of(one) for one in given)
         for name in names:
             if not isinstance(name, str) or name not in self.parameters:
                 known = ", ".join(filter(None, self.parameters)) or "one only, which has no name"
@@ -143,6 +143,13 @@ class StepUpdates(ABC):
         with torch.autocast(loss.device.type, enabled=False):
             self.apply(names, loss if loss.ndim == 0 else loss.reshape(()), weight, retain_graph)
         torch.clear_autocast_cache()  # it may hold weights as they were before
+
+    def _name_of(self, optimizer: Any) -> Any:
+        """The name of an optimizer that the step calls by the object itself, or by its number."""
+        if isinstance(optimizer, torch.optim.Optimizer):
+            found = (name for name, one in self._task.optimizers.items() if one is optimizer)
+            return next(found, optimizer)
+        return str(optimizer) if isinstance(optimizer, int) else optimizer
 
     def parameters_of(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Those of some optimizers. Local."""

@@ -24,6 +24,7 @@ from nbdist.core.task.check_model import check_model
 from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
 from nbdist.core.task.losses import ClassLoss, find_loss, loss_name, reduction_of
+from nbdist.core.task.lost_changes import check_each_epoch
 from nbdist.core.task.metrics import Evaluate, Metric, called_name, check_evaluate, find_metric, metric_name, target_of
 from nbdist.core.task.modules import Modules, as_one
 from nbdist.core.task.own_loop import check_step, uses
@@ -171,7 +172,7 @@ class Task:
         elif not callable(step):
             raise TaskError(f"step must be a callable step(model, batch), not {step!r}.")
         else:
-            check_step(model.step if isinstance(model, Modules) else step, model)
+            check_step(model.step if isinstance(model, Modules) else step, model, data)
         own_evaluation = "" if evaluate is None else check_evaluate(evaluate, val, metric)
         found_metric = None if metric is None else find_metric(metric)
         after_step_name = called_name("after_step(model)", after_step)
@@ -195,11 +196,9 @@ class Task:
         source.check_agrees(names[1], "batch_size", batch_size)
         source.check_agrees(names[1], "shuffle", shuffle)
         in_file = built or lies_in_file(model)
-        if each_epoch is not None and in_file:
-            raise TaskError(
-                f"each_epoch={each_epoch_name} gets the whole model in memory, and {names[0]} lies in a file, as one "
-                "that is too large for it: leave each_epoch out."
-            )
+        if each_epoch is not None:
+            readers = {"the step": getattr(step, "loss", step), "after_step": after_step}
+            check_each_epoch(each_epoch_name, each_epoch, readers, model, names[0], in_file=in_file)
         made = make_optimizers(optimizer, model, lr)
         return cls(
             model=model,
@@ -290,6 +289,7 @@ class Task:
         """What the user supplied, by names for errors; `model` and `data` are the user's own. Local."""
         return {
             model: self.given, data: self.data.given, "optimizer": self.optimizers.get("", self.optimizers),
+            "lr_scheduler": {k: getattr(make, "scheduler", make) for k, make in self.schedulers.items()},
             "step": self.own_step, "val": self.val and self.val.given, "metric": self.metric,
             "evaluate": self.evaluate, "after_step": self.after_step, "each_epoch": self.each_epoch,
             "the task": self,
