@@ -141,7 +141,7 @@ def sliced(statements: Sequence[Statement], names: Iterable[str], *, careful: bo
         for i in range(makers[-1] + 1, len(statements)) if makers and name not in modules else ():
             if name in statements[i].binds and statements[i].replaces:
                 break
-            if _changes(statements[i], name, careful):
+            if _changes(statements[i], name, modules, careful):
                 keep(i)
     return [statements[i] for i in sorted(kept)]
 
@@ -313,7 +313,7 @@ def _is_setting(one: Statement, modules: set[str]) -> bool:
     return any(_root(target) in modules for target in _targets(one.node))
 
 
-def _changes(one: Statement, name: str, careful: bool) -> bool:
+def _changes(one: Statement, name: str, modules: set[str], careful: bool) -> bool:
     """Whether a statement may change what a name stands for, without assigning the name."""
     if name not in one.loads or "get_ipython" in one.loads:
         return False
@@ -324,7 +324,8 @@ def _changes(one: Statement, name: str, careful: bool) -> bool:
         called = getattr(function, "id", getattr(function, "attr", ""))
         if _root(function) == name and (called in _CHANGES or called.endswith("_")):
             return True
-        return called not in _SHOWS and (careful or not one.last)
+        other = isinstance(function, ast.Attribute) and _root(function) not in modules  # a trainer's fit, say
+        return called not in _SHOWS and (careful or not (one.last or other))
     if isinstance(one.node, _COMPOUND):
         parts = list(ast.walk(one.node))
         if any(isinstance(part, ast.Attribute) and part.attr == "backward" for part in parts):

@@ -15,7 +15,7 @@ _PHRASES = {
     "%dist_run": ("[stop|pause|resume|...]", "show the newest run, or send it a command"),
     "%dist_runs": ("[-n N] [RUN_ID]", "list past runs, or show one"),
     "%dist_compare": ("[RUNS]", "compare runs: options, best epochs, curves"),
-    "%dist_export": ("FILE", "write the newest run as a script for torchrun"),
+    "%dist_export": ("FILE", "write the newest run as a script"),
     "%%dist": ("[--ranks 0,2-3] [--local]", "run the cell on engines"),
     "%dist_push": ("NAME ...", "send values to every engine"),
     "%dist_pull": ("NAME [--rank R]", "return a value of one engine"),

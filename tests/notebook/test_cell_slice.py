@@ -39,6 +39,8 @@ def texts(cells, names, **options):
          ["def make(): return 1", "def init(m): pass", "m = make()", "init(m)"]),
         (["t = 0", "for i in [3]:\n    t += i", "c = t"], "c", ["t = 0", "for i in [3]:\n    t += i", "c = t"]),
         (["x = [1]", "c = x", "x = [2]", "x[0] = 3"], "c", ["x = [1]", "c = x"]),
+        (["import torch", "m = 1", "t = 2", "t.fit(m)\ntorch.nn.init.ones(m)\nt"], "m",
+         ["import torch", "m = 1", "torch.nn.init.ones(m)"]),
         (["m = 1", "for p in m:\n    p.requires_grad = False", "for e in range(3):\n    m.backward()"], "m",
          ["m = 1", "for p in m:\n    p.requires_grad = False"]),
         (["import torch\ntorch.manual_seed(0)\ntorch.rand(3)\ntorch.backends.x = True\nm = 1"], "m",

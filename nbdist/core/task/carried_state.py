@@ -223,10 +223,11 @@ def check_carried(name: str, states: Sequence[Mapping[str, Any]], slices: int) -
             )
 
 
-def check_order(data: Source, shuffle: bool | None, name: str) -> None:
-    """Check that the order of the samples is not left open. Local.
+def check_order(carries: bool, data: Source, shuffle: bool | None, name: str) -> None:
+    """Check that the order of the samples is not left open, where values are carried. Local.
 
     Args:
+        carries: Whether they are.
         data: The training data.
         shuffle: What the user gave.
         name: The user's name for `data`.
@@ -234,7 +235,7 @@ def check_order(data: Source, shuffle: bool | None, name: str) -> None:
     Raises:
         PlanError: It is: then they would be shuffled.
     """
-    if not data.is_fed and data.shuffle is None and shuffle is None:
+    if carries and not data.is_fed and data.shuffle is None and shuffle is None:
         raise PlanError(
             "the step carries values from batch to batch, and samples are shuffled unless you say otherwise: give "
             f"shuffle=False (--shuffle no), if the batches of {name} continue each other, or shuffle=True."

@@ -17,7 +17,16 @@ from torch import nn
 
 from nbdist.errors import TaskError
 
-__all__ = ["check_step", "explained_step", "function_of", "names_read", "outside_modules", "outside_values", "uses"]
+__all__ = [
+    "attributes_read",
+    "check_step",
+    "explained_step",
+    "function_of",
+    "names_read",
+    "outside_modules",
+    "outside_values",
+    "uses",
+]
 
 _CURE = "leave it out: nbdist runs backward, sums gradients over ranks, and steps optimizer and lr_scheduler"
 _LOADS = ("LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME")
@@ -171,6 +180,20 @@ def names_read(step: Any) -> frozenset[str]:
         names |= found.keys()
         waiting += [value for value in found.values() if isinstance(value, types.FunctionType)]
     return frozenset(names)
+
+
+def attributes_read(given: Any, method: str) -> frozenset[str]:
+    """The attributes that a method of an object names in its code, and those methods that it names. Local."""
+    waiting, seen = [method], set[str]()
+    while waiting:
+        name = waiting.pop()
+        function = getattr(getattr(type(given), name, None), "__code__", None)
+        if name in seen or function is None:
+            continue
+        seen.add(name)
+        waiting += _names(function)
+        seen |= {one for one in _names(function) if not hasattr(getattr(type(given), one, None), "__code__")}
+    return frozenset(seen)
 
 
 def function_of(step: Any) -> types.FunctionType | None:

@@ -21,6 +21,7 @@ from nbdist.core.sync.step_log import StepLog
 from nbdist.core.task.built_model import builds_model, built_model, lies_in_file
 from nbdist.core.task.carried_state import CarriedState, carried, check_order
 from nbdist.core.task.check_model import check_model
+from nbdist.core.task.lightning_module import options_of_module
 from nbdist.core.task.loss_graph import LossGraph
 from nbdist.core.task.loss_weight import mean_over
 from nbdist.core.task.losses import ClassLoss, find_loss, loss_name, reduction_of
@@ -191,8 +192,7 @@ class Task:
                 f"batch_size={batch_size} is given, but the batches of {names[1]} are made already (each is a global "
                 "one): omit it."
             )
-        if carries:
-            check_order(source, shuffle, names[1])
+        check_order(carries, source, shuffle, names[1])
         source.check_agrees(names[1], "batch_size", batch_size)
         source.check_agrees(names[1], "shuffle", shuffle)
         in_file = built or lies_in_file(model)
@@ -251,14 +251,14 @@ class Task:
             PlanError: An option contradicts the data's own, or there is none of that name.
         """
         check_known(options, TRAIN_OPTIONS)
-        given = {name: value for name, value in options.items() if value is not None}
+        user = {name: value for name, value in options.items() if value is not None}
+        given = options_of_module(model, user) | user
         of_task = {name: given.pop(name) for name in tuple(given) if TRAIN_OPTIONS[name].of_task}
         task = cls.create(model, data, names=names, **of_task)
         for name in ("early_stop", "keep_best"):
             if task.val is None and str(given.get(name, "")).strip().startswith("val_"):
-                raise PlanError(
-                    f"{name}={given[name]} is measured on validation data, and there is none: give val=... too."
-                )
+                what = f"{name}={given[name]} is measured on validation data"
+                raise PlanError(f"{what}, and there is none: give val=... too.")
         return task, given | task.options
 
     def begin(self) -> None:
