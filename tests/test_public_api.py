@@ -33,7 +33,8 @@ TRAIN_ARGUMENTS = [
     "--batch-size", "--accumulate", "--clip-norm", "--precision", "--sync-batchnorm", "--microbatches", "--schedule",
     "--split-at", "--tensor-plan", "--metric", "--evaluate", "--after-step", "--ema", "--each-epoch",
     "--keep-best", "--shuffle", "--seed", "--reproducible", "--threads",
-    "--bucket-mib", "--gather", "--checkpoint", "--checkpoint-every", "--checkpoint-keep", "--resume", "--early-stop",
+    "--bucket-mib", "--gather", "--checkpoint", "--checkpoint-every", "--checkpoint-frozen", "--checkpoint-keep",
+    "--resume", "--early-stop",
     "--stop-on-nan", "--check", "--rehearse", "--tensorboard", "--weights",
     "--background", "--hang-timeout", "--on-hang", "--on-failure", "-o",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ class Result:
         ema: With the option `ema` the moving average of the weights, as a state_dict of the model (of several, a dict,
             list or tuple of them); frozen parameters are the model's own.
         average: The same as it is sent: what is averaged, by name.
+        frozen_stays: Whether parameters that are not trained are as they were.
         schedulers: The state of each scheduler, see `Schedulers.state_dict`.
     """
 
@@ -34,4 +35,5 @@ class Result:
     model: Any = None
     ema: Any = None
     average: dict[str, Any] = field(default_factory=dict)
+    frozen_stays: bool = False
     schedulers: dict[str, Any] = field(default_factory=dict)

@@ -336,6 +336,7 @@ def fit(
         extra.gather()
         if plan.keep_best and not step_control.scaling:
             strategy.write(copies.put_best())
+        frozen_stays = snapshotter.frozen_stay()
         average = copies.gather_average(axes, keep=on_every_rank or world.rank == 0) if plan.gather else {}
         if plan.gather:
             strategy.gather(keep=on_every_rank or world.rank == 0)
@@ -348,7 +349,7 @@ def fit(
         plan = replace(plan, checked=findings.result)
         return Result(
             state=state, history=progress.history, plan=plan, ranks=step_control.scaling, average=average,
-            schedulers=schedulers.state_dict(),
+            schedulers=schedulers.state_dict(), frozen_stays=frozen_stays,
         )  # fmt: skip
 
 

@@ -239,7 +239,9 @@ def _pack_trained(task: Task, exchange: Exchange, released: bool, result: Result
     _engine.result_tensors = dict(table.tensors) if task.in_file else None
     own = task.optimizers if task.own_optimizers else {}
     optimizers = {name: TrainedOptimizer(optimizer, table.objects) for name, optimizer in own.items()}
-    tensors = (table.tensors, persistence(task.model), optimizers, extra_states(task.model), result.average,
+    stays = {name for name, one in table.parameters.items() if result.frozen_stays and not one.requires_grad}
+    trained = {name: tensor for name, tensor in table.tensors.items() if name not in stays}
+    tensors = (trained, persistence(task.model), optimizers, extra_states(task.model), result.average,
                result.schedulers)  # fmt: skip
     segment_cache = SegmentCache()
     if _engine.result_segment is not None and released:

@@ -224,6 +224,13 @@ class Plan:
         default="",
         read="amount",
     )
+    checkpoint_frozen: bool = option(
+        True,
+        "Whether checkpoints hold parameters that are not trained. Without them a resume takes those of MODEL, and "
+        "compares their sums.",
+        parse=bool,
+        default="yes, but no for a model of peft",
+    )
     checkpoint_keep: int = option(3, "How many of the newest checkpoints stay.", parse=int, metavar="K")
     resume: str | bool = option(
         "",
@@ -281,7 +288,7 @@ class Plan:
         if self.reproducible is True or self.reproducible is False:
             self._set("reproducible", SLICES if self.reproducible else 0)
         self._set("reproducible", whole_number("reproducible", self.reproducible, 0))
-        for name in ("shuffle", "sync_batchnorm", "gather", "stop_on_nan", "rehearse"):
+        for name in ("shuffle", "sync_batchnorm", "gather", "stop_on_nan", "rehearse", "checkpoint_frozen"):
             check_yes_or_no(name, getattr(self, name))
         words_of = {"precision": PRECISIONS, "schedule": SCHEDULES, "check": CHECKS, "reduction": REDUCTIONS,
                     "schedule_by": ("step", "epoch")}  # fmt: skip

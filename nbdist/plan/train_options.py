@@ -76,6 +76,7 @@ class TrainOptions(TypedDict, total=False):
     gather: bool | None
     checkpoint: str | None
     checkpoint_every: int | str | None
+    checkpoint_frozen: bool | None
     checkpoint_keep: int | None
     resume: str | bool | None
     early_stop: str | None

@@ -94,7 +94,7 @@ def test_every_option_reaches_the_plan(notebook, tmp_path):
         "tensor_plan": None, "evaluate": "", "early_stop": "", "after_step": "", "each_epoch": "", "ema": None,
         "keep_best": "",
         "gather": True, "checkpoint": str(tmp_path / "kept"), "checkpoint_every": "2", "checkpoint_keep": 1,
-        "resume": "", "stop_on_nan": True, "rehearse": False, "tensorboard": "",
+        "resume": "", "stop_on_nan": True, "rehearse": False, "checkpoint_frozen": True, "tensorboard": "",
         "check": "mesh",
     }  # fmt: skip
     assert set(plan) == {*OPTIONS}

@@ -25,6 +25,7 @@ WORDS = {
     "sync_batchnorm": ("yes", True), "reproducible": ("8", 8), "microbatches": ("4", 4), "schedule": ("gpipe", "gpipe"),
     "split_at": ("blocks.2", ("blocks.2",)), "tensor_plan": ("rules", "rules"), "gather": ("no", False),
     "checkpoint": ("/tmp/here", "/tmp/here"), "checkpoint_every": ("5min", "5min"), "checkpoint_keep": ("2", 2),
+    "checkpoint_frozen": ("no", False),
     "resume": ("/tmp/here", "/tmp/here"), "stop_on_nan": ("yes", True), "rehearse": ("yes", True),
     "tensorboard": ("/tmp/here", "/tmp/here"),
     "schedule_by": ("epoch", "epoch"), "check": ("no", "no"), "reduction": ("sum", "sum"),

@@ -145,9 +145,10 @@ class ParamTable:
 
     @torch.no_grad()
     def load_(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy `tensors` (those of another table of the same model) into this one's, in place. Local."""
+        """Copy `tensors`, of another table of the same model, into this one's, in place; others stay. Local."""
         for name, tensor in self.objects.items():
-            assign_(tensor, tensors[name])
+            if name in tensors:
+                assign_(tensor, tensors[name])
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from nbdist.core.params.placement import Cut
 
-__all__ = ["FORMATS", "OPTIONAL", "RANK", "cut_of", "fits", "upgraded"]
+__all__ = ["FORMATS", "RANK", "cut_of", "fits", "optional_of", "upgraded"]
 
 FORMATS = (2, 3)
 """The versions that are read; the last one is written."""
@@ -38,12 +39,36 @@ OPTIONAL: dict[str, Any] = {
     "copies": {"monitor": str, "best_row": int, "best_value": float},
     "extra_state": {"data": int, "states": {str: object}, "changed": [str]},
     "carried": {"slices": int, "kept": {str: _KEPT}},
+    "left_out": {str: int},
 }
 """The schemas of what not every rank's metadata have.
 
 ``made`` are the buffers that a forward has made or given another shape; ``copies`` is a `WeightCopies.state_dict`,
-``extra_state`` an `ExtraStates.state_dict`, and ``carried`` a `CarriedState.state_dict`.
+``extra_state`` an `ExtraStates.state_dict`, ``carried`` a `CarriedState.state_dict`, and ``left_out`` has the sum of
+each frozen parameter that is not in the checkpoint, see `ShardPlan.frozen_sums`.
 """
+
+
+_WORDS = {
+    "made": "the description of the buffers", "copies": "the state of the copies",
+    "extra_state": "the extra state of a module", "carried": "what the step carries",
+    "left_out": "the list of what is left out",
+}  # fmt: skip
+
+
+def optional_of(ranks: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """What ranks have of `OPTIONAL`, by name.
+
+    Raises:
+        ValueError: One is malformed; says which, for the user.
+    """
+    found = {name: [rank[name] for rank in ranks if name in rank] for name in OPTIONAL}
+    for name, values in found.items():
+        if not fits(values, [OPTIONAL[name]]):
+            raise ValueError(_WORDS[name])
+    if not all(index.isdecimal() for one in found["carried"] for index in one["kept"]):
+        raise ValueError(_WORDS["carried"])
+    return found
 
 
 def upgraded(rank: Any) -> Any:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from nbdist.core.params.placement import Cut
 from nbdist.core.params.weight_copies import COPIES
-from nbdist.core.state.checkpoint_format import FORMATS, OPTIONAL, RANK, cut_of, fits, upgraded
+from nbdist.core.state.checkpoint_format import FORMATS, RANK, cut_of, fits, optional_of, upgraded
 from nbdist.core.state.checksum_files import checksum
 from nbdist.core.state.extra_states import merged
 from nbdist.core.state.shard_plan import buffer_entry, key_of
@@ -58,6 +58,7 @@ class CheckpointReader:
         optimizers: Of each optimizer by name, the settings of its `groups`, with parameters by name, and its own
             `attributes`.
         values: Optimizer state that is not a tensor, by parameter.
+        left_out: The sum of the bits of each frozen parameter that is not in it, by name.
         copies_state: A `WeightCopies.state_dict`; empty if none was saved.
         complete: Whether all of the model must be in it; a snapshot leaves out what never changes.
         seal: The checksum over a checkpoint's checksums: checkpoints with the same one are identical.
@@ -79,13 +80,18 @@ class CheckpointReader:
         if [rank["rank"] for rank in self.ranks] != list(range(len(ranks))):
             raise self._malformed("the list of ranks")
         first = self.ranks[0]
-        made = [rank["made"] for rank in reversed(self.ranks) if "made" in rank]
-        if not fits(made, [OPTIONAL["made"]]):
-            raise self._malformed("the description of the buffers")
+        try:
+            self._optional = optional_of(self.ranks)
+        except ValueError as error:
+            raise self._malformed(str(error)) from None
+        made = reversed(self._optional["made"])
         self.made: dict[str, dict[str, Any]] = {name: about for each in made for name, about in each.items()}
+        self.left_out: dict[str, int] = {}
+        parts_left = {key: total for each in self._optional["left_out"] for key, total in each.items()}
+        for key, total in parts_left.items():
+            of = key.rsplit("|", 4)[0]
+            self.left_out[of] = (self.left_out.get(of, 0) + total) % 2**64
         self.copies_state: dict[str, Any] = first.get("copies", {})
-        if self.copies_state and not fits(self.copies_state, OPTIONAL["copies"]):
-            raise self._malformed("the state of the copies")
         self.tensors: dict[str, dict[str, Any]] = {**first["tensors"], **self.made}
         self.optimizers: dict[str, dict[str, Any]] = first["optimizers"]
         self.values: dict[str, dict[str, Any]] = {
@@ -194,7 +200,7 @@ class CheckpointReader:
 
     def holds(self, name: str) -> bool:
         """Whether the values of a parameter were saved."""
-        return "" in self._entries.get(name, {})
+        return "" in self._entries.get(name, {}) or name in self.left_out
 
     def whole(self, name: str, entry: str = "") -> torch.Tensor:
         """A whole tensor of the model, or entry of its optimizer state; it may share memory with the file or buffer."""
@@ -265,9 +271,7 @@ class CheckpointReader:
         Raises:
             PlanError: They are malformed.
         """
-        saved = [rank["extra_state"] for rank in self.ranks if "extra_state" in rank]
-        if not fits(saved, [OPTIONAL["extra_state"]]):
-            raise self._malformed("the extra state of a module")
+        saved = self._optional["extra_state"]
         try:
             return merged(saved, data_rank or 0)
         except (ValueError, KeyError):
@@ -275,17 +279,8 @@ class CheckpointReader:
 
     @property
     def carried_states(self) -> list[dict[str, Any]]:
-        """What each rank has saved of its `CarriedState`.
-
-        Raises:
-            PlanError: It is malformed.
-        """
-        saved = [rank["carried"] for rank in self.ranks if "carried" in rank]
-        if not (
-            fits(saved, [OPTIONAL["carried"]]) and all(index.isdecimal() for one in saved for index in one["kept"])
-        ):
-            raise self._malformed("what the step carries")
-        return saved
+        """What each rank has saved of its `CarriedState`."""
+        return self._optional["carried"]
 
     def _read(self, key: str) -> torch.Tensor:
         return self._part_of[key].read(key)

@@ -204,15 +204,15 @@ class CheckpointWriter:
         """Whether this rank has written its file of the one in progress, or has failed."""
         return self._buffer is not None and (self._thread is None or not self._thread.is_alive())
 
-    def begin(self, buffer: SnapshotBuffer, step: int, shard_plan: ShardPlan) -> None:
-        """Start writing the snapshot in `buffer`, and the frozen parameters of `shard_plan`. Local."""
+    def begin(self, buffer: SnapshotBuffer, step: int, shard_plan: ShardPlan, *, frozen: bool) -> None:
+        """Start writing the snapshot in `buffer`, and with `frozen` the frozen parameters of `shard_plan`. Local."""
         self.wait()
         buffer.pinned = True
         # Never overwrite a published one: a run's final checkpoint may have the step of the one before it.
         self._name = f"{self._mark}-step{step:08}{'-end' if step == self._step else ''}"
         self._buffer, self._step, self.failed = buffer, step, False
         self._began_s = time.monotonic()
-        self._start(self._write, buffer, shard_plan.frozen(), shard_plan.frozen_changed)
+        self._start(self._write, buffer, shard_plan.frozen() if frozen else {}, shard_plan.frozen_changed)
 
     def wait(self) -> None:
         """Wait until this rank's write in progress is complete or has failed. Local."""

@@ -21,7 +21,7 @@ from nbdist.core.params.made_buffers import adopt_buffers
 from nbdist.core.params.param_table import ParamTable, assign_
 from nbdist.core.params.weight_copies import BEST, COPIES, WeightCopies
 from nbdist.core.state.checkpoint_reader import CheckpointReader, candidates
-from nbdist.core.state.shard_plan import gather_texts
+from nbdist.core.state.shard_plan import bit_sum, gather_texts
 from nbdist.core.state.train_progress import TrainProgress
 from nbdist.core.task.carried_state import CarriedState, check_carried
 from nbdist.errors import PlanError, TaskError
@@ -192,6 +192,13 @@ def check_same(saved: CheckpointReader, table: ParamTable, optimizers: Mapping[s
             )
             own = "" if own_shape is None else f" {own_shape}"
             raise TaskError(f"{saved.name} is of another model: {name}{own} {what}; build the model as it was.")
+    for name, total in saved.left_out.items():
+        parameter = table.parameters.get(name)
+        if parameter is not None and table.placement(name).whole and bit_sum(parameter) != total:
+            raise TaskError(
+                f"{saved.name} leaves out {name}, which is not trained, and the model has other values of it than when "
+                "it was saved: load the same ones into the model first."
+            )
     for name in table.parameters if saved.complete else ():
         if not saved.holds(name):
             raise TaskError(f"{saved.name} is not whole: the values of {name} are not in it.")

@@ -23,7 +23,7 @@ from nbdist.core.params.placement import Placement
 from nbdist.core.params.weight_copies import WeightCopies
 from nbdist.errors import TaskError
 
-__all__ = ["SMALL_BYTES", "ShardPlan", "buffer_entry", "check_state", "gather_texts", "key_of"]
+__all__ = ["SMALL_BYTES", "ShardPlan", "bit_sum", "buffer_entry", "check_state", "gather_texts", "key_of"]
 
 SMALL_BYTES = 1 << 16
 """Buffers up to this size count as changed in every step: BatchNorm writes its own without a new `_version`."""
@@ -65,6 +65,7 @@ class ShardPlan:
         self._versions = {name: buffer._version for name, buffer in self._buffers() if name not in changed}
         self._frozen = [name for name in self._saved if not table.parameters[name].requires_grad]
         self._frozen_changed = any(name in changed for name in self._frozen)
+        self._frozen_sums: dict[str, int] | None = None
         self._accessed: set[int] = set()  # indices of frozen parameters whose `.data` was read
         self._initial_fingerprints = self._fingerprints()
         # Under shard, a write through `.data` is refused, and between steps a rank holds parts only.
@@ -125,6 +126,12 @@ class ShardPlan:
             _key(name, "", table.placement(name), self._axes): table.parameters[name].detach()
             for name in (() if self._frozen_changed else self._frozen)
         }
+
+    def frozen_sums(self) -> dict[str, int]:
+        """The sum of the bits of each of `frozen`, by its key. Local; computed once."""
+        if self._frozen_sums is None:
+            self._frozen_sums = {key: bit_sum(tensor) for key, tensor in self.frozen().items()}
+        return {} if self.frozen_changed() else self._frozen_sums
 
     def frozen_changed(self) -> bool:
         """Whether steps change parameters that take no gradient, such as an EMA teacher. Local.
@@ -209,6 +216,16 @@ def _digest(parameter: torch.Tensor) -> bytes:
     """A hash of its values. Waits for the device."""
     flat = parameter.reshape(-1).view(torch.uint8).cpu()
     return hashlib.blake2b(flat.numpy().data, digest_size=16).digest()
+
+
+def bit_sum(tensor: torch.Tensor) -> int:
+    """The sum of the bits of its values, as integers: that of a tensor is that of its parts, which zeros may fill up.
+
+    Waits for the device.
+    """
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    flat = tensor.detach().reshape(-1).contiguous()
+    return int(flat.view(kinds.get(flat.element_size(), torch.int64)).sum(dtype=torch.int64)) % 2**64
 
 
 def buffer_entry(data_rank: int) -> str:

@@ -181,7 +181,7 @@ class Snapshotter:
             problem = str(error)
         problems = [text for text in gather_texts(problem, world) if text]
         if buffer is not None and not problems and self._writer is not None and self._shard_plan is not None:
-            self._writer.begin(buffer, progress.step, self._shard_plan)
+            self._writer.begin(buffer, progress.step, self._shard_plan, frozen=self._plan.checkpoint_frozen)
         for text in problems[:1]:
             self._emit(Noted(rank=self._rank, text=f"no checkpoint was written, the run continues: {text}"))
 
@@ -223,6 +223,13 @@ class Snapshotter:
             self._strategy.restore_shards()
             self._try_snapshot(progress, self._step_guard.buffers)
 
+    def frozen_stay(self) -> bool:
+        """Whether parameters that are not trained have their first values on all ranks. **Collective** (world)."""
+        plan = self._shard_plan
+        own = torch.tensor([float(plan is None or plan.frozen_changed())], device=self._strategy.device)
+        self._axes.world.all_reduce_(own)
+        return not own.item()
+
     def close(self) -> None:
         """Wait for this rank's write in progress, and release leases. Local, twice is fine."""
         if self._writer is not None:
@@ -263,7 +270,7 @@ class Snapshotter:
         self._check_replicas(progress)
         buffer = self._try_snapshot(progress, for_checkpoint=True)
         if buffer is not None and self._shard_plan is not None:
-            writer.begin(buffer, progress.step, self._shard_plan)
+            writer.begin(buffer, progress.step, self._shard_plan, frozen=self._plan.checkpoint_frozen)
 
     def _check_replicas(self, progress: TrainProgress) -> None:
         """Raise `TaskError` rather than save weights of which replicas have others. **Collective** over ``dp``."""
@@ -330,7 +337,7 @@ class Snapshotter:
         tensors = self._shard_plan.changing(buffers=for_checkpoint)
         layout = self._layout_of(tensors)
         generators = rng.state_dict() if buffers is None else None  # after an error they have advanced
-        text = self._text(progress, generators, self._shard_plan)
+        text = self._text(progress, generators, self._shard_plan, for_checkpoint=for_checkpoint)
         if buffers is not None:
             kept = {key: key.rsplit("|", 4)[:2] for key in tensors}
             tensors = {
@@ -351,7 +358,9 @@ class Snapshotter:
         self._layouts = [*self._layouts[-1:], layout]
         return layout
 
-    def _text(self, progress: TrainProgress, generators: list[Any] | None, shard_plan: ShardPlan) -> str:
+    def _text(
+        self, progress: TrainProgress, generators: list[Any] | None, shard_plan: ShardPlan, *, for_checkpoint: bool
+    ) -> str:
         strategy, plan = self._strategy, self._plan
         state: dict[str, Any] = {
             "rank": self._rank,
@@ -364,6 +373,8 @@ class Snapshotter:
             "generators": generators,
             **shard_plan.values(),
         }
+        if for_checkpoint and not plan.checkpoint_frozen and (sums := shard_plan.frozen_sums()):
+            state["left_out"] = sums
         if made := shard_plan.made():
             state["made"] = made
         if self._extra.any:

@@ -58,7 +58,7 @@ def options_of_module(model: nn.Module, given: Mapping[str, Any]) -> dict[str, A
         TaskError: It needs something of Lightning's trainer.
     """
     if not is_lightning_module(model):
-        return {}
+        return {"checkpoint_frozen": False} if hasattr(model, "peft_config") else {}
     kind = type(model).__name__
     if getattr(model, "automatic_optimization", True) is False:
         raise TaskError(
