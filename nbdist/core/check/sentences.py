@@ -66,7 +66,8 @@ def no_mean(whole: float, sliced: StepResult, samples: int) -> str:
         samples=samples, whole=in_one, slices=len(sliced.losses), mean=mean,
         ratio=", and their sum is the loss" if is_sum else "",
         cure=f"Of a sum, {_SUM}" if is_sum else "Return with it the number that it is a mean over, as in `return loss, "
-        "mask.sum()`; where samples are compared with each other, nbdist.gather(z) gives a step those of all slices",
+        "mask.sum()`; a loss that compares samples, or is a ratio over the batch (Dice), takes the rows of all slices: "
+        "nbdist.gather(output), nbdist.gather(y)",
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -177,8 +177,10 @@ class Schedulers:
             self._schedulers[name].load_state_dict(state)
 
 
-def _step_first(schedulers: Iterable[Any]) -> None:
+def _step_first(schedulers: Sequence[Any]) -> None:
     """Step, without what torch says where it did not see the optimizer's step: resumed, or in another process."""
+    if not schedulers:  # the context lets warnings that were shown once be shown again
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
         warnings.filterwarnings("ignore", r"Seems like `optimizer\.step\(\)` has been overridden")

@@ -49,7 +49,7 @@ _OF_MODEL = (
 )
 _OF_CALLABLE = (
     "return with it the number that the mean is over, as in `return loss, (target != -100).sum()`, or `return loss, "
-    "len(target)` for samples; of a sum, give reduction='sum' (--reduction sum)"
+    "len(target)` for samples; of a sum, give reduction='sum' (--reduction sum); of a ratio (Dice), use nbdist.gather"
 )
 
 
