@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nbdist
+from nbdist.core.task.lightning_module import training_step
 
 
 def layers(*widths):
@@ -96,6 +97,23 @@ def reading_step(model, batch):
     return F.mse_loss(out, y)
 
 
+class SelfTrained(nn.Module):
+    """With the methods of a LightningModule, which calls its parts itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = layers(6, 16, 8), nn.Linear(8, 3)
+
+    def training_step(self, batch, batch_idx):
+        states, actions, _ = batch
+        loss = F.cross_entropy(self.head(self.encoder(states)), actions)
+        self.log("loss_of_step", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
 def games(n):
     return torch.randn(n, 6), torch.randint(3, (n,)), torch.randn(n)
 
@@ -110,6 +128,7 @@ CASES = {
         make=cycle, data=lambda n: (torch.randn(n, 6), torch.randn(n, 4)), step=cycle_step
     ),
     "actor and critic": Case(make=actor_and_critic, data=games, step=actor_critic_step, optimizer="adamw", lr=0.003),
+    "LightningModule": Case(make=SelfTrained, data=games, step=training_step),
     "LSTM, hidden state carried on": Case(
         make=Reader, data=lambda n: (torch.randn(n, 5, 4), torch.randn(n, 5, 4)), step=reading_step,
         carries=True,

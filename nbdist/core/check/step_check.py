@@ -32,7 +32,6 @@ from nbdist.core.sync.agreement import NO_FLAGS, first_of_all
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.sync.loss_forms import check_one_form
 from nbdist.core.sync.step_log import LogReducer
-from nbdist.core.task.modules import Modules
 from nbdist.core.task.steps import SupervisedStep
 from nbdist.core.task.task import Task
 from nbdist.errors import NbdistError, PlanError, TaskError
@@ -337,8 +336,7 @@ class StepCheck:
 
     @property
     def _models(self) -> dict[str, nn.Module]:
-        model = self._task.model
-        return dict(model.named_children()) if isinstance(model, Modules) else {"model": model}
+        return {name or "model": part for name, part in self._task.modules.items()}
 
     def _roots(self) -> dict[str, Any]:
         task = self._task

@@ -15,7 +15,7 @@ from nbdist.core.task.metrics import accumulates
 from nbdist.core.task.own_loop import attributes_read
 from nbdist.errors import TaskError
 
-__all__ = ["is_lightning_module", "options_of_module"]
+__all__ = ["is_lightning_module", "options_of_module", "training_step"]
 
 _PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric")
 _UNCALLED = (

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from nbdist.core.task.check_model import check_model
+from nbdist.core.task.lightning_module import training_step
+from nbdist.core.task.own_loop import calls_parts_only
 from nbdist.errors import TaskError
 
-__all__ = ["Modules", "as_one", "call_step", "with_averages"]
+__all__ = ["Modules", "OneModule", "as_one", "call_step", "with_averages"]
 
 
 class Modules(nn.Module):
@@ -48,9 +50,45 @@ class Modules(nn.Module):
         """Run the step; returns the loss, or loss and weight."""
         return self.step(self.given, batch)
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules by name; the name of an only one is empty."""
+        return dict(self.named_children())
+
+
+class OneModule(Modules):
+    """Another root over the parts of one module, of which the step calls the parts: its call is the whole step.
+
+    Both have the same submodules, parameters and buffers, by the same names.
+
+    Args:
+        given: The module.
+        step: See `Modules`.
+    """
+
+    def __init__(self, given: nn.Module, step: Callable[[Any, Any], Any]) -> None:
+        nn.Module.__init__(self)
+        self.given: Any
+        shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+        own = {name: vars(given)[name] for name in shared}
+        vars(self).update(own, given=given, step=step, training=given.training)  # not as a submodule
+
+    def train(self, mode: bool = True) -> OneModule:
+        """Put the module into a mode too."""
+        self.given.training = mode
+        super().train(mode)
+        return self
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """See `Modules`."""
+        return {"": self.given}
+
 
 def as_one(model: Any, step: Any, name: str) -> tuple[Any, Any]:
     """One module, and its step, of what the user gave: of a dict, list or tuple of several, `Modules`. Local.
+
+    A module of which the step calls the parts, and never itself, becomes `OneModule`.
 
     Args:
         model: The module, or several.
@@ -60,6 +98,9 @@ def as_one(model: Any, step: Any, name: str) -> tuple[Any, Any]:
     Raises:
         TaskError: One of several is no module, or there is no step.
     """
+    own = model.training_step if step is training_step else step
+    if isinstance(model, nn.Module) and callable(step) and calls_parts_only(own, model):
+        return OneModule(model, step), call_step
     if not isinstance(model, (Mapping, list, tuple)):
         return model, step
     items = dict(model.items() if isinstance(model, Mapping) else enumerate(model))

@@ -196,6 +196,50 @@ def attributes_read(given: Any, method: str) -> frozenset[str]:
     return frozenset(seen)
 
 
+def calls_parts_only(step: Any, model: Any) -> bool:
+    """Whether a step calls parts of the model and methods of its own, and never the model itself. Local.
+
+    Args:
+        step: ``step(model, batch)``, or a method of the model.
+        model: The model.
+    """
+    function = function_of(step)
+    bound = isinstance(step, types.MethodType)
+    place = int(bound and getattr(step, "__self__", None) is not model)
+    waiting, seen, any_read = [(function, place)], set[Any](), False
+    while waiting:
+        one, place = waiting.pop()
+        if one is None or len(one.__code__.co_varnames) <= place:
+            return False
+        if one in seen:
+            continue
+        seen.add(one)
+        for attribute in _attributes_of(one, one.__code__.co_varnames[place]):
+            if attribute in ("", "forward", "__call__"):  # it is called, or handed on
+                return False
+            any_read = True
+            method = getattr(type(model), attribute, None)
+            if isinstance(method, types.FunctionType) and not isinstance(
+                getattr(nn.Module, attribute, None), types.FunctionType
+            ):
+                waiting.append((method, 0))
+    return any_read
+
+
+def _attributes_of(function: types.FunctionType, name: str) -> Iterator[str]:
+    """Each attribute that a function takes of one of its arguments; empty where it does something else with it."""
+    for code in _codes(function.__code__):
+        instructions = [*dis.get_instructions(code)]
+        for one, after in zip(instructions, [*instructions[1:], None], strict=True):
+            if not one.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE")):
+                continue
+            loaded = one.argval if isinstance(one.argval, tuple) else (one.argval,)
+            if name not in loaded or one.opname == "LOAD_CLOSURE":
+                continue
+            takes = after is not None and after.opname in _ATTRIBUTES and loaded[-1] == name
+            yield after.argval if takes and after is not None else ""
+
+
 def function_of(step: Any) -> types.FunctionType | None:
     """The Python function behind a callable; None for others. Local."""
     while isinstance(step, functools.partial):

@@ -283,7 +283,7 @@ class Task:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The user's modules by name; the name of an only one is empty."""
-        return dict(self.model.named_children()) if isinstance(self.model, Modules) else {"": self.model}
+        return self.model.parts if isinstance(self.model, Modules) else {"": self.model}
 
     def named(self, model: str, data: str) -> dict[str, Any]:
         """What the user supplied, by names for errors; `model` and `data` are the user's own. Local."""
