@@ -67,6 +67,7 @@ chaos: env  ## Kill, break and hang ranks in every way, and write the table into
 hf: env  ## Train models of Hugging Face transformers on every mesh: a few minutes
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hf]' -c constraints.txt
 	$(BIN)/python -m pytest -q tests/core/test_transformers.py
+	$(BIN)/python -m pytest -q -m notebooks tests/test_how_to.py
 
 bench: env  ## Measure, side by side with what others would write by hand: under 20 minutes
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt

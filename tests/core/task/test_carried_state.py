@@ -269,6 +269,59 @@ def test_mistakes_get_one_sentence(run_on, step, options, error, words):
         run_on(options.pop("strategy", "dp=1"), step, **options)
 
 
+class Walk:
+    """An environment: a place on a line, and a goal; a generator moves the goal."""
+
+    def __init__(self, state):
+        self.place, self.goal, drawn = state or (torch.zeros(2, dtype=torch.float64), torch.ones(2), None)
+        self.generator = torch.Generator()
+        if drawn is not None:
+            self.generator.set_state(drawn)
+
+    def step(self, action):
+        self.place = self.place + (action - 0.5)
+        reward = -(self.place - self.goal).abs()
+        self.goal = self.goal + 0.1 * torch.randn(2, generator=self.generator)
+        return self.place.clone(), reward
+
+    @property
+    def state(self):
+        return self.place, self.goal, self.generator.get_state()
+
+
+def play(model, batch):
+    """REINFORCE on an environment that is played on from batch to batch, one in each slice."""
+    state = nbdist.carried(over_epochs=True, env=None)
+    env, logs, rewards = Walk(state.env), [], []
+    for _ in range(3):
+        scores = model(torch.stack([env.place, env.goal.double()], 1))
+        action = torch.bernoulli(torch.sigmoid(scores[:, 0])).detach()
+        logs.append(-F.binary_cross_entropy_with_logits(scores[:, 0], action, reduction="none"))
+        rewards.append(env.step(action)[1])
+    state.env = env.state
+    return -(torch.stack(logs) * torch.stack(rewards)).mean(), None, {"reward": torch.stack(rewards).mean()}
+
+
+def played(world, options):
+    model = seeded(functools.partial(nn.Linear, 2, 1), torch.float64)
+    task = Task.create(model, (torch.arange(12.0),), step=play, batch_size=4, shuffle=True, optimizer=SGD)
+    result = train_task(world, task, reproducible=4, check="mesh", **options)
+    return [row["reward"] for row in result.history], model.state_dict()
+
+
+def test_environments_are_played_on_the_same_on_any_number_of_ranks(run_ranks, tmp_path):
+    """Rewards and weights, bit for bit; and after a resume in the midst of it."""
+    ((rewards, expected),) = run_ranks(1, played, {"epochs": 4})
+    assert 4 == len(set(rewards))
+    for ranks in (2, 4):
+        for _, trained in run_ranks(ranks, played, {"epochs": 4}):
+            torch.testing.assert_close(trained, expected, rtol=0, atol=0)
+    run_ranks(4, played, {"epochs": 2, "checkpoint": str(tmp_path)})
+    for again, trained in run_ranks(2, played, {"epochs": 4, "resume": str(tmp_path)}):
+        torch.testing.assert_close(trained, expected, rtol=0, atol=0)
+        assert rewards == again
+
+
 def test_outside_of_a_run_it_gives_the_first_values():
     """So that a step can be tried by itself."""
     assert step(recurrent(), tuple(part[:STREAMS] for part in streams())).requires_grad
