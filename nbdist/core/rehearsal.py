@@ -38,7 +38,7 @@ def rehearse(
     task: Task, plan: Plan, world: World, *, run_id: str = "", sinks: Sequence[Sink] = (),
     commands: Commands | None = None, on_every_rank: bool = True, epoch_hook: EpochHook | None = None,
 ) -> Result:  # fmt: skip
-    """Run two steps, one batch of the evaluation, each hook, a checkpoint and its resume; put all back. **Collective**.
+    """Run two steps, an evaluation, each hook, a checkpoint and its resume; put all back. **Collective**.
 
     Batches have their full size, so time and memory are those of the run. What fails raises as in the run. At the end
     notes say what was rehearsed, and what the run is expected to take.
@@ -125,7 +125,6 @@ class _Watch(Sink):
         self._sinks = sinks
         self.evaluation_s = self.hook_s = self.checkpoint_s = 0.0
         self._evaluating_s: float | None = None
-        self._ended_s: float | None = None
 
     def emit(self, event: Event) -> None:
         """See `Sink`."""

@@ -89,7 +89,7 @@ class Script:
             about: What it is, a line.
             ranks: For how many processes it is.
             file_name: Its own, for the line that starts it.
-            form: Whether the model is a "module", a "mapping" of several, a "sequence" of them, or a "callable".
+            form: Whether the model is a "module", a "mapping" of several, or a "sequence" of them.
             kept: What it reads from a file beside it: "weights", "data", "val".
         """
         start, result = (name + "_" * (name in self.names) for name in ("start", "result"))

@@ -259,7 +259,7 @@ class Plan:
     )
     rehearse: bool = option(
         False,
-        "Train nothing: run two steps, a batch of the evaluation, each function of yours, a checkpoint and its resume; "
+        "Train nothing: run two steps, a short evaluation, each function of yours, a checkpoint and its resume; "
         "put all back, and say what the run would take.",
         parse=bool,
         bare=True,
