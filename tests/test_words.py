@@ -61,6 +61,7 @@ ALLOWED = {
     ("core/train", "log"): "of a step: the numbers that it names beside its loss",
     ("notebook/step_cell", "log"): "of a step: the numbers that it names beside its loss",
     ("core/params/training_mode", "mode"): "train() or eval()",
+    ("core/task/modules", "mode"): "train() or eval()",
     ("core/strategies", "mode"): "train() or eval()",
     ("core/task/loss_weight", "node"): "of autograd's graph",
     ("notebook/cell_slice", "node"): "of Python's syntax tree",

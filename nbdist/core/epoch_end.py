@@ -58,7 +58,8 @@ class EpochEnd:
             self._emit(Evaluating(rank=self._world.rank))
             strategy.set_modes(training=False)
             try:
-                measured = self._evaluation.run()
+                with strategy.batch_gather.at_step(progress.step):
+                    measured = self._evaluation.run()
             finally:
                 strategy.set_modes(training=True)
         row = progress.row.close(axes.world, axes.reports_loss, len(progress.history) + 1, seconds) | measured

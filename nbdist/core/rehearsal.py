@@ -181,7 +181,7 @@ def _expected(task: Task, plan: Plan, steps: Excerpt, batches: Excerpt, watch: _
     if task.val is not None and batches.computing_s:
         each_s = batches.reading_s[-1] + batches.computing_s[-1]
         once_s = max(0.0, watch.evaluation_s - sum(batches.reading_s) - sum(batches.computing_s))
-        number = task.val.steps(plan.batch_size) or 1
+        number = task.val.steps(task.val.batch_size or plan.batch_size) or 1
         evaluation_s = once_s + number * each_s
         parts.append(f"an evaluation of {number} batches {span(evaluation_s)}")
     if watch.hook_s:

@@ -193,7 +193,7 @@ def fit(
 
         def reader_of(source: Source, slices: int, shuffle: bool, excerpt: Excerpt | None) -> Reader:
             reader = Reader(
-                source, axes.data, feed=feed, batch_size=plan.batch_size, slices=slices,
+                source, axes.data, feed=feed, batch_size=source.batch_size or plan.batch_size, slices=slices,
                 seed=plan.seed, shuffle=shuffle, device=device, pad=strategy.equal_slices,
                 excerpt=excerpt,
             )  # fmt: skip
@@ -222,7 +222,7 @@ def fit(
             beginning.pop(), steps_total=steps_total, stages=strategy.infos, lr=schedulers.rate, step=progress.step,
             history=progress.history, checked=findings.result,
         ))  # fmt: skip
-        notes += schedulers.notes(plan.epochs, steps_total)
+        notes += schedulers.notes(plan.epochs, steps_total, (progress.epoch - 1, progress.step))
         for note in [*findings.notes, *(notes if progress.step == 0 else ())] if world.rank == 0 else ():
             emit(Noted(rank=world.rank, text=note))
         reporter = Reporter(world, progress, schedulers, emit)
@@ -271,7 +271,8 @@ def fit(
                         if latest is None and plan.mesh.shard > 1 and plan.mesh.pp == 1:
                             keep_large_pages()  # the optimizer's state has its place
                         if updated:
-                            after_step.call(progress.step)
+                            with strategy.batch_gather.at_step(progress.step):
+                                after_step.call(progress.step)
                             copies.end_update()
                             schedulers.end_update()
                     task.carried.end_step(progress.step)

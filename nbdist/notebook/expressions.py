@@ -89,6 +89,11 @@ def _callable(shell: InteractiveShell, text: str, known: Collection[str]) -> Any
     if not known and text not in shell.user_ns:
         return evaluate(shell, text)
     value = shell.user_ns.get(text)
-    if callable(value) or isinstance(value, Mapping) or hasattr(value, "param_groups") or hasattr(value, "compute"):
+    if (
+        callable(value)
+        or isinstance(value, (Mapping, list, tuple))
+        or hasattr(value, "param_groups")
+        or hasattr(value, "compute")
+    ):
         return value
     return text if text in known else _text(shell, text)

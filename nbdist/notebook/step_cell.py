@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import symtable
 import textwrap
 from collections.abc import Callable, Iterator
@@ -47,12 +48,20 @@ def compile_step(shell: Any, line: str, cell: str, number: int) -> Callable[[Any
     updates = _updates(tree)
     if not (updates or _assigns(names, "loss")):
         raise PlanError(f"the cell does not assign `loss`: {_HOW}.")
-    for name, line_number in _read_before(tree, names, shell.user_ns):
+    for name, line_number, adds in _read_before(tree, names, shell.user_ns):
+        if adds:
+            raise PlanError(
+                f"line {line_number + 1} of the cell adds to {name} of the notebook, but the step runs on engines: "
+                "leave it out, for run.history has the mean loss of each epoch, and means of other numbers if the cell "
+                "assigns them to log, as in log = {'accuracy': accuracy}."
+            )
         raise PlanError(
             f"the cell assigns {name}, so {name} is a local name of the step, and line {line_number + 1} of the cell "
             f"reads it before: call what is assigned by another name (new_{name} = ...); for what stays from step to "
             "step there is nbdist.carried."
         )
+    if "nbdist" in names.get_identifiers():
+        shell.user_ns.setdefault("nbdist", importlib.import_module("nbdist"))
     logs = _assigns(names, "log")
     frame = ast.parse(
         "def step(model, batch):\n    log = None\n    return log\n" if updates else
@@ -108,8 +117,10 @@ def _updates(tree: ast.Module) -> bool:
     return bool(called & {"nbdist.update", "update"})
 
 
-def _read_before(tree: ast.Module, names: symtable.SymbolTable, known: Any) -> Iterator[tuple[str, int]]:
-    """Names of the notebook that the cell's own statements read before they assign them, with the line; the first only.
+def _read_before(tree: ast.Module, names: symtable.SymbolTable, known: Any) -> Iterator[tuple[str, int, bool]]:
+    """Names of the notebook that the cell reads before it assigns them, with the line, and whether it adds to them.
+
+    Of the cell's own statements, the first only.
 
     Statements with others inside them are passed over from there on: whether they run first is not known.
     """
@@ -124,7 +135,7 @@ def _read_before(tree: ast.Module, names: symtable.SymbolTable, known: Any) -> I
         added = isinstance(statement, ast.AugAssign)
         for name in found:
             if (isinstance(name.ctx, ast.Load) or added) and name.id in local - assigned:
-                yield name.id, name.lineno
+                yield name.id, name.lineno, added
         assigned |= {name.id for name in found if isinstance(name.ctx, ast.Store)}
 
 

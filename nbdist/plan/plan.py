@@ -58,7 +58,7 @@ class Plan:
     optimizer: str = option(
         "adamw",
         "A class of torch.optim in small letters (sgd, adamw, ...), a callable that takes the parameters, or an "
-        "optimizer of the model; or a dict of several, each for the module of its name, or ready-made.",
+        "optimizer of the model; or a dict of several, each for the module of its name, or ready-made; or a list.",
         words=OPTIMIZERS,
         read="callable",
         of_task=True,
@@ -74,7 +74,8 @@ class Plan:
     )
     lr_scheduler: str = option(
         "",
-        "A callable that makes a torch scheduler from an optimizer; or a dict of them, by the names of optimizers.",
+        "A torch scheduler of a ready-made optimizer, or a callable that makes one from an optimizer; or a dict of "
+        "them, by the names of optimizers.",
         default="",
         read="quotable",
         of_task=True,

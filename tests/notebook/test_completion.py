@@ -34,7 +34,10 @@ def test_the_words_are_those_that_core_knows():
         ("%dist_train model t", ["train_set", "test_set"]),
         ("%dist_train model train_set --val te", ["test_set"]),
         ("%dist_train model train_set --stra", ["--strategy"]),
-        ("%dist_train model train_set --checkpoint-", ["--checkpoint-every", "--checkpoint-keep"]),
+        (
+            "%dist_train model train_set --checkpoint-",
+            ["--checkpoint-every", "--checkpoint-frozen", "--checkpoint-keep"],
+        ),
         ("%dist_train model train_set --strategy pi", ["pipeline"]),
         ("%dist_train model train_set --strategy d", ["data", "ddp", "dp=2"]),
         ("%dist_train model train_set --optimizer adamw", ["adamw"]),

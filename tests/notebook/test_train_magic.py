@@ -347,6 +347,22 @@ def test_the_help_explains_every_option_once(notebook):
     assert max(map(len, help_text.splitlines())) <= 100
 
 
+def test_a_cell_that_adds_to_a_name_of_the_notebook(notebook):
+    """The line that most loops have, and a run's history makes needless."""
+    notebook.names["total"] = 0.0
+    with pytest.raises(PlanError, match=r"line 3 of the cell adds to total of the notebook.*run\.history has the mean"):
+        notebook("%%dist_train model train_set\nloss = model(batch[0]).mean()\ntotal += loss.item()")
+
+
+def test_a_cell_knows_nbdist(notebook):
+    """Without an import."""
+    notebook.names.pop("nbdist", None)
+    run = notebook(
+        "%%dist_train model train_set --steps 2\nloss = model(batch[0]).mean() * (1 + nbdist.current_step())"
+    )
+    assert "finished" == run.state
+
+
 def test_a_redefined_class_is_the_one_that_trains(notebook):
     """After an edit, instances of the new class run the new code on the engines."""
     edited = "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
@@ -414,7 +430,6 @@ def test_engines_run_what_autoreload_has_patched(notebook, tmp_path, monkeypatch
     ("body", "name", "line"),
     [
         ("scale = scale * 2\nloss = model(batch[0]).mean() * scale", "scale", 2),
-        ("x = batch[0]\nscale += 1\nloss = model(x).mean() * scale", "scale", 3),
     ],
 )
 def test_a_cell_that_assigns_a_name_after_it_has_read_it(notebook, body, name, line):

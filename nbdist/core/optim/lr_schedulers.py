@@ -82,12 +82,13 @@ class Schedulers:
         for scheduler in self._by_row:
             scheduler.step(measured)
 
-    def notes(self, epochs: int | None, steps: int | None) -> list[str]:
+    def notes(self, epochs: int | None, steps: int | None, done: tuple[int, int] = (0, 0)) -> list[str]:
         """Sentences on schedulers that seem to be meant for steps, and count epochs, or the reverse. Local.
 
         Args:
             epochs: Of the run; None if its length is in steps.
             steps: Of the run; None if it is not known.
+            done: How many epochs and steps of it are done.
 
         Raises:
             TaskError: One ends before the run does, and would raise then.
@@ -98,7 +99,14 @@ class Schedulers:
         for scheduler in (part for one in (*self._by_step, *self._by_epoch) for part in _parts(one)):
             name, total = type(scheduler).__name__, getattr(scheduler, "total_steps", None)
             length, unit = (steps, "update") if self._by_step else (epochs, "epoch")
-            if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR) and length and total and total < length:
+            before = getattr(scheduler, "last_epoch", 0) - done[1 if self._by_step else 0]  # in other runs
+            one_cycle = isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR)
+            if one_cycle and length and total and before > 0 and total < before + length:
+                raise TaskError(
+                    f"lr_scheduler {name} has made {before} of its {total} steps before this run, which has {length}: "
+                    "make it again, with its optimizer."
+                )
+            if one_cycle and length and total and total < length:
                 raise TaskError(
                     f"lr_scheduler {name} ends after {total} steps, and the run has {length}: it is stepped after each "
                     f"{unit}, so give total_steps={length}."

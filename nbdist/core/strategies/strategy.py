@@ -100,11 +100,8 @@ class Strategy(ABC):
         Returns:
             The losses that this rank computed.
         """
-        self.batch_gather.step = step
-        try:
+        with self.batch_gather.at_step(step):
             return self._run_slices(step, slices) if self.updates is None else self.updates.run(step, *slices)
-        finally:
-            self.batch_gather.step = 0
 
     def _run_slices(self, step: int, slices: list[Slice]) -> StepLosses:
         reducer, waiting = self.reducer, dict[tuple[int, int], _Loss]()

@@ -30,6 +30,15 @@ class BatchGather(ABC):
         """See `gather`."""
 
     @contextlib.contextmanager
+    def at_step(self, step: int) -> Iterator[None]:
+        """Context of a step, or of what comes after it. Local."""
+        self.step = step
+        try:
+            yield
+        finally:
+            self.step = 0
+
+    @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Context in which `gather` calls `rows`. Local."""
         global _present
@@ -85,7 +94,7 @@ def world_size() -> int:
 
 
 def current_step() -> int:
-    """The number of the step that is computed, from 0; outside of a step 0. Local.
+    """The number of the step that is computed, from 0; in an evaluation, of the steps so far; elsewhere 0. Local.
 
     It is the same on all ranks and in all slices, and goes on after a recovery or a resume, which a counter of the
     step's own does not. For what happens in some steps only, as in ``if nbdist.current_step() % 5 == 0``, or grows

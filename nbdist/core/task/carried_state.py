@@ -114,29 +114,30 @@ class CarriedState:
         """A step begins, or is computed again. Local."""
         self._new = {}
 
-    @contextlib.contextmanager
-    def in_use(self, part: Slice) -> Iterator[None]:
+    def in_use(self, part: Slice) -> _InUse:
         """Context in which a step runs on a slice. Local.
 
         Raises:
             TaskError: What the step carries cannot be kept, or belongs to another number of samples.
         """
-        global _present
-        before, _present = (_present, self._slice), self
+        return _InUse(self, part)
+
+    def begin_slice(self, part: Slice) -> None:
+        """The slice begins with what it has kept. Local."""
         kept = self._kept.get(part.index)
         if kept is not None and part.samples:
             _check_samples(kept, part.samples)
         # A step may change them in place, and fail. Not `deepcopy`, which would copy all that a view is of.
         values = {} if kept is None else _mapped(kept.values, torch.Tensor.clone)
         self._slice = _Kept(values, samples=part.samples, over_epochs=[] if kept is None else [*kept.over_epochs])
-        try:
-            yield
-            if self._slice.values and part.samples:  # a padding slice has another's data
-                for name, value in values.items():
-                    _check_value(f"what the step carries as {name}", value)
-                self._new[part.index] = self._slice
-        finally:
-            _present, self._slice = before
+
+    def end_slice(self, index: int) -> None:
+        """The slice ends: what the step has assigned counts if the step ends. Local."""
+        new = self._slice
+        if new is not None and new.values and new.samples:  # a padding slice has another's data
+            for name, value in new.values.items():
+                _check_value(f"what the step carries as {name}", value)
+            self._new[index] = new
 
     def values(self, first: Mapping[str, Any], over_epochs: bool) -> Carried:
         """See `carried`."""
@@ -200,6 +201,27 @@ class CarriedState:
 
 
 _present: CarriedState | None = None
+
+
+class _InUse:
+    """See `CarriedState.in_use`; no generator, in whose frames errors would seem to be."""
+
+    def __init__(self, carried: CarriedState, part: Slice) -> None:
+        self._carried, self._part = carried, part
+
+    def __enter__(self) -> None:
+        global _present
+        self._before = _present, self._carried._slice
+        self._carried.begin_slice(self._part)
+        _present = self._carried
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        global _present
+        try:
+            if kind is None:
+                self._carried.end_slice(self._part.index)
+        finally:
+            _present, self._carried._slice = self._before
 
 
 def check_carried(name: str, states: Sequence[Mapping[str, Any]], slices: int) -> None:

@@ -156,7 +156,14 @@ def called_name(form: str, function: Any) -> str:
     option = form.partition("(")[0]
     if isinstance(function, type) or not callable(function):
         raise TaskError(f"{option} must be a callable {form}, not {function!r}.")
-    return metric_name(function, option)
+    name = metric_name(function, option)
+    try:
+        inspect.signature(function).bind(*[None] * (form.count(",") + 1))
+    except TypeError as error:
+        raise TaskError(f"{option}={name} is called as {form}, and takes other arguments ({error}).") from None
+    except ValueError:  # a builtin without a signature
+        pass
+    return name
 
 
 def metric_name(metric: Any, nameless: str = "metric") -> str:

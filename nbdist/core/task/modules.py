@@ -50,6 +50,9 @@ class Modules(nn.Module):
         """Run the step; returns the loss, or loss and weight."""
         return self.step(self.given, batch)
 
+    no_output = "a metric is measured on the output of one model, and here are several: omit it."
+    """Why it has no output that a metric could be measured on."""
+
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The modules by name; the name of an only one is empty."""
@@ -72,6 +75,11 @@ class OneModule(Modules):
         shared = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
         own = {name: vars(given)[name] for name in shared}
         vars(self).update(own, given=given, step=step, training=given.training)  # not as a submodule
+
+    no_output = (
+        "a metric needs the model's output, but the step never called model(...), only parts of it: give evaluate=... "
+        "(--evaluate)."
+    )
 
     def train(self, mode: bool = True) -> OneModule:
         """Put the module into a mode too."""

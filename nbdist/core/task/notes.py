@@ -30,7 +30,7 @@ def notes_on_optimizers(task: Task) -> list[str]:
     held = {id(parameter) for group in groups for parameter in group["params"]}
     left = [name for name, p in task.model.named_parameters() if p.requires_grad and id(p) not in held]
     notes = []
-    if left:
+    if left and task.after_step is None:  # which may write them, as an average is written
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         notes.append(f"no optimizer holds {left[0]}{more}, so they are not trained: freeze them, or give them to it")
     if not task.schedulers and all(float(group.get("lr", 1.0)) == 0.0 for group in groups):

@@ -230,14 +230,17 @@ def _attributes_of(function: types.FunctionType, name: str) -> Iterator[str]:
     """Each attribute that a function takes of one of its arguments; empty where it does something else with it."""
     for code in _codes(function.__code__):
         instructions = [*dis.get_instructions(code)]
-        for one, after in zip(instructions, [*instructions[1:], None], strict=True):
+        for one, after, third in zip(instructions, instructions[1:], [*instructions[2:], None], strict=False):
             if not one.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE")):
                 continue
             loaded = one.argval if isinstance(one.argval, tuple) else (one.argval,)
             if name not in loaded or one.opname == "LOAD_CLOSURE":
                 continue
-            takes = after is not None and after.opname in _ATTRIBUTES and loaded[-1] == name
-            yield after.argval if takes and after is not None else ""
+            if loaded[-1] == name and after.opname in _ATTRIBUTES:
+                yield after.argval
+            else:  # or an item, as of a ModuleDict
+                item = third is not None and third.opname.startswith("BINARY_SUBSCR")
+                yield f"[{after.argval!r}]" if item and after.opname == "LOAD_CONST" and loaded[-1] == name else ""
 
 
 def function_of(step: Any) -> types.FunctionType | None:

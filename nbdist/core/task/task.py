@@ -118,7 +118,7 @@ class Task:
         if self.updates and any(needs_closure(optimizer) for optimizer in self.optimizers.values()):
             raise TaskError(NO_CLOSURE)
         if self.metric is not None and isinstance(self.model, Modules):
-            raise TaskError("a metric is measured on the output of one model, and here are several: omit it.")
+            raise TaskError(self.model.no_output)
 
     @classmethod
     def create(

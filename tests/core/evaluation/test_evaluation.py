@@ -153,7 +153,7 @@ def step_without_model(model, batch):
 
 def test_a_metric_needs_what_the_model_returned():
     """A step that never calls the model has no output to measure."""
-    with pytest.raises(TaskError, match=r"metric accuracy needs the model's output, but the step never called model"):
+    with pytest.raises(TaskError, match=r"a metric needs the model's output, but the step never called model"):
         alone(Modes(), TRAIN, step=step_without_model, val=classes(3), metric="accuracy", optimizer=SGD)
 
 

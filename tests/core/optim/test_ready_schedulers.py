@@ -116,3 +116,12 @@ def test_a_scheduler_of_another_optimizer_is_refused():
     model, _, scheduler = made(MAKERS["cosine"])
     with pytest.raises(TaskError, match="CosineAnnealingLR sets the rates of another optimizer: give that one"):
         nbdist.train(model, (X, Y), optimizer="sgd", lr_scheduler=scheduler, **OPTIONS)
+
+
+def test_one_that_has_made_its_steps_is_refused():
+    """As where a cell runs again that trains, and not the one that makes it."""
+    model, optimizer, scheduler = made(MAKERS["one cycle"])
+    options = {"optimizer": optimizer, "lr_scheduler": scheduler, "epochs": 2, **OPTIONS}
+    nbdist.train(model, (X, Y), **options)
+    with pytest.raises(TaskError, match="has made 10 of its 15 steps before this run, which has 10: make it again"):
+        nbdist.train(model, (X, Y), **options)

@@ -327,6 +327,21 @@ def test_outside_of_a_run_it_gives_the_first_values():
     assert step(recurrent(), tuple(part[:STREAMS] for part in streams())).requires_grad
 
 
+@pytest.mark.parametrize("mesh", ["dp=1", "dp=2"])
+def test_validation_data_have_batches_of_their_loader(run_on, mesh):
+    """Of another size than those of the training data, as in a plain loop."""
+    val = streams(batches=5, seed=2)
+    few = tuple(part.view(5, STREAMS, *part.shape[1:])[:, :4].flatten(0, 1) for part in val)
+    losses, hidden = [], None
+    with torch.no_grad():
+        for x, y in zip(*(part.split(4) for part in few), strict=True):
+            loss, hidden = loss_of(recurrent(), (x, y), hidden)
+            losses.append(loss.item())
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*few), 4)
+    for result, _ in run_on(mesh, step, val=loader, lr=1e-30, optimizer="sgd", epochs=1):
+        assert result.history[0]["val_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-9)
+
+
 def test_a_loader_that_drops_the_last_batch_drops_that_of_the_validation_data_too(run_on):
     """A shorter one would not go on where the one before has ended."""
     data = torch.utils.data.TensorDataset(*(part[: 3 * STREAMS + 2] for part in streams(seed=2)))

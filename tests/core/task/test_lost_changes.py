@@ -64,6 +64,17 @@ def test_what_each_epoch_assigns_and_the_step_reads_is_refused(function, words):
         Task.create(mlp(), classes(8), step=step, each_epoch=function)
 
 
+@pytest.mark.parametrize(("option", "form"), [("each_epoch", r"\(model, row\)"), ("after_step", r"\(model\)")])
+def test_a_function_of_other_arguments_is_refused(option, form):
+    """Not after an epoch."""
+
+    def nothing():
+        pass
+
+    with pytest.raises(TaskError, match=f"{option}=nothing is called as {option}{form}, and takes other arguments"):
+        Task.create(mlp(), classes(8), step=step, **{option: nothing})
+
+
 def test_what_it_keeps_for_itself_is_its_own():
     """A history, say."""
     assert Task.create(mlp(), classes(8), step=step, each_epoch=keeps).each_epoch is keeps

@@ -81,6 +81,10 @@ def ignores(model, batch):
     return batch[0].mean()
 
 
+def by_items(model, batch):
+    return model["encoder"](batch[0]).mean() + model["decoder"](batch[0]).mean()
+
+
 class CallsItself(Autoencoder):
     def forward(self, x):
         return self.rebuilt(x)
@@ -98,7 +102,7 @@ def by_a_method(model, batch):
     [
         (Autoencoder, step, True), (Autoencoder, inside_a_lambda, True), (Autoencoder, calls, False),
         (Autoencoder, hands_on, False), (Autoencoder, through_a_lambda, False), (Autoencoder, ignores, False),
-        (CallsItself, by_a_method, False), (Autoencoder, len, False),
+        (CallsItself, by_a_method, False), (Autoencoder, by_items, True), (Autoencoder, len, False),
     ],
 )  # fmt: skip
 def test_a_step_is_known_by_its_code(kind, function, parts):
