@@ -74,7 +74,7 @@ def train(
         TaskError: The model, the data or another argument cannot be used.
     """
     task, plan_options = Task.of_options(model, data, options)
-    if engines := engines_beside():
+    if verbose and (engines := engines_beside()):
         warnings.warn(
             f"nbdist.train trains in this process alone, beside {engines} running engines: for a run on them use "
             "%dist_train, or cluster.train, which takes the same arguments.", stacklevel=3,

@@ -202,4 +202,4 @@ def test_a_script_beside_running_engines_is_warned(monkeypatch):
     """It trains in this process alone."""
     monkeypatch.setattr("nbdist.core.api.engines_beside", lambda: 2)
     with pytest.warns(UserWarning, match=r"in this process alone, beside 2 running engines.*cluster\.train"):
-        nbdist.train(mlp(), classes(8), loss="cross_entropy", verbose=False)
+        nbdist.train(mlp(), classes(8), loss="cross_entropy")
