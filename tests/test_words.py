@@ -77,7 +77,6 @@ ALLOWED = {
     ("core/state", "position"): "a key in the files of checkpoints",
     ("core/strategies/pipeline/schedules", "round"): "of an interleaved schedule",
     ("core", "scheduler"): "of a learning rate",
-    ("cluster/runs/dispatch", "scheduler"): "of a learning rate",
     ("engine/stack_dump", "signal"): "of the operating system",
     ("cluster/engines/engines", "signal"): "of the operating system",
     ("core/transfer/rebuild", "slot"): "Python's __slots__",

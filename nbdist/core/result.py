@@ -25,7 +25,6 @@ class Result:
             list or tuple of them); frozen parameters are the model's own.
         average: The same as it is sent: what is averaged, by name.
         frozen_stays: Whether parameters that are not trained are as they were.
-        schedulers: The state of each scheduler, see `Schedulers.state_dict`.
     """
 
     state: str
@@ -36,4 +35,3 @@ class Result:
     ema: Any = None
     average: dict[str, Any] = field(default_factory=dict)
     frozen_stays: bool = False
-    schedulers: dict[str, Any] = field(default_factory=dict)

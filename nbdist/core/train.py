@@ -350,7 +350,7 @@ def fit(
         plan = replace(plan, checked=findings.result)
         return Result(
             state=state, history=progress.history, plan=plan, ranks=step_control.scaling, average=average,
-            schedulers=schedulers.state_dict(), frozen_stays=frozen_stays,
+            frozen_stays=frozen_stays,
         )  # fmt: skip
 
 

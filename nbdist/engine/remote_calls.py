@@ -17,6 +17,7 @@ from nbdist.core.comm.rendezvous import connect_store
 from nbdist.core.comm.world import World
 from nbdist.core.control.command_log import CommandLog
 from nbdist.core.evaluation.sample_gather import gathering_rank
+from nbdist.core.optim.lr_schedulers import ready_states
 from nbdist.core.optim.trained_optimizer import TrainedOptimizer
 from nbdist.core.params.extra_state import extra_states
 from nbdist.core.params.made_buffers import persistence
@@ -232,7 +233,7 @@ def train(
 
 
 def _pack_trained(task: Task, exchange: Exchange, released: bool, result: Result) -> Any:
-    """The payload of the trained tensors, of the state of the user's own optimizers, and of what a result has."""
+    """The payload of the trained tensors, of the state of the user's own optimizers and schedulers, and of averages."""
     if task.in_file:
         move_to_file(task.model)
     table = ParamTable.of(task.model)
@@ -241,8 +242,8 @@ def _pack_trained(task: Task, exchange: Exchange, released: bool, result: Result
     optimizers = {name: TrainedOptimizer(optimizer, table.objects) for name, optimizer in own.items()}
     stays = {name for name, one in table.parameters.items() if result.frozen_stays and not one.requires_grad}
     trained = {name: tensor for name, tensor in table.tensors.items() if name not in stays}
-    tensors = (trained, persistence(task.model), optimizers, extra_states(task.model), result.average,
-               result.schedulers)  # fmt: skip
+    states, ready = extra_states(task.model), ready_states(task.schedulers)
+    tensors = (trained, persistence(task.model), optimizers, states, result.average, ready)
     segment_cache = SegmentCache()
     if _engine.result_segment is not None and released:
         segment_cache.recycle(_engine.result_segment, lambda: True)

@@ -16,7 +16,7 @@ from nbdist.cluster.cells.cell_run import printed
 from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.runs.run_control import RunControl
 from nbdist.cluster.runs.run_spec import RunHandoff
-from nbdist.core.optim.lr_schedulers import ReadyScheduler
+from nbdist.core.optim.lr_schedulers import load_ready
 from nbdist.core.params.extra_state import extra_states, set_extra_states
 from nbdist.core.params.made_buffers import adopt_buffers, persistence
 from nbdist.core.params.param_table import ParamTable
@@ -204,7 +204,7 @@ class RunDispatch:
             return
         if result is None:
             return
-        tensors, persistent, optimizers, states, average, schedulers = result
+        tensors, persistent, optimizers, states, average, ready = result
         adopt_buffers(self._task.model, tensors, persistent)
         table = ParamTable.of(self._task.model)
         table.load_(tensors)
@@ -212,7 +212,7 @@ class RunDispatch:
         self._copy_to_other()
         for name, optimizer in optimizers.items():
             optimizer.load_into(self._task.optimizers[name], table.objects)
-        self._load_schedulers(schedulers)
+        load_ready(self._task.schedulers, ready)
         self._keep_average(average)
 
     def resume_step(self) -> int:
@@ -241,18 +241,12 @@ class RunDispatch:
         if folder:  # snapshots leave out what never changes: only this checkpoint has it
             load_whole(CheckpointReader.in_folder(folder), self._task.model, optimizers)
         load_whole(snapshot, self._task.model, optimizers)
-        self._load_schedulers(snapshot.ranks[0]["schedulers"])
+        load_ready(self._task.schedulers, snapshot.ranks[0]["schedulers"], saved=True)
         if best and plan.keep_best:
             load_best(snapshot, self._task.model)
         self._copy_to_other()
         self._keep_average({name: snapshot.whole(name, EMA).clone() for name in snapshot.copies(EMA)})
         return snapshot.step
-
-    def _load_schedulers(self, states: dict[str, Any]) -> None:
-        """Give the user's own schedulers the state of those that were stepped."""
-        for name, make in self._task.schedulers.items():
-            if isinstance(make, ReadyScheduler) and name in states:
-                make.load(states[name])
 
     def _keep_average(self, average: dict[str, torch.Tensor]) -> None:
         if self.control.spec.plan.ema is not None and average:

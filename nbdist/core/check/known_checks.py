@@ -35,9 +35,8 @@ class KnownChecks:
     def find(self, task: Task, plan: Plan) -> str:
         """The result of an earlier check of the same model, step and mesh; empty if there is none."""
         known = self._of_model.get(_first(task), {}).get(_key(task, plan))
-        return (
-            "" if known is None or getattr(known, "error", None) else known.checked
-        )  # a run that failed knows nothing
+        failed = bool(getattr(known, "error", None))  # a run that failed knows nothing
+        return "" if known is None or failed else known.checked
 
     def add(self, task: Task, plan: Plan, checked: Checked) -> None:
         """Remember what will know the result."""

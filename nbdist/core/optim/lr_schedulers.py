@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ import torch
 
 from nbdist.errors import TaskError, suggest
 
-__all__ = ["ReadyScheduler", "Schedulers", "check_scheduler", "scheduler_factories"]
+__all__ = ["Schedulers", "check_scheduler", "load_ready", "ready_states", "scheduler_factories"]
 
 _RATES = {"lr", "initial_lr", "max_lr", "min_lr"}
 """Keys of a parameter group that hold a learning rate."""
@@ -32,13 +31,28 @@ class ReadyScheduler:
         self.scheduler = scheduler
 
     def __call__(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The scheduler itself for its optimizer, else a copy."""
-        own = self.scheduler.optimizer
-        return self.scheduler if own is optimizer else copy.deepcopy(self.scheduler, {id(own): optimizer})
+        """The scheduler itself, which was made for this optimizer, and is sent with it."""
+        assert self.scheduler.optimizer is optimizer
+        return self.scheduler
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Give it the state of the one that was stepped, see `Schedulers.state_dict`. Local."""
-        self.scheduler.load_state_dict(_like(self.scheduler.state_dict(), state))
+
+def ready_states(factories: Mapping[str, Any]) -> dict[str, Any]:
+    """The state_dict of each ready-made scheduler among `scheduler_factories`, by name. Local."""
+    return {name: one.scheduler.state_dict() for name, one in factories.items() if isinstance(one, ReadyScheduler)}
+
+
+def load_ready(factories: Mapping[str, Any], states: Mapping[str, Any], *, saved: bool = False) -> None:
+    """Give ready-made schedulers the states of those that were stepped, by name. Local.
+
+    Args:
+        factories: See `ready_states`.
+        states: Of `ready_states`; with `saved` as in a snapshot, see `Schedulers.state_dict`.
+        saved: Whether they were saved.
+    """
+    for name, one in factories.items():
+        if isinstance(one, ReadyScheduler):
+            state = states[name]
+            one.scheduler.load_state_dict(_like(one.scheduler.state_dict(), state) if saved else state)
 
 
 class Schedulers:

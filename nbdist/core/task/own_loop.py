@@ -19,6 +19,7 @@ from nbdist.errors import TaskError
 
 __all__ = [
     "attributes_read",
+    "calls_parts_only",
     "check_step",
     "explained_step",
     "function_of",

@@ -125,3 +125,19 @@ def test_one_that_has_made_its_steps_is_refused():
     nbdist.train(model, (X, Y), **options)
     with pytest.raises(TaskError, match="has made 10 of its 15 steps before this run, which has 10: make it again"):
         nbdist.train(model, (X, Y), **options)
+
+
+class Odd(lr_scheduler.LRScheduler):
+    """Keeps what no checkpoint can hold."""
+
+    def __init__(self, optimizer):
+        self.thing = object()
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [0.05 for _ in self.base_lrs]
+
+
+def test_a_state_that_no_checkpoint_can_hold_fails_no_run_without_one():
+    """It is read where it is saved."""
+    assert "finished" == nbdist.train(mlp(), (X, Y), optimizer="sgd", lr_scheduler=Odd, epochs=1, **OPTIONS).state
