@@ -9,7 +9,7 @@ BENCHMARKS := start_up memory first_step hand_over free_notebook bubble step_tim
 ENV := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-programs test-conditions test-notebooks test-browser test-gpu parity compatibility precisions chaos hf bench \
+.PHONY: help env demo test test-programs test-conditions test-notebooks test-browser test-hosts test-gpu parity compatibility precisions chaos hf bench \
 	bench-quick check lab clean
 
 help:  ## Show this list
@@ -32,7 +32,7 @@ demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print wh
 	@$(BIN)/python -m nbdist demo
 
 test: env  ## Run the tests, but for those with a target of their own
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not programs and not hf and not compatibility and not parity and not browser and not notebooks and not gpu'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not programs and not hf and not compatibility and not parity and not browser and not hosts and not notebooks and not gpu'
 
 test-programs: env  ## Run those that start and end whole programs: kernels, torchrun, servers
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m programs
@@ -46,6 +46,9 @@ test-notebooks: env  ## Run the notebooks under nbval
 test-browser: env  ## Test the panel in JupyterLab and Chromium, which has to be there; pictures go to shots/
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[browser]' -c constraints.txt
 	$(BIN)/python -m pytest -q -m browser tests/browser
+
+test-hosts: env  ## Test what runs on several hosts, made of namespaces, for which this must be root: under 5 minutes
+	$(BIN)/python tests/hosts/host_network.py $(BIN)/python -m pytest -q -m hosts tests/hosts
 
 test-gpu: env  ## Test what runs on GPUs, of which there has to be one: a few minutes
 	$(BIN)/python -m pytest -q -m gpu

@@ -13,6 +13,7 @@ import struct
 import sys
 import threading
 
+from nbdist.keepalive import keep_alive
 from nbdist.peer_auth import authenticate_client, pack, receive_fields, same_user
 
 __all__ = ["main"]
@@ -47,6 +48,7 @@ class _Store:
     def _serve(self, peer: socket.socket) -> None:
         """Answer one client's requests until it disconnects."""
         with peer, contextlib.suppress(OSError, struct.error, ValueError):
+            keep_alive(peer)
             try:
                 peer.settimeout(_AUTHENTICATION_TIMEOUT_S)
                 authenticate_client(peer, self._secret, "store")

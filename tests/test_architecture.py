@@ -14,7 +14,7 @@ import pytest
 import nbdist
 
 ROOT = Path(nbdist.__file__).parent
-EVERYWHERE = {"nbdist.errors", "nbdist.interrupts", "nbdist.peer_auth", "nbdist.process_mark"}
+EVERYWHERE = {"nbdist.errors", "nbdist.interrupts", "nbdist.keepalive", "nbdist.peer_auth", "nbdist.process_mark"}
 PICTURES = {"matplotlib", "pandas", "rich", "torch.utils.tensorboard"}
 NOTEBOOK_WORLD = {"IPython", "ipyparallel", "ipykernel", "anywidget", "ipywidgets", "traitlets"}
 
@@ -169,7 +169,9 @@ def test_every_module_has_a_layer():
         {"__init__", "__main__", "cli", "demo"},
     )
     found = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
-    assert layers | ways_in | {"errors", "interrupts", "peer_auth", "process_mark", "store_server"} == found
+    assert (
+        layers | ways_in | {"errors", "interrupts", "keepalive", "peer_auth", "process_mark", "store_server"} == found
+    )
 
 
 def test_the_rules_see_what_they_forbid(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nbdist.keepalive import keep_alive
 from nbdist.peer_auth import authenticate_as_client, pack, receive_fields
 
 __all__ = ["GuardedStore", "host_store"]
@@ -45,13 +46,14 @@ class GuardedStore(dist.Store):
         self._server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
 
     @classmethod
-    def host(cls) -> GuardedStore:
+    def host(cls, address: str = "") -> GuardedStore:
         """See `host_store`."""
         secret = secrets.token_hex(32)
-        abstract = sys.platform == "linux"  # only Linux has abstract sockets, without a name in the file system
+        # Only Linux has abstract sockets, without a name in the file system.
+        abstract = sys.platform == "linux" and not address
         owner_end, server_end = socket.socketpair()
         with server_end, socket.socket(socket.AF_UNIX if abstract else socket.AF_INET) as listener:
-            listener.bind(f"\0nbdist-{secrets.token_hex(16)}" if abstract else ("127.0.0.1", 0))
+            listener.bind(f"\0nbdist-{secrets.token_hex(16)}" if abstract else (address or "127.0.0.1", 0))
             listener.listen(128)
             bound = listener.getsockname()
             passed = listener.fileno(), server_end.fileno()
@@ -76,6 +78,7 @@ class GuardedStore(dist.Store):
         try:
             peer.settimeout(_CONNECT_TIMEOUT_S)
             self._connect_socket(peer, (host, int(port)) if host else name)
+            keep_alive(peer)
             authenticate_as_client(peer, self.secret, "store")
             peer.settimeout(None)
         except BaseException:
@@ -165,6 +168,10 @@ class GuardedStore(dist.Store):
             return answer
 
 
-def host_store() -> GuardedStore:
-    """Start a store for the ranks' rendezvous, in a process that ends with the object. Local, outside the ranks."""
-    return GuardedStore.host()
+def host_store(address: str = "") -> GuardedStore:
+    """Start a store for the ranks' rendezvous, in a process that ends with the object. Local, outside the ranks.
+
+    Args:
+        address: This host's address where ranks of other hosts reach it; by default it serves this host alone.
+    """
+    return GuardedStore.host(address)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from nbdist.core.comm.authenticated_store import GuardedStore
+from nbdist.core.comm.group_sockets import noting_group_sockets
 from nbdist.errors import PeerLostError
 
 __all__ = ["GenerationStore", "as_peer_lost", "barrier", "connect_store", "start_group", "unused_prefix"]
@@ -174,33 +175,6 @@ def unused_prefix(store: Any, rank: int, size: int) -> Any:
     raise PeerLostError(f"the rendezvous was not complete within {_RENDEZVOUS_TIMEOUT_S:g} s.")
 
 
-_group_sockets: set[str] = set()
-"""The sockets of process groups, by their names in /proc/self/fd."""
-
-
-def _sockets() -> set[str]:
-    """The sockets that this process has open; empty on systems without /proc."""
-    return {name for _, name in _descriptors() if name.startswith("socket:")}
-
-
-def _descriptors() -> Iterator[tuple[int, str]]:
-    with contextlib.suppress(FileNotFoundError):
-        for number in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself
-                yield int(number), os.readlink(f"/proc/self/fd/{number}")
-
-
-def _close_in_fork() -> None:
-    """In a data-loading process they would stay open when its rank closes them, and the peers would not notice."""
-    for number, name in list(_descriptors()):
-        if name in _group_sockets:
-            os.close(number)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_fork)
-
-
 def start_group(store: GenerationStore, start: Callable[[], T]) -> T:
     """Create a torch process group in a thread, because torch blocks up to 30 s there if a rank has died.
 
@@ -217,10 +191,8 @@ def start_group(store: GenerationStore, start: Callable[[], T]) -> T:
 
     def connect() -> None:
         try:
-            before = _sockets()
-            result = start()
-            _group_sockets.intersection_update(before)  # those that are still open
-            _group_sockets.update(_sockets() - before)
+            with noting_group_sockets():
+                result = start()
             with lock:
                 made.append(result)
                 if abandoned and dist.is_initialized():

@@ -32,6 +32,8 @@ from nbdist.core.comm import (
     SoloChannel,
 )
 from nbdist.core.comm.authenticated_store import host_store
+from nbdist.core.comm.group_sockets import keeping_alive, shut_connections
+from nbdist.core.comm.interface import choose_interface
 from nbdist.core.comm.rendezvous import GenerationStore, barrier, start_group, unused_prefix
 from nbdist.errors import PlanError
 from nbdist.telemetry.host import host_id
@@ -43,7 +45,6 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 SHARED_GPU = "several ranks share a GPU: they communicate over gloo, which is slower than nccl with one rank per GPU."
 _CHANNEL_VARIABLE = "NBDIST_CHANNEL"
 _generations = itertools.count(1)
-_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +97,7 @@ class World:
         Raises:
             PeerLostError: The store or another rank is gone. The group and its channels are closed then.
         """
-        if local_size == size:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
+        choose_interface(one_host=local_size == size)
         chosen = pick_device(device, local_rank)
         names = GenerationStore(store, generation)
         ranks = [json.loads(info) for info in barrier(names, "rank", rank, size, json.dumps(_host_and_gpu(chosen)))]
@@ -287,6 +287,7 @@ def _init_group(device: torch.device, backend: str, store: Any, rank: int, size:
 
 def _destroy_group() -> None:
     if dist.is_initialized():
+        shut_connections()
         dist.destroy_process_group()
 
 
@@ -297,5 +298,6 @@ def _environment_store() -> Any:
     Cached, because if rank 0 hosts the store, ranks can connect to it only once.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store, _, _ = next(dist.rendezvous("env://", rank, size))
+    with keeping_alive():
+        store, _, _ = next(dist.rendezvous("env://", rank, size))
     return unused_prefix(store, rank, size)

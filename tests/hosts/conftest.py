@@ -1,0 +1,32 @@
+"""What tests over several hosts share. `make test-hosts` runs them, on the head of a `host_network`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from host_network import CONTROL_VARIABLE, HostNetwork
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of this folder are marked, and left out where there are no hosts."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.hosts)
+            if CONTROL_VARIABLE not in os.environ:
+                item.add_marker(pytest.mark.skip(reason="needs hosts: make test-hosts"))
+
+
+@pytest.fixture
+def network() -> Iterator[HostNetwork]:
+    """The hosts, whole again after the test; nothing of it is left on any."""
+    hosts = HostNetwork(os.environ[CONTROL_VARIABLE])
+    hosts.mend()
+    yield hosts
+    hosts.mend()
