@@ -74,6 +74,11 @@ class SharedCluster:
         return found
 
 
+def pids_of(launch: Any) -> set[int]:
+    """The processes of a launch's engines."""
+    return {int(mark.partition(":")[0]) for _, mark in launch.processes()}
+
+
 def _engines() -> list[psutil.Process]:
     cluster, found = current_cluster(), []
     for engine in [] if cluster is None else cluster.engines:

@@ -3,8 +3,8 @@
 from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.cluster import Cluster
 from nbdist.cluster.engines.engine_info import Engine
+from nbdist.cluster.hosts.fork_client import current_server, end_server
 from nbdist.cluster.launch.anchor_client import Detached, detached_clusters
-from nbdist.cluster.launch.fork_client import current_server, end_server
 from nbdist.cluster.runs.run import Run, attend
 from nbdist.cluster.session import current_cluster, last_run, require_cluster
 from nbdist.engine.follow.module_texts import watched_modules

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbdist.cluster import session
 from nbdist.cluster.cells.cell_run import CellRun
+from nbdist.cluster.completion import complete
 from nbdist.cluster.diagnose.debugger import debug
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engine_info import Engine
 from nbdist.cluster.engines.starting import check_start, start_engines, take_over_engines
-from nbdist.cluster.launch import fork_client
+from nbdist.cluster.hosts import fork_client
 from nbdist.cluster.launch.anchor_client import Anchor, check_detach
-from nbdist.cluster.launch.devices import choose_size
+from nbdist.cluster.launch.devices import choose_hosts
 from nbdist.cluster.prediction import predict
 from nbdist.cluster.runs.run import Run, attend, resume_arguments
 from nbdist.cluster.runs.run_spec import RUN_OPTIONS, RunOptions
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Cluster"]
 
-_COMPLETED_WITHIN_S = 0.3
-
 
 class Cluster:
     """Engines of this kernel, and a context manager: ``with nbdist.Cluster(engines=2) as cluster: ...``.
@@ -42,19 +41,24 @@ class Cluster:
         spares: How many idle spare engines to hold ready, which replace lost ones at once; by default 1 if forked
         detach: For how many seconds the engines, and a run, continue without a kernel, however this one ends. Another
             kernel may `attach` meanwhile. By default they end with this kernel.
+        hosts: Instead of `engines`, how many on each host: by its name for ssh, or "local"; None for the default there.
+        interface: This host's network interface towards the others, or its address; by default the one to them.
+        host_timeout: After how many seconds without a word a host counts as lost; by default 3.
 
     Raises:
-        PlanError: A number or the device is not possible. No engine is started.
+        PlanError: A number, the device or a host is not possible. No engine is started.
     """
 
     def __init__(
         self, engines: int | None = None, *, device: str = "auto", timeout_s: float = 60.0, spares: int | None = None,
-        detach: float | None = None,
+        detach: float | None = None, hosts: Mapping[str, int | None] | None = None, interface: str | None = None,
+        host_timeout: float | None = None,
     ) -> None:  # fmt: skip
         check_start(timeout_s, spares)
+        warm_up = session.current_cluster() is None
+        self._hosts = choose_hosts(engines, hosts, device, interface, host_timeout, warm_up=warm_up)
         if detach is not None:
-            check_detach(detach)
-        self._size = choose_size(engines, device, warm_up=session.current_cluster() is None)
+            check_detach(detach, self._hosts.others)
         self._up: Engines | None = None
         self._run_queue: RunQueue | None = None
         self.device = device
@@ -67,7 +71,7 @@ class Cluster:
     @property
     def size(self) -> int:
         """The number of ranks: of the running engines, or those to be started."""
-        return self._size if (up := self._up) is None else up.size
+        return self._hosts.size if (up := self._up) is None else up.size
 
     def __repr__(self) -> str:
         if self._up is None:
@@ -77,8 +81,7 @@ class Cluster:
     @property
     def engines(self) -> list[Engine]:
         """One record per engine, in rank order; empty when the cluster does not run."""
-        busy = (run_queue := self._run_queue) is not None and run_queue.computing
-        return [] if (up := self._up) is None else up.records(busy)
+        return [] if (up := self._up) is None else up.records(self._run_queue is not None and self._run_queue.computing)
 
     @property
     def current_run(self) -> Run | None:
@@ -109,6 +112,16 @@ class Cluster:
     def transport(self) -> str:
         """What gradients are reduced over: "shared memory", "gloo", "nccl", or "shared memory and gloo"."""
         return self._running().transport
+
+    @property
+    def hosts(self) -> dict[str, int | None]:
+        """How many engines were asked for on each host; "local" is this one."""
+        return dict(self._hosts.engines)
+
+    def memory(self, engine: Engine) -> int:
+        """The resident memory of an engine's process, in bytes; 0 if it has ended."""
+        host = None if (up := self._up) is None else up.host_of(engine)
+        return 0 if host is None else host.memory(engine.mark)
 
     @property
     def start_seconds(self) -> float:
@@ -153,7 +166,7 @@ class Cluster:
         if session.current_cluster() is not None:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
         self._changes = changes = self._changes or NotebookChanges()  # before they start
-        self._drive(start_engines(self.size, self.device, self.timeout_s, tell, self.spares, self.detach), changes)
+        self._drive(start_engines(self._hosts, self.device, self.timeout_s, tell, self.spares, self.detach), changes)
         self._replay.follow(self._up, changes)
         session.set_cluster(self)
         if self.detach is None:
@@ -216,11 +229,8 @@ class Cluster:
             PlanError: The machine cannot run so many, or the run's mesh or batch cannot be partitioned over them.
             ClusterError: Engines are busy or lost, or new ones were not ready in time.
         """
-        if isinstance(engines, bool) or not isinstance(engines, int):
-            raise PlanError(f"{engines!r} engines are not possible: use a whole number.")
-        choose_size(engines, self.device, warm_up=False)
-        up, run = self._running(), self.current_run
-        if run is not None:
+        (up := self._running()).check_size(engines)
+        if (run := self.current_run) is not None:
             run.scale(engines)
             return
         self.check_ready()
@@ -288,17 +298,6 @@ class Cluster:
         self.check_ready()
         chosen = [self._check_rank(rank) for rank in (range(self.size) if ranks is None else ranks)]
         return self._replay.run_cell(source, number, chosen)
-
-    def complete(self, source: str, rank: int = 0) -> tuple[str, list[str]]:
-        """Tab completion on one engine: the word at the end of `source`, and its completions.
-
-        Empty at once while the engines are busy, and after 0.3 s if the engine does not answer.
-        """
-        if not self.reachable or rank >= self.size or self.engines[rank].state != "idle":
-            return "", []
-        call = self._running().start_call(rank, "complete", source)
-        call.wait(_COMPLETED_WITHIN_S)
-        return call.result() if call.succeeded else ("", [])
 
     def debug(self, rank: int, ask: Callable[[str], str] = input, tell: Callable[[str], None] = print) -> None:
         """Debug the last failure on a rank with pdb, post mortem; see `debugger.debug`."""
@@ -383,7 +382,7 @@ class Cluster:
         arguments |= {"background": background, "attended": attended, "watch": watch}
         return self.train(arguments.pop("model"), arguments.pop("data"), **arguments)
 
-    predict = predict
+    complete, predict = complete, predict
 
     def _check_rank(self, rank: int) -> int:
         if not 0 <= rank < self.size:

@@ -7,13 +7,13 @@ trains the epoch again, does not call the function twice.
 from __future__ import annotations
 
 import contextlib
-import pickle
+import json
 import time
 from typing import Any
 
 from nbdist.core.comm.rendezvous import as_peer_lost
 from nbdist.core.task.each_epoch import EpochHook, EpochState
-from nbdist.core.transfer.payload import Segment, unpack
+from nbdist.core.transfer.payload import Payload, Segment, unpack
 from nbdist.engine.exchange.exchange import Exchange
 from nbdist.errors import NbdistError
 
@@ -50,7 +50,7 @@ class ClusterHook(EpochHook):
             return
         payload, self._segment = self._exchange.pack(state)
         with as_peer_lost():
-            self._store.set(self._keys.request, pickle.dumps((state.number, payload)))
+            self._store.set(self._keys.request, json.dumps([state.number, payload.path, *payload.extents]))
 
     def answer(self, number: int) -> str | None:
         """See `EpochHook`.
@@ -90,14 +90,14 @@ class EpochRequests:
         with as_peer_lost():
             if not self._store.check([self._keys.request]):
                 return None
-            number, payload = pickle.loads(self._store.get(self._keys.request))
+            number, path, *extents = json.loads(self._store.get(self._keys.request))  # no code, whoever wrote it
             if self._store.check([self._keys.answer(number)]):
                 return None
         state: EpochState | None = None
         with contextlib.suppress(
             OSError, NbdistError
         ):  # rank 0 has died, and its memory with it: the next one asks again
-            state = unpack(payload)
+            state = unpack(Payload.at(path, extents))
         return state
 
     def answer(self, number: int, reason: str) -> None:

@@ -8,7 +8,7 @@ from nbdist.notebook.parsers import PARSERS
 __all__ = ["help_text", "help_text_of"]
 
 _PHRASES = {
-    "%dist_start": ("[-n N] [--detach]", "start engines, one rank each"),
+    "%dist_start": ("[-n N] [--hosts ...]", "start engines, one rank each"),
     "%dist_train": ("MODEL DATA [OPTIONS]", "train MODEL on all of them, in place"),
     "%%dist_train": ("MODEL DATA [OPTIONS]", "the same, the cell is one training step"),
     "%dist_predict": ("MODEL DATA", "return MODEL's outputs for DATA, in order"),

@@ -13,7 +13,8 @@ from nbdist.telemetry.command_table import COMMANDS
 
 __all__ = [
     "ATTACH", "CLUSTERS", "COMPARE", "DEBUG", "DIST", "EXPORT", "HELP", "LINE_OPTIONS", "PARSERS", "PREDICT", "PULL",
-    "PUSH", "RUN", "RUNS", "RUN_COMMANDS", "SCALE", "START", "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
+    "PUSH", "RUN", "RUNS", "RUN_COMMANDS", "SCALE", "START", "STATUS", "STOP", "TRAIN", "WHERE", "parse_hosts",
+    "parse_ranks",
 ]  # fmt: skip
 
 RUN_COMMANDS = tuple(name for name, kind in COMMANDS.items() if kind.usage)
@@ -28,6 +29,18 @@ _Parser = functools.partial(OptionParser, expressions=True)
 def _start_parser() -> OptionParser:
     parser = _Parser("%dist_start", "Start engines, one rank each, and report them. Can be called twice.")
     parser.add_argument("-n", type=int, metavar="N", help="Engines. Default: one a GPU, else one a core up to 4.")
+    parser.add_argument(
+        "--hosts", metavar="H:N,...", help="Instead of -n: engines on these hosts, by their names for ssh, such as "
+        "h1:2,h2:2,local:2 (local: this one). Without a number: one a GPU, else one a core up to 4.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--interface",
+        metavar="NAME",
+        help="This host's network interface towards the others. Default: the one to them.",
+    )
+    parser.add_argument(
+        "--host-timeout", type=float, metavar="S", help="Seconds without a word after which a host is lost. Default: 3."
+    )
     parser.add_argument(
         "--device", default="auto", metavar="auto|cpu|cuda", help="What ranks compute on. Default: auto."
     )
@@ -265,6 +278,21 @@ PARSERS: dict[str, OptionParser] = {
     )
 } | {"%%dist_train": TRAIN}
 """By the word that begins the line, in the order of a first session."""
+
+
+def parse_hosts(text: str) -> dict[str, int | None]:
+    """``h1:2,h2`` as the number of engines on each host; None where none is given.
+
+    Raises:
+        PlanError: It has another form.
+    """
+    hosts: dict[str, int | None] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, colon, count = part.partition(":")
+        if name in hosts or (colon and not count.isdigit()):
+            raise PlanError(f"--hosts {text!r} is not possible: use each host once, such as h1:2,h2:2.")
+        hosts[name] = int(count) if colon else None
+    return hosts
 
 
 def parse_ranks(text: str, size: int) -> list[int]:

@@ -76,9 +76,11 @@ def _rows() -> list[tuple[str, ...]]:
     for engine in cluster.engines:
         lost = engine.state == "lost"
         works = _work(run, engine.rank) if engine.state == "busy" and run is not None else "–"
-        memory = "–" if lost else _memory(engine.pid)
+        memory = "–" if lost else _memory(cluster.memory(engine))
         rows.append((str(engine.rank), str(engine.pid), engine.host, engine.device, engine.state, memory, works))
-    rows += [("spare", str(e.pid), e.host, "–", e.state, _memory(e.pid), "–") for e in cluster.spare_engines]
+    rows += [
+        ("spare", str(e.pid), e.host, "–", e.state, _memory(cluster.memory(e)), "–") for e in cluster.spare_engines
+    ]
     return rows
 
 
@@ -97,17 +99,13 @@ def _lines() -> list[str]:
     if cluster is not None and cluster.queued:
         lines.append(f"queued: {', '.join(queued.run_id for queued in cluster.queued)}")
     if server is not None:
-        lines.append(
-            f"fork server for a quick start: pid {server.pid}, {_memory(server.pid)} (%dist_stop --all ends it)"
-        )
+        memory = _memory(psutil.Process(server.pid).memory_info().rss)
+        lines.append(f"fork server for a quick start: pid {server.pid}, {memory} (%dist_stop --all ends it)")
     return lines
 
 
-def _memory(pid: int) -> str:
-    try:
-        return f"{number(psutil.Process(pid).memory_info().rss / 2**20)} MiB"
-    except psutil.NoSuchProcess:
-        return "–"
+def _memory(nbytes: int) -> str:
+    return f"{number(nbytes / 2**20)} MiB" if nbytes else "–"
 
 
 def describe_cluster(cluster: Cluster) -> str:

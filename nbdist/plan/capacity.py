@@ -61,8 +61,14 @@ def default_engines(cores: int, gpus: int) -> int:
     return min(gpus or min(cores, _DEFAULT_AT_MOST), _limit(cores, gpus))
 
 
-def check_engines(engines: int, cores: int, gpus: int) -> None:
+def check_engines(engines: int, cores: int, gpus: int, machine: str = "this machine") -> None:
     """Refuse a number of engines that cannot be intended.
+
+    Args:
+        engines: How many.
+        cores: Of the machine.
+        gpus: Of the machine.
+        machine: What errors call it.
 
     Raises:
         PlanError: It is no whole number, below one, or above the limit for `cores` and `gpus`.
@@ -74,7 +80,7 @@ def check_engines(engines: int, cores: int, gpus: int) -> None:
     limit = _limit(cores, gpus)
     if engines > limit:
         raise PlanError(
-            f"{engines} engines are more than this machine can run ({cores} cores, "
+            f"{engines} engines are more than {machine} can run ({cores} cores, "
             f"{gpus} GPU{'' if gpus == 1 else 's'}): use {limit} or fewer."
         )
 

@@ -7,14 +7,19 @@ import socket
 import uuid
 from pathlib import Path
 
-__all__ = ["host_id", "host_name"]
+__all__ = ["INTERFACE_VARIABLE", "NAME_VARIABLE", "host_id", "host_name"]
+
+INTERFACE_VARIABLE = "NBDIST_INTERFACE"
+"""The network interface towards the other hosts; without it gloo looks up its own host's name, and nccl guesses."""
 
 _VARIABLE = "NBDIST_HOST"
+NAME_VARIABLE = "NBDIST_HOST_NAME"
+"""The user's name for this host; set for engines that the user has started on hosts by name."""
 
 
 def host_name() -> str:
-    """The host's name, the same after a reboot: ``$NBDIST_HOST``, or the network name."""
-    return os.environ.get(_VARIABLE) or socket.gethostname()
+    """The host's name, the same after a reboot: the user's name for it, ``$NBDIST_HOST``, or the network name."""
+    return os.environ.get(NAME_VARIABLE) or os.environ.get(_VARIABLE) or socket.gethostname()
 
 
 def host_id() -> str:

@@ -17,7 +17,7 @@ from tasks import classes, net, process_of_each_rank
 
 import nbdist
 from nbdist.cluster import Cluster
-from nbdist.cluster.launch import fork_client
+from nbdist.cluster.hosts import fork_client
 from nbdist.cluster.launch.launcher import Launch
 from nbdist.core.transfer.payload import pack
 from nbdist.errors import ClusterError, PlanError, TaskError

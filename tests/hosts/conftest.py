@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from host_network import CONTROL_VARIABLE, HostNetwork
 
+from nbdist.cluster.hosts.fork_client import end_server, require_server
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests of this folder are marked, and left out where there are no hosts."""
@@ -21,6 +23,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.hosts)
             if CONTROL_VARIABLE not in os.environ:
                 item.add_marker(pytest.mark.skip(reason="needs hosts: make test-hosts"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> Iterator[None]:
+    """One for all tests: each cluster of theirs begins with it, and none ends it."""
+    require_server()
+    yield
+    end_server()
 
 
 @pytest.fixture

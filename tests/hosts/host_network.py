@@ -246,6 +246,8 @@ class _Holder:
         return link["stats64"]["rx"]["bytes"], link["stats64"]["tx"]["bytes"]
 
     def _do_run(self, name: str, command: str) -> str:
+        if name not in self._held:  # it has crashed
+            return ""
         ended = subprocess.run([*self.inside(name), "sh", "-c", command], capture_output=True, text=True, check=False)
         return ended.stdout + ended.stderr
 

@@ -51,6 +51,10 @@ class EngineClient(abc.ABC):
         """Wait until none of the engines is alive as `ids` has it; returns whether that is so."""
 
     @abc.abstractmethod
+    def declare_dead(self, engines: Collection[int]) -> None:
+        """Count engines as dead from now on, whose host is lost: nobody there can say so. Their calls fail at once."""
+
+    @abc.abstractmethod
     def look_again(self) -> bool:
         """Find engines whose registration or death was missed while it connected; returns whether there were any."""
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbdist.cluster.engines.engine_info import Engine
-from nbdist.cluster.launch import fork_server
-from nbdist.engine import parent_watch, stack_dump
+from nbdist.cluster.hosts import fork_server
+from nbdist.cluster.hosts.host import Host
+from nbdist.engine import parent_watch
 from nbdist.engine.follow.cell_sources import add_cells
 from nbdist.engine.stack_frames import frame_text, is_ours, is_users, place_of
 from nbdist.errors import ranks_text
-from nbdist.telemetry.host import host_id
 
 if TYPE_CHECKING:
     from nbdist.cluster.engines.engines import Engines
@@ -98,12 +98,11 @@ class Where:
             run: Their current run, if there is one.
             cells: Label and source of each cell that ran on engines, by the name of its file there.
         """
-        here = host_id()
         found = []
         for engine in engines.records():
             state = None if run is None else run.progress.ranks.get(engine.rank)  # None while it is joining the run
             step = None if state is None else state.step
-            found.append(_rank_where(engine, here, step, cells))
+            found.append(_rank_where(engine, engines.host_of(engine), step, cells))
         return cls(ranks=tuple(found))
 
     @property
@@ -186,15 +185,17 @@ class Where:
     __repr__ = __str__
 
 
-def _rank_where(engine: Engine, here: str, step: int | None, cells: Mapping[str, tuple[str, str]]) -> RankWhere:
+def _rank_where(
+    engine: Engine, host: Host | None, step: int | None, cells: Mapping[str, tuple[str, str]]
+) -> RankWhere:  # fmt: skip
     rank = engine.rank
     if engine.state == "lost":
         return RankWhere(rank=rank, state="lost", step=step)
-    if engine.host_id != here or not engine.stacks:
+    if host is None or not engine.stacks:
         return RankWhere(rank=rank, state="elsewhere", step=step)
-    frames = stack_dump.request(engine.pid, engine.stacks)
+    frames, stopped = host.stack(engine.mark, engine.stacks)
     if frames is None:
-        return RankWhere(rank=rank, state="stopped" if stack_dump.is_stopped(engine.pid) else "silent", step=step)
+        return RankWhere(rank=rank, state="stopped" if stopped else "silent", step=step)
     sources = {f.filename: cells[name] for f in frames if (name := os.path.basename(f.filename)) in cells}
     add_cells(sources)
     for frame in frames:

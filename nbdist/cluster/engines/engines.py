@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import psutil
+import torch
 
 from nbdist.cluster.calls.engine_client import EngineClient
 from nbdist.cluster.calls.pending_call import EngineDied, PendingCall
 from nbdist.cluster.calls.replies import wait_for_replies
 from nbdist.cluster.engines.engine_info import Engine
+from nbdist.cluster.engines.rank_table import RankTable
 from nbdist.cluster.engines.spares import Spares
 from nbdist.cluster.engines.world_forming import Forming, describe_engines
+from nbdist.cluster.hosts.host import Host
+from nbdist.cluster.hosts.host_choice import LOCAL
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.launcher import CONTROLLER_ENDED, STORE_ENDED, Launch
 from nbdist.core.comm.rendezvous import GenerationStore
@@ -29,8 +32,7 @@ from nbdist.engine.exchange.exchange import Exchange
 from nbdist.engine.exchange.one_host import OneHost
 from nbdist.engine.exchange.several_hosts import SeveralHosts
 from nbdist.errors import ClusterError, EngineError, PeerLostError, ranks_text
-from nbdist.process_mark import alive
-from nbdist.telemetry.host import host_id
+from nbdist.plan import check_engines
 
 __all__ = ["Engine", "Engines"]
 
@@ -64,22 +66,26 @@ class Engines:
         self._changing = threading.RLock()
         self._generation = 0
         self._launch = launch
-        # The id and the record of each rank's engine: replaced in one assignment, as other threads read both.
-        self._by_rank: tuple[list[int], list[Engine]] = sorted(self._client.ids)[:size], []
+        self._table = RankTable(launch, size)
         self._store = store
-        self.host_id = launch.host_id = host_id()
+        self.host_id = launch.host_id
         self._spares = Spares(launch, spares, store.address)
+        launch.on_lost = self._host_lost
 
     def initialize(self) -> None:
         """Describe the engines that were just started, and form a world."""
         store = self._store.address  # not the store: an error's traceback would hold it, and its socket
-        self._records = describe_engines(self.size, store, self.timeout_s, self.start_call, self.call)
+        self._table.place_first(describe_engines(self.size, store, self.timeout_s, self.start_call, self.call))
         self.form()
 
     def take_over(self, state: dict[str, Any]) -> None:
         """Load the state that another kernel has left at the anchor."""
-        self._by_rank, self._generation = (state["ids"], state["records"]), state["generation"]
-        self.transport, self.formed = state["transport"], state["formed"]
+        self._table.place(list(zip(state["ids"], state["records"], strict=True)))
+        self._generation, self.transport, self.formed = state["generation"], state["transport"], state["formed"]
+
+    def _host_lost(self, host_id: str) -> None:
+        """Fail what runs on a host that is lost. Takes no lock: whoever holds it may wait for just that."""
+        self._client.declare_dead([*self._table.on_host(host_id), *self._spares.on_host(host_id)])
 
     @property
     def folder(self) -> str:
@@ -92,15 +98,11 @@ class Engines:
 
     @property
     def _ids(self) -> list[int]:
-        return self._by_rank[0]
+        return self._table.ids
 
     @property
     def _records(self) -> list[Engine]:
-        return self._by_rank[1]
-
-    @_records.setter
-    def _records(self, records: list[Engine]) -> None:
-        self._by_rank = self._by_rank[0], records
+        return self._table.records
 
     def _note(self) -> None:
         """Save at the anchor what another kernel needs to take over."""
@@ -114,14 +116,13 @@ class Engines:
         """The process that they outlive this kernel with; None if they end with it."""
         return self._launch.anchor
 
+    def host_of(self, record: Engine) -> Host | None:
+        """The host of an engine; None if it is not of this launch."""
+        return self._launch.host_of(record.host_id)
+
     def records(self, busy: bool = False) -> list[Engine]:
         """One record per engine, in rank order; `busy`: whether those alive are busy or idle."""
-        (ids, records), alive = self._by_rank, set(self._client.ids)
-        states = [
-            ("busy" if busy else "idle") if self._is_alive(record, engine_id, alive) else "lost"
-            for engine_id, record in zip(ids, records, strict=True)
-        ]
-        return [replace(record, state=state) for record, state in zip(records, states, strict=True)]
+        return self._table.states(busy=busy)
 
     @property
     def processes(self) -> dict[int, tuple[str, str]]:
@@ -133,15 +134,10 @@ class Engines:
         """Ranks whose process has ended."""
         return [record.rank for record in self.records() if record.state == "lost"]
 
-    def _is_alive(self, record: Engine, engine_id: int, ids: set[int]) -> bool:
-        """Whether an engine is registered among `ids`, and its process, if on this host, has not ended."""
-        here = record.host_id == self.host_id
-        return engine_id in ids and (not here or alive(record.mark))
-
     def spares(self) -> list[Engine]:
         """One record per spare that is ready."""
         with self._changing:
-            return [Engine(rank=-1, device="", **facts) for facts in self._spares.ready(self._ids).values()]
+            return [self._table.record(facts) for facts in self._spares.ready(self._ids).values()]
 
     def keep_spares(self, wanted: int | None = None) -> None:
         """Start or kill spares in the background, until there are as many as wanted; `wanted` changes that number."""
@@ -153,7 +149,7 @@ class Engines:
         with self._changing:
             if not self.ended:
                 with contextlib.suppress(ClusterError):  # spares are optional: the next replacement raises it again
-                    self._spares.refill(self._ids, [record.pid for record in self._records])
+                    self._spares.refill(self._ids, self.processes.values())
 
     def _has_ended(self) -> bool:
         self.check_alive()
@@ -165,11 +161,14 @@ class Engines:
         return self._launch.controller_runs and ((store := self._store) is None or store.lives)
 
     def check_alive(self) -> None:
-        """Make sure that the engines can be reached.
+        """Make sure that the engines can be reached, and that calls of those that have ended fail.
+
+        Whoever waits for engines calls this again and again.
 
         Raises:
             ClusterError: The controller or the store has ended.
         """
+        self._table.declare_ended()
         if not self.reachable:
             raise ClusterError(STORE_ENDED if self._launch.controller_runs else CONTROLLER_ENDED)
 
@@ -242,13 +241,21 @@ class Engines:
         except BaseException:
             forming.abort()
             raise
-        self._records = [replace(record, device=formed[record.rank]["device"]) for record in records]
+        devices = [replace(record, device=formed[record.rank]["device"]) for record in records]
+        self._table.place(list(zip(self._ids, devices, strict=True)))
         self.transport = formed[0]["transport"]
         self.formed, self.suspected = True, False
         self._note()
         self.keep_spares()
         if formed[0]["shares_gpu"]:
             warnings.warn(SHARED_GPU, stacklevel=1)  # always this line, so that Python shows it once
+
+    def check_size(self, engines: int) -> None:
+        """Raise `PlanError` if the hosts that are left cannot run so many engines."""
+        hosts = self._launch.living()
+        own = torch.cuda.device_count() if LOCAL in self._launch.hosts else 0
+        cores, gpus = sum(host.facts.cores for host in hosts), sum(host.facts.gpus for host in hosts) + own
+        check_engines(engines, cores, gpus, "this machine" if len(hosts) == 1 else f"the {len(hosts)} hosts")
 
     def ensure_ready(self) -> None:
         """Make sure that all engines are alive and idle; form a new world if the last one failed.
@@ -298,20 +305,17 @@ class Engines:
             moved = [(self._ids[rank], self._records[rank]) for rank in beyond[: len(free)]]
             for rank in lost:
                 self._spares.mark_dead(self._ids[rank])
-            if missing := len(free) - len(moved):
-                pids = [record.pid for record in self._records]
-                taken = self._spares.take(missing, self._ids, pids, self.timeout_s, report, self._has_ended)
-                moved += [(engine_id, Engine(rank=-1, device="", **facts)) for engine_id, facts in taken.items()]
+            if missing := free[len(moved) :]:
+                places = [self._records[rank].host_id if rank < self.size else "" for rank in missing]
+                processes = list(self.processes.values())
+                taken = self._spares.take(places, self._ids, processes, self.timeout_s, report, self._has_ended)
+                moved += [(engine_id, self._table.record(facts)) for engine_id, facts in taken]
             self.formed = False
             self.kill(beyond[len(free) :])
             for rank in beyond[len(free) :]:
                 self._spares.mark_dead(self._ids[rank])
             by_rank = dict(enumerate(zip(self._ids, self._records, strict=True))) | dict(zip(free, moved, strict=True))
-            chosen = [by_rank[rank] for rank in range(size)]
-            self._by_rank = (
-                [engine_id for engine_id, _ in chosen],
-                [replace(record, rank=rank) for rank, (_, record) in enumerate(chosen)],
-            )
+            self._table.place([by_rank[rank] for rank in range(size)])
             self.size = size
             self._note()
             return free
@@ -345,20 +349,19 @@ class Engines:
         return wait_for_replies(calls, self.check_alive, timeout_s)
 
     def interrupt(self, ranks: Iterable[int]) -> None:
-        """Interrupt ranks, as Ctrl-C would. On this host the signal is delivered when this returns."""
+        """Interrupt ranks, as Ctrl-C would. The signals are delivered when this returns."""
         self._signal(signal.SIGINT, ranks)
 
     def _signal(self, number: signal.Signals, ranks: Iterable[int]) -> list[int]:
         """Send a signal to the ranks that are alive; returns the ids of their engines."""
-        (ids, records), alive = self._by_rank, set(self._client.ids)
-        targets = {rank: ids[rank] for rank in ranks if self._is_alive(records[rank], ids[rank], alive)}
-        for rank, engine_id in targets.items():
-            if records[rank].host_id == self.host_id:
-                with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-                    psutil.Process(records[rank].pid).send_signal(number)
+        living = self._table.living()
+        targets = [living[rank] for rank in ranks if rank in living]
+        for engine_id, record in targets:
+            if (host := self.host_of(record)) is not None:
+                host.send_signal(record.mark, number)
             else:
                 self._client.send_signal(engine_id, number)
-        return list(targets.values())
+        return [engine_id for engine_id, _ in targets]
 
     def suspect(self, unanswered: dict[int, PendingCall]) -> None:
         """A cell failed, perhaps within a collective: the next run forms a new world.

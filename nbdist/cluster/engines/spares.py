@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import psutil
-
 from nbdist.cluster.calls.pending_call import CallError, EngineDied, PendingCall
+from nbdist.cluster.hosts.host import HostLostError
 from nbdist.cluster.launch.launcher import Launch
 from nbdist.errors import ClusterError
-from nbdist.process_mark import alive
 
-__all__ = ["Spares"]
+__all__ = ["Process", "Spares"]
+
+Process = tuple[str, str]
+"""Host id and mark of an engine's process."""
 
 _ASK_AGAIN_S = 1.0
 _POLL_S = 0.005
@@ -29,7 +31,7 @@ class Spares:
 
     Args:
         launch: Starts engines.
-        wanted: How many spares to hold ready.
+        wanted: How many spares to hold ready on each host.
         store: Address of the store, for the rendezvous.
     """
 
@@ -72,37 +74,43 @@ class Spares:
                     self._calls[engine_id] = call, time.monotonic()
         return dict(self._facts)
 
-    def count(self, ranked_pids: Collection[int]) -> int:
-        """How many spares there are: ready, called, or still starting."""
-        known = {*ranked_pids, *(facts["pid"] for facts in self._facts.values())}
-        return len(self._facts) + len(self._launch.pids() - known)
+    def on_host(self, host_id: str) -> list[int]:
+        """The ids of the spares on a host."""
+        return [engine_id for engine_id, facts in list(self._facts.items()) if facts["host_id"] == host_id]
 
-    def refill(self, ranked: Collection[int], ranked_pids: Collection[int]) -> None:
-        """Start missing spares, without waiting for them; kill surplus ones."""
-        ready = self.ready(ranked)
-        missing = self.wanted - self.count(ranked_pids)
-        if missing > 0:
-            self._launch.add(missing)
-        for engine_id in list(ready)[: max(0, -missing)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                psutil.Process(ready[engine_id]["pid"]).kill()
-            self._dead.add(engine_id)
+    def hosts(self, ranked: Collection[Process]) -> list[str]:
+        """The host of each spare that there is: ready, called, or still starting."""
+        ready = {(facts["host_id"], facts["mark"]) for facts in self._facts.values()}
+        return [host for host, _ in [*ready, *(self._launch.processes() - {*ranked, *ready})]]
+
+    def refill(self, ranked: Collection[int], processes: Collection[Process]) -> None:
+        """Start missing spares on each host, without waiting for them; kill surplus ones."""
+        ready, present = self.ready(ranked), self.hosts(processes)
+        for host in self._launch.living():
+            host_id = host.facts.host_id
+            missing = self.wanted - present.count(host_id)
+            if missing > 0:
+                self._launch.add(missing, [host_id] * missing)
+            surplus = [engine_id for engine_id, facts in ready.items() if facts["host_id"] == host_id]
+            for engine_id in surplus[: max(0, -missing)]:
+                host.send_signal(ready[engine_id]["mark"], signal.SIGKILL)
+                self._dead.add(engine_id)
 
     def take(
         self,
-        count: int,
+        places: Sequence[str],
         ranked: Collection[int],
-        ranked_pids: Collection[int],
+        processes: Collection[Process],
         timeout_s: float,
         report: Callable[[str], None],
         ended: Callable[[], bool],
-    ) -> dict[int, dict[str, Any]]:
-        """Take `count` spares, by engine id; if there are too few, start new ones and wait.
+    ) -> list[tuple[int, dict[str, Any]]]:
+        """Take a spare for each place, with its engine id; if there are too few, start new ones and wait.
 
         Args:
-            count: How many.
+            places: Ids of the hosts that they should be on; where there is none, one of another host is taken.
             ranked: Ids of the engines that have a rank.
-            ranked_pids: Their processes.
+            processes: Their processes.
             timeout_s: How long to wait.
             report: Called with how many are ready.
             ended: Whether to give up.
@@ -112,27 +120,47 @@ class Spares:
         """
         deadline = time.monotonic() + timeout_s
         tries = _TRIES
-        while len(ready := self.ready(ranked)) < count:
-            missing = count - self.count(ranked_pids)
-            if missing > 0:
+        while True:
+            ready = self.ready(ranked)
+            if missing := self._missing(places, self.hosts(processes)):
                 if not tries:
                     raise ClusterError(f"an engine ended while it started:\n{self._launch.log_tail()}")
                 tries -= 1
-                self._launch.add(missing)
+                with contextlib.suppress(HostLostError):  # just now: the next try does without it
+                    self._launch.add(len(missing), missing)
+            elif not self._missing(places, [facts["host_id"] for facts in ready.values()]):
+                break
             if ended():
                 raise ClusterError("the engines were stopped while lost ones were replaced.")
             if time.monotonic() > deadline:
-                raise ClusterError(f"only {len(ready)} of {count} new engines were ready after {timeout_s:g} s.")
-            report(f"{len(ready)} of {count} new engines are ready")
+                raise ClusterError(f"only {len(ready)} of {len(places)} new engines were ready after {timeout_s:g} s.")
+            report(f"{len(ready)} of {len(places)} new engines are ready")
             calls = [call for call, _ in self._calls.values()]
             if calls:
                 calls[0].wait(_POLL_S)
             else:
                 time.sleep(_POLL_S)
-        taken = dict(list(ready.items())[:count])
-        for engine_id in taken:
+        living, taken = self._living(), dict[int, tuple[int, dict[str, Any]]]()
+        for number in sorted(range(len(places)), key=lambda number: places[number] not in living):
+            fitting = [engine_id for engine_id, facts in ready.items() if facts["host_id"] == places[number]]
+            engine_id = (fitting or list(ready))[0]
+            taken[number] = engine_id, ready.pop(engine_id)
             del self._facts[engine_id]
-        return taken
+        return [taken[number] for number in range(len(places))]
+
+    def _living(self) -> set[str]:
+        return {host.facts.host_id for host in self._launch.living()}
+
+    def _missing(self, places: Sequence[str], present: Sequence[str]) -> list[str]:
+        """Places for which there is no spare: those of living hosts, then any, for those of lost ones."""
+        left, living = list(present), self._living()
+        missing = []
+        for place in places:
+            if place in left:
+                left.remove(place)
+            else:
+                missing.append(place if place in living else "")
+        return [place for place in missing if place] + [""] * max(0, missing.count("") - len(left))
 
     def _receive(self, engine_id: int, call: PendingCall) -> None:
         try:
@@ -146,4 +174,4 @@ class Spares:
                 self._facts[engine_id] = facts
 
     def _gone(self, facts: dict[str, Any]) -> bool:
-        return facts["host_id"] == self._launch.host_id and not alive(facts["mark"])
+        return not self._launch.runs(facts["host_id"], facts["mark"])

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import os
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nbdist.cluster.launch import fork_client
+from nbdist.cluster.hosts import fork_client
+from nbdist.cluster.hosts.host_choice import HostChoice
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.launcher import Launch
 from nbdist.errors import ClusterError, PlanError
+from nbdist.keepalive import HOST_TIMEOUT_VARIABLE
 
 if TYPE_CHECKING:
     from nbdist.cluster.engines.engines import Engines
@@ -30,13 +33,13 @@ def check_start(timeout_s: float | None, spares: int | None) -> None:
 
 
 def start_engines(
-    size: int, device: str, timeout_s: float, report: Callable[[str], None], spares: int = 0,
+    hosts: HostChoice, device: str, timeout_s: float, report: Callable[[str], None], spares: int = 0,
     patience_s: float | None = None,
 ) -> Engines:  # fmt: skip
     """Start engines; they are ready when this returns.
 
     Args:
-        size: How many.
+        hosts: How many, on which hosts.
         device: "auto", "cpu" or "cuda".
         timeout_s: Timeout of the start, and later of a replacement, in seconds.
         report: Progress callback: gets a short status text.
@@ -44,32 +47,36 @@ def start_engines(
         patience_s: How long they live without a kernel, in seconds; None if they end with this one.
 
     Raises:
+        PlanError: A host cannot be found, or cannot run so many engines.
         ClusterError: They were not ready in time. Then nothing is left running.
     """
     started_s = time.monotonic()
+    if hosts.timeout_s is not None:
+        os.environ[HOST_TIMEOUT_VARIABLE] = str(hosts.timeout_s)  # each process takes it from there
     cold = fork_client.current_server() is None
     report("loading torch" if cold else "starting engines")
     stores: list[Any] = []
-    loading = threading.Thread(target=_load_and_host, args=(stores, patience_s is None, cold), daemon=True)
+    own_store = patience_s is None and not hosts.others  # which needs the launch's address
+    loading = threading.Thread(target=_load_and_host, args=(stores, own_store, cold), daemon=True)
     loading.start()  # the kernel needs torch too: loaded while the engines start
     started: Launch | Engines | None = None
     try:
-        started = launch = Launch(size, patience_s)
-        launch.wait_for(size, timeout_s, report)
+        started = launch = Launch(hosts, patience_s, timeout_s)
+        launch.wait_for(launch.size, timeout_s, report)
         loading.join()
-        engines = started = _engines(
-            launch, stores.pop() if stores else _store_of(launch.anchor), size, device, timeout_s, spares
-        )
+        store = stores.pop() if stores else _store_of(launch.anchor, launch.address)
+        ready = started = _engines(launch, store, launch.size, device, timeout_s, spares)
+        del store
         report("forming the world")
-        engines.initialize()
+        ready.initialize()
     except BaseException:
         if started is not None:
             started.end()
         loading.join()
         stores.clear()  # else the traceback would hold the store, and its process
         raise
-    engines.start_seconds = time.monotonic() - started_s
-    return engines
+    ready.start_seconds = time.monotonic() - started_s
+    return ready
 
 
 def take_over_engines(anchor: Anchor) -> Engines:
@@ -83,7 +90,7 @@ def take_over_engines(anchor: Anchor) -> Engines:
         raise ClusterError(f"cluster {anchor.name} was not ready when its kernel ended: start another one.")
     _load_torch()
     state = notes["engines"]
-    launch = Launch.attach(anchor, notes["launched"])
+    launch = Launch.attach(anchor, notes["launched"], notes["processes"])
     own = {name: state[name] for name in ("size", "device", "timeout_s", "spares")}
     engines = _engines(launch, _store_of(anchor), **own)
     engines.take_over(state)
@@ -116,9 +123,9 @@ def _load_and_host(stores: list[Any], host: bool, cold: bool) -> None:
             stores.append(_store_of(None))
 
 
-def _store_of(anchor: Anchor | None) -> Any:
-    """The store for the ranks' rendezvous: the anchor's, or a new one."""
+def _store_of(anchor: Anchor | None, address: str = "") -> Any:
+    """The store for the ranks' rendezvous: the anchor's, or a new one that other hosts reach at `address`."""
     from nbdist.core.comm.rendezvous import connect_store
     from nbdist.core.comm.world import host_store
 
-    return host_store() if anchor is None else connect_store(*anchor.state()["store"])
+    return host_store(address) if anchor is None else connect_store(*anchor.state()["store"])

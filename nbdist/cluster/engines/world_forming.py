@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbdist.cluster.calls.pending_call import CallError, EngineDied, PendingCall
-from nbdist.cluster.engines.engine_info import Engine
 from nbdist.errors import ClusterError, EngineError, ranks_text
 
 __all__ = ["Forming", "describe_engines"]
@@ -92,8 +91,8 @@ def describe_engines(
     timeout_s: float,
     start_call: Callable[..., PendingCall],
     call: Callable[..., dict[int, Any]],
-) -> list[Engine]:
-    """Let the engines of all ranks load torch, and return their records.
+) -> dict[int, dict[str, Any]]:
+    """Let the engines of all ranks load torch, and return how they describe themselves, by rank.
 
     Once in several hundred starts an engine never answered its first call. It counts as registered from its first
     heartbeat, so probably that call reached the controller before the engine's own connection did and was dropped. So
@@ -116,5 +115,4 @@ def describe_engines(
             if time.monotonic() > deadline:
                 raise ClusterError(f"rank {rank} did not answer within {timeout_s:g} s of its start.")
             reply = start_call(rank, "ping")
-    facts = call(range(size), "describe", store, timeout_s=timeout_s)
-    return [Engine(rank=rank, device="", **fact) for rank, fact in facts.items()]
+    return call(range(size), "describe", store, timeout_s=timeout_s)

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -232,8 +233,10 @@ def detached_clusters() -> list[Detached]:
     return found
 
 
-def check_detach(patience_s: float) -> None:
-    """Raise `PlanError` if engines cannot run without a kernel for so many seconds."""
+def check_detach(patience_s: float, others: Sequence[str] = ()) -> None:
+    """Raise `PlanError` if engines, some of them on other hosts, cannot run without a kernel for so many seconds."""
+    if others:
+        raise PlanError(f"engines on other hosts ({', '.join(others)}) end with the kernel: omit --detach.")
     if sys.platform != "linux":
         raise PlanError("engines can outlive the kernel on Linux only: omit --detach.")
     number = isinstance(patience_s, (int, float)) and not isinstance(patience_s, bool)

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
-from nbdist.cluster.launch import fork_client
+from nbdist.cluster.hosts import fork_client
+from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
 from nbdist.errors import PlanError, suggest
 from nbdist.plan import available_cores, check_engines, default_engines, may_have_gpus
 
-__all__ = ["choose_size"]
+__all__ = ["choose_hosts"]
 
 _DEVICES = ("auto", "cpu", "cuda")
 
 
-def choose_size(engines: int | None, device: str, *, warm_up: bool) -> int:
-    """The number of engines to start.
+def choose_hosts(
+    engines: int | None, hosts: Mapping[str, int | None] | None, device: str, interface: str | None,
+    timeout_s: float | None, *, warm_up: bool,
+) -> HostChoice:  # fmt: skip
+    """How many engines to start on which hosts. The number of this one is chosen here, where none is given.
 
     Args:
         engines: The requested number; None for the default.
+        hosts: Instead of it, the number on each host; see `HostChoice`.
         device: "auto", "cpu" or "cuda".
+        interface: See `HostChoice`.
+        timeout_s: See `HostChoice`.
         warm_up: Whether engines are about to start, so that the fork server may load torch while this looks for GPUs.
 
     Raises:
-        PlanError: A number or the device is not possible.
+        PlanError: A number, a host or the device is not possible.
     """
     if device not in _DEVICES:
         raise PlanError(f"unknown device {device!r}: use auto, cpu or cuda.{suggest(device, _DEVICES)}")
+    if hosts is not None and engines is not None:
+        raise PlanError("engines and hosts exclude each other: say how many on each host, such as h1:2,h2:2.")
+    counts = {LOCAL: engines} if hosts is None else dict(hosts)
+    if LOCAL in counts:
+        counts[LOCAL] = _size(counts[LOCAL], device, warm_up)
+    return HostChoice(engines=counts, interface=interface, timeout_s=timeout_s)
+
+
+def _size(engines: int | None, device: str, warm_up: bool) -> int:
+    """The number of engines on this host."""
     gpus = 0 if device == "cpu" else _count_gpus(warm_up)
     if device == "cuda" and not gpus:
         raise PlanError("device 'cuda' was asked for, but torch sees no GPU here: use cpu or auto.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -12,7 +14,7 @@ from ipyparallel.error import NoEnginesRegistered, RemoteError
 
 from nbdist.cluster.calls.engine_client import EngineClient
 from nbdist.cluster.calls.pending_call import CallError, EngineDied, PendingCall
-from nbdist.cluster.launch.ipyparallel_patches import is_death
+from nbdist.cluster.hosts.ipyparallel_patches import is_death
 from nbdist.engine import trampoline
 from nbdist.errors import ClusterError
 
@@ -32,6 +34,8 @@ class IpyparallelClient(EngineClient):
     def __init__(self, connect: Callable[[], ipyparallel.Client]) -> None:
         self._new_client = connect
         self._client: ipyparallel.Client | None = None
+        self._declared_dead = set[int]()
+        self._calls: weakref.WeakSet[_Call] = weakref.WeakSet()
 
     def connect(self) -> None:
         """See `EngineClient`. A request that the controller has not answered, within ipyparallel's 10 s, is repeated.
@@ -52,20 +56,28 @@ class IpyparallelClient(EngineClient):
     def ids(self) -> list[int]:
         """See `EngineClient`; here from the controller's notices of registration and death."""
         client = self._client
-        return [] if client is None else client.ids
+        return [] if client is None else [engine for engine in client.ids if engine not in self._declared_dead]
 
     def start_call(self, engine: int, name: str, *arguments: object) -> PendingCall:
         """See `EngineClient`."""
-        return _Call(self._view(engine).apply_async(trampoline.run, name, *arguments))
+        return self._noted(_Call(engine, self._view(engine).apply_async(trampoline.run, name, *arguments)))
 
     def start_cell(self, engine: int, source: str) -> PendingCall:
         """See `EngineClient`."""
-        return _Call(self._view(engine).execute(source, silent=False, block=False), cell=True)
+        return self._noted(_Call(engine, self._view(engine).execute(source, silent=False, block=False), cell=True))
+
+    def _noted(self, call: _Call) -> _Call:
+        self._calls.add(call)
+        if call.engine in self._declared_dead:  # just now
+            call.fail()
+        return call
 
     def _view(self, engine: int) -> Any:
         client = self._client
         if client is None:
             raise ClusterError("the engines were stopped.")
+        if engine in self._declared_dead:
+            raise EngineDied
         try:
             return client[engine]
         except (IndexError, NoEnginesRegistered):
@@ -84,6 +96,13 @@ class IpyparallelClient(EngineClient):
             time.sleep(_POLL_S)
         return dead
 
+    def declare_dead(self, engines: Collection[int]) -> None:
+        """See `EngineClient`. The controller would notice by itself, many heartbeats later."""
+        self._declared_dead.update(engines)
+        for call in list(self._calls):
+            if call.engine in self._declared_dead:
+                call.fail()
+
     def look_again(self) -> bool:
         """Replace the connection if a new one knows other engines; returns whether it did.
 
@@ -94,7 +113,7 @@ class IpyparallelClient(EngineClient):
             client = self._new_client()
         except TimeoutError:  # of the controller, which the next call notices
             return False
-        changed = client.ids != self.ids
+        changed = set(client.ids) - self._declared_dead != set(self.ids)
         if changed:
             client, self._client = self._client, client
         client.close()
@@ -111,12 +130,14 @@ class _Call(PendingCall):
     """A call or a cell.
 
     Args:
+        engine: The id of its engine.
         source: ipyparallel's own result of it.
         cell: Whether it is a cell.
     """
 
-    def __init__(self, source: ipyparallel.AsyncResult, *, cell: bool = False) -> None:
+    def __init__(self, engine: int, source: ipyparallel.AsyncResult, *, cell: bool = False) -> None:
         super().__init__()
+        self.engine = engine
         self._source = source
         self._cell = cell
         source.add_done_callback(self._finish)
@@ -128,10 +149,16 @@ class _Call(PendingCall):
             failure = None if error is None else _failure(error)
         except Exception as unexpected:  # raised in a callback it would only be logged, and the call never be done
             result, failure = None, CallError(type(unexpected).__name__, str(unexpected))
-        if failure is None:
-            self.set_result(result)
-        else:
-            self.set_exception(failure)
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # its engine was declared dead
+            if failure is None:
+                self.set_result(result)
+            else:
+                self.set_exception(failure)
+
+    def fail(self) -> None:
+        """Its engine is dead; does nothing if the reply has come."""
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            self.set_exception(EngineDied())
 
     def printed(self, stream: str) -> str:
         """See `PendingCall`."""

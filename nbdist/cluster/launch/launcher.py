@@ -1,32 +1,43 @@
-"""Launchers: start and end the processes of a cluster, with ipyparallel's launchers and settings."""
+"""Launch: a controller, the hosts that run engines for it, and the client that reaches them."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import functools
+import json
 import os
+import secrets
 import shutil
-import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ipyparallel
 import psutil
 from ipyparallel.cluster import launcher
+from traitlets import Bool
 from traitlets.config import Config
 
 from nbdist.cluster.calls.engine_client import EngineClient
-from nbdist.cluster.launch import fork_client
+from nbdist.cluster.hosts import fork_client
+from nbdist.cluster.hosts.agents import Agents
+from nbdist.cluster.hosts.host import EngineEnvironment, Host, HostFacts
+from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
+from nbdist.cluster.hosts.ipyparallel_patches import adopt
+from nbdist.cluster.hosts.local_host import GUARD, LocalHost, interface_to, kill_tree
+from nbdist.cluster.hosts.remote_host import RemoteHost
+from nbdist.cluster.hosts.ssh import Ssh
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.ipyparallel_client import IpyparallelClient
-from nbdist.cluster.launch.ipyparallel_patches import adopt
 from nbdist.engine.parent_watch import FOLDER_VARIABLE, OWNER_VARIABLE
 from nbdist.errors import ClusterError
+from nbdist.plan import available_cores, check_engines, default_engines
 from nbdist.process_mark import has_ended, process_mark
+from nbdist.telemetry.host import host_id, host_name
 
 __all__ = ["CONTROLLER_ENDED", "STORE_ENDED", "Launch"]
 
@@ -34,7 +45,6 @@ _ANEW = "so the engines cannot be reached: %dist_start starts new ones; the memo
 CONTROLLER_ENDED = f"the controller's process has ended, {_ANEW}"
 STORE_ENDED = f"the process of the ranks' store has ended, {_ANEW}"
 
-_GUARD = [sys.executable, "-m", "nbdist.engine.parent_watch"]
 _PING_MS = 100  # a registration completes at the next heartbeat: with the default, after up to 3 s
 _MISSED_BEATS = 100  # a swapped-out engine misses more than the default of 10 such short beats
 _POLL_S = 0.01
@@ -42,60 +52,101 @@ _MISSED_AFTER_S = 1.0
 
 
 class Launch:
-    """A controller and its engines as processes, with a client connected to them.
+    """A controller and its engines as processes, on one or several hosts, with a client connected to them.
 
     Args:
-        engines: How many engines to start; see `wait_for`.
+        choice: How many engines to start on which hosts, see `wait_for`; a number of them on this one.
         patience_s: How long they live without a kernel, in seconds; None if they end with this one.
+        timeout_s: How long other hosts may take to answer first, in seconds.
+
+    Attributes:
+        hosts: The hosts, by name, in the user's order.
+        size: How many engines were started first.
+        address: Of this host, where the others reach it; empty if there are none.
+        on_lost: Called with the id of a host that is lost, in a thread.
+
+    Raises:
+        PlanError: A host cannot be found, or cannot run so many engines.
+        ClusterError: A host cannot be reached, or has another environment. Then nothing is left running.
     """
 
-    def __init__(self, engines: int, patience_s: float | None = None) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
-        self.host_id = ""  # set by `Engines`, whose module has loaded torch
-        self.anchor = None if patience_s is None else Anchor.start(str(self.folder), patience_s)
-        if fork_client.can_fork():
-            fork_client.require_server()  # it loads torch from now on
+    _local: LocalHost
+    _agents: Agents | None
+
+    def __init__(self, choice: HostChoice | int, patience_s: float | None = None, timeout_s: float = 60.0) -> None:
+        choice = HostChoice(engines={LOCAL: choice}) if isinstance(choice, int) else choice
+        counts = choice.engines
+        ssh = Ssh.of_user() if choice.others else None
+        address = "" if ssh is None else ssh.address_towards(choice.others, choice.interface)
+        folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
+        self._prepare(folder, None if patience_s is None else Anchor.start(str(folder), patience_s), address)
         self._cluster = ipyparallel.Cluster(
-            n=engines,
             controller=ForkedController,
-            engines=ForkedEngines,
-            delay=0,
             log_level=40,
             cluster_id="",
             cluster_file="",  # other ipyparallel clients must not find this cluster
-            profile_dir=str(self.folder / "profile"),
-            config=self._settings(),
+            profile_dir=str(folder / "profile"),
+            config=self._settings(engines_follow=LOCAL in counts),
             load_profile=False,
             shutdown_atexit=False,  # `Cluster` in cluster.py does it, in the right order
-            send_engines_connection_env=True,
             controller_args=[
                 f"--ping={_PING_MS}", "--usethreads", f"--HeartMonitor.max_heartmonitor_misses={_MISSED_BEATS}",
+                *([f"--ip={address}"] if address else []),
             ],
         )  # fmt: skip
         self.client: EngineClient = IpyparallelClient(self._cluster.connect_client_sync)
         try:
-            self._cluster.start_cluster_sync(engines)
+            for name in counts:
+                if ssh is None or name == LOCAL:
+                    self.hosts[name] = self._local
+                else:
+                    self._agents = self._agents or Agents(address)
+                    remote = RemoteHost(name, ssh.agent_command(name), self._agents, folder, timeout_s)
+                    remote.on_lost = self._note_lost
+                    self.hosts[name] = remote
+            if choice.others:
+                self._sign_messages()
+            self._cluster.start_controller_sync()
+            self.size = self._start_first(counts)
             self.client.connect()
             self._note()
         except BaseException:
             self.end()
             raise
 
+    def _prepare(self, folder: Path, anchor: Anchor | None, address: str) -> None:
+        """What a new launch and an attached one begin with."""
+        self.folder, self.anchor, self.address, self.size = folder, anchor, address, 0
+        if fork_client.can_fork():
+            fork_client.require_server()  # it loads torch from now on
+        self.host_id = host_id()
+        self._owner = process_mark(os.getpid()) if anchor is None else anchor.mark
+        interface = interface_to(address)[0] if address else ""
+        facts = HostFacts(
+            name=host_name(), host_id=self.host_id, cores=available_cores(), address=address, interface=interface
+        )
+        self._local = LocalHost(facts, folder, self._owner)
+        self._agents = None
+        self.hosts: dict[str, Host] = {}
+        self.on_lost: Callable[[str], None] = lambda host_id: None
+        self._newest: list[tuple[Host, concurrent.futures.Future[list[str]]]] = []
+
     @classmethod
-    def attach(cls, anchor: Anchor, launched: dict[str, Any]) -> Launch:
+    def attach(cls, anchor: Anchor, launched: dict[str, Any], processes: Iterable[str]) -> Launch:
         """Attach to the processes that another kernel started.
 
         Args:
             anchor: Their owner.
             launched: That kernel's `ipyparallel.Cluster`, as a dict.
+            processes: The marks of its processes.
         """
         launch = cls.__new__(cls)
-        launch.folder, launch.host_id, launch.anchor = Path(anchor.folder), "", anchor
-        if fork_client.can_fork():
-            fork_client.require_server()  # for engines that are added later
+        launch._prepare(Path(anchor.folder), anchor, "")
         launch._cluster = ipyparallel.Cluster.from_dict(
             launched, config=launch._settings(), load_profile=False, shutdown_atexit=False, log_level=50
         )
+        launch._local.adopt(set(processes) - set(launch._controller_marks()))
+        launch.hosts[LOCAL] = launch._local
         launch.client = IpyparallelClient(launch._cluster.connect_client_sync)
         launch.client.connect()
         while launch.client.look_again():  # engines may die at this very moment
@@ -105,31 +156,59 @@ class Launch:
     def _note(self) -> None:
         """Save the processes at the anchor, for the next kernel."""
         if self.anchor is not None:
-            controller = getattr(self._cluster.controller, "process", None)
-            marks = []
-            for process in [*([controller] if controller else []), *self._engine_processes()]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    marks.append(process_mark(process.pid))
-            self.anchor.note("processes", marks)
+            self.anchor.note("processes", [*self._controller_marks(), *sorted(self._local.processes())])
             self.anchor.note("launched", self._cluster.to_dict())
 
-    def _settings(self) -> Config:
-        owner = process_mark(os.getpid()) if self.anchor is None else self.anchor.mark
-        environment = {OWNER_VARIABLE: owner, FOLDER_VARIABLE: str(self.folder)}
+    def _settings(self, *, engines_follow: bool = True) -> Config:
+        environment = {OWNER_VARIABLE: self._owner, FOLDER_VARIABLE: str(self.folder)}
+        if self.address:
+            environment["IPP_ENABLE_CURVE"] = "1"  # what goes over a network is encrypted
         config = Config()
-        config.BaseLauncher.output_limit = 0  # else a stop prints a hundred lines of log per engine
+        config.BaseLauncher.output_limit = 0  # else a stop prints a hundred lines of log
         config.BaseLauncher.environment = environment
-        config.LocalEngineSetLauncher.delay = 0
         config.LocalProcessLauncher.stop_seconds_until_kill = 1
-        config.ControllerLauncher.controller_cmd = [*_GUARD, "controller"]
-        config.EngineLauncher.engine_cmd = [*_GUARD, "engine"]
+        config.ControllerLauncher.controller_cmd = [*GUARD, "controller"]
+        config.ForkedController.engines_follow = engines_follow
         return config
+
+    def _sign_messages(self) -> None:
+        """Let the controller authenticate what it receives: with encryption it would not, unless it is given a key."""
+        profile = self.folder / "profile"
+        profile.mkdir(exist_ok=True)
+        (profile / "ipcontroller_config.py").write_text(f'get_config().Session.key = b"{secrets.token_hex(32)}"\n')
+
+    def _start_first(self, counts: Mapping[str, int | None]) -> int:
+        """Start the first engines, on all hosts at once; returns how many."""
+        total, starting = 0, []
+        for name, count in counts.items():
+            facts = self.hosts[name].facts
+            chosen = default_engines(facts.cores, facts.gpus) if count is None else count
+            if name != LOCAL:
+                check_engines(chosen, facts.cores, facts.gpus, f"host {name}")
+            starting.append((self.hosts[name], chosen))
+            total += chosen
+        self._newest = [(host, host.start_engines(chosen, self._environment)) for host, chosen in starting]
+        return total
+
+    @functools.cached_property
+    def _environment(self) -> EngineEnvironment:
+        """How engines reach the controller, once it has written that."""
+        file = Path(self._cluster.controller.connection_files["engine"])
+        while self.controller_runs:
+            with contextlib.suppress(OSError, ValueError):  # not there yet, or not all of it
+                return {"IPP_CONNECTION_INFO": json.dumps(json.loads(file.read_text())), "IPP_CLUSTER_ID": ""}
+            time.sleep(_POLL_S)
+        raise ClusterError(CONTROLLER_ENDED)
+
+    def _note_lost(self, host: Host) -> None:
+        with contextlib.suppress(ClusterError):  # it was lost before it had answered: nothing ran there
+            self.on_lost(host.facts.host_id)
 
     def wait_for(self, engines: int, timeout_s: float, report: Callable[[str], None]) -> None:
         """Wait until `engines` are registered; reports how many are.
 
         Raises:
-            ClusterError: An engine that was just started has ended, or the timeout passed.
+            ClusterError: An engine that was just started has ended, a host is lost, or the timeout passed.
         """
         deadline = time.monotonic() + timeout_s
         look_again_s = time.monotonic() + _MISSED_AFTER_S
@@ -137,8 +216,7 @@ class Launch:
             report(f"{ready} of {engines} engines are ready")
             if not self.controller_runs:
                 raise ClusterError(CONTROLLER_ENDED)
-            if not self._processes_alive():
-                raise ClusterError(f"an engine ended while it started:\n{self.log_tail()}")
+            self._check_newest()
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"only {ready} of {engines} engines were ready after {timeout_s:g} s: "
@@ -149,110 +227,117 @@ class Launch:
                 look_again_s = time.monotonic() + _MISSED_AFTER_S
             time.sleep(_POLL_S)
 
-    def pids(self) -> set[int]:
-        """Pids of the running engine processes of this host, registered or not."""
-        return {process.pid for process in self._engine_processes() if not has_ended(process)}
+    def _check_newest(self) -> None:
+        """Raise `ClusterError` if an engine that was started last could not start, or has ended."""
+        for host, started in self._newest:
+            if started.done() and not all(map(host.runs, started.result())):
+                raise ClusterError(f"an engine ended while it started:\n{host.log_tail()}")
 
-    def add(self, count: int) -> None:
-        """Start `count` more engines; returns at once. They register later, under new ids."""
-        self._cluster.start_engines_sync(count)
+    def processes(self) -> set[tuple[str, str]]:
+        """The running engine processes, registered or not: host id and mark of each."""
+        return {(host.facts.host_id, mark) for host in self.living() for mark in host.processes()}
+
+    def living(self) -> list[Host]:
+        """The hosts that are not lost."""
+        return [host for host in self.hosts.values() if not host.lost]
+
+    def host_of(self, host_id: str) -> Host | None:
+        """The host with this id; None for one that is not of this launch."""
+        return next((host for host in self.hosts.values() if host.facts.host_id == host_id), None)
+
+    def runs(self, host_id: str, mark: str) -> bool:
+        """Whether an engine's process has not ended, as far as is known. Returns at once."""
+        host = self.host_of(host_id)
+        return host is None or host.runs(mark)
+
+    def add(self, count: int, preferred: Iterable[str] = ()) -> None:
+        """Start `count` more engines; returns when they have started. They register later, under new ids.
+
+        Args:
+            count: How many.
+            preferred: Ids of the hosts that they should be on; where one is lost, and for more engines than that, the
+                host with the fewest engines for its cores is taken.
+
+        Raises:
+            ClusterError: No host is left, or they could not be started.
+        """
+        living = self.living()
+        if not living:
+            raise ClusterError("all hosts are lost: %dist_stop, then %dist_start.")
+        chosen: list[Host] = []
+        for wanted in [*preferred, *[""] * count][:count]:
+            same = [host for host in living if host.facts.host_id == wanted]
+            load = {
+                host.name: (len(host.processes()) + chosen.count(host) + 1) / host.facts.cores
+                for host in same or living
+            }  # fmt: skip
+            chosen.append(min(same or living, key=lambda host: load[host.name]))
+        self._newest = [
+            (host, host.start_engines(chosen.count(host), self._environment)) for host in dict.fromkeys(chosen)
+        ]
+        for _, started in self._newest:
+            started.result()
         self._note()
 
     @property
     def controller_runs(self) -> bool:
-        """Whether the controller's process runs; True if its launcher is not local."""
+        """Whether the controller's process runs."""
         process = getattr(self._cluster.controller, "process", None)
         return process is None or not has_ended(process)
 
-    def _engine_processes(self) -> list[psutil.Process]:
-        return [process for engine_set in list(self._cluster.engines.values()) for process in _processes(engine_set)]
+    def _controller_marks(self) -> list[str]:
+        """The mark of the controller's process; empty if it has ended."""
+        process = getattr(self._cluster.controller, "process", None)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [process_mark(process.pid)] if process is not None else []
+        return []
 
     def end(self) -> None:
-        """End every process. Twice is fine.
-
-        Engines of this host are killed at once, without waiting for what they run.
-        """
-        controller = getattr(self._cluster.controller, "process", None)
-        for parent in [*self._engine_processes(), *([controller] if controller else [])]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                # Its nanny and data workers too: by themselves they would end later.
-                for process in [parent, *parent.children(recursive=True)]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()
+        """End every process, on all hosts. Twice is fine. What engines run is not waited for."""
+        others = [host for host in self.hosts.values() if host is not self._local]
+        for host in [*others, self._local]:
+            host.begin_end()
+        if (controller := getattr(self._cluster.controller, "process", None)) is not None:
+            kill_tree(controller)
         self.client.close()
-        if self.folder.exists():
-            servers = fork_client.servers_of(str(self.folder))
-            # Orphans of a killed fork server may stay zombies, for which ipyparallel would wait a minute.
-            if all(server.alive for server in servers):
-                with contextlib.suppress(Exception):  # the processes have ended, whatever ipyparallel raises
-                    self._cluster.stop_cluster_sync()
-            for server in servers:
-                with contextlib.suppress(ClusterError):
-                    server.end_cluster(str(self.folder))  # it may have forked an engine whose reply was interrupted
-            if self.anchor is not None:
-                self.anchor.end()
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _processes_alive(self) -> bool:
-        """Whether the engines started last still run; True if their launcher is not local."""
-        newest = list(self._cluster.engines.values())[-1:]
-        processes = [process for engine_set in newest for process in _processes(engine_set)]
-        return not any(map(has_ended, processes))
+        # Orphans of a killed fork server may stay zombies, for which ipyparallel would wait a minute.
+        if self.folder.exists() and all(server.alive for server in fork_client.servers_of(str(self.folder))):
+            with contextlib.suppress(Exception):  # the processes have ended, whatever ipyparallel raises
+                self._cluster.stop_cluster_sync()
+        for host in others:
+            host.end()
+        if self._agents is not None:
+            self._agents.close()
+        self._local.end()
+        if self.anchor is not None:
+            self.anchor.end()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def log_tail(self) -> str:
         """The end of each engine's log."""
-        logs = sorted((self.folder / "profile" / "log").glob("ipengine*"))
-        return "\n".join(log.read_text(errors="replace")[-800:] for log in logs)
+        return "\n".join(host.log_tail() for host in self.living())
 
 
-def _processes(engine_set: Any) -> list[psutil.Process]:
-    """The engine processes that a launcher started on this host; empty if it is not a local one."""
-    launchers = list(getattr(engine_set, "launchers", {}).values())
-    return [process for launcher in launchers if (process := getattr(launcher, "process", None))]
-
-
-class _Forked(launcher.LocalProcessLauncher):
-    """Starts a process as a fork of the fork server; without one that can fork, as ipyparallel's local launcher does.
-
-    A killed server is replaced by a new one.
-    """
-
-    def start(self) -> None:
-        server = (fork_client.current_server() or fork_client.require_server()) if fork_client.can_fork() else None
-        if server is None or not server.forks:
-            super().start()
-            return
-        request = fork_client.ForkRequest(
-            arguments=self.args[len(_GUARD) :], environment={**os.environ, **self.get_env()},
-            folder=os.path.abspath(self.work_dir), log=self.output_file, cores=os.sched_getaffinity(0),
-        )  # fmt: skip
-        try:
-            pid = server.fork(request)
-        except ClusterError as error:
-            warnings.warn(f"{error} Processes start one by one instead, which takes longer.", stacklevel=1)
-            super().start()
-            return
-        adopt(self, pid)
-
-
-class ForkedController(_Forked, launcher.LocalControllerLauncher):
-    """The controller, as a fork."""
+class ForkedController(launcher.LocalControllerLauncher):
+    """Starts the controller as a fork of the fork server, where there is one; else as ipyparallel's launcher does."""
 
     entrypoint_name = f"{__name__}.ForkedController"  # by which a `Cluster` that is saved as a dict finds this class
+
+    engines_follow = Bool(True, config=True, help="Whether engines are started on this host too.")
+
+    def start(self) -> None:
+        """See ipyparallel."""
+        pid = fork_client.try_fork(
+            "controller", self.args[len(GUARD) + 1 :], {**os.environ, **self.get_env()}, os.path.abspath(self.work_dir),
+            self.output_file, loads=self.engines_follow,
+        )  # fmt: skip
+        if pid is None:
+            super().start()
+        else:
+            adopt(self, pid)
 
     async def get_connection_info(self, timeout: float | None = None) -> Any:
         """The contents of its connection files, once it has written them."""
         while self.process.is_running() and not all(os.path.exists(file) for file in self.connection_files.values()):
             await asyncio.sleep(_POLL_S)  # ipyparallel polls only ten times a second
         return await super().get_connection_info(timeout)
-
-
-class _ForkedEngine(_Forked, launcher.LocalEngineLauncher):
-    pass
-
-
-class ForkedEngines(launcher.LocalEngineSetLauncher):
-    """Engines, as forks."""
-
-    entrypoint_name = f"{__name__}.ForkedEngines"
-    launcher_class = _ForkedEngine

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["INTERFACE_VARIABLE", "choose_interface"]
+from nbdist.telemetry.host import INTERFACE_VARIABLE
 
-INTERFACE_VARIABLE = "NBDIST_INTERFACE"
-"""The interface towards the other hosts; without it gloo looks its own host's name up, and nccl takes the first."""
+__all__ = ["choose_interface"]
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"

@@ -18,7 +18,7 @@ import os
 import pickle
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -190,6 +190,17 @@ class Payload:
     code_bytes: int
     table_start: int
     nbytes: int
+
+    @property
+    def extents(self) -> tuple[int, int, int]:
+        """All its numbers."""
+        return self.code_bytes, self.table_start, self.nbytes
+
+    @classmethod
+    def at(cls, path: str, extents: Sequence[int]) -> Payload:
+        """The payload in a segment of this host, by its `extents`."""
+        code_bytes, table_start, nbytes = extents
+        return cls(path=path, inline=None, code_bytes=code_bytes, table_start=table_start, nbytes=nbytes)
 
 
 def pack(

@@ -13,6 +13,7 @@ from shared_cluster import ENGINES, HUNG_S, until
 import nbdist
 from nbdist.cluster.calls.pending_call import EngineDied
 from nbdist.cluster.engines.starting import start_engines
+from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
 from nbdist.errors import EngineError, PlanError
 
 
@@ -27,7 +28,7 @@ def with_spare(cluster):
 @pytest.fixture
 def engines(shared_cluster):
     """Two engines of the test's own, without spares."""
-    engines = start_engines(2, "cpu", HUNG_S, lambda words: None)
+    engines = start_engines(HostChoice(engines={LOCAL: 2}), "cpu", HUNG_S, lambda words: None)
     yield engines
     engines.end()
 

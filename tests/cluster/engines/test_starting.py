@@ -9,6 +9,7 @@ import pytest
 from shared_cluster import HUNG_S
 
 from nbdist.cluster.engines.starting import start_engines
+from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
 from nbdist.errors import ClusterError
 
 pytestmark = pytest.mark.engines
@@ -23,7 +24,7 @@ def test_a_start_that_fails_at_once_leaves_nothing(shared_cluster, monkeypatch):
     monkeypatch.setattr("nbdist.cluster.engines.starting.Launch", fail)
     before, threads = set(psutil.Process().children()), {*threading.enumerate()}
     with pytest.raises(ClusterError, match="no controller") as caught:
-        start_engines(2, "cpu", HUNG_S, lambda words: None)
+        start_engines(HostChoice(engines={LOCAL: 2}), "cpu", HUNG_S, lambda words: None)
     for thread in {*threading.enumerate()} - threads:
         thread.join()
     assert before == set(psutil.Process().children()), caught

@@ -15,6 +15,7 @@ from shared_cluster import HUNG_S, until
 from nbdist.cluster.engines import world_forming
 from nbdist.cluster.engines.starting import start_engines
 from nbdist.cluster.engines.world_forming import Forming
+from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
 from nbdist.errors import ClusterError, EngineError
 
 KILLS = 8
@@ -28,13 +29,14 @@ SPARE = {"shared_memory": 1, "process_group": 0}
 def three(request, shared_cluster, monkeypatch):
     """Three engines of the test's own that talk through either kind of channel."""
     monkeypatch.setenv("NBDIST_CHANNEL", request.param)
-    engines = start_engines(3, "cpu", HUNG_S, lambda words: None, SPARE[request.param])
+    engines = start_engines(HostChoice(engines={LOCAL: 3}), "cpu", HUNG_S, lambda words: None, SPARE[request.param])
     abort = Forming.abort
 
     def patiently(forming):
         """Wait until ranks are released, however slow the machine; stopped ranks never are."""
         forming.release()
-        until(lambda: all(call.done() or stopped(engines, rank) for rank, call in forming.calls.items()))
+        calls = forming.calls.items()
+        until(lambda: engines.check_alive() or all(call.done() or stopped(engines, rank) for rank, call in calls))
         abort(forming)
 
     monkeypatch.setattr(Forming, "abort", patiently)

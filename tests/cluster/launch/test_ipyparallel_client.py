@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import zmq
-from shared_cluster import HUNG_S
+from shared_cluster import HUNG_S, pids_of
 
 from nbdist.cluster.calls.pending_call import CallError, EngineDied, LostCall
 from nbdist.cluster.launch.ipyparallel_client import IpyparallelClient
@@ -76,7 +76,7 @@ def test_a_call_is_a_standard_future(launch, engine):
     calls = [launch.client.start_call(engine, "ping") for _ in range(3)]
     done, waiting = concurrent.futures.wait(calls, HUNG_S)
     assert (set(calls), set()) == (done, waiting)
-    assert [*launch.pids()] * 3 == [call.result() for call in calls]
+    assert [*pids_of(launch)] * 3 == [call.result() for call in calls]
     assert all(call.succeeded and call.wait(0) for call in calls)
 
 
@@ -153,7 +153,7 @@ def test_calls_may_be_started_and_awaited_by_any_thread(launch, engine):
         thread.start()
     for thread in threads:
         thread.join()
-    assert [*launch.pids()] * 4 == replies
+    assert [*pids_of(launch)] * 4 == replies
 
 
 def test_a_death_that_a_connection_has_missed_is_found():

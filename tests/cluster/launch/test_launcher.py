@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import zmq
-from shared_cluster import HUNG_S, until
+from shared_cluster import HUNG_S, pids_of, until
 
 from nbdist.cluster.launch.launcher import Launch
 
@@ -37,4 +37,4 @@ def test_an_engine_that_registers_while_the_client_connects_is_found(launch):
     launch.wait_for(2, HUNG_S, lambda text: None)
     assert len(launch.client.ids) == 2
     pids = [launch.client.start_call(engine, "ping") for engine in launch.client.ids]
-    assert launch.pids() == {pid.result(HUNG_S) for pid in pids}
+    assert pids_of(launch) == {pid.result(HUNG_S) for pid in pids}

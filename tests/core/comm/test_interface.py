@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from nbdist.core.comm import interface
-from nbdist.core.comm.interface import INTERFACE_VARIABLE, choose_interface
+from nbdist.core.comm.interface import choose_interface
+from nbdist.telemetry.host import INTERFACE_VARIABLE
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"

@@ -1,7 +1,7 @@
 """What we change in ipyparallel, and what we use of it that it does not document. Nothing else of nbdist does either.
 
 Each function is a patch, with what happens without it: in another major version, or where its place has gone.
-`tests/cluster/launch/test_ipyparallel_patches.py` fails for a version that is not `VERIFIED`, or if a place changes.
+`tests/cluster/hosts/test_ipyparallel_patches.py` fails for a version that is not `VERIFIED`, or if a place changes.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from typing import NoReturn
 
 import psutil
 
-from nbdist.cluster.launch import ipyparallel_patches
-from nbdist.cluster.launch.fork_client import ForkRequest
+from nbdist.cluster.hosts import ipyparallel_patches
+from nbdist.cluster.hosts.fork_client import ForkRequest
 from nbdist.engine import parent_watch
 from nbdist.process_mark import alive
 
@@ -146,7 +146,8 @@ def _serve(pipe: Connection, owner: str, children: _ChildProcesses) -> None:
             pipe.send((number, pid, error))
         except OSError:  # the owner has ended meanwhile
             return
-        _load(_ENGINE)  # in the first start, while the controller gets ready
+        if request.loads:
+            _load(_ENGINE)  # in the first start, while the controller gets ready
 
 
 def _load(modules: list[str]) -> str:

@@ -16,7 +16,7 @@ from shared_cluster import ENGINES, until
 from tasks import classes, copied, net, same
 
 import nbdist
-from nbdist.cluster.launch.fork_client import ForkRequest, ForkServer, current_server, end_server, require_server
+from nbdist.cluster.hosts.fork_client import ForkRequest, ForkServer, current_server, end_server, require_server
 from nbdist.engine.parent_watch import FOLDER_VARIABLE
 from nbdist.errors import ClusterError
 from nbdist.process_mark import has_ended
@@ -27,7 +27,7 @@ COMPILER = "import sys; print(bool({'torch._dynamo', 'sympy'} & set(sys.modules)
 FACTS = "import os, time; print(os.environ.get('NBDIST_TEST'), os.getcwd(), time.localtime().tm_zone, sep='\\n')"
 OWNER = """
 import os, sys
-from nbdist.cluster.launch.fork_client import require_server
+from nbdist.cluster.hosts.fork_client import require_server
 
 pid, heir = require_server().pid, os.fork()
 if heir:

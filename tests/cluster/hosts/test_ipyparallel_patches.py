@@ -12,17 +12,18 @@ import sys
 import types
 
 import ipyparallel
+import psutil
 import pytest
 from ipyparallel.cluster import launcher as launchers
 from ipyparallel.controller import app as controller
 from ipyparallel.engine import app as engine
 from ipyparallel.engine import nanny
 from ipyparallel.error import RemoteError
-from shared_cluster import HUNG_S, until
+from shared_cluster import HUNG_S, pids_of, until
 
 from nbdist.cluster.calls.pending_call import EngineDied
-from nbdist.cluster.launch import ipyparallel_patches as patches
-from nbdist.cluster.launch.launcher import ForkedController, ForkedEngines, Launch
+from nbdist.cluster.hosts import ipyparallel_patches as patches
+from nbdist.cluster.launch.launcher import ForkedController, Launch
 
 pytestmark = pytest.mark.programs
 
@@ -83,8 +84,8 @@ def test_a_nanny_reads_its_arguments_from_standard_input():
 
 def test_the_nanny_is_forked(launch):
     """It is no Python of its own, and tells of its engine's death."""
-    (pid,) = launch.pids()
-    (watcher,) = until(lambda: [p for p in launch._engine_processes()[0].children() if p.name() == "nbdist-nanny"])
+    (pid,) = pids_of(launch)
+    (watcher,) = until(lambda: [p for p in psutil.Process(pid).children() if p.name() == "nbdist-nanny"])
     (known,) = launch.client.ids
     call = launch.client.start_cell(known, "import time; time.sleep(1e6)")
     os.kill(pid, signal.SIGKILL)
@@ -103,11 +104,10 @@ def test_a_local_launcher_waits_for_its_process_by_one_method():
     assert "self._start_waiting()" in source
 
 
-@pytest.mark.parametrize("own", [ForkedController, ForkedEngines])
-def test_our_launchers_are_found_by_the_name_that_a_saved_cluster_has(own):
-    """Another kernel imports them by it."""
-    module, _, name = launchers.abbreviate_launcher_class(own).rpartition(".")
-    assert getattr(importlib.import_module(module), name) is own
+def test_our_launcher_is_found_by_the_name_that_a_saved_cluster_has():
+    """Another kernel imports it by that."""
+    module, _, name = launchers.abbreviate_launcher_class(ForkedController).rpartition(".")
+    assert getattr(importlib.import_module(module), name) is ForkedController
 
 
 @pytest.mark.parametrize("version", [(10, 0, 0), (7, 1, 0)])
@@ -130,7 +130,7 @@ def test_a_cluster_starts_without_any_patch(shared_cluster, tmp_path, monkeypatc
 
 
 UNPATCHED = """
-import nbdist.cluster.launch.ipyparallel_patches as patches
+import nbdist.cluster.hosts.ipyparallel_patches as patches
 patches._has = lambda place, *names: False
 """
 

@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Pipe
 
@@ -29,12 +30,13 @@ __all__ = [
     "end_server",
     "require_server",
     "servers_of",
+    "try_fork",
 ]
 
 FORK_VARIABLE = "NBDIST_FORK"
 """Set to "off", it disables the fork server: every engine is then a new Python process."""
 
-_COMMAND = "from nbdist.cluster.launch.fork_server import main; main()"
+_COMMAND = "from nbdist.cluster.hosts.fork_server import main; main()"
 _READ_WHEN_LOADED = (
     "ATEN_", "GOMP_", "LD_", "MALLOC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "PYTORCH_", "TORCH_",
 )  # fmt: skip
@@ -51,6 +53,7 @@ class ForkRequest:
         folder: Its working directory.
         log: The file for its output.
         cores: Numbers of the CPU cores it may use.
+        loads: Whether the server loads torch afterwards: engines follow.
     """
 
     arguments: Sequence[str]
@@ -58,6 +61,7 @@ class ForkRequest:
     folder: str
     log: str
     cores: set[int]
+    loads: bool = True
 
 
 class ForkServer:
@@ -167,6 +171,35 @@ def require_server() -> ForkServer:
             atexit.register(end_server)
         _server = ForkServer()
     return _server
+
+
+def try_fork(
+    kind: str, arguments: Iterable[str], environment: dict[str, str], folder: str, log: str, *, loads: bool = True
+) -> int | None:  # fmt: skip
+    """Fork a process of ipyparallel's; returns its pid, None where none can be forked. A killed server is replaced.
+
+    Args:
+        kind: "controller" or "engine".
+        arguments: Of ipyparallel's program.
+        environment: All its variables.
+        folder: Its working directory.
+        log: The file for its output.
+        loads: See `ForkRequest`.
+    """
+    if not can_fork():
+        return None
+    server = current_server() or require_server()
+    if not server.forks:
+        return None
+    request = ForkRequest(
+        arguments=[kind, *arguments], environment=environment, folder=folder, log=log, cores=os.sched_getaffinity(0),
+        loads=loads,
+    )  # fmt: skip
+    try:
+        return server.fork(request)
+    except ClusterError as error:
+        warnings.warn(f"{error} Processes start one by one instead, which takes longer.", stacklevel=1)
+        return None
 
 
 def servers_of(folder: str) -> list[ForkServer]:

@@ -1,0 +1,244 @@
+"""The agents of other hosts, as the kernel reaches them: one encrypted, authenticated connection from each.
+
+An agent connects to the kernel, never the other way: only ssh has to reach the host. The connection is CurveZMQ, and
+both sides prove that they have a key that ssh brought there. A thread owns the socket; it notices an agent that ends,
+and one that sends nothing for the host timeout.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from nbdist.cluster.hosts.host import HostLostError
+from nbdist.errors import ClusterError
+from nbdist.keepalive import host_timeout_s
+
+__all__ = ["BEATS_A_TIMEOUT", "Agents", "Invitation"]
+
+BEATS_A_TIMEOUT = 6
+"""How often an agent sends something within the host timeout, and how often that is looked at."""
+_LINGER_MS = 500
+
+Invitation = dict[str, str]
+"""With what an agent connects: name, address, keys and the host timeout. It is secret: it travels over ssh alone."""
+
+
+class _Agent:
+    """What is known of one agent."""
+
+    def __init__(self) -> None:
+        self.public = b""
+        self.hello: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
+        self.pending: dict[int, concurrent.futures.Future[tuple[Any, list[bytes]]]] = {}
+        self.last_beat_s = 0.0
+        self.lost = ""
+        self.program: subprocess.Popen[bytes] | None = None
+        self.why: Callable[[], str] = str
+        self.on_event: Callable[[Sequence[Any]], None] = lambda event: None
+        self.on_lost: Callable[[], None] = lambda: None
+
+
+class Agents:
+    """The agents of one cluster. Safe to use from several threads; local to the process that made it.
+
+    Args:
+        address: Of this host, where the other hosts reach it.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._timeout_s = host_timeout_s()
+        self._agents: dict[str, _Agent] = {}
+        self._names: dict[str, str] = {}  # of each agent, by its public key
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._unsent: collections.deque[list[bytes]] = collections.deque()
+        self._ended = False
+        self._context = zmq.Context()  # of its own: the keys of its peers are checked by a thread for all its sockets
+        self._keys = ThreadAuthenticator(self._context)
+        self._keys.start()
+        self._keys.configure_curve_callback("*", credentials_provider=self)
+        public, secret = zmq.curve_keypair()
+        self._public = public
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.curve_secretkey, self._socket.curve_publickey, self._socket.curve_server = secret, public, True
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * self._timeout_s / BEATS_A_TIMEOUT))
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * self._timeout_s))
+        port = self._socket.bind_to_random_port(f"tcp://{address}")
+        self._address = f"tcp://{address}:{port}"
+        self._wake, self._awake = os.pipe()
+        self._thread = threading.Thread(target=self._serve, daemon=True, name="nbdist-agents")
+        self._thread.start()
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether a peer with this key may connect; called by `zmq.auth`."""
+        return key.decode() in self._names
+
+    def invite(self, name: str) -> Invitation:
+        """A new agent: the keys with which it connects."""
+        public, secret = zmq.curve_keypair()
+        agent = _Agent()
+        agent.public = public
+        with self._lock:
+            self._agents[name] = agent
+            self._names[public.decode()] = name
+        return {
+            "name": name, "controller": self._address, "timeout_s": str(self._timeout_s),
+            "server_key": self._public.decode(), "public_key": public.decode(), "secret_key": secret.decode(),
+        }  # fmt: skip
+
+    def watch(
+        self, name: str, program: subprocess.Popen[bytes], why: Callable[[], str],
+        on_event: Callable[[Sequence[Any]], None], on_lost: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """Watch an agent.
+
+        Args:
+            name: Of its host.
+            program: Through which it was started; it ends with it.
+            why: Says why that has ended.
+            on_event: Called with what the agent says of itself, in this object's thread.
+            on_lost: Called once it is lost, in this object's thread.
+        """
+        agent = self._agents[name]
+        agent.why, agent.on_event, agent.on_lost = why, on_event, on_lost
+        agent.program = program
+
+    def hello(self, name: str) -> concurrent.futures.Future[dict[str, Any]]:
+        """What an agent says first: the facts of its host."""
+        return self._agents[name].hello
+
+    def lost(self, name: str) -> bool:
+        """Whether an agent has ended, or cannot be reached."""
+        return bool(self._agents[name].lost)
+
+    def request(
+        self, name: str, kind: str, *arguments: Any, frames: Sequence[bytes] = ()
+    ) -> concurrent.futures.Future[tuple[Any, list[bytes]]]:
+        """Request something of an agent that has said hello; the result is its reply, as plain data and as bytes.
+
+        It fails with `HostLostError` if the host is lost, and with another `ClusterError` if the agent cannot do it.
+
+        Args:
+            name: Of its host.
+            kind: See `agent_server`.
+            arguments: Plain data.
+            frames: Bytes.
+        """
+        future: concurrent.futures.Future[tuple[Any, list[bytes]]] = concurrent.futures.Future()
+        agent, number = self._agents[name], next(self._numbers)
+        with self._lock:
+            if agent.lost:
+                future.set_exception(HostLostError(agent.lost))
+                return future
+            agent.pending[number] = future
+        self._send([name.encode(), str(number).encode(), json.dumps([kind, *arguments]).encode(), *frames])
+        return future
+
+    def close(self) -> None:
+        """Close all connections: the agents end. Twice is fine."""
+        if self._ended:
+            return
+        self._ended = True
+        os.write(self._awake, b"x")
+        self._thread.join()
+        self._socket.close()
+        self._keys.stop()
+        self._context.destroy(linger=_LINGER_MS)
+        os.close(self._wake)
+        os.close(self._awake)
+
+    def _send(self, message: list[bytes]) -> None:
+        self._unsent.append(message)
+        with contextlib.suppress(OSError):  # closed just now
+            os.write(self._awake, b"x")
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake, zmq.POLLIN)
+        interval_s = self._timeout_s / BEATS_A_TIMEOUT
+        looked_s = time.monotonic()
+        while not self._ended:
+            events = dict(poller.poll(round(1000 * interval_s)))
+            if self._wake in events:
+                os.read(self._wake, 1 << 12)
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    self._receive(self._socket.recv_multipart(zmq.NOBLOCK, copy=False))
+            while self._unsent:
+                self._deliver(self._unsent.popleft())
+            now_s = time.monotonic()
+            if now_s - looked_s > interval_s:
+                # A kernel that was stopped, or held the GIL, could not listen: all have another timeout then.
+                self._look(now_s, paused=now_s - looked_s > self._timeout_s / 2)
+                looked_s = now_s
+
+    def _receive(self, frames: list[Any]) -> None:
+        identity, number, data, *rest = frames
+        name = bytes(identity.buffer).decode(errors="replace")
+        agent = self._agents.get(name)
+        if agent is None or self._names.get(data.get("User-Id")) != name:
+            return  # one agent may not speak for another
+        agent.last_beat_s = time.monotonic()
+        number = int(bytes(number.buffer) or b"0")
+        content = json.loads(bytes(data.buffer))
+        if number:
+            with self._lock:
+                future = agent.pending.pop(number, None)
+            if future is not None:
+                result, error = content
+                if error:
+                    future.set_exception(ClusterError(f"host {name}: {error}"))
+                else:
+                    future.set_result((result, [bytes(frame.buffer) for frame in rest]))
+        elif content[0] == "hello":
+            agent.hello.set_result(content[1])
+        elif content[0] != "beat":
+            agent.on_event(content)
+
+    def _deliver(self, message: list[bytes]) -> None:
+        try:
+            self._socket.send_multipart(message, zmq.NOBLOCK)
+        except zmq.ZMQError:
+            self._lose(message[0].decode(), "its connection has ended")
+
+    def _look(self, now_s: float, *, paused: bool) -> None:
+        for name, agent in list(self._agents.items()):
+            if agent.lost or agent.program is None:
+                continue
+            if agent.program.poll() is not None:
+                self._lose(name, agent.why())
+            elif paused:
+                agent.last_beat_s = now_s
+            elif agent.last_beat_s and now_s - agent.last_beat_s > self._timeout_s:
+                self._lose(name, f"nothing has come from it for {self._timeout_s:g} s")
+
+    def _lose(self, name: str, reason: str) -> None:
+        agent = self._agents[name]
+        with self._lock:
+            if agent.lost:
+                return
+            agent.lost = f"host {name} is lost: {reason}."
+            pending = list(agent.pending.values())
+            agent.pending.clear()
+        error = HostLostError(agent.lost)
+        if not agent.hello.done():
+            agent.hello.set_exception(error)
+        for future in pending:
+            future.set_exception(error)
+        agent.on_lost()

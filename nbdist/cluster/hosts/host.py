@@ -1,0 +1,109 @@
+"""Host: a machine that runs engines, as the kernel sees it."""
+
+from __future__ import annotations
+
+import abc
+import concurrent.futures
+from dataclasses import dataclass, field
+from traceback import FrameSummary
+
+from nbdist.errors import ClusterError
+
+__all__ = ["EngineEnvironment", "Host", "HostFacts", "HostLostError"]
+
+EngineEnvironment = dict[str, str]
+"""Variables of an engine's process: how it reaches the controller, and what it inherits from the kernel."""
+
+
+class HostLostError(ClusterError):
+    """A host has vanished, or its agent has ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostFacts:
+    """What is known of a host. Made of plain data.
+
+    Args:
+        name: As the user names it; of the notebook's own, its network name.
+        host_id: Identifies the running system, see `nbdist.telemetry.host`.
+        cores: CPU cores that its engines may use, together.
+        gpus: How many GPUs torch sees there.
+        address: Where the other hosts reach it; empty if there are none.
+        interface: The network interface with that address.
+        python: The Python that runs there.
+        versions: Of Python, torch, ipyparallel and nbdist there, by name.
+    """
+
+    name: str
+    host_id: str
+    cores: int
+    gpus: int = 0
+    address: str = ""
+    interface: str = ""
+    python: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class Host(abc.ABC):
+    """A host. Safe to use from several threads.
+
+    A process there is named by its mark, see `process_mark`.
+    """
+
+    name: str
+    """As the user names it."""
+
+    @property
+    @abc.abstractmethod
+    def facts(self) -> HostFacts:
+        """What is known of it, once it has answered.
+
+        Raises:
+            ClusterError: It cannot be reached, or its environment is another one.
+        """
+
+    @property
+    @abc.abstractmethod
+    def lost(self) -> bool:
+        """Whether it has vanished, and all that ran there."""
+
+    @abc.abstractmethod
+    def start_engines(self, count: int, environment: EngineEnvironment) -> concurrent.futures.Future[list[str]]:
+        """Start engine processes; the result are their marks. They register with the controller later."""
+
+    @abc.abstractmethod
+    def processes(self) -> set[str]:
+        """The engine processes that have been started there and have not ended."""
+
+    @abc.abstractmethod
+    def runs(self, mark: str) -> bool:
+        """Whether a process has not ended, as far as is known. Returns at once."""
+
+    @abc.abstractmethod
+    def send_signal(self, mark: str, number: int) -> None:
+        """Send a signal to a process, if it has not ended; it is delivered when this returns, or the host is lost."""
+
+    @abc.abstractmethod
+    def stack(self, mark: str, path: str) -> tuple[list[FrameSummary] | None, bool]:
+        """Where a process's main thread is, see `stack_dump.request`; and whether the process is stopped.
+
+        Args:
+            mark: The process.
+            path: The file on that host for its stack dumps.
+        """
+
+    @abc.abstractmethod
+    def memory(self, mark: str) -> int:
+        """The resident memory of a process, in bytes; 0 if it has ended, or the host is lost."""
+
+    @abc.abstractmethod
+    def log_tail(self) -> str:
+        """The end of each engine's log."""
+
+    @abc.abstractmethod
+    def begin_end(self) -> None:
+        """Begin to `end`, without waiting. Twice is fine."""
+
+    @abc.abstractmethod
+    def end(self) -> None:
+        """Kill all that was started there. Twice is fine."""

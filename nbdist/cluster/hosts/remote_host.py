@@ -1,0 +1,171 @@
+"""Another host, through its agent."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from traceback import FrameSummary
+from typing import Any
+
+from nbdist.cluster.hosts.agents import Agents
+from nbdist.cluster.hosts.host import EngineEnvironment, Host, HostFacts
+from nbdist.cluster.hosts.local_host import versions
+from nbdist.errors import ClusterError
+
+__all__ = ["RemoteHost"]
+
+_ENDED_WITHIN_S = 2.0
+_REPLY_WITHIN_S = 10.0
+
+
+class RemoteHost(Host):
+    """See `Host`. Its agent is started at once; `facts` waits for it.
+
+    Args:
+        name: As the user names it.
+        command: Starts the agent there.
+        agents: To whom it connects.
+        folder: Of the cluster on this host, for the output of `command`.
+        timeout_s: How long the agent may take to answer first, in seconds.
+    """
+
+    def __init__(self, name: str, command: list[str], agents: Agents, folder: Path, timeout_s: float) -> None:
+        self.name = name
+        self._agents = agents
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._started = set[str]()
+        self._ended = set[str]()
+        self._facts: HostFacts | None = None
+        self.on_lost: Callable[[Host], None] = lambda host: None
+        self._log = folder / f"agent-{name.replace(os.sep, '-')}.log"
+        invitation = agents.invite(name)
+        with open(self._log, "wb") as log:
+            self._program = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, bufsize=0
+            )
+        agents.watch(name, self._program, self._why, self._note, lambda: self.on_lost(self))
+        assert self._program.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `facts` says why
+            self._program.stdin.write(json.dumps(invitation).encode() + b"\n")
+
+    @property
+    def facts(self) -> HostFacts:
+        """See `Host`."""
+        if self._facts is None:
+            try:
+                facts = HostFacts(**self._agents.hello(self.name).result(self._timeout_s))
+            except concurrent.futures.TimeoutError:
+                raise ClusterError(
+                    f"host {self.name} did not answer within {self._timeout_s:g} s: raise --timeout, or look whether "
+                    "it may connect to this host (a firewall?)."
+                ) from None
+            self._check_versions(facts)
+            self._facts = facts
+        return self._facts
+
+    def _check_versions(self, facts: HostFacts) -> None:
+        own = versions()
+        if other := [name for name in own if facts.versions.get(name) != own[name]]:
+            differing = ", ".join(f"{name} {facts.versions.get(name, 'is missing')}" for name in other)
+            here = ", ".join(f"{name} {own[name]}" for name in other)
+            raise ClusterError(
+                f"host {self.name} has another environment: {differing} in {facts.python}, and here {here}. Install "
+                "the same there, or choose another Python with c.SSHEngineLauncher.remote_python."
+            )
+
+    def _why(self) -> str:
+        """Why the program that started the agent has ended: the last line that it wrote."""
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        return f"its agent has ended ({lines[-1] if lines else f'exit {self._program.returncode}'})"
+
+    def _note(self, event: Sequence[Any]) -> None:
+        kind, mark = event
+        if kind == "ended":
+            with self._lock:
+                self._ended.add(mark)
+
+    @property
+    def lost(self) -> bool:
+        """See `Host`."""
+        return self._agents.lost(self.name)
+
+    def start_engines(self, count: int, environment: EngineEnvironment) -> concurrent.futures.Future[list[str]]:
+        """See `Host`; fails with `HostLostError`."""
+        started: concurrent.futures.Future[list[str]] = concurrent.futures.Future()
+
+        def note(replied: concurrent.futures.Future[tuple[Any, list[bytes]]]) -> None:
+            try:
+                marks, _ = replied.result()
+            except Exception as error:
+                started.set_exception(error)
+                return
+            with self._lock:
+                self._started.update(marks)
+            started.set_result(marks)
+
+        self._agents.request(self.name, "start_engines", count, environment, os.getcwd()).add_done_callback(note)
+        return started
+
+    def processes(self) -> set[str]:
+        """See `Host`."""
+        with self._lock:
+            return set() if self.lost else self._started - self._ended
+
+    def runs(self, mark: str) -> bool:
+        """See `Host`."""
+        return not self.lost and mark not in self._ended
+
+    def send_signal(self, mark: str, number: int) -> None:
+        """See `Host`."""
+        with contextlib.suppress(ClusterError):  # it is lost, or the process is: the signal has nothing to do
+            self._call("send_signal", mark, number)
+
+    def stack(self, mark: str, path: str) -> tuple[list[FrameSummary] | None, bool]:
+        """See `Host`."""
+        try:
+            frames, stopped = self._call("stack", mark, path)
+        except ClusterError:
+            return None, False
+        if frames is not None:
+            frames = [FrameSummary(file, number, name, line=line) for file, number, name, line in frames]
+        return frames, stopped
+
+    def memory(self, mark: str) -> int:
+        """See `Host`."""
+        with contextlib.suppress(ClusterError):
+            return int(self._call("memory", mark))
+        return 0
+
+    def log_tail(self) -> str:
+        """See `Host`."""
+        with contextlib.suppress(ClusterError):
+            return str(self._call("log_tail"))
+        return f"host {self.name} is lost."
+
+    def _call(self, kind: str, *arguments: Any) -> Any:
+        try:
+            return self._agents.request(self.name, kind, *arguments).result(_REPLY_WITHIN_S)[0]
+        except concurrent.futures.TimeoutError:
+            raise ClusterError(f"host {self.name} did not answer within {_REPLY_WITHIN_S:g} s.") from None
+
+    def begin_end(self) -> None:
+        """Tell the agent to end, without waiting for it."""
+        assert self._program.stdin is not None
+        with contextlib.suppress(OSError):
+            self._program.stdin.close()
+
+    def end(self) -> None:
+        """See `Host`."""
+        self.begin_end()
+        try:
+            self._program.wait(0.0 if self.lost else _ENDED_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            self._program.kill()
+            self._program.wait()

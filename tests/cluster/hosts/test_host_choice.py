@@ -1,0 +1,43 @@
+"""The choice of hosts: what is not possible is one sentence, before anything is started."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbdist import Cluster
+from nbdist.cluster.hosts.host_choice import HostChoice
+from nbdist.errors import PlanError
+from nbdist.notebook.parsers import parse_hosts
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"hosts": {}}, "no host is named"),
+        ({"hosts": {"-oProxyCommand=x": 1}}, "is no name of a host"),
+        ({"hosts": {"h1 h2": 1}}, "is no name of a host"),
+        ({"hosts": {"h1": 0}}, "0 engines on host h1 are not possible"),
+        ({"hosts": {"h1": True}}, "True engines on host h1 are not possible"),
+        ({"hosts": {"h1": 2}, "engines": 2}, "engines and hosts exclude each other"),
+        ({"hosts": {"h1": 2}, "detach": 60.0}, r"engines on other hosts \(h1\) end with the kernel"),
+        ({"hosts": {"h1": 2}, "host_timeout": 0.5}, "a host timeout of 0.5 is not possible"),
+        ({"engines": 1, "interface": "eth0"}, "interface and host_timeout are about other hosts"),
+        ({"hosts": {"local": 4000}}, "4000 engines are more than this machine can run"),
+    ],
+)
+def test_what_is_not_possible_is_one_sentence(options, sentence):
+    with pytest.raises(PlanError, match=sentence):
+        Cluster(**options)
+
+
+def test_the_number_of_engines_is_known_as_far_as_it_is_given():
+    choice = HostChoice(engines={"h1": 2, "local": 3, "h2": None})
+    assert (choice.size, choice.others) == (5, ["h1", "h2"])
+    assert Cluster(hosts={"h1": 2, "h2": 2}).hosts == {"h1": 2, "h2": 2}
+
+
+def test_hosts_on_a_line():
+    assert parse_hosts("h1:2, user@h2 ,local:1") == {"h1": 2, "user@h2": None, "local": 1}
+    for text in ("h1:2,h1:3", "h1:two", "h1:"):
+        with pytest.raises(PlanError, match="use each host once"):
+            parse_hosts(text)

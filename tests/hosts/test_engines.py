@@ -1,0 +1,95 @@
+"""Engines on several hosts: the bits of one host, and of an undisturbed run, whatever happens to a host."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from gate import Gate
+from shared_cluster import HUNG_S, until
+from torch import nn
+
+import nbdist
+from nbdist.telemetry.host import host_name
+
+X = torch.randn(512, 6, generator=torch.Generator().manual_seed(1))
+DATA = X, X.sum(1, keepdim=True).sin()
+OPTIONS = {"loss": "mse", "optimizer": "adamw", "lr": 0.01, "batch_size": 64, "epochs": 4}
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+
+
+def bits(trained: nn.Module) -> list[bytes]:
+    return [parameter.detach().numpy().tobytes() for parameter in trained.parameters()]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The bits that four ranks of one host give, by their mesh."""
+    found = {}
+    with nbdist.Cluster(4, device="cpu") as cluster:
+        for mesh in ("dp=4", "dp=2,pp=2"):
+            cluster.train(trained := model(), DATA, strategy=mesh, **OPTIONS)
+            found[mesh] = bits(trained)
+    return found
+
+
+@pytest.fixture
+def cluster(network):
+    """Two engines on each of two hosts."""
+    with nbdist.Cluster(hosts={"h1": 2, "h2": 2}, device="cpu") as started:
+        yield started
+    for host in network.names:
+        assert {} == network.processes(host)
+
+
+def test_two_hosts_give_the_bits_of_one(cluster, expected):
+    assert [engine.host for engine in cluster.engines] == ["h1", "h1", "h2", "h2"]
+    for mesh, one_host in expected.items():
+        cluster.train(trained := model(), DATA, strategy=mesh, **OPTIONS)
+        assert bits(trained) == one_host
+    assert host_name() not in {engine.host for engine in cluster.engines}
+
+
+@pytest.fixture
+def gate():
+    """Holds a run after its 6th step; in a folder that all hosts see."""
+    with tempfile.TemporaryDirectory(prefix=".gate-", dir=Path(__file__).parent) as folder:
+        yield Gate(Path(folder), 6)
+
+
+@pytest.mark.parametrize("host", ["h1", "h2"])
+@pytest.mark.parametrize("fault", ["cut", "unplug", "crash"])
+def test_a_lost_host_costs_no_bit(cluster, network, expected, gate, fault, host):
+    """The run is held while the host vanishes; the hosts that are left go on, and take its ranks."""
+    run = cluster.train(trained := model(), DATA, lr_scheduler=gate, background=True, **OPTIONS)
+    gate.wait(6, run=run)
+    getattr(network, fault)(host)
+    gate.open(6)
+    run.wait(HUNG_S)
+    assert bits(trained) == expected["dp=4"]
+    assert {engine.host for engine in cluster.engines} == {"h1", "h2"} - {host}
+
+
+def test_a_killed_engine_is_replaced_on_its_host(cluster, network, expected, gate):
+    run = cluster.train(trained := model(), DATA, lr_scheduler=gate, background=True, **OPTIONS)
+    gate.wait(6, run=run)
+    network.run("h2", f"kill -9 {cluster.engines[3].pid}")
+    gate.open(6)
+    run.wait(HUNG_S)
+    assert bits(trained) == expected["dp=4"]
+    assert [engine.host for engine in cluster.engines] == ["h1", "h1", "h2", "h2"]
+
+
+def test_a_host_that_is_cut_off_ends_all_that_runs_there(cluster, network):
+    """Nobody can tell it to; of two sides only the kernel's goes on."""
+    network.cut("h2")
+    until(lambda: not network.processes("h2"))
+    until(lambda: [engine.state for engine in cluster.engines] == ["idle", "idle", "lost", "lost"])
+    cluster.start()
+    assert [engine.host for engine in cluster.engines] == ["h1"] * 4
