@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 
-__all__ = ["HOST_TIMEOUT_S", "HOST_TIMEOUT_VARIABLE", "host_timeout_s", "keep_alive"]
+__all__ = ["HOST_TIMEOUT_S", "HOST_TIMEOUT_VARIABLE", "host_timeout_s", "keep_alive", "leads_elsewhere"]
 
 HOST_TIMEOUT_VARIABLE = "NBDIST_HOST_TIMEOUT"
 HOST_TIMEOUT_S = 3.0
@@ -21,18 +21,23 @@ def host_timeout_s() -> float:
     return float(os.environ.get(HOST_TIMEOUT_VARIABLE) or HOST_TIMEOUT_S)
 
 
+def leads_elsewhere(peer: socket.socket) -> bool:
+    """Whether a socket is a TCP connection to another host."""
+    if peer.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    try:
+        return bool(peer.getpeername()[0] != peer.getsockname()[0])
+    except OSError:  # it listens, or is closed already
+        return False
+
+
 def keep_alive(peer: socket.socket) -> None:
     """Let a connection to another host fail when that host has not answered for `host_timeout_s`. Local.
 
     Both settings are needed: keepalive covers a side that only waits, the user timeout one that has sent something.
     Connections within a host are left alone: a process that ends there always closes them.
     """
-    if peer.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    try:
-        if peer.getpeername()[0] == peer.getsockname()[0]:
-            return
-    except OSError:  # it listens, or is closed already
+    if not leads_elsewhere(peer):
         return
     timeout_s = host_timeout_s()
     settings = (

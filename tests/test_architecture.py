@@ -14,7 +14,14 @@ import pytest
 import nbdist
 
 ROOT = Path(nbdist.__file__).parent
-EVERYWHERE = {"nbdist.errors", "nbdist.interrupts", "nbdist.keepalive", "nbdist.peer_auth", "nbdist.process_mark"}
+EVERYWHERE = {
+    "nbdist.errors",
+    "nbdist.interrupts",
+    "nbdist.keepalive",
+    "nbdist.peer_auth",
+    "nbdist.process_mark",
+    "nbdist.segment_path",
+}
 PICTURES = {"matplotlib", "pandas", "rich", "torch.utils.tensorboard"}
 NOTEBOOK_WORLD = {"IPython", "ipyparallel", "ipykernel", "anywidget", "ipywidgets", "traitlets"}
 
@@ -171,7 +178,10 @@ def test_every_module_has_a_layer():
     )
     found = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert (
-        layers | ways_in | {"errors", "interrupts", "keepalive", "peer_auth", "process_mark", "store_server"} == found
+        layers
+        | ways_in
+        | {"errors", "interrupts", "keepalive", "peer_auth", "process_mark", "segment_path", "store_server"}
+        == found
     )
 
 

@@ -157,7 +157,7 @@ class Cluster:
         if self._up is not None and not self.reachable:
             self._end()
         if self._up is not None:
-            self._running().set_timeout(self.timeout_s)
+            self._running().timeout_s = self.timeout_s
             self._refuse_while_busy()
             self._up.replace_lost(tell)
             self._up.keep_spares(self.spares)

@@ -20,10 +20,12 @@ import psutil
 
 from nbdist.process_mark import alive, process_mark
 
-__all__ = ["FOLDER_VARIABLE", "OWNER_VARIABLE", "main", "wait_for_exit"]
+__all__ = ["FOLDER_VARIABLE", "OWNER_VARIABLE", "RECORDS", "main", "wait_for_exit"]
 
 OWNER_VARIABLE = "NBDIST_OWNER"
 FOLDER_VARIABLE = "NBDIST_FOLDER"
+RECORDS = "runs"
+"""The folder of records in the cluster's folder, of engines whose host is not the notebook's."""
 _LOOK_S = 0.5  # psutil before 7.2 does not wake up when a process becomes a zombie
 _GRACE_S = 2.0
 

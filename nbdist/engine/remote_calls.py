@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from nbdist.engine.failure import Failure
 from nbdist.engine.follow.changes import NotebookUpdate
 from nbdist.engine.follow.install import install
 from nbdist.engine.follow.module_texts import watched_modules
+from nbdist.engine.parent_watch import FOLDER_VARIABLE, RECORDS
 from nbdist.engine.stack_dump import enable
 from nbdist.engine.train_outcome import Outcome
 from nbdist.errors import TaskError
@@ -202,7 +204,7 @@ def train(
                 if plan.rehearse:
                     result = rehearse(task, plan, world, sinks=[states], **options)
                 else:
-                    record = JsonlSink(record_path(run_id, world.rank, publisher.records))
+                    record = JsonlSink(record_path(run_id, world.rank, _records(publisher)))
                     cleanup.callback(record.close)
                     result = fit(
                         task, plan, world, sinks=[record, states], snapshot_paths=snapshot_paths,
@@ -230,6 +232,12 @@ def train(
         free_unused_memory()  # free torch's CUDA cache for other processes, such as the notebook
     _engine.outcome = run_id, outcome
     return outcome
+
+
+def _records(publisher: StatePublisher) -> Path:
+    """The folder of all records: the kernel's, or on another host one that the kernel reads."""
+    here = publisher.host_id == host_id()
+    return publisher.records if here else Path(os.environ[FOLDER_VARIABLE], RECORDS)
 
 
 def _pack_trained(task: Task, exchange: Exchange, released: bool, result: Result) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +41,10 @@ def network() -> Iterator[HostNetwork]:
     hosts.mend()
     yield hosts
     hosts.mend()
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that all hosts see."""
+    with tempfile.TemporaryDirectory(prefix=".shared-", dir=Path(__file__).parent) as folder:
+        yield Path(folder)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import re
 
 import pytest
 import torch
@@ -28,12 +27,23 @@ def bits(trained: nn.Module) -> list[bytes]:
     return [parameter.detach().numpy().tobytes() for parameter in trained.parameters()]
 
 
+def newest_step(run: nbdist.Run) -> int:
+    """Of the newest snapshot that the notebook's host has."""
+    return found[0] if (found := run.control.snapshot_store.newest) else -1
+
+
+def resumed_from(run: nbdist.Run) -> int:
+    """From which step the run went on after its loss."""
+    (step,) = re.findall(r"all continue from step (\d+)", str(run.progress.notes))
+    return int(step)
+
+
 @pytest.fixture(scope="module")
 def expected():
     """The bits that four ranks of one host give, by their mesh."""
     found = {}
     with nbdist.Cluster(4, device="cpu") as cluster:
-        for mesh in ("dp=4", "dp=2,pp=2"):
+        for mesh in ("dp=4", "dp=2,pp=2", "shard=4"):
             cluster.train(trained := model(), DATA, strategy=mesh, **OPTIONS)
             found[mesh] = bits(trained)
     return found
@@ -57,10 +67,9 @@ def test_two_hosts_give_the_bits_of_one(cluster, expected):
 
 
 @pytest.fixture
-def gate():
-    """Holds a run after its 6th step; in a folder that all hosts see."""
-    with tempfile.TemporaryDirectory(prefix=".gate-", dir=Path(__file__).parent) as folder:
-        yield Gate(Path(folder), 6)
+def gate(shared):
+    """Holds a run after its 6th step."""
+    return Gate(shared, 6)
 
 
 @pytest.mark.parametrize("host", ["h1", "h2"])
@@ -69,11 +78,27 @@ def test_a_lost_host_costs_no_bit(cluster, network, expected, gate, fault, host)
     """The run is held while the host vanishes; the hosts that are left go on, and take its ranks."""
     run = cluster.train(trained := model(), DATA, lr_scheduler=gate, background=True, **OPTIONS)
     gate.wait(6, run=run)
+    until(lambda: newest_step(run) > 0)
     getattr(network, fault)(host)
     gate.open(6)
     run.wait(HUNG_S)
     assert bits(trained) == expected["dp=4"]
     assert {engine.host for engine in cluster.engines} == {"h1", "h2"} - {host}
+    assert resumed_from(run) > 0
+
+
+@pytest.mark.parametrize("host", ["h1", "h2"])
+def test_a_lost_host_costs_no_bit_where_a_replica_spans_hosts(cluster, network, expected, gate, host):
+    """Each host has parts that the other has not: what it wrote is here."""
+    options = {"lr_scheduler": gate, "background": True, "strategy": "shard=4"}
+    run = cluster.train(trained := model(), DATA, **options, **OPTIONS)
+    gate.wait(6, run=run)
+    until(lambda: newest_step(run) > 0)
+    network.cut(host)
+    gate.open(6)
+    run.wait(HUNG_S)
+    assert bits(trained) == expected["shard=4"]
+    assert resumed_from(run) > 0
 
 
 def test_a_killed_engine_is_replaced_on_its_host(cluster, network, expected, gate):
@@ -83,7 +108,16 @@ def test_a_killed_engine_is_replaced_on_its_host(cluster, network, expected, gat
     gate.open(6)
     run.wait(HUNG_S)
     assert bits(trained) == expected["dp=4"]
+    assert resumed_from(run) > 0
     assert [engine.host for engine in cluster.engines] == ["h1", "h1", "h2", "h2"]
+
+
+def test_engines_are_added_and_removed_on_hosts(cluster, expected):
+    cluster.scale(6)
+    assert sorted(engine.host for engine in cluster.engines) == ["h1"] * 3 + ["h2"] * 3
+    cluster.scale(4)
+    cluster.train(trained := model(), DATA, strategy="dp=4", **OPTIONS)
+    assert bits(trained) == expected["dp=4"]
 
 
 def test_a_host_that_is_cut_off_ends_all_that_runs_there(cluster, network):

@@ -116,6 +116,11 @@ class Engines:
         """The process that they outlive this kernel with; None if they end with it."""
         return self._launch.anchor
 
+    @property
+    def hosts(self) -> list[Host]:
+        """The hosts that are not lost."""
+        return self._launch.living()
+
     def host_of(self, record: Engine) -> Host | None:
         """The host of an engine; None if it is not of this launch."""
         return self._launch.host_of(record.host_id)
@@ -192,10 +197,6 @@ class Engines:
         """The `CommandLog` of a run, which rank 0 reads; None if the store has ended."""
         return None if self.store is None else CommandLog(self.store, run_id)
 
-    def set_timeout(self, timeout_s: float) -> None:
-        """A replacement may take so long from now on, in seconds."""
-        self.timeout_s = timeout_s
-
     def result_read(self, path: str) -> None:
         """The result in the payload at `path` is loaded; rank 0 may reuse its memory once nothing here maps it."""
         self._result_path = path
@@ -252,8 +253,7 @@ class Engines:
 
     def check_size(self, engines: int) -> None:
         """Raise `PlanError` if the hosts that are left cannot run so many engines."""
-        hosts = self._launch.living()
-        own = torch.cuda.device_count() if LOCAL in self._launch.hosts else 0
+        hosts, own = self.hosts, torch.cuda.device_count() if LOCAL in self._launch.hosts else 0
         cores, gpus = sum(host.facts.cores for host in hosts), sum(host.facts.gpus for host in hosts) + own
         check_engines(engines, cores, gpus, "this machine" if len(hosts) == 1 else f"the {len(hosts)} hosts")
 

@@ -121,6 +121,8 @@ class Spares:
         deadline = time.monotonic() + timeout_s
         tries = _TRIES
         while True:
+            if ended():  # before engines are started that nobody would end
+                raise ClusterError("the engines were stopped while lost ones were replaced.")
             ready = self.ready(ranked)
             if missing := self._missing(places, self.hosts(processes)):
                 if not tries:
@@ -130,8 +132,6 @@ class Spares:
                     self._launch.add(len(missing), missing)
             elif not self._missing(places, [facts["host_id"] for facts in ready.values()]):
                 break
-            if ended():
-                raise ClusterError("the engines were stopped while lost ones were replaced.")
             if time.monotonic() > deadline:
                 raise ClusterError(f"only {len(ready)} of {len(places)} new engines were ready after {timeout_s:g} s.")
             report(f"{len(ready)} of {len(places)} new engines are ready")

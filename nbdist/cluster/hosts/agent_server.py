@@ -111,12 +111,15 @@ class _Agent:
     def _answer(self, number: bytes, request: list[Any], frames: list[bytes]) -> None:
         """Answer a request, in a thread: starting engines may wait until torch is loaded."""
         kind, *arguments = request
+        sent: list[bytes] = []
         try:
             reply: Callable[..., Any] = getattr(self, f"_do_{kind}")
-            answer = [reply(*arguments), ""]
+            answer = [reply(*arguments, *frames), ""]
+            if isinstance(answer[0], list) and answer[0] and isinstance(answer[0][0], bytes):
+                sent, answer = answer[0], [None, ""]
         except Exception as error:
             answer = [None, f"{type(error).__name__}: {error}"]
-        self._replies.put([number, json.dumps(answer).encode()])
+        self._replies.put([number, json.dumps(answer).encode(), *sent])
         os.write(self._awake, b"x")
 
     def _do_start_engines(self, count: int, environment: dict[str, str], folder: str) -> list[str]:
@@ -134,6 +137,24 @@ class _Agent:
 
     def _do_memory(self, mark: str) -> int:
         return self.host.memory(mark)
+
+    def _do_read_record(self, run_id: str, rank: int, start: int) -> list[bytes]:
+        return [self.host.read_record(run_id, rank, start).result()]
+
+    def _do_hold(self, count: int) -> list[str]:
+        return self.host.hold(count)
+
+    def _do_read_memory(self, places: list[tuple[str, int, int]]) -> list[bytes]:
+        return self.host.read_memory(places)
+
+    def _do_write_memory(self, path: str, start: int, content: bytes) -> None:
+        self.host.write_memory(path, start, content)
+
+    def _do_empty(self, paths: list[str]) -> None:
+        self.host.empty(paths)
+
+    def _do_release(self, paths: list[str]) -> None:
+        self.host.release(paths)
 
     def _do_log_tail(self) -> str:
         return self.host.log_tail()

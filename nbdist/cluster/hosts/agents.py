@@ -29,7 +29,8 @@ from nbdist.keepalive import host_timeout_s
 __all__ = ["BEATS_A_TIMEOUT", "Agents", "Invitation"]
 
 BEATS_A_TIMEOUT = 6
-"""How often an agent sends something within the host timeout, and how often that is looked at."""
+"""How often an agent sends something within the host timeout."""
+_LOOK_S = 0.2
 _LINGER_MS = 500
 
 Invitation = dict[str, str]
@@ -75,7 +76,8 @@ class Agents:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.curve_secretkey, self._socket.curve_publickey, self._socket.curve_server = secret, public, True
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a message to an agent that is gone is an error
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # and only that: who sends much waits for replies
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * self._timeout_s / BEATS_A_TIMEOUT))
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * self._timeout_s))
         port = self._socket.bind_to_random_port(f"tcp://{address}")
@@ -171,7 +173,7 @@ class Agents:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
-        interval_s = self._timeout_s / BEATS_A_TIMEOUT
+        interval_s = min(_LOOK_S, self._timeout_s / BEATS_A_TIMEOUT)
         looked_s = time.monotonic()
         while not self._ended:
             events = dict(poller.poll(round(1000 * interval_s)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from traceback import FrameSummary
 
@@ -95,6 +96,37 @@ class Host(abc.ABC):
     @abc.abstractmethod
     def memory(self, mark: str) -> int:
         """The resident memory of a process, in bytes; 0 if it has ended, or the host is lost."""
+
+    @abc.abstractmethod
+    def hold(self, count: int) -> list[str]:
+        """Create empty shared memory, which its processes open by path and may enlarge; returns the paths.
+
+        Raises:
+            HostLostError: The host is lost; so does each of the following.
+        """
+
+    @abc.abstractmethod
+    def read_memory(self, places: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Read memory that is held there: for each place its path, a first byte and a length; less where it ends."""
+
+    @abc.abstractmethod
+    def write_memory(self, path: str, start: int, content: bytes | memoryview) -> None:
+        """Write memory that is held there, and enlarge it where it ends."""
+
+    @abc.abstractmethod
+    def empty(self, paths: Sequence[str]) -> None:
+        """Free memory, but hold its paths. No process may be using it."""
+
+    @abc.abstractmethod
+    def release(self, paths: Sequence[str]) -> None:
+        """Free memory, and its paths; does nothing where the host is lost."""
+
+    @abc.abstractmethod
+    def read_record(self, run_id: str, rank: int, start: int) -> concurrent.futures.Future[bytes]:
+        """What a rank has recorded of a run there, from a byte on; empty if there is no more. At most a MiB.
+
+        Ranks of the notebook's own host write into its folder of records instead.
+        """
 
     @abc.abstractmethod
     def log_tail(self) -> str:

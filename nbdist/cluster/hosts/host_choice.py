@@ -23,6 +23,8 @@ class HostChoice:
         interface: This host's network interface towards the others, or its address there; by default the one to them.
         timeout_s: After how many seconds without a word a host counts as lost; None leaves it as it is.
 
+        device: What ranks compute on: with "cpu" a host's GPUs do not count.
+
     Raises:
         PlanError: Something of it is not possible.
     """
@@ -30,6 +32,7 @@ class HostChoice:
     engines: Mapping[str, int | None]
     interface: str | None = None
     timeout_s: float | None = None
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.engines:

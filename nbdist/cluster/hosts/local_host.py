@@ -15,25 +15,28 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from traceback import FrameSummary
 
 import psutil
 
 from nbdist.cluster.hosts import fork_client
+from nbdist.cluster.hosts.held_memory import HeldMemory
 from nbdist.cluster.hosts.host import EngineEnvironment, Host, HostFacts
 from nbdist.engine import stack_dump
-from nbdist.engine.parent_watch import FOLDER_VARIABLE, OWNER_VARIABLE
+from nbdist.engine.parent_watch import FOLDER_VARIABLE, OWNER_VARIABLE, RECORDS
 from nbdist.errors import ClusterError
 from nbdist.process_mark import alive, process_mark
 from nbdist.telemetry.host import INTERFACE_VARIABLE, NAME_VARIABLE
+from nbdist.telemetry.record import record_path
 
 __all__ = ["GUARD", "LocalHost", "interface_to", "kill_tree", "versions"]
 
 GUARD = [sys.executable, "-m", "nbdist.engine.parent_watch"]
 """The program that runs a controller or an engine, and ends it with its owner."""
 _LOG_TAIL = 800
+_RECORD_BYTES = 1 << 20
 _PACKAGES = ("torch", "ipyparallel", "nbdist")
 
 
@@ -55,6 +58,7 @@ class LocalHost(Host):
         self._marks = set[str]()
         self._spawned: list[subprocess.Popen[bytes]] = []
         self._numbers = itertools.count()
+        self._memory = HeldMemory()
 
     @property
     def facts(self) -> HostFacts:
@@ -141,6 +145,37 @@ class LocalHost(Host):
                 return int(psutil.Process(int(mark.partition(":")[0])).memory_info().rss)
         return 0
 
+    def hold(self, count: int) -> list[str]:
+        """See `Host`."""
+        return self._memory.hold(count)
+
+    def read_memory(self, places: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """See `Host`."""
+        return [self._memory.read(*place) for place in places]
+
+    def write_memory(self, path: str, start: int, content: bytes | memoryview) -> None:
+        """See `Host`."""
+        self._memory.write(path, start, content)
+
+    def empty(self, paths: Sequence[str]) -> None:
+        """See `Host`."""
+        self._memory.empty(paths)
+
+    def release(self, paths: Sequence[str]) -> None:
+        """See `Host`."""
+        self._memory.release(paths)
+
+    def read_record(self, run_id: str, rank: int, start: int) -> concurrent.futures.Future[bytes]:
+        """See `Host`."""
+        found: concurrent.futures.Future[bytes] = concurrent.futures.Future()
+        try:
+            with record_path(run_id, rank, self._folder / RECORDS).open("rb") as file:
+                file.seek(start)
+                found.set_result(file.read(_RECORD_BYTES))
+        except FileNotFoundError:
+            found.set_result(b"")
+        return found
+
     def log_tail(self) -> str:
         """See `Host`."""
         logs = sorted((self._folder / "profile" / "log").glob("engine*"))
@@ -160,6 +195,7 @@ class LocalHost(Host):
                 server.end_cluster(str(self._folder))  # it may have forked an engine whose reply was interrupted
         for process in self._spawned:
             process.wait()
+        self._memory.release()
 
 
 def kill_tree(parent: psutil.Process) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from traceback import FrameSummary
 from typing import Any
@@ -22,6 +24,9 @@ __all__ = ["RemoteHost"]
 
 _ENDED_WITHIN_S = 2.0
 _REPLY_WITHIN_S = 10.0
+_PIECE_BYTES = 1 << 20
+_AT_A_TIME = 4
+"""Of memory: the size of a piece, and how many are on their way; so a beat never waits long behind them."""
 
 
 class RemoteHost(Host):
@@ -143,6 +148,56 @@ class RemoteHost(Host):
             return int(self._call("memory", mark))
         return 0
 
+    def hold(self, count: int) -> list[str]:
+        """See `Host`."""
+        return list(self._call("hold", count))
+
+    def read_memory(self, places: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """See `Host`; large places are read piece by piece."""
+        pieces = [list(_pieces(start, length)) for _, start, length in places]
+        requests = [(path, *piece) for (path, _, _), own in zip(places, pieces, strict=True) for piece in own]
+        read = iter(self._stream("read_memory", [([list(group)], ()) for group in _grouped(requests)]))
+        return [b"".join(itertools.islice(read, len(own))) for own in pieces]
+
+    def write_memory(self, path: str, start: int, content: bytes | memoryview) -> None:
+        """See `Host`; piece by piece."""
+        view = memoryview(content)
+        pieces = [(first, view[first - start : first - start + size]) for first, size in _pieces(start, len(view))]
+        for _ in self._stream("write_memory", [((path, first), (bytes(piece),)) for first, piece in pieces]):
+            pass
+
+    def empty(self, paths: Sequence[str]) -> None:
+        """See `Host`."""
+        self._call("empty", list(paths))
+
+    def release(self, paths: Sequence[str]) -> None:
+        """See `Host`."""
+        with contextlib.suppress(ClusterError):
+            self._call("release", list(paths))
+
+    def _stream(self, kind: str, requests: Iterable[tuple[Sequence[Any], Sequence[bytes]]]) -> Iterator[bytes]:
+        """Send requests, a few at a time, and yield what comes back, in order."""
+        pending: collections.deque[concurrent.futures.Future[tuple[Any, list[bytes]]]] = collections.deque()
+        for arguments, frames in requests:
+            if len(pending) == _AT_A_TIME:
+                yield from self._reply(pending.popleft())[1]
+            pending.append(self._agents.request(self.name, kind, *arguments, frames=frames))
+        while pending:
+            yield from self._reply(pending.popleft())[1]
+
+    def read_record(self, run_id: str, rank: int, start: int) -> concurrent.futures.Future[bytes]:
+        """See `Host`; fails with `HostLostError`."""
+        found: concurrent.futures.Future[bytes] = concurrent.futures.Future()
+
+        def note(replied: concurrent.futures.Future[tuple[Any, list[bytes]]]) -> None:
+            try:
+                found.set_result(replied.result()[1][0])
+            except Exception as error:
+                found.set_exception(error)
+
+        self._agents.request(self.name, "read_record", run_id, rank, start).add_done_callback(note)
+        return found
+
     def log_tail(self) -> str:
         """See `Host`."""
         with contextlib.suppress(ClusterError):
@@ -150,8 +205,11 @@ class RemoteHost(Host):
         return f"host {self.name} is lost."
 
     def _call(self, kind: str, *arguments: Any) -> Any:
+        return self._reply(self._agents.request(self.name, kind, *arguments))[0]
+
+    def _reply(self, request: concurrent.futures.Future[tuple[Any, list[bytes]]]) -> tuple[Any, list[bytes]]:
         try:
-            return self._agents.request(self.name, kind, *arguments).result(_REPLY_WITHIN_S)[0]
+            return request.result(_REPLY_WITHIN_S)
         except concurrent.futures.TimeoutError:
             raise ClusterError(f"host {self.name} did not answer within {_REPLY_WITHIN_S:g} s.") from None
 
@@ -169,3 +227,21 @@ class RemoteHost(Host):
         except subprocess.TimeoutExpired:
             self._program.kill()
             self._program.wait()
+
+
+def _pieces(start: int, length: int) -> Iterator[tuple[int, int]]:
+    """Start and length of the pieces of a range; an empty range has one."""
+    for first in range(start, start + max(length, 1), _PIECE_BYTES):
+        yield first, min(_PIECE_BYTES, start + length - first)
+
+
+def _grouped(places: Iterable[tuple[str, int, int]]) -> Iterator[tuple[tuple[str, int, int], ...]]:
+    """Places, as many together as make a piece."""
+    group: list[tuple[str, int, int]] = []
+    for place in places:
+        if group and sum(length for _, _, length in (*group, place)) > _PIECE_BYTES:
+            yield tuple(group)
+            group = []
+        group.append(place)
+    if group:
+        yield tuple(group)

@@ -16,7 +16,8 @@ from nbdist.errors import PlanError
 
 __all__ = ["Ssh"]
 
-_OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=1", "-o", "ServerAliveCountMax=3")
+_SETTINGS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=1", "ServerAliveCountMax=3")
+_OPTIONS = ("-T", *(part for setting in _SETTINGS for part in ("-o", setting)))
 """No terminal and no questions; a host that does not answer ends ssh."""
 _PROGRAM = "from nbdist.cluster.hosts.agent_server import main; main()"
 _ASKED_WITHIN_S = 10.0

@@ -38,7 +38,7 @@ class _Server:
 
     def __init__(self, listener: socket.socket, patience_s: float) -> None:
         from nbdist.core.comm.world import host_store
-        from nbdist.core.transfer.segment_path import segment_path
+        from nbdist.segment_path import segment_path
 
         self._path = segment_path
         self._listener = listener

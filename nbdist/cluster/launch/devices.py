@@ -39,7 +39,7 @@ def choose_hosts(
     counts = {LOCAL: engines} if hosts is None else dict(hosts)
     if LOCAL in counts:
         counts[LOCAL] = _size(counts[LOCAL], device, warm_up)
-    return HostChoice(engines=counts, interface=interface, timeout_s=timeout_s)
+    return HostChoice(engines=counts, interface=interface, timeout_s=timeout_s, device=device)
 
 
 def _size(engines: int | None, device: str, warm_up: bool) -> int:

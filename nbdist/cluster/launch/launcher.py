@@ -12,7 +12,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from nbdist.cluster.hosts.ssh import Ssh
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.ipyparallel_client import IpyparallelClient
 from nbdist.engine.parent_watch import FOLDER_VARIABLE, OWNER_VARIABLE
-from nbdist.errors import ClusterError
+from nbdist.errors import ClusterError, PlanError
 from nbdist.plan import available_cores, check_engines, default_engines
 from nbdist.process_mark import has_ended, process_mark
 from nbdist.telemetry.host import host_id, host_name
@@ -107,7 +107,7 @@ class Launch:
             if choice.others:
                 self._sign_messages()
             self._cluster.start_controller_sync()
-            self.size = self._start_first(counts)
+            self.size = self._start_first(choice)
             self.client.connect()
             self._note()
         except BaseException:
@@ -177,14 +177,17 @@ class Launch:
         profile.mkdir(exist_ok=True)
         (profile / "ipcontroller_config.py").write_text(f'get_config().Session.key = b"{secrets.token_hex(32)}"\n')
 
-    def _start_first(self, counts: Mapping[str, int | None]) -> int:
+    def _start_first(self, choice: HostChoice) -> int:
         """Start the first engines, on all hosts at once; returns how many."""
-        total, starting = 0, []
-        for name, count in counts.items():
+        total, starting, names = 0, [], dict[str, str]()
+        for name, count in choice.engines.items():
             facts = self.hosts[name].facts
-            chosen = default_engines(facts.cores, facts.gpus) if count is None else count
+            if (other := names.setdefault(facts.host_id, name)) != name:
+                raise PlanError(f"{other} and {name} are the same host: name it once, with all its engines.")
+            gpus = 0 if choice.device == "cpu" else facts.gpus
+            chosen = default_engines(facts.cores, gpus) if count is None else count
             if name != LOCAL:
-                check_engines(chosen, facts.cores, facts.gpus, f"host {name}")
+                check_engines(chosen, facts.cores, gpus, f"host {name}")
             starting.append((self.hosts[name], chosen))
             total += chosen
         self._newest = [(host, host.start_engines(chosen, self._environment)) for host, chosen in starting]

@@ -98,15 +98,19 @@ class RunDispatch:
             engines.form()
         if restart and store is not None:
             store.trim()  # newer snapshots of only some ranks would occupy a buffer each
+        if from_snapshot and store is not None:
+            store.distribute()
         update = self._changes.update(engines.processes.values(), self._count)
         self._changes.save(engines.anchor)
-        snapshot_paths = [] if store is None else store.paths
         states = self._read_states()
         if engines.anchor is not None and self.control.spec.trains:
             spec = replace(self.control.spec, task=None)  # which the payload holds
             engines.anchor.note("ended", ("running", ""))
             engines.anchor.note(
-                "run", RunHandoff(spec=spec, payload=self._payload, snapshot_paths=tuple(snapshot_paths))
+                "run",
+                RunHandoff(
+                    spec=spec, payload=self._payload, snapshot_paths=() if store is None else tuple(store.paths)
+                ),
             )
         arguments = (
             self._payload,
@@ -114,11 +118,15 @@ class RunDispatch:
             update,
             engines.exchange,
             engines.result_is_released,
-            snapshot_paths,
-            from_snapshot,
-            states.publisher,
         )
-        return self._with_output([engines.start_call(rank, "train", *arguments) for rank in range(engines.size)])
+        places = {rank: host_id for rank, (host_id, _) in engines.processes.items()}
+        buffers = [[] if store is None else store.paths_on(places[rank]) for rank in range(engines.size)]
+        return self._with_output(
+            [
+                engines.start_call(rank, "train", *arguments, buffers[rank], from_snapshot, states.publisher)
+                for rank in range(engines.size)
+            ]
+        )
 
     def take_over(self, boards: list[str]) -> list[PendingCall]:
         """Attach to a run that another kernel started; returns a call of each rank, as `start` does.
@@ -218,6 +226,8 @@ class RunDispatch:
     def resume_step(self) -> int:
         """The step from which a restart would continue: of the newest snapshot, else of a checkpoint, else 0."""
         spec, store = self.control.spec, self.control.snapshot_store
+        if store is not None:
+            store.refresh()
         found = None if store is None else store.newest
         if found is not None:
             return found[0]
@@ -234,6 +244,8 @@ class RunDispatch:
             best: Whether to load the weights of the best epoch in it, if the run keeps them.
         """
         plan, store = self.control.spec.plan, self.control.snapshot_store
+        if store is not None:
+            store.refresh()
         if store is None or not plan.gather or (snapshot := CheckpointReader.of_snapshot(store.paths)) is None:
             return None
         optimizers = self._task.optimizers if self._task.own_optimizers else {}

@@ -18,6 +18,7 @@ from nbdist.cluster.diagnose.hangs import Hangs
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.runs.dispatch import RunDispatch
 from nbdist.cluster.runs.late_commands import late_command_text
+from nbdist.cluster.runs.record_mirror import RecordMirror
 from nbdist.cluster.runs.run import Run
 from nbdist.engine.failure import LOST, PROCESS_ENDED, Failure, as_error
 from nbdist.engine.train_outcome import Outcome
@@ -65,6 +66,7 @@ class RunMonitor:
         self._hang_error: EngineError | None = None  # set where a hang ends the run
         self._loss_reason = PROCESS_ENDED
         self._watch = watch
+        self._record_mirror = RecordMirror(dispatch.engines, run.control.spec.run_id)
         self._interrupted: set[int] = set()
         self._last_step, self._tries = -1, 0  # the step at which ranks were lost, and how often
         self._on_end = on_end
@@ -174,7 +176,9 @@ class RunMonitor:
                 killed = True
                 self._engines.kill(waiting)
             self._merge(outcomes)
+            self._record_mirror.poll()
             self._draw()
+        self._record_mirror.finish()
         if not any(outcome.failure for outcome in outcomes.values()):
             source = next((rank for rank, outcome in outcomes.items() if outcome.result is not None), 0)
             try:
@@ -244,6 +248,8 @@ class RunMonitor:
             # A scale command given meanwhile counts instead of the one that ended the ranks.
             wanted = control.take_wanted(max(outcome.ranks for outcome in outcomes))
         store, states = control.snapshot_store, control.progress.ranks.values()
+        if store is not None:
+            store.refresh()  # as the ranks were placed until now
         # Of any rank: a lost one has not published its last steps, but the outcomes of the others have theirs.
         reached = max(state.step for state in states) if store is None else store.last_step
         if reached > self._last_step:  # progress: without snapshots, a restart has to come past this step again

@@ -31,6 +31,8 @@ def resumed(plan: Plan, task: Any, last: RunControl | None) -> tuple[Plan, Any]:
     if plan.rehearse:
         return replace(plan, resume=""), None
     snapshot_store = None if last is None else last.snapshot_store
+    if snapshot_store is not None:
+        snapshot_store.refresh()
     saved = None if snapshot_store is None else CheckpointReader.of_snapshot(snapshot_store.paths)
     if saved is None:
         raise PlanError(

@@ -15,6 +15,7 @@ from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.runs.dispatch import RunDispatch
 from nbdist.cluster.runs.epoch_calls import EpochCalls
+from nbdist.cluster.runs.host_snapshots import HostSnapshots
 from nbdist.cluster.runs.monitor import RunMonitor, Watch, draw
 from nbdist.cluster.runs.reattach import take_over
 from nbdist.cluster.runs.resume import resumed
@@ -237,8 +238,9 @@ class RunQueue:
         from_snapshot = snapshot_store is not None
         if snapshot_store is not None:
             snapshot_store.grow(engines.size)
-        elif engines.exchange.shares_memory and control.spec.trains:
-            snapshot_store = SnapshotStore(engines.size, engines.anchor)
+        elif control.spec.trains:
+            one_host = engines.exchange.shares_memory
+            snapshot_store = SnapshotStore(engines.size, engines.anchor) if one_host else HostSnapshots(engines)
         control.keep_snapshots(snapshot_store)
         if control.arguments and task is not None:
             control.start = last.control.start if from_snapshot and last is not None else keep_start(task)

@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Iterator
 
-from nbdist.keepalive import keep_alive
+from nbdist.keepalive import keep_alive, leads_elsewhere
 
 __all__ = ["keeping_alive", "noting_group_sockets", "shut_connections"]
 
@@ -60,15 +60,15 @@ def noting_group_sockets() -> Iterator[None]:
 
 
 def shut_connections() -> None:
-    """Shut the connections of all process groups down, before they are destroyed. Local, twice is fine.
+    """Shut the groups' connections to other hosts, before the groups are destroyed. Local, twice is fine.
 
-    gloo's destructor waits, for ever, for messages to or from a peer whose host has vanished. Listening sockets are
-    left alone: gloo aborts the process when one of them fails.
+    gloo's destructor waits for messages to or from a peer whose host has vanished. Within a host, the end of a peer
+    closes its connections. Listening sockets are left alone: gloo aborts the process when one of them fails.
     """
     for peer in _opened(_noted):
-        with contextlib.suppress(OSError):
-            peer.getpeername()
-            peer.shutdown(socket.SHUT_RDWR)
+        if leads_elsewhere(peer):
+            with contextlib.suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)
 
 
 def _close_in_fork() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -33,6 +34,7 @@ from nbdist.core.state.snapshot import SnapshotBuffer
 from nbdist.core.state.tensor_buffer import TensorLayout
 from nbdist.errors import PlanError
 from nbdist.plan import Plan
+from nbdist.telemetry.host import host_name
 
 __all__ = [
     "CheckpointWriter",
@@ -84,8 +86,27 @@ def prepare(
         for text in gather_texts(problem, channel):
             if text:
                 raise PlanError(text)
+        _check_shared(Path(folder), channel)
         cleanup.pop_all()
     return lease
+
+
+def _check_shared(folder: Path, channel: Channel) -> None:
+    """Raise `PlanError` if a rank does not see what rank 0 writes into a folder: it would be another one there."""
+    if channel.size == 1:
+        return
+    token = folder / channel.broadcast_bytes(f".shared-{secrets.token_hex(8)}".encode()).decode()
+    if channel.rank == 0:
+        token.touch()
+    gather_texts("", channel)  # a barrier
+    blind = [text for text in gather_texts("" if token.exists() else host_name(), channel) if text]
+    if channel.rank == 0:
+        token.unlink()
+    if blind:
+        raise PlanError(
+            f"the ranks do not share the folder checkpoint={str(folder)!r}: host {blind[0]} does not see what rank 0 "
+            "writes there. Name a folder that all hosts see, such as one over NFS."
+        )
 
 
 def check_no_live_writer(folder: str, run_id: str) -> None:

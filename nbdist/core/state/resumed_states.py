@@ -8,6 +8,8 @@ from nbdist.core.comm.world import World
 from nbdist.core.state.checkpoint_reader import CheckpointReader
 from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_resume
 from nbdist.core.state.restore import open_on_all_ranks
+from nbdist.core.state.shard_plan import gather_texts
+from nbdist.errors import PlanError
 from nbdist.plan import Plan
 
 __all__ = ["resumed_states"]
@@ -21,6 +23,10 @@ def resumed_states(
     Without a snapshot of this run, the checkpoint is its own last one, if it has written any. **Collective**.
     """
     snapshot = CheckpointReader.of_snapshot(snapshot_paths) if from_snapshot else None
+    if from_snapshot:  # each host has its own copies
+        steps = {*gather_texts("none" if snapshot is None else str(snapshot.step), world.channel())}
+        if len(steps) > 1:
+            raise PlanError(f"the ranks have snapshots of different steps ({', '.join(sorted(steps))}): start again.")
     if plan.resume or (from_snapshot and plan.checkpoint):
         folder = ""
         if world.rank == 0:

@@ -18,16 +18,19 @@ import torch
 
 from nbdist.core.state.tensor_buffer import TensorBuffer, TensorLayout
 from nbdist.core.transfer.payload import Holder, Segment
-from nbdist.core.transfer.segment_path import open_segment
+from nbdist.segment_path import open_segment
 
-__all__ = ["BUFFERS_PER_RANK", "RankSnapshots", "SnapshotBuffer", "SnapshotStore", "newest", "read"]
+__all__ = [
+    "BUFFERS_PER_RANK", "HEAD_BYTES", "Head", "RankSnapshots", "SnapshotBuffer", "SnapshotStore", "newest", "read",
+]  # fmt: skip
 
 BUFFERS_PER_RANK = 3
 """Two used alternately, and a third while one of them is being written to disk."""
 _STEP = struct.Struct("<q")  # one aligned word: a reader sees the old or the new value, never half of one
 _HEAD = struct.Struct("<qqqq")
 _LAST_STEP = slice(64, 64 + _STEP.size)  # behind the header
-_HEAD_BYTES = 4096
+HEAD_BYTES = 4096
+"""Where the content of a buffer begins."""
 _NO_STEP = -1
 
 
@@ -45,6 +48,29 @@ class Head(NamedTuple):
     ended: int
     ranks: int
     nbytes: int
+
+    @staticmethod
+    def nbytes_read() -> int:
+        """How many bytes at the beginning of a buffer `parse` reads."""
+        return _LAST_STEP.stop
+
+    @classmethod
+    def parse(cls, data: bytes) -> tuple[Head, int]:
+        """The header of a buffer that begins with these bytes, and the last step that was recorded there."""
+        if len(data) < cls.nbytes_read():
+            return _EMPTY, _NO_STEP
+        head = cls._make(_HEAD.unpack_from(data))
+        head = head if head.ranks else _EMPTY  # nothing was written yet
+        return head, max(head.step, _STEP.unpack(data[_LAST_STEP])[0] - 1)
+
+    def packed(self) -> bytes:
+        """As a buffer has it."""
+        return _HEAD.pack(*self)
+
+    @staticmethod
+    def none() -> bytes:
+        """What a buffer without a snapshot begins with."""
+        return _STEP.pack(_NO_STEP)
 
 
 _EMPTY = Head(_NO_STEP, 0, 0, 0)
@@ -76,7 +102,7 @@ class SnapshotBuffer:
     @property
     def content(self) -> torch.Tensor:
         """``(bytes,)`` of uint8: the snapshot, laid out as a `TensorBuffer`."""
-        return self._bytes[_HEAD_BYTES : _HEAD_BYTES + self.head.nbytes]
+        return self._bytes[HEAD_BYTES : HEAD_BYTES + self.head.nbytes]
 
     def write(
         self, moment: tuple[int, int], ranks: int, layout: TensorLayout, tensors: Mapping[str, torch.Tensor], text: str
@@ -92,10 +118,10 @@ class SnapshotBuffer:
         """
         header = layout.header(text)
         nbytes = len(header) + layout.data_bytes
-        self._map(_HEAD_BYTES + nbytes)
+        self._map(HEAD_BYTES + nbytes)
         self._memory[: _STEP.size] = _STEP.pack(_NO_STEP)
-        start = _HEAD_BYTES + len(header)
-        self._memory[_HEAD_BYTES:start] = header
+        start = HEAD_BYTES + len(header)
+        self._memory[HEAD_BYTES:start] = header
         if self._layout is not layout or self._start != start:
             self._layout, self._start = layout, start
             places = [layout.places[key] for key in tensors]
@@ -107,6 +133,14 @@ class SnapshotBuffer:
         self._memory[_STEP.size : _HEAD.size] = head[_STEP.size :]
         self._memory[: _STEP.size] = head[: _STEP.size]
 
+    def fill(self, head: Head, content: bytes) -> None:
+        """Copy a snapshot that a rank has written elsewhere; until it is complete the buffer holds none. Local."""
+        self._map(HEAD_BYTES + head.nbytes)
+        self._memory[: _STEP.size] = Head.none()
+        self._memory[HEAD_BYTES : HEAD_BYTES + head.nbytes] = content
+        self._memory[_STEP.size : _HEAD.size] = head.packed()[_STEP.size :]
+        self._memory[: _STEP.size] = head.packed()[: _STEP.size]
+
     @property
     def last_step(self) -> int:
         """The last step that was recorded here or is in the snapshot; -1 for none."""
@@ -117,7 +151,7 @@ class SnapshotBuffer:
     def record_step(self, step: int) -> None:
         """Record that a step is complete, with or without a snapshot. Local; a fraction of a microsecond."""
         if not self._bytes.numel():
-            self._map(_HEAD_BYTES)
+            self._map(HEAD_BYTES)
             if not self.head.ranks:
                 self._memory[: _STEP.size] = _STEP.pack(_NO_STEP)
         self._memory[_LAST_STEP] = _STEP.pack(step + 1)
@@ -131,7 +165,7 @@ class SnapshotBuffer:
             if size < nbytes:
                 size = nbytes + nbytes // 8
                 os.ftruncate(file.fileno(), size)
-            if size < _HEAD_BYTES:
+            if size < HEAD_BYTES:
                 return False
             self._memory = mmap.mmap(file.fileno(), size)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
@@ -207,6 +241,16 @@ class SnapshotStore:
     def newest(self) -> tuple[int, list[SnapshotBuffer]] | None:
         """The newest step of which every rank has a snapshot, and its buffers; see `newest`."""
         return newest(self.paths)
+
+    def paths_on(self, host_id: str) -> list[list[str]]:
+        """Each rank's buffers for ranks of a host: where they write, and read what they resume from."""
+        return self.paths
+
+    def refresh(self) -> None:
+        """Make sure that `paths` have the newest snapshot that can be had."""
+
+    def distribute(self) -> None:
+        """Make sure that ranks of all hosts can read the newest snapshot. No rank may be writing."""
 
     def trim(self) -> None:
         """Free all memory but that of the newest snapshot. No rank may be writing."""

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from nbdist.core.transfer.segment_path import open_segment, segment_path
 from nbdist.errors import TaskError
+from nbdist.segment_path import open_segment, segment_path
 
 __all__ = ["SMALL_BYTES", "Extent", "FileMemory", "extent_of", "has_extents", "map_extent", "mapping_together"]
 

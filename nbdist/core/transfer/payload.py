@@ -27,8 +27,8 @@ import torch
 
 from nbdist.core.transfer import pickler
 from nbdist.core.transfer.refusal import Refusal
-from nbdist.core.transfer.segment_path import open_segment, segment_path
 from nbdist.errors import TaskError
+from nbdist.segment_path import open_segment, segment_path
 
 __all__ = ["Holder", "Payload", "Segment", "SegmentCache", "is_released", "pack", "unpack"]
 

@@ -18,8 +18,10 @@ __all__ = ["Exchange", "StatePublisher", "StateReader"]
 class StatePublisher(abc.ABC):
     """What ranks publish the states of one run with; travels to the engines with the call of `train`."""
 
-    records: Path | None
-    """The folder of the run's record; None for the default one of each rank's own host."""
+    records: Path
+    """The folder of all records on the kernel's host."""
+    host_id: str
+    """The kernel's host."""
 
     @abc.abstractmethod
     def sink(self, rank: int) -> RankStateSink:

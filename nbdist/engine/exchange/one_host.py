@@ -11,6 +11,7 @@ from nbdist.core.transfer.payload import Holder, Segment
 from nbdist.engine.exchange.exchange import Exchange, StatePublisher, StateReader
 from nbdist.engine.exchange.status_board import BOARD_BYTES, Board
 from nbdist.telemetry import RankState, RankStateSink
+from nbdist.telemetry.host import host_id
 from nbdist.telemetry.record import records
 
 __all__ = ["OneHost"]
@@ -36,7 +37,7 @@ class _BoardReader(StateReader):
         self._segments = segments
         self.paths = [segment.path for segment in segments]
         self._boards = [Board(path) for path in self.paths]
-        self.publisher = _BoardPublisher(records().resolve(), tuple(self.paths))
+        self.publisher = _BoardPublisher(records().resolve(), host_id(), tuple(self.paths))
 
     def read(self, rank: int, published: Callable[[], Any]) -> list[dict[str, Any]]:
         return [json.loads(data) for data in self._boards[rank].read()]

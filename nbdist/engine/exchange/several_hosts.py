@@ -10,6 +10,8 @@ from ipyparallel.datapub import publish_data
 from nbdist.core.transfer.payload import Holder
 from nbdist.engine.exchange.exchange import Exchange, StatePublisher, StateReader
 from nbdist.telemetry import RankStateSink
+from nbdist.telemetry.host import host_id
+from nbdist.telemetry.record import records
 
 __all__ = ["SeveralHosts"]
 
@@ -29,7 +31,7 @@ class _MessagePublisher(StatePublisher):
 class _MessageReader(StateReader):
     def __init__(self) -> None:
         self.paths = []
-        self.publisher = _MessagePublisher(None)
+        self.publisher = _MessagePublisher(records().resolve(), host_id())
 
     def read(self, rank: int, published: Callable[[], Any]) -> list[dict[str, Any]]:
         newest = published()

@@ -11,7 +11,7 @@ import os
 import struct
 import zlib
 
-from nbdist.core.transfer.segment_path import open_segment
+from nbdist.segment_path import open_segment
 
 __all__ = ["BOARD_BYTES", "Board"]
 

@@ -11,8 +11,8 @@ import pytest
 
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.core.transfer.payload import Segment
-from nbdist.core.transfer.segment_path import open_segment
 from nbdist.errors import ClusterError, PlanError
+from nbdist.segment_path import open_segment
 from nbdist.telemetry import host
 
 pytestmark = pytest.mark.programs

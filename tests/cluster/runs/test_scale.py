@@ -237,7 +237,7 @@ def test_an_impossible_scale_is_refused_and_the_run_continues(scaled, undisturbe
         scaled.scale(3)
     with pytest.raises(PlanError, match="0"):
         scaled.scale(0)
-    with pytest.raises(PlanError, match="'2' engines are not possible: use a whole number"):
+    with pytest.raises(PlanError, match="engines must be a whole number, not '2'"):
         scaled.scale("2")
     gate.open(5)
     run.wait()

@@ -8,6 +8,8 @@ from shared_cluster import ENGINES, until
 from tasks import classes, copied, net
 
 from nbdist.cluster.engines.engines import Engines
+from nbdist.cluster.runs.host_snapshots import HostSnapshots
+from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.engine.exchange.several_hosts import SeveralHosts
 
 
@@ -44,11 +46,20 @@ def test_states_arrive_during_a_run(apart):
     assert run.progress.curves["loss"]
 
 
-def test_no_snapshot_is_kept(apart):
-    """The memory that survives an engine is the kernel's, which another host cannot map."""
-    run = apart.train(net(), classes(), loss="cross_entropy", steps=3, batch_size=16)
-    assert run.state == "finished"
-    assert run.control.snapshot_store is None
+def test_snapshots_are_kept_where_the_ranks_are_and_copied(cluster, monkeypatch):
+    """A run resumes from the copies as it does from what ranks have written here."""
+
+    def resumed() -> dict[str, torch.Tensor]:
+        run = cluster.train(model := net(), classes(), loss="cross_entropy", steps=3, batch_size=16)
+        stores.append(type(run.control.snapshot_store))
+        assert cluster.resume(steps=6).progress.step == 6
+        return copied(model)
+
+    stores: list[type] = []
+    here = resumed()
+    monkeypatch.setattr(Engines, "exchange", SeveralHosts())
+    torch.testing.assert_close(resumed(), here, rtol=0, atol=0)
+    assert stores == [SnapshotStore, HostSnapshots]
 
 
 def test_values_travel(apart):

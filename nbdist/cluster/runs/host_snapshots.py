@@ -1,0 +1,166 @@
+"""Snapshots of ranks on several hosts: each rank writes on its host, and the newest whole one is copied to this one.
+
+A host's memory is lost with it, and a snapshot is whole only with the buffers of all ranks. So a thread copies whole
+snapshots from the hosts to the notebook's, where `SnapshotStore` has them as if ranks had written them here. A run that
+resumes from one gets it on every host first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+from nbdist.cluster.engines.engines import Engines
+from nbdist.cluster.hosts.host import Host
+from nbdist.core.state.snapshot import BUFFERS_PER_RANK, HEAD_BYTES, Head, SnapshotBuffer, SnapshotStore
+from nbdist.errors import ClusterError
+
+__all__ = ["HostSnapshots"]
+
+_INTERVAL_S = 1.0
+_INTERVAL_FACTOR = 20
+"""Time between copies, as a multiple of how long the last one took."""
+
+
+class HostSnapshots(SnapshotStore):
+    """See `SnapshotStore`, which has the copies. Local to the kernel; thread-safe.
+
+    Args:
+        engines: Of the run.
+    """
+
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
+        self._written: dict[str, list[list[str]]] = {}  # each rank's buffers on each host, by the host's id
+        self._copying = threading.RLock()
+        self._closed = threading.Event()
+        super().__init__(engines.size)
+        threading.Thread(target=self._follow, daemon=True, name="nbdist-snapshots").start()
+
+    def grow(self, ranks: int) -> None:
+        """See `SnapshotStore`; on each host."""
+        super().grow(ranks)
+        for host in self._engines.hosts:
+            written = self._written.setdefault(host.facts.host_id, [])
+            while len(written) < len(self.paths):
+                written.append(host.hold(BUFFERS_PER_RANK))
+
+    def paths_on(self, host_id: str) -> list[list[str]]:
+        """See `SnapshotStore`."""
+        return self._written[host_id]
+
+    @property
+    def last_step(self) -> int:
+        """See `SnapshotStore`; of the hosts that are left."""
+        found = [super().last_step]
+        for host in self._engines.hosts:
+            with contextlib.suppress(ClusterError):
+                heads = self._heads(host, range(len(self.paths)))
+                found += [step for own in heads.values() for _, step in own]
+        return max(found)
+
+    def refresh(self) -> None:
+        """See `SnapshotStore`: copies the newest whole snapshot of the hosts that are left, if it is not here yet."""
+        with self._copying, contextlib.suppress(ClusterError):  # a host is lost just now: the last copy stays
+            self._copy()
+
+    def distribute(self) -> None:
+        """See `SnapshotStore`: on each host that is left, the newest snapshot that is here."""
+        with self._copying:
+            if (found := self.newest) is None:
+                return
+            for host in self._engines.hosts:
+                with contextlib.suppress(ClusterError):  # it is lost: its ranks are replaced again
+                    self._send(host, found[1])
+
+    def trim(self) -> None:
+        """See `SnapshotStore`."""
+        self.refresh()
+        super().trim()
+        with self._copying, contextlib.suppress(ClusterError):
+            found = self.newest
+            moments = set() if found is None else {buffer.head for buffer in found[1]}
+            for host in self._engines.hosts:
+                heads = self._heads(host, range(len(self.paths)))
+                old = [
+                    path
+                    for rank, own in heads.items()
+                    for path, (head, _) in zip(self._written[host.facts.host_id][rank], own, strict=True)
+                    if head not in moments
+                ]
+                host.empty(old)
+
+    def close(self) -> None:
+        """See `SnapshotStore`; on each host."""
+        self._closed.set()
+        with self._copying:
+            super().close()
+            for host in self._engines.hosts:
+                host.release([path for own in self._written.pop(host.facts.host_id, []) for path in own])
+
+    def _follow(self) -> None:
+        took_s = 0.0
+        while not self._closed.wait(max(_INTERVAL_S, _INTERVAL_FACTOR * took_s)) and not self._engines.ended:
+            started_s = time.monotonic()
+            self.refresh()
+            took_s = time.monotonic() - started_s
+
+    def _heads(self, host: Host, ranks: range | list[int]) -> dict[int, list[tuple[Head, int]]]:
+        """Header and last step of the buffers of ranks on a host."""
+        places = [(path, 0, Head.nbytes_read()) for rank in ranks for path in self._written[host.facts.host_id][rank]]
+        read = host.read_memory(places)
+        return {
+            rank: [Head.parse(data) for data in read[i * BUFFERS_PER_RANK : (i + 1) * BUFFERS_PER_RANK]]
+            for i, rank in enumerate(ranks)
+        }
+
+    def _copy(self) -> None:
+        if self._closed.is_set():
+            return
+        by_id = {host.facts.host_id: host for host in self._engines.hosts}
+        placed: dict[str, list[int]] = {}
+        for rank, (host_id, _) in self._engines.processes.items():
+            placed.setdefault(host_id, []).append(rank)
+        heads: dict[int, list[Head]] = {}
+        for host_id, ranks in placed.items():
+            if host_id not in by_id or host_id not in self._written:
+                return  # lost, and all that was written there
+            found = self._heads(by_id[host_id], ranks)
+            heads |= {rank: [head for head, _ in own] for rank, own in found.items()}
+        whole = [
+            head
+            for head in heads.get(0, ())
+            if 0 < head.ranks == len(heads) and all(any(head[:3] == h[:3] for h in own) for own in heads.values())
+        ]
+        if not whole:
+            return
+        latest = max(head[:3] for head in whole)
+        here = self.newest
+        if here is not None and latest <= here[1][0].head[:3]:
+            return
+        for host_id, ranks in placed.items():
+            for rank in ranks:
+                number = next(i for i, head in enumerate(heads[rank]) if head[:3] == latest)
+                self._fetch(by_id[host_id], rank, self._written[host_id][rank][number], heads[rank][number])
+
+    def _fetch(self, host: Host, rank: int, path: str, head: Head) -> None:
+        """Copy a buffer of a host over the oldest one here, unless its rank has written it meanwhile."""
+        (content,) = host.read_memory([(path, HEAD_BYTES, head.nbytes)])
+        (after,) = host.read_memory([(path, 0, Head.nbytes_read())])
+        if Head.parse(after)[0] == head and len(content) == head.nbytes:
+            kept = set() if (found := self.newest) is None else {buffer.path for buffer in found[1]}
+            free = [buffer for buffer in map(SnapshotBuffer, self.paths[rank]) if buffer.path not in kept]
+            min(free, key=lambda buffer: buffer.head[:2]).fill(head, content)
+
+    def _send(self, host: Host, buffers: list[SnapshotBuffer]) -> None:
+        """Write the buffers of a snapshot into the oldest ones of a host that has another one."""
+        heads = self._heads(host, range(len(buffers)))
+        for rank, buffer in enumerate(buffers):
+            own = [head for head, _ in heads[rank]]
+            if buffer.head in own:
+                continue
+            path = self._written[host.facts.host_id][rank][min(range(len(own)), key=lambda i: own[i][:2])]
+            host.write_memory(path, 0, Head.none())
+            host.write_memory(path, HEAD_BYTES, buffer.content.numpy().data)
+            host.write_memory(path, 0, buffer.head.packed())

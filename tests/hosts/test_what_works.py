@@ -1,0 +1,71 @@
+"""What works on one host works on several: records, checkpoints, cells, stacks, interrupts, values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shared_cluster import until
+from torch import nn
+
+import nbdist
+from nbdist.errors import EngineError
+from nbdist.telemetry.record import records
+
+X = torch.randn(256, 6, generator=torch.Generator().manual_seed(1))
+DATA = X, X.sum(1, keepdim=True).sin()
+OPTIONS = {"loss": "mse", "optimizer": "adamw", "lr": 0.01, "batch_size": 64}
+
+
+@pytest.fixture(scope="module")
+def cluster(_fork_server):
+    """An engine on each of three hosts, one of them this one."""
+    with nbdist.Cluster(hosts={"local": 1, "h1": 1, "h2": 1}, device="cpu", spares=0) as started:
+        yield started
+
+
+def bits(trained: nn.Module) -> list[bytes]:
+    return [parameter.detach().numpy().tobytes() for parameter in trained.parameters()]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(6, 1)
+
+
+def test_the_record_of_a_run_is_whole_on_the_notebooks_host(cluster):
+    run = cluster.train(model(), DATA, epochs=2, **OPTIONS)
+    folder = records() / run.run_id
+    for rank in range(3):
+        lines = (folder / f"rank{rank}.jsonl").read_text().splitlines()
+        assert '"event": "RunStarted"' in lines[0]
+        assert '"event": "RunFinished"' in lines[-1]
+
+
+def test_a_checkpoint_folder_that_hosts_do_not_share_is_refused_at_once(cluster):
+    """Each host's own /tmp; a resume would miss the files of the others."""
+    with pytest.raises(EngineError, match=r"the ranks do not share the folder .* host h1 does not see"):
+        cluster.train(model(), DATA, epochs=1, checkpoint="/tmp/of-this-host", **OPTIONS)
+
+
+def test_a_run_is_resumed_from_a_folder_that_all_hosts_see(cluster, shared):
+    cluster.train(whole := model(), DATA, epochs=2, **OPTIONS)
+    cluster.train(model(), DATA, epochs=1, checkpoint=str(shared), **OPTIONS)
+    cluster.train(resumed := model(), DATA, epochs=2, resume=str(shared), **OPTIONS)
+    assert bits(resumed) == bits(whole)
+
+
+def test_cells_run_on_all_hosts_and_their_stacks_are_read_there(cluster):
+    cell = cluster.execute("import socket\nname = socket.gethostname()\nwhile True:\n    pass")
+    until(lambda: [rank.state for rank in cluster.where().ranks] == ["working"] * 3)
+    assert all(rank.place.endswith(("line 3", "line 4")) for rank in cluster.where().ranks)
+    cluster.interrupt()
+    with pytest.raises(EngineError, match="KeyboardInterrupt"):
+        cell.wait()
+    assert [cluster.pull("name", rank) for rank in range(3)] == ["head", "h1", "h2"]
+    cluster.check_ready()
+
+
+def test_values_travel_and_memory_is_that_of_the_host(cluster):
+    cluster.push(given=torch.arange(4.0))
+    assert all(torch.equal(cluster.pull("given", rank), torch.arange(4.0)) for rank in range(3))
+    assert all(cluster.memory(engine) > 1 << 20 for engine in cluster.engines)
