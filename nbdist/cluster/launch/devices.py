@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from nbdist.cluster.hosts import fork_client
 from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
+from nbdist.cluster.hosts.ssh import Ssh
 from nbdist.errors import PlanError, suggest
 from nbdist.plan import available_cores, check_engines, default_engines, may_have_gpus
 
@@ -39,7 +40,10 @@ def choose_hosts(
     counts = {LOCAL: engines} if hosts is None else dict(hosts)
     if LOCAL in counts:
         counts[LOCAL] = _size(counts[LOCAL], device, warm_up)
-    return HostChoice(engines=counts, interface=interface, timeout_s=timeout_s, device=device)
+    choice = HostChoice(engines=counts, interface=interface, timeout_s=timeout_s, device=device)
+    if choice.others:
+        Ssh.of_user().address_towards(choice.others, interface)  # an unknown host is named before anything is stopped
+    return choice
 
 
 def _size(engines: int | None, device: str, warm_up: bool) -> int:

@@ -124,7 +124,7 @@ def test_a_killed_agent_is_a_lost_host(start, agents):
 
 
 def test_a_program_that_fails_is_named_by_its_last_line(start):
-    host = start(command=["sh", "-c", "echo one; echo Permission denied, please try again >&2; exit 1"])
+    host = start(command=["sh", "-c", "printf 'one\\nPermission denied, please try again\\n' >&2; exit 1"])
     with pytest.raises(HostLostError, match=r"host h1 is lost: its agent has ended \(Permission denied, please"):
         _ = host.facts
 

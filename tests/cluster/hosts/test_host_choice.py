@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from nbdist import Cluster
 from nbdist.cluster.hosts.host_choice import HostChoice
 from nbdist.errors import PlanError
 from nbdist.notebook.parsers import parse_hosts
+
+needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not installed")
 
 
 @pytest.mark.parametrize(
@@ -19,7 +23,11 @@ from nbdist.notebook.parsers import parse_hosts
         ({"hosts": {"h1": 0}}, "0 engines on host h1 are not possible"),
         ({"hosts": {"h1": True}}, "True engines on host h1 are not possible"),
         ({"hosts": {"h1": 2}, "engines": 2}, "engines and hosts exclude each other"),
-        ({"hosts": {"h1": 2}, "detach": 60.0}, r"engines on other hosts \(h1\) end with the kernel"),
+        pytest.param(
+            {"hosts": {"127.0.0.1": 2}, "detach": 60.0},
+            "engines on other hosts .* end with the kernel",
+            marks=needs_ssh,
+        ),
         ({"hosts": {"h1": 2}, "host_timeout": 0.5}, "a host timeout of 0.5 is not possible"),
         ({"engines": 1, "interface": "eth0"}, "interface and host_timeout are about other hosts"),
         ({"hosts": {"local": 4000}}, "4000 engines are more than this machine can run"),
@@ -30,10 +38,17 @@ def test_what_is_not_possible_is_one_sentence(options, sentence):
         Cluster(**options)
 
 
+@needs_ssh
 def test_the_number_of_engines_is_known_as_far_as_it_is_given():
     choice = HostChoice(engines={"h1": 2, "local": 3, "h2": None})
     assert (choice.size, choice.others) == (5, ["h1", "h2"])
-    assert Cluster(hosts={"h1": 2, "h2": 2}).hosts == {"h1": 2, "h2": 2}
+    assert Cluster(hosts={"127.0.0.1": 2, "local": 1}).hosts == {"127.0.0.1": 2, "local": 1}
+
+
+@needs_ssh
+def test_an_unknown_host_is_named_before_a_running_cluster_is_stopped():
+    with pytest.raises(PlanError, match=r"the address of host no-such-host\.invalid is not known here"):
+        Cluster(hosts={"no-such-host.invalid": 2})
 
 
 def test_hosts_on_a_line():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,12 +12,14 @@ import pytest
 from nbdist.cluster.hosts.ssh import Ssh
 from nbdist.errors import PlanError
 
+needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not installed")
+
 
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
     """``ssh`` and ``python3`` that say how they are called, alone on the path."""
     for name in ("ssh", "python3"):
-        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*"\n')
+        (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "{name} $*"\n')
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     return tmp_path
@@ -48,6 +51,7 @@ def test_settings_of_ipyparallel_are_honoured(tmp_path, monkeypatch):
     assert command[-1].startswith("exec /opt/python -c ")
 
 
+@needs_ssh
 def test_names_are_those_of_the_users_settings(tmp_path):
     """An alias that only ssh knows; nothing is sent to it."""
     settings = tmp_path / "config"
@@ -62,6 +66,7 @@ def test_names_are_those_of_the_users_settings(tmp_path):
         (["127.0.0.1"], "eth77", "this host has no interface 'eth77'"),
     ],
 )
+@needs_ssh
 def test_a_host_that_cannot_be_found_is_one_sentence(hosts, interface, sentence):
     with pytest.raises(PlanError, match=sentence):
         Ssh().address_towards(hosts, interface)
