@@ -1,6 +1,6 @@
 """Parent watchdog: run a controller or an engine that ends when its owner does, however the owner ended.
 
-The local launcher starts it as ``python -m nbdist.engine.parent_watch controller|engine ARGS...``. The owner is a
+A host starts it as ``python -m nbdist.engine.parent_watch controller|engine ARGS...``. The owner is a
 process of this host, named by `OWNER_VARIABLE`. (Linux's parent-death signal is tied to the thread that forked, so it
 would fire when a notebook's worker thread ends.)
 """

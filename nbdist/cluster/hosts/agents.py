@@ -12,7 +12,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
-import os
+import socket
 import subprocess
 import threading
 import time
@@ -82,7 +82,7 @@ class Agents:
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * self._timeout_s))
         port = self._socket.bind_to_random_port(f"tcp://{address}")
         self._address = f"tcp://{address}:{port}"
-        self._wake, self._awake = os.pipe()
+        self._wake, self._awake = socket.socketpair()  # a closed one never is another file, as a descriptor may be
         self._thread = threading.Thread(target=self._serve, daemon=True, name="nbdist-agents")
         self._thread.start()
 
@@ -156,18 +156,20 @@ class Agents:
         if self._ended:
             return
         self._ended = True
-        os.write(self._awake, b"x")
+        self._awake.send(b"x")
         self._thread.join()
+        for name in self._agents:
+            self._lose(name, "its cluster has ended")
         self._socket.close()
         self._keys.stop()
         self._context.destroy(linger=_LINGER_MS)
-        os.close(self._wake)
-        os.close(self._awake)
+        self._wake.close()
+        self._awake.close()
 
     def _send(self, message: list[bytes]) -> None:
         self._unsent.append(message)
         with contextlib.suppress(OSError):  # closed just now
-            os.write(self._awake, b"x")
+            self._awake.send(b"x")
 
     def _serve(self) -> None:
         poller = zmq.Poller()
@@ -177,8 +179,8 @@ class Agents:
         looked_s = time.monotonic()
         while not self._ended:
             events = dict(poller.poll(round(1000 * interval_s)))
-            if self._wake in events:
-                os.read(self._wake, 1 << 12)
+            if self._wake.fileno() in events:
+                self._wake.recv(1 << 12)
             with contextlib.suppress(zmq.Again):
                 while True:
                     self._receive(self._socket.recv_multipart(zmq.NOBLOCK, copy=False))
@@ -243,4 +245,5 @@ class Agents:
             agent.hello.set_exception(error)
         for future in pending:
             future.set_exception(error)
-        agent.on_lost()
+        if not self._ended:
+            agent.on_lost()
