@@ -201,7 +201,7 @@ def main() -> None:
     agent: _Agent | None = None
     try:
         if fork_client.can_fork():
-            fork_client.require_server()  # it loads torch from now on
+            fork_client.require_server(str(folder))  # it loads torch from now on
         threading.current_thread().name = "nbdist-agent"
         agent = _Agent(invitation, folder)
         os.close(errors)

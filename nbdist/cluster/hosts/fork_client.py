@@ -65,13 +65,17 @@ class ForkRequest:
 
 
 class ForkServer:
-    """A running fork server and the pipe to it. Local to the process that created it."""
+    """A running fork server and the pipe to it. Local to the process that created it.
 
-    def __init__(self) -> None:
+    Args:
+        folder: Of a cluster, removed if this process is killed, forks or not; "" for none.
+    """
+
+    def __init__(self, folder: str = "") -> None:
         pipe, server_end = Pipe()
         with server_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND, str(server_end.fileno()), process_mark(os.getpid())],
+                [sys.executable, "-c", _COMMAND, str(server_end.fileno()), process_mark(os.getpid()), folder],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 pass_fds=[server_end.fileno()], start_new_session=True,
                 env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"},  # or ipykernel's debugger warns
@@ -160,8 +164,12 @@ def current_server() -> ForkServer | None:
     return _server if _server is not None and _server.alive else None
 
 
-def require_server() -> ForkServer:
-    """The fork server of this process, started if there is none; does not wait until it has loaded torch."""
+def require_server(folder: str = "") -> ForkServer:
+    """The fork server of this process, started if there is none; does not wait until it has loaded torch.
+
+    Args:
+        folder: See `ForkServer`.
+    """
     global _server
     if _server is None or not _server.fits:
         if _server is not None:
@@ -169,7 +177,7 @@ def require_server() -> ForkServer:
             _earlier.append(_server)
         else:
             atexit.register(end_server)
-        _server = ForkServer()
+        _server = ForkServer(folder)
     return _server
 
 

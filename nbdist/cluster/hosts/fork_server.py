@@ -53,7 +53,11 @@ class _ChildProcesses:
         with contextlib.suppress(OSError):  # it has ended already, or the kernel has no pidfd
             self._held[os.pidfd_open(pid)] = pid, folder
         if folder:
-            self._owners[folder] = owner
+            self.note_owner(folder, owner)
+
+    def note_owner(self, folder: str, owner: str) -> None:
+        """The cluster with this folder is to `end` with its owner."""
+        self._owners[folder] = owner
 
     def forget(self) -> None:
         """Close all pidfds; called in a new child, whose siblings they are."""
@@ -104,9 +108,17 @@ def _has_ended(pidfd: int, timeout_s: float = 0.0) -> bool:
     return bool(poll.poll(timeout_s * 1000))
 
 
-def serve(pipe: Connection, owner: str) -> None:
-    """The server's loop: fork on request, until the pipe closes or the owner has ended."""
+def serve(pipe: Connection, owner: str, folder: str = "") -> None:
+    """The server's loop: fork on request, until the pipe closes or the owner has ended.
+
+    Args:
+        pipe: To the owner.
+        owner: Its mark.
+        folder: See `ForkServer`.
+    """
     children = _ChildProcesses()
+    if folder:
+        children.note_owner(folder, owner)
     _serve(pipe, owner, children)
     if parent_watch.wait_for_exit(owner, _POLL_S):  # else the owner ends this server and its forks itself
         children.wait(_GRACE_S)
@@ -204,4 +216,4 @@ def _become(request: ForkRequest) -> NoReturn:
 
 def main() -> None:
     """Entry point of the process that `ForkServer` starts."""
-    serve(Connection(int(sys.argv[1])), sys.argv[2])
+    serve(Connection(int(sys.argv[1])), *sys.argv[2:4])

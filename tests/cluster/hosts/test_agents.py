@@ -10,7 +10,9 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -104,8 +106,10 @@ def test_it_ends_with_the_kernels_connection_although_its_input_stays(start, age
     until(lambda: all_ended(processes))
 
 
-def test_a_killed_agent_is_a_lost_host(start, agents):
-    """What waits for it fails, who asks is told, and nothing that it started lives on."""
+def test_a_killed_agent_is_a_lost_host(start, agents, monkeypatch, tmp_path):
+    """What waits for it fails, who asks is told, and nothing that it started, or its folder, lives on."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     host, lost = start(), threading.Event()
     host.on_lost = lambda host: lost.set()
     assert host.facts
@@ -121,6 +125,7 @@ def test_a_killed_agent_is_a_lost_host(start, agents):
     with pytest.raises(HostLostError):
         host.hold(1)
     until(lambda: all_ended(processes))
+    until(lambda: [] == list(Path(tempfile.gettempdir()).glob("nbdist-*")))
 
 
 def test_a_program_that_fails_is_named_by_its_last_line(start):
