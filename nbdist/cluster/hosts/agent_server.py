@@ -63,7 +63,6 @@ class _Agent:
         self._replies: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
         self._wake, self._awake = os.pipe()
         self._requests = concurrent.futures.ThreadPoolExecutor(_THREADS)
-        self._ended = False
         context: Any = zmq.Context.instance()
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, invitation["name"].encode())
@@ -78,12 +77,12 @@ class _Agent:
 
     def serve(self) -> None:
         """Serve until the kernel, the connection to it or the one to whoever started this has ended."""
-        self._send(b"", ["hello", dataclasses.asdict(self.host.facts)])
+        self._tell("hello", dataclasses.asdict(self.host.facts))
         poller = zmq.Poller()
         for source in (self._socket, self._monitor, self._wake, 0):
             poller.register(source, zmq.POLLIN)
         beat_s, known = 0.0, set[str]()
-        while not self._ended:
+        while True:
             ready = dict(poller.poll(round(1000 * _LOOK_S)))
             if 0 in ready and not os.read(0, 1 << 12):
                 return
@@ -99,14 +98,15 @@ class _Agent:
                     self._socket.send_multipart(self._replies.get_nowait())
             running = self.host.processes()
             for mark in known - running:
-                self._send(b"", ["ended", mark])
+                self._tell("ended", mark)
             known = running
             if time.monotonic() - beat_s > self._beat_s:
-                self._send(b"", ["beat"])
+                self._tell("beat")
                 beat_s = time.monotonic()
 
-    def _send(self, number: bytes, content: Any, frames: list[bytes] | None = None) -> None:
-        self._socket.send_multipart([number, json.dumps(content).encode(), *(frames or [])])
+    def _tell(self, *event: Any) -> None:
+        """Send what the kernel has not requested."""
+        self._socket.send_multipart([b"", json.dumps(event).encode()])
 
     def _answer(self, number: bytes, request: list[Any], frames: list[bytes]) -> None:
         """Answer a request, in a thread: starting engines may wait until torch is loaded."""
@@ -158,9 +158,6 @@ class _Agent:
 
     def _do_log_tail(self) -> str:
         return self.host.log_tail()
-
-    def _do_end(self) -> None:
-        self._ended = True
 
 
 def _count_gpus() -> int:

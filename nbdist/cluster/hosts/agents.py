@@ -41,7 +41,6 @@ class _Agent:
     """What is known of one agent."""
 
     def __init__(self) -> None:
-        self.public = b""
         self.hello: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
         self.pending: dict[int, concurrent.futures.Future[tuple[Any, list[bytes]]]] = {}
         self.last_beat_s = 0.0
@@ -93,10 +92,8 @@ class Agents:
     def invite(self, name: str) -> Invitation:
         """A new agent: the keys with which it connects."""
         public, secret = zmq.curve_keypair()
-        agent = _Agent()
-        agent.public = public
         with self._lock:
-            self._agents[name] = agent
+            self._agents[name] = _Agent()
             self._names[public.decode()] = name
         return {
             "name": name, "controller": self._address, "timeout_s": str(self._timeout_s),

@@ -22,7 +22,6 @@ class HostChoice:
         engines: How many on each host, by its name for ssh or as `LOCAL`; None for the default there.
         interface: This host's network interface towards the others, or its address there; by default the one to them.
         timeout_s: After how many seconds without a word a host counts as lost; None leaves it as it is.
-
         device: What ranks compute on: with "cpu" a host's GPUs do not count.
 
     Raises:
