@@ -102,7 +102,7 @@ def test_an_engine_that_hangs_in_c_code_does_not_outlive_its_owner(shared_cluste
 SERVER = """
 import sys
 from multiprocessing import Pipe
-from nbdist.cluster.launch import fork_server
+from nbdist.cluster.hosts import fork_server
 from nbdist.process_mark import process_mark
 
 fork_server._GRACE_S = 1000.0
