@@ -125,7 +125,10 @@ def of_cluster(cluster):
 
 def kill_controller(cluster):
     """Kill the controller; its child, a scheduler, has the same name."""
-    controllers = [process for process in of_cluster(cluster)[0] if "controll" in process.name()]
+    controllers = [
+        process for process in of_cluster(cluster)[0]
+        if "controller" in process.cmdline() or process.name().startswith("nbdist-contr")  # a new Python, or a fork
+    ]  # fmt: skip
     (controller,) = [process for process in controllers if process.parent() not in controllers]
     controller.kill()
     assert gone([controller])
