@@ -120,7 +120,7 @@ def run_peer(case: str, device: str, steps: int = 0) -> float:
         model, x, y = model.cuda(), x.cuda(), y.cuda()
     replica: nn.Module = model
     if ranks > 1:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
         torch.set_num_threads(1)
         replica = DistributedDataParallel(model)

@@ -110,7 +110,7 @@ class Cluster:
 
     @property
     def transport(self) -> str:
-        """What gradients are reduced over: "shared memory", "gloo", "nccl", or "shared memory and gloo"."""
+        """What gradients are reduced over: "shared memory", "gloo", "nccl", or "shared memory and TCP"."""
         return self._running().transport
 
     @property

@@ -8,6 +8,7 @@ from nbdist.core.comm.comm_timer import comm_timer
 from nbdist.core.comm.hierarchical import HierarchicalChannel
 from nbdist.core.comm.p2p import Link, Message, ProcessGroupLink
 from nbdist.core.comm.p2p_shared_memory import SharedMemoryLink
+from nbdist.core.comm.p2p_tcp import TcpLink
 from nbdist.core.comm.process_group import ProcessGroupChannel
 from nbdist.core.comm.shared_memory import SharedMemoryChannel
 
@@ -22,5 +23,6 @@ __all__ = [
     "SharedMemoryChannel",
     "SharedMemoryLink",
     "SoloChannel",
+    "TcpLink",
     "comm_timer",
 ]

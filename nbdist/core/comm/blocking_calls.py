@@ -8,12 +8,12 @@ from typing import Any
 
 from nbdist.core.comm.channel import Channel, Pending
 from nbdist.core.comm.p2p import Link
+from nbdist.core.comm.peer_sockets import connect
 from nbdist.core.comm.rendezvous import GenerationStore, barrier, start_group
-from nbdist.core.comm.shared_memory import connect
 
 __all__ = ["waiting_calls"]
 
-_NOT_BLOCKING = {"zeros", "free", "close", "common", "common_memory", "slabs", "groups", "used_for"}
+_NOT_BLOCKING = {"zeros", "free", "close", "common", "common_memory", "slabs", "mapped", "groups", "used_for"}
 """Public methods that do not wait for other ranks, or wait in a function that is listed by itself."""
 
 

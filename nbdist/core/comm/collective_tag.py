@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from nbdist.errors import PlanError, ranks_text
@@ -43,14 +43,14 @@ def tag_of(kind: str, nbytes: int = 0, purpose: str = "") -> CollectiveTag:
     return CollectiveTag(f"{kind}{size}{f' for {purpose}' if purpose else ''}", packed)
 
 
-def mismatch_error(texts: Sequence[str]) -> PlanError:
+def mismatch_error(texts: Mapping[int, str]) -> PlanError:
     """The error for ranks in different collectives; the same on each.
 
     Args:
-        texts: Of the ranks' tags, in order of their channel.
+        texts: Of the ranks' tags, by rank.
     """
     ranks: dict[str, list[int]] = {}
-    for rank, text in enumerate(texts):
+    for rank, text in texts.items():
         ranks.setdefault(text, []).append(rank)
     spread = ", ".join(f"{ranks_text(some)} in {text}" for text, some in ranks.items())
     return PlanError(

@@ -1,15 +1,21 @@
-"""The network interface that torch's backends listen on: loopback within a host, the chosen one between hosts."""
+"""The network interface between hosts: the chosen one, or the one that leads to the store. Within a host, loopback."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import sys
+from typing import Any
+
+import psutil
 
 from nbdist.telemetry.host import INTERFACE_VARIABLE
 
-__all__ = ["choose_interface"]
+__all__ = ["address_towards", "choose_interface", "own_address"]
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+_LOOPBACK_ADDRESS = "127.0.0.1"
 _GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 _chosen: dict[str, str] = {}
 
@@ -28,3 +34,26 @@ def choose_interface(*, one_host: bool) -> None:
             os.environ[variable] = _chosen[variable] = name
         else:
             os.environ.pop(variable, None)
+
+
+def own_address(store: Any) -> str:
+    """This host's address towards the other hosts of a world; on loopback if only that leads to the store. Local.
+
+    Args:
+        store: That all ranks share: nbdist's, or torchrun's, which is at ``$MASTER_ADDR``.
+    """
+    chosen = os.environ.get(INTERFACE_VARIABLE) or os.environ.get(_GLOO, "")
+    for each in psutil.net_if_addrs().get(chosen, ()):
+        if each.family == socket.AF_INET:
+            return str(each.address)
+    return address_towards(getattr(store, "address", ("",))[0].rpartition(":")[0] or os.environ.get("MASTER_ADDR", ""))
+
+
+def address_towards(name: str) -> str:
+    """This host's address on the way to a host; loopback if that cannot be found. Local; nothing is sent."""
+    if not name:
+        return _LOOPBACK_ADDRESS
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((name, 9))
+        return str(probe.getsockname()[0])
+    return _LOOPBACK_ADDRESS

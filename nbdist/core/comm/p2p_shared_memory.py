@@ -17,7 +17,8 @@ import torch
 
 from nbdist.core.comm.comm_timer import comm_timer
 from nbdist.core.comm.p2p import Link, Message, TensorSpec, dtype_named, pack_note, unpack_note
-from nbdist.core.comm.shared_memory import SPIN_S, connect, open_sockets, receive_exactly, receive_file, send_file
+from nbdist.core.comm.peer_sockets import connect, open_sockets, receive_exactly
+from nbdist.core.comm.shared_memory import SPIN_S, receive_file, send_file
 from nbdist.core.transfer.payload import Segment
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
@@ -44,7 +45,7 @@ class SharedMemoryLink(Link):
     """
 
     def __init__(self, rank: int, peer: int, store: Any, name: str, size: int) -> None:
-        (self._socket,) = connect(int(rank > peer), 2, store, name)
+        (self._socket,) = connect(rank, [peer], store, name)
         open_sockets.add(self)
         self._spin_s = SPIN_S if size <= available_cores() else 0.0
         self._free: list[Segment] = []

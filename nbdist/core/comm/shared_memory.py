@@ -9,14 +9,10 @@ what the barrier is for; where tags differ, each rank sends what it is in, and a
 from __future__ import annotations
 
 import contextlib
-import functools
 import mmap
 import os
-import secrets
-import select
 import socket
 import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,37 +23,19 @@ from nbdist.core.comm.channel import Channel, Done, Pending
 from nbdist.core.comm.collective_tag import TAG_BYTES, CollectiveTag, mismatch_error, tag_of
 from nbdist.core.comm.comm_timer import comm_timer
 from nbdist.core.comm.common_memory import CommonMemory
+from nbdist.core.comm.peer_sockets import connect, open_sockets, receive_exactly
 from nbdist.core.comm.reduction_order import ReductionTree
-from nbdist.core.comm.rendezvous import as_peer_lost
 from nbdist.core.transfer.payload import Segment
 from nbdist.errors import PeerLostError
-from nbdist.peer_auth import IntruderError, authenticate_as_client, authenticate_client
-from nbdist.peer_auth import receive_exactly as receive_bytes
 from nbdist.plan import available_cores
 
-__all__ = ["SPIN_S", "SharedMemoryChannel", "connect", "open_sockets", "receive_exactly", "receive_file", "send_file"]
+__all__ = ["SPIN_S", "STAGING_BYTES", "SharedMemoryChannel", "receive_file", "send_file"]
 
 _PAGE = 4096
 SPIN_S = 1e-4
 """How long a wait spins before it sleeps, if each rank has a core: waking from sleep takes 20 to 50 us more."""
-_POLL_S = 0.02
-"""While a rank waits for a peer to connect: how often it checks that the store still exists."""
-_STAGING_BYTES = 1 << 20
+STAGING_BYTES = 1 << 20
 """Tensors outside of arenas are copied through an arena of this size, chunk by chunk."""
-
-
-open_sockets: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Every shared-memory channel and link of this process; each holds sockets to other ranks."""
-
-
-def _close_in_fork() -> None:
-    """A data-loading process that outlives its killed rank would keep the sockets open, and the peers would wait."""
-    for holder in list(open_sockets):
-        holder.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_fork)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +70,12 @@ class SharedMemoryChannel(Channel):
 
     def __init__(self, rank: int, size: int, store: Any, name: str) -> None:
         super().__init__(rank, size, torch.device("cpu"))
-        self._peers = connect(rank, size, store, name)
+        self._peers = connect(rank, {*range(size)} - {rank}, store, name)
         open_sockets.add(self)
         self._spin_s = SPIN_S if size <= available_cores() else 0.0
         self._arenas: list[_Arena] = []
         try:
-            self._staging = self._make_arena(_STAGING_BYTES)
+            self._staging = self._make_arena(STAGING_BYTES)
         except BaseException:
             self.close()
             raise
@@ -150,15 +128,24 @@ class SharedMemoryChannel(Channel):
     @comm_timer.communicating()
     def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
         """See `Channel`; done on return."""
-        arena, tag = self._arena_of(tensor), self._tag("all-reduce", tensor)
+        tag = self._tag("all-reduce", tensor)
+        for slabs in self.mapped(tensor):
+            self._sum_(slabs, tag)
+        return Done()
+
+    def mapped(self, tensor: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """What the caller computes on memory that all ranks map: every rank's `tensor`, flat, in rank order. Local.
+
+        A tensor that `zeros` made is there already; another one comes in chunks, each copied there and back.
+        """
+        arena = self._arena_of(tensor)
         if arena is not None:
-            self._sum_(arena.views(tensor), tag)
-            return Done()
+            yield arena.views(tensor)
+            return
         for chunk, staged in self._chunks(tensor):
             staged[self.rank].copy_(chunk)
-            self._sum_(staged, tag)
+            yield staged
             chunk.copy_(staged[self.rank])
-        return Done()
 
     @comm_timer.communicating()
     def start_broadcast_(self, tensor: torch.Tensor, source: int = 0) -> Pending:
@@ -193,7 +180,7 @@ class SharedMemoryChannel(Channel):
         """See `Channel`."""
         rows, tag = tensor.view(self.size, -1), self._tag("reduce-scatter", tensor)
         total = torch.empty_like(rows[0])
-        width = _STAGING_BYTES // tensor.itemsize // self.size
+        width = STAGING_BYTES // tensor.itemsize // self.size
         for start in range(0, len(total), width):
             chunk = rows[:, start : start + width]
             nbytes = chunk.numel() * tensor.itemsize
@@ -264,7 +251,7 @@ class SharedMemoryChannel(Channel):
             for peer in self._peers:
                 alike &= self._receive_tag(peer) == packed
             if not alike:
-                raise mismatch_error(self._exchange_texts(tag.text))
+                raise mismatch_error(dict(enumerate(self._exchange_texts(tag.text))))
         except OSError as error:
             raise PeerLostError(f"a collective ended early, another rank is gone ({error}).") from error
         comm_timer.waiting += time.perf_counter() - began_s
@@ -301,7 +288,7 @@ class SharedMemoryChannel(Channel):
     def _chunks(self, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
         """Split a tensor into chunks that fit into the staging arena, each with the slabs' views for it."""
         flat = tensor.view(-1)
-        for chunk in flat.split(_STAGING_BYTES // flat.itemsize):
+        for chunk in flat.split(STAGING_BYTES // flat.itemsize):
             yield chunk, [slab[: chunk.nbytes].view(chunk.dtype) for slab in self._staging.slabs]
 
     def _make_arena(self, nbytes: int) -> _Arena:
@@ -309,49 +296,6 @@ class SharedMemoryChannel(Channel):
         pitch = -(-max(nbytes, 1) // _PAGE) * _PAGE
         slabs = list(self.common_memory(pitch * self.size).shared.split(pitch))
         return _Arena(slabs=slabs, start=slabs[self.rank].data_ptr(), nbytes=pitch)
-
-
-def connect(rank: int, size: int, store: Any, name: str) -> list[socket.socket]:
-    """One Unix socket to every other rank, in rank order. **Collective**.
-
-    A rank connects to those below it, and accepts those above. The listeners have no name in the file system. Each side
-    verifies that the other is this user's process and knows the world's secret.
-
-    Raises:
-        PeerLostError: Another rank, or the store, is gone.
-    """
-    peers: dict[int, socket.socket] = {}
-    purpose = f"{store.generation}/{name}"
-    check = functools.partial(store.check, [])  # raises once the ranks are released
-    try:
-        with as_peer_lost(), socket.socket(socket.AF_UNIX) as listener:
-            address = f"\0nbdist-{secrets.token_hex(16)}"
-            listener.bind(address)
-            listener.listen(size)
-            store.set(f"{name}/address/{rank}", address)
-            for other in range(rank):
-                listening = store.get(f"{name}/address/{other}").decode()
-                peers[other] = socket.socket(socket.AF_UNIX)
-                peers[other].connect(listening)
-                authenticate_as_client(peers[other], store.secret, f"{purpose}/{other}", rank, check)
-            while len(peers) < size - 1:
-                while not select.select([listener], [], [], _POLL_S)[0]:
-                    check()
-                peer, _ = listener.accept()
-                try:
-                    other = authenticate_client(peer, store.secret, f"{purpose}/{rank}", check)
-                except IntruderError:  # every process on the host can see the address and connect
-                    peer.close()
-                    continue
-                except BaseException:
-                    peer.close()
-                    raise
-                peers[other] = peer
-    except BaseException:
-        for peer in peers.values():
-            peer.close()
-        raise
-    return [peers[other] for other in sorted(peers)]
 
 
 def send_file(peer: socket.socket, descriptor: int) -> None:
@@ -379,11 +323,3 @@ def receive_file(peer: socket.socket) -> Iterator[int]:
         yield files[0]
     finally:
         os.close(files[0])
-
-
-def receive_exactly(peer: socket.socket, length: int) -> bytes:
-    """Receive `length` bytes. Raises `PeerLostError` if the peer closes the connection first."""
-    try:
-        return receive_bytes(peer, length)
-    except ConnectionError as error:
-        raise PeerLostError(str(error)) from error

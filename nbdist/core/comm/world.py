@@ -30,10 +30,11 @@ from nbdist.core.comm import (
     SharedMemoryChannel,
     SharedMemoryLink,
     SoloChannel,
+    TcpLink,
 )
 from nbdist.core.comm.authenticated_store import host_store
 from nbdist.core.comm.group_sockets import keeping_alive, shut_connections
-from nbdist.core.comm.interface import choose_interface
+from nbdist.core.comm.interface import address_towards, choose_interface, own_address
 from nbdist.core.comm.rendezvous import GenerationStore, barrier, start_group, unused_prefix
 from nbdist.errors import PlanError
 from nbdist.telemetry.host import host_id
@@ -60,8 +61,9 @@ class World:
         device: What this rank computes on.
         backend: "gloo" or "nccl", or empty for a world of one.
         store: The key-value store that all ranks share, hosted by another process; None without one.
-        shared: The shared-memory channel over all ranks, if they compute on CPUs and some share a host.
+        shared: The channel over all ranks of nbdist's own, if they compute on CPUs.
         hosts: The host of each rank, if ranks of one host may share memory; else empty.
+        address: Of this rank's host, where the others reach it; empty if there are none.
     """
 
     generation: int = 0
@@ -74,6 +76,7 @@ class World:
     store: Any = None
     shared: Channel | None = None
     hosts: tuple[str, ...] = ()
+    address: str = ""
     _made: list[Any] = field(default_factory=list, repr=False)
     _numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
@@ -102,6 +105,7 @@ class World:
         names = GenerationStore(store, generation)
         ranks = [json.loads(info) for info in barrier(names, "rank", rank, size, json.dumps(_host_and_gpu(chosen)))]
         hosts = () if size == 1 or not ranks[0]["host"] else tuple(info["host"] for info in ranks)
+        address = _agree_on_addresses(names, rank, size) if len(set(hosts)) > 1 else ""
         backend = "nccl" if chosen.type == "cuda" and len({info["gpu"] for info in ranks}) == size else "gloo"
         with contextlib.ExitStack() as undo:
             undo.callback(_destroy_group)
@@ -110,8 +114,9 @@ class World:
                 shared = undo.enter_context(contextlib.closing(SharedMemoryChannel(rank, size, names, "memory")))
             start_group(names, functools.partial(_init_group, chosen, backend, names, rank, size))
             barrier(names, "group", rank, size)  # or a rank might start the all-reduce below while another has failed
-            if shared is None and len(HierarchicalChannel.groups(list(hosts))) < len(hosts):
-                shared = undo.enter_context(contextlib.closing(HierarchicalChannel(list(hosts), rank, names, "memory")))
+            if address:
+                channel = HierarchicalChannel(list(hosts), rank, names, "memory", address)
+                shared = undo.enter_context(contextlib.closing(channel))
             world = cls(
                 generation=generation,
                 rank=rank,
@@ -123,6 +128,7 @@ class World:
                 store=names,
                 shared=shared,
                 hosts=hosts,
+                address=address,
             )
             world.channel().all_reduce_(torch.ones(1, dtype=torch.float32, device=chosen))
             undo.pop_all()
@@ -198,6 +204,11 @@ class World:
                 if group is mine:
                     made = SharedMemoryChannel(mine.index(self.rank), len(mine), self.store, f"{number}/{mine[0]}")
                 continue
+            if self.address:
+                if group is mine:
+                    hosts, rank = [self.hosts[each] for each in mine], mine.index(self.rank)
+                    made = HierarchicalChannel(hosts, rank, self.store, f"{number}/{mine[0]}", self.address)
+                continue
             torch_group = self._new_group(group)
             if group is mine:
                 made = ProcessGroupChannel(self.device, streamed=self.backend == "nccl", group=torch_group, ranks=mine)
@@ -214,10 +225,14 @@ class World:
         for pair in pairs:
             mine = self.rank in pair
             peer = pair[0] if self.rank == pair[1] else pair[1]
+            name = f"{number}/{min(pair)}-{max(pair)}"
             if self._share_host(pair):
                 if mine:
-                    name = f"{number}/{min(pair)}-{max(pair)}"
                     made[peer] = SharedMemoryLink(self.rank, peer, self.store, name, self.local_size)
+                continue
+            if self.address:
+                if mine:
+                    made[peer] = TcpLink(self.rank, peer, self.store, name, self.address)
                 continue
             groups = self._new_group(sorted(pair)), self._new_group(sorted(pair))
             if mine:
@@ -237,8 +252,10 @@ class World:
     @property
     def transport(self) -> str:
         """What gradients are sent over, as text for the user."""
-        between = [self.backend] if self.shared is None or isinstance(self.shared, HierarchicalChannel) else []
-        return " and ".join([*(["shared memory"] if self.shared else []), *between])
+        if self.shared is None:
+            return self.backend
+        within = ["shared memory"] if len(set(self.hosts)) < self.size else []
+        return " and ".join([*within, *(["TCP"] if self.address else [])])
 
     def leave(self) -> None:
         """Close all channels, destroy the group; peers that wait for this rank get an error. Local, twice is fine."""
@@ -272,8 +289,19 @@ def _host_and_gpu(device: torch.device) -> dict[str, str]:
         return {"host": "", "gpu": str(torch.cuda.get_device_properties(device).uuid)}
     if os.environ.get(_CHANNEL_VARIABLE) == "process_group":
         return {"host": "", "gpu": ""}
-    # Shared-memory channels need abstract sockets, which only Linux has; elsewhere every rank is its own host.
-    return {"host": host_id() if sys.platform == "linux" else f"process {os.getpid()}", "gpu": ""}
+    # Shared-memory channels need abstract sockets, which only Linux has.
+    return {"host": host_id() if sys.platform == "linux" else "", "gpu": ""}
+
+
+def _agree_on_addresses(store: GenerationStore, rank: int, size: int) -> str:
+    """This host's address, where the others reach it. **Collective**.
+
+    On the host of torchrun's rendezvous its name may lead to loopback; then a host that came from elsewhere shows the
+    way.
+    """
+    own = own_address(store.underlying_store)
+    others = [each for each in barrier(store, "address", rank, size, own) if not each.startswith("127.")]
+    return address_towards(others[0]) if own.startswith("127.") and others else own
 
 
 def _init_group(device: torch.device, backend: str, store: Any, rank: int, size: int) -> None:

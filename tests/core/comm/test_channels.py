@@ -25,6 +25,7 @@ LENGTHS = {
     "at the limit": 256 * KIB,
     "above it": 256 * KIB + 12,
     "above it, divisible by no size": 256 * KIB + 1,
+    "of several chunks": 2500 * KIB + 1,
 }
 
 
@@ -151,9 +152,31 @@ def broadcast_from_the_last(world):
     return number.item(), world.transport
 
 
+def broadcasts_from_each(world):
+    """Large enough for many pieces."""
+    found = []
+    for source in range(world.size):
+        tensor = torch.full((700 * KIB + 3,), float(world.rank))
+        world.channel().broadcast_(tensor, source)
+        found.append(tensor.unique().tolist())
+    return found
+
+
+def test_a_broadcast_reaches_three_hosts_from_each(run_ranks):
+    """From the middle one both ways."""
+    assert run_ranks(4, broadcasts_from_each, channel="three hosts") == [[[float(i)] for i in range(4)]] * 4
+
+
+def test_three_hosts_gather_all(run_ranks):
+    """Of any dtype and shape, hosts of one rank and of two."""
+    expected = run_ranks(4, gathered, channel="shared memory")[0]
+    for found in run_ranks(4, gathered, channel="three hosts"):
+        assert all(torch.equal(e, f) for e, f in zip(expected, found, strict=True))
+
+
 def test_a_broadcast_may_come_from_any_host(run_ranks):
     """The source may be a rank that is not its host's leader; `transport` names what the ranks use."""
-    assert run_ranks(4, broadcast_from_the_last, channel="two hosts") == [(3, "shared memory and gloo")] * 4
+    assert run_ranks(4, broadcast_from_the_last, channel="two hosts") == [(3, "shared memory and TCP")] * 4
     assert run_ranks(4, broadcast_from_the_last, channel="shared memory") == [(3, "shared memory")] * 4
 
 
@@ -320,6 +343,17 @@ def test_ranks_in_different_collectives_all_get_one_sentence(run_ranks, size, na
     first, last = texts[name]
     assert ("rank 0" if size == 2 else "ranks 0-1") + f" in {first}" in errors[0]
     assert f", rank {size - 1} in {last}" in errors[0]
+
+
+@pytest.mark.parametrize("name", ["kinds", "sizes"])
+def test_hosts_in_different_collectives_get_one_sentence(run_ranks, name):
+    """The leaders of the two hosts; the other ranks only learn that their leader is gone."""
+    with pytest.raises(PlanError, match=r"of 2 ranks, rank 1 in all-.* of 240 bytes, rank 2 in "):
+        run_ranks(3, raise_what_differs, name, channel="three hosts")
+
+
+def raise_what_differs(world, name):
+    raise PlanError(differ(world, name))
 
 
 def differ_in_purpose(world):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from nbdist.core.comm import interface
-from nbdist.core.comm.interface import choose_interface
+from nbdist.core.comm.interface import address_towards, choose_interface, own_address
 from nbdist.telemetry.host import INTERFACE_VARIABLE
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
@@ -44,3 +44,20 @@ def test_the_users_own_stays(monkeypatch):
     for one_host in (True, False, True):
         choose_interface(one_host=one_host)
         assert os.environ[GLOO] == "ib0"
+
+
+class Store:
+    """A store at an address."""
+
+    address = "127.0.0.5:4000", "secret"
+
+
+def test_the_own_address_is_that_of_the_chosen_interface_or_the_one_towards_the_store(monkeypatch):
+    """Of torchrun's store only ``$MASTER_ADDR`` is known; without anything it is loopback."""
+    assert own_address(Store()).startswith("127.")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert own_address(object()) == "127.0.0.1"
+    monkeypatch.delenv("MASTER_ADDR")
+    assert own_address(object()) == address_towards("no.such.host.invalid") == "127.0.0.1"
+    monkeypatch.setenv(INTERFACE_VARIABLE, LOOPBACK)
+    assert own_address(Store()) == "127.0.0.1"

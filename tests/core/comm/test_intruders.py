@@ -15,11 +15,13 @@ import pytest
 from other_user import all_received, as_other_user, in_fork, needs_another_user, other_user_listens
 
 from nbdist import peer_auth
+from nbdist.core.comm import peer_sockets
 from nbdist.core.comm.authenticated_store import GuardedStore, host_store
 from nbdist.core.comm.p2p import pack_note, unpack_note
 from nbdist.core.comm.p2p_shared_memory import _FRAME, _NUMBER, SharedMemoryLink
+from nbdist.core.comm.peer_sockets import connect
 from nbdist.core.comm.rendezvous import GenerationStore
-from nbdist.core.comm.shared_memory import connect, receive_file
+from nbdist.core.comm.shared_memory import receive_file
 from nbdist.core.control.command_log import CommandLog
 from nbdist.core.transfer.payload import Segment
 from nbdist.errors import PeerLostError
@@ -135,11 +137,11 @@ def test_a_rank_takes_no_call_of_another_user():
     host = host_store()
     made = []
     stores = [GenerationStore(GuardedStore(*host.address), 1) for _ in range(2)]
-    waiting = threading.Thread(target=lambda: made.extend(connect(0, 2, stores[0], "pair")))
+    waiting = threading.Thread(target=lambda: made.extend(connect(0, [1], stores[0], "pair")))
     waiting.start()
     name = stores[1].get("pair/address/0").decode()
     assert as_other_user(connect_as_peer, name) in ("", "ConnectionResetError", "BrokenPipeError")
-    (peer,) = connect(1, 2, stores[1], "pair")
+    (peer,) = connect(1, [0], stores[1], "pair")
     waiting.join()
     made[0].sendall(b"x")
     assert b"x" == peer.recv(1)
@@ -175,7 +177,7 @@ def test_a_rank_does_not_talk_to_a_rank_of_another_user(answer):
     store.set("pair/address/0", name)
     with other_user_listens(name, answer, host.address[1]) as outcome:
         with pytest.raises(PeerLostError, match="another user's process listens"):
-            connect(1, 2, store, "pair")
+            connect(1, [0], store, "pair")
         assert outcome() in ("ConnectionError", "ConnectionResetError")
 
 
@@ -186,7 +188,7 @@ def given_a_name(address, path):
     stores = [GenerationStore(GuardedStore(*address), 1) for _ in range(2)]
     linking = threading.Thread(target=lambda: ended.append(SharedMemoryLink(0, 1, stores[0], "pair", 2)))
     linking.start()
-    (peer,) = connect(1, 2, stores[1], "pair")
+    (peer,) = connect(1, [0], stores[1], "pair")
     linking.join()
     link = ended.pop()
     ours, theirs = socket.socketpair()
@@ -224,6 +226,32 @@ def test_records_and_their_folders_are_private(tmp_path):
     JsonlSink(path).close()
     assert [0o700] * 3 == [folder.stat().st_mode & 0o777 for folder in list(path.parents)[:3]]
     assert 0o600 == path.stat().st_mode & 0o777
+
+
+def test_a_rank_on_a_network_waits_on_for_its_peer(monkeypatch):
+    """Over TCP, where a socket has no user: who proves nothing, wrong things or without the secret is not accepted."""
+    monkeypatch.setattr(peer_sockets, "_PROOF_WITHIN_S", 0.05)
+    host, made = host_store(), []
+    stores = [GenerationStore(GuardedStore(*host.address), 1) for _ in range(2)]
+    waiting = threading.Thread(target=lambda: made.extend(connect(0, [1], stores[0], "pair", "127.0.0.1")))
+    waiting.start()
+    address, _, port = stores[1].get("pair/address/0").decode().rpartition(":")
+    for sent in (b"", bytes(20) + bytes(32)):
+        with socket.create_connection((address, int(port))) as stranger:
+            stranger.sendall(sent)
+            answer = b"".join(iter(lambda stranger=stranger: stranger.recv(64), b""))
+            assert len(answer) == (16 + 32 if sent else 0)
+    socket.create_connection((address, int(port))).close()
+    stores[1].secret = b"another"
+    with pytest.raises(PeerLostError, match="without the world's secret"):
+        connect(1, [0], stores[1], "pair")
+    stores[1].secret = stores[0].secret
+    (peer,) = connect(1, [0], stores[1], "pair", "127.0.0.1")
+    waiting.join()
+    made[0].sendall(b"x")
+    assert b"x" == peer.recv(1)
+    for end in (peer, *made):
+        end.close()
 
 
 class Bomb:

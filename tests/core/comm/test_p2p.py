@@ -7,12 +7,12 @@ import os
 import pytest
 import torch
 
-from nbdist.core.comm import ProcessGroupLink, SharedMemoryLink
+from nbdist.core.comm import ProcessGroupLink, SharedMemoryLink, TcpLink
 from nbdist.errors import PeerLostError
 from nbdist.plan import Mesh
 
 KINDS = {"shared memory": [SharedMemoryLink] * 2, "process group": [ProcessGroupLink] * 2,
-         "two hosts": [SharedMemoryLink, ProcessGroupLink]}  # fmt: skip
+         "two hosts": [SharedMemoryLink, TcpLink]}  # fmt: skip
 UNUSUAL = (torch.int8, torch.int16, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
 TURN = torch.polar(torch.ones(4), torch.arange(4.0))
 MESSAGES = [
