@@ -10,9 +10,8 @@ from typing import Any
 
 from IPython import get_ipython
 
-from nbdist.core.transfer.payload import unpack
+from nbdist.core.transfer.payload import pack, unpack
 from nbdist.engine import checked_collectives
-from nbdist.engine.exchange.exchange import Exchange
 from nbdist.engine.follow.cell_sources import tie_classes
 from nbdist.engine.follow.changes import NotebookUpdate
 from nbdist.engine.follow.install import install
@@ -36,12 +35,12 @@ def push(update: NotebookUpdate, payload: Any) -> None:
     namespace().update(unpack(payload))
 
 
-def pull(name: str, exchange: Exchange) -> Any:
-    """Pack the value of a name in the namespace of this engine's cells."""
+def pull(name: str, by_file: bool) -> Any:
+    """Pack the value of a name in the namespace of this engine's cells; see `pack` for `by_file`."""
     values = namespace()
     if name not in values:
         raise NameError(name)
-    payload, _Pulled.segment = exchange.pack(values[name])
+    payload, _Pulled.segment = pack(values[name], by_file=by_file)
     return payload
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from nbdist.core.comm.rendezvous import as_peer_lost
 from nbdist.core.task.each_epoch import EpochHook, EpochState
-from nbdist.core.transfer.payload import Payload, Segment, unpack
-from nbdist.engine.exchange.exchange import Exchange
+from nbdist.core.transfer.payload import Payload, Segment, pack
 from nbdist.errors import NbdistError
 
 __all__ = ["ClusterHook", "EpochRequests"]
@@ -29,12 +29,12 @@ class ClusterHook(EpochHook):
     Args:
         store: The ranks' store.
         run_id: The run.
-        exchange: How the model travels to the notebook.
+        by_file: See `pack`.
         on_rank: Calls the function here instead.
     """
 
-    def __init__(self, store: Any, run_id: str, exchange: Exchange, on_rank: EpochHook | None = None) -> None:
-        self._store, self._keys, self._exchange, self._on_rank = store, _Keys(run_id), exchange, on_rank
+    def __init__(self, store: Any, run_id: str, by_file: bool, on_rank: EpochHook | None = None) -> None:
+        self._store, self._keys, self._by_file, self._on_rank = store, _Keys(run_id), by_file, on_rank
         self._segment: Segment | None = None
 
     def begin(self, state: EpochState) -> None:
@@ -48,7 +48,7 @@ class ClusterHook(EpochHook):
             with as_peer_lost():
                 self._store.set(self._keys.answer(state.number), self._on_rank.answer(state.number))
             return
-        payload, self._segment = self._exchange.pack(state)
+        payload, self._segment = pack(state, by_file=self._by_file)
         with as_peer_lost():
             self._store.set(self._keys.request, json.dumps([state.number, payload.path, *payload.extents]))
 
@@ -76,10 +76,11 @@ class EpochRequests:
     Args:
         store: The ranks' store.
         run_id: The run.
+        open_payload: Unpacks a payload of rank 0.
     """
 
-    def __init__(self, store: Any, run_id: str) -> None:
-        self._store, self._keys = store, _Keys(run_id)
+    def __init__(self, store: Any, run_id: str, open_payload: Callable[[Payload], Any]) -> None:
+        self._store, self._keys, self._open = store, _Keys(run_id), open_payload
 
     def new(self) -> EpochState | None:
         """The state after the newest epoch, if it has not been answered.
@@ -97,7 +98,7 @@ class EpochRequests:
         with contextlib.suppress(
             OSError, NbdistError
         ):  # rank 0 has died, and its memory with it: the next one asks again
-            state = unpack(Payload.at(path, extents))
+            state = self._open(Payload.at(path, extents))
         return state
 
     def answer(self, number: int, reason: str) -> None:

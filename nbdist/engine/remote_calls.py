@@ -32,18 +32,18 @@ from nbdist.core.task.each_epoch import RankHook
 from nbdist.core.task.prediction import ForwardStep
 from nbdist.core.task.task import Task
 from nbdist.core.train import fit
-from nbdist.core.transfer.payload import SegmentCache, is_released, unpack
+from nbdist.core.transfer.payload import SegmentCache, is_released, pack, unpack
 from nbdist.engine import checked_collectives
 from nbdist.engine.cells import complete, namespace, prepare_cell, pull, push, tie
 from nbdist.engine.debug_server import serve
 from nbdist.engine.epoch_hook import ClusterHook
-from nbdist.engine.exchange.exchange import Exchange, StatePublisher
 from nbdist.engine.failure import Failure
 from nbdist.engine.follow.changes import NotebookUpdate
 from nbdist.engine.follow.install import install
 from nbdist.engine.follow.module_texts import watched_modules
 from nbdist.engine.parent_watch import FOLDER_VARIABLE, RECORDS
 from nbdist.engine.stack_dump import enable
+from nbdist.engine.state_publisher import StatePublisher
 from nbdist.engine.train_outcome import Outcome
 from nbdist.errors import TaskError
 from nbdist.plan import Plan, available_cores
@@ -155,7 +155,7 @@ def train(
     payload: Any,
     run_id: str,
     update: NotebookUpdate,
-    exchange: Exchange,
+    by_file: bool,
     result_released: bool,
     snapshot_paths: list[list[str]],
     from_snapshot: bool,
@@ -167,7 +167,7 @@ def train(
         payload: Task and plan.
         run_id: The run's name in the record.
         update: Of the notebook.
-        exchange: How the result travels to the kernel.
+        by_file: See `pack`, of the result.
         result_released: Whether the kernel has released the last result of this engine.
         snapshot_paths: Paths of the ranks' snapshot buffers.
         from_snapshot: Whether to resume from the newest snapshot.
@@ -189,14 +189,14 @@ def train(
                 print(f"nbdist: {note}", file=sys.stderr)
             task, plan = unpack(payload)
             if isinstance(task.step, ForwardStep):
-                outcome = _predict(task, plan, run_id, exchange, states)
+                outcome = _predict(task, plan, run_id, by_file, states)
             else:
                 hook = None
                 if plan.each_epoch and world.rank == 0:
                     here = None  # the notebook has kept it
                     if task.each_epoch is not None:
                         here = RankHook(task.model, task.each_epoch, plan.each_epoch, world.device, task.optimizers)
-                    hook = ClusterHook(_engine.store, run_id, exchange, here)
+                    hook = ClusterHook(_engine.store, run_id, by_file, here)
                 options: dict[str, Any] = {
                     "run_id": run_id, "commands": CommandLog(_engine.store, run_id), "on_every_rank": False,
                     "epoch_hook": hook,
@@ -212,7 +212,7 @@ def train(
                     )  # fmt: skip
                 trained = None
                 if world.rank == 0 and plan.gather and not plan.rehearse:
-                    trained = _pack_trained(task, exchange, result_released, result)
+                    trained = _pack_trained(task, by_file, result_released, result)
                 outcome = Outcome(
                     rank=world.rank, state=result.state, snapshot=states.state, result=trained, ranks=result.ranks
                 )
@@ -240,7 +240,7 @@ def _records(publisher: StatePublisher) -> Path:
     return publisher.records if here else Path(os.environ[FOLDER_VARIABLE], RECORDS)
 
 
-def _pack_trained(task: Task, exchange: Exchange, released: bool, result: Result) -> Any:
+def _pack_trained(task: Task, by_file: bool, released: bool, result: Result) -> Any:
     """The payload of the trained tensors, of the state of the user's own optimizers and schedulers, and of averages."""
     if task.in_file:
         move_to_file(task.model)
@@ -255,16 +255,16 @@ def _pack_trained(task: Task, exchange: Exchange, released: bool, result: Result
     segment_cache = SegmentCache()
     if _engine.result_segment is not None and released:
         segment_cache.recycle(_engine.result_segment, lambda: True)
-    payload, _engine.result_segment = exchange.pack(tensors, segment_cache=segment_cache)
+    payload, _engine.result_segment = pack(tensors, by_file=by_file, segment_cache=segment_cache)
     return payload
 
 
-def _predict(task: Task, plan: Plan, run_id: str, exchange: Exchange, states: RankStateSink) -> Outcome:
+def _predict(task: Task, plan: Plan, run_id: str, by_file: bool, states: RankStateSink) -> Outcome:
     """Predict on one rank; the gathering rank's result is the payload of a tuple with the outputs. **Collective**."""
     world, payload = _engine.world, None
     outputs = predict(task, plan, world, run_id=run_id, sinks=[states], on_every_rank=False)
     if world.rank == gathering_rank(plan.mesh):
-        payload, _engine.output_segment = exchange.pack((outputs,))
+        payload, _engine.output_segment = pack((outputs,), by_file=by_file)
     return Outcome(rank=world.rank, state="finished", snapshot=states.state, result=payload)
 
 

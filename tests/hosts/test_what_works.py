@@ -69,3 +69,23 @@ def test_values_travel_and_memory_is_that_of_the_host(cluster):
     cluster.push(given=torch.arange(4.0))
     assert all(torch.equal(cluster.pull("given", rank), torch.arange(4.0)) for rank in range(3))
     assert all(cluster.memory(engine) > 1 << 20 for engine in cluster.engines)
+
+
+def test_a_function_at_the_end_of_each_epoch_runs_in_the_notebook(cluster):
+    """With the notebook's own model, which has the weights after that epoch."""
+    trained, seen = model(), []
+    cluster.train(
+        trained, DATA, epochs=3, each_epoch=lambda model, row: seen.append((row["epoch"], bits(model))), **OPTIONS
+    )
+    assert [epoch for epoch, _ in seen] == [1, 2, 3]
+    assert seen[-1][1] == bits(trained)
+    assert seen[0][1] != seen[1][1]
+
+
+def test_weights_and_values_reach_each_host_once(cluster, network):
+    """Two MB travel to two hosts once; a prediction, and the model, come back."""
+    before = {host: network.bytes(host) for host in ("h1", "h2")}
+    cluster.push(large=torch.ones(500_000))
+    moved = [network.bytes(host)[1] - before[host][1] for host in ("h1", "h2")]
+    assert all(2_000_000 < nbytes < 2_300_000 for nbytes in moved)
+    assert cluster.predict(nn.Identity(), torch.arange(3000.0).view(-1, 1), batch_size=64).tolist()[-1] == [2999.0]

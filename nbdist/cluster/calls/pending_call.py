@@ -76,10 +76,6 @@ class PendingCall(concurrent.futures.Future[Any], abc.ABC):
         """The value of a cell's last expression, by MIME type; output too, so it may arrive later than the reply."""
 
     @abc.abstractmethod
-    def published(self) -> Any:
-        """The newest value that it has published to the kernel while it runs; None if there is none."""
-
-    @abc.abstractmethod
     def wait_for_output(self, timeout_s: float) -> None:
         """Wait for the output of a call that is done: it is sent apart from the reply, and may arrive later."""
 
@@ -101,9 +97,6 @@ class LostCall(PendingCall):
 
     def last_expression(self) -> dict[str, Any] | None:
         """None."""
-
-    def published(self) -> Any:
-        """Nothing."""
 
     def wait_for_output(self, timeout_s: float) -> None:
         """There is none."""

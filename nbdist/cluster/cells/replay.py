@@ -14,7 +14,7 @@ from nbdist.cluster.calls.pending_call import PendingCall
 from nbdist.cluster.cells.cell_run import CellRun
 from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engines import Engines
-from nbdist.core.transfer.payload import Segment, SegmentCache, unpack
+from nbdist.core.transfer.payload import Payload, Segment, SegmentCache, pack
 from nbdist.engine.follow.cell_sources import class_marks
 from nbdist.engine.follow.changes import NotebookChanges, NotebookUpdate
 from nbdist.errors import ClusterError, EngineError
@@ -53,6 +53,7 @@ class _Entry:
     def start(self, engines: Engines, rank: int, update: NotebookUpdate) -> PendingCall:
         """Start it on one rank."""
         function, arguments = self.call
+        arguments = tuple(engines.payloads.place(a, [rank])[rank] if isinstance(a, Payload) else a for a in arguments)
         call = engines.start_call(rank, function, update, *arguments)
         return call if self.cell is None else engines.start_cell(rank, self.cell)
 
@@ -105,12 +106,16 @@ class Replay:
         """Assign values in the namespace of all ranks' cells; all ranks map one shared copy of the tensors."""
         engines = self._engines
         ranks, names = frozenset(range(engines.size)), frozenset(values)
-        payload, segment = engines.exchange.pack(values, names=values, segment_cache=SegmentCache(engines.anchor))
+        payload, segment = pack(
+            values, names=values, by_file=engines.share_memory, segment_cache=SegmentCache(engines.anchor)
+        )
         changes = self._changes.look()
         try:
-            engines.call(ranks, "push", (self._update(ranks), payload))
+            update, placed = self._update(ranks), engines.payloads.place(payload, ranks)
+            engines.call(ranks, "push", {rank: (update, placed[rank]) for rank in ranks})
         except BaseException:
             self._forget(ranks)
+            engines.payloads.release(payload)
             segment.close()
             raise
         name = f"the push of {', '.join(values)}"
@@ -127,7 +132,7 @@ class Replay:
         )
         while self._over_budget() and (old := self._superseded()) is not None:
             self._entries.remove(old)
-            old.segment.close()
+            self._free(old)
 
     def pull(self, name: str, rank: int) -> Any:
         """Get the value of a name from the namespace of one rank's cells.
@@ -137,7 +142,7 @@ class Replay:
         """
         engines = self._engines
         try:
-            return unpack(engines.call([rank], "pull", (name, engines.exchange))[rank])
+            return engines.payloads.open(engines.call([rank], "pull", (name, engines.share_memory))[rank], rank)
         except EngineError as error:
             if "NameError" in str(error):
                 raise ClusterError(f"{name!r} is not defined on rank {rank}.") from None
@@ -218,9 +223,15 @@ class Replay:
     def clear(self) -> None:
         """Remove all entries, and free their memory."""
         for entry in self._entries:
-            if entry.segment is not None:
-                entry.segment.close()
+            self._free(entry)
         self._entries.clear()
+
+    def _free(self, entry: _Entry) -> None:
+        """Free the values of a push, on all hosts."""
+        if entry.segment is not None:
+            for payload in entry.call[1]:
+                self._engines.payloads.release(payload)
+            entry.segment.close()
 
     def _follow(self, calls: dict[int, PendingCall], done: Callable[[list[int]], None] = lambda ranks: None) -> CellRun:
         engines = self._engines

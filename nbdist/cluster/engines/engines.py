@@ -17,6 +17,7 @@ from nbdist.cluster.calls.engine_client import EngineClient
 from nbdist.cluster.calls.pending_call import EngineDied, PendingCall
 from nbdist.cluster.calls.replies import wait_for_replies
 from nbdist.cluster.engines.engine_info import Engine
+from nbdist.cluster.engines.host_payloads import HostPayloads
 from nbdist.cluster.engines.rank_table import RankTable
 from nbdist.cluster.engines.spares import Spares
 from nbdist.cluster.engines.world_forming import Forming, describe_engines
@@ -27,10 +28,6 @@ from nbdist.cluster.launch.launcher import CONTROLLER_ENDED, STORE_ENDED, Launch
 from nbdist.core.comm.rendezvous import GenerationStore
 from nbdist.core.comm.world import SHARED_GPU
 from nbdist.core.control.command_log import CommandLog
-from nbdist.core.transfer.payload import is_released
-from nbdist.engine.exchange.exchange import Exchange
-from nbdist.engine.exchange.one_host import OneHost
-from nbdist.engine.exchange.several_hosts import SeveralHosts
 from nbdist.errors import ClusterError, EngineError, PeerLostError, ranks_text
 from nbdist.plan import check_engines
 
@@ -51,6 +48,9 @@ class Engines:
         device: "auto", "cpu" or "cuda".
         timeout_s: How long a replacement may take, in seconds.
         spares: How many spare engines to hold ready; not waited for.
+
+    Attributes:
+        payloads: What is sent to them and fetched from them.
     """
 
     def __init__(self, launch: Launch, store: Any, size: int, device: str, timeout_s: float, spares: int) -> None:
@@ -59,7 +59,6 @@ class Engines:
         self.timeout_s = timeout_s
         self.device = device
         self.transport = ""
-        self._result_path = ""  # of the payload that held the last result
         self.formed = self.suspected = self.ended = False
         self.start_seconds = 0.0
         self._unanswered: dict[int, PendingCall] = {}
@@ -69,6 +68,7 @@ class Engines:
         self._table = RankTable(launch, size)
         self._store = store
         self.host_id = launch.host_id
+        self.payloads = HostPayloads(lambda rank: self.placed()[rank])
         self._spares = Spares(launch, spares, store.address)
         launch.on_lost = self._host_lost
 
@@ -183,10 +183,14 @@ class Engines:
         hosts = [record.host_id for record in self._records]
         return min(max(1, record.cores // hosts.count(record.host_id)) for record in self._records)
 
+    def placed(self) -> dict[int, Host | None]:
+        """The host of each rank; None for one that is not of this launch, and shares this kernel's memory."""
+        return {record.rank: self.host_of(record) for record in self._records}
+
     @property
-    def exchange(self) -> Exchange:
-        """How values and states are exchanged with these engines."""
-        return OneHost() if all(record.host_id == self.host_id for record in self._records) else SeveralHosts()
+    def share_memory(self) -> bool:
+        """Whether all of them can map memory of the kernel's host."""
+        return all(host is None or host.here for host in self.placed().values())
 
     @property
     def store(self) -> Any:
@@ -196,15 +200,6 @@ class Engines:
     def commands(self, run_id: str) -> Any:
         """The `CommandLog` of a run, which rank 0 reads; None if the store has ended."""
         return None if self.store is None else CommandLog(self.store, run_id)
-
-    def result_read(self, path: str) -> None:
-        """The result in the payload at `path` is loaded; rank 0 may reuse its memory once nothing here maps it."""
-        self._result_path = path
-
-    @property
-    def result_is_released(self) -> bool:
-        """Whether rank 0 may reuse the memory of its last result."""
-        return is_released(self._result_path)
 
     def dissolve(self) -> None:
         """The ranks have left their world, or will: another is formed before their next collective."""

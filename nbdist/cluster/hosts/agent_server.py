@@ -145,7 +145,7 @@ class _Agent:
         return self.host.hold(count)
 
     def _do_read_memory(self, places: list[tuple[str, int, int]]) -> list[bytes]:
-        return self.host.read_memory(places)
+        return self.host.begin_read(places).result()
 
     def _do_write_memory(self, path: str, start: int, content: bytes) -> None:
         self.host.write_memory(path, start, content)

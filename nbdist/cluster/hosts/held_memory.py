@@ -7,7 +7,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 
-from nbdist.segment_path import segment_path
+from nbdist.segment_path import open_segment, segment_path
 
 __all__ = ["HeldMemory"]
 
@@ -34,13 +34,20 @@ class HeldMemory:
         return list(made)
 
     def read(self, path: str, start: int, length: int) -> bytes:
-        """See `Host.read_memory`; empty for memory that was released."""
-        parts: list[bytes] = []
-        with self._lock:
-            while length > 0 and path in self._files:
-                parts.append(os.pread(self._files[path], length, start))  # at most 2 GiB
-                start, length = start + len(parts[-1]), length - len(parts[-1]) if parts[-1] else 0
-        return b"".join(parts)
+        """See `Host.begin_read`; also memory that another process of this host holds.
+
+        Raises:
+            ClusterError: It is gone.
+        """
+        with self._lock:  # no other thread may release it meanwhile
+            held = self._files.get(path)
+            if held is not None:
+                return _read(held, start, length)
+        file = open_segment(path)
+        try:
+            return _read(file, start, length)
+        finally:
+            os.close(file)
 
     def write(self, path: str, start: int, content: bytes | memoryview) -> None:
         """See `Host.write_memory`; does nothing for memory that was released."""
@@ -65,3 +72,11 @@ class HeldMemory:
                     os.close(file)
                     if not hasattr(os, "memfd_create"):
                         os.unlink(path.rpartition(":")[0])
+
+
+def _read(file: int, start: int, length: int) -> bytes:
+    parts: list[bytes] = []
+    while length > 0 and (part := os.pread(file, length, start)):  # at most 2 GiB at once
+        parts.append(part)
+        start, length = start + len(part), length - len(part)
+    return b"".join(parts)

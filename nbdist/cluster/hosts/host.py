@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from traceback import FrameSummary
 
@@ -53,6 +53,8 @@ class Host(abc.ABC):
 
     name: str
     """As the user names it."""
+    here: bool
+    """Whether it is this process's own, which maps the memory of the processes there."""
 
     @property
     @abc.abstractmethod
@@ -106,8 +108,20 @@ class Host(abc.ABC):
         """
 
     @abc.abstractmethod
+    def begin_read(self, places: Sequence[tuple[str, int, int]]) -> concurrent.futures.Future[list[bytes]]:
+        """Read memory there, held or of its processes: for each place its path, a first byte and a length.
+
+        The result is less where the memory ends; together it should be no more than some MiB. It fails with
+        `ClusterError` if memory is gone, and with `HostLostError`.
+        """
+
     def read_memory(self, places: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """Read memory that is held there: for each place its path, a first byte and a length; less where it ends."""
+        """`begin_read` and wait, of any size."""
+        return self.begin_read(places).result()
+
+    def stream_memory(self, path: str, nbytes: int) -> Iterator[bytes]:
+        """Read the beginning of memory part by part, in order; raises what `begin_read` fails with."""
+        yield from self.read_memory([(path, 0, nbytes)])
 
     @abc.abstractmethod
     def write_memory(self, path: str, start: int, content: bytes | memoryview) -> None:

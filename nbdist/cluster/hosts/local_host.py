@@ -49,6 +49,8 @@ class LocalHost(Host):
         owner: The mark of the process that the engines end with.
     """
 
+    here = True
+
     def __init__(self, facts: HostFacts, folder: Path, owner: str) -> None:
         self.name = facts.name
         self._facts = facts
@@ -149,9 +151,14 @@ class LocalHost(Host):
         """See `Host`."""
         return self._memory.hold(count)
 
-    def read_memory(self, places: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """See `Host`."""
-        return [self._memory.read(*place) for place in places]
+    def begin_read(self, places: Sequence[tuple[str, int, int]]) -> concurrent.futures.Future[list[bytes]]:
+        """See `Host`; done on return."""
+        read: concurrent.futures.Future[list[bytes]] = concurrent.futures.Future()
+        try:
+            read.set_result([self._memory.read(*place) for place in places])
+        except ClusterError as error:
+            read.set_exception(error)
+        return read
 
     def write_memory(self, path: str, start: int, content: bytes | memoryview) -> None:
         """See `Host`."""

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from traceback import FrameSummary
-from typing import Any
+from typing import Any, TypeVar
 
 from nbdist.cluster.hosts.agents import Agents
 from nbdist.cluster.hosts.host import EngineEnvironment, Host, HostFacts
@@ -22,10 +22,12 @@ from nbdist.errors import ClusterError
 
 __all__ = ["RemoteHost"]
 
+_T = TypeVar("_T")
+_Reply = tuple[Any, list[bytes]]
 _ENDED_WITHIN_S = 2.0
 _REPLY_WITHIN_S = 10.0
-_PIECE_BYTES = 1 << 20
-_AT_A_TIME = 4
+_PIECE_BYTES = 1 << 18
+_AT_A_TIME = 8
 """Of memory: the size of a piece, and how many are on their way; so a beat never waits long behind them."""
 
 
@@ -39,6 +41,8 @@ class RemoteHost(Host):
         folder: Of the cluster on this host, for the output of `command`.
         timeout_s: How long the agent may take to answer first, in seconds.
     """
+
+    here = False
 
     def __init__(self, name: str, command: list[str], agents: Agents, folder: Path, timeout_s: float) -> None:
         self.name = name
@@ -103,20 +107,13 @@ class RemoteHost(Host):
 
     def start_engines(self, count: int, environment: EngineEnvironment) -> concurrent.futures.Future[list[str]]:
         """See `Host`; fails with `HostLostError`."""
-        started: concurrent.futures.Future[list[str]] = concurrent.futures.Future()
 
-        def note(replied: concurrent.futures.Future[tuple[Any, list[bytes]]]) -> None:
-            try:
-                marks, _ = replied.result()
-            except Exception as error:
-                started.set_exception(error)
-                return
+        def note(reply: _Reply) -> list[str]:
             with self._lock:
-                self._started.update(marks)
-            started.set_result(marks)
+                self._started.update(reply[0])
+            return list(reply[0])
 
-        self._agents.request(self.name, "start_engines", count, environment, os.getcwd()).add_done_callback(note)
-        return started
+        return _then(self._agents.request(self.name, "start_engines", count, environment, os.getcwd()), note)
 
     def processes(self) -> set[str]:
         """See `Host`."""
@@ -152,12 +149,20 @@ class RemoteHost(Host):
         """See `Host`."""
         return list(self._call("hold", count))
 
+    def begin_read(self, places: Sequence[tuple[str, int, int]]) -> concurrent.futures.Future[list[bytes]]:
+        """See `Host`."""
+        return _then(self._agents.request(self.name, "read_memory", list(places)), lambda reply: reply[1])
+
     def read_memory(self, places: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """See `Host`; large places are read piece by piece."""
         pieces = [list(_pieces(start, length)) for _, start, length in places]
         requests = [(path, *piece) for (path, _, _), own in zip(places, pieces, strict=True) for piece in own]
         read = iter(self._stream("read_memory", [([list(group)], ()) for group in _grouped(requests)]))
         return [b"".join(itertools.islice(read, len(own))) for own in pieces]
+
+    def stream_memory(self, path: str, nbytes: int) -> Iterator[bytes]:
+        """See `Host`; a few pieces are on their way."""
+        return self._stream("read_memory", [([[(path, *piece)]], ()) for piece in _pieces(0, nbytes)])
 
     def write_memory(self, path: str, start: int, content: bytes | memoryview) -> None:
         """See `Host`; piece by piece."""
@@ -177,7 +182,7 @@ class RemoteHost(Host):
 
     def _stream(self, kind: str, requests: Iterable[tuple[Sequence[Any], Sequence[bytes]]]) -> Iterator[bytes]:
         """Send requests, a few at a time, and yield what comes back, in order."""
-        pending: collections.deque[concurrent.futures.Future[tuple[Any, list[bytes]]]] = collections.deque()
+        pending: collections.deque[concurrent.futures.Future[_Reply]] = collections.deque()
         for arguments, frames in requests:
             if len(pending) == _AT_A_TIME:
                 yield from self._reply(pending.popleft())[1]
@@ -187,16 +192,7 @@ class RemoteHost(Host):
 
     def read_record(self, run_id: str, rank: int, start: int) -> concurrent.futures.Future[bytes]:
         """See `Host`; fails with `HostLostError`."""
-        found: concurrent.futures.Future[bytes] = concurrent.futures.Future()
-
-        def note(replied: concurrent.futures.Future[tuple[Any, list[bytes]]]) -> None:
-            try:
-                found.set_result(replied.result()[1][0])
-            except Exception as error:
-                found.set_exception(error)
-
-        self._agents.request(self.name, "read_record", run_id, rank, start).add_done_callback(note)
-        return found
+        return _then(self._agents.request(self.name, "read_record", run_id, rank, start), lambda reply: reply[1][0])
 
     def log_tail(self) -> str:
         """See `Host`."""
@@ -207,7 +203,7 @@ class RemoteHost(Host):
     def _call(self, kind: str, *arguments: Any) -> Any:
         return self._reply(self._agents.request(self.name, kind, *arguments))[0]
 
-    def _reply(self, request: concurrent.futures.Future[tuple[Any, list[bytes]]]) -> tuple[Any, list[bytes]]:
+    def _reply(self, request: concurrent.futures.Future[_Reply]) -> _Reply:
         try:
             return request.result(_REPLY_WITHIN_S)
         except concurrent.futures.TimeoutError:
@@ -227,6 +223,20 @@ class RemoteHost(Host):
         except subprocess.TimeoutExpired:
             self._program.kill()
             self._program.wait()
+
+
+def _then(replied: concurrent.futures.Future[_Reply], convert: Callable[[_Reply], _T]) -> concurrent.futures.Future[_T]:
+    """What a reply is converted to, once it has come; fails as it does."""
+    found: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+    def note(reply: concurrent.futures.Future[_Reply]) -> None:
+        try:
+            found.set_result(convert(reply.result()))
+        except Exception as error:
+            found.set_exception(error)
+
+    replied.add_done_callback(note)
+    return found
 
 
 def _pieces(start: int, length: int) -> Iterator[tuple[int, int]]:

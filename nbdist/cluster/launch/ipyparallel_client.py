@@ -172,10 +172,6 @@ class _Call(PendingCall):
         """See `PendingCall`."""
         return (self._source.execute_result or {}).get("data")
 
-    def published(self) -> Any:
-        """See `PendingCall`; published with ipyparallel's `publish_data`."""
-        return self._source.data
-
     def wait_for_output(self, timeout_s: float) -> None:
         """See `PendingCall`. A dead engine sends no more."""
         if not isinstance(self.exception(), EngineDied):

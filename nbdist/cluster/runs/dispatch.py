@@ -14,6 +14,7 @@ import torch
 from nbdist.cluster.calls.pending_call import LostCall, PendingCall
 from nbdist.cluster.cells.cell_run import printed
 from nbdist.cluster.engines.engines import Engines
+from nbdist.cluster.runs.rank_boards import RankBoards
 from nbdist.cluster.runs.run_control import RunControl
 from nbdist.cluster.runs.run_spec import RunHandoff
 from nbdist.core.optim.lr_schedulers import load_ready
@@ -26,8 +27,7 @@ from nbdist.core.state.checkpoint_writer import checkpoint_of_run, folder_to_res
 from nbdist.core.state.restore import load_best, load_whole
 from nbdist.core.task.modules import with_averages
 from nbdist.core.task.task import Task
-from nbdist.core.transfer.payload import Segment, SegmentCache, unpack
-from nbdist.engine.exchange.exchange import StateReader
+from nbdist.core.transfer.payload import Segment, SegmentCache, pack
 from nbdist.engine.follow.changes import NotebookChanges
 from nbdist.errors import ClusterError, EngineError, PlanError
 from nbdist.telemetry import RankState
@@ -70,7 +70,7 @@ class RunDispatch:
         self._payload, self._segment = packed or self._pack()
         self._changes, self._count = changes, count
         self._into = into
-        self._states: StateReader | None = None
+        self._boards: RankBoards | None = None
         self.scale_error = ""
 
     @property
@@ -82,9 +82,10 @@ class RunDispatch:
     def _pack(self) -> tuple[Any, Segment]:
         spec = self.control.spec
         names = self._task.named(*spec.names)
-        return self.engines.exchange.pack(
-            (spec.task, spec.plan), names=names, segment_cache=self._segment_cache, registries=True
-        )
+        return pack(
+            (spec.task, spec.plan), names=names, by_file=self.engines.share_memory, segment_cache=self._segment_cache,
+            registries=True,
+        )  # fmt: skip
 
     def start(self, *, from_snapshot: bool, restart: bool = False) -> list[PendingCall]:
         """Call `train` on every rank; returns the calls.
@@ -102,7 +103,7 @@ class RunDispatch:
             store.distribute()
         update = self._changes.update(engines.processes.values(), self._count)
         self._changes.save(engines.anchor)
-        states = self._read_states()
+        boards = self._make_boards()
         if engines.anchor is not None and self.control.spec.trains:
             spec = replace(self.control.spec, task=None)  # which the payload holds
             engines.anchor.note("ended", ("running", ""))
@@ -112,18 +113,15 @@ class RunDispatch:
                     spec=spec, payload=self._payload, snapshot_paths=() if store is None else tuple(store.paths)
                 ),
             )
-        arguments = (
-            self._payload,
-            self.control.spec.run_id,
-            update,
-            engines.exchange,
-            engines.result_is_released,
-        )
+        payloads = engines.payloads.place(self._payload, range(engines.size))
+        arguments = self.control.spec.run_id, update, engines.share_memory, engines.payloads.result_is_released
         places = {rank: host_id for rank, (host_id, _) in engines.processes.items()}
         buffers = [[] if store is None else store.paths_on(places[rank]) for rank in range(engines.size)]
         return self._with_output(
             [
-                engines.start_call(rank, "train", *arguments, buffers[rank], from_snapshot, states.publisher)
+                engines.start_call(
+                    rank, "train", payloads[rank], *arguments, buffers[rank], from_snapshot, boards.publisher
+                )
                 for rank in range(engines.size)
             ]
         )
@@ -135,7 +133,7 @@ class RunDispatch:
             boards: Paths of the ranks' status boards.
         """
         engines = self.engines
-        self._read_states(boards)
+        self._make_boards(boards)
         calls: list[PendingCall] = []
         for rank in range(engines.size):
             try:  # an engine runs this call after the one it is in: `train`
@@ -144,14 +142,14 @@ class RunDispatch:
                 calls.append(LostCall())
         return self._with_output(calls)
 
-    def _read_states(self, paths: Sequence[str] = ()) -> StateReader:
+    def _make_boards(self, paths: Sequence[str] = ()) -> RankBoards:
         engines = self.engines
-        if self._states is not None:
-            self._states.close()
-        self._states = states = engines.exchange.state_reader(engines.size, engines.anchor, paths)
+        if self._boards is not None:
+            self._boards.close()
+        self._boards = boards = RankBoards(engines, paths)
         if engines.anchor is not None and self.control.spec.trains:
-            engines.anchor.note("boards", states.paths)
-        return states
+            engines.anchor.note("boards", boards.paths)
+        return boards
 
     def _with_output(self, calls: list[PendingCall]) -> list[PendingCall]:
         """The same calls; their output is added to `Run.printed`."""
@@ -159,14 +157,9 @@ class RunDispatch:
         self.control.add_output(functools.partial(printed, dict(enumerate(calls))))
         return calls
 
-    def poll_states(self, rank: int, call: PendingCall) -> list[RankState]:
-        """The states that a rank has published since the last call, if any; the newest last.
-
-        Args:
-            rank: The rank.
-            call: Its call, as `start` returned it.
-        """
-        published = [] if self._states is None else self._states.read(rank, call.published)
+    def poll_states(self, rank: int) -> list[RankState]:
+        """The states that a rank has published since the last call, if any; the newest last."""
+        published = [] if self._boards is None else self._boards.read(rank)
         states = [self.control.progress.ranks[rank]]
         for data in published:
             states.append(RankState.from_dict(data, states[-1]))
@@ -182,7 +175,7 @@ class RunDispatch:
         self._resize(size)
         if size != control.spec.plan.mesh.size:
             control.resize(size)
-            self._segment.close()
+            self._free_payload()
             self._payload, self._segment = self._pack()
             if control.snapshot_store is not None:
                 control.snapshot_store.grow(size)
@@ -193,17 +186,20 @@ class RunDispatch:
         self.engines.resize(size)
         self._changes.forget()  # ranks were interrupted, perhaps before they had taken the last ones
 
-    def open_result(self, payload: Any) -> Any:
-        """Map the result of a rank, which then outlives that rank; None if `gather` is off.
+    def _free_payload(self) -> None:
+        self.engines.payloads.release(self._payload)
+        self._segment.close()
+
+    def open_result(self, payload: Any, rank: int) -> Any:
+        """Open the result of a rank, which then outlives that rank; None if `gather` is off.
 
         Raises:
             ClusterError: The rank has ended, and its memory with it.
         """
         if payload is None:
             return None
-        if not self.control.spec.predicts:
-            self.engines.result_read(payload.path)
-        return unpack(payload)
+        payloads = self.engines.payloads
+        return payloads.open(payload, rank) if self.control.spec.predicts else payloads.open_result(payload, rank)
 
     def load_result(self, result: Any) -> None:
         """Load the trained tensors of an `open_result`; of a prediction, keep its outputs."""
@@ -274,14 +270,14 @@ class RunDispatch:
     def end(self, *, failed: bool) -> None:
         """Make the engines ready for the next run; the last snapshot stays."""
         engines, control = self.engines, self.control
-        if self._states is not None:
-            self._states.close()
-            self._states = None
+        if self._boards is not None:
+            self._boards.close()
+            self._boards = None
         wanted = control.wanted or engines.size
         if failed:
             engines.dissolve()  # ranks leave the process group of a failed run
             self._changes.forget()
-            self._segment.close()
+            self._free_payload()
         else:
             if wanted != engines.size:  # a scale command came after the last step
                 try:
@@ -289,6 +285,7 @@ class RunDispatch:
                 except ClusterError as error:
                     self.scale_error = str(error)
             # Reused only once no engine maps it: a private mapping would show the new contents.
+            engines.payloads.release(self._payload)  # of copies, only the memory
             replies = [engines.start_call(rank, "is_released", self._payload.path) for rank in range(engines.size)]
             self._segment_cache.recycle(self._segment, lambda: all(r.succeeded and r.result() for r in replies))
         if control.snapshot_store is not None:

@@ -182,7 +182,7 @@ class RunMonitor:
         if not any(outcome.failure for outcome in outcomes.values()):
             source = next((rank for rank, outcome in outcomes.items() if outcome.result is not None), 0)
             try:
-                self._result = self._dispatch.open_result(outcomes[source].result)
+                self._result = self._dispatch.open_result(outcomes[source].result, source)
             except ClusterError:  # lost between its last step and now, with what only it had gathered
                 outcomes[source] = self._lost_outcome(source)
         return [outcomes[rank] for rank in range(len(self._calls))]
@@ -317,9 +317,9 @@ class RunMonitor:
     def _merge(self, outcomes: dict[int, Outcome]) -> None:
         """Merge the newest state of each rank; the last one from its outcome, for published ones may be late."""
         with self._control.changing:
-            for rank, call in enumerate(self._calls):
+            for rank in range(len(self._calls)):
                 if rank not in outcomes:
-                    for state in self._dispatch.poll_states(rank, call):
+                    for state in self._dispatch.poll_states(rank):
                         self._control.progress.merge(state)
                 elif (last := outcomes[rank].snapshot) is not None:
                     self._control.progress.merge(last)

@@ -135,8 +135,8 @@ class RunQueue:
         task, plan_options = Task.of_options(model, data, given, names=names)
         cores = engines.threads * engines.size
         plan = Plan.create(ranks=engines.size, cores=cores, **plan_options)
-        # A detached run goes on without a notebook; engines of other hosts do not share its memory.
-        here = attended and engines.anchor is None and engines.exchange.shares_memory and not task.in_file
+        # A detached run goes on without a notebook.
+        here = attended and engines.anchor is None and not task.in_file
         function, task = task.each_epoch, replace(task, each_epoch=None) if here else task
         spec = RunSpec(
             run_id=new_run_id(), task=task, plan=plan, names=names, options=plan_options, cores=cores,
@@ -151,7 +151,7 @@ class RunQueue:
         check_hooks(task.model, task.optimizers.values(), plan.mesh)
         calls = None
         if function is not None and here and engines.store is not None:
-            requests = EpochRequests(engines.store, spec.run_id)
+            requests = EpochRequests(engines.store, spec.run_id, lambda payload: engines.payloads.open(payload, 0))
             calls = EpochCalls(task, function, plan.each_epoch, requests, restores=plan.rehearse)
         return self._enqueue(spec, {"model": model, "data": data, "names": names, **options}, watch, calls)
 
@@ -239,8 +239,8 @@ class RunQueue:
         if snapshot_store is not None:
             snapshot_store.grow(engines.size)
         elif control.spec.trains:
-            one_host = engines.exchange.shares_memory
-            snapshot_store = SnapshotStore(engines.size, engines.anchor) if one_host else HostSnapshots(engines)
+            own = engines.share_memory
+            snapshot_store = SnapshotStore(engines.size, engines.anchor) if own else HostSnapshots(engines)
         control.keep_snapshots(snapshot_store)
         if control.arguments and task is not None:
             control.start = last.control.start if from_snapshot and last is not None else keep_start(task)

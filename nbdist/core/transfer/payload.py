@@ -4,7 +4,7 @@ Tensors that lie in a file (`file_memory.py`) stay there.
 
 On one host the *segment* is anonymous shared memory, which every process maps privately (copy-on-write): receivers do
 not copy, a write is visible to the writer only, and the memory is freed when the last process closes or unmaps it, even
-by being killed. To another host the segment's bytes are sent.
+by being killed. To another host the segment's bytes are sent, into a segment there.
 """
 
 from __future__ import annotations
@@ -178,15 +178,13 @@ class Payload:
     The segment holds the pickle, then each tensor storage and array, then the table of their offsets.
 
     Args:
-        path: The segment, for processes on the sender's host.
-        inline: The segment's bytes, for processes on other hosts; else None.
+        path: The segment, for processes on its host.
         code_bytes: Length of the pickle.
         table_start: Offset of the table.
         nbytes: Size of the segment.
     """
 
     path: str
-    inline: bytes | None
     code_bytes: int
     table_start: int
     nbytes: int
@@ -200,11 +198,11 @@ class Payload:
     def at(cls, path: str, extents: Sequence[int]) -> Payload:
         """The payload in a segment of this host, by its `extents`."""
         code_bytes, table_start, nbytes = extents
-        return cls(path=path, inline=None, code_bytes=code_bytes, table_start=table_start, nbytes=nbytes)
+        return cls(path=path, code_bytes=code_bytes, table_start=table_start, nbytes=nbytes)
 
 
 def pack(
-    value: Any, *, names: Mapping[str, Any] | None = None, inline: bool = False,
+    value: Any, *, names: Mapping[str, Any] | None = None, by_file: bool = True,
     segment_cache: SegmentCache | None = None, registries: bool = False,
 ) -> tuple[Payload, Segment]:  # fmt: skip
     """Pack an object by value: with the notebook's classes and functions, and with tensors and arrays out of band.
@@ -214,7 +212,7 @@ def pack(
     Args:
         value: Anything that can be pickled.
         names: The user's names for what is in it, for errors; by default it is "it".
-        inline: Whether the payload holds the bytes too, for receivers on other hosts.
+        by_file: Whether tensors that lie in a file stay there: every receiver sees this host's files.
         segment_cache: Provides the segment; by default a new one is made.
         registries: See `pickler.dump`.
 
@@ -225,7 +223,7 @@ def pack(
         TaskError: Something in `value` cannot be pickled.
     """
     try:
-        code, buffers = pickler.dump(value, registries=registries, by_file=not inline)
+        code, buffers = pickler.dump(value, registries=registries, by_file=by_file)
     except Refusal as refusal:
         raise TaskError(refusal.sentence(names or {"it": value})) from refusal
     views = [buffer.raw() for buffer in buffers]
@@ -239,7 +237,7 @@ def pack(
     for buffer in buffers:
         buffer.release()
     payload = Payload(
-        path=segment.path, inline=segment.buffer[:] if inline else None, code_bytes=len(code), table_start=end,
+        path=segment.path, code_bytes=len(code), table_start=end,
         nbytes=end + len(table),
     )  # fmt: skip
     return payload, segment
@@ -247,7 +245,7 @@ def pack(
 
 def unpack(payload: Payload) -> Any:
     """Unpack a payload. Tensors and arrays lie in a private mapping of the segment, so writes stay in this process."""
-    map_ = _in_memory(payload.inline) if payload.inline is not None else _in_segment(payload)
+    map_ = _in_segment(payload)
     table: Any = map_(payload.table_start, payload.nbytes - payload.table_start)
     regions, extents = pickle.loads(table)
     memory = [map_(start, size) for start, size in regions]
@@ -293,11 +291,6 @@ def _layout(views: list[memoryview], start: int) -> tuple[list[tuple[int, int]],
         end += last - first
         common = common if large else end
     return [(0, common), *own_mappings], starts, written
-
-
-def _in_memory(content: bytes) -> Callable[[int, int], Any]:
-    memory: Any = np.frombuffer(bytearray(content), dtype=np.uint8)
-    return lambda start, length: memory[start : start + length]
 
 
 def _in_segment(payload: Payload) -> Callable[[int, int], Any]:

@@ -29,6 +29,14 @@ def test_what_is_written_is_read_by_path(memory):
     assert memory.read(other, 0, 100) == b""
 
 
+def test_memory_that_another_process_holds_is_read_too(memory):
+    other = HeldMemory()
+    (path,) = other.hold(1)
+    other.write(path, 0, b"content")
+    assert memory.read(path, 3, 100) == b"tent"
+    other.release()
+
+
 def test_emptied_memory_keeps_its_path_and_released_memory_does_not(memory):
     (path,) = memory.hold(1)
     memory.write(path, 0, b"content")
@@ -40,4 +48,5 @@ def test_emptied_memory_keeps_its_path_and_released_memory_does_not(memory):
     with pytest.raises(ClusterError, match="is gone"):
         open_segment(path)
     memory.write(path, 0, b"late")
-    assert memory.read(path, 0, 100) == b""
+    with pytest.raises(ClusterError, match="is gone"):
+        memory.read(path, 0, 100)

@@ -63,8 +63,8 @@ def test_output_of_a_cell(launch):
 def test_a_call_to_a_dead_engine_has_failed_at_once():
     """It is done, and has no output."""
     call = LostCall()
-    assert (True, False, "", [], None, None) == (
-        call.wait(0), call.succeeded, call.printed("stdout"), call.displays(), call.last_expression(), call.published(),
+    assert (True, False, "", [], None) == (
+        call.wait(0), call.succeeded, call.printed("stdout"), call.displays(), call.last_expression(),
     )  # fmt: skip
     call.wait_for_output(0)
     with pytest.raises(EngineDied):

@@ -19,9 +19,9 @@ from torch import nn
 
 import nbdist
 from nbdist.cluster.engines.engines import Engines
+from nbdist.cluster.hosts.local_host import LocalHost
 from nbdist.cluster.runs.dispatch import RunDispatch
 from nbdist.cluster.runs.monitor import RunMonitor
-from nbdist.engine.exchange.several_hosts import SeveralHosts
 from nbdist.errors import EngineError, PlanError
 from nbdist.telemetry.record import records
 
@@ -343,7 +343,7 @@ def test_losses_without_a_snapshot_are_forgotten_when_a_run_gets_further(cluster
 
 def test_on_several_hosts_losses_are_forgotten_when_a_run_gets_further(cluster, monkeypatch, tmp_path):
     """Without snapshots the ranks that were not lost report how far the run came."""
-    monkeypatch.setattr(Engines, "exchange", SeveralHosts())
+    monkeypatch.setattr(LocalHost, "here", False)
     options = OPTIONS | {"loss": dying(str(tmp_path), [3, 4, 5, 6, 7, 8, 9]), "optimizer": unkept, "lr_scheduler": None}
     options |= {"batch_size": SAMPLES, "epochs": 12}  # each step ends an epoch, so it is reported, however short
     run = cluster.train(net(), data(), **options)

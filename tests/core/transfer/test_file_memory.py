@@ -39,7 +39,7 @@ def test_values_arrive_and_the_segment_does_not_hold_them(held):
 
 
 def test_another_host_gets_the_bytes(held):
-    arrived, nbytes = there_and_back(held, inline=True)
+    arrived, nbytes = there_and_back(held, by_file=False)
     assert torch.equal(arrived, torch.arange(float(NUMBERS)))
     assert nbytes > held.nbytes
 

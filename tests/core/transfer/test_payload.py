@@ -33,12 +33,11 @@ DTYPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("inline", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype_arrives(dtype, inline):
-    """Same bits, shape and dtype, through shared memory and inline."""
+def test_every_dtype_arrives(dtype):
+    """Same bits, shape and dtype."""
     tensor = torch.arange(12).view(3, 4).to(dtype)
-    arrived = there_and_back(tensor, inline=inline)
+    arrived = there_and_back(tensor)
     assert (dtype, (3, 4)) == (arrived.dtype, tuple(arrived.shape))
     assert torch.equal(tensor.to(torch.complex128), arrived.to(torch.complex128))
 
@@ -256,7 +255,7 @@ def test_a_path_leads_to_its_segment_or_nowhere():
     """Even if its descriptor's number belongs to another file by now, a segment or not."""
     first = Segment(10)
     path, number = first.path, int(first.path.partition("/fd/")[2].partition(":")[0])
-    payload = Payload(path=path, inline=None, code_bytes=1, table_start=5, nbytes=10)
+    payload = Payload(path=path, code_bytes=1, table_start=5, nbytes=10)
     first.close()
     with pytest.raises(ClusterError, match=f"the shared memory /proc/{os.getpid()}/fd/{number} is gone"):
         unpack(payload)

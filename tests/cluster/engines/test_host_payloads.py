@@ -1,4 +1,4 @@
-"""The exchange across hosts, on engines that are told that they are on another one: the same training in messages."""
+"""Payloads, states and snapshots of engines whose host is taken for another one: copied there once, and back."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import torch
 from shared_cluster import ENGINES, until
 from tasks import classes, copied, net
 
-from nbdist.cluster.engines.engines import Engines
+from nbdist.cluster.hosts.local_host import LocalHost
 from nbdist.cluster.runs.host_snapshots import HostSnapshots
 from nbdist.core.state.snapshot import SnapshotStore
-from nbdist.engine.exchange.several_hosts import SeveralHosts
 
 
 @pytest.fixture
 def apart(cluster, monkeypatch):
     """Engines that are taken for those of another host, though signals still reach them directly."""
-    monkeypatch.setattr(Engines, "exchange", SeveralHosts())
+    monkeypatch.setattr(LocalHost, "here", False)
     return cluster
 
 
@@ -28,9 +27,9 @@ def trained(cluster):
 
 
 def test_a_training_gives_the_same_bits(cluster, monkeypatch):
-    """Model, data, weights and the optimizer's state travel as bytes."""
+    """Model, data, weights and the optimizer's state are copied."""
     _, here, state = trained(cluster)
-    monkeypatch.setattr(Engines, "exchange", SeveralHosts())
+    monkeypatch.setattr(LocalHost, "here", False)
     run, there, state_there = trained(cluster)
     assert run.state == "finished"
     assert {rank.step for rank in run.progress.ranks.values()} == {run.history[-1]["steps"] * 2}
@@ -57,7 +56,7 @@ def test_snapshots_are_kept_where_the_ranks_are_and_copied(cluster, monkeypatch)
 
     stores: list[type] = []
     here = resumed()
-    monkeypatch.setattr(Engines, "exchange", SeveralHosts())
+    monkeypatch.setattr(LocalHost, "here", False)
     torch.testing.assert_close(resumed(), here, rtol=0, atol=0)
     assert stores == [SnapshotStore, HostSnapshots]
 
@@ -68,3 +67,20 @@ def test_values_travel(apart):
     apart.execute("given += rank").wait()
     for rank in range(ENGINES):
         torch.testing.assert_close(apart.pull("given", rank), torch.arange(5.0) + rank)
+
+
+def test_a_host_gets_a_payload_once_and_frees_it(apart, monkeypatch):
+    """However many engines it has; a run frees its own, a push when it is superseded or the engines end."""
+    written, held = [], []
+    write, release = LocalHost.write_memory, LocalHost.release
+    monkeypatch.setattr(LocalHost, "write_memory", lambda *a: (written.append(a[1]), write(*a)))
+    monkeypatch.setattr(LocalHost, "release", lambda *a: (held.extend(a[1]), release(*a)))
+    apart.push(given=torch.arange(1000.0))
+    assert len(written) == 1
+    apart.train(net(), classes(), loss="cross_entropy", steps=3)
+    run_payload = [path for path in written[1:] if path in held]
+    assert run_payload
+    assert written[0] not in held
+    apart.stop()
+    assert written[0] in held
+    apart.start()

@@ -9,13 +9,13 @@ import sys
 import pytest
 
 from nbdist.core.transfer.payload import Segment
-from nbdist.engine.exchange.status_board import BOARD_BYTES, Board
+from nbdist.engine.status_board import BOARD_BYTES, Board, BoardReader, MappedReader
 
 
 @pytest.fixture
 def pair():
     with contextlib.closing(Segment(BOARD_BYTES)) as segment:
-        yield Board(segment.path), Board(segment.path)
+        yield Board(segment.path), MappedReader(segment.path)
 
 
 def test_the_newest_is_read_once(pair):
@@ -49,9 +49,27 @@ def test_what_does_not_fit_changes_nothing(pair, seldom):
     assert [b"kept"] == reader.read()
 
 
+def test_a_reader_by_messages_asks_again_for_what_is_longer(pair):
+    """Small data waits for the large ones that were written before it, so states never go back."""
+    board, _ = pair
+    board.write(b"L" * 5000, seldom=True)
+    board.write(b"small")
+    reader = BoardReader()
+
+    def look():
+        return reader.new([board._memory[start : start + length] for start, length in reader.places])
+
+    lengths = [length for _, length in reader.places]
+    assert [] == look()
+    assert [b"L" * 5000, b"small"] == look()
+    assert [] == look()
+    assert lengths == [length for _, length in reader.places]
+    assert [] == reader.new([b"", b""])
+
+
 WRITER = """
 import itertools, sys
-from nbdist.engine.exchange.status_board import Board
+from nbdist.engine.status_board import Board
 board = Board(sys.argv[1])
 for i in itertools.count():
     board.write(bytes([i % 251]) * (i % 4000 + 1))
@@ -61,7 +79,7 @@ for i in itertools.count():
 def test_nothing_is_read_half_written():
     """While another process writes as fast as it can, everything read is something that was written."""
     with contextlib.closing(Segment(BOARD_BYTES)) as segment:
-        reader = Board(segment.path)
+        reader = MappedReader(segment.path)
         with subprocess.Popen([sys.executable, "-c", WRITER, segment.path]) as writer:
             words = []
             while len(words) < 200:
