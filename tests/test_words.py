@@ -49,6 +49,7 @@ ALLOWED = {
     ("core/sync/sync_batchnorm", "dim"): "of a tensor",
     ("core/comm", "lock"): "of a thread",
     ("cluster/hosts", "lock"): "of a thread",
+    ("cluster/engines/host_payloads", "lock"): "of a thread",
     ("cluster/launch", "lock"): "of a thread",
     ("demo", "lock"): "of a thread",
     ("notebook/dashboard", "lock"): "of a thread",

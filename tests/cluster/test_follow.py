@@ -102,7 +102,7 @@ def test_variables_are_in_no_record(cluster, home, monkeypatch):
     monkeypatch.setenv("FOLLOWED_TOKEN", "very-secret")
     train(cluster, loss="cross_entropy")
     assert ["very-secret"] * 2 == prints(cluster, "import os\nprint(os.environ['FOLLOWED_TOKEN'])")
-    files = [path for root in (home, os.path.realpath(cluster._up.folder)) for path in _files(root)]
+    files = [path for root in (home, os.path.realpath(cluster._up._launch.folder)) for path in _files(root)]
     assert files
     assert [] == [path for path in files if b"very-secret" in _content(path)]
 

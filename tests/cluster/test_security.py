@@ -213,7 +213,7 @@ def test_a_kernel_asks_for_no_input_for_another_user(cluster, monkeypatch):
         return start_call(self, rank, name, *args)
 
     monkeypatch.setattr(Engines, "start_call", intruded)
-    with pytest.raises(ClusterError, match="another user's process connected instead of the debugger"):
+    with pytest.raises(ClusterError, match="another user's process connected instead of an engine"):
         cluster.debug(1, lambda prompt: asked.append(prompt) or "q", asked.append)
     assert [] == asked
     assert 1 == cluster.pull("rank", 1)

@@ -89,3 +89,13 @@ def test_weights_and_values_reach_each_host_once(cluster, network):
     moved = [network.bytes(host)[1] - before[host][1] for host in ("h1", "h2")]
     assert all(2_000_000 < nbytes < 2_300_000 for nbytes in moved)
     assert cluster.predict(nn.Identity(), torch.arange(3000.0).view(-1, 1), batch_size=64).tolist()[-1] == [2999.0]
+
+
+def test_a_failed_cell_is_debugged_on_another_host(cluster):
+    with pytest.raises(EngineError, match="division by zero"):
+        cluster.execute("x = 41 + rank\nif rank == 1:\n    1 / 0").wait()
+    shown, lines = [], ["p x", "q"]
+    cluster.debug(1, lambda prompt: lines.pop(0), shown.append)
+    assert "rank 1: ZeroDivisionError" in shown[0]
+    assert shown[1].strip() == "42"
+    assert cluster.pull("rank", 1) == 1

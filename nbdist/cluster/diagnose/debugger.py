@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import select
-import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nbdist.cluster.calls.pending_call import CallError
+from nbdist.cluster.calls.pending_call import CallError, PendingCall
+from nbdist.cluster.hosts.host import Host
 from nbdist.errors import ClusterError, interrupted
-from nbdist.peer_auth import same_user
 
 if TYPE_CHECKING:
     from nbdist.cluster.engines.engines import Engines
@@ -31,51 +27,48 @@ def debug(engines: Engines, rank: int, ask: Callable[[str], str], show: Callable
         show: Shows the debugger's output.
 
     Raises:
-        ClusterError: Nothing has failed there, or it is on another host.
+        ClusterError: Nothing has failed there, or its host is lost.
         KeyboardInterrupt: The user interrupted it; the rank is idle again.
     """
-    where = engines.records()[rank]
-    if where.host_id != engines.host_id:
-        raise ClusterError(f"rank {rank} is on {where.host}: a debugger reaches ranks of this host only.")
-    path, prompt = os.path.join(engines.folder, f"debug-{os.urandom(4).hex()}"), _prompt(rank)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
+    record = engines.records()[rank]
+    if (host := engines.host_of(record)) is None:
+        raise ClusterError(f"rank {rank} is on {record.host}, which nbdist has not started: no debugger reaches it.")
+    path, prompt = host.open_socket(), _prompt(rank)
+    call = None
+    try:
         call = engines.start_call(rank, "debug", path, rank, prompt)
-        try:
-            while not select.select([listener], [], [], _LOOK_S)[0]:
-                engines.check_alive()
-                if call.done():
-                    call.result()
-                    return
-            with listener.accept()[0] as connection:
-                if not same_user(connection):
-                    raise ClusterError("another user's process connected instead of the debugger: start it again.")
-                _forward(connection, prompt, ask, show)
-            call.wait()
-        except KeyboardInterrupt:
-            if not call.wait(_LOOK_S):  # the debugger is executing the input
-                engines.interrupt([rank])
-            raise interrupted(f"the debugger has left rank {rank}.") from None
-        except CallError as error:
-            if error.kind == "LookupError":
-                raise ClusterError(error.message) from None
-            raise error.as_error(f"rank {rank}", rank) from None
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        _forward(engines, host, path, call, prompt, ask, show)
+        call.wait()
+        call.result()
+    except KeyboardInterrupt:
+        host.close_socket(path)
+        if call is not None and not call.wait(_LOOK_S):  # the debugger is executing the input
+            engines.interrupt([rank])
+        raise interrupted(f"the debugger has left rank {rank}.") from None
+    except CallError as error:
+        if error.kind == "LookupError":
+            raise ClusterError(error.message) from None
+        raise error.as_error(f"rank {rank}", rank) from None
+    finally:
+        host.close_socket(path)
 
 
-def _forward(connection: socket.socket, prompt: str, ask: Callable[[str], str], show: Callable[[str], None]) -> None:
-    """Forward output and input, until the debugger has closed the connection."""
+def _forward(
+    engines: Engines, host: Host, path: str, call: PendingCall, prompt: str, ask: Callable[[str], str],
+    show: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Forward output and input, until the debugger has closed the connection, or its call has ended before it began."""
     output = b""
-    while received := connection.recv(1 << 16):
-        output += received
+    while (received := host.receive(path, _LOOK_S)) != b"":
+        engines.check_alive()
+        if received is None and call.done():
+            break
+        output += received or b""
         if not output.endswith(prompt.encode()):
             continue
         show(output.decode(errors="replace").removesuffix(prompt).rstrip("\n"))
         output = b""
-        connection.sendall(f"{ask(prompt)}\n".encode())
+        host.send(path, f"{ask(prompt)}\n".encode())
     if output:
         show(output.decode(errors="replace"))
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -22,18 +23,18 @@ from nbdist.cluster.engines.rank_table import RankTable
 from nbdist.cluster.engines.spares import Spares
 from nbdist.cluster.engines.world_forming import Forming, describe_engines
 from nbdist.cluster.hosts.host import Host
-from nbdist.cluster.hosts.host_choice import LOCAL
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.launcher import CONTROLLER_ENDED, STORE_ENDED, Launch
 from nbdist.core.comm.rendezvous import GenerationStore
 from nbdist.core.comm.world import SHARED_GPU
 from nbdist.core.control.command_log import CommandLog
 from nbdist.errors import ClusterError, EngineError, PeerLostError, ranks_text
-from nbdist.plan import check_engines
 
 __all__ = ["Engine", "Engines"]
 
 _NOTICED_WITHIN_S = 1.0
+_LOOK_S = 0.05
+_TRIES = 3
 
 
 class Engines:
@@ -86,11 +87,6 @@ class Engines:
     def _host_lost(self, host_id: str) -> None:
         """Fail what runs on a host that is lost. Takes no lock: whoever holds it may wait for just that."""
         self._client.declare_dead([*self._table.on_host(host_id), *self._spares.on_host(host_id)])
-
-    @property
-    def folder(self) -> str:
-        """Their folder on this host, mode 0700; it is removed when they end."""
-        return str(self._launch.folder)
 
     @property
     def _client(self) -> EngineClient:
@@ -151,10 +147,19 @@ class Engines:
         threading.Thread(target=self._refill, daemon=True, name="nbdist-spares").start()
 
     def _refill(self) -> None:
-        with self._changing:
-            if not self.ended:
-                with contextlib.suppress(ClusterError):  # spares are optional: the next replacement raises it again
-                    self._spares.refill(self._ids, self.processes.values())
+        """Start missing spares; where one ends while it starts, another one."""
+        for _ in range(_TRIES):
+            started = set[tuple[str, str]]()
+            with self._changing, contextlib.suppress(ClusterError):  # the next replacement raises it again
+                if not self.ended:
+                    started = self._spares.refill(self._ids, self.processes.values())
+            while started and all(self._launch.runs(*process) for process in started):
+                time.sleep(_LOOK_S)
+                with self._changing, contextlib.suppress(ClusterError):
+                    ready = [] if self.ended else self.spares()
+                    started -= {*self.processes.values(), *((spare.host_id, spare.mark) for spare in ready)}
+            if not started or self.ended:
+                return
 
     def _has_ended(self) -> bool:
         self.check_alive()
@@ -247,10 +252,8 @@ class Engines:
             warnings.warn(SHARED_GPU, stacklevel=1)  # always this line, so that Python shows it once
 
     def check_size(self, engines: int) -> None:
-        """Raise `PlanError` if the hosts that are left cannot run so many engines."""
-        hosts, own = self.hosts, torch.cuda.device_count() if LOCAL in self._launch.hosts else 0
-        cores, gpus = sum(host.facts.cores for host in hosts), sum(host.facts.gpus for host in hosts) + own
-        check_engines(engines, cores, gpus, "this machine" if len(hosts) == 1 else f"the {len(hosts)} hosts")
+        """See `Launch.check_size`."""
+        self._launch.check_size(engines, torch.cuda.device_count())
 
     def ensure_ready(self) -> None:
         """Make sure that all engines are alive and idle; form a new world if the last one failed.

@@ -45,8 +45,8 @@ class HostPayloads:
             copies = self._copies.setdefault(payload.path, {})
             missing = {host_id: host for host_id, host in far.items() if host_id not in copies}
             if missing:
-                with concurrent.futures.ThreadPoolExecutor(len(missing)) as pool:
-                    paths = pool.map(lambda host: _send(payload, host), missing.values())
+                with concurrent.futures.ThreadPoolExecutor(len(missing)) as threads:
+                    paths = threads.map(lambda host: _send(payload, host), missing.values())
                     sent = zip(missing.items(), paths, strict=True)
                     copies |= {host_id: (host, path) for (host_id, host), path in sent if path}
             placed = {host_id: replace(payload, path=path) for host_id, (_, path) in copies.items()}

@@ -83,18 +83,19 @@ class Spares:
         ready = {(facts["host_id"], facts["mark"]) for facts in self._facts.values()}
         return [host for host, _ in [*ready, *(self._launch.processes() - {*ranked, *ready})]]
 
-    def refill(self, ranked: Collection[int], processes: Collection[Process]) -> None:
-        """Start missing spares on each host, without waiting for them; kill surplus ones."""
-        ready, present = self.ready(ranked), self.hosts(processes)
+    def refill(self, ranked: Collection[int], processes: Collection[Process]) -> set[Process]:
+        """Start missing spares on each host, without waiting for them; kill surplus ones. Returns what was started."""
+        ready, present, started = self.ready(ranked), self.hosts(processes), set[Process]()
         for host in self._launch.living():
             host_id = host.facts.host_id
             missing = self.wanted - present.count(host_id)
             if missing > 0:
-                self._launch.add(missing, [host_id] * missing)
+                started |= self._launch.add(missing, [host_id] * missing)
             surplus = [engine_id for engine_id, facts in ready.items() if facts["host_id"] == host_id]
             for engine_id in surplus[: max(0, -missing)]:
                 host.send_signal(ready[engine_id]["mark"], signal.SIGKILL)
                 self._dead.add(engine_id)
+        return started
 
     def take(
         self,

@@ -156,6 +156,19 @@ class _Agent:
     def _do_release(self, paths: list[str]) -> None:
         self.host.release(paths)
 
+    def _do_open_socket(self) -> str:
+        return self.host.open_socket()
+
+    def _do_receive(self, path: str, within_s: float) -> list[bytes]:
+        received = self.host.receive(path, within_s)
+        return [] if received is None else [received]
+
+    def _do_send(self, path: str, data: bytes) -> None:
+        self.host.send(path, data)
+
+    def _do_close_socket(self, path: str) -> None:
+        self.host.close_socket(path)
+
     def _do_log_tail(self) -> str:
         return self.host.log_tail()
 

@@ -143,6 +143,22 @@ class Host(abc.ABC):
         """
 
     @abc.abstractmethod
+    def open_socket(self) -> str:
+        """Listen for one process there; returns the path, for the following. See `HostSocket`."""
+
+    @abc.abstractmethod
+    def receive(self, path: str, within_s: float) -> bytes | None:
+        """See `HostSocket.receive`; it raises that too."""
+
+    @abc.abstractmethod
+    def send(self, path: str, data: bytes) -> None:
+        """See `HostSocket.send`."""
+
+    @abc.abstractmethod
+    def close_socket(self, path: str) -> None:
+        """See `HostSocket.close`; does nothing where the host is lost."""
+
+    @abc.abstractmethod
     def log_tail(self) -> str:
         """The end of each engine's log."""
 

@@ -24,6 +24,7 @@ import psutil
 from nbdist.cluster.hosts import fork_client
 from nbdist.cluster.hosts.held_memory import HeldMemory
 from nbdist.cluster.hosts.host import EngineEnvironment, Host, HostFacts
+from nbdist.cluster.hosts.host_socket import HostSocket
 from nbdist.engine import stack_dump
 from nbdist.engine.parent_watch import FOLDER_VARIABLE, OWNER_VARIABLE, RECORDS
 from nbdist.errors import ClusterError
@@ -61,6 +62,7 @@ class LocalHost(Host):
         self._spawned: list[subprocess.Popen[bytes]] = []
         self._numbers = itertools.count()
         self._memory = HeldMemory()
+        self._sockets: dict[str, HostSocket] = {}
 
     @property
     def facts(self) -> HostFacts:
@@ -182,6 +184,25 @@ class LocalHost(Host):
         except FileNotFoundError:
             found.set_result(b"")
         return found
+
+    def open_socket(self) -> str:
+        """See `Host`."""
+        opened = HostSocket(self._folder)
+        self._sockets[opened.path] = opened
+        return opened.path
+
+    def receive(self, path: str, within_s: float) -> bytes | None:
+        """See `Host`."""
+        return self._sockets[path].receive(within_s)
+
+    def send(self, path: str, data: bytes) -> None:
+        """See `Host`."""
+        self._sockets[path].send(data)
+
+    def close_socket(self, path: str) -> None:
+        """See `Host`."""
+        if (opened := self._sockets.pop(path, None)) is not None:
+            opened.close()
 
     def log_tail(self) -> str:
         """See `Host`."""

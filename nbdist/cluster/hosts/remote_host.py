@@ -194,6 +194,24 @@ class RemoteHost(Host):
         """See `Host`; fails with `HostLostError`."""
         return _then(self._agents.request(self.name, "read_record", run_id, rank, start), lambda reply: reply[1][0])
 
+    def open_socket(self) -> str:
+        """See `Host`."""
+        return str(self._call("open_socket"))
+
+    def receive(self, path: str, within_s: float) -> bytes | None:
+        """See `Host`."""
+        received = self._reply(self._agents.request(self.name, "receive", path, within_s))[1]
+        return received[0] if received else None
+
+    def send(self, path: str, data: bytes) -> None:
+        """See `Host`."""
+        self._reply(self._agents.request(self.name, "send", path, frames=[data]))
+
+    def close_socket(self, path: str) -> None:
+        """See `Host`."""
+        with contextlib.suppress(ClusterError):
+            self._call("close_socket", path)
+
     def log_tail(self) -> str:
         """See `Host`."""
         with contextlib.suppress(ClusterError):

@@ -33,6 +33,7 @@ from nbdist.cluster.hosts.remote_host import RemoteHost
 from nbdist.cluster.hosts.ssh import Ssh
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.ipyparallel_client import IpyparallelClient
+from nbdist.cluster.launch.reserved_ports import ReservedPorts
 from nbdist.engine.parent_watch import FOLDER_VARIABLE, OWNER_VARIABLE
 from nbdist.errors import ClusterError, PlanError
 from nbdist.plan import available_cores, check_engines, default_engines
@@ -47,6 +48,8 @@ STORE_ENDED = f"the process of the ranks' store has ended, {_ANEW}"
 
 _PING_MS = 100  # a registration completes at the next heartbeat: with the default, after up to 3 s
 _MISSED_BEATS = 100  # a swapped-out engine misses more than the default of 10 such short beats
+_PORTS = 24
+"""At least as many as the controller binds: else it takes others."""
 _POLL_S = 0.01
 _MISSED_AFTER_S = 1.0
 
@@ -80,6 +83,7 @@ class Launch:
         address = "" if ssh is None else ssh.address_towards(choice.others, choice.interface)
         folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
         self._prepare(folder, None if patience_s is None else Anchor.start(str(folder), patience_s), address)
+        self._ports = ReservedPorts(_PORTS)
         self._cluster = ipyparallel.Cluster(
             controller=ForkedController,
             log_level=40,
@@ -92,6 +96,7 @@ class Launch:
             controller_args=[
                 f"--ping={_PING_MS}", "--usethreads", f"--HeartMonitor.max_heartmonitor_misses={_MISSED_BEATS}",
                 *([f"--ip={address}"] if address else []),
+                *([f"--ports={','.join(map(str, numbers))}"] if (numbers := self._ports.numbers) else []),
             ],
         )  # fmt: skip
         self.client: EngineClient = IpyparallelClient(self._cluster.connect_client_sync)
@@ -127,6 +132,7 @@ class Launch:
         )
         self._local = LocalHost(facts, folder, self._owner)
         self._agents = None
+        self._ports = ReservedPorts(0)
         self.hosts: dict[str, Host] = {}
         self.on_lost: Callable[[str], None] = lambda host_id: None
         self._newest: list[tuple[Host, concurrent.futures.Future[list[str]]]] = []
@@ -248,13 +254,19 @@ class Launch:
         """The host with this id; None for one that is not of this launch."""
         return next((host for host in self.hosts.values() if host.facts.host_id == host_id), None)
 
+    def check_size(self, engines: int, own_gpus: int) -> None:
+        """Raise `PlanError` if the hosts that are left cannot run so many engines; with the GPUs of the kernel's."""
+        hosts, own = self.living(), own_gpus if LOCAL in self.hosts else 0
+        cores, gpus = sum(host.facts.cores for host in hosts), sum(host.facts.gpus for host in hosts) + own
+        check_engines(engines, cores, gpus, "this machine" if len(hosts) == 1 else f"the {len(hosts)} hosts")
+
     def runs(self, host_id: str, mark: str) -> bool:
         """Whether an engine's process has not ended, as far as is known. Returns at once."""
         host = self.host_of(host_id)
         return host is None or host.runs(mark)
 
-    def add(self, count: int, preferred: Iterable[str] = ()) -> None:
-        """Start `count` more engines; returns when they have started. They register later, under new ids.
+    def add(self, count: int, preferred: Iterable[str] = ()) -> set[tuple[str, str]]:
+        """Start `count` more engines; returns host id and mark of each. They register later, under new ids.
 
         Args:
             count: How many.
@@ -278,9 +290,9 @@ class Launch:
         self._newest = [
             (host, host.start_engines(chosen.count(host), self._environment)) for host in dict.fromkeys(chosen)
         ]
-        for _, started in self._newest:
-            started.result()
+        added = {(host.facts.host_id, mark) for host, started in self._newest for mark in started.result()}
         self._note()
+        return added
 
     @property
     def controller_runs(self) -> bool:
@@ -303,6 +315,7 @@ class Launch:
         if (controller := getattr(self._cluster.controller, "process", None)) is not None:
             kill_tree(controller)
         self.client.close()
+        self._ports.close()
         # Orphans of a killed fork server may stay zombies, for which ipyparallel would wait a minute.
         if self.folder.exists() and all(server.alive for server in fork_client.servers_of(str(self.folder))):
             with contextlib.suppress(Exception):  # the processes have ended, whatever ipyparallel raises

@@ -14,6 +14,7 @@ import nbdist
 from nbdist.cluster.calls.pending_call import EngineDied
 from nbdist.cluster.engines.starting import start_engines
 from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
+from nbdist.cluster.launch.launcher import Launch
 from nbdist.errors import EngineError, PlanError
 
 
@@ -87,6 +88,26 @@ def test_a_spare_that_died_is_replaced_by_the_next_start(with_spare):
     with_spare.start()
     assert [spare.pid] != [engine.pid for engine in until(lambda: with_spare.spare_engines)]
     assert before == pids(with_spare)
+
+
+def test_a_spare_that_ends_while_it_starts_is_replaced(with_spare, monkeypatch):
+    """Without another start."""
+    (spare,), ended, add = with_spare.spare_engines, [], Launch.add
+
+    def add_and_kill(launch, *arguments):
+        added = add(launch, *arguments)
+        if not ended:
+            ended.extend(int(mark.partition(":")[0]) for _, mark in added)
+            os.kill(ended[0], signal.SIGKILL)
+        return added
+
+    monkeypatch.setattr(Launch, "add", add_and_kill)
+    os.kill(spare.pid, signal.SIGKILL)
+    until(lambda: not with_spare.spare_engines)
+    with_spare.start()
+    (follower,) = until(lambda: with_spare.spare_engines)
+    assert follower.pid not in (spare.pid, *ended)
+    assert len(ended) == 1
 
 
 def test_the_number_of_spares_can_be_changed(with_spare):

@@ -193,10 +193,10 @@ def test_an_engine_lost_with_its_result(cluster, undisturbed, monkeypatch):
     """Rank 0 has gathered the weights and returned, and ends before the notebook reads them."""
     victims, open_result = [0], RunDispatch.open_result
 
-    def lost_before(self, payload):
+    def lost_before(self, payload, rank):
         if victims:
             self.engines.kill([victims.pop()])
-        return open_result(self, payload)
+        return open_result(self, payload, rank)
 
     monkeypatch.setattr(RunDispatch, "open_result", lost_before)
     model = net()
