@@ -32,7 +32,7 @@ demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print wh
 	@$(BIN)/python -m nbdist demo
 
 test: env  ## Run the tests, but for those with a target of their own
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m 'not programs and not hf and not compatibility and not parity and not browser and not hosts and not notebooks and not gpu'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not programs and not hf and not compatibility and not parity and not browser and not hosts and not notebooks and not gpu'
 
 test-programs: env  ## Run those that start and end whole programs: kernels, torchrun, servers
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m programs
@@ -66,6 +66,7 @@ precisions: env  ## Check each of those models on meshes in five precisions: not
 
 chaos: env  ## Kill, break and hang ranks in every way, and write the table into tests/README.md: half an hour
 	@$(BIN)/python tests/chaos/chaos.py --write
+	@$(BIN)/python tests/hosts/host_network.py --hosts 2 $(BIN)/python tests/hosts/host_chaos.py
 
 hf: env  ## Train models of Hugging Face transformers on every mesh: a few minutes
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[hf]' -c constraints.txt

@@ -9,7 +9,7 @@ Gbit/s or 100 Mbit/s limit. **All share this machine's cores**, so figures say n
 `bytes`: what a host sends and receives for a step, in sizes of the model.
 `start`: two hosts with two engines each, beside four engines on one host; and a second start.
 `weights`: 400 MB pushed to two engines on each of two hosts, beside one ssh stream of the same bytes to each host.
-`faults`: from a fault to the next step of a run.
+`faults`: from a fault until the run goes on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -181,7 +182,7 @@ class SlowNet(nn.Module):
 
 
 def measure_faults(network: HostNetwork, count: int) -> None:
-    """Print the seconds from each fault to the next step of a run, and the steps that were repeated."""
+    """Print the seconds from each fault until the run goes on, and how many steps are repeated then."""
     import nbdist
 
     x, y = torch.randn(4096, 64), torch.randint(0, 20, (4096,))
@@ -199,23 +200,18 @@ def measure_faults(network: HostNetwork, count: int) -> None:
                 run = cluster.train(SlowNet(), (x, y), loss="cross_entropy", steps=10**9, background=True)
                 while run.progress.step < 600:
                     time.sleep(0.05)
-                step = run.progress.step
                 fault(cluster)
-                began_s = time.perf_counter()
-                while not run.progress.notes:
+                began_s, at = time.perf_counter(), run.progress.step
+                while not (found := re.findall(r"all continue from step (\d+)", str(run.progress.notes))):
                     time.sleep(0.01)
-                newest = step
-                while (now := run.progress.step) >= newest or now == 0:  # it goes back, when the run goes on
-                    newest = max(newest, now)
-                    time.sleep(0.005)
                 took.append(time.perf_counter() - began_s)
-                repeated.append(newest - now)
+                repeated.append(at - int(found[0]))
                 run.stop()
                 with contextlib.suppress(Exception):
                     run.wait(30)
             network.mend()
         print(
-            f"{name:<24} next step after {statistics.median(took):.2f} s ({min(took):.2f} to {max(took):.2f}), "
+            f"{name:<24} the run goes on after {statistics.median(took):.2f} s ({min(took):.2f} to {max(took):.2f}), "
             f"steps repeated {sorted(repeated)}",
             flush=True,
         )

@@ -18,7 +18,7 @@ from nbdist.core.strategies import choice
 from nbdist.errors import PeerLostError
 
 _JOIN_S = 300.0  # ends a hung suite
-HOSTS = {"two hosts": 2, "three hosts": 3}
+HOSTS = {"two hosts": 2, "three hosts": 3, "eight hosts": 8}
 
 
 class RemoteTraceback(Exception):

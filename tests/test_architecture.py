@@ -198,6 +198,7 @@ def test_the_rules_see_what_they_forbid(tmp_path, monkeypatch):
     assert [("torch.nn", False), ("nbdist.core", False), ("IPython.display", False), ("nbdist.core", True)] == found
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [

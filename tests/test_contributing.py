@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import nbdist
 
 PACKAGE = Path(nbdist.__file__).parent
@@ -107,12 +109,14 @@ def assert_is_everywhere(edits, script, folder, home):
     assert 0 == done.returncode, done.stderr
 
 
+@pytest.mark.programs
 def test_a_new_option_is_everywhere(tmp_path, home):
     """In magic, completion, help, both functions and the plan."""
     assert listed("An option of a training") == {*OPTION, "nbdist/cluster/runs/run_spec.py"}
     assert_is_everywhere(OPTION, USE_OPTION, tmp_path, home)
 
 
+@pytest.mark.programs
 def test_a_new_command_is_everywhere(tmp_path, home):
     """In magic, completion, panel, run, record and on the ranks."""
     assert listed("A command to a running training") == {*COMMAND}

@@ -151,6 +151,7 @@ def wrong(cluster: nbdist.Cluster) -> None:
 """
 
 
+@pytest.mark.programs
 def test_a_type_checker_knows_every_option(tmp_path):
     """Wrong types and names are found before anything runs; right calls are right."""
     (tmp_path / "typed.py").write_text(TYPED)

@@ -68,6 +68,7 @@ def test_the_notebook_runs(cluster, tmp_path, monkeypatch):
                 shell.run_cell(part, store_history=True).raise_error()
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("script", SCRIPTS, ids=[f"script{i}" for i in range(len(SCRIPTS))])
 def test_scripts_run(shared_cluster, tmp_path, script):
     """With plain Python, and those that call nbdist.train under torchrun too."""

@@ -165,7 +165,8 @@ class Cluster:
             return self
         if session.current_cluster() is not None:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
-        self._changes = changes = self._changes or NotebookChanges()  # before they start
+        changes = self._changes or NotebookChanges(everything=bool(self._hosts.others))  # before engines start
+        self._changes = changes
         self._drive(start_engines(self._hosts, self.device, self.timeout_s, tell, self.spares, self.detach), changes)
         self._replay.follow(self._up, changes)
         session.set_cluster(self)

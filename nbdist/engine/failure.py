@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 import traceback
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from nbdist.engine.follow.cell_sources import label_of, labelled
 from nbdist.engine.stack_frames import frame_text, is_ours, is_plumbing, place_of
 from nbdist.errors import EngineError, NbdistError, PeerLostError, PlanError, TaskError, ranks_text
+from nbdist.telemetry.host import NAME_VARIABLE
 
 __all__ = ["LOST", "PROCESS_ENDED", "Failure", "as_error"]
 
@@ -34,6 +36,7 @@ class Failure:
         place: The innermost line of the user's code, such as ``Cell In[5], line 3``; empty if unknown.
         traceback: With source lines, without frames of nbdist.
         secondary: Whether it only reports that another rank is gone (a peer's connection error).
+        host: Where there are several hosts, the user's name for the rank's; else empty.
     """
 
     rank: int
@@ -43,6 +46,7 @@ class Failure:
     place: str
     traceback: str
     secondary: bool
+    host: str = ""
 
     @classmethod
     def lost(cls, rank: int) -> Failure:
@@ -76,6 +80,7 @@ class Failure:
             place=place_of(innermost) if innermost else "",
             traceback="\n".join(text),
             secondary=isinstance(error, PeerLostError),
+            host=os.environ.get(NAME_VARIABLE, ""),
         )
 
 
@@ -90,7 +95,9 @@ def as_error(failures: Iterable[Failure]) -> EngineError:
     cause = ordered[0]
     same = [f for f in ordered if (f.kind, f.message, f.place) == (cause.kind, cause.message, cause.place)]
     where = f" ({cause.place})" if cause.place else ""
-    message = f"{ranks_text(f.rank for f in same)}: {cause.kind}: {cause.message}{where}"
+    hosts = ", ".join(sorted({f.host for f in same if f.host}))
+    who = f"{ranks_text(f.rank for f in same)}{f' on {hosts}' if hosts else ''}"
+    message = f"{who}: {cause.kind}: {cause.message}{where}"
     error_class = _ENGINE_ERRORS.get(cause.kind, EngineError)
     return error_class(message, cause.traceback, rank=cause.rank)
 

@@ -57,6 +57,7 @@ def start(command, script, accumulate, **environment):
     )  # fmt: skip
 
 
+@pytest.mark.programs
 def test_torchrun_and_python_give_the_same_bits(tmp_path, home):
     """A script on two torchrun ranks trains as plain python with two microbatches, whatever OMP_NUM_THREADS is."""
     script = tmp_path / "train.py"

@@ -66,6 +66,16 @@ def test_two_hosts_give_the_bits_of_one(cluster, expected):
     assert host_name() not in {engine.host for engine in cluster.engines}
 
 
+def test_three_hosts_of_one_rank_give_the_bits_of_one(network):
+    """Whose sums nobody adds in shared memory."""
+    found = []
+    for hosts in ({"local": 3}, {"h1": 1, "local": 1, "h2": 1}):
+        with nbdist.Cluster(hosts=hosts, device="cpu", spares=0) as cluster:
+            cluster.train(trained := model(), DATA, strategy="dp=3", **OPTIONS)
+        found.append(bits(trained))
+    assert found[0] == found[1]
+
+
 @pytest.fixture
 def gate(shared):
     """Holds a run after its 6th step."""

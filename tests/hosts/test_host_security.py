@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -83,3 +84,38 @@ def test_an_agent_without_the_invitation_is_not_served(cluster):
                 intruder.send_multipart([b"", b'["ended", "1:1"]'])
                 assert monitor.poll(30_000)
     assert {engine.state for engine in cluster.engines} == {"idle"}
+
+
+def test_a_forged_message_does_nothing(cluster, network):
+    """To the store and the controller, from another host and another user: neither is answered, and the ranks go on."""
+    store, port = cluster._up._store.address[0].split(":")
+    controllers = cluster._up._launch._ports.numbers
+    code = f"""
+import json, os, socket, struct, zmq
+os.setuid(65534)
+def answer(address, data):
+    with socket.create_connection(address, 5) as peer:
+        peer.settimeout(5)
+        peer.sendall(data)
+        peer.shutdown(socket.SHUT_WR)
+        try:
+            return len(peer.recv(64)) + len(peer.recv(64))
+        except OSError:
+            return 0
+field = lambda data: struct.pack("!I", len(data)) + data
+body = b"".join(map(field, [b"set", b"commands/x/0", b"stop"]))
+print("store", answer(("{store}", {port}), field(body)))
+context, replies = zmq.Context(), 0
+for port in {controllers}:
+    peer = context.socket(zmq.DEALER)
+    peer.linger = 0
+    peer.connect("tcp://{store}:%d" % port)
+    request = b'{{"msg_type": "connection_request"}}'
+    peer.send_multipart([b"<IDS|MSG>", b"signature", request, b"{{}}", b"{{}}", b"{{}}"])
+    replies += peer.poll(100)
+print("controller", replies)
+"""
+    shown = network.run("h2", f"cat > /tmp/forged.py <<'END'\n{code}\nEND\n{sys.executable} /tmp/forged.py")
+    assert shown.split() == ["store", "48", "controller", "0"], shown  # its challenge, and nothing after it
+    assert not cluster._up._store.check(["commands/x/0"])
+    assert [cluster.pull("rank", rank) for rank in range(2)] == [0, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from shared_cluster import until
@@ -16,8 +18,44 @@ DATA = X, X.sum(1, keepdim=True).sin()
 OPTIONS = {"loss": "mse", "optimizer": "adamw", "lr": 0.01, "batch_size": 64}
 
 
+BESIDE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+class Files(torch.utils.data.Dataset):
+    def __init__(self, path, length):
+        self.path, self.length = path, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        with open(self.path) as file:
+            number = float(file.read())
+        return torch.full((6,), number), torch.zeros(1)
+"""
+
+
 @pytest.fixture(scope="module")
-def cluster(_fork_server):
+def beside(tmp_path_factory):
+    """A module in a folder that only this host has, imported before the engines start."""
+    folder = tmp_path_factory.mktemp("beside")
+    (folder / "a_module_beside.py").write_text(BESIDE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield importlib.import_module("a_module_beside")
+
+
+@pytest.fixture(scope="module")
+def cluster(beside, _fork_server):
     """An engine on each of three hosts, one of them this one."""
     with nbdist.Cluster(hosts={"local": 1, "h1": 1, "h2": 1}, device="cpu", spares=0) as started:
         yield started
@@ -99,3 +137,19 @@ def test_a_failed_cell_is_debugged_on_another_host(cluster):
     assert "rank 1: ZeroDivisionError" in shown[0]
     assert shown[1].strip() == "42"
     assert cluster.pull("rank", 1) == 1
+
+
+def test_a_module_beside_the_notebook_travels(cluster, beside, network):
+    """Also where its file is not; in cells too."""
+    assert network.run("h1", f"ls {beside.__file__}").startswith("ls: cannot access")
+    cluster.train(trained := beside.Net(), DATA, epochs=2, **OPTIONS)
+    cluster.execute("import a_module_beside as m\nmodule = m.Net.__module__").wait()
+    assert [cluster.pull("module", rank) for rank in range(3)] == ["a_module_beside"] * 3
+    assert type(trained) is beside.Net
+
+
+def test_data_that_a_host_cannot_open_is_named_with_the_host(cluster, beside, tmp_path):
+    (tmp_path / "number").write_text("3")
+    data = beside.Files(str(tmp_path / "number"), 96)
+    with pytest.raises(EngineError, match=rf"^rank.* on h[12].*: FileNotFoundError: .*{tmp_path}/number"):
+        cluster.train(model(), data, epochs=1, **OPTIONS)

@@ -111,6 +111,7 @@ def test_busy_engines_are_not_asked(notebook):
     assert "rank" in texts(notebook, "%%dist\nran")
 
 
+@pytest.mark.programs
 def test_a_front_end_gets_them(home, tmp_path):
     """Through the kernel's own protocol, and without torch being loaded for it."""
     kernel = Kernel(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from kernels import Kernel
 
 MODEL = """\
@@ -19,6 +20,7 @@ data = torch.ones(64, 6), torch.zeros(64, dtype=torch.long)
 """
 
 
+@pytest.mark.programs
 def test_it_names_the_cell_that_hangs_by_its_number(home, tmp_path):
     """With the lines around it; the run then ends and leaves nothing behind."""
     kernel = Kernel(tmp_path)

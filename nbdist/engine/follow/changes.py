@@ -77,9 +77,10 @@ class NotebookChanges:
 
     Args:
         state: Another kernel's `state`, whose engines this one takes over.
+        everything: Whether engines may be where the files of this host are not: they get the texts of all modules.
     """
 
-    def __init__(self, state: Any = None) -> None:
+    def __init__(self, state: Any = None, *, everything: bool = False) -> None:
         self._modules = watched_modules()
         self._modules.look()
         self._had: dict[Hashable, int] = {}
@@ -95,6 +96,8 @@ class NotebookChanges:
         self._folder: str
         self._settings: dict[str, Any]
         self._of, self._changes, self._cells, self._variables, self._folder, self._settings = state or fresh
+        if everything:
+            self._changes[0].modules += self._modules.texts()
 
     @property
     def count(self) -> int:

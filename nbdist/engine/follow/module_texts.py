@@ -152,14 +152,20 @@ class ModuleTexts:
 
     def since(self, count: int) -> list[ModuleText]:
         """What was noted after the first `count`, of modules that another process can import."""
+        return [one for one in self.noted[count:] if self._can_be_imported(one)]
+
+    def _can_be_imported(self, one: ModuleText) -> bool:
         from nbdist.core.transfer.importable import is_importable  # loads torch, which the notebook has by now
 
-        def can_be(one: ModuleText) -> bool:
-            module = sys.modules.get(one.name)
-            known = self._known.get(one.name)
-            return module is not None and ((known is not None and known.by_finder) or is_importable(module))
+        module = sys.modules.get(one.name)
+        known = self._known.get(one.name)
+        return module is not None and ((known is not None and known.by_finder) or is_importable(module))
 
-        return [one for one in self.noted[count:] if can_be(one)]
+    def texts(self) -> list[ModuleText]:
+        """The text that each module runs now, for an engine that may not see the files; see `since`."""
+        self._scan()
+        named = [ModuleText(name=name, file=known.file, text=known.text) for name, known in self._known.items()]
+        return [one for one in named if self._can_be_imported(one)]
 
     # On an engine.
 

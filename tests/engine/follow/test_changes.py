@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import linecache
 import os
 import sys
@@ -52,6 +53,19 @@ def test_nothing_is_noted_where_nothing_changes():
     """A second look costs no change."""
     changes = NotebookChanges()
     assert changes.look() == changes.look()
+
+
+def test_engines_elsewhere_get_the_modules_that_are_imported_already(monkeypatch, tmp_path):
+    """With the text that they run; on this host engines read the files."""
+    (tmp_path / "imported_before.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("imported_before")
+    (tmp_path / "imported_before.py").write_text("x = 2\n")
+    for everything in (False, True):
+        changes = NotebookChanges(everything=everything)
+        texts = {one.name: one.text for change in sent(changes, [1]) for one in change.modules}
+        assert texts.get("imported_before") == (b"x = 1\n" if everything else None)
+    sys.modules.pop("imported_before")
 
 
 def test_an_engine_that_is_new_gets_all(monkeypatch):
