@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import contextlib
 import json
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from nbdist.errors import ClusterError
 from nbdist.telemetry.record import records
 
 __all__ = ["RankBoards"]
+
+_INTERVAL_S = 0.1
 
 
 class RankBoards:
@@ -75,6 +78,7 @@ class _FarBoards:
             self.paths = dict(zip(ranks, host.hold(len(ranks)), strict=True))
         self._readers = {rank: BoardReader() for rank in ranks}
         self._found: dict[int, collections.deque[bytes]] = {rank: collections.deque() for rank in ranks}
+        self._due_s = 0.0
         self._pending: concurrent.futures.Future[list[bytes]] | None = None
 
     def refresh(self) -> None:
@@ -94,7 +98,8 @@ class _FarBoards:
 
     def take(self, rank: int) -> Iterable[bytes]:
         """What has come of a rank since the last call."""
-        if rank == next(iter(self._readers)):  # all ranks are read in turn
+        if time.monotonic() >= self._due_s:
+            self._due_s = time.monotonic() + _INTERVAL_S
             self.refresh()
         found = list(self._found[rank])
         self._found[rank].clear()

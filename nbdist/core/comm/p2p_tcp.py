@@ -6,6 +6,7 @@ A thread sends, so that a send waits for no other rank and a message travels whi
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import socket
 import struct
@@ -42,6 +43,7 @@ class TcpLink(Link):
         (self._socket,) = connect(rank, [peer], store, name, address)
         self._unsent: queue.SimpleQueue[list[memoryview] | None] = queue.SimpleQueue()
         self._failure: OSError | None = None
+        self._owner = os.getpid()
         self._thread = threading.Thread(target=self._send_all, daemon=True, name="nbdist-link")
         self._thread.start()
         open_sockets.add(self)
@@ -72,8 +74,9 @@ class TcpLink(Link):
 
     def close(self) -> None:
         """See `Link`; what is not sent yet is dropped."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # also ends the thread's wait
+        if self._owner == os.getpid():  # a fork's shutdown would end this process's connection
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # also ends the thread's wait
         self._socket.close()
         self._unsent.put(None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
 import pytest
@@ -63,6 +64,23 @@ def test_messages_arrive_whole_and_in_order(run_ranks, kind):
                 assert sent is None or (sent.shape == got.shape and torch.equal(sent, got)), note
     assert [(peer, (peer, i)) for peer in (0, 2) for i in range(rounds)] == [m[:2] for m in results[1][1]]
     assert all(torch.equal(m[2][0], torch.full((m[1][1],), float(m[1][1]))) for m in results[1][1])
+
+
+def fork_between_messages(world):
+    """A data-loading process is forked, which closes its copies of the rank's sockets, and ends."""
+    link = world.links([(0, 1)])[1 - world.rank]
+    child = multiprocessing.get_context("fork").Process(target=int)
+    child.start()
+    child.join()
+    link.send(world.rank, [torch.ones(3)])
+    note, (tensor,) = link.receive()
+    world.channel().all_reduce_(torch.ones(1))
+    return note, tensor.tolist()
+
+
+@pytest.mark.parametrize("kind", ["shared memory", "two hosts"])
+def test_a_fork_does_not_end_a_link(run_ranks, kind):
+    assert [(1, [1.0] * 3), (0, [1.0] * 3)] == run_ranks(2, fork_between_messages, channel=kind)
 
 
 def run_ahead(world):
