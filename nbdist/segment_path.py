@@ -7,7 +7,11 @@ import os
 
 from nbdist.errors import ClusterError
 
-__all__ = ["open_segment", "segment_path"]
+__all__ = ["SegmentGoneError", "open_segment", "segment_path"]
+
+
+class SegmentGoneError(ClusterError):
+    """The process that held a segment has closed it, or ended."""
 
 
 def segment_path(file: int, place: str) -> str:
@@ -20,7 +24,7 @@ def open_segment(path: str) -> int:
     """Open the segment with this path; returns its descriptor. Local.
 
     Raises:
-        ClusterError: It is gone; descriptor numbers are reused, so the place may be another file by now.
+        SegmentGoneError: It is gone; descriptor numbers are reused, so the place may be another file by now.
     """
     place = path.rpartition(":")[0]
     with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
@@ -30,4 +34,6 @@ def open_segment(path: str) -> int:
             if path == segment_path(file, place):
                 return file
             os.close(file)
-    raise ClusterError(f"the shared memory {place} is gone, the process that held it closed it or ended: start again.")
+    raise SegmentGoneError(
+        f"the shared memory {place} is gone, the process that held it closed it or ended: start again."
+    )

@@ -23,6 +23,7 @@ from nbdist.cluster.runs.run import Run
 from nbdist.engine.failure import LOST, PROCESS_ENDED, Failure, as_error
 from nbdist.engine.train_outcome import Outcome
 from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, ranks_text
+from nbdist.segment_path import SegmentGoneError
 from nbdist.telemetry import Event, JsonlSink, Noted, Recovered
 from nbdist.telemetry.record import cluster_record_path
 
@@ -208,6 +209,10 @@ class RunMonitor:
         error = call.exception()  # raised, its traceback would hold this frame, and the run's memory
         if error is None:
             outcome: Outcome = call.result()
+            if outcome.failure is not None and outcome.failure.kind == SegmentGoneError.__name__:
+                # Its agent has been killed, which it will be in a moment too: until then it looks as if it could train.
+                self._engines.kill([rank])
+                return self._lost_outcome(rank)
             if outcome.failure is None or not outcome.failure.secondary:  # a secondary failure's output can come later
                 settle(call)
         elif isinstance(error, EngineDied):

@@ -22,6 +22,7 @@ from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.hosts.local_host import LocalHost
 from nbdist.cluster.runs.dispatch import RunDispatch
 from nbdist.cluster.runs.monitor import RunMonitor
+from nbdist.core.state.snapshot import SnapshotStore
 from nbdist.errors import EngineError, PlanError
 from nbdist.telemetry.record import records
 
@@ -187,6 +188,23 @@ def test_an_engine_lost_while_a_run_starts(cluster, undisturbed, monkeypatch):
     run = cluster.train(model, data(), **OPTIONS)
     assert undisturbed == (bits(model), rows(run))
     assert ["ranks 0-1 had been lost and were replaced"] == run.progress.notes
+
+
+def test_a_rank_whose_memory_is_gone_is_replaced(cluster, undisturbed, monkeypatch):
+    """Its host's agent has been killed, and held what it writes its snapshots to; it has not ended yet itself."""
+    paths_on, asked = SnapshotStore.paths_on, []
+
+    def gone_for_the_second(self, host_id):
+        asked.append(host_id)
+        paths = paths_on(self, host_id)
+        return [["/proc/self/fd/0:1.1"] * len(own) for own in paths] if len(asked) == 2 else paths
+
+    monkeypatch.setattr(SnapshotStore, "paths_on", gone_for_the_second)
+    model, before = net(), cluster.engines[1].pid
+    run = cluster.train(model, data(), **OPTIONS)
+    assert ("finished", undisturbed) == (run.state, (bits(model), rows(run)))
+    assert "rank 1 lost (its process ended), replaced in" in run.progress.notes[0]
+    assert cluster.engines[1].pid != before
 
 
 def test_an_engine_lost_with_its_result(cluster, undisturbed, monkeypatch):
