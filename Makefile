@@ -34,7 +34,7 @@ demo: env  ## Train on real data from notebooks/00_quickstart.ipynb and print wh
 test: env  ## Run the tests, but for those with a target of their own
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not programs and not hf and not compatibility and not parity and not browser and not hosts and not notebooks and not gpu'
 
-test-programs: env  ## Run those that start and end whole programs: kernels, torchrun, servers
+test-programs: env  ## Run whole programs (kernels, torchrun, servers), and parts of parity and chaos
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m programs
 
 test-conditions: env  ## Run the same as on other machines: loaded, of one core, of half a core, and late: an hour

@@ -10,6 +10,8 @@ from lab import Lab
 from scenarios import kill_at_a_checkpoint
 from shared_cluster import ENGINES
 
+pytestmark = pytest.mark.programs
+
 RANDOM = random.Random(0)
 KILLS = {
     "forward, the first step": ("shared weights", ("forward", 0, 0)),

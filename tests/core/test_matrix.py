@@ -19,6 +19,7 @@ def test_the_part_holds_every_model():
     assert set(PART) <= set(matrix.MESHES)
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(("mesh", "model"), PART.items())
 def test_a_mesh_equals_one_process(run_ranks, mesh, model):
     """In float64 to 1e-10: two optimizers, one and three microbatches a step, a last, smaller batch."""

@@ -13,6 +13,8 @@ import torch
 
 from nbdist.core.process.memory import free_frames
 
+pytestmark = pytest.mark.programs
+
 STEPS = """
 import platform, resource, sys
 import psutil, torch
