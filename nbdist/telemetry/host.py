@@ -7,11 +7,12 @@ import socket
 import uuid
 from pathlib import Path
 
-__all__ = ["INTERFACE_VARIABLE", "NAME_VARIABLE", "host_id", "host_name"]
+__all__ = ["INTERFACE_VARIABLE", "NAME_VARIABLE", "host_id", "host_name", "own_address_to"]
 
 INTERFACE_VARIABLE = "NBDIST_INTERFACE"
 """The network interface towards the other hosts; without it gloo looks up its own host's name, and nccl guesses."""
 
+_DISCARD_PORT = 9
 _VARIABLE = "NBDIST_HOST"
 NAME_VARIABLE = "NBDIST_HOST_NAME"
 """The user's name for this host; set for engines that the user has started on hosts by name."""
@@ -34,3 +35,14 @@ def host_id() -> str:
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # a container has pids of its own
     except OSError:
         return f"{uuid.getnode():x}"
+
+
+def own_address_to(name: str) -> str:
+    """This host's own address on the way to another host, by its name or address. Nothing is sent.
+
+    Raises:
+        OSError: There is no way there, or the name is not known.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((name, _DISCARD_PORT))
+        return str(probe.getsockname()[0])

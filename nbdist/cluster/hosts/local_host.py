@@ -11,7 +11,6 @@ import importlib.metadata
 import itertools
 import os
 import platform
-import socket
 import subprocess
 import sys
 import threading
@@ -29,7 +28,7 @@ from nbdist.engine import stack_dump
 from nbdist.engine.parent_watch import FOLDER_VARIABLE, OWNER_VARIABLE, RECORDS
 from nbdist.errors import ClusterError
 from nbdist.process_mark import alive, process_mark
-from nbdist.telemetry.host import INTERFACE_VARIABLE, NAME_VARIABLE
+from nbdist.telemetry.host import INTERFACE_VARIABLE, NAME_VARIABLE, own_address_to
 from nbdist.telemetry.record import record_path
 
 __all__ = ["GUARD", "LocalHost", "interface_to", "kill_tree", "versions"]
@@ -245,9 +244,7 @@ def versions() -> dict[str, str]:
 
 def interface_to(address: str) -> tuple[str, str]:
     """The network interface that leads to an address, and this host's own address there."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # sends nothing
-        own = str(probe.getsockname()[0])
+    own = own_address_to(address)
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == own for each in addresses):
             return name, own

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import psutil
 
 from nbdist.errors import PlanError
+from nbdist.telemetry.host import own_address_to
 
 __all__ = ["Ssh"]
 
@@ -21,7 +22,6 @@ _OPTIONS = ("-T", *(part for setting in _SETTINGS for part in ("-o", setting)))
 """No terminal and no questions; a host that does not answer ends ssh."""
 _PROGRAM = "from nbdist.cluster.hosts.agent_server import main; main()"
 _ASKED_WITHIN_S = 10.0
-_DISCARD_PORT = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +77,7 @@ class Ssh:
     def _address_to(self, host: str) -> str:
         name = self._real_name(host)
         try:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((name, _DISCARD_PORT))
-                return str(probe.getsockname()[0])
+            return own_address_to(name)
         except OSError as error:
             raise PlanError(
                 f"the address of host {host} is not known here ({error.strerror or error}): use a name of "

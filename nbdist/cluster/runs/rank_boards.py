@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from nbdist.cluster.engines.engines import Engines
@@ -37,7 +38,7 @@ class RankBoards:
 
     def __init__(self, engines: Engines, paths: Sequence[str] = ()) -> None:
         self._segments: list[Segment] = []
-        self._readers: dict[int, MappedReader | _FarReader] = {}
+        self._readers: dict[int, Callable[[], Iterable[bytes]]] = {}
         far: dict[Host, list[int]] = {}
         made: dict[int, str] = dict(enumerate(paths))
         for rank, host in engines.placed().items():
@@ -46,19 +47,19 @@ class RankBoards:
                 continue
             self._segments.append(segment := Segment(BOARD_BYTES, engines.anchor, made.get(rank, "")))
             made[rank] = segment.path
-            self._readers[rank] = MappedReader(segment.path)
+            self._readers[rank] = MappedReader(segment.path).read
         self._hosts: list[_FarBoards] = []
         for host, ranks in far.items():
             boards = _FarBoards(host, ranks)
             self._hosts.append(boards)
             made |= boards.paths
-            self._readers |= {rank: _FarReader(boards, rank) for rank in ranks}
+            self._readers |= {rank: functools.partial(boards.take, rank) for rank in ranks}
         self.paths = [made[rank] for rank in range(engines.size)]
         self.publisher = StatePublisher(records().resolve(), engines.host_id, tuple(self.paths))
 
     def read(self, rank: int) -> list[dict[str, Any]]:
         """The states that a rank has published since the last call, for `RankState.from_dict`; the newest last."""
-        return [json.loads(data) for data in self._readers[rank].read()]
+        return [json.loads(data) for data in self._readers[rank]()]
 
     def close(self) -> None:
         """Free the boards."""
@@ -107,13 +108,3 @@ class _FarBoards:
 
     def close(self) -> None:
         self._host.release([path for path in self.paths.values() if path])
-
-
-class _FarReader:
-    """Reads the board of one rank on another host."""
-
-    def __init__(self, boards: _FarBoards, rank: int) -> None:
-        self._boards, self._rank = boards, rank
-
-    def read(self) -> Iterable[bytes]:
-        return self._boards.take(self._rank)

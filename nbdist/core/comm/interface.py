@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from nbdist.telemetry.host import INTERFACE_VARIABLE
+from nbdist.telemetry.host import INTERFACE_VARIABLE, own_address_to
 
 __all__ = ["address_towards", "choose_interface", "own_address"]
 
@@ -53,7 +53,6 @@ def address_towards(name: str) -> str:
     """This host's address on the way to a host; loopback if that cannot be found. Local; nothing is sent."""
     if not name:
         return _LOOPBACK_ADDRESS
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((name, 9))
-        return str(probe.getsockname()[0])
+    with contextlib.suppress(OSError):
+        return own_address_to(name)
     return _LOOPBACK_ADDRESS
