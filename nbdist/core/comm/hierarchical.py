@@ -41,7 +41,7 @@ class HierarchicalChannel(Channel):
         self._host_of = {other: i for i, group in enumerate(groups) for other in group}
         self._host = self._host_of[rank]
         group = groups[self._host]
-        self._whole: list[torch.Tensor] = []
+        self._whole: list[torch.Tensor] = []  # made by `zeros`, on a host of one rank
         self._shared: SharedMemoryChannel | None = None
         self._chain: HostChain | None = None
         try:
@@ -62,7 +62,8 @@ class HierarchicalChannel(Channel):
     def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """See `Channel.zeros`."""
         made = self._local.zeros(numel, dtype)
-        self._whole.append(made)
+        if self._shared is None:  # else that knows them
+            self._whole.append(made)
         return made
 
     def free(self, tensor: torch.Tensor) -> None:
