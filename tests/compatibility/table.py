@@ -1,6 +1,6 @@
 """The compatibility tables: ``make compatibility`` writes them into README.md beside this file, tests read them.
 
-python tests/compatibility/table.py [MODEL|DATA ...]    with names, only their rows are filled anew
+python tests/compatibility/table.py [MODEL|DATA|TRAINING ...]    with names, only their rows are filled anew
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 import cells
 import source_cells
+import training_cells
 
 README = Path(__file__).parent / "README.md"
 
@@ -50,6 +51,11 @@ SOURCES = Table(
     "data", "forms of data", "<!-- data: written by make compatibility -->", "<!-- end of data -->",
     source_cells.CASES, source_cells.MESHES, source_cells.row,
 )  # fmt: skip
+TRAININGS = Table(
+    "training", "kinds of training", "<!-- trainings: written by make compatibility -->", "<!-- end of trainings -->",
+    training_cells.CASES, training_cells.MESHES, training_cells.row,
+)  # fmt: skip
+TABLES = (MODELS, SOURCES, TRAININGS)
 EQUAL, FAULTS = "equal", ("DIFFERS", "FAILS")
 
 
@@ -117,7 +123,7 @@ def main(chosen: list[str]) -> int:
 
     torch.set_num_threads(1)
     pool, faults = RankPool(), 0
-    for table in (MODELS, SOURCES):
+    for table in TABLES:
         names = [name for name in table.cases if not chosen or name in chosen]
         faults += fill(table, pool, names) if names else 0
     return faults

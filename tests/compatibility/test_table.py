@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import source_cells
 import table
+import training_cells
 from cells import CASES, MESHES, outcome, row, run_cell
 
 # What `make test` runs: a model on each mesh that asks something of it.
@@ -32,6 +33,36 @@ SOURCE_CELLS = [
     pytest.param(mesh, name, marks=[] if (mesh, name) in SOURCES_PART else pytest.mark.compatibility)
     for name in source_cells.CASES for mesh in source_cells.MESHES
 ]  # fmt: skip
+
+
+# What `make test` runs of the trainings: a mesh of each that needs no notebook.
+TRAININGS_PART = {
+    ("dp=2", "a rate by steps"), ("dp=2,pp=2", "a rate by epochs"), ("shard=2", "a rate by val_loss"),
+    ("dp=2,shard=2", "numbers and objects that are measured"), ("tp=2", "a function after each epoch"),
+    ("pp=2", "the best epoch, an early stop"), ("dp=2", "layers frozen, then thawed"),
+    ("shard=2", "a rehearsal before"), ("dp=2", "episodes, advantages of a batch"),
+}  # fmt: skip
+TRAINING_CELLS = [
+    pytest.param(mesh, name, marks=[] if (mesh, name) in TRAININGS_PART else pytest.mark.compatibility)
+    for name in training_cells.CASES for mesh in training_cells.MESHES
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mesh", "name"), TRAINING_CELLS)
+def test_a_kind_of_training_is_as_it_is_written(run_ranks, mesh, name):
+    """Losses, numbers and weights are those of a plain loop, or a sentence refuses the mesh."""
+    written = table.read(table.TRAININGS)[name][mesh]
+    assert table.gist(written) == table.gist(training_cells.row(run_ranks, name, [mesh])[mesh])
+
+
+def test_the_table_of_trainings_is_whole():
+    """No row is missing, no cell empty, and no fault; a part of it, with every mesh, is in `make test`."""
+    rows = table.read(table.TRAININGS)
+    assert list(training_cells.CASES) == list(rows)
+    cells = [cell for row in rows.values() for cell in row.values()]
+    assert not [cell for cell in cells if not cell or cell.startswith(table.FAULTS)]
+    assert set(training_cells.MESHES) == {mesh for mesh, _ in TRAININGS_PART}
+    assert {name for _, name in TRAININGS_PART} <= set(training_cells.CASES)
 
 
 @pytest.mark.parametrize(("mesh", "name"), SOURCE_CELLS)
