@@ -178,31 +178,31 @@ def plainly_measured() -> dict[str, Any]:
 
 
 class Watching:
-    """Keeps what the model says of the same samples, and ends the run after three epochs."""
+    """Keeps the outputs for the same samples, and ends the run after three epochs."""
 
     def __init__(self):
-        self.said = []
+        self.outputs = []
 
     def __call__(self, model, row):
-        self.said.append(model(HELD))
+        self.outputs.append(model(HELD))
         return row["epoch"] == 3
 
 
 def watched(world: World, mesh: str) -> dict[str, Any]:
     each = Watching()
     result, trained = train(world, mlp(), TRAIN, each_epoch=each, **options_of(mesh))
-    return {"loss": column(result.history, "loss"), "said": each.said, **trained}  # on rank 0 alone
+    return {"loss": column(result.history, "loss"), "outputs": each.outputs, **trained}  # on rank 0 alone
 
 
 def plainly_watched() -> dict[str, Any]:
-    model, said = mlp(), []
+    model, outputs = mlp(), []
 
     def ended():
         with torch.no_grad():
-            said.append(model(HELD))
-        return len(said) == 3
+            outputs.append(model(HELD))
+        return len(outputs) == 3
 
-    return {"loss": plain(model, ended=ended), "said": said, **weights(model)}
+    return {"loss": plain(model, ended=ended), "outputs": outputs, **weights(model)}
 
 
 UNEVEN = functools.partial(torch.optim.SGD, lr=3.0)  # its best epoch is not its last
@@ -264,7 +264,7 @@ def rehearsed(world: World, mesh: str) -> dict[str, Any]:
 
 def after_a_rehearsal() -> dict[str, Any]:
     found = plainly_watched()
-    return {name: value for name, value in found.items() if name != "said"}
+    return {name: value for name, value in found.items() if name != "outputs"}
 
 
 # A step that plays episodes.

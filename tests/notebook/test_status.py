@@ -31,6 +31,7 @@ def follow(cell, folder):
         (folder / "end").touch()
 
 
+@pytest.mark.programs
 def test_the_status_follows_a_run_to_its_end(home, tmp_path):
     """The table in the cell changes while engines work, and keeps the final state afterwards."""
     kernel = Kernel(tmp_path)

@@ -123,6 +123,7 @@ def test_a_release_ends_the_wait_of_ranks(three, monkeypatch):
     assert before[:2] == [engine.pid for engine in three.records()][:2]
 
 
+@pytest.mark.programs
 def test_hundreds_of_generations_leak_nothing(three):
     """Neither sockets nor threads nor memory, in the ranks and here."""
     processes = [psutil.Process(), *(psutil.Process(engine.pid) for engine in three.records())]

@@ -174,6 +174,7 @@ def write_forever(paths, ready):
             ready.send_bytes(b"here")
 
 
+@pytest.mark.programs
 def test_a_killed_writer_leaves_the_snapshot_before(run_ranks):
     """kill -9 at any moment of writing 1.2 MB: one is always complete, and never older than the last one."""
     snapshot_store, context = SnapshotStore(1), multiprocessing.get_context("forkserver")
