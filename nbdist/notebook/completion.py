@@ -183,10 +183,12 @@ def _or_functions(name: str, *kinds: str) -> Callable[[dict[str, Any], str], lis
 
 
 def _meshes(names: dict[str, Any], word: str) -> list[str]:
-    """Strategy words, and every mesh of as many ranks as there are engines."""
+    """Strategy words, and every mesh of as many ranks as there are engines: first the axes that stand there already."""
     cluster = current_cluster()
     size = 0 if cluster is None else cluster.size
-    meshes = [",".join(f"{axis}={degree}" for axis, degree in mesh) for mesh in _products(size, AXES)]
+    typed = [axis for axis in re.findall("[a-z]+", word) if axis in AXES]
+    axes = tuple(dict.fromkeys([*typed, *AXES]))
+    meshes = [",".join(f"{axis}={degree}" for axis, degree in mesh) for mesh in _products(size, axes)]
     return [*STRATEGY_WORDS, *meshes]
 
 

@@ -1,4 +1,4 @@
-"""The device mesh: ranks on a grid of named axes (``pp``, ``dp``, ``shard``, ``tp``)."""
+"""The device mesh: ranks on a grid of named axes (``dp``, ``pp``, ``shard``, ``tp``)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from nbdist.errors import PlanError, suggest
 
 __all__ = ["AXES", "STRATEGY_WORDS", "Mesh"]
 
-AXES = ("pp", "dp", "shard", "tp")
-"""The axes, the slowest first: neighbours on ``tp``, which communicate most, are neighbouring ranks."""
+AXES = ("dp", "pp", "shard", "tp")
+"""The axes, the slowest first: neighbours on ``tp``, which communicate most, are neighbouring ranks, and a host holds
+whole replicas where it can, so that a lost one takes with it nothing that no other has."""
 
 STRATEGY_WORDS = {
     "data": "dp", "ddp": "dp", "shard": "shard", "fsdp": "shard", "pipeline": "pp", "pp": "pp", "tensor": "tp",

@@ -79,7 +79,7 @@ def test_meshes_are_those_of_the_engines(monkeypatch):
     four = type("Four", (), {"size": 4})()
     monkeypatch.setattr(completion, "current_cluster", lambda: four)
     token, found = complete_line("%dist_train m d --strategy dp=2,", {})
-    assert ("", ["shard=2", "tp=2"]) == (token, found)
+    assert ("", ["pp=2", "shard=2", "tp=2"]) == (token, found)
     assert ("pp", ["pp=4", "pp=2,dp=2", "pp=2,shard=2", "pp=2,tp=2"]) == (
         "pp", [text for text in complete_line("%dist_train m d --strategy pp", {})[1] if "=" in text],
     )  # fmt: skip

@@ -103,7 +103,7 @@ def test_ranks_of_a_pipeline_are_grouped_by_stage():
     stages = tuple({"stage": i, "first": f"b{i}", "last": f"c{i}", "seconds": 1.0, "parameters": 7} for i in range(2))
     groups = panel_view.rows(made(4, "dp=2,pp=2", stages))["groups"]
     assert ["stage 0: b0 to c0", "stage 1: b1 to c1"] == [name for name, _ in groups]
-    assert [[0, 1], [2, 3]] == [[row[0] for row in rows] for _, rows in groups]
+    assert [[0, 2], [1, 3]] == [[row[0] for row in rows] for _, rows in groups]
 
 
 def test_shares_are_percents():

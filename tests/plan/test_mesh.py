@@ -47,11 +47,11 @@ def test_what_is_no_strategy_is_refused(strategy, message):
 def test_ranks_lie_on_the_mesh_with_tp_neighbours():
     """The axes in their order, the last one runs fastest; rank 0 is at the origin."""
     mesh = Mesh(pp=2, dp=2, tp=2)
-    assert "pp=2,dp=2,tp=2" == str(mesh)
+    assert "dp=2,pp=2,tp=2" == str(mesh)
     assert [[0, 1], [2, 3], [4, 5], [6, 7]] == mesh.groups("tp")
-    assert [[0, 2], [1, 3], [4, 6], [5, 7]] == mesh.groups("dp") == mesh.groups("dp", "shard")
-    assert [[0, 4], [1, 5], [2, 6], [3, 7]] == mesh.groups("pp")
-    assert [[0, 1, 4, 5], [2, 3, 6, 7]] == mesh.groups("pp", "shard", "tp")
+    assert [[0, 2], [1, 3], [4, 6], [5, 7]] == mesh.groups("pp")
+    assert [[0, 4], [1, 5], [2, 6], [3, 7]] == mesh.groups("dp") == mesh.groups("dp", "shard")
+    assert [[0, 1, 2, 3], [4, 5, 6, 7]] == mesh.groups("pp", "shard", "tp")
     assert [[0, 1, 2, 3, 4, 5, 6, 7]] == mesh.groups("pp", "dp", "tp")
     assert [(0, 0, 0), (1, 1, 1)] == [tuple(mesh.coordinate(r, axis) for axis in ("pp", "dp", "tp")) for r in (0, 7)]
 
@@ -59,6 +59,6 @@ def test_ranks_lie_on_the_mesh_with_tp_neighbours():
 def test_neighbours_and_some_of_a_line():
     """A ring closes; two ranks make one pair. Ranks that are left out are groups of one."""
     mesh = Mesh(pp=4, dp=2)
-    assert [(0, 2), (0, 6), (1, 3), (1, 7), (2, 4), (3, 5), (4, 6), (5, 7)] == mesh.ring("pp")
+    assert [(0, 1), (0, 3), (1, 2), (2, 3), (4, 5), (4, 7), (5, 6), (6, 7)] == mesh.ring("pp")
     assert [(0, 1)] == Mesh(pp=2).ring("pp")
-    assert [[0, 6], [1, 7], [2], [4], [3], [5]] == mesh.groups_of("pp", (3, 0))
+    assert [[0, 3], [4, 7], [1], [2], [5], [6]] == mesh.groups_of("pp", (3, 0))

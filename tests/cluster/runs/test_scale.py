@@ -107,6 +107,7 @@ def carrying(model, batch):
     return loss
 
 
+@pytest.mark.programs
 def test_what_a_step_carries_goes_with_its_slice_to_another_rank(scaled, tmp_path):
     """With as many slices the weights are those without scaling; without, scaling is refused, and the run goes on."""
     options = {**OPTIONS, "loss": None, "step": carrying, "shuffle": False, "check": "mesh"}
@@ -138,6 +139,7 @@ def test_a_run_scales_on_other_meshes(scaled, undisturbed, tmp_path, strategy):
     assert str(run.plan.mesh) == ("shard=3" if strategy == "shard" else "dp=3")
 
 
+@pytest.mark.programs
 def test_with_reproducible_scaling_changes_no_bit(scaled, tmp_path):
     """From 2 to 3, 1 and 4 engines in mid-run, and one killed: weights and history are those of one process."""
     options = {**OPTIONS, "reproducible": True}
@@ -248,6 +250,6 @@ def test_a_plan_for_other_numbers_of_ranks():
     """Strategy names and meshes, and a batch that is too small for so many."""
     assert str(replan({"batch_size": 8}, 3, cores=2).mesh) == "dp=3"
     assert str(replan({"batch_size": 8, "strategy": "pipeline"}, 2, cores=2).mesh) == "pp=2"
-    assert str(replan({"batch_size": 8, "strategy": "dp=2, pp=2"}, 6, cores=2).mesh) == "pp=2,dp=3"
+    assert str(replan({"batch_size": 8, "strategy": "dp=2, pp=2"}, 6, cores=2).mesh) == "dp=3,pp=2"
     with pytest.raises(PlanError, match="batch_size 8 is smaller than its 9 slices"):
         replan({"batch_size": 8}, 9, cores=2)
