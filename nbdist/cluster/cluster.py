@@ -139,8 +139,9 @@ class Cluster:
     ) -> Cluster:  # fmt: skip
         """Start the engines; returns after all of them have completed a first collective.
 
-        On a running cluster, lost engines are replaced, and nothing else happens. A cluster whose controller has ended
-        is started again. New engines run the cells and get the pushed values that their ranks had.
+        On a running cluster, engines are replaced that are lost, or whose own host was lost and is back; nothing else
+        happens. A cluster whose controller has ended is started again. New engines run the cells and get the pushed
+        values that their ranks had.
 
         Args:
             tell: Progress callback: gets a short status text, several times a second.
@@ -159,7 +160,7 @@ class Cluster:
         if self._up is not None:
             self._running().timeout_s = self.timeout_s
             self._refuse_while_busy()
-            self._up.replace_lost(tell)
+            self._up.replace_lost(tell, return_home=True)
             self._up.keep_spares(self.spares)
             self.check_ready()
             return self

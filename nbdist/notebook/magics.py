@@ -18,9 +18,11 @@ from nbdist.cluster import (
     current_cluster,
     current_server,
     detached_clusters,
+    end_hosts,
     end_server,
     last_run,
     require_cluster,
+    waiting_hosts,
 )
 from nbdist.errors import ClusterError, PlanError, ranks_text
 from nbdist.notebook import parsers
@@ -109,10 +111,11 @@ class DistMagics(Magics):
                     cluster.start(status.report, **changed)
                     status.end(f"restarted {describe_cluster(cluster)}, in {duration(cluster.start_seconds)}")
                     return
-                lost = [engine.rank for engine in cluster.engines if engine.state == "lost"]
-                cluster.start(status.report, **changed)  # replaces the lost engines
+                before = [(engine.host, engine.pid) for engine in cluster.engines]
+                cluster.start(status.report, **changed)
+                new = [e.rank for e, was in zip(cluster.engines, before, strict=True) if (e.host, e.pid) != was]
                 status.end(
-                    f"{f'replaced {ranks_text(lost)}' if lost else 'already running'}: {describe_cluster(cluster)}"
+                    f"{f'replaced {ranks_text(new)}' if new else 'already running'}: {describe_cluster(cluster)}"
                 )
                 return
             if cluster is not None:
@@ -192,6 +195,9 @@ class DistMagics(Magics):
         if cluster is not None:
             stopped.append(engines_text(cluster.size))
             cluster.stop()
+        if arguments.all and (names := waiting_hosts()):
+            end_hosts()
+            stopped.append(f"the agents on {', '.join(names)}")
         if arguments.all and current_server() is not None:
             end_server()
             stopped.append("the fork server")

@@ -112,7 +112,9 @@ def _debug_parser() -> OptionParser:
 def _stop_parser() -> OptionParser:
     parser = _Parser("%dist_stop", "Stop the engines. Can be called twice.")
     parser.add_argument(
-        "--all", action="store_true", help="Also stop the fork server, which otherwise makes the next start quicker."
+        "--all",
+        action="store_true",
+        help="Also end the fork server, and the agents on other hosts, which make the next start quicker.",
     )
     return parser
 

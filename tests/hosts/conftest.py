@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from host_network import CONTROL_VARIABLE, HostNetwork
 
 from nbdist.cluster.hosts.fork_client import end_server, require_server
+from nbdist.cluster.hosts.waiting_hosts import end_hosts
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +42,7 @@ def network() -> Iterator[HostNetwork]:
     hosts.mend()
     yield hosts
     hosts.mend()
+    end_hosts()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from shared_cluster import HUNG_S, until
 from torch import nn
 
 import nbdist
+from nbdist.cluster.hosts.waiting_hosts import end_hosts
 from nbdist.telemetry.host import host_name
 
 X = torch.randn(512, 6, generator=torch.Generator().manual_seed(1))
@@ -54,6 +55,7 @@ def cluster(network):
     """Two engines on each of two hosts."""
     with nbdist.Cluster(hosts={"h1": 2, "h2": 2}, device="cpu") as started:
         yield started
+    end_hosts()
     for host in network.names:
         assert {} == network.processes(host)
 
@@ -109,6 +111,31 @@ def test_a_lost_host_costs_no_bit_where_a_replica_spans_hosts(cluster, network, 
     run.wait(HUNG_S)
     assert bits(trained) == expected["shard=4"]
     assert resumed_from(run) > 0
+
+
+def hosts_of(cluster: nbdist.Cluster) -> list[str]:
+    return [engine.host for engine in cluster.engines]
+
+
+@pytest.mark.parametrize("fault", ["cut", "crash"])
+def test_a_host_that_comes_back_gets_its_ranks_again(cluster, network, expected, gate, fault):
+    """At the next start, with their cells and values; it may be lost again."""
+    cluster.push(value=3)
+    options = {"strategy": "dp=2,pp=2", **OPTIONS}
+    run = cluster.train(trained := model(), DATA, lr_scheduler=gate, background=True, **options)
+    gate.wait(6, run=run)
+    getattr(network, fault)("h2")
+    gate.open(6)
+    run.wait(HUNG_S)
+    assert ["h1"] * 4 == hosts_of(cluster)
+    network.mend()
+    until(lambda: ["h1", "h1", "h2", "h2"] == hosts_of(cluster.start()))
+    assert [3] * 4 == [cluster.pull("value", rank) for rank in range(4)]
+    cluster.train(again := model(), DATA, **options)
+    assert bits(trained) == bits(again) == expected["dp=2,pp=2"]
+    getattr(network, fault)("h2")
+    until(lambda: ["lost", "lost"] == [engine.state for engine in cluster.engines[2:]])
+    assert ["h1"] * 4 == hosts_of(cluster.start())
 
 
 def test_a_killed_engine_is_replaced_on_its_host(cluster, network, expected, gate):

@@ -71,7 +71,7 @@ class Engines:
         self.host_id = launch.host_id
         self.payloads = HostPayloads(lambda rank: self.placed()[rank])
         self._spares = Spares(launch, spares, store.address)
-        launch.on_lost = self._host_lost
+        launch.on_lost, launch.on_back = self._host_lost, self.keep_spares
 
     def initialize(self) -> None:
         """Describe the engines that were just started, and form a world."""
@@ -278,16 +278,17 @@ class Engines:
         """Kill the processes of ranks; they are lost when this returns."""
         self._client.wait_until_dead(self._signal(signal.SIGKILL, ranks), _NOTICED_WITHIN_S)
 
-    def replace_lost(self, report: Callable[[str], None] = lambda text: None) -> list[int]:
-        """Replace lost ranks by spares or new engines. A world has to be formed afterwards.
+    def replace_lost(self, report: Callable[[str], None] = lambda text: None, return_home: bool = False) -> list[int]:
+        """Replace lost ranks by spares or new engines; returns which. A world has to be formed afterwards.
 
-        Returns:
-            The lost ranks.
+        With `return_home`, ranks too whose own host was lost and is back.
 
         Raises:
             ClusterError: There are no spares, and new engines were not ready in time.
         """
         with self._changing:
+            if return_home:
+                self.kill([one.rank for one in self._records if not self._launch.at_home(one.rank, one.host_id)])
             return self.resize(self.size, report) if self.lost else []
 
     def resize(self, size: int, report: Callable[[str], None] = lambda text: None) -> list[int]:
@@ -304,7 +305,8 @@ class Engines:
             for rank in lost:
                 self._spares.mark_dead(self._ids[rank])
             if missing := free[len(moved) :]:
-                places = [self._records[rank].host_id if rank < self.size else "" for rank in missing]
+                now = [record.host_id for record in self._records]
+                places = [self._launch.home(rank) or (now[rank] if rank < self.size else "") for rank in missing]
                 processes = list(self.processes.values())
                 taken = self._spares.take(places, self._ids, processes, self.timeout_s, report, self._has_ended)
                 moved += [(engine_id, self._table.record(facts)) for engine_id, facts in taken]
@@ -333,8 +335,7 @@ class Engines:
             return self._client.start_cell(self._ids[rank], source)
 
     def call(
-        self, ranks: Iterable[int], name: str, arguments: Any = (), *,
-        timeout_s: float | None = None,
+        self, ranks: Iterable[int], name: str, arguments: Any = (), *, timeout_s: float | None = None
     ) -> dict[int, Any]:  # fmt: skip
         """Call a function of `remote_calls` on engines and wait; `arguments` are a tuple for all, or one a rank.
 

@@ -28,7 +28,7 @@ class HostPayloads:
 
     def __init__(self, host_of: Callable[[int], Host | None]) -> None:
         self._host_of = host_of
-        self._copies: dict[str, dict[str, tuple[Host, str]]] = {}  # by the path here and the host's id
+        self._copies: dict[str, dict[Host, str]] = {}  # their paths there, by the path here
         self._lock = threading.Lock()
         self._result_path = ""  # of the payload that held the last result
 
@@ -38,27 +38,23 @@ class HostPayloads:
         Where a host is lost meanwhile, the payload stays as it is: no rank there will read it.
         """
         hosts = {rank: self._host_of(rank) for rank in ranks}
-        far = {host.facts.host_id: host for host in hosts.values() if host is not None and not host.here}
+        far = {host for host in hosts.values() if host is not None and not host.here}
         if not far:
             return dict.fromkeys(hosts, payload)
         with self._lock:
             copies = self._copies.setdefault(payload.path, {})
-            missing = {host_id: host for host_id, host in far.items() if host_id not in copies}
-            if missing:
+            if missing := far - set(copies):
                 with concurrent.futures.ThreadPoolExecutor(len(missing)) as threads:
-                    paths = threads.map(lambda host: _send(payload, host), missing.values())
-                    sent = zip(missing.items(), paths, strict=True)
-                    copies |= {host_id: (host, path) for (host_id, host), path in sent if path}
-            placed = {host_id: replace(payload, path=path) for host_id, (_, path) in copies.items()}
-        return {
-            rank: payload if host is None else placed.get(host.facts.host_id, payload) for rank, host in hosts.items()
-        }
+                    paths = threads.map(lambda host: _send(payload, host), missing)
+                    copies |= {host: path for host, path in zip(missing, paths, strict=True) if path}
+            placed = {host: replace(payload, path=path) for host, path in copies.items()}
+        return {rank: payload if host is None else placed.get(host, payload) for rank, host in hosts.items()}
 
     def release(self, payload: Payload) -> None:
         """Free the copies of a payload. Ranks that have mapped one keep it."""
         with self._lock:
             copies = self._copies.pop(payload.path, {})
-        for host, path in copies.values():
+        for host, path in copies.items():
             host.release([path])
 
     def open(self, payload: Payload, rank: int) -> Any:

@@ -2,7 +2,8 @@
 
 Whoever starts it writes one line to its standard input, an invitation (see `agents`), and keeps that open. It ends, and
 all that it has started, when its input does, when the kernel's connection does, or when nothing comes from there for
-the host timeout: of two sides of a partition only the kernel's goes on.
+the host timeout: of two sides of a partition only the kernel's goes on. Between two clusters of one
+kernel it waits.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import queue
@@ -48,24 +50,25 @@ class _Agent:
 
     Args:
         invitation: See `Agents.invite`.
-        folder: Of the cluster on this host.
+        folder: For the folders of clusters on this host.
     """
 
     def __init__(self, invitation: Invitation, folder: Path) -> None:
+        self._folders = (folder / str(number) for number in itertools.count(1))
         self._beat_s = float(invitation["timeout_s"]) / BEATS_A_TIMEOUT
         interface, address = interface_to(invitation["controller"].rpartition("/")[2].rpartition(":")[0])
         os.environ[HOST_TIMEOUT_VARIABLE] = invitation["timeout_s"]
-        facts = HostFacts(
+        self._facts = HostFacts(
             name=invitation["name"], host_id=host_id(), cores=available_cores(), gpus=_count_gpus(), address=address,
             interface=interface, python=sys.executable, versions=versions(),
         )  # fmt: skip
-        self.host = LocalHost(facts, folder, process_mark(os.getpid()))
+        self.host = self._new_host()
         self._replies: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
         self._wake, self._awake = os.pipe()
         self._requests = concurrent.futures.ThreadPoolExecutor(_THREADS)
         context: Any = zmq.Context.instance()
         self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, invitation["name"].encode())
+        self._socket.setsockopt(zmq.IDENTITY, invitation["identity"].encode())
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * self._beat_s))
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * self._beat_s * BEATS_A_TIMEOUT))
@@ -77,7 +80,7 @@ class _Agent:
 
     def serve(self) -> None:
         """Serve until the kernel, the connection to it or the one to whoever started this has ended."""
-        self._tell("hello", dataclasses.asdict(self.host.facts))
+        self._tell("hello", dataclasses.asdict(self._facts))
         poller = zmq.Poller()
         for source in (self._socket, self._monitor, self._wake, 0):
             poller.register(source, zmq.POLLIN)
@@ -103,6 +106,9 @@ class _Agent:
             if time.monotonic() - beat_s > self._beat_s:
                 self._tell("beat")
                 beat_s = time.monotonic()
+
+    def _new_host(self) -> LocalHost:
+        return LocalHost(self._facts, next(self._folders), process_mark(os.getpid()))
 
     def _tell(self, *event: Any) -> None:
         """Send what the kernel has not requested."""
@@ -171,6 +177,10 @@ class _Agent:
 
     def _do_log_tail(self) -> str:
         return self.host.log_tail()
+
+    def _do_end_cluster(self) -> None:
+        ended, self.host = self.host, self._new_host()
+        ended.end()
 
 
 def _count_gpus() -> int:

@@ -38,9 +38,14 @@ Invitation = dict[str, str]
 
 
 class _Agent:
-    """What is known of one agent."""
+    """What is known of one agent.
 
-    def __init__(self) -> None:
+    Args:
+        name: Of its host.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.hello: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
         self.pending: dict[int, concurrent.futures.Future[tuple[Any, list[bytes]]]] = {}
         self.last_beat_s = 0.0
@@ -52,7 +57,9 @@ class _Agent:
 
 
 class Agents:
-    """The agents of one cluster. Safe to use from several threads; local to the process that made it.
+    """The agents that connect to one address of this host. Safe to use from several threads; local to this process.
+
+    Each has an identity, since the same host may have two.
 
     Args:
         address: Of this host, where the other hosts reach it.
@@ -61,7 +68,7 @@ class Agents:
     def __init__(self, address: str) -> None:
         self._timeout_s = host_timeout_s()
         self._agents: dict[str, _Agent] = {}
-        self._names: dict[str, str] = {}  # of each agent, by its public key
+        self._identities: dict[str, str] = {}  # of each agent, by its public key
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._unsent: collections.deque[list[bytes]] = collections.deque()
@@ -87,66 +94,71 @@ class Agents:
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether a peer with this key may connect; called by `zmq.auth`."""
-        return key.decode() in self._names
+        return key.decode() in self._identities
 
     def invite(self, name: str) -> Invitation:
-        """A new agent: the keys with which it connects."""
+        """A new agent of a host: its identity, and the keys with which it connects."""
         public, secret = zmq.curve_keypair()
         with self._lock:
-            self._agents[name] = _Agent()
-            self._names[public.decode()] = name
+            identity = str(next(self._numbers))
+            self._agents[identity] = _Agent(name)
+            self._identities[public.decode()] = identity
         return {
-            "name": name, "controller": self._address, "timeout_s": str(self._timeout_s),
+            "identity": identity, "name": name, "controller": self._address, "timeout_s": str(self._timeout_s),
             "server_key": self._public.decode(), "public_key": public.decode(), "secret_key": secret.decode(),
         }  # fmt: skip
 
     def watch(
-        self, name: str, program: subprocess.Popen[bytes], why: Callable[[], str],
+        self, identity: str, program: subprocess.Popen[bytes], why: Callable[[], str],
         on_event: Callable[[Sequence[Any]], None], on_lost: Callable[[], None],
     ) -> None:  # fmt: skip
         """Watch an agent.
 
         Args:
-            name: Of its host.
+            identity: The agent.
             program: Through which it was started; it ends with it.
             why: Says why that has ended.
             on_event: Called with what the agent says of itself, in this object's thread.
             on_lost: Called once it is lost, in this object's thread.
         """
-        agent = self._agents[name]
+        agent = self._agents[identity]
         agent.why, agent.on_event, agent.on_lost = why, on_event, on_lost
         agent.program = program
 
-    def hello(self, name: str) -> concurrent.futures.Future[dict[str, Any]]:
+    def hello(self, identity: str) -> concurrent.futures.Future[dict[str, Any]]:
         """What an agent says first: the facts of its host."""
-        return self._agents[name].hello
+        return self._agents[identity].hello
 
-    def lost(self, name: str) -> bool:
+    def lost(self, identity: str) -> bool:
         """Whether an agent has ended, or cannot be reached."""
-        return bool(self._agents[name].lost)
+        return bool(self._agents[identity].lost)
 
     def request(
-        self, name: str, kind: str, *arguments: Any, frames: Sequence[bytes] = ()
+        self, identity: str, kind: str, *arguments: Any, frames: Sequence[bytes] = ()
     ) -> concurrent.futures.Future[tuple[Any, list[bytes]]]:
         """Request something of an agent that has said hello; the result is its reply, as plain data and as bytes.
 
         It fails with `HostLostError` if the host is lost, and with another `ClusterError` if the agent cannot do it.
 
         Args:
-            name: Of its host.
+            identity: The agent.
             kind: See `agent_server`.
             arguments: Plain data.
             frames: Bytes.
         """
         future: concurrent.futures.Future[tuple[Any, list[bytes]]] = concurrent.futures.Future()
-        agent, number = self._agents[name], next(self._numbers)
+        agent, number = self._agents[identity], next(self._numbers)
         with self._lock:
             if agent.lost:
                 future.set_exception(HostLostError(agent.lost))
                 return future
             agent.pending[number] = future
-        self._send([name.encode(), str(number).encode(), json.dumps([kind, *arguments]).encode(), *frames])
+        self._send([identity.encode(), str(number).encode(), json.dumps([kind, *arguments]).encode(), *frames])
         return future
+
+    def forget(self, identity: str) -> None:
+        """Forget an agent whose program has ended."""
+        self._lose(self._agents[identity], "its agent has ended")
 
     def close(self) -> None:
         """Close all connections: the agents end. Twice is fine."""
@@ -155,8 +167,8 @@ class Agents:
         self._ended = True
         self._awake.send(b"x")
         self._thread.join()
-        for name in self._agents:
-            self._lose(name, "its cluster has ended")
+        for agent in self._agents.values():
+            self._lose(agent, "its cluster has ended")
         self._socket.close()
         self._keys.stop()
         self._context.destroy(linger=_LINGER_MS)
@@ -190,10 +202,10 @@ class Agents:
                 looked_s = now_s
 
     def _receive(self, frames: list[Any]) -> None:
-        identity, number, data, *rest = frames
-        name = bytes(identity.buffer).decode(errors="replace")
-        agent = self._agents.get(name)
-        if agent is None or self._names.get(data.get("User-Id")) != name:
+        sender, number, data, *rest = frames
+        identity = bytes(sender.buffer).decode(errors="replace")
+        agent = self._agents.get(identity)
+        if agent is None or self._identities.get(data.get("User-Id")) != identity:
             return  # one agent may not speak for another
         agent.last_beat_s = time.monotonic()
         number = int(bytes(number.buffer) or b"0")
@@ -204,7 +216,7 @@ class Agents:
             if future is not None:
                 result, error = content
                 if error:
-                    future.set_exception(ClusterError(f"host {name}: {error}"))
+                    future.set_exception(ClusterError(f"host {agent.name}: {error}"))
                 else:
                     future.set_result((result, [bytes(frame.buffer) for frame in rest]))
         elif content[0] == "hello":
@@ -216,25 +228,24 @@ class Agents:
         try:
             self._socket.send_multipart(message, zmq.NOBLOCK)
         except zmq.ZMQError:
-            self._lose(message[0].decode(), "its connection has ended")
+            self._lose(self._agents[message[0].decode()], "its connection has ended")
 
     def _look(self, now_s: float, *, paused: bool) -> None:
-        for name, agent in list(self._agents.items()):
+        for agent in list(self._agents.values()):
             if agent.lost or agent.program is None:
                 continue
             if agent.program.poll() is not None:
-                self._lose(name, agent.why())
+                self._lose(agent, agent.why())
             elif paused:
                 agent.last_beat_s = now_s
             elif agent.last_beat_s and now_s - agent.last_beat_s > self._timeout_s:
-                self._lose(name, f"nothing has come from it for {self._timeout_s:g} s")
+                self._lose(agent, f"nothing has come from it for {self._timeout_s:g} s")
 
-    def _lose(self, name: str, reason: str) -> None:
-        agent = self._agents[name]
+    def _lose(self, agent: _Agent, reason: str) -> None:
         with self._lock:
             if agent.lost:
                 return
-            agent.lost = f"host {name} is lost: {reason}."
+            agent.lost = f"host {agent.name} is lost: {reason}."
             pending = list(agent.pending.values())
             agent.pending.clear()
         error = HostLostError(agent.lost)

@@ -11,6 +11,7 @@ import importlib.metadata
 import itertools
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -223,6 +224,7 @@ class LocalHost(Host):
         for process in self._spawned:
             process.wait()
         self._memory.release()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def kill_tree(parent: psutil.Process) -> None:

@@ -9,9 +9,9 @@ import itertools
 import json
 import os
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from traceback import FrameSummary
 from typing import Any, TypeVar
 
@@ -26,50 +26,68 @@ _T = TypeVar("_T")
 _Reply = tuple[Any, list[bytes]]
 _ENDED_WITHIN_S = 2.0
 _REPLY_WITHIN_S = 10.0
+_LOG_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 18
 _AT_A_TIME = 8
 """Of memory: the size of a piece, and how many are on their way; so a beat never waits long behind them."""
 
 
 class RemoteHost(Host):
-    """See `Host`. Its agent is started at once; `facts` waits for it.
+    """See `Host`. Its agent is started at once; `facts` waits for it. One cluster after another may use it.
 
     Args:
         name: As the user names it.
         command: Starts the agent there.
         agents: To whom it connects.
-        folder: Of the cluster on this host, for the output of `command`.
-        timeout_s: How long the agent may take to answer first, in seconds.
     """
 
     here = False
 
-    def __init__(self, name: str, command: list[str], agents: Agents, folder: Path, timeout_s: float) -> None:
+    def __init__(self, name: str, command: Sequence[str], agents: Agents) -> None:
         self.name = name
         self._agents = agents
-        self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._started = set[str]()
-        self._ended = set[str]()
         self._facts: HostFacts | None = None
-        self.on_lost: Callable[[Host], None] = lambda host: None
-        self._log = folder / f"agent-{name.replace(os.sep, '-')}.log"
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the program)
+        self.begin()
         invitation = agents.invite(name)
-        with open(self._log, "wb") as log:
-            self._program = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, bufsize=0
-            )
-        agents.watch(name, self._program, self._why, self._note, lambda: self.on_lost(self))
+        self._identity = invitation["identity"]
+        self._program = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, start_new_session=True, bufsize=0
+        )
+        agents.watch(self._identity, self._program, self._why, self._note, lambda: self.on_lost(self))
         assert self._program.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: `facts` says why
             self._program.stdin.write(json.dumps(invitation).encode() + b"\n")
+
+    def begin(self, timeout_s: float = 60.0, on_lost: Callable[[Host], None] = lambda host: None) -> None:
+        """A cluster begins to use it.
+
+        Args:
+            timeout_s: How long the agent may take to answer first, in seconds.
+            on_lost: Called once the host is lost, in a thread.
+        """
+        self._timeout_s, self.on_lost = timeout_s, on_lost
+        self._started, self._ended = set[str](), set[str]()
+        self._cluster_ended: concurrent.futures.Future[_Reply] | None = None
+
+    @property
+    def started(self) -> set[str]:
+        """All processes that were started there."""
+        with self._lock:
+            return self._started | self._ended
+
+    def note_ended(self, marks: Iterable[str]) -> None:
+        """Processes there have ended: those of an earlier agent."""
+        with self._lock:
+            self._ended.update(marks)
 
     @property
     def facts(self) -> HostFacts:
         """See `Host`."""
         if self._facts is None:
             try:
-                facts = HostFacts(**self._agents.hello(self.name).result(self._timeout_s))
+                facts = HostFacts(**self._agents.hello(self._identity).result(self._timeout_s))
             except concurrent.futures.TimeoutError:
                 raise ClusterError(
                     f"host {self.name} did not answer within {self._timeout_s:g} s: raise --timeout, or look whether "
@@ -91,7 +109,8 @@ class RemoteHost(Host):
 
     def _why(self) -> str:
         """Why the program that started the agent has ended: the last line that it wrote."""
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        written = os.pread(self._log.fileno(), _LOG_BYTES, 0).decode(errors="replace")
+        lines = [line for line in written.splitlines() if line.strip()]
         return f"its agent has ended ({lines[-1] if lines else f'exit {self._program.returncode}'})"
 
     def _note(self, event: Sequence[Any]) -> None:
@@ -103,7 +122,7 @@ class RemoteHost(Host):
     @property
     def lost(self) -> bool:
         """See `Host`."""
-        return self._agents.lost(self.name)
+        return self._agents.lost(self._identity)
 
     def start_engines(self, count: int, environment: EngineEnvironment) -> concurrent.futures.Future[list[str]]:
         """See `Host`; fails with `HostLostError`."""
@@ -113,7 +132,7 @@ class RemoteHost(Host):
                 self._started.update(reply[0])
             return list(reply[0])
 
-        return _then(self._agents.request(self.name, "start_engines", count, environment, os.getcwd()), note)
+        return _then(self._request("start_engines", count, environment, os.getcwd()), note)
 
     def processes(self) -> set[str]:
         """See `Host`."""
@@ -151,7 +170,7 @@ class RemoteHost(Host):
 
     def begin_read(self, places: Sequence[tuple[str, int, int]]) -> concurrent.futures.Future[list[bytes]]:
         """See `Host`."""
-        return _then(self._agents.request(self.name, "read_memory", list(places)), lambda reply: reply[1])
+        return _then(self._request("read_memory", list(places)), lambda reply: reply[1])
 
     def read_memory(self, places: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """See `Host`; large places are read piece by piece."""
@@ -186,13 +205,13 @@ class RemoteHost(Host):
         for arguments, frames in requests:
             if len(pending) == _AT_A_TIME:
                 yield from self._reply(pending.popleft())[1]
-            pending.append(self._agents.request(self.name, kind, *arguments, frames=frames))
+            pending.append(self._request(kind, *arguments, frames=frames))
         while pending:
             yield from self._reply(pending.popleft())[1]
 
     def read_record(self, run_id: str, rank: int, start: int) -> concurrent.futures.Future[bytes]:
         """See `Host`; fails with `HostLostError`."""
-        return _then(self._agents.request(self.name, "read_record", run_id, rank, start), lambda reply: reply[1][0])
+        return _then(self._request("read_record", run_id, rank, start), lambda reply: reply[1][0])
 
     def open_socket(self) -> str:
         """See `Host`."""
@@ -200,12 +219,12 @@ class RemoteHost(Host):
 
     def receive(self, path: str, within_s: float) -> bytes | None:
         """See `Host`."""
-        received = self._reply(self._agents.request(self.name, "receive", path, within_s))[1]
+        received = self._reply(self._request("receive", path, within_s))[1]
         return received[0] if received else None
 
     def send(self, path: str, data: bytes) -> None:
         """See `Host`."""
-        self._reply(self._agents.request(self.name, "send", path, frames=[data]))
+        self._reply(self._request("send", path, frames=[data]))
 
     def close_socket(self, path: str) -> None:
         """See `Host`."""
@@ -218,8 +237,11 @@ class RemoteHost(Host):
             return str(self._call("log_tail"))
         return f"host {self.name} is lost."
 
+    def _request(self, kind: str, *arguments: Any, frames: Sequence[bytes] = ()) -> concurrent.futures.Future[_Reply]:
+        return self._agents.request(self._identity, kind, *arguments, frames=frames)
+
     def _call(self, kind: str, *arguments: Any) -> Any:
-        return self._reply(self._agents.request(self.name, kind, *arguments))[0]
+        return self._reply(self._request(kind, *arguments))[0]
 
     def _reply(self, request: concurrent.futures.Future[_Reply]) -> _Reply:
         try:
@@ -228,19 +250,49 @@ class RemoteHost(Host):
             raise ClusterError(f"host {self.name} did not answer within {_REPLY_WITHIN_S:g} s.") from None
 
     def begin_end(self) -> None:
+        """See `Host`. An agent that has answered goes on, without a cluster; one that has not ends."""
+        if self._facts is None or self.lost:
+            self.hang_up()
+        elif self._cluster_ended is None:
+            self._cluster_ended = self._request("end_cluster")
+
+    def end(self) -> None:
+        """See `Host`. Its agent may be used again where it `waits`."""
+        self.on_lost = lambda host: None
+        self.begin_end()
+        if self._cluster_ended is not None:
+            try:
+                self._cluster_ended.result(_ENDED_WITHIN_S)
+            except (ClusterError, concurrent.futures.TimeoutError):
+                self.hang_up()
+        if not self.waits:
+            self._wait_for_program()
+
+    @property
+    def waits(self) -> bool:
+        """Whether its agent waits for a cluster to begin."""
+        ended = self._cluster_ended
+        return ended is not None and ended.done() and ended.exception() is None and not self.lost
+
+    def hang_up(self) -> None:
         """Tell the agent to end, without waiting for it."""
         assert self._program.stdin is not None
         with contextlib.suppress(OSError):
             self._program.stdin.close()
 
-    def end(self) -> None:
-        """See `Host`."""
-        self.begin_end()
+    def end_agent(self) -> None:
+        """End the agent, and with it all that it has started."""
+        self.hang_up()
+        self._wait_for_program()
+
+    def _wait_for_program(self) -> None:
         try:
             self._program.wait(0.0 if self.lost else _ENDED_WITHIN_S)
         except subprocess.TimeoutExpired:
             self._program.kill()
             self._program.wait()
+        self._agents.forget(self._identity)
+        self._log.close()
 
 
 def _then(replied: concurrent.futures.Future[_Reply], convert: Callable[[_Reply], _T]) -> concurrent.futures.Future[_T]:

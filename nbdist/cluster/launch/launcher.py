@@ -24,15 +24,16 @@ from traitlets.config import Config
 
 from nbdist.cluster.calls.engine_client import EngineClient
 from nbdist.cluster.hosts import fork_client
-from nbdist.cluster.hosts.agents import Agents
 from nbdist.cluster.hosts.host import EngineEnvironment, Host, HostFacts
 from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
 from nbdist.cluster.hosts.ipyparallel_patches import adopt
 from nbdist.cluster.hosts.local_host import GUARD, LocalHost, interface_to, kill_tree
 from nbdist.cluster.hosts.remote_host import RemoteHost
 from nbdist.cluster.hosts.ssh import Ssh
+from nbdist.cluster.hosts.waiting_hosts import begin_host
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.ipyparallel_client import IpyparallelClient
+from nbdist.cluster.launch.lost_hosts import LostHosts
 from nbdist.cluster.launch.reserved_ports import ReservedPorts
 from nbdist.engine.parent_watch import FOLDER_VARIABLE, OWNER_VARIABLE
 from nbdist.errors import ClusterError, PlanError
@@ -67,6 +68,7 @@ class Launch:
         size: How many engines were started first.
         address: Of this host, where the others reach it; empty if there are none.
         on_lost: Called with the id of a host that is lost, in a thread.
+        on_back: Called once a lost host can be used again, in a thread.
 
     Raises:
         PlanError: A host cannot be found, or cannot run so many engines.
@@ -74,7 +76,6 @@ class Launch:
     """
 
     _local: LocalHost
-    _agents: Agents | None
 
     def __init__(self, choice: HostChoice | int, patience_s: float | None = None, timeout_s: float = 60.0) -> None:
         choice = HostChoice(engines={LOCAL: choice}) if isinstance(choice, int) else choice
@@ -82,6 +83,7 @@ class Launch:
         ssh = Ssh.of_user() if choice.others else None
         address = "" if ssh is None else ssh.address_towards(choice.others, choice.interface)
         folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
+        self._ssh, self._timeout_s = ssh, timeout_s
         self._prepare(folder, None if patience_s is None else Anchor.start(str(folder), patience_s), address)
         self._ports = ReservedPorts(_PORTS)
         self._cluster = ipyparallel.Cluster(
@@ -105,10 +107,8 @@ class Launch:
                 if ssh is None or name == LOCAL:
                     self.hosts[name] = self._local
                 else:
-                    self._agents = self._agents or Agents(address)
-                    remote = RemoteHost(name, ssh.agent_command(name), self._agents, folder, timeout_s)
-                    remote.on_lost = self._note_lost
-                    self.hosts[name] = remote
+                    self.hosts[name] = self._begin(name)
+                    self._others.append(self.hosts[name])
             if choice.others:
                 self._sign_messages()
             self._cluster.start_controller_sync()
@@ -131,10 +131,13 @@ class Launch:
             name=host_name(), host_id=self.host_id, cores=available_cores(), address=address, interface=interface
         )
         self._local = LocalHost(facts, folder, self._owner)
-        self._agents = None
         self._ports = ReservedPorts(0)
         self.hosts: dict[str, Host] = {}
+        self._others: list[Host] = []
+        self._homes: list[str] = []  # on which host each rank was started first
+        self._lost_hosts = LostHosts(self._begin, self._rejoin)
         self.on_lost: Callable[[str], None] = lambda host_id: None
+        self.on_back: Callable[[], None] = lambda: None
         self._newest: list[tuple[Host, concurrent.futures.Future[list[str]]]] = []
 
     @classmethod
@@ -195,6 +198,7 @@ class Launch:
             if name != LOCAL:
                 check_engines(chosen, facts.cores, gpus, f"host {name}")
             starting.append((self.hosts[name], chosen))
+            self._homes += [name] * chosen
             total += chosen
         self._newest = [(host, host.start_engines(chosen, self._environment)) for host, chosen in starting]
         return total
@@ -209,9 +213,32 @@ class Launch:
             time.sleep(_POLL_S)
         raise ClusterError(CONTROLLER_ENDED)
 
+    def _begin(self, name: str) -> RemoteHost:
+        assert self._ssh is not None
+        return begin_host(name, self._ssh.agent_command(name), self.address, self._timeout_s, self._note_lost)
+
     def _note_lost(self, host: Host) -> None:
         with contextlib.suppress(ClusterError):  # it was lost before it had answered: nothing ran there
             self.on_lost(host.facts.host_id)
+            self._lost_hosts.seek(host.name)
+
+    def _rejoin(self, host: RemoteHost) -> None:
+        """Use a host that was lost: what ran there before has ended."""
+        lost = self.hosts[host.name]
+        assert isinstance(lost, RemoteHost)
+        host.note_ended(lost.started)
+        self._others.append(host)
+        self.hosts[host.name] = host
+        self.on_back()
+
+    def home(self, rank: int) -> str:
+        """The id of the host on which a rank was started first; empty if there is none, or it is lost."""
+        host = self.hosts[self._homes[rank]] if rank < len(self._homes) else None
+        return "" if host is None or host.lost else host.facts.host_id
+
+    def at_home(self, rank: int, host_id: str) -> bool:
+        """Whether a rank is where it was started first, or cannot be there."""
+        return self.home(rank) in ("", host_id)
 
     def wait_for(self, engines: int, timeout_s: float, report: Callable[[str], None]) -> None:
         """Wait until `engines` are registered; reports how many are.
@@ -309,7 +336,8 @@ class Launch:
 
     def end(self) -> None:
         """End every process, on all hosts. Twice is fine. What engines run is not waited for."""
-        others = [host for host in self.hosts.values() if host is not self._local]
+        self._lost_hosts.close()
+        others, self._others = self._others, []  # the next cluster may use them already
         for host in [*others, self._local]:
             host.begin_end()
         if (controller := getattr(self._cluster.controller, "process", None)) is not None:
@@ -322,8 +350,6 @@ class Launch:
                 self._cluster.stop_cluster_sync()
         for host in others:
             host.end()
-        if self._agents is not None:
-            self._agents.close()
         self._local.end()
         if self.anchor is not None:
             self.anchor.end()

@@ -115,8 +115,7 @@ class RunDispatch:
             )
         payloads = engines.payloads.place(self._payload, range(engines.size))
         arguments = self.control.spec.run_id, update, engines.share_memory, engines.payloads.result_is_released
-        places = {rank: host_id for rank, (host_id, _) in engines.processes.items()}
-        buffers = [[] if store is None else store.paths_on(places[rank]) for rank in range(engines.size)]
+        buffers = [[] if store is None else store.paths_on(host) for host in engines.placed().values()]
         return self._with_output(
             [
                 engines.start_call(

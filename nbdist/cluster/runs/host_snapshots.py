@@ -32,7 +32,7 @@ class HostSnapshots(SnapshotStore):
 
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
-        self._written: dict[str, list[list[str]]] = {}  # each rank's buffers on each host, by the host's id
+        self._written: dict[Host, list[list[str]]] = {}  # each rank's buffers
         self._copying = threading.RLock()
         self._closed = threading.Event()
         super().__init__(engines.size)
@@ -42,13 +42,20 @@ class HostSnapshots(SnapshotStore):
         """See `SnapshotStore`; on each host."""
         super().grow(ranks)
         for host in self._engines.hosts:
-            written = self._written.setdefault(host.facts.host_id, [])
-            while len(written) < len(self.paths):
-                written.append(host.hold(BUFFERS_PER_RANK))
+            self._buffers(host)
 
-    def paths_on(self, host_id: str) -> list[list[str]]:
+    def paths_on(self, host: Host) -> list[list[str]]:
         """See `SnapshotStore`."""
-        return self._written[host_id]
+        with self._copying, contextlib.suppress(ClusterError):
+            return self._buffers(host)
+        return [[] for _ in self.paths]  # it is lost just now: no rank there will read them
+
+    def _buffers(self, host: Host) -> list[list[str]]:
+        """Each rank's buffers on a host, which may have come back since the last call."""
+        written = self._written.setdefault(host, [])
+        while len(written) < len(self.paths):
+            written.append(host.hold(BUFFERS_PER_RANK))
+        return written
 
     @property
     def last_step(self) -> int:
@@ -86,7 +93,7 @@ class HostSnapshots(SnapshotStore):
                 old = [
                     path
                     for rank, own in heads.items()
-                    for path, (head, _) in zip(self._written[host.facts.host_id][rank], own, strict=True)
+                    for path, (head, _) in zip(self._buffers(host)[rank], own, strict=True)
                     if head not in moments
                 ]
                 host.empty(old)
@@ -97,7 +104,7 @@ class HostSnapshots(SnapshotStore):
         with self._copying:
             super().close()
             for host in self._engines.hosts:
-                host.release([path for own in self._written.pop(host.facts.host_id, []) for path in own])
+                host.release([path for own in self._written.pop(host, []) for path in own])
 
     def _follow(self) -> None:
         took_s = 0.0
@@ -108,7 +115,7 @@ class HostSnapshots(SnapshotStore):
 
     def _heads(self, host: Host, ranks: range | list[int]) -> dict[int, list[tuple[Head, int]]]:
         """Header and last step of the buffers of ranks on a host."""
-        places = [(path, 0, Head.nbytes_read()) for rank in ranks for path in self._written[host.facts.host_id][rank]]
+        places = [(path, 0, Head.nbytes_read()) for rank in ranks for path in self._buffers(host)[rank]]
         read = host.read_memory(places)
         return {
             rank: [Head.parse(data) for data in read[i * BUFFERS_PER_RANK : (i + 1) * BUFFERS_PER_RANK]]
@@ -118,15 +125,14 @@ class HostSnapshots(SnapshotStore):
     def _copy(self) -> None:
         if self._closed.is_set():
             return
-        by_id = {host.facts.host_id: host for host in self._engines.hosts}
-        placed: dict[str, list[int]] = {}
-        for rank, (host_id, _) in self._engines.processes.items():
-            placed.setdefault(host_id, []).append(rank)
-        heads: dict[int, list[Head]] = {}
-        for host_id, ranks in placed.items():
-            if host_id not in by_id or host_id not in self._written:
+        placed: dict[Host, list[int]] = {}
+        for rank, host in self._engines.placed().items():
+            if host is None or host.lost or host not in self._written:
                 return  # lost, and all that was written there
-            found = self._heads(by_id[host_id], ranks)
+            placed.setdefault(host, []).append(rank)
+        heads: dict[int, list[Head]] = {}
+        for host, ranks in placed.items():
+            found = self._heads(host, ranks)
             heads |= {rank: [head for head, _ in own] for rank, own in found.items()}
         whole = [
             head
@@ -139,10 +145,10 @@ class HostSnapshots(SnapshotStore):
         here = self.newest
         if here is not None and latest <= here[1][0].head[:3]:
             return
-        for host_id, ranks in placed.items():
+        for host, ranks in placed.items():
             for rank in ranks:
                 number = next(i for i, head in enumerate(heads[rank]) if head[:3] == latest)
-                self._fetch(by_id[host_id], rank, self._written[host_id][rank][number], heads[rank][number])
+                self._fetch(host, rank, self._buffers(host)[rank][number], heads[rank][number])
 
     def _fetch(self, host: Host, rank: int, path: str, head: Head) -> None:
         """Copy a buffer of a host over the oldest one here, unless its rank has written it meanwhile."""
@@ -160,7 +166,7 @@ class HostSnapshots(SnapshotStore):
             own = [head for head, _ in heads[rank]]
             if buffer.head in own:
                 continue
-            path = self._written[host.facts.host_id][rank][min(range(len(own)), key=lambda i: own[i][:2])]
+            path = self._buffers(host)[rank][min(range(len(own)), key=lambda i: own[i][:2])]
             host.write_memory(path, 0, Head.none())
             host.write_memory(path, HEAD_BYTES, buffer.content.numpy().data)
             host.write_memory(path, 0, buffer.head.packed())

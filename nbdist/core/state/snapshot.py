@@ -242,7 +242,7 @@ class SnapshotStore:
         """The newest step of which every rank has a snapshot, and its buffers; see `newest`."""
         return newest(self.paths)
 
-    def paths_on(self, host_id: str) -> list[list[str]]:
+    def paths_on(self, host: Any) -> list[list[str]]:
         """Each rank's buffers for ranks of a host: where they write, and read what they resume from."""
         return self.paths
 

@@ -194,9 +194,9 @@ def test_a_rank_whose_memory_is_gone_is_replaced(cluster, undisturbed, monkeypat
     """Its host's agent has been killed, and held what it writes its snapshots to; it has not ended yet itself."""
     paths_on, asked = SnapshotStore.paths_on, []
 
-    def gone_for_the_second(self, host_id):
-        asked.append(host_id)
-        paths = paths_on(self, host_id)
+    def gone_for_the_second(self, host):
+        asked.append(host)
+        paths = paths_on(self, host)
         return [["/proc/self/fd/0:1.1"] * len(own) for own in paths] if len(asked) == 2 else paths
 
     monkeypatch.setattr(SnapshotStore, "paths_on", gone_for_the_second)
