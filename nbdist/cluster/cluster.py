@@ -58,7 +58,7 @@ class Cluster:
         warm_up = session.current_cluster() is None
         self._hosts = choose_hosts(engines, hosts, device, interface, host_timeout, warm_up=warm_up)
         if detach is not None:
-            check_detach(detach, self._hosts.others)
+            check_detach(detach)
         self._up: Engines | None = None
         self._run_queue: RunQueue | None = None
         self.device = device

@@ -38,6 +38,7 @@ def _fork_server() -> Iterator[None]:
 @pytest.fixture
 def network() -> Iterator[HostNetwork]:
     """The hosts, whole again after the test; nothing of it is left on any."""
+    end_hosts()  # those of a cluster of a module's tests
     hosts = HostNetwork(os.environ[CONTROL_VARIABLE])
     hosts.mend()
     yield hosts

@@ -90,7 +90,7 @@ def take_over_engines(anchor: Anchor) -> Engines:
         raise ClusterError(f"cluster {anchor.name} was not ready when its kernel ended: start another one.")
     _load_torch()
     state = notes["engines"]
-    launch = Launch.attach(anchor, notes["launched"], notes["processes"])
+    launch = Launch.attach(anchor, notes)
     own = {name: state[name] for name in ("size", "device", "timeout_s", "spares")}
     engines = _engines(launch, _store_of(anchor), **own)
     engines.take_over(state)

@@ -133,6 +133,9 @@ class _Agent:
             os.chdir(folder)
         return self.host.start_engines(count, environment).result()
 
+    def _do_processes(self) -> list[str]:
+        return sorted(self.host.processes())
+
     def _do_send_signal(self, mark: str, number: int) -> None:
         self.host.send_signal(mark, number)
 

@@ -1,8 +1,9 @@
-"""The agents of other hosts, as the kernel reaches them: one encrypted, authenticated connection from each.
+"""The agents of other hosts, and one encrypted, authenticated connection from each.
 
-An agent connects to the kernel, never the other way: only ssh has to reach the host. The connection is CurveZMQ, and
-both sides prove that they have a key that ssh brought there. A thread owns the socket; it notices an agent that ends,
-and one that sends nothing for the host timeout.
+They belong to the kernel, or to a detached cluster's anchor (see `agent_proxy`). An agent connects to its owner, never
+the other way: only ssh has to reach the host. The connection is CurveZMQ, and both sides prove that they have a key
+that ssh brought there. A thread owns the socket; it notices an agent that ends, and one that sends nothing for the
+host timeout.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
+import os
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +35,8 @@ BEATS_A_TIMEOUT = 6
 """How often an agent sends something within the host timeout."""
 _LOOK_S = 0.2
 _LINGER_MS = 500
+_LOG_BYTES = 1 << 16
+_ENDED_WITHIN_S = 2.0
 
 Invitation = dict[str, str]
 """With what an agent connects: name, address, keys and the host timeout. It is secret: it travels over ssh alone."""
@@ -51,9 +56,17 @@ class _Agent:
         self.last_beat_s = 0.0
         self.lost = ""
         self.program: subprocess.Popen[bytes] | None = None
-        self.why: Callable[[], str] = str
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the program)
         self.on_event: Callable[[Sequence[Any]], None] = lambda event: None
         self.on_lost: Callable[[], None] = lambda: None
+
+    @property
+    def why(self) -> str:
+        """Why the program that started it has ended: the last line that it wrote."""
+        assert self.program is not None
+        written = os.pread(self.log.fileno(), _LOG_BYTES, 0).decode(errors="replace")
+        lines = [line for line in written.splitlines() if line.strip()]
+        return f"its agent has ended ({lines[-1] if lines else f'exit {self.program.returncode}'})"
 
 
 class Agents:
@@ -96,6 +109,24 @@ class Agents:
         """Whether a peer with this key may connect; called by `zmq.auth`."""
         return key.decode() in self._identities
 
+    def start(self, name: str, command: Sequence[str]) -> str:
+        """Start the agent of a host; returns its identity.
+
+        Args:
+            name: Of the host.
+            command: Starts the agent there; it gets the invitation on its standard input, and ends with that.
+        """
+        invitation = self.invite(name)
+        agent = self._agents[invitation["identity"]]
+        program = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=agent.log, stderr=agent.log, start_new_session=True, bufsize=0
+        )
+        agent.program = program
+        assert program.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `hello` says why
+            program.stdin.write(json.dumps(invitation).encode() + b"\n")
+        return invitation["identity"]
+
     def invite(self, name: str) -> Invitation:
         """A new agent of a host: its identity, and the keys with which it connects."""
         public, secret = zmq.curve_keypair()
@@ -108,22 +139,16 @@ class Agents:
             "server_key": self._public.decode(), "public_key": public.decode(), "secret_key": secret.decode(),
         }  # fmt: skip
 
-    def watch(
-        self, identity: str, program: subprocess.Popen[bytes], why: Callable[[], str],
-        on_event: Callable[[Sequence[Any]], None], on_lost: Callable[[], None],
-    ) -> None:  # fmt: skip
-        """Watch an agent.
+    def follow(self, identity: str, on_event: Callable[[Sequence[Any]], None], on_lost: Callable[[], None]) -> None:
+        """Be told of an agent, in this object's thread.
 
         Args:
             identity: The agent.
-            program: Through which it was started; it ends with it.
-            why: Says why that has ended.
-            on_event: Called with what the agent says of itself, in this object's thread.
-            on_lost: Called once it is lost, in this object's thread.
+            on_event: Called with what it says of itself.
+            on_lost: Called once it is lost.
         """
         agent = self._agents[identity]
-        agent.why, agent.on_event, agent.on_lost = why, on_event, on_lost
-        agent.program = program
+        agent.on_event, agent.on_lost = on_event, on_lost
 
     def hello(self, identity: str) -> concurrent.futures.Future[dict[str, Any]]:
         """What an agent says first: the facts of its host."""
@@ -156,9 +181,25 @@ class Agents:
         self._send([identity.encode(), str(number).encode(), json.dumps([kind, *arguments]).encode(), *frames])
         return future
 
-    def forget(self, identity: str) -> None:
-        """Forget an agent whose program has ended."""
-        self._lose(self._agents[identity], "its agent has ended")
+    def hang_up(self, identity: str) -> None:
+        """Tell an agent to end, and with it all that it has started; without waiting for it."""
+        program = self._agents[identity].program
+        assert program is not None
+        assert program.stdin is not None
+        with contextlib.suppress(OSError):
+            program.stdin.close()
+
+    def end(self, identity: str) -> None:
+        """End an agent, and with it all that it has started. Twice is fine."""
+        self.hang_up(identity)
+        agent = self._agents[identity]
+        assert agent.program is not None
+        try:
+            agent.program.wait(0.0 if agent.lost else _ENDED_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            agent.program.kill()
+            agent.program.wait()
+        self._lose(agent, "its agent has ended")
 
     def close(self) -> None:
         """Close all connections: the agents end. Twice is fine."""
@@ -235,7 +276,7 @@ class Agents:
             if agent.lost or agent.program is None:
                 continue
             if agent.program.poll() is not None:
-                self._lose(agent, agent.why())
+                self._lose(agent, agent.why)
             elif paused:
                 agent.last_beat_s = now_s
             elif agent.last_beat_s and now_s - agent.last_beat_s > self._timeout_s:

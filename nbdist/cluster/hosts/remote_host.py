@@ -6,10 +6,7 @@ import collections
 import concurrent.futures
 import contextlib
 import itertools
-import json
 import os
-import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from traceback import FrameSummary
@@ -18,6 +15,7 @@ from typing import Any, TypeVar
 from nbdist.cluster.hosts.agents import Agents
 from nbdist.cluster.hosts.host import EngineEnvironment, Host, HostFacts
 from nbdist.cluster.hosts.local_host import versions
+from nbdist.cluster.hosts.proxied_agents import ProxiedAgents
 from nbdist.errors import ClusterError
 
 __all__ = ["RemoteHost"]
@@ -26,39 +24,34 @@ _T = TypeVar("_T")
 _Reply = tuple[Any, list[bytes]]
 _ENDED_WITHIN_S = 2.0
 _REPLY_WITHIN_S = 10.0
-_LOG_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 18
 _AT_A_TIME = 8
 """Of memory: the size of a piece, and how many are on their way; so a beat never waits long behind them."""
 
 
 class RemoteHost(Host):
-    """See `Host`. Its agent is started at once; `facts` waits for it. One cluster after another may use it.
+    """See `Host`. `facts` waits for its agent. One cluster after another may use it.
 
     Args:
         name: As the user names it.
-        command: Starts the agent there.
-        agents: To whom it connects.
+        identity: Of its agent.
+        agents: To whom that connects.
     """
 
     here = False
 
-    def __init__(self, name: str, command: Sequence[str], agents: Agents) -> None:
+    def __init__(self, name: str, identity: str, agents: Agents | ProxiedAgents) -> None:
         self.name = name
         self._agents = agents
         self._lock = threading.Lock()
         self._facts: HostFacts | None = None
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the program)
         self.begin()
-        invitation = agents.invite(name)
-        self._identity = invitation["identity"]
-        self._program = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, start_new_session=True, bufsize=0
-        )
-        agents.watch(self._identity, self._program, self._why, self._note, lambda: self.on_lost(self))
-        assert self._program.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: `facts` says why
-            self._program.stdin.write(json.dumps(invitation).encode() + b"\n")
+        self.identity = identity
+        agents.follow(identity, self._note, lambda: self.on_lost(self))
+
+    def adopt(self) -> None:
+        """Count the engines there as started, that an earlier kernel has started."""
+        self._started.update(self._call("processes"))
 
     def begin(self, timeout_s: float = 60.0, on_lost: Callable[[Host], None] = lambda host: None) -> None:
         """A cluster begins to use it.
@@ -87,7 +80,7 @@ class RemoteHost(Host):
         """See `Host`."""
         if self._facts is None:
             try:
-                facts = HostFacts(**self._agents.hello(self._identity).result(self._timeout_s))
+                facts = HostFacts(**self._agents.hello(self.identity).result(self._timeout_s))
             except concurrent.futures.TimeoutError:
                 raise ClusterError(
                     f"host {self.name} did not answer within {self._timeout_s:g} s: raise --timeout, or look whether "
@@ -107,12 +100,6 @@ class RemoteHost(Host):
                 "the same there, or choose another Python with c.SSHEngineLauncher.remote_python."
             )
 
-    def _why(self) -> str:
-        """Why the program that started the agent has ended: the last line that it wrote."""
-        written = os.pread(self._log.fileno(), _LOG_BYTES, 0).decode(errors="replace")
-        lines = [line for line in written.splitlines() if line.strip()]
-        return f"its agent has ended ({lines[-1] if lines else f'exit {self._program.returncode}'})"
-
     def _note(self, event: Sequence[Any]) -> None:
         kind, mark = event
         if kind == "ended":
@@ -122,7 +109,7 @@ class RemoteHost(Host):
     @property
     def lost(self) -> bool:
         """See `Host`."""
-        return self._agents.lost(self._identity)
+        return self._agents.lost(self.identity)
 
     def start_engines(self, count: int, environment: EngineEnvironment) -> concurrent.futures.Future[list[str]]:
         """See `Host`; fails with `HostLostError`."""
@@ -238,7 +225,7 @@ class RemoteHost(Host):
         return f"host {self.name} is lost."
 
     def _request(self, kind: str, *arguments: Any, frames: Sequence[bytes] = ()) -> concurrent.futures.Future[_Reply]:
-        return self._agents.request(self._identity, kind, *arguments, frames=frames)
+        return self._agents.request(self.identity, kind, *arguments, frames=frames)
 
     def _call(self, kind: str, *arguments: Any) -> Any:
         return self._reply(self._request(kind, *arguments))[0]
@@ -266,7 +253,7 @@ class RemoteHost(Host):
             except (ClusterError, concurrent.futures.TimeoutError):
                 self.hang_up()
         if not self.waits:
-            self._wait_for_program()
+            self.end_agent()
 
     @property
     def waits(self) -> bool:
@@ -276,23 +263,11 @@ class RemoteHost(Host):
 
     def hang_up(self) -> None:
         """Tell the agent to end, without waiting for it."""
-        assert self._program.stdin is not None
-        with contextlib.suppress(OSError):
-            self._program.stdin.close()
+        self._agents.hang_up(self.identity)
 
     def end_agent(self) -> None:
         """End the agent, and with it all that it has started."""
-        self.hang_up()
-        self._wait_for_program()
-
-    def _wait_for_program(self) -> None:
-        try:
-            self._program.wait(0.0 if self.lost else _ENDED_WITHIN_S)
-        except subprocess.TimeoutExpired:
-            self._program.kill()
-            self._program.wait()
-        self._agents.forget(self._identity)
-        self._log.close()
+        self._agents.end(self.identity)
 
 
 def _then(replied: concurrent.futures.Future[_Reply], convert: Callable[[_Reply], _T]) -> concurrent.futures.Future[_T]:

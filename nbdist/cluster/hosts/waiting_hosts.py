@@ -31,8 +31,8 @@ def begin_host(
     """A host for a cluster: the one that waits, else its agent is started.
 
     Args:
-        name: See `RemoteHost`.
-        command: See `RemoteHost`.
+        name: See `Agents.start`.
+        command: See `Agents.start`.
         address: Of this host, where the other one reaches it.
         timeout_s: See `RemoteHost.begin`.
         on_lost: See `RemoteHost.begin`.
@@ -46,7 +46,7 @@ def begin_host(
                 atexit.register(end_hosts)
             if where not in _agents:
                 _agents[where] = Agents(address)
-            host = _hosts[key] = RemoteHost(name, command, _agents[where])
+            host = _hosts[key] = RemoteHost(name, _agents[where].start(name, command), _agents[where])
     host.begin(timeout_s, on_lost)
     return host
 

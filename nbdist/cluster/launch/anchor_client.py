@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,9 +28,11 @@ from nbdist.process_mark import alive, process_mark
 from nbdist.telemetry.host import host_id, host_name
 from nbdist.telemetry.record import records
 
-__all__ = ["Anchor", "Detached", "check_detach", "detached_clusters"]
+__all__ = ["PROXY", "Anchor", "Detached", "check_detach", "detached_clusters"]
 
 _SOCKET = "anchor"
+PROXY = "agents"
+"""The socket, in the cluster's folder, at which the anchor has the agents of other hosts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +85,13 @@ class Anchor:
         self._pipe = Connection(address.detach())
 
     @classmethod
-    def start(cls, folder: str, patience_s: float) -> Anchor:
+    def start(cls, folder: str, patience_s: float, address: str = "") -> Anchor:
         """Start an anchor that this process owns.
 
         Args:
             folder: The cluster's; removed when the anchor ends.
             patience_s: How long the cluster lives while no kernel owns it, in seconds.
+            address: Of this host, where the cluster's other hosts reach it; empty if there are none.
         """
         _entries().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _entries().mkdir(exist_ok=True, mode=0o700)
@@ -100,7 +102,7 @@ class Anchor:
             listener.listen()
             started = subprocess.Popen(
                 [sys.executable, "-m", "nbdist.cluster.launch.anchor_server", str(listener.fileno()), folder,
-                 str(entry), str(patience_s)],
+                 str(entry), str(patience_s), address, os.path.join(folder, PROXY)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
                 pass_fds=[listener.fileno()], start_new_session=True,
             )  # fmt: skip
@@ -233,10 +235,8 @@ def detached_clusters() -> list[Detached]:
     return found
 
 
-def check_detach(patience_s: float, others: Sequence[str] = ()) -> None:
-    """Raise `PlanError` if engines, some of them on other hosts, cannot run without a kernel for so many seconds."""
-    if others:
-        raise PlanError(f"engines on other hosts ({', '.join(others)}) end with the kernel: omit --detach.")
+def check_detach(patience_s: float) -> None:
+    """Raise `PlanError` if engines cannot run without a kernel for so many seconds."""
     if sys.platform != "linux":
         raise PlanError("engines can outlive the kernel on Linux only: omit --detach.")
     number = isinstance(patience_s, (int, float)) and not isinstance(patience_s, bool)

@@ -1,7 +1,7 @@
 """Anchor: the process of a detached cluster that holds what must outlive a kernel.
 
 It hosts the ranks' store, and holds the shared memory of snapshots, boards and payloads, and notes for the next kernel.
-It is the owner of controller and engines, which else is the kernel; see `parent_watch`.
+It is the owner of controller, engines and the agents of other hosts, which else is the kernel; see `parent_watch`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,23 @@ class _Server:
     Args:
         listener: The socket that they connect to.
         patience_s: How long it lives, in seconds, without a kernel that owns the cluster.
+        address: Of this host, where the cluster's other hosts reach it; empty if there are none.
+        proxy: The path of the socket at which their agents are reached.
     """
 
-    def __init__(self, listener: socket.socket, patience_s: float) -> None:
+    def __init__(self, listener: socket.socket, patience_s: float, address: str, proxy: str) -> None:
         from nbdist.core.comm.world import host_store
         from nbdist.segment_path import segment_path
 
         self._path = segment_path
         self._listener = listener
         self._patience_s = patience_s
-        self._store = host_store()
+        self._proxy: Any = None
+        if address:
+            from nbdist.cluster.hosts.agent_proxy import AgentProxy
+
+            self._proxy = AgentProxy(address, proxy)
+        self._store = host_store(address)
         self._held: dict[str, int] = {}  # the open file of each shared memory, by its path
         self._notes: dict[str, bytes] = {}
         self._connections: dict[int, Connection] = {}
@@ -71,6 +78,8 @@ class _Server:
 
     def end(self) -> None:
         """Kill the remaining processes of the cluster: one that hangs cannot end itself."""
+        if self._proxy is not None:
+            self._proxy.close()
         for mark in pickle.loads(self._notes["processes"]) if "processes" in self._notes else ():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if alive(mark):
@@ -125,10 +134,13 @@ class _Server:
 
 
 def main() -> None:
-    """Entry point of the process that `Anchor.start` starts. Arguments: listening socket, folder, entry, patience."""
+    """Entry point of the process that `Anchor.start` starts.
+
+    Arguments: listening socket, folder, entry, patience, address and proxy, see `_Server`.
+    """
     listener, folder, entry, patience_s = socket.socket(fileno=int(sys.argv[1])), *sys.argv[2:4], float(sys.argv[4])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    server = _Server(listener, patience_s)
+    server = _Server(listener, patience_s, *sys.argv[5:7])
     try:
         server.serve()
     finally:

@@ -28,12 +28,10 @@ from nbdist.cluster.hosts.host import EngineEnvironment, Host, HostFacts
 from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
 from nbdist.cluster.hosts.ipyparallel_patches import adopt
 from nbdist.cluster.hosts.local_host import GUARD, LocalHost, interface_to, kill_tree
-from nbdist.cluster.hosts.remote_host import RemoteHost
 from nbdist.cluster.hosts.ssh import Ssh
-from nbdist.cluster.hosts.waiting_hosts import begin_host
-from nbdist.cluster.launch.anchor_client import Anchor
+from nbdist.cluster.launch.anchor_client import PROXY, Anchor
 from nbdist.cluster.launch.ipyparallel_client import IpyparallelClient
-from nbdist.cluster.launch.lost_hosts import LostHosts
+from nbdist.cluster.launch.other_hosts import OtherHosts
 from nbdist.cluster.launch.reserved_ports import ReservedPorts
 from nbdist.engine.parent_watch import FOLDER_VARIABLE, OWNER_VARIABLE
 from nbdist.errors import ClusterError, PlanError
@@ -83,8 +81,7 @@ class Launch:
         ssh = Ssh.of_user() if choice.others else None
         address = "" if ssh is None else ssh.address_towards(choice.others, choice.interface)
         folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
-        self._ssh, self._timeout_s = ssh, timeout_s
-        self._prepare(folder, None if patience_s is None else Anchor.start(str(folder), patience_s), address)
+        self._prepare(folder, None if patience_s is None else Anchor.start(str(folder), patience_s, address), address)
         self._ports = ReservedPorts(_PORTS)
         self._cluster = ipyparallel.Cluster(
             controller=ForkedController,
@@ -103,12 +100,10 @@ class Launch:
         )  # fmt: skip
         self.client: EngineClient = IpyparallelClient(self._cluster.connect_client_sync)
         try:
+            if ssh is not None:
+                self._use(OtherHosts(ssh, address, timeout_s, self._proxy))
             for name in counts:
-                if ssh is None or name == LOCAL:
-                    self.hosts[name] = self._local
-                else:
-                    self.hosts[name] = self._begin(name)
-                    self._others.append(self.hosts[name])
+                self.hosts[name] = self._local if self._others is None or name == LOCAL else self._others.add(name)
             if choice.others:
                 self._sign_messages()
             self._cluster.start_controller_sync()
@@ -133,29 +128,36 @@ class Launch:
         self._local = LocalHost(facts, folder, self._owner)
         self._ports = ReservedPorts(0)
         self.hosts: dict[str, Host] = {}
-        self._others: list[Host] = []
+        self._others: OtherHosts | None = None
         self._homes: list[str] = []  # on which host each rank was started first
-        self._lost_hosts = LostHosts(self._begin, self._rejoin)
         self.on_lost: Callable[[str], None] = lambda host_id: None
         self.on_back: Callable[[], None] = lambda: None
         self._newest: list[tuple[Host, concurrent.futures.Future[list[str]]]] = []
 
     @classmethod
-    def attach(cls, anchor: Anchor, launched: dict[str, Any], processes: Iterable[str]) -> Launch:
+    def attach(cls, anchor: Anchor, notes: dict[str, Any]) -> Launch:
         """Attach to the processes that another kernel started.
 
         Args:
             anchor: Their owner.
-            launched: That kernel's `ipyparallel.Cluster`, as a dict.
-            processes: The marks of its processes.
+            notes: Of that kernel.
         """
-        launch = cls.__new__(cls)
-        launch._prepare(Path(anchor.folder), anchor, "")
+        launch, launched, processes, hosts = (
+            cls.__new__(cls),
+            *(notes[name] for name in ("launched", "processes", "hosts")),
+        )
+        launch._prepare(Path(anchor.folder), anchor, hosts["address"])
         launch._cluster = ipyparallel.Cluster.from_dict(
             launched, config=launch._settings(), load_profile=False, shutdown_atexit=False, log_level=50
         )
         launch._local.adopt(set(processes) - set(launch._controller_marks()))
-        launch.hosts[LOCAL] = launch._local
+        launch._homes = hosts["homes"]
+        if hosts["others"] is not None:
+            launch._use(OtherHosts.attach(hosts["others"], launch._proxy))
+        for name in hosts["names"]:
+            launch.hosts[name] = (
+                launch._local if launch._others is None or name == LOCAL else launch._others.newest[name]
+            )
         launch.client = IpyparallelClient(launch._cluster.connect_client_sync)
         launch.client.connect()
         while launch.client.look_again():  # engines may die at this very moment
@@ -167,6 +169,22 @@ class Launch:
         if self.anchor is not None:
             self.anchor.note("processes", [*self._controller_marks(), *sorted(self._local.processes())])
             self.anchor.note("launched", self._cluster.to_dict())
+            others = None if self._others is None else self._others.note()
+            names = {"names": list(self.hosts), "homes": self._homes}
+            self.anchor.note("hosts", {**names, "address": self.address, "others": others})
+
+    @property
+    def _proxy(self) -> str:
+        return "" if self.anchor is None else str(self.folder / PROXY)
+
+    def _use(self, others: OtherHosts) -> None:
+        self._others = others
+        others.on_lost, others.on_back = lambda host_id: self.on_lost(host_id), self._rejoin
+
+    def _rejoin(self, host: Host) -> None:
+        self.hosts[host.name] = host
+        self._note()
+        self.on_back()
 
     def _settings(self, *, engines_follow: bool = True) -> Config:
         environment = {OWNER_VARIABLE: self._owner, FOLDER_VARIABLE: str(self.folder)}
@@ -212,24 +230,6 @@ class Launch:
                 return {"IPP_CONNECTION_INFO": json.dumps(json.loads(file.read_text())), "IPP_CLUSTER_ID": ""}
             time.sleep(_POLL_S)
         raise ClusterError(CONTROLLER_ENDED)
-
-    def _begin(self, name: str) -> RemoteHost:
-        assert self._ssh is not None
-        return begin_host(name, self._ssh.agent_command(name), self.address, self._timeout_s, self._note_lost)
-
-    def _note_lost(self, host: Host) -> None:
-        with contextlib.suppress(ClusterError):  # it was lost before it had answered: nothing ran there
-            self.on_lost(host.facts.host_id)
-            self._lost_hosts.seek(host.name)
-
-    def _rejoin(self, host: RemoteHost) -> None:
-        """Use a host that was lost: what ran there before has ended."""
-        lost = self.hosts[host.name]
-        assert isinstance(lost, RemoteHost)
-        host.note_ended(lost.started)
-        self._others.append(host)
-        self.hosts[host.name] = host
-        self.on_back()
 
     def home(self, rank: int) -> str:
         """The id of the host on which a rank was started first; empty if there is none, or it is lost."""
@@ -336,10 +336,9 @@ class Launch:
 
     def end(self) -> None:
         """End every process, on all hosts. Twice is fine. What engines run is not waited for."""
-        self._lost_hosts.close()
-        others, self._others = self._others, []  # the next cluster may use them already
-        for host in [*others, self._local]:
-            host.begin_end()
+        if self._others is not None:
+            self._others.begin_end()
+        self._local.begin_end()
         if (controller := getattr(self._cluster.controller, "process", None)) is not None:
             kill_tree(controller)
         self.client.close()
@@ -348,8 +347,8 @@ class Launch:
         if self.folder.exists() and all(server.alive for server in fork_client.servers_of(str(self.folder))):
             with contextlib.suppress(Exception):  # the processes have ended, whatever ipyparallel raises
                 self._cluster.stop_cluster_sync()
-        for host in others:
-            host.end()
+        if self._others is not None:
+            self._others.end()
         self._local.end()
         if self.anchor is not None:
             self.anchor.end()

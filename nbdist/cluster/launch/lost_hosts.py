@@ -28,14 +28,16 @@ class LostHosts:
         self._begin, self._back = begin, back
         self._closed = threading.Event()
         self._lock = threading.Lock()
+        self._sought = set[str]()
         self._tried: dict[str, RemoteHost] = {}
         self._threads: list[threading.Thread] = []
 
     def seek(self, name: str) -> None:
-        """Try a host until it is back. Returns at once."""
+        """Try a host until it is back. Returns at once; twice is fine."""
         with self._lock:
-            if self._closed.is_set():
+            if self._closed.is_set() or name in self._sought:
                 return
+            self._sought.add(name)
             thread = threading.Thread(target=self._seek, args=(name,), daemon=True, name=f"nbdist-seeks-{name}")
             self._threads = [other for other in self._threads if other.is_alive()] + [thread]
             thread.start()
@@ -65,6 +67,7 @@ class LostHosts:
                 if self._closed.is_set():
                     return
                 if not host.lost:
+                    self._sought.discard(name)
                     self._back(host)
                     return
             host.end()

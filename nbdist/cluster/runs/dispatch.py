@@ -104,18 +104,21 @@ class RunDispatch:
         update = self._changes.update(engines.processes.values(), self._count)
         self._changes.save(engines.anchor)
         boards = self._make_boards()
+        buffers = [[] if store is None else store.paths_on(host) for host in engines.placed().values()]
         if engines.anchor is not None and self.control.spec.trains:
             spec = replace(self.control.spec, task=None)  # which the payload holds
             engines.anchor.note("ended", ("running", ""))
             engines.anchor.note(
                 "run",
                 RunHandoff(
-                    spec=spec, payload=self._payload, snapshot_paths=() if store is None else tuple(store.paths)
+                    spec=spec,
+                    payload=self._payload,
+                    snapshot_paths=() if store is None else tuple(store.paths),
+                    elsewhere={} if store is None else store.elsewhere,
                 ),
             )
         payloads = engines.payloads.place(self._payload, range(engines.size))
         arguments = self.control.spec.run_id, update, engines.share_memory, engines.payloads.result_is_released
-        buffers = [[] if store is None else store.paths_on(host) for host in engines.placed().values()]
         return self._with_output(
             [
                 engines.start_call(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.hosts.host import Host
@@ -28,14 +30,22 @@ class HostSnapshots(SnapshotStore):
 
     Args:
         engines: Of the run.
+        paths: See `SnapshotStore`.
+        elsewhere: Of the store of an earlier kernel.
     """
 
-    def __init__(self, engines: Engines) -> None:
+    def __init__(
+        self, engines: Engines, paths: Sequence[Sequence[str]] = (),
+        elsewhere: Mapping[str, list[list[str]]] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self._engines = engines
         self._written: dict[Host, list[list[str]]] = {}  # each rank's buffers
         self._copying = threading.RLock()
         self._closed = threading.Event()
-        super().__init__(engines.size)
+        for host in engines.hosts:
+            if host.name in elsewhere:
+                self._written[host] = elsewhere[host.name]
+        super().__init__(engines.size, engines.anchor, paths)
         threading.Thread(target=self._follow, daemon=True, name="nbdist-snapshots").start()
 
     def grow(self, ranks: int) -> None:
@@ -43,6 +53,11 @@ class HostSnapshots(SnapshotStore):
         super().grow(ranks)
         for host in self._engines.hosts:
             self._buffers(host)
+
+    @property
+    def elsewhere(self) -> dict[str, list[list[str]]]:
+        """See `SnapshotStore`."""
+        return {host.name: own for host, own in self._written.items() if not host.lost}
 
     def paths_on(self, host: Host) -> list[list[str]]:
         """See `SnapshotStore`."""

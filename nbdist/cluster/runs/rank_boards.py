@@ -50,7 +50,7 @@ class RankBoards:
             self._readers[rank] = MappedReader(segment.path).read
         self._hosts: list[_FarBoards] = []
         for host, ranks in far.items():
-            boards = _FarBoards(host, ranks)
+            boards = _FarBoards(host, ranks, {rank: made[rank] for rank in ranks if rank in made})
             self._hosts.append(boards)
             made |= boards.paths
             self._readers |= {rank: functools.partial(boards.take, rank) for rank in ranks}
@@ -72,11 +72,12 @@ class RankBoards:
 class _FarBoards:
     """The boards of ranks on another host, read with one message for all of them; never waits."""
 
-    def __init__(self, host: Host, ranks: list[int]) -> None:
+    def __init__(self, host: Host, ranks: list[int], paths: dict[int, str]) -> None:
         self._host = host
-        self.paths: dict[int, str] = dict.fromkeys(ranks, "")
-        with contextlib.suppress(ClusterError):  # it is lost: so are its ranks
-            self.paths = dict(zip(ranks, host.hold(len(ranks)), strict=True))
+        self.paths = paths or dict.fromkeys(ranks, "")
+        if not paths:
+            with contextlib.suppress(ClusterError):  # it is lost: so are its ranks
+                self.paths = dict(zip(ranks, host.hold(len(ranks)), strict=True))
         self._readers = {rank: BoardReader() for rank in ranks}
         self._found: dict[int, collections.deque[bytes]] = {rank: collections.deque() for rank in ranks}
         self._due_s = 0.0

@@ -9,6 +9,7 @@ from torch import nn
 
 from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.runs.dispatch import RunDispatch
+from nbdist.cluster.runs.host_snapshots import HostSnapshots
 from nbdist.cluster.runs.run_control import GiveCommand, RunControl
 from nbdist.cluster.runs.run_spec import RunHandoff, RunSpec
 from nbdist.core.state.snapshot import SnapshotStore
@@ -56,7 +57,12 @@ def take_over(
     spec = replace(handoff.spec, task=task, plan=plan)
     control = RunControl(spec, _recorded(spec, engines), give_command)
     if handoff.snapshot_paths:
-        control.keep_snapshots(SnapshotStore(engines.size, engines.anchor, handoff.snapshot_paths))
+        paths = handoff.snapshot_paths
+        control.keep_snapshots(
+            SnapshotStore(engines.size, engines.anchor, paths)
+            if engines.share_memory
+            else HostSnapshots(engines, paths, handoff.elsewhere)
+        )
     name = spec.names[0] if spec.names[0].isidentifier() else "model"
     existing = namespace.get(name)
     same_shapes = _have_same_shapes(existing, task.model)

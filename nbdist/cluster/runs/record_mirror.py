@@ -29,7 +29,9 @@ class RecordMirror:
     def __init__(self, engines: Engines, run_id: str) -> None:
         self._engines = engines
         self._run_id = run_id
-        self._copied: dict[_Key, int] = {}  # bytes
+        anchor = engines.anchor
+        noted = {} if anchor is None or engines.share_memory else anchor.state()["notes"].get("copied", {})
+        self._copied: dict[_Key, int] = noted.get(run_id, {})  # bytes
         self._pending: dict[_Key, concurrent.futures.Future[bytes]] = {}
         self._due_s = 0.0
 
@@ -77,4 +79,6 @@ class RecordMirror:
                     file.write(part)
                 self._copied[key] = self._copied.get(key, 0) + len(part)
                 grown.add(key)
+        if grown and self._engines.anchor is not None:
+            self._engines.anchor.note("copied", {self._run_id: self._copied})
         return grown

@@ -121,8 +121,10 @@ class RunHandoff:
         spec: The run, without its task.
         payload: Task and plan.
         snapshot_paths: Of the ranks' snapshot buffers; see `SnapshotStore`.
+        elsewhere: See `SnapshotStore.elsewhere`.
     """
 
     spec: RunSpec
     payload: Any
     snapshot_paths: tuple[list[str], ...] = ()
+    elsewhere: dict[str, list[list[str]]] = field(default_factory=dict)

@@ -242,6 +242,11 @@ class SnapshotStore:
         """The newest step of which every rank has a snapshot, and its buffers; see `newest`."""
         return newest(self.paths)
 
+    @property
+    def elsewhere(self) -> dict[str, list[list[str]]]:
+        """Each rank's buffers on other hosts, by their names, for another kernel."""
+        return {}
+
     def paths_on(self, host: Any) -> list[list[str]]:
         """Each rank's buffers for ranks of a host: where they write, and read what they resume from."""
         return self.paths

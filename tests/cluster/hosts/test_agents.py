@@ -41,20 +41,21 @@ def agents(monkeypatch):
 
 
 @pytest.fixture
-def start(agents, tmp_path):
+def start(agents):
     """``start(name, command)``: a host with its agent."""
     with contextlib.ExitStack() as started:
 
         def started_host(name="h1", command=AGENT):
-            host = RemoteHost(name, command, agents, tmp_path, HUNG_S)
-            started.callback(host.end)
+            host = RemoteHost(name, agents.start(name, command), agents)
+            host.begin(HUNG_S)
+            started.callback(host.end_agent)
             return host
 
         yield started_host
 
 
 def processes_of(host) -> list[psutil.Process]:
-    parent = psutil.Process(host._program.pid)
+    parent = psutil.Process(host._agents._agents[host.identity].program.pid)
     return [parent, *parent.children(recursive=True)]
 
 
@@ -87,15 +88,32 @@ def test_what_it_cannot_do_is_an_error_that_names_the_host(start, agents):
     host = start()
     assert host.facts
     with pytest.raises(ClusterError, match=r"host h1: AttributeError: .*_do_nothing"):
-        agents.request("h1", "nothing").result(HUNG_S)
+        agents.request(host.identity, "nothing").result(HUNG_S)
 
 
 def test_it_ends_with_its_input_and_all_that_it_started(start):
     host = start()
     assert host.facts
     processes = processes_of(host)
-    host.end()
+    host.end_agent()
     until(lambda: all_ended(processes))
+    assert host.lost
+
+
+def test_it_waits_for_the_next_cluster(start):
+    """What it has started has ended, and memory that it holds is gone; its folder is another one."""
+    host = start()
+    assert host.facts
+    (path,) = host.hold(1)
+    (agent, *rest) = processes_of(host)
+    host.end()
+    assert host.waits
+    host.begin(HUNG_S)
+    assert not host.waits
+    with pytest.raises(ClusterError):
+        host.read_memory([(path, 0, 1)])
+    assert [agent, *rest] == processes_of(host)
+    assert host.hold(1)
 
 
 def test_it_ends_with_the_kernels_connection_although_its_input_stays(start, agents):
@@ -115,7 +133,7 @@ def test_a_killed_agent_is_a_lost_host(start, agents, monkeypatch, tmp_path):
     assert host.facts
     processes = processes_of(host)
     processes[0].send_signal(signal.SIGSTOP)
-    waiting = agents.request("h1", "log_tail")
+    waiting = agents.request(host.identity, "log_tail")
     processes[0].send_signal(signal.SIGKILL)
     with pytest.raises(HostLostError, match=r"host h1 is lost: its (agent|connection) has ended"):
         waiting.result(HUNG_S)
@@ -136,19 +154,19 @@ def test_a_program_that_fails_is_named_by_its_last_line(start):
 
 def test_one_agent_may_not_speak_for_another(agents, monkeypatch):
     """With its own keys and the other's name it is not believed."""
-    agents.invite("h1")
+    other = agents.invite("h1")["identity"]
     invitation, seen, receive = agents.invite("h2"), threading.Event(), agents._receive
     monkeypatch.setattr(agents, "_receive", lambda frames: (receive(frames), seen.set()))
     with zmq.Context() as context, context.socket(zmq.DEALER) as forger:
         forger.setsockopt(zmq.LINGER, 0)
-        forger.setsockopt(zmq.IDENTITY, b"h1")
+        forger.setsockopt(zmq.IDENTITY, other.encode())
         forger.curve_serverkey = invitation["server_key"].encode()
         forger.curve_publickey, forger.curve_secretkey = (invitation[f"{k}_key"].encode() for k in ("public", "secret"))
         forger.connect(invitation["controller"])
         forger.send_multipart([b"", json.dumps(["hello", {}]).encode()])
         assert seen.wait(HUNG_S)
-    assert not agents.hello("h1").done()
-    assert not agents.hello("h2").done()
+    assert not agents.hello(other).done()
+    assert not agents.hello(invitation["identity"]).done()
 
 
 def test_an_agent_without_a_line_of_input_ends():

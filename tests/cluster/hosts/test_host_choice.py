@@ -23,11 +23,6 @@ needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not i
         ({"hosts": {"h1": 0}}, "0 engines on host h1 are not possible"),
         ({"hosts": {"h1": True}}, "True engines on host h1 are not possible"),
         ({"hosts": {"h1": 2}, "engines": 2}, "engines and hosts exclude each other"),
-        pytest.param(
-            {"hosts": {"127.0.0.1": 2}, "detach": 60.0},
-            "engines on other hosts .* end with the kernel",
-            marks=needs_ssh,
-        ),
         ({"hosts": {"h1": 2}, "host_timeout": 0.5}, "a host timeout of 0.5 is not possible"),
         ({"engines": 1, "interface": "eth0"}, "interface and host_timeout are about other hosts"),
         ({"hosts": {"local": 4000}}, "4000 engines are more than this machine can run"),
