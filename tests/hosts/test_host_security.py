@@ -12,6 +12,7 @@ import pytest
 import zmq
 
 import nbdist
+from nbdist.cluster.hosts import waiting_hosts
 
 ALL_PROTOCOLS = 3  # ETH_P_ALL
 MARKER = "a-secret-that-no-wire-may-carry"
@@ -71,7 +72,7 @@ def test_messages_are_signed_too(cluster):
 
 def test_an_agent_without_the_invitation_is_not_served(cluster):
     """A peer that knows the address, with keys of its own or none."""
-    address, public = (getattr(cluster._up._launch._agents, name) for name in ("_address", "_public"))
+    address, public = (getattr(next(iter(waiting_hosts._agents.values())), name) for name in ("_address", "_public"))
     with zmq.Context() as context:
         for keys in (None, zmq.curve_keypair()):
             with context.socket(zmq.DEALER) as intruder:

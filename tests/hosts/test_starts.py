@@ -11,6 +11,7 @@ import pytest
 from shared_cluster import HUNG_S, until
 
 import nbdist
+from nbdist.cluster.hosts.waiting_hosts import end_hosts
 from nbdist.errors import ClusterError, PlanError
 
 KERNEL = """
@@ -51,6 +52,7 @@ def test_another_environment_is_named_before_an_engine_starts(network, shared, m
     monkeypatch.setenv("IPYTHONDIR", str(shared))
     with pytest.raises(ClusterError, match=rf"host h2 has another environment: torch 1.0 in .*, and here torch {2}"):
         nbdist.Cluster(hosts={"h1": 1, "h2": 1}, device="cpu").start()
+    end_hosts()
     until(lambda: not any(network.processes(host) for host in ("h1", "h2")))
 
 
@@ -64,6 +66,7 @@ def test_one_host_by_two_names_is_refused(network):
     """Its engines would be counted, and signalled, as those of either."""
     with pytest.raises(PlanError, match=r"h1 and 10\.77\.0\.11 are the same host: name it once"):
         nbdist.Cluster(hosts={"h1": 1, "10.77.0.11": 1}, device="cpu").start()
+    end_hosts()
     until(lambda: not network.processes("h1"))
 
 
