@@ -28,14 +28,14 @@ class Mesh:
     """Degrees of the mesh axes; their product is the number of ranks.
 
     Args:
-        pp: Pipeline parallel: over how many ranks the model is cut into stages.
         dp: Data parallel: how many replicas of the model train side by side.
+        pp: Pipeline parallel: over how many ranks the model is cut into stages.
         shard: Data parallel too, with the parameters of a replica sharded over its ranks (FSDP).
         tp: Tensor parallel: over how many ranks each large layer is split.
     """
 
-    pp: int = 1
     dp: int = 1
+    pp: int = 1
     shard: int = 1
     tp: int = 1
 
