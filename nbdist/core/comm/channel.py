@@ -39,9 +39,11 @@ class Channel(ABC):
 
     Attributes:
         purpose: What the next collectives are for, the same on all ranks; "" where their kind and size say enough.
+        overlaps: Whether collectives on CPU tensors run beside the computation.
     """
 
     purpose = ""
+    overlaps = False
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank = rank
@@ -71,6 +73,13 @@ class Channel(ABC):
     def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A flat tensor that this channel reduces fastest; release it with `free`. **Collective**."""
         return torch.zeros(numel, dtype=dtype, device=self.device)
+
+    def beside(self) -> Channel:
+        """A channel over the same ranks whose sums run beside the computation, if that pays. **Collective**.
+
+        It is closed with this one; by default it is this one.
+        """
+        return self
 
     def free(self, tensor: torch.Tensor) -> None:  # noqa: B027 - most channels keep nothing
         """Release a tensor that `zeros` made. Local."""

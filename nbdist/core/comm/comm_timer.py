@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -13,8 +14,10 @@ T = TypeVar("T")
 _END: Any = object()
 
 
-class CommTimer:
+class CommTimer(threading.local):
     """Seconds since the process started, each counted once: a wait inside a communication counts as waiting only.
+
+    Each thread has its own: what one does in the background costs the others nothing until they wait for it.
 
     Attributes:
         waiting: Waiting for other ranks.
@@ -52,4 +55,4 @@ class CommTimer:
 
 
 comm_timer = CommTimer()
-"""This process's timer. On a GPU only `data` is exact: the host does not wait for the device's communication."""
+"""This thread's timer. On a GPU only `data` is exact: the host does not wait for the device's communication."""

@@ -7,19 +7,28 @@ hosts, however many ranks they have, and has the bits of a sum on one host.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from nbdist.core.comm.background_channel import BackgroundChannel
 from nbdist.core.comm.channel import Channel, Done, Pending, SoloChannel
 from nbdist.core.comm.collective_tag import CollectiveTag, tag_of
 from nbdist.core.comm.comm_timer import comm_timer
 from nbdist.core.comm.host_chain import HostChain
 from nbdist.core.comm.shared_memory import STAGING_BYTES, SharedMemoryChannel
 
-__all__ = ["HierarchicalChannel"]
+__all__ = ["FAST", "HierarchicalChannel"]
+
+FAST = 200e6
+"""Bytes a second from which on a network is fast: the ranks need the processors more than it needs them."""
+_PROBE_BYTES = 1 << 20
+_PROBES = 3
 
 
 class HierarchicalChannel(Channel):
@@ -36,6 +45,8 @@ class HierarchicalChannel(Channel):
     def __init__(self, hosts: list[str], rank: int, store: Any, name: str, address: str) -> None:
         super().__init__(rank, len(hosts), torch.device("cpu"))
         groups = self.groups(hosts)
+        self._beside: Channel | None = None
+        self._make_another = functools.partial(HierarchicalChannel, hosts, rank, store, f"{name}/beside", address)
         self._leaders = [group[0] for group in groups]
         self._counts = [len(group) for group in groups]
         self._host_of = {other: i for i, group in enumerate(groups) for other in group}
@@ -70,6 +81,25 @@ class HierarchicalChannel(Channel):
         """See `Channel.free`."""
         self._whole = [made for made in self._whole if made.data_ptr() != tensor.data_ptr()]
         self._local.free(tensor)
+
+    def beside(self) -> Channel:
+        """See `Channel.beside`: it pays where the hosts' network is slow. The same one each time."""
+        if self._beside is None:
+            self._beside = self
+            if self._is_slow():
+                another = self._make_another()
+                self._beside = BackgroundChannel(another, another.hang_up)
+        return self._beside
+
+    def _is_slow(self) -> bool:
+        """Whether a sum, which is tried, takes longer than `FAST` allows. **Collective**; the same on all ranks."""
+        probe, seconds = torch.zeros(_PROBE_BYTES, dtype=torch.uint8), torch.full((_PROBES,), math.inf)
+        for i in range(_PROBES):
+            began_s = time.perf_counter()
+            self.all_reduce_(probe)
+            seconds[i] = time.perf_counter() - began_s
+        self.broadcast_(seconds)
+        return _PROBE_BYTES / seconds.min().item() < FAST
 
     @comm_timer.communicating()
     def start_all_reduce_(self, tensor: torch.Tensor) -> Pending:
@@ -115,9 +145,17 @@ class HierarchicalChannel(Channel):
             start = stop
         return total.view(self.size, -1)[self.rank].clone()
 
+    def hang_up(self) -> None:
+        """Shut all connections: each wait of this rank or for it fails at once. Local."""
+        for part in (self._shared, self._chain):
+            if part is not None:
+                part.hang_up()
+
     def close(self) -> None:
         """See `Channel.close`."""
         self._whole = []
+        if self._beside is not None and self._beside is not self:
+            self._beside.close()
         if self._shared is not None:
             self._shared.close()
         if self._chain is not None:

@@ -20,13 +20,13 @@ import torch
 
 from nbdist.core.comm.collective_tag import TAG_BYTES, CollectiveTag, mismatch_error
 from nbdist.core.comm.comm_timer import comm_timer
-from nbdist.core.comm.peer_sockets import connect, memory_of, open_sockets, receive_exactly
+from nbdist.core.comm.peer_sockets import connect, memory_of, open_sockets, receive_exactly, shut_down
 from nbdist.errors import PeerLostError, PlanError
 
 __all__ = ["HostChain"]
 
 _PIECES = 16
-_PIECE_BYTES = range(64 << 10, 1 << 20)
+_PIECE_BYTES = range(64 << 10, 1 << 18)
 """A sum goes on in a sixteenth of a tensor, within these limits: small ones overlap better, large ones cost less."""
 _LENGTH_BYTES = 4
 
@@ -114,6 +114,10 @@ class HostChain:
         self._before = self._peers[neighbours[0]] if self.host > 0 else None
         self._after = self._peers[neighbours[-1]] if self.host < len(leaders) - 1 else None
         open_sockets.add(self)
+
+    def hang_up(self) -> None:
+        """See `HierarchicalChannel.hang_up`."""
+        shut_down(self._peers.values())
 
     def close(self) -> None:
         """Close: leaders that wait for this one get an error. Local, twice is fine."""

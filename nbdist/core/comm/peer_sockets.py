@@ -21,7 +21,7 @@ from nbdist.keepalive import keep_alive
 from nbdist.peer_auth import IntruderError, authenticate_as_client, authenticate_client
 from nbdist.peer_auth import receive_exactly as receive_bytes
 
-__all__ = ["connect", "memory_of", "open_sockets", "receive_exactly"]
+__all__ = ["connect", "memory_of", "open_sockets", "receive_exactly", "shut_down"]
 
 _POLL_S = 0.02
 """While a rank waits for a peer to connect: how often it checks that the store still exists."""
@@ -36,6 +36,13 @@ def _close_in_fork() -> None:
     """A data-loading process that outlives its killed rank would keep the sockets open, and the peers would wait."""
     for holder in list(open_sockets):
         holder.close()
+
+
+def shut_down(peers: Iterable[socket.socket]) -> None:
+    """End connections, also where another thread waits; closing alone would not wake it."""
+    for peer in peers:
+        with contextlib.suppress(OSError):
+            peer.shutdown(socket.SHUT_RDWR)
 
 
 if hasattr(os, "register_at_fork"):

@@ -23,7 +23,7 @@ from nbdist.core.comm.channel import Channel, Done, Pending
 from nbdist.core.comm.collective_tag import TAG_BYTES, CollectiveTag, mismatch_error, tag_of
 from nbdist.core.comm.comm_timer import comm_timer
 from nbdist.core.comm.common_memory import CommonMemory
-from nbdist.core.comm.peer_sockets import connect, open_sockets, receive_exactly
+from nbdist.core.comm.peer_sockets import connect, open_sockets, receive_exactly, shut_down
 from nbdist.core.comm.reduction_order import ReductionTree
 from nbdist.core.transfer.payload import Segment
 from nbdist.errors import PeerLostError
@@ -209,6 +209,10 @@ class SharedMemoryChannel(Channel):
             for slab in slabs[1:]:
                 slab[0, part].copy_(total)
         self.barrier(tag)
+
+    def hang_up(self) -> None:
+        """See `HierarchicalChannel.hang_up`."""
+        shut_down(self._peers)
 
     def close(self) -> None:
         """See `Channel.close`."""

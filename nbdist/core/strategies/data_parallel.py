@@ -16,7 +16,12 @@ from nbdist.core.sync.tree_reducer import TreeReducer
 from nbdist.core.task.task import Task
 from nbdist.plan import Plan
 
-__all__ = ["DataParallel"]
+__all__ = ["OVERLAP_ABOVE", "DataParallel"]
+
+OVERLAP_ABOVE = 8 << 20
+"""Bytes of gradients from which on their sum over several hosts begins while backward still runs."""
+_BESIDE_MIB = 4.0
+"""Of a bucket there: the first one begins early, and the last, for which the step waits, is short."""
 
 
 class DataParallel(Strategy):
@@ -52,8 +57,12 @@ class DataParallel(Strategy):
             return TreeReducer(parameters, channel, accumulator, full_batch=plan.batch_size)
         if channel.size == 1:
             return SoloReducer(parameters, channel, full_batch=plan.batch_size)
+        bucket_mib = plan.bucket_mib
+        if self._overlap is None and sum(parameter.nbytes for parameter in parameters) > OVERLAP_ABOVE:
+            channel = channel.beside()
+            bucket_mib = min(bucket_mib, _BESIDE_MIB) if channel.overlaps else bucket_mib
         return BucketedReducer(
-            parameters, channel, full_batch=plan.batch_size, bucket_mib=plan.bucket_mib, overlap=self._overlap
+            parameters, channel, full_batch=plan.batch_size, bucket_mib=bucket_mib, overlap=self._overlap
         )
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ class BucketedReducer(GradientReducer):
         full_batch: See `GradientReducer`.
         bucket_mib: Largest bucket in MiB if the sync overlaps with backward.
         overlap: Whether buckets start while backward still runs. It pays if the collective runs beside the
-            computation, as with NCCL. None: on a GPU only.
+            computation, as with NCCL. None: on a GPU, and where the channel `overlaps`.
         sum_replica: Sums the rank's numbers over its replica first, where several ranks make one: the loss's, the
             flags, and which parameters were used.
     """
@@ -58,7 +58,7 @@ class BucketedReducer(GradientReducer):
     ) -> None:  # fmt: skip
         super().__init__(channel, full_batch)
         self._parameters = parameters
-        self._overlap = channel.device.type == "cuda" if overlap is None else overlap
+        self._overlap = channel.overlaps or channel.device.type == "cuda" if overlap is None else overlap
         self._sum_replica = sum_replica
         self._used: list[Any] = [None] * len(parameters)
         self._armed = False

@@ -89,6 +89,7 @@ def ranks_of(mesh):
     return functools.reduce(lambda n, part: n * int(part.partition("=")[2]), mesh.split(","), 1)
 
 
+@pytest.mark.programs
 def test_the_strategies_are_all_there(chain):
     """The chain uses each kind of strategy."""
     assert [{"DataParallel"}, {"SharedWeights"}] == chain[1][:2]
@@ -96,6 +97,7 @@ def test_the_strategies_are_all_there(chain):
     assert {"MeshParallel"} == set.union(*chain[1][2:8])
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("link", LINKS, ids=NAMES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_is_loaded_on_a_mesh_is_what_was_written_on_another(chain, link, name):
@@ -110,6 +112,7 @@ def test_what_is_loaded_on_a_mesh_is_what_was_written_on_another(chain, link, na
         assert {float(STEPS * link)} == {v.item() for k, v in before[1].items() if k.endswith("step")}
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("link", LINKS, ids=NAMES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_continues_as_in_one_process(chain, link, name):
@@ -146,6 +149,7 @@ def keys_in(place):
     return keys, numel
 
 
+@pytest.mark.programs
 def test_each_shard_is_written_once(chain):
     """However many ranks hold it; running statistics once per data coordinate; small counters may be repeated."""
     for (mesh, _), folder in zip(CHAIN, chain[0], strict=True):
@@ -165,6 +169,7 @@ def test_each_shard_is_written_once(chain):
             assert once + buffers <= numel <= once + data * buffers + 2 * 4 * len(keys)  # shards are padded
 
 
+@pytest.mark.programs
 def test_a_checkpoint_is_a_file_per_rank_and_one_of_json(chain):
     """And beside the checkpoints `newest.json`; nothing else."""
     folder = Path(chain[0][1], "adamw")
@@ -177,6 +182,7 @@ def test_a_checkpoint_is_a_file_per_rank_and_one_of_json(chain):
     assert {".safetensors", ".json"} == {Path(name).suffix for name in written}
 
 
+@pytest.mark.programs
 def test_nothing_is_pickled(chain, monkeypatch):
     """Reading a checkpoint runs no code from it."""
 

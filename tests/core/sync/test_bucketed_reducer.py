@@ -8,8 +8,9 @@ from problems import FEATURES, SGD, alone, assert_same_bits, classes, mlp, seede
 from torch import nn
 from torch.nn import functional as F
 
-from nbdist.core.comm import SoloChannel
+from nbdist.core.comm import SoloChannel, hierarchical
 from nbdist.core.comm.world import World
+from nbdist.core.strategies import data_parallel
 from nbdist.core.strategies.data_parallel import DataParallel
 from nbdist.core.sync.agreement import ControlFlags
 from nbdist.core.sync.bucketed_reducer import BucketedReducer
@@ -68,6 +69,25 @@ def test_overlapping_with_backward_changes_no_bit(run_ranks, size, accumulate):
                 assert_same_bits(
                     *({n: g for n, g in run[step][0].items() if g is not None} for run in (plain, overlapping))
                 )
+
+
+def beside(world, bucket_mib, accumulate):
+    data_parallel.OVERLAP_ABOVE, hierarchical.FAST = 0, 1e30
+    return gradients(world, None, bucket_mib, accumulate)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_over_hosts_sums_run_beside_backward(run_ranks, accumulate):
+    """With the same bits, where only some ranks take a branch, and one has no data."""
+    expected = run_ranks(3, gradients, False, 25.0, accumulate)
+    for plain, overlapping in zip(
+        expected, run_ranks(3, beside, TINY_MIB, accumulate, channel="three hosts"), strict=True
+    ):
+        assert [unpack(totals) for _, totals in plain] == [unpack(totals) for _, totals in overlapping]
+        for step in range(2):
+            assert_same_bits(
+                *({n: g for n, g in run[step][0].items() if g is not None} for run in (plain, overlapping))
+            )
 
 
 def test_totals_of_a_step(run_ranks):
