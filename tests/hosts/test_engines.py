@@ -97,6 +97,7 @@ def test_a_lost_host_costs_no_bit(cluster, network, expected, gate, fault, host)
     assert bits(trained) == expected["dp=4"]
     assert {engine.host for engine in cluster.engines} == {"h1", "h2"} - {host}
     assert resumed_from(run) > 0
+    assert f"lost (host {host} lost), replaced" in str(run.progress.notes)
 
 
 @pytest.mark.parametrize("host", ["h1", "h2"])

@@ -9,7 +9,7 @@ import dataclasses
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from nbdist.cluster.calls.pending_call import CallError, EngineDied, PendingCall
@@ -260,6 +260,8 @@ class RunMonitor:
         if reached > self._last_step:  # progress: without snapshots, a restart has to come past this step again
             self._last_step, self._tries = reached, 0
         replaced = set(lost)
+        if self._loss_reason == PROCESS_ENDED and (hosts := self._lost_hosts(lost)):
+            self._loss_reason = f"{'hosts' if len(hosts) > 1 else 'host'} {', '.join(hosts)} lost"
         self._show(dict.fromkeys(replaced, "lost"))
         while True:
             self._tries += bool(lost)
@@ -283,6 +285,11 @@ class RunMonitor:
                 if not lost:  # scaling failed: continue with the engines that are left
                     lost, wanted = self._engines.lost or [0], 0
         self._report_recovery(replaced, before, step, time.monotonic() - start_s)
+
+    def _lost_hosts(self, ranks: Iterable[int]) -> list[str]:
+        """The names of the lost hosts on which ranks were."""
+        placed = self._engines.placed()
+        return sorted({host.name for rank in ranks if (host := placed[rank]) is not None and host.lost})
 
     def _size(self) -> int:
         """How many ranks to resume with: as many as before, or with on_failure="shrink" as many as are left."""
