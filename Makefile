@@ -46,6 +46,7 @@ test-notebooks: env  ## Run the notebooks under nbval
 test-browser: env  ## Test the panel in JupyterLab and Chromium, which has to be there; pictures go to shots/
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[browser]' -c constraints.txt
 	$(BIN)/python -m pytest -q -m browser tests/browser
+	$(BIN)/python tests/hosts/host_network.py --hosts 2 $(BIN)/python -m pytest -q -m browser tests/hosts || test $$? = 77
 
 test-hosts: env  ## Test what runs on several hosts, made of namespaces, for which this must be root: under 5 minutes
 	$(BIN)/python tests/hosts/host_network.py $(BIN)/python -m pytest -q -m hosts tests/hosts

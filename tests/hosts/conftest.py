@@ -22,27 +22,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests of this folder are marked, and left out where there are no hosts."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.hosts)
+            item.add_marker(pytest.mark.browser if "panel" in item.path.name else pytest.mark.hosts)
             if CONTROL_VARIABLE not in os.environ:
                 item.add_marker(pytest.mark.skip(reason="needs hosts: make test-hosts"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _fork_server() -> Iterator[None]:
-    """One for all tests: each cluster of theirs begins with it, and none ends it."""
+    """One for all tests: each cluster of theirs begins with it, and none ends it; so do the agents that wait."""
     require_server()
     yield
+    end_hosts()
     end_server()
 
 
 @pytest.fixture
 def network() -> Iterator[HostNetwork]:
-    """The hosts, whole again after the test; nothing of it is left on any."""
-    end_hosts()  # those of a cluster of a module's tests
+    """The hosts, whole again after the test."""
     hosts = HostNetwork(os.environ[CONTROL_VARIABLE])
     hosts.mend()
     yield hosts
     hosts.mend()
+
+
+@pytest.fixture
+def cold() -> Iterator[None]:
+    """No agent waits, before and after the test."""
+    end_hosts()
+    yield
     end_hosts()
 
 

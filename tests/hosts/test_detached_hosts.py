@@ -16,6 +16,8 @@ import nbdist
 from nbdist.cluster import detached_clusters
 
 PATIENCE_S = 600.0
+pytestmark = pytest.mark.usefixtures("cold")
+
 KERNEL = """
 import sys
 sys.path[:0] = ["tests", "tests/hosts"]
@@ -54,7 +56,7 @@ def abandoned(folder, patience_s=PATIENCE_S) -> Gate:
     return gate
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected():
     """The bits of four ranks on one host."""
     from test_engines import DATA, OPTIONS, bits, model

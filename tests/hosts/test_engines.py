@@ -11,7 +11,6 @@ from shared_cluster import HUNG_S, until
 from torch import nn
 
 import nbdist
-from nbdist.cluster.hosts.waiting_hosts import end_hosts
 from nbdist.telemetry.host import host_name
 
 X = torch.randn(512, 6, generator=torch.Generator().manual_seed(1))
@@ -55,9 +54,8 @@ def cluster(network):
     """Two engines on each of two hosts."""
     with nbdist.Cluster(hosts={"h1": 2, "h2": 2}, device="cpu") as started:
         yield started
-    end_hosts()
-    for host in network.names:
-        assert {} == network.processes(host)
+    left = [command for host in network.names for command in network.processes(host).values()]
+    assert [] == [command for command in left if not re.search("(agent|fork)_server", command)]
 
 
 def test_two_hosts_give_the_bits_of_one(cluster, expected):

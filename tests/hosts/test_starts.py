@@ -14,6 +14,8 @@ import nbdist
 from nbdist.cluster.hosts.waiting_hosts import end_hosts
 from nbdist.errors import ClusterError, PlanError
 
+pytestmark = pytest.mark.usefixtures("cold")
+
 KERNEL = """
 import nbdist, sys
 nbdist.Cluster(hosts={"h1": 2, "h2": 2}, device="cpu").start()
@@ -26,6 +28,17 @@ if socket.gethostname() == "h2":
     version = importlib.metadata.version
     importlib.metadata.version = lambda name: "1.0" if name == "torch" else version(name)
 """
+
+
+@pytest.fixture
+def settings(shared, monkeypatch):
+    """``settings(statement)``: of ipyparallel's `SSHEngineLauncher`."""
+    folder = shared / "profile_default"
+    folder.mkdir()
+    monkeypatch.setenv("IPYTHONDIR", str(shared))
+    return lambda statement: (folder / "ipcluster_config.py").write_text(
+        f"get_config().SSHEngineLauncher.{statement}\n"
+    )
 
 
 def test_a_killed_kernel_leaves_nothing_on_any_host(network):
@@ -41,22 +54,21 @@ def test_a_killed_kernel_leaves_nothing_on_any_host(network):
         kernel.communicate()
 
 
-def test_another_environment_is_named_before_an_engine_starts(network, shared, monkeypatch):
+def test_another_environment_is_named_before_an_engine_starts(network, shared, settings):
     (shared / "sitecustomize.py").write_text(OTHER_TORCH)
     python = shared / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={shared} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    (shared / "profile_default").mkdir()
-    settings = f"get_config().SSHEngineLauncher.remote_python = {str(python)!r}\n"
-    (shared / "profile_default" / "ipcluster_config.py").write_text(settings)
-    monkeypatch.setenv("IPYTHONDIR", str(shared))
+    settings(f"remote_python = {str(python)!r}")
     with pytest.raises(ClusterError, match=rf"host h2 has another environment: torch 1.0 in .*, and here torch {2}"):
         nbdist.Cluster(hosts={"h1": 1, "h2": 1}, device="cpu").start()
     end_hosts()
     until(lambda: not any(network.processes(host) for host in ("h1", "h2")))
 
 
-def test_a_host_that_ssh_does_not_reach_is_named(network):
+def test_a_host_that_ssh_does_not_reach_is_named(network, settings):
+    """The user's own arguments for ssh count before nbdist's, which would wait ten seconds."""
+    settings("ssh_args = ['-o', 'ConnectTimeout=1']")
     network.crash("h2")
     with pytest.raises(ClusterError, match=r"host h2 is lost: its agent has ended \(ssh: connect to host h2"):
         nbdist.Cluster(hosts={"h1": 1, "h2": 1}, device="cpu", timeout_s=HUNG_S).start()

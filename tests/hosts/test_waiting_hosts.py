@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 
+import pytest
 import torch
 from shared_cluster import until
 
 import nbdist
 from nbdist.cluster.hosts.waiting_hosts import end_hosts, waiting_hosts
+
+pytestmark = pytest.mark.usefixtures("cold")
 
 HOSTS = {"h1": 1, "h2": 1}
 KERNEL = """
@@ -33,11 +36,11 @@ def train_once() -> list[float]:
 
 def waiting(network) -> dict[str, dict[int, str]]:
     """What is left on each host."""
-    return {host: network.processes(host) for host in network.names}
+    return {host: network.processes(host) for host in HOSTS}
 
 
 def folders(network) -> str:
-    return "".join(network.run(host, "ls -d /tmp/nbdist-*/* 2>/dev/null") for host in network.names)
+    return "".join(network.run(host, "ls -d /tmp/nbdist-*/* 2>/dev/null") for host in HOSTS)
 
 
 def test_the_next_cluster_uses_the_same_agents(network):

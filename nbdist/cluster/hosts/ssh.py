@@ -19,7 +19,7 @@ __all__ = ["Ssh"]
 
 _SETTINGS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=1", "ServerAliveCountMax=3")
 _OPTIONS = ("-T", *(part for setting in _SETTINGS for part in ("-o", setting)))
-"""No terminal and no questions; a host that does not answer ends ssh."""
+"""No terminal and no questions; a host that does not answer ends ssh. ssh takes the first of two: the user's own."""
 _PROGRAM = "from nbdist.cluster.hosts.agent_server import main; main()"
 _ASKED_WITHIN_S = 10.0
 
@@ -54,7 +54,7 @@ class Ssh:
         """The command that runs an agent on a host."""
         chosen = shlex.quote(self.python or sys.executable)
         found = chosen if self.python else f'"$(command -v {chosen} || command -v python3 || printf %s {chosen})"'
-        return [*self.command, *_OPTIONS, *self.arguments, host, f"exec {found} -c {shlex.quote(_PROGRAM)}"]
+        return [*self.command, *self.arguments, *_OPTIONS, host, f"exec {found} -c {shlex.quote(_PROGRAM)}"]
 
     def address_towards(self, hosts: Iterable[str], interface: str | None = None) -> str:
         """The address of this host at which other hosts reach it. Nothing is sent to them.
