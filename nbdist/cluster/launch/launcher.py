@@ -142,22 +142,17 @@ class Launch:
             anchor: Their owner.
             notes: Of that kernel.
         """
-        launch, launched, processes, hosts = (
-            cls.__new__(cls),
-            *(notes[name] for name in ("launched", "processes", "hosts")),
-        )
+        launch, hosts = cls.__new__(cls), notes["hosts"]
         launch._prepare(Path(anchor.folder), anchor, hosts["address"])
         launch._cluster = ipyparallel.Cluster.from_dict(
-            launched, config=launch._settings(), load_profile=False, shutdown_atexit=False, log_level=50
+            notes["launched"], config=launch._settings(), load_profile=False, shutdown_atexit=False, log_level=50
         )
-        launch._local.adopt(set(processes) - set(launch._controller_marks()))
+        launch._local.adopt(set(notes["processes"]) - set(launch._controller_marks()))
         launch._homes = hosts["homes"]
         if hosts["others"] is not None:
             launch._use(OtherHosts.attach(hosts["others"], launch._proxy))
-        for name in hosts["names"]:
-            launch.hosts[name] = (
-                launch._local if launch._others is None or name == LOCAL else launch._others.newest[name]
-            )
+        others = {} if launch._others is None else launch._others.newest
+        launch.hosts.update({name: others.get(name, launch._local) for name in hosts["names"]})
         launch.client = IpyparallelClient(launch._cluster.connect_client_sync)
         launch.client.connect()
         while launch.client.look_again():  # engines may die at this very moment

@@ -77,13 +77,19 @@ class OtherHosts:
         """Begin to end all that was started there, without waiting for it."""
         self._lost.close()
         for host in self._hosts:
-            host.begin_end() if self._proxy is None else host.hang_up()
+            if self._proxy is None:
+                host.begin_end()
+            else:
+                host.hang_up()
 
     def end(self) -> None:
         """End all that was started there. Twice is fine."""
         hosts, self._hosts = self._hosts, []  # the next cluster may use them already
         for host in hosts:
-            host.end() if self._proxy is None else host.end_agent()
+            if self._proxy is None:
+                host.end()
+            else:
+                host.end_agent()
         if self._proxy is not None:
             self._proxy.close()
 
