@@ -29,27 +29,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _fork_server() -> Iterator[None]:
-    """One for all tests: each cluster of theirs begins with it, and none ends it; so do the agents that wait."""
+    """One for all tests: each cluster of theirs begins with it, and none ends it."""
     require_server()
     yield
-    end_hosts()
     end_server()
 
 
 @pytest.fixture
 def network() -> Iterator[HostNetwork]:
-    """The hosts, whole again after the test."""
+    """The hosts, whole again after the test, without agents that wait."""
+    end_hosts()  # those of a cluster of a module's tests
     hosts = HostNetwork(os.environ[CONTROL_VARIABLE])
     hosts.mend()
     yield hosts
     hosts.mend()
-
-
-@pytest.fixture
-def cold() -> Iterator[None]:
-    """No agent waits, before and after the test."""
-    end_hosts()
-    yield
     end_hosts()
 
 

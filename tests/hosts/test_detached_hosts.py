@@ -16,8 +16,6 @@ import nbdist
 from nbdist.cluster import detached_clusters
 
 PATIENCE_S = 600.0
-pytestmark = pytest.mark.usefixtures("cold")
-
 KERNEL = """
 import sys
 sys.path[:0] = ["tests", "tests/hosts"]

@@ -14,8 +14,6 @@ import nbdist
 from nbdist.cluster.hosts.waiting_hosts import end_hosts
 from nbdist.errors import ClusterError, PlanError
 
-pytestmark = pytest.mark.usefixtures("cold")
-
 KERNEL = """
 import nbdist, sys
 nbdist.Cluster(hosts={"h1": 2, "h2": 2}, device="cpu").start()
