@@ -64,7 +64,9 @@ class _Agent:
     def why(self) -> str:
         """Why the program that started it has ended: the last line that it wrote."""
         assert self.program is not None
-        written = os.pread(self.log.fileno(), _LOG_BYTES, 0).decode(errors="replace")
+        written = ""
+        with contextlib.suppress(ValueError):  # closed just now, by who ends it
+            written = os.pread(self.log.fileno(), _LOG_BYTES, 0).decode(errors="replace")
         lines = [line for line in written.splitlines() if line.strip()]
         return f"its agent has ended ({lines[-1] if lines else f'exit {self.program.returncode}'})"
 
@@ -200,6 +202,7 @@ class Agents:
             agent.program.kill()
             agent.program.wait()
         self._lose(agent, "its agent has ended")
+        agent.log.close()
 
     def close(self) -> None:
         """Close all connections: the agents end. Twice is fine."""
