@@ -20,7 +20,7 @@ from nbdist.errors import ClusterError
 
 __all__ = ["HostSnapshots"]
 
-_INTERVAL_S = 1.0
+_INTERVAL_S = 0.25
 _INTERVAL_FACTOR = 20
 """Time between copies, as a multiple of how long the last one took."""
 
