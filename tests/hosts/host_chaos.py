@@ -23,10 +23,11 @@ from torch import nn
 
 import nbdist
 from nbdist.cluster.hosts.fork_client import end_server, require_server
+from nbdist.cluster.hosts.waiting_hosts import end_hosts
 
 STEPS = 800
 MESHES = ("dp=4", "dp=2,pp=2", "shard=4", "tp=2,dp=2")
-WITHIN_S = 120.0
+WITHIN_S, LEFT_WITHIN_S = 120.0, 15.0
 X = torch.randn(1024, 6, generator=torch.Generator().manual_seed(1))
 DATA = X, X.sum(1, keepdim=True).sin()
 
@@ -101,13 +102,23 @@ def trial(network: HostNetwork, fault: Fault, mesh: str, draw: random.Random, ex
         if not problem and bits(trained) != expected:
             problem = "other bits"
     network.mend()
-    for name in network.names:
-        deadline = time.monotonic() + 15
-        while (left := network.processes(name)) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if left:
-            problem = problem or f"left on {name}: {left}"
-    return problem
+    return problem or left_behind(network, ("agent_server", "fork_server"))
+
+
+def left_behind(network: HostNetwork, but: tuple[str, ...] = ()) -> str:
+    """Which processes stay on the hosts; empty if none does.
+
+    Args:
+        network: The hosts.
+        but: Programs that may: those that wait for the next cluster.
+    """
+    deadline = time.monotonic() + LEFT_WITHIN_S
+    while True:
+        found = [f"{name}: {command}" for name in network.names for command in network.processes(name).values()]
+        left = [each for each in found if not any(program in each for program in but)]
+        if not left or time.monotonic() > deadline:
+            return f"left behind: {left}" if left else ""
+        time.sleep(0.1)
 
 
 def main() -> int:
@@ -136,8 +147,11 @@ def main() -> int:
                 print(f"FAILED: {name}, {mesh}, seed {options.seed}: {problem}", flush=True)
         failed += options.trials - good
         print(print_row(name, good, options.trials, statistics.median(took)), flush=True)
+    end_hosts()
     end_server()
-    return int(failed > 0)
+    if left := left_behind(network):
+        print(f"FAILED: {left}", flush=True)
+    return int(failed > 0 or bool(left))
 
 
 if __name__ == "__main__":
