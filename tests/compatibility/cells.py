@@ -257,12 +257,19 @@ def _tensors(model: Any) -> dict[str, torch.Tensor]:
 
 def row(pool: Any, name: str, meshes: Sequence[str]) -> dict[str, str]:
     """A model's cells on some meshes, whose ranks `pool` starts."""
-    found: dict[str, Any] = {}
-    for mesh in meshes:
-        try:
-            found[mesh] = pool(ranks_of(mesh), run_cell, name, mesh)[0]
-        except (PlanError, TaskError) as error:
-            found[mesh] = str(error)
-        except Exception as error:
-            found[mesh] = f"FAILS: {type(error).__name__}: {error}"
-    return {mesh: outcome(name, mesh, found[mesh]) for mesh in meshes}
+    return {mesh: outcome(name, mesh, found_by(on_ranks, pool, run_cell, name, mesh)) for mesh in meshes}
+
+
+def on_ranks(pool: Any, run_cell: Any, name: str, mesh: str) -> Any:
+    """What rank 0 of a mesh finds, whose ranks `pool` starts."""
+    return pool(ranks_of(mesh), run_cell, name, mesh)[0]
+
+
+def found_by(run: Any, *arguments: Any) -> Any:
+    """What a cell finds; the sentence that refuses it, or a fault's text, where it raises."""
+    try:
+        return run(*arguments)
+    except (PlanError, TaskError) as error:
+        return str(error)
+    except Exception as error:
+        return f"FAILS: {type(error).__name__}: {error}"

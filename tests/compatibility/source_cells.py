@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,21 +18,16 @@ sys.path[:0] = [
     str(Path(__file__).parent.parent / "core"),
 ]
 
+from cells import found_by, on_ranks
 from problems import train
 from sources import CASES, FEATURES
 from torch import nn
 
 from nbdist.core.comm.world import World
-from nbdist.errors import PlanError, TaskError
 
 MESHES = ["dp=1", "dp=2", "dp=3", "tp=2", "dp=2,pp=2"]
 EPOCHS = 2
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-
-
-def ranks_of(mesh: str) -> int:
-    """How many ranks a mesh has."""
-    return math.prod(int(part.partition("=")[2]) for part in mesh.split(","))
 
 
 def model() -> nn.Module:
@@ -84,12 +78,4 @@ def outcome(name: str, found: Any) -> str:
 
 def row(pool: Any, name: str, meshes: Sequence[str]) -> dict[str, str]:
     """The cells of a form of data on some meshes, whose ranks `pool` starts."""
-    found: dict[str, Any] = {}
-    for mesh in meshes:
-        try:
-            found[mesh] = pool(ranks_of(mesh), run_cell, name, mesh)[0]
-        except (PlanError, TaskError) as error:
-            found[mesh] = str(error)
-        except Exception as error:
-            found[mesh] = f"FAILS: {type(error).__name__}: {error}"
-    return {mesh: outcome(name, found[mesh]) for mesh in meshes}
+    return {mesh: outcome(name, found_by(on_ranks, pool, run_cell, name, mesh)) for mesh in meshes}

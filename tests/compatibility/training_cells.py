@@ -17,11 +17,10 @@ sys.path[:0] = [
     str(Path(__file__).parent.parent / "core"),
 ]
 
-from cells import MESHES, ranks_of
+from cells import MESHES, found_by, on_ranks, ranks_of
 from trainings import CASES, in_notebook
 
 from nbdist.core.comm.world import World
-from nbdist.errors import PlanError, TaskError
 
 __all__ = ["CASES", "MESHES", "outcome", "row"]
 
@@ -61,15 +60,9 @@ def _stacked(value: Any) -> torch.Tensor:
 
 def row(pool: Any, name: str, meshes: Sequence[str]) -> dict[str, str]:
     """The cells of a kind of training on some meshes, whose ranks `pool` starts."""
-    found: dict[str, Any] = {}
-    for mesh in meshes:
-        try:
-            if cells := CASES[name].cells:
-                found[mesh] = in_notebook(cells, ranks_of(mesh), mesh)
-            else:
-                found[mesh] = pool(ranks_of(mesh), run_cell, name, mesh)[0]
-        except (PlanError, TaskError) as error:
-            found[mesh] = str(error)
-        except Exception as error:
-            found[mesh] = f"FAILS: {type(error).__name__}: {error}"
-    return {mesh: outcome(name, found[mesh]) for mesh in meshes}
+    cells = CASES[name].cells
+    found = (
+        found_by(in_notebook, cells, ranks_of(mesh), mesh) if cells else found_by(on_ranks, pool, run_cell, name, mesh)
+        for mesh in meshes
+    )
+    return {mesh: outcome(name, each) for mesh, each in zip(meshes, found, strict=True)}
