@@ -16,6 +16,7 @@ from nbdist.core.check.evaluation_means import check_evaluation_means
 from nbdist.core.check.explained import explained
 from nbdist.core.check.findings import Findings
 from nbdist.core.check.samples import check_same_val, with_head
+from nbdist.core.check.short_batch import check_short_batch
 from nbdist.core.check.step_check import StepCheck
 from nbdist.core.comm import comm_timer
 from nbdist.core.comm.world import World
@@ -156,6 +157,7 @@ def fit(
             check_same_val(task, plan, world, apart=on_every_rank)
             with task.carried.apart():
                 check_evaluation_means(task, plan, world)
+            check_short_batch(task, plan, world, hooks)
             notes += check_after_step(task, plan, world, sent=not on_every_rank)
         with explained(plan.mesh, check is not None and check.runs_alone), task.carried.apart():
             strategy = choice.apply(task, plan, world, hooks)

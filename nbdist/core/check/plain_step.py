@@ -24,6 +24,7 @@ from nbdist.core.sync.batch_gather import PlainGather
 from nbdist.core.sync.gradient_hooks import GradientHooks
 from nbdist.core.task.step_updates import StepUpdates
 from nbdist.core.task.task import Task
+from nbdist.errors import NbdistError
 from nbdist.plan import Plan
 from nbdist.upstream.torch_private import graph_dtypes
 
@@ -165,6 +166,24 @@ class PlainStep:
             logged=logged, updated=updated,
         )  # fmt: skip
 
+    def carry(self, slices: Sequence[Slice]) -> None:
+        """Run a step on each slice, forward only, which begins with what the one before has carried.
+
+        Raises:
+            Exception: What the user's step raises.
+        """
+        self._changed = True
+        try:
+            with self._task.carried.apart(), self._task.forms.aside(), self._task.log.aside():
+                for number, part in enumerate(slices):
+                    self._task.begin()
+                    if self._updates is not None:
+                        self._updates.begin()
+                    self._slice(part, False)
+                    self._task.carried.end_step(number)
+        finally:
+            self._restore()
+
     def _restore(self) -> None:
         """Put everything back, unless it is known that nothing has changed."""
         if self._changed:
@@ -221,6 +240,8 @@ class PlainStep:
         self._changed = True
         try:
             step_optimizers(self._task.optimizers.values())
+        except NbdistError:
+            raise
         except Exception:  # the run's first update will raise it again
             return {}
         if any(rng.drawn_since(before, self._device)):

@@ -9,13 +9,36 @@ from typing import Any
 import torch
 
 from nbdist.core.optim.shardability import steps_with_closure_only
+from nbdist.errors import TaskError
 
-__all__ = ["OptimizerSteps", "needs_closure"]
+__all__ = ["OptimizerSteps", "needs_closure", "step_alone"]
+
+_OF_GRAPHS = ("grad_fn", "create_graph")
+"""What an error says where an optimizer wants the graph of gradients: autograd's own, or the optimizer's advice."""
 
 
 def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer cannot step without a closure, by its signature, or on small tensors. Local."""
     return _requires_argument(optimizer) or steps_with_closure_only(optimizer)
+
+
+def step_alone(optimizer: torch.optim.Optimizer) -> None:
+    """Run one step without a closure. Local.
+
+    Raises:
+        TaskError: It differentiates gradients, which have no graph.
+    """
+    try:
+        optimizer.step()
+    except Exception as error:
+        if not any(word in str(error) for word in _OF_GRAPHS):
+            raise
+        what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        raise TaskError(
+            f"the optimizer {type(optimizer).__name__} differentiates gradients a second time, and those in .grad are "
+            f"means over ranks and slices, which have no graph ({what}): use one that needs gradients alone, such as "
+            "AdamW."
+        ) from error
 
 
 class OptimizerSteps:
@@ -30,6 +53,9 @@ class OptimizerSteps:
         Args:
             optimizer: Of all ranks the same, over equal parameters and gradients.
             closure: Computes the loss and the gradients again.
+
+        Raises:
+            TaskError: See `step_alone`.
         """
         needing = self._needing.get(id(optimizer))
         if needing is None:  # asked once: it takes longer than the step of a small model
@@ -38,7 +64,7 @@ class OptimizerSteps:
             optimizer.step(closure)
             return
         try:
-            optimizer.step()
+            step_alone(optimizer)
         except Exception:
             if not steps_with_closure_only(optimizer):
                 raise

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdist.core.optim.closures import needs_closure
+from nbdist.core.optim.closures import needs_closure, step_alone
 from nbdist.core.optim.shardability import differs
 from nbdist.core.process.lazy_dynamo import skip_dynamo_import
 from nbdist.errors import PlanError, TaskError, suggest
@@ -124,10 +124,10 @@ def make_optimizer(optimizer: Any, model: nn.Module, lr: float | None) -> torch.
 
 
 def step_optimizers(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Let optimizers update the parameters, each once, by the gradients that these have. Local."""
+    """Let optimizers update the parameters, each once, by the gradients that these have; see `step_alone`. Local."""
     with skip_dynamo_import():
         for optimizer in optimizers:
-            optimizer.step()
+            step_alone(optimizer)
 
 
 def optimizer_name(optimizer: Any) -> str:

@@ -6,12 +6,12 @@ import functools
 
 import pytest
 import torch
-from problems import classes, mlp, train, weights
+from problems import assert_same_bits, classes, mlp, train, weights
 from torch.nn import functional as F
 
 from nbdist.core.comm.world import World
 from nbdist.core.optim.closures import needs_closure
-from nbdist.errors import PlanError
+from nbdist.errors import PlanError, TaskError
 
 STEPS, BATCH = 4, 8
 LBFGS = functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=4)
@@ -133,3 +133,28 @@ def test_a_step_computes_once_where_no_closure_is_needed():
 
     train(World(), mlp(), classes(32), step=step, optimizer="sgd", lr=0.1, batch_size=BATCH, steps=STEPS)
     assert [BATCH] * STEPS == calls
+
+
+class Curved(torch.optim.SGD):
+    """Scales an update by a second derivative, as AdaHessian does."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.grad.mul_(torch.autograd.grad(p.grad, p, torch.ones_like(p.grad))[0].abs())
+        super().step()
+
+
+def refused(world, options):
+    model = mlp()
+    with pytest.raises(TaskError) as error:
+        train(world, model, classes(16), loss="cross_entropy", optimizer=functools.partial(Curved, lr=0.1), **options)
+    assert_same_bits(weights(model), weights(mlp()))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("strategy", ["dp=1", "dp=2", "shard=2"])
+def test_an_optimizer_that_differentiates_gradients_is_one_sentence(run_ranks, strategy):
+    """Nothing has been updated then."""
+    for error in run_ranks(int(strategy[-1]), refused, {"strategy": strategy, "batch_size": 8}):
+        assert "Curved" in error
+        assert "no graph" in error or "cannot be tried on small tensors" in error

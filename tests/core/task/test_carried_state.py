@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from problems import seeded, train_task
+from problems import assert_same_bits, seeded, train_task
 from torch import nn
 from torch.nn import functional as F
 
@@ -93,8 +93,8 @@ def plain(*, over_epochs=False, every=STREAMS):
     return model.state_dict(), val
 
 
-def run(world, step, options):
-    model, data = recurrent(), options.pop("data", streams())
+def run(world, step, options, model=None):
+    model, data = model or recurrent(), options.pop("data", streams())
     options = {"optimizer": SGD, "batch_size": STREAMS, "shuffle": False, "epochs": EPOCHS, **options}
     of_task = {name: options.pop(name) for name in tuple(options) if TRAIN_OPTIONS[name].of_task}
     task = Task.create(model, data, step=step, **of_task)
@@ -258,7 +258,7 @@ class Hidden:
         (unsaved, {}, TaskError, r"carries as thing is a Generator, which cannot be saved: keep what it is made of"),
         (misspelt, {}, TaskError, r"carries hidden, not hiden. Did you mean .hidden"),
         (through_a_method, {"check": "no"}, TaskError, r"nbdist\.carried is called where nbdist did not find it"),
-        (step, {"batch_size": 9}, TaskError, r"a slice of 6 samples follows one of 9, of which hidden is carried"),
+        (step, {"batch_size": 9, "check": "no"}, TaskError, r"a slice of 6 samples follows one of 9, of which hidden"),
         (step, {"shuffle": None}, PlanError, r"shuffled unless you say otherwise: give shuffle=False"),
         (step, {"strategy": "pp=2", "batch_size": 4}, PlanError, r"carries values.*no rank that runs the whole step"),
     ],
@@ -267,6 +267,44 @@ def test_mistakes_get_one_sentence(run_on, step, options, error, words):
     """Before an engine is touched, or in the first steps."""
     with pytest.raises(error, match=words):
         run_on(options.pop("strategy", "dp=1"), step, **options)
+
+
+def whole_batch(model, batch):
+    """Fails by itself where a batch is smaller than what was carried."""
+    state = nbdist.carried(last=None)
+    before = batch[0] if state.last is None else state.last.view(batch[0].shape)
+    state.last = before.detach().flatten()
+    return F.mse_loss(model(batch[0])[0], batch[1])
+
+
+def refused(world, step, options):
+    model = recurrent()
+    with pytest.raises(TaskError) as error:
+        run(world, step, options, model)
+    assert_same_bits(model.state_dict(), recurrent().state_dict())
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "words"),
+    [
+        (step, {"batch_size": 9}, r"a slice of \d samples follows one of \d, of which hidden is carried"),
+        (step, {"batch_size": 10, "accumulate": 2}, r"a slice of \d samples follows one of \d, of which hidden"),
+        (step, {"val": tuple(part[:-2] for part in streams())}, r"a slice of \d samples follows one of \d, of which"),
+        (whole_batch, {"batch_size": 9}, r"gives the step \d samples where.*fails on them .RuntimeError: shape"),
+    ],
+)
+def test_a_smaller_last_batch_is_refused_before_the_first_update(run_ranks, step, options, words):
+    """Where what is carried has a row for each sample."""
+    for ranks in (1, 2):
+        for error in run_ranks(ranks, refused, step, {"strategy": f"dp={ranks}", **options}):
+            assert re.search(words, error)
+
+
+def test_a_smaller_last_batch_is_no_fault_where_nothing_is_of_a_sample(run_on):
+    """Nor where the run ends before it."""
+    run_on("dp=2", everything, batch_size=9)
+    run_on("dp=2", step, batch_size=9, steps=2, epochs=None)
 
 
 class Walk:
