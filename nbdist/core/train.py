@@ -279,7 +279,8 @@ def fit(
                             schedulers.end_update()
                     task.carried.end_step(progress.step)
                     counted = strategy.reducer.counted_losses(totals)
-                    progress.advance(sum(part.samples for part in slices), counted, totals.log)
+                    of_all = {} if snapshotter.replica is None else snapshotter.replica.of_all_ranks(slices, totals)
+                    progress.advance(sum(part.samples for part in slices), counted, totals.log, **of_all)
 
                     # On a GPU these are the previous step's totals, so that no step waits for the device; all ranks
                     # see them after the same step.

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from nbdist.cluster.engines.engines import Engines
 from nbdist.cluster.hosts.host import Host
-from nbdist.core.state.snapshot import BUFFERS_PER_RANK, HEAD_BYTES, Head, SnapshotBuffer, SnapshotStore
+from nbdist.core.state.snapshot import BUFFERS_PER_RANK, HEAD_BYTES, Head, SnapshotBuffer, SnapshotStore, newest_whole
 from nbdist.errors import ClusterError
 
 __all__ = ["HostSnapshots"]
@@ -102,7 +102,7 @@ class HostSnapshots(SnapshotStore):
         super().trim()
         with self._copying, contextlib.suppress(ClusterError):
             found = self.newest
-            moments = set() if found is None else {buffer.head for buffer in found[1]}
+            moments = set() if found is None else {buffer.head for buffer in found[1].values()}
             for host in self._engines.hosts:
                 heads = self._heads(host, range(len(self.paths)))
                 old = [
@@ -142,42 +142,34 @@ class HostSnapshots(SnapshotStore):
             return
         placed: dict[Host, list[int]] = {}
         for rank, host in self._engines.placed().items():
-            if host is None or host.lost or host not in self._written:
-                return  # lost, and all that was written there
-            placed.setdefault(host, []).append(rank)
+            if host is not None and not host.lost and host in self._written:  # else all that was written there is lost
+                placed.setdefault(host, []).append(rank)
         heads: dict[int, list[Head]] = {}
         for host, ranks in placed.items():
             found = self._heads(host, ranks)
             heads |= {rank: [head for head, _ in own] for rank, own in found.items()}
-        whole = [
-            head
-            for head in heads.get(0, ())
-            if 0 < head.ranks == len(heads) and all(any(head[:3] == h[:3] for h in own) for own in heads.values())
-        ]
-        if not whole:
-            return
-        latest = max(head[:3] for head in whole)
-        here = self.newest
-        if here is not None and latest <= here[1][0].head[:3]:
+        whole = newest_whole(heads)
+        here = newest_whole({rank: [SnapshotBuffer(path).head for path in own] for rank, own in enumerate(self.paths)})
+        if not whole or (here and _moment(whole) <= _moment(here)):
             return
         for host, ranks in placed.items():
-            for rank in ranks:
-                number = next(i for i, head in enumerate(heads[rank]) if head[:3] == latest)
-                self._fetch(host, rank, self._buffers(host)[rank][number], heads[rank][number])
+            for rank in whole.keys() & {*ranks}:
+                number = heads[rank].index(whole[rank])
+                self._fetch(host, rank, self._buffers(host)[rank][number], whole[rank])
 
     def _fetch(self, host: Host, rank: int, path: str, head: Head) -> None:
         """Copy a buffer of a host over the oldest one here, unless its rank has written it meanwhile."""
         (content,) = host.read_memory([(path, HEAD_BYTES, head.nbytes)])
         (after,) = host.read_memory([(path, 0, Head.nbytes_read())])
         if Head.parse(after)[0] == head and len(content) == head.nbytes:
-            kept = set() if (found := self.newest) is None else {buffer.path for buffer in found[1]}
+            kept = set() if (found := self.newest) is None else {buffer.path for buffer in found[1].values()}
             free = [buffer for buffer in map(SnapshotBuffer, self.paths[rank]) if buffer.path not in kept]
             min(free, key=lambda buffer: buffer.head[:2]).fill(head, content)
 
-    def _send(self, host: Host, buffers: list[SnapshotBuffer]) -> None:
+    def _send(self, host: Host, buffers: dict[int, SnapshotBuffer]) -> None:
         """Write the buffers of a snapshot into the oldest ones of a host that has another one."""
-        heads = self._heads(host, range(len(buffers)))
-        for rank, buffer in enumerate(buffers):
+        heads = self._heads(host, [*buffers])
+        for rank, buffer in buffers.items():
             own = [head for head, _ in heads[rank]]
             if buffer.head in own:
                 continue
@@ -185,3 +177,7 @@ class HostSnapshots(SnapshotStore):
             host.write_memory(path, 0, Head.none())
             host.write_memory(path, HEAD_BYTES, buffer.content.numpy().data)
             host.write_memory(path, 0, buffer.head.packed())
+
+
+def _moment(heads: Mapping[int, Head]) -> tuple[int, int, int]:
+    return next(iter(heads.values()))[:3]

@@ -17,7 +17,9 @@ load a state that all ranks have, and train on from it.
   sets a flag in the gradient sync, like *stop*; so all ranks save the state after the same step. A *checkpoint* is a
   snapshot that a thread writes to disk (`core/state/checkpoint_writer.py`); later syncs carry flags of the ranks that
   have written it. After an exception a rank saves the state after the last complete step, if nothing has changed it
-  since (`core/state/step_guard.py`); of a sharded model, its shards.
+  since (`core/state/step_guard.py`); of a sharded model, its shards. Where the ranks of one host, or of one ``dp``
+  coordinate, hold a whole replica, they save all of it then (`core/state/replica.py`): that is enough to resume from,
+  whatever happened to the others, if nothing differs from replica to replica (`core/state/first_values.py`).
 - **Resuming.** A killed rank's sockets close: the others leave their collective with `PeerLostError`, a secondary
   failure, and return from `remote_calls.train`. The monitor (`cluster/runs/monitor.py`) sees that only processes were
   lost, gives their ranks to spare engines, has all ranks form a new process group (generation N+1), and calls

@@ -18,6 +18,7 @@ from nbdist.core.params.weight_copies import COPIES
 from nbdist.core.state.checkpoint_format import FORMATS, RANK, cut_of, fits, optional_of, upgraded
 from nbdist.core.state.checksum_files import checksum
 from nbdist.core.state.extra_states import merged
+from nbdist.core.state.replica import with_lost_ranks
 from nbdist.core.state.shard_plan import buffer_entry, key_of
 from nbdist.core.state.snapshot import newest, read
 from nbdist.errors import PlanError
@@ -50,6 +51,7 @@ class CheckpointReader:
     Args:
         name: Its name in errors.
         parts: The shards of each rank.
+        of_replica: Whether they may be those of a replica only.
 
     Attributes:
         ranks: Each rank's metadata, see `RANK`: `position` (its progress), `schedulers`, `reports_loss`, `mesh` etc.
@@ -67,7 +69,7 @@ class CheckpointReader:
     complete = False
     seal = ""
 
-    def __init__(self, name: str, parts: Sequence[_Part]) -> None:
+    def __init__(self, name: str, parts: Sequence[_Part], *, of_replica: bool = False) -> None:
         self.name = name
         self._checksums: dict[Path, str] = {}
         try:
@@ -76,7 +78,10 @@ class CheckpointReader:
             ranks = []
         if not (ranks and fits(ranks, [RANK])):
             raise self._malformed("the metadata of a rank")
-        self.ranks: list[dict[str, Any]] = sorted(ranks, key=lambda rank: int(rank["rank"]))
+        ranks = sorted(ranks, key=lambda rank: int(rank["rank"]))
+        if of_replica and len(ranks) < ranks[0].get("replica", {}).get("ranks", 0):
+            ranks = with_lost_ranks(ranks)
+        self.ranks: list[dict[str, Any]] = ranks
         if [rank["rank"] for rank in self.ranks] != list(range(len(ranks))):
             raise self._malformed("the list of ranks")
         first = self.ranks[0]
@@ -123,13 +128,13 @@ class CheckpointReader:
 
     @classmethod
     def of_snapshot(cls, paths: Sequence[Sequence[str]]) -> CheckpointReader | None:
-        """The newest snapshot of which every rank has its part; None without one.
+        """The newest whole snapshot; None without one.
 
         Args:
             paths: Each rank's snapshot buffers, see `SnapshotStore`.
         """
         found = newest(paths)
-        return None if found is None else cls("the last snapshot", read(found[1]))
+        return None if found is None else cls("the last snapshot", read(found[1]), of_replica=True)
 
     @classmethod
     def in_folder(cls, folder: str, *, hashed: bool = True) -> CheckpointReader:

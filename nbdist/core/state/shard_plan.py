@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,15 +21,11 @@ from nbdist.core.params.param_data_watch import DataWatch
 from nbdist.core.params.param_table import ParamTable
 from nbdist.core.params.placement import Placement
 from nbdist.core.params.weight_copies import WeightCopies
+from nbdist.core.state.first_values import SMALL_BYTES, FirstValues, sampled
 from nbdist.errors import TaskError
+from nbdist.telemetry.host import host_id
 
-__all__ = ["SMALL_BYTES", "ShardPlan", "bit_sum", "buffer_entry", "check_state", "gather_texts", "key_of"]
-
-SMALL_BYTES = 1 << 16
-"""Buffers up to this size count as changed in every step: BatchNorm writes its own without a new `_version`."""
-
-_SAMPLED_VALUES = 16
-"""How many values of a frozen parameter are compared to detect a change."""
+__all__ = ["ShardPlan", "bit_sum", "buffer_entry", "check_state", "gather_texts", "key_of"]
 
 
 class ShardPlan:
@@ -43,6 +39,11 @@ class ShardPlan:
         copies: Of its weights, saved beside them.
         changed: Buffers and frozen parameters whose values are neither the task's nor those of the checkpoint from
             which the run resumed.
+
+    Attributes:
+        described: Shape, dtype and split of the model's tensors, by name.
+        replicas: The ranks of each replica that can be resumed from alone; one with all ranks if none can.
+        reporting: The ranks that report losses.
     """
 
     def __init__(
@@ -60,8 +61,15 @@ class ShardPlan:
             for name, tensor in table.parameters.items()
             if table.placement(name).held(axes) and (not tensor.requires_grad or table.is_updated(name, axes))
         }
-        saver_of = _assign([json.loads(text) for text in gather_texts(json.dumps([*candidates.values()]), axes.world)])
+        own = json.dumps([host_id(), axes.dp.rank, axes.reports_loss, [*candidates.values()]])
+        hosts, places, reporting, held = zip(*map(json.loads, gather_texts(own, axes.world)), strict=True)
+        self.reporting = [rank for rank, reports in enumerate(reporting) if reports]
+        self.replicas = _replicas([hosts, places], held)
+        saver_of = _assign(dict(enumerate(held)))
         self._saved = [name for name, (key, _) in candidates.items() if saver_of[key] == axes.world.rank]
+        saver_of = _assign({rank: held[rank] for rank in self.replica})
+        self._saved_alone = [name for name, (key, _) in candidates.items() if saver_of[key] == axes.world.rank]
+        self._first_values = FirstValues(model, table, self._saved_alone, changed) if len(self.replicas) > 1 else None
         self._versions = {name: buffer._version for name, buffer in self._buffers() if name not in changed}
         self._frozen = [name for name in self._saved if not table.parameters[name].requires_grad]
         self._frozen_changed = any(name in changed for name in self._frozen)
@@ -74,16 +82,30 @@ class ShardPlan:
         self._references = TensorReferences(table.objects)
         self._attributes = {name: OwnAttributes(one, self._references) for name, one in optimizers.items()}
 
-    def changing(self, *, buffers: bool = False) -> dict[str, torch.Tensor]:
+    @property
+    def replica(self) -> list[int]:
+        """The ranks of this rank's replica, see `replicas`."""
+        return next(ranks for ranks in self.replicas if self._axes.world.rank in ranks)
+
+    def stands_alone(self) -> bool:
+        """Whether this rank's replica has all that others have: nothing in it differs from replica to replica. Local.
+
+        On a GPU this waits for it.
+        """
+        first = self._first_values
+        return first is not None and not self.frozen_changed() and not [*self._made()] and first.unchanged()
+
+    def changing(self, *, buffers: bool = False, alone: bool = False) -> dict[str, torch.Tensor]:
         """What steps change: trainable parameters, optimizer state, buffers, and frozen parameters if changed. Local.
 
         Args:
             buffers: Whether to include large buffers that have not changed since the start.
+            alone: Whether to include this rank's share of its replica, if it `stands_alone`.
         """
         table, axes = self._table, self._axes
         frozen_changed = self.frozen_changed()
         shards = {}
-        for name in self._saved:
+        for name in dict.fromkeys([*self._saved, *(self._saved_alone if alone else ())]):
             parameter, placement = table.parameters[name], table.placement(name)
             if not (parameter.requires_grad or frozen_changed):
                 continue
@@ -98,7 +120,7 @@ class ShardPlan:
             changes = buffer.nbytes <= SMALL_BYTES or buffer._version != self._versions.get(name)
             if changes or (buffers and axes.data.rank == 0):
                 shards[_key(name, buffer_entry(axes.data.rank), table.placement(name), axes)] = buffer.detach()
-            if axes.data.rank == 0:
+            if axes.data.rank == 0 or alone:
                 copies = self._copies.of(name)
                 shards |= {_key(name, entry, table.placement(name), axes): copy for entry, copy in copies.items()}
         for name, buffer in self._made():
@@ -152,14 +174,7 @@ class ShardPlan:
             (parameter._version, _digest(parameter) if i in self._accessed else b"")
             for i, parameter in enumerate(parameters)
         ]
-        for device in {parameter.device for parameter in parameters}:
-            samples = [
-                parameter.reshape(-1)[:: -(-parameter.numel() // _SAMPLED_VALUES) or 1].contiguous().view(torch.uint8)
-                for parameter in parameters
-                if parameter.device == device
-            ]
-            fingerprints.append(torch.cat(samples).cpu().numpy().tobytes())
-        return fingerprints
+        return [*fingerprints, *sampled(parameters)]
 
     def _on_data_access(self, i: int) -> None:
         """The user's code reads ``.data`` of a frozen parameter: from now on all of its values are hashed."""
@@ -271,15 +286,30 @@ def _key(name: str, entry: str, placement: Placement, axes: MeshChannels) -> str
     )
 
 
-def _assign(candidates: list[list[tuple[str, int]]]) -> dict[str, int]:
+def _replicas(places: list[Sequence[Any]], held: Sequence[list[tuple[str, int]]]) -> list[list[int]]:
+    """The ranks of each replica: of one host, or else of one ``dp`` coordinate, if they hold all keys; else all ranks.
+
+    Args:
+        places: The host of each rank, and its ``dp`` coordinate.
+        held: The keys of each rank, with their bytes.
+    """
+    keys = {key for own in held for key, _ in own}
+    for place_of in places:
+        replicas = [[r for r, place in enumerate(place_of) if place == one] for one in dict.fromkeys(place_of)]
+        if len(replicas) > 1 and all(keys == {key for r in ranks for key, _ in held[r]} for ranks in replicas):
+            return replicas
+    return [[*range(len(held))]]
+
+
+def _assign(candidates: Mapping[int, list[tuple[str, int]]]) -> dict[str, int]:
     """The rank that saves each key, balanced by bytes: largest first, to the holder that saves least so far."""
     holders: dict[str, list[int]] = {}
     sizes: dict[str, int] = {}
-    for rank, shards in enumerate(candidates):
+    for rank, shards in candidates.items():
         for key, nbytes in shards:
             holders.setdefault(key, []).append(rank)
             sizes[key] = nbytes
-    loads = [0] * len(candidates)
+    loads = dict.fromkeys(candidates, 0)
     saver_of = {}
     for key in sorted(holders, key=lambda key: (len(holders[key]), -sizes[key])):
         saver_of[key] = min(holders[key], key=loads.__getitem__)

@@ -2,7 +2,8 @@
 
 The process that starts the ranks creates and holds the memory; each rank writes its share, alternately into two
 buffers. A buffer is marked with its step only when complete, so a rank may be killed at any moment. No rank is more
-than a step ahead of another, so every rank still has the newest snapshot that all ranks have completed.
+than a step ahead of another, so every rank still has the newest snapshot that all ranks have completed. Where ranks
+hold replicas, those of one that is left save all of it after an error: then no step is repeated.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +22,14 @@ from nbdist.core.transfer.payload import Holder, Segment
 from nbdist.segment_path import open_segment
 
 __all__ = [
-    "BUFFERS_PER_RANK", "HEAD_BYTES", "Head", "RankSnapshots", "SnapshotBuffer", "SnapshotStore", "newest", "read",
+    "BUFFERS_PER_RANK", "HEAD_BYTES", "Head", "RankSnapshots", "SnapshotBuffer", "SnapshotStore", "newest",
+    "newest_whole", "read",
 ]  # fmt: skip
 
 BUFFERS_PER_RANK = 3
 """Two used alternately, and a third while one of them is being written to disk."""
 _STEP = struct.Struct("<q")  # one aligned word: a reader sees the old or the new value, never half of one
-_HEAD = struct.Struct("<qqqq")
+_HEAD = struct.Struct("<qqqqqq")
 _LAST_STEP = slice(64, 64 + _STEP.size)  # behind the header
 HEAD_BYTES = 4096
 """Where the content of a buffer begins."""
@@ -42,12 +44,16 @@ class Head(NamedTuple):
         ended: Completed epochs and rows, which distinguish snapshots of the same step.
         ranks: How many ranks write this snapshot.
         nbytes: Length of its tensor buffer.
+        replica: Number of the replica of which this is a share, if that can be resumed from alone, from 1; else 0.
+        members: How many ranks have a share of that replica.
     """
 
     step: int
     ended: int
     ranks: int
     nbytes: int
+    replica: int = 0
+    members: int = 0
 
     @staticmethod
     def nbytes_read() -> int:
@@ -105,8 +111,9 @@ class SnapshotBuffer:
         return self._bytes[HEAD_BYTES : HEAD_BYTES + self.head.nbytes]
 
     def write(
-        self, moment: tuple[int, int], ranks: int, layout: TensorLayout, tensors: Mapping[str, torch.Tensor], text: str
-    ) -> None:
+        self, moment: tuple[int, int], ranks: int, layout: TensorLayout, tensors: Mapping[str, torch.Tensor], text: str,
+        replica: tuple[int, int] = (0, 0),
+    ) -> None:  # fmt: skip
         """Write a snapshot; until it is complete the buffer holds none. Local.
 
         Args:
@@ -115,6 +122,7 @@ class SnapshotBuffer:
             layout: Of `tensors`.
             tensors: The tensors to save.
             text: JSON of everything else.
+            replica: See `Head`: its number, and how many ranks have a share of it.
         """
         header = layout.header(text)
         nbytes = len(header) + layout.data_bytes
@@ -129,7 +137,7 @@ class SnapshotBuffer:
             self._views = [f.view(t.dtype).view(t.shape) for f, t in zip(flats, tensors.values(), strict=True)]
         if self._views:
             torch._foreach_copy_(self._views, list(tensors.values()))
-        head = _HEAD.pack(*moment, ranks, nbytes)  # the step is written last: it makes the snapshot valid
+        head = _HEAD.pack(*moment, ranks, nbytes, *replica)  # the step is written last: it makes the snapshot valid
         self._memory[_STEP.size : _HEAD.size] = head[_STEP.size :]
         self._memory[: _STEP.size] = head[: _STEP.size]
 
@@ -184,8 +192,9 @@ class RankSnapshots:
         self._buffers = [SnapshotBuffer(path) for path in paths]
 
     def write(
-        self, moment: tuple[int, int], ranks: int, layout: TensorLayout, tensors: Mapping[str, torch.Tensor], text: str
-    ) -> SnapshotBuffer:
+        self, moment: tuple[int, int], ranks: int, layout: TensorLayout, tensors: Mapping[str, torch.Tensor], text: str,
+        replica: tuple[int, int] = (0, 0),
+    ) -> SnapshotBuffer:  # fmt: skip
         """Write a snapshot over the older of two, or over that of the same moment; returns its buffer.
 
         A rank may save the same moment twice (an error just after a snapshot) while others have not saved it yet, so
@@ -194,7 +203,7 @@ class RankSnapshots:
         free = [buffer for buffer in self._buffers if not buffer.pinned]
         again = [buffer for buffer in free if buffer.head[:2] == moment]
         buffer = again[0] if again else min(free[:2], key=lambda buffer: buffer.head[:2])
-        buffer.write(moment, ranks, layout, tensors, text)
+        buffer.write(moment, ranks, layout, tensors, text, replica)
         return buffer
 
     def record_step(self, step: int) -> None:
@@ -238,8 +247,8 @@ class SnapshotStore:
             return max(SnapshotBuffer(path).last_step for own in self.paths for path in own)
 
     @property
-    def newest(self) -> tuple[int, list[SnapshotBuffer]] | None:
-        """The newest step of which every rank has a snapshot, and its buffers; see `newest`."""
+    def newest(self) -> tuple[int, dict[int, SnapshotBuffer]] | None:
+        """The step of the newest whole snapshot, and its buffers; see `newest`."""
         return newest(self.paths)
 
     @property
@@ -261,7 +270,7 @@ class SnapshotStore:
         """Free all memory but that of the newest snapshot. No rank may be writing."""
         with self._trimming:
             found = self.newest
-            needed = set() if found is None else {buffer.path for buffer in found[1]}
+            needed = set() if found is None else {buffer.path for buffer in found[1].values()}
             for segment in (segment for segments in self._segments for segment in segments):
                 if segment.path not in needed:
                     segment.empty()
@@ -273,26 +282,44 @@ class SnapshotStore:
                 segment.close()
 
 
-def newest(paths: Sequence[Sequence[str]]) -> tuple[int, list[SnapshotBuffer]] | None:
-    """The newest step of which every rank has a complete snapshot, and each rank's buffer; None without one.
+def newest(paths: Sequence[Sequence[str]]) -> tuple[int, dict[int, SnapshotBuffer]] | None:
+    """The step of the newest whole snapshot, and the buffers of the ranks that it needs; None without one.
 
     Args:
         paths: The buffers of each rank, on this host.
     """
-    buffers = [{buffer.head[:3]: buffer for buffer in map(SnapshotBuffer, own)} for own in paths]
-    complete = [
-        (step, ended, ranks)
-        for step, ended, ranks in (buffers[0] if buffers else {})
-        if step != _NO_STEP
-        and 0 < ranks <= len(buffers)
-        and all((step, ended, ranks) in own for own in buffers[:ranks])
-    ]
-    if not complete:
+    buffers = {rank: {buffer.head: buffer for buffer in map(SnapshotBuffer, own)} for rank, own in enumerate(paths)}
+    found = newest_whole(buffers)
+    if not found:
         return None
-    latest = max(complete)
-    return latest[0], [own[latest] for own in buffers[: latest[2]]]
+    return next(iter(found.values())).step, {rank: buffers[rank][head] for rank, head in found.items()}
 
 
-def read(buffers: Sequence[SnapshotBuffer]) -> list[TensorBuffer]:
-    """The tensors in snapshot buffers."""
-    return [TensorBuffer(buffer.content) for buffer in buffers]
+def newest_whole(heads: Mapping[int, Collection[Head]]) -> dict[int, Head]:
+    """The header of each rank that the newest whole snapshot needs; empty without one.
+
+    A snapshot is whole with all ranks that wrote it, or with all of one replica that can be resumed from alone.
+
+    Args:
+        heads: The headers of each rank whose buffers are left.
+    """
+    written: dict[tuple[int, int, int], dict[int, Head]] = {}
+    for rank, own in heads.items():
+        for head in own:
+            if head.step != _NO_STEP and head.ranks:
+                written.setdefault(head[:3], {})[rank] = head
+    for moment in sorted(written, reverse=True):
+        by_rank = written[moment]
+        every = range(moment[2])
+        if all(rank in by_rank for rank in every):
+            return {rank: by_rank[rank] for rank in every}
+        for number in sorted({head.replica for head in by_rank.values()} - {0}):
+            share = {rank: head for rank, head in sorted(by_rank.items()) if head.replica == number}
+            if len(share) == next(iter(share.values())).members:
+                return share
+    return {}
+
+
+def read(buffers: Mapping[int, SnapshotBuffer]) -> list[TensorBuffer]:
+    """The tensors in the snapshot buffers of ranks."""
+    return [TensorBuffer(buffer.content) for buffer in buffers.values()]

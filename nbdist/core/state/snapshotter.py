@@ -21,6 +21,7 @@ from nbdist.core.process import rng
 from nbdist.core.state.checkpoint_writer import CheckpointWriter, prepare
 from nbdist.core.state.extra_states import ExtraStates
 from nbdist.core.state.folder_lease import Lease
+from nbdist.core.state.replica import Replica
 from nbdist.core.state.restore import SAMPLE_ORDER_OPTIONS
 from nbdist.core.state.shard_plan import ShardPlan, check_state, gather_texts
 from nbdist.core.state.snapshot import RankSnapshots, SnapshotBuffer, SnapshotStore
@@ -58,6 +59,9 @@ class Snapshotter:
         lease: Of the plan's checkpoint folder, on rank 0.
         copies: See `ShardPlan`.
         changed: See `ShardPlan`.
+
+    Attributes:
+        replica: This rank's, if there are snapshots or checkpoints.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Snapshotter:
         self._axes: MeshChannels = strategy.axes
         self._rank, self._ranks = strategy.axes.world.rank, strategy.axes.world.size
         self._shard_plan: ShardPlan | None = None
+        self.replica: Replica | None = None
         self._own_store: SnapshotStore | None = None
         self._writer: CheckpointWriter | None = None  # the one used last
         self._planned_writer: CheckpointWriter | None = None
@@ -104,6 +109,7 @@ class Snapshotter:
                 task.model, strategy.table, task.optimizers, strategy.axes, self._copies, self._changed
             )
             self._described = json.dumps(self._shard_plan.described)
+            self.replica = Replica(task, self._shard_plan, self._ranks)
         if self._buffers is None:
             self._own_store = SnapshotStore(1)
             self._buffers = RankSnapshots(self._own_store.paths[0])
@@ -217,11 +223,14 @@ class Snapshotter:
 
     def snapshot_on_error(self, progress: TrainProgress) -> None:
         """After an error: snapshot the state after the last complete step, if this rank still has it. Local."""
+        guard, plan = self._step_guard, self._shard_plan
+        if guard is None or not progress.step or not guard.intact:
+            return
+        self._strategy.restore_shards()
         # The guard does not see whether the failed step has changed frozen parameters, or extra states.
-        changed = self._extra.any or (self._shard_plan is not None and self._shard_plan.frozen_changed())
-        if self._step_guard is not None and progress.step and self._step_guard.intact and not changed:
-            self._strategy.restore_shards()
-            self._try_snapshot(progress, self._step_guard.buffers)
+        if not (self._extra.any or (plan is not None and plan.frozen_changed())):
+            alone = self.replica is not None and self.replica.stands_alone(progress)
+            self._try_snapshot(progress, guard.buffers, alone=alone)
 
     def frozen_stay(self) -> bool:
         """Whether parameters that are not trained have their first values on all ranks. **Collective** (world)."""
@@ -284,15 +293,16 @@ class Snapshotter:
         self._checked = True
 
     def _try_snapshot(
-        self, progress: TrainProgress, buffers: dict[str, torch.Tensor] | None = None, *, for_checkpoint: bool = False
-    ) -> SnapshotBuffer | None:
+        self, progress: TrainProgress, buffers: dict[str, torch.Tensor] | None = None, *, for_checkpoint: bool = False,
+        alone: bool = False,
+    ) -> SnapshotBuffer | None:  # fmt: skip
         """Take a snapshot of this rank's shards; if that is impossible, disable snapshots."""
         try:
             if not self._layouts and self._rank_snapshots is not None and buffers is None:
                 self._check_memory()
             if self._rank_snapshots is None and not for_checkpoint:
                 return None
-            return self._snapshot(progress, buffers, for_checkpoint=for_checkpoint)
+            return self._snapshot(progress, buffers, for_checkpoint=for_checkpoint, alone=alone)
         except TaskError as error:
             if self._plan.checkpoint:
                 raise
@@ -322,9 +332,10 @@ class Snapshotter:
             self._disable_snapshots(f"they need {needed / 2**20:,.0f} MiB{free_text}.")
 
     def _snapshot(
-        self, progress: TrainProgress, buffers: dict[str, torch.Tensor] | None = None, *, for_checkpoint: bool = False
-    ) -> SnapshotBuffer:
-        """Take a snapshot of this rank's shards; returns its buffer.
+        self, progress: TrainProgress, buffers: dict[str, torch.Tensor] | None = None, *, for_checkpoint: bool = False,
+        alone: bool = False,
+    ) -> SnapshotBuffer:  # fmt: skip
+        """Take a snapshot of this rank's shards, and if `alone` of its share of its replica; returns its buffer.
 
         Raises:
             TaskError: Some state cannot be saved.
@@ -334,17 +345,18 @@ class Snapshotter:
         started_s = time.monotonic()
         if not self._checked:
             self._check_optimizers()
-        tensors = self._shard_plan.changing(buffers=for_checkpoint)
+        tensors = self._shard_plan.changing(buffers=for_checkpoint, alone=alone)
         layout = self._layout_of(tensors)
         generators = rng.state_dict() if buffers is None else None  # after an error they have advanced
-        text = self._text(progress, generators, self._shard_plan, for_checkpoint=for_checkpoint)
+        text = self._text(progress, generators, self._shard_plan, for_checkpoint=for_checkpoint, alone=alone)
         if buffers is not None:
             kept = {key: key.rsplit("|", 4)[:2] for key in tensors}
             tensors = {
                 key: tensor if kept[key][1] in COPIES else buffers.get(kept[key][0], tensor)
                 for key, tensor in tensors.items()
             }
-        buffer = self._buffers.write(progress.moment, self._ranks, layout, tensors, text)
+        number = self.replica.number if alone and self.replica is not None else (0, 0)
+        buffer = self._buffers.write(progress.moment, self._ranks, layout, tensors, text, number)
         self._last_snapshot_step = progress.step
         now = time.monotonic()
         self._snapshot_due_s = now + _SNAPSHOT_INTERVAL_FACTOR * (now - started_s)
@@ -359,8 +371,9 @@ class Snapshotter:
         return layout
 
     def _text(
-        self, progress: TrainProgress, generators: list[Any] | None, shard_plan: ShardPlan, *, for_checkpoint: bool
-    ) -> str:
+        self, progress: TrainProgress, generators: list[Any] | None, shard_plan: ShardPlan, *, for_checkpoint: bool,
+        alone: bool,
+    ) -> str:  # fmt: skip
         strategy, plan = self._strategy, self._plan
         state: dict[str, Any] = {
             "rank": self._rank,
@@ -377,6 +390,8 @@ class Snapshotter:
             state["left_out"] = sums
         if made := shard_plan.made():
             state["made"] = made
+        if alone and self.replica is not None:
+            state["replica"] = self.replica.metadata
         if self._extra.any:
             state["extra_state"] = self._extra.state_dict()
         if strategy.task.carried.any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nbdist.core.state.shard_plan import SMALL_BYTES
+from nbdist.core.state.first_values import SMALL_BYTES
 
 __all__ = ["StepGuard"]
 

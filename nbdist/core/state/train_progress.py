@@ -21,6 +21,13 @@ class Row:
     Args:
         device: Of the losses.
         state_dict: Counts to continue from, see `state_dict`.
+
+    Attributes:
+        steps: In the row.
+        samples: That this rank has read.
+        loss: Of those samples.
+        all_samples: That all ranks have read; None if this rank does not know it.
+        all_losses: Of all ranks, as each step sums them beside the gradients, and in the precision of these.
     """
 
     def __init__(self, device: torch.device, state_dict: dict[str, Any] | None = None) -> None:
@@ -30,6 +37,8 @@ class Row:
         self.loss = RunningMean(device, tuple(state_dict["loss"]))
         logged = state_dict.get("log", {})  # not in checkpoints of 0.1
         self._log = {name: RunningMean(device, tuple(sums)) for name, sums in logged.items()}
+        self.all_samples: int | None = state_dict.get("all_samples", None if self.steps else 0)
+        self.all_losses = RunningMean(device, tuple(state_dict.get("all_losses", (0.0, 0.0))))
         self._device = device
         self._started_s: float = time.perf_counter() - state_dict["seconds"]
 
@@ -47,24 +56,37 @@ class Row:
         for name, parts in log.parts.items():
             self._log.setdefault(name, RunningMean(self._device)).add_sums(*parts)
 
+    def add_batch(self, samples: int | None, losses: tuple[Any, Any] | None) -> None:
+        """Add a step's samples on all ranks, and its `Totals.parts`; None if this rank does not know them."""
+        if samples is None or losses is None or self.all_samples is None:
+            self.all_samples = None
+        else:
+            self.all_samples += samples
+            self.all_losses.add_sums(*losses)
+
     def state_dict(self) -> dict[str, Any]:
         """The counts as JSON-able data. Waits for the device."""
-        return {
+        counts = {
             "steps": self.steps, "samples": self.samples, "loss": self.loss.sums.tolist(), "seconds": self.seconds,
             "log": {name: mean.sums.tolist() for name, mean in self._log.items()},
         }  # fmt: skip
+        if self.all_samples is not None:
+            counts |= {"all_samples": self.all_samples, "all_losses": self.all_losses.sums.tolist()}
+        return counts
 
     def close(self, channel: Channel, reports_loss: bool, epoch: int, seconds: float) -> dict[str, Any]:
         """The row summed over all ranks, the same on each. **Collective** over all of them.
 
         Args:
             channel: Over all ranks.
-            reports_loss: Whether this rank's samples count: one of the ranks that read the same samples does.
+            reports_loss: Whether this rank's samples and losses count: one of the ranks that read the same samples does.
+                Others may have the same losses, but not of the same steps, after a resume from another mesh.
             epoch: The row's number.
             seconds: How long it took; rank 0's value is used.
         """
         counted = [self.samples if reports_loss else 0, seconds if channel.rank == 0 else 0.0]
-        sums = torch.cat([self.loss.sums, torch.tensor(counted, dtype=torch.float64, device=channel.device)])
+        losses = self.loss.sums if reports_loss else torch.zeros(2, dtype=torch.float64, device=channel.device)
+        sums = torch.cat([losses, torch.tensor(counted, dtype=torch.float64, device=channel.device)])
         channel.all_reduce_(sums)
         loss_sum, weight, samples, seconds = sums.tolist()
         return {
@@ -121,19 +143,25 @@ class TrainProgress:
         progress.commands = tuple(state_dict.get("commands", progress.commands))  # not in checkpoints of 0.1
         return progress
 
-    def advance(self, samples: int, losses: list[tuple[Any, Any]], log: LogTotals | None = None) -> None:
+    def advance(
+        self, samples: int, losses: list[tuple[Any, Any]], log: LogTotals | None = None, *,
+        all_samples: int | None = None, all_losses: tuple[Any, Any] | None = None,
+    ) -> None:  # fmt: skip
         """A step is complete.
 
         Args:
             samples: How many this rank has read.
             losses: Those that it computed, with their weights.
             log: The step's log over all ranks.
+            all_samples: See `Row.add_batch`.
+            all_losses: The same.
         """
         self.batch += 1
         self.step += 1
         self.samples += samples
         self.row.steps += 1
         self.row.samples += samples
+        self.row.add_batch(all_samples, all_losses)
         for loss, weight in losses:
             self.row.loss.add(loss, weight)
         if log is not None:

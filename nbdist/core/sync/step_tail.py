@@ -102,6 +102,7 @@ class Totals:
     """
 
     def __init__(self, sums: list[float] | torch.Tensor) -> None:
+        self._sums = sums
         self._numbers = AsyncNumbers(sums)
         self.log: LogTotals | None = None
 
@@ -120,6 +121,15 @@ class Totals:
         """The mean loss over all ranks; None if no rank had data."""
         _, total, weight = self._numbers.read()[:LOSS_NUMBERS]
         return total / weight if weight else None
+
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        """The sum of the losses times their weights, and of the weights: numbers, or scalar tensors of a GPU."""
+        sums = self._sums
+        if isinstance(sums, torch.Tensor) and sums.device.type != "cpu":
+            _, total, weight = sums[:LOSS_NUMBERS].double().unbind()
+            return total, weight
+        return self._numbers.read()[1], self._numbers.read()[2]
 
     @property
     def flags(self) -> ControlFlags:

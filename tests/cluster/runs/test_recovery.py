@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import functools
 import json
 import os
 import re
@@ -118,6 +119,31 @@ def test_killed_engines_change_no_bit(cluster, undisturbed, tmp_path, victims):
     events = [json.loads(line) for line in (records() / run.run_id / "cluster.jsonl").read_text().splitlines()]
     assert [*("Recovered" for _ in victims), "Noted"] == [event["event"] for event in events]
     assert victims == [event["rank"] for event in events if event["event"] == "Recovered"]
+
+
+def held(gate, y, target):
+    """A loss that waits where an interrupt leaves the last step complete."""
+    if gate is not None and torch.is_grad_enabled() and nbdist.current_step() == HELD:
+        gate.hold("forward")
+    return nn.functional.cross_entropy(y, target)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_no_step_is_repeated_where_a_replica_is_left(cluster, tmp_path, victim):
+    """The rank that is left has saved all of it, for both."""
+    found = []
+    for gate in (None, Gate(tmp_path)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 3))
+        run = cluster.train(model, data(), background=True, **OPTIONS | {"loss": functools.partial(held, gate)})
+        if gate is not None:
+            gate.wait("forward", run=run)
+            os.kill(cluster.engines[victim].pid, signal.SIGKILL)
+            gate.open("forward")
+        run.wait()
+        found.append((bits(model), rows(run)))
+    assert f"all continue from step {HELD}" in str(run.progress.notes)
+    assert found[0] == found[1]
 
 
 class Counting(Net):

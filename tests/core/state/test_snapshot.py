@@ -114,7 +114,7 @@ def test_two_buffers_alternately_and_a_third_while_one_is_pinned(snapshot_store)
     assert [buffer.path for buffer in buffers[:2]] == snapshot_store.paths[0][:2]
     buffers[3].pinned = True
     assert 3 == len({buffers[3], *(write(rank_snapshots, step) for step in range(5, 9))})
-    saved = read([buffers[3]])[0]
+    saved = read({0: buffers[3]})[0]
     assert "4/0" == saved.text
     buffers[3].pinned = False
     after = [write(rank_snapshots, step) for step in range(9, 13)]

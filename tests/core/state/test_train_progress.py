@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from problems import classes, mlp, train
+from problems import classes, mlp, stop_after, train
 
 from nbdist.core.comm.world import World
 from nbdist.core.state.train_progress import Row, TrainProgress
@@ -107,6 +107,21 @@ def test_what_is_complete(options, changes, expected):
         else:
             progress.next_epoch({"epoch": 1} if change == "epoch" else None)
     assert expected == progress.complete(Plan.create(ranks=1, cores=1, **options))
+
+
+def stopped_and_resumed(world, folder, strategy):
+    given = {"optimizer": "sgd", "batch_size": 8, "epochs": 1, "strategy": strategy, "check": "no"}
+    if world.size == 1:
+        return train(world, mlp(), classes(40), checkpoint=folder, commands=stop_after(3), **given)[0].history
+    return train(world, mlp(), classes(40), resume=folder, **given)[0].history
+
+
+def test_a_row_that_began_on_another_mesh_counts_each_step_once(run_ranks, tmp_path):
+    """Of ranks that compute the same loss, one counts."""
+    (expected,), _ = train(World(), mlp(), classes(40), optimizer="sgd", batch_size=8, epochs=1)[0].history, None
+    run_ranks(1, stopped_and_resumed, str(tmp_path), "dp=1")
+    for (row,) in run_ranks(2, stopped_and_resumed, str(tmp_path), "tp=2"):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-12)
 
 
 def rows_of(world):
