@@ -147,8 +147,8 @@ def test_core_knows_no_notebook():
 
 def test_ipyparallel_stays_in_one_room():
     """In the kernel where engines are launched; on an engine, a process of its own, one runs it."""
-    room = {f"cluster/launch/{name}.py" for name in ("ipyparallel_client", "launcher")}
-    room |= {f"cluster/hosts/{name}.py" for name in ("ipyparallel_patches", "ssh")}
+    room = {f"cluster/launch/{name}.py" for name in ("forked_controller", "ipyparallel_client", "launcher")}
+    room |= {f"cluster/hosts/{name}.py" for name in ("ipyparallel_patches", "mpi", "ssh")}
     engine = {"engine/parent_watch.py"}
     found = {i.at.partition(":")[0] for i in imports(".") if within(i.name, {"ipyparallel"})}
     assert {f"nbdist/{file}" for file in room | engine} == found

@@ -14,7 +14,7 @@ from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engine_info import Engine
 from nbdist.cluster.engines.starting import check_start, start_engines, take_over_engines
 from nbdist.cluster.hosts import fork_client
-from nbdist.cluster.launch.anchor_client import Anchor, check_detach
+from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.devices import choose_hosts
 from nbdist.cluster.prediction import predict
 from nbdist.cluster.runs.run import Run, attend, resume_arguments
@@ -44,6 +44,9 @@ class Cluster:
         hosts: Instead of `engines`, how many on each host: by its name for ssh, or "local"; None for the default there.
         interface: This host's network interface towards the others, or its address; by default the one to them.
         host_timeout: After how many seconds without a word a host counts as lost; by default 3.
+        launcher: Through what other hosts are reached: "ssh", "mpi", or "slurm", which chooses them.
+        nodes: With Slurm, how many of them: of the job that this kernel is in, else of one that is asked for.
+        launcher_args: For ssh, ``mpiexec``, or ``salloc`` of a new job, such as "--partition gpu --time 2:00:00".
 
     Raises:
         PlanError: A number, the device or a host is not possible. No engine is started.
@@ -52,13 +55,13 @@ class Cluster:
     def __init__(
         self, engines: int | None = None, *, device: str = "auto", timeout_s: float = 60.0, spares: int | None = None,
         detach: float | None = None, hosts: Mapping[str, int | None] | None = None, interface: str | None = None,
-        host_timeout: float | None = None,
+        host_timeout: float | None = None, launcher: str = "ssh", nodes: int | None = None, launcher_args: str = "",
     ) -> None:  # fmt: skip
         check_start(timeout_s, spares)
-        warm_up = session.current_cluster() is None
-        self._hosts = choose_hosts(engines, hosts, device, interface, host_timeout, warm_up=warm_up)
-        if detach is not None:
-            check_detach(detach)
+        self._hosts = choose_hosts(
+            engines, hosts, device, interface=interface, timeout_s=host_timeout, launcher=launcher, nodes=nodes,
+            launcher_args=launcher_args, detach=detach, warm_up=session.current_cluster() is None,
+        )  # fmt: skip
         self._up: Engines | None = None
         self._run_queue: RunQueue | None = None
         self.device = device
@@ -74,9 +77,8 @@ class Cluster:
         return self._hosts.size if (up := self._up) is None else up.size
 
     def __repr__(self) -> str:
-        if self._up is None:
-            return f"Cluster(engines={self.size}), not running"
-        return f"Cluster(engines={self.size}), running on {', '.join(engine.device for engine in self.engines)}"
+        state = f"running on {', '.join(engine.device for engine in self.engines)}" if self._up else "not running"
+        return f"Cluster(engines={self.size}), {state}"
 
     @property
     def engines(self) -> list[Engine]:
@@ -115,8 +117,8 @@ class Cluster:
 
     @property
     def hosts(self) -> dict[str, int | None]:
-        """How many engines were asked for on each host; "local" is this one."""
-        return dict(self._hosts.engines)
+        """How many engines were asked for on each host; "local" is this one. With Slurm, how many nodes."""
+        return self._hosts.named
 
     def memory(self, engine: Engine) -> int:
         """The resident memory of an engine's process, in bytes; 0 if it has ended."""
@@ -166,8 +168,7 @@ class Cluster:
             return self
         if session.current_cluster() is not None:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
-        changes = self._changes or NotebookChanges(everything=bool(self._hosts.others))  # before engines start
-        self._changes = changes
+        changes = self._changes = self._changes or NotebookChanges(everything=self._hosts.elsewhere)
         self._drive(start_engines(self._hosts, self.device, self.timeout_s, tell, self.spares, self.detach), changes)
         self._replay.follow(self._up, changes)
         session.set_cluster(self)
@@ -233,8 +234,7 @@ class Cluster:
         """
         (up := self._running()).check_size(engines)
         if (run := self.current_run) is not None:
-            run.scale(engines)
-            return
+            return run.scale(engines)
         self.check_ready()
         up.resize(engines)
         self.check_ready()
@@ -387,9 +387,9 @@ class Cluster:
     complete, predict = complete, predict
 
     def _check_rank(self, rank: int) -> int:
-        if not 0 <= rank < self.size:
-            raise PlanError(f"rank {rank} does not exist: use 0 to {self.size - 1}.")
-        return rank
+        if 0 <= rank < self.size:
+            return rank
+        raise PlanError(f"rank {rank} does not exist: use 0 to {self.size - 1}.")
 
     def _running(self) -> Engines:
         if (up := self._up) is None:

@@ -94,15 +94,13 @@ class DistMagics(Magics):
         if has_front_end(self.shell):
             load_panel()
         hosts = None if arguments.hosts is None else parsers.parse_hosts(arguments.hosts)
-        wanted = Cluster(
-            arguments.n, device=arguments.device, timeout_s=arguments.timeout, spares=arguments.spares,
-            detach=arguments.detach, hosts=hosts, interface=arguments.interface, host_timeout=arguments.host_timeout,
-        )  # fmt: skip
+        given = {name: value for name, value in vars(arguments).items() if name not in ("n", "hosts", "timeout")}
+        wanted = Cluster(arguments.n, hosts=hosts, timeout_s=arguments.timeout, **given)
         with StatusLine(live=has_front_end(self.shell)) as status:
             if (
                 cluster is not None
                 and arguments.n in (None, cluster.size)
-                and (hosts is None or wanted.hosts == cluster.hosts)
+                and ((hosts is None and arguments.launcher == "ssh") or wanted.hosts == cluster.hosts)
                 and arguments.device in ("auto", cluster.device)
                 and (arguments.detach is None or cluster.detach is not None)
             ):

@@ -34,6 +34,15 @@ def _start_parser() -> OptionParser:
         "h1:2,h2:2,local:2 (local: this one). Without a number: one a GPU, else one a core up to 4.",
     )  # fmt: skip
     parser.add_argument(
+        "--launcher", default="ssh", metavar="ssh|slurm|mpi", help="How other hosts are reached. slurm: the nodes of "
+        "the job that this notebook is in, else of one that is asked for. Default: ssh.",
+    )  # fmt: skip
+    parser.add_argument("--nodes", type=int, metavar="N", help="With slurm, how many; -n says how many engines in all.")
+    parser.add_argument(
+        "--launcher-args", default="", metavar="ARGS", help="For ssh, mpiexec, or salloc of a new job, such as "
+        '"--partition gpu --time 2:00:00".',
+    )  # fmt: skip
+    parser.add_argument(
         "--interface",
         metavar="NAME",
         help="This host's network interface towards the others. Default: the one to them.",

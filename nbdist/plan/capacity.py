@@ -18,8 +18,10 @@ _LIMIT_VARIABLE = "NBDIST_MAX_ENGINES"
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use: affinity and the container's quota may allow fewer than the host has."""
+    """CPU cores that this process may use: affinity, the container's quota and a job of Slurm may allow fewer."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allocated = os.environ.get("SLURM_CPUS_ON_NODE", "")  # sites need not bind a job to its cores
+    cores = min(cores, int(allocated)) if allocated.isdigit() and int(allocated) else cores
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

@@ -56,12 +56,12 @@ def start_engines(
     cold = fork_client.current_server() is None
     report("loading torch" if cold else "starting engines")
     stores: list[Any] = []
-    own_store = patience_s is None and not hosts.others  # which needs the launch's address
+    own_store = patience_s is None and not hosts.elsewhere  # which needs the launch's address
     loading = threading.Thread(target=_load_and_host, args=(stores, own_store, cold), daemon=True)
     loading.start()  # the kernel needs torch too: loaded while the engines start
     started: Launch | Engines | None = None
     try:
-        started = launch = Launch(hosts, patience_s, timeout_s)
+        started = launch = Launch(hosts, patience_s, timeout_s, report)
         launch.wait_for(launch.size, timeout_s, report)
         loading.join()
         store = stores.pop() if stores else _store_of(launch.anchor, launch.address)

@@ -219,6 +219,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
     log = os.open(folder / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     errors = os.dup(2)
+    os.dup(1)  # until the end: Open MPI closes the input of a process that has closed its output
     os.dup2(log, 1)
     os.dup2(log, 2)  # what is started here must not keep ssh's connection open
     agent: _Agent | None = None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from nbdist.cluster.hosts import fork_client
 from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
-from nbdist.cluster.hosts.ssh import Ssh
+from nbdist.cluster.hosts.slurm import check_slurm
+from nbdist.cluster.launch.agent_launchers import launcher_of
+from nbdist.cluster.launch.anchor_client import check_detach
 from nbdist.errors import PlanError, suggest
 from nbdist.plan import available_cores, check_engines, default_engines, may_have_gpus
 
@@ -17,8 +21,8 @@ _DEVICES = ("auto", "cpu", "cuda")
 
 
 def choose_hosts(
-    engines: int | None, hosts: Mapping[str, int | None] | None, device: str, interface: str | None,
-    timeout_s: float | None, *, warm_up: bool,
+    engines: int | None, hosts: Mapping[str, int | None] | None, device: str, *, warm_up: bool,
+    detach: float | None = None, launcher_args: str = "", **reached: Any,
 ) -> HostChoice:  # fmt: skip
     """How many engines to start on which hosts. The number of this one is chosen here, where none is given.
 
@@ -26,8 +30,9 @@ def choose_hosts(
         engines: The requested number; None for the default.
         hosts: Instead of it, the number on each host; see `HostChoice`.
         device: "auto", "cpu" or "cuda".
-        interface: See `HostChoice`.
-        timeout_s: See `HostChoice`.
+        detach: How long they outlive this kernel, in seconds; None if they do not.
+        launcher_args: For the launcher, as a shell splits them.
+        **reached: How other hosts are reached, see `HostChoice`.
         warm_up: Whether engines are about to start, so that the fork server may load torch while this looks for GPUs.
 
     Raises:
@@ -37,12 +42,22 @@ def choose_hosts(
         raise PlanError(f"unknown device {device!r}: use auto, cpu or cuda.{suggest(device, _DEVICES)}")
     if hosts is not None and engines is not None:
         raise PlanError("engines and hosts exclude each other: say how many on each host, such as h1:2,h2:2.")
-    counts = {LOCAL: engines} if hosts is None else dict(hosts)
+    if detach is not None:
+        check_detach(detach)
+    by_slurm = reached.get("launcher") == "slurm"
+    if by_slurm and hosts is not None:
+        raise PlanError("Slurm chooses the hosts: say how many nodes (--nodes 2), and with -n how many engines in all.")
+    counts = {} if by_slurm else {LOCAL: engines} if hosts is None else dict(hosts)
     if LOCAL in counts:
         counts[LOCAL] = _size(counts[LOCAL], device, warm_up)
-    choice = HostChoice(engines=counts, interface=interface, timeout_s=timeout_s, device=device)
-    if choice.others:
-        Ssh.of_user().address_towards(choice.others, interface)  # an unknown host is named before anything is stopped
+    given = tuple(shlex.split(launcher_args))
+    choice = HostChoice(
+        engines=counts, total=engines if by_slurm else None, device=device, launcher_args=given, **reached
+    )
+    if by_slurm:
+        check_slurm(given, detach is not None)
+    elif choice.others:  # an unknown host is named before anything is stopped
+        launcher_of(choice).address_towards(choice.others, choice.interface)
     return choice
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextlib
 import functools
@@ -13,23 +12,23 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ipyparallel
 import psutil
-from ipyparallel.cluster import launcher
-from traitlets import Bool
 from traitlets.config import Config
 
 from nbdist.cluster.calls.engine_client import EngineClient
 from nbdist.cluster.hosts import fork_client
 from nbdist.cluster.hosts.host import EngineEnvironment, Host, HostFacts
 from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
-from nbdist.cluster.hosts.ipyparallel_patches import adopt
 from nbdist.cluster.hosts.local_host import GUARD, LocalHost, interface_to, kill_tree
-from nbdist.cluster.hosts.ssh import Ssh
+from nbdist.cluster.hosts.slurm import SlurmJob
+from nbdist.cluster.launch.agent_launchers import launcher_of
 from nbdist.cluster.launch.anchor_client import PROXY, Anchor
+from nbdist.cluster.launch.forked_controller import ForkedController
 from nbdist.cluster.launch.ipyparallel_client import IpyparallelClient
 from nbdist.cluster.launch.other_hosts import OtherHosts
 from nbdist.cluster.launch.reserved_ports import ReservedPorts
@@ -60,9 +59,11 @@ class Launch:
         choice: How many engines to start on which hosts, see `wait_for`; a number of them on this one.
         patience_s: How long they live without a kernel, in seconds; None if they end with this one.
         timeout_s: How long other hosts may take to answer first, in seconds.
+        report: Progress callback: is told while a job of Slurm waits.
 
     Attributes:
         hosts: The hosts, by name, in the user's order.
+        job: Of Slurm, whose nodes they are; None without one.
         size: How many engines were started first.
         address: Of this host, where the others reach it; empty if there are none.
         on_lost: Called with the id of a host that is lost, in a thread.
@@ -70,16 +71,31 @@ class Launch:
 
     Raises:
         PlanError: A host cannot be found, or cannot run so many engines.
-        ClusterError: A host cannot be reached, or has another environment. Then nothing is left running.
+        ClusterError: A host cannot be reached, or has another environment; or Slurm gives no job. Then nothing is left
+            running.
     """
 
     _local: LocalHost
 
-    def __init__(self, choice: HostChoice | int, patience_s: float | None = None, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, choice: HostChoice | int, patience_s: float | None = None, timeout_s: float = 60.0,
+        report: Callable[[str], None] = lambda words: None,
+    ) -> None:  # fmt: skip
         choice = HostChoice(engines={LOCAL: choice}) if isinstance(choice, int) else choice
+        self.job = SlurmJob.begin(choice.nodes, choice.total, choice.launcher_args, report) if choice.by_slurm else None
+        try:
+            self._begin(choice, patience_s, timeout_s)
+        except BaseException:
+            if self.job is not None:
+                self.job.end()
+            raise
+
+    def _begin(self, choice: HostChoice, patience_s: float | None, timeout_s: float) -> None:
+        if self.job is not None:
+            choice = replace(choice, engines=self.job.engines(choice.total))
         counts = choice.engines
-        ssh = Ssh.of_user() if choice.others else None
-        address = "" if ssh is None else ssh.address_towards(choice.others, choice.interface)
+        launcher = launcher_of(choice, self.job.job if self.job is not None else "") if choice.others else None
+        address = "" if launcher is None else launcher.address_towards(choice.others, choice.interface)
         folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
         self._prepare(folder, None if patience_s is None else Anchor.start(str(folder), patience_s, address), address)
         self._ports = ReservedPorts(_PORTS)
@@ -100,8 +116,8 @@ class Launch:
         )  # fmt: skip
         self.client: EngineClient = IpyparallelClient(self._cluster.connect_client_sync)
         try:
-            if ssh is not None:
-                self._use(OtherHosts(ssh, address, timeout_s, self._proxy))
+            if launcher is not None:
+                self._use(OtherHosts(launcher, address, timeout_s, self._proxy))
             for name in counts:
                 self.hosts[name] = self._local if self._others is None or name == LOCAL else self._others.add(name)
             if choice.others:
@@ -143,6 +159,7 @@ class Launch:
             notes: Of that kernel.
         """
         launch, hosts = cls.__new__(cls), notes["hosts"]
+        launch.job = None
         launch._prepare(Path(anchor.folder), anchor, hosts["address"])
         launch._cluster = ipyparallel.Cluster.from_dict(
             notes["launched"], config=launch._settings(), load_profile=False, shutdown_atexit=False, log_level=50
@@ -347,33 +364,10 @@ class Launch:
         self._local.end()
         if self.anchor is not None:
             self.anchor.end()
+        if self.job is not None:
+            self.job.end()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def log_tail(self) -> str:
         """The end of each engine's log."""
         return "\n".join(host.log_tail() for host in self.living())
-
-
-class ForkedController(launcher.LocalControllerLauncher):
-    """Starts the controller as a fork of the fork server, where there is one; else as ipyparallel's launcher does."""
-
-    entrypoint_name = f"{__name__}.ForkedController"  # by which a `Cluster` that is saved as a dict finds this class
-
-    engines_follow = Bool(True, config=True, help="Whether engines are started on this host too.")
-
-    def start(self) -> None:
-        """See ipyparallel."""
-        pid = fork_client.try_fork(
-            "controller", self.args[len(GUARD) + 1 :], {**os.environ, **self.get_env()}, os.path.abspath(self.work_dir),
-            self.output_file, loads=self.engines_follow,
-        )  # fmt: skip
-        if pid is None:
-            super().start()
-        else:
-            adopt(self, pid)
-
-    async def get_connection_info(self, timeout: float | None = None) -> Any:
-        """The contents of its connection files, once it has written them."""
-        while self.process.is_running() and not all(os.path.exists(file) for file in self.connection_files.values()):
-            await asyncio.sleep(_POLL_S)  # ipyparallel polls only ten times a second
-        return await super().get_connection_info(timeout)

@@ -1,4 +1,4 @@
-"""The other hosts of a launch: begun over ssh, tried again when they are lost, ended with it."""
+"""The other hosts of a launch: begun by their agents, tried again when they are lost, ended with it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nbdist.cluster.hosts.agent_launcher import AgentLauncher
 from nbdist.cluster.hosts.host import Host
 from nbdist.cluster.hosts.proxied_agents import ProxiedAgents
 from nbdist.cluster.hosts.remote_host import RemoteHost
-from nbdist.cluster.hosts.ssh import Ssh
 from nbdist.cluster.hosts.waiting_hosts import begin_host
 from nbdist.cluster.launch.lost_hosts import LostHosts
 from nbdist.errors import ClusterError
@@ -21,7 +21,7 @@ class OtherHosts:
     """Their agents wait for the next cluster of this kernel afterwards, or belong to an anchor and end with it.
 
     Args:
-        ssh: How they are reached.
+        launcher: Starts their agents.
         address: Of this host, where they reach it.
         timeout_s: How long an agent may take to answer first, in seconds.
         proxy: The path of the anchor's proxy; empty without one.
@@ -31,8 +31,8 @@ class OtherHosts:
         on_back: Called with a host that takes the place of a lost one, in a thread.
     """
 
-    def __init__(self, ssh: Ssh, address: str, timeout_s: float, proxy: str = "") -> None:
-        self._ssh, self._address, self._timeout_s = ssh, address, timeout_s
+    def __init__(self, launcher: AgentLauncher, address: str, timeout_s: float, proxy: str = "") -> None:
+        self._launcher, self._address, self._timeout_s = launcher, address, timeout_s
         self._proxy = ProxiedAgents(proxy) if proxy else None
         self._hosts: list[RemoteHost] = []
         self._newest: dict[str, RemoteHost] = {}
@@ -52,7 +52,7 @@ class OtherHosts:
             noted: What it has noted, see `note`.
             proxy: See `OtherHosts`.
         """
-        others = cls(noted["ssh"], noted["address"], noted["timeout_s"], proxy)
+        others = cls(noted["launcher"], noted["address"], noted["timeout_s"], proxy)
         assert others._proxy is not None
         for name, identity in noted["identities"].items():
             host = others._keep(RemoteHost(name, identity, others._proxy))
@@ -66,7 +66,10 @@ class OtherHosts:
     def note(self) -> dict[str, Any]:
         """What another kernel needs to `attach`."""
         identities = {name: host.identity for name, host in self._newest.items()}
-        return {"ssh": self._ssh, "address": self._address, "timeout_s": self._timeout_s, "identities": identities}
+        return {
+            "launcher": self._launcher, "address": self._address, "timeout_s": self._timeout_s,
+            "identities": identities,
+        }  # fmt: skip
 
     @property
     def newest(self) -> dict[str, RemoteHost]:
@@ -94,7 +97,7 @@ class OtherHosts:
             self._proxy.close()
 
     def _begin(self, name: str) -> RemoteHost:
-        command = self._ssh.agent_command(name)
+        command = self._launcher.agent_command(name)
         if self._proxy is None:
             return begin_host(name, command, self._address, self._timeout_s, self._note_lost)
         host = RemoteHost(name, self._proxy.start(name, command), self._proxy)

@@ -24,7 +24,11 @@ needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not i
         ({"hosts": {"h1": True}}, "True engines on host h1 are not possible"),
         ({"hosts": {"h1": 2}, "engines": 2}, "engines and hosts exclude each other"),
         ({"hosts": {"h1": 2}, "host_timeout": 0.5}, "a host timeout of 0.5 is not possible"),
-        ({"engines": 1, "interface": "eth0"}, "interface and host_timeout are about other hosts"),
+        ({"engines": 1, "interface": "eth0"}, "interface is about other hosts: name them with hosts"),
+        ({"launcher": "mpi", "launcher_args": "-v"}, "launcher_args and launcher are about other hosts"),
+        ({"launcher": "slrm", "hosts": {"h1": 2}}, "unknown launcher 'slrm': use ssh, slurm, mpi. Did you mean .slurm"),
+        ({"launcher": "slurm", "hosts": {"h1": 2}}, "Slurm chooses the hosts: say how many nodes"),
+        ({"nodes": 2, "hosts": {"h1": 2}}, "nodes=2 is about a job of Slurm: give launcher='slurm' too"),
         ({"hosts": {"local": 4000}}, "4000 engines are more than this machine can run"),
     ],
 )

@@ -105,7 +105,9 @@ def test_a_sender_that_runs_ahead_takes_bounded_memory(run_ranks):
 def leave_a_link(world):
     link = world.links([(0, 1)])[1 - world.rank]
     if world.rank == 1:
+        link.receive()  # the other rank's link is made too
         os._exit(7)  # as a kill would
+    link.send("made", [])
     try:
         link.receive()
     except PeerLostError:

@@ -1,0 +1,223 @@
+"""Slurm: the job whose nodes are the hosts, and how agents are started on them, one step a node.
+
+Inside a job the notebook uses that one. Outside it asks for one, which ends with this process, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nbdist.cluster.hosts.agent_launcher import AgentLauncher
+from nbdist.cluster.hosts.host_choice import LOCAL
+from nbdist.errors import ClusterError, PlanError
+from nbdist.telemetry.host import host_name
+
+__all__ = ["Slurm", "SlurmJob", "check_slurm", "own_job"]
+
+_HELD = """scontrol show hostnames "$SLURM_JOB_NODELIST" && printf '\\n' && exec cat > /dev/null"""
+_HOLDS = """
+exec 3<&0
+salloc "$@" <&3 & job=$!
+(cat <&3; kill $job) > /dev/null 2>&1 &
+wait $job
+"""
+"""A shell's program: the job, or its place in the queue, is given up once the standard input ends."""
+_LOOK_S, _ASK_EVERY_S, _ASKED_WITHIN_S = 0.1, 2.0, 10.0
+_ENDED_WITHIN_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm(AgentLauncher):
+    """See `AgentLauncher`.
+
+    Args:
+        job: The id of the job whose nodes the hosts are.
+    """
+
+    job: str
+
+    def agent_command(self, host: str) -> list[str]:
+        """See `AgentLauncher`. The step may use all that the job has on its node, beside other steps."""
+        one_task = ["--nodes=1", "--ntasks=1", f"--nodelist={host}", "--overlap", "--cpu-bind=none", "--mem=0"]
+        return ["srun", f"--jobid={self.job}", *one_task, "--unbuffered", "--quiet", "sh", "-c", self.shell_line]
+
+
+class SlurmJob:
+    """A job, and the names of its nodes. Local to the kernel.
+
+    Args:
+        job: Its id.
+        nodes: Their names; `LOCAL` for this host.
+        program: What holds the job, if it was asked for here.
+
+    Attributes:
+        job: Its id.
+        nodes: Their names.
+    """
+
+    def __init__(self, job: str, nodes: Sequence[str], program: subprocess.Popen[str] | None = None) -> None:
+        self.job, self.nodes, self._program = job, list(nodes), program
+
+    @classmethod
+    def begin(
+        cls, nodes: int | None, engines: int | None, arguments: Sequence[str], report: Callable[[str], None]
+    ) -> SlurmJob:
+        """The job that this process is in, else a new one, once it has begun.
+
+        An interrupt withdraws the new one.
+
+        Args:
+            nodes: How many; None for all of the present job, or one.
+            engines: How many in all, for which a new job gets a core each; None leaves that to `arguments`.
+            arguments: For ``salloc``.
+            report: Progress callback: is told while the job waits, and why.
+
+        Raises:
+            PlanError: The present job has fewer nodes.
+            ClusterError: Slurm refuses the new one.
+        """
+        if own_job():
+            return cls._present(nodes)
+        sizes = [f"--nodes={nodes or 1}", *([] if engines is None else [f"--ntasks={engines}"])]
+        wanted = ["--no-kill", "--job-name=nbdist", *sizes, *arguments]  # a lost node must not end the others
+        command = ["sh", "-c", _HOLDS, "sh", *wanted, "sh", "-c", _HELD]
+        program = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return cls(*_granted(program, report), program)
+        except BaseException:
+            _end(program)
+            raise
+
+    @classmethod
+    def _present(cls, nodes: int | None) -> SlurmJob:
+        found = _ask("scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")).split()
+        if nodes is not None and nodes > len(found):
+            raise PlanError(f"{nodes} nodes are more than job {own_job()} has, which is {len(found)}: use fewer.")
+        here = host_name().partition(".")[0]
+        names = [LOCAL if name.partition(".")[0] == here else name for name in found]
+        names.sort(key=lambda name: name != LOCAL)
+        return cls(own_job(), names[:nodes])
+
+    def engines(self, total: int | None) -> dict[str, int | None]:
+        """How many engines on each node, as evenly as possible; None for the default there.
+
+        Raises:
+            PlanError: There are fewer engines than nodes.
+        """
+        if total is None:
+            return dict.fromkeys(self.nodes)
+        if total < len(self.nodes):
+            raise PlanError(f"{total} engines are fewer than the {len(self.nodes)} nodes: use fewer nodes.")
+        each, more = divmod(total, len(self.nodes))
+        return {name: each + (number < more) for number, name in enumerate(self.nodes)}
+
+    def end(self) -> None:
+        """End the job, if it was asked for here. Twice is fine."""
+        if self._program is not None:
+            _end(self._program)
+
+
+def check_slurm(arguments: Sequence[str], detach: bool) -> None:
+    """Raise `PlanError` if no job can be used or asked for like that. Asks nobody.
+
+    Args:
+        arguments: For ``salloc``.
+        detach: Whether the engines outlive this kernel.
+    """
+    if shutil.which("salloc") is None:
+        raise PlanError("there is no salloc here: start the notebook on a host of a Slurm cluster, or use ssh.")
+    if own_job() and arguments:
+        raise PlanError(
+            f"launcher_args ({' '.join(arguments)}) are for a new job, and this notebook is in job {own_job()}: "
+            "omit them."
+        )
+    if detach and not own_job():
+        raise PlanError(
+            "a job that nbdist asks for ends with the kernel: for engines that outlive it (detach), start the notebook "
+            "inside a job."
+        )
+
+
+def own_job() -> str:
+    """The id of the job that this process is in; empty outside of one."""
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def _granted(program: subprocess.Popen[str], report: Callable[[str], None]) -> tuple[str, list[str]]:
+    """The id and the nodes of a job, once it has begun."""
+    assert program.stdout is not None
+    assert program.stderr is not None
+    written: list[str] = []
+    nodes: list[str] = []
+    threads = [
+        threading.Thread(target=_collect, args=(stream, lines), daemon=True)
+        for stream, lines in ((program.stderr, written), (program.stdout, nodes))
+    ]
+    for thread in threads:
+        thread.start()
+    began_s, asked_s = time.monotonic(), -_ASK_EVERY_S
+    while "" not in nodes:
+        if program.poll() is not None:
+            for thread in threads:
+                thread.join()
+            lines = [line.removeprefix("salloc: ").removeprefix("error: ") for line in written if line]
+            raise ClusterError(f"Slurm gives no job: {' '.join(lines).rstrip('.') or f'exit {program.returncode}'}.")
+        if (job := _job_of(written)) and time.monotonic() - asked_s > _ASK_EVERY_S:
+            asked_s = time.monotonic()
+            waited = f"{asked_s - began_s:.0f} s"
+            report(f"job {job} waits in the queue for {waited}{_reason(job)}: interrupt to withdraw it")
+        time.sleep(_LOOK_S)
+    return _job_of(written), nodes[: nodes.index("")]
+
+
+def _collect(stream: object, lines: list[str]) -> None:
+    for line in stream:  # type: ignore[attr-defined]
+        lines.append(line.rstrip("\n"))
+
+
+def _job_of(written: Sequence[str]) -> str:
+    """The id of a job in what salloc has written."""
+    words = [line.split() for line in written if " job allocation " in f"{line} "]
+    return next((each[-1] for each in reversed(words) if each[-1].isdigit()), "")
+
+
+def _reason(job: str) -> str:
+    """Why a job waits, and until when, in a clause."""
+    state, _, rest = _ask("squeue", "--noheader", f"--jobs={job}", "--format=%T|%r|%S").strip().partition("|")
+    reason, _, begins = rest.partition("|")
+    if state != "PENDING":
+        return ""
+    expected = f", expected to begin at {begins}" if begins not in ("", "N/A") else ""
+    return f" ({reason}{expected})"
+
+
+def _ask(*command: str) -> str:
+    """What a program of Slurm's says; empty if it fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_ASKED_WITHIN_S)
+        return asked.stdout
+    return ""
+
+
+def _end(program: subprocess.Popen[str]) -> None:
+    """Let salloc end, which gives the job back."""
+    assert program.stdin is not None
+    with contextlib.suppress(OSError):
+        program.stdin.close()
+    try:
+        program.wait(_ENDED_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        program.kill()
+        program.wait()

@@ -1,0 +1,202 @@
+"""Engines through Slurm and MPI: the bits of one host, lost hosts, and jobs that end with their kernel."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import slurm_hosts
+import torch
+from gate import Gate
+from host_network import CONTROL_VARIABLE, HostNetwork
+from shared_cluster import HUNG_S, until
+from torch import nn
+from torch.nn import functional as F
+
+import nbdist
+from nbdist.errors import ClusterError, PlanError
+
+X = torch.randn(512, 6, generator=torch.Generator().manual_seed(1))
+DATA = X, X.sum(1, keepdim=True).sin()
+OPTIONS = {"optimizer": "adamw", "lr": 0.01, "batch_size": 64, "epochs": 2, "strategy": "dp=2,pp=2"}
+KINDS = ["slurm", "mpiexec.openmpi", "mpiexec.mpich"]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+
+
+def held(gate: Gate | None, y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """In the 7th step it waits, where an interrupt leaves the 6th complete."""
+    if gate is not None and torch.is_grad_enabled() and nbdist.current_step() == 6:
+        gate.hold("forward")
+    return F.mse_loss(y, target)
+
+
+def bits(trained: nn.Module) -> list[bytes]:
+    return [parameter.detach().numpy().tobytes() for parameter in trained.parameters()]
+
+
+def trained_on(cluster: nbdist.Cluster) -> list[bytes]:
+    cluster.train(trained := model(), DATA, loss=functools.partial(held, None), **OPTIONS)
+    return bits(trained)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The bits of four ranks of one host."""
+    with nbdist.Cluster(4, device="cpu", spares=0) as cluster:
+        return trained_on(cluster)
+
+
+@pytest.fixture(scope="module")
+def _slurm():
+    if not slurm_hosts.installed():
+        pytest.skip("Slurm is NOT tested: it is not installed")
+    slurm = slurm_hosts.SlurmHosts(HostNetwork(os.environ[CONTROL_VARIABLE]))
+    slurm.up()
+    yield slurm
+    slurm.down()
+
+
+@pytest.fixture
+def slurm(network, _slurm, monkeypatch):
+    """Slurm, of which every host but this one is a node; all are idle."""
+    monkeypatch.setenv("SLURM_CONF", slurm_hosts.CONF)
+    _slurm.start_nodes()
+    return _slurm
+
+
+@pytest.fixture(params=KINDS)
+def launched(request, network, monkeypatch):
+    """The arguments of a cluster of two engines on each of two hosts."""
+    if request.param == "slurm":
+        slurm = request.getfixturevalue("slurm")
+        yield {"launcher": "slurm", "nodes": 2, "engines": 4, "launcher_args": "--nodelist=h1,h2"}
+        until(lambda: not slurm.jobs)
+    else:
+        if shutil.which(request.param) is None:
+            pytest.skip(f"MPI is NOT tested with {request.param}: it is not installed")
+        for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+            monkeypatch.setenv(name, "1")
+        profile = Path.home() / ".ipython" / "profile_default"
+        profile.mkdir(parents=True, exist_ok=True)
+        (profile / "ipcluster_config.py").write_text(f"get_config().MPILauncher.mpi_cmd = [{request.param!r}]\n")
+        yield {"launcher": "mpi", "hosts": {"h1": 2, "h2": 2}}
+        (profile / "ipcluster_config.py").unlink()
+
+
+def test_the_bits_of_one_host(launched, expected):
+    with nbdist.Cluster(device="cpu", **launched) as cluster:
+        assert ["h1", "h1", "h2", "h2"] == [engine.host for engine in cluster.engines]
+        assert trained_on(cluster) == expected
+
+
+def test_a_lost_host_costs_no_bit_and_no_step(launched, network, expected, shared):
+    """Nor does it end the others' job."""
+    gate = Gate(shared)
+    with nbdist.Cluster(device="cpu", **launched) as cluster:
+        loss = functools.partial(held, gate)
+        run = cluster.train(trained := model(), DATA, background=True, loss=loss, **OPTIONS)
+        until(lambda: all(gate._mark("forward", rank).exists() for rank in (1, 3)))  # of the last stages
+        network.crash("h2")
+        gate.open("forward")
+        run.wait(HUNG_S)
+        assert bits(trained) == expected
+        assert ["h1"] * 4 == [engine.host for engine in cluster.engines]
+        assert "all continue from step 6" in str(run.progress.notes)
+
+
+def test_a_killed_engine_is_replaced_on_its_host(launched, network, expected, shared):
+    gate = Gate(shared)
+    with nbdist.Cluster(device="cpu", **launched) as cluster:
+        loss = functools.partial(held, gate)
+        run = cluster.train(trained := model(), DATA, background=True, loss=loss, **OPTIONS)
+        until(lambda: all(gate._mark("forward", rank).exists() for rank in (1, 3)))
+        network.run("h2", f"kill -9 {cluster.engines[2].pid}")
+        gate.open("forward")
+        run.wait(HUNG_S)
+        assert bits(trained) == expected
+        assert ["h1", "h1", "h2", "h2"] == [engine.host for engine in cluster.engines]
+
+
+def test_a_job_that_waits_is_withdrawn(slurm):
+    """The user is told why it waits, and interrupts."""
+    other = subprocess.Popen(["srun", f"--nodes={len(slurm.nodes)}", "--exclusive", "sleep", "1000"])
+    until(lambda: slurm.jobs == ["RUNNING"])
+    shown = []
+
+    def tell(words: str) -> None:
+        shown.append(words)
+        if "waits in the queue" in words and "(" in words:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        nbdist.Cluster(launcher="slurm", nodes=1).start(tell)
+    assert re.search(r"job \d+ waits in the queue for \d+ s \((Resources|Priority|None)", shown[-1])
+    until(lambda: slurm.jobs == ["RUNNING"])
+    other.terminate()
+    other.wait()
+
+
+def test_a_job_that_slurm_refuses(slurm):
+    with pytest.raises(ClusterError, match=r"Slurm gives no job: .*invalid partition specified: nowhere"):
+        nbdist.Cluster(launcher="slurm", launcher_args="--partition nowhere").start()
+    assert not slurm.jobs
+
+
+PROGRAM = """
+import nbdist, sys
+with nbdist.Cluster(launcher="slurm", device="cpu", spares=0, {arguments}) as cluster:
+    print(" ".join(engine.host for engine in cluster.engines), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def program(begin: list[str], arguments: str) -> subprocess.Popen[str]:
+    """A process that starts a cluster and tells its hosts."""
+    command = [*begin, sys.executable, "-c", PROGRAM.format(arguments=arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_job_ends_with_its_kernel(slurm, network):
+    """However that ends: nothing is left."""
+    kernel = program([], "nodes=2, engines=2")
+    assert len(kernel.stdout.readline().split()) == 2
+    os.kill(kernel.pid, signal.SIGKILL)
+    kernel.communicate()
+    until(lambda: not slurm.jobs)
+    until(lambda: not any(network.processes(host) for host in network.names))
+
+
+def test_the_job_that_the_notebook_is_in_is_used(slurm):
+    """On all its nodes, or on some, as many engines as it has cores; also from one of them."""
+    for begin, arguments, hosts in (
+        (["salloc", "--nodelist=h1,h2"], "", "h1 h2"),
+        (["salloc", "--nodelist=h1,h2", "--ntasks=4"], "nodes=1", "h1 h1"),
+        (["salloc", "--nodelist=h1,h2", "srun", "-w", "h2", "-N1", "-n1", "--overlap"], "engines=2", "h2 h1"),
+    ):
+        kernel = program(begin, arguments)
+        assert kernel.stdout.readline().split() == hosts.split()
+        kernel.communicate("end\n")
+        assert kernel.returncode == 0
+        until(lambda: not slurm.jobs)
+
+
+def test_what_is_no_job(slurm, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "h[1-2]")
+    with pytest.raises(PlanError, match="3 nodes are more than job 7 has, which is 2"):
+        nbdist.Cluster(launcher="slurm", nodes=3).start()
+    with pytest.raises(PlanError, match=r"launcher_args .--time 5. are for a new job, and this notebook is in job 7"):
+        nbdist.Cluster(launcher="slurm", launcher_args="--time 5")
+    with pytest.raises(PlanError, match="1 engines are fewer than the 2 nodes"):
+        nbdist.Cluster(1, launcher="slurm").start()
