@@ -79,7 +79,7 @@ class Row:
 
         Args:
             channel: Over all ranks.
-            reports_loss: Whether this rank's samples and losses count: one of the ranks that read the same samples does.
+            reports_loss: Whether this rank's samples and losses count: of those that read the same samples, one does.
                 Others may have the same losses, but not of the same steps, after a resume from another mesh.
             epoch: The row's number.
             seconds: How long it took; rank 0's value is used.
