@@ -1,6 +1,8 @@
 """``python -m nbdist``."""
 
+import sys
+
 from nbdist.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

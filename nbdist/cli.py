@@ -53,6 +53,7 @@ def main(words: list[str] | None = None) -> int:
 
 _USAGE = """usage: nbdist demo [-n N] [NOTEBOOK]    train on real data from a notebook, here and now
        nbdist doctor [-n N] [OPTIONS]   check that engines start, communicate and train on this machine
+       nbdist doctor --hosts h1:2,h2:2  the same on other hosts, after a look at each thing that they need
        nbdist version                   print the version
        nbdist nbval-sanitize            print the file for pytest --nbval --nbval-sanitize-with FILE"""
 
@@ -75,6 +76,13 @@ def _doctor(words: list[str]) -> int:
     parser = OptionParser("nbdist doctor", "Check that engines start, communicate and train on this machine.")
     parser.add_argument("-n", type=int, metavar="N", help="Engines.")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="What ranks compute on.")
+    parser.add_argument(
+        "--hosts", metavar="H,...", help="Examine these hosts: ssh, versions, connections both ways, clock, folder."
+    )
+    parser.add_argument("--interface", metavar="NAME", help="This host's network interface towards them.")
+    parser.add_argument(
+        "--folder", default="", metavar="DIR", help="That all hosts should see. Default: the present one."
+    )
     options = {name: option for name, option in OPTIONS.items() if option.read != "callable" or name == "optimizer"}
     add_options(parser, options)
     arguments = parser.parse(words)
@@ -84,10 +92,16 @@ def _doctor(words: list[str]) -> int:
     import torch
 
     from nbdist.cluster import Cluster
+    from nbdist.notebook.parsers import parse_hosts
 
     gpus = torch.cuda.device_count()
     print(f"  {available_cores()} cores, {gpus} GPU{'' if gpus == 1 else 's'}")
-    with Cluster(arguments.n, device=arguments.device) as cluster:
+    hosts = None if arguments.hosts is None else parse_hosts(arguments.hosts)
+    others = [name for name in hosts or () if name != "local"]
+    if others and not _examine(others, arguments.interface, arguments.folder):
+        return 1
+    chosen = {"device": arguments.device, "hosts": hosts, "interface": arguments.interface if others else None}
+    with Cluster(arguments.n, **chosen) as cluster:
         print(
             f"{cluster.size} engines started and completed a collective in {cluster.start_seconds:.1f} s: {cluster!r}"
         )
@@ -95,6 +109,20 @@ def _doctor(words: list[str]) -> int:
         run = cluster.train(layer, data, loss="mse", **given_options(arguments, options))
         print(f"a training of {run.history[-1]['steps']} steps {run.state}: all is well")
     return 0
+
+
+def _examine(hosts: list[str], interface: str | None, folder: str) -> bool:
+    """Print what is found about hosts; returns whether engines can run there."""
+    from nbdist.cluster.hosts.doctor import examine_hosts
+    from nbdist.cluster.hosts.ssh import Ssh
+
+    failed = 0
+    for finding in examine_hosts(Ssh.of_user(), hosts, interface, folder):
+        print(finding, flush=True)
+        failed += finding.kind == "FAILED"
+    if failed:
+        print(f"{failed} of these must be mended before engines can run there")
+    return not failed
 
 
 def _demo(words: list[str]) -> int:

@@ -52,6 +52,8 @@ ALLOWED = {
     ("cluster/hosts", "job"): "of Slurm",
     ("cluster/hosts", "node"): "of a job of Slurm",
     ("cluster/launch", "job"): "of Slurm",
+    ("cluster/engines/engines", "job"): "of Slurm",
+    ("cluster/runs/monitor", "job"): "of Slurm",
     ("cluster/hosts", "lock"): "of a thread",
     ("cluster/engines/host_payloads", "lock"): "of a thread",
     ("cluster/launch", "lock"): "of a thread",

@@ -191,6 +191,17 @@ def test_the_job_that_the_notebook_is_in_is_used(slurm):
         until(lambda: not slurm.jobs)
 
 
+def test_a_checkpoint_is_saved_before_the_time_limit(slurm, shared):
+    """And the run says so."""
+    with nbdist.Cluster(2, launcher="slurm", nodes=2, launcher_args="--time 1", device="cpu", spares=0) as cluster:
+        options = {**OPTIONS, "strategy": "dp=2", "epochs": None, "steps": 10**6, "checkpoint": str(shared / "saved")}
+        run = cluster.train(model(), DATA, loss="mse", background=True, **options)
+        until(lambda: "its time limit: a checkpoint is saved in" in str(run.progress.notes))
+        until(lambda: list(shared.glob("saved/*/checkpoint.json")))
+        run.stop()
+        run.wait()
+
+
 def test_what_is_no_job(slurm, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "h[1-2]")

@@ -33,8 +33,7 @@ from nbdist.errors import ClusterError, EngineError, PeerLostError, ranks_text
 __all__ = ["Engine", "Engines"]
 
 _NOTICED_WITHIN_S = 1.0
-_LOOK_S = 0.05
-_TRIES = 3
+_LOOK_S, _TRIES = 0.05, 3
 
 
 class Engines:
@@ -52,10 +51,11 @@ class Engines:
 
     Attributes:
         payloads: What is sent to them and fetched from them.
+        job: Of Slurm, that they run in; None without one.
     """
 
     def __init__(self, launch: Launch, store: Any, size: int, device: str, timeout_s: float, spares: int) -> None:
-        self.size = size
+        self.size, self.job = size, launch.job
         self.owner = os.getpid()
         self.timeout_s = timeout_s
         self.device = device

@@ -30,8 +30,12 @@ class AgentLauncher(ABC):
     python: str = ""
 
     @abstractmethod
+    def command_on(self, host: str, line: str) -> list[str]:
+        """The command that runs a shell's line on a host, and passes its own standard input to it."""
+
     def agent_command(self, host: str) -> list[str]:
-        """The command that runs an agent on a host, and passes its own standard input to it."""
+        """The command that runs an agent on a host; it gets its invitation on its standard input."""
+        return self.command_on(host, self.python_line(_PROGRAM))
 
     def real_name(self, host: str) -> str:
         """The name of a host on the network."""
@@ -55,12 +59,11 @@ class AgentLauncher(ABC):
             raise PlanError(f"the hosts are reached over different interfaces ({listed}): choose one with --interface.")
         return next(iter(found.values()))
 
-    @property
-    def shell_line(self) -> str:
-        """A line for a shell, which becomes an agent."""
+    def python_line(self, program: str) -> str:
+        """A line for a shell, which becomes Python with a program."""
         chosen = shlex.quote(self.python or sys.executable)
         found = chosen if self.python else f'"$(command -v {chosen} || command -v python3 || printf %s {chosen})"'
-        return f"exec {found} -c {shlex.quote(_PROGRAM)}"
+        return f"exec {found} -c {shlex.quote(program)}"
 
     def _address_to(self, host: str) -> str:
         name = self.real_name(host)

@@ -42,6 +42,6 @@ class Mpi(AgentLauncher):
             raise PlanError(f"{command[0]!r} is not installed here: load this site's MPI module, or use ssh.")
         return cls(command=command, arguments=(*launcher.mpi_args, *arguments))
 
-    def agent_command(self, host: str) -> list[str]:
+    def command_on(self, host: str, line: str) -> list[str]:
         """See `AgentLauncher`. Both kinds of MPI know these options, and pass their input to the process."""
-        return [*self.command, *self.arguments, "-n", "1", "-host", host, "sh", "-c", self.shell_line]
+        return [*self.command, *self.arguments, "-n", "1", "-host", host, "sh", "-c", line]

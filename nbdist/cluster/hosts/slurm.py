@@ -31,6 +31,8 @@ wait $job
 """A shell's program: the job, or its place in the queue, is given up once the standard input ends."""
 _LOOK_S, _ASK_EVERY_S, _ASKED_WITHIN_S = 0.1, 2.0, 10.0
 _ENDED_WITHIN_S = 5.0
+_SOON_S, _LIMIT_EVERY_S = 120.0, 60.0
+"""How long before its time limit a job ends soon, and how often that is looked up at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +45,10 @@ class Slurm(AgentLauncher):
 
     job: str
 
-    def agent_command(self, host: str) -> list[str]:
+    def command_on(self, host: str, line: str) -> list[str]:
         """See `AgentLauncher`. The step may use all that the job has on its node, beside other steps."""
         one_task = ["--nodes=1", "--ntasks=1", f"--nodelist={host}", "--overlap", "--cpu-bind=none", "--mem=0"]
-        return ["srun", f"--jobid={self.job}", *one_task, "--unbuffered", "--quiet", "sh", "-c", self.shell_line]
+        return ["srun", f"--jobid={self.job}", *one_task, "--unbuffered", "--quiet", "sh", "-c", line]
 
 
 class SlurmJob:
@@ -60,10 +62,14 @@ class SlurmJob:
     Attributes:
         job: Its id.
         nodes: Their names.
+        ending: That it ends soon, and why, as a clause; empty before.
     """
 
     def __init__(self, job: str, nodes: Sequence[str], program: subprocess.Popen[str] | None = None) -> None:
         self.job, self.nodes, self._program = job, list(nodes), program
+        self.ending = ""
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="nbdist-slurm").start()
 
     @classmethod
     def begin(
@@ -121,8 +127,18 @@ class SlurmJob:
         each, more = divmod(total, len(self.nodes))
         return {name: each + (number < more) for number, name in enumerate(self.nodes)}
 
+    def _watch(self) -> None:
+        """Look when its time ends, until it does."""
+        while not self.ending:
+            left_s = _seconds(_ask("squeue", "--noheader", f"--jobs={self.job}", "--format=%L").strip())
+            if left_s is not None and left_s <= _SOON_S:
+                self.ending = f"job {self.job} of Slurm ends in {left_s:.0f} s, its time limit"
+            if self._ended.wait(_LIMIT_EVERY_S if left_s is None else min(_LIMIT_EVERY_S, max(1.0, left_s - _SOON_S))):
+                return
+
     def end(self) -> None:
         """End the job, if it was asked for here. Twice is fine."""
+        self._ended.set()
         if self._program is not None:
             _end(self._program)
 
@@ -199,6 +215,15 @@ def _reason(job: str) -> str:
         return ""
     expected = f", expected to begin at {begins}" if begins not in ("", "N/A") else ""
     return f" ({reason}{expected})"
+
+
+def _seconds(time_left: str) -> float | None:
+    """Slurm's ``days-hours:minutes:seconds`` in seconds; None for another word, as without a limit."""
+    days, _, rest = time_left.rpartition("-")
+    parts = [days or "0", *["0"] * (2 - rest.count(":")), *rest.split(":")]
+    if not all(part.isdigit() for part in parts):
+        return None
+    return sum(int(part) * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=True))
 
 
 def _ask(*command: str) -> str:

@@ -45,9 +45,9 @@ class Ssh(AgentLauncher):
         python = str(launcher.remote_python) if stated else ""
         return cls(command=tuple(launcher.ssh_cmd), arguments=(*arguments, *launcher.ssh_args), python=python)
 
-    def agent_command(self, host: str) -> list[str]:
+    def command_on(self, host: str, line: str) -> list[str]:
         """See `AgentLauncher`."""
-        return [*self.command, *self.arguments, *_OPTIONS, host, self.shell_line]
+        return [*self.command, *self.arguments, *_OPTIONS, host, line]
 
     def real_name(self, host: str) -> str:
         """What ssh's settings say for the name of a host."""

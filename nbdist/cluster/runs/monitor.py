@@ -69,6 +69,7 @@ class RunMonitor:
         self._watch = watch
         self._record_mirror = RecordMirror(dispatch.engines, run.control.spec.run_id)
         self._interrupted: set[int] = set()
+        self._end_noted = False
         self._last_step, self._tries = -1, 0  # the step at which ranks were lost, and how often
         self._on_end = on_end
         self._calls = calls
@@ -176,6 +177,7 @@ class RunMonitor:
             if failed_s is not None and now_s >= failed_s + _INTERRUPT_AFTER_S + _KILL_AFTER_S and not killed:
                 killed = True
                 self._engines.kill(waiting)
+            self._save_before_end()
             self._merge(outcomes)
             self._record_mirror.poll()
             self._draw()
@@ -187,6 +189,21 @@ class RunMonitor:
             except ClusterError:  # lost between its last step and now, with what only it had gathered
                 outcomes[source] = self._lost_outcome(source)
         return [outcomes[rank] for rank in range(len(self._calls))]
+
+    def _save_before_end(self) -> None:
+        """Save a checkpoint, once, before the engines' job ends, and note it."""
+        job, control = self._engines.job, self._control
+        if job is None or not job.ending or self._end_noted:
+            return
+        self._end_noted = True
+        saved = "the newest snapshot stays in this kernel; give a folder (--checkpoint DIR) to keep it"
+        with contextlib.suppress(ClusterError):  # a prediction, or a run that has just ended
+            if control.spec.plan.checkpoint:
+                control.command("checkpoint", control.spec.plan.checkpoint)
+                saved = f"a checkpoint is saved in {control.spec.plan.checkpoint}, from which --resume continues"
+        text = f"{job.ending}: {saved}"
+        control.progress.note(text)
+        self._record(Noted(rank=0, text=text))
 
     def _is_hung(self) -> bool:
         """Whether the run hangs and has to end; where ranks can be replaced instead, this kills them."""

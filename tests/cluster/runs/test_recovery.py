@@ -143,7 +143,9 @@ def test_no_step_is_repeated_where_a_replica_is_left(cluster, tmp_path, victim):
         run.wait()
         found.append((bits(model), rows(run)))
     assert f"all continue from step {HELD}" in str(run.progress.notes)
-    assert found[0] == found[1]
+    assert found[0][0] == found[1][0]
+    for row, expected in zip(found[1][1], found[0][1], strict=True):  # losses of a lost rank are rounded as gradients
+        assert row == {**expected, "loss": pytest.approx(expected["loss"], rel=1e-6)}
 
 
 class Counting(Net):
