@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nbdist
-from nbdist.errors import ClusterError, PlanError
+from nbdist.errors import ClusterError, NbdistError, PlanError
 
 X = torch.randn(512, 6, generator=torch.Generator().manual_seed(1))
 DATA = X, X.sum(1, keepdim=True).sin()
@@ -189,6 +189,21 @@ def test_the_job_that_the_notebook_is_in_is_used(slurm):
         kernel.communicate("end\n")
         assert kernel.returncode == 0
         until(lambda: not slurm.jobs)
+
+
+def test_a_job_that_is_cancelled_leaves_the_newest_weights(slurm, network):
+    """In the notebook, in one sentence; and nothing on its nodes."""
+    with nbdist.Cluster(2, launcher="slurm", nodes=2, device="cpu", spares=0) as cluster:
+        options = {**OPTIONS, "strategy": "dp=2", "epochs": None, "steps": 10**6}
+        run = cluster.train(trained := model(), DATA, loss="mse", background=True, **options)
+        until(lambda: run.control.snapshot_store.newest is not None)
+        slurm.ask("scancel", "--user=root")
+        with pytest.raises(NbdistError) as failed:
+            run.wait(HUNG_S)
+        words = r"all hosts are lost: .*\nThe model holds the weights after step \d+, from which --resume continues"
+        assert re.search(words, str(failed.value))
+        assert bits(trained) != bits(model())
+        until(lambda: not any(network.processes(host) for host in network.names))
 
 
 def test_a_checkpoint_is_saved_before_the_time_limit(slurm, shared):

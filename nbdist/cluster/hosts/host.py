@@ -10,7 +10,9 @@ from traceback import FrameSummary
 
 from nbdist.errors import ClusterError
 
-__all__ = ["EngineEnvironment", "Host", "HostFacts", "HostLostError"]
+__all__ = ["ALL_LOST", "EngineEnvironment", "Host", "HostFacts", "HostLostError"]
+
+ALL_LOST = "all hosts are lost: %dist_stop, then %dist_start."
 
 EngineEnvironment = dict[str, str]
 """Variables of an engine's process: how it reaches the controller, and what it inherits from the kernel."""

@@ -22,7 +22,7 @@ from traitlets.config import Config
 
 from nbdist.cluster.calls.engine_client import EngineClient
 from nbdist.cluster.hosts import fork_client
-from nbdist.cluster.hosts.host import EngineEnvironment, Host, HostFacts
+from nbdist.cluster.hosts.host import ALL_LOST, EngineEnvironment, Host, HostFacts
 from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
 from nbdist.cluster.hosts.local_host import GUARD, LocalHost, interface_to, kill_tree
 from nbdist.cluster.hosts.slurm import SlurmJob
@@ -317,7 +317,7 @@ class Launch:
         """
         living = self.living()
         if not living:
-            raise ClusterError("all hosts are lost: %dist_stop, then %dist_start.")
+            raise ClusterError(ALL_LOST)
         chosen: list[Host] = []
         for wanted in [*preferred, *[""] * count][:count]:
             same = [host for host in living if host.facts.host_id == wanted]

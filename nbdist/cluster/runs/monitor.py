@@ -16,6 +16,7 @@ from nbdist.cluster.calls.pending_call import CallError, EngineDied, PendingCall
 from nbdist.cluster.cells.cell_run import settle
 from nbdist.cluster.diagnose.hangs import Hangs
 from nbdist.cluster.diagnose.where import Where
+from nbdist.cluster.hosts.host import ALL_LOST
 from nbdist.cluster.runs.dispatch import RunDispatch
 from nbdist.cluster.runs.late_commands import late_command_text
 from nbdist.cluster.runs.record_mirror import RecordMirror
@@ -299,6 +300,8 @@ class RunMonitor:
                 if self._engines.ended:
                     raise ClusterError("the engines were stopped during the run.") from error
                 self._engines.check_alive()
+                if not self._engines.hosts:
+                    raise ClusterError(ALL_LOST) from error
                 if not lost:  # scaling failed: continue with the engines that are left
                     lost, wanted = self._engines.lost or [0], 0
         self._report_recovery(replaced, before, step, time.monotonic() - start_s)
