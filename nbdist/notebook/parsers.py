@@ -26,6 +26,11 @@ LINE_OPTIONS = {name: option for name, option in (TRAIN_OPTIONS | RUN_OPTIONS).i
 _Parser = functools.partial(OptionParser, expressions=True)
 
 
+def _unquoted(text: str) -> str:
+    """What stands in quotes, which a magic's line keeps."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
 def _start_parser() -> OptionParser:
     parser = _Parser("%dist_start", "Start engines, one rank each, and report them. Can be called twice.")
     parser.add_argument("-n", type=int, metavar="N", help="Engines. Default: one a GPU, else one a core up to 4.")
@@ -39,8 +44,8 @@ def _start_parser() -> OptionParser:
     )  # fmt: skip
     parser.add_argument("--nodes", type=int, metavar="N", help="With slurm, how many; -n says how many engines in all.")
     parser.add_argument(
-        "--launcher-args", default="", metavar="ARGS", help="For ssh, mpiexec, or salloc of a new job, such as "
-        '"--partition gpu --time 2:00:00".',
+        "--launcher-args", type=_unquoted, default="", metavar="ARGS", help="For ssh, mpiexec, or salloc of a new job, "
+        'in quotes: "--partition gpu --time 2:00:00".',
     )  # fmt: skip
     parser.add_argument(
         "--interface",

@@ -12,6 +12,8 @@ from shared_cluster import until
 import nbdist
 from nbdist.cluster import current_server
 from nbdist.errors import ClusterError, EngineError, NbdistError, PlanError, TaskError
+from nbdist.notebook import parsers
+from nbdist.plan.arguments import split_line
 
 
 def test_loading_the_extension_does_not_load_torch(tmp_path):
@@ -232,3 +234,10 @@ def test_each_magic_has_the_help_of_its_parser(notebook):
         assert all(option in help_text for option in options), name
     help_text = notebook.shell.find_cell_magic("dist").__doc__
     assert all(option in help_text for option in ("--ranks 0,2-3", "--local"))
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_the_arguments_of_a_launcher_stand_in_quotes(quote):
+    """And arrive without them."""
+    line = f"--launcher slurm --launcher-args {quote}--partition gpu --time 2:00:00{quote}"
+    assert parsers.START.parse(split_line(line), str).launcher_args == "--partition gpu --time 2:00:00"
