@@ -237,7 +237,7 @@ def test_each_magic_has_the_help_of_its_parser(notebook):
 
 
 @pytest.mark.parametrize("quote", ["'", '"'])
-def test_the_arguments_of_a_launcher_stand_in_quotes(quote):
+def test_the_arguments_of_a_launcher_are_quoted(quote):
     """And arrive without them."""
     line = f"--launcher slurm --launcher-args {quote}--partition gpu --time 2:00:00{quote}"
     assert parsers.START.parse(split_line(line), str).launcher_args == "--partition gpu --time 2:00:00"
