@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from nbdist.core.comm import (
 from nbdist.core.comm.authenticated_store import host_store
 from nbdist.core.comm.group_sockets import keeping_alive, shut_connections
 from nbdist.core.comm.interface import address_towards, choose_interface, own_address
+from nbdist.core.comm.process_group import Work
 from nbdist.core.comm.rendezvous import GenerationStore, barrier, start_group, unused_prefix
 from nbdist.errors import PlanError
 from nbdist.telemetry.host import host_id
@@ -45,6 +47,7 @@ __all__ = ["SHARED_GPU", "World", "host_store", "pick_device"]
 _TIMEOUT = datetime.timedelta(minutes=30)
 SHARED_GPU = "several ranks share a GPU: they communicate over gloo, which is slower than nccl with one rank per GPU."
 _CHANNEL_VARIABLE = "NBDIST_CHANNEL"
+_POLL_S, _RELEASED_EVERY_S = 1e-4, 0.1
 _generations = itertools.count(1)
 
 
@@ -130,7 +133,10 @@ class World:
                 hosts=hosts,
                 address=address,
             )
-            world.channel().all_reduce_(torch.ones(1, dtype=torch.float32, device=chosen))
+            first = world.channel().start_all_reduce_(torch.ones(1, dtype=torch.float32, device=chosen))
+            if isinstance(first, Work):
+                _wait_unless_released(first, names)
+            first.wait()
             undo.pop_all()
         return world
 
@@ -302,6 +308,22 @@ def _agree_on_addresses(store: GenerationStore, rank: int, size: int) -> str:
     own = own_address(store.underlying_store)
     others = [each for each in barrier(store, "address", rank, size, own) if not each.startswith("127.")]
     return address_towards(others[0]) if own.startswith("127.") and others else own
+
+
+def _wait_unless_released(first: Work, store: GenerationStore) -> None:
+    """Wait for the first collective of a process group. Local.
+
+    Gloo keeps a connection open to a rank that has left while the group was formed, so that no error ever comes of it.
+
+    Raises:
+        PeerLostError: The ranks were released.
+    """
+    looked_s = time.monotonic()
+    while not first.done:
+        time.sleep(_POLL_S)
+        if time.monotonic() - looked_s > _RELEASED_EVERY_S:
+            store.check(["a key that nobody sets"])
+            looked_s = time.monotonic()
 
 
 def _init_group(device: torch.device, backend: str, store: Any, rank: int, size: int) -> None:
