@@ -49,7 +49,7 @@ test-browser: env  ## Test the panel in JupyterLab and Chromium, which has to be
 	$(BIN)/python tests/hosts/host_network.py --hosts 2 $(BIN)/python -m pytest -q -m browser tests/hosts || test $$? = 77
 
 test-hosts: env  ## Test what runs on several hosts, made of namespaces, for which this must be root: under 5 minutes
-	$(BIN)/python tests/hosts/host_network.py --networks 2 $(BIN)/python -m pytest -q -rs -m hosts tests/hosts
+	$(BIN)/python tests/hosts/host_network.py $(BIN)/python -m pytest -q -rs -m hosts tests/hosts
 
 test-gpu: env  ## Test what runs on GPUs, of which there has to be one: a few minutes
 	$(BIN)/python -m pytest -q -m gpu

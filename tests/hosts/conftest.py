@@ -12,18 +12,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from host_network import CONTROL_VARIABLE, PART_VARIABLE, HostNetwork
+from host_network import CONTROL_VARIABLE, HostNetwork
 
 from nbdist.cluster.hosts.fork_client import end_server, require_server
 from nbdist.cluster.hosts.waiting_hosts import end_hosts
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests of this folder are marked, and left out where there are no hosts; each of several networks has some."""
-    part, _, parts = os.environ.get(PART_VARIABLE, "0/1").partition("/")
-    own = [item for item in items if Path(__file__).parent in item.path.parents]
-    others = {id(item) for number, item in enumerate(own) if number % int(parts) != int(part)}
-    items[:] = [item for item in items if id(item) not in others]
+    """All tests of this folder are marked, and left out where there are no hosts."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.browser if "panel" in item.path.name else pytest.mark.hosts)

@@ -1,12 +1,11 @@
 """Hosts made of namespaces on one machine, joined by a bridge, on which a command runs: ``head``, ``h1``, ``h2``, ...
 
-    python tests/hosts/host_network.py [--hosts N] [--networks N] COMMAND...
+    python tests/hosts/host_network.py [--hosts N] COMMAND...
 
 Each host is a process that holds namespaces of its own (network, hostname, processes, mounts, IPC), with a private
 /tmp, /dev/shm, /run and home folder, and an ssh server. One more namespace, the switch, holds the bridge, so that the
 machine's own network is never touched. COMMAND runs on ``head``, in the present folder, which all hosts see, as over
 NFS; it may cut, crash and slow hosts with `HostNetwork`, over a socket to this process. When it ends, all hosts do.
-Of several networks each runs COMMAND, at the same time, and learns from ``$NBDIST_TEST_PART`` which part is its own.
 
 Needs root, iproute2, util-linux and openssh-server; exit status 77 says that this machine cannot.
 """
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 CONTROL_VARIABLE = "NBDIST_TEST_HOSTS"
-PART_VARIABLE = "NBDIST_TEST_PART"
 CANNOT = 77
 NETWORK = "10.77.0"
 _UP_WITHIN_S = 30.0
@@ -275,7 +273,6 @@ def main() -> int:
     """Run a command on a new network of hosts; returns its exit status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--hosts", type=int, default=3)
-    parser.add_argument("--networks", type=int, default=1)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     needed = ("unshare", "nsenter", "setpriv", "ip", "tc", "ssh", "ssh-keygen", "/usr/sbin/sshd")
@@ -283,36 +280,17 @@ def main() -> int:
     if os.geteuid() != 0 or missing:
         print(f"no hosts can be made here: {f'{missing[0]} is missing' if missing else 'this needs root'}")
         return CANNOT
-    holders = [_Holder(arguments.hosts) for _ in range(arguments.networks)]
+    holder = _Holder(arguments.hosts)
     try:
         try:
-            for holder in holders:
-                holder.up()
+            holder.up()
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"no hosts can be made here: {error} {getattr(error, 'stderr', '')}")
             return CANNOT
-        return _run_on_all(holders, arguments.command)
+        environment = {**os.environ, CONTROL_VARIABLE: "/srv/control"}
+        return subprocess.run([*holder.inside("head"), *arguments.command], env=environment, check=False).returncode
     finally:
-        for holder in holders:
-            holder.down()
-
-
-def _run_on_all(holders: list[_Holder], command: list[str]) -> int:
-    """Run a command on each head; what those after the first write is shown at the end. Returns an exit status."""
-    with contextlib.ExitStack() as files:
-        shown = [None, *(files.enter_context(tempfile.TemporaryFile("w+")) for _ in holders[1:])]
-        started = [
-            subprocess.Popen(
-                [*holder.inside("head"), *command], stdout=output, stderr=output,
-                env={**os.environ, CONTROL_VARIABLE: "/srv/control", PART_VARIABLE: f"{part}/{len(holders)}"},
-            )
-            for part, (holder, output) in enumerate(zip(holders, shown, strict=True))
-        ]  # fmt: skip
-        statuses = [process.wait() for process in started]
-        for output in filter(None, shown):
-            output.seek(0)
-            print(output.read(), end="", flush=True)
-    return next(filter(None, statuses), 0)
+        holder.down()
 
 
 if __name__ == "__main__":
