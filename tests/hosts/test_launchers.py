@@ -204,6 +204,7 @@ def test_a_job_that_is_cancelled_leaves_the_newest_weights(slurm, network):
         assert re.search(words, str(failed.value))
         assert bits(trained) != bits(model())
         until(lambda: not any(network.processes(host) for host in network.names))
+        assert not [host for host in network.names if network.run(host, "ls -d /tmp/nbdist-* 2>/dev/null")]
 
 
 def test_a_checkpoint_is_saved_before_the_time_limit(slurm, shared):

@@ -215,6 +215,7 @@ def main() -> None:
         line += part
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal that ssh was started in
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # input ends as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # as by Slurm: what is here is cleaned up
     invitation = json.loads(line)
     folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
     log = os.open(folder / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
