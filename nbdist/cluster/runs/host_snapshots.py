@@ -1,8 +1,8 @@
 """Snapshots of ranks on several hosts: each rank writes on its host, and the newest whole one is copied to this one.
 
-A host's memory is lost with it, and a snapshot is whole only with the buffers of all ranks. So a thread copies whole
-snapshots from the hosts to the notebook's, where `SnapshotStore` has them as if ranks had written them here. A run that
-resumes from one gets it on every host first.
+A host's memory is lost with it, and a snapshot is whole with the buffers of all ranks, or of a replica that stands
+alone (`core/state/replica.py`). So a thread copies whole snapshots from the hosts to the notebook's, where
+`SnapshotStore` has them as if ranks had written them here. A run that resumes from one gets it on every host first.
 """
 
 from __future__ import annotations
