@@ -251,6 +251,8 @@ class Agents:
         agent = self._agents.get(identity)
         if agent is None or self._identities.get(data.get("User-Id")) != identity:
             return  # one agent may not speak for another
+        if agent.lost:
+            return  # it may have been counted as lost before it has begun
         agent.last_beat_s = time.monotonic()
         number = int(bytes(number.buffer) or b"0")
         content = json.loads(bytes(data.buffer))
@@ -264,7 +266,8 @@ class Agents:
                 else:
                     future.set_result((result, [bytes(frame.buffer) for frame in rest]))
         elif content[0] == "hello":
-            agent.hello.set_result(content[1])
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # lost just now
+                agent.hello.set_result(content[1])
         elif content[0] != "beat":
             agent.on_event(content)
 
@@ -293,7 +296,7 @@ class Agents:
             pending = list(agent.pending.values())
             agent.pending.clear()
         error = HostLostError(agent.lost)
-        if not agent.hello.done():
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # it has said it
             agent.hello.set_exception(error)
         for future in pending:
             future.set_exception(error)

@@ -53,7 +53,7 @@ class RemoteHost(Host):
         """Count the engines there as started, that an earlier kernel has started."""
         self._started.update(self._call("processes"))
 
-    def begin(self, timeout_s: float = 60.0, on_lost: Callable[[Host], None] = lambda host: None) -> None:
+    def begin(self, timeout_s: float = 60.0, on_lost: Callable[[RemoteHost], None] = lambda host: None) -> None:
         """A cluster begins to use it.
 
         Args:
@@ -89,6 +89,11 @@ class RemoteHost(Host):
             self._check_versions(facts)
             self._facts = facts
         return self._facts
+
+    @property
+    def answered(self) -> bool:
+        """Whether its facts are known here."""
+        return self._facts is not None
 
     def _check_versions(self, facts: HostFacts) -> None:
         own = versions()

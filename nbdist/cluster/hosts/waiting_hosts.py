@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Sequence
 
 from nbdist.cluster.hosts.agents import Agents
-from nbdist.cluster.hosts.host import Host
 from nbdist.cluster.hosts.remote_host import RemoteHost
 from nbdist.keepalive import host_timeout_s
 
@@ -26,7 +25,7 @@ _hosts: dict[_Key, RemoteHost] = {}
 
 
 def begin_host(
-    name: str, command: Sequence[str], address: str, timeout_s: float, on_lost: Callable[[Host], None]
+    name: str, command: Sequence[str], address: str, timeout_s: float, on_lost: Callable[[RemoteHost], None]
 ) -> RemoteHost:
     """A host for a cluster: the one that waits, else its agent is started.
 

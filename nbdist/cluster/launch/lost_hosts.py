@@ -43,7 +43,7 @@ class LostHosts:
             thread.start()
 
     def close(self) -> None:
-        """Give all of them up. Twice is fine."""
+        """Give all of them up; one that is back just now has been handed on. Twice is fine."""
         with self._lock:
             self._closed.set()
             tried = list(self._tried.values())
@@ -56,18 +56,22 @@ class LostHosts:
         for wait_s in itertools.chain(_WAITS_S, itertools.repeat(_LONGEST_WAIT_S)):
             if self._closed.wait(wait_s):
                 return
+            host = self._begin(name)  # without the lock: whoever tells that another host is lost may wait for it
             with self._lock:
-                if self._closed.is_set():
-                    return
-                host = self._tried[name] = self._begin(name)
-            with contextlib.suppress(ClusterError):  # not yet
-                host.facts  # noqa: B018  (waits for the answer)
+                self._tried[name] = host
+                closed = self._closed.is_set()
+            if not closed:
+                with contextlib.suppress(ClusterError):  # not yet
+                    host.facts  # noqa: B018  (waits for the answer)
             with self._lock:
                 del self._tried[name]
-                if self._closed.is_set():
-                    return
-                if not host.lost:
+                closed = self._closed.is_set()
+                back = not closed and host.answered and not host.lost
+                if back:
                     self._sought.discard(name)
-                    self._back(host)
-                    return
-            host.end()
+            if back:
+                self._back(host)
+            else:
+                host.end()
+            if back or closed:
+                return

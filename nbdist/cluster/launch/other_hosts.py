@@ -58,6 +58,7 @@ class OtherHosts:
             host = others._keep(RemoteHost(name, identity, others._proxy))
             host.begin(others._timeout_s, others._note_lost)
             with contextlib.suppress(ClusterError):
+                host.facts  # noqa: B018  (waits for the answer)
                 host.adopt()
             if host.lost:
                 others._note_lost(host)
@@ -109,8 +110,9 @@ class OtherHosts:
         self._newest[host.name] = host
         return host
 
-    def _note_lost(self, host: Host) -> None:
-        with contextlib.suppress(ClusterError):  # it was lost before it had answered: nothing ran there
+    def _note_lost(self, host: RemoteHost) -> None:
+        """In the thread that receives all answers: it must not wait for one."""
+        if host.answered:  # else nothing ran there
             self.on_lost(host.facts.host_id)
             self._lost.seek(host.name)
 

@@ -152,21 +152,42 @@ def test_a_program_that_fails_is_named_by_its_last_line(start):
         _ = host.facts
 
 
+@contextlib.contextmanager
+def connected(invitation, identity):
+    """A socket with the keys of an invitation, under an identity."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
+        peer.setsockopt(zmq.LINGER, 0)
+        peer.setsockopt(zmq.IDENTITY, identity.encode())
+        peer.curve_serverkey = invitation["server_key"].encode()
+        peer.curve_publickey, peer.curve_secretkey = (invitation[f"{k}_key"].encode() for k in ("public", "secret"))
+        peer.connect(invitation["controller"])
+        yield peer
+
+
 def test_one_agent_may_not_speak_for_another(agents, monkeypatch):
     """With its own keys and the other's name it is not believed."""
     other = agents.invite("h1")["identity"]
     invitation, seen, receive = agents.invite("h2"), threading.Event(), agents._receive
     monkeypatch.setattr(agents, "_receive", lambda frames: (receive(frames), seen.set()))
-    with zmq.Context() as context, context.socket(zmq.DEALER) as forger:
-        forger.setsockopt(zmq.LINGER, 0)
-        forger.setsockopt(zmq.IDENTITY, other.encode())
-        forger.curve_serverkey = invitation["server_key"].encode()
-        forger.curve_publickey, forger.curve_secretkey = (invitation[f"{k}_key"].encode() for k in ("public", "secret"))
-        forger.connect(invitation["controller"])
+    with connected(invitation, other) as forger:
         forger.send_multipart([b"", json.dumps(["hello", {}]).encode()])
         assert seen.wait(HUNG_S)
     assert not agents.hello(other).done()
     assert not agents.hello(invitation["identity"]).done()
+
+
+def test_an_agent_that_counts_as_lost_is_not_heard(start, agents, monkeypatch):
+    """As where its ssh has ended before it had begun; the others are."""
+    invitations, invite, seen, receive = [], agents.invite, threading.Event(), agents._receive
+    monkeypatch.setattr(agents, "invite", lambda name: invitations.append(invite(name)) or invitations[-1])
+    lost = start(command=["false"])
+    with pytest.raises(HostLostError):
+        _ = lost.facts
+    monkeypatch.setattr(agents, "_receive", lambda frames: (receive(frames), seen.set()))
+    with connected(invitations[0], lost.identity) as late:
+        late.send_multipart([b"", json.dumps(["hello", {}]).encode()])
+        assert seen.wait(HUNG_S)
+    assert start("h2").facts.host_id == host_id()
 
 
 def test_an_agent_without_a_line_of_input_ends():

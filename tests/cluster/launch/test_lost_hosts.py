@@ -29,6 +29,11 @@ class Seeking:
         self.hosts = LostHosts(self.begin, self.note)
 
     def begin(self, name):
+        if name == "silent":  # its agent starts, and never answers
+            host = RemoteHost(name, self._agents.start(name, ["cat"]), self._agents)
+            host.begin(0.01)
+            self.tried.append(host)
+            return host
         command = ["sh", "-c", f"test -e {shlex.quote(str(self.up))} || exit 1; {AGENT}"]
         host = RemoteHost(name, self._agents.start(name, command), self._agents)
         host.begin(HUNG_S)
@@ -69,6 +74,12 @@ def test_it_is_tried_until_it_answers(seeking):
     seeking.back.clear()
     seeking.hosts.seek("h1")
     assert seeking.back.wait(HUNG_S)
+
+
+def test_a_host_that_does_not_answer_in_time_is_not_back(seeking):
+    seeking.hosts.seek("silent")
+    until(lambda: 2 < len(seeking.tried))
+    assert not seeking.found
 
 
 def test_it_is_given_up_with_its_cluster(seeking):
