@@ -176,7 +176,7 @@ def test_one_agent_may_not_speak_for_another(agents, monkeypatch):
     assert not agents.hello(invitation["identity"]).done()
 
 
-def test_an_agent_that_counts_as_lost_is_not_heard(start, agents, monkeypatch):
+def test_an_agent_that_counts_as_lost_says_nothing_more(start, agents, monkeypatch):
     """As where its ssh has ended before it had begun; the others are."""
     invitations, invite, seen, receive = [], agents.invite, threading.Event(), agents._receive
     monkeypatch.setattr(agents, "invite", lambda name: invitations.append(invite(name)) or invitations[-1])
