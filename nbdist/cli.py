@@ -92,7 +92,7 @@ def _doctor(words: list[str]) -> int:
     import torch
 
     from nbdist.cluster import Cluster
-    from nbdist.notebook.parsers import parse_hosts
+    from nbdist.cluster.hosts.host_choice import parse_hosts
 
     gpus = torch.cuda.device_count()
     print(f"  {available_cores()} cores, {gpus} GPU{'' if gpus == 1 else 's'}")

@@ -98,9 +98,9 @@ class Gate:
 
         until(held)
 
-    def is_reached(self, place: int | str) -> bool:
-        """Whether rank 0 is held at a place, or was. Called by the test."""
-        return self._mark(place, 0).exists()
+    def is_reached(self, place: int | str, rank: int = 0) -> bool:
+        """Whether a rank is held at a place, or was. Called by the test."""
+        return self._mark(place, rank).exists()
 
     def open(self, *places: int | str) -> None:
         """Release the ranks held at these places, or at all of them, now and later. Called by the test."""

@@ -148,7 +148,8 @@ def test_core_knows_no_notebook():
 def test_ipyparallel_stays_in_one_room():
     """In the kernel where engines are launched; on an engine, a process of its own, one runs it."""
     room = {f"cluster/launch/{name}.py" for name in ("forked_controller", "ipyparallel_client", "launcher")}
-    room |= {f"cluster/hosts/{name}.py" for name in ("ipyparallel_patches", "mpi", "ssh")}
+    on_hosts = "engine_shell", "ipyparallel_patches", "mpi", "running_cluster", "ssh"
+    room |= {f"cluster/hosts/{name}.py" for name in on_hosts}
     engine = {"engine/parent_watch.py"}
     found = {i.at.partition(":")[0] for i in imports(".") if within(i.name, {"ipyparallel"})}
     assert {f"nbdist/{file}" for file in room | engine} == found

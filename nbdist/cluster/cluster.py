@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from nbdist.cluster import session
@@ -14,6 +14,7 @@ from nbdist.cluster.diagnose.where import Where
 from nbdist.cluster.engines.engine_info import Engine
 from nbdist.cluster.engines.starting import check_start, start_engines, take_over_engines
 from nbdist.cluster.hosts import fork_client
+from nbdist.cluster.hosts.host_options import HOST_OPTIONS, HostOptions
 from nbdist.cluster.launch.anchor_client import Anchor
 from nbdist.cluster.launch.devices import choose_hosts
 from nbdist.cluster.prediction import predict
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Cluster"]
 
 
+@takes_options(HOST_OPTIONS)
 class Cluster:
     """Engines of this kernel, and a context manager: ``with nbdist.Cluster(engines=2) as cluster: ...``.
 
@@ -41,12 +43,7 @@ class Cluster:
         spares: How many idle spare engines to hold ready, which replace lost ones at once; by default 1 if forked
         detach: For how many seconds the engines, and a run, continue without a kernel, however this one ends. Another
             kernel may `attach` meanwhile. By default they end with this kernel.
-        hosts: Instead of `engines`, how many on each host: by its name for ssh, or "local"; None for the default there.
-        interface: This host's network interface towards the others, or its address; by default the one to them.
-        host_timeout: After how many seconds without a word a host counts as lost; by default 3.
-        launcher: Through what other hosts are reached: "ssh", "mpi", or "slurm", which chooses them.
-        nodes: With Slurm, how many of them: of the job that this kernel is in, else of one that is asked for.
-        launcher_args: For ssh, ``mpiexec``, or ``salloc`` of a new job, such as "--partition gpu --time 2:00:00".
+        **options: The following, about other hosts.
 
     Raises:
         PlanError: A number, the device or a host is not possible. No engine is started.
@@ -54,14 +51,12 @@ class Cluster:
 
     def __init__(
         self, engines: int | None = None, *, device: str = "auto", timeout_s: float = 60.0, spares: int | None = None,
-        detach: float | None = None, hosts: Mapping[str, int | None] | None = None, interface: str | None = None,
-        host_timeout: float | None = None, launcher: str = "ssh", nodes: int | None = None, launcher_args: str = "",
+        detach: float | None = None, **options: Unpack[HostOptions],
     ) -> None:  # fmt: skip
         check_start(timeout_s, spares)
-        self._hosts = choose_hosts(
-            engines, hosts, device, interface=interface, timeout_s=host_timeout, launcher=launcher, nodes=nodes,
-            launcher_args=launcher_args, detach=detach, warm_up=session.current_cluster() is None,
-        )  # fmt: skip
+        self.host_choice = choose_hosts(
+            engines, device, warm_up=session.current_cluster() is None, detach=detach, options=options
+        )
         self._up: Engines | None = None
         self._run_queue: RunQueue | None = None
         self.device = device
@@ -74,7 +69,7 @@ class Cluster:
     @property
     def size(self) -> int:
         """The number of ranks: of the running engines, or those to be started."""
-        return self._hosts.size if (up := self._up) is None else up.size
+        return self.host_choice.size if (up := self._up) is None else up.size
 
     def __repr__(self) -> str:
         state = f"running on {', '.join(engine.device for engine in self.engines)}" if self._up else "not running"
@@ -117,8 +112,8 @@ class Cluster:
 
     @property
     def hosts(self) -> dict[str, int | None]:
-        """How many engines were asked for on each host; "local" is this one. With Slurm, how many nodes."""
-        return self._hosts.named
+        """How many engines were asked for on each host; "local" is this one. Also how many nodes, and in all."""
+        return self.host_choice.named
 
     def memory(self, engine: Engine) -> int:
         """The resident memory of an engine's process, in bytes; 0 if it has ended."""
@@ -168,8 +163,10 @@ class Cluster:
             return self
         if session.current_cluster() is not None:
             raise ClusterError("a cluster is running in this kernel already: stop it first.")
-        changes = self._changes = self._changes or NotebookChanges(everything=self._hosts.elsewhere)
-        self._drive(start_engines(self._hosts, self.device, self.timeout_s, tell, self.spares, self.detach), changes)
+        changes = self._changes = self._changes or NotebookChanges(everything=self.host_choice.elsewhere)
+        self._drive(
+            start_engines(self.host_choice, self.device, self.timeout_s, tell, self.spares, self.detach), changes
+        )
         self._replay.follow(self._up, changes)
         session.set_cluster(self)
         if self.detach is None:

@@ -15,12 +15,15 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 import psutil
 
 from nbdist.process_mark import alive, process_mark
 
-__all__ = ["FOLDER_VARIABLE", "OWNER_VARIABLE", "RECORDS", "main", "wait_for_exit"]
+__all__ = [
+    "FOLDER_VARIABLE", "OWNER_VARIABLE", "RECORDS", "in_slurm_job", "main", "outlive_termination", "wait_for_exit",
+]  # fmt: skip
 
 OWNER_VARIABLE = "NBDIST_OWNER"
 FOLDER_VARIABLE = "NBDIST_FOLDER"
@@ -28,6 +31,7 @@ RECORDS = "runs"
 """The folder of records in the cluster's folder, of engines whose host is not the notebook's."""
 _LOOK_S = 0.5  # psutil before 7.2 does not wake up when a process becomes a zombie
 _GRACE_S = 2.0
+_owner_ended, _outlives = threading.Event(), threading.Event()
 
 
 def wait_for_exit(mark: str, within_s: float = math.inf) -> bool:
@@ -42,8 +46,27 @@ def wait_for_exit(mark: str, within_s: float = math.inf) -> bool:
     return True
 
 
+def in_slurm_job() -> bool:
+    """Whether this process is part of a job of Slurm, which terminates all before it ends."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def outlive_termination() -> None:
+    """Let an engine of a job outlive SIGTERM until its owner ends, who saves first. Local; main thread only.
+
+    Its children do not: programs end theirs with that signal. Twice is fine.
+    """
+    if not in_slurm_job() or _outlives.is_set():
+        return
+    _outlives.set()
+    end: Any = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *about: end(*about) if _owner_ended.is_set() else None)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+
+
 def _watch(mark: str, folder: str | None) -> None:
     wait_for_exit(mark)
+    _owner_ended.set()
     if folder is None:  # an engine: time to clean up before SIGKILL
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE_S)
@@ -75,6 +98,7 @@ def main() -> None:
         threading.Thread(target=_watch, args=(mark, folder), daemon=True, name="nbdist-owner-guard").start()
     # A shell's background job ignores interrupts, and its children inherit that; an engine must not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if kind == "engine":
         from ipyparallel.engine.app import main as run
     else:

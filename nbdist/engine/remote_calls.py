@@ -41,7 +41,7 @@ from nbdist.engine.failure import Failure
 from nbdist.engine.follow.changes import NotebookUpdate
 from nbdist.engine.follow.install import install
 from nbdist.engine.follow.module_texts import watched_modules
-from nbdist.engine.parent_watch import FOLDER_VARIABLE, RECORDS
+from nbdist.engine.parent_watch import FOLDER_VARIABLE, RECORDS, outlive_termination
 from nbdist.engine.stack_dump import enable
 from nbdist.engine.state_publisher import StatePublisher
 from nbdist.engine.train_outcome import Outcome
@@ -104,6 +104,7 @@ def ping() -> int:
 
 def describe(name: str, secret: str) -> dict[str, Any]:
     """Connect to the store; return host, process and cores. This module's import has loaded torch, uninterrupted."""
+    outlive_termination()
     _engine.store = connect_store(name, secret)
     return {
         "host": host_name(),

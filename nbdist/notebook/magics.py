@@ -12,6 +12,7 @@ from IPython.display import display
 
 from nbdist import interrupts
 from nbdist.cluster import (
+    HOST_OPTIONS,
     Cluster,
     Run,
     attend,
@@ -93,14 +94,13 @@ class DistMagics(Magics):
         cluster = current_cluster()
         if has_front_end(self.shell):
             load_panel()
-        hosts = None if arguments.hosts is None else parsers.parse_hosts(arguments.hosts)
-        given = {name: value for name, value in vars(arguments).items() if name not in ("n", "hosts", "timeout")}
-        wanted = Cluster(arguments.n, hosts=hosts, timeout_s=arguments.timeout, **given)
+        given = {name: value for name, value in vars(arguments).items() if name not in ("n", "timeout")}
+        wanted = Cluster(arguments.n, timeout_s=arguments.timeout, **given)
         with StatusLine(live=has_front_end(self.shell)) as status:
             if (
                 cluster is not None
                 and arguments.n in (None, cluster.size)
-                and ((hosts is None and arguments.launcher == "ssh") or wanted.hosts == cluster.hosts)
+                and (not given_options(arguments, HOST_OPTIONS) or wanted.host_choice.same_hosts(cluster.host_choice))
                 and arguments.device in ("auto", cluster.device)
                 and (arguments.detach is None or cluster.detach is not None)
             ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from nbdist.cluster import HOST_OPTIONS
 from nbdist.cluster.runs.run_spec import RUN_OPTIONS
 from nbdist.errors import PlanError
 from nbdist.plan.arguments import OptionParser, add_options
@@ -13,8 +14,7 @@ from nbdist.telemetry.command_table import COMMANDS
 
 __all__ = [
     "ATTACH", "CLUSTERS", "COMPARE", "DEBUG", "DIST", "EXPORT", "HELP", "LINE_OPTIONS", "PARSERS", "PREDICT", "PULL",
-    "PUSH", "RUN", "RUNS", "RUN_COMMANDS", "SCALE", "START", "STATUS", "STOP", "TRAIN", "WHERE", "parse_hosts",
-    "parse_ranks",
+    "PUSH", "RUN", "RUNS", "RUN_COMMANDS", "SCALE", "START", "STATUS", "STOP", "TRAIN", "WHERE", "parse_ranks",
 ]  # fmt: skip
 
 RUN_COMMANDS = tuple(name for name, kind in COMMANDS.items() if kind.usage)
@@ -26,35 +26,10 @@ LINE_OPTIONS = {name: option for name, option in (TRAIN_OPTIONS | RUN_OPTIONS).i
 _Parser = functools.partial(OptionParser, expressions=True)
 
 
-def _unquoted(text: str) -> str:
-    """What stands in quotes, which a magic's line keeps."""
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
-
-
 def _start_parser() -> OptionParser:
     parser = _Parser("%dist_start", "Start engines, one rank each, and report them. Can be called twice.")
     parser.add_argument("-n", type=int, metavar="N", help="Engines. Default: one a GPU, else one a core up to 4.")
-    parser.add_argument(
-        "--hosts", metavar="H:N,...", help="Instead of -n: engines on these hosts, by their names for ssh, such as "
-        "h1:2,h2:2,local:2 (local: this one). Without a number: one a GPU, else one a core up to 4.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--launcher", default="ssh", metavar="ssh|slurm|mpi", help="How other hosts are reached. slurm: the nodes of "
-        "the job that this notebook is in, else of one that is asked for. Default: ssh.",
-    )  # fmt: skip
-    parser.add_argument("--nodes", type=int, metavar="N", help="With slurm, how many; -n says how many engines in all.")
-    parser.add_argument(
-        "--launcher-args", type=_unquoted, default="", metavar="ARGS", help="For ssh, mpiexec, or salloc of a new job, "
-        'in quotes: "--partition gpu --time 2:00:00".',
-    )  # fmt: skip
-    parser.add_argument(
-        "--interface",
-        metavar="NAME",
-        help="This host's network interface towards the others. Default: the one to them.",
-    )
-    parser.add_argument(
-        "--host-timeout", type=float, metavar="S", help="Seconds without a word after which a host is lost. Default: 3."
-    )
+    add_options(parser, HOST_OPTIONS)
     parser.add_argument(
         "--device", default="auto", metavar="auto|cpu|cuda", help="What ranks compute on. Default: auto."
     )
@@ -294,21 +269,6 @@ PARSERS: dict[str, OptionParser] = {
     )
 } | {"%%dist_train": TRAIN}
 """By the word that begins the line, in the order of a first session."""
-
-
-def parse_hosts(text: str) -> dict[str, int | None]:
-    """``h1:2,h2`` as the number of engines on each host; None where none is given.
-
-    Raises:
-        PlanError: It has another form.
-    """
-    hosts: dict[str, int | None] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, colon, count = part.partition(":")
-        if name in hosts or (colon and not count.isdigit()):
-            raise PlanError(f"--hosts {text!r} is not possible: use each host once, such as h1:2,h2:2.")
-        hosts[name] = int(count) if colon else None
-    return hosts
 
 
 def parse_ranks(text: str, size: int) -> list[int]:

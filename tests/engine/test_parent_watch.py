@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -32,6 +33,36 @@ if sys.argv[1] == "training":
 print(json.dumps([process.pid for process in psutil.Process().children(recursive=True)]), flush=True)
 sys.stdin.read()
 """
+
+
+TERMINATED = """
+import os, signal, sys
+from nbdist.engine import parent_watch
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+for _ in range(2):
+    parent_watch.outlive_termination()
+os.kill(os.getpid(), signal.SIGTERM)
+begun, begins = os.pipe()
+if (child := os.fork()) == 0:
+    os.write(begins, b"x")
+    signal.pause()
+os.read(begun, 1)
+os.kill(child, signal.SIGTERM)
+print(os.waitpid(child, 0)[1], flush=True)
+parent_watch._owner_ended.set()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize(("job", "printed"), [("7", f"{signal.SIGTERM.value}\n"), ("", "")])
+def test_in_a_job_of_slurm_an_engine_outlives_sigterm(job, printed, monkeypatch):
+    """Its children do not, nor does it itself once its owner has ended."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    ended = subprocess.run([sys.executable, "-c", TERMINATED], capture_output=True, text=True, check=False)
+    assert (printed, 3, "") == (ended.stdout, ended.returncode, ended.stderr)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gate import Gate
 from shared_cluster import HUNG_S, until
+from small_training import DATA, bits, model
 
 import nbdist
 from nbdist.cluster import detached_clusters
@@ -21,7 +22,8 @@ import sys
 sys.path[:0] = ["tests", "tests/hosts"]
 import nbdist
 from gate import Gate
-from test_engines import DATA, OPTIONS, model
+from small_training import DATA, model
+from test_engines import OPTIONS
 
 cluster = nbdist.Cluster(hosts={"h1": 2, "h2": 2}, device="cpu", detach=float(sys.argv[2])).start()
 cluster.push(value=3)
@@ -57,7 +59,7 @@ def abandoned(folder, patience_s=PATIENCE_S) -> Gate:
 @pytest.fixture(scope="module")
 def expected():
     """The bits of four ranks on one host."""
-    from test_engines import DATA, OPTIONS, bits, model
+    from test_engines import OPTIONS
 
     with nbdist.Cluster(4, device="cpu") as cluster:
         cluster.train(trained := model(), DATA, strategy="dp=2,pp=2", **OPTIONS)
@@ -67,8 +69,6 @@ def expected():
 @pytest.mark.parametrize("fault", [None, "crash"])
 def test_another_kernel_takes_over_run_and_hosts(network, folder, expected, fault):
     """With the weights of an undisturbed run, also where a host was lost while there was no kernel."""
-    from test_engines import bits
-
     gate = abandoned(folder)
     if fault is not None:
         getattr(network, fault)("h2")
@@ -94,8 +94,6 @@ def test_another_kernel_takes_over_run_and_hosts(network, folder, expected, faul
 
 def test_a_run_ends_without_a_kernel(network, folder, expected):
     """Its weights come with the next one."""
-    from test_engines import bits
-
     gate = abandoned(folder)
     gate.open(6)
     names: dict[str, torch.nn.Module] = {}

@@ -9,24 +9,13 @@ import pytest
 import torch
 from gate import Gate
 from shared_cluster import HUNG_S, until
-from torch import nn
+from small_training import DATA, OPTIONS, bits, model
 from torch.nn import functional as F
 
 import nbdist
 from nbdist.telemetry.host import host_name
 
-X = torch.randn(512, 6, generator=torch.Generator().manual_seed(1))
-DATA = X, X.sum(1, keepdim=True).sin()
-OPTIONS = {"loss": "mse", "optimizer": "adamw", "lr": 0.01, "batch_size": 64, "epochs": 4}
-
-
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
-
-
-def bits(trained: nn.Module) -> list[bytes]:
-    return [parameter.detach().numpy().tobytes() for parameter in trained.parameters()]
+OPTIONS = {**OPTIONS, "loss": "mse", "epochs": 4}
 
 
 def newest_step(run: nbdist.Run) -> int:

@@ -1,4 +1,4 @@
-"""Engines through Slurm and MPI: the bits of one host, lost hosts, and jobs that end with their kernel."""
+"""Engines through Slurm, MPI and a running ipyparallel cluster: the bits of one host, lost hosts, and how jobs end."""
 
 from __future__ import annotations
 
@@ -9,40 +9,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import slurm_hosts
-import torch
 from gate import Gate
 from host_network import CONTROL_VARIABLE, HostNetwork
 from shared_cluster import HUNG_S, until
-from torch import nn
-from torch.nn import functional as F
+from small_training import DATA, OPTIONS, bits, held, model
+from users_cluster import UsersCluster
 
 import nbdist
 from nbdist.errors import ClusterError, NbdistError, PlanError
 
-X = torch.randn(512, 6, generator=torch.Generator().manual_seed(1))
-DATA = X, X.sum(1, keepdim=True).sin()
-OPTIONS = {"optimizer": "adamw", "lr": 0.01, "batch_size": 64, "epochs": 2, "strategy": "dp=2,pp=2"}
-KINDS = ["slurm", "mpiexec.openmpi", "mpiexec.mpich"]
-
-
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
-
-
-def held(gate: Gate | None, y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """In the 7th step it waits, where an interrupt leaves the 6th complete."""
-    if gate is not None and torch.is_grad_enabled() and nbdist.current_step() == 6:
-        gate.hold("forward")
-    return F.mse_loss(y, target)
-
-
-def bits(trained: nn.Module) -> list[bytes]:
-    return [parameter.detach().numpy().tobytes() for parameter in trained.parameters()]
+OPTIONS = {**OPTIONS, "epochs": 2, "strategy": "dp=2,pp=2"}
+KINDS = ["slurm", "mpiexec.openmpi", "mpiexec.mpich", "ipyparallel"]
 
 
 def trained_on(cluster: nbdist.Cluster) -> list[bytes]:
@@ -75,13 +57,38 @@ def slurm(network, _slurm, monkeypatch):
     return _slurm
 
 
+@pytest.fixture(scope="module")
+def _users():
+    with tempfile.TemporaryDirectory(prefix=".shared-", dir=Path(__file__).parent) as folder:
+        users = UsersCluster(HostNetwork(os.environ[CONTROL_VARIABLE]), Path(folder), ["h1", "h2"], each=2)
+        try:
+            users.up()
+            yield users
+        finally:
+            users.down()
+
+
+@pytest.fixture
+def users(network, _users):
+    """The user's cluster, whose engines are left as they were."""
+    _users.start_engines()
+    _users.client[:].push({"mine": 7}, block=True)
+    pids = _users.client[:].apply_sync(os.getpid)
+    yield _users
+    if len(_users.client.ids) == len(pids):  # no host has crashed
+        assert _users.client[:].pull("mine", block=True) == [7] * len(pids)
+        assert _users.client[:].apply_sync(os.getpid) == pids
+
+
 @pytest.fixture(params=KINDS)
-def launched(request, network, monkeypatch):
+def launched(request, network, monkeypatch, _users):
     """The arguments of a cluster of two engines on each of two hosts."""
     if request.param == "slurm":
         slurm = request.getfixturevalue("slurm")
         yield {"launcher": "slurm", "nodes": 2, "engines": 4, "launcher_args": "--nodelist=h1,h2"}
         until(lambda: not slurm.jobs)
+    elif request.param == "ipyparallel":
+        yield {"connect": str(request.getfixturevalue("users").file)}
     else:
         if shutil.which(request.param) is None:
             pytest.skip(f"MPI is NOT tested with {request.param}: it is not installed")
@@ -106,7 +113,7 @@ def test_a_lost_host_costs_no_bit_and_no_step(launched, network, expected, share
     with nbdist.Cluster(device="cpu", **launched) as cluster:
         loss = functools.partial(held, gate)
         run = cluster.train(trained := model(), DATA, background=True, loss=loss, **OPTIONS)
-        until(lambda: all(gate._mark("forward", rank).exists() for rank in (1, 3)))  # of the last stages
+        until(lambda: all(gate.is_reached("forward", rank) for rank in (1, 3)))  # of the last stages
         network.crash("h2")
         gate.open("forward")
         run.wait(HUNG_S)
@@ -120,7 +127,7 @@ def test_a_killed_engine_is_replaced_on_its_host(launched, network, expected, sh
     with nbdist.Cluster(device="cpu", **launched) as cluster:
         loss = functools.partial(held, gate)
         run = cluster.train(trained := model(), DATA, background=True, loss=loss, **OPTIONS)
-        until(lambda: all(gate._mark("forward", rank).exists() for rank in (1, 3)))
+        until(lambda: all(gate.is_reached("forward", rank) for rank in (1, 3)))
         network.run("h2", f"kill -9 {cluster.engines[2].pid}")
         gate.open("forward")
         run.wait(HUNG_S)
@@ -207,6 +214,21 @@ def test_a_job_that_is_cancelled_leaves_the_newest_weights(slurm, network):
         assert not [host for host in network.names if network.run(host, "ls -d /tmp/nbdist-* 2>/dev/null")]
 
 
+def test_a_job_that_is_preempted_saves_a_checkpoint_first(slurm, network, shared):
+    """As each of its processes gets SIGTERM: the engines go on until that is done."""
+    with nbdist.Cluster(2, launcher="slurm", nodes=2, device="cpu", spares=0) as cluster:
+        options = {**OPTIONS, "strategy": "dp=2", "epochs": None, "steps": 10**6, "checkpoint": str(shared / "saved")}
+        run = cluster.train(model(), DATA, loss="mse", background=True, **options)
+        until(lambda: run.control.snapshot_store.newest is not None)
+        slurm.ask("scancel", "--user=root")
+        with pytest.raises(NbdistError, match="all hosts are lost"):
+            run.wait(HUNG_S)
+        assert "got SIGTERM, as before the end of its job: a checkpoint is saved in" in str(run.progress.notes)
+        assert len(list(shared.glob("saved/*/checkpoint.json"))) == 1
+        until(lambda: not any(network.processes(host) for host in network.names))
+        assert not [host for host in network.names if network.run(host, "ls -d /tmp/nbdist-* 2>/dev/null")]
+
+
 def test_a_checkpoint_is_saved_before_the_time_limit(slurm, shared):
     """And the run says so."""
     with nbdist.Cluster(2, launcher="slurm", nodes=2, launcher_args="--time 1", device="cpu", spares=0) as cluster:
@@ -227,3 +249,18 @@ def test_what_is_no_job(slurm, monkeypatch):
         nbdist.Cluster(launcher="slurm", launcher_args="--time 5")
     with pytest.raises(PlanError, match="1 engines are fewer than the 2 nodes"):
         nbdist.Cluster(1, launcher="slurm").start()
+
+
+def test_the_hosts_of_a_profile_and_some_of_them(users, monkeypatch, tmp_path):
+    """As many engines as it has there, or as are asked for; unknown hosts are named."""
+    (tmp_path / "profile_users").symlink_to(users.file.parent.parent)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    for options, hosts in (
+        ({"profile": "users"}, "h1 h1 h2 h2"),
+        ({"profile": "users", "engines": 3}, "h1 h1 h2"),
+        ({"profile": "users", "hosts": {"h2": 1}}, "h2"),
+    ):
+        with nbdist.Cluster(device="cpu", spares=0, **options) as cluster:
+            assert hosts.split() == [engine.host for engine in cluster.engines]
+    with pytest.raises(PlanError, match=r"host h3 is none of the cluster's: h1, h2"):
+        nbdist.Cluster(profile="users", hosts={"h3": 1}).start()

@@ -17,6 +17,7 @@ import torch
 from nbdist.cluster.calls.engine_client import EngineClient
 from nbdist.cluster.calls.pending_call import EngineDied, PendingCall
 from nbdist.cluster.calls.replies import wait_for_replies
+from nbdist.cluster.engines.end_notice import EndNotice
 from nbdist.cluster.engines.engine_info import Engine
 from nbdist.cluster.engines.host_payloads import HostPayloads
 from nbdist.cluster.engines.rank_table import RankTable
@@ -55,7 +56,7 @@ class Engines:
     """
 
     def __init__(self, launch: Launch, store: Any, size: int, device: str, timeout_s: float, spares: int) -> None:
-        self.size, self.job = size, launch.job
+        self.size, self.end_notice = size, EndNotice(launch)
         self.owner = os.getpid()
         self.timeout_s = timeout_s
         self.device = device

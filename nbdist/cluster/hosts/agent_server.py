@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import queue
 import shutil
@@ -42,6 +43,8 @@ __all__ = ["main"]
 
 _LOOK_S = 0.1
 _THREADS = 4
+_GRACE_S = 20.0
+"""How long after SIGTERM the kernel may still use this host; Slurm kills after 30 s."""
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 
 
@@ -65,6 +68,7 @@ class _Agent:
         self.host = self._new_host()
         self._replies: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
         self._wake, self._awake = os.pipe()
+        self._ends_s = math.inf  # when it does so by itself
         self._requests = concurrent.futures.ThreadPoolExecutor(_THREADS)
         context: Any = zmq.Context.instance()
         self._socket = context.socket(zmq.DEALER)
@@ -78,14 +82,21 @@ class _Agent:
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(invitation["controller"])
 
+    def terminate(self) -> None:
+        """Tell the kernel that this host is to be left, and end after a while; at once if that is called again."""
+        if self._ends_s < math.inf:
+            sys.exit("terminated")
+        self._ends_s = time.monotonic() + _GRACE_S
+        os.write(self._awake, b"x")
+
     def serve(self) -> None:
         """Serve until the kernel, the connection to it or the one to whoever started this has ended."""
         self._tell("hello", dataclasses.asdict(self._facts))
         poller = zmq.Poller()
         for source in (self._socket, self._monitor, self._wake, 0):
             poller.register(source, zmq.POLLIN)
-        beat_s, known = 0.0, set[str]()
-        while True:
+        beat_s, known, terminated = 0.0, set[str](), False
+        while time.monotonic() < self._ends_s:
             ready = dict(poller.poll(round(1000 * _LOOK_S)))
             if 0 in ready and not os.read(0, 1 << 12):
                 return
@@ -99,6 +110,9 @@ class _Agent:
             with contextlib.suppress(queue.Empty):
                 while True:
                     self._socket.send_multipart(self._replies.get_nowait())
+            if self._ends_s < math.inf and not terminated:
+                terminated = True
+                self._tell("terminated")
             running = self.host.processes()
             for mark in known - running:
                 self._tell("ended", mark)
@@ -215,7 +229,8 @@ def main() -> None:
         line += part
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal that ssh was started in
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # input ends as well
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # as by Slurm: what is here is cleaned up
+    # Slurm terminates every process before it kills them: only this one acts upon it. Those that it starts ignore it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     invitation = json.loads(line)
     folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
     log = os.open(folder / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -229,6 +244,7 @@ def main() -> None:
             fork_client.require_server(str(folder))  # it loads torch from now on
         threading.current_thread().name = "nbdist-agent"
         agent = _Agent(invitation, folder)
+        signal.signal(signal.SIGTERM, lambda *_: agent.terminate())
         os.close(errors)
         agent.serve()
     except BaseException as error:

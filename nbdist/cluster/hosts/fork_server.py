@@ -128,6 +128,8 @@ def serve(pipe: Connection, owner: str, folder: str = "") -> None:
 def _serve(pipe: Connection, owner: str, children: _ChildProcesses) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if parent_watch.in_slurm_job():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its owner says when this ends
     _load(ipyparallel_patches.CONTROL_PLANE)
     while True:
         try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nbdist.errors import PlanError, suggest
 from nbdist.plan.option_values import whole_number
 
-__all__ = ["LAUNCHERS", "LOCAL", "HostChoice"]
+__all__ = ["LAUNCHERS", "LOCAL", "HostChoice", "parse_hosts"]
 
 LAUNCHERS = ("ssh", "slurm", "mpi")
 """Through what agents are started on other hosts."""
@@ -24,11 +24,12 @@ class HostChoice:
 
     Args:
         engines: How many on each host, by its name for the launcher or as `LOCAL`; None for the default there. Empty as
-            long as a job of Slurm has not begun, whose nodes the hosts are.
+            long as hosts are not known, see `allocated`.
         launcher: Through what agents are started on other hosts, one of `LAUNCHERS`.
         launcher_args: For that.
         nodes: With Slurm, on how many of them; None for all of the present job, or one of a new one.
-        total: With Slurm, how many engines in all; None for the default on each node.
+        total: Where hosts are `allocated`, how many engines in all; None for the default on each.
+        connect: The connection file of a running cluster of ipyparallel, whose hosts they are; empty without one.
         interface: This host's network interface towards the others, or its address there; by default the one to them.
         timeout_s: After how many seconds without a word a host counts as lost; None leaves it as it is.
         device: What ranks compute on: with "cpu" a host's GPUs do not count.
@@ -42,6 +43,7 @@ class HostChoice:
     launcher_args: tuple[str, ...] = ()
     nodes: int | None = None
     total: int | None = None
+    connect: str = ""
     interface: str | None = None
     timeout_s: float | None = None
     device: str = "auto"
@@ -52,7 +54,7 @@ class HostChoice:
             raise PlanError(f"unknown launcher {self.launcher!r}: use {listed}.{suggest(self.launcher, LAUNCHERS)}")
         if self.nodes is not None:
             whole_number("nodes", self.nodes, 1)
-        if not (self.engines or self.by_slurm):
+        if not (self.engines or self.allocated):
             raise PlanError("no host is named: use names as ssh knows them, such as h1:2,h2:2.")
         for name, count in self.engines.items():
             if not isinstance(name, str) or not name or name.startswith("-") or set(name) & set(", \t\n"):
@@ -70,6 +72,10 @@ class HostChoice:
         if not self.elsewhere and about:
             verb = "are" if len(about) > 1 else "is"
             raise PlanError(f"{' and '.join(about)} {verb} about other hosts: name them with hosts.")
+        if self.connect and self.launcher != "ssh":
+            raise PlanError(
+                f"launcher={self.launcher!r} is not for a cluster that runs: its engines start what is needed."
+            )
         if self.nodes is not None and not self.by_slurm:
             raise PlanError(f"nodes={self.nodes} is about a job of Slurm: give launcher='slurm' too.")
 
@@ -79,9 +85,14 @@ class HostChoice:
         return self.launcher == "slurm"
 
     @property
+    def allocated(self) -> bool:
+        """Whether the hosts are known only once the engines start: an `Allocation` says which they are."""
+        return self.by_slurm or bool(self.connect)
+
+    @property
     def elsewhere(self) -> bool:
         """Whether engines are, or may be, on other hosts."""
-        return bool(self.others) or self.by_slurm
+        return bool(self.others) or self.allocated
 
     @property
     def others(self) -> list[str]:
@@ -90,10 +101,29 @@ class HostChoice:
 
     @property
     def named(self) -> dict[str, int | None]:
-        """How many engines on each host; of a job of Slurm, how many nodes, and engines in all."""
-        return {"nodes": self.nodes, "engines": self.total} if self.by_slurm else dict(self.engines)
+        """How many engines on each host; where those are `allocated`, also how many nodes, and engines in all."""
+        return {**self.engines, **({"nodes": self.nodes, "engines": self.total} if self.allocated else {})}
+
+    def same_hosts(self, other: HostChoice) -> bool:
+        """Whether another choice is of the same hosts, with the same number of engines."""
+        return (self.named, self.launcher, self.connect) == (other.named, other.launcher, other.connect)
 
     @property
     def size(self) -> int:
         """How many engines, as far as numbers are given."""
         return sum(count or 0 for count in self.engines.values()) or self.total or 0
+
+
+def parse_hosts(text: str) -> dict[str, int | None]:
+    """``h1:2,h2`` as the number of engines on each host; None where none is given.
+
+    Raises:
+        PlanError: It has another form.
+    """
+    hosts: dict[str, int | None] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, colon, count = part.partition(":")
+        if name in hosts or (colon and not count.isdigit()):
+            raise PlanError(f"--hosts {text!r} is not possible: use each host once, such as h1:2,h2:2.")
+        hosts[name] = int(count) if colon else None
+    return hosts

@@ -53,14 +53,19 @@ class RemoteHost(Host):
         """Count the engines there as started, that an earlier kernel has started."""
         self._started.update(self._call("processes"))
 
-    def begin(self, timeout_s: float = 60.0, on_lost: Callable[[RemoteHost], None] = lambda host: None) -> None:
+    def begin(
+        self, timeout_s: float = 60.0, on_lost: Callable[[RemoteHost], None] = lambda host: None,
+        on_terminated: Callable[[RemoteHost], None] = lambda host: host.hang_up(),
+    ) -> None:  # fmt: skip
         """A cluster begins to use it.
 
         Args:
             timeout_s: How long the agent may take to answer first, in seconds.
             on_lost: Called once the host is lost, in a thread.
+            on_terminated: Called once the host has to be left, as before a job of Slurm ends, in a thread: it is when
+                its agent is told to `hang_up`, or a while later.
         """
-        self._timeout_s, self.on_lost = timeout_s, on_lost
+        self._timeout_s, self.on_lost, self.on_terminated = timeout_s, on_lost, on_terminated
         self._started, self._ended = set[str](), set[str]()
         self._cluster_ended: concurrent.futures.Future[_Reply] | None = None
 
@@ -106,10 +111,12 @@ class RemoteHost(Host):
             )
 
     def _note(self, event: Sequence[Any]) -> None:
-        kind, mark = event
+        kind, *about = event
         if kind == "ended":
             with self._lock:
-                self._ended.add(mark)
+                self._ended.update(about)
+        elif kind == "terminated":
+            self.on_terminated(self)
 
     @property
     def lost(self) -> bool:
@@ -250,7 +257,7 @@ class RemoteHost(Host):
 
     def end(self) -> None:
         """See `Host`. Its agent may be used again where it `waits`."""
-        self.on_lost = lambda host: None
+        self.on_lost, self.on_terminated = lambda host: None, lambda host: host.hang_up()
         self.begin_end()
         if self._cluster_ended is not None:
             try:

@@ -8,13 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 from nbdist.cluster.hosts.agent_launcher import AgentLauncher
+from nbdist.cluster.hosts.allocation import Allocation
 from nbdist.cluster.hosts.host_choice import LOCAL
 from nbdist.errors import ClusterError, PlanError
 from nbdist.telemetry.host import host_name
@@ -51,24 +55,22 @@ class Slurm(AgentLauncher):
         return ["srun", f"--jobid={self.job}", *one_task, "--unbuffered", "--quiet", "sh", "-c", line]
 
 
-class SlurmJob:
-    """A job, and the names of its nodes. Local to the kernel.
+class SlurmJob(Allocation):
+    """A job, whose nodes are the hosts.
 
     Args:
         job: Its id.
         nodes: Their names; `LOCAL` for this host.
         program: What holds the job, if it was asked for here.
-
-    Attributes:
-        job: Its id.
-        nodes: Their names.
-        ending: That it ends soon, and why, as a clause; empty before.
     """
 
     def __init__(self, job: str, nodes: Sequence[str], program: subprocess.Popen[str] | None = None) -> None:
-        self.job, self.nodes, self._program = job, list(nodes), program
-        self.ending = ""
+        super().__init__(dict.fromkeys(nodes), Slurm(job=job))
+        self._job, self._program = job, program
         self._ended = threading.Event()
+        self._on_term: Any = None
+        if own_job() and threading.current_thread() is threading.main_thread():
+            self._on_term = signal.signal(signal.SIGTERM, self._note_termination)
         threading.Thread(target=self._watch, daemon=True, name="nbdist-slurm").start()
 
     @classmethod
@@ -114,31 +116,29 @@ class SlurmJob:
         names.sort(key=lambda name: name != LOCAL)
         return cls(own_job(), names[:nodes])
 
-    def engines(self, total: int | None) -> dict[str, int | None]:
-        """How many engines on each node, as evenly as possible; None for the default there.
-
-        Raises:
-            PlanError: There are fewer engines than nodes.
-        """
-        if total is None:
-            return dict.fromkeys(self.nodes)
-        if total < len(self.nodes):
-            raise PlanError(f"{total} engines are fewer than the {len(self.nodes)} nodes: use fewer nodes.")
-        each, more = divmod(total, len(self.nodes))
-        return {name: each + (number < more) for number, name in enumerate(self.nodes)}
-
     def _watch(self) -> None:
         """Look when its time ends, until it does."""
         while not self.ending:
-            left_s = _seconds(_ask("squeue", "--noheader", f"--jobs={self.job}", "--format=%L").strip())
+            left_s = _seconds(_ask("squeue", "--noheader", f"--jobs={self._job}", "--format=%L").strip())
             if left_s is not None and left_s <= _SOON_S:
-                self.ending = f"job {self.job} of Slurm ends in {left_s:.0f} s, its time limit"
+                self.ending = f"job {self._job} of Slurm ends in {left_s:.0f} s, its time limit"
             if self._ended.wait(_LIMIT_EVERY_S if left_s is None else min(_LIMIT_EVERY_S, max(1.0, left_s - _SOON_S))):
                 return
 
+    def _note_termination(self, number: int, frame: FrameType | None) -> None:
+        """SIGTERM for this process, which is in the job: the first one during a run only notes it."""
+        first, self.ending = not self.ending, f"job {self._job} of Slurm got SIGTERM, as before its end"
+        if not (first and self.held):
+            signal.signal(number, self._on_term or signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
     def end(self) -> None:
-        """End the job, if it was asked for here. Twice is fine."""
+        """See `Allocation`."""
         self._ended.set()
+        if threading.current_thread() is threading.main_thread() and (
+            signal.getsignal(signal.SIGTERM) == self._note_termination
+        ):
+            signal.signal(signal.SIGTERM, self._on_term or signal.SIG_DFL)
         if self._program is not None:
             _end(self._program)
 

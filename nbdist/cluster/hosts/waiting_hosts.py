@@ -25,8 +25,9 @@ _hosts: dict[_Key, RemoteHost] = {}
 
 
 def begin_host(
-    name: str, command: Sequence[str], address: str, timeout_s: float, on_lost: Callable[[RemoteHost], None]
-) -> RemoteHost:
+    name: str, command: Sequence[str], address: str, timeout_s: float, on_lost: Callable[[RemoteHost], None],
+    on_terminated: Callable[[RemoteHost], None],
+) -> RemoteHost:  # fmt: skip
     """A host for a cluster: the one that waits, else its agent is started.
 
     Args:
@@ -35,6 +36,7 @@ def begin_host(
         address: Of this host, where the other one reaches it.
         timeout_s: See `RemoteHost.begin`.
         on_lost: See `RemoteHost.begin`.
+        on_terminated: See `RemoteHost.begin`.
     """
     where = address, host_timeout_s()
     key = name, tuple(command), *where
@@ -46,7 +48,7 @@ def begin_host(
             if where not in _agents:
                 _agents[where] = Agents(address)
             host = _hosts[key] = RemoteHost(name, _agents[where].start(name, command), _agents[where])
-    host.begin(timeout_s, on_lost)
+    host.begin(timeout_s, on_lost, on_terminated)
     return host
 
 

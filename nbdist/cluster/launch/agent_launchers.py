@@ -1,26 +1,40 @@
-"""The launcher that a choice of hosts names."""
+"""What a choice of hosts names: the launcher of their agents, or what allocates the hosts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nbdist.cluster.hosts.agent_launcher import AgentLauncher
+from nbdist.cluster.hosts.allocation import Allocation
 from nbdist.cluster.hosts.host_choice import HostChoice
 from nbdist.cluster.hosts.mpi import Mpi
-from nbdist.cluster.hosts.slurm import Slurm
+from nbdist.cluster.hosts.running_cluster import RunningCluster
+from nbdist.cluster.hosts.slurm import SlurmJob
 from nbdist.cluster.hosts.ssh import Ssh
 
-__all__ = ["launcher_of"]
+__all__ = ["allocation_of", "launcher_of"]
 
 
-def launcher_of(choice: HostChoice, job: str = "") -> AgentLauncher:
-    """How agents are started.
+def allocation_of(choice: HostChoice, report: Callable[[str], None]) -> Allocation | None:
+    """What the hosts are of, once it has begun; None where they are named.
 
     Args:
-        choice: Names the launcher, and says what it gets.
-        job: The id of the job of Slurm.
+        choice: See `HostChoice`.
+        report: Progress callback: is told while that is waited for.
+
+    Raises:
+        PlanError: It cannot give what is chosen.
+        ClusterError: It gives nothing.
+    """
+    if choice.by_slurm:
+        return SlurmJob.begin(choice.nodes, choice.total, choice.launcher_args, report)
+    return RunningCluster.connect(choice.connect, choice.engines, report) if choice.connect else None
+
+
+def launcher_of(choice: HostChoice) -> AgentLauncher:
+    """How agents are started on hosts that are named.
 
     Raises:
         PlanError: It is not installed here.
     """
-    if choice.by_slurm:
-        return Slurm(job=job)
     return (Ssh if choice.launcher == "ssh" else Mpi).of_user(*choice.launcher_args)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 from nbdist.cluster.hosts import fork_client
 from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
+from nbdist.cluster.hosts.host_options import HOST_OPTIONS, HostOptions
+from nbdist.cluster.hosts.running_cluster import connection_file
 from nbdist.cluster.hosts.slurm import check_slurm
 from nbdist.cluster.launch.agent_launchers import launcher_of
 from nbdist.cluster.launch.anchor_client import check_detach
 from nbdist.errors import PlanError, suggest
 from nbdist.plan import available_cores, check_engines, default_engines, may_have_gpus
+from nbdist.plan.option import check_known
 
 __all__ = ["choose_hosts"]
 
@@ -21,42 +22,46 @@ _DEVICES = ("auto", "cpu", "cuda")
 
 
 def choose_hosts(
-    engines: int | None, hosts: Mapping[str, int | None] | None, device: str, *, warm_up: bool,
-    detach: float | None = None, launcher_args: str = "", **reached: Any,
-) -> HostChoice:  # fmt: skip
+    engines: int | None, device: str, *, warm_up: bool, detach: float | None = None, options: HostOptions
+) -> HostChoice:
     """How many engines to start on which hosts. The number of this one is chosen here, where none is given.
 
     Args:
         engines: The requested number; None for the default.
-        hosts: Instead of it, the number on each host; see `HostChoice`.
         device: "auto", "cpu" or "cuda".
-        detach: How long they outlive this kernel, in seconds; None if they do not.
-        launcher_args: For the launcher, as a shell splits them.
-        **reached: How other hosts are reached, see `HostChoice`.
         warm_up: Whether engines are about to start, so that the fork server may load torch while this looks for GPUs.
+        detach: How long they outlive this kernel, in seconds; None if they do not.
+        options: See `HOST_OPTIONS`.
 
     Raises:
         PlanError: A number, a host or the device is not possible.
     """
+    check_known(options, HOST_OPTIONS)
     if device not in _DEVICES:
         raise PlanError(f"unknown device {device!r}: use auto, cpu or cuda.{suggest(device, _DEVICES)}")
+    hosts, connect, profile = options.get("hosts"), options.get("connect"), options.get("profile")
+    launcher = options.get("launcher") or "ssh"
     if hosts is not None and engines is not None:
         raise PlanError("engines and hosts exclude each other: say how many on each host, such as h1:2,h2:2.")
     if detach is not None:
         check_detach(detach)
-    by_slurm = reached.get("launcher") == "slurm"
-    if by_slurm and hosts is not None:
+    if launcher == "slurm" and hosts is not None:
         raise PlanError("Slurm chooses the hosts: say how many nodes (--nodes 2), and with -n how many engines in all.")
-    counts = {} if by_slurm else {LOCAL: engines} if hosts is None else dict(hosts)
+    if connect is not None and profile is not None:
+        raise PlanError("connect and profile exclude each other: each names a cluster that runs.")
+    allocated = launcher == "slurm" or connect is not None or profile is not None
+    counts = dict(hosts or {}) if allocated or hosts is not None else {LOCAL: engines}
     if LOCAL in counts:
         counts[LOCAL] = _size(counts[LOCAL], device, warm_up)
-    given = tuple(shlex.split(launcher_args))
+    given = tuple(shlex.split(options.get("launcher_args") or ""))
     choice = HostChoice(
-        engines=counts, total=engines if by_slurm else None, device=device, launcher_args=given, **reached
-    )
-    if by_slurm:
+        engines=counts, total=engines if allocated else None, device=device, launcher=launcher, launcher_args=given,
+        nodes=options.get("nodes"), interface=options.get("interface"), timeout_s=options.get("host_timeout"),
+        connect="" if connect is None and profile is None else connection_file(connect, profile),
+    )  # fmt: skip
+    if choice.by_slurm:
         check_slurm(given, detach is not None)
-    elif choice.others:  # an unknown host is named before anything is stopped
+    elif choice.others and not allocated:  # an unknown host is named before anything is stopped
         launcher_of(choice).address_towards(choice.others, choice.interface)
     return choice
 

@@ -25,8 +25,8 @@ from nbdist.cluster.hosts import fork_client
 from nbdist.cluster.hosts.host import ALL_LOST, EngineEnvironment, Host, HostFacts
 from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
 from nbdist.cluster.hosts.local_host import GUARD, LocalHost, interface_to, kill_tree
-from nbdist.cluster.hosts.slurm import SlurmJob
-from nbdist.cluster.launch.agent_launchers import launcher_of
+from nbdist.cluster.hosts.remote_host import RemoteHost
+from nbdist.cluster.launch.agent_launchers import allocation_of, launcher_of
 from nbdist.cluster.launch.anchor_client import PROXY, Anchor
 from nbdist.cluster.launch.forked_controller import ForkedController
 from nbdist.cluster.launch.ipyparallel_client import IpyparallelClient
@@ -59,19 +59,20 @@ class Launch:
         choice: How many engines to start on which hosts, see `wait_for`; a number of them on this one.
         patience_s: How long they live without a kernel, in seconds; None if they end with this one.
         timeout_s: How long other hosts may take to answer first, in seconds.
-        report: Progress callback: is told while a job of Slurm waits.
+        report: Progress callback: is told while hosts are waited for.
 
     Attributes:
         hosts: The hosts, by name, in the user's order.
-        job: Of Slurm, whose nodes they are; None without one.
+        allocation: What they are of; None where they were named.
         size: How many engines were started first.
         address: Of this host, where the others reach it; empty if there are none.
         on_lost: Called with the id of a host that is lost, in a thread.
         on_back: Called once a lost host can be used again, in a thread.
+        on_terminated: Called with a host that has to be left, in a thread; see `RemoteHost.begin`.
 
     Raises:
         PlanError: A host cannot be found, or cannot run so many engines.
-        ClusterError: A host cannot be reached, or has another environment; or Slurm gives no job. Then nothing is left
+        ClusterError: A host cannot be reached, or has another environment; or none is allocated. Then nothing is left
             running.
     """
 
@@ -82,19 +83,20 @@ class Launch:
         report: Callable[[str], None] = lambda words: None,
     ) -> None:  # fmt: skip
         choice = HostChoice(engines={LOCAL: choice}) if isinstance(choice, int) else choice
-        self.job = SlurmJob.begin(choice.nodes, choice.total, choice.launcher_args, report) if choice.by_slurm else None
+        self.allocation = allocation_of(choice, report)
         try:
             self._begin(choice, patience_s, timeout_s)
         except BaseException:
-            if self.job is not None:
-                self.job.end()
+            if self.allocation is not None:
+                self.allocation.end()
             raise
 
     def _begin(self, choice: HostChoice, patience_s: float | None, timeout_s: float) -> None:
-        if self.job is not None:
-            choice = replace(choice, engines=self.job.engines(choice.total))
-        counts = choice.engines
-        launcher = launcher_of(choice, self.job.job if self.job is not None else "") if choice.others else None
+        if (allocation := self.allocation) is not None:
+            choice = replace(choice, engines=allocation.engines(choice.total))
+        counts, launcher = choice.engines, None
+        if choice.others:
+            launcher = launcher_of(choice) if allocation is None else allocation.launcher
         address = "" if launcher is None else launcher.address_towards(choice.others, choice.interface)
         folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
         self._prepare(folder, None if patience_s is None else Anchor.start(str(folder), patience_s, address), address)
@@ -148,6 +150,7 @@ class Launch:
         self._homes: list[str] = []  # on which host each rank was started first
         self.on_lost: Callable[[str], None] = lambda host_id: None
         self.on_back: Callable[[], None] = lambda: None
+        self.on_terminated: Callable[[RemoteHost], None] = lambda host: host.hang_up()
         self._newest: list[tuple[Host, concurrent.futures.Future[list[str]]]] = []
 
     @classmethod
@@ -159,7 +162,7 @@ class Launch:
             notes: Of that kernel.
         """
         launch, hosts = cls.__new__(cls), notes["hosts"]
-        launch.job = None
+        launch.allocation = None
         launch._prepare(Path(anchor.folder), anchor, hosts["address"])
         launch._cluster = ipyparallel.Cluster.from_dict(
             notes["launched"], config=launch._settings(), load_profile=False, shutdown_atexit=False, log_level=50
@@ -192,6 +195,7 @@ class Launch:
     def _use(self, others: OtherHosts) -> None:
         self._others = others
         others.on_lost, others.on_back = lambda host_id: self.on_lost(host_id), self._rejoin
+        others.on_terminated = lambda host: self.on_terminated(host)
 
     def _rejoin(self, host: Host) -> None:
         self.hosts[host.name] = host
@@ -364,8 +368,8 @@ class Launch:
         self._local.end()
         if self.anchor is not None:
             self.anchor.end()
-        if self.job is not None:
-            self.job.end()
+        if self.allocation is not None:
+            self.allocation.end()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def log_tail(self) -> str:

@@ -29,6 +29,7 @@ class OtherHosts:
     Attributes:
         on_lost: Called with the id of a host that is lost, in a thread.
         on_back: Called with a host that takes the place of a lost one, in a thread.
+        on_terminated: See `RemoteHost.begin`.
     """
 
     def __init__(self, launcher: AgentLauncher, address: str, timeout_s: float, proxy: str = "") -> None:
@@ -39,6 +40,7 @@ class OtherHosts:
         self._lost = LostHosts(self._begin, self._rejoin)
         self.on_lost: Callable[[str], None] = lambda host_id: None
         self.on_back: Callable[[RemoteHost], None] = lambda host: None
+        self.on_terminated: Callable[[RemoteHost], None] = lambda host: host.hang_up()
 
     def add(self, name: str) -> Host:
         """Start the agent of a host."""
@@ -56,7 +58,7 @@ class OtherHosts:
         assert others._proxy is not None
         for name, identity in noted["identities"].items():
             host = others._keep(RemoteHost(name, identity, others._proxy))
-            host.begin(others._timeout_s, others._note_lost)
+            host.begin(others._timeout_s, others._note_lost, others._note_terminated)
             with contextlib.suppress(ClusterError):
                 host.facts  # noqa: B018  (waits for the answer)
                 host.adopt()
@@ -100,9 +102,9 @@ class OtherHosts:
     def _begin(self, name: str) -> RemoteHost:
         command = self._launcher.agent_command(name)
         if self._proxy is None:
-            return begin_host(name, command, self._address, self._timeout_s, self._note_lost)
+            return begin_host(name, command, self._address, self._timeout_s, self._note_lost, self._note_terminated)
         host = RemoteHost(name, self._proxy.start(name, command), self._proxy)
-        host.begin(self._timeout_s, self._note_lost)
+        host.begin(self._timeout_s, self._note_lost, self._note_terminated)
         return host
 
     def _keep(self, host: RemoteHost) -> RemoteHost:
@@ -115,6 +117,9 @@ class OtherHosts:
         if host.answered:  # else nothing ran there
             self.on_lost(host.facts.host_id)
             self._lost.seek(host.name)
+
+    def _note_terminated(self, host: RemoteHost) -> None:
+        self.on_terminated(host)
 
     def _rejoin(self, host: RemoteHost) -> None:
         """Use a host that was lost: what ran there before has ended."""

@@ -70,7 +70,7 @@ class RunMonitor:
         self._watch = watch
         self._record_mirror = RecordMirror(dispatch.engines, run.control.spec.run_id)
         self._interrupted: set[int] = set()
-        self._end_noted = False
+        self._noticed, self._saved_before = "", 0  # that hosts end, and how many checkpoints there were by then
         self._last_step, self._tries = -1, 0  # the step at which ranks were lost, and how often
         self._on_end = on_end
         self._calls = calls
@@ -84,6 +84,7 @@ class RunMonitor:
     def _monitor(self) -> None:
         control = self._control
         failed = True
+        self._engines.end_notice.hold()
         try:
             while self._is_lost(outcomes := self._collect()) or all(o.state == "scaled" for o in outcomes):
                 self._recover(outcomes)
@@ -94,6 +95,7 @@ class RunMonitor:
             control.end("failed", ClusterError(f"the run's monitor failed: {error!r}"))
             raise
         finally:
+            self._engines.end_notice.release()
             try:
                 with contextlib.suppress(ClusterError):
                     self._dispatch.end(failed=failed)
@@ -192,19 +194,21 @@ class RunMonitor:
         return [outcomes[rank] for rank in range(len(self._calls))]
 
     def _save_before_end(self) -> None:
-        """Save a checkpoint, once, before the engines' job ends, and note it."""
-        job, control = self._engines.job, self._control
-        if job is None or not job.ending or self._end_noted:
-            return
-        self._end_noted = True
-        saved = "the newest snapshot stays in this kernel; give a folder (--checkpoint DIR) to keep it"
-        with contextlib.suppress(ClusterError):  # a prediction, or a run that has just ended
-            if control.spec.plan.checkpoint:
-                control.command("checkpoint", control.spec.plan.checkpoint)
-                saved = f"a checkpoint is saved in {control.spec.plan.checkpoint}, from which --resume continues"
-        text = f"{job.ending}: {saved}"
-        control.progress.note(text)
-        self._record(Noted(rank=0, text=text))
+        """Save a checkpoint before the engines' hosts are taken away, and note it; then let them go."""
+        notice, control = self._engines.end_notice, self._control
+        saved = sum(each.kind == "checkpoint" for each in control.progress.happenings)
+        folder, ending = control.spec.plan.checkpoint, notice.text
+        if ending and ending != self._noticed:
+            self._noticed, self._saved_before = ending, saved
+            text = "the newest snapshot stays in this kernel; give a folder (--checkpoint DIR) to keep it"
+            with contextlib.suppress(ClusterError):  # a prediction, or a run that has just ended
+                if folder:
+                    control.command("checkpoint", folder)
+                    text = f"a checkpoint is saved in {folder}, from which --resume continues"
+            control.progress.note(f"{ending}: {text}")
+            self._record(Noted(rank=0, text=f"{ending}: {text}"))
+        elif ending and (saved > self._saved_before or not folder):
+            notice.let_go()
 
     def _is_hung(self) -> bool:
         """Whether the run hangs and has to end; where ranks can be replaced instead, this kills them."""

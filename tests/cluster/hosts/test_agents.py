@@ -190,6 +190,23 @@ def test_an_agent_that_counts_as_lost_says_nothing_more(start, agents, monkeypat
     assert start("h2").facts.host_id == host_id()
 
 
+def test_a_terminated_agent_ends_once_it_may(start):
+    """At once where nobody uses its host; else when the kernel says so, or when it gets SIGTERM again."""
+    idle, used, again = hosts = [start(name) for name in ("idle", "used", "again")]
+    terminated = {host: threading.Event() for host in (used, again)}
+    used.on_terminated = again.on_terminated = lambda host: terminated[host].set()
+    assert all(host.facts for host in hosts)
+    processes = {host: processes_of(host) for host in hosts}
+    for host in hosts:
+        processes[host][0].terminate()
+    until(lambda: all_ended(processes[idle]))
+    assert all(event.wait(HUNG_S) for event in terminated.values())
+    assert used.hold(1)  # it still answers
+    used.hang_up()
+    processes[again][0].terminate()
+    until(lambda: all_ended(processes[used] + processes[again]))
+
+
 def test_an_agent_without_a_line_of_input_ends():
     ended = subprocess.run(AGENT, input=b"", capture_output=True, timeout=HUNG_S, check=False)
     assert ended.returncode == 1

@@ -7,9 +7,8 @@ import shutil
 import pytest
 
 from nbdist import Cluster
-from nbdist.cluster.hosts.host_choice import HostChoice
+from nbdist.cluster.hosts.host_choice import HostChoice, parse_hosts
 from nbdist.errors import PlanError
-from nbdist.notebook.parsers import parse_hosts
 
 needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not installed")
 

@@ -41,7 +41,7 @@ def job():
 def test_engines_are_spread_over_nodes(job):
     assert job.engines(None) == {"h1": None, "h2": None, "h3": None}
     assert job.engines(7) == {"h1": 3, "h2": 2, "h3": 2}
-    with pytest.raises(PlanError, match="2 engines are fewer than the 3 nodes"):
+    with pytest.raises(PlanError, match="2 engines are fewer than the 3 hosts"):
         job.engines(2)
 
 
