@@ -73,9 +73,9 @@ def users(network, _users):
     """The user's cluster, whose engines are left as they were."""
     _users.start_engines()
     _users.client[:].push({"mine": 7}, block=True)
-    pids = _users.client[:].apply_sync(os.getpid)
+    engines, pids = list(_users.client.ids), _users.client[:].apply_sync(os.getpid)
     yield _users
-    if len(_users.client.ids) == len(pids):  # no host has crashed
+    if engines == _users.client.ids:  # no host has crashed
         assert _users.client[:].pull("mine", block=True) == [7] * len(pids)
         assert _users.client[:].apply_sync(os.getpid) == pids
 
@@ -264,3 +264,13 @@ def test_the_hosts_of_a_profile_and_some_of_them(users, monkeypatch, tmp_path):
             assert hosts.split() == [engine.host for engine in cluster.engines]
     with pytest.raises(PlanError, match=r"host h3 is none of the cluster's: h1, h2"):
         nbdist.Cluster(profile="users", hosts={"h3": 1}).start()
+
+
+def test_a_host_of_a_running_cluster_that_is_back_is_used_again(users, network):
+    """Through an engine that has another number then."""
+    with nbdist.Cluster(device="cpu", connect=str(users.file)) as cluster:
+        network.crash("h2")
+        until(lambda: [2, 3] == [engine.rank for engine in cluster.engines if engine.state == "lost"])
+        network.mend()
+        users.start_engines()
+        until(lambda: ["h1", "h1", "h2", "h2"] == [engine.host for engine in cluster.start().engines])

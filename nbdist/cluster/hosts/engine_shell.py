@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 from nbdist.telemetry.host import host_id, own_address_to
@@ -79,9 +80,14 @@ def _fail(text: str) -> NoReturn:
     sys.exit(1)
 
 
-def _first_free(client: Any, engines: list[int]) -> int:
-    """The engine with the least to do, among those that live."""
+def _first_free(client: Any, host: str, engines: Collection[int]) -> int:
+    """The engine of a host with the least to do; one that has started there since, if none of these lives."""
     living = [engine for engine in engines if engine in client.ids]
+    if not living:
+        calls = {engine: client[engine].apply_async(describe, "") for engine in client.ids}
+        client.wait(list(calls.values()), timeout=_ANSWERED_WITHIN_S)
+        found = {engine: call.get() for engine, call in calls.items() if call.ready() and call.successful()}
+        living = [engine for engine, about in found.items() if about["name"] == host]
     if not living:
         _fail("none of its engines runs any more")
     queues = client.queue_status(targets=living)
@@ -89,15 +95,15 @@ def _first_free(client: Any, engines: list[int]) -> int:
 
 
 def main() -> None:
-    """Entry point. Arguments: the cluster's connection file, the ids of engines on one host, and the line."""
+    """Entry point. Arguments: the cluster's connection file, a host, the ids of engines there, and the line."""
     import ipyparallel
 
-    file, engines, line = sys.argv[1], [int(each) for each in sys.argv[2].split(",")], sys.argv[3]
+    file, host, engines, line = sys.argv[1:5]
     try:
         client = ipyparallel.Client(file, timeout=_ANSWERED_WITHIN_S)
     except TimeoutError:
         _fail("its ipyparallel cluster does not answer")
-    engine = _first_free(client, engines)
+    engine = _first_free(client, host, [int(each) for each in engines.split(",")])
     view = client[engine]
     try:
         number = view.apply_async(begin, line).get(_ANSWERED_WITHIN_S)

@@ -45,7 +45,7 @@ class EngineShells(AgentLauncher):
         """See `AgentLauncher`."""
         engines = ",".join(map(str, self.engines[host]))
         program = f"from {engine_shell.__name__} import main; main()"  # with -m its functions would be of __main__
-        return [sys.executable, "-c", program, self.file, engines, line]
+        return [sys.executable, "-c", program, self.file, host, engines, line]
 
     def agent_command(self, host: str) -> list[str]:
         """See `AgentLauncher`; with the Python of the engines there."""

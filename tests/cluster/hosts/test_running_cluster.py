@@ -59,7 +59,7 @@ def test_where_its_controller_is():
 
 def test_an_agent_is_started_through_an_engine_with_its_python():
     shells = EngineShells(file="f", engines={"h1": (0, 2)}, pythons={"h1": "/opt/python"}, addresses={"h1": ""})
-    *_, file, engines, line = shells.agent_command("h1")
-    assert (file, engines) == ("f", "0,2")
+    *_, file, host, engines, line = shells.agent_command("h1")
+    assert (file, host, engines) == ("f", "h1", "0,2")
     assert line.startswith("exec /opt/python -c ")
     assert shells.real_name("h1") == "h1"
