@@ -7,12 +7,17 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import nbdist
 from nbdist.errors import NbdistError, PlanError, suggest
+from nbdist.listening import use_ports
 from nbdist.plan import available_cores
 from nbdist.plan.arguments import OptionParser, add_options, given_options
 from nbdist.plan.plan import OPTIONS
+
+if TYPE_CHECKING:
+    from nbdist.cluster.hosts.host_choice import HostChoice
 
 __all__ = ["main"]
 
@@ -76,10 +81,9 @@ def _doctor(words: list[str]) -> int:
     parser = OptionParser("nbdist doctor", "Check that engines start, communicate and train on this machine.")
     parser.add_argument("-n", type=int, metavar="N", help="Engines.")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="What ranks compute on.")
-    parser.add_argument(
-        "--hosts", metavar="H,...", help="Examine these hosts: ssh, versions, connections both ways, clock, folder."
-    )
-    parser.add_argument("--interface", metavar="NAME", help="This host's network interface towards them.")
+    from nbdist.cluster import HOST_OPTIONS
+
+    add_options(parser, HOST_OPTIONS)
     parser.add_argument(
         "--folder", default="", metavar="DIR", help="That all hosts should see. Default: the present one."
     )
@@ -92,16 +96,14 @@ def _doctor(words: list[str]) -> int:
     import torch
 
     from nbdist.cluster import Cluster
-    from nbdist.cluster.hosts.host_choice import parse_hosts
+    from nbdist.cluster.launch.devices import named_hosts
 
     gpus = torch.cuda.device_count()
     print(f"  {available_cores()} cores, {gpus} GPU{'' if gpus == 1 else 's'}")
-    hosts = None if arguments.hosts is None else parse_hosts(arguments.hosts)
-    others = [name for name in hosts or () if name != "local"]
-    if others and not _examine(others, arguments.interface, arguments.folder):
+    chosen: Any = given_options(arguments, HOST_OPTIONS)
+    if not _examine(named_hosts(arguments.n, arguments.device, options=chosen), arguments.folder):
         return 1
-    chosen = {"device": arguments.device, "hosts": hosts, "interface": arguments.interface if others else None}
-    with Cluster(arguments.n, **chosen) as cluster:
+    with Cluster(arguments.n, device=arguments.device, **chosen) as cluster:
         print(
             f"{cluster.size} engines started and completed a collective in {cluster.start_seconds:.1f} s: {cluster!r}"
         )
@@ -111,15 +113,25 @@ def _doctor(words: list[str]) -> int:
     return 0
 
 
-def _examine(hosts: list[str], interface: str | None, folder: str) -> bool:
-    """Print what is found about hosts; returns whether engines can run there."""
+def _examine(choice: HostChoice, folder: str) -> bool:
+    """Print what is found about other hosts; returns whether engines can run there."""
     from nbdist.cluster.hosts.doctor import examine_hosts
-    from nbdist.cluster.hosts.ssh import Ssh
+    from nbdist.cluster.launch.agent_launchers import allocation_of, way_to_hosts
 
+    if not choice.elsewhere or choice.connect:  # its engines pass on no answers
+        return True
+    allocation = allocation_of(choice, print)
     failed = 0
-    for finding in examine_hosts(Ssh.of_user(), hosts, interface, folder):
-        print(finding, flush=True)
-        failed += finding.kind == "FAILED"
+    try:
+        hosts = choice.others if allocation is None else [name for name in allocation.engines(None) if name != "local"]
+        launcher, ports = way_to_hosts(choice, allocation)
+        use_ports(ports)
+        for finding in examine_hosts(launcher, hosts, choice.interface, folder):
+            print(finding, flush=True)
+            failed += finding.kind == "FAILED"
+    finally:
+        if allocation is not None:
+            allocation.end()
     if failed:
         print(f"{failed} of these must be mended before engines can run there")
     return not failed

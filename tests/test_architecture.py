@@ -18,6 +18,7 @@ EVERYWHERE = {
     "nbdist.errors",
     "nbdist.interrupts",
     "nbdist.keepalive",
+    "nbdist.listening",
     "nbdist.peer_auth",
     "nbdist.process_mark",
     "nbdist.segment_path",
@@ -181,7 +182,16 @@ def test_every_module_has_a_layer():
     assert (
         layers
         | ways_in
-        | {"errors", "interrupts", "keepalive", "peer_auth", "process_mark", "segment_path", "store_server"}
+        | {
+            "errors",
+            "interrupts",
+            "keepalive",
+            "listening",
+            "peer_auth",
+            "process_mark",
+            "segment_path",
+            "store_server",
+        }
         == found
     )
 

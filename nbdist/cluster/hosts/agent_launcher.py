@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import socket
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import psutil
 
 from nbdist.errors import PlanError
+from nbdist.listening import PORTS_VARIABLE
 from nbdist.telemetry.host import own_address_to
 
 __all__ = ["AgentLauncher"]
@@ -25,9 +27,11 @@ class AgentLauncher(ABC):
 
     Args:
         python: Python on the other hosts; by default the path of this one, if it exists there, else ``python3``.
+        ports: Those that are listened on there; any if there are none.
     """
 
     python: str = ""
+    ports: range = range(0)
 
     @abstractmethod
     def command_on(self, host: str, line: str) -> list[str]:
@@ -35,7 +39,28 @@ class AgentLauncher(ABC):
 
     def agent_command(self, host: str) -> list[str]:
         """The command that runs an agent on a host; it gets its invitation on its standard input."""
-        return self.command_on(host, self.python_line(_PROGRAM))
+        return self.program_command(host, _PROGRAM)
+
+    def program_command(self, host: str, program: str) -> list[str]:
+        """The command that runs a program in Python on a host."""
+        ports, python = self.ports_on(host), self.python_on(host)
+        variable = f"{PORTS_VARIABLE}={ports[0]}-{ports[-1]} " if ports else ""
+        chosen = shlex.quote(python or sys.executable)
+        found = chosen if python else f'"$(command -v {chosen} || command -v python3 || printf %s {chosen})"'
+        return self.command_on(host, f"{variable}exec {found} -c {shlex.quote(program)}")
+
+    def python_on(self, host: str) -> str:
+        """See `python`."""
+        return self.python
+
+    def ports_on(self, host: str) -> range:
+        """Those that are listened on at a host."""
+        return self.ports
+
+    @property
+    def tunnels(self) -> bool:
+        """Whether it carries all connections between hosts."""
+        return False
 
     def real_name(self, host: str) -> str:
         """The name of a host on the network."""
@@ -59,17 +84,17 @@ class AgentLauncher(ABC):
             raise PlanError(f"the hosts are reached over different interfaces ({listed}): choose one with --interface.")
         return next(iter(found.values()))
 
-    def python_line(self, program: str) -> str:
-        """A line for a shell, which becomes Python with a program."""
-        chosen = shlex.quote(self.python or sys.executable)
-        found = chosen if self.python else f'"$(command -v {chosen} || command -v python3 || printf %s {chosen})"'
-        return f"exec {found} -c {shlex.quote(program)}"
-
     def _address_to(self, host: str) -> str:
         name = self.real_name(host)
         try:
             return own_address_to(name)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                socket.getaddrinfo(name, None, socket.AF_INET6)
+                raise PlanError(
+                    f"host {host} has an IPv6 address only, which ipyparallel's controller does not use: give its "
+                    "IPv4 address a name, or let ssh carry all connections with --tunnel."
+                ) from None
             raise PlanError(
                 f"the address of host {host} is not known here ({error.strerror or error}): use a name of "
                 "~/.ssh/config or of the network; behind a jump host, choose this host's interface with --interface."

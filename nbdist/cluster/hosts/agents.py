@@ -28,6 +28,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from nbdist.cluster.hosts.host import HostLostError
 from nbdist.errors import ClusterError
 from nbdist.keepalive import host_timeout_s
+from nbdist.listening import listen_on
 
 __all__ = ["BEATS_A_TIMEOUT", "Agents", "Invitation"]
 
@@ -35,7 +36,7 @@ BEATS_A_TIMEOUT = 6
 """How often an agent sends something within the host timeout."""
 _LOOK_S = 0.2
 _LINGER_MS = 500
-_LOG_BYTES = 1 << 16
+_LOG_BYTES, _BACKLOG = 1 << 16, 128
 _ENDED_WITHIN_S = 2.0
 
 Invitation = dict[str, str]
@@ -101,7 +102,12 @@ class Agents:
         self._socket.setsockopt(zmq.SNDHWM, 0)  # and only that: who sends much waits for replies
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * self._timeout_s / BEATS_A_TIMEOUT))
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * self._timeout_s))
-        port = self._socket.bind_to_random_port(f"tcp://{address}")
+        # Of a socket that listens already, on a port that may be chosen: ZeroMQ takes it over.
+        with listen_on(address, _BACKLOG) as listener:
+            self._socket.setsockopt(zmq.USE_FD, listener.fileno())
+            port = listener.getsockname()[1]
+            self._socket.bind(f"tcp://{address}:{port}")
+            listener.detach()
         self._address = f"tcp://{address}:{port}"
         self._wake, self._awake = socket.socketpair()  # a closed one never is another file, as a descriptor may be
         self._thread = threading.Thread(target=self._serve, daemon=True, name="nbdist-agents")

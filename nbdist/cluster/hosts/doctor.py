@@ -80,7 +80,7 @@ class _Asked:
         self.host = host
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the program)
         self._program = subprocess.Popen(
-            launcher.command_on(host, launcher.python_line(_PROGRAM)), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            launcher.program_command(host, _PROGRAM), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._log, text=True, start_new_session=True,
         )  # fmt: skip
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -177,12 +177,13 @@ def examine_hosts(
             reached[host] = asked, own, launcher.real_name(host)
         for host, (asked, own, _) in reached.items():
             cure = f"let the firewall of this host pass connections from {host}, or choose another --interface"
-            yield _of_connection(asked, "to this host", (own, listener.port, listener.token), cure)
+            if not launcher.tunnels:
+                yield _of_connection(asked, "to this host", (own, listener.port, listener.token), cure)
             yield _of_clock(host, asked)
             yield _of_folder(host, asked, folder or os.getcwd())
         for host, (asked, _, _) in reached.items():
             for other, (peer, _, address) in reached.items():
-                if host != other:
+                if host != other and not launcher.tunnels:
                     cure = f"let the firewall of {other} pass connections from {host}: their ranks exchange sums"
                     yield _of_connection(asked, f"to {other}", (address, *peer.listener), cure)
 

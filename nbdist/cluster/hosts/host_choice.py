@@ -7,12 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nbdist.errors import PlanError, suggest
+from nbdist.listening import parse_ports
 from nbdist.plan.option_values import whole_number
 
-__all__ = ["LAUNCHERS", "LOCAL", "HostChoice", "parse_hosts"]
+__all__ = ["CONTROLLER_PORTS", "FEWEST_PORTS", "LAUNCHERS", "LOCAL", "HostChoice", "parse_hosts"]
 
 LAUNCHERS = ("ssh", "slurm", "mpi")
 """Through what agents are started on other hosts."""
+
+CONTROLLER_PORTS = 24
+"""At least as many as ipyparallel's controller binds: else it takes others."""
+
+FEWEST_PORTS = CONTROLLER_PORTS + 16
+"""Of a range: the controller's, and those that processes of this host listen on."""
 
 LOCAL = "local"
 """The notebook's own host, among names of hosts."""
@@ -31,6 +38,8 @@ class HostChoice:
         total: Where hosts are `allocated`, how many engines in all; None for the default on each.
         connect: The connection file of a running cluster of ipyparallel, whose hosts they are; empty without one.
         interface: This host's network interface towards the others, or its address there; by default the one to them.
+        ports: The range of ports that is listened on, such as 10101-10160; empty to leave it as it is.
+        tunnel: Whether ssh carries all connections between hosts.
         timeout_s: After how many seconds without a word a host counts as lost; None leaves it as it is.
         device: What ranks compute on: with "cpu" a host's GPUs do not count.
 
@@ -45,6 +54,8 @@ class HostChoice:
     total: int | None = None
     connect: str = ""
     interface: str | None = None
+    ports: str = ""
+    tunnel: bool = False
     timeout_s: float | None = None
     device: str = "auto"
 
@@ -65,19 +76,33 @@ class HostChoice:
         if self.timeout_s is not None and not (number and 1 <= self.timeout_s < math.inf):
             raise PlanError(f"a host timeout of {self.timeout_s!r} is not possible: use seconds, 1 or more.")
         given = {
-            "interface": self.interface, "host_timeout": self.timeout_s, "launcher_args": self.launcher_args or None,
+            "interface": self.interface, "ports": self.ports or None, "tunnel": self.tunnel or None,
+            "host_timeout": self.timeout_s, "launcher_args": self.launcher_args or None,
             "launcher": None if self.launcher == "ssh" else self.launcher,
         }  # fmt: skip
         about = [name for name, value in given.items() if value is not None]
         if not self.elsewhere and about:
             verb = "are" if len(about) > 1 else "is"
             raise PlanError(f"{' and '.join(about)} {verb} about other hosts: name them with hosts.")
+        self._check_ports()
         if self.connect and self.launcher != "ssh":
             raise PlanError(
                 f"launcher={self.launcher!r} is not for a cluster that runs: its engines start what is needed."
             )
         if self.nodes is not None and not self.by_slurm:
             raise PlanError(f"nodes={self.nodes} is about a job of Slurm: give launcher='slurm' too.")
+
+    def _check_ports(self) -> None:
+        try:
+            ports = parse_ports(self.ports)
+        except ValueError as error:
+            raise PlanError(f"{error}.") from None
+        if ports and len(ports) < FEWEST_PORTS:
+            raise PlanError(f"{len(ports)} ports ({self.ports}) are too few: give {FEWEST_PORTS} or more.")
+        if self.tunnel and (self.launcher != "ssh" or self.allocated):
+            raise PlanError("a tunnel is made by ssh: name the hosts with hosts, and no other launcher.")
+        if self.tunnel and self.interface is not None:
+            raise PlanError(f"interface {self.interface!r} is not used by a tunnel, which ends on loopback: omit it.")
 
     @property
     def by_slurm(self) -> bool:

@@ -49,6 +49,18 @@ HOST_OPTIONS: dict[str, Option] = {
         metavar="NAME",
         default="the one to them",
     ),
+    "ports": Option(
+        help="The TCP ports that nbdist listens on, here and on the other hosts, where a firewall lets only these "
+        "through: 40 or more, such as 10101-10160.",
+        metavar="A-B",
+        default="any free ones",
+    ),
+    "tunnel": Option(
+        help="Whether ssh carries all connections between hosts, where a firewall lets nothing else through; on CPUs.",
+        parse=bool,
+        bare=True,
+        default="no",
+    ),
     "host_timeout": Option(
         help="Seconds without a word after which a host counts as lost.", parse=float, metavar="S", default="3"
     ),
@@ -66,4 +78,6 @@ class HostOptions(TypedDict, total=False):
     connect: str | None
     profile: str | None
     interface: str | None
+    ports: str | None
+    tunnel: bool | None
     host_timeout: float | None

@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from nbdist.listening import listen_on
+
 __all__ = ["Listener", "connect", "main"]
 
-_TOKEN_BYTES = 16
+_TOKEN_BYTES, _BACKLOG = 16, 16
 _WITHIN_S = 5.0
 _PIECE = bytes(1 << 16)
 
@@ -32,7 +34,7 @@ class Listener:
     """
 
     def __init__(self) -> None:
-        self._socket = socket.create_server(("", 0))
+        self._socket = listen_on("", _BACKLOG)
         self.port = int(self._socket.getsockname()[1])
         self.token = secrets.token_hex(_TOKEN_BYTES // 2)
         threading.Thread(target=self._serve, daemon=True, name="nbdist-probe").start()

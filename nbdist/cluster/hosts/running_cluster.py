@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,9 @@ class EngineShells(AgentLauncher):
         program = f"from {engine_shell.__name__} import main; main()"  # with -m its functions would be of __main__
         return [sys.executable, "-c", program, self.file, host, engines, line]
 
-    def agent_command(self, host: str) -> list[str]:
-        """See `AgentLauncher`; with the Python of the engines there."""
-        return super(EngineShells, replace(self, python=self.pythons[host])).agent_command(host)
+    def python_on(self, host: str) -> str:
+        """See `AgentLauncher`: that of the engines there."""
+        return self.pythons[host]
 
     def real_name(self, host: str) -> str:
         """See `AgentLauncher`."""

@@ -13,14 +13,17 @@ from collections.abc import Callable, Sequence
 from nbdist.cluster.hosts.agents import Agents
 from nbdist.cluster.hosts.remote_host import RemoteHost
 from nbdist.keepalive import host_timeout_s
+from nbdist.listening import PORTS_VARIABLE
 
 __all__ = ["begin_host", "end_hosts", "waiting_hosts"]
 
-_Key = tuple[str, tuple[str, ...], str, float]
-"""Name, command, this host's address, host timeout: only a host of which all are the same is used again."""
+_Place = tuple[str, float, str]
+"""This host's address, the host timeout, and the ports that are listened on."""
+_Key = tuple[str, tuple[str, ...], _Place]
+"""Name, command and place: only a host of which all are the same is used again."""
 _owner = os.getpid()
 _lock = threading.Lock()
-_agents: dict[tuple[str, float], Agents] = {}
+_agents: dict[_Place, Agents] = {}
 _hosts: dict[_Key, RemoteHost] = {}
 
 
@@ -38,8 +41,8 @@ def begin_host(
         on_lost: See `RemoteHost.begin`.
         on_terminated: See `RemoteHost.begin`.
     """
-    where = address, host_timeout_s()
-    key = name, tuple(command), *where
+    where = address, host_timeout_s(), os.environ.get(PORTS_VARIABLE, "")
+    key = name, tuple(command), where
     with _lock:
         host = _hosts.get(key)
         if host is None or not host.waits:

@@ -16,7 +16,7 @@ from nbdist.errors import PlanError, suggest
 from nbdist.plan import available_cores, check_engines, default_engines, may_have_gpus
 from nbdist.plan.option import check_known
 
-__all__ = ["choose_hosts"]
+__all__ = ["choose_hosts", "named_hosts"]
 
 _DEVICES = ("auto", "cpu", "cuda")
 
@@ -36,6 +36,18 @@ def choose_hosts(
     Raises:
         PlanError: A number, a host or the device is not possible.
     """
+    choice = named_hosts(engines, device, warm_up=warm_up, options=options)
+    if detach is not None:
+        check_detach(detach)
+    if choice.by_slurm:
+        check_slurm(choice.launcher_args, detach is not None)
+    elif choice.others and not choice.allocated and not choice.tunnel:  # an unknown host is named before anything ends
+        launcher_of(choice).address_towards(choice.others, choice.interface)
+    return choice
+
+
+def named_hosts(engines: int | None, device: str, *, warm_up: bool = False, options: HostOptions) -> HostChoice:
+    """As `choose_hosts`; but the others are not looked up."""
     check_known(options, HOST_OPTIONS)
     if device not in _DEVICES:
         raise PlanError(f"unknown device {device!r}: use auto, cpu or cuda.{suggest(device, _DEVICES)}")
@@ -43,8 +55,6 @@ def choose_hosts(
     launcher = options.get("launcher") or "ssh"
     if hosts is not None and engines is not None:
         raise PlanError("engines and hosts exclude each other: say how many on each host, such as h1:2,h2:2.")
-    if detach is not None:
-        check_detach(detach)
     if launcher == "slurm" and hosts is not None:
         raise PlanError("Slurm chooses the hosts: say how many nodes (--nodes 2), and with -n how many engines in all.")
     if connect is not None and profile is not None:
@@ -54,16 +64,12 @@ def choose_hosts(
     if LOCAL in counts:
         counts[LOCAL] = _size(counts[LOCAL], device, warm_up)
     given = tuple(shlex.split(options.get("launcher_args") or ""))
-    choice = HostChoice(
+    return HostChoice(
         engines=counts, total=engines if allocated else None, device=device, launcher=launcher, launcher_args=given,
-        nodes=options.get("nodes"), interface=options.get("interface"), timeout_s=options.get("host_timeout"),
+        nodes=options.get("nodes"), interface=options.get("interface"), ports=options.get("ports") or "",
+        tunnel=bool(options.get("tunnel")), timeout_s=options.get("host_timeout"),
         connect="" if connect is None and profile is None else connection_file(connect, profile),
     )  # fmt: skip
-    if choice.by_slurm:
-        check_slurm(given, detach is not None)
-    elif choice.others and not allocated:  # an unknown host is named before anything is stopped
-        launcher_of(choice).address_towards(choice.others, choice.interface)
-    return choice
 
 
 def _size(engines: int | None, device: str, warm_up: bool) -> int:

@@ -23,10 +23,10 @@ from traitlets.config import Config
 from nbdist.cluster.calls.engine_client import EngineClient
 from nbdist.cluster.hosts import fork_client
 from nbdist.cluster.hosts.host import ALL_LOST, EngineEnvironment, Host, HostFacts
-from nbdist.cluster.hosts.host_choice import LOCAL, HostChoice
+from nbdist.cluster.hosts.host_choice import CONTROLLER_PORTS, LOCAL, HostChoice
 from nbdist.cluster.hosts.local_host import GUARD, LocalHost, interface_to, kill_tree
 from nbdist.cluster.hosts.remote_host import RemoteHost
-from nbdist.cluster.launch.agent_launchers import allocation_of, launcher_of
+from nbdist.cluster.launch.agent_launchers import allocation_of, way_to_hosts
 from nbdist.cluster.launch.anchor_client import PROXY, Anchor
 from nbdist.cluster.launch.forked_controller import ForkedController
 from nbdist.cluster.launch.ipyparallel_client import IpyparallelClient
@@ -34,6 +34,7 @@ from nbdist.cluster.launch.other_hosts import OtherHosts
 from nbdist.cluster.launch.reserved_ports import ReservedPorts
 from nbdist.engine.parent_watch import FOLDER_VARIABLE, OWNER_VARIABLE
 from nbdist.errors import ClusterError, PlanError
+from nbdist.listening import use_ports
 from nbdist.plan import available_cores, check_engines, default_engines
 from nbdist.process_mark import has_ended, process_mark
 from nbdist.telemetry.host import host_id, host_name
@@ -46,8 +47,6 @@ STORE_ENDED = f"the process of the ranks' store has ended, {_ANEW}"
 
 _PING_MS = 100  # a registration completes at the next heartbeat: with the default, after up to 3 s
 _MISSED_BEATS = 100  # a swapped-out engine misses more than the default of 10 such short beats
-_PORTS = 24
-"""At least as many as the controller binds: else it takes others."""
 _POLL_S = 0.01
 _MISSED_AFTER_S = 1.0
 
@@ -94,13 +93,15 @@ class Launch:
     def _begin(self, choice: HostChoice, patience_s: float | None, timeout_s: float) -> None:
         if (allocation := self.allocation) is not None:
             choice = replace(choice, engines=allocation.engines(choice.total))
-        counts, launcher = choice.engines, None
+        counts, launcher, address, own_ports = choice.engines, None, "", range(0)
         if choice.others:
-            launcher = launcher_of(choice) if allocation is None else allocation.launcher
-        address = "" if launcher is None else launcher.address_towards(choice.others, choice.interface)
+            launcher, own_ports = way_to_hosts(choice, allocation)
+            address = launcher.address_towards(choice.others, choice.interface)
+        use_ports(own_ports[CONTROLLER_PORTS:])
+        ports = ReservedPorts(own_ports[:CONTROLLER_PORTS] or [0] * CONTROLLER_PORTS)
         folder = Path(tempfile.mkdtemp(prefix="nbdist-"))
         self._prepare(folder, None if patience_s is None else Anchor.start(str(folder), patience_s, address), address)
-        self._ports = ReservedPorts(_PORTS)
+        self._ports = ports
         self._cluster = ipyparallel.Cluster(
             controller=ForkedController,
             log_level=40,
@@ -144,7 +145,7 @@ class Launch:
             name=host_name(), host_id=self.host_id, cores=available_cores(), address=address, interface=interface
         )
         self._local = LocalHost(facts, folder, self._owner)
-        self._ports = ReservedPorts(0)
+        self._ports = ReservedPorts([])
         self.hosts: dict[str, Host] = {}
         self._others: OtherHosts | None = None
         self._homes: list[str] = []  # on which host each rank was started first
@@ -228,6 +229,8 @@ class Launch:
             if (other := names.setdefault(facts.host_id, name)) != name:
                 raise PlanError(f"{other} and {name} are the same host: name it once, with all its engines.")
             gpus = 0 if choice.device == "cpu" else facts.gpus
+            if choice.tunnel and gpus and choice.others:
+                raise PlanError("GPUs of several hosts are joined by NCCL, which no tunnel carries: --device cpu.")
             chosen = default_engines(facts.cores, gpus) if count is None else count
             if name != LOCAL:
                 check_engines(chosen, facts.cores, gpus, f"host {name}")

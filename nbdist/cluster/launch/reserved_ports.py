@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Sequence
+
+from nbdist.errors import ClusterError
 
 __all__ = ["ReservedPorts"]
 
@@ -18,17 +21,24 @@ class ReservedPorts:
     Elsewhere there are none.
 
     Args:
-        count: How many.
+        wanted: Their numbers; 0 for any.
 
     Attributes:
         numbers: Their numbers.
+
+    Raises:
+        ClusterError: One is taken.
     """
 
-    def __init__(self, count: int) -> None:
-        self._sockets = [socket.socket() for _ in range(count if sys.platform == "linux" else 0)]
-        for each in self._sockets:
+    def __init__(self, wanted: Sequence[int]) -> None:
+        self._sockets = [socket.socket() for _ in wanted if sys.platform == "linux"]
+        for each, number in zip(self._sockets, wanted, strict=False):
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as ZeroMQ does, which can then bind it too
-            each.bind(("", 0))
+            try:
+                each.bind(("", number))
+            except OSError as error:
+                self.close()
+                raise ClusterError(f"port {number} of --ports cannot be used here ({error.strerror}).") from None
         self.numbers = [int(each.getsockname()[1]) for each in self._sockets]
 
     def close(self) -> None:

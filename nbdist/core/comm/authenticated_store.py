@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nbdist.keepalive import keep_alive
+from nbdist.listening import listen_on
 from nbdist.peer_auth import authenticate_as_client, pack, receive_fields
 
 __all__ = ["GuardedStore", "host_store"]
@@ -52,9 +53,13 @@ class GuardedStore(dist.Store):
         # Only Linux has abstract sockets, without a name in the file system.
         abstract = sys.platform == "linux" and not address
         owner_end, server_end = socket.socketpair()
-        with server_end, socket.socket(socket.AF_UNIX if abstract else socket.AF_INET) as listener:
-            listener.bind(f"\0nbdist-{secrets.token_hex(16)}" if abstract else (address or "127.0.0.1", 0))
-            listener.listen(128)
+        with (
+            server_end,
+            socket.socket(socket.AF_UNIX) if abstract else listen_on(address or "127.0.0.1", 128) as listener,
+        ):
+            if abstract:
+                listener.bind(f"\0nbdist-{secrets.token_hex(16)}")
+                listener.listen(128)
             bound = listener.getsockname()
             passed = listener.fileno(), server_end.fileno()
             server = subprocess.Popen(

@@ -10,13 +10,14 @@ from typing import Any
 
 import psutil
 
+from nbdist.listening import PORTS_VARIABLE
 from nbdist.telemetry.host import INTERFACE_VARIABLE, own_address_to
 
 __all__ = ["address_towards", "choose_interface", "own_address"]
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _LOOPBACK_ADDRESS = "127.0.0.1"
-_GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+_GLOO, _NCCL, _LAZY = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCH_GLOO_LAZY_INIT"
 _chosen: dict[str, str] = {}
 
 
@@ -27,7 +28,8 @@ def choose_interface(*, one_host: bool) -> None:
         one_host: Whether all ranks of that world run on this host. The last world's may have run on several.
     """
     between = "" if one_host else os.environ.get(INTERFACE_VARIABLE, "")
-    for variable, name in ((_GLOO, _LOOPBACK if one_host else between), (_NCCL, between)):
+    lazily = "" if one_host or not os.environ.get(PORTS_VARIABLE) else "1"  # gloo listens on any port
+    for variable, name in ((_GLOO, _LOOPBACK if one_host else between), (_NCCL, between), (_LAZY, lazily)):
         if os.environ.get(variable, "") not in ("", _chosen.get(variable)):
             continue
         if name:

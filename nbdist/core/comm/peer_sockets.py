@@ -18,6 +18,7 @@ import torch
 from nbdist.core.comm.rendezvous import as_peer_lost
 from nbdist.errors import PeerLostError
 from nbdist.keepalive import keep_alive
+from nbdist.listening import listen_on
 from nbdist.peer_auth import IntruderError, authenticate_as_client, authenticate_client
 from nbdist.peer_auth import receive_exactly as receive_bytes
 
@@ -71,13 +72,11 @@ def connect(rank: int, others: Iterable[int], store: Any, name: str, address: st
     purpose = f"{store.generation}/{name}"
     check = functools.partial(store.check, [])  # raises once the ranks are released
     try:
-        with as_peer_lost(), socket.socket(socket.AF_INET if address else socket.AF_UNIX) as listener:
+        waiting: Any = _listening(address, len(above) + 1) if above else contextlib.nullcontext()
+        with as_peer_lost(), waiting as listener:
             if above:
-                bound: Any = (address, 0) if address else f"\0nbdist-{secrets.token_hex(16)}"
-                listener.bind(bound)
-                listener.listen(len(above) + 1)
-                named = "{}:{}".format(*listener.getsockname()) if address else bound
-                store.set(f"{name}/address/{rank}", named)
+                bound: Any = listener.getsockname()
+                store.set(f"{name}/address/{rank}", "{}:{}".format(*bound) if address else bound.decode())
             for other in below:
                 peers[other] = _reach(store.get(f"{name}/address/{other}").decode(), check)
                 authenticate_as_client(peers[other], store.secret, f"{purpose}/{other}", rank, check)
@@ -101,6 +100,16 @@ def connect(rank: int, others: Iterable[int], store: Any, name: str, address: st
             peer.close()
         raise
     return [peers[other] for other in sorted(peers)]
+
+
+def _listening(address: str, backlog: int) -> Any:
+    """A socket that listens at this host's address, or within the host, if that is empty."""
+    if address:
+        return listen_on(address, backlog)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"\0nbdist-{secrets.token_hex(16)}")
+    listener.listen(backlog)
+    return listener
 
 
 def _check_in_time(check: Callable[[], object], deadline_s: float) -> None:

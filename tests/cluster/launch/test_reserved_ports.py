@@ -10,13 +10,14 @@ import pytest
 import zmq
 
 from nbdist.cluster.launch.reserved_ports import ReservedPorts
+from nbdist.errors import ClusterError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux reserves ports in this way")
 
 
 @pytest.fixture
 def port():
-    with contextlib.closing(ReservedPorts(1)) as reserved:
+    with contextlib.closing(ReservedPorts([0])) as reserved:
         yield reserved.numbers[0]
 
 
@@ -24,6 +25,14 @@ def test_who_asks_for_any_port_does_not_get_it(port):
     """Neither a listener nor the own end of a connection; asked for by number, it is in use."""
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("127.0.0.1", port))
+
+
+def test_a_number_that_is_taken_is_one_sentence(port):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        taken = other.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"port {taken} of --ports cannot be used here .Address already in use"):
+            ReservedPorts([taken])
 
 
 def test_zeromq_binds_and_is_reached_there(port):
