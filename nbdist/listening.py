@@ -16,12 +16,17 @@ PORTS_VARIABLE = "NBDIST_PORTS"
 """The range, such as 10125-10160; empty for any free ports. Each process takes it from there."""
 
 
-_users = os.environ.get(PORTS_VARIABLE, "")
+_users = os.environ.get(PORTS_VARIABLE)
 
 
 def use_ports(ports: range) -> None:
     """Let this process and its children listen on these ports from now on; on those of the user if there are none."""
-    os.environ[PORTS_VARIABLE] = f"{ports[0]}-{ports[-1]}" if ports else _users
+    if ports:
+        os.environ[PORTS_VARIABLE] = f"{ports[0]}-{ports[-1]}"
+    elif _users is None:
+        os.environ.pop(PORTS_VARIABLE, None)
+    else:
+        os.environ[PORTS_VARIABLE] = _users
 
 
 def parse_ports(text: str) -> range:

@@ -21,6 +21,7 @@ from small_training import DATA, OPTIONS, bits, held, model
 from users_cluster import UsersCluster
 
 import nbdist
+from nbdist.cli import main
 from nbdist.errors import ClusterError, NbdistError, PlanError
 
 OPTIONS = {**OPTIONS, "epochs": 2, "strategy": "dp=2,pp=2"}
@@ -105,6 +106,19 @@ def test_the_bits_of_one_host(launched, expected):
     with nbdist.Cluster(device="cpu", **launched) as cluster:
         assert ["h1", "h1", "h2", "h2"] == [engine.host for engine in cluster.engines]
         assert trained_on(cluster) == expected
+
+
+def test_doctor_examines_the_hosts_and_trains_there(launched, capsys):
+    """Through the same launcher. Engines of a running cluster pass on no answers: there it trains only."""
+    named = {**launched, "hosts": ",".join(f"{name}:{count}" for name, count in launched.get("hosts", {}).items())}
+    engines = ["-n", str(named.pop("engines"))] if "engines" in named else []
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in named.items() if value]
+    assert 0 == main(["doctor", *engines, *words, "--device", "cpu", "--steps", "2"])
+    written = capsys.readouterr().out
+    assert "4 engines started" in written
+    assert "all is well" in written
+    for tried in ("log in", "versions", "to this host", "clock", "shared folder"):
+        assert ("connect" in launched) or re.search(rf"h1 +{tried} +ok", written)
 
 
 def test_a_lost_host_costs_no_bit_and_no_step(launched, network, expected, shared):

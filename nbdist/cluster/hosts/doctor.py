@@ -84,7 +84,8 @@ class _Asked:
             stderr=self._log, text=True, start_new_session=True,
         )  # fmt: skip
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._collect, daemon=True, name="nbdist-doctor").start()
+        self._collecting = threading.Thread(target=self._collect, daemon=True, name="nbdist-doctor")
+        self._collecting.start()
 
     def ask(self, kind: str, *arguments: Any) -> Any:
         """The answer to a request.
@@ -123,6 +124,9 @@ class _Asked:
         except subprocess.TimeoutExpired:
             self._program.kill()
             self._program.wait()
+        self._collecting.join()
+        assert self._program.stdout is not None
+        self._program.stdout.close()
         self._log.close()
 
     def _collect(self) -> None:

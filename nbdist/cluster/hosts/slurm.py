@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from nbdist.cluster.hosts.agent_launcher import AgentLauncher
 from nbdist.cluster.hosts.allocation import Allocation
@@ -196,9 +196,9 @@ def _granted(program: subprocess.Popen[str], report: Callable[[str], None]) -> t
     return _job_of(written), nodes[: nodes.index("")]
 
 
-def _collect(stream: object, lines: list[str]) -> None:
-    for line in stream:  # type: ignore[attr-defined]
-        lines.append(line.rstrip("\n"))
+def _collect(stream: IO[str], lines: list[str]) -> None:
+    with stream:
+        lines.extend(line.rstrip("\n") for line in stream)
 
 
 def _job_of(written: Sequence[str]) -> str:
