@@ -45,6 +45,9 @@ class Cluster:
             kernel may `attach` meanwhile. By default they end with this kernel.
         **options: The following, about other hosts.
 
+    Attributes:
+        host_choice: On which hosts, see `HostChoice`.
+
     Raises:
         PlanError: A number, the device or a host is not possible. No engine is started.
     """

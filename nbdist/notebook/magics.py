@@ -100,7 +100,7 @@ class DistMagics(Magics):
             if (
                 cluster is not None
                 and arguments.n in (None, cluster.size)
-                and (not given_options(arguments, HOST_OPTIONS) or wanted.host_choice.same_hosts(cluster.host_choice))
+                and (not given_options(arguments, HOST_OPTIONS) or wanted.host_choice.kept_by(cluster.host_choice))
                 and arguments.device in ("auto", cluster.device)
                 and (arguments.detach is None or cluster.detach is not None)
             ):

@@ -129,9 +129,10 @@ class HostChoice:
         """How many engines on each host; where those are `allocated`, also how many nodes, and engines in all."""
         return {**self.engines, **({"nodes": self.nodes, "engines": self.total} if self.allocated else {})}
 
-    def same_hosts(self, other: HostChoice) -> bool:
-        """Whether another choice is of the same hosts, with the same number of engines."""
-        return (self.named, self.launcher, self.connect) == (other.named, other.launcher, other.connect)
+    def kept_by(self, other: HostChoice) -> bool:
+        """Whether a cluster of another choice is what this one asks for: hosts, engines, and how they are reached."""
+        same = (self.named, self.launcher, self.connect) == (other.named, other.launcher, other.connect)
+        return same and self.ports in ("", other.ports) and (other.tunnel or not self.tunnel)
 
     @property
     def size(self) -> int:

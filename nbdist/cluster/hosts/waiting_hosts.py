@@ -56,9 +56,9 @@ def begin_host(
 
 
 def waiting_hosts() -> list[str]:
-    """The names of the hosts that wait for a cluster to begin."""
+    """The names of the hosts that wait for a cluster to begin; each once, however it is reached."""
     with _lock:
-        return [host.name for host in _hosts.values() if host.waits]
+        return list(dict.fromkeys(host.name for host in _hosts.values() if host.waits))
 
 
 def end_hosts() -> None:

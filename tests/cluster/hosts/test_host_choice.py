@@ -60,3 +60,19 @@ def test_hosts_on_a_line():
     for text in ("h1:2,h1:3", "h1:two", "h1:"):
         with pytest.raises(PlanError, match="use each host once"):
             parse_hosts(text)
+
+
+def test_what_a_running_cluster_is_kept_for():
+    """The same hosts, reached in the same way, as far as the user says."""
+    hosts = {"engines": {"h1": 1}}
+    plain, tunnel, ports = (
+        HostChoice(**hosts),
+        HostChoice(**hosts, tunnel=True),
+        HostChoice(**hosts, ports="10101-10150"),
+    )
+    assert plain.kept_by(tunnel)
+    assert plain.kept_by(ports)
+    assert not tunnel.kept_by(plain)
+    assert not ports.kept_by(tunnel)
+    assert not plain.kept_by(HostChoice(engines={"h1": 2}))
+    assert not HostChoice(engines={}, connect="a").kept_by(HostChoice(engines={}, connect="b"))
