@@ -110,7 +110,7 @@ class Cluster:
 
     @property
     def transport(self) -> str:
-        """What gradients are reduced over: "shared memory", "gloo", "nccl", or "shared memory and TCP"."""
+        """What gradients are reduced over: "shared memory", "gloo", "nccl", or "shared memory and TCP (eth0)"."""
         return self._running().transport
 
     @property

@@ -105,6 +105,7 @@ def launched(request, network, monkeypatch, _users):
 def test_the_bits_of_one_host(launched, expected):
     with nbdist.Cluster(device="cpu", **launched) as cluster:
         assert ["h1", "h1", "h2", "h2"] == [engine.host for engine in cluster.engines]
+        assert cluster.transport == "shared memory and TCP (eth0)"
         assert trained_on(cluster) == expected
 
 
@@ -210,6 +211,16 @@ def test_the_job_that_the_notebook_is_in_is_used(slurm):
         kernel.communicate("end\n")
         assert kernel.returncode == 0
         until(lambda: not slurm.jobs)
+
+
+def test_engines_are_added_within_the_job(slurm):
+    """On its nodes, as many as their cores bear; no other job is asked for."""
+    with nbdist.Cluster(2, launcher="slurm", nodes=2, device="cpu", spares=0) as cluster:
+        cluster.scale(4)
+        assert ["h1", "h1", "h2", "h2"] == sorted(engine.host for engine in cluster.engines)
+        assert slurm.jobs == ["RUNNING"]
+        with pytest.raises(PlanError, match="100 engines are more than the 2 hosts can run"):
+            cluster.scale(100)
 
 
 def test_a_job_that_is_cancelled_leaves_the_newest_weights(slurm, network):

@@ -245,7 +245,7 @@ class Engines:
             raise
         devices = [replace(record, device=formed[record.rank]["device"]) for record in records]
         self._table.place(list(zip(self._ids, devices, strict=True)))
-        self.transport = formed[0]["transport"]
+        self.transport = formed[0]["transport"] + (f" ({self._launch.interface})" if self._launch.interface else "")
         self.formed, self.suspected = True, False
         self._note()
         self.keep_spares()

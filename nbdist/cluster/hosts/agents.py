@@ -208,7 +208,8 @@ class Agents:
             agent.program.kill()
             agent.program.wait()
         self._lose(agent, "its agent has ended")
-        agent.log.close()
+        with self._lock:  # two threads may end it
+            agent.log.close()
 
     def close(self) -> None:
         """Close all connections: the agents end. Twice is fine."""

@@ -65,6 +65,7 @@ class Launch:
         allocation: What they are of; None where they were named.
         size: How many engines were started first.
         address: Of this host, where the others reach it; empty if there are none.
+        interface: The network interface that has it.
         on_lost: Called with the id of a host that is lost, in a thread.
         on_back: Called once a lost host can be used again, in a thread.
         on_terminated: Called with a host that has to be left, in a thread; see `RemoteHost.begin`.
@@ -140,9 +141,9 @@ class Launch:
             fork_client.require_server()  # it loads torch from now on
         self.host_id = host_id()
         self._owner = process_mark(os.getpid()) if anchor is None else anchor.mark
-        interface = interface_to(address)[0] if address else ""
+        self.interface = interface_to(address)[0] if address else ""
         facts = HostFacts(
-            name=host_name(), host_id=self.host_id, cores=available_cores(), address=address, interface=interface
+            name=host_name(), host_id=self.host_id, cores=available_cores(), address=address, interface=self.interface
         )
         self._local = LocalHost(facts, folder, self._owner)
         self._ports = ReservedPorts([])
