@@ -49,14 +49,14 @@ def rows(run: RunState) -> dict[str, Any]:
     A row is the rank, its standing, its title, its device, its step, its share of all steps or None, its loss,
     its speed, its memory, and the percents of its time for compute, communication, data and idle.
     """
-    shown, others = chosen_ranks(run)
+    (shown, others), standings = chosen_ranks(run), run.standings
     hosts = len({rank.host for rank in run.ranks.values()}) > 1
     total = run.steps_total
     groups: dict[str, list[list[Any]]] = {}
     for rank in shown:
         where = f"{rank.host} {rank.device}" if hosts else rank.device
         groups.setdefault("" if others else _stage(run, rank), []).append([
-            rank.rank, run.standing(rank), f"rank {rank.rank}: process {rank.pid} on {rank.host}", where,
+            rank.rank, standings[rank.rank], f"rank {rank.rank}: process {rank.pid} on {rank.host}", where,
             f"{rank.step:,}", None if not total else min(1.0, rank.step / total), number(rank.loss),
             number(rank.samples_per_s), memory_text(rank),
             None if rank.shares is None else [round(100 * share) for share in rank.shares],
@@ -80,7 +80,7 @@ def events(run: RunState) -> list[list[str]]:
         lines.append(["error", run.error])
     stalled_s = run.stalled_s
     if stalled_s > _STALLED_S:
-        behind = [rank.rank for _, rank in sorted(run.ranks.items()) if run.standing(rank) != "waiting"]
+        behind = [rank for rank, standing in sorted(run.standings.items()) if standing != "waiting"]
         who = ", ".join(map(str, behind[:8])) if len(behind) < len(run.ranks) else ""
         lines.append(
             ["stalled", f"no step for {stalled_s:.0f} s" + (f": the others wait for rank {who}" if who else "")]
@@ -100,8 +100,8 @@ def _strip(run: RunState) -> list[list[Any]]:
     """A cell a rank: its number, its standing, and its busy time relative to the busiest rank, from 0 to 100."""
     busiest = max((rank.busy_s for rank in run.ranks.values()), default=0.0) or 1.0
     usual = statistics.median(rank.busy_s for rank in run.ranks.values())
-    low = min(usual, busiest) / 2
+    low, standings = min(usual, busiest) / 2, run.standings
     return [
-        [rank.rank, run.standing(rank), round(100 * max(0.0, rank.busy_s - low) / max(busiest - low, 1e-9))]
+        [rank.rank, standings[rank.rank], round(100 * max(0.0, rank.busy_s - low) / max(busiest - low, 1e-9))]
         for _, rank in sorted(run.ranks.items())
     ]

@@ -73,9 +73,10 @@ def _rows() -> list[tuple[str, ...]]:
         return []
     run = cluster.current_run
     rows: list[tuple[str, ...]] = []
+    standings = {} if run is None else run.progress.standings
     for engine in cluster.engines:
         lost = engine.state == "lost"
-        works = _work(run, engine.rank) if engine.state == "busy" and run is not None else "–"
+        works = _work(run, engine.rank, standings) if engine.state == "busy" and run is not None else "–"
         memory = "–" if lost else _memory(cluster.memory(engine))
         rows.append((str(engine.rank), str(engine.pid), engine.host, engine.device, engine.state, memory, works))
     rows += [
@@ -84,11 +85,11 @@ def _rows() -> list[tuple[str, ...]]:
     return rows
 
 
-def _work(run: Run, rank: int) -> str:
+def _work(run: Run, rank: int, standings: dict[int, str]) -> str:
     state = run.progress.ranks.get(rank)
     if state is None:
         return "–"
-    return f"step {state.step:,}, {number(state.samples_per_s)} samples/s, {run.progress.standing(state)}"
+    return f"step {state.step:,}, {number(state.samples_per_s)} samples/s, {standings[rank]}"
 
 
 def _lines() -> list[str]:

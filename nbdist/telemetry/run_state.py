@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
-import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,9 +54,14 @@ class RunState:
         self._marks: collections.deque[tuple[float, int]] = collections.deque()
         self._stepped_s = time.monotonic()
 
-    def merge(self, rank: RankState) -> None:
-        """Merge the newest state of one rank."""
+    def merge(self, *states: RankState) -> None:
+        """Merge newer states of ranks, in this order."""
         before = self.step
+        for state in states:
+            self._merge(state)
+        self._mark(before)
+
+    def _merge(self, rank: RankState) -> None:
         self.ranks[rank.rank] = rank
         for happening in rank.happenings:
             if rank.rank == 0 or happening.kind == "note":
@@ -66,7 +72,6 @@ class RunState:
             self.state in ("starting", "recovering") or (self.state == "paused" and rank.rank == 0)
         ):
             self.state = "running"
-        self._mark(before)
 
     def note(self, text: str, kind: str = "note") -> None:
         """Add a line for the user; see `Happening`."""
@@ -164,15 +169,22 @@ class RunState:
         """Seconds since the last step of a run that is running."""
         return time.monotonic() - self._stepped_s if self.state == "running" else 0.0
 
-    def standing(self, rank: RankState) -> str:
-        """A rank's state compared with the others': its `state`, or "waiting" or "slow" instead of "running"."""
+    @property
+    def standings(self) -> dict[int, str]:
+        """Each rank compared with the others: its `state`, or "waiting" or "slow" instead of "running"."""
+        busy = sorted(rank.busy_s for rank in self.ranks.values() if rank.busy_s)
+        return {number: self._standing(rank, busy) for number, rank in self.ranks.items()}
+
+    def _standing(self, rank: RankState, busy: list[float]) -> str:
+        """See `standings`; with the sorted busy times of all ranks."""
         if rank.state != "running":
             return rank.state
         if self.state == "recovering":
             return "waiting"
-        others = [other.busy_s for other in self.ranks.values() if other is not rank and other.busy_s]
-        if others and rank.busy_s > max(_SLOW * (usual := statistics.median(others)), usual + _SLOW_S):
-            return "slow"
+        if rank.busy_s and len(busy) > 1:
+            usual = _median_without(busy, bisect.bisect_left(busy, rank.busy_s))
+            if rank.busy_s > max(_SLOW * usual, usual + _SLOW_S):
+                return "slow"
         return "waiting" if rank.shares is not None and rank.shares.idle > _WAITING else "running"
 
     @property
@@ -243,3 +255,13 @@ class RunState:
     def stages(self) -> tuple[dict[str, Any], ...]:
         """The stages of a pipeline; every rank knows the same. See `RunStarted`."""
         return self.ranks[0].stages
+
+
+def _median_without(ascending: Sequence[float], position: int) -> float:
+    """The median of two numbers or more without the one at a position."""
+
+    def other(index: int) -> float:
+        return ascending[index + (index >= position)]
+
+    middle, odd = divmod(len(ascending) - 1, 2)
+    return other(middle) if odd else (other(middle - 1) + other(middle)) / 2

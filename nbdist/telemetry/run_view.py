@@ -88,8 +88,10 @@ def chosen_ranks(run: RunState) -> tuple[list[RankState], int]:
     if len(ranks) <= SHOWN_RANKS:
         return ranks, 0
 
+    standings = run.standings
+
     def trouble(rank: RankState) -> tuple[int, float]:
-        standing = run.standing(rank)
+        standing = standings[rank.rank]
         return (_TROUBLED.index(standing) if standing in _TROUBLED else len(_TROUBLED)), -rank.busy_s
 
     shown = sorted(ranks, key=trouble)[: SHOWN_RANKS // 2]
@@ -98,10 +100,10 @@ def chosen_ranks(run: RunState) -> tuple[list[RankState], int]:
 
 def rank_cells(run: RunState) -> list[tuple[str, ...]]:
     """A row for each rank that is shown, in the order of `RANK_COLUMNS`."""
-    ranks, others = chosen_ranks(run)
+    (ranks, others), standings = chosen_ranks(run), run.standings
     rows: list[tuple[str, ...]] = [
         (
-            str(rank.rank), rank.device, run.standing(rank), str(rank.step), number(rank.loss),
+            str(rank.rank), rank.device, standings[rank.rank], str(rank.step), number(rank.loss),
             number(rank.samples_per_s), memory_text(rank), *shares_text(rank.shares),
         )
         for rank in ranks

@@ -37,7 +37,7 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 SlurmdTimeout=3
 InactiveLimit=0
-KillWait=30
+KillWait=2
 NodeName={nodes} CPUs=2 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """

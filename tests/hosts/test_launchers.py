@@ -245,13 +245,13 @@ def test_a_job_that_is_preempted_saves_a_checkpoint_first(slurm, network, shared
         options = {**OPTIONS, "strategy": "dp=2", "epochs": None, "steps": 10**6, "checkpoint": str(shared / "saved")}
         run = cluster.train(model(), DATA, loss="mse", background=True, **options)
         until(lambda: run.control.snapshot_store.newest is not None)
-        slurm.ask("scancel", "--user=root")
+        slurm.ask("scancel", "--signal=TERM", "--user=root")  # as before the end, which does not follow here
         with pytest.raises(NbdistError, match="all hosts are lost"):
             run.wait(HUNG_S)
         assert "got SIGTERM, as before the end of its job: a checkpoint is saved in" in str(run.progress.notes)
         assert len(list(shared.glob("saved/*/checkpoint.json"))) == 1
-        until(lambda: not any(network.processes(host) for host in network.names))
-        assert not [host for host in network.names if network.run(host, "ls -d /tmp/nbdist-* 2>/dev/null")]
+    until(lambda: not any(network.processes(host) for host in network.names))
+    assert not [host for host in network.names if network.run(host, "ls -d /tmp/nbdist-* 2>/dev/null")]
 
 
 def test_a_checkpoint_is_saved_before_the_time_limit(slurm, shared):

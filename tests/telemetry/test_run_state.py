@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from random import Random
 
 import pytest
 from sample_events import FAST, ROW, SLOW, run_of
@@ -59,7 +61,7 @@ def standing(*busy_and_idle, state="running"):
     ]
     run = run_of(*ranks)
     run.state = state
-    return [run.standing(rank) for rank in ranks]
+    return [*run.standings.values()]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,28 @@ def standing(*busy_and_idle, state="running"):
 def test_a_rank_stands_beside_the_others(ranks, stand):
     """A rank is slow if its step takes much longer than the others', waiting if it mostly waits for them."""
     assert stand == standing(*ranks)
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_slow_is_beside_the_median_of_the_others(count):
+    """Of any number of ranks, some of which have not measured a step yet, and some the same time."""
+    random = Random(count)
+    for _ in range(20):
+        busy = [random.choice([0.0, 0.1, 0.12, 0.15, 0.2]) for _ in range(count)]
+        for own, found in zip(range(count), standing(*((each, 0.0) for each in busy)), strict=True):
+            others = [each for rank, each in enumerate(busy) if rank != own and each]
+            slow = bool(others) and busy[own] > 1.3 * statistics.median(others)
+            assert found == ("slow" if slow else "running")
+
+
+def test_states_that_come_together_are_merged_in_their_order():
+    one, other = run_of(FAST, dataclasses.replace(FAST, rank=1)), run_of(FAST, dataclasses.replace(FAST, rank=1))
+    states = [dataclasses.replace(FAST, rank=rank, step=step) for step in (5, 6) for rank in (0, 1)]
+    for state in states:
+        one.merge(state)
+    other.merge(*states)
+    assert one.ranks == other.ranks
+    assert 6 == one.step == other.step
 
 
 def test_who_runs_while_others_are_replaced_waits():

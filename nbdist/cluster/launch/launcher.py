@@ -148,6 +148,7 @@ class Launch:
         self._local = LocalHost(facts, folder, self._owner)
         self._ports = ReservedPorts([])
         self.hosts: dict[str, Host] = {}
+        self._found: dict[str, Host] = {}  # by id: each state of each engine asks for its host
         self._others: OtherHosts | None = None
         self._homes: list[str] = []  # on which host each rank was started first
         self.on_lost: Callable[[str], None] = lambda host_id: None
@@ -201,6 +202,7 @@ class Launch:
 
     def _rejoin(self, host: Host) -> None:
         self.hosts[host.name] = host
+        self._found = {}  # another dict: a thread may be about to write into this one
         self._note()
         self.on_back()
 
@@ -299,7 +301,13 @@ class Launch:
 
     def host_of(self, host_id: str) -> Host | None:
         """The host with this id; None for one that is not of this launch."""
-        return next((host for host in self.hosts.values() if host.facts.host_id == host_id), None)
+        found = self._found
+        if host_id not in found:
+            host = next((host for host in self.hosts.values() if host.facts.host_id == host_id), None)
+            if host is None:
+                return None
+            found[host_id] = host
+        return found[host_id]
 
     def check_size(self, engines: int, own_gpus: int) -> None:
         """Raise `PlanError` if the hosts that are left cannot run so many engines; with the GPUs of the kernel's."""

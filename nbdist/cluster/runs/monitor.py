@@ -353,12 +353,13 @@ class RunMonitor:
     def _merge(self, outcomes: dict[int, Outcome]) -> None:
         """Merge the newest state of each rank; the last one from its outcome, for published ones may be late."""
         with self._control.changing:
+            states = []
             for rank in range(len(self._calls)):
                 if rank not in outcomes:
-                    for state in self._dispatch.poll_states(rank):
-                        self._control.progress.merge(state)
+                    states += self._dispatch.poll_states(rank)
                 elif (last := outcomes[rank].snapshot) is not None:
-                    self._control.progress.merge(last)
+                    states.append(last)
+            self._control.progress.merge(*states)
 
     def _draw(self) -> None:
         if not draw(self._watch, self._run):
