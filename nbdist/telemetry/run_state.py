@@ -257,11 +257,11 @@ class RunState:
         return self.ranks[0].stages
 
 
-def _median_without(ascending: Sequence[float], position: int) -> float:
-    """The median of two numbers or more without the one at a position."""
+def _median_without(ascending: Sequence[float], left_out: int) -> float:
+    """The median of two numbers or more without the one with an index."""
 
     def other(index: int) -> float:
-        return ascending[index + (index >= position)]
+        return ascending[index + (index >= left_out)]
 
     middle, odd = divmod(len(ascending) - 1, 2)
     return other(middle) if odd else (other(middle - 1) + other(middle)) / 2
