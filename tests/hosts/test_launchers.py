@@ -272,7 +272,7 @@ def test_what_is_no_job(slurm, monkeypatch):
         nbdist.Cluster(launcher="slurm", nodes=3).start()
     with pytest.raises(PlanError, match=r"launcher_args .--time 5. are for a new job, and this notebook is in job 7"):
         nbdist.Cluster(launcher="slurm", launcher_args="--time 5")
-    with pytest.raises(PlanError, match="1 engines are fewer than the 2 nodes"):
+    with pytest.raises(PlanError, match="1 engines are fewer than the 2 hosts"):
         nbdist.Cluster(1, launcher="slurm").start()
 
 
