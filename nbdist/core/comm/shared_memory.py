@@ -1,9 +1,12 @@
 """Collectives through shared memory, for ranks on one host and CPU tensors.
 
 Each arena is mapped by all ranks, and has a slab per rank. To all-reduce, each rank sums its own range of all slabs, in
-rank order, and writes the sum back into them. The barrier is a tag over a Unix socket between each two ranks: a wait
-costs no processor time, is interrupted at once, and ends when a peer does, because then its socket closes. The tag says
-what the barrier is for; where tags differ, each rank sends what it is in, and all raise the same error.
+rank order, and writes the sum back into them. The barrier is a tag over Unix sockets: a wait costs no processor time,
+is interrupted at once, and ends when a peer does, for then its socket closes. The tag says what the barrier is for;
+where tags differ, each rank sends what it is in, and all raise the same error.
+
+Up to four ranks exchange tags directly. Of n ranks each sends one to three others in each of log4 n rounds: the
+dissemination barrier of Hensgen, Finkel and Manber, "Two Algorithms for Barrier Synchronization" (1988), in base four.
 """
 
 from __future__ import annotations
@@ -29,9 +32,13 @@ from nbdist.core.transfer.payload import Segment
 from nbdist.errors import PeerLostError
 from nbdist.plan import available_cores
 
-__all__ = ["SPIN_S", "STAGING_BYTES", "SharedMemoryChannel", "receive_file", "send_file"]
+__all__ = ["SPIN_S", "STAGING_BYTES", "SharedMemoryChannel", "barrier_exchanges", "receive_file", "send_file"]
 
 _PAGE = 4096
+_RADIX = 4
+"""After each round of the barrier, a rank knows the tags of so many times as many ranks."""
+_MIXED = b"\xff" * TAG_BYTES
+"""In place of a tag: some ranks before the sender have different ones."""
 SPIN_S = 1e-4
 """How long a wait spins before it sleeps, if each rank has a core: waking from sleep takes 20 to 50 us more."""
 STAGING_BYTES = 1 << 20
@@ -71,6 +78,11 @@ class SharedMemoryChannel(Channel):
     def __init__(self, rank: int, size: int, store: Any, name: str) -> None:
         super().__init__(rank, size, torch.device("cpu"))
         self._peers = connect(rank, {*range(size)} - {rank}, store, name)
+        others = dict(zip((other for other in range(size) if other != rank), self._peers, strict=True))
+        self._exchanges = [
+            [(others[(rank + step) % size], others[(rank - step) % size]) for step in steps]
+            for steps in barrier_exchanges(size)
+        ]
         open_sockets.add(self)
         self._spin_s = SPIN_S if size <= available_cores() else 0.0
         self._arenas: list[_Arena] = []
@@ -248,15 +260,18 @@ class SharedMemoryChannel(Channel):
             PlanError: Another rank is in another collective.
         """
         began_s, tag = time.perf_counter(), tag or tag_of("a barrier", 0, self.purpose)
-        packed, alike = tag.packed, True
+        packed = tag.packed
         try:
-            for peer in self._peers:
-                peer.sendall(packed)
-            for peer in self._peers:
-                alike &= self._receive_tag(peer) == packed
-            if not alike:
+            for pairs in self._exchanges:
+                for receiver, _ in pairs:
+                    receiver.sendall(packed)
+                for _, sender in pairs:
+                    if self._receive_tag(sender) != packed:
+                        packed = _MIXED
+            if packed == _MIXED:
                 raise mismatch_error(dict(enumerate(self._exchange_texts(tag.text))))
-        except OSError as error:
+        except (OSError, PeerLostError) as error:
+            self.hang_up()  # a rank that waits for this one, and not for the lost one, has to know
             raise PeerLostError(f"a collective ended early, another rank is gone ({error}).") from error
         comm_timer.waiting += time.perf_counter() - began_s
 
@@ -270,7 +285,7 @@ class SharedMemoryChannel(Channel):
         while len(received) < TAG_BYTES:
             more = peer.recv(TAG_BYTES - len(received))
             if not more:
-                raise PeerLostError("a collective ended early, another rank is gone (its socket closed).")
+                raise PeerLostError("its socket closed")
             received += more
         return received
 
@@ -300,6 +315,18 @@ class SharedMemoryChannel(Channel):
         pitch = -(-max(nbytes, 1) // _PAGE) * _PAGE
         slabs = list(self.common_memory(pitch * self.size).shared.split(pitch))
         return _Arena(slabs=slabs, start=slabs[self.rank].data_ptr(), nbytes=pitch)
+
+
+def barrier_exchanges(size: int) -> list[range]:
+    """For each round of a barrier, the distances from a rank to those after it that get its tag, modulo `size`.
+
+    As far before it are those whose tags it gets. With a first distance d, it knows the tags of d - 1 of them already.
+    """
+    exchanges, known = [], 1
+    while known < size:
+        exchanges.append(range(known, min(known * _RADIX, size), known))
+        known *= _RADIX
+    return exchanges
 
 
 def send_file(peer: socket.socket, descriptor: int) -> None:

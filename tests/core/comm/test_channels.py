@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nbdist.core.comm import SoloChannel, process_group
-from nbdist.core.comm.shared_memory import receive_file, send_file
+from nbdist.core.comm.shared_memory import barrier_exchanges, receive_file, send_file
 from nbdist.errors import PeerLostError, PlanError
 
 KIB = 1024 // 4  # float32 elements
@@ -63,6 +64,30 @@ def test_a_sum_is_taken_in_rank_order(run_on_each_channel, size):
 DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 16, 17, 64, 100, 1024])
+def test_a_barrier_waits_for_all_ranks_with_few_messages(size):
+    """After its rounds each rank knows of all, and the messages of a rank grow with the logarithm of their number."""
+    known, sent = {0}, 0  # of all ranks by their distance: each rank does the same
+    for steps in barrier_exchanges(size):
+        known |= {(step + other) % size for step in steps for other in known}
+        sent += len(steps)
+    assert known == {*range(size)}
+    assert sent <= 3 * math.ceil(math.log(size, 4) - 1e-9)
+    assert size > 4 or sent == size - 1
+
+
+def sum_a_little(world):
+    total = torch.tensor([float(world.rank)])
+    for _ in range(20):
+        world.channel().all_reduce_(total.fill_(world.rank))
+    return total.item()
+
+
+def test_six_ranks_sum_through_two_rounds_of_a_barrier(run_ranks):
+    """They meet ranks that they exchange no tag with, again and again."""
+    assert run_ranks(6, sum_a_little) == [15.0] * 6
+
+
 def broadcasts(world):
     channel = world.channel()
     tensors = [torch.full((3,), world.rank).to(dtype) for dtype in DTYPES]
@@ -107,6 +132,21 @@ def test_a_lost_rank_releases_the_others(run_on_each_channel, length):
     """A rank that dies ends the others' collective with an error; they do not hang."""
     with pytest.raises(RuntimeError, match="rank 1 died without a result"):
         run_on_each_channel(3, lose_rank_one, length)
+
+
+def lose_rank_one_and_stay(world):
+    """No rank that has noticed leaves before all have."""
+    released = lose_rank_one(world, 1)
+    world.store.set(f"released/{world.rank}", "yes")
+    for rank in {*range(world.size)} - {1}:
+        world.store.get(f"released/{rank}")
+    return released
+
+
+def test_a_lost_rank_releases_those_that_wait_for_others(run_ranks):
+    """Of six ranks each waits for four: those that notice let the others know."""
+    with pytest.raises(RuntimeError, match="rank 1 died without a result"):
+        run_ranks(6, lose_rank_one_and_stay)
 
 
 def fail_on_rank_one(world):
@@ -328,7 +368,7 @@ def differ(world, name):
         return str(error)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 6])
 @pytest.mark.parametrize("name", MISMATCHES)
 def test_ranks_in_different_collectives_all_get_one_sentence(run_ranks, size, name):
     """It names both, in numbers of bytes; no rank waits for ever, and none gets numbers of the other."""
@@ -341,7 +381,7 @@ def test_ranks_in_different_collectives_all_get_one_sentence(run_ranks, size, na
     assert [errors[0]] * size == errors
     assert errors[0].startswith("the ranks are in different collectives, which would mix up their numbers: of ")
     first, last = texts[name]
-    assert ("rank 0" if size == 2 else "ranks 0-1") + f" in {first}" in errors[0]
+    assert ("rank 0" if size == 2 else f"ranks 0-{size - 2}") + f" in {first}" in errors[0]
     assert f", rank {size - 1} in {last}" in errors[0]
 
 
