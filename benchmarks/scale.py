@@ -231,8 +231,9 @@ class _SimulatedAgents:
 
     def request(self, identity: str, kind: str, *arguments: Any, frames: Any = ()) -> Any:
         """What an agent does, done here."""
-        if kind == "read_memory":
-            return _done((None, self._local.begin_read(*arguments).result()))
+        reads = {"read_memory": self._local.begin_read, "read_records": self._local.read_records}
+        if kind in reads:
+            return _done((None, reads[kind](*arguments).result()))
         return _done((getattr(self._local, kind)(*arguments) if kind in ("hold", "release", "memory") else None, []))
 
     def hang_up(self, identity: str) -> None:

@@ -18,7 +18,7 @@ from nbdist.errors import NbdistError, PlanError
 from nbdist.notebook import panel_view
 from nbdist.telemetry import run_html, run_text
 from nbdist.telemetry.command_table import COMMANDS
-from nbdist.telemetry.run_view import epoch_text
+from nbdist.telemetry.run_view import SHOWN_RANKS, epoch_text
 from nbdist.telemetry.terminal import TerminalView
 from nbdist.upstream.ipython_private import answer_while_busy
 
@@ -35,7 +35,8 @@ __all__ = [
 
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _HERE = Path(__file__).parent
-_CHARTS_EVERY_S = 1.0
+_SELDOM_EVERY_S = 1.0
+"""How often charts are drawn, and the ranks where they are many: each then compares all of them."""
 _KEEP_EVERY_S = 10.0
 """How often static HTML is put beside the live panel, for a notebook that is saved before the end."""
 _panels: weakref.WeakKeyDictionary[Run, PanelDashboard] = weakref.WeakKeyDictionary()
@@ -118,7 +119,7 @@ class PanelDashboard:
         self._widget: Any = None
         self._displays: list[str] = []
         self._lock = threading.RLock()  # the monitor's thread and the cell's
-        self._charts_due_s = 0.0
+        self._seldom_due_s = 0.0
         self._keep_due_s = time.monotonic() + _KEEP_EVERY_S
         self._checkpoints = 0
         self._over = False
@@ -152,11 +153,13 @@ class PanelDashboard:
         """Send the changes, in one message."""
         progress, now_s = run.progress, time.monotonic()
         with self._widget.hold_sync():
+            due = now_s >= self._seldom_due_s or not progress.running
             self._widget.head = panel_view.head(progress)
-            self._widget.rows = panel_view.rows(progress)
+            if due or len(progress.ranks) <= SHOWN_RANKS:
+                self._widget.rows = panel_view.rows(progress)
             self._widget.events = panel_view.events(progress)
-            if now_s >= self._charts_due_s or not progress.running:
-                self._charts_due_s = now_s + _CHARTS_EVERY_S
+            if due:
+                self._seldom_due_s = now_s + _SELDOM_EVERY_S
                 self._widget.charts = panel_view.charts(progress)
         checkpoints = sum(happening.kind == "checkpoint" for happening in progress.happenings)
         if checkpoints > self._checkpoints and now_s >= self._keep_due_s:

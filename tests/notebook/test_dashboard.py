@@ -7,8 +7,14 @@ import torch
 from torch import nn
 
 import nbdist
+from nbdist.cluster.runs.run import Run
+from nbdist.cluster.runs.run_control import RunControl
+from nbdist.cluster.runs.run_spec import RunSpec
 from nbdist.errors import EngineError
-from nbdist.notebook.dashboard import LineDashboard, make_dashboard, remains
+from nbdist.notebook.dashboard import LineDashboard, PanelDashboard, make_dashboard, remains
+from nbdist.plan import Plan
+from nbdist.telemetry import RankState, RunState
+from nbdist.telemetry.run_view import SHOWN_RANKS
 
 DATA = torch.ones(64, 6), torch.zeros(64, dtype=torch.long)
 
@@ -38,3 +44,21 @@ def test_what_remains_needs_no_kernel(cluster):
 def test_without_a_front_end_there_are_lines(notebook):
     """A shell in a terminal gets text."""
     assert isinstance(make_dashboard(notebook.shell), LineDashboard)
+
+
+@pytest.mark.parametrize("count", [SHOWN_RANKS, SHOWN_RANKS + 1])
+def test_a_panel_draws_many_ranks_less_often_than_the_run(notebook, count):
+    """Comparing all with each other costs most of an update; the first one and the last have them all."""
+    plan = Plan.create(ranks=count, cores=count, steps=100, batch_size=count)
+    ranks = {rank: RankState(rank=rank) for rank in range(count)}
+    progress = RunState(title="Net", plan=plan.to_dict(), ranks=ranks)
+    run = Run(RunControl(RunSpec(run_id="many", task=None, plan=plan, title="Net"), progress, lambda *command: None))
+    panel, drawn = PanelDashboard(), []
+    for step in (1, 2, 3):
+        if step == 3:
+            progress.end("finished")
+        progress.merge(*(RankState(rank=rank, step=step) for rank in range(count)))
+        panel.update(run)
+        drawn.append((panel._widget.head["facts"][0][1], panel._widget.rows["groups"][0][1][0][4]))
+    second = "2" if count == SHOWN_RANKS else "1"
+    assert drawn == [("1", "1"), ("2", second), ("3", "3")]

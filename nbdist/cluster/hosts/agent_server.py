@@ -161,8 +161,8 @@ class _Agent:
     def _do_memory(self, mark: str) -> int:
         return self.host.memory(mark)
 
-    def _do_read_record(self, run_id: str, rank: int, start: int) -> list[bytes]:
-        return [self.host.read_record(run_id, rank, start).result()]
+    def _do_read_records(self, run_id: str, starts: list[tuple[int, int]]) -> list[bytes]:
+        return self.host.read_records(run_id, starts).result()
 
     def _do_hold(self, count: int) -> list[str]:
         return self.host.hold(count)

@@ -138,8 +138,12 @@ class Host(abc.ABC):
         """Free memory, and its paths; does nothing where the host is lost."""
 
     @abc.abstractmethod
-    def read_record(self, run_id: str, rank: int, start: int) -> concurrent.futures.Future[bytes]:
-        """What a rank has recorded of a run there, from a byte on; empty if there is no more. At most a MiB.
+    def read_records(self, run_id: str, starts: Sequence[tuple[int, int]]) -> concurrent.futures.Future[list[bytes]]:
+        """What ranks have recorded of a run there; empty where there is no more, and at most a MiB each.
+
+        Args:
+            run_id: The run.
+            starts: Each rank, and from which byte on.
 
         Ranks of the notebook's own host write into its folder of records instead.
         """

@@ -174,16 +174,19 @@ class LocalHost(Host):
         """See `Host`."""
         self._memory.release(paths)
 
-    def read_record(self, run_id: str, rank: int, start: int) -> concurrent.futures.Future[bytes]:
+    def read_records(self, run_id: str, starts: Sequence[tuple[int, int]]) -> concurrent.futures.Future[list[bytes]]:
         """See `Host`."""
-        found: concurrent.futures.Future[bytes] = concurrent.futures.Future()
+        found: concurrent.futures.Future[list[bytes]] = concurrent.futures.Future()
+        found.set_result([self._record(run_id, rank, start) for rank, start in starts])
+        return found
+
+    def _record(self, run_id: str, rank: int, start: int) -> bytes:
         try:
             with record_path(run_id, rank, self._folder / RECORDS).open("rb") as file:
                 file.seek(start)
-                found.set_result(file.read(_RECORD_BYTES))
+                return file.read(_RECORD_BYTES)
         except FileNotFoundError:
-            found.set_result(b"")
-        return found
+            return b""
 
     def open_socket(self) -> str:
         """See `Host`."""

@@ -208,9 +208,9 @@ class RemoteHost(Host):
         while pending:
             yield from self._reply(pending.popleft())[1]
 
-    def read_record(self, run_id: str, rank: int, start: int) -> concurrent.futures.Future[bytes]:
+    def read_records(self, run_id: str, starts: Sequence[tuple[int, int]]) -> concurrent.futures.Future[list[bytes]]:
         """See `Host`; fails with `HostLostError`."""
-        return _then(self._request("read_record", run_id, rank, start), lambda reply: reply[1][0])
+        return _then(self._request("read_records", run_id, list(starts)), lambda reply: reply[1])
 
     def open_socket(self) -> str:
         """See `Host`."""

@@ -159,13 +159,15 @@ class RunDispatch:
         self.control.add_output(functools.partial(printed, dict(enumerate(calls))))
         return calls
 
-    def poll_states(self, rank: int) -> list[RankState]:
-        """The states that a rank has published since the last call, if any; the newest last."""
-        published = [] if self._boards is None else self._boards.read(rank)
-        states = [self.control.progress.ranks[rank]]
-        for data in published:
-            states.append(RankState.from_dict(data, states[-1]))
-        return states[1:]
+    def poll_states(self) -> list[RankState]:
+        """States that ranks have published since the last call, each rank's newest last; see `RankBoards.read`."""
+        found = {} if self._boards is None else self._boards.read()
+        states: list[RankState] = []
+        for rank, published in found.items():
+            state = self.control.progress.ranks[rank]
+            for data in published:
+                states.append(state := RankState.from_dict(data, state))
+        return states
 
     def prepare_ranks(self, size: int) -> None:
         """Provide `size` living ranks, a plan for them, and a new process group.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
+import functools
+import queue
 import threading
 import time
 import warnings
@@ -157,17 +158,16 @@ class RunMonitor:
         self._interrupted.clear()
         failed_s: float | None = None
         killed = False
+        returned: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for rank, call in enumerate(self._calls):
+            call.add_done_callback(functools.partial(lambda rank, call: returned.put(rank), rank))
         while len(outcomes) < len(self._calls):
-            waiting = [rank for rank in range(len(self._calls)) if rank not in outcomes]
-            calls = [self._calls[rank] for rank in waiting]
-            concurrent.futures.wait(calls, _INTERVAL_S, return_when=concurrent.futures.FIRST_COMPLETED)
+            ranks = _taken(returned, _INTERVAL_S)
             if self._engines.ended:
                 raise ClusterError("the engines were stopped during the run.")
             self._engines.check_alive()
-            for rank in waiting:
-                if self._calls[rank].done():
-                    outcomes[rank] = self._outcome(rank)
-            waiting = [rank for rank in waiting if rank not in outcomes]
+            outcomes |= {rank: self._outcome(rank) for rank in ranks}
+            waiting = [rank for rank in range(len(self._calls)) if rank not in outcomes]
             now_s = time.monotonic()
             if failed_s is None and any(outcome.failure for outcome in outcomes.values()):
                 failed_s = now_s
@@ -353,17 +353,23 @@ class RunMonitor:
     def _merge(self, outcomes: dict[int, Outcome]) -> None:
         """Merge the newest state of each rank; the last one from its outcome, for published ones may be late."""
         with self._control.changing:
-            states = []
-            for rank in range(len(self._calls)):
-                if rank not in outcomes:
-                    states += self._dispatch.poll_states(rank)
-                elif (last := outcomes[rank].snapshot) is not None:
-                    states.append(last)
+            states = [state for state in self._dispatch.poll_states() if state.rank not in outcomes]
+            states += [outcome.snapshot for outcome in outcomes.values() if outcome.snapshot is not None]
             self._control.progress.merge(*states)
 
     def _draw(self) -> None:
         if not draw(self._watch, self._run):
             self._watch = None
+
+
+def _taken(returned: queue.SimpleQueue[int], within_s: float) -> list[int]:
+    """All that is in a queue, as soon as something is."""
+    found: list[int] = []
+    with contextlib.suppress(queue.Empty):
+        found.append(returned.get(timeout=within_s))
+        while True:
+            found.append(returned.get_nowait())
+    return found
 
 
 def draw(watch: Watch | None, run: Run) -> bool:

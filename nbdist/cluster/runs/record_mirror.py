@@ -15,11 +15,14 @@ __all__ = ["RecordMirror"]
 _Key = tuple[str, int]
 """A host's name, and a rank that records there."""
 _INTERVAL_S = 1.0
+_HOSTS_AN_INTERVAL = 16
 _LAST_WITHIN_S = 5.0
 
 
 class RecordMirror:
     """Copies what the ranks of one run have recorded on other hosts, a second later. Used by one thread.
+
+    Of many hosts, each second it is the next `_HOSTS_AN_INTERVAL` in turn.
 
     Args:
         engines: Of the run.
@@ -32,53 +35,60 @@ class RecordMirror:
         anchor = engines.anchor
         noted = {} if anchor is None or engines.share_memory else anchor.state()["notes"].get("copied", {})
         self._copied: dict[_Key, int] = noted.get(run_id, {})  # bytes
-        self._pending: dict[_Key, concurrent.futures.Future[bytes]] = {}
-        self._due_s = 0.0
+        self._pending: dict[Host, tuple[list[int], concurrent.futures.Future[list[bytes]]]] = {}
+        self._due_s, self._turn = 0.0, 0
 
     def poll(self) -> None:
         """Copy what has come, and request more, once a second. Does not wait."""
         self._receive()
         if time.monotonic() >= self._due_s:
             self._due_s = time.monotonic() + _INTERVAL_S
-            self._request(self._others())
+            others = list(self._others().items())
+            count = min(len(others), _HOSTS_AN_INTERVAL)
+            self._request(dict(others[(self._turn + i) % len(others)] for i in range(count)))
+            self._turn += count
 
     def finish(self) -> None:
         """Copy all that is left, of hosts that answer; waits for them."""
         deadline, behind = time.monotonic() + _LAST_WITHIN_S, self._others()
         while behind and time.monotonic() < deadline:
             self._request(behind)
-            concurrent.futures.wait(self._pending.values(), max(0.0, deadline - time.monotonic()))
+            concurrent.futures.wait([read for _, read in self._pending.values()], max(0.0, deadline - time.monotonic()))
             grown = self._receive()
-            behind = {key: host for key, host in behind.items() if key in grown}
+            behind = {host: ranks for host, ranks in behind.items() if host in grown}
 
-    def _others(self) -> dict[_Key, Host]:
-        """The records of ranks that are not on this host, and where they are."""
-        placed = [(record, self._engines.host_of(record)) for record in self._engines.records()]
-        return {
-            (host.name, record.rank): host
-            for record, host in placed
-            if host is not None and record.host_id != self._engines.host_id
-        }  # fmt: skip
+    def _others(self) -> dict[Host, list[int]]:
+        """The hosts of other records than this one's, and their ranks."""
+        others: dict[Host, list[int]] = {}
+        for rank, host in self._engines.placed().items():
+            if host is not None and not host.lost and host.facts.host_id != self._engines.host_id:
+                others.setdefault(host, []).append(rank)
+        return others
 
-    def _request(self, others: Mapping[_Key, Host]) -> None:
-        for key, host in others.items():
-            if key not in self._pending and not host.lost:
-                self._pending[key] = host.read_record(self._run_id, key[1], self._copied.get(key, 0))
+    def _request(self, others: Mapping[Host, list[int]]) -> None:
+        for host, ranks in others.items():
+            if host not in self._pending:
+                starts = [(rank, self._copied.get((host.name, rank), 0)) for rank in ranks]
+                self._pending[host] = ranks, host.read_records(self._run_id, starts)
 
-    def _receive(self) -> set[_Key]:
-        """Append what has come; returns the records that have grown."""
-        grown = set[_Key]()
-        for key, future in list(self._pending.items()):
-            if not future.done():
+    def _receive(self) -> set[Host]:
+        """Append what has come; returns the hosts on which something has grown."""
+        grown = set[Host]()
+        for host, (ranks, read) in list(self._pending.items()):
+            if not read.done():
                 continue
-            del self._pending[key]
-            if future.exception() is None and (part := future.result()):
-                path = record_path(self._run_id, key[1], records())
+            del self._pending[host]
+            if read.exception() is not None:
+                continue
+            for rank, part in zip(ranks, read.result(), strict=True):
+                if not part:
+                    continue
+                path = record_path(self._run_id, rank, records())
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 with path.open("ab") as file:
                     file.write(part)
-                self._copied[key] = self._copied.get(key, 0) + len(part)
-                grown.add(key)
+                self._copied[host.name, rank] = self._copied.get((host.name, rank), 0) + len(part)
+                grown.add(host)
         if grown and self._engines.anchor is not None:
             self._engines.anchor.note("copied", {self._run_id: self._copied})
         return grown

@@ -11,7 +11,8 @@ from shared_cluster import until
 
 from nbdist.cluster.hosts.host import HostFacts
 from nbdist.cluster.hosts.local_host import LocalHost
-from nbdist.cluster.runs.rank_boards import RankBoards
+from nbdist.cluster.runs import rank_boards
+from nbdist.cluster.runs.rank_boards import RANKS_A_LOOK, RankBoards
 from nbdist.telemetry import Point, Progress, RankState
 
 CURVES = {"loss": (Point(1, 1, 2.0, 2.0, 2.0),), "kl": (Point(1, 1, 0.5, 0.5, 0.5),)}
@@ -28,10 +29,32 @@ def test_curves_outlive_the_small_states_after_them(here, tmp_path, monkeypatch)
         sink = boards.publisher.sink(0)
         for step in range(1, 6):
             sink.emit(dataclasses.replace(FIRST, step=step, curves=CURVES if step == 1 else {}))
-        whole, *small = until(lambda: boards.read(0))
+        whole, *small = until(lambda: boards.read().get(0))
         state = RankState.from_dict(whole)
         for one in small:
             assert not RankState.is_whole(one)
             state = RankState.from_dict(one, state)
         assert CURVES == state.curves
-        assert [] == boards.read(1) == boards.read(0)
+        assert not any(new for _ in range(3) for new in boards.read().values())
+
+
+@pytest.mark.parametrize(("hosts", "looks"), [(0, 4), (10, 4)])
+def test_of_many_ranks_a_look_is_at_some_in_turn(hosts, looks, tmp_path, monkeypatch):
+    """Rank 0 is among them each time; all are looked at soon. Ranks of one host come together."""
+    count = 3 * (RANKS_A_LOOK - 1) + 1 if not hosts else 100
+    there = [LocalHost(HostFacts(name=f"h{n}", host_id=str(n), cores=1), tmp_path / str(n), "") for n in range(hosts)]
+    for host in there:
+        monkeypatch.setattr(host, "here", False, raising=False)
+    placed = {rank: there[rank * hosts // count] if hosts else None for rank in range(count)}
+    engines = types.SimpleNamespace(size=count, anchor=None, host_id="head", placed=lambda: placed)
+    monkeypatch.setattr(rank_boards, "_INTERVAL_S", 0.0)
+    with contextlib.closing(RankBoards(engines)) as boards:
+        for rank in range(count):
+            boards.publisher.sink(rank).emit(dataclasses.replace(FIRST, rank=rank))
+        seen = set()
+        for _ in range(2 * looks):
+            found = boards.read()
+            assert 0 in found
+            assert len(found) <= RANKS_A_LOOK + 10
+            seen |= {rank for rank, new in found.items() if new}
+        assert seen == {*range(count)}
