@@ -48,8 +48,11 @@ test-browser: env  ## Test the panel in JupyterLab and Chromium, which has to be
 	$(BIN)/python -m pytest -q -m browser tests/browser
 	$(BIN)/python tests/hosts/host_network.py --hosts 2 $(BIN)/python -m pytest -q -m browser tests/hosts || test $$? = 77
 
-test-hosts: env  ## Test what runs on several hosts, made of namespaces, for which this must be root: under 5 minutes
-	$(BIN)/python tests/hosts/host_network.py $(BIN)/python -m pytest -q -rs -m hosts tests/hosts
+test-hosts: env  ## Test what runs on several hosts, made of namespaces, for which this must be root: under 8 minutes
+	@$(BIN)/python tests/hosts/host_network.py --hosts 0 true
+	@# Each worker runs on the head of a network of its own.
+	$(BIN)/python -m pytest -q -rs -m hosts --dist loadfile tests/hosts \
+		--tx '3*popen//python=$(BIN)/python tests/hosts/host_network.py $(BIN)/python'
 
 test-gpu: env  ## Test what runs on GPUs, of which there has to be one: a few minutes
 	$(BIN)/python -m pytest -q -m gpu

@@ -10,12 +10,14 @@ Gbit/s or 100 Mbit/s limit. **All share this machine's cores**, so figures say n
 `start`: two hosts with two engines each, beside four engines on one host; and a second start.
 `weights`: 400 MB pushed to two engines on each of two hosts, beside one ssh stream of the same bytes to each host.
 `faults`: from a fault until all ranks have made a step again.
+`leftovers`: until nothing is left on a host that is cut off, and on both after the kernel is killed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import signal
@@ -23,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,28 +206,21 @@ def measure_faults(network: HostNetwork, count: int) -> None:
     import nbdist
 
     x, y = torch.randn(4096, 64), torch.randint(0, 20, (4096,))
-    faults: dict[str, Callable[[Any], Any]] = {
-        "engine on h2 killed": lambda cluster: network.run("h2", f"kill -9 {cluster.engines[3].pid}"),
-        "h2 crashed": lambda cluster: network.crash("h2"),
-        "h2 cut off": lambda cluster: network.cut("h2"),
-        "h2 unplugged": lambda cluster: network.unplug("h2"),
-        "h1 (rank 0) cut off": lambda cluster: network.cut("h1"),
-    }
-    for name, fault in faults.items():
+    for name, (hosts, fault) in FAULTS.items():
         took, repeated = [], []
         for _ in range(count):
             with (
                 tempfile.TemporaryDirectory(prefix=".shared-", dir=HERE.parents[1] / "tests" / "hosts") as folder,
-                nbdist.Cluster(hosts=dict.fromkeys(HOSTS, RANKS_EACH), device="cpu") as cluster,
+                nbdist.Cluster(hosts=dict.fromkeys(hosts, RANKS_EACH), device="cpu") as cluster,
             ):
                 file = Path(folder, "steps")
                 net = TimedNet(str(file))
                 run = cluster.train(net, (x, y), loss="cross_entropy", steps=10**9, background=True)
-                while run.progress.step < 600:
+                while run.progress.step < FAULT_AT:
                     time.sleep(0.05)
                 file.write_text("")
                 began_s, at = time.time(), run.progress.step
-                fault(cluster)
+                fault(network, cluster)
                 while not (found := re.findall(r"all continue from step (\d+)", str(run.progress.notes))):
                     time.sleep(0.01)
                 while len(stepped := dict(line.split() for line in file.read_text().splitlines())) < cluster.size:
@@ -235,14 +231,68 @@ def measure_faults(network: HostNetwork, count: int) -> None:
                 with contextlib.suppress(Exception):
                     run.wait(30)
             network.mend()
+        slowest = sorted(took)[math.ceil(0.99 * count) - 1]
         print(
-            f"{name:<24} the next step after {statistics.median(took):.2f} s ({min(took):.2f} to {max(took):.2f}), "
-            f"steps repeated {sorted(repeated)}",
+            f"{name:<28} the next step after {statistics.median(took):.2f} s ({min(took):.2f} to {max(took):.2f}; 99th "
+            f"percentile of {count}: {slowest:.2f}), steps repeated {sum(repeated)}",
             flush=True,
         )
 
 
-PARTS = ("steps", "bytes", "start", "weights", "faults")
+def two_crash(network: HostNetwork, cluster: Any) -> None:
+    """Two of three hosts at once."""
+    crashed = [threading.Thread(target=network.crash, args=(host,)) for host in ("h2", "h3")]
+    for thread in crashed:
+        thread.start()
+    for thread in crashed:
+        thread.join()
+
+
+FAULT_AT = 300  # steps
+FAULTS: dict[str, tuple[tuple[str, ...], Callable[[HostNetwork, Any], Any]]] = {
+    "engine on h2 killed": (HOSTS, lambda network, cluster: network.run("h2", f"kill -9 {cluster.engines[3].pid}")),
+    "h2 crashed": (HOSTS, lambda network, cluster: network.crash("h2")),
+    "h2 cut off": (HOSTS, lambda network, cluster: network.cut("h2")),
+    "h2 unplugged": (HOSTS, lambda network, cluster: network.unplug("h2")),
+    "h1 (rank 0) cut off": (HOSTS, lambda network, cluster: network.cut("h1")),
+    "h2 and h3 of three crashed": ((*HOSTS, "h3"), two_crash),
+}
+KERNEL = f"""
+import nbdist, sys, torch
+x, y = torch.randn(256, 64), torch.randint(0, 20, (256,))
+cluster = nbdist.Cluster(hosts=dict.fromkeys({HOSTS}, {RANKS_EACH}), device="cpu").start()
+cluster.train(torch.nn.Linear(64, 20), (x, y), loss="cross_entropy", steps=10**9, background=True)
+print("training", flush=True)
+sys.stdin.read()
+"""
+
+
+def measure_leftovers(network: HostNetwork, count: int) -> None:
+    """Print the seconds until nothing is left where a host is cut off, and on both where the kernel is killed."""
+    for name, hosts in {"on h2, which is cut off": ["h2"], "anywhere, the kernel killed": [*HOSTS]}.items():
+        took = []
+        for _ in range(count):
+            with subprocess.Popen(
+                [sys.executable, "-c", KERNEL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            ) as kernel:
+                try:
+                    assert kernel.stdout is not None
+                    assert kernel.stdout.readline() == "training\n"
+                    began_s = time.monotonic()
+                    if hosts == ["h2"]:
+                        network.cut("h2")
+                    else:
+                        kernel.kill()
+                    while any(network.processes(host) for host in hosts):
+                        time.sleep(0.05)
+                    took.append(time.monotonic() - began_s)
+                finally:
+                    kernel.kill()
+            network.mend()
+        print(f"nothing left {name}: {statistics.median(took):.2f} s ({min(took):.2f} to {max(took):.2f})", flush=True)
+
+
+PARTS = ("steps", "bytes", "start", "weights", "faults", "leftovers")
 
 
 def main() -> None:
@@ -256,7 +306,7 @@ def main() -> None:
         _be(options)
     if CONTROL_VARIABLE not in os.environ:
         network = HERE.parents[1] / "tests" / "hosts" / "host_network.py"
-        os.execv(sys.executable, [sys.executable, str(network), "--hosts", "2", sys.executable, *sys.argv])
+        os.execv(sys.executable, [sys.executable, str(network), "--hosts", "3", sys.executable, *sys.argv])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     hosts = HostNetwork(os.environ[CONTROL_VARIABLE])
     parts = options.parts or PARTS
@@ -275,6 +325,8 @@ def main() -> None:
         report(comparisons, as_json=True)
     if "faults" in parts:
         measure_faults(hosts, options.pairs)
+    if "leftovers" in parts:
+        measure_leftovers(hosts, options.pairs)
 
 
 def _be(options: argparse.Namespace) -> None:

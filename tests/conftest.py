@@ -82,7 +82,9 @@ class _Surroundings:
 
     def check(self) -> None:
         # A process that is just being forked is not yet recognized as the shared cluster's.
-        left = _lasting(lambda: [p for p in self._new_processes() if not _of_shared_cluster(p)])
+        left = _lasting(
+            lambda: [p for p in self._new_processes() if not (_of_shared_cluster(p) or _of_waiting_host(p))]
+        )
         assert not left, f"left running: {left}"
         threads = [t for t in threading.enumerate() if t not in self.threads and not (t.daemon or _of_pool(t))]
         for thread in threads:
@@ -120,7 +122,10 @@ def _of_pool(thread: threading.Thread) -> bool:
 
 def _listening() -> set[tuple[str, int]]:
     connections = psutil.Process().net_connections("inet")
-    return {tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN}
+    waiting = sys.modules.get("nbdist.cluster.hosts.waiting_hosts")
+    theirs = set() if waiting is None else {agents._address.rpartition(":")[2] for agents in waiting._agents.values()}
+    listening = {tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN}
+    return {address for address in listening if str(address[1]) not in theirs}
 
 
 def _files() -> set[str]:
@@ -212,6 +217,19 @@ def cluster(shared_cluster):
     yield cluster
     left = _lasting(shared_cluster.extra_processes)
     assert not left, f"engines have left processes running: {left}"
+
+
+def _may_stay(process: psutil.Process) -> bool:
+    return _of_shared_cluster(process) or _of_waiting_host(process)
+
+
+def _of_waiting_host(process: psutil.Process) -> bool:
+    """Whether a process is the ssh to a host that serves the next test's cluster too; it ends after the last one."""
+    waiting = sys.modules.get("nbdist.cluster.hosts.waiting_hosts")
+    if waiting is None:
+        return False
+    programs = [agent.program for agents in waiting._agents.values() for agent in agents._agents.values()]
+    return process.pid in {program.pid for program in programs if program is not None}
 
 
 def _of_shared_cluster(process: psutil.Process) -> bool:

@@ -19,7 +19,7 @@ ENGINES = 2
 MARK = "NBDIST_TEST_SESSION"  # every process that these tests start inherits it, however it was orphaned since
 HUNG_S = 300.0  # the only timeout of the tests: it ends hung ones, and measures nothing
 LATE_S = float(os.environ.get("NBDIST_TEST_LATE_S", "0"))  # a delay after each wait of a test: conditions.py
-_POLL_S = 0.01
+_POLL_S, _LONGEST_POLL_S = 0.01, 0.2
 
 
 class SharedCluster:
@@ -141,10 +141,11 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 def until(condition: Callable[[], Any]) -> Any:
     """Wait until the condition returns something true, and return that; fails after `HUNG_S`."""
-    deadline = time.monotonic() + HUNG_S
+    began_s = time.monotonic()
     never = threading.Event()
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {HUNG_S:g} s in vain"
-        never.wait(_POLL_S)
+        waited_s = time.monotonic() - began_s
+        assert waited_s < HUNG_S, f"waited {HUNG_S:g} s in vain"
+        never.wait(min(max(_POLL_S, waited_s / 10), _LONGEST_POLL_S))  # looking may cost much
     never.wait(LATE_S)
     return value

@@ -94,7 +94,7 @@ class HostNetwork:
 
     def processes(self, host: str) -> dict[int, str]:
         """The processes there of which nbdist's name or command is part: pid on that host and command."""
-        lines = self.run(host, "ps -eo pid=,comm=,args=").splitlines()
+        lines = self.run(host, "ps -eww -o pid=,comm=,args=").splitlines()
         found = {}
         for line in lines:
             pid, _, command = line.strip().partition(" ")

@@ -66,6 +66,7 @@ def expected():
     return bits(trained)
 
 
+@pytest.mark.usefixtures("no_agents")
 @pytest.mark.parametrize("fault", [None, "crash"])
 def test_another_kernel_takes_over_run_and_hosts(network, folder, expected, fault):
     """With the weights of an undisturbed run, also where a host was lost while there was no kernel."""
@@ -106,6 +107,7 @@ def test_a_run_ends_without_a_kernel(network, folder, expected):
         cluster.stop()
 
 
+@pytest.mark.usefixtures("no_agents")
 def test_without_another_kernel_nothing_is_left(network, folder):
     """After its patience."""
     abandoned(folder, patience_s=1.0)

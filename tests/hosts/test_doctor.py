@@ -26,6 +26,7 @@ def ssh(*arguments: str) -> Ssh:
     return Ssh(arguments=arguments)
 
 
+@pytest.mark.usefixtures("no_agents")
 def test_hosts_on_which_all_is_well(network):
     """Each thing that was tried has a line."""
     found = list(examine_hosts(Ssh(), ["h1", "h2"]))

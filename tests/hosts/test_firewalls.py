@@ -18,6 +18,7 @@ from nbdist.listening import PORTS_VARIABLE
 
 OPTIONS = {**OPTIONS, "epochs": 2, "strategy": "dp=2,pp=2"}
 HOSTS = {"local": 1, "h1": 1, "h2": 2}
+pytestmark = pytest.mark.usefixtures("no_agents")  # which connect to other ports
 PORTS = "10101-10160"
 
 

@@ -39,6 +39,7 @@ def settings(shared, monkeypatch):
     )
 
 
+@pytest.mark.usefixtures("no_agents")
 def test_a_killed_kernel_leaves_nothing_on_any_host(network):
     kernel = subprocess.Popen([sys.executable, "-c", KERNEL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
@@ -52,6 +53,7 @@ def test_a_killed_kernel_leaves_nothing_on_any_host(network):
         kernel.communicate()
 
 
+@pytest.mark.usefixtures("no_agents")
 def test_another_environment_is_named_before_an_engine_starts(network, shared, settings):
     (shared / "sitecustomize.py").write_text(OTHER_TORCH)
     python = shared / "python"
@@ -72,6 +74,7 @@ def test_a_host_that_ssh_does_not_reach_is_named(network, settings):
         nbdist.Cluster(hosts={"h1": 1, "h2": 1}, device="cpu", timeout_s=HUNG_S).start()
 
 
+@pytest.mark.usefixtures("no_agents")
 def test_one_host_by_two_names_is_refused(network):
     """Its engines would be counted, and signalled, as those of either."""
     with pytest.raises(PlanError, match=r"h1 and 10\.77\.0\.11 are the same host: name it once"):

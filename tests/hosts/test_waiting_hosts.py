@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 
+import pytest
 import torch
 from shared_cluster import until
 
 import nbdist
 from nbdist.cluster.hosts.waiting_hosts import end_hosts, waiting_hosts
 
+pytestmark = pytest.mark.usefixtures("no_agents")
 HOSTS = {"h1": 1, "h2": 1}
 KERNEL = """
 import nbdist, sys
