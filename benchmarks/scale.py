@@ -186,7 +186,7 @@ def _follow(size: int, updates: int) -> dict[str, float]:
             follow_s = time.process_time() - spent["began"] - spent["aside"]
         finally:
             monitoring._INTERVAL_S = usual_s
-        assert progress.step > FIRST_STEPS, "no update has read what ranks have published"
+        assert progress.ranks[0].step > FIRST_STEPS, "no update has read what ranks have published"
         cluster = Cluster(engines=1, device="cpu")
         cluster._up, cluster._run_queue = engines, SimpleNamespace(computing=True, current=run, queued=[])  # type: ignore
         given = status.current_cluster, status.last_run
