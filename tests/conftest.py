@@ -82,9 +82,7 @@ class _Surroundings:
 
     def check(self) -> None:
         # A process that is just being forked is not yet recognized as the shared cluster's.
-        left = _lasting(
-            lambda: [p for p in self._new_processes() if not (_of_shared_cluster(p) or _of_waiting_host(p))]
-        )
+        left = _lasting(lambda: [p for p in self._new_processes() if not _may_stay(p)])
         assert not left, f"left running: {left}"
         threads = [t for t in threading.enumerate() if t not in self.threads and not (t.daemon or _of_pool(t))]
         for thread in threads:
@@ -122,10 +120,8 @@ def _of_pool(thread: threading.Thread) -> bool:
 
 def _listening() -> set[tuple[str, int]]:
     connections = psutil.Process().net_connections("inet")
-    waiting = sys.modules.get("nbdist.cluster.hosts.waiting_hosts")
-    theirs = set() if waiting is None else {agents._address.rpartition(":")[2] for agents in waiting._agents.values()}
-    listening = {tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN}
-    return {address for address in listening if str(address[1]) not in theirs}
+    theirs = {agents._address.rpartition(":")[2] for agents in _shared_agents()}
+    return {tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN and str(c.laddr.port) not in theirs}
 
 
 def _files() -> set[str]:
@@ -223,12 +219,15 @@ def _may_stay(process: psutil.Process) -> bool:
     return _of_shared_cluster(process) or _of_waiting_host(process)
 
 
-def _of_waiting_host(process: psutil.Process) -> bool:
-    """Whether a process is the ssh to a host that serves the next test's cluster too; it ends after the last one."""
+def _shared_agents() -> list[Any]:
+    """The agents that tests over several hosts share, one after another; `tests/hosts` ends them. Others leave none."""
     waiting = sys.modules.get("nbdist.cluster.hosts.waiting_hosts")
-    if waiting is None:
-        return False
-    programs = [agent.program for agents in waiting._agents.values() for agent in agents._agents.values()]
+    return list(waiting._agents.values()) if waiting is not None and "NBDIST_TEST_HOSTS" in os.environ else []
+
+
+def _of_waiting_host(process: psutil.Process) -> bool:
+    """Whether a process is the ssh to a host of `_shared_agents`."""
+    programs = [agent.program for agents in _shared_agents() for agent in agents._agents.values()]
     return process.pid in {program.pid for program in programs if program is not None}
 
 
