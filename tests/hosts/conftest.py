@@ -81,7 +81,8 @@ def _slurm():
 
 @pytest.fixture
 def slurm(network, _slurm, monkeypatch):
-    """Slurm, of which every host but this one is a node; all are idle."""
+    """Slurm, of which every host but this one is a node; all are idle. Nothing that asked for a job is left."""
     monkeypatch.setenv("SLURM_CONF", slurm_hosts.CONF)
     _slurm.start_nodes()
-    return _slurm
+    yield _slurm
+    until(lambda: not slurm_hosts.asking())

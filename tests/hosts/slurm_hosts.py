@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 from host_network import HostNetwork
 
 CONF = "/srv/slurm/slurm.conf"
@@ -107,3 +108,8 @@ class SlurmHosts:
         """The output of one of Slurm's programs."""
         environment = {**os.environ, "SLURM_CONF": CONF}
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment).stdout
+
+
+def asking() -> list[psutil.Process]:
+    """The processes of this host that ask Slurm for a job, or hold one."""
+    return [process for process in psutil.process_iter(["name"]) if process.info["name"] == "salloc"]

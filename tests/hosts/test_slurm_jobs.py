@@ -10,9 +10,11 @@ import sys
 
 import pytest
 from shared_cluster import HUNG_S, until
+from slurm_hosts import asking
 from small_training import DATA, OPTIONS, bits, model
 
 import nbdist
+from nbdist.cluster.hosts.slurm import SlurmJob
 from nbdist.errors import ClusterError, NbdistError, PlanError
 
 OPTIONS = {**OPTIONS, "strategy": "dp=2", "epochs": None, "steps": 10**6}
@@ -66,6 +68,16 @@ def test_a_job_ends_with_its_kernel(slurm, network):
     kernel.communicate()
     until(lambda: not slurm.jobs)
     until(lambda: not any(network.processes(host) for host in network.names))
+
+
+def test_a_job_whose_salloc_does_not_end_is_cancelled(slurm):
+    """And nothing is left of it here."""
+    job = SlurmJob.begin(1, 1, (), lambda words: None)
+    (holder,) = asking()
+    holder.suspend()
+    job.end()
+    assert not asking()
+    until(lambda: not slurm.jobs)
 
 
 def test_the_job_that_the_notebook_is_in_is_used(slurm):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from shared_cluster import until
@@ -66,6 +67,7 @@ def test_a_host_that_is_lost_while_it_waits_is_started_again(network):
     network.crash("h2")
     network.mend()
     until(lambda: ["h1"] == waiting_hosts())
+    until(lambda: 1 == len([child for child in psutil.Process().children() if child.name() == "ssh"]))
     train_once()
     after = waiting(network)
     assert before["h1"] == after["h1"]

@@ -29,12 +29,17 @@ _HELD = """scontrol show hostnames "$SLURM_JOB_NODELIST" && printf '\\n' && exec
 _HOLDS = """
 exec 3<&0
 salloc "$@" <&3 & job=$!
-(cat <&3; kill $job) > /dev/null 2>&1 &
+(cat <&3; for try in $(seq 25); do kill -HUP $job || exit; sleep 0.2; done; kill -KILL $job) > /dev/null 2>&1 &
 wait $job
 """
-"""A shell's program: the job, or its place in the queue, is given up once the standard input ends."""
+"""A shell's program: the job, or its place in the queue, is given up once the standard input ends.
+
+SIGTERM lets salloc cancel the job, and then it may wait for ever for a command that ends meanwhile: its other thread,
+which learns that the job is over, takes the command's exit status. SIGHUP ends that wait.
+"""
 _LOOK_S, _ASK_EVERY_S, _ASKED_WITHIN_S = 0.1, 2.0, 10.0
-_ENDED_WITHIN_S = 5.0
+_KILLED = 128 + signal.SIGKILL
+"""The exit status of a shell whose last program was killed."""
 _SOON_S, _LIMIT_EVERY_S = 120.0, 60.0
 """How long before its time limit a job ends soon, and how often that is looked up at most."""
 
@@ -139,8 +144,8 @@ class SlurmJob(Allocation):
             signal.getsignal(signal.SIGTERM) == self._note_termination
         ):
             signal.signal(signal.SIGTERM, self._on_term or signal.SIG_DFL)
-        if self._program is not None:
-            _end(self._program)
+        if self._program is not None and _end(self._program) == _KILLED:
+            _ask("scancel", self._job)
 
 
 def check_slurm(arguments: Sequence[str], detach: bool) -> None:
@@ -236,13 +241,9 @@ def _ask(*command: str) -> str:
     return ""
 
 
-def _end(program: subprocess.Popen[str]) -> None:
-    """Let salloc end, which gives the job back."""
+def _end(program: subprocess.Popen[str]) -> int:
+    """Let salloc end, which gives the job back, or be killed if it does not; returns the exit status."""
     assert program.stdin is not None
     with contextlib.suppress(OSError):
         program.stdin.close()
-    try:
-        program.wait(_ENDED_WITHIN_S)
-    except subprocess.TimeoutExpired:
-        program.kill()
-        program.wait()
+    return program.wait()
