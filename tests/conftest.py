@@ -226,9 +226,10 @@ def _shared_agents() -> list[Any]:
 
 
 def _of_waiting_host(process: psutil.Process) -> bool:
-    """Whether a process is the ssh to a host of `_shared_agents`."""
-    programs = [agent.program for agents in _shared_agents() for agent in agents._agents.values()]
-    return process.pid in {program.pid for program in programs if program is not None}
+    """Whether a process is the ssh to a host of `_shared_agents`, or what else starts it there, or a child of that."""
+    agents = [agent for agents in _shared_agents() for agent in agents._agents.values()]
+    programs = {agent.program.pid for agent in agents if agent.program is not None}
+    return bool(programs) and not programs.isdisjoint({process.pid, *(parent.pid for parent in process.parents())})
 
 
 def _of_shared_cluster(process: psutil.Process) -> bool:

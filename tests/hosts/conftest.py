@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import slurm_hosts
 from host_network import CONTROL_VARIABLE, HostNetwork
 from shared_cluster import until
+from users_cluster import UsersCluster
 
 from nbdist.cluster.hosts.fork_client import end_server, require_server
 from nbdist.cluster.hosts.waiting_hosts import end_hosts
@@ -67,6 +68,18 @@ def shared() -> Iterator[Path]:
     """A folder that all hosts see."""
     with tempfile.TemporaryDirectory(prefix=".shared-", dir=Path(__file__).parent) as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def _users() -> Iterator[UsersCluster]:
+    """A cluster of the user's, two engines on each of two hosts."""
+    with tempfile.TemporaryDirectory(prefix=".shared-", dir=Path(__file__).parent) as folder:
+        users = UsersCluster(HostNetwork(os.environ[CONTROL_VARIABLE]), Path(folder), ["h1", "h2"], each=2)
+        try:
+            users.up()
+            yield users
+        finally:
+            users.down()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from small_training import DATA, OPTIONS, bits, model
 from torch.nn import functional as F
 
 import nbdist
-from nbdist.telemetry.host import host_name
 
 OPTIONS = {**OPTIONS, "loss": "mse", "epochs": 4}
 
@@ -40,35 +39,28 @@ def expected():
     return found
 
 
-@pytest.fixture
-def cluster(network):
+@pytest.fixture(scope="module")
+def _cluster(expected):
     """Two engines on each of two hosts."""
     with nbdist.Cluster(hosts={"h1": 2, "h2": 2}, device="cpu") as started:
         yield started
-    until(lambda: not _engines_on(network))  # a host that was unplugged ends them by itself
 
 
-def _engines_on(network) -> list[str]:
-    running = [command for host in network.names for command in network.processes(host).values()]
-    return [command for command in running if not re.search("(agent|fork)_server", command)]
+@pytest.fixture
+def cluster(network, _cluster):
+    """It, with an engine wherever one belongs."""
+    until(lambda: hosts_of(_cluster.start()) == ["h1", "h1", "h2", "h2"])
+    return _cluster
+
+
+def hosts_of(cluster: nbdist.Cluster) -> list[str]:
+    return [engine.host for engine in cluster.engines]
 
 
 def test_two_hosts_give_the_bits_of_one(cluster, expected):
-    assert [engine.host for engine in cluster.engines] == ["h1", "h1", "h2", "h2"]
     for mesh, one_host in expected.items():
         cluster.train(trained := model(), DATA, strategy=mesh, **OPTIONS)
         assert bits(trained) == one_host
-    assert host_name() not in {engine.host for engine in cluster.engines}
-
-
-def test_three_hosts_of_one_rank_give_the_bits_of_one(network):
-    """Whose sums nobody adds in shared memory."""
-    found = []
-    for hosts in ({"local": 3}, {"h1": 1, "local": 1, "h2": 1}):
-        with nbdist.Cluster(hosts=hosts, device="cpu", spares=0) as cluster:
-            cluster.train(trained := model(), DATA, strategy="dp=3", **OPTIONS)
-        found.append(bits(trained))
-    assert found[0] == found[1]
 
 
 @pytest.fixture
@@ -95,9 +87,11 @@ def test_a_lost_host_costs_no_bit_and_no_step(cluster, network, expected, gate, 
     gate.open("forward")
     run.wait(HUNG_S)
     assert bits(trained) == expected["dp=4"]
-    assert {engine.host for engine in cluster.engines} == {"h1", "h2"} - {host}
+    assert set(hosts_of(cluster)) == {"h1", "h2"} - {host}
     assert resumed_from(run) == 6
     assert f"lost (host {host} lost), replaced" in str(run.progress.notes)
+    if fault != "crash":
+        until(lambda: not network.processes(host))  # nobody can tell it to end them
 
 
 @pytest.mark.parametrize("host", ["h1", "h2"])
@@ -112,10 +106,6 @@ def test_a_lost_host_costs_no_bit_where_a_replica_spans_hosts(cluster, network, 
     run.wait(HUNG_S)
     assert bits(trained) == expected["shard=4"]
     assert resumed_from(run) > 0
-
-
-def hosts_of(cluster: nbdist.Cluster) -> list[str]:
-    return [engine.host for engine in cluster.engines]
 
 
 def test_a_host_that_comes_back_gets_its_ranks_again(cluster, network, expected, gate):
@@ -146,21 +136,12 @@ def test_a_killed_engine_is_replaced_on_its_host(cluster, network, expected, gat
     run.wait(HUNG_S)
     assert bits(trained) == expected["dp=4"]
     assert resumed_from(run) > 0
-    assert [engine.host for engine in cluster.engines] == ["h1", "h1", "h2", "h2"]
+    assert hosts_of(cluster) == ["h1", "h1", "h2", "h2"]
 
 
 def test_engines_are_added_and_removed_on_hosts(cluster, expected):
     cluster.scale(6)
-    assert sorted(engine.host for engine in cluster.engines) == ["h1"] * 3 + ["h2"] * 3
+    assert sorted(hosts_of(cluster)) == ["h1"] * 3 + ["h2"] * 3
     cluster.scale(4)
     cluster.train(trained := model(), DATA, strategy="dp=4", **OPTIONS)
     assert bits(trained) == expected["dp=4"]
-
-
-def test_a_host_that_is_cut_off_ends_all_that_runs_there(cluster, network):
-    """Nobody can tell it to; of two sides only the kernel's goes on."""
-    network.cut("h2")
-    until(lambda: not network.processes("h2"))
-    until(lambda: [engine.state for engine in cluster.engines] == ["idle", "idle", "lost", "lost"])
-    cluster.start()
-    assert [engine.host for engine in cluster.engines] == ["h1"] * 4

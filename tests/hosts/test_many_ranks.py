@@ -1,4 +1,4 @@
-"""Many ranks on many hosts, which here are only called so: they start, train and stop."""
+"""Ranks of three hosts and more; 64 are on hosts that are only called so."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 
 import pytest
 import torch
+from small_training import DATA, OPTIONS, bits, model
+
+import nbdist
 
 RANKS = 64
 
@@ -26,3 +29,13 @@ def test_64_ranks_on_8_hosts(run_ranks):
     total = float(sum(range(1, RANKS + 1)))
     assert [([total], [float(RANKS)])] * RANKS == [(sums, part) for sums, part, _ in results]
     assert max(peers for _, _, peers in results) == 7 + 2
+
+
+def test_three_hosts_of_one_rank_give_the_bits_of_one(network):
+    """Whose sums nobody adds in shared memory."""
+    found = []
+    for hosts in ({"local": 3}, {"h1": 1, "local": 1, "h2": 1}):
+        with nbdist.Cluster(hosts=hosts, device="cpu", spares=0) as cluster:
+            cluster.train(trained := model(), DATA, strategy="dp=3", loss="mse", epochs=4, **OPTIONS)
+        found.append(bits(trained))
+    assert found[0] == found[1]
