@@ -148,7 +148,7 @@ class Agents:
         }  # fmt: skip
 
     def follow(self, identity: str, on_event: Callable[[Sequence[Any]], None], on_lost: Callable[[], None]) -> None:
-        """Be told of an agent, in this object's thread.
+        """Be told of an agent, in this object's thread, which must not wait: it receives all answers.
 
         Args:
             identity: The agent.
@@ -286,9 +286,12 @@ class Agents:
 
     def _look(self, now_s: float, *, paused: bool) -> None:
         for agent in list(self._agents.values()):
-            if agent.lost or agent.program is None:
+            if agent.program is None:
                 continue
-            if agent.program.poll() is not None:
+            ended = agent.program.poll() is not None  # of a lost one too: else it stays a zombie
+            if agent.lost:
+                continue
+            if ended:
                 self._lose(agent, agent.why)
             elif paused:
                 agent.last_beat_s = now_s

@@ -257,7 +257,7 @@ class RemoteHost(Host):
 
     def end(self) -> None:
         """See `Host`. Its agent may be used again where it `waits`."""
-        self.on_lost, self.on_terminated = lambda host: host.end_agent(), lambda host: host.hang_up()
+        self.on_lost = self.on_terminated = lambda host: host.hang_up()
         self.begin_end()
         if self._cluster_ended is not None:
             try:

@@ -51,11 +51,16 @@ class RecordMirror:
     def finish(self) -> None:
         """Copy all that is left, of hosts that answer; waits for them."""
         deadline, behind = time.monotonic() + _LAST_WITHIN_S, self._others()
+        self._settle(deadline)  # requested before the ranks ended: it may lack their last lines
         while behind and time.monotonic() < deadline:
             self._request(behind)
-            concurrent.futures.wait([read for _, read in self._pending.values()], max(0.0, deadline - time.monotonic()))
-            grown = self._receive()
+            grown = self._settle(deadline)
             behind = {host: ranks for host, ranks in behind.items() if host in grown}
+
+    def _settle(self, deadline_s: float) -> set[Host]:
+        """Wait for what is pending; see `_receive`."""
+        concurrent.futures.wait([read for _, read in self._pending.values()], max(0.0, deadline_s - time.monotonic()))
+        return self._receive()
 
     def _others(self) -> dict[Host, list[int]]:
         """The hosts of other records than this one's, and their ranks."""
