@@ -2,14 +2,16 @@
 
     python benchmarks/scale.py [--sizes 16 64 256 1024] [--updates 10] [--json]
 
-An engine here is a status board that is written between two updates, two sockets that register and answer heartbeats,
-or a thread that waits at the store: what the kernel reads is what ranks write, and nobody trains. All code of the
-kernel's side is nbdist's own: the run's monitor, the panel, the status, the client, the store. It runs in a notebook's
+An engine here is a status board that another process writes as often as ranks do, two sockets that register and answer
+heartbeats, or a thread that waits at the store: what the kernel reads is what ranks write, and nobody trains. Eight
+share a host, whose agent is a socket of another process: it says hello, beats, and answers, encrypted as all messages
+between hosts. All code of the kernel's side is nbdist's own: the run's monitor, the panel, the status, the agents'
+connections, the client, the store. It runs in a notebook's
 kernel; the controller and the simulated engines share the same cores, so seconds say little, and CPU time and the
 exponent b of cost = a * engines^b say more.
 
     panel         read all boards, merge the states, draw the panel: what the monitor's thread needs for an update
-    follow        the whole update: that, whether calls and processes have ended, hangs, and sending, all threads
+    follow        the whole update: that, whether calls and processes have ended, hangs, records, messages, all threads
     status        what %dist_status displays
     states        which engines are idle, busy or lost
     living        which engines are not lost
@@ -20,11 +22,12 @@ exponent b of cost = a * engines^b say more.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import contextvars
+import dataclasses
 import json
 import math
+import os
 import resource
 import statistics
 import subprocess
@@ -43,6 +46,7 @@ from kernel import Kernel
 SIZES = [16, 64, 256, 1024]
 WANTED = 0.05
 UPDATES_A_S = 10
+PUBLISHED_EVERY_S = 0.2
 STEEP = 1.3
 ROWS = {
     "panel": ("panel: an update", "CPU ms"), "follow": ("follow: an update", "CPU ms"),
@@ -96,6 +100,7 @@ def _follow(size: int, updates: int) -> dict[str, float]:
     from nbdist.cluster.calls.pending_call import LostCall, PendingCall
     from nbdist.cluster.cluster import Cluster
     from nbdist.cluster.engines.engines import Engines
+    from nbdist.cluster.hosts.agents import Agents
     from nbdist.cluster.hosts.remote_host import RemoteHost
     from nbdist.cluster.launch.launcher import Launch
     from nbdist.cluster.runs import monitor as monitoring
@@ -109,19 +114,36 @@ def _follow(size: int, updates: int) -> dict[str, float]:
     from nbdist.plan import Plan
     from nbdist.telemetry import RankState, RunState
 
+    class Invited(Agents):
+        """Nobody has started them here: their process is ended by who holds it."""
+
+        def hang_up(self, identity: str) -> None:
+            pass
+
+        def end(self, identity: str) -> None:
+            pass
+
     class Simulated(Launch):
-        """A launch without processes: no controller, and agents that answer at once in this process."""
+        """A launch without engines: no controller, and all agents in one process."""
 
         def __init__(self) -> None:
             self.allocation = None
             self._prepare(Path(tempfile.mkdtemp(prefix="nbdist-")), None, "")
-            for number in range(math.ceil(size / ENGINES_A_HOST)):
-                name = f"h{number}"
-                agents: Any = _SimulatedAgents(self._local, name)
-                self.hosts[name] = RemoteHost(name, name, agents)
-                assert self.hosts[name].facts
+            names = [f"h{number}" for number in range(math.ceil(size / ENGINES_A_HOST))]
+            self._agents = Invited("127.0.0.1")
+            invitations = {name: self._agents.invite(name) for name in names}
+            for name, invitation in invitations.items():
+                self.hosts[name] = RemoteHost(name, invitation["identity"], self._agents)
+            self._held = contextlib.ExitStack()
+            self._held.enter_context(_holder("serve", json.dumps([*invitations.values()]), len(names)))
+            assert all(host.facts for host in self.hosts.values())
             self._cluster = SimpleNamespace(controller=None, stop_cluster_sync=lambda: None)
             self.client = SimpleNamespace(ids=list(range(size)), close=lambda: None)
+
+        def end(self) -> None:
+            super().end()
+            self._held.close()
+            self._agents.close()
 
     class Running(LostCall):
         """A call of `train` that has not returned."""
@@ -145,31 +167,28 @@ def _follow(size: int, updates: int) -> dict[str, float]:
         spec = RunSpec(run_id=f"scale-{size}", task=None, plan=plan, title=progress.title)
         run = Run(RunControl(spec, progress, lambda *command: None))
         dispatch = RunDispatch(run.control, engines, None, None, 0, packed=(None, None))  # type: ignore[arg-type]
-        write = _writer(dispatch._make_boards().publisher, size, plan.to_dict())
+        publisher = dispatch._make_boards().publisher
+        written = json.dumps([str(publisher.records), publisher.host_id, publisher.boards, plan.to_dict()])
         panel = PanelDashboard()
-        spent = {"drawn": 0, "panel": 0.0, "aside": 0.0, "began": 0.0}
+        spent = {"drawn": 0, "panel": 0.0, "began": 0.0}
 
         def timed(method: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any) -> None:
-                began_s, aside_s = time.thread_time(), spent["aside"]
+                began_s = time.thread_time()
                 try:
                     method(*arguments)
                 finally:
                     if spent["drawn"] > (method == drawing and 1):  # the first drawing makes the panel
-                        spent["panel"] += time.thread_time() - began_s - (spent["aside"] - aside_s)
+                        spent["panel"] += time.thread_time() - began_s
 
             return call
 
         def watch(run: Run) -> None:
             panel.update(run)
-            began_s = time.thread_time()
             spent["drawn"] += 1
-            write()
             if spent["drawn"] == 1:
                 spent["began"] = time.process_time()
-                return
-            spent["aside"] += time.thread_time() - began_s
-            if spent["drawn"] > updates:
+            elif spent["drawn"] > updates:
                 raise Enough
 
         monitor = monitoring.RunMonitor(
@@ -179,11 +198,11 @@ def _follow(size: int, updates: int) -> dict[str, float]:
         drawing = monitor._draw
         monitor._merge, monitor._draw = timed(monitor._merge), timed(drawing)  # type: ignore[method-assign]
         usual_s, monitoring._INTERVAL_S = monitoring._INTERVAL_S, 1 / UPDATES_A_S
-        write()
         try:
-            monitor._collect()
+            with _holder("write", written, size):
+                monitor._collect()
         except Enough:
-            follow_s = time.process_time() - spent["began"] - spent["aside"]
+            follow_s = time.process_time() - spent["began"]
         finally:
             monitoring._INTERVAL_S = usual_s
         assert progress.ranks[0].step > FIRST_STEPS, "no update has read what ranks have published"
@@ -202,51 +221,6 @@ def _follow(size: int, updates: int) -> dict[str, float]:
         }  # fmt: skip
     finally:
         launch.end()
-
-
-class _SimulatedAgents:
-    """Agents of hosts whose memory is this host's; they answer at once, so their messages cost nothing here.
-
-    Args:
-        local: What each agent would serve.
-        name: Of the host, and its id.
-    """
-
-    def __init__(self, local: Any, name: str) -> None:
-        self._local, self._name = local, name
-
-    def follow(self, identity: str, on_event: Any, on_lost: Any) -> None:
-        """Nothing happens to it."""
-
-    def hello(self, identity: str) -> Any:
-        """The facts of its host."""
-        from nbdist.cluster.hosts.local_host import versions
-
-        facts = {"name": self._name, "host_id": self._name, "cores": ENGINES_A_HOST, "versions": versions()}
-        return _done(facts)
-
-    def lost(self, identity: str) -> bool:
-        """It never is."""
-        return False
-
-    def request(self, identity: str, kind: str, *arguments: Any, frames: Any = ()) -> Any:
-        """What an agent does, done here."""
-        reads = {"read_memory": self._local.begin_read, "read_records": self._local.read_records}
-        if kind in reads:
-            return _done((None, reads[kind](*arguments).result()))
-        return _done((getattr(self._local, kind)(*arguments) if kind in ("hold", "release", "memory") else None, []))
-
-    def hang_up(self, identity: str) -> None:
-        """Nobody is there."""
-
-    def end(self, identity: str) -> None:
-        """Nobody is there."""
-
-
-def _done(value: Any) -> Any:
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    future.set_result(value)
-    return future
 
 
 def _writer(publisher: Any, size: int, plan: dict[str, Any]) -> Callable[[], None]:
@@ -347,7 +321,70 @@ def hold(kind: str, address: str, size: int) -> None:
     """Be so many engines until this process is killed, or the kernel is gone."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
-    {"register": _hold_registered, "wait": _hold_waiting}[kind](json.loads(address), size)
+    held = {"serve": _hold_agents, "write": _hold_boards, "register": _hold_registered, "wait": _hold_waiting}
+    held[kind](json.loads(address), size)
+
+
+def _hold_boards(given: list[Any], size: int) -> None:
+    """What ranks publish, as often as they do."""
+    from nbdist.engine.state_publisher import StatePublisher
+
+    records, host_id, boards, plan = given
+    write = _writer(StatePublisher(Path(records), host_id, tuple(boards)), size, plan)
+    write()
+    print("ready", flush=True)
+    while True:
+        began_s = time.monotonic()
+        write()
+        time.sleep(max(0.0, began_s + PUBLISHED_EVERY_S - time.monotonic()))
+
+
+def _hold_agents(invitations: list[dict[str, str]], size: int) -> None:
+    """What `agent_server` does for the kernel, for hosts whose memory is this process's."""
+    import zmq
+
+    from nbdist.cluster.hosts.agents import BEATS_A_TIMEOUT
+    from nbdist.cluster.hosts.host import HostFacts
+    from nbdist.cluster.hosts.local_host import LocalHost, versions
+    from nbdist.process_mark import process_mark
+
+    context: Any = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, size + 16)
+    beat_s = float(invitations[0]["timeout_s"]) / BEATS_A_TIMEOUT
+    poller, sockets = zmq.Poller(), []
+    with tempfile.TemporaryDirectory(prefix="nbdist-") as folder:
+        for invitation in invitations:
+            made = context.socket(zmq.DEALER)
+            made.setsockopt(zmq.IDENTITY, invitation["identity"].encode())
+            made.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * beat_s))
+            made.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * float(invitation["timeout_s"])))
+            made.curve_serverkey = invitation["server_key"].encode()
+            made.curve_publickey = invitation["public_key"].encode()
+            made.curve_secretkey = invitation["secret_key"].encode()
+            made.connect(invitation["controller"])
+            name = invitation["name"]
+            facts = HostFacts(name=name, host_id=name, cores=ENGINES_A_HOST, versions=versions())
+            made.send_multipart([b"", json.dumps(["hello", dataclasses.asdict(facts)]).encode()])
+            poller.register(made, zmq.POLLIN)
+            sockets.append(made)
+        host = LocalHost(facts, Path(folder), process_mark(os.getpid()))
+        print("ready", flush=True)
+        next_s = [time.monotonic() + beat_s * i / size for i in range(size)]
+        while True:
+            for each, _ in poller.poll(10):
+                number, data, *_ = each.recv_multipart()
+                kind, *arguments = json.loads(data)
+                answer, sent = None, []
+                if kind in ("read_memory", "read_records"):
+                    sent = (host.begin_read if kind == "read_memory" else host.read_records)(*arguments).result()
+                elif kind in ("hold", "release", "memory"):
+                    answer = getattr(host, kind)(*arguments)
+                each.send_multipart([number, json.dumps([answer, ""]).encode(), *sent])
+            now_s = time.monotonic()
+            for i in range(size):
+                if now_s > next_s[i]:
+                    next_s[i] = now_s + beat_s
+                    sockets[i].send_multipart([b"", b'["beat"]'])
 
 
 def _hold_registered(info: dict[str, Any], size: int) -> None:

@@ -249,9 +249,11 @@ function render({ model, el }) {
         put(made.state, standing);
       }
     }
+    const [standings, heats] = all.length ? all : [[], []];
     strip.hidden = !all.length;
-    strip.setAttribute("aria-label", `${all.length} engines; the darker, the longer its step takes`);
-    for (const [rank, standing, heat] of all) {
+    strip.setAttribute("aria-label", `${heats.length} engines; the darker, the longer its step takes`);
+    for (const [rank, heat] of heats.entries()) {
+      const standing = standings[rank];
       if (!cells.has(rank)) {
         const cell = element("span", "", strip);
         cell.setAttribute("role", "img");

@@ -24,16 +24,16 @@ def buttons() -> list[dict[str, str]]:
 
 def head(run: RunState) -> dict[str, Any]:
     """The whole run: title, state, progress, speed, time left."""
-    total, epochs = run.steps_total, run.plan.get("epochs")
+    step, total, epochs = run.step, run.steps_total, run.plan.get("epochs")
     eta = run.eta_s
     return {
         "title": f"{run.title} on {mesh_text(run.plan)}",
         "state": run.state,
-        "share": None if not total else min(1.0, run.step / total),
+        "share": None if not total else min(1.0, step / total),
         "lr": "" if run.lr is None else f"{run.lr:.4g}",
         "commands": sum(happening.kind == "command" for happening in run.happenings),
         "facts": [
-            ["step", f"{run.step:,}" + ("" if total is None else f" of {total:,}")],
+            ["step", f"{step:,}" + ("" if total is None else f" of {total:,}")],
             ["epoch", f"{run.epoch}" + (f" of {epochs}" if epochs else "")],
             ["loss", number(run.loss)],
             ["samples/s", number(run.samples_per_s)],
@@ -44,12 +44,13 @@ def head(run: RunState) -> dict[str, Any]:
 
 
 def rows(run: RunState) -> dict[str, Any]:
-    """One row for each rank that is shown, in groups; with many ranks also a cell for each.
+    """One row for each rank that is shown, in groups; with many ranks also a cell for each: its standing, its heat.
 
     A row is the rank, its standing, its title, its device, its step, its share of all steps or None, its loss,
     its speed, its memory, and the percents of its time for compute, communication, data and idle.
     """
-    (shown, others), standings = chosen_ranks(run), run.standings
+    standings = run.standings
+    shown, others = chosen_ranks(run, standings)
     hosts = len({rank.host for rank in run.ranks.values()}) > 1
     total = run.steps_total
     groups: dict[str, list[list[Any]]] = {}
@@ -61,7 +62,8 @@ def rows(run: RunState) -> dict[str, Any]:
             number(rank.samples_per_s), memory_text(rank),
             None if rank.shares is None else [round(100 * share) for share in rank.shares],
         ])  # fmt: skip
-    return {"groups": [[name, groups[name]] for name in sorted(groups)], "strip": _strip(run) if others else []}
+    strip = [[standings[number] for number in sorted(standings)], _heats(run)] if others else []
+    return {"groups": [[name, groups[name]] for name in sorted(groups)], "strip": strip}
 
 
 def charts(run: RunState) -> list[str]:
@@ -96,12 +98,10 @@ def _stage(run: RunState, rank: RankState) -> str:
     return "; ".join(f"stage {stage['stage']}: {stage['first']} to {stage['last']}" for stage in mine)
 
 
-def _strip(run: RunState) -> list[list[Any]]:
-    """A cell a rank: its number, its standing, and its busy time relative to the busiest rank, from 0 to 100."""
-    busiest = max((rank.busy_s for rank in run.ranks.values()), default=0.0) or 1.0
-    usual = statistics.median(rank.busy_s for rank in run.ranks.values())
-    low, standings = min(usual, busiest) / 2, run.standings
-    return [
-        [rank.rank, standings[rank.rank], round(100 * max(0.0, rank.busy_s - low) / max(busiest - low, 1e-9))]
-        for _, rank in sorted(run.ranks.items())
-    ]
+def _heats(run: RunState) -> list[int]:
+    """The busy time of each rank, in their order, relative to the busiest one, from 0 to 100."""
+    busy = [run.ranks[number].busy_s for number in sorted(run.ranks)]
+    busiest = max(busy) or 1.0
+    low = min(statistics.median(busy), busiest) / 2
+    scale = 100 / max(busiest - low, 1e-9)
+    return [round(scale * max(0.0, busy_s - low)) for busy_s in busy]

@@ -52,14 +52,13 @@ class RunState:
         self._known: set[tuple[str, str, int]] = set()
         self._curves: dict[str, Curve] = {}  # before the ranks last began
         self._marks: collections.deque[tuple[float, int]] = collections.deque()
-        self._stepped_s = time.monotonic()
+        self._steps, self._stepped_s = 0, time.monotonic()  # of all ranks together, and when the last one was
 
     def merge(self, *states: RankState) -> None:
         """Merge newer states of ranks, in this order."""
-        before = self.step
         for state in states:
             self._merge(state)
-        self._mark(before)
+        self._mark()
 
     def _merge(self, rank: RankState) -> None:
         self.ranks[rank.rank] = rank
@@ -122,12 +121,13 @@ class RunState:
             self._known.add(key)
             self.happenings.append(happening)
 
-    def _mark(self, before: int) -> None:
+    def _mark(self) -> None:
         now_s, step = time.monotonic(), self.step
         if self.state != "running":
             self._marks.clear()  # the ETA uses the speed after the pause only
-        if step != before or self.state != "running":
-            self._stepped_s = now_s
+        steps = sum(rank.step for rank in self.ranks.values())  # of many, each is seen once in a while
+        if steps != self._steps or self.state != "running":
+            self._steps, self._stepped_s = steps, now_s
         if not self._marks or now_s >= self._marks[-1][0] + _MARK_EVERY_S:
             self._marks.append((now_s, step))
             while self._marks[0][0] < now_s - _ETA_OVER_S:

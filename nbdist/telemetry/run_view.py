@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -82,13 +83,16 @@ def summary(run: RunState) -> str:
     return " · ".join(parts)
 
 
-def chosen_ranks(run: RunState) -> tuple[list[RankState], int]:
-    """The ranks to show, and the number of others: of many ranks, those in trouble and then the slowest."""
+def chosen_ranks(run: RunState, standings: Mapping[int, str]) -> tuple[list[RankState], int]:
+    """The ranks to show, and the number of others: of many ranks, those in trouble and then the slowest.
+
+    Args:
+        run: The run.
+        standings: Its `RunState.standings`.
+    """
     ranks = [rank for _, rank in sorted(run.ranks.items())]
     if len(ranks) <= SHOWN_RANKS:
         return ranks, 0
-
-    standings = run.standings
 
     def trouble(rank: RankState) -> tuple[int, float]:
         standing = standings[rank.rank]
@@ -100,7 +104,8 @@ def chosen_ranks(run: RunState) -> tuple[list[RankState], int]:
 
 def rank_cells(run: RunState) -> list[tuple[str, ...]]:
     """A row for each rank that is shown, in the order of `RANK_COLUMNS`."""
-    (ranks, others), standings = chosen_ranks(run), run.standings
+    standings = run.standings
+    ranks, others = chosen_ranks(run, standings)
     rows: list[tuple[str, ...]] = [
         (
             str(rank.rank), rank.device, standings[rank.rank], str(rank.step), number(rank.loss),

@@ -145,3 +145,13 @@ def test_engines_are_added_and_removed_on_hosts(cluster, expected):
     cluster.scale(4)
     cluster.train(trained := model(), DATA, strategy="dp=4", **OPTIONS)
     assert bits(trained) == expected["dp=4"]
+
+
+def test_an_agent_that_does_not_answer_in_time_ends(cluster, network):
+    """It lives, and counts itself as connected; another one takes its place."""
+    (agent,) = [pid for pid, command in network.processes("h2").items() if "agent_server" in command]
+    network.run("h2", f"kill -STOP {agent}")
+    until(lambda: ["lost", "lost"] == [engine.state for engine in cluster.engines[2:]])
+    network.run("h2", f"kill -CONT {agent}")
+    until(lambda: agent not in network.processes("h2"))
+    until(lambda: hosts_of(cluster.start()) == ["h1", "h1", "h2", "h2"])

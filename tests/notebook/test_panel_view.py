@@ -87,9 +87,10 @@ def test_of_many_ranks_the_ones_in_trouble_come_first():
     """A strip holds a cell for each."""
     run = made(32, r5={"state": "lost"}, r9={"busy_s": 0.3})
     assert [(5, "lost"), (9, "slow")] == standings(run)[:2]
-    strip = panel_view.rows(run)["strip"]
-    assert list(range(32)) == [cell[0] for cell in strip]
-    assert 100 == strip[9][2]
+    standings_of_all, heats = panel_view.rows(run)["strip"]
+    assert list(run.standings.values()) == standings_of_all
+    assert 32 == len(heats)
+    assert [9] == [rank for rank, heat in enumerate(heats) if heat == 100]
 
 
 def test_few_ranks_have_no_strip():

@@ -125,6 +125,17 @@ def test_the_end_is_foreseen_from_the_speed(monkeypatch):
     assert (None, 0.0) == (run.eta_s, run.stalled_s)
 
 
+def test_a_step_of_any_rank_is_progress(monkeypatch):
+    """Of many ranks each is seen once in a while: the last one may have no step yet."""
+    now = [100.0]
+    monkeypatch.setattr("nbdist.telemetry.run_state.time.monotonic", lambda: now[0])
+    run = run_of(FAST, dataclasses.replace(SLOW, step=0))
+    now[0] = 109.0
+    assert 9.0 == run.stalled_s
+    run.merge(dataclasses.replace(FAST, step=FAST.step + 1))
+    assert (0, 0.0) == (run.step, run.stalled_s)
+
+
 def test_a_run_that_recovers_runs_again():
     """With the first state of a running rank; after a resume, an older step counts."""
     run = run_of(FAST, SLOW)

@@ -122,7 +122,7 @@ def test_of_many_ranks_those_are_shown_that_need_an_eye():
     ranks[7] = dataclasses.replace(ranks[7], busy_s=0.5)
     ranks[9] = dataclasses.replace(ranks[9], state="lost")
     run = run_of(*ranks)
-    shown, others = chosen_ranks(run)
+    shown, others = chosen_ranks(run, run.standings)
     assert ([9, 7, 63, 62, 61, 60, 59, 58], 56) == ([rank.rank for rank in shown], others)
     lines = run_text(run).splitlines()
     assert lines[-1].split()[1:] == ["56", "others"]

@@ -67,8 +67,9 @@ class Hangs:
         if self._timeout_s is None:
             stepping &= all(rank.state in _IN_A_STEP for rank in progress.ranks.values())
         if steps != self._steps or not stepping:
-            if stepping and self._steps is not None and self._least_steps(progress) > 1:
-                self._slowest_s = max(self._slowest_s, now_s - self._since_s)
+            took_s = now_s - self._since_s
+            if stepping and self._steps is not None and took_s > self._slowest_s and self._least_steps(progress) > 1:
+                self._slowest_s = took_s
             self._steps = steps if stepping else None
             self._since_s = self._look_s = now_s
             self._verdict, self._noted = "", False

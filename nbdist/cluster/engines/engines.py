@@ -193,10 +193,20 @@ class Engines:
         """The host of each rank; None for one that is not of this launch, and shares this kernel's memory."""
         return {record.rank: self.host_of(record) for record in self._records}
 
+    def by_host(self) -> dict[Host | None, list[int]]:
+        """The ranks on each host, see `placed`."""
+        by_id: dict[str, list[int]] = {}
+        for record in self._records:
+            by_id.setdefault(record.host_id, []).append(record.rank)
+        found: dict[Host | None, list[int]] = {}
+        for host_id, ranks in by_id.items():
+            found.setdefault(self._launch.host_of(host_id), []).extend(ranks)
+        return found
+
     @property
     def share_memory(self) -> bool:
         """Whether all of them can map memory of the kernel's host."""
-        return all(host is None or host.here for host in self.placed().values())
+        return all(host is None or host.here for host in self.by_host())
 
     @property
     def store(self) -> Any:

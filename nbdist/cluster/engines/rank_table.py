@@ -10,8 +10,10 @@ from typing import Any
 from nbdist.cluster.engines.engine_info import Engine
 from nbdist.cluster.launch.launcher import Launch
 
-__all__ = ["RankTable"]
+__all__ = ["ENGINES_A_LOOK", "RankTable"]
 
+ENGINES_A_LOOK = 64
+"""At five looks a second, 1,024 engines are looked at in three seconds."""
 _REPORTED_WITHIN_S = 1.0
 """How long the controller may take to report the death of an engine whose process has ended."""
 
@@ -28,6 +30,7 @@ class RankTable:
         self._launch = launch
         self._by_rank: tuple[list[int], list[Engine]] = sorted(launch.client.ids)[:size], []
         self._ended_s: dict[int, float] = {}  # since when, of engines that the controller still counts as alive
+        self._turn = 0
 
     @property
     def ids(self) -> list[int]:
@@ -80,9 +83,15 @@ class RankTable:
         return [engine_id for engine_id, record in zip(ids, records, strict=False) if record.host_id == host_id]
 
     def declare_ended(self) -> None:
-        """Declare engines dead whose process has ended, where the controller does not report it: a nanny may fail."""
+        """Declare engines dead whose process has ended, where the controller does not report it: a nanny may fail.
+
+        Each call looks at the next `ENGINES_A_LOOK` in turn.
+        """
         (ids, records), registered, now_s = self._by_rank, set(self._launch.client.ids), time.monotonic()
-        for engine_id, record in zip(ids, records, strict=False):
+        count = min(len(ids), len(records))  # they may be changing
+        looked_at = range(self._turn, self._turn + min(count, ENGINES_A_LOOK))
+        self._turn = looked_at.stop % count if count else 0
+        for engine_id, record in ((ids[i % count], records[i % count]) for i in looked_at):
             if engine_id not in registered or self._launch.runs(record.host_id, record.mark):
                 continue
             if now_s - self._ended_s.setdefault(engine_id, now_s) > _REPORTED_WITHIN_S:

@@ -32,7 +32,7 @@ from nbdist.listening import listen_on
 
 __all__ = ["BEATS_A_TIMEOUT", "Agents", "Invitation"]
 
-BEATS_A_TIMEOUT = 6
+BEATS_A_TIMEOUT = 4
 """How often an agent sends something within the host timeout."""
 _LOOK_S = 0.2
 _LINGER_MS = 500
@@ -100,8 +100,6 @@ class Agents:
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a message to an agent that is gone is an error
         self._socket.setsockopt(zmq.SNDHWM, 0)  # and only that: who sends much waits for replies
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * self._timeout_s / BEATS_A_TIMEOUT))
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * self._timeout_s))
         # Of a socket that listens already, on a port that may be chosen: ZeroMQ takes it over.
         with listen_on(address, _BACKLOG) as listener:
             self._socket.setsockopt(zmq.USE_FD, listener.fileno())

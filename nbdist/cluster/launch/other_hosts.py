@@ -114,6 +114,7 @@ class OtherHosts:
 
     def _note_lost(self, host: RemoteHost) -> None:
         """In the thread that receives all answers: it must not wait for one."""
+        host.hang_up()  # its agent may live, and count itself as connected: of two sides only one goes on
         if host.answered:  # else nothing ran there
             self.on_lost(host.facts.host_id)
             self._lost.seek(host.name)

@@ -140,10 +140,11 @@ class HostSnapshots(SnapshotStore):
     def _copy(self) -> None:
         if self._closed.is_set():
             return
-        placed: dict[Host, list[int]] = {}
-        for rank, host in self._engines.placed().items():
-            if host is not None and not host.lost and host in self._written:  # else all that was written there is lost
-                placed.setdefault(host, []).append(rank)
+        placed = {
+            host: ranks
+            for host, ranks in self._engines.by_host().items()
+            if host is not None and not host.lost and host in self._written  # else all that was written there is lost
+        }
         heads: dict[int, list[Head]] = {}
         for host, ranks in placed.items():
             found = self._heads(host, ranks)

@@ -167,19 +167,20 @@ class RunMonitor:
                 raise ClusterError("the engines were stopped during the run.")
             self._engines.check_alive()
             outcomes |= {rank: self._outcome(rank) for rank in ranks}
-            waiting = [rank for rank in range(len(self._calls)) if rank not in outcomes]
             now_s = time.monotonic()
-            if failed_s is None and any(outcome.failure for outcome in outcomes.values()):
+            if failed_s is None and any(outcomes[rank].failure for rank in ranks):
                 failed_s = now_s
             if failed_s is None and (self._control.abandoned or self._is_hung()):
                 failed_s = now_s - _INTERRUPT_AFTER_S
-            if waiting and failed_s is not None and now_s >= failed_s + _INTERRUPT_AFTER_S and not self._interrupted:
-                self._interrupted.update(waiting)
-                self._engines.release()  # a rank may still wait at the store, if its interrupt came too early
-                self._engines.interrupt(waiting)
-            if failed_s is not None and now_s >= failed_s + _INTERRUPT_AFTER_S + _KILL_AFTER_S and not killed:
-                killed = True
-                self._engines.kill(waiting)
+            if failed_s is not None and now_s >= failed_s + _INTERRUPT_AFTER_S:
+                waiting = [rank for rank in range(len(self._calls)) if rank not in outcomes]
+                if waiting and not self._interrupted:
+                    self._interrupted.update(waiting)
+                    self._engines.release()  # a rank may still wait at the store, if its interrupt came too early
+                    self._engines.interrupt(waiting)
+                if now_s >= failed_s + _INTERRUPT_AFTER_S + _KILL_AFTER_S and not killed:
+                    killed = True
+                    self._engines.kill(waiting)
             self._save_before_end()
             self._merge(outcomes)
             self._record_mirror.poll()

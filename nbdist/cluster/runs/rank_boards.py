@@ -24,7 +24,7 @@ __all__ = ["RANKS_A_LOOK", "RankBoards"]
 
 RANKS_A_LOOK = 32
 """At five looks a second, what is known of 1,024 ranks is at most seven seconds old."""
-_INTERVAL_S = 0.1
+_INTERVAL_S = 0.15  # ranks publish five times a second
 
 
 class RankBoards:
@@ -52,7 +52,7 @@ class RankBoards:
             _FarBoards(host, ranks, {rank: made[rank] for rank in ranks if rank in made}) for host, ranks in far.items()
         ]
         self._parts = sorted(parts, key=lambda part: min(part.paths))
-        self._turn = 0
+        self._turn, self._due_s = 0, 0.0
         self._looked_at = self._begin_next()
         made = {rank: path for part in self._parts for rank, path in part.paths.items()}
         self.paths = [made[rank] for rank in range(engines.size)]
@@ -62,7 +62,8 @@ class RankBoards:
         """The states that ranks have published since they were last looked at; each rank's newest last.
 
         They are for `RankState.from_dict`. Each look is at rank 0, which has the curves and the history, and at the
-        next ranks in turn, about `RANKS_A_LOOK` in all; ranks of one host are looked at together.
+        next ranks in turn, about `RANKS_A_LOOK` in all; ranks of one host are looked at together. Looks
+        that follow each other closely are at rank 0 alone.
         """
         found = {
             rank: [json.loads(data) for data in new] for part in self._looked_at for rank, new in part.take().items()
@@ -72,7 +73,10 @@ class RankBoards:
 
     def _begin_next(self) -> list[_BoardHere | _FarBoards]:
         chosen = dict.fromkeys(self._parts[:1])
-        while len(chosen) < len(self._parts) and sum(len(part.paths) for part in chosen) < RANKS_A_LOOK:
+        due = time.monotonic() >= self._due_s
+        if due:
+            self._due_s = time.monotonic() + _INTERVAL_S
+        while due and len(chosen) < len(self._parts) and sum(len(part.paths) for part in chosen) < RANKS_A_LOOK:
             chosen.setdefault(self._parts[self._turn])
             self._turn = (self._turn + 1) % len(self._parts)
         for part in chosen:

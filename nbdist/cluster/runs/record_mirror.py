@@ -64,11 +64,11 @@ class RecordMirror:
 
     def _others(self) -> dict[Host, list[int]]:
         """The hosts of other records than this one's, and their ranks."""
-        others: dict[Host, list[int]] = {}
-        for rank, host in self._engines.placed().items():
-            if host is not None and not host.lost and host.facts.host_id != self._engines.host_id:
-                others.setdefault(host, []).append(rank)
-        return others
+        return {
+            host: ranks
+            for host, ranks in self._engines.by_host().items()
+            if host is not None and not host.lost and host.facts.host_id != self._engines.host_id
+        }
 
     def _request(self, others: Mapping[Host, list[int]]) -> None:
         for host, ranks in others.items():

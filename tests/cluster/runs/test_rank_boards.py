@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import types
 
 import pytest
@@ -58,3 +59,13 @@ def test_of_many_ranks_a_look_is_at_some_in_turn(hosts, tmp_path, monkeypatch):
             assert len(found) <= RANKS_A_LOOK + 10
             seen |= {rank for rank, new in found.items() if new}
         assert seen == {*range(count)}
+
+
+def test_looks_that_follow_closely_are_at_rank_0(monkeypatch):
+    """The others have published nothing since."""
+    count = 2 * RANKS_A_LOOK
+    engines = types.SimpleNamespace(size=count, anchor=None, host_id="head", placed=lambda: dict.fromkeys(range(count)))
+    monkeypatch.setattr(rank_boards, "_INTERVAL_S", math.inf)
+    with contextlib.closing(RankBoards(engines)) as boards:
+        assert RANKS_A_LOOK == len(boards.read())
+        assert {0} == {*boards.read()}

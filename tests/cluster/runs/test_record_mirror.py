@@ -14,7 +14,7 @@ from nbdist.telemetry.record import record_path, records
 def test_lines_after_the_last_request_are_copied(tmp_path):
     """Its answer came before the rank's last line, and is looked at only at the end."""
     host = LocalHost(HostFacts(name="h1", host_id="1", cores=1), tmp_path, "")
-    engines = types.SimpleNamespace(anchor=None, share_memory=False, host_id="head", placed=lambda: {0: host})
+    engines = types.SimpleNamespace(anchor=None, share_memory=False, host_id="head", by_host=lambda: {host: [0]})
     there = record_path("run", 0, tmp_path / RECORDS)
     there.parent.mkdir(parents=True)
     mirror = RecordMirror(engines, "run")
