@@ -52,24 +52,18 @@ class Engines:
 
     Attributes:
         payloads: What is sent to them and fetched from them.
-        job: Of Slurm, that they run in; None without one.
     """
 
     def __init__(self, launch: Launch, store: Any, size: int, device: str, timeout_s: float, spares: int) -> None:
         self.size, self.end_notice = size, EndNotice(launch)
-        self.owner = os.getpid()
-        self.timeout_s = timeout_s
-        self.device = device
-        self.transport = ""
+        self.owner, self._generation = os.getpid(), 0
+        self.timeout_s, self.device, self.transport = timeout_s, device, ""
         self.formed = self.suspected = self.ended = False
         self.start_seconds = 0.0
         self._unanswered: dict[int, PendingCall] = {}
         self._changing = threading.RLock()
-        self._generation = 0
-        self._launch = launch
+        self._launch, self._store, self.host_id = launch, store, launch.host_id
         self._table = RankTable(launch, size)
-        self._store = store
-        self.host_id = launch.host_id
         self.payloads = HostPayloads(lambda rank: self.placed()[rank])
         self._spares = Spares(launch, spares, store.address)
         launch.on_lost, launch.on_back = self._host_lost, self.keep_spares
@@ -186,8 +180,8 @@ class Engines:
     @property
     def threads(self) -> int:
         """Default CPU threads per rank: the cores of its host divided by the ranks there."""
-        hosts = [record.host_id for record in self._records]
-        return min(max(1, record.cores // hosts.count(record.host_id)) for record in self._records)
+        ranks = self._table.by_host
+        return min(max(1, record.cores // len(ranks[record.host_id])) for record in self._records)
 
     def placed(self) -> dict[int, Host | None]:
         """The host of each rank; None for one that is not of this launch, and shares this kernel's memory."""
@@ -195,11 +189,8 @@ class Engines:
 
     def by_host(self) -> dict[Host | None, list[int]]:
         """The ranks on each host, see `placed`."""
-        by_id: dict[str, list[int]] = {}
-        for record in self._records:
-            by_id.setdefault(record.host_id, []).append(record.rank)
         found: dict[Host | None, list[int]] = {}
-        for host_id, ranks in by_id.items():
+        for host_id, ranks in self._table.by_host.items():
             found.setdefault(self._launch.host_of(host_id), []).extend(ranks)
         return found
 
@@ -238,16 +229,15 @@ class Engines:
         self.release()
         self._generation += 1
         self._note()
-        records = self._records
-        hosts = [record.host_id for record in records]
+        records, threads = self._records, self.threads
+        local = {rank: (i, len(ranks)) for ranks in self._table.by_host.values() for i, rank in enumerate(ranks)}
         forming = Forming(
             lost=lambda: self.lost, check_alive=self.check_alive, release=self.release, kill=self.kill,
             timeout_s=self.timeout_s,
         )  # fmt: skip
         try:
             for record in records:
-                local_rank, local_size = hosts[: record.rank].count(record.host_id), hosts.count(record.host_id)
-                arguments = self._generation, record.rank, self.size, local_rank, local_size, self.device, self.threads
+                arguments = self._generation, record.rank, self.size, *local[record.rank], self.device, threads
                 forming.calls[record.rank] = self.start_call(record.rank, "join", *arguments)
             formed = forming.wait()
         except BaseException:
@@ -322,8 +312,8 @@ class Engines:
                 taken = self._spares.take(places, self._ids, processes, self.timeout_s, report, self._has_ended)
                 moved += [(engine_id, self._table.record(facts)) for engine_id, facts in taken]
             self.formed = False
-            self.kill(beyond[len(free) :])
-            for rank in beyond[len(free) :]:
+            self.kill(gone := beyond[len(free) :])
+            for rank in gone:
                 self._spares.mark_dead(self._ids[rank])
             by_rank = dict(enumerate(zip(self._ids, self._records, strict=True))) | dict(zip(free, moved, strict=True))
             self._table.place([by_rank[rank] for rank in range(size)])

@@ -77,6 +77,14 @@ class RankTable:
         pairs = enumerate(zip(ids, records, strict=True))
         return {rank: pair for rank, pair in pairs if self._lives(*pair, registered)}
 
+    @property
+    def by_host(self) -> dict[str, list[int]]:
+        """The ranks on each host, by its id."""
+        found: dict[str, list[int]] = {}
+        for record in self.records:
+            found.setdefault(record.host_id, []).append(record.rank)
+        return found
+
     def on_host(self, host_id: str) -> list[int]:
         """The ids of the engines on a host."""
         ids, records = self._by_rank

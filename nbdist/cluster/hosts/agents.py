@@ -218,6 +218,7 @@ class Agents:
         self._thread.join()
         for agent in self._agents.values():
             self._lose(agent, "its cluster has ended")
+            agent.log.close()
         self._socket.close()
         self._keys.stop()
         self._context.destroy(linger=_LINGER_MS)
