@@ -141,7 +141,7 @@ class HostSnapshots(SnapshotStore):
         if self._closed.is_set():
             return
         placed = {
-            host: ranks
+            host: [rank for rank in ranks if rank < len(self.paths)]  # engines are added before `grow`
             for host, ranks in self._engines.by_host().items()
             if host is not None and not host.lost and host in self._written  # else all that was written there is lost
         }
