@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import slurm_hosts
 from host_network import CONTROL_VARIABLE, HostNetwork
 from shared_cluster import until
+from small_training import hosts_of
 from users_cluster import UsersCluster
 
+import nbdist
 from nbdist.cluster.hosts.fork_client import end_server, require_server
 from nbdist.cluster.hosts.waiting_hosts import end_hosts
 
@@ -54,6 +56,13 @@ def network() -> Iterator[HostNetwork]:
     hosts.mend()
     yield hosts
     hosts.mend()
+
+
+@pytest.fixture
+def cluster(network: HostNetwork, _cluster: nbdist.Cluster) -> nbdist.Cluster:
+    """The `_cluster` that the tests of a file share, two engines on each of two hosts: one wherever one belongs."""
+    until(lambda: hosts_of(_cluster.start()) == ["h1", "h1", "h2", "h2"])
+    return _cluster
 
 
 @pytest.fixture

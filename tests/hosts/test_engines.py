@@ -9,7 +9,7 @@ import pytest
 import torch
 from gate import Gate
 from shared_cluster import HUNG_S, until
-from small_training import DATA, OPTIONS, bits, model
+from small_training import DATA, OPTIONS, bits, hosts_of, model
 from torch.nn import functional as F
 
 import nbdist
@@ -44,17 +44,6 @@ def _cluster(expected):
     """Two engines on each of two hosts."""
     with nbdist.Cluster(hosts={"h1": 2, "h2": 2}, device="cpu") as started:
         yield started
-
-
-@pytest.fixture
-def cluster(network, _cluster):
-    """It, with an engine wherever one belongs."""
-    until(lambda: hosts_of(_cluster.start()) == ["h1", "h1", "h2", "h2"])
-    return _cluster
-
-
-def hosts_of(cluster: nbdist.Cluster) -> list[str]:
-    return [engine.host for engine in cluster.engines]
 
 
 def test_two_hosts_give_the_bits_of_one(cluster, expected):

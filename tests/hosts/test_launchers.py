@@ -13,7 +13,7 @@ import slurm_hosts
 from gate import Gate
 from host_network import CONTROL_VARIABLE, HostNetwork
 from shared_cluster import HUNG_S, until
-from small_training import DATA, OPTIONS, bits, held, model
+from small_training import DATA, OPTIONS, bits, held, hosts_of, model
 from torch import nn
 
 import nbdist
@@ -70,17 +70,6 @@ def _cluster(launched, expected):
     """It stays until the last test of its kind."""
     with nbdist.Cluster(device="cpu", **launched) as started:
         yield started
-
-
-@pytest.fixture
-def cluster(network, _cluster):
-    """That of the kind, with an engine wherever one belongs."""
-    until(lambda: hosts_of(_cluster.start()) == ["h1", "h1", "h2", "h2"])
-    return _cluster
-
-
-def hosts_of(cluster: nbdist.Cluster) -> list[str]:
-    return [engine.host for engine in cluster.engines]
 
 
 def test_doctor_examines_the_hosts_and_trains_there(launched, capsys):

@@ -6,7 +6,7 @@ import os
 
 import pytest
 from shared_cluster import until
-from small_training import DATA, OPTIONS, model
+from small_training import DATA, OPTIONS, hosts_of, model
 
 import nbdist
 from nbdist.errors import PlanError
@@ -22,10 +22,6 @@ def users(network, _users):
     if engines == _users.client.ids:  # no host has crashed
         assert _users.client[:].pull("mine", block=True) == [7] * len(pids)
         assert _users.client[:].apply_sync(os.getpid) == pids
-
-
-def hosts_of(cluster: nbdist.Cluster) -> list[str]:
-    return [engine.host for engine in cluster.engines]
 
 
 def test_the_hosts_of_a_profile_and_some_of_them(users, monkeypatch, tmp_path):

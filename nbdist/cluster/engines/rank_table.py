@@ -10,9 +10,9 @@ from typing import Any
 from nbdist.cluster.engines.engine_info import Engine
 from nbdist.cluster.launch.launcher import Launch
 
-__all__ = ["ENGINES_A_LOOK", "RankTable"]
+__all__ = ["RankTable"]
 
-ENGINES_A_LOOK = 64
+_ENGINES_A_LOOK = 64
 """At five looks a second, 1,024 engines are looked at in three seconds."""
 _REPORTED_WITHIN_S = 1.0
 """How long the controller may take to report the death of an engine whose process has ended."""
@@ -93,11 +93,11 @@ class RankTable:
     def declare_ended(self) -> None:
         """Declare engines dead whose process has ended, where the controller does not report it: a nanny may fail.
 
-        Each call looks at the next `ENGINES_A_LOOK` in turn.
+        Each call looks at the next `_ENGINES_A_LOOK` in turn.
         """
         (ids, records), registered, now_s = self._by_rank, set(self._launch.client.ids), time.monotonic()
         count = min(len(ids), len(records))  # they may be changing
-        looked_at = range(self._turn, self._turn + min(count, ENGINES_A_LOOK))
+        looked_at = range(self._turn, self._turn + min(count, _ENGINES_A_LOOK))
         self._turn = looked_at.stop % count if count else 0
         for engine_id, record in ((ids[i % count], records[i % count]) for i in looked_at):
             if engine_id not in registered or self._launch.runs(record.host_id, record.mark):
